@@ -1,0 +1,48 @@
+"""The command line: `python -m pipeline {run,evaluate,report,check-overlap,merge}`.
+
+Only the standard library is imported here, and only the module of the chosen subcommand, so that `--help` is
+instant.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from pipeline.errors import exit_on_user_error
+
+# subcommand -> (module with `add_arguments(parser)` and `main(args)`, one line for --help)
+COMMANDS = {
+    "run": ("pipeline.runner", "run every step of a recipe folder, in order"),
+    "evaluate": ("pipeline.evaluation.cli", "measure one stage on the held-out data"),
+    "report": ("pipeline.report.cli", "write the report of a run: index.html and metrics.json"),
+    "check-overlap": ("pipeline.overlap", "look for test examples inside the training data"),
+    "merge": ("pipeline.merge", "merge a LoRA adapter into its base model"),
+}
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for `argv` (list of str): every subcommand is listed, the one that `argv` names is filled in."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Train a language model from random weights to a reasoning chat model.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name in argv[:1]:
+            importlib.import_module(module).add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Returns its exit code; a mistake of the user's ends the process with code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
+    with exit_on_user_error():
+        return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
