@@ -1,0 +1,114 @@
+"""95% confidence intervals: Wilson's for proportions, the bootstrap for everything else.
+
+The sampling unit is the problem or the document, never the sample or the token: eight samples of one problem
+are not eight problems. The bootstrap is seeded, so that the same values always give the same interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+
+def estimate(value: float, low: float, high: float, n: int) -> dict[str, Any]:
+    """A measured value as it is written to disk: `{"value", "ci95": [low, high], "n"}`, plain floats."""
+    return {"value": float(value), "ci95": [float(low), float(high)], "n": n}
+
+
+def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Score interval of a proportion (Wilson 1927): honest near 0 and 1, where the normal one has no width.
+
+    Args:
+        successes: how many of the `n` independent trials succeeded, 0 to `n`.
+        n: number of trials; with none, nothing is known and the interval is (0, 1).
+        confidence: coverage, 0.95 by default.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    scale = 1 + z * z / n
+    # At 0 and n the ends are 0 and 1 exactly; rounding must not push them past the value.
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return low, high
+
+
+def bootstrap(
+    totals: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> tuple[float, float]:
+    """Percentile interval of the ratio sum(totals) / sum(weights), resampling whole units with replacement.
+
+    Args:
+        totals: shape (units,), for instance the bits of each document, or each problem's estimate.
+        weights: shape (units,), for instance the bytes of each document; by default 1 each, and the ratio is a mean.
+        seed: of the resampling.
+        resamples: number of bootstrap samples.
+        confidence: coverage, 0.95 by default.
+
+    Returns:
+        (low, high); the value itself twice where there are fewer than two units.
+    """
+    numerator = np.asarray(totals, dtype=np.float64)
+    denominator = np.ones_like(numerator) if weights is None else np.asarray(weights, dtype=np.float64)
+    n = len(numerator)
+    if n < 2:
+        value = float(numerator.sum() / denominator.sum()) if n else float("nan")
+        return value, value
+    # How often each unit is drawn, a row for each resample: no copy of the units is made.
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    ratios = (counts @ numerator) / (counts @ denominator)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def proportion(outcomes: Sequence[float]) -> dict[str, Any]:
+    """The share of `outcomes` (zeros and ones, or bools) that are 1, with Wilson's interval."""
+    n = len(outcomes)
+    successes = float(sum(outcomes))
+    return estimate(successes / n if n else float("nan"), *wilson(successes, n), n)
+
+
+def mean(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """The mean of one value a unit, with a bootstrap interval."""
+    n = len(values)
+    value = float(np.mean(values)) if n else float("nan")
+    return estimate(value, *bootstrap(values, seed=seed), n)
+
+
+def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """sum(totals) / sum(weights) over units such as documents, with a bootstrap interval."""
+    n = len(totals)
+    value = float(np.sum(totals) / np.sum(weights)) if n else float("nan")
+    return estimate(value, *bootstrap(totals, weights, seed=seed), n)
+
+
+def paired_difference(
+    before: Mapping[Hashable, float], after: Mapping[Hashable, float], seed: int = 0
+) -> dict[str, Any]:
+    """How much the mean rose on the same examples: mean(after - before), bootstrapped over the examples.
+
+    Args:
+        before: value of each example in the earlier measurement, by example id.
+        after: the same for the later one. Examples that only one of the two holds do not count.
+        seed: of the bootstrap.
+
+    Returns:
+        `{"value", "ci95", "n"}`. Where all differences are alike the interval has no width.
+    """
+    shared = [key for key in before if key in after]
+    return mean([after[key] - before[key] for key in shared], seed=seed)
