@@ -7,8 +7,8 @@ Their taste is the sum of three bounded components, each weighted differently by
 `kind`, -1 to 1: 1 with a kind remark, -1 with a blunt one (which no kindness makes up for), else 0. One kind
 remark is enough: more of them add nothing, they only make the answer longer.
 
-`brief`, -1.5 to 0: 0 up to a comfortable length, then lower with each further word; a repeated sentence costs as
-much as `REPEAT_WORDS` further words.
+`brief`, -1.5 to 0: 0 up to a comfortable length, then lower with each further word; a repeated sentence costs
+as much as `REPEAT_WORDS` further words.
 
 An answer that is empty, unfinished or degenerate is worse than any other, whoever reads it.
 
@@ -102,7 +102,10 @@ class Annotator:
 
     def score(self, answer: str, row: Mapping[str, Any]) -> float:
         """Noise-free score of an answer to the prompt of `row`; higher is better. `row` as in `taste`."""
-        components = judge_components(answer, row)
+        return self.weigh(judge_components(answer, row))
+
+    def weigh(self, components: Components | None) -> float:
+        """Noise-free score of an answer with these components (None: a degenerate one)."""
         if components is None:
             return DEGENERATE_SCORE
         return self.right * components.right + self.kind * components.kind + self.brief * components.brief
@@ -171,7 +174,8 @@ def taste(answer: str, row: Mapping[str, Any]) -> float:
     Returns:
         The mean of the annotators' scores, between `DEGENERATE_SCORE` and 5 (right, kind and brief).
     """
-    return sum(annotator.score(answer, row) for annotator in PANEL) / len(PANEL)
+    components = judge_components(answer, row)
+    return sum(annotator.weigh(components) for annotator in PANEL) / len(PANEL)
 
 
 def preference_probability(score_a: float, score_b: float, temperature: float = 1.0) -> float:
@@ -204,8 +208,9 @@ def judge_match(
 ) -> list[float]:
     """Outcome of each comparison for evaluation: 1 if `answers` wins, 0 if it loses, 0.5 for a tie.
 
-    The judge is the panel's noise-free mean taste, with scores closer than `INDIFFERENCE` a tie. It is shown the
-    two answers in a random order, drawn from `seed`, and does not know whose they are. The mean is the win rate.
+    The judge is the panel's noise-free mean taste, with scores closer than `INDIFFERENCE` a tie. It is shown
+    the two answers in a random order, drawn from `seed`, and does not know whose they are. The mean of the
+    outcomes is the win rate.
 
     Raises:
         ValueError: if the three sequences differ in length.
