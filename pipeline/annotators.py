@@ -113,10 +113,10 @@ class Annotator:
 
 PANEL: tuple[Annotator, ...] = (
     Annotator("ana", right=3.0, kind=2.0, brief=2.0),
-    Annotator("bo", right=3.8, kind=1.4, brief=2.0),
-    Annotator("chi", right=2.6, kind=2.8, brief=1.6),
+    Annotator("bo", right=3.8, kind=1.6, brief=2.0),
+    Annotator("chi", right=2.6, kind=2.4, brief=1.6),
     Annotator("dov", right=3.0, kind=1.6, brief=2.6),
-    Annotator("eli", right=2.6, kind=2.2, brief=1.8),
+    Annotator("eli", right=2.6, kind=2.4, brief=1.8),
 )
 """The fixed panel. Its mean weights are right 3, kind 2, brief 2."""
 
