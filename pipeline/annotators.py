@@ -53,7 +53,6 @@ KIND_REMARKS: tuple[str, ...] = (
 BLUNT_REMARKS: tuple[str, ...] = (
     "obviously",
     "everybody knows that",
-    "everyone knows that",
     "you should know",
     "silly question",
     "stupid question",
