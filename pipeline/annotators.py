@@ -173,7 +173,11 @@ def taste(answer: str, row: Mapping[str, Any]) -> float:
     Returns:
         The mean of the annotators' scores, between `DEGENERATE_SCORE` and 5 (right, kind and brief).
     """
-    components = judge_components(answer, row)
+    return mean_taste(judge_components(answer, row))
+
+
+def mean_taste(components: Components | None) -> float:
+    """`taste` of an answer with these components (None: a degenerate one)."""
     return sum(annotator.weigh(components) for annotator in PANEL) / len(PANEL)
 
 
@@ -188,15 +192,16 @@ def preference_probability(score_a: float, score_b: float, temperature: float = 
     return 0.5 * (1 + math.tanh((score_a - score_b) / temperature / 2))
 
 
-def choose(
-    annotator: Annotator, shown_first: str, shown_second: str, row: Mapping[str, Any], rng: random.Random
-) -> int | None:
+def choose(annotator: Annotator, score_first: float, score_second: float, rng: random.Random) -> int | None:
     """An annotator's label: 0 if the answer shown first is preferred, 1 if the second is, None for a tie.
 
-    Draws two numbers from `rng` whatever the outcome, so that later draws do not depend on earlier answers.
+    Args:
+        annotator: who labels.
+        score_first: this annotator's score of the answer shown first.
+        score_second: the same of the other answer.
+        rng: two numbers are drawn from it whatever the outcome, so that later draws do not depend on the answers.
     """
     tie_draw, choice_draw = rng.random(), rng.random()
-    score_first, score_second = annotator.score(shown_first, row), annotator.score(shown_second, row)
     if abs(score_first - score_second) < INDIFFERENCE and tie_draw < annotator.tie_rate:
         return None
     return 0 if choice_draw < preference_probability(score_first, score_second, annotator.temperature) else 1

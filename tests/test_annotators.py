@@ -136,18 +136,19 @@ def test_preference_probability_is_bradley_terry() -> None:
 def test_labels_follow_the_probability_whichever_answer_is_shown_first() -> None:
     annotator = Annotator("test", right=1.0, kind=1.0, brief=1.0)
     rng, n = random.Random(0), 4000
-    right_first = sum(choose(annotator, RIGHT, WRONG, ROW, rng) == 0 for _ in range(n)) / n
-    right_second = sum(choose(annotator, WRONG, RIGHT, ROW, rng) == 1 for _ in range(n)) / n
-    assert right_first == pytest.approx(preference_probability(1, 0), abs=0.03)
-    assert right_second == pytest.approx(preference_probability(1, 0), abs=0.03)
+    better, worse = annotator.score(RIGHT, ROW), annotator.score(WRONG, ROW)
+    better_first = sum(choose(annotator, better, worse, rng) == 0 for _ in range(n)) / n
+    better_second = sum(choose(annotator, worse, better, rng) == 1 for _ in range(n)) / n
+    assert better_first == pytest.approx(preference_probability(1, 0), abs=0.03)
+    assert better_second == pytest.approx(preference_probability(1, 0), abs=0.03)
 
 
 def test_only_answers_that_are_about_as_good_tie() -> None:
     annotator, rng = Annotator("test", 1.0, 1.0, 1.0, tie_rate=0.9), random.Random(0)
-    equal = [choose(annotator, RIGHT, "It lives in the woods.", ROW, rng) for _ in range(1000)]
+    equal = [choose(annotator, 1.0, 1.1, rng) for _ in range(1000)]
     assert equal.count(None) == pytest.approx(900, abs=40)
     assert equal.count(0) == pytest.approx(equal.count(1), abs=40)
-    assert None not in [choose(annotator, RIGHT, WRONG, ROW, rng) for _ in range(200)]
+    assert None not in [choose(annotator, 1.0, 2.0, rng) for _ in range(200)]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -156,7 +157,7 @@ def test_a_decided_annotator_is_less_noisy(temperature: float) -> None:
 
     def agreement(annotator: Annotator) -> float:
         rng = random.Random(1)
-        return statistics.mean(choose(annotator, RIGHT, WRONG, ROW, rng) == 0 for _ in range(1000))
+        return statistics.mean(choose(annotator, 1.0, 0.0, rng) == 0 for _ in range(1000))
 
     assert agreement(calm) > agreement(noisy)
 
@@ -177,7 +178,8 @@ def test_a_perfect_judge_agrees_with_most_but_not_all_labels() -> None:
     agreed = []
     for _ in range(4000):
         a, b = draw(), draw()
-        label = choose(rng.choice(PANEL), a, b, ROW, rng) if a != b else None
+        annotator = rng.choice(PANEL)
+        label = choose(annotator, annotator.score(a, ROW), annotator.score(b, ROW), rng) if a != b else None
         if label is not None:
             agreed.append(label == int(taste(b, ROW) > taste(a, ROW)))
     assert 0.85 < statistics.mean(agreed) < 0.92
