@@ -1,0 +1,403 @@
+"""From a YAML file and the command line to dataclasses: TRL's parser, with every mistake told at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+from pipeline import hardware
+from pipeline.errors import Problem, UserError
+
+
+@dataclass
+class DataArguments:
+    """Which data set a stage reads, and what its columns mean."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id on the Hugging Face Hub, or a local file or folder: a data set repository, parquet, JSONL, "
+            "JSON, CSV or text, also compressed (.gz)."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="validation", metadata={"help": "Split to evaluate on meanwhile."}
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read the data while training, in constant memory."}
+    )
+    validation_share: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of the rows held out for evaluation if the data set has one split only (a plain file, "
+            "say): every 20th row for 0.05."
+        },
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first rows to train."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first rows to evaluate."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of the documents (pretraining)."})
+    messages_column: str = field(
+        default="messages", metadata={"help": "Column of the conversations: a list of {role, content}."}
+    )
+    prompt_column: str = field(
+        default="prompt",
+        metadata={"help": "Column of the prompts: a list of {role, content}, or a question."},
+    )
+    completion_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the answers to `prompt_column`, if there are no conversations to tune on."
+        },
+    )
+    answer_column: str = field(
+        default="answer",
+        metadata={"help": "Column of the right answer to a prompt, which rewards compare with."},
+    )
+    answer_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression that finds the final answer inside `answer_column` (its first group, if it "
+            "has one). Without it an answer with GSM8K's `#### ` mark is cut there, and any other is taken whole."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message put before conversations and prompts that have none."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer; that of `model_name_or_path` if not given."}
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with `1e-4` a number (without a dot it would be a string), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key_node, _ in node.value:
+            if keys.count(key_node.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} stands here twice", key_node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a recipe's YAML file.
+
+    Args:
+        path: File that holds one mapping from field names to values.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        UserError: If the file isn't there, is no YAML, or is no mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, Loader=_Loader)
+    except OSError as error:
+        raise UserError(
+            Problem("--config", path, f"cannot be read ({error.strerror}); give a YAML file")
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(Problem("--config", path, "is not text in UTF-8; give a YAML file")) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        what = getattr(error, "problem", None) or "cannot be parsed"
+        raise UserError(
+            Problem("--config", where, f"is not valid YAML ({what}); correct that line")
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(Problem("--config", path, "must hold `field: value` lines")) from None
+    return content
+
+
+class _Parser(TrlParser):
+    """TRL's parser; a mistake on the command line is raised as `argparse.ArgumentError`, never printed."""
+
+    def __init__(self, dataclass_types: Iterable[Any]) -> None:
+        # An abbreviation (`--learn 1`) would be accepted, and start to mean something else with the next release.
+        super().__init__(dataclass_types, allow_abbrev=False, exit_on_error=False)
+
+    def error(self, message: str) -> Any:
+        raise argparse.ArgumentError(None, message)
+
+
+def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Build dataclasses from `--config FILE.yaml`, from the command line, which overrides it, and for this machine.
+
+    What the machine decides (`hardware.training_defaults`: precision, backend, ...) holds where the user said nothing.
+    A run that begins with this function sends no telemetry and uses the machine's cores (`hardware.threads`).
+
+    Args:
+        *dataclass_types: Dataclasses whose fields are the options, as for TRL's and transformers' parsers.
+        argv: Command line without the program's name; that of the process if not given.
+
+    Returns:
+        One instance for each type, in order.
+
+    Raises:
+        UserError: With all that is wrong with the file and the command line.
+    """
+    prepare_process()
+    parser = _Parser(dataclass_types)
+    if not dataclass_types:
+        parser.dataclass_types = []
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    config, problems = _take_config(arguments)
+    hints = {name: hint for kind in dataclass_types for name, hint in _hints(kind).items()}
+
+    for name, value in (config.pop("env", None) or {}).items():
+        os.environ.setdefault(str(name), str(value))
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        if name not in hints:
+            problems.append(_unknown(str(name), value, hints))
+            continue
+        accepted, values[name] = _convert(value, hints[name])
+        if not accepted:
+            problems.append(Problem(name, repr(value), f"must be {_describe(hints[name])}"))
+
+    given, more = _read_command_line(parser, arguments, hints)
+    problems += more
+    asked = {**values, **given}
+    problems += _unsupported(asked)
+    machine = {
+        name: choice.value
+        for name, choice in hardware.training_defaults().items()
+        if name in hints and name not in asked and not _replaces(name, asked)
+    }
+    if problems:
+        raise UserError(*problems)
+    return _build(dataclass_types, {**machine, **asked})
+
+
+def prepare_process() -> None:
+    """Switch telemetry off, unless `HF_HUB_DISABLE_TELEMETRY=0` asks for it, and use the machine's cores."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import constants
+
+    # The Hub client reads the variable when it is imported, which may have been before.
+    constants.HF_HUB_DISABLE_TELEMETRY = os.environ["HF_HUB_DISABLE_TELEMETRY"].upper() in (
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    )
+    if hardware.accelerator() is None:
+        import torch
+
+        torch.set_num_threads(hardware.threads().value)
+
+
+def _take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """Remove `--config PATH` from the command line, and read what it names."""
+    config: dict[str, Any] = {}
+    for position, argument in enumerate(arguments):
+        if argument == "--config" or argument.startswith("--config="):
+            path = argument.partition("=")[2]
+            width = 1
+            if not path:
+                if position + 1 == len(arguments):
+                    return {}, [Problem("--config", "nothing", "give the path of a YAML file")]
+                path, width = arguments[position + 1], 2
+            del arguments[position : position + width]
+            try:
+                config = read_yaml(path)
+            except UserError as error:
+                return {}, list(error.problems)
+            break
+    return config, []
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    resolved = get_type_hints(kind)
+    return {item.name: resolved[item.name] for item in dataclasses.fields(kind) if item.init}
+
+
+def _unknown(name: str, value: object, known: Iterable[str]) -> Problem:
+    nearest = difflib.get_close_matches(name.lstrip("-"), list(known), n=1)
+    remedy = (
+        f"unknown field; did you mean `{nearest[0]}`?"
+        if nearest
+        else "unknown field; see --help for those known"
+    )
+    return Problem(name, value, remedy)
+
+
+def _replaces(name: str, asked: Iterable[str]) -> bool:
+    """Whether the user spoke about the same thing under another name."""
+    same = {"bf16": {"fp16"}, "fp16": {"bf16"}, "activation_checkpointing": {"gradient_checkpointing"}}
+    return bool(same.get(name, set()) & set(asked))
+
+
+def _unsupported(asked: dict[str, Any]) -> list[Problem]:
+    problems = []
+    for dtype in ("bf16", "fp16"):
+        if asked.get(dtype) and not hardware.supports(dtype):
+            best = hardware.precision()
+            problems.append(
+                Problem(
+                    dtype, True, f"this machine lacks it; leave it out to use {best.value} ({best.reason})"
+                )
+            )
+    if asked.get("bf16") and asked.get("fp16"):
+        problems.append(Problem("bf16", True, "excludes fp16; choose one"))
+    if asked.get("trust_remote_code"):
+        problems.append(
+            Problem("trust_remote_code", True, "code from the Hub is never run here; leave it out")
+        )
+    return problems
+
+
+def _read_command_line(
+    parser: _Parser, arguments: list[str], hints: dict[str, Any]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Values given on the command line, by field name, and what is wrong with the rest."""
+    problems: list[Problem] = []
+    for action in parser._actions:
+        action.required = False
+        if action.dest in hints:
+            action.default = argparse.SUPPRESS
+    while True:
+        try:
+            namespace, rest = parser.parse_known_args(arguments)
+        except argparse.ArgumentError as error:
+            # argparse stops at the first mistake: note it, take that option away, and go on to the next.
+            option = (error.argument_name or "").split("/")[0]
+            names = [name for name in (error.argument_name or "").split("/") if name]
+            at = [i for i, text in enumerate(arguments) if text.partition("=")[0] in names]
+            if not at:
+                problems.append(Problem("command line", " ".join(arguments), error.message))
+                return {}, problems
+            end = at[0] + 1
+            while end < len(arguments) and not arguments[end].startswith("--"):
+                end += 1
+            value = arguments[at[0]].partition("=")[2] or " ".join(arguments[at[0] + 1 : end])
+            name = option.lstrip("-").replace("-", "_")
+            problems.append(Problem(name, repr(value), f"must be {_describe(hints.get(name, str))}"))
+            del arguments[at[0] : end]
+            continue
+        break
+    position = 0
+    while position < len(rest):
+        name, _, value = rest[position].partition("=")
+        position += 1
+        if name.startswith("--"):
+            if not value and position < len(rest) and not rest[position].startswith("--"):
+                value = rest[position]
+                position += 1
+            problems.append(_unknown(name[2:].replace("-", "_"), value, hints))
+        else:
+            problems.append(Problem("command line", name, "belongs to no option; see --help"))
+    return {name: value for name, value in vars(namespace).items() if name in hints}, problems
+
+
+def _describe(hint: Any) -> str:
+    """A type in words."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(option) for option in get_args(hint))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(str(option.value) for option in hint)
+    if get_origin(hint) is list:
+        return f"a list, each item {_describe(get_args(hint)[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+    return names.get(get_origin(hint) or hint, "of another type")
+
+
+def _convert(value: Any, hint: Any) -> tuple[bool, Any]:
+    """Check a value from YAML against a field's type.
+
+    Returns:
+        Whether it fits, and the value as the field takes it (1 as 1.0, one item as a list of one).
+    """
+    origin = get_origin(hint) or hint
+    if origin in (Union, types.UnionType):
+        options = [option for option in get_args(hint) if option is not type(None)]
+        if value is None:
+            return type(None) in get_args(hint), None
+        # An exact match first: for `int | str`, 5 stays a number.
+        for option in sorted(options, key=lambda option: not isinstance(value, get_origin(option) or option)):
+            fits, converted = _convert(value, option)
+            if fits:
+                return True, converted
+        return False, value
+    if origin is Literal:
+        return value in get_args(hint), value
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        pairs = [_convert(item, get_args(hint)[0]) for item in items]
+        return value is not None and all(fits for fits, _ in pairs), [item for _, item in pairs]
+    if origin is bool:
+        return isinstance(value, bool), value
+    if origin is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+        return (True, int(value)) if isinstance(value, float) and value.is_integer() else (fits, value)
+    if origin is float:
+        return isinstance(value, int | float) and not isinstance(value, bool), value
+    if origin is str:
+        # `run_name: 2026` means text, whatever YAML takes it for.
+        fits = isinstance(value, str | int | float) and not isinstance(value, bool)
+        return fits, str(value) if fits else value
+    if origin is dict:
+        return isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")), value
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return value in [option.value for option in origin], value
+    return True, value
+
+
+def _build(dataclass_types: Iterable[Any], values: dict[str, Any]) -> tuple[Any, ...]:
+    """Instantiate the dataclasses; what their own validation refuses is told in their own words, together."""
+    built, problems = [], []
+    for kind in dataclass_types:
+        own = {name: value for name, value in values.items() if name in _hints(kind)}
+        missing = [
+            item.name
+            for item in dataclasses.fields(kind)
+            if item.init
+            and item.name not in own
+            and item.default is dataclasses.MISSING
+            and item.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            problems += [Problem(name, "nothing", "is required") for name in missing]
+            continue
+        try:
+            built.append(kind(**own))
+        except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
+            message = " ".join(str(error).split())
+            named = [name for name in own if re.search(rf"\b{re.escape(name)}\b", message)]
+            name = named[0] if named else kind.__name__
+            problems.append(Problem(name, own.get(name, "refused"), message))
+    if problems:
+        raise UserError(*problems)
+    return tuple(built)
