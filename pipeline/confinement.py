@@ -1,0 +1,243 @@
+"""What code from outside may do to this machine: nothing. Confines the calling process for good, root or not.
+
+Layers, each of which alone stops most of what hostile code tries:
+
+1. resource limits: CPU seconds, address space, file size, open files, processes, no core dump;
+2. Landlock (Linux 6.2 and later): reads below the standard library and the system's shared libraries only,
+   writes below one directory only;
+3. no capabilities and `no_new_privs`, so root is no exception to the limits above;
+4. seccomp (x86-64 and arm64): a list of the system calls that plain computation needs. All else is refused
+   (processes, threads, sockets, signals, namespaces, `io_uring`, …): there is no network and no daemon;
+5. an audit hook that says early, and in words, what was refused.
+
+Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the rest holds; root then becomes `nobody`.
+Not covered: the time that a process may take (its parent kills it), and side channels.
+
+Runs inside the sandbox's child, before any foreign code: standard library only, loaded by path.
+"""
+
+import ctypes
+import errno
+import math
+import os
+import platform
+import resource
+import struct
+import sys
+
+OPEN_FILES = 32
+FILE_BYTES = 1 << 20
+# prctl(2), capset(2), landlock(7), seccomp(2)
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
+CAPABILITY_VERSION_3 = 0x20080522
+# access rights of landlock(7): write file 1<<1, read file 1<<2, read directory 1<<3, remove file 1<<5,
+# make regular file 1<<8, truncate 1<<14 (ABI 3)
+READ = 1 << 2 | 1 << 3
+WRITE = READ | 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14
+ALL_RIGHTS = {3: (1 << 15) - 1, 4: (1 << 15) - 1}
+ALL_RIGHTS_LATER = (1 << 16) - 1  # ABI 5: ioctl on devices too
+
+# name: (x86-64, arm64) from the kernel's asm/unistd.h; None where the architecture has no such call
+SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
+    "read": (0, 63), "readv": (19, 65), "pread64": (17, 67), "write": (1, 64), "writev": (20, 66),
+    "pwrite64": (18, 68), "close": (3, 57), "lseek": (8, 62), "openat": (257, 56), "fcntl": (72, 25),
+    "ioctl": (16, 29), "ftruncate": (77, 46), "fstat": (5, 80), "stat": (4, None), "lstat": (6, None),
+    "newfstatat": (262, 79), "statx": (332, 291), "access": (21, None), "faccessat": (269, 48),
+    "faccessat2": (439, 439), "getcwd": (79, 17), "getdents64": (217, 61), "readlink": (89, None),
+    "readlinkat": (267, 78), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "pipe2": (293, 59),
+    "mmap": (9, 222), "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "madvise": (28, 233),
+    "brk": (12, 214), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132), "futex": (202, 98), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115), "nanosleep": (35, 101), "gettimeofday": (96, 169), "times": (100, 153),
+    "getrandom": (318, 278), "poll": (7, None), "ppoll": (271, 73), "select": (23, None),
+    "pselect6": (270, 72), "exit": (60, 93), "exit_group": (231, 94), "wait4": (61, 260),
+    "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174),
+    "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getrusage": (98, 165),
+    "sysinfo": (99, 179), "uname": (63, 160), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
+    "restart_syscall": (219, 128), "rseq": (334, 293),
+}  # fmt: skip
+# changes to the directory, safe only where Landlock says which directory
+DIRECTORY_CALLS: dict[str, tuple[int | None, int | None]] = {
+    "unlink": (87, None), "unlinkat": (263, 35),
+    "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
+}  # fmt: skip
+# commands allowed for calls that can do more than they seem: F_SETOWN and FIOSETOWN signal other processes
+COMMANDS = {
+    "fcntl": (
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        1030,
+    ),  # dup, descriptor and status flags, locks, dup with close-on-exec
+    "ioctl": (
+        0x5401,
+        0x5413,
+        0x5421,
+        0x541B,
+        0x5450,
+        0x5451,
+    ),  # terminal?, its size, non-blocking, bytes, close-on-exec
+}
+REFUSED_EVENTS = (
+    "socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system",
+    "os.kill", "os.chmod", "os.chown", "os.mkdir", "os.rmdir", "os.symlink", "os.link",
+    "os.utime", "os.setxattr", "pty.", "shutil.", "syslog.", "signal.pthread_kill",
+    "_thread.start_new_thread", "resource.",
+)  # fmt: skip
+
+
+class Refused(PermissionError):
+    """The confined code tried what it may not."""
+
+
+def limit_resources(seconds: float, memory_mb: int) -> None:
+    """Sets hard limits; `seconds` of CPU (rounded up, and one more), `memory_mb` MiB of address space."""
+    cpu = math.ceil(seconds) + 1
+    wanted = {
+        "RLIMIT_CPU": (cpu, cpu + 1),
+        "RLIMIT_AS": (memory_mb << 20,) * 2,
+        "RLIMIT_FSIZE": (FILE_BYTES,) * 2,
+        "RLIMIT_NOFILE": (OPEN_FILES,) * 2,
+        "RLIMIT_CORE": (0, 0),
+    }
+    for name, (soft, hard) in wanted.items():
+        ceiling = resource.getrlimit(getattr(resource, name))[1]
+        if ceiling != resource.RLIM_INFINITY:
+            soft, hard = min(soft, ceiling), min(hard, ceiling)
+        try:
+            resource.setrlimit(getattr(resource, name), (soft, hard))
+        except (ValueError, OSError):  # macOS knows no limit of the address space
+            continue
+
+
+def confine_files(directory: str) -> bool:
+    """Landlock: writes below `directory` only, reads there and below the libraries. Returns success."""
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
+    if abi < 3 or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        return False
+    attributes = struct.pack(
+        "QQ", ALL_RIGHTS.get(abi, ALL_RIGHTS_LATER), 3 if abi >= 4 else 0
+    )  # and TCP bind, connect
+    ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(16 if abi >= 4 else 8), 0)
+    if ruleset < 0:
+        return False
+    for path, rights in [(directory, WRITE), *((path, READ) for path in _readable())]:
+        try:
+            opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:  # not there, or not ours to see: then it stays unreadable
+            continue
+        added = libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, opened), 0)
+        os.close(opened)
+        if added:
+            return False
+    restricted = libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
+    os.close(ruleset)
+    return restricted
+
+
+def drop_privileges(files_confined: bool) -> None:
+    """Gives up all capabilities; root becomes `nobody` where Landlock does not guard root's files."""
+    if os.geteuid() == 0 and not files_confined:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
+        libc.capset(header, bytes(24))
+        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # /proc/PID of the siblings stays shut
+
+
+def confine_calls(files_confined: bool) -> bool:
+    """Seccomp: only `SYSTEM_CALLS` from now on; no process, thread, socket or signal. Returns success."""
+    resource.setrlimit(
+        resource.RLIMIT_NPROC, (0, 0)
+    )  # where there is no seccomp; root had to lose its capabilities
+    column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
+    if sys.platform != "linux" or column is None:
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
+    code = _filter(column, files_confined)
+    program = ctypes.create_string_buffer(code, len(code))
+
+    class Program(ctypes.Structure):  # struct sock_fprog
+        _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
+
+    described = Program(len(code) // 8, ctypes.addressof(program))
+    return libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(described), 0, 0) == 0
+
+
+def watch(directory: str) -> None:
+    """An audit hook that refuses in words what the layers below refuse with an error number."""
+    readable = tuple(os.path.realpath(path) + os.sep for path in [*_readable(), directory])
+    writable = os.path.realpath(directory) + os.sep
+    changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    realpath, fsdecode, separator = os.path.realpath, os.fsdecode, os.sep
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event.startswith(REFUSED_EVENTS):
+            raise Refused(errno.EPERM, f"the sandbox refuses {event}")
+        if event == "open" and isinstance(arguments[0], str | bytes):
+            flags = arguments[2] if isinstance(arguments[2], int) else 0
+            path = realpath(fsdecode(arguments[0])) + separator
+            if not path.startswith(writable if flags & changing else readable):
+                raise Refused(errno.EPERM, f"the sandbox refuses to open {path[:-1]}")
+
+    sys.addaudithook(hook)
+
+
+def _readable() -> list[str]:
+    """The standard library (under `-S`, all that is importable), shared libraries, time zones."""
+    system = [
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/lib64",
+        os.path.join(sys.base_prefix, "lib"),
+        "/usr/share/zoneinfo",
+    ]
+    return [os.path.dirname(os.__file__), *filter(None, sys.path), *system]
+
+
+def _filter(column: int, files_confined: bool) -> bytes:
+    """The seccomp program (classic BPF): the listed calls, EPERM for others, the end for a foreign ABI."""
+    load, equal, set_bits, answer = 0x20, 0x15, 0x45, 0x06
+    allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
+    code = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]),
+        (answer, 0, 0, kill),
+        (load, 0, 0, 0),
+    ]
+    calls = SYSTEM_CALLS | (DIRECTORY_CALLS if files_confined else {})
+    for name, numbers in calls.items():
+        if (number := numbers[column]) is None:
+            continue
+        if name in COMMANDS:  # argument 1's low half is at offset 24 of struct seccomp_data
+            tests = [
+                item for command in COMMANDS[name] for item in ((equal, 0, 1, command), (answer, 0, 0, allow))
+            ]
+            body = [(load, 0, 0, 24), *tests, (answer, 0, 0, refuse)]
+        elif name == "openat" and not files_confined:  # argument 2, the flags: reading only
+            changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+            body = [
+                (load, 0, 0, 32),
+                (set_bits, 0, 1, changing),
+                (answer, 0, 0, refuse),
+                (answer, 0, 0, allow),
+            ]
+        else:
+            body = [(answer, 0, 0, allow)]
+        code += [(equal, 0, len(body), number), *body]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, (answer, 0, 0, refuse)])
