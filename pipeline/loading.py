@@ -1,0 +1,41 @@
+"""Tokenizers and models of the stages that begin with a trained model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from pipeline.arguments import DataArguments
+from pipeline.errors import Problem, UserError
+
+
+def load_tokenizer(
+    data_args: DataArguments, model_args: ModelConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """Load `tokenizer_name_or_path`, or else the model's own tokenizer.
+
+    Raises:
+        UserError: If neither holds a tokenizer.
+    """
+    field, name = "tokenizer_name_or_path", data_args.tokenizer_name_or_path
+    revision = None
+    if name is None and model_args is not None:
+        field, name, revision = "model_name_or_path", model_args.model_name_or_path, model_args.model_revision
+    if name is None:
+        raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(Problem(field, name, f"no tokenizer can be loaded from there ({reason})")) from None
+
+
+def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
+    """What TRL's trainers pass to `from_pretrained`, as TRL's own scripts make it, without code from the Hub."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }

@@ -1,0 +1,56 @@
+"""
+# Stage 2: instruction tuning
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml
+```
+
+With LoRA, on another model:
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml \
+    --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --use_peft --lora_target_modules all-linear \
+    --learning_rate 2e-4 --output_dir runs/smollm/2_sft
+```
+
+On question and answer columns:
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml \
+    --dataset_name openai/gsm8k --dataset_config main --dataset_test_split test \
+    --prompt_column question --completion_column answer --output_dir runs/gsm8k/2_sft
+```
+"""
+
+from trl import ModelConfig, SFTConfig
+
+from pipeline.arguments import DataArguments, parse
+from pipeline.errors import exit_on_user_error
+
+
+def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    from trl import SFTTrainer, get_peft_config
+
+    from pipeline.data import load_splits
+    from pipeline.loading import load_tokenizer, model_init_kwargs
+    from pipeline.training import run_callbacks, train_and_save
+
+    training_args.model_init_kwargs = model_init_kwargs(model_args)
+    train_dataset, eval_dataset = load_splits(
+        data_args, "conversation", evaluation=training_args.eval_strategy != "no"
+    )
+    trainer = SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=load_tokenizer(data_args, model_args),
+        peft_config=get_peft_config(model_args),
+        callbacks=run_callbacks(training_args),
+    )
+    train_and_save(trainer, data_args)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(*parse(DataArguments, SFTConfig, ModelConfig))
