@@ -1,0 +1,392 @@
+"""PPO for language models, on the engine of TRL's `GRPOTrainer`.
+
+TRL took its `PPOTrainer` out after 1.12. This one inherits everything that is not PPO from `GRPOTrainer`:
+generation (transformers or vLLM), reward models and reward functions, chat data, PEFT, logging, evaluation,
+checkpoints and several processes. What it adds is the critic, the KL penalty per token inside the reward,
+generalised advantage estimation and the clipped value loss (`pipeline.ppo_math`, `pipeline.value_model`).
+
+    trainer = PPOTrainer(
+        model="runs/pocket/2_sft",
+        reward_funcs=["runs/pocket/3_reward", is_polite],
+        args=PPOConfig("runs/pocket/3_ppo", kl_coef=0.05, max_completion_length=64),
+        train_dataset=load_dataset("runs/pocket/data", "preferences", split="train"),
+    )
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOTrainer
+from trl.trainer.utils import disable_dropout_in_model, use_adapter
+
+from pipeline import ppo_math
+from pipeline.epoch_sampler import EpochSampler
+from pipeline.ppo_config import PPOConfig
+from pipeline.ppo_metrics import rollout_metrics, update_metrics
+from pipeline.reference_model import copy_adapter, frozen_copy
+from pipeline.rollout_file import load_rollout, save_rollout
+from pipeline.value_model import build_value_model, parameter_groups
+
+__all__ = ["PPOConfig", "PPOTrainer"]
+
+VALUE_MODEL_FOLDER = "value_model"
+"""Where in a checkpoint or an output directory the critic is."""
+
+
+class PPOTrainer(GRPOTrainer):
+    """Trainer for Proximal Policy Optimization (PPO) with a learnt critic.
+
+    Each rollout, of `generation_batch_size` completions, is sampled, scored and given advantages once, and
+    then trained on `num_iterations` times in optimizer steps of `per_device_train_batch_size x
+    gradient_accumulation_steps x processes`. Policy and critic are two networks stepped by one optimizer: one
+    loss, one schedule, each with its own learning rate and its own gradient norm, clipped to `max_grad_norm`
+    separately.
+
+    The score of a completion belongs to its last real token. A completion that ran into
+    `max_completion_length` is scored as it stands; `missing_eos_penalty` or `mask_truncated_completions`
+    changes that. A completion for which every reward function returns None trains nothing.
+
+    The critic is `value_model/` in every checkpoint and in `output_dir`. A checkpoint also holds the rollout
+    that is being trained on, so that a resumed run goes on with it; on one CPU process it goes on bit for
+    bit.
+
+    Logged, beside what `GRPOTrainer` logs: see `pipeline.ppo_metrics`, and `val/grad_norm`, the critic's
+    before clipping.
+
+    Args:
+        model: The policy: path, Hub id, model or `PeftModel`, as for `GRPOTrainer`. It is also the reference,
+            as it is now. Of a `PeftModel` with `peft_config`, the reference is the base without the adapter;
+            of one that has an adapter already, a frozen copy of that adapter.
+        reward_funcs: One or several of: reward model, path or id of one, Python function. As for
+            `GRPOTrainer`.
+        args: The configuration. Default: `PPOConfig("<model>-PPO")`.
+        train_dataset: Rows with `prompt`, conversational or text; all other columns go to the reward
+            functions.
+        eval_dataset: The same, or a dictionary of such.
+        processing_class: The tokenizer. Default: the model's.
+        value_model: The critic: a token classification model with one label, or a path or Hub id of such a
+            one or of a reward model. Default: a copy of the first reward model if it has the policy's
+            vocabulary, else of the policy (`pipeline.value_model.value_model_from`).
+        peft_config: Train an adapter of the policy instead. The critic is trained in full.
+        **kwargs: All else that `GRPOTrainer` takes.
+
+    Raises:
+        ValueError: For a multimodal model, or under FSDP or DeepSpeed, which would leave the critic
+            unsharded.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
+    _name = "PPO"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Fine-Tuning Language Models from Human Preferences",
+        "id": "1909.08593",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        value_model: str | PreTrainedModel | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = PPOConfig(f"{name.split('/')[-1]}-PPO")
+        if args.kl_coef > 0 and isinstance(model, PeftModel):
+            copy_adapter(model, "ref")
+        super().__init__(
+            model=model,
+            reward_funcs=list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        if self._is_vlm:
+            raise ValueError("PPOTrainer trains text models: the critic reads no images")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "PPOTrainer runs on one process or under DDP: FSDP and DeepSpeed do not shard its critic"
+            )
+
+        if args.kl_coef > 0 and not is_peft_model(self.model):
+            reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        critic = build_value_model(
+            value_model,
+            policy=self.model.get_base_model() if is_peft_model(self.model) else self.model,
+            tokenizer=self._tokenizer,
+            reward_model=self.reward_funcs[0] if self.reward_funcs else None,
+            reward_tokenizer=self.reward_processing_classes[0] if self.reward_funcs else None,
+        )
+        if args.disable_dropout:
+            disable_dropout_in_model(critic)
+        if args.gradient_checkpointing:
+            critic.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        self.value_model = self.accelerator.prepare_model(critic.to(self.accelerator.device))
+        self._score_moments = ppo_math.Moments()
+        self._critic_gradients_used = False
+
+    # ---- The models
+
+    def _reference_logps(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int) -> Tensor:
+        """(B, `length`) log-probabilities of the last `length` tokens under the reference."""
+        model, adapter = self.ref_model, nullcontext()
+        if model is None:
+            model = self.model
+            policy = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        with adapter:
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                model, ids, attention_mask, length, batch_size
+            )
+        return logps
+
+    def _values(
+        self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None
+    ) -> Tensor:
+        """(B, `length`) estimates of the critic before each of the last `length` tokens is chosen."""
+        self.value_model.train(self.model.training)
+        size = batch_size or len(ids)
+        values = []
+        for chunk, chunk_mask in zip(ids.split(size), attention_mask.split(size), strict=True):
+            with self.accelerator.autocast():
+                logits = self.value_model(input_ids=chunk, attention_mask=chunk_mask, use_cache=False).logits
+            values.append(logits[:, -length - 1 : -1, 0].float())
+        return torch.cat(values)
+
+    # ---- The rollout
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep the parent's rewards, which it turns into group-relative advantages and forgets."""
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Let the parent sample and score, then replace its advantages (B,) by PPO's (B, T)."""
+        mode = "train" if self.model.training else "eval"
+        batch = super()._generate_and_score_completions(inputs)
+        self._metrics[mode].pop("frac_reward_zero_std", None)  # about groups, of which there are none
+
+        scores, scored = self._scores(batch, mode)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1) * scored.unsqueeze(1).int()
+        if not scored.all():
+            batch["tool_mask"] = mask
+        batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
+
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        args, length = self.args, mask.shape[1]
+        size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
+        with torch.no_grad():
+            if "old_per_token_logps" not in batch:
+                batch["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
+                    self.model, ids, attention_mask, length, size
+                )
+            logps = batch["old_per_token_logps"]
+            kl = None
+            if args.kl_coef > 0:
+                ref_logps = self._reference_logps(ids, attention_mask, length, size)
+                kl = ppo_math.kl_estimate(logps, ref_logps, args.kl_estimator)
+            values = self._values(ids, attention_mask, length, size)
+
+        penalty = torch.zeros_like(logps) if kl is None else args.kl_coef * kl
+        rewards = ppo_math.token_rewards(scores, penalty, mask)
+        advantages, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.lam)
+        self._log_metrics(
+            rollout_metrics(
+                scores=scores,
+                scored=scored,
+                kl=kl,
+                kl_coef=args.kl_coef,
+                logps=logps,
+                advantages=advantages,
+                returns=returns,
+                is_eos=self._is_eos(batch["completion_ids"]),
+                mask=mask,
+                reduce=self._sum_over_processes,
+            )
+        )
+        self._log_advantages(advantages, mask)
+        if args.whiten_advantages:
+            advantages = ppo_math.masked_whiten(advantages, mask, self._sum_over_processes)
+        batch |= {"advantages": advantages, "returns": returns, "old_values": values}
+        return batch
+
+    def _scores(self, batch: dict[str, Any], mode: str) -> tuple[Tensor, Tensor]:
+        """This process's (B,) scores, normalised and penalised, and which completions have one."""
+        rewards = self._rewards_per_func  # of all processes
+        all_scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        all_scored = ~rewards.isnan().all(dim=1)
+        moments = ppo_math.Moments()
+        if self.args.reward_normalization == "batch":
+            moments.update(all_scores[all_scored])
+        elif self.args.reward_normalization == "running":
+            moments = self._score_moments
+            if mode == "train":
+                moments.update(all_scores[all_scored])
+        rows = len(batch["completion_ids"])
+        local = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        scores, scored = moments.normalize(all_scores[local]), all_scored[local]
+        if self.args.missing_eos_penalty is not None:
+            ended = (self._is_eos(batch["completion_ids"]) & (batch["completion_mask"] > 0)).any(dim=1)
+            scores = scores - self.args.missing_eos_penalty * ~ended
+        return torch.where(scored, scores, 0.0), scored
+
+    # ---- The update
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
+        """Remember the last result, which the parent's loss uses up and the metrics need."""
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._last_result = [None if x is None else x.detach() for x in result]
+        return result
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        policy_loss = super()._compute_loss(model, inputs)
+        logps, entropies, _ = self._last_result
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        values = self._values(ids, attention_mask, mask.shape[1])
+        losses, clipped = ppo_math.clipped_value_loss(
+            values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
+        )
+        # As the parent does for loss_type="dapo": real tokens of an optimizer step, on average, per process.
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:
+            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        value_loss = (losses * mask).sum() / tokens
+        log_ratio = logps - inputs["old_per_token_logps"]
+        self._log_metrics(
+            update_metrics(
+                log_ratio=log_ratio,
+                entropies=entropies,
+                advantages=inputs["advantages"],
+                cliprange=self.args.cliprange,
+                value_losses=losses.detach(),
+                value_clipped=clipped,
+                mask=mask,
+                reduce=self._sum_over_processes,
+            )
+        )
+        return policy_loss + self.args.vf_coef * value_loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Add the critic's parameters to the policy's optimizer, with `value_learning_rate`."""
+        optimizer = super().create_optimizer(model)
+        critic = self.accelerator.unwrap_model(self.value_model)
+        rate = self.args.value_learning_rate
+        rate = self.args.learning_rate if rate is None else rate
+        decayed = self.get_decay_parameter_names(critic)
+        for group in parameter_groups(critic, decayed, rate, self.args.weight_decay):
+            optimizer.add_param_group(group)
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Do for the critic what `Trainer` does for the model: zero gradients, reduce them once a step."""
+        if self._critic_gradients_used:
+            self.value_model.zero_grad()
+        self._critic_gradients_used = self.accelerator.sync_gradients
+        last = self.accelerator.sync_gradients
+        with nullcontext() if last else self.accelerator.no_sync(self.value_model):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip policy and critic, each by its own norm, so that neither's is spent by the other's."""
+        policy_norm = super()._clip_grad_norm(model)
+        norm = nn.utils.clip_grad_norm_(self.value_model.parameters(), self.args.max_grad_norm)
+        self._metrics["train"]["val/grad_norm"].append(norm.item())
+        return policy_norm
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with random numbers of its own, the same each time, and leave training's alone."""
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + self.accelerator.process_index)
+            return super().evaluation_loop(*args, **kwargs)
+
+    # ---- Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        critic = self.accelerator.unwrap_model(self.value_model)
+        critic.save_pretrained(os.path.join(output_dir or self.args.output_dir, VALUE_MODEL_FOLDER))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_value_model(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_value_model(self.state.best_model_checkpoint)
+
+    def _load_value_model(self, checkpoint: str) -> None:
+        folder = os.path.join(checkpoint, VALUE_MODEL_FOLDER)
+        if not os.path.isdir(folder):
+            raise ValueError(f"{checkpoint} has no {VALUE_MODEL_FOLDER}/: no checkpoint of PPOTrainer")
+        critic = self.accelerator.unwrap_model(self.value_model)
+        saved = type(critic).from_pretrained(folder, dtype=critic.dtype)
+        critic.load_state_dict(saved.state_dict())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save what else each process's next step depends on: rollout, place in it, moments of the scores."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        steps_per_rollout = self.args.steps_per_generation * self.num_iterations
+        in_use = self._step % steps_per_rollout != 0  # else the next step samples another
+        batches = (self._buffered_inputs or []) if in_use else []
+        os.makedirs(output_dir, exist_ok=True)
+        state = {"step": self._step, "moments": asdict(self._score_moments)}
+        save_rollout(self._rollout_file(output_dir), batches, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and os.path.isfile(self._rollout_file(checkpoint)):
+            batches, state = load_rollout(self._rollout_file(checkpoint), self.accelerator.device)
+            self._buffered_inputs = batches or None
+            self._step = state["step"]
+            self._score_moments = ppo_math.Moments(**state["moments"])
+
+    def _rollout_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.safetensors")
+
+    # ---- Metrics
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def _is_eos(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self.eos_token_ids, device=ids.device))
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _log_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        """Show in the table of completions one advantage of each: the mean over its real tokens."""
+        means = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
+        for _ in means:
+            self._logs["advantages"].pop()  # the parent's
+        self._logs["advantages"].extend(means)

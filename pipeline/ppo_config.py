@@ -1,0 +1,128 @@
+"""What `pipeline.ppo.PPOTrainer` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """What `PPOTrainer` can be told: all that `GRPOConfig` can, and the following.
+
+    Some fields of `GRPOConfig` have another meaning or default: `num_generations` is how many completions are
+    sampled for each prompt (1; they are not compared with each other), `num_iterations` how many PPO epochs
+    are made over them (4). The advantage is no longer relative to a group, so `scale_rewards` has no effect.
+    `loss_type` stays "dapo": the mean over all real tokens of an optimizer step, however it is split over
+    processes and accumulation.
+
+    Args:
+        kl_coef: Reward taken away for each nat by which the policy leaves the reference, at each token. 0
+            makes do without a reference model, and without `objective/kl`.
+        kl_estimator: "k1" (the log ratio) or "k3" (never negative, less variance). Both are unbiased.
+        gamma: Discount per token, in [0, 1].
+        lam: Lambda of generalised advantage estimation, in [0, 1].
+        cliprange: How far the probability ratio of a token may move from 1 in the updates of one rollout; it
+            takes the place of `epsilon`.
+        cliprange_value: How far the critic's estimate of a token may move in the updates of one rollout, in
+            units of the (normalised) reward.
+        vf_coef: Weight of the value loss beside the policy loss.
+        value_learning_rate: Peak learning rate of the critic, on the schedule of the policy's. None:
+            `learning_rate`.
+        whiten_advantages: Give the advantages of each rollout, over all processes, mean 0 and variance 1.
+        reward_normalization: "none"; "batch": each score less the mean of its rollout, over its standard
+            deviation; "running": by mean and standard deviation of all scores since training began, over all
+            processes, which are saved with each checkpoint. It applies to the sum of all rewards, before
+            `missing_eos_penalty` and KL.
+        missing_eos_penalty: Taken from the score of a completion cut off before its end of turn, after
+            normalisation.
+            None: nothing. (`mask_truncated_completions` leaves such completions out altogether.)
+
+    Raises:
+        ValueError: For a value out of range, a generation batch of a single completion, or an option of
+            `GRPOConfig` that contradicts PPO.
+    """
+
+    num_generations: int | None = field(default=1, metadata={"help": "Completions sampled for each prompt."})
+    num_generations_eval: int | None = field(
+        default=None, metadata={"help": "The same in evaluation. Default: `num_generations`."}
+    )
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
+    kl_coef: float = field(
+        default=0.05, metadata={"help": "Reward taken away for each nat of KL, at each token."}
+    )
+    kl_estimator: str = field(
+        default="k1", metadata={"help": "Estimator of the KL at a token.", "choices": ["k1", "k3"]}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    cliprange: float = field(default=0.2, metadata={"help": "Clip range of the policy's probability ratio."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the critic's estimates."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the critic. Default: that of the policy."}
+    )
+    whiten_advantages: bool = field(
+        default=True, metadata={"help": "Whiten the advantages of each rollout over all processes."}
+    )
+    reward_normalization: str = field(
+        default="none",
+        metadata={
+            "help": "Normalise scores by nothing, by their rollout, or by all scores so far.",
+            "choices": ["none", "batch", "running"],
+        },
+    )
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken from the score of a completion without end of turn."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check()
+        self.epsilon = self.cliprange
+        given = self.num_generations, self.num_generations_eval
+        if self.num_generations == 1:
+            # GRPO compares two or more; PPO need not. Any divisor of the generation batch passes its check.
+            accumulated = self.steps_per_generation or self.gradient_accumulation_steps
+            rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated
+            self.num_generations, self.num_generations_eval = max(2, rows), given[1] or 1
+        try:
+            super().__post_init__()
+        finally:
+            self.num_generations, self.num_generations_eval = given
+
+    def _check(self) -> None:
+        """Raise `ValueError` for every field that is wrong, all in one message."""
+        unit_interval = {"gamma": self.gamma, "lam": self.lam}
+        positive = {"cliprange": self.cliprange, "cliprange_value": self.cliprange_value}
+        not_negative = {
+            "kl_coef": self.kl_coef,
+            "vf_coef": self.vf_coef,
+            "value_learning_rate": self.value_learning_rate or 0.0,
+            "missing_eos_penalty": self.missing_eos_penalty or 0.0,
+        }
+        wrong = [
+            f"{name} ({value}) must be in [0, 1]"
+            for name, value in unit_interval.items()
+            if not 0 <= value <= 1
+        ]
+        wrong += [f"{name} ({value}) must be positive" for name, value in positive.items() if value <= 0]
+        wrong += [
+            f"{name} ({value}) must not be negative" for name, value in not_negative.items() if value < 0
+        ]
+        if self.num_generations is None or self.num_generations < 1:
+            wrong.append(f"num_generations ({self.num_generations}) must be at least 1")
+        if self.kl_estimator not in ("k1", "k3"):
+            wrong.append(f"kl_estimator ({self.kl_estimator}) must be k1 or k3")
+        if self.reward_normalization not in ("none", "batch", "running"):
+            wrong.append(f"reward_normalization ({self.reward_normalization}) must be none, batch or running")
+        if self.beta != 0.0:
+            wrong.append(f"beta ({self.beta}) must be 0: PPO's KL penalty is part of the reward, set kl_coef")
+        if self.epsilon not in (GRPOConfig.epsilon, self.cliprange) or self.epsilon_high is not None:
+            wrong.append("epsilon and epsilon_high must be unset: set cliprange")
+        if self.loss_type != "dapo" or self.importance_sampling_level != "token":
+            wrong.append("loss_type and importance_sampling_level must be dapo and token, their defaults")
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            wrong.append("multi_objective_aggregation must be sum_then_normalize, its default")
+        if wrong:
+            raise ValueError("; ".join(wrong))

@@ -1,0 +1,167 @@
+"""The critic of PPO: a language model with one scalar output at each token.
+
+It is transformers' token classification model with one label, so that it trains, is saved and loads like any
+other: `AutoModelForTokenClassification.from_pretrained("<run>/value_model")`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GenericForTokenClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+HEAD_NAMES = ("score", "classifier")
+"""What transformers calls the linear head of its classifiers."""
+
+
+def token_scalar_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The token classification class of a model's architecture.
+
+    Transformers has one for most architectures; for one that it lacks (Llama 4, say), one is put together
+    from its own mixin.
+
+    Args:
+        model: Any text model.
+
+    Returns:
+        A class whose constructor takes a configuration.
+    """
+    if type(model.config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(model.config)]
+    base = next(
+        cls
+        for cls in type(model).__mro__
+        if cls.__module__.startswith("transformers.") and cls.__name__.endswith("PreTrainedModel")
+    )
+    name = base.__name__.removesuffix("PreTrainedModel") + "ForTokenClassification"
+    return type(name, (GenericForTokenClassification, base), {})
+
+
+def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
+    """Build a critic from a reward model or from a policy.
+
+    The body is copied. From a reward model (a sequence classifier with one label) the head is too: at each
+    token the critic begins with the reward that the text so far would get. From a policy the head is zero: it
+    begins by expecting nothing. Adapters of PEFT are left out.
+
+    Args:
+        source: A causal language model, or a sequence classifier with one label. It is not changed.
+
+    Returns:
+        The critic, in `float32` or the dtype of `source`, on the device of `source`.
+
+    Raises:
+        ValueError: If the weights of `source` do not fit.
+    """
+    config = copy.deepcopy(source.config)
+    config.num_labels = 1
+    config.classifier_dropout = 0.0
+    with torch.random.fork_rng(devices=[]):  # so that adding a critic changes no other random number
+        critic = token_scalar_class(source)(config)
+    critic.to(device=source.device, dtype=source.dtype)
+
+    head_name, head = _head(critic)
+    output_head = source.get_output_embeddings()
+    left_out = {
+        f"{name}."
+        for name, module in source.named_modules()
+        if output_head is not None and module is output_head
+    }
+    state = {}
+    for name, weight in source.state_dict().items():
+        if ".lora_" in name or name.startswith(tuple(left_out)):
+            continue
+        owner, _, rest = name.replace(".base_layer.", ".").partition(".")
+        state[f"{head_name if owner in HEAD_NAMES else owner}.{rest}"] = weight
+    missing, unexpected = critic.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.startswith(f"{head_name}.")]
+    if missing or unexpected:
+        raise ValueError(
+            f"{type(source).__name__} cannot become a critic (weights missing: {missing}, unexpected: "
+            f"{unexpected}): pass your own `value_model`"
+        )
+    with torch.no_grad():
+        if f"{head_name}.weight" not in state:
+            head.weight.zero_()
+        if head.bias is not None and f"{head_name}.bias" not in state:
+            head.bias.zero_()
+    return critic
+
+
+def build_value_model(
+    value_model: str | PreTrainedModel | None,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_model: Any,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
+) -> PreTrainedModel:
+    """The critic that is asked for, or the one that suits.
+
+    Args:
+        value_model: A critic; or a path or Hub id of one, or of a reward model; or None for a copy of
+            `reward_model` if that is a model with the policy's vocabulary, else of `policy`.
+        policy: The policy, without adapters.
+        tokenizer: The policy's.
+        reward_model: The first reward function, of whatever kind, or None.
+        reward_tokenizer: Its tokenizer, if it is a model.
+
+    Returns:
+        The critic, which pads as the policy does.
+    """
+    if isinstance(value_model, str):
+        critic = AutoModelForTokenClassification.from_pretrained(
+            value_model, num_labels=1, dtype=policy.dtype
+        )
+    elif value_model is not None:
+        critic = value_model
+    elif (
+        isinstance(reward_model, nn.Module)
+        and reward_tokenizer is not None
+        and reward_tokenizer.get_vocab() == tokenizer.get_vocab()
+    ):
+        critic = value_model_from(reward_model)
+    else:
+        critic = value_model_from(policy)
+    critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return critic
+
+
+def parameter_groups(
+    critic: nn.Module, decayed: list[str], learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """The critic's trainable parameters, as groups for an optimizer.
+
+    Args:
+        critic: The critic.
+        decayed: Names of the parameters that weight decay applies to.
+        learning_rate: Peak learning rate.
+        weight_decay: Of those parameters.
+
+    Returns:
+        One group or two; none is empty.
+    """
+    groups = []
+    for decays in (True, False):
+        parameters = [
+            parameter
+            for name, parameter in critic.named_parameters()
+            if parameter.requires_grad and (name in decayed) == decays
+        ]
+        if parameters:
+            decay = weight_decay if decays else 0.0
+            groups.append({"params": parameters, "lr": learning_rate, "weight_decay": decay})
+    return groups
+
+
+def _head(critic: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """The scalar head, by name: the only linear layer that the body does not hold."""
+    for name in HEAD_NAMES:
+        head = getattr(critic, name, None)
+        if isinstance(head, nn.Linear):
+            return name, head
+    raise ValueError(f"{type(critic).__name__} has no linear head named any of {HEAD_NAMES}")

@@ -1,0 +1,107 @@
+"""A world small enough to run PPO in a second: ten words, and models of a few thousand parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline.ppo import PPOConfig
+
+SPECIAL = ["<pad>", "<bos>", "<end>", "<user>", "<assistant>"]
+WORDS = ["red", "green", "blue", "one", "two", "three", "yes", "no", "hello", "why"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}"
+    "{% if m.role == 'assistant' %}{{ '<end>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<end>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=TEMPLATE,
+        padding_side="left",
+    )
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    """Two layers of 16."""
+    return LlamaConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **changes,
+    )
+
+
+def policy(seed: int = 0) -> LlamaForCausalLM:
+    """A random causal language model."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config())
+
+
+def reward_model(seed: int = 1) -> LlamaForSequenceClassification:
+    """A random sequence classifier with one label."""
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(llama_config(num_labels=1))
+
+
+def prompts(rows: int = 16) -> Dataset:
+    """Questions of one to three words, so that padding matters."""
+    return Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": " ".join(WORDS[: 1 + i % 3])}], "row": i}
+            for i in range(rows)
+        ]
+    )
+
+
+def share_of_red(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Reward: how much of the answer is "red"."""
+    texts = [completion[0]["content"].split() for completion in completions]
+    return [text.count("red") / max(len(text), 1) for text in texts]
+
+
+def config(output_dir: Any, **changes: Any) -> PPOConfig:
+    """One CPU process, fp32, everything logged at each step."""
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 6,
+        "num_iterations": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return PPOConfig(str(output_dir), **(defaults | changes))
