@@ -1,0 +1,56 @@
+"""`python -m pipeline`: its help is light, and its mistakes are told in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "evaluate", "numpy", "pyarrow"}
+
+
+def loaded_modules(*argv: str) -> set[str]:
+    """Names of the top-level modules that `python -m pipeline *argv` has imported when it ends."""
+    script = (
+        "import contextlib, json, runpy, sys\n"
+        "sys.argv[1:] = json.loads(sys.argv[1])\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(sys.stderr):\n"
+        "    runpy.run_module('pipeline', run_name='__main__', alter_sys=True)\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))\n"
+    )
+    command = [sys.executable, "-c", script, json.dumps(argv)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(result.stdout))
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    assert all(command in told for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_imports_nothing_heavy(command: str | None) -> None:
+    argv = [command, "--help"] if command else ["--help"]
+    assert not loaded_modules(*argv) & HEAVY
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["trian"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'trian'" in capsys.readouterr().err
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipes/nowhere", "--config_file", str(ROOT / "accelerate_config.yaml")])
+    assert stop.value.code == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["recipe: recipes/nowhere: no such folder; give one with files such as 2_sft.yaml"]
