@@ -22,14 +22,15 @@ COMMANDS = {
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser for `argv` (list of str): every subcommand is listed, the one that `argv` names is filled in."""
+    """The parser for `argv` (list of str): all subcommands are listed, the one that it names is filled in."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline",
         description="Train a language model from random weights to a reasoning chat model.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        description = summary[0].upper() + summary[1:] + "."
+        subparser = subparsers.add_parser(name, help=summary, description=description)
         if name in argv[:1]:
             importlib.import_module(module).add_arguments(subparser)
     return parser

@@ -1,6 +1,6 @@
 """`python -m pipeline merge ADAPTER --output_dir DIR`: write a LoRA adapter and its base model as one model.
 
-    python -m pipeline merge runs/lora/2_sft --output_dir runs/lora/2_sft-merged
+python -m pipeline merge runs/lora/2_sft --output_dir runs/lora/2_sft-merged
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.errors import Problem, UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merge` to `parser`."""
     parser.add_argument("adapter", type=Path, help="directory that a recipe with use_peft has written")
-    parser.add_argument("--output_dir", type=Path, required=True, help="new or empty directory for the merged model")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new directory for the merged model")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
 def _read_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     if not path.is_file():
-        raise UserError(Problem("adapter", adapter, "holds no adapter_config.json; give what use_peft has saved"))
+        raise UserError(Problem("adapter", adapter, "holds no adapter_config.json; give what use_peft saved"))
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -47,7 +47,7 @@ def run(
     """Run `command` to its end.
 
     A first SIGINT or SIGTERM is handed on, once, and the child is waited for; a second one kills it with all
-    that it has started. The child has a process group of its own, or a terminal's Ctrl-C would reach it twice.
+    that it has started. The child has its own process group, or a terminal's Ctrl-C would reach it twice.
 
     Args:
         command: program and arguments.

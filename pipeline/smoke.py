@@ -1,0 +1,78 @@
+"""What `--smoke` makes of each kind of step: two steps on a miniature of its model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# So little that two steps take seconds, whatever the recipe asks for.
+TRAINING: Mapping[str, Any] = {
+    "max_steps": 2,
+    "max_train_samples": 64,
+    "max_eval_samples": 16,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "torch_compile": False,
+    "report_to": "none",
+    "push_to_hub": False,
+}
+# Prompts and completions: four completions a step, all of one prompt.
+ROLLOUTS: Mapping[str, Any] = {
+    **TRAINING,
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "max_completion_length": 16,
+}
+MODEL: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    "data": {"size_mb": 0.3},
+    "tokenizer": {"vocab_size": 512, "max_train_samples": 2000},
+    "random": MODEL,
+    "pretrain": {**MODEL, **TRAINING, "max_train_samples": 512},
+    "sft": TRAINING,
+    "preferences": {"max_prompts": 8, "max_eval_prompts": 4, "max_new_tokens": 16},
+    "reward": TRAINING,
+    "ppo": ROLLOUTS,
+    "grpo": ROLLOUTS,
+    "evaluate": {"limit": 8},
+}
+
+
+# A limit that is stricter in the recipe stays as it is there.
+LIMITS = ("size_mb", "vocab_size", "limit")
+
+
+def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a step's smoke run overrides.
+
+    Args:
+        kind: of the step, such as "sft".
+        values: the step's YAML file; a limit that is stricter there is kept.
+
+    Returns:
+        Field -> value.
+    """
+    overrides = {
+        field: value
+        for field, value in OVERRIDES[kind].items()
+        if not _is_stricter(field, values.get(field), value)
+    }
+    if kind in ("ppo", "grpo"):
+        # TRL takes one of the two, and refuses both.
+        if "generation_batch_size" in values:
+            overrides["generation_batch_size"] = ROLLOUTS["per_device_train_batch_size"]
+        else:
+            overrides["steps_per_generation"] = 1
+    return overrides
+
+
+def _is_stricter(field: str, own: Any, limit: Any) -> bool:
+    is_limit = field.startswith("max_") or field in LIMITS
+    return is_limit and isinstance(own, int | float) and not isinstance(own, bool) and 0 < own < limit

@@ -1,0 +1,117 @@
+"""The kinds of steps that a recipe folder can have, and one step: what it runs, writes and needs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import Problem, UserError
+
+REPORT = "report"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the files `<number>_<kind>.yaml` run.
+
+    Args:
+        module: run with `python -m`.
+        launched: through `accelerate launch`, on as many processes as asked for.
+        measured: it leaves a model, which is evaluated.
+    """
+
+    module: str
+    launched: bool = False
+    measured: bool = False
+
+
+# In the order in which kinds of the same number run.
+KINDS = {
+    "data": Kind("pipeline.pocket"),
+    "tokenizer": Kind("pipeline.tokenizer"),
+    "random": Kind("pipeline.model", measured=True),
+    "pretrain": Kind("recipes.pretrain", launched=True, measured=True),
+    "sft": Kind("recipes.sft", launched=True, measured=True),
+    "preferences": Kind("pipeline.preferences", launched=True),
+    "reward": Kind("recipes.reward", launched=True, measured=True),
+    "ppo": Kind("recipes.ppo", launched=True, measured=True),
+    "grpo": Kind("recipes.grpo", launched=True, measured=True),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run.
+
+    Args:
+        name: stem of its YAML file, `0_random`, `evaluate_<directory of a stage>` or `report`.
+        kind: key of `KINDS`, "evaluate" or "report".
+        module: run with `python -m`.
+        launched: through `accelerate launch`.
+        arguments: what follows the module.
+        output: directory that it writes.
+        leftovers: what is deleted before it runs anew.
+        values: what it was configured with, paths as in the YAML file; the fingerprint is taken of these.
+        needs: names of the steps whose output it reads.
+        files: files and folders outside of the run that it reads.
+    """
+
+    name: str
+    kind: str
+    module: str
+    launched: bool
+    arguments: tuple[str, ...]
+    output: Path
+    leftovers: tuple[Path, ...]
+    values: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def product(self) -> Path:
+        """What is there once it has finished."""
+        if self.kind == "evaluate":
+            return self.leftovers[0]
+        return self.output / "index.html" if self.kind == "report" else self.output
+
+    def command(self, launch: Sequence[str]) -> list[str]:
+        """The command that a user would type; `launch` are the arguments of `accelerate launch` itself."""
+        start = ["accelerate", "launch", *launch] if self.launched else ["python"]
+        return [*start, "-m", self.module, *self.arguments]
+
+    def executable(self, launch: Sequence[str]) -> list[str]:
+        """The same command on this Python interpreter, ending with the exit code of the step itself."""
+        start = [sys.executable, "-m", "pipeline.launcher", *launch] if self.launched else [sys.executable]
+        return [*start, "-m", self.module, *self.arguments]
+
+
+def find_step(steps: Iterable[Step], name: str, field: str) -> Step:
+    """The step that a user calls `name`: `2_sft`, `sft` or the file's name.
+
+    Raises:
+        UserError: about `field`, if there is none or more than one; lists those there are.
+    """
+    steps = list(steps)
+    wanted = Path(name).name.removesuffix(".yaml")
+    for same in (lambda step: step.name == wanted, lambda step: _short(step.name) == wanted):
+        found = [step for step in steps if same(step)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(Problem(field, name, f"choose one of {', '.join(step.name for step in found)}"))
+    raise UserError(Problem(field, name, f"no such step; there are {', '.join(step.name for step in steps)}"))
+
+
+def _short(name: str) -> str:
+    """`2_sft` -> `sft`, `evaluate_2_sft` -> `evaluate_sft`."""
+    return re.sub(r"^(evaluate_)?\d+_", r"\1", name)
+
+
+def printable(command: Sequence[str]) -> str:
+    """The command as typed in a shell."""
+    return shlex.join(command)
