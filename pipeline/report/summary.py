@@ -1,0 +1,167 @@
+"""metrics.json: every figure of a run, for scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.differences import Difference
+from pipeline.report.promises import Verdict
+from pipeline.report.reading import Measurement, Run, Stage, finite, last_logged
+
+PACKAGES = ("fourstage", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft")
+
+
+def summarise(run: Run, found: Sequence[Difference], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """The content of metrics.json.
+
+    Args:
+        run: the run.
+        found: its paired differences.
+        verdicts: the promises that it is held to.
+
+    Returns:
+        `stages` (stage -> metric -> `{"value", "ci95", "n"}`, and `by_kind` where there are kinds), `seconds`
+        (step -> seconds), `hardware`, `versions` and `seed`; and `run`, `commit`, `parameters`, `tokens` and
+        `flops` (by stage), `differences`, `promises` and `notes`.
+    """
+    costs = {name: training_cost(stage) for name, stage in run.stages.items()}
+    return {
+        "run": run.name,
+        "stages": {
+            name: {metric: as_json(measurement) for metric, measurement in stage.metrics.items()}
+            for name, stage in run.stages.items()
+            if stage.metrics
+        },
+        "seconds": seconds(run),
+        "hardware": _facts(run, "hardware", machine),
+        "versions": _facts(run, "versions", versions),
+        "seed": run.manifest.get("seed"),
+        "commit": commit(run),
+        "parameters": {name: stage.parameters for name, stage in run.stages.items() if stage.parameters},
+        "tokens": {name: round(tokens) for name, (tokens, _) in costs.items() if tokens},
+        "flops": {name: flops for name, (_, flops) in costs.items() if flops},
+        "differences": [
+            {
+                "stage": item.stage,
+                "before": item.before,
+                "metric": item.metric,
+                "aim": item.aim,
+                "verdict": item.verdict,
+                **as_json(item.change),
+            }
+            for item in found
+        ],
+        "promises": [
+            {"promise": str(verdict.promise), "measured": verdict.measured, "kept": verdict.kept}
+            for verdict in verdicts
+        ],
+        "notes": list(run.notes),
+    }
+
+
+def as_json(measurement: Measurement) -> dict[str, Any]:
+    """`{"value", "ci95", "n"}`, and `by_kind` where there are kinds; `ci95` is null where it is not known."""
+    known = measurement.low is not None and measurement.high is not None
+    entry: dict[str, Any] = {
+        "value": measurement.value,
+        "ci95": [measurement.low, measurement.high] if known else None,
+        "n": measurement.n,
+    }
+    if measurement.by_kind:
+        entry["by_kind"] = {kind: as_json(inner) for kind, inner in measurement.by_kind.items()}
+    return entry
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON that every parser reads (no NaN), whole or not at all."""
+    text = json.dumps(content, indent=1, allow_nan=False, default=str) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; characters that UTF-8 cannot hold become question marks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    os.replace(partial, path)
+
+
+def seconds(run: Run) -> dict[str, float]:
+    """Seconds of each step by the manifest; for a stage that it lacks, of training alone, by its log."""
+    steps = run.manifest.get("steps")
+    taken: dict[str, float] = {}
+    for name, step in (steps if isinstance(steps, dict) else {}).items():
+        value = finite(step.get("seconds")) if isinstance(step, dict) else None
+        if value is not None:
+            taken[name] = value
+    for name, stage in run.stages.items():
+        runtime = last_logged(stage, "train_runtime")
+        if name not in taken and runtime is not None:
+            taken[name] = runtime
+    return taken
+
+
+def training_cost(stage: Stage) -> tuple[float | None, float | None]:
+    """Tokens that the stage trained on and its floating-point operations, None where not known.
+
+    The operations are 6 x parameters x tokens (forward and backward; Kaplan et al. 2020), or what the trainer
+    counted where it logged no tokens.
+    """
+    tokens = last_logged(stage, "num_tokens") or last_logged(stage, "num_input_tokens_seen")
+    tokens = tokens or finite(stage.state.get("num_input_tokens_seen")) or None
+    if tokens and stage.parameters:
+        return tokens, 6.0 * stage.parameters * tokens
+    return tokens, finite(stage.state.get("total_flos")) or None
+
+
+def _facts(run: Run, key: str, measure: Any) -> dict[str, Any]:
+    """What the run recorded about its machine, or else what this machine is."""
+    recorded = run.manifest.get(key)
+    return recorded if isinstance(recorded, dict) and recorded else measure()
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores this process may use and memory in GiB, of the machine that the report is made on."""
+    facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
+    facts["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        facts["processor"] = platform.processor()
+        return facts
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    facts["processor"] = models[0] if models else platform.processor()
+    facts["memory_gib"] = round(pages / 2**30, 1)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that matter, as installed here."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(run: Run) -> str | None:
+    """The commit that the run recorded, or else that of the checkout that makes the report."""
+    recorded = run.manifest.get("commit") or run.manifest.get("git_commit")
+    if isinstance(recorded, str):
+        return recorded
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
