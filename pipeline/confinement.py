@@ -56,6 +56,7 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getrusage": (98, 165),
     "sysinfo": (99, 179), "uname": (63, 160), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
     "restart_syscall": (219, 128), "rseq": (334, 293),
+    "setitimer": (38, 103),
 }  # fmt: skip
 # changes to the directory, safe only where Landlock says which directory
 DIRECTORY_CALLS: dict[str, tuple[int | None, int | None]] = {
@@ -94,6 +95,12 @@ REFUSED_EVENTS = (
 
 class Refused(PermissionError):
     """The confined code tried what it may not."""
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when the thread that forked it ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
 
 
 def limit_resources(seconds: float, memory_mb: int) -> None:
@@ -167,7 +174,6 @@ def confine_calls(files_confined: bool) -> bool:
     if sys.platform != "linux" or column is None:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
     code = _filter(column, files_confined)
     program = ctypes.create_string_buffer(code, len(code))
 

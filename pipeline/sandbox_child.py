@@ -16,6 +16,7 @@ import builtins
 import importlib.util
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 MESSAGE_BYTES = 8 << 20
+GRACE_SECONDS = 5.0
 OPERATORS = (
     "len", "getitem", "setitem", "delitem", "contains", "next", "add", "sub", "mul", "truediv", "floordiv",
     "mod", "pow", "neg", "abs", "and", "or", "xor", "lt", "le", "gt", "ge", "int", "float", "index",
@@ -333,6 +335,7 @@ def main(verdict: int, seconds: float, memory_mb: int) -> None:
                     os.close(descriptor)
                 except OSError:
                     continue
+        confinement.die_with_parent()
         confinement.confine_calls(files_confined)
         confinement.watch(directory)
         try:
@@ -341,6 +344,7 @@ def main(verdict: int, seconds: float, memory_mb: int) -> None:
             os._exit(1)
     os.close(requests[0])
     os.close(replies[1])
+    signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_SECONDS)  # ends both should the parent be gone
     calls_confined = confinement.confine_calls(files_confined)
     os.write(
         verdict,
