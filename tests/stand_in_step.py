@@ -1,0 +1,57 @@
+"""Stands in for a training step in the tests of the runner: quick, and does what its YAML file says.
+
+`python -m stand_in_step --config FILE [--output_dir DIR] …` appends a line to `ran.txt` in its output folder.
+`fails: N` makes it exit with code N the first time; `waits: true` makes it wait for a signal, save and end.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import yaml
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path)
+    args, overrides = parser.parse_known_args()
+    settings = yaml.safe_load(args.config.read_text())
+    settings |= {
+        flag.removeprefix("--"): value for flag, value in zip(overrides[::2], overrides[1::2], strict=True)
+    }
+    directory = Path(settings["output_dir"])
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "ran.txt").open("a") as file:
+        file.write(" ".join(f"{key}={value}" for key, value in sorted(settings.items())) + "\n")
+    if settings.get("fails") and not (directory / "recovered").exists():
+        (directory / "recovered").touch()
+        print("the step's own message", file=sys.stderr)
+        return int(settings["fails"])
+    if settings.get("waits"):
+        wait_for_signal(directory)
+    return 0
+
+
+def wait_for_signal(directory: Path) -> None:
+    """Wait, unless a checkpoint is there already; a signal is answered slowly, by saving one."""
+    checkpoint = directory / "checkpoint"
+
+    def save(number: int, _: FrameType | None) -> None:
+        time.sleep(0.5)
+        checkpoint.write_text(str(number))
+        sys.exit(128 + number)
+
+    if checkpoint.exists():
+        return
+    signal.signal(signal.SIGINT, save)
+    signal.signal(signal.SIGTERM, save)
+    (directory / "pid").write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
