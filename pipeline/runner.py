@@ -157,7 +157,7 @@ def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapp
 def _run_all(
     todo: list[tuple[Step, Decision]], record: RunRecord, args: argparse.Namespace, lock: int
 ) -> int:
-    from pipeline.launcher import exit_code
+    from pipeline.accelerate_launch import exit_code
     from pipeline.processes import child_environment, run
     from pipeline.records import clear
 

@@ -86,7 +86,7 @@ class Step:
 
     def executable(self, launch: Sequence[str]) -> list[str]:
         """The same command on this Python interpreter, ending with the exit code of the step itself."""
-        start = [sys.executable, "-m", "pipeline.launcher", *launch] if self.launched else [sys.executable]
+        start = [sys.executable, "-m", "pipeline.accelerate_launch", *launch] if self.launched else [sys.executable]
         return [*start, "-m", self.module, *self.arguments]
 
 

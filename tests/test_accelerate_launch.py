@@ -28,7 +28,7 @@ def launch(*options: str, **settings: object) -> subprocess.Popen[str]:
     launcher = [
         sys.executable,
         "-m",
-        "pipeline.launcher",
+        "pipeline.accelerate_launch",
         "--config_file",
         str(ROOT / "accelerate_config.yaml"),
     ]
