@@ -97,7 +97,7 @@ def number(answer: str) -> Fraction | None:
     r"""The value of a plain number, or None: "1,234", "-0.5", "3/4", "$72", "50%", "14 apples", "1{,}000".
 
     Decimal digits of every script count (but not superscripts, Roman or circled numbers). A number of more
-    than 400 digits, or one with an exponent, is not plain.
+    than 1,000 digits, or one with an exponent, is not plain.
     """
     text = (
         _ascii_digits(unwrap(answer))

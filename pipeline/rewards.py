@@ -203,7 +203,8 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
     Raises:
         UserError: with every name that can't be resolved and the nearest that can.
     """
-    functions, problems = [], []
+    functions: list[Callable[..., Any]] = []
+    problems: list[Problem] = []
     for name in names:
         try:
             functions.append(_load(name, field))
