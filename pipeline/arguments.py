@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from trl import TrlParser
 
-from pipeline import hardware
+from pipeline import hardware, launch, output_directory
 from pipeline.errors import Problem, UserError
 
 
@@ -166,7 +166,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     Raises:
         UserError: With all that is wrong with the file and the command line.
     """
-    prepare_process()
+    launch.prepare_process()
     parser = _Parser(dataclass_types)
     if not dataclass_types:
         parser.dataclass_types = []
@@ -188,6 +188,9 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     given, more = _read_command_line(parser, arguments, hints)
     problems += more
     asked = {**values, **given}
+    if asked.get("hub_token"):
+        # As an argument it would be written to disk with all the others.
+        os.environ["HF_TOKEN"] = asked.pop("hub_token")
     problems += _unsupported(asked)
     machine = {
         name: choice.value
@@ -196,25 +199,17 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     }
     if problems:
         raise UserError(*problems)
-    return _build(dataclass_types, {**machine, **asked})
-
-
-def prepare_process() -> None:
-    """Switch telemetry off, unless `HF_HUB_DISABLE_TELEMETRY=0` asks for it, and use the machine's cores."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import constants
-
-    # The Hub client reads the variable when it is imported, which may have been before.
-    constants.HF_HUB_DISABLE_TELEMETRY = os.environ["HF_HUB_DISABLE_TELEMETRY"].upper() in (
-        "1",
-        "ON",
-        "YES",
-        "TRUE",
-    )
-    if hardware.accelerator() is None:
-        import torch
-
-        torch.set_num_threads(hardware.threads().value)
+    built = _build(dataclass_types, {**machine, **asked})
+    problems = [
+        problem for item in built if hasattr(item, "world_size") for problem in launch.check_launch(item)
+    ]
+    problems += output_directory.check(built)
+    if problems:
+        raise UserError(*problems)
+    for item in built:
+        if hasattr(item, "world_size"):
+            setattr(item, output_directory.RESOLVED, output_directory.describe(built))
+    return built
 
 
 def _take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:

@@ -1,7 +1,8 @@
-"""Mistakes of the user: told in one line each, all at once, without a traceback."""
+"""What ends a run early: mistakes of the user, told in one line each, and stops whose reason is known."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 
 EXIT_USER_ERROR = 2
 """Exit code of a run refused because of its input (the convention of `argparse` and of POSIX shells)."""
+
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C (128 + SIGINT, the convention of POSIX shells)."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,45 @@ class UserError(Exception):
         return type(self), self.problems
 
 
+class RunStopped(Exception):
+    """A run that cannot or shall not go on, for a reason that is known and not the input's.
+
+    Args:
+        message: What happened and how to go on, for the user.
+        exit_code: Exit code of the process.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        self.message = message
+        self.exit_code = exit_code
+        super().__init__(message, exit_code)
+
+    def __str__(self) -> str:
+        return self.message
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError` into one line a problem on stderr and exit code 2.
+    """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a traceback.
 
     Raises:
-        SystemExit: With code 2, if the body raised `UserError`.
+        SystemExit: With code 2 after `UserError` (one line a problem), with its own code after `RunStopped`, with 130
+            after Ctrl-C.
     """
+    # Several processes of one machine find the same mistakes; one tells them.
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         yield
     except UserError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
+        if first:
+            for problem in error.problems:
+                print(problem, file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except RunStopped as stop:
+        if first or stop.exit_code == 1:
+            print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        if first:
+            print("Interrupted.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-import sys
-from typing import TYPE_CHECKING
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from pipeline import checkpoints, launch, output_directory
+from pipeline.divergence import stop_on_divergence
+from pipeline.errors import RunStopped
+from pipeline.interrupts import InterruptCallback
 from pipeline.throughput import ThroughputCallback
-
-if TYPE_CHECKING:
-    from pipeline.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
@@ -21,34 +26,92 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     """Callbacks of every recipe's trainer: speed and time left in the logs.
 
     Args:
-        args: The recipe's training arguments.
+        args: The recipe's training arguments; the trainer is made to count tokens if they have a sequence length.
     """
-    length = getattr(args, "block_size", None) or getattr(args, "max_length", None) or 0
-    if length and hasattr(args, "assistant_only_loss"):
+    length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
+    if length:
         args.include_num_input_tokens_seen = "all"
-    return [ThroughputCallback(length)]
+    return [ThroughputCallback(length or 0)]
 
 
-def train_and_save(trainer: Trainer, data_args: DataArguments | None = None) -> None:
-    """Train from where the output directory stands, save the model with its tokenizer and card, and push if asked.
+def train_and_save(trainer: Trainer, *arguments: Any) -> None:
+    """Train from where the output directory stands, save the model with tokenizer and card, and push it if asked.
+
+    Logs what is really active, resumes from the newest complete checkpoint, writes only complete checkpoints, saves and
+    stops on SIGINT and SIGTERM, and stops at a loss that is no number.
 
     Args:
         trainer: Any trainer of transformers or TRL.
-        data_args: Names the data set on the model card.
+        *arguments: The recipe's other argument dataclasses; `DataArguments` names the data set on the model card.
+
+    Raises:
+        RunStopped: After a signal, a loss that is no number, or a checkpoint that cannot be written.
+        UserError: If another run writes to the output directory.
     """
     args = trainer.args
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if args.output_dir else None)
-    trainer.save_model(args.output_dir)
+    held = None
+    if trainer.is_world_process_zero():
+        held = output_directory.lock(args.output_dir)
+        output_directory.claim(args)
+    trainer.accelerator.wait_for_everyone()
+    launch.log_active(trainer)
+    checkpoints.protect(trainer)
+    stop_on_divergence(trainer)
+    interrupts = InterruptCallback()
+    trainer.add_callback(interrupts)
+
+    checkpoint = checkpoints.newest_complete(args.output_dir)
+    if checkpoint is not None:
+        logger.info("%-11s from %s", "resuming", checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    interrupts.restore()
+    interrupts.stop_if_received(trainer.state, str(args.output_dir))
+
+    save_final(trainer, *arguments)
+    trainer.end()
+    if held is not None:
+        held.close()
+
+
+def save_final(trainer: Trainer, *arguments: Any) -> None:
+    """Save the trained model, its tokenizer and its card beside the checkpoints, and push them if asked.
+
+    Args:
+        trainer: A trainer that has finished.
+        *arguments: As for `train_and_save`.
+    """
+    args = trainer.args
+    output_dir = Path(args.output_dir)
+    aside = output_dir / checkpoints.UNFINISHED
+    try:
+        trainer.save_model(str(aside), _internal_call=True)
+        if args.should_save:
+            # File by file into place, so that a kill leaves whole files only.
+            for path in sorted(aside.iterdir()):
+                if path.name == "training_args.bin":  # a pickle, which may hold a token
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(output_dir / path.name, ignore_errors=True)
+                os.replace(path, output_dir / path.name)
+            trainer.state.save_to_json(str(output_dir / checkpoints.STATE))
+            trainer.create_model_card(tags=["fourstage"], **_card_dataset(trainer, arguments))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunStopped(
+            f"The model could not be written to {output_dir}: {error}. Make room or correct that; the same command "
+            "then goes on from the last checkpoint."
+        ) from error
+    finally:
+        if args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub()
-    trainer.end()
 
 
-def start_logging() -> None:
-    """Send the recipes' log lines to stderr, from the first process only."""
-    import os
-
-    main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        stream=sys.stderr, format="%(message)s", level=logging.INFO if main else logging.WARNING
-    )
+def _card_dataset(trainer: Trainer, arguments: Sequence[Any]) -> dict[str, str]:
+    """The data set, if it is on the Hub, under the name that this trainer's `create_model_card` gives the argument."""
+    names = [name for item in arguments if (name := getattr(item, "dataset_name", None))]
+    if not names or Path(names[0]).exists():
+        return {}
+    parameters = inspect.signature(trainer.create_model_card).parameters
+    return {"dataset_name" if "dataset_name" in parameters else "dataset": names[0]}

@@ -1,0 +1,139 @@
+"""The directory that a run writes to: whether it may, whose it is, and that nobody else writes there meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.errors import Problem, UserError
+
+logger = logging.getLogger(__name__)
+
+RECORD = "arguments.json"
+"""The resolved arguments of the run that a directory belongs to."""
+
+RESOLVED = "resolved_arguments"
+"""Attribute of the training arguments that holds the record from parsing to the start of the training, because trainers
+change their arguments in between."""
+
+LOCK = ".lock"
+WAIT_FOR_LOCK = 120.0
+"""Seconds that a run waits for an earlier one to let go of its output directory (it may be saving)."""
+
+WITHOUT_EFFECT = re.compile(
+    r"(output_dir|logging_|log_|save_|eval_|hub_|push_|report_to|run_name|project|trackio|disable_tqdm|resume|do_|"
+    r"use_cpu|ddp_|bf16|fp16|tf32|torch_compile|local_rank|dataloader_(num_workers|pin|persistent|prefetch)|"
+    r"load_best_model|metric_for_best|greater_is_better|activation_checkpointing|gradient_checkpointing|"
+    r"include_num_input|skip_memory|debug|dataset_test_split|max_eval_samples|validation_share$)"
+)
+"""Fields that may change between a run and its continuation: where and what it reports, and what the machine decides."""
+
+
+def check(arguments: Iterable[Any]) -> list[Problem]:
+    """Find out before anything is written whether a run may write to its output directory.
+
+    Args:
+        arguments: The run's argument dataclasses; of those, the one with an `output_dir` that is set.
+
+    Returns:
+        Why it may not: no permission, no directory, or the run of another configuration.
+    """
+    items = list(arguments)
+    output_dir = next((item.output_dir for item in items if getattr(item, "output_dir", None)), None)
+    if output_dir is None or not any(hasattr(item, "save_strategy") for item in items):
+        return []
+    path = Path(output_dir)
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        return [Problem("output_dir", output_dir, f"{nearest} is a file; choose a directory")]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [
+            Problem(
+                "output_dir", output_dir, f"no permission to write to {nearest}; choose another directory"
+            )
+        ]
+    record, present = path / RECORD, describe(items)
+    if not record.exists():
+        return []
+    try:
+        earlier = json.loads(record.read_text())
+    except (OSError, ValueError) as error:
+        return [
+            Problem("output_dir", output_dir, f"{record} cannot be read ({error}); choose another directory")
+        ]
+    changed = [
+        f"{name} was {earlier.get(name)!r} and is {present.get(name)!r}"
+        for name in sorted(set(earlier) & set(present))  # another release may know other fields
+        if not WITHOUT_EFFECT.match(name) and earlier.get(name) != present.get(name)
+    ]
+    if not changed:
+        return []
+    remedy = (
+        f"holds a run of another configuration ({'; '.join(changed)}); choose another directory or delete it"
+    )
+    return [Problem("output_dir", output_dir, remedy)]
+
+
+def claim(args: Any) -> None:
+    """Record in the output directory whose it is.
+
+    Args:
+        args: Training arguments; if they did not come from `arguments.parse`, nothing is recorded.
+    """
+    resolved = getattr(args, RESOLVED, None)
+    if resolved is not None:
+        record = Path(args.output_dir) / RECORD
+        aside = record.with_suffix(".tmp")
+        aside.write_text(json.dumps(resolved, indent=1) + "\n")
+        os.replace(aside, record)
+
+
+def describe(arguments: Iterable[Any]) -> dict[str, Any]:
+    """Resolved arguments as JSON holds them, without tokens.
+
+    Args:
+        arguments: Argument dataclasses.
+    """
+    values = {
+        field.name: getattr(item, field.name) for item in arguments for field in dataclasses.fields(item)
+    }
+    plain = {name: value for name, value in values.items() if not name.endswith("_token")}
+    return json.loads(json.dumps(plain, sort_keys=True, default=str))
+
+
+def lock(output_dir: str) -> IO[Any]:
+    """Keep other runs out of an output directory until this process ends, however it ends.
+
+    Args:
+        output_dir: An existing directory.
+
+    Returns:
+        The lock; it is held as long as this object lives.
+
+    Raises:
+        UserError: If another run still holds it after `WAIT_FOR_LOCK`.
+    """
+    file = open(Path(output_dir) / LOCK, "w")  # noqa: SIM115: held open, which is what holds the lock
+    deadline = time.monotonic() + WAIT_FOR_LOCK
+    waiting = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                remedy = "another run writes there; wait for it, stop it, or choose another directory"
+                raise UserError(Problem("output_dir", output_dir, remedy)) from None
+            if not waiting:
+                logger.warning("Another run writes to %s: waiting for it to end.", output_dir)
+                waiting = True
+            time.sleep(0.5)
