@@ -179,8 +179,8 @@ def main(args: argparse.Namespace) -> int:
         found = overlap((row for train in trains for row in train), rows, args.n)
         too_much |= found.share > args.max_share
         print(
-            f"{name}: {len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} words "
-            f"in a row, or all their words, with {found.train_rows} training rows"
+            f"{name}: {len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} "
+            f"words in a row, or all their words, with {found.train_rows} training rows"
         )
         for match in found.matches[: args.examples]:
             print(f"  test row {match.test_row}, training row {match.train_row}: {match.shared}")
