@@ -34,7 +34,7 @@ from trl.trainer.utils import disable_dropout_in_model, use_adapter
 from pipeline import ppo_math
 from pipeline.epoch_sampler import EpochSampler
 from pipeline.ppo_config import PPOConfig
-from pipeline.ppo_metrics import rollout_metrics, update_metrics
+from pipeline.ppo_metrics import rollout_metrics, update_means, update_sums
 from pipeline.reference_model import copy_adapter, frozen_copy
 from pipeline.rollout_file import load_rollout, save_rollout
 from pipeline.value_model import build_value_model, parameter_groups
@@ -146,6 +146,7 @@ class PPOTrainer(GRPOTrainer):
         self.value_model = self.accelerator.prepare_model(critic.to(self.accelerator.device))
         self._score_moments = ppo_math.Moments()
         self._critic_gradients_used = False
+        self._update_sums: Tensor | float = 0.0
 
     # ---- The models
 
@@ -280,18 +281,18 @@ class PPOTrainer(GRPOTrainer):
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         value_loss = (losses * mask).sum() / tokens
         log_ratio = logps - inputs["old_per_token_logps"]
-        self._log_metrics(
-            update_metrics(
-                log_ratio=log_ratio,
-                entropies=entropies,
-                advantages=inputs["advantages"],
-                cliprange=self.args.cliprange,
-                value_losses=losses.detach(),
-                value_clipped=clipped,
-                mask=mask,
-                reduce=self._sum_over_processes,
-            )
+        self._update_sums = self._update_sums + update_sums(
+            log_ratio=log_ratio,
+            entropies=entropies,
+            advantages=inputs["advantages"],
+            cliprange=self.args.cliprange,
+            value_losses=losses.detach(),
+            value_clipped=clipped,
+            mask=mask,
         )
+        if self.accelerator.sync_gradients or not self.model.training:
+            self._log_metrics(update_means(self._sum_over_processes(self._update_sums)))
+            self._update_sums = 0.0
         return policy_loss + self.args.vf_coef * value_loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -301,8 +302,10 @@ class PPOTrainer(GRPOTrainer):
         rate = self.args.value_learning_rate
         rate = self.args.learning_rate if rate is None else rate
         decayed = self.get_decay_parameter_names(critic)
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for group in parameter_groups(critic, decayed, rate, self.args.weight_decay):
-            optimizer.add_param_group(group)
+            if id(group["params"][0]) not in known:  # as they are when `train` is called again
+                optimizer.add_param_group(group)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -67,7 +67,19 @@ def rollout_metrics(
     return metrics
 
 
-def update_metrics(
+UPDATE_METRICS = (
+    "policy/approxkl_avg",
+    "policy/clipfrac_avg",
+    "policy/entropy_avg",
+    "loss/policy_avg",
+    "loss/value_avg",
+    "val/clipfrac_avg",
+    "val/ratio",
+    "val/ratio_var",
+)
+
+
+def update_sums(
     log_ratio: Tensor,
     entropies: Tensor,
     advantages: Tensor,
@@ -75,9 +87,8 @@ def update_metrics(
     value_losses: Tensor,
     value_clipped: Tensor,
     mask: Tensor,
-    reduce: Reduce,
-) -> dict[str, float]:
-    """Metrics of one forward pass in training or evaluation.
+) -> Tensor:
+    """Sums over the real tokens of one forward pass, of which `update_means` makes metrics.
 
     Args:
         log_ratio: (B, T), log-probability now minus the one when the token was sampled.
@@ -87,29 +98,36 @@ def update_metrics(
         value_losses: (B, T).
         value_clipped: (B, T) boolean.
         mask: (B, T).
-        reduce: Sums over processes.
 
     Returns:
-        By name, means over real tokens: `policy/approxkl_avg`, `policy/clipfrac_avg`, `policy/entropy_avg`,
-        `loss/policy_avg`, `loss/value_avg`, `val/clipfrac_avg`, `val/ratio`, `val/ratio_var`. Empty without
-        tokens.
+        One sum for each of `UPDATE_METRICS`, and the number of tokens. They may be added up over passes and
+        processes.
     """
     policy_losses, policy_clipped = clipped_policy_loss(log_ratio, advantages, cliprange)
     ratio = log_ratio.exp()
-    per_token = {
-        "policy/approxkl_avg": 0.5 * log_ratio.square(),
-        "policy/clipfrac_avg": policy_clipped.float(),
-        "policy/entropy_avg": entropies,
-        "loss/policy_avg": policy_losses,
-        "loss/value_avg": value_losses,
-        "val/clipfrac_avg": value_clipped.float(),
-        "val/ratio": ratio,
-        "val/ratio_var": ratio.square(),
-    }
-    sums = [(x * mask).sum() for x in per_token.values()]
-    *totals, tokens = reduce(torch.stack([*sums, mask.sum().float()])).tolist()
+    per_token = (
+        0.5 * log_ratio.square(),
+        policy_clipped,
+        entropies,
+        policy_losses,
+        value_losses,
+        value_clipped,
+        ratio,
+        ratio.square(),
+        torch.ones_like(ratio),
+    )
+    return torch.stack([(x * mask).sum().float() for x in per_token])
+
+
+def update_means(sums: Tensor) -> dict[str, float]:
+    """Means over tokens, by name; empty without tokens.
+
+    Args:
+        sums: Of `update_sums`.
+    """
+    *totals, tokens = sums.tolist()
     if not tokens:
         return {}
-    metrics = {name: total / tokens for name, total in zip(per_token, totals, strict=True)}
+    metrics = {name: total / tokens for name, total in zip(UPDATE_METRICS, totals, strict=True)}
     metrics["val/ratio_var"] -= metrics["val/ratio"] ** 2
     return metrics

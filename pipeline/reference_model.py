@@ -20,7 +20,8 @@ def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp3
         cast_lm_head_to_fp32: Compute the logits in float32.
     """
     reference = copy.deepcopy(policy).requires_grad_(False)
-    # The fused head that TRL gave the policy computes entropies as well, which nobody asks of the reference.
+    # The forward that TRL gave the policy holds on to the policy. Of this one, nobody asks for entropies.
+    reference.__dict__.pop("forward", None)
     add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
     return reference
 
