@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers import set_seed
 from trl import TrlParser
 
 from pipeline import hardware, launch, output_directory
@@ -208,6 +209,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         raise UserError(*problems)
     for item in built:
         if hasattr(item, "world_size"):
+            # Trainers set the seed themselves, but only after TRL has drawn adapters and score heads.
+            set_seed(item.seed)
             setattr(item, output_directory.RESOLVED, output_directory.describe(built))
     return built
 
@@ -312,7 +315,10 @@ def _read_command_line(
             problems.append(_unknown(name[2:].replace("-", "_"), value, hints))
         else:
             problems.append(Problem("command line", name, "belongs to no option; see --help"))
-    return {name: value for name, value in vars(namespace).items() if name in hints}, problems
+    given = {name: value for name, value in vars(namespace).items() if name in hints}
+    # `null`, as in YAML, takes back what the file says; argparse would take it for text.
+    optional = {name for name in given if type(None) in get_args(hints[name])}
+    return {n: None if value == "null" and n in optional else value for n, value in given.items()}, problems
 
 
 def _describe(hint: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from pipeline.arguments import DataArguments
 from pipeline.errors import Problem, UserError
+
+logger = logging.getLogger(__name__)
 
 BUILDERS = {
     ".parquet": "parquet",
@@ -106,8 +109,8 @@ def _check_config(args: DataArguments, builder: str) -> None:
     """Tell a configuration that isn't there before anything is read."""
     if builder in BUILDERS.values():
         if args.dataset_config is not None:
-            remedy = "plain files have no configurations; leave it out"
-            raise UserError(Problem("dataset_config", args.dataset_config, remedy))
+            # A recipe's data set was replaced on the command line, and its configuration was left behind.
+            logger.info("dataset_config %s is ignored: plain files have none", args.dataset_config)
         return
     try:
         known = datasets.get_dataset_config_names(builder)

@@ -1,17 +1,23 @@
 """
 # Stage 1: pretraining, from random weights
 
-On a CPU, one GPU, or with `--num_processes N` on N GPUs:
-
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml
 ```
 
-On your own text (a file, a folder, or a data set on the Hub, which may be streamed):
+On your own text, a file or a folder:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml \
-    --dataset_name shakespeare.txt --output_dir runs/shakespeare/1_pretrain
+    --dataset_name shakespeare.txt --dataset_config null --output_dir runs/shakespeare/1_pretrain
+```
+
+On a stream from the Hub:
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml \
+    --dataset_name roneneldan/TinyStories --dataset_config null --dataset_streaming --max_steps 10000 \
+    --output_dir runs/tinystories/1_pretrain
 ```
 """
 
@@ -22,20 +28,21 @@ from pipeline.pretraining import PretrainConfig
 
 
 def main(data_args: DataArguments, training_args: PretrainConfig, model_args: LlamaArguments) -> None:
-    from transformers import AutoTokenizer, Trainer, default_data_collator
+    from transformers import Trainer, default_data_collator
 
     from pipeline.data import load_splits
+    from pipeline.loading import load_tokenizer
     from pipeline.model import build_model, log_model
     from pipeline.packing import pack_documents
     from pipeline.pretraining import bits_per_byte, compile_if_it_pays, sequence_losses
     from pipeline.training import run_callbacks, train_and_save
 
-    tokenizer = AutoTokenizer.from_pretrained(data_args.tokenizer_name_or_path)
+    tokenizer = load_tokenizer(data_args)
     model = build_model(model_args, tokenizer, training_args.seed)
     log_model(model)
 
-    # Documents, packed into full blocks
-    splits = load_splits(data_args, "text", evaluation=training_args.eval_strategy != "no")
+    evaluation = training_args.eval_strategy != "no"
+    splits = load_splits(data_args, "text", evaluation)
     train_dataset, eval_dataset = (
         split and pack_documents(split, tokenizer, training_args.block_size, "text") for split in splits
     )
@@ -52,7 +59,7 @@ def main(data_args: DataArguments, training_args: PretrainConfig, model_args: Ll
         preprocess_logits_for_metrics=sequence_losses,
         callbacks=run_callbacks(training_args),
     )
-    train_and_save(trainer, data_args)
+    train_and_save(trainer, data_args, model_args)
 
 
 if __name__ == "__main__":

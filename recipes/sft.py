@@ -36,9 +36,8 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
     from pipeline.training import run_callbacks, train_and_save
 
     training_args.model_init_kwargs = model_init_kwargs(model_args)
-    train_dataset, eval_dataset = load_splits(
-        data_args, "conversation", evaluation=training_args.eval_strategy != "no"
-    )
+    evaluation = training_args.eval_strategy != "no"
+    train_dataset, eval_dataset = load_splits(data_args, "conversation", evaluation)
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -48,7 +47,7 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
         peft_config=get_peft_config(model_args),
         callbacks=run_callbacks(training_args),
     )
-    train_and_save(trainer, data_args)
+    train_and_save(trainer, data_args, model_args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""
+# Stage 3: the reward model
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/pocket/3_reward.yaml
+```
+
+From another model, with LoRA, on pairs from the Hub:
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/pocket/3_reward.yaml \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_target_modules all-linear \
+    --dataset_name trl-lib/ultrafeedback_binarized --dataset_test_split test --output_dir runs/qwen/3_reward
+```
+"""
+
+from trl import ModelConfig, RewardConfig
+
+from pipeline.arguments import DataArguments, parse
+from pipeline.errors import exit_on_user_error
+
+
+def main(data_args: DataArguments, training_args: RewardConfig, model_args: ModelConfig) -> None:
+    from trl import RewardTrainer, get_peft_config
+
+    from pipeline.data import load_splits
+    from pipeline.loading import load_tokenizer, model_init_kwargs
+    from pipeline.training import run_callbacks, train_and_save
+
+    training_args.model_init_kwargs = model_init_kwargs(model_args)
+    model_args.lora_task_type = "SEQ_CLS"  # PEFT then trains and saves the score head, too
+    evaluation = training_args.eval_strategy != "no"
+    train_dataset, eval_dataset = load_splits(data_args, "preference", evaluation)
+    trainer = RewardTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=load_tokenizer(data_args, model_args),
+        peft_config=get_peft_config(model_args),
+        callbacks=run_callbacks(training_args),
+    )
+    train_and_save(trainer, data_args, model_args)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(*parse(DataArguments, RewardConfig, ModelConfig))
