@@ -1,0 +1,104 @@
+"""`python -m pipeline merge`: the merged model gives what the adapter gives; what is no adapter is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline.__main__ import main
+
+WORDS = ["<pad>", "the", "cat", "sat", "on", "a", "mat"]
+CONFIG = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+}
+
+
+def save_adapter(directory: Path, task: str) -> Path:
+    """A base model and an adapter to it whose weights all differ from their initial values."""
+    torch.manual_seed(0)
+    if task == "CAUSAL_LM":
+        base = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    else:
+        base = LlamaForSequenceClassification(LlamaConfig(**CONFIG, num_labels=1))
+    base.save_pretrained(directory / "base")
+    base.name_or_path = str(directory / "base")
+    model = get_peft_model(
+        base, LoraConfig(task_type=task, r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory / "adapter")
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(directory / "adapter")
+    return directory / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("task", "load_adapter", "load_merged"),
+    [
+        ("CAUSAL_LM", AutoPeftModelForCausalLM, AutoModelForCausalLM),
+        ("SEQ_CLS", AutoPeftModelForSequenceClassification, AutoModelForSequenceClassification),
+    ],
+)
+def test_the_merged_model_gives_what_the_adapter_gives(
+    tmp_path: Path, task: str, load_adapter: type, load_merged: type
+) -> None:
+    adapter = save_adapter(tmp_path, task)
+    assert main(["merge", str(adapter), "--output_dir", str(tmp_path / "merged")]) == 0
+    options = {"num_labels": 1} if task == "SEQ_CLS" else {}
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
+    with torch.no_grad():
+        expected = load_adapter.from_pretrained(str(adapter), **options)(ids).logits
+        merged = load_merged.from_pretrained(str(tmp_path / "merged"))
+        base = load_merged.from_pretrained(str(tmp_path / "base"))
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(base(ids).logits, expected, atol=1e-3)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "merged"))
+    assert tokenizer.convert_tokens_to_ids("mat") == WORDS.index("mat")
+    assert {path.suffix for path in (tmp_path / "merged").iterdir()} == {".json", ".safetensors"}
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", str(tmp_path), "--output_dir", str(tmp_path / "merged")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"adapter: {tmp_path}: holds no adapter_config.json")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_model_that_is_gone_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = save_adapter(tmp_path, "CAUSAL_LM")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", str(adapter), "--output_dir", str(tmp_path / "merged")])
+    assert stop.value.code == 2
+    assert f"adapter: {tmp_path / 'base'}: its base model cannot be loaded" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = save_adapter(tmp_path, "CAUSAL_LM")
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", str(adapter), "--output_dir", str(tmp_path / "base")])
+    assert stop.value.code == 2
+    assert "is not empty" in capsys.readouterr().err
