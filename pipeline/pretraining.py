@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from pipeline import hardware
@@ -50,7 +49,7 @@ def compile_if_it_pays(args: PretrainConfig, model: PreTrainedModel, train_datas
         logger.info("torch.compile: %s (asked for)", args.torch_compile)
         return
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.max_steps
-    if args.max_steps <= 0 and isinstance(train_dataset, Dataset):
+    if args.max_steps <= 0 and isinstance(train_dataset, Sized):
         sequences = int(len(train_dataset) * args.num_train_epochs / args.world_size)
     flops = training_flops_per_token(model, args.block_size) * args.block_size * sequences
     choice = hardware.compilation(flops)
