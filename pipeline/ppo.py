@@ -141,8 +141,8 @@ class PPOTrainer(GRPOTrainer):
         )
         if args.disable_dropout:
             disable_dropout_in_model(critic)
-        if args.gradient_checkpointing:
-            critic.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        if args.activation_checkpointing:
+            critic.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         self.value_model = self.accelerator.prepare_model(critic.to(self.accelerator.device))
         self._score_moments = ppo_math.Moments()
         self._critic_gradients_used = False

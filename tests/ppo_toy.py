@@ -101,7 +101,7 @@ def config(output_dir: Any, **changes: Any) -> PPOConfig:
         "report_to": "none",
         "bf16": False,
         "use_cpu": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "disable_tqdm": True,
     }
     return PPOConfig(str(output_dir), **(defaults | changes))

@@ -219,13 +219,13 @@ def test_critic_gradients_do_not_pile_up(tmp_path: Path) -> None:
     assert max(norms) / min(norms) < 3 * max(losses) / min(losses)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     runs = []
     for on in (False, True):
-        ppo = trainer(tmp_path / str(on), gradient_checkpointing=on, max_steps=2)
+        ppo = trainer(tmp_path / str(on), activation_checkpointing=on, max_steps=2)
         ppo.train()
         runs.append(ppo)
-    assert runs[1].value_model.is_gradient_checkpointing
+    assert runs[1].value_model.is_activation_checkpointing
     torch.testing.assert_close(weights(runs[0].model), weights(runs[1].model))
     torch.testing.assert_close(weights(runs[0].value_model), weights(runs[1].value_model))
 

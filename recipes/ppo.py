@@ -1,0 +1,57 @@
+"""
+# Stage 3: PPO against a reward model
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config recipes/pocket/3_ppo.yaml
+```
+
+With LoRA, on another model, a reward model from the Hub and a reward function of your own beside it:
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config recipes/pocket/3_ppo.yaml \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_target_modules q_proj v_proj \
+    --reward_model_path runs/qwen/3_reward --reward_funcs my_rewards:brevity --reward_weights 1 0.1 \
+    --dataset_name trl-lib/ultrafeedback-prompt --dataset_test_split test --output_dir runs/qwen/3_ppo
+```
+"""
+
+from trl import ModelConfig
+
+from pipeline.arguments import DataArguments, parse
+from pipeline.errors import exit_on_user_error
+from pipeline.ppo_config import PPOConfig
+from pipeline.reward_sources import RewardArguments
+
+
+def main(
+    data_args: DataArguments, reward_args: RewardArguments, training_args: PPOConfig, model_args: ModelConfig
+) -> None:
+    from trl import get_peft_config
+
+    from pipeline.data import load_splits
+    from pipeline.loading import load_tokenizer, model_init_kwargs
+    from pipeline.ppo import PPOTrainer
+    from pipeline.reward_sources import load_reward_sources
+    from pipeline.training import run_callbacks, train_and_save
+
+    training_args.model_init_kwargs = model_init_kwargs(model_args)
+    reward_funcs = load_reward_sources(reward_args)
+    evaluation = training_args.eval_strategy != "no"
+    train_dataset, eval_dataset = load_splits(data_args, "prompt", evaluation)
+    trainer = PPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=load_tokenizer(data_args, model_args),
+        value_model=reward_args.value_model_path,
+        peft_config=get_peft_config(model_args),
+        callbacks=run_callbacks(training_args),
+    )
+    train_and_save(trainer, data_args, model_args)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(*parse(DataArguments, RewardArguments, PPOConfig, ModelConfig))
