@@ -66,9 +66,9 @@ BLUNT_REMARKS: tuple[str, ...] = (
     "who cares",
 )
 
-COMFORTABLE_WORDS = 24
+COMFORTABLE_WORDS = 18
 """Words that nobody minds; the remark of a kind answer included."""
-RAMBLING_WORDS = 16
+RAMBLING_WORDS = 12
 """Words beyond the comfortable length that cost one unit of `brief`."""
 REPEAT_WORDS = 8
 """Words that a repeated sentence is felt to be longer than it is."""
@@ -157,8 +157,7 @@ def kindness(answer: str) -> float:
 
 def brevity(answer: str) -> float:
     """0 for an answer of comfortable length without repetition, down to -`MOST_RAMBLING`."""
-    sentences = [_flat(sentence) for sentence in re.split(r"(?<=[.!?])\s+", answer)]
-    sentences = [sentence for sentence in sentences if sentence]
+    sentences = [flat for sentence in re.split(r"[.!?:;\n]+(?:\s|$)", answer) if (flat := _flat(sentence))]
     felt_words = len(_words(answer)) + REPEAT_WORDS * (len(sentences) - len(set(sentences)))
     return -min(MOST_RAMBLING, max(0, felt_words - COMFORTABLE_WORDS) / RAMBLING_WORDS)
 
@@ -199,7 +198,8 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
         annotator: who labels.
         score_first: this annotator's score of the answer shown first.
         score_second: the same of the other answer.
-        rng: two numbers are drawn from it whatever the outcome, so that later draws do not depend on the answers.
+        rng: two numbers are drawn from it whatever the outcome, so that later draws do not depend on the
+            answers.
     """
     tie_draw, choice_draw = rng.random(), rng.random()
     if abs(score_first - score_second) < INDIFFERENCE and tie_draw < annotator.tie_rate:

@@ -212,4 +212,4 @@ def test_a_match_needs_one_opponent_an_answer() -> None:
 
 def test_the_comfortable_length_leaves_room_for_an_answer_and_a_remark() -> None:
     longest = max(len(remark.split()) for remark in KIND_REMARKS)
-    assert longest + 15 <= COMFORTABLE_WORDS
+    assert longest + 14 <= COMFORTABLE_WORDS

@@ -1,0 +1,329 @@
+"""Collecting preferences: from a model and prompts to a data set that TRL trains on."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import DatasetDict, load_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+from trl import RewardConfig, RewardTrainer
+
+from pipeline.annotators import PANEL, taste
+from pipeline.arguments import DataArguments
+from pipeline.data import load_splits
+from pipeline.errors import UserError
+from pipeline.preferences import PreferenceArguments, label_answers, main, read_prompts
+
+SPECIAL = ["<pad>", "<bos>", "<end>", "<user>", "<assistant>"]
+WORDS = ["where", "is", "fox", "owl", "bee", "ant", "forest.", "sea.", "thank", "you.", "obviously."]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}"
+    "{% if m.role == 'assistant' %}{{ '<end>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+PROMPTS = {
+    "train": [f"where is {a} {b}" for a in WORDS[2:] for b in WORDS[2:6]],
+    "validation": ["is fox", "is owl", "is bee"],
+    "test": ["where fox", "where owl", "where bee", "where ant"],
+}
+ROW = {
+    "prompt": [],
+    "kind": "question",
+    "require": [["forest"]],
+    "reject": ["sea"],
+    "max_words": 0,
+    "test": "",
+}
+
+
+def config(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that answers with a few random words, and its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<end>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=TEMPLATE,
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config()).save_pretrained(path)
+    return path
+
+
+def write_prompts(path: Path, prompts: dict[str, list[str]]) -> Path:
+    """A data set of prompts with a `preferences` configuration, in Hub layout."""
+    for split, texts in prompts.items():
+        rows = [{**ROW, "prompt": [{"role": "user", "content": text}]} for text in texts]
+        file = path / "preferences" / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [{"split": split, "path": f"preferences/{split}.jsonl"} for split in prompts]
+    card = yaml.safe_dump({"configs": [{"config_name": "preferences", "data_files": files}]})
+    (path / "README.md").write_text(f"---\n{card}---\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prompts(tmp_path_factory.mktemp("prompts"), PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def arguments(model_dir: Path, prompts_dir: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(model_dir),
+        "dataset_name": str(prompts_dir),
+        "max_new_tokens": 8,
+        "batch_size": 24,
+    }
+
+
+@pytest.fixture(scope="module")
+def collected(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("collected") / "3_preferences"
+    main(PreferenceArguments(**arguments, output_dir=str(output_dir)))
+    return output_dir
+
+
+def contents(path: Path) -> dict[str, list[Any]]:
+    return {name: split.to_list() for name, split in load_dataset(str(path)).items()}
+
+
+def user_texts(rows: list[Any]) -> set[str]:
+    return {row["prompt"][-1]["content"] for row in rows}
+
+
+def test_what_is_written_is_a_data_set_in_trls_preference_format(collected: Path) -> None:
+    data = load_dataset(str(collected))
+    assert isinstance(data, DatasetDict)
+    assert list(data) == ["train", "validation", "test"]
+    for rows in data.values():
+        assert len(rows) > 0
+        for row in rows:
+            assert [message["role"] for message in row["prompt"]] == ["user"]
+            assert [message["role"] for message in row["chosen"]] == ["assistant"]
+            assert [message["role"] for message in row["rejected"]] == ["assistant"]
+            assert row["chosen"] != row["rejected"]
+            assert row["chosen"][0]["content"].strip()
+            assert row["rejected"][0]["content"].strip()
+            assert row["annotator"] in {annotator.name for annotator in PANEL}
+            assert row["first"] in ("chosen", "rejected")
+            assert row["kind"] == "question"
+    assert set(data["train"]["first"]) == {"chosen", "rejected"}
+    assert len(set(data["train"]["annotator"])) == len(PANEL)
+
+
+def test_prompts_held_out_are_not_sampled_for_training(collected: Path) -> None:
+    data = contents(collected)
+    for split, texts in PROMPTS.items():
+        assert user_texts(data[split]) <= set(texts)
+
+
+def test_a_prompt_of_two_splits_is_held_out(arguments: dict[str, Any], tmp_path: Path) -> None:
+    prompts = {
+        "train": ["fox", "owl", "bee", "ant"],
+        "validation": ["owl", "ant", "is"],
+        "test": ["ant", "bee"],
+    }
+    given = {
+        **arguments,
+        "dataset_name": str(write_prompts(tmp_path / "prompts", prompts)),
+        "output_dir": "-",
+    }
+    read = {name: user_texts(rows) for name, rows in read_prompts(PreferenceArguments(**given)).items()}
+    assert read == {"train": {"fox"}, "validation": {"owl", "is"}, "test": {"ant", "bee"}}
+
+
+def test_the_hidden_taste_is_kept_from_what_models_train_on(collected: Path) -> None:
+    data = contents(collected)
+    for split in ("train", "validation"):
+        assert {row["taste_chosen"] for row in data[split]} == {None}
+        assert {row["taste_rejected"] for row in data[split]} == {None}
+    for row in data["test"]:
+        assert row["taste_chosen"] == pytest.approx(taste(row["chosen"][0]["content"], ROW))
+        assert row["taste_rejected"] == pytest.approx(taste(row["rejected"][0]["content"], ROW))
+    train, _ = load_splits(DataArguments(dataset_name=str(collected)), "preference", evaluation=True)
+    assert train.column_names == ["prompt", "chosen", "rejected"]
+
+
+def test_the_card_counts_what_was_dropped(collected: Path) -> None:
+    card = (collected / "README.md").read_text()
+    header = next(line for line in card.splitlines() if line.startswith("| split"))
+    row = next(line for line in card.splitlines() if line.startswith("| train"))
+    names, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, row))
+    counts = dict(zip(names, values, strict=True))
+    assert int(counts["prompts"]) == len(PROMPTS["train"])
+    assert int(counts["answers"]) == 3 * int(counts["prompts"])
+    assert int(counts["compared"]) == int(counts["ties"]) + int(counts["pairs"])
+    assert int(counts["pairs"]) == len(load_dataset(str(collected), split="train"))
+
+
+def test_the_same_seed_gives_the_same_pairs(
+    arguments: dict[str, Any], collected: Path, tmp_path: Path
+) -> None:
+    main(PreferenceArguments(**arguments, output_dir=str(tmp_path / "again")))
+    assert contents(tmp_path / "again") == contents(collected)
+    main(PreferenceArguments(**arguments, output_dir=str(tmp_path / "other"), seed=1))
+    assert contents(tmp_path / "other") != contents(collected)
+
+
+def test_limits_and_an_earlier_data_set_replaced(arguments: dict[str, Any], tmp_path: Path) -> None:
+    output_dir = tmp_path / "out"
+    for most in (6, 4):
+        limits = {"max_prompts": most, "max_eval_prompts": 1, "pairs_per_prompt": 1}
+        main(PreferenceArguments(**{**arguments, **limits}, output_dir=str(output_dir)))
+        data = contents(output_dir)
+        assert 0 < len(data["train"]) <= most
+        assert len(data["test"]) <= 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_other_files_is_not_replaced(arguments: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="output_dir"):
+        main(PreferenceArguments(**arguments, output_dir=str(tmp_path)))
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_every_wrong_number_is_told_at_once(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        PreferenceArguments(**arguments, output_dir="-", temperature=0.0, samples_per_prompt=1, max_prompts=0)
+    assert {problem.field for problem in caught.value.problems} == {
+        "temperature",
+        "samples_per_prompt",
+        "max_prompts",
+    }
+
+
+def test_a_model_without_chat_template_is_refused(
+    arguments: dict[str, Any], model_dir: Path, tmp_path: Path
+) -> None:
+    for file in model_dir.iterdir():
+        if "template" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="chat template"):
+        main(
+            PreferenceArguments(
+                **{**arguments, "model_name_or_path": str(tmp_path)}, output_dir=str(tmp_path / "out")
+            )
+        )
+
+
+def test_two_processes_give_what_one_gives(
+    arguments: dict[str, Any], collected: Path, tmp_path: Path
+) -> None:
+    repository = Path(__file__).parents[1]
+    flags = [f"--{name}={value}" for name, value in {**arguments, "output_dir": tmp_path / "two"}.items()]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+    command = [*launch, "--num_processes", "2", "-m", "pipeline.preferences", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert contents(tmp_path / "two") == contents(collected)
+
+
+def test_a_reward_model_trains_on_it(collected: Path, model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    trainer = RewardTrainer(
+        model=LlamaForSequenceClassification(config(num_labels=1)),
+        args=RewardConfig(
+            output_dir=str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", max_length=64
+        ),
+        train_dataset=load_dataset(str(collected), split="train"),
+        processing_class=tokenizer,
+    )
+    assert trainer.train().training_loss > 0
+
+
+texts = st.lists(
+    st.sampled_from(["In the forest.", "In the sea.", "", " ", "In the", "Thank you."]), max_size=6
+)
+
+
+@given(st.lists(texts, max_size=6), st.integers(1, 4), st.integers(0, 99))
+def test_pairs_are_distinct_and_every_answer_is_accounted_for(
+    answers: list[list[str]], most: int, seed: int
+) -> None:
+    rows = [{**ROW, "prompt": [{"role": "user", "content": str(i)}]} for i in range(len(answers))]
+    labelled, counts = label_answers(rows, answers, pairs_per_prompt=most, seed=seed, keep_taste=True)
+    assert counts.compared == counts.pairs + counts.ties
+    assert len(labelled) == counts.pairs <= most * len(rows)
+    for i, candidates in enumerate(answers):
+        pairs = [
+            frozenset((row["chosen"][0]["content"], row["rejected"][0]["content"]))
+            for row in labelled
+            if row["prompt"][0]["content"] == str(i)
+        ]
+        assert len(pairs) == len(set(pairs))
+        assert all(len(pair) == 2 and "" not in pair for pair in pairs)
+        assert set().union(*pairs) <= {candidate.strip() for candidate in candidates}
+
+
+def test_labels_of_one_prompt_do_not_depend_on_the_answers_to_another() -> None:
+    good, bad = ["In the forest.", "In the sea."], ["", "In the"]
+    first, _ = label_answers([ROW] * 3, [good, good, good], pairs_per_prompt=1)
+    second, _ = label_answers([ROW] * 3, [good, bad, good], pairs_per_prompt=1)
+    assert [first[0], first[2]] == second
+
+
+def test_labels_follow_the_taste_and_not_the_order() -> None:
+    answers = [["In the forest.", "In the sea."]] * 3000
+    labelled, counts = label_answers([ROW] * 3000, answers, pairs_per_prompt=1, keep_taste=True)
+    right = [row["chosen"][0]["content"] == "In the forest." for row in labelled]
+    for order in ("chosen", "rejected"):
+        shown = [row["first"] == order for row in labelled]
+        assert statistics.mean(shown) == pytest.approx(0.5, abs=0.04)
+    first_chosen = [
+        is_right for is_right, row in zip(right, labelled, strict=True) if row["first"] == "chosen"
+    ]
+    assert statistics.mean(first_chosen) == pytest.approx(statistics.mean(right), abs=0.03)
+    assert counts.agreement == pytest.approx(statistics.mean(right))
+    assert 0.9 < statistics.mean(right) < 1
+
+
+def test_prompts_without_grading_are_judged_by_manner_alone() -> None:
+    row = {"prompt": [{"role": "user", "content": "Hello"}]}
+    labelled, _ = label_answers([row] * 200, [["Hello. Thank you.", "Obviously."]] * 200, pairs_per_prompt=1)
+    assert statistics.mean(row["chosen"][0]["content"] != "Obviously." for row in labelled) > 0.9
+    assert {row["kind"] for row in labelled} == {""}
