@@ -1,8 +1,8 @@
 """Is an answer right? Did it end? Did it show its steps? No model is needed to say so.
 
 A gradeable row carries `require` (every inner list: at least one of its phrases must occur in the answer),
-`reject` (none may occur), `max_words` (0: no limit) and `test` (Python asserts that a code answer must pass; "":
-not code). Phrases are matched as whole words, whatever their case.
+`reject` (none may occur), `max_words` (0: no limit) and `test` (Python asserts that a code answer must pass,
+"" for an answer that is not code). Phrases are matched as whole words, whatever their case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def normalise(text: str) -> str:
 
 
 def contains(text: str, phrase: str) -> bool:
-    """Whether `phrase` occurs in `text` as whole words in any case: "cat" is not in "category", nor 12 in 12.5."""
+    """Whether `phrase` occurs as whole words, in any case: "cat" not in "category", 12 not in 12.5."""
     wanted = re.escape(normalise(phrase))
     pattern = rf"(?<!\w)(?<!\d[.,]){wanted}(?!\w)(?![.,]\d)"
     return bool(wanted) and re.search(pattern, normalise(text)) is not None
@@ -84,7 +84,7 @@ def stopped(tokens: Iterable[int], eos_token_id: int | Collection[int]) -> bool:
 def has_steps(answer: str) -> bool:
     r"""Whether worked steps stand before the final answer.
 
-    The final answer begins at the first "The answer is", "####" or "\boxed"; an answer without one has no steps.
+    The final answer begins at the first "The answer is", "####" or "\boxed"; without one there are no steps.
     A step is a sentence of at least two words, or an equation: "So the answer is 3." has none,
     "1 + 2 = 3. The answer is 3." has one.
     """
@@ -93,3 +93,18 @@ def has_steps(answer: str) -> bool:
         return False
     sentences = _SENTENCE_END.split(answer[: final.start()])
     return any("=" in sentence or len(re.findall(r"\w+", sentence)) >= 2 for sentence in sentences)
+
+
+def grade_final_answers(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """Whether each text's final answer is the reference: as a number, as words, or else mathematically."""
+    from pipeline.answers import number
+    from pipeline.rewards import exact_answer, math_answer
+
+    correct = [reward == 1.0 for reward in exact_answer(answers, references)]
+    # "1/2" and "\frac{1}{2}" are the same; a plain number has been compared as one already.
+    formulas = [i for i, right in enumerate(correct) if not right and number(references[i]) is None]
+    if formulas:
+        rewards = math_answer([answers[i] for i in formulas], [references[i] for i in formulas])
+        for i, reward in zip(formulas, rewards, strict=True):
+            correct[i] = reward == 1.0
+    return correct

@@ -6,7 +6,7 @@ are not eight problems. The bootstrap is seeded, so that the same values always 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -54,7 +54,7 @@ def bootstrap(
 
     Args:
         totals: shape (units,), for instance the bits of each document, or each problem's estimate.
-        weights: shape (units,), for instance the bytes of each document; by default 1 each, and the ratio is a mean.
+        weights: shape (units,), for instance the bytes of each document; 1 each by default, a plain mean.
         seed: of the resampling.
         resamples: number of bootstrap samples.
         confidence: coverage, 0.95 by default.
@@ -90,11 +90,31 @@ def mean(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
     return estimate(value, *bootstrap(values, seed=seed), n)
 
 
+def outcome_mean(outcomes: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """The mean of outcomes from 0 to 1: Wilson's interval if each is 0 or 1, else the bootstrap's."""
+    return proportion(outcomes) if all(value in (0, 1) for value in outcomes) else mean(outcomes, seed)
+
+
 def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> dict[str, Any]:
     """sum(totals) / sum(weights) over units such as documents, with a bootstrap interval."""
     n = len(totals)
     value = float(np.sum(totals) / np.sum(weights)) if n else float("nan")
     return estimate(value, *bootstrap(totals, weights, seed=seed), n)
+
+
+def statistic(function: Callable[[np.ndarray], float], n: int, seed: int = 0) -> dict[str, Any]:
+    """Any statistic of `n` units, with a percentile bootstrap interval of 500 resamples.
+
+    Args:
+        function: gives the statistic of the units with these indices; one may occur several times.
+        n: number of units.
+        seed: of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    resampled = [function(rng.integers(0, n, n)) for _ in range(500)]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(resampled, tail), np.quantile(resampled, 1 - tail)
+    return estimate(function(np.arange(n)), float(low), float(high), n)
 
 
 def paired_difference(

@@ -1,0 +1,101 @@
+"""What a stage is measured on: the test splits of the run's data, or data that the user names."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.errors import Problem, UserError
+
+Row = dict[str, Any]
+
+MOST_EXAMPLES = {"texts": 400, "instructions": 400, "problems": 300, "prompts": 200, "pairs": 1000}
+"""Most rows used of each kind: intervals of some hundredths, in seconds of CPU time."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Test rows, each with its index in the split as `id`; empty where there is no such data.
+
+    Args:
+        texts: `text` and `kind`, for bits per byte.
+        instructions: `messages`, `kind` and how they are graded, for instruction accuracy.
+        problems: `prompt`, `answer` and `kind`, for pass@k.
+        prompts: `prompt`, `kind` and how they are graded, for the win rate.
+        pairs: `prompt`, `chosen` and `rejected`, for reward models.
+    """
+
+    texts: list[Row] = field(default_factory=list)
+    instructions: list[Row] = field(default_factory=list)
+    problems: list[Row] = field(default_factory=list)
+    prompts: list[Row] = field(default_factory=list)
+    pairs: list[Row] = field(default_factory=list)
+
+
+def evenly(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most `most` rows, evenly spaced, because data sets are often sorted by kind."""
+    return list(rows) if len(rows) <= most else [rows[i * len(rows) // most] for i in range(most)]
+
+
+def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
+    """Read the test splits in RUN/data and RUN/3_preferences, and what `--text` and `--reasoning` name instead.
+
+    Args:
+        run: the run directory.
+        args: of `pipeline.evaluation.cli`.
+
+    Raises:
+        UserError: there is nothing to measure on, or a named data set cannot be read.
+    """
+    data = run / "data"
+    most = {name: min(n, args.limit or n) for name, n in MOST_EXAMPLES.items()}
+    texts = _named(args, args.text, "text") if args.text else _split(data / "pretrain")
+    problems = _named(args, args.reasoning, "prompt") if args.reasoning else _split(data / "reasoning")
+    # Problems have metrics of their own: final answers are compared there, not looked for in the text.
+    instructions = [row for row in _split(data / "sft") if row["kind"] != "reasoning"]
+    found = HeldOut(
+        texts=evenly(texts, most["texts"]),
+        instructions=evenly(instructions, most["instructions"]),
+        problems=evenly(problems, most["problems"]),
+        prompts=evenly(_split(data / "preferences"), most["prompts"]),
+        pairs=evenly(_split(run / "3_preferences"), most["pairs"]),
+    )
+    if not any((found.texts, found.instructions, found.problems, found.prompts, found.pairs)):
+        remedy = "holds no test split of pretrain, sft, reasoning or preferences: name --text or --reasoning"
+        raise UserError(Problem("RUN", data, remedy))
+    return found
+
+
+def _split(folder: Path) -> list[Row]:
+    path = folder / "test.parquet"
+    return _numbered(pq.read_table(path).to_pylist()) if path.is_file() else []
+
+
+def _named(args: argparse.Namespace, name: str, kind: Any) -> list[Row]:
+    """The rows of a Hub id, folder or file. Of a file all rows are used, unless a split is asked for."""
+    from pipeline.arguments import DataArguments
+    from pipeline.data import load_splits
+
+    whole_file = args.split is None and Path(name).is_file()
+    wanted = DataArguments(
+        dataset_name=name,
+        dataset_config=args.config,
+        dataset_test_split=args.split or "test",
+        max_train_samples=None if whole_file else 1,
+        text_column=args.text_column,
+        prompt_column=args.prompt_column,
+        answer_column=args.answer_column,
+        answer_pattern=args.answer_pattern,
+    )
+    train, test = load_splits(wanted, kind, evaluation=not whole_file)
+    rows = train if whole_file else test
+    return _numbered(rows or ())
+
+
+def _numbered(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    return [{"kind": "", **row, "id": index} for index, row in enumerate(rows)]

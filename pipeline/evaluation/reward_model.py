@@ -1,0 +1,95 @@
+"""Measuring a reward model: does it score the answer higher that people prefer?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.evaluation import intervals
+from pipeline.evaluation.metrics.reward_accuracy import RewardAccuracy
+from pipeline.evaluation.writing import StageResult
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    batch_size: int = 64,
+) -> list[float]:
+    """The model's score of each conversation, which ends with the assistant's answer."""
+    model.eval()
+    encoded = [tokenizer.apply_chat_template(list(c), return_dict=False) for c in conversations]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    scores = [0.0] * len(encoded)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer.pad(
+            {"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt", padding_side="right"
+        )
+        logits = model(**batch.to(model.device)).logits[:, 0].float()
+        for index, value in zip(chosen, logits.tolist(), strict=True):
+            scores[index] = value
+    return scores
+
+
+def measure(
+    result: StageResult,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[dict[str, Any]],
+    seed: int = 0,
+) -> None:
+    """Add accuracy against labels and against the noise-free taste, margin, calibration, the pull of length.
+
+    Args:
+        result: what the metrics are added to.
+        model: a sequence classifier with one output.
+        tokenizer: its tokenizer, with a chat template.
+        pairs: `prompt`, `chosen`, `rejected`, and `taste_chosen`, `taste_rejected` where they are known.
+        seed: of the intervals.
+    """
+    chosen = score(model, tokenizer, [[*row["prompt"], *row["chosen"]] for row in pairs])
+    rejected = score(model, tokenizer, [[*row["prompt"], *row["rejected"]] for row in pairs])
+    labelled = RewardAccuracy().compute(predictions=chosen, references=rejected, seed=seed)
+    result.metrics["reward_margin"] = labelled.pop("margin")
+    result.metrics["reward_calibration_error"] = labelled.pop("calibration_error")
+    _add(result, "reward_accuracy", labelled, pairs)
+
+    tasted = [i for i, row in enumerate(pairs) if _taste_gap(row) != 0]
+    if tasted:
+        # Labels may be noise: here the better answer is the one that is better by the annotators' taste.
+        better = [chosen[i] if _taste_gap(pairs[i]) > 0 else rejected[i] for i in tasted]
+        worse = [rejected[i] if _taste_gap(pairs[i]) > 0 else chosen[i] for i in tasted]
+        noise_free = RewardAccuracy().compute(predictions=better, references=worse, seed=seed)
+        noise_free = {key: noise_free[key] for key in ("value", "ci95", "n", "values")}
+        _add(result, "reward_accuracy_noise_free", noise_free, [pairs[i] for i in tasted])
+
+    lengths = [len(row[side][-1]["content"].split()) for side in ("chosen", "rejected") for row in pairs]
+    scores = [*chosen, *rejected]
+    result.metrics["reward_length_correlation"] = intervals.statistic(
+        lambda index: correlation(np.take(lengths, index), np.take(scores, index)), len(scores), seed
+    )
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation; 0 where one of them does not vary."""
+    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) > 0 and np.std(y) > 0 else 0.0
+
+
+def _taste_gap(row: dict[str, Any]) -> float:
+    chosen, rejected = row.get("taste_chosen"), row.get("taste_rejected")
+    return 0.0 if chosen is None or rejected is None else chosen - rejected
+
+
+def _add(result: StageResult, name: str, measured: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    values = measured.pop("values")
+    result.metrics[name] = measured
+    result.examples.extend(
+        {"metric": name, "id": row["id"], "kind": row.get("kind", ""), "value": value}
+        for row, value in zip(rows, values, strict=True)
+    )

@@ -1,0 +1,104 @@
+"""Everything that is measured on one stage: all metrics that its kind of model and the data at hand allow."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from pipeline import hardware
+from pipeline.errors import Problem, UserError
+from pipeline.evaluation import measurements, reward_model
+from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.measurements import Speaker
+from pipeline.evaluation.writing import StageResult
+
+
+def check_stage(run: Path, stage: str) -> None:
+    """Raise `UserError` unless RUN/STAGE holds a model."""
+    if not run.is_dir():
+        raise UserError(Problem("RUN", run, "there is no such directory: give that of a run"))
+    if not (run / stage / "config.json").is_file():
+        found = sorted(path.parent.name for path in run.glob("*/config.json"))
+        remedy = f"holds no model; choose from: {', '.join(found) or 'none, train one first'}"
+        raise UserError(Problem("--stage", stage, remedy))
+
+
+def evaluate_stage(
+    run: Path,
+    stage: str,
+    held_out: HeldOut,
+    *,
+    against: str = "2_sft",
+    samples: int = 8,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> StageResult:
+    """Measure RUN/STAGE.
+
+    Args:
+        run: the run directory.
+        stage: its model's directory in `run`. A sequence classifier is measured as a reward model.
+        held_out: what it is measured on.
+        against: the stage that it is compared with in `win_rate`, if there is one.
+        samples: answers sampled to each problem.
+        max_new_tokens: longest answer.
+        seed: of the sampled answers and the intervals.
+
+    Returns:
+        The metrics, the value of every example, answers and traces. The same arguments on the same machine give the
+        same result, the seconds apart.
+    """
+    began = time.perf_counter()
+    torch.set_num_threads(hardware.threads().value)
+    result = StageResult(stage)
+    if is_reward_model(run / stage):
+        if held_out.pairs:
+            tokenizer = AutoTokenizer.from_pretrained(run / stage)
+            model = AutoModelForSequenceClassification.from_pretrained(run / stage, dtype=torch.float32)
+            reward_model.measure(result, _place(model), tokenizer, held_out.pairs, seed)
+    else:
+        speaker = load_speaker(run / stage, max_new_tokens)
+        if held_out.texts:
+            measurements.texts(result, speaker, held_out.texts, seed)
+        speaker.model.to(generation_dtype())
+        if held_out.instructions:
+            measurements.instructions(result, speaker, held_out.instructions, seed)
+        if held_out.problems:
+            measurements.problems(result, speaker, held_out.problems, samples, seed)
+        if held_out.prompts and (run / against / "config.json").is_file():
+            opponent = load_speaker(run / against, max_new_tokens)
+            opponent.model.to(generation_dtype())
+            measurements.match(result, speaker, opponent, held_out.prompts, seed)
+        measurements.fixed_prompts(result, speaker)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def is_reward_model(path: Path) -> bool:
+    """Whether the model in `path` is a sequence classifier."""
+    architectures = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures")
+    return any("SequenceClassification" in name for name in architectures or ())
+
+
+def load_speaker(path: Path, max_new_tokens: int) -> Speaker:
+    """The language model in `path`, in float32, on the accelerator if there is one."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return Speaker(_place(model), AutoTokenizer.from_pretrained(path), max_new_tokens)
+
+
+def generation_dtype() -> torch.dtype:
+    """bfloat16 where that is fast: small differences matter to losses, which are measured in float32, not here."""
+    return torch.bfloat16 if hardware.precision().value == "bf16" else torch.float32
+
+
+def _place(model: PreTrainedModel) -> PreTrainedModel:
+    return model.to(hardware.accelerator() or "cpu").eval()
