@@ -62,16 +62,14 @@ _STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]
         ("Loss", (("training", ("loss",)), ("validation", ("eval_loss",))), ""),
     ),
     "ppo": (
+        ("Reward-model score", (("training", ("reward", "objective/scores")),), ""),
         (
-            "Reward",
-            (
-                ("reward model", ("objective/scores", "reward")),
-                ("reward minus KL penalty", ("objective/rlhf_reward",)),
-            ),
-            "",
+            "What PPO maximises",
+            (("score", ("objective/scores",)), ("score minus KL penalty", ("objective/rlhf_reward",))),
+            "Scores as normalised for training.",
         ),
         ("KL from the start, nats an answer", (("KL", ("objective/kl", "kl")),), ""),
-        ("Entropy, nats a token", (("entropy", ("objective/entropy", "entropy", "policy/entropy_avg")),), ""),
+        ("Entropy, nats a token", (("entropy", ("policy/entropy_avg", "entropy")),), ""),
         ("Answer length, tokens", (("mean", ("completions/mean_length",)),), ""),
     ),
     "grpo": (
@@ -85,7 +83,7 @@ _STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]
     ),
 }
 
-_SCORE_KEYS = ("objective/scores", "reward")
+_SCORE_KEYS = ("reward", "objective/scores")
 _KL_KEYS = ("objective/kl", "kl")
 
 

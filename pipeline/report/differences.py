@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.report.reading import Measurement, Outcomes, Run, Stage
@@ -111,7 +111,7 @@ def _verdict(metric: str, change: Measurement) -> str:
     return "better" if (change.value > 0) == (better == "up") else "worse"
 
 
-def by_stage(found: list[Difference]) -> Mapping[str, list[Difference]]:
+def by_stage(found: Sequence[Difference]) -> Mapping[str, list[Difference]]:
     """The differences grouped by the later stage, in order."""
     groups: dict[str, list[Difference]] = {}
     for difference in found:

@@ -19,7 +19,7 @@ def duration(seconds: float | None) -> str:
     """Seconds for people: "9.4 s", "1 min 38 s", "2 h 5 min"."""
     if seconds is None:
         return "–"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

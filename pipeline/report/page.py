@@ -16,7 +16,7 @@ from pipeline.report.promises import Promise, Verdict, judge
 from pipeline.report.reading import Run, Stage
 from pipeline.report.summary import summarise, write_json, write_text
 from pipeline.report.svg import line_chart
-from pipeline.report.tables import costs, figures, gains, show_verdicts, sizes, tiles
+from pipeline.report.tables import costs, figures, gains, show_verdicts, tiles
 from pipeline.report.text import visible
 from pipeline.report.vocabulary import stage_info
 
@@ -69,7 +69,6 @@ def page_content(
         "notes": run.notes,
         "table": figures(run, by_kind=False),
         "kinds": figures(run, by_kind=True),
-        "sizes": sizes(run),
         "gains": gains(found),
         "answers": _answers(run),
         "silent": _silent(run),
@@ -94,7 +93,7 @@ def facts(summary: dict[str, Any]) -> list[str]:
     if summary["parameters"]:
         parts.append(f"{magnitude(max(summary['parameters'].values()))} parameters")
     if summary["seconds"]:
-        parts.append(duration(sum(summary["seconds"].values())))
+        parts.append(f"{duration(sum(summary['seconds'].values()))} with evaluation")
     hardware = summary["hardware"]
     device = next(
         (hardware[key] for key in ("gpu", "accelerator", "device", "processor", "cpu") if hardware.get(key)),
@@ -192,7 +191,9 @@ def made(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "title": title,
             "entries": [
-                (key.replace("_", " "), visible(str(value))) for key, value in entries if value is not None
+                (key.replace("_gib", " (GiB)").replace("_", " "), visible(str(value)))
+                for key, value in entries
+                if value is not None
             ],
         }
         for title, entries in boxes

@@ -82,17 +82,19 @@ class Run:
         manifest: its run.json.
         stages: by name, in the order of training.
         notes: what could not be read, one line each.
+        label: what it is called, if not by its directory's name.
     """
 
     path: Path
     manifest: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, Stage] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """The directory's name."""
-        return self.path.resolve().name
+        """What it is called."""
+        return self.label or self.path.resolve().name
 
     @property
     def speakers(self) -> list[Stage]:
@@ -124,6 +126,10 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             problems.append(Problem("RUN", path, remedy))
     if problems:
         raise UserError(*problems)
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.label = str(run.path)
     return runs
 
 

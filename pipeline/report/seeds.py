@@ -17,7 +17,7 @@ from pipeline.report.reading import Run
 from pipeline.report.summary import commit, seconds, write_json, write_text
 from pipeline.report.tables import show_verdicts
 from pipeline.report.text import markdown
-from pipeline.report.vocabulary import metric_info, metric_order, stage_info, stage_order
+from pipeline.report.vocabulary import metric_info, metric_order, stage_info, stage_order, step_order
 
 Spread = dict[str, Any]
 """`mean`, `sd`, `min`, `max`, `n` and `values`, the last with None for a run that lacks the figure."""
@@ -61,7 +61,7 @@ def write_seeds(
     )
     changes = _by_stage_and_metric([_changes(of_run) for of_run in found])
     taken = [seconds(run) for run in runs]
-    times = {name: spread([run.get(name) for run in taken]) for name in _union(taken, stage_order)}
+    times = {name: spread([run.get(name) for run in taken]) for name in _union(taken, step_order)}
     judged = [judge(run, of_run, promises) for run, of_run in zip(runs, found, strict=True)]
     missed = _missed(runs, judged)
     summary = {

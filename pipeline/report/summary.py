@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from pipeline.report.differences import Difference
 from pipeline.report.promises import Verdict
 from pipeline.report.reading import Measurement, Run, Stage, finite, last_logged
 
+EVALUATE = "evaluate_"
+"""What the name of the step that measures a stage begins with."""
 PACKAGES = ("fourstage", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft")
 
 
@@ -99,13 +101,19 @@ def seconds(run: Run) -> dict[str, float]:
     taken: dict[str, float] = {}
     for name, step in (steps if isinstance(steps, dict) else {}).items():
         value = finite(step.get("seconds")) if isinstance(step, dict) else None
-        if value is not None:
+        # The report cannot know how long it takes itself.
+        if value is not None and name != "report":
             taken[name] = value
     for name, stage in run.stages.items():
         runtime = last_logged(stage, "train_runtime")
         if name not in taken and runtime is not None:
             taken[name] = runtime
     return taken
+
+
+def evaluation_seconds(run: Run, stage: str, taken: Mapping[str, float]) -> float | None:
+    """How long the stage's evaluation took: by the manifest (`taken`), or else by its own clock."""
+    return taken.get(EVALUATE + stage, run.stages[stage].evaluation_seconds)
 
 
 def training_cost(stage: Stage) -> tuple[float | None, float | None]:
@@ -130,6 +138,9 @@ def _facts(run: Run, key: str, measure: Any) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Processor, cores this process may use and memory in GiB, of the machine that the report is made on."""
     facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
+    accelerators = _accelerators()
+    if accelerators:
+        facts["gpu"] = accelerators
     facts["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -141,6 +152,17 @@ def machine() -> dict[str, Any]:
     facts["processor"] = models[0] if models else platform.processor()
     facts["memory_gib"] = round(pages / 2**30, 1)
     return facts
+
+
+def _accelerators() -> str:
+    """NVIDIA GPUs as the driver names them, such as "2 x NVIDIA H100"; asking torch would take seconds."""
+    names: dict[str, int] = {}
+    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.startswith("Model:"):
+                name = line.partition(":")[2].strip()
+                names[name] = names.get(name, 0) + 1
+    return ", ".join(f"{count} x {name}" for name, count in sorted(names.items()))
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
 def _label(value: float, step: float) -> str:
@@ -39,11 +39,18 @@ def _label(value: float, step: float) -> str:
     return number(value, max(0, -math.floor(math.log10(step) + 1e-9)))
 
 
-def _bounds(values: Sequence[float]) -> tuple[float, float]:
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """Lowest and highest value, moved apart where nothing could be told between them."""
     low, high = min(values), max(values)
-    if low == high:
-        pad = abs(low) * 0.1 or 1.0
-        return low - pad, high + pad
+    size = max(abs(low), abs(high))
+    if high - low > max(1e-9 * size, 1e-12):
+        return low, high
+    pad = 0.1 * size if size > 1e-12 else 1.0
+    return low - pad, high + pad
+
+
+def _bounds(values: Sequence[float]) -> tuple[float, float]:
+    low, high = _span(values)
     pad = (high - low) * 0.05
     # A quantity that is never negative starts at 0 if that does not waste half of the chart.
     return (0.0 if 0 <= low < (high - low) else low - pad), high + pad
@@ -60,10 +67,7 @@ class _Axes:
     """Maps values to the drawing's units."""
 
     def __init__(self, series: Sequence[Series]) -> None:
-        xs = [x for line in series for x, _ in line.points]
-        self.x_low, self.x_high = min(xs), max(xs)
-        if self.x_low == self.x_high:
-            self.x_low, self.x_high = self.x_low - 1, self.x_high + 1
+        self.x_low, self.x_high = _span([x for line in series for x, _ in line.points])
         self.y_low, self.y_high = _bounds([y for line in series for _, y in line.points])
 
     def x(self, value: float) -> float:

@@ -9,9 +9,9 @@ from pipeline.report.differences import Difference, by_stage
 from pipeline.report.formatting import duration, interval, magnitude, number, signed
 from pipeline.report.promises import Verdict
 from pipeline.report.reading import Measurement, Run, Stage
-from pipeline.report.summary import seconds, training_cost
+from pipeline.report.summary import EVALUATE, evaluation_seconds, seconds
 from pipeline.report.svg import interval_bar, share_bar
-from pipeline.report.vocabulary import METRICS, metric_info, metric_order, stage_info, stage_order
+from pipeline.report.vocabulary import is_share, metric_info, metric_order, stage_info, step_order
 
 
 def tiles(run: Run) -> list[dict[str, str]]:
@@ -65,7 +65,7 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
             rows.append(
                 {
                     "label": f"{info.label}: {kind}" if kind else info.label,
-                    "meaning": "" if kind else info.meaning,
+                    "meaning": _meaning("" if kind else info.meaning, picked),
                     "arrow": {"up": "↑", "down": "↓", "": ""}[info.better],
                     "direction": {"up": "higher is better", "down": "lower is better", "": ""}[info.better],
                     "cells": cells,
@@ -79,8 +79,7 @@ def _cell(measurement: Measurement | None, metric: str, aim: bool) -> dict[str, 
     if measurement is None:
         return None
     digits = metric_info(metric).digits
-    is_share = metric in METRICS and metric not in ("bits_per_byte", "mean_length")
-    bar = share_bar(measurement.value, measurement.low, measurement.high) if is_share else ""
+    bar = share_bar(measurement.value, measurement.low, measurement.high) if is_share(metric) else ""
     return {
         "value": number(measurement.value, digits),
         "range": interval(measurement, digits),
@@ -89,78 +88,81 @@ def _cell(measurement: Measurement | None, metric: str, aim: bool) -> dict[str, 
     }
 
 
-def sizes(run: Run) -> str:
-    """How many examples each metric has, in words."""
-    counts: dict[str, set[int]] = {}
-    for stage in run.stages.values():
-        for metric, measurement in stage.metrics.items():
-            if measurement.n is not None:
-                counts.setdefault(metric, set()).add(measurement.n)
-    parts = [
-        f"{metric_info(metric).label} {' or '.join(f'{n:,}' for n in sorted(counts[metric]))}"
-        for metric in sorted(counts, key=metric_order)
-    ]
-    return f"Examples: {', '.join(parts)}." if parts else ""
+def _meaning(meaning: str, measured: Sequence[Measurement | None]) -> str:
+    counts = sorted({item.n for item in measured if item is not None and item.n is not None})
+    known = [f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}"] if counts else []
+    return "; ".join(filter(None, [meaning, *known]))
 
 
 def gains(found: Sequence[Difference]) -> list[dict[str, Any]]:
-    reach: dict[str, float] = {}
-    for item in found:
-        ends = [abs(end) for end in (item.change.value, item.change.low, item.change.high) if end is not None]
-        reach[item.metric] = max([reach.get(item.metric, 0.0), *ends])
+    """The paired differences, grouped by the later stage, each with a bar on the axis of its stage."""
     groups = []
-    for stage, rows in by_stage(list(found)).items():
-        shown = []
-        for item in rows:
-            info = metric_info(item.metric)
-            title = f"Change of {info.label} from {item.before} to {stage}"
-            shown.append(
-                {
-                    "label": info.label,
-                    "aim": item.aim,
-                    "was": number(item.was, info.digits),
-                    "now": number(item.now, info.digits),
-                    "change": signed(item.change.value, info.digits),
-                    "range": interval(item.change, info.digits, sign=True),
-                    "bar": interval_bar(item.change, reach[item.metric] or 1.0, item.verdict, title),
-                    "verdict": item.verdict,
-                    "n": f"{item.change.n:,}" if item.change.n is not None else "–",
-                }
-            )
+    for stage, rows in by_stage(found).items():
+        reach = max(max(map(abs, _ends(item.change))) / _unit(item) for item in rows) or 1.0
+        relative = any(_unit(item) != 1 for item in rows)
         groups.append(
-            {"stage": stage, "before": rows[0].before, "title": stage_info(stage).title, "rows": shown}
+            {
+                "stage": stage,
+                "before": rows[0].before,
+                "title": stage_info(stage).title,
+                "axis": f"±{reach:.2f}" + (f" or ±{reach:.0%}" if relative else ""),
+                "rows": [_gain(item, reach) for item in rows],
+            }
         )
     return groups
 
 
+def _ends(change: Measurement) -> list[float]:
+    return [end for end in (change.low, change.value, change.high) if end is not None]
+
+
+def _unit(item: Difference) -> float:
+    """What counts as a change of 1: for a share 1, for any other metric all that it was."""
+    return 1.0 if is_share(item.metric) else abs(item.was) or 1.0
+
+
+def _gain(item: Difference, reach: float) -> dict[str, Any]:
+    info = metric_info(item.metric)
+    title = f"Change of {info.label} from {item.before} to {item.stage}"
+    return {
+        "label": info.label,
+        "aim": item.aim,
+        "was": number(item.was, info.digits),
+        "now": number(item.now, info.digits),
+        "change": signed(item.change.value, info.digits),
+        "range": interval(item.change, info.digits, sign=True),
+        "bar": interval_bar(item.change, reach * _unit(item), item.verdict, title),
+        "verdict": item.verdict,
+        "n": f"{item.change.n:,}" if item.change.n is not None else "–",
+    }
+
+
 def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+    """Time, tokens and operations of each step; the evaluation of a stage stands in the stage's row."""
     taken = seconds(run)
-    names = sorted({*taken, *run.stages}, key=stage_order)
-    longest = max(taken.values(), default=0.0)
+    measuring = {name: evaluation_seconds(run, name, taken) for name in run.stages}
+    steps = {name: value for name, value in taken.items() if not name.startswith(EVALUATE)}
+    longest = max(steps.values(), default=0.0)
     rows = []
-    for name in names:
+    for name in sorted({*steps, *run.stages}, key=step_order):
         stage = run.stages.get(name)
-        tokens, flops = training_cost(stage) if stage else (None, None)
         updates = stage.state.get("global_step") if stage else None
         rows.append(
             {
                 "name": name,
-                "time": duration(taken.get(name)),
-                "bar": share_bar(taken.get(name, 0.0) / longest, None, None) if longest else "",
-                "evaluation": duration(stage.evaluation_seconds if stage else None),
+                "time": duration(steps.get(name)),
+                "bar": share_bar(steps.get(name, 0.0) / longest, None, None) if longest else "",
+                "evaluation": duration(measuring.get(name)),
                 "updates": f"{updates:,}" if isinstance(updates, int) and updates else "–",
-                "tokens": magnitude(tokens),
-                "flops": magnitude(flops),
+                "tokens": magnitude(summary["tokens"].get(name)),
+                "flops": magnitude(summary["flops"].get(name)),
                 "parameters": magnitude(stage.parameters if stage else None),
             }
         )
-    evaluation = [
-        stage.evaluation_seconds for stage in run.stages.values() if stage.evaluation_seconds is not None
-    ]
     return {
         "rows": rows,
-        "time": duration(sum(taken.values()) if taken else None),
-        "evaluation": duration(sum(evaluation) if evaluation else None),
+        "time": duration(sum(steps.values()) if steps else None),
+        "evaluation": duration(sum(filter(None, measuring.values())) or None),
         "tokens": magnitude(sum(summary["tokens"].values()) or None),
         "flops": magnitude(sum(summary["flops"].values()) or None),
     }

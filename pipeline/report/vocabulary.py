@@ -40,7 +40,6 @@ STAGES: dict[str, StageInfo] = {
         ("pass@1", "pass@1_sampled", "pass@8", "step_rate"),
     ),
 }
-"""In the order of training."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,10 @@ METRICS: dict[str, MetricInfo] = {
 """In the order in which they are shown; metrics that are not named here come after them."""
 
 
+_ORDER = ("random", "pretrain", "sft", "preferences", "reward", "ppo", "grpo")
+"""What stages of one number are sorted by."""
+
+
 def _role(stage: str) -> str:
     return re.sub(r"^\d+_", "", stage)
 
@@ -97,9 +100,18 @@ def metric_info(metric: str) -> MetricInfo:
 def stage_order(stage: str) -> tuple[int, int, str]:
     """Sort key: the number of the directory's name, then the order of training."""
     number = re.match(r"\d+", stage)
-    roles = list(STAGES)
-    rank = roles.index(_role(stage)) if _role(stage) in roles else len(roles)
+    rank = _ORDER.index(_role(stage)) if _role(stage) in _ORDER else len(_ORDER)
     return int(number.group()) if number else 1000, rank, stage
+
+
+def step_order(step: str) -> tuple[int, int, str]:
+    """Sort key of any step of a run: those that make data come before the stages."""
+    return stage_order(step) if step[:1].isdigit() else (-1, 0, step)
+
+
+def is_share(metric: str) -> bool:
+    """Whether the metric is known to lie between 0 and 1."""
+    return metric in METRICS and metric not in ("bits_per_byte", "mean_length")
 
 
 def metric_order(metric: str) -> tuple[int, str]:

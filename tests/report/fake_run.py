@@ -114,26 +114,26 @@ def _entry(values: list[float]) -> dict[str, Any]:
     return {"value": mean, "ci95": [max(0.0, mean - half), min(1.0, mean + half)], "n": n}
 
 
-def _evaluate(stage: str, rng: random.Random) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _evaluate(stage: str, rng: random.Random, examples: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     metrics: dict[str, Any] = {}
     lines: list[dict[str, Any]] = []
     if stage == "3_reward":
         for metric, share in (("reward_accuracy", 0.81), ("reward_accuracy_noise_free", 0.93)):
-            values = [float(rng.random() < share) for _ in range(300)]
+            values = [float(rng.random() < share) for _ in range(examples)]
             metrics[metric] = _entry(values)
             lines += [
                 {"metric": metric, "id": i, "kind": "question", "value": v} for i, v in enumerate(values)
             ]
         return metrics, lines
     place = ("0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo").index(stage)
-    bits = [_BITS[place] * rng.uniform(0.95, 1.05) for _ in range(200)]
+    bits = [_BITS[place] * rng.uniform(0.95, 1.05) for _ in range(examples)]
     value = sum(bits) / len(bits)
-    metrics["bits_per_byte"] = {"value": value, "ci95": [value * 0.996, value * 1.004], "n": 200}
+    metrics["bits_per_byte"] = {"value": value, "ci95": [value * 0.996, value * 1.004], "n": examples}
     lines += [{"metric": "bits_per_byte", "id": i, "kind": "facts", "value": v} for i, v in enumerate(bits)]
     for metric, shares in _SHARES.items():
         kinds = ("question", "summary", "code") if metric == "instruction_accuracy" else _KINDS
-        values = [float(rng.random() < shares[place]) for _ in range(400)]
-        of = [kinds[i % len(kinds)] for i in range(400)]
+        values = [float(rng.random() < shares[place]) for _ in range(examples)]
+        of = [kinds[i % len(kinds)] for i in range(examples)]
         metrics[metric] = _entry(values)
         if metric not in ("stop_rate", "win_rate"):
             metrics[metric]["by_kind"] = {
@@ -141,7 +141,7 @@ def _evaluate(stage: str, rng: random.Random) -> tuple[dict[str, Any], list[dict
             }
         lines += [{"metric": metric, "id": i, "kind": of[i], "value": v} for i, v in enumerate(values)]
     mean_length = (64.0, 64.0, 15.2, 19.8, 24.1)[place]
-    metrics["mean_length"] = {"value": mean_length, "ci95": [mean_length - 1, mean_length + 1], "n": 400}
+    metrics["mean_length"] = {"value": mean_length, "ci95": [mean_length - 1, mean_length + 1], "n": examples}
     return metrics, lines
 
 
@@ -162,8 +162,9 @@ def _history(stage: str, rng: random.Random) -> list[dict[str, Any]]:
             record |= {"loss": 0.69 - 0.35 * done + noise, "accuracy": min(1.0, 0.5 + 0.4 * done + noise)}
         elif stage == "3_ppo":
             kl = 6 * done**0.7 + abs(noise) * 8
-            record |= {"objective/kl": kl, "objective/scores": 0.4 + 2 * done + noise * 5}
-            record |= {"objective/rlhf_reward": 0.4 + 2 * done - 0.05 * kl + noise * 5}
+            record |= {"objective/kl": kl, "objective/scores": 2 * done - 1 + noise * 5}
+            record["reward"] = 0.4 + 3 * done + noise * 5
+            record |= {"objective/rlhf_reward": 2 * done - 1 - 0.05 * kl + noise * 5}
             record |= {
                 "entropy": 0.9 - 0.5 * done + noise,
                 "completions/mean_length": 15 + 5 * done + noise * 20,
@@ -198,8 +199,13 @@ def write_weights(path: Path, shapes: dict[str, list[int]]) -> None:
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
 
 
-def write_run(path: Path, seed: int = 0, stages: tuple[str, ...] = STAGES, hostile: bool = False) -> Path:
-    """Write a run directory with these stages; with `hostile`, every text in it attacks the page."""
+def write_run(
+    path: Path, seed: int = 0, stages: tuple[str, ...] = STAGES, hostile: bool = False, examples: int = 60
+) -> Path:
+    """Write a run directory with these stages; with `hostile`, every text in it attacks the page.
+
+    `examples` is how many each metric is measured on.
+    """
     rng = random.Random(seed)
     (path / "evaluations").mkdir(parents=True)
     steps = {"data": 9.2, "tokenizer": 4.1, "0_random": 3.0}
@@ -212,10 +218,9 @@ def write_run(path: Path, seed: int = 0, stages: tuple[str, ...] = STAGES, hosti
         "4_grpo": 106.2,
     }
     known = {
-        name: value + rng.random()
-        for name, value in steps.items()
-        if name <= stages[-1] or name in ("data", "tokenizer")
+        name: value + rng.random() for name, value in steps.items() if name[0] not in "34" or stages == STAGES
     }
+    known |= {f"evaluate_{name}": 9.0 + rng.random() for name in stages} | {"report": 5.0}
     manifest = {
         "steps": {
             name: {"fingerprint": "f", "command": ["x"], "seconds": value} for name, value in known.items()
@@ -233,7 +238,7 @@ def write_run(path: Path, seed: int = 0, stages: tuple[str, ...] = STAGES, hosti
     }
     (path / "run.json").write_text(json.dumps(manifest))
     for stage in stages:
-        metrics, lines = _evaluate(stage, rng)
+        metrics, lines = _evaluate(stage, rng, examples)
         speaks = stage != "3_reward"
         evaluation = {
             "stage": stage,

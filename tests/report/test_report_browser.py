@@ -1,0 +1,181 @@
+"""The page as a browser shows it: no error, no request, nothing cut off, readable in both schemes.
+
+Needs Chromium and its driver (`apt-get install chromium chromium-driver`) and the Python package selenium (extra `test`).
+Without them these tests fail: a page that nobody has looked at is not tested.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.__main__ import main
+
+HINT = "install Chromium and its driver: apt-get install chromium chromium-driver; pip install -e '.[test]'"
+
+# Elements that reach out of the window, or whose text is cut, unless they scroll by themselves.
+OVERFLOWING = """
+const cut = [];
+const scrolls = e => e.closest('.scroll') !== null;
+for (const e of document.querySelectorAll('body, body *')) {
+  const box = e.getBoundingClientRect(), style = getComputedStyle(e);
+  if (box.width === 0 || e.closest('.heard') || scrolls(e) && !e.matches('.scroll')) continue;
+  if (box.right > innerWidth + 1 || box.left < -1) cut.push(['outside', e.outerHTML.slice(0, 120)]);
+  if (!e.matches('.scroll') && !e.closest('svg') && e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0
+      && style.display !== 'inline') cut.push(['cut', e.outerHTML.slice(0, 120)]);
+}
+return cut;
+"""
+
+# Tables that need sideways scrolling, and charts whose labels reach out of their drawing.
+NOT_FITTING = """
+const found = [];
+for (const e of document.querySelectorAll('.scroll'))
+  if (e.scrollWidth > e.clientWidth + 1) found.push(e.getAttribute('aria-label') || e.innerText.slice(0, 60));
+for (const svg of document.querySelectorAll('svg.chart')) {
+  const frame = svg.getBoundingClientRect();
+  for (const text of svg.querySelectorAll('text')) {
+    const box = text.getBoundingClientRect();
+    if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1)
+      found.push(text.textContent + ' of ' + svg.querySelector('title').textContent);
+  }
+}
+return found;
+"""
+
+# Text whose contrast with what lies behind it is below WCAG 2.2 AA (4.5 to 1), with the contrast.
+FAINT = """
+const numbers = c => (c.match(/[\\d.]+/g) || []).map(Number);
+const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  return .2126 * r + .7152 * g + .0722 * b; };
+const behind = e => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor);
+  if (c.length === 3 || c[3] > 0) return c; } return [255, 255, 255]; };
+const faint = [];
+for (const e of document.querySelectorAll('body *')) {
+  const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+  if (!own || e.tagName === 'title' || e.getBoundingClientRect().width === 0) continue;
+  const style = getComputedStyle(e);
+  const front = numbers(e.closest('svg') ? style.fill : style.color);
+  const [a, b] = [light(front), light(behind(e))].sort((x, y) => y - x);
+  const contrast = (a + .05) / (b + .05);
+  if (contrast < 4.5) faint.push([e.outerHTML.slice(0, 100), contrast]);
+}
+return faint;
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium with an empty profile."""
+    try:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+    except ImportError:
+        pytest.fail(f"selenium is missing; {HINT}")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    binary = next((found for name in names if (found := shutil.which(name))), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.fail(f"{'Chromium' if binary is None else 'chromedriver'} is missing; {HINT}")
+    os.environ |= {"SE_OFFLINE": "true", "SE_AVOID_STATS": "true"}
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    started = webdriver.Chrome(options=options, service=Service(driver))
+    yield started
+    started.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(
+    whole_run: Path, short_run: Path, hostile_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The page of a whole run, of a part of one, of a hostile one and of all three together."""
+    directory = tmp_path_factory.mktemp("pages")
+    for name, runs in {
+        "whole": [whole_run],
+        "short": [short_run],
+        "hostile": [hostile_run],
+        "seeds": [whole_run, short_run, hostile_run],
+    }.items():
+        main(["report", *map(str, runs), "--output_dir", str(directory / name)])
+    return {path.name: path / "index.html" for path in directory.iterdir()}
+
+
+def show(browser: Any, page: Path, width: int, scheme: str) -> list[str]:
+    """Open the page from disk, with all of it unfolded. Returns the addresses that it requested."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get_log("performance")
+    browser.get_log("browser")
+    browser.get(page.as_uri())
+    browser.execute_script("for (const e of document.querySelectorAll('details')) e.open = true")
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("name", ["whole", "short", "hostile", "seeds"])
+def test_page(browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
+    requested = show(browser, pages[name], width, scheme)
+    assert [url for url in requested if not url.startswith("data:")] == [pages[name].as_uri()]
+    assert browser.get_log("browser") == []
+    assert "Fourstage report" in browser.title
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(OVERFLOWING) == []
+    assert browser.execute_script(NOT_FITTING) == []
+    assert browser.execute_script(FAINT) == []
+
+
+def test_dark_and_light_differ(browser: Any, pages: dict[str, Path]) -> None:
+    colours = set()
+    for scheme in ("light", "dark"):
+        show(browser, pages["whole"], 1440, scheme)
+        colours.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert len(colours) == 2
+
+
+def test_everything_drawn_and_every_table_has_a_name(browser: Any, pages: dict[str, Path]) -> None:
+    show(browser, pages["whole"], 1440, "light")
+    unnamed = browser.execute_script(
+        "return [...document.querySelectorAll('table, svg')].filter(e => e.tagName === 'TABLE' ?"
+        " !e.caption && !e.closest('[aria-label]') : e.getAttribute('aria-hidden') !== 'true' &&"
+        " !(e.getAttribute('role') === 'img' && e.getAttribute('aria-label') && e.querySelector('title')))"
+        ".map(e => e.outerHTML.slice(0, 100))"
+    )
+    assert unnamed == []
+    levels = browser.execute_script(
+        "return [...document.querySelectorAll('h1,h2,h3,h4')].map(e => +e.tagName[1])"
+    )
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    targets = browser.execute_script(
+        "return [...document.querySelectorAll('a')].filter(a => !document.querySelector(a.hash)).length"
+    )
+    assert targets == 0

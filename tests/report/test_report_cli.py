@@ -1,0 +1,293 @@
+"""`python -m pipeline report`: what it writes, from whole, partial, several and damaged runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_run import STAGES, UNTIL_SFT, write_run
+
+from pipeline.__main__ import main
+
+
+def report(*arguments: object) -> int:
+    return main(["report", *map(str, arguments)])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Strictly: NaN and Infinity are no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    return content
+
+
+def test_metrics_json_keeps_its_contract(whole_run: Path, tmp_path: Path) -> None:
+    assert report(whole_run, "--output_dir", tmp_path) == 0
+    summary = read_json(tmp_path / "metrics.json")
+    assert list(summary["stages"]) == list(STAGES)
+    for metrics in summary["stages"].values():
+        for entry in metrics.values():
+            low, high = entry["ci95"]
+            assert low <= entry["value"] <= high
+            assert entry["n"] > 0
+    assert set(summary["stages"]["2_sft"]["instruction_accuracy"]["by_kind"]) == {
+        "question",
+        "summary",
+        "code",
+    }
+    assert summary["seconds"]["1_pretrain"] == pytest.approx(98.6, abs=0.6)
+    assert "report" not in summary["seconds"]
+    assert summary["hardware"]["cores"] == 2
+    assert summary["versions"]["trl"] == "1.16.0"
+    assert summary["seed"] == 0
+    assert summary["parameters"]["1_pretrain"] == 2048 * 192 + 6 * 262144
+    assert (
+        summary["flops"]["1_pretrain"]
+        == 6 * summary["parameters"]["1_pretrain"] * summary["tokens"]["1_pretrain"]
+    )
+    evaluated = json.loads((whole_run / "evaluations" / "4_grpo.json").read_text())
+    assert summary["stages"]["4_grpo"]["pass@1"]["value"] == evaluated["metrics"]["pass@1"]["value"]
+
+
+def test_differences_compare_each_stage_with_the_one_it_started_from(whole_run: Path, tmp_path: Path) -> None:
+    report(whole_run, "--output_dir", tmp_path)
+    summary = read_json(tmp_path / "metrics.json")
+    pairs = {(item["stage"], item["before"]) for item in summary["differences"]}
+    assert pairs == {
+        ("1_pretrain", "0_random"),
+        ("2_sft", "1_pretrain"),
+        ("3_ppo", "2_sft"),
+        ("4_grpo", "3_ppo"),
+    }
+    gain = next(x for x in summary["differences"] if (x["stage"], x["metric"]) == ("4_grpo", "pass@1"))
+    stages = summary["stages"]
+    assert gain["value"] == pytest.approx(
+        stages["4_grpo"]["pass@1"]["value"] - stages["3_ppo"]["pass@1"]["value"]
+    )
+    assert gain["aim"] and gain["verdict"] == "better" and gain["ci95"][0] > 0
+    assert set(gain["by_kind"]) == {"arithmetic", "ordering", "counting", "logic"}
+    bits = next(x for x in summary["differences"] if (x["stage"], x["metric"]) == ("2_sft", "bits_per_byte"))
+    assert bits["verdict"] == "worse" and not bits["aim"]  # more bits are worse
+
+
+def test_page_and_markdown_show_every_stage(whole_run: Path, tmp_path: Path) -> None:
+    report(whole_run, "--output_dir", tmp_path)
+    for name in ("index.html", "report.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        for stage in STAGES:
+            assert stage in text
+        assert "What is an LLM?" in text.replace("\\", "")
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    for chart in ("Bits per byte", "Reward-model accuracy", "Hidden taste against KL", "Answer length"):
+        assert chart in page
+    assert "27 + 16 = 43" in page and "The answer is 34." in page  # the same problem before and after
+
+
+def test_a_run_of_some_stages_shows_only_those(short_run: Path) -> None:
+    assert report(short_run) == 0
+    summary = read_json(short_run / "report" / "metrics.json")
+    assert list(summary["stages"]) == list(UNTIL_SFT)
+    held = {item["promise"] for item in summary["promises"]}
+    assert held and not any(word in promise for promise in held for word in ("3_", "4_"))
+    page = (short_run / "report" / "index.html").read_text(encoding="utf-8")
+    assert "3_ppo" not in page and "4_grpo" not in page
+
+
+def test_evaluations_alone_are_enough(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "only"
+    shutil.copytree(whole_run / "evaluations", run / "evaluations")
+    assert report(run) == 0
+    summary = read_json(run / "report" / "metrics.json")
+    assert summary["seconds"] == {} and summary["seed"] is None
+    assert summary["hardware"] and summary["versions"]["python"]  # of this machine, as the run recorded none
+
+
+def test_training_logs_alone_are_enough(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "logs"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("evaluations", "report", "run.json"))
+    assert report(run) == 0
+    assert "Bits per byte, validation" in (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert read_json(run / "report" / "metrics.json")["seconds"]["1_pretrain"] == pytest.approx(90.5, abs=0.6)
+
+
+def test_a_figure_that_falls_short_is_a_warning(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    file = run / "evaluations" / "2_sft.json"
+    evaluation = json.loads(file.read_text())
+    evaluation["metrics"]["stop_rate"]["value"] = 0.5
+    file.write_text(json.dumps(evaluation))
+    report(run)
+    missed = [item for item in read_json(run / "report" / "metrics.json")["promises"] if not item["kept"]]
+    assert ("Stop rate of 2_sft at least 0.99", 0.5) in [
+        (item["promise"], item["measured"]) for item in missed
+    ]
+    assert "Stop rate of 2_sft at least 0.99; measured 0.500" in (run / "report" / "index.html").read_text()
+    assert "fall short" in (run / "report" / "report.md").read_text().replace("falls", "fall")
+
+
+@pytest.mark.parametrize("change", [{"smoke": True}, {"recipe": "recipes/mine"}])
+def test_only_a_full_run_of_pocket_is_held_to_its_promises(
+    short_run: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(manifest | change))
+    report(run)
+    assert read_json(run / "report" / "metrics.json")["promises"] == []
+
+
+def test_own_promises(short_run: Path, tmp_path: Path) -> None:
+    promises = tmp_path / "promises.yaml"
+    promises.write_text("- {stage: 1_pretrain, metric: bits_per_byte, at_most: 0.5}\n")
+    report(short_run, "--output_dir", tmp_path, "--promises", promises)
+    (promise,) = read_json(tmp_path / "metrics.json")["promises"]
+    assert promise["kept"] is False and promise["measured"] > 1
+
+
+def test_several_runs_give_mean_and_spread(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"seed{seed}", seed, UNTIL_SFT) for seed in (0, 1, 2)]
+    assert report(*runs) == 0
+    directory = runs[0] / "report" / "seeds"
+    summary = read_json(directory / "metrics.json")
+    entry = summary["stages"]["2_sft"]["pass@1"]
+    single = [
+        read_json(run / "report" / "metrics.json")["stages"]["2_sft"]["pass@1"]["value"] for run in runs
+    ]
+    assert entry["values"] == single
+    assert entry["mean"] == pytest.approx(sum(single) / 3)
+    assert entry["min"] == min(single) and entry["max"] == max(single) and entry["n"] == 3
+    assert entry["sd"] == pytest.approx((sum((x - entry["mean"]) ** 2 for x in single) / 2) ** 0.5)
+    assert [run["seed"] for run in summary["runs"]] == [0, 1, 2]
+    assert "seed2" in (directory / "index.html").read_text(encoding="utf-8")
+    assert "seed2" in (directory / "report.md").read_text(encoding="utf-8")
+
+
+def test_runs_that_stopped_at_different_stages(whole_run: Path, short_run: Path, tmp_path: Path) -> None:
+    assert report(whole_run, short_run, "--output_dir", tmp_path) == 0
+    entry = read_json(tmp_path / "metrics.json")["stages"]["4_grpo"]["pass@1"]
+    assert entry["n"] == 1 and entry["sd"] is None and entry["values"][1] is None
+
+
+def test_runs_of_one_name_are_told_apart(short_run: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / place / "pocket" for place in ("a", "b")]
+    for run in runs:
+        shutil.copytree(short_run, run)
+    report(*runs, "--output_dir", tmp_path)
+    assert [run["run"] for run in read_json(tmp_path / "metrics.json")["runs"]] == [str(run) for run in runs]
+
+
+def test_the_same_run_gives_the_same_report(short_run: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        report(short_run, "--output_dir", tmp_path / name)
+    for file in ("index.html", "metrics.json", "report.md"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+DAMAGE = {
+    "run.json": "{",
+    "evaluations/2_sft.json": "[]",
+    "evaluations/1_pretrain.jsonl": '{"metric": "pass@1", "id": 1, "value": 1.0}\n{"metric": "pa\n',
+    "1_pretrain/trainer_state.json": "\x00",
+    "2_sft/config.json": "no",
+    "2_sft/model.safetensors": "\xff" * 20,
+}
+
+
+@pytest.mark.parametrize("file", DAMAGE)
+def test_damaged_files_are_told_in_one_line_each(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    (run / file).write_text(DAMAGE[file], encoding="latin-1")
+    assert report(run) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and file in lines[0]
+    assert file in (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert read_json(run / "report" / "metrics.json")["notes"] == lines
+
+
+def test_values_that_are_no_numbers_are_left_out(short_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    file = run / "evaluations" / "2_sft.json"
+    evaluation = json.loads(file.read_text())
+    evaluation["metrics"] |= {
+        "pass@1": {"value": float("nan"), "ci95": [0, 1], "n": 3},
+        "pass@8": {"value": 0.5, "ci95": None, "n": None},
+        "step_rate": "high",
+        "new_metric": {"value": 3.0, "ci95": [2.0, 4.0], "n": 9},
+    }
+    evaluation["answers"].append({"prompt": "no answer"})
+    file.write_text(json.dumps(evaluation))
+    state = json.loads((run / "2_sft" / "trainer_state.json").read_text())
+    state["log_history"] += [{"step": 999, "loss": float("inf")}, {"step": 1000, "loss": "x"}, None]
+    (run / "2_sft" / "trainer_state.json").write_text(json.dumps(state))
+    assert report(run) == 0
+    metrics = read_json(run / "report" / "metrics.json")["stages"]["2_sft"]
+    assert "pass@1" not in metrics and "step_rate" not in metrics
+    assert metrics["pass@8"] == {"value": 0.5, "ci95": None, "n": None}
+    assert metrics["new_metric"]["value"] == 3.0
+    assert "new metric" in (run / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda path: None, "no such directory"),
+        (lambda path: path.mkdir(), "holds no evaluation and no training log"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, expected: str
+) -> None:
+    make(tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        report(tmp_path / "run")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line and str(tmp_path / "run") in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("stage: 2_sft", "must be a list"),
+        ("- {stage: 2_sft, metric: stop_rate}", "at_least or at_most"),
+        ("- {stage: 2_sft, metric: stop_rate, atleast: 1}", "unknown field atleast"),
+        ("- {stage: 2_sft, metric: stop_rate, at_least: 1, how: much}", "how must be"),
+        ("- [", "cannot be read"),
+    ],
+)
+def test_wrong_promises_are_refused_in_one_line(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
+) -> None:
+    (tmp_path / "promises.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        report(short_run, "--promises", tmp_path / "promises.yaml", "--output_dir", tmp_path)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_help_imports_neither_torch_nor_jinja() -> None:
+    code = (
+        "import sys; from pipeline.__main__ import build_parser; build_parser(['report']).format_help();"
+        "print(sorted({'torch', 'jinja2', 'numpy', 'yaml'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env={**os.environ}
+    )
+    assert done.stdout.strip() == "[]"

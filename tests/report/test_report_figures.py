@@ -1,0 +1,173 @@
+"""Differences, promises, axes and curves, on figures small enough to check by hand."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.report.curves import Chart, Series, charts_of, overlay
+from pipeline.report.differences import differences, paired
+from pipeline.report.formatting import duration, magnitude, number, signed
+from pipeline.report.promises import Promise, judge, load_promises
+from pipeline.report.reading import Measurement, Run, Stage, load_run
+from pipeline.report.svg import line_chart, ticks
+from pipeline.report.vocabulary import METRICS, STAGES, stage_order
+
+
+def run_with(**values: float) -> Run:
+    """A run of two stages, `before` and `after` the pass@1 of each."""
+    stages = {
+        "3_ppo": Stage("3_ppo", {"pass@1": Measurement(values["before"], 0.1, 0.9, 10)}),
+        "4_grpo": Stage("4_grpo", {"pass@1": Measurement(values["after"], 0.2, 0.95, 10)}),
+    }
+    return Run(Path("run"), stages=stages)
+
+
+def test_paired_difference_uses_shared_examples_and_weights() -> None:
+    before = {"a": (1.0, 1.0, ""), "b": (2.0, 3.0, ""), "only before": (9.0, 1.0, "")}
+    after = {"a": (3.0, 1.0, ""), "b": (1.0, 3.0, ""), "only after": (9.0, 1.0, "")}
+    change = paired(before, after)
+    assert change is not None
+    assert change.value == pytest.approx((2.0 * 1 + -1.0 * 3) / 4)
+    assert change.n == 2
+    assert change.low is not None and change.high is not None and change.low <= change.value <= change.high
+
+
+def test_nothing_shared_is_no_difference() -> None:
+    assert paired({"a": (1.0, 1.0, "")}, {"b": (1.0, 1.0, "")}) is None
+
+
+def test_no_change_is_no_verdict() -> None:
+    run = run_with(before=0.5, after=0.5)
+    outcomes = {str(i): (float(i % 2), 1.0, "") for i in range(20)}
+    for stage in run.stages.values():
+        stage.outcomes["pass@1"] = outcomes
+    (found,) = differences(run)
+    assert found.change.value == 0 and found.verdict == "same"
+
+
+@pytest.mark.parametrize(
+    ("promise", "measured", "kept"),
+    [
+        (Promise("4_grpo", "pass@1", at_least=0.8), 0.87, True),
+        (Promise("4_grpo", "pass@1", at_least=0.8, lower_end=True), 0.2, False),
+        (Promise("4_grpo", "pass@1", at_most=0.8), 0.87, False),
+        (Promise("4_grpo", "pass@1", against="3_ppo", at_least=-0.03), -0.03, True),  # to the last digit
+        (Promise("4_grpo", "pass@1", against="3_ppo", how="ratio", at_most=0.9), 0.87 / 0.9, False),
+    ],
+)
+def test_promises(promise: Promise, measured: float, kept: bool) -> None:
+    (verdict,) = judge(run_with(before=0.9, after=0.87), [], [promise])
+    assert verdict.measured == pytest.approx(measured)
+    assert verdict.kept is kept
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        Promise("2_sft", "pass@1", at_least=0.5),
+        Promise("4_grpo", "win_rate", at_least=0.5),
+        Promise("4_grpo", "pass@1", against="2_sft", at_least=0.5),
+        Promise("4_grpo", "pass@1", against="3_ppo", how="interval", at_least=0.0),
+    ],
+)
+def test_what_was_not_measured_is_not_held_against_the_run(promise: Promise) -> None:
+    assert judge(run_with(before=0.9, after=0.87), [], [promise]) == []
+
+
+def test_the_recipe_promises_something_of_every_stage() -> None:
+    promises = load_promises()
+    assert {promise.stage for promise in promises} == {"1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo"}
+    assert {promise.metric for promise in promises} <= set(METRICS)
+    assert len({str(promise) for promise in promises}) == len(promises)
+
+
+def test_aims_are_metrics() -> None:
+    assert {aim for info in STAGES.values() for aim in info.aims} <= set(METRICS)
+
+
+def test_stages_are_in_the_order_of_training() -> None:
+    names = ["4_grpo", "3_ppo", "3_reward", "10_later", "2_sft", "0_random", "other"]
+    expected = ["0_random", "2_sft", "3_reward", "3_ppo", "4_grpo", "10_later", "other"]
+    assert sorted(names, key=stage_order) == expected
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9).filter(lambda width: width > 0))
+def test_ticks_are_round_few_and_inside(low: float, width: float) -> None:
+    high = low + width
+    if high - low < abs(low) * 1e-9:
+        return
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 6
+    slack = (high - low) * 1e-6 + abs(low) * 1e-9
+    assert all(low - slack <= tick <= high + slack for tick in found)
+
+
+POINTS = st.lists(st.tuples(st.floats(0, 1e6), st.floats(-1e6, 1e6)), min_size=2, max_size=150)
+
+
+@given(POINTS, st.booleans())
+def test_any_curve_is_drawn_inside_of_its_chart(points: list[tuple[float, float]], dots: bool) -> None:
+    chart = Chart("2_sft", "Loss <&>", "steps", (Series("training", points, dots),))
+    svg = ElementTree.fromstring(line_chart(chart))
+    assert svg.get("role") == "img" and "Loss <&>" in (svg.get("aria-label") or "")
+    for circle in svg.iter("circle"):
+        x, y = float(circle.get("cx", "nan")), float(circle.get("cy", "nan"))
+        assert 0 <= x <= 360 and 0 <= y <= 210 and math.isfinite(x + y)
+
+
+def test_curves_come_from_the_newest_checkpoint(whole_run: Path, tmp_path: Path) -> None:
+    import json
+
+    for step in (5, 40, 100):
+        folder = tmp_path / "1_pretrain" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        history = [{"step": i, "loss": float(step)} for i in range(3)]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": step}))
+    (chart,) = charts_of(load_run(tmp_path))
+    assert chart.series[0].points == [(0.0, 100.0), (1.0, 100.0), (2.0, 100.0)]
+
+
+def test_a_whole_run_has_every_curve(whole_run: Path) -> None:
+    titles = {(chart.stage, chart.title.split(",")[0]) for chart in charts_of(load_run(whole_run))}
+    assert titles >= {
+        ("1_pretrain", "Loss"),
+        ("1_pretrain", "Bits per byte"),
+        ("3_reward", "Reward-model accuracy"),
+        ("3_ppo", "Reward-model score against KL"),
+        ("3_ppo", "Hidden taste against KL"),
+        ("4_grpo", "Reward"),
+        ("4_grpo", "Entropy"),
+        ("4_grpo", "Answer length"),
+    }
+
+
+def test_several_runs_share_each_chart(whole_run: Path, short_run: Path) -> None:
+    charts = overlay([load_run(whole_run), load_run(short_run)])
+    loss = next(chart for chart in charts if chart.stage == "1_pretrain")
+    assert [line.name for line in loss.series] == ["pocket", "short"]
+    assert len(next(chart for chart in charts if chart.stage == "4_grpo").series) == 1
+
+
+def test_numbers_read_well() -> None:
+    assert (number(-0.5, 2), signed(0.5, 1), number(None)) == ("−0.50", "+0.5", "–")
+    assert [duration(x) for x in (None, 9.44, 59.96, 98.1, 7500)] == [
+        "–",
+        "9.4 s",
+        "1 min 0 s",
+        "1 min 38 s",
+        "2 h 5 min",
+    ]
+    assert [magnitude(x) for x in (None, 80, 1234, 1.97e6, 999_600, 5.76e13)] == [
+        "–",
+        "80",
+        "1.23 k",
+        "1.97 M",
+        "1 M",
+        "57.6 T",
+    ]

@@ -1,0 +1,102 @@
+"""What models wrote must not be able to do anything to the page, the Markdown or the reader's eyes."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import unicodedata
+from html.parser import HTMLParser
+from pathlib import Path
+
+from fake_run import HOSTILE
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.__main__ import main
+from pipeline.report.text import markdown, visible
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_visible_text_hides_nothing(text: str) -> None:
+    shown = visible(text, limit=10_000)
+    assert not {unicodedata.category(c) for c in shown if c not in "\n\t"} & {
+        "Cc",
+        "Cf",
+        "Cs",
+        "Cn",
+        "Zl",
+        "Zp",
+    }
+    shown.encode("utf-8")
+
+
+@given(st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S"))))
+def test_visible_text_keeps_what_can_be_seen(text: str) -> None:
+    assert visible(text, limit=10_000) == text
+
+
+def test_long_text_is_cut_and_says_so() -> None:
+    assert visible("a" * 1000, limit=10) == "a" * 10 + " … (+990 characters)"
+
+
+def test_bidirectional_controls_are_shown_by_number() -> None:
+    assert visible("a\u202eb\u2066") == "a⟨U+202E⟩b⟨U+2066⟩"
+    assert visible("\x00\x1b\x7f") == "\u2400\u241b\u2421"
+
+
+@given(st.text())
+def test_markdown_is_one_literal_line(text: str) -> None:
+    line = markdown(text)
+    assert "\n" not in line
+    assert not re.search(r"<(?!br>)", line)
+    assert not re.search(r"(?<!\\)(?:\\\\)*[|`*_\[]", line)
+
+
+class _Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_hostile_answers_stay_text(hostile_run: Path, tmp_path: Path) -> None:
+    assert main(["report", str(hostile_run), "--output_dir", str(tmp_path)]) == 0
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    parser = _Elements()
+    parser.feed(page)
+    tags = {tag for tag, _ in parser.found}
+    assert not tags & {"script", "img", "iframe", "object", "embed", "form"}
+    for _, attributes in parser.found:
+        assert not [name for name in attributes if name.startswith("on")]
+        assert not any(
+            re.search(r"https?://|//", attributes.get(name) or "") for name in ("href", "src", "action")
+        )
+    assert "{{ 7 * 7 }}" in page  # shown, not computed
+    assert html.escape("</script><script>") in page
+    assert not set(page) & {"\u202e", "\u200b", "\x00", "\x1b"}
+    json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    twin = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in twin and "<img" not in twin
+
+
+def test_hostile_file_names_and_notes_stay_text(short_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "<b>run<img src=x>"
+    shutil.copytree(short_run, run)
+    manifest = json.loads((run / "run.json").read_text())
+    manifest |= {
+        "seed": HOSTILE,
+        "commit": HOSTILE,
+        "hardware": {HOSTILE: HOSTILE},
+        "versions": {"x": HOSTILE},
+    }
+    (run / "run.json").write_text(json.dumps(manifest))
+    (run / "evaluations" / "<i>.json").write_text("broken")
+    main(["report", str(run)])
+    page = (run / "report" / "index.html").read_text(encoding="utf-8")
+    for tag in ("<b>run", "<img", "<script", "<i>"):
+        assert tag not in page
