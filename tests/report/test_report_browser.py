@@ -1,7 +1,7 @@
 """The page as a browser shows it: no error, no request, nothing cut off, readable in both schemes.
 
-Needs Chromium and its driver (`apt-get install chromium chromium-driver`) and the Python package selenium (extra `test`).
-Without them these tests fail: a page that nobody has looked at is not tested.
+Needs Chromium and its driver (`apt-get install chromium chromium-driver`) and the Python package selenium
+(extra `test`). Without them these tests fail: a page that nobody has looked at is not tested.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ return found;
 # Text whose contrast with what lies behind it is below WCAG 2.2 AA (4.5 to 1), with the contrast.
 FAINT = """
 const numbers = c => (c.match(/[\\d.]+/g) || []).map(Number);
-const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+const linear = v => v <= 10 ? v / 3294.6 : ((v / 255 + .055) / 1.055) ** 2.4;
+const light = c => { const [r, g, b] = c.map(linear);
   return .2126 * r + .7152 * g + .0722 * b; };
 const behind = e => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor);
   if (c.length === 3 || c[3] > 0) return c; } return [255, 255, 255]; };
@@ -153,6 +155,21 @@ def test_page(browser: Any, pages: dict[str, Path], name: str, width: int, schem
     assert browser.execute_script(FAINT) == []
 
 
+@pytest.mark.parametrize(
+    ("script", "fault"),
+    [
+        (OVERFLOWING, "<div style='width: 500px'>wide</div>"),
+        (OVERFLOWING, "<div style='width: 50px; overflow: hidden; white-space: nowrap'>more than fits</div>"),
+        (NOT_FITTING, "<div class='scroll'><div style='width: 500px'>wide</div></div>"),
+        (FAINT, "<p style='color: #999; background: #fff'>faint</p>"),
+    ],
+)
+def test_the_checks_see_faults(browser: Any, pages: dict[str, Path], script: str, fault: str) -> None:
+    show(browser, pages["short"], 390, "light")
+    browser.execute_script("document.body.insertAdjacentHTML('beforeend', arguments[0])", fault)
+    assert browser.execute_script(script)
+
+
 def test_dark_and_light_differ(browser: Any, pages: dict[str, Path]) -> None:
     colours = set()
     for scheme in ("light", "dark"):
@@ -174,7 +191,7 @@ def test_everything_drawn_and_every_table_has_a_name(browser: Any, pages: dict[s
         "return [...document.querySelectorAll('h1,h2,h3,h4')].map(e => +e.tagName[1])"
     )
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     targets = browser.execute_script(
         "return [...document.querySelectorAll('a')].filter(a => !document.querySelector(a.hash)).length"
     )
