@@ -51,16 +51,20 @@ class MetricInfo:
         meaning: one line about what is measured.
         better: "up", "down", or "" where neither direction is better.
         digits: digits after the point.
+        share: whether it lies between 0 and 1.
     """
 
     label: str
     meaning: str
     better: str = "up"
     digits: int = 3
+    share: bool = True
 
 
 METRICS: dict[str, MetricInfo] = {
-    "bits_per_byte": MetricInfo("Bits per byte", "held-out text; 8 is no compression at all", "down"),
+    "bits_per_byte": MetricInfo(
+        "Bits per byte", "held-out text; 8 is no compression at all", "down", share=False
+    ),
     "instruction_accuracy": MetricInfo(
         "Instruction accuracy", "held-out questions, summaries and small functions (code is run)"
     ),
@@ -74,7 +78,19 @@ METRICS: dict[str, MetricInfo] = {
     "pass@1_sampled": MetricInfo("pass@1, sampled", "the same problems, mean over sampled answers"),
     "pass@8": MetricInfo("pass@8", "at least one of eight samples is right (unbiased estimate)"),
     "step_rate": MetricInfo("Step rate", "greedy answers that show worked steps", ""),
-    "mean_length": MetricInfo("Mean length", "tokens of an answer", "", 1),
+    "mean_length": MetricInfo("Answer length", "tokens of an answer to an instruction", "", 1, share=False),
+    "reasoning_length": MetricInfo(
+        "Reasoning length", "tokens of a greedy answer to a reasoning problem", "", 1, share=False
+    ),
+    "reward_margin": MetricInfo(
+        "Reward margin", "score of the preferred answer minus the other's", "", share=False
+    ),
+    "reward_calibration_error": MetricInfo(
+        "Calibration error", "between the scores' probabilities and the labels", "down"
+    ),
+    "reward_length_correlation": MetricInfo(
+        "Correlation with length", "of the reward model's score with an answer's words", "", share=False
+    ),
 }
 """In the order in which they are shown; metrics that are not named here come after them."""
 
@@ -111,7 +127,7 @@ def step_order(step: str) -> tuple[int, int, str]:
 
 def is_share(metric: str) -> bool:
     """Whether the metric is known to lie between 0 and 1."""
-    return metric in METRICS and metric not in ("bits_per_byte", "mean_length")
+    return metric in METRICS and METRICS[metric].share
 
 
 def metric_order(metric: str) -> tuple[int, str]:

@@ -124,12 +124,17 @@ def _evaluate(stage: str, rng: random.Random, examples: int) -> tuple[dict[str, 
             lines += [
                 {"metric": metric, "id": i, "kind": "question", "value": v} for i, v in enumerate(values)
             ]
+        metrics["reward_margin"] = {"value": 1.2, "ci95": [1.0, 1.4], "n": examples}
+        metrics["reward_length_correlation"] = {"value": -0.2, "ci95": [-0.3, -0.1], "n": 2 * examples}
         return metrics, lines
     place = ("0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo").index(stage)
     bits = [_BITS[place] * rng.uniform(0.95, 1.05) for _ in range(examples)]
     value = sum(bits) / len(bits)
     metrics["bits_per_byte"] = {"value": value, "ci95": [value * 0.996, value * 1.004], "n": examples}
-    lines += [{"metric": "bits_per_byte", "id": i, "kind": "facts", "value": v} for i, v in enumerate(bits)]
+    lines += [
+        {"metric": "bits_per_byte", "id": i, "kind": "facts", "value": v, "weight": 100 + i}
+        for i, v in enumerate(bits)
+    ]
     for metric, shares in _SHARES.items():
         kinds = ("question", "summary", "code") if metric == "instruction_accuracy" else _KINDS
         values = [float(rng.random() < shares[place]) for _ in range(examples)]
@@ -140,8 +145,14 @@ def _evaluate(stage: str, rng: random.Random, examples: int) -> tuple[dict[str, 
                 kind: _entry([v for v, k in zip(values, of, strict=True) if k == kind]) for kind in kinds
             }
         lines += [{"metric": metric, "id": i, "kind": of[i], "value": v} for i, v in enumerate(values)]
-    mean_length = (64.0, 64.0, 15.2, 19.8, 24.1)[place]
-    metrics["mean_length"] = {"value": mean_length, "ci95": [mean_length - 1, mean_length + 1], "n": examples}
+    for metric, means in (
+        ("mean_length", (64.0, 64.0, 15.2, 19.8, 20.1)),
+        ("reasoning_length", (64.0, 64.0, 6.1, 6.4, 24.9)),
+    ):
+        lengths = [max(1.0, rng.gauss(means[place], 3)) for _ in range(examples)]
+        mean = sum(lengths) / examples
+        metrics[metric] = {"value": mean, "ci95": [mean - 0.5, mean + 0.5], "n": examples}
+        lines += [{"metric": metric, "id": i, "kind": "x", "value": v} for i, v in enumerate(lengths)]
     return metrics, lines
 
 
