@@ -18,7 +18,7 @@ import yaml
 from transformers import set_seed
 from trl import TrlParser
 
-from pipeline import hardware, launch, output_directory
+from pipeline import checks, hardware, launch, output_directory
 from pipeline.errors import Problem, UserError
 
 
@@ -182,8 +182,10 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         if name not in hints:
             problems.append(_unknown(str(name), value, hints))
             continue
-        accepted, values[name] = _convert(value, hints[name])
-        if not accepted:
+        accepted, converted = _convert(value, hints[name])
+        if accepted:
+            values[name] = converted
+        else:
             problems.append(Problem(name, repr(value), f"must be {_describe(hints[name])}"))
 
     given, more = _read_command_line(parser, arguments, hints)
@@ -192,27 +194,33 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     if asked.get("hub_token"):
         # As an argument it would be written to disk with all the others.
         os.environ["HF_TOKEN"] = asked.pop("hub_token")
-    problems += _unsupported(asked)
+    unsupported = _unsupported(asked)
+    problems += unsupported
+    asked = {
+        name: value for name, value in asked.items() if name not in {problem.field for problem in unsupported}
+    }
     machine = {
         name: choice.value
         for name, choice in hardware.training_defaults().items()
         if name in hints and name not in asked and not _replaces(name, asked)
     }
-    if problems:
-        raise UserError(*problems)
-    built = _build(dataclass_types, {**machine, **asked})
-    problems = [
+    built, refused = _build(dataclass_types, {**machine, **asked})
+    problems += refused + checks.check_ranges(built)
+    problems += [
         problem for item in built if hasattr(item, "world_size") for problem in launch.check_launch(item)
     ]
     problems += output_directory.check(built)
     if problems:
-        raise UserError(*problems)
+        from pipeline import inputs  # which takes its time, and imports this module
+
+        problems += inputs.find_problems(built, hints)
+        raise UserError(*dict.fromkeys(problems))
     for item in built:
         if hasattr(item, "world_size"):
             # Trainers set the seed themselves, but only after TRL has drawn adapters and score heads.
             set_seed(item.seed)
             setattr(item, output_directory.RESOLVED, output_directory.describe(built))
-    return built
+    return tuple(built)
 
 
 def _take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
@@ -376,8 +384,8 @@ def _convert(value: Any, hint: Any) -> tuple[bool, Any]:
     return True, value
 
 
-def _build(dataclass_types: Iterable[Any], values: dict[str, Any]) -> tuple[Any, ...]:
-    """Instantiate the dataclasses; what their own validation refuses is told in their own words, together."""
+def _build(dataclass_types: Iterable[Any], values: dict[str, Any]) -> tuple[list[Any], list[Problem]]:
+    """Instantiate the dataclasses; what their own validation refuses is told in their own words."""
     built, problems = [], []
     for kind in dataclass_types:
         own = {name: value for name, value in values.items() if name in _hints(kind)}
@@ -392,13 +400,33 @@ def _build(dataclass_types: Iterable[Any], values: dict[str, Any]) -> tuple[Any,
         if missing:
             problems += [Problem(name, "nothing", "is required") for name in missing]
             continue
-        try:
-            built.append(kind(**own))
-        except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
-            message = " ".join(str(error).split())
-            named = [name for name in own if re.search(rf"\b{re.escape(name)}\b", message)]
-            name = named[0] if named else kind.__name__
-            problems.append(Problem(name, own.get(name, "refused"), message))
-    if problems:
-        raise UserError(*problems)
-    return tuple(built)
+        while True:
+            try:
+                built.append(kind(**own))
+                break
+            except (
+                ValueError,
+                TypeError,
+                NotImplementedError,
+                ImportError,
+                OSError,
+                ArithmeticError,
+            ) as error:
+                message = " ".join(str(error).split())
+                name = _field_in(message, own)
+                problems.append(Problem(name or kind.__name__, own[name] if name else "refused", message))
+                if name is None:
+                    break
+                del own[name]  # to find out what else is wrong
+    return built, problems
+
+
+def _field_in(message: str, values: dict[str, Any]) -> str | None:
+    """The field that an error message speaks of, by its name or else by its value."""
+    for name in values:
+        if re.search(rf"\b{re.escape(name)}\b", message):
+            return name
+    for name, value in values.items():
+        if isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", message):
+            return name
+    return None

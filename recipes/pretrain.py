@@ -30,21 +30,18 @@ from pipeline.pretraining import PretrainConfig
 def main(data_args: DataArguments, training_args: PretrainConfig, model_args: LlamaArguments) -> None:
     from transformers import Trainer, default_data_collator
 
-    from pipeline.data import load_splits
-    from pipeline.loading import load_tokenizer
+    from pipeline.inputs import load_inputs
     from pipeline.model import build_model, log_model
     from pipeline.packing import pack_documents
     from pipeline.pretraining import bits_per_byte, compile_if_it_pays, sequence_losses
     from pipeline.training import run_callbacks, train_and_save
 
-    tokenizer = load_tokenizer(data_args)
+    tokenizer, *documents = load_inputs("text", data_args, training_args, model_args)
     model = build_model(model_args, tokenizer, training_args.seed)
     log_model(model)
 
-    evaluation = training_args.eval_strategy != "no"
-    splits = load_splits(data_args, "text", evaluation)
     train_dataset, eval_dataset = (
-        split and pack_documents(split, tokenizer, training_args.block_size, "text") for split in splits
+        split and pack_documents(split, tokenizer, training_args.block_size, "text") for split in documents
     )
 
     compile_if_it_pays(training_args, model, train_dataset)

@@ -23,20 +23,19 @@ from pipeline.errors import exit_on_user_error
 def main(data_args: DataArguments, training_args: RewardConfig, model_args: ModelConfig) -> None:
     from trl import RewardTrainer, get_peft_config
 
-    from pipeline.data import load_splits
-    from pipeline.loading import load_tokenizer, model_init_kwargs
+    from pipeline.inputs import load_inputs
+    from pipeline.loading import model_init_kwargs
     from pipeline.training import run_callbacks, train_and_save
 
+    tokenizer, train_dataset, eval_dataset = load_inputs("preference", data_args, training_args, model_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args)
     model_args.lora_task_type = "SEQ_CLS"  # PEFT then trains and saves the score head, too
-    evaluation = training_args.eval_strategy != "no"
-    train_dataset, eval_dataset = load_splits(data_args, "preference", evaluation)
     trainer = RewardTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(data_args, model_args),
+        processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
         callbacks=run_callbacks(training_args),
     )

@@ -1,0 +1,249 @@
+"""What can be told to be wrong with a configuration before anything is trained; every function lists all it finds."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import Problem
+
+
+def _at_least(bound: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value >= bound, f"must be at least {bound:g}"
+
+
+def _above(bound: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: bound < value < math.inf, f"must be a number above {bound:g}"
+
+
+def _from_to(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: low <= value <= high, f"must be between {low:g} and {high:g}"
+
+
+def _below_one() -> tuple[Callable[[Any], bool], str]:
+    return lambda value: 0 <= value < 1, "must be at least 0 and below 1"
+
+
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "learning_rate": _above(0),
+    "num_train_epochs": _above(0),
+    "max_steps": (lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for num_train_epochs"),
+    "per_device_train_batch_size": _at_least(1),
+    "per_device_eval_batch_size": _at_least(1),
+    "gradient_accumulation_steps": _at_least(1),
+    "eval_steps": _above(0),
+    "save_steps": _above(0),
+    "logging_steps": _above(0),
+    "save_total_limit": _at_least(1),
+    "warmup_steps": _at_least(0),
+    "warmup_ratio": _from_to(0, 1),
+    "weight_decay": _at_least(0),
+    "max_grad_norm": _at_least(0),
+    "adam_beta1": _below_one(),
+    "adam_beta2": _below_one(),
+    "adam_epsilon": _above(0),
+    "label_smoothing_factor": _below_one(),
+    "seed": _from_to(0, 2**32 - 1),
+    "data_seed": _from_to(0, 2**32 - 1),
+    "dataloader_num_workers": _at_least(0),
+    "block_size": _at_least(2),
+    "max_length": _at_least(2),
+    "max_train_samples": _at_least(1),
+    "max_eval_samples": _at_least(1),
+    "validation_share": _from_to(0, 0.5),
+    "lora_r": _at_least(1),
+    "lora_alpha": _above(0),
+    "lora_dropout": _below_one(),
+    "num_generations": _at_least(1),
+    "num_iterations": _at_least(1),
+    "max_completion_length": _at_least(1),
+    "temperature": _above(0),
+    "top_p": (lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+    "min_p": _from_to(0, 1),
+    "top_k": _at_least(0),
+    "repetition_penalty": _above(0),
+    "beta": _at_least(0),
+    "epsilon": _above(0),
+}
+"""Fields of any argument dataclass, and the values that make sense. `None` is left to the dataclass."""
+
+
+def check_ranges(arguments: Iterable[Any]) -> list[Problem]:
+    """Fields whose numbers make no sense, or make none together.
+
+    Args:
+        arguments: Argument dataclasses.
+    """
+    items = list(arguments)
+    values = {name: getattr(item, name) for item in items for name in vars(item)}
+    problems = []
+    for name, (fits, remedy) in RANGES.items():
+        value = values.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not fits(value):
+            problems.append(Problem(name, value, remedy))
+    if values.get("dataset_streaming") and values.get("max_steps", 1) <= 0:
+        problems.append(Problem("max_steps", values["max_steps"], "must be given: a stream has no length"))
+    if values.get("output_dir") == "":
+        problems.append(Problem("output_dir", "nothing", "give a directory"))
+    if values.get("resume_from_checkpoint") and not Path(str(values["resume_from_checkpoint"])).is_dir():
+        remedy = "is no directory; leave it out to go on from the newest complete checkpoint"
+        problems.append(Problem("resume_from_checkpoint", values["resume_from_checkpoint"], remedy))
+    return problems
+
+
+def check_tokenizer(
+    tokenizer: Any, field: str, name: str, chat: bool, assistant_only_loss: bool
+) -> list[Problem]:
+    """A tokenizer that would teach the wrong thing.
+
+    Args:
+        tokenizer: `PreTrainedTokenizerBase`.
+        field: Argument that named it.
+        name: Its value.
+        chat: Whether conversations are to be formatted.
+        assistant_only_loss: Whether the template must mark what the assistant says.
+    """
+    problems = []
+    if tokenizer.pad_token_id is None:
+        problems.append(Problem(field, name, "has no pad token; add one to the tokenizer"))
+    elif tokenizer.pad_token_id == tokenizer.eos_token_id:
+        remedy = (
+            "uses its eos token as pad token, and padding is never learned: the model would not learn to stop"
+        )
+        problems.append(Problem(field, name, f"{remedy}; give the tokenizer a pad token of its own"))
+    if tokenizer.eos_token_id is None:
+        problems.append(Problem(field, name, "has no eos token; add one to the tokenizer"))
+    if chat and not tokenizer.chat_template:
+        problems.append(
+            Problem(field, name, "has no chat template; use the tokenizer of a chat model or add one")
+        )
+    elif chat and assistant_only_loss and "generation" not in str(tokenizer.chat_template):
+        remedy = "its chat template has no {% generation %} mark, which assistant_only_loss needs; add it"
+        problems.append(Problem(field, name, remedy))
+    return problems
+
+
+def check_model(config: Any, tokenizer: Any, args: Any, name: str) -> list[Problem]:
+    """A model that doesn't go with the tokenizer, with the stage or with the lengths.
+
+    Args:
+        config: The model's `PretrainedConfig`.
+        tokenizer: `PreTrainedTokenizerBase`, or `None` if it could not be loaded.
+        args: Training arguments.
+        name: What named the model.
+    """
+    problems = []
+    field = "model_name_or_path"
+    text = config.get_text_config()
+    reward = hasattr(args, "center_rewards_coefficient")
+    architectures = config.architectures or []
+    if getattr(config, "is_encoder_decoder", False):
+        problems.append(Problem(field, name, "is an encoder and decoder; give a decoder-only language model"))
+    if any("SequenceClassification" in kind for kind in architectures) and not reward:
+        problems.append(Problem(field, name, "is a reward model; give a language model"))
+    vocabulary = getattr(text, "vocab_size", None)
+    if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
+        remedy = f"knows {vocabulary} tokens and its tokenizer {len(tokenizer)}; give the tokenizer it was trained with"
+        problems.append(Problem(field, name, remedy))
+    return problems + check_lengths(getattr(text, "max_position_embeddings", None), args)
+
+
+def check_lengths(positions: int | None, args: Any) -> list[Problem]:
+    """Sequences longer than the model can see.
+
+    Args:
+        positions: `max_position_embeddings` of the model.
+        args: Training arguments.
+    """
+    problems = []
+    for field in ("block_size", "max_length", "max_completion_length"):
+        value = getattr(args, field, None)
+        if value is not None and positions is not None and value > positions:
+            remedy = f"the model sees {positions} tokens (max_position_embeddings); lower it"
+            problems.append(Problem(field, value, remedy))
+    return problems
+
+
+def check_lora(model_args: Any, modules: Iterable[str]) -> list[Problem]:
+    """LoRA on modules that the model doesn't have.
+
+    Args:
+        model_args: `trl.ModelConfig`.
+        modules: Names of all modules of the model.
+    """
+    targets = getattr(model_args, "lora_target_modules", None)
+    if not getattr(model_args, "use_peft", False) or not targets or targets == "all-linear":
+        return []
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    if wanted == ["all-linear"]:
+        return []
+    names = {module.rpartition(".")[2] for module in modules} | set(modules)
+    missing = [
+        target
+        for target in wanted
+        if target not in names and not any(m.endswith("." + target) for m in names)
+    ]
+    if not missing:
+        return []
+    linear = sorted(name for name in names if name.endswith("_proj") and "." not in name)
+    remedy = f"the model has no such modules; choose from: {', '.join(linear)}, or all-linear"
+    return [Problem("lora_target_modules", ", ".join(missing), remedy)]
+
+
+def check_batches(rows: int | None, args: Any, what: str = "rows") -> list[Problem]:
+    """Batches that leave nothing to train on.
+
+    Args:
+        rows: Rows of the training data; `None` if unknown (streamed).
+        args: Training arguments.
+        what: What the rows are called.
+    """
+    if rows is None:
+        return []
+    field, needed = "per_device_train_batch_size", 1
+    if getattr(args, "dataloader_drop_last", False):
+        needed = args.per_device_train_batch_size * args.world_size
+    if hasattr(args, "num_generations") and getattr(args, "generation_batch_size", None):
+        # A generation batch holds every prompt `num_generations` times, and an incomplete one is dropped.
+        field, needed = (
+            "generation_batch_size",
+            max(1, args.generation_batch_size // (args.num_generations or 1)),
+        )
+    if rows >= needed:
+        return []
+    remedy = (
+        f"takes {needed} {what} and the data set has {rows}, so that nothing would be trained on; lower it"
+    )
+    return [Problem(field, getattr(args, field), remedy)]
+
+
+def check_disk(parameters: int, trainable: int, args: Any, steps: int | None) -> list[Problem]:
+    """Less room than the checkpoints and the model will take.
+
+    Args:
+        parameters: Weights that are saved with each checkpoint.
+        trainable: Weights that the optimizer keeps two numbers for.
+        args: Training arguments.
+        steps: Steps of the run; `None` if unknown.
+    """
+    if str(args.save_strategy.value) == "no":
+        kept = 0
+    elif args.save_total_limit:
+        kept = args.save_total_limit + 1  # the next one is written before the oldest is deleted
+    else:
+        kept = max(1, math.ceil(steps / args.save_steps)) if steps and args.save_steps >= 1 else 2
+    optimizer = 0 if args.save_only_model else 8 * trainable
+    needed = kept * (4 * parameters + optimizer) + 4 * parameters
+    path = Path(args.output_dir)
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(nearest).free
+    if needed <= free:
+        return []
+    remedy = (
+        f"{kept} checkpoints and the model take about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
+        "make room, lower save_total_limit or choose another disk"
+    )
+    return [Problem("output_dir", args.output_dir, remedy)]

@@ -1,0 +1,222 @@
+"""Loads what a stage trains on and with, and tells everything that is wrong with it together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
+
+from pipeline import checks
+from pipeline.arguments import DataArguments
+from pipeline.data import Kind, Split, load_splits
+from pipeline.errors import Problem, UserError
+from pipeline.loading import load_tokenizer
+
+T = TypeVar("T")
+
+ROWS_MEASURED = 1000
+"""Rows whose tokens are counted to find out whether they leave room; counting all of a large data set takes minutes."""
+
+ROWS_MEASURED_OF_STREAM = 100
+"""The same of a stream, which reads them over the network."""
+
+KINDS: dict[str, Kind] = {
+    "block_size": "text",
+    "assistant_only_loss": "conversation",
+    "center_rewards_coefficient": "preference",
+    "num_generations": "prompt",
+}
+"""What a stage's data hold, by a field that only its training arguments have."""
+
+
+def load_inputs(
+    kind: Kind, data_args: DataArguments, training_args: Any, model_args: Any
+) -> tuple[PreTrainedTokenizerBase, Split, Split | None]:
+    """Load a stage's tokenizer and data, and check them, the model's configuration and the arguments together.
+
+    Args:
+        kind: What the data hold, as for `load_splits`.
+        data_args: Data and tokenizer.
+        training_args: Any `TrainingArguments`; they say whether an evaluation split is needed.
+        model_args: `trl.ModelConfig`, or `LlamaArguments` for a model that is yet to be made.
+
+    Returns:
+        The tokenizer, the training split, and the evaluation split or `None`.
+
+    Raises:
+        UserError: With everything that is wrong, as far as it could be found out.
+    """
+    problems: list[Problem] = []
+
+    def attempt(load: Callable[[], T]) -> T | None:
+        try:
+            return load()
+        except UserError as error:
+            problems.extend(error.problems)
+            return None
+
+    name = getattr(model_args, "model_name_or_path", None)
+    config = attempt(lambda: _load_config(model_args)) if hasattr(model_args, "model_name_or_path") else None
+    tokenizer = None
+    if (
+        data_args.tokenizer_name_or_path is not None
+        or config is not None
+        or not hasattr(model_args, "use_peft")
+    ):
+        tokenizer = attempt(lambda: load_tokenizer(data_args, model_args if name else None))
+    evaluation = str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no"
+    splits = attempt(lambda: load_splits(data_args, kind, evaluation))
+    if tokenizer is not None:
+        field = "tokenizer_name_or_path" if data_args.tokenizer_name_or_path else "model_name_or_path"
+        problems += checks.check_tokenizer(
+            tokenizer,
+            field,
+            data_args.tokenizer_name_or_path or str(name),
+            chat=kind != "text",
+            assistant_only_loss=bool(getattr(training_args, "assistant_only_loss", False)),
+        )
+    if config is not None:
+        problems += checks.check_model(config, tokenizer, training_args, str(name))
+        problems += _check_weights(config, training_args, model_args)
+    else:
+        problems += checks.check_lengths(getattr(model_args, "max_position_embeddings", None), training_args)
+    if splits is not None:
+        train = splits[0]
+        problems += checks.check_batches(len(train) if isinstance(train, Dataset) else None, training_args)
+        if tokenizer is not None and (kind == "text" or tokenizer.chat_template):
+            positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+            problems += _check_tokens(kind, train, tokenizer, training_args, positions)
+    if problems or tokenizer is None or splits is None:
+        raise UserError(*dict.fromkeys(problems))
+    return tokenizer, *splits
+
+
+def find_problems(arguments: Sequence[Any], fields: Iterable[str]) -> list[Problem]:
+    """Look at the inputs of a configuration that is wrong already, so that all is told at once.
+
+    Args:
+        arguments: Those argument dataclasses of a recipe that could be built.
+        fields: Names of all its fields, also of those that could not.
+
+    Returns:
+        What is wrong with its data and its model besides.
+    """
+    known = set(fields)
+    kind = next((kind for field, kind in KINDS.items() if field in known), None)
+    data_args = next((item for item in arguments if isinstance(item, DataArguments)), None)
+    training_args = next((item for item in arguments if hasattr(item, "world_size")), None)
+    model_args = next(
+        (item for item in arguments if hasattr(item, "use_peft") or hasattr(item, "rope_theta")), None
+    )
+    if kind is None or data_args is None:
+        return []
+    try:
+        if training_args is None or model_args is None:
+            load_splits(data_args, kind, evaluation=False)
+        else:
+            load_inputs(kind, data_args, training_args, model_args)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def _load_config(model_args: Any) -> Any:
+    name = model_args.model_name_or_path
+    if not name:
+        raise UserError(Problem("model_name_or_path", "nothing", "give a Hub id or a folder"))
+    try:
+        return AutoConfig.from_pretrained(name, revision=model_args.model_revision or "main")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(Problem("model_name_or_path", name, f"holds no model ({reason})")) from None
+
+
+def _check_weights(config: Any, args: Any, model_args: Any) -> list[Problem]:
+    """LoRA targets and room on the disk, by a model without weights."""
+    kind = (
+        AutoModelForSequenceClassification
+        if hasattr(args, "center_rewards_coefficient")
+        else AutoModelForCausalLM
+    )
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except ValueError:
+        return [
+            Problem(
+                "model_name_or_path",
+                model_args.model_name_or_path,
+                f"{config.model_type} cannot be used here",
+            )
+        ]
+    problems = checks.check_lora(model_args, [name for name, _ in model.named_modules()])
+    size = model.num_parameters()
+    if getattr(model_args, "use_peft", False):
+        size = round(0.05 * size)  # adapters are smaller; how much depends on ranks and targets
+    steps = args.max_steps if args.max_steps > 0 else None
+    return problems + checks.check_disk(size, size, args, steps)
+
+
+def _check_tokens(
+    kind: Kind, train: Split, tokenizer: PreTrainedTokenizerBase, args: Any, positions: int | None
+) -> list[Problem]:
+    """Rows that leave no room: a first look at the beginning of the data."""
+    number = min(ROWS_MEASURED, len(train)) if isinstance(train, Dataset) else ROWS_MEASURED_OF_STREAM
+    rows = list(train.take(number))
+    if kind == "text":
+        return _check_blocks(rows, train, tokenizer, args)
+
+    def count(messages: Any, add_generation_prompt: bool = False) -> int:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+        )
+        return len(encoded["input_ids"])
+
+    length = getattr(args, "max_length", None)
+    if kind == "prompt":
+        longest = max(count(row["prompt"], add_generation_prompt=True) for row in rows)
+        completion = getattr(args, "max_completion_length", None) or 0
+        if positions is not None and longest + completion > positions:
+            remedy = (
+                f"the longest prompt takes {longest} of the {positions} tokens that the model sees "
+                f"(max_position_embeddings), which leaves {max(0, positions - longest)}; lower it or shorten prompts"
+            )
+            return [Problem("max_completion_length", completion, remedy)]
+    if kind == "conversation" and length is not None:
+        room = [
+            count(
+                row["messages"][: next(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")],
+                True,
+            )
+            for row in rows
+            if any(m["role"] == "assistant" for m in row["messages"])
+        ]
+        if room and min(room) >= length:
+            remedy = f"every prompt is longer (the shortest takes {min(room)} tokens): no answer would be left; raise it"
+            return [Problem("max_length", length, remedy)]
+    if kind == "preference" and length is not None:
+        sizes = [max(count(row["prompt"] + row[answer]) for answer in ("chosen", "rejected")) for row in rows]
+        if min(sizes) > length:
+            remedy = f"every pair is longer (the shortest takes {min(sizes)} tokens) and would be dropped; raise it"
+            return [Problem("max_length", length, remedy)]
+    return []
+
+
+def _check_blocks(
+    rows: list[dict[str, Any]], train: Split, tokenizer: PreTrainedTokenizerBase, args: Any
+) -> list[Problem]:
+    if not isinstance(train, Dataset) or len(rows) < len(train):
+        return []  # a thousand documents fill blocks enough
+    tokens = sum(len(tokenizer(row["text"], add_special_tokens=False)["input_ids"]) + 2 for row in rows)
+    if tokens >= args.block_size:
+        return checks.check_batches(tokens // args.block_size, args, what="blocks")
+    remedy = f"the training data have {tokens} tokens, which fill no block; lower it or give more text"
+    return [Problem("block_size", args.block_size, remedy)]
