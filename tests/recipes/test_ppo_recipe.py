@@ -1,0 +1,95 @@
+"""The recipe from the command line: from files to a policy and a critic, and on from where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from tests import ppo_toy as toy
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recipes.ppo", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    """A policy, a reward model and prompts on disk, and the options that name them."""
+    for name, model in (("policy", toy.policy()), ("reward", toy.reward_model())):
+        model.save_pretrained(tmp_path / name)
+        toy.tokenizer().save_pretrained(tmp_path / name)
+    toy.prompts(16).to_json(tmp_path / "prompts.jsonl")
+    fields = {
+        "output_dir": tmp_path / "run",
+        "model_name_or_path": tmp_path / "policy",
+        "reward_model_path": tmp_path / "reward",
+        "reward_funcs": "tests.ppo_toy:share_of_red",
+        "dataset_name": tmp_path / "prompts.jsonl",
+        "validation_share": 0.25,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_steps": 3,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "num_iterations": 2,
+        "max_steps": 7,
+        "max_completion_length": 6,
+        "logging_steps": 1,
+        "report_to": "none",
+    }
+    config = tmp_path / "ppo.yaml"
+    config.write_text(
+        "".join(f"{name}: {json.dumps(value, default=str)}\n" for name, value in fields.items())
+    )
+    return ["--config", str(config)]
+
+
+def test_trains_saves_and_goes_on(tmp_path: Path, options: list[str]) -> None:
+    done = recipe(*options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "run"
+    AutoModelForCausalLM.from_pretrained(run)
+    AutoModelForTokenClassification.from_pretrained(run / "value_model")
+    assert AutoTokenizer.from_pretrained(run).chat_template
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_objective/scores" in entry for entry in log)
+    assert any("rewards/reward/mean" in entry for entry in log)
+
+    # Without its last step and what it saved at the end, in the middle of a rollout, it ends the same.
+    names = ("model.safetensors", "value_model/model.safetensors")
+    weights = [load_file(run / name) for name in names]
+    for name in names:
+        (run / name).unlink()
+    for checkpoint in run.glob("checkpoint-*"):
+        if checkpoint.name != "checkpoint-3":
+            for path in sorted(checkpoint.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            checkpoint.rmdir()
+    again = recipe(*options)
+    assert again.returncode == 0, again.stderr[-3000:]
+    for name, before in zip(names, weights, strict=True):
+        after = load_file(run / name)
+        assert all((before[key] == after[key]).all() for key in before)
+
+
+def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
+    refused = recipe(
+        *options, "--reward_model_path", str(tmp_path / "nothing"), "--reward_funcs", "exact_anser"
+    )
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+    assert "nothing" in refused.stderr and "exact_answer" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    wrong = recipe(*options, "--lam", "2", "--kl_estimator", "k3", "--beta", "0.1")
+    assert wrong.returncode == 2 and "lam (2.0)" in wrong.stderr and "kl_coef" in wrong.stderr
