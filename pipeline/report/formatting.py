@@ -6,13 +6,14 @@ from pipeline.report.reading import Measurement
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` with a true minus sign; an en dash if there is none."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    """`value` with a true minus sign, and none before 0; an en dash if there is no value."""
+    return "–" if value is None else f"{value:z.{digits}f}".replace("-", "−")
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """`value` with its sign, "+0.012" or "−0.012"."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """`value` with its sign, "+0.012" or "−0.012"; 0 has none."""
+    shown = number(value, digits)
+    return f"+{shown}" if value > 0 and shown.strip("0.") else shown
 
 
 def duration(seconds: float | None) -> str:

@@ -36,7 +36,7 @@ def to_markdown(
     lines = [f"# {markdown(run.name)}", ""]
     lines += _promises(verdicts)
     lines += [f"- {markdown(note)}" for note in run.notes] + ([""] if run.notes else [])
-    lines += _figures(run) + _gains(found) + _answers(run) + _costs(summary)
+    lines += _figures(run) + _gains(found) + _answers(run) + _traces(run) + _costs(summary)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -116,6 +116,25 @@ def _answers(run: Run) -> list[str]:
         rows.append(row)
     header = ["prompt", *(f"`{stage.name}`" for stage in speakers)]
     return ["## The same prompts, answered by each stage", "", *table(header, rows)]
+
+
+def _traces(run: Run) -> list[str]:
+    if run.traced is None:
+        return []
+    before, after = run.traced
+    earlier = {str(item["problem"]): item for item in before.traces}
+    rows = []
+    for item in after.traces:
+        sides = [earlier.get(str(item["problem"]), {}), item]
+        answers = [markdown(str(side.get("answer", "–"))) + _mark(side.get("correct")) for side in sides]
+        rows.append([markdown(str(item["problem"])), markdown(str(item.get("reference", ""))), *answers])
+    header = ["problem", "right answer", f"`{before.name}`", f"`{after.name}`"]
+    intro = "The first held-out problem of each kind, answered greedily."
+    return ["## Reasoning, before and after", "", intro, "", *table(header, rows)]
+
+
+def _mark(correct: object) -> str:
+    return {True: " ✓", False: " ✗"}.get(correct, "") if isinstance(correct, bool) else ""
 
 
 def _costs(summary: dict[str, Any]) -> list[str]:

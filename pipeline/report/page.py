@@ -13,7 +13,7 @@ from pipeline.report.differences import Difference
 from pipeline.report.formatting import duration, magnitude
 from pipeline.report.markdown import to_markdown
 from pipeline.report.promises import Promise, Verdict, judge
-from pipeline.report.reading import Run, Stage
+from pipeline.report.reading import Run
 from pipeline.report.summary import summarise, write_json, write_text
 from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, figures, gains, show_verdicts, tiles
@@ -105,7 +105,8 @@ def facts(summary: dict[str, Any]) -> list[str]:
     if summary["seed"] is not None:
         parts.append(f"seed {summary['seed']}")
     if summary["commit"]:
-        parts.append(f"commit {summary['commit'][:9]}")
+        commit, dirty, _ = summary["commit"].partition("-dirty")
+        parts.append(f"commit {commit[:9]}{dirty}")
     return parts
 
 
@@ -124,14 +125,8 @@ def _silent(run: Run) -> str:
     return f"{' and '.join(names)} scores answers and writes none." if names else ""
 
 
-def trace_pair(run: Run) -> tuple[Stage, Stage] | None:
-    """The stages whose reasoning is compared: the last one with traces, and the one before it."""
-    with_traces = [stage for stage in run.stages.values() if stage.traces]
-    return (with_traces[-2], with_traces[-1]) if len(with_traces) > 1 else None
-
-
 def _traces(run: Run) -> dict[str, Any]:
-    pair = trace_pair(run)
+    pair = run.traced
     if pair is None:
         return {"pairs": []}
     before, after = pair

@@ -101,6 +101,12 @@ class Run:
         """The stages whose model answered the fixed prompts."""
         return [stage for stage in self.stages.values() if stage.answers]
 
+    @property
+    def traced(self) -> tuple[Stage, Stage] | None:
+        """The stages whose reasoning is compared: the last one with traces, and the one before it."""
+        found = [stage for stage in self.stages.values() if stage.traces]
+        return (found[-2], found[-1]) if len(found) > 1 else None
+
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Load every run.

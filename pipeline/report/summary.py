@@ -177,13 +177,22 @@ def versions() -> dict[str, str]:
 
 
 def commit(run: Run) -> str | None:
-    """The commit that the run recorded, or else that of the checkout that makes the report."""
+    """The commit that the run recorded, or else that of this checkout, "-dirty" if files differ from it."""
     recorded = run.manifest.get("commit") or run.manifest.get("git_commit")
     if isinstance(recorded, str):
         return recorded
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    here = Path(__file__)
+    # Installed inside of somebody else's checkout, the commit would be that of another project.
+    if _git(here, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return _git(here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(file: Path, *arguments: str) -> str | None:
+    """What git says in the file's directory, None if it fails."""
+    command = ["git", "-C", str(file.parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -8,6 +8,8 @@ import unicodedata
 SHOWN_CHARACTERS = 700
 """An answer longer than this is cut when it is shown; the outcomes on disk keep all of it."""
 
+_LINK = re.compile(r"(https?|ftp|www)([:.])", re.IGNORECASE)
+"""What GitHub makes a link of without being asked."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 
 
@@ -52,4 +54,5 @@ def _glyph(character: str) -> str:
 def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     """`text` as one line of Markdown that shows it literally, in a table cell too."""
     line = visible(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _MARKDOWN.sub(r"\\\1", line).replace("\n", "<br>").replace("\t", " ").strip()
+    line = _LINK.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\1", line))
+    return line.replace("\n", "<br>").replace("\t", " ").strip()

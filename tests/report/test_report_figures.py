@@ -156,6 +156,12 @@ def test_several_runs_share_each_chart(whole_run: Path, short_run: Path) -> None
 
 def test_numbers_read_well() -> None:
     assert (number(-0.5, 2), signed(0.5, 1), number(None)) == ("−0.50", "+0.5", "–")
+    assert (number(-0.0001, 2), signed(-0.0001, 2), signed(0.0, 1), signed(1e-9, 2)) == (
+        "0.00",
+        "0.00",
+        "0.0",
+        "0.00",
+    )
     assert [duration(x) for x in (None, 9.44, 59.96, 98.1, 7500)] == [
         "–",
         "9.4 s",

@@ -62,6 +62,12 @@ class _Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+def test_markdown_makes_no_link_of_an_address() -> None:
+    assert markdown("see https://example.com or www.example.com") == (
+        "see https\\://example.com or www\\.example.com"
+    )
+
+
 def test_hostile_answers_stay_text(hostile_run: Path, tmp_path: Path) -> None:
     assert main(["report", str(hostile_run), "--output_dir", str(tmp_path)]) == 0
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
