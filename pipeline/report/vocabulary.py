@@ -121,8 +121,10 @@ def stage_order(stage: str) -> tuple[int, int, str]:
 
 
 def step_order(step: str) -> tuple[int, int, str]:
-    """Sort key of any step of a run: those that make data come before the stages."""
-    return stage_order(step) if step[:1].isdigit() else (-1, 0, step)
+    """Sort key of any step of a run: making data, then the stages, each followed by its evaluation."""
+    stage = step.removeprefix("evaluate_")
+    number, rank, _ = stage_order(stage) if stage[:1].isdigit() else (-1, 0, "")
+    return number, rank, step
 
 
 def is_share(metric: str) -> bool:

@@ -16,7 +16,7 @@ from pipeline.report.formatting import duration, magnitude, number, signed
 from pipeline.report.promises import Promise, judge, load_promises
 from pipeline.report.reading import Measurement, Run, Stage, load_run
 from pipeline.report.svg import line_chart, ticks
-from pipeline.report.vocabulary import METRICS, STAGES, stage_order
+from pipeline.report.vocabulary import METRICS, STAGES, stage_order, step_order
 
 
 def run_with(**values: float) -> Run:
@@ -95,6 +95,19 @@ def test_stages_are_in_the_order_of_training() -> None:
     names = ["4_grpo", "3_ppo", "3_reward", "10_later", "2_sft", "0_random", "other"]
     expected = ["0_random", "2_sft", "3_reward", "3_ppo", "4_grpo", "10_later", "other"]
     assert sorted(names, key=stage_order) == expected
+
+
+def test_steps_are_in_the_order_of_the_run() -> None:
+    run = [
+        "tokenizer",
+        "0_random",
+        "evaluate_0_random",
+        "2_sft",
+        "evaluate_2_sft",
+        "3_preferences",
+        "3_reward",
+    ]
+    assert sorted(reversed(run), key=step_order) == run
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9).filter(lambda width: width > 0))
