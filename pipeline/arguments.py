@@ -8,18 +8,16 @@ import difflib
 import os
 import re
 import sys
-import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-import yaml
 from transformers import set_seed
 from trl import TrlParser
 
 from pipeline import checks, hardware, launch, output_directory
 from pipeline.errors import Problem, UserError
+from pipeline.yaml_fields import convert, describe, read_yaml
 
 
 @dataclass
@@ -29,7 +27,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Id on the Hugging Face Hub, or a local file or folder: a data set repository, parquet, JSONL, "
+            "help": "Id on the Hugging Face Hub, or a local file or folder: a data set repository, "
+            "parquet, JSONL, "
             "JSON, CSV or text, also compressed (.gz)."
         },
     )
@@ -44,7 +43,8 @@ class DataArguments:
     validation_share: float = field(
         default=0.05,
         metadata={
-            "help": "Share of the rows held out for evaluation if the data set has one split only (a plain file, "
+            "help": "Share of the rows held out for evaluation if the data set has one split only (a "
+            "plain file, "
             "say): every 20th row for 0.05."
         },
     )
@@ -75,8 +75,10 @@ class DataArguments:
     answer_pattern: str | None = field(
         default=None,
         metadata={
-            "help": "Regular expression that finds the final answer inside `answer_column` (its first group, if it "
-            "has one). Without it an answer with GSM8K's `#### ` mark is cut there, and any other is taken whole."
+            "help": "Regular expression that finds the final answer inside `answer_column` (its first "
+            "group, if it "
+            "has one). Without it an answer with GSM8K's `#### ` mark is cut there, and any other is "
+            "taken whole."
         },
     )
     system_prompt: str | None = field(
@@ -87,64 +89,12 @@ class DataArguments:
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with `1e-4` a number (without a dot it would be a string), and no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key_node, _ in node.value:
-            if keys.count(key_node.value) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} stands here twice", key_node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read a recipe's YAML file.
-
-    Args:
-        path: File that holds one mapping from field names to values.
-
-    Returns:
-        The mapping.
-
-    Raises:
-        UserError: If the file isn't there, is no YAML, or is no mapping.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_Loader)
-    except OSError as error:
-        raise UserError(
-            Problem("--config", path, f"cannot be read ({error.strerror}); give a YAML file")
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(Problem("--config", path, "is not text in UTF-8; give a YAML file")) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else path
-        what = getattr(error, "problem", None) or "cannot be parsed"
-        raise UserError(
-            Problem("--config", where, f"is not valid YAML ({what}); correct that line")
-        ) from None
-    if not isinstance(content, dict):
-        raise UserError(Problem("--config", path, "must hold `field: value` lines")) from None
-    return content
-
-
 class _Parser(TrlParser):
     """TRL's parser; a mistake on the command line is raised as `argparse.ArgumentError`, never printed."""
 
     def __init__(self, dataclass_types: Iterable[Any]) -> None:
-        # An abbreviation (`--learn 1`) would be accepted, and start to mean something else with the next release.
+        # An abbreviation (`--learn 1`) would be accepted, and start to mean something else with the next
+        # release.
         super().__init__(dataclass_types, allow_abbrev=False, exit_on_error=False)
 
     def error(self, message: str) -> Any:
@@ -152,10 +102,12 @@ class _Parser(TrlParser):
 
 
 def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Build dataclasses from `--config FILE.yaml`, from the command line, which overrides it, and for this machine.
+    """Build dataclasses from `--config FILE.yaml`, from the command line, which overrides it, and for this
+    machine.
 
-    What the machine decides (`hardware.training_defaults`: precision, backend, ...) holds where the user said nothing.
-    A run that begins with this function sends no telemetry and uses the machine's cores (`hardware.threads`).
+    What the machine decides (`hardware.training_defaults`: precision, backend, ...) holds where the user said
+    nothing. A run that begins with this function sends no telemetry and uses the machine's cores
+    (`hardware.threads`).
 
     Args:
         *dataclass_types: Dataclasses whose fields are the options, as for TRL's and transformers' parsers.
@@ -182,11 +134,11 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         if name not in hints:
             problems.append(_unknown(str(name), value, hints))
             continue
-        accepted, converted = _convert(value, hints[name])
+        accepted, converted = convert(value, hints[name])
         if accepted:
             values[name] = converted
         else:
-            problems.append(Problem(name, repr(value), f"must be {_describe(hints[name])}"))
+            problems.append(Problem(name, repr(value), f"must be {describe(hints[name])}"))
 
     given, more = _read_command_line(parser, arguments, hints)
     problems += more
@@ -308,7 +260,7 @@ def _read_command_line(
                 end += 1
             value = arguments[at[0]].partition("=")[2] or " ".join(arguments[at[0] + 1 : end])
             name = option.lstrip("-").replace("-", "_")
-            problems.append(Problem(name, repr(value), f"must be {_describe(hints.get(name, str))}"))
+            problems.append(Problem(name, repr(value), f"must be {describe(hints.get(name, str))}"))
             del arguments[at[0] : end]
             continue
         break
@@ -327,61 +279,6 @@ def _read_command_line(
     # `null`, as in YAML, takes back what the file says; argparse would take it for text.
     optional = {name for name in given if type(None) in get_args(hints[name])}
     return {n: None if value == "null" and n in optional else value for n, value in given.items()}, problems
-
-
-def _describe(hint: Any) -> str:
-    """A type in words."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint) if option is not type(None))
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(option) for option in get_args(hint))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(str(option.value) for option in hint)
-    if get_origin(hint) is list:
-        return f"a list, each item {_describe(get_args(hint)[0])}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
-    return names.get(get_origin(hint) or hint, "of another type")
-
-
-def _convert(value: Any, hint: Any) -> tuple[bool, Any]:
-    """Check a value from YAML against a field's type.
-
-    Returns:
-        Whether it fits, and the value as the field takes it (1 as 1.0, one item as a list of one).
-    """
-    origin = get_origin(hint) or hint
-    if origin in (Union, types.UnionType):
-        options = [option for option in get_args(hint) if option is not type(None)]
-        if value is None:
-            return type(None) in get_args(hint), None
-        # An exact match first: for `int | str`, 5 stays a number.
-        for option in sorted(options, key=lambda option: not isinstance(value, get_origin(option) or option)):
-            fits, converted = _convert(value, option)
-            if fits:
-                return True, converted
-        return False, value
-    if origin is Literal:
-        return value in get_args(hint), value
-    if origin is list:
-        items = value if isinstance(value, list) else [value]
-        pairs = [_convert(item, get_args(hint)[0]) for item in items]
-        return value is not None and all(fits for fits, _ in pairs), [item for _, item in pairs]
-    if origin is bool:
-        return isinstance(value, bool), value
-    if origin is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-        return (True, int(value)) if isinstance(value, float) and value.is_integer() else (fits, value)
-    if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool), value
-    if origin is str:
-        # `run_name: 2026` means text, whatever YAML takes it for.
-        fits = isinstance(value, str | int | float) and not isinstance(value, bool)
-        return fits, str(value) if fits else value
-    if origin is dict:
-        return isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")), value
-    if isinstance(origin, type) and issubclass(origin, Enum):
-        return value in [option.value for option in origin], value
-    return True, value
 
 
 def _build(dataclass_types: Iterable[Any], values: dict[str, Any]) -> tuple[list[Any], list[Problem]]:

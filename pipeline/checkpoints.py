@@ -1,9 +1,10 @@
-"""Checkpoints that are either complete or not there, whatever kills the run, and resuming from the newest good one.
+"""Checkpoints that are either complete or not there, whatever kills the run, and resuming from the newest
+good one.
 
-transformers' `Trainer` writes into `checkpoint-N` itself, deletes older checkpoints before anybody knows that the new
-one is good, and evaluates before it saves: a kill in between costs the run. Here a checkpoint is written aside, listed
-in a manifest with sizes and checksums, brought to the disk, and only then given its name; then older ones are deleted,
-and then evaluation runs.
+transformers' `Trainer` writes into `checkpoint-N` itself, deletes older checkpoints before anybody knows that
+the new one is good, and evaluates before it saves: a kill in between costs the run. Here a checkpoint is
+written aside, listed in a manifest with sizes and checksums, brought to the disk, and only then given its
+name; then older ones are deleted, and then evaluation runs.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ STATE = "trainer_state.json"
 def protect(trainer: Trainer) -> None:
     """Make a trainer's checkpoints complete or absent, and save before it evaluates.
 
-    Two methods of this one trainer are wrapped, so that a recipe can use any trainer class of transformers or TRL as it
-    is. Overrides of `_save_checkpoint` in subclasses work, provided that they write below `_get_output_dir`.
+    Two methods of this one trainer are wrapped, so that a recipe can use any trainer class of transformers or
+    TRL as it is. Overrides of `_save_checkpoint` in subclasses work, provided that they write below
+    `_get_output_dir`.
 
     Args:
         trainer: Changed in place, before `train`.
@@ -202,7 +204,7 @@ def _move_into_place(finished: Path, target: Path) -> None:
 
 
 def _delete_surplus(trainer: Trainer, newest: Path) -> None:
-    """Delete the oldest checkpoints beyond `save_total_limit`, never the newest, which is good, nor the best."""
+    """Delete the oldest checkpoints beyond `save_total_limit`, but neither the newest nor the best."""
     limit = trainer.args.save_total_limit
     if limit is None or limit <= 0:
         return
@@ -232,7 +234,8 @@ def _update_state(trainer: Trainer) -> None:
 
 
 class _MissedEvaluation(TrainerCallback):
-    """Runs the evaluation that a kill prevented, between the checkpoint that a run resumes from and its next step."""
+    """Runs the evaluation that a kill prevented, between the checkpoint that a run resumes from and its next
+    step."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer

@@ -1,4 +1,5 @@
-"""What can be told to be wrong with a configuration before anything is trained; every function lists all it finds."""
+"""What can be told to be wrong with a configuration before anything is trained; every function lists all it
+finds."""
 
 from __future__ import annotations
 
@@ -146,7 +147,10 @@ def check_model(config: Any, tokenizer: Any, args: Any, name: str) -> list[Probl
         problems.append(Problem(field, name, "is a reward model; give a language model"))
     vocabulary = getattr(text, "vocab_size", None)
     if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
-        remedy = f"knows {vocabulary} tokens and its tokenizer {len(tokenizer)}; give the tokenizer it was trained with"
+        remedy = (
+            f"knows {vocabulary} tokens and its tokenizer {len(tokenizer)}; give the tokenizer it "
+            "was trained with"
+        )
         problems.append(Problem(field, name, remedy))
     return problems + check_lengths(getattr(text, "max_position_embeddings", None), args)
 
@@ -243,7 +247,8 @@ def check_disk(parameters: int, trainable: int, args: Any, steps: int | None) ->
     if needed <= free:
         return []
     remedy = (
-        f"{kept} checkpoints and the model take about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
+        f"{kept} checkpoints and the model take about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} "
+        "MiB are free; "
         "make room, lower save_total_limit or choose another disk"
     )
     return [Problem("output_dir", args.output_dir, remedy)]

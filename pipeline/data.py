@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 
@@ -16,7 +16,7 @@ from pipeline.sources import open_source
 logger = logging.getLogger(__name__)
 
 Kind = Literal["text", "conversation", "preference", "prompt"]
-Split = Dataset | IterableDataset
+Split: TypeAlias = Dataset | IterableDataset
 Row = dict[str, Any]
 
 SHUFFLE_BUFFER = 1000
@@ -32,20 +32,24 @@ def load_splits(args: DataArguments, kind: Kind, evaluation: bool) -> tuple[Spli
     """Load what a stage trains on and, if wanted, what it is evaluated on meanwhile.
 
     Args:
-        args: Names the data set, its splits and its columns. A data set that has one split only (a plain file, say)
-            gives every `1 / validation_share`-th row to the evaluation.
+        args: Names the data set, its splits and its columns. A data set that has one split only (a plain
+            file, say) gives every `1 / validation_share`-th row to the evaluation.
         kind: What the rows hold, and the columns that come out:
             `"text"`: `text`, a document.
-            `"conversation"`: `messages`, which end with the assistant's; also made of a question and an answer column.
+            `"conversation"`: `messages`, which end with the assistant's; also made of a question and an
+            answer column.
             `"preference"`: `prompt`, `chosen` and `rejected`, lists of messages.
-            `"prompt"`: `prompt`, a list of messages, `answer` if there is one, and all other columns, for rewards.
+            `"prompt"`: `prompt`, a list of messages, `answer` if there is one, and all other columns, for
+            rewards.
         evaluation: Whether the second split is wanted.
 
     Returns:
-        The training split, and the evaluation split or `None`. Iterable data sets if `args.dataset_streaming`.
+        The training split, and the evaluation split or `None`. Iterable data sets if
+        `args.dataset_streaming`.
 
     Raises:
-        UserError: If the data set, a split or a column isn't there, a split is empty, or a row has another shape.
+        UserError: If the data set, a split or a column isn't there, a split is empty, or a row has another
+            shape.
     """
     source = open_source(args)
     train, test = _choose_splits(args, source, evaluation)
@@ -190,7 +194,8 @@ def _answer_message(value: object, name: str) -> dict[str, str]:
 
 
 def _conversation_converter(args: DataArguments, columns: list[str]) -> Callable[[Row], Row]:
-    """Conversations as they are, or of a prompt and a completion column (`question` and `answer` are tried too)."""
+    """Conversations as they are, or of a prompt and a completion column (`question` and `answer` are tried
+    too)."""
     pairs = [(args.prompt_column, args.completion_column), ("question", "answer"), ("prompt", "completion")]
     found = [(p, c) for p, c in pairs if c is not None and p in columns and c in columns]
     if args.completion_column is None and args.messages_column in columns:

@@ -51,7 +51,7 @@ class _FetchedRows(TrainerCallback):
         """Listen to the data set of the training loader."""
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         fetch = getattr(dataset, "__getitems__", None)
-        if fetch is None or args.dataloader_num_workers > 0:
+        if dataset is None or fetch is None or args.dataloader_num_workers > 0:
             return
 
         def remember(indices: Sequence[int]) -> Any:
@@ -71,7 +71,9 @@ def _tell(trainer: Trainer, loss: float, rows: list[int] | None) -> str:
     last = newest_complete(args.output_dir)
     saved = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
     return (
-        f"The loss became {loss} in step {trainer.state.global_step + 1} (process {args.process_index}), on the batch "
-        f"{where}; {saved}. Nothing was learned from that batch. Lower learning_rate or max_grad_norm, or correct "
+        f"The loss became {loss} in step {trainer.state.global_step + 1} (process {args.process_index}), "
+        "on the batch "
+        f"{where}; {saved}. Nothing was learned from that batch. Lower learning_rate or max_grad_norm, "
+        "or correct "
         "those rows, and start again with another output_dir."
     )

@@ -68,11 +68,12 @@ class RunStopped(Exception):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a traceback.
+    """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a
+    traceback.
 
     Raises:
-        SystemExit: With code 2 after `UserError` (one line a problem), with its own code after `RunStopped`, with 130
-            after Ctrl-C.
+        SystemExit: With code 2 after `UserError` (one line a problem), with its own code after `RunStopped`,
+            with 130 after Ctrl-C.
     """
     # Several processes of one machine find the same mistakes; one tells them.
     first = os.environ.get("LOCAL_RANK", "0") == "0"

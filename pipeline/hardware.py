@@ -1,4 +1,4 @@
-"""What this machine can do, and what follows for a run: every choice comes with the reason to log beside it."""
+"""What this machine can do, and what follows for a run: every choice comes with its reason, to be logged."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def precision() -> Choice:
 
 
 def supports(dtype: str) -> bool:
-    """Whether the machine computes in `"bf16"`, `"fp16"` or `"fp32"` natively, as mixed precision in training."""
+    """Whether the machine computes in `"bf16"`, `"fp16"` or `"fp32"` natively, as mixed precision in
+    training."""
     if dtype == "fp16":
         return accelerator() in ("cuda", "xpu")
     return dtype == "fp32" or precision().value == dtype
@@ -78,8 +79,8 @@ def cores() -> int:
 
 def threads() -> Choice:
     """CPU threads for one process's matrix multiplications."""
-    # `accelerate launch` puts OMP_NUM_THREADS=1 into the environment of a run whose launch file says nothing about
-    # threads, which on a CPU leaves all cores but one idle. A larger number can only come from the user.
+    # `accelerate launch` sets OMP_NUM_THREADS=1 where the launch file says nothing about threads, which on a
+    # CPU leaves all cores but one idle. A larger number can only come from the user.
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if wanted.isdigit() and (int(wanted) > 1 or not launched):
@@ -108,8 +109,8 @@ def compilation(flops: float) -> Choice:
 def matmul_peak(dtype: str) -> float:
     """Speed of large matrix multiplications here, measured: what a perfect training loop could reach.
 
-    A data sheet's peak is out of reach on most machines (clocks, power, shared cores), so utilisation is told against
-    this. Takes about 0.2 s.
+    A data sheet's peak is out of reach on most machines (clocks, power, shared cores), so utilisation is told
+    against this. Takes about 0.2 s.
 
     Args:
         dtype: `"bf16"`, `"fp16"` or `"fp32"`.

@@ -23,7 +23,8 @@ from pipeline.loading import load_tokenizer
 T = TypeVar("T")
 
 ROWS_MEASURED = 1000
-"""Rows whose tokens are counted to find out whether they leave room; counting all of a large data set takes minutes."""
+"""Rows whose tokens are counted to find out whether they leave room; counting all of a large data set takes
+minutes."""
 
 ROWS_MEASURED_OF_STREAM = 100
 """The same of a stream, which reads them over the network."""
@@ -40,7 +41,8 @@ KINDS: dict[str, Kind] = {
 def load_inputs(
     kind: Kind, data_args: DataArguments, training_args: Any, model_args: Any
 ) -> tuple[PreTrainedTokenizerBase, Split, Split | None]:
-    """Load a stage's tokenizer and data, and check them, the model's configuration and the arguments together.
+    """Load a stage's tokenizer and data, and check them, the model's configuration and the arguments
+    together.
 
     Args:
         kind: What the data hold, as for `load_splits`.
@@ -187,7 +189,8 @@ def _check_tokens(
         if positions is not None and longest + completion > positions:
             remedy = (
                 f"the longest prompt takes {longest} of the {positions} tokens that the model sees "
-                f"(max_position_embeddings), which leaves {max(0, positions - longest)}; lower it or shorten prompts"
+                f"(max_position_embeddings), which leaves {max(0, positions - longest)}; lower it or "
+                "shorten prompts"
             )
             return [Problem("max_completion_length", completion, remedy)]
     if kind == "conversation" and length is not None:
@@ -200,12 +203,18 @@ def _check_tokens(
             if any(m["role"] == "assistant" for m in row["messages"])
         ]
         if room and min(room) >= length:
-            remedy = f"every prompt is longer (the shortest takes {min(room)} tokens): no answer would be left; raise it"
+            remedy = (
+                f"every prompt is longer (the shortest takes {min(room)} tokens): no answer would "
+                "be left; raise it"
+            )
             return [Problem("max_length", length, remedy)]
     if kind == "preference" and length is not None:
         sizes = [max(count(row["prompt"] + row[answer]) for answer in ("chosen", "rejected")) for row in rows]
         if min(sizes) > length:
-            remedy = f"every pair is longer (the shortest takes {min(sizes)} tokens) and would be dropped; raise it"
+            remedy = (
+                f"every pair is longer (the shortest takes {min(sizes)} tokens) and would be "
+                "dropped; raise it"
+            )
             return [Problem("max_length", length, remedy)]
     return []
 

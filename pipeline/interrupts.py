@@ -66,7 +66,8 @@ class InterruptCallback(TrainerCallback):
         """
         if self.received is not None and state.global_step < state.max_steps:
             raise RunStopped(
-                f"Stopped by {self.received.name} after step {state.global_step} of {state.max_steps}, saved in "
+                f"Stopped by {self.received.name} after step {state.global_step} of "
+                f"{state.max_steps}, saved in "
                 f"{output_dir}. The same command goes on from there.",
                 exit_code=128 + int(self.received),
             )

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 def prepare_process() -> None:
     """Do what must be done before a process builds its training arguments.
 
-    Telemetry is switched off (unless `HF_HUB_DISABLE_TELEMETRY=0` asks for it), all cores of a CPU are used, log lines go
-    to stderr from the first process only, and the process ends with its launcher.
+    Telemetry is switched off (unless `HF_HUB_DISABLE_TELEMETRY=0` asks for it), all cores of a CPU are used,
+    log lines go to stderr from the first process only, and the process ends with its launcher.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import constants
@@ -49,8 +49,8 @@ def prepare_process() -> None:
 def die_with_launcher() -> None:
     """Have the kernel send SIGTERM when the launcher dies, which may not be able to pass its own death on.
 
-    Otherwise a worker whose launcher was killed goes on training, and writes where the next run writes too. Linux only;
-    elsewhere the lock on the output directory keeps the next run waiting.
+    Otherwise a worker whose launcher was killed goes on training, and writes where the next run writes too.
+    Linux only; elsewhere the lock on the output directory keeps the next run waiting.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and sys.platform == "linux":
@@ -59,9 +59,11 @@ def die_with_launcher() -> None:
 
 
 def leave_group_of_one() -> None:
-    """Forget a launcher's group of one process: it would cost a gradient exchange with nobody, and compilation.
+    """Forget a launcher's group of one process: it would cost a gradient exchange with nobody, and
+    compilation.
 
-    The launch file starts any number of processes by one means, so that one process also finds itself in a group.
+    The launch file starts any number of processes by one means, so that one process also finds itself in a
+    group.
     """
     if os.environ.get("WORLD_SIZE") == "1":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -80,7 +82,10 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     problems = []
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != args.world_size:
-        remedy = f"only {args.world_size} would train together; on CPUs leave use_cpu and ddp_backend to the recipe"
+        remedy = (
+            f"only {args.world_size} would train together; on CPUs leave use_cpu and ddp_backend to "
+            "the recipe"
+        )
         problems.append(Problem("num_processes", asked, remedy))
     on_cpu = args.device.type == "cpu"
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):

@@ -33,7 +33,7 @@ def load_tokenizer(
 
 
 def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
-    """What TRL's trainers pass to `from_pretrained`, as TRL's own scripts make it, without code from the Hub."""
+    """What TRL's trainers pass to `from_pretrained`, as TRL's own scripts do, without code from the Hub."""
     return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -1,4 +1,5 @@
-"""The directory that a run writes to: whether it may, whose it is, and that nobody else writes there meanwhile."""
+"""The directory that a run writes to: whether it may, whose it is, and that nobody else writes there
+meanwhile."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ RECORD = "arguments.json"
 """The resolved arguments of the run that a directory belongs to."""
 
 RESOLVED = "resolved_arguments"
-"""Attribute of the training arguments that holds the record from parsing to the start of the training, because trainers
+"""Attribute of the training arguments that holds the record from parsing to the start of the training,
+because trainers
 change their arguments in between."""
 
 LOCK = ".lock"
@@ -29,12 +31,13 @@ WAIT_FOR_LOCK = 120.0
 """Seconds that a run waits for an earlier one to let go of its output directory (it may be saving)."""
 
 WITHOUT_EFFECT = re.compile(
-    r"(output_dir|logging_|log_|save_|eval_|hub_|push_|report_to|run_name|project|trackio|disable_tqdm|resume|do_|"
-    r"use_cpu|ddp_|bf16|fp16|tf32|torch_compile|local_rank|dataloader_(num_workers|pin|persistent|prefetch)|"
+    r"output_dir|logging_|log_|save_|eval_|hub_|push_|report_to|run_name|project|trackio|disable_tqdm|resume|"
+    r"do_|use_cpu|ddp_|bf16|fp16|tf32|torch_compile|local_rank|dataloader_(num_workers|pin|persistent|prefetch)|"
     r"load_best_model|metric_for_best|greater_is_better|activation_checkpointing|gradient_checkpointing|"
-    r"include_num_input|skip_memory|debug|dataset_test_split|max_eval_samples|validation_share$)"
+    r"include_num_input|skip_memory|debug|dataset_test_split|max_eval_samples"
 )
-"""Fields that may change between a run and its continuation: where and what it reports, and what the machine decides."""
+"""Beginnings of fields that may change between a run and its continuation: where it writes, what it reports, what
+the machine decides."""
 
 
 def check(arguments: Iterable[Any]) -> list[Problem]:
@@ -121,7 +124,7 @@ def lock(output_dir: str) -> IO[Any]:
     Raises:
         UserError: If another run still holds it after `WAIT_FOR_LOCK`.
     """
-    file = open(Path(output_dir) / LOCK, "w")  # noqa: SIM115: held open, which is what holds the lock
+    file = open(Path(output_dir) / LOCK, "w")  # noqa: SIM115 (being open is what holds the lock)
     deadline = time.monotonic() + WAIT_FOR_LOCK
     waiting = False
     while True:

@@ -1,4 +1,5 @@
-"""Where data comes from: a Hub id, a local data set repository, or plain files; with errors that name the place."""
+"""Where data comes from: a Hub id, a local data set repository, or plain files; with errors that name the
+place."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ BUILDERS = {
     ".arrow": "arrow",
 }
 LINES_A_DOCUMENT = 64
-"""Consecutive lines of a plain text file that make one document: a packed block's worth, in constant memory."""
+"""Consecutive lines of a plain text file that make one document: a packed block's worth, in constant memory.
+"""
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
@@ -45,13 +47,15 @@ def open_source(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         The splits by name; a plain file is one split, `train`.
 
     Raises:
-        UserError: If there is no such data set or configuration, or a file cannot be parsed (with its line number).
+        UserError: If there is no such data set or configuration, or a file cannot be parsed (with its line
+            number).
     """
     name = args.dataset_name
     if not name:
         raise UserError(Problem("dataset_name", "nothing", "give a Hub id, a file or a folder"))
     path = Path(name).expanduser()
-    builder, options = name, {"name": args.dataset_config}
+    builder = name
+    options: dict[str, Any] = {"name": args.dataset_config}
     if path.is_file():
         builder, options = _file_builder(path), {"data_files": {"train": str(path)}}
     elif path.is_dir():
@@ -126,7 +130,8 @@ def _check_config(args: DataArguments, builder: str) -> None:
 
 
 def _broken_files(path: Path, error: Exception) -> list[Problem]:
-    """Name the lines of local files that cannot be parsed, for an error of `datasets`, which names the file at most."""
+    """Name the lines of local files that cannot be parsed, for an error of `datasets`, which names the file
+    at most."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     problems = []
     for file in files:

@@ -14,9 +14,9 @@ from pipeline import hardware
 def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
     """Floating-point operations that training spends on one token, forward and backward.
 
-    Six for each weight of a matrix (Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section 2.1), and
-    twelve for each layer, channel and position attended to (Chowdhery et al., 2022, "PaLM", appendix B), halved because
-    attention is causal.
+    Six for each weight of a matrix (Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section
+    2.1), and twelve for each layer, channel and position attended to (Chowdhery et al., 2022, "PaLM",
+    appendix B), halved because attention is causal.
 
     Args:
         model: A decoder; its input embeddings count only if they are also its output matrix.
@@ -35,9 +35,9 @@ def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
 class ThroughputCallback(TrainerCallback):
     """Adds to every log: `tokens_per_second` (of all processes), `mfu` and `eta_seconds`.
 
-    `mfu` is the share of the measured speed of large matrix multiplications (`hardware.matmul_peak`) that the model's
-    arithmetic reached; evaluation and checkpoints count as time lost. Tokens are those that the trainer counts
-    (`include_num_input_tokens_seen`); without them only the time left is told.
+    `mfu` is the share of the measured speed of large matrix multiplications (`hardware.matmul_peak`) that the
+    model's arithmetic reached; evaluation and checkpoints count as time lost. Tokens are those that the
+    trainer counts (`include_num_input_tokens_seen`); without them only the time left is told.
 
     Args:
         length: Tokens of a training sequence, for the cost of attention.

@@ -26,7 +26,8 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     """Callbacks of every recipe's trainer: speed and time left in the logs.
 
     Args:
-        args: The recipe's training arguments; the trainer is made to count tokens if they have a sequence length.
+        args: The recipe's training arguments; the trainer is made to count tokens if they have a sequence
+            length.
     """
     length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
     if length:
@@ -35,14 +36,16 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
 
 
 def train_and_save(trainer: Trainer, *arguments: Any) -> None:
-    """Train from where the output directory stands, save the model with tokenizer and card, and push it if asked.
+    """Train from where the output directory stands, save the model with tokenizer and card, and push it if
+    asked.
 
-    Logs what is really active, resumes from the newest complete checkpoint, writes only complete checkpoints, saves and
-    stops on SIGINT and SIGTERM, and stops at a loss that is no number.
+    Logs what is really active, resumes from the newest complete checkpoint, writes only complete checkpoints,
+    saves and stops on SIGINT and SIGTERM, and stops at a loss that is no number.
 
     Args:
         trainer: Any trainer of transformers or TRL.
-        *arguments: The recipe's other argument dataclasses; `DataArguments` names the data set on the model card.
+        *arguments: The recipe's other argument dataclasses; `DataArguments` names the data set on the model
+            card.
 
     Raises:
         RunStopped: After a signal, a loss that is no number, or a checkpoint that cannot be written.
@@ -97,7 +100,8 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
             trainer.create_model_card(tags=["fourstage"], **_card_dataset(trainer, arguments))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunStopped(
-            f"The model could not be written to {output_dir}: {error}. Make room or correct that; the same command "
+            f"The model could not be written to {output_dir}: {error}. Make room or correct that; the "
+            "same command "
             "then goes on from the last checkpoint."
         ) from error
     finally:
@@ -109,7 +113,8 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
 
 
 def _card_dataset(trainer: Trainer, arguments: Sequence[Any]) -> dict[str, str]:
-    """The data set, if it is on the Hub, under the name that this trainer's `create_model_card` gives the argument."""
+    """The data set, if it is on the Hub, under the name that this trainer's `create_model_card` gives the
+    argument."""
     names = [name for item in arguments if (name := getattr(item, "dataset_name", None))]
     if not names or Path(names[0]).exists():
         return {}

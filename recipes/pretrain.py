@@ -2,20 +2,23 @@
 # Stage 1: pretraining, from random weights
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml
+accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
+    --config recipes/pocket/1_pretrain.yaml
 ```
 
 On your own text, a file or a folder:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml \
+accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
+    --config recipes/pocket/1_pretrain.yaml \
     --dataset_name shakespeare.txt --dataset_config null --output_dir runs/shakespeare/1_pretrain
 ```
 
 On a stream from the Hub:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml \
+accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
+    --config recipes/pocket/1_pretrain.yaml \
     --dataset_name roneneldan/TinyStories --dataset_config null --dataset_streaming --max_steps 10000 \
     --output_dir runs/tinystories/1_pretrain
 ```

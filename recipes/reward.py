@@ -2,13 +2,15 @@
 # Stage 3: the reward model
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/pocket/3_reward.yaml
+accelerate launch --config_file accelerate_config.yaml -m recipes.reward \
+    --config recipes/pocket/3_reward.yaml
 ```
 
 From another model, with LoRA, on pairs from the Hub:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/pocket/3_reward.yaml \
+accelerate launch --config_file accelerate_config.yaml -m recipes.reward \
+    --config recipes/pocket/3_reward.yaml \
     --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_target_modules all-linear \
     --dataset_name trl-lib/ultrafeedback_binarized --dataset_test_split test --output_dir runs/qwen/3_reward
 ```
