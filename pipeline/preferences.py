@@ -42,7 +42,7 @@ from pipeline.evaluation.generation import encode_prompts, generate
 from pipeline.preference_files import SPLITS, Counts
 from pipeline.sources import open_source
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pipeline.preferences")  # as a launched module its `__name__` is "__main__"
 
 Row = dict[str, Any]
 
@@ -116,15 +116,14 @@ def read_prompts(args: PreferenceArguments) -> dict[str, list[Row]]:
         if name not in there and name != "train":
             continue
         split, _ = load_splits(replace(source, dataset_train_split=name), "prompt", evaluation=False)
-        rows: list[Row] = list(split)
-        kept = [row for row in rows if str(row["prompt"]) not in held_out]
-        if len(kept) < len(rows):
-            logger.warning(
-                "%d prompts of split %s are in a held-out split too: left out", len(rows) - len(kept), name
-            )
-        held_out.update(str(row["prompt"]) for row in rows)
+        texts = [str(prompt) for prompt in split["prompt"]]
+        kept = [index for index, text in enumerate(texts) if text not in held_out]
+        if len(kept) < len(texts):
+            logger.warning("%-11s %d prompts that a held-out split holds too", name, len(texts) - len(kept))
+        held_out.update(texts)
         random.Random(f"{args.seed}/{name}").shuffle(kept)
-        prompts[name] = kept[: args.max_prompts if name == "train" else args.max_eval_prompts]
+        most = args.max_prompts if name == "train" else args.max_eval_prompts
+        prompts[name] = split.select(kept[:most]).to_list()
     return {name: prompts[name] for name in SPLITS if name in prompts}
 
 
