@@ -31,8 +31,9 @@ WAIT_FOR_LOCK = 120.0
 """Seconds that a run waits for an earlier one to let go of its output directory (it may be saving)."""
 
 WITHOUT_EFFECT = re.compile(
-    r"output_dir|logging_|log_|save_|eval_|hub_|push_|report_to|run_name|project|trackio|disable_tqdm|resume|"
-    r"do_|use_cpu|ddp_|bf16|fp16|tf32|torch_compile|local_rank|dataloader_(num_workers|pin|persistent|prefetch)|"
+    r"output_dir|logging_|log_|save_|eval_|hub_|push_|report_to|run_name|project|trackio|disable_tqdm|"
+    r"resume|do_|use_cpu|ddp_|bf16|fp16|tf32|torch_compile|local_rank|"
+    r"dataloader_(num_workers|pin|persistent|prefetch)|"
     r"load_best_model|metric_for_best|greater_is_better|activation_checkpointing|gradient_checkpointing|"
     r"include_num_input|skip_memory|debug|dataset_test_split|max_eval_samples"
 )

@@ -1,0 +1,119 @@
+"""A tokenizer, a model and data so small that a recipe trains in a second."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.model import LlamaArguments, build_model
+from pipeline.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TEXT = "The cat sat on the mat. A dog is not a cat, and 12 is not 21. What is a token? A token is a piece of text.\n"
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer([TEXT * 20], vocab_size=300, model_max_length=256)
+
+
+def save_tokenizer(folder: Path) -> str:
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_model(folder: Path, seed: int = 0) -> str:
+    sizes = LlamaArguments(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256
+    )
+    build_model(sizes, tokenizer(), seed).save_pretrained(folder)
+    return save_tokenizer(folder)
+
+
+def write_lines(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def conversation(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def write_conversations(path: Path, number: int = 60) -> str:
+    return write_lines(
+        path,
+        [
+            {"messages": conversation(f"What is {i}?", f"It is {i * 7}. " * (i % 4 + 1))}
+            for i in range(number)
+        ],
+    )
+
+
+def write_pairs(path: Path, number: int = 60) -> str:
+    rows = []
+    for i in range(number):
+        prompt, chosen = conversation(f"What is {i}?", f"It is {i}.")
+        rejected = {"role": "assistant", "content": "I do not know." + " No." * (i % 5)}
+        rows.append({"prompt": [prompt], "chosen": [chosen], "rejected": [rejected]})
+    return write_lines(path, rows)
+
+
+def write_text(path: Path, lines: int = 2000) -> str:
+    path.write_text("".join(f"{i}: {TEXT}" for i in range(lines)))
+    return str(path)
+
+
+def recipe_command(recipe: str, folder: Path, *more: str) -> list[str]:
+    """Command line of a recipe on small inputs, which are made in `folder` if they aren't there."""
+    folder.mkdir(exist_ok=True)
+    model, words = folder / "model", folder / "tokenizer"
+    if not model.exists():
+        save_model(model)
+        save_tokenizer(words)
+        write_text(folder / "text.txt")
+        write_conversations(folder / "conversations.jsonl")
+        write_pairs(folder / "pairs.jsonl")
+    inputs = {
+        "pretrain": ["--tokenizer_name_or_path", str(words), "--dataset_name", str(folder / "text.txt")]
+        + [
+            "--block_size",
+            "64",
+            "--hidden_size",
+            "32",
+            "--num_hidden_layers",
+            "2",
+            "--num_attention_heads",
+            "2",
+        ]
+        + ["--max_eval_samples", "2"],
+        "sft": ["--model_name_or_path", str(model), "--dataset_name", str(folder / "conversations.jsonl")]
+        + ["--max_length", "128", "--packing", "--assistant_only_loss"],
+        "reward": ["--model_name_or_path", str(model), "--dataset_name", str(folder / "pairs.jsonl")]
+        + ["--max_length", "128"],
+    }[recipe]
+    steps = ["--max_steps", "8", "--logging_steps", "1", "--learning_rate", "1e-3", "--disable_tqdm", "true"]
+    saves = ["--save_steps", "2", "--save_total_limit", "2", "--eval_strategy", "steps", "--eval_steps", "4"]
+    return ["-m", f"recipes.{recipe}", *inputs, *steps, *saves, "--per_device_train_batch_size", "4", *more]
+
+
+def run_recipe(recipe: str, folder: Path, *more: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a recipe in a process of its own."""
+    command = [sys.executable, *recipe_command(recipe, folder, *more)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
