@@ -43,7 +43,7 @@ def evenly(rows: Sequence[Row], most: int) -> list[Row]:
 
 
 def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
-    """Read the test splits in RUN/data and RUN/3_preferences, and what `--text` and `--reasoning` name instead.
+    """Read the test splits in RUN/data and RUN/3_preferences, and what `--text` and `--reasoning` name.
 
     Args:
         run: the run directory.

@@ -113,8 +113,8 @@ def statistic(function: Callable[[np.ndarray], float], n: int, seed: int = 0) ->
     rng = np.random.default_rng(seed)
     resampled = [function(rng.integers(0, n, n)) for _ in range(500)]
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(resampled, tail), np.quantile(resampled, 1 - tail)
-    return estimate(function(np.arange(n)), float(low), float(high), n)
+    ends: list[float] = np.quantile(resampled, [tail, 1 - tail]).tolist()
+    return estimate(function(np.arange(n)), ends[0], ends[1], n)
 
 
 def paired_difference(

@@ -20,8 +20,9 @@ def document_losses(
 ) -> list[float]:
     """Negative log-likelihood of each document, in nats.
 
-    Each document stands alone, after the token that begins one (`bos_token`, or `eos_token` where there is none),
-    so that its first token is predicted too. One longer than the context is cut into windows that start afresh.
+    Each document stands alone, after the token that begins one (`bos_token`, or `eos_token` where there is
+    none), so that its first token is predicted too. One longer than the context is cut into windows that
+    start afresh.
 
     Args:
         model: a causal language model.

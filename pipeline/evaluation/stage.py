@@ -54,8 +54,8 @@ def evaluate_stage(
         seed: of the sampled answers and the intervals.
 
     Returns:
-        The metrics, the value of every example, answers and traces. The same arguments on the same machine give the
-        same result, the seconds apart.
+        The metrics, the value of every example, answers and traces. The same arguments on the same machine
+        give the same result, the seconds apart.
     """
     began = time.perf_counter()
     torch.set_num_threads(hardware.threads().value)
@@ -96,7 +96,7 @@ def load_speaker(path: Path, max_new_tokens: int) -> Speaker:
 
 
 def generation_dtype() -> torch.dtype:
-    """bfloat16 where that is fast: small differences matter to losses, which are measured in float32, not here."""
+    """bfloat16 where that is fast. Losses, of which small differences matter, are measured in float32."""
     return torch.bfloat16 if hardware.precision().value == "bf16" else torch.float32
 
 

@@ -15,7 +15,8 @@ def expected_calibration_error(margins: np.ndarray, agrees: np.ndarray, bins: in
     """Mean gap between confidence and accuracy over equal bins of confidence, weighted by their size.
 
     Args:
-        margins: score of the preferred answer minus that of the other. The model's confidence in its own choice
+        margins: score of the preferred answer minus that of the other. The model's confidence in its own
+            choice
             is sigmoid(|margin|), 0.5 to 1, as in the Bradley-Terry model that it was trained as.
         agrees: 1 where its choice is the preferred answer, 0 where not, 0.5 where it has none.
         bins: number of bins of confidence between 0.5 and 1.
