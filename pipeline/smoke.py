@@ -17,11 +17,10 @@ TRAINING: Mapping[str, Any] = {
     "report_to": "none",
     "push_to_hub": False,
 }
-# Prompts and completions: four completions a step, all of one prompt.
+# Four completions on each process and step.
 ROLLOUTS: Mapping[str, Any] = {
     **TRAINING,
     "per_device_train_batch_size": 4,
-    "num_generations": 4,
     "max_completion_length": 16,
 }
 MODEL: Mapping[str, Any] = {
@@ -32,7 +31,7 @@ MODEL: Mapping[str, Any] = {
     "num_key_value_heads": 1,
 }
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
-    "data": {"size_mb": 0.3},
+    "data": {"size_mb": 0.3, "sft_rows": 400, "preference_rows": 64, "reasoning_rows": 128},
     "tokenizer": {"vocab_size": 512, "max_train_samples": 2000},
     "random": MODEL,
     "pretrain": {**MODEL, **TRAINING, "max_train_samples": 512},
@@ -40,13 +39,13 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "preferences": {"max_prompts": 8, "max_eval_prompts": 4, "max_new_tokens": 16},
     "reward": TRAINING,
     "ppo": ROLLOUTS,
-    "grpo": ROLLOUTS,
-    "evaluate": {"limit": 8},
+    "grpo": {**ROLLOUTS, "num_generations": 4},
+    "evaluate": {"limit": 8, "max_new_tokens": 16},
 }
 
 
 # A limit that is stricter in the recipe stays as it is there.
-LIMITS = ("size_mb", "vocab_size", "limit")
+LIMITS = ("size_mb", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows")
 
 
 def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
