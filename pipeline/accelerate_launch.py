@@ -1,6 +1,6 @@
 """`accelerate launch`, ending as the launched program ended: with its exit code, and no further traceback.
 
-    python -m pipeline.accelerate_launch --config_file accelerate_config.yaml -m recipes.sft --config 2_sft.yaml
+    python -m pipeline.accelerate_launch --config_file accelerate_config.yaml -m recipes.sft --config FILE
 
 takes the arguments of `accelerate launch` and does the same. `accelerate launch` itself turns every exit code
 into 1 and prints a traceback of its own below the program's message.

@@ -86,8 +86,8 @@ class Step:
 
     def executable(self, launch: Sequence[str]) -> list[str]:
         """The same command on this Python interpreter, ending with the exit code of the step itself."""
-        start = [sys.executable, "-m", "pipeline.accelerate_launch", *launch] if self.launched else [sys.executable]
-        return [*start, "-m", self.module, *self.arguments]
+        launcher = ["-m", "pipeline.accelerate_launch", *launch] if self.launched else []
+        return [sys.executable, *launcher, "-m", self.module, *self.arguments]
 
 
 def find_step(steps: Iterable[Step], name: str, field: str) -> Step:

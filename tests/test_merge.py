@@ -1,4 +1,4 @@
-"""`python -m pipeline merge`: the merged model gives what the adapter gives; what is no adapter is refused."""
+"""`python -m pipeline merge`: the merged model gives what the adapter gives; what is none is refused."""
 
 from pathlib import Path
 
