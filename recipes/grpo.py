@@ -1,0 +1,64 @@
+"""
+# Stage 4: reasoning, by reinforcement with verifiable rewards (GRPO)
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config recipes/pocket/4_grpo.yaml
+```
+
+On GSM8K, with LoRA, and vLLM to sample on GPUs (answers end in "#### 72"):
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config recipes/pocket/4_grpo.yaml \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_target_modules all-linear --use_vllm \
+    --dataset_name openai/gsm8k --dataset_config main --dataset_test_split test --prompt_column question \
+    --answer_pattern '####\\s*(.+)' --reward_funcs math_answer answer_format --reward_weights 1.0 0.1 \
+    --max_completion_length 512 --output_dir runs/gsm8k/4_grpo
+```
+
+The control experiment: every prompt with another's reference answer. It must not get better.
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config recipes/pocket/4_grpo.yaml \
+    --shuffle_answers --output_dir runs/pocket-control/4_grpo
+```
+"""
+
+from trl import GRPOConfig, ModelConfig
+
+from pipeline.arguments import DataArguments, parse
+from pipeline.errors import exit_on_user_error
+from pipeline.grpo import GRPORewardArguments
+
+
+def main(
+    data_args: DataArguments,
+    reward_args: GRPORewardArguments,
+    training_args: GRPOConfig,
+    model_args: ModelConfig,
+) -> None:
+    from trl import get_peft_config
+
+    from pipeline.grpo import GRPOTrainer, load_grpo_inputs
+    from pipeline.loading import model_init_kwargs
+    from pipeline.training import run_callbacks, train_and_save
+
+    reward_funcs, tokenizer, train_dataset, eval_dataset = load_grpo_inputs(
+        reward_args, data_args, training_args, model_args
+    )
+    training_args.model_init_kwargs = model_init_kwargs(model_args)
+    trainer = GRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=run_callbacks(training_args),
+    )
+    train_and_save(trainer, data_args, model_args)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(*parse(DataArguments, GRPORewardArguments, GRPOConfig, ModelConfig))

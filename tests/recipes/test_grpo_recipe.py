@@ -1,0 +1,112 @@
+"""The recipe from the command line: GSM8K's format by YAML alone, several rewards, the control, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import ppo_toy as toy
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recipes.grpo", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    """A policy and a file in the format of GSM8K, and the options that name them."""
+    toy.policy().save_pretrained(tmp_path / "policy")
+    toy.tokenizer().save_pretrained(tmp_path / "policy")
+    with open(tmp_path / "gsm8k.jsonl", "w") as file:
+        for i in range(16):
+            answer = f"{i} plus 1,000 is <<{i}+1000={i + 1000}>>{i + 1000:,}.\n#### {i + 1000:,}"
+            file.write(json.dumps({"question": "red green", "answer": answer}) + "\n")
+    fields: dict[str, Any] = {
+        "output_dir": tmp_path / "run",
+        "model_name_or_path": tmp_path / "policy",
+        "dataset_name": tmp_path / "gsm8k.jsonl",
+        "prompt_column": "question",
+        "answer_pattern": r"####\s*(.+)",
+        "reward_funcs": ["math_answer", "tests.ppo_toy:share_of_red"],
+        "reward_weights": [1.0, 0.5],
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_steps": 2,
+        "max_completion_length": 6,
+        "logging_steps": 1,
+        "report_to": "none",
+    }
+    config = tmp_path / "grpo.yaml"
+    config.write_text(
+        "".join(f"{name}: {json.dumps(value, default=str)}\n" for name, value in fields.items())
+    )
+    return ["--config", str(config)]
+
+
+def log_of(run: Path) -> list[dict[str, float]]:
+    log: list[dict[str, float]] = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in log if "reward" in entry]
+
+
+def test_gsm8k_by_yaml_alone(tmp_path: Path, options: list[str]) -> None:
+    done = recipe(*options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template
+    log = log_of(tmp_path / "run")
+    assert len(log) == 2
+    for entry in log:
+        assert entry["math_answer/unparseable_references"] == 0.0
+        assert 0.0 <= entry["math_answer/unparseable"] <= 1.0
+        parts = entry["rewards/math_answer/mean"], entry["rewards/share_of_red/mean"]
+        assert entry["reward"] == pytest.approx(parts[0] + 0.5 * parts[1], abs=1e-5)
+
+
+def test_lora_and_the_control(tmp_path: Path, options: list[str]) -> None:
+    lora = [
+        "--use_peft",
+        "--lora_target_modules",
+        "q_proj",
+        "v_proj",
+        "--shuffle_answers",
+        "--max_steps",
+        "1",
+    ]
+    done = recipe(*options, *lora)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert log_of(tmp_path / "run")[0]["math_answer/unparseable_references"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--reward_funcs", "math_anwser", "--dataset_train_split", "trian"], ["math_answer?", "trian"]),
+        (["--reward_funcs", "code_tests", "--reward_weights", "1"], ["code_tests", "no column test"]),
+        (["--reward_weights", "1"], ["one weight for each of the 2"]),
+        (["--num_generations", "3"], ["num_generations"]),
+        (["--answer_pattern", "=> (.*)"], ["answer_pattern", "row 0"]),
+        (["--answer_pattern", "("], ["answer_pattern"]),
+        (["--shuffle_answers", "--dataset_streaming"], ["shuffle_answers"]),
+        (["--max_completion_length", "100"], ["max_completion_length"]),
+    ],
+)  # fmt: skip
+def test_refuses_before_it_writes(
+    tmp_path: Path, options: list[str], changes: list[str], told: list[str]
+) -> None:
+    refused = recipe(*options, *changes)
+    assert refused.returncode == 2, refused.stderr[-3000:]
+    assert "Traceback" not in refused.stderr
+    assert all(word in refused.stderr for word in told), refused.stderr
+    assert not (tmp_path / "run").exists()
