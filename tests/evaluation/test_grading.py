@@ -14,7 +14,12 @@ from pipeline.evaluation.grading import (
 
 
 def rule(require=(), reject=(), max_words=0, test=""):
-    return {"require": [list(r) for r in require], "reject": list(reject), "max_words": max_words, "test": test}
+    return {
+        "require": [list(r) for r in require],
+        "reject": list(reject),
+        "max_words": max_words,
+        "test": test,
+    }
 
 
 @pytest.mark.parametrize(

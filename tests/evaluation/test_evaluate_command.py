@@ -1,0 +1,213 @@
+"""`python -m pipeline evaluate` on a run of miniature size."""
+
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import small_model
+import torch
+from transformers import AutoConfig, LlamaForSequenceClassification
+
+from pipeline.__main__ import main
+from pipeline.evaluation.prompts import FIXED_PROMPTS
+from pipeline.evaluation.reward_model import score
+
+
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+def assistant(content):
+    return [{"role": "assistant", "content": content}]
+
+
+def write_split(folder, rows):
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "test.parquet")
+
+
+def write_data(run):
+    rule = {"require": [["cat"]], "reject": ["dog"], "max_words": 9, "test": ""}
+    code = {"require": [], "reject": [], "max_words": 0, "test": "assert one() == 1"}
+    questions = [
+        {"messages": user(f"What is {i}?") + assistant("A cat."), "kind": "question", **rule}
+        for i in range(4)
+    ]
+    functions = [
+        {"messages": user(f"Write one{i}.") + assistant("def one(): return 1"), "kind": "code", **code}
+        for i in range(2)
+    ]
+    problem = {"messages": user("1 + 1?") + assistant("The answer is 2."), "kind": "reasoning", **rule}
+    write_split(
+        run / "data" / "pretrain", [{"text": small_model.TEXT * n, "kind": "facts"} for n in (1, 2, 3)]
+    )
+    write_split(run / "data" / "sft", [*questions, *functions, problem])
+    write_split(
+        run / "data" / "reasoning",
+        [
+            {"prompt": user(f"{i} + 1?"), "answer": str(i + 1), "kind": kind}
+            for i, kind in enumerate(["arithmetic", "logic", "logic"])
+        ],
+    )
+    write_split(
+        run / "data" / "preferences",
+        [{"prompt": user(f"And {i}?"), "kind": "question", **rule} for i in range(4)],
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = tmp_path / "run"
+    write_data(run)
+    small_model.save_model(run / "0_random", seed=0)
+    return run
+
+
+def evaluate(run, stage, *options):
+    assert (
+        main(["evaluate", str(run), "--stage", stage, "--max_new_tokens", "6", "--samples", "2", *options])
+        == 0
+    )
+    result = json.loads((run / "evaluations" / f"{stage}.json").read_text(), parse_constant=pytest.fail)
+    lines = (run / "evaluations" / f"{stage}.jsonl").read_text().splitlines()
+    return result, [json.loads(line) for line in lines]
+
+
+def test_everything_that_can_be_measured_is(run, capsys):
+    small_model.save_model(run / "2_sft", seed=1)
+    result, examples = evaluate(run, "0_random")
+    metrics = result["metrics"]
+    expected = {"bits_per_byte", "instruction_accuracy", "stop_rate", "mean_length", "pass@1", "step_rate"}
+    assert set(metrics) == expected | {"reasoning_length", "pass@1_sampled", "pass@2", "win_rate"}
+    for name, entry in metrics.items():
+        assert entry["ci95"][0] <= entry["value"] <= entry["ci95"][1], name
+        ids = [example["id"] for example in examples if example["metric"] == name]
+        assert len(ids) == len(set(ids)) == entry["n"], name
+    assert set(metrics["instruction_accuracy"]["by_kind"]) == {"question", "code"}
+    assert set(metrics["pass@1"]["by_kind"]) == {"arithmetic", "logic"}
+    assert [answer["prompt"] for answer in result["answers"]] == list(FIXED_PROMPTS)
+    assert result["answers"][0]["prompt"] == "What is an LLM?"
+    assert [(trace["kind"], trace["problem"]) for trace in result["traces"]] == [
+        ("arithmetic", "0 + 1?"),
+        ("logic", "1 + 1?"),
+    ]
+    assert "instruction_accuracy" in capsys.readouterr().out
+
+
+def test_bits_per_byte_follow_from_the_examples(run):
+    result, examples = evaluate(run, "0_random")
+    documents = [example for example in examples if example["metric"] == "bits_per_byte"]
+    assert [document["weight"] for document in documents] == [len(small_model.TEXT) * n for n in (1, 2, 3)]
+    total = sum(document["value"] * document["weight"] for document in documents)
+    weight = sum(document["weight"] for document in documents)
+    assert result["metrics"]["bits_per_byte"]["value"] == pytest.approx(total / weight)
+
+
+def test_the_same_evaluation_twice_gives_the_same_files(run):
+    small_model.save_model(run / "2_sft", seed=1)
+    first, examples = evaluate(run, "0_random", "--seed", "5")
+    second, again = evaluate(run, "0_random", "--seed", "5")
+    assert {**first, "seconds": 0} == {**second, "seconds": 0} and examples == again
+
+
+def test_no_opponent_no_win_rate(run):
+    result, _ = evaluate(run, "0_random")
+    assert "win_rate" not in result["metrics"] and "pass@1" in result["metrics"]
+
+
+def test_limit_takes_rows_from_the_whole_split(run):
+    result, examples = evaluate(run, "0_random", "--limit", "2")
+    assert result["metrics"]["instruction_accuracy"]["n"] == 2
+    assert [example["id"] for example in examples if example["metric"] == "instruction_accuracy"] == [0, 3]
+    assert result["metrics"]["bits_per_byte"]["n"] == 2
+
+
+def test_data_of_the_users_own(run, tmp_path):
+    problems = [{"question": f"{i} + 2?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}"} for i in range(3)]
+    gsm8k = small_model.write_lines(tmp_path / "gsm8k.jsonl", problems)
+    text = small_model.write_text(tmp_path / "text.txt", lines=130)
+    result, _ = evaluate(
+        run,
+        "0_random",
+        "--text",
+        text,
+        "--reasoning",
+        gsm8k,
+        "--prompt_column",
+        "question",
+        "--answer_pattern",
+        "#### (.+)",
+    )
+    assert result["metrics"]["pass@1"]["n"] == 3
+    assert result["traces"][0]["reference"] == "2"
+    assert result["metrics"]["bits_per_byte"]["n"] == math.ceil(130 / 64)
+
+
+def write_reward_model(run):
+    tokenizer = small_model.tokenizer()
+    small_model.save_model(run / "3_reward")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(run / "3_reward", num_labels=1)
+    config.architectures = None
+    model = LlamaForSequenceClassification(config)
+    model.save_pretrained(run / "3_reward")
+    return model.eval(), tokenizer
+
+
+def test_a_reward_model_is_measured_on_pairs(run):
+    model, tokenizer = write_reward_model(run)
+    pairs = [
+        {
+            "prompt": user(f"Question {i}?"),
+            "chosen": assistant("A cat. " * (i % 3 + 1)),
+            "rejected": assistant(f"No {i}."),
+            "kind": "question",
+            "taste_chosen": float(i % 2),
+            "taste_rejected": 0.5,
+        }
+        for i in range(8)
+    ]
+    write_split(run / "3_preferences", pairs)
+    result, examples = evaluate(run, "3_reward")
+    metrics = result["metrics"]
+    alone = []
+    for pair in pairs:
+        both = []
+        for side in ("chosen", "rejected"):
+            ids = tokenizer.apply_chat_template([*pair["prompt"], *pair[side]], return_dict=False)
+            with torch.no_grad():
+                both.append(model(torch.tensor([ids])).logits[0, 0].item())
+        alone.append(both[0] - both[1])
+    assert metrics["reward_accuracy"]["value"] == sum(margin > 0 for margin in alone) / 8
+    assert metrics["reward_margin"]["value"] == pytest.approx(sum(alone) / 8, abs=1e-5)
+    noise_free = [(margin > 0) == (i % 2 == 1) for i, margin in enumerate(alone)]
+    assert metrics["reward_accuracy_noise_free"]["value"] == sum(noise_free) / 8
+    assert -1 <= metrics["reward_length_correlation"]["value"] <= 1
+    assert 0 <= metrics["reward_calibration_error"]["value"] <= 1
+    assert {example["metric"] for example in examples} == {"reward_accuracy", "reward_accuracy_noise_free"}
+    assert result["answers"] == []
+
+
+def test_scores_do_not_depend_on_the_batch(run):
+    model, tokenizer = write_reward_model(run)
+    conversations = [user("Hi") + assistant("A cat sat. " * n) for n in (1, 5, 2)]
+    assert score(model, tokenizer, conversations, batch_size=3) == pytest.approx(
+        score(model, tokenizer, conversations, batch_size=1), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere", "--stage", "2_sft"], "RUN: nowhere: there is no such directory"),
+        (["RUN", "--stage", "5_more"], "--stage: 5_more: holds no model; choose from: 0_random"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(run, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", *[str(run) if option == "RUN" else option for option in options]])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
