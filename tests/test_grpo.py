@@ -18,9 +18,9 @@ from tests import ppo_toy as toy
 
 def trainer(path: Path, kind: type = GRPOTrainer, **changes: Any) -> TRLGRPOTrainer:
     settings: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "num_generations": 4, "steps_per_generation": 2, "num_iterations": 2,
-        "max_completion_length": 6, "max_steps": 7, "learning_rate": 1e-2, "bf16": False, "use_cpu": True,
-        "report_to": "none", "logging_steps": 1, "save_steps": 1,
+        "per_device_train_batch_size": 4, "num_generations": 4, "steps_per_generation": 2,
+        "num_iterations": 2, "max_completion_length": 6, "max_steps": 7, "learning_rate": 1e-2,
+        "bf16": False, "use_cpu": True, "report_to": "none", "logging_steps": 1, "save_steps": 1,
         "eval_strategy": "no", "disable_tqdm": True, **changes,
     }  # fmt: skip
     return kind(

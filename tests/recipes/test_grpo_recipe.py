@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, ModelConfig
 
+from pipeline.arguments import DataArguments, parse
+from pipeline.errors import UserError
+from pipeline.grpo import GRPORewardArguments, load_grpo_inputs
 from tests import ppo_toy as toy
 
 ROOT = Path(__file__).parent.parent.parent
@@ -102,11 +106,17 @@ def test_lora_and_the_control(tmp_path: Path, options: list[str]) -> None:
         (["--max_completion_length", "100"], ["max_completion_length"]),
     ],
 )  # fmt: skip
-def test_refuses_before_it_writes(
-    tmp_path: Path, options: list[str], changes: list[str], told: list[str]
-) -> None:
-    refused = recipe(*options, *changes)
-    assert refused.returncode == 2, refused.stderr[-3000:]
-    assert "Traceback" not in refused.stderr
-    assert all(word in refused.stderr for word in told), refused.stderr
-    assert not (tmp_path / "run").exists()
+def test_refuses_what_does_not_fit(options: list[str], changes: list[str], told: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        arguments = parse(
+            DataArguments, GRPORewardArguments, GRPOConfig, ModelConfig, argv=[*options, *changes]
+        )
+        data_args, reward_args, training_args, model_args = arguments
+        load_grpo_inputs(reward_args, data_args, training_args, model_args)
+    assert all(word in str(refused.value) for word in told), str(refused.value)
+
+
+def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
+    refused = recipe(*options, "--reward_funcs", "math_anwser", "--reward_weights", "1")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "math_answer?" in refused.stderr and not (tmp_path / "run").exists()
