@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
     """
     data = run / "data"
     most = {name: min(n, args.limit or n) for name, n in MOST_EXAMPLES.items()}
-    texts = _named(args, args.text, "text") if args.text else _split(data / "pretrain")
-    problems = _named(args, args.reasoning, "prompt") if args.reasoning else _split(data / "reasoning")
+    texts = _named(args, "text", "text") if args.text else _split(data / "pretrain")
+    problems = _named(args, "reasoning", "prompt") if args.reasoning else _split(data / "reasoning")
     # Problems have metrics of their own: final answers are compared there, not looked for in the text.
     instructions = [row for row in _split(data / "sft") if row["kind"] != "reasoning"]
     found = HeldOut(
@@ -76,11 +76,12 @@ def _split(folder: Path) -> list[Row]:
     return _numbered(pq.read_table(path).to_pylist()) if path.is_file() else []
 
 
-def _named(args: argparse.Namespace, name: str, kind: Any) -> list[Row]:
-    """The rows of a Hub id, folder or file. Of a file all rows are used, unless a split is asked for."""
+def _named(args: argparse.Namespace, name_option: str, kind: Any) -> list[Row]:
+    """The rows of the data set that an option names; of a file all, unless a split is asked for."""
     from pipeline.arguments import DataArguments
     from pipeline.data import load_splits
 
+    name = getattr(args, name_option)
     whole_file = args.split is None and Path(name).is_file()
     wanted = DataArguments(
         dataset_name=name,
@@ -92,7 +93,12 @@ def _named(args: argparse.Namespace, name: str, kind: Any) -> list[Row]:
         answer_column=args.answer_column,
         answer_pattern=args.answer_pattern,
     )
-    train, test = load_splits(wanted, kind, evaluation=not whole_file)
+    try:
+        train, test = load_splits(wanted, kind, evaluation=not whole_file)
+    except UserError as error:
+        options = {"dataset_name": name_option, "dataset_config": "config", "dataset_test_split": "split"}
+        problems = [replace(p, field=f"--{options.get(p.field, p.field)}") for p in error.problems]
+        raise UserError(*problems) from error
     rows = train if whole_file else test
     return _numbered(rows or ())
 

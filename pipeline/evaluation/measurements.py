@@ -52,7 +52,7 @@ def record(
     rows: Sequence[Row],
     *,
     values: Sequence[float] | None = None,
-    summary: Callable[[Sequence[float]], Estimate] = intervals.outcome_mean,
+    summary: Callable[[Sequence[float]], Estimate] | None = intervals.outcome_mean,
     extras: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     """Add a metric to `result`: as a whole, by kind of example, and the value of every example.
@@ -63,13 +63,13 @@ def record(
         estimate: what a metric of the project returned.
         rows: the examples; `id` and `kind` are used.
         values: one a row; those in `estimate` by default.
-        summary: makes the estimates by kind; they are left out where all rows are of one kind.
+        summary: makes the estimates by kind; None leaves them out, as does having one kind only.
         extras: further fields of each example, its answer for instance.
     """
     values = estimate["values"] if values is None else values
     entry = {key: estimate[key] for key in ("value", "ci95", "n")}
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    if len(kinds) > 1:
+    if summary is not None and len(kinds) > 1:
         entry["by_kind"] = {
             kind: summary([value for row, value in zip(rows, values, strict=True) if row["kind"] == kind])
             for kind in sorted(kinds)
@@ -87,9 +87,7 @@ def texts(result: StageResult, speaker: Speaker, rows: Sequence[Row], seed: int 
     losses = document_losses(speaker.model, speaker.tokenizer, documents, context=min(context, 1024))
     estimate = BitsPerByte().compute(predictions=losses, references=documents, seed=seed)
     weights = [{"weight": len(document.encode())} for document in documents]
-    result.metrics["bits_per_byte"] = {}
-    record(result, "bits_per_byte", estimate, rows, extras=weights)
-    result.metrics["bits_per_byte"].pop("by_kind", None)
+    record(result, "bits_per_byte", estimate, rows, summary=None, extras=weights)
 
 
 def instructions(result: StageResult, speaker: Speaker, rows: Sequence[Row], seed: int = 0) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation import intervals
+from pipeline.evaluation.measurements import record
 from pipeline.evaluation.metrics.reward_accuracy import RewardAccuracy
 from pipeline.evaluation.writing import StageResult
 
@@ -56,9 +57,9 @@ def measure(
     chosen = score(model, tokenizer, [[*row["prompt"], *row["chosen"]] for row in pairs])
     rejected = score(model, tokenizer, [[*row["prompt"], *row["rejected"]] for row in pairs])
     labelled = RewardAccuracy().compute(predictions=chosen, references=rejected, seed=seed)
-    result.metrics["reward_margin"] = labelled.pop("margin")
-    result.metrics["reward_calibration_error"] = labelled.pop("calibration_error")
-    _add(result, "reward_accuracy", labelled, pairs)
+    result.metrics["reward_margin"] = labelled["margin"]
+    result.metrics["reward_calibration_error"] = labelled["calibration_error"]
+    record(result, "reward_accuracy", labelled, pairs)
 
     tasted = [i for i, row in enumerate(pairs) if _taste_gap(row) != 0]
     if tasted:
@@ -66,8 +67,7 @@ def measure(
         better = [chosen[i] if _taste_gap(pairs[i]) > 0 else rejected[i] for i in tasted]
         worse = [rejected[i] if _taste_gap(pairs[i]) > 0 else chosen[i] for i in tasted]
         noise_free = RewardAccuracy().compute(predictions=better, references=worse, seed=seed)
-        noise_free = {key: noise_free[key] for key in ("value", "ci95", "n", "values")}
-        _add(result, "reward_accuracy_noise_free", noise_free, [pairs[i] for i in tasted])
+        record(result, "reward_accuracy_noise_free", noise_free, [pairs[i] for i in tasted])
 
     lengths = [len(row[side][-1]["content"].split()) for side in ("chosen", "rejected") for row in pairs]
     scores = [*chosen, *rejected]
@@ -84,12 +84,3 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
 def _taste_gap(row: dict[str, Any]) -> float:
     chosen, rejected = row.get("taste_chosen"), row.get("taste_rejected")
     return 0.0 if chosen is None or rejected is None else chosen - rejected
-
-
-def _add(result: StageResult, name: str, measured: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    values = measured.pop("values")
-    result.metrics[name] = measured
-    result.examples.extend(
-        {"metric": name, "id": row["id"], "kind": row.get("kind", ""), "value": value}
-        for row, value in zip(rows, values, strict=True)
-    )

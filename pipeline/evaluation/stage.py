@@ -26,8 +26,8 @@ def check_stage(run: Path, stage: str) -> None:
     """Raise `UserError` unless RUN/STAGE holds a model."""
     if not run.is_dir():
         raise UserError(Problem("RUN", run, "there is no such directory: give that of a run"))
-    if not (run / stage / "config.json").is_file():
-        found = sorted(path.parent.name for path in run.glob("*/config.json"))
+    if not holds_model(run / stage):
+        found = sorted(path.name for path in run.iterdir() if holds_model(path))
         remedy = f"holds no model; choose from: {', '.join(found) or 'none, train one first'}"
         raise UserError(Problem("--stage", stage, remedy))
 
@@ -74,7 +74,7 @@ def evaluate_stage(
             measurements.instructions(result, speaker, held_out.instructions, seed)
         if held_out.problems:
             measurements.problems(result, speaker, held_out.problems, samples, seed)
-        if held_out.prompts and (run / against / "config.json").is_file():
+        if held_out.prompts and holds_model(run / against):
             opponent = load_speaker(run / against, max_new_tokens)
             opponent.model.to(generation_dtype())
             measurements.match(result, speaker, opponent, held_out.prompts, seed)
@@ -83,8 +83,16 @@ def evaluate_stage(
     return result
 
 
+def holds_model(path: Path) -> bool:
+    """Whether a model, or a LoRA adapter that knows its base, is in the directory `path`."""
+    return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+
+
 def is_reward_model(path: Path) -> bool:
     """Whether the model in `path` is a sequence classifier."""
+    adapter = path / "adapter_config.json"
+    if adapter.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
     architectures = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures")
     return any("SequenceClassification" in name for name in architectures or ())
 

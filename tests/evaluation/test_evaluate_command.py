@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import small_model
 import torch
-from transformers import AutoConfig, LlamaForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from pipeline.__main__ import main
 from pipeline.evaluation.prompts import FIXED_PROMPTS
@@ -145,6 +146,16 @@ def test_data_of_the_users_own(run, tmp_path):
     assert result["metrics"]["bits_per_byte"]["n"] == math.ceil(130 / 64)
 
 
+def test_an_adapter_is_evaluated_with_its_base(run):
+    base = AutoModelForCausalLM.from_pretrained(run / "0_random")
+    adapter = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    get_peft_model(base, adapter).save_pretrained(run / "2_sft")
+    small_model.save_tokenizer(run / "2_sft")
+    adapted, _ = evaluate(run, "2_sft", "--limit", "2")
+    plain, _ = evaluate(run, "0_random", "--limit", "2")
+    assert adapted["metrics"]["bits_per_byte"]["value"] != plain["metrics"]["bits_per_byte"]["value"]
+
+
 def write_reward_model(run):
     tokenizer = small_model.tokenizer()
     small_model.save_model(run / "3_reward")
@@ -202,6 +213,10 @@ def test_scores_do_not_depend_on_the_batch(run):
     ("options", "message"),
     [
         (["nowhere", "--stage", "2_sft"], "RUN: nowhere: there is no such directory"),
+        (
+            ["RUN", "--stage", "0_random", "--text", "nowhere/text.txt"],
+            "--text: nowhere/text.txt: there is no",
+        ),
         (["RUN", "--stage", "5_more"], "--stage: 5_more: holds no model; choose from: 0_random"),
     ],
 )
