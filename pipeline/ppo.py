@@ -37,6 +37,7 @@ from pipeline.ppo_config import PPOConfig
 from pipeline.ppo_metrics import rollout_metrics, update_means, update_sums
 from pipeline.reference_model import copy_adapter, frozen_copy
 from pipeline.rollout_file import load_rollout, save_rollout
+from pipeline.token_log_probs import token_log_probs
 from pipeline.value_model import build_value_model, parameter_groups
 
 __all__ = ["PPOConfig", "PPOTrainer"]
@@ -260,10 +261,40 @@ class PPOTrainer(GRPOTrainer):
     # ---- The update
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        """Remember the last result, which the parent's loss uses up and the metrics need."""
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        """Remember the last result, which the parent's loss uses up and metrics need; be quick on CPUs."""
+        on_cpu = self.accelerator.device.type == "cpu" and not kwargs.get("compute_aux_loss")
+        compute = self._plain_logps_and_entropies if on_cpu else super()._get_per_token_logps_and_entropies
+        result = compute(*args, **kwargs)
         self._last_result = [None if x is None else x.detach() for x in result]
         return result
+
+    def _plain_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **_: Any,
+    ) -> tuple:
+        """What the parent computes with a fused head, which saves memory and, on CPUs, is six times as slow."""
+        size = batch_size or len(input_ids)
+        logps, entropies = [], []
+        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            with self.accelerator.autocast():
+                scored, entropy = token_log_probs(
+                    model,
+                    ids,
+                    mask,
+                    logits_to_keep,
+                    self.temperature,
+                    compute_entropy,
+                    self._entropy_bonus_enabled,
+                )
+            logps.append(scored)
+            entropies.append(entropy)
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         policy_loss = super()._compute_loss(model, inputs)
@@ -275,7 +306,7 @@ class PPOTrainer(GRPOTrainer):
         losses, clipped = ppo_math.clipped_value_loss(
             values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
         )
-        # As the parent does for loss_type="dapo": real tokens of an optimizer step, on average, per process.
+        # The parent's, for loss_type="dapo": real tokens of an optimizer step, on average, per process.
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from trl import GRPOTrainer
 
 from pipeline.ppo import PPOConfig, PPOTrainer
 from tests import ppo_toy as toy
@@ -238,6 +239,19 @@ def test_bf16_runs_both_networks_in_bf16(tmp_path: Path) -> None:
     ppo.train()
     assert dtypes == {torch.bfloat16}
     assert weights(ppo.value_model).dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_on_cpus_are_those_of_the_fused_head(tmp_path: Path, temperature: float) -> None:
+    ppo = trainer(tmp_path, temperature=temperature)
+    ids, mask = torch.randint(3, 15, (5, 9)), torch.ones(5, 9, dtype=torch.long)
+    mask[:2, :3] = 0
+    plain = ppo._get_per_token_logps_and_entropies(ppo.model, ids, mask, 4, 2, compute_entropy=True)
+    fused = GRPOTrainer._get_per_token_logps_and_entropies(
+        ppo, ppo.model, ids, mask, 4, 2, compute_entropy=True
+    )
+    for a, b in zip(plain[:2], fused[:2], strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_evaluation_measures_and_disturbs_nothing(tmp_path: Path) -> None:
