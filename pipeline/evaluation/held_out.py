@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,9 +38,14 @@ class HeldOut:
     pairs: list[Row] = field(default_factory=list)
 
 
-def evenly(rows: Sequence[Row], most: int) -> list[Row]:
-    """At most `most` rows, evenly spaced, because data sets are often sorted by kind."""
-    return list(rows) if len(rows) <= most else [rows[i * len(rows) // most] for i in range(most)]
+def pick(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most `most` rows in their order, always the same ones, drawn at random.
+
+    Neither the first rows nor every n-th one: data sets are sorted by kind, or their kinds alternate.
+    """
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
 
 
 def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
@@ -59,11 +65,11 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
     # Problems have metrics of their own: final answers are compared there, not looked for in the text.
     instructions = [row for row in _split(data / "sft") if row["kind"] != "reasoning"]
     found = HeldOut(
-        texts=evenly(texts, most["texts"]),
-        instructions=evenly(instructions, most["instructions"]),
-        problems=evenly(problems, most["problems"]),
-        prompts=evenly(_split(data / "preferences"), most["prompts"]),
-        pairs=evenly(_split(run / "3_preferences"), most["pairs"]),
+        texts=pick(texts, most["texts"]),
+        instructions=pick(instructions, most["instructions"]),
+        problems=pick(problems, most["problems"]),
+        prompts=pick(_split(data / "preferences"), most["prompts"]),
+        pairs=pick(_split(run / "3_preferences"), most["pairs"]),
     )
     if not any((found.texts, found.instructions, found.problems, found.prompts, found.pairs)):
         remedy = "holds no test split of pretrain, sft, reasoning or preferences: name --text or --reasoning"

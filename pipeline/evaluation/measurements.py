@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.generation import Completion, encode_prompts, generate
-from pipeline.evaluation.held_out import Row, evenly
+from pipeline.evaluation.held_out import Row, pick
 from pipeline.evaluation.likelihood import document_losses
 from pipeline.evaluation.metrics.bits_per_byte import BitsPerByte
 from pipeline.evaluation.metrics.instruction_accuracy import InstructionAccuracy
@@ -122,7 +122,7 @@ def problems(result: StageResult, speaker: Speaker, rows: Sequence[Row], samples
 
     if samples < 1:
         return
-    some = evenly(rows, MOST_SAMPLED_PROBLEMS)
+    some = pick(rows, MOST_SAMPLED_PROBLEMS)
     drawn = speaker.answer([row["prompt"] for row in some], samples=samples, temperature=1.0, seed=seed)
     predictions = [[completion.text for completion in completions] for completions in drawn]
     references = [row["answer"] for row in some]
