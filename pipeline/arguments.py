@@ -184,6 +184,7 @@ def _take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
             width = 1
             if not path:
                 if position + 1 == len(arguments):
+                    del arguments[position]
                     return {}, [Problem("--config", "nothing", "give the path of a YAML file")]
                 path, width = arguments[position + 1], 2
             del arguments[position : position + width]
@@ -242,6 +243,8 @@ def _read_command_line(
     problems: list[Problem] = []
     for action in parser._actions:
         action.required = False
+        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+            action.nargs, action.const = "?", True  # `--bf16` alone, as for every other switch
         if action.dest in hints:
             action.default = argparse.SUPPRESS
     while True:
@@ -250,18 +253,20 @@ def _read_command_line(
         except argparse.ArgumentError as error:
             # argparse stops at the first mistake: note it, take that option away, and go on to the next.
             option = (error.argument_name or "").split("/")[0]
-            names = [name for name in (error.argument_name or "").split("/") if name]
+            names = (error.argument_name or "").split("/")
             at = [i for i, text in enumerate(arguments) if text.partition("=")[0] in names]
             if not at:
                 problems.append(Problem("command line", " ".join(arguments), error.message))
                 return {}, problems
-            end = at[0] + 1
-            while end < len(arguments) and not arguments[end].startswith("--"):
-                end += 1
-            value = arguments[at[0]].partition("=")[2] or " ".join(arguments[at[0] + 1 : end])
+            values = {i: _value_at(arguments, i) for i in at}
+            # An option may stand there twice; the message tells the value of the wrong one.
+            wrong = next(
+                (i for i in reversed(at) if repr(values[i][-1:]).strip("[]") in error.message), at[0]
+            )
             name = option.lstrip("-").replace("-", "_")
+            value = " ".join(values[wrong])
             problems.append(Problem(name, repr(value), f"must be {describe(hints.get(name, str))}"))
-            del arguments[at[0] : end]
+            del arguments[wrong : wrong + 1 + (0 if "=" in arguments[wrong] else len(values[wrong]))]
             continue
         break
     position = 0
@@ -279,6 +284,16 @@ def _read_command_line(
     # `null`, as in YAML, takes back what the file says; argparse would take it for text.
     optional = {name for name in given if type(None) in get_args(hints[name])}
     return {n: None if value == "null" and n in optional else value for n, value in given.items()}, problems
+
+
+def _value_at(arguments: list[str], position: int) -> list[str]:
+    """What an option on the command line is given: `--option=value`, or all words until the next option."""
+    _, sign, value = arguments[position].partition("=")
+    if sign:
+        return [value]
+    rest = arguments[position + 1 :]
+    end = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
+    return rest[:end]
 
 
 def _build(dataclass_types: Iterable[Any], values: dict[str, Any]) -> tuple[list[Any], list[Problem]]:

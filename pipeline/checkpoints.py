@@ -233,9 +233,51 @@ def _update_state(trainer: Trainer) -> None:
         os.replace(aside, checkpoint / STATE)
 
 
+def evaluate_if_missed(trainer: Trainer) -> None:
+    """Run the evaluation that a kill prevented, after the checkpoint that a run resumes from.
+
+    Args:
+        trainer: Its state is that of the checkpoint; nothing is done if that holds the evaluation's result,
+            or was not due for one.
+    """
+    state = trainer.state
+    manifest = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / MANIFEST
+    if state.global_step == 0 or not manifest.exists():
+        return
+    logged = [entry for entry in state.log_history if entry.get("step") == state.global_step]
+    if json.loads(manifest.read_text()).get("evaluation_due") and not any("eval_loss" in e for e in logged):
+        with unchanged_random_state():
+            metrics = trainer._evaluate(None, None)
+            trainer._determine_best_metric(metrics=metrics, trial=None)
+        _update_state(trainer)
+
+
+def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
+    """Load a checkpoint of the last step, after which nothing is left to train.
+
+    transformers would resume from it with one more step, so that a run killed between its last checkpoint and
+    its end would not end as if undisturbed.
+
+    Args:
+        trainer: Its model and state are changed, if the checkpoint is of the last step.
+        checkpoint: A complete checkpoint.
+
+    Returns:
+        Whether it was. Never for models that are loaded after sharding (FSDP, DeepSpeed).
+    """
+    state = TrainerState.load_from_json(str(checkpoint / STATE))
+    if state.global_step < state.max_steps or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return False
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    evaluate_if_missed(trainer)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    return True
+
+
 class _MissedEvaluation(TrainerCallback):
-    """Runs the evaluation that a kill prevented, between the checkpoint that a run resumes from and its next
-    step."""
+    """`evaluate_if_missed` at the start of a training that resumes."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -243,18 +285,8 @@ class _MissedEvaluation(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluate if the checkpoint was due for it and its log has no result."""
-        manifest = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / MANIFEST
-        if state.global_step == 0 or not manifest.exists():
-            return
-        logged = [entry for entry in state.log_history if entry.get("step") == state.global_step]
-        if json.loads(manifest.read_text()).get("evaluation_due") and not any(
-            "eval_loss" in e for e in logged
-        ):
-            with unchanged_random_state():
-                metrics = self.trainer._evaluate(None, None)
-                self.trainer._determine_best_metric(metrics=metrics, trial=None)
-            _update_state(self.trainer)
+        """Evaluate if that is due."""
+        evaluate_if_missed(self.trainer)
 
 
 def _tell_failed_save(trainer: Trainer, error: Exception) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 from pipeline.arguments import DataArguments
 from pipeline.errors import Problem, UserError
@@ -52,53 +52,66 @@ def load_splits(args: DataArguments, kind: Kind, evaluation: bool) -> tuple[Spli
             shape.
     """
     source = open_source(args)
-    train, test = _choose_splits(args, source, evaluation)
-    splits = [_limit(train, args.max_train_samples, "max_train_samples")]
-    if test is not None:
-        splits.append(_limit(test, args.max_eval_samples, "max_eval_samples"))
-    splits = [_standardise(split, args, kind) for split in splits]
+    if evaluation and _holds_out(args, list(source)):
+        # Checked before it is divided, so that row numbers are those of the file.
+        train, test = _hold_out(args, _standardise(source[args.dataset_train_split], args, kind))
+        splits = [_limit(args, train, "max_train_samples"), _limit(args, test, "max_eval_samples")]
+    else:
+        _check_splits(args, list(source), evaluation)
+        splits = [_limit(args, source[args.dataset_train_split], "max_train_samples")]
+        if evaluation:
+            splits.append(_limit(args, source[args.dataset_test_split], "max_eval_samples"))
+        splits = [_standardise(split, args, kind) for split in splits]
     if isinstance(splits[0], IterableDataset):
         # Trainers shuffle what has a length only. The order depends on the epoch and on nothing else.
         splits[0] = splits[0].shuffle(seed=0, buffer_size=SHUFFLE_BUFFER)
     return splits[0], splits[1] if len(splits) > 1 else None
 
 
-def _choose_splits(
-    args: DataArguments, source: DatasetDict | IterableDatasetDict, evaluation: bool
-) -> tuple[Split, Split | None]:
-    names = list(source)
+def _holds_out(args: DataArguments, names: list[str]) -> bool:
+    """Whether the evaluation's rows are to be taken from a data set's only split."""
+    only = names == [args.dataset_train_split]
+    return only and args.dataset_test_split != args.dataset_train_split and args.validation_share > 0
+
+
+def _hold_out(args: DataArguments, only: Split) -> tuple[Split, Split]:
+    """Divide rows into those to train on and those to evaluate on, the same in every run."""
+    period = round(1 / args.validation_share)
+    if isinstance(only, Dataset):
+        period = max(2, min(period, len(only)))  # at least one row
+    logger.info(
+        "The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period
+    )
+    if isinstance(only, Dataset):
+        rows = range(len(only))
+        held_out = rows[period - 1 :: period]
+        return only.select([row for row in rows if row not in held_out]), only.select(held_out)
+
+    def is_held_out(_: Row, index: int) -> bool:
+        return index % period == period - 1
+
+    def is_kept(_: Row, index: int) -> bool:
+        return index % period != period - 1
+
+    return only.filter(is_kept, with_indices=True), only.filter(is_held_out, with_indices=True)
+
+
+def _check_splits(args: DataArguments, names: list[str], evaluation: bool) -> None:
     there = f"there is no such split; choose from: {', '.join(names)}"
-    train_name, test_name = args.dataset_train_split, args.dataset_test_split
-    if evaluation and len(names) == 1 and test_name not in names and args.validation_share > 0:
-        period = round(1 / args.validation_share)
-        logger.info("The data set has no split %s: every %dth row is held out for it.", test_name, period)
-        only = source[names[0]]
-
-        def held_out(_: Row, index: int) -> bool:
-            return index % period == period - 1
-
-        def kept(row: Row, index: int) -> bool:
-            return not held_out(row, index)
-
-        if isinstance(only, Dataset):
-            rows = range(len(only))
-            return only.select([i for i in rows if kept({}, i)]), only.select(
-                [i for i in rows if held_out({}, i)]
-            )
-        return only.filter(kept, with_indices=True), only.filter(held_out, with_indices=True)
+    train, test = args.dataset_train_split, args.dataset_test_split
     problems = []
-    if train_name not in names:
-        problems.append(Problem("dataset_train_split", train_name, there))
-    if evaluation and test_name not in names:
-        problems.append(Problem("dataset_test_split", test_name, there))
-    if evaluation and train_name == test_name:
-        problems.append(Problem("dataset_test_split", test_name, "is the training split; choose another"))
+    if train not in names:
+        problems.append(Problem("dataset_train_split", train, there))
+    if evaluation and test not in names and (train in names or len(names) > 1):
+        problems.append(Problem("dataset_test_split", test, there))
+    if evaluation and train == test:
+        problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
     if problems:
         raise UserError(*problems)
-    return source[train_name], source[test_name] if evaluation else None
 
 
-def _limit(split: Split, samples: int | None, field: str) -> Split:
+def _limit(args: DataArguments, split: Split, field: str) -> Split:
+    samples = getattr(args, field)
     if samples is None:
         limited = split
     elif samples < 1:
@@ -107,15 +120,14 @@ def _limit(split: Split, samples: int | None, field: str) -> Split:
         limited = split.take(min(samples, len(split)) if isinstance(split, Dataset) else samples)
     first = next(iter(limited.take(1) if isinstance(limited, IterableDataset) else limited), None)
     if first is None:
-        raise UserError(
-            Problem("dataset_name", f"split {split.split or ''}", "is empty; choose one that has rows")
-        )
+        name = f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
+        raise UserError(Problem("dataset_name", name, "is empty; choose one that has rows"))
     return limited
 
 
 def _standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
     """Bring the columns under TRL's names, and check every row (as it is read, if it is streamed)."""
-    columns = _columns(split)
+    columns = list(split.column_names or next(iter(split)))
     convert: Callable[[Row], Row]
     if kind == "text":
         _require(columns, text_column=args.text_column)
@@ -139,12 +151,6 @@ def _standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
     # A stream would otherwise not know its columns, which trainers ask for.
     features = None if kind == "prompt" else Features({name: FEATURES[name] for name in kept})
     return split.map(checked, with_indices=True, remove_columns=removed, features=features)
-
-
-def _columns(split: Split) -> list[str]:
-    if split.column_names is not None:
-        return list(split.column_names)
-    return list(next(iter(split)))
 
 
 def _require(columns: list[str], **wanted: str) -> None:

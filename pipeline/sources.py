@@ -3,9 +3,11 @@ place."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,8 @@ def open_source(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     path = Path(name).expanduser()
     builder = name
     options: dict[str, Any] = {"name": args.dataset_config}
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(Problem("dataset_name", name, "is an empty file; give one that has rows"))
     if path.is_file():
         builder, options = _file_builder(path), {"data_files": {"train": str(path)}}
     elif path.is_dir():
@@ -67,19 +71,20 @@ def open_source(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     if builder == "csv" and path.name.removesuffix(".gz").endswith(".tsv"):
         options["sep"] = "\t"
     _check_config(args, builder)
+    # It logs the traceback of a file that cannot be parsed, which is told below in one line.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     try:
         source = datasets.load_dataset(builder, streaming=args.dataset_streaming, **options)
-    except (DatasetGenerationError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise UserError(*_broken_files(path, error)) from None
-    except (DatasetNotFoundError, FileNotFoundError) as error:
-        if path.exists():
-            raise UserError(Problem("dataset_name", name, f"holds no data ({_first_line(error)})")) from None
-        remedy = "is neither a local path nor a public data set on the Hub (log in for a private one)"
+    except ConnectionError as error:
+        remedy = f"the Hub cannot be reached ({_first_line(error)})"
         raise UserError(Problem("dataset_name", name, remedy)) from None
-    except (ConnectionError, datasets.utils.file_utils.OfflineModeIsEnabled) as error:
-        raise UserError(
-            Problem("dataset_name", name, f"the Hub cannot be reached ({_first_line(error)})")
-        ) from None
+    except (DatasetNotFoundError, FileNotFoundError) as error:
+        remedy = "is neither a local path nor a public data set on the Hub (log in for a private one)"
+        if path.exists():
+            remedy = f"holds no data ({_first_line(error)})"
+        raise UserError(Problem("dataset_name", name, remedy)) from None
+    except (DatasetGenerationError, OSError, ValueError, TypeError) as error:
+        raise UserError(*_broken_files(path, error)) from None
     if builder == "text":
         source = source.map(_join_lines, batched=True, batch_size=LINES_A_DOCUMENT)
     return source
@@ -136,23 +141,25 @@ def _broken_files(path: Path, error: Exception) -> list[Problem]:
     problems = []
     for file in files:
         if {".jsonl", ".ndjson"} & set(file.suffixes):
-            opener = gzip.open if file.suffix == ".gz" else open
-            with opener(file, "rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    try:
-                        json.loads(line) if line.strip() else None
-                    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-                        where = f"{file}, line {number}"
-                        problems.append(
-                            Problem(
-                                "dataset_name", where, f"is not valid JSON ({fault}); correct or remove it"
-                            )
-                        )
-                        break
+            with contextlib.suppress(OSError, EOFError, zlib.error):  # told below by `error`
+                problems += _broken_line(file)
     cause = error.__cause__ or error
     return problems or [
         Problem("dataset_name", path, f"cannot be read ({_first_line(cause)}); correct the file")
     ]
+
+
+def _broken_line(file: Path) -> list[Problem]:
+    """The first line that is not JSON."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line) if line.strip() else None
+            except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+                remedy = f"is not valid JSON ({fault}); correct or remove it"
+                return [Problem("dataset_name", f"{file}, line {number}", remedy)]
+    return []
 
 
 def _first_line(error: BaseException) -> str:

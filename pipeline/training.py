@@ -63,10 +63,12 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
 
-    checkpoint = checkpoints.newest_complete(args.output_dir)
+    named = args.resume_from_checkpoint
+    checkpoint = Path(named) if named else checkpoints.newest_complete(args.output_dir)
     if checkpoint is not None:
         logger.info("%-11s from %s", "resuming", checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is None or not checkpoints.restore_finished(trainer, checkpoint):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     interrupts.restore()
     interrupts.stop_if_received(trainer.state, str(args.output_dir))
 

@@ -16,12 +16,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 with `1e-4` a number (without a dot it would be a string), and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
+        seen = set()
         for key_node, _ in node.value:
-            if keys.count(key_node.value) > 1:
+            if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} stands here twice", key_node.start_mark
+                    None, None, f"the key {key_node.value!r} stands there twice", key_node.start_mark
                 )
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
@@ -68,7 +69,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 def describe(hint: Any) -> str:
     """A type in words."""
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(describe(option) for option in get_args(hint) if option is not type(None))
+        return " or ".join(describe(option) for option in _options(hint))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(option) for option in get_args(hint))
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -79,6 +80,13 @@ def describe(hint: Any) -> str:
     return names.get(get_origin(hint) or hint, "of another type")
 
 
+def _options(union: Any) -> list[Any]:
+    """Members of a union without `None`, and without text where it stands for the names of an enumeration."""
+    members = [member for member in get_args(union) if member is not type(None)]
+    named = any(isinstance(member, type) and issubclass(member, Enum) for member in members)
+    return [member for member in members if not (named and member is str)]
+
+
 def convert(value: Any, hint: Any) -> tuple[bool, Any]:
     """Check a value from YAML against a field's type.
 
@@ -87,7 +95,7 @@ def convert(value: Any, hint: Any) -> tuple[bool, Any]:
     """
     origin = get_origin(hint) or hint
     if origin in (Union, types.UnionType):
-        options = [option for option in get_args(hint) if option is not type(None)]
+        options = _options(hint)
         if value is None:
             return type(None) in get_args(hint), None
         # An exact match first: for `int | str`, 5 stays a number.

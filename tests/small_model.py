@@ -16,7 +16,7 @@ from pipeline.model import LlamaArguments, build_model
 from pipeline.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
-TEXT = "The cat sat on the mat. A dog is not a cat, and 12 is not 21. What is a token? A token is a piece of text.\n"
+TEXT = "The cat sat on the mat. A dog is not a cat, and 12 is not 21. A token is a piece of text.\n"
 
 
 @cache
@@ -81,8 +81,11 @@ def recipe_command(recipe: str, folder: Path, *more: str) -> list[str]:
         write_conversations(folder / "conversations.jsonl")
         write_pairs(folder / "pairs.jsonl")
     inputs = {
-        "pretrain": ["--tokenizer_name_or_path", str(words), "--dataset_name", str(folder / "text.txt")]
-        + [
+        "pretrain": [
+            "--tokenizer_name_or_path",
+            str(words),
+            "--dataset_name",
+            str(folder / "text.txt"),
             "--block_size",
             "64",
             "--hidden_size",
@@ -91,12 +94,27 @@ def recipe_command(recipe: str, folder: Path, *more: str) -> list[str]:
             "2",
             "--num_attention_heads",
             "2",
-        ]
-        + ["--max_eval_samples", "2"],
-        "sft": ["--model_name_or_path", str(model), "--dataset_name", str(folder / "conversations.jsonl")]
-        + ["--max_length", "128", "--packing", "--assistant_only_loss"],
-        "reward": ["--model_name_or_path", str(model), "--dataset_name", str(folder / "pairs.jsonl")]
-        + ["--max_length", "128"],
+            "--max_eval_samples",
+            "2",
+        ],
+        "sft": [
+            "--model_name_or_path",
+            str(model),
+            "--dataset_name",
+            str(folder / "conversations.jsonl"),
+            "--max_length",
+            "128",
+            "--packing",
+            "--assistant_only_loss",
+        ],
+        "reward": [
+            "--model_name_or_path",
+            str(model),
+            "--dataset_name",
+            str(folder / "pairs.jsonl"),
+            "--max_length",
+            "128",
+        ],
     }[recipe]
     steps = ["--max_steps", "8", "--logging_steps", "1", "--learning_rate", "1e-3", "--disable_tqdm", "true"]
     saves = ["--save_steps", "2", "--save_total_limit", "2", "--eval_strategy", "steps", "--eval_steps", "4"]

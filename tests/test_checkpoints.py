@@ -201,7 +201,7 @@ def test_the_last_good_one_outlives_a_failed_save(tmp_path: Path, monkeypatch: p
         save(output_dir)
 
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(RunStopped, match="step 6 could not be written.*No space left.*checkpoint-3"):
+    with pytest.raises(RunStopped, match=r"step 6 could not be written.*No space left.*checkpoint-3"):
         trainer.train()
     assert names(tmp_path) == ["checkpoint-3"]
     assert find_damage(tmp_path / "checkpoint-3") is None

@@ -1,0 +1,153 @@
+"""Recipes as they are launched: one process, two, killed, interrupted, started again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_model import ROOT, equal, recipe_command, run_recipe, weights
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+RECIPES = ["pretrain", "sft", "reward"]
+FP32 = ("--bf16", "false")
+TOLERANCE = 2e-5
+"""Between one process and two, in float32, after eight steps at learning rate 1e-3: sums in another order."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("inputs")
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def whole(request: pytest.FixtureRequest, inputs: Path) -> tuple[str, Path, str]:
+    """An undisturbed run in one process: its recipe, its output directory and what it logged."""
+    recipe = request.param
+    output = inputs / f"{recipe}-whole"
+    result = run_recipe(recipe, inputs, *FP32, "--output_dir", str(output))
+    assert result.returncode == 0, result.stderr
+    return recipe, output, result.stderr + result.stdout
+
+
+def test_what_a_run_leaves_loads_by_from_pretrained(whole: tuple[str, Path, str]) -> None:
+    recipe, output, log = whole
+    kind = AutoModelForSequenceClassification if recipe == "reward" else AutoModelForCausalLM
+    model = kind.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert model.dtype == torch.float32
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert (output / "README.md").exists()
+    assert not list(output.rglob("training_args.bin"))
+    assert "fourstage" in (output / "README.md").read_text()
+    for active in (
+        "processes   1 on cpu",
+        "sharding    none",
+        "precision   fp32",
+        "threads",
+        "batch       4 seq",
+    ):
+        assert active in log
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert any(
+        "tokens_per_second" in entry and "mfu" in entry and "eta_seconds" in entry for entry in history
+    )
+    assert any("eval_loss" in entry for entry in history)
+    assert recipe != "pretrain" or any(0 < entry.get("eval_bits_per_byte", 0) < 10 for entry in history)
+
+
+def test_killed_while_it_saves_and_started_again_it_ends_with_the_same_weights(
+    whole: tuple[str, Path, str], inputs: Path
+) -> None:
+    recipe, output, _ = whole
+    parts = inputs / f"{recipe}-parts"
+    command = [sys.executable, *recipe_command(recipe, inputs, *FP32, "--output_dir", str(parts))]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while run.poll() is None and not (parts / "checkpoint-2").exists():
+            time.sleep(0.002)
+        while run.poll() is None and not (parts / ".unfinished").exists():
+            time.sleep(0.0005)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+    again = run_recipe(recipe, inputs, *FP32, "--output_dir", str(parts))
+    assert again.returncode == 0, again.stderr
+    assert "resuming" in again.stderr
+    assert equal(weights(parts), weights(output))
+
+
+def test_two_processes_learn_what_one_learns(whole: tuple[str, Path, str], inputs: Path) -> None:
+    recipe, output, _ = whole
+    two = inputs / f"{recipe}-two"
+    more = (*FP32, "--output_dir", str(two), "--per_device_train_batch_size", "2")
+    launch = ["accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "--num_processes", "2"]
+    command = [sys.executable, "-m", *launch, *recipe_command(recipe, inputs, *more)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "2 on cpu, one group (gloo)" in result.stderr
+    assert result.stderr.count("sharding ") == 1, "one process speaks"
+    assert "4 sequences = 2 x 1 accumulated x 2 process(es)" in result.stderr
+    one, other = weights(output), weights(two)
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < TOLERANCE
+    losses = [
+        [
+            entry["loss"]
+            for entry in json.loads((run / "trainer_state.json").read_text())["log_history"]
+            if "loss" in entry
+        ]
+        for run in (output, two)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(inputs: Path, number: signal.Signals) -> None:
+    output = inputs / f"interrupted-{number.name}"
+    more = (
+        "--output_dir",
+        str(output),
+        "--max_steps",
+        "5000",
+        "--save_steps",
+        "4000",
+        "--eval_strategy",
+        "no",
+    )
+    command = [sys.executable, *recipe_command("pretrain", inputs, *more)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if line.startswith("batch"):
+                break
+        time.sleep(1)
+        run.send_signal(number)
+        rest = run.stderr.read()
+    assert run.returncode == 128 + number
+    assert "The same command goes on from there" in rest and "Traceback" not in rest
+    saved = [path for path in output.glob("checkpoint-*") if (path / "manifest.json").exists()]
+    assert len(saved) == 1
+    assert not (output / "model.safetensors").exists()
+
+
+def test_another_configuration_is_refused_and_the_same_one_is_not_trained_twice(
+    whole: tuple[str, Path, str], inputs: Path
+) -> None:
+    recipe, output, _ = whole
+    if recipe != "pretrain":
+        pytest.skip("the same for all")
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    refused = run_recipe(recipe, inputs, *FP32, "--output_dir", str(output), "--learning_rate", "2e-3")
+    assert refused.returncode == 2
+    assert "learning_rate was 0.001 and is 0.002" in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    trained = weights(output)
+    again = run_recipe(recipe, inputs, *FP32, "--output_dir", str(output))
+    assert again.returncode == 0, again.stderr
+    assert "'loss'" not in again.stdout
+    assert equal(weights(output), trained)
