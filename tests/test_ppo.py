@@ -261,8 +261,9 @@ def test_evaluation_measures_and_disturbs_nothing(tmp_path: Path) -> None:
             tmp_path / strategy,
             eval_strategy=strategy,
             eval_steps=1,
-            per_device_eval_batch_size=4,
-            eval_dataset=toy.prompts(6),
+            per_device_eval_batch_size=10,
+            eval_dataset=toy.prompts(12),
+            log_completions=True,
             reward_normalization="running",
         )
         ppo.train()
