@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +14,12 @@ def token_log_probs(
     ids: Tensor,
     attention_mask: Tensor,
     length: int,
+    *,
+    batch_size: int | None,
     temperature: float,
     entropy: bool,
     entropy_gradient: bool,
+    autocast: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Tensor, Tensor | None]:
     """Score the last tokens of each text.
 
@@ -22,20 +28,26 @@ def token_log_probs(
         ids: (B, L).
         attention_mask: (B, L).
         length: How many tokens are scored.
+        batch_size: Texts in a forward pass; None for all of them.
         temperature: That the logits are divided by.
         entropy: Compute entropies too.
         entropy_gradient: Let gradients through them.
+        autocast: Makes the context of a forward pass.
 
     Returns:
         Log-probabilities (B, `length`), and the entropies (B, `length`) of the distributions that the tokens
         were drawn from, or None; in nats.
     """
-    logits = model(
-        input_ids=ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=length + 1
-    ).logits
-    log_probs = (logits[:, :-1].float() / temperature).log_softmax(-1)
-    scored = log_probs.gather(-1, ids[:, -length:].unsqueeze(-1)).squeeze(-1)
-    if not entropy:
-        return scored, None
-    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
-        return scored, -(log_probs.exp() * log_probs).sum(-1)
+    size = batch_size or len(ids)
+    scored, entropies = [], []
+    for chunk, mask in zip(ids.split(size), attention_mask.split(size), strict=True):
+        with autocast():
+            logits = model(
+                input_ids=chunk, attention_mask=mask, use_cache=False, logits_to_keep=length + 1
+            ).logits
+        log_probs = (logits[:, :-1].float() / temperature).log_softmax(-1)
+        scored.append(log_probs.gather(-1, chunk[:, -length:].unsqueeze(-1)).squeeze(-1))
+        if entropy:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+                entropies.append(-(log_probs.exp() * log_probs).sum(-1))
+    return torch.cat(scored), torch.cat(entropies) if entropy else None
