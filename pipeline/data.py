@@ -23,7 +23,9 @@ SHUFFLE_BUFFER = 1000
 """Rows among which a stream is shuffled."""
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
-FEATURES = {"text": Value("string")} | dict.fromkeys(("messages", "prompt", "chosen", "rejected"), MESSAGES)
+FEATURES = {"text": Value("string"), "answer": Value("string")} | dict.fromkeys(
+    ("messages", "prompt", "chosen", "rejected"), MESSAGES
+)
 
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
@@ -77,21 +79,19 @@ def _holds_out(args: DataArguments, names: list[str]) -> bool:
 def _hold_out(args: DataArguments, only: Split) -> tuple[Split, Split]:
     """Divide rows into those to train on and those to evaluate on, the same in every run."""
     period = round(1 / args.validation_share)
-    if isinstance(only, Dataset):
-        period = max(2, min(period, len(only)))  # at least one row
     logger.info(
         "The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period
     )
     if isinstance(only, Dataset):
         rows = range(len(only))
-        held_out = rows[period - 1 :: period]
+        held_out = rows[::period]
         return only.select([row for row in rows if row not in held_out]), only.select(held_out)
 
     def is_held_out(_: Row, index: int) -> bool:
-        return index % period == period - 1
+        return index % period == 0
 
     def is_kept(_: Row, index: int) -> bool:
-        return index % period != period - 1
+        return index % period != 0
 
     return only.filter(is_kept, with_indices=True), only.filter(is_held_out, with_indices=True)
 
@@ -148,9 +148,17 @@ def _standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
             raise UserError(Problem("dataset_name", name, f"{error}; correct or remove that row")) from None
 
     removed = [column for column in columns if column not in kept]
-    # A stream would otherwise not know its columns, which trainers ask for.
-    features = None if kind == "prompt" else Features({name: FEATURES[name] for name in kept})
-    return split.map(checked, with_indices=True, remove_columns=removed, features=features)
+    # Without features a stream would not know its columns, and an answer that is a number would stay one.
+    features = Features({name: FEATURES[name] for name in kept if name in FEATURES})
+    if kind == "prompt":
+        if args.answer_column not in columns:
+            del features["answer"]
+        others = (
+            {name: split.features[name] for name in columns if name not in features} if split.features else {}
+        )
+        features = Features({**others, **features})
+    known = kind != "prompt" or split.features is not None
+    return split.map(checked, with_indices=True, remove_columns=removed, features=features if known else None)
 
 
 def _require(columns: list[str], **wanted: str) -> None:
