@@ -1,0 +1,99 @@
+"""Instruction tuning: what is learned from, what a token sees, and LoRA."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from small_model import conversation, run_recipe, save_model, tokenizer
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+CONVERSATIONS = [conversation(f"What is {i}?", f"It is {i * 7}.") for i in range(6)]
+CONVERSATIONS[2] += conversation("And then?", "Nothing.")
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> SFTTrainer:
+    folder = tmp_path_factory.mktemp("sft")
+    args = SFTConfig(
+        str(folder / "output"),
+        use_cpu=True,
+        bf16=False,
+        packing=True,
+        max_length=96,
+        assistant_only_loss=True,
+        per_device_train_batch_size=2,
+        report_to="none",
+    )
+    return SFTTrainer(
+        save_model(folder / "model"),
+        args,
+        train_dataset=Dataset.from_dict({"messages": CONVERSATIONS}),
+        processing_class=tokenizer(),
+    )
+
+
+def test_a_packed_conversation_sees_no_other(trainer: SFTTrainer) -> None:
+    batch = next(iter(trainer.get_train_dataloader()))
+    (input_ids,), (positions,) = batch["input_ids"], batch["position_ids"]
+    starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(input_ids)]
+    assert len(starts) > 3, "several conversations are in the batch"
+    model = trainer.model.eval()
+    with torch.no_grad():
+        together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+        for start, end in itertools.pairwise(starts):
+            alone = model(input_ids=input_ids[start:end][None]).logits[0]
+            torch.testing.assert_close(together[start:end], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_is_of_what_the_assistant_says_and_of_its_end_of_turn(trainer: SFTTrainer) -> None:
+    said = set()
+    for batch in trainer.get_train_dataloader():
+        (input_ids,), (labels,) = batch["input_ids"], batch["labels"]
+        assert all(label in (-100, token) for label, token in zip(labels, input_ids, strict=True))
+        text = "".join(tokenizer().decode(token) if token >= 0 else "\n" for token in labels.tolist())
+        said |= {part for part in text.split("\n") if part}
+    answers = {
+        message["content"] for turns in CONVERSATIONS for message in turns if message["role"] == "assistant"
+    }
+    assert said == {answer + tokenizer().eos_token for answer in answers}
+
+
+def test_an_adapter_is_trained_resumed_saved_and_loads(tmp_path: Path) -> None:
+    inputs, output = tmp_path / "inputs", tmp_path / "adapter"
+    lora = ("--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--lora_r", "4", "--bf16", "false")
+    result = run_recipe("sft", inputs, *lora, "--output_dir", str(output), "--eval_strategy", "no")
+    assert result.returncode == 0, result.stderr
+    adapted = AutoPeftModelForCausalLM.from_pretrained(output)
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    tokens = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        assert not torch.allclose(adapted(tokens).logits, base(tokens).logits)
+    whole = (output / "adapter_model.safetensors").read_bytes()
+
+    shutil.rmtree(output / "checkpoint-8")  # as if killed after step 6
+    again = run_recipe("sft", inputs, *lora, "--output_dir", str(output), "--eval_strategy", "no")
+    assert again.returncode == 0 and "resuming    from" in again.stderr, again.stderr
+    assert (output / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_every_option_in_the_docstring_is_known() -> None:
+    from recipes import pretrain, reward, sft
+
+    for recipe in (pretrain, sft, reward):
+        assert recipe.__doc__ and "accelerate launch" in recipe.__doc__
+        options = set(re.findall(r"--(\w+)", recipe.__doc__.split("\n", 1)[1])) - {"config", "config_file"}
+        known = {
+            field
+            for hint in recipe.main.__annotations__.values()
+            if hint is not None
+            for field in hint.__dataclass_fields__
+        }
+        assert options <= known, (recipe.__name__, options - known)
