@@ -35,6 +35,11 @@ MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
 STATE = "trainer_state.json"
 
+DISK_IS_FULL = 2**23
+"""Free bytes below which a failed write is put down to the disk: files are written in pieces, of which the
+last one
+that did not fit is what was left free."""
+
 
 def protect(trainer: Trainer) -> None:
     """Make a trainer's checkpoints complete or absent, and save before it evaluates.
@@ -171,8 +176,9 @@ def _save_aside(trainer: Trainer, save: Callable[[], None], evaluation_due: bool
             _delete_surplus(trainer, target)
         trainer.accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as error:
+        message = _tell_failed_save(trainer, error)
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunStopped(_tell_failed_save(trainer, error)) from error
+        raise RunStopped(message) from error
     finally:
         del trainer._get_output_dir
         args.push_to_hub = push
@@ -291,13 +297,16 @@ class _MissedEvaluation(TrainerCallback):
 
 def _tell_failed_save(trainer: Trainer, error: Exception) -> str:
     args = trainer.args
-    free = shutil.disk_usage(args.output_dir).free / 2**20
+    free = shutil.disk_usage(args.output_dir).free
+    reason = " ".join(str(error).split())
+    if free < DISK_IS_FULL:  # which torch reports as a file position that it did not expect
+        reason = f"the disk is full, {free / 2**20:.1f} MiB are free ({reason})"
     last = newest_complete(args.output_dir)
     goes_on = f"goes on from {last}" if last else "starts again"
-    reason = " ".join(str(error).split())
     return (
-        f"The checkpoint of step {trainer.state.global_step} could not be written to {args.output_dir} "
-        f"({free:.0f} MiB free): {reason}. Make room or correct that; the same command then {goes_on}."
+        f"The checkpoint of step {trainer.state.global_step} could not be written to {args.output_dir}: "
+        f"{reason}. "
+        f"Make room or correct that; the same command then {goes_on}."
     )
 
 

@@ -224,21 +224,23 @@ def check_batches(rows: int | None, args: Any, what: str = "rows") -> list[Probl
     return [Problem(field, getattr(args, field), remedy)]
 
 
-def check_disk(parameters: int, trainable: int, args: Any, steps: int | None) -> list[Problem]:
+def check_disk(parameters: int, trainable: int, args: Any) -> list[Problem]:
     """Less room than the checkpoints and the model will take.
 
     Args:
         parameters: Weights that are saved with each checkpoint.
         trainable: Weights that the optimizer keeps two numbers for.
         args: Training arguments.
-        steps: Steps of the run; `None` if unknown.
     """
     if str(args.save_strategy.value) == "no":
         kept = 0
     elif args.save_total_limit:
         kept = args.save_total_limit + 1  # the next one is written before the oldest is deleted
     else:
-        kept = max(1, math.ceil(steps / args.save_steps)) if steps and args.save_steps >= 1 else 2
+        # Without a limit all stay; how many that will be is known if the number of steps is.
+        kept = (
+            math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
+        )
     optimizer = 0 if args.save_only_model else 8 * trainable
     needed = kept * (4 * parameters + optimizer) + 4 * parameters
     path = Path(args.output_dir)

@@ -19,6 +19,7 @@ from pipeline.arguments import DataArguments
 from pipeline.data import Kind, Split, load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.loading import load_tokenizer
+from pipeline.model import build_model
 
 T = TypeVar("T")
 
@@ -88,8 +89,13 @@ def load_inputs(
     if config is not None:
         problems += checks.check_model(config, tokenizer, training_args, str(name))
         problems += _check_weights(config, training_args, model_args)
-    else:
-        problems += checks.check_lengths(getattr(model_args, "max_position_embeddings", None), training_args)
+    elif not hasattr(model_args, "model_name_or_path"):
+        problems += checks.check_lengths(model_args.max_position_embeddings, training_args)
+        with torch.device("meta"):
+            made = attempt(lambda: build_model(model_args, tokenizer, 0)) if tokenizer is not None else None
+        if made is not None:
+            size = made.num_parameters()
+            problems += checks.check_disk(size, size, training_args)
     if splits is not None:
         train = splits[0]
         problems += checks.check_batches(len(train) if isinstance(train, Dataset) else None, training_args)
@@ -163,8 +169,7 @@ def _check_weights(config: Any, args: Any, model_args: Any) -> list[Problem]:
     size = model.num_parameters()
     if getattr(model_args, "use_peft", False):
         size = round(0.05 * size)  # adapters are smaller; how much depends on ranks and targets
-    steps = args.max_steps if args.max_steps > 0 else None
-    return problems + checks.check_disk(size, size, args, steps)
+    return problems + checks.check_disk(size, size, args)
 
 
 def _check_tokens(

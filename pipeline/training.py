@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
         output_directory.claim(args)
     trainer.accelerator.wait_for_everyone()
     launch.log_active(trainer)
+    drop_incomplete_batches(trainer)
     checkpoints.protect(trainer)
     stop_on_divergence(trainer)
     interrupts = InterruptCallback()
@@ -76,6 +77,30 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
     trainer.end()
     if held is not None:
         held.close()
+
+
+def drop_incomplete_batches(trainer: Trainer) -> None:
+    """Leave the rows that fill no whole batch out of each epoch (others each time, where rows are shuffled).
+
+    Accelerate would repeat rows to give every process a batch, so that two processes would not learn what one
+    does. `dataloader_drop_last` does the same, but also drops rows from evaluations.
+
+    Args:
+        trainer: Changed in place, before `train`. Data that fill no batch at all are left as they are.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    get_train_dataloader = trainer.get_train_dataloader
+    if not isinstance(dataset, Sized) or len(dataset) < args.train_batch_size * args.world_size:
+        return
+
+    def with_whole_batches() -> Any:
+        asked, args.dataloader_drop_last = args.dataloader_drop_last, True
+        try:
+            return get_train_dataloader()
+        finally:
+            args.dataloader_drop_last = asked
+
+    trainer.get_train_dataloader = with_whole_batches
 
 
 def save_final(trainer: Trainer, *arguments: Any) -> None:
