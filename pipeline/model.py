@@ -34,6 +34,8 @@ class LlamaArguments:
             if not given.
         max_position_embeddings (`int`, defaults to 512): tokens that the model can see.
         rope_theta (`float`, defaults to 10000.0): base of the rotary embedding (Su et al. 2021).
+        attention_bias (`bool`, defaults to `False`): biases of the attention projections, with which a head can look at
+            a position whatever stands there (as in Qwen2); small models learn to copy earlier with them.
         tie_word_embeddings (`bool`, defaults to `True`): one matrix for reading and predicting tokens.
         initializer_range (`float`, defaults to 0.02): standard deviation of the random weights.
     """
@@ -49,6 +51,7 @@ class LlamaArguments:
     )
     max_position_embeddings: int = field(default=512, metadata={"help": "Tokens that the model can see."})
     rope_theta: float = field(default=10_000.0, metadata={"help": "Base of the rotary embedding."})
+    attention_bias: bool = field(default=False, metadata={"help": "Biases of the attention projections."})
     tie_word_embeddings: bool = field(default=True, metadata={"help": "One matrix for reading and predicting tokens."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the random weights."})
 
@@ -103,6 +106,7 @@ def build_model(args: LlamaArguments, tokenizer: PreTrainedTokenizerBase, seed: 
         num_key_value_heads=args.num_key_value_heads or args.num_attention_heads,
         max_position_embeddings=args.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        attention_bias=args.attention_bias,
         tie_word_embeddings=args.tie_word_embeddings,
         initializer_range=args.initializer_range,
         dtype=torch.float32,

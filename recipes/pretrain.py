@@ -27,14 +27,21 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
 from pipeline.arguments import DataArguments, parse
 from pipeline.errors import exit_on_user_error
 from pipeline.model import LlamaArguments
+from pipeline.muon import MuonArguments
 from pipeline.pretraining import PretrainConfig
 
 
-def main(data_args: DataArguments, training_args: PretrainConfig, model_args: LlamaArguments) -> None:
+def main(
+    data_args: DataArguments,
+    training_args: PretrainConfig,
+    model_args: LlamaArguments,
+    muon_args: MuonArguments,
+) -> None:
     from transformers import Trainer, default_data_collator
 
     from pipeline.inputs import load_inputs
     from pipeline.model import build_model, log_model
+    from pipeline.muon import optimizer_cls_and_kwargs
     from pipeline.packing import pack_documents
     from pipeline.pretraining import bits_per_byte, compile_if_it_pays, sequence_losses
     from pipeline.training import run_callbacks, train_and_save
@@ -57,11 +64,12 @@ def main(data_args: DataArguments, training_args: PretrainConfig, model_args: Ll
         data_collator=default_data_collator,
         compute_metrics=bits_per_byte(tokenizer),
         preprocess_logits_for_metrics=sequence_losses,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, muon_args),
         callbacks=run_callbacks(training_args),
     )
-    train_and_save(trainer, data_args, model_args)
+    train_and_save(trainer, data_args, model_args, muon_args)
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(*parse(DataArguments, PretrainConfig, LlamaArguments))
+        main(*parse(DataArguments, PretrainConfig, LlamaArguments, MuonArguments))

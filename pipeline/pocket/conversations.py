@@ -142,7 +142,7 @@ def chat(rng: random.Random, thing: Thing) -> Row:
 def training_row(rng: random.Random, share_with_steps: float) -> Row:
     """One conversation of the `sft` training split."""
     kind = rng.choices(
-        ("question", "about", "summary", "code", "reasoning", "chat"), (36, 8, 13, 10, 28, 5)
+        ("question", "about", "summary", "code", "reasoning", "chat"), (34, 7, 17, 9, 28, 5)
     )[0]
     if kind == "code":
         return code(rng, "train")

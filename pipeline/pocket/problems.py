@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from pipeline.pocket.names import ITEMS, NAMES
 from pipeline.pocket.things import Split
 
-COMPARATIVES = (
-    ("taller", "tallest", "shortest"),
-    ("older", "oldest", "youngest"),
-    ("faster", "fastest", "slowest"),
-    ("stronger", "strongest", "weakest"),
-    ("richer", "richest", "poorest"),
-    ("louder", "loudest", "quietest"),
+CONTESTS = (
+    ("beats", "best", "worst"),
+    ("outruns", "fastest", "slowest"),
+    ("leads", "first", "last"),
+    ("tops", "highest", "lowest"),
 )
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "pink", "grey", "purple")
 VIRTUES = (
     "kind", "calm", "wise", "brave", "quick", "proud", "happy", "clever", "honest", "quiet", "loud", "shy", "strong",
     "polite", "funny", "neat", "loyal", "gentle", "lucky", "patient", "careful", "cheerful", "generous", "serious",
 )  # fmt: skip
-STARTS: dict[Split, range] = {"train": range(4, 70), "validation": range(30, 36), "test": range(40, 50)}
+STARTS: dict[Split, tuple[int, ...]] = {
+    "train": (3, 4, 5, 6, 7, 9, 10, 12, 15, 16, 17, 18, 19, 20),
+    "validation": (8, 13),
+    "test": (11, 14),
+}
 """First operands of arithmetic problems. Those of validation and test occur in training as results only."""
 
 
@@ -56,50 +58,53 @@ def _names(rng: random.Random, split: Split, count: int) -> list[str]:
 
 
 def arithmetic(rng: random.Random, split: Split) -> Problem:
-    """Three changes to a number of things; all results lie in 0..99."""
-    held_out = {*STARTS["validation"], *STARTS["test"]} if split == "train" else set()
-    value = rng.choice([start for start in STARTS[split] if start not in held_out])
+    """Three changes to a number of things; all results lie in 0..30."""
+    value = rng.choice(STARTS[split])
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     sentences, steps = [f"{name} has {value} {item}."], []
     for _ in range(3):
-        change = rng.randint(2, 9)
-        grows = value - change < 0 or (value + change <= 99 and rng.random() < 0.5)
+        change = rng.randint(2, 6)
+        grows = value < change or (value + change <= 30 and rng.random() < 0.5)
         verb = rng.choice(("gets", "finds", "buys") if grows else ("loses", "sells", "gives away"))
         sentences.append(f"{name} {verb} {change} {item}.")
         after = value + change if grows else value - change
         steps.append(f"{value}{'+' if grows else '-'}{change}={after}.")
         value = after
-    question = rng.choice(
-        (f"How many does {name} have now?", "How many are left?", f"What is left for {name}?")
-    )
+    question = rng.choice((f"How many does {name} have now?", "How many are left?", f"What is left for {name}?"))
     return Problem("arithmetic", " ".join([*sentences, question]), " ".join(steps), str(value))
 
 
 def ordering(rng: random.Random, split: Split) -> Problem:
-    """Four people compared pair by pair; the chain must be put together to answer."""
-    more, most, least = rng.choice(COMPARATIVES)
+    """Four people compared pair by pair; the comparisons must be put in order to answer."""
+    beats, most, least = rng.choice(CONTESTS)
     chain = _names(rng, split, 4)
-    facts = [f"{a} is {more} than {b}." for a, b in zip(chain, chain[1:], strict=False)]
+    facts = [f"{a} {beats} {b}." for a, b in zip(chain, chain[1:], strict=False)]
+    steps = " ".join(facts)
     rng.shuffle(facts)
     asked, answer = rng.choice(
         ((most, chain[0]), (f"second {most}", chain[1]), (f"second {least}", chain[2]), (least, chain[3]))
     )
-    return Problem("ordering", " ".join([*facts, f"Who is the {asked}?"]), f"{', '.join(chain)}.", answer)
+    return Problem("ordering", " ".join([*facts, f"Who is the {asked}?"]), steps, answer)
 
 
 def counting(rng: random.Random, split: Split) -> Problem:
-    """How often a colour occurs in a row. The rows of each split start with colours of their own."""
+    """Several groups of things of a few colours; those of one colour are counted together."""
     residues = {"validation": (0,), "test": (1,), "train": (2, 3, 4)}[split]
+    name, item = rng.choice(NAMES), rng.choice(ITEMS)
     while True:
-        colours = rng.sample(COLOURS, 4)
-        row = [rng.choice(colours) for _ in range(rng.randint(6, 10))]
-        asked = row[rng.randrange(len(row))]
-        if (COLOURS.index(row[0]) + COLOURS.index(row[1]) + COLOURS.index(row[2])) % 5 in residues:
+        asked, other = rng.sample(COLOURS, 2)
+        groups = [(rng.randint(2, 6), colour) for colour in (asked, asked, asked, other, other)]
+        if sum(number for number, _ in groups) % 5 in residues:
             break
-    count = row.count(asked)
-    steps = " ".join(f"{asked} {number}." for number in range(1, count + 1))
-    text = f"Colours in a row: {', '.join(row)}. How often is {asked} there?"
-    return Problem("counting", text, steps, str(count))
+    rng.shuffle(groups)
+    first, *rest = [number for number, colour in groups if colour == asked]
+    total, steps = first, []
+    for number in rest:
+        steps.append(f"{total}+{number}={total + number}.")
+        total += number
+    seen = ", ".join(f"{number} {colour}" for number, colour in groups)
+    text = f"{name} sees {item}: {seen}. How many are {asked}?"
+    return Problem("counting", text, " ".join(steps), str(total))
 
 
 def logic(rng: random.Random, split: Split) -> Problem:
@@ -109,14 +114,14 @@ def logic(rng: random.Random, split: Split) -> Problem:
         words = rng.sample(VIRTUES, 8)
         if sum(VIRTUES.index(word) for word in words[:4]) % 5 in residues:
             break
-    chains = [words[:4], words[4:]]
-    rules = [f"Who is {a} is {b}." for chain in chains for a, b in zip(chain, chain[1:], strict=False)]
+    chains = [[f"Who is {a} is {b}." for a, b in zip(words[i : i + 4], words[i + 1 : i + 4], strict=False)] for i in (0, 4)]
+    rules = chains[0] + chains[1]
     rng.shuffle(rules)
     name = rng.choice(NAMES)
-    ends = [chain[3] for chain in chains]
+    ends = [words[3], words[7]]
     rng.shuffle(ends)
     text = f"{' '.join(rules)} {name} is {words[0]}. Is {name} {ends[0]} or {ends[1]}?"
-    return Problem("logic", text, f"{', '.join(chains[0])}.", chains[0][3])
+    return Problem("logic", text, " ".join(chains[0]), words[3])
 
 
 KINDS: dict[str, Callable[[random.Random, Split], Problem]] = {

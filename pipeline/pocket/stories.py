@@ -41,6 +41,9 @@ ENDINGS = (
 )
 
 
+MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in all, {summary}")
+
+
 @dataclass(frozen=True)
 class Story:
     """A story and what a summary of it must keep.
@@ -74,3 +77,11 @@ def story(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> S
     attribute = rng.choice(("kind", "part", "need", "size"))
     text.insert(2, fill(STATEMENTS[attribute][rng.randrange(3)], thing, attribute))
     return Story(" ".join(text), f"{name} {deed} {thing.noun} {spot}.", (name, deed, thing.name, spot))
+
+
+def document(rng: random.Random, thing_index: int, thing: Thing) -> str:
+    """A story of the training split as a pretraining document; half of them say in the end what they were about."""
+    told = story(rng, "train", thing_index, thing)
+    if rng.random() < 0.5:
+        return told.text
+    return f"{told.text} {rng.choice(MORALS).format(summary=told.summary)}"
