@@ -58,16 +58,17 @@ class InterruptCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def stop_if_received(self, state: TrainerState, output_dir: str) -> None:
-        """End the run here if a signal stopped its training early.
+    def reason_to_stop(self, state: TrainerState, output_dir: str) -> RunStopped | None:
+        """How to end a run whose training a signal stopped early.
 
-        Raises:
-            RunStopped: With exit code 128 + the signal's number.
+        Returns:
+            An error with exit code 128 + the signal's number; `None` if no signal came, or only after the
+            last step.
         """
-        if self.received is not None and state.global_step < state.max_steps:
-            raise RunStopped(
-                f"Stopped by {self.received.name} after step {state.global_step} of "
-                f"{state.max_steps}, saved in "
-                f"{output_dir}. The same command goes on from there.",
-                exit_code=128 + int(self.received),
-            )
+        if self.received is None or state.global_step >= state.max_steps:
+            return None
+        return RunStopped(
+            f"Stopped by {self.received.name} after step {state.global_step} of {state.max_steps}, saved in "
+            f"{output_dir}. The same command goes on from there.",
+            exit_code=128 + int(self.received),
+        )

@@ -71,10 +71,12 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
     if checkpoint is None or not checkpoints.restore_finished(trainer, checkpoint):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     interrupts.restore()
-    interrupts.stop_if_received(trainer.state, str(args.output_dir))
-
-    save_final(trainer, *arguments)
+    stop = interrupts.reason_to_stop(trainer.state, str(args.output_dir))
+    if stop is None:
+        save_final(trainer, *arguments)
     trainer.end()
+    if stop is not None:
+        raise stop
     if held is not None:
         held.close()
 
