@@ -15,7 +15,7 @@ from pipeline.arguments import DataArguments, parse
 from pipeline.errors import Problem, UserError, exit_on_user_error
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -139,21 +139,23 @@ def log_model(model: PreTrainedModel) -> None:
     )
 
 
-def main(data_args: DataArguments, training_args: object, model_args: LlamaArguments) -> None:
-    """Writes the untrained model and its tokenizer."""
+def main(
+    data_args: DataArguments, training_args: TrainingArguments, model_args: LlamaArguments, *_: object
+) -> None:
+    """Writes the untrained model and its tokenizer; takes the arguments of `recipes.pretrain`, whose file it reads."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(data_args.tokenizer_name_or_path)
-    model = build_model(model_args, tokenizer, training_args.seed)  # type: ignore[attr-defined]
+    model = build_model(model_args, tokenizer, training_args.seed)
     log_model(model)
-    output_dir = training_args.output_dir  # type: ignore[attr-defined]
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    model.save_pretrained(training_args.output_dir)
+    tokenizer.save_pretrained(training_args.output_dir)
 
 
 if __name__ == "__main__":
+    from pipeline.muon import MuonArguments
     from pipeline.pretraining import PretrainConfig
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_user_error():
-        main(*parse(DataArguments, PretrainConfig, LlamaArguments))
+        main(*parse(DataArguments, PretrainConfig, LlamaArguments, MuonArguments))
