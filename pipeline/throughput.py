@@ -78,5 +78,8 @@ class ThroughputCallback(TrainerCallback):
             figures["tokens_per_second"] = round(tokens / seconds)
             figures["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
         logs.update(figures)
+        # TRL's own count takes a batch of packed rows for a single one; `num_input_tokens_seen` is right.
+        logs.pop("num_tokens", None)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)
+            state.log_history[-1].pop("num_tokens", None)

@@ -33,6 +33,7 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
 
     from pipeline.inputs import load_inputs
     from pipeline.loading import model_init_kwargs
+    from pipeline.packed_rows import keep_rows_apart
     from pipeline.training import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("conversation", data_args, training_args, model_args)
@@ -46,6 +47,7 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
         peft_config=get_peft_config(model_args),
         callbacks=run_callbacks(training_args),
     )
+    keep_rows_apart(trainer)
     train_and_save(trainer, data_args, model_args)
 
 

@@ -15,6 +15,8 @@ from small_model import conversation, run_recipe, save_model, tokenizer
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from pipeline.packed_rows import PackedRows
+
 CONVERSATIONS = [conversation(f"What is {i}?", f"It is {i * 7}.") for i in range(6)]
 CONVERSATIONS[2] += conversation("And then?", "Nothing.")
 
@@ -51,6 +53,23 @@ def test_a_packed_conversation_sees_no_other(trainer: SFTTrainer) -> None:
         for start, end in itertools.pairwise(starts):
             alone = model(input_ids=input_ids[start:end][None]).logits[0]
             torch.testing.assert_close(together[start:end], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_kept_apart_have_the_loss_of_a_flattened_batch(trainer: SFTTrainer) -> None:
+    columns = ["input_ids", "labels", "seq_lengths"]
+    rows = [{name: row[name] for name in columns} for row in trainer.train_dataset]
+    assert len({len(row["input_ids"]) for row in rows}) > 1, "something is padded"
+    apart = PackedRows(tokenizer().pad_token_id)(rows)
+    flat = trainer.data_collator(rows)
+    assert apart["input_ids"].shape[0] == len(rows) and flat["input_ids"].shape[0] == 1
+    assert (apart["labels"] != -100).sum() == (flat["labels"] != -100).sum()
+    model = trainer.model.eval()
+    with torch.no_grad():
+        losses = [
+            model(**{name: batch[name] for name in ("input_ids", "labels", "position_ids")}).loss
+            for batch in (apart, flat)
+        ]
+    torch.testing.assert_close(*losses)
 
 
 def test_the_loss_is_of_what_the_assistant_says_and_of_its_end_of_turn(trainer: SFTTrainer) -> None:
