@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from pipeline.errors import RunStopped
+from pipeline.errors import Problem, RunStopped, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,32 @@ def newest_complete(output_dir: str | Path) -> Path | None:
             return checkpoint
         logger.warning("%s is passed over, because it is damaged: %s", checkpoint, damage)
     return None
+
+
+def check_architecture(checkpoint: Path, config: Any) -> None:
+    """Refuse a checkpoint of another model, before its weights are loaded in part.
+
+    Args:
+        checkpoint: A checkpoint's directory; adapters, which hold no configuration, pass.
+        config: The model's `PretrainedConfig`.
+
+    Raises:
+        UserError: If a size or the kind of model is another.
+    """
+    path = checkpoint / "config.json"
+    if not path.exists():
+        return
+    saved, present = json.loads(path.read_text()), config.to_dict()
+    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "vocab_size", "num_labels")
+    changed = [
+        f"{name} {saved[name]} instead of {present[name]}"
+        for name in names
+        if name in saved and name in present and saved[name] != present[name]
+    ]
+    if changed:
+        remedy = f"is of another architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
+        raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

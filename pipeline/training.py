@@ -67,6 +67,7 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
     named = args.resume_from_checkpoint
     checkpoint = Path(named) if named else checkpoints.newest_complete(args.output_dir)
     if checkpoint is not None:
+        checkpoints.check_architecture(checkpoint, trainer.model.config)
         logger.info("%-11s from %s", "resuming", checkpoint)
     if checkpoint is None or not checkpoints.restore_finished(trainer, checkpoint):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

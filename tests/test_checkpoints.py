@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArguments
 
 import pipeline.checkpoints as module
-from pipeline.checkpoints import checkpoints, find_damage, newest_complete, protect
+from pipeline.checkpoints import check_architecture, checkpoints, find_damage, newest_complete, protect
 from pipeline.divergence import stop_on_divergence
-from pipeline.errors import RunStopped
+from pipeline.errors import RunStopped, UserError
 
 
 class Line(torch.nn.Module):
@@ -189,6 +189,14 @@ def test_nothing_to_go_on_from(tmp_path: Path) -> None:
     assert newest_complete(tmp_path / "missing") is None
     (tmp_path / "checkpoint-best").mkdir()
     assert newest_complete(tmp_path) is None
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    LlamaConfig(hidden_size=64, vocab_size=100).save_pretrained(tmp_path)
+    check_architecture(tmp_path, LlamaConfig(hidden_size=64, vocab_size=100))
+    with pytest.raises(UserError, match="hidden_size 64 instead of 32, vocab_size 100 instead of 99"):
+        check_architecture(tmp_path, LlamaConfig(hidden_size=32, vocab_size=99))
+    check_architecture(tmp_path / "an adapter", LlamaConfig())
 
 
 def test_the_last_good_one_outlives_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
