@@ -68,7 +68,8 @@ class PocketArguments:
     Args:
         output_dir (`str`): folder of the data set repository; replaced if it exists.
         seed (`int`, defaults to 0): the same seed gives the same bytes.
-        size_mb (`float`, defaults to 8.0): size of the pretraining text, in MB (10^6 bytes of UTF-8).
+        size_mb (`float`, defaults to 8.0): size of the pretraining text, in MB (10^6 bytes of UTF-8), before documents are
+            left out that held-out text contains part of (about one in eight).
         sft_rows (`int`, defaults to 24000): conversations of the `sft` training split.
         preference_rows (`int`, defaults to 4000): prompts of the `preferences` training split.
         reasoning_rows (`int`, defaults to 8000): problems of the `reasoning` training split.
@@ -154,7 +155,7 @@ def build(args: PocketArguments) -> None:
 
         _write(unfinished / config / "train.parquet", SCHEMAS[config], clean())
         logger.info("%s: %d training rows; %d left out because held-out text contains part of them", config, kept, left_out)
-    (unfinished / "README.md").write_text(card(args), encoding="utf-8")
+    (unfinished / "README.md").write_text(card(args), encoding="utf-8", newline="\n")
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
 
