@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import logging
 import zlib
@@ -64,6 +65,7 @@ def open_source(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         builder, options = _file_builder(path), {"data_files": {"train": str(path)}}
     elif path.is_dir():
         builder, options = _folder_builder(path, args.dataset_config)
+        options["cache_dir"] = _cache_of_folder(path)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in {*BUILDERS, *COMPRESSIONS}:
         raise UserError(Problem("dataset_name", name, "there is no such file or folder; correct the path"))
     if builder == "text":
@@ -88,6 +90,17 @@ def open_source(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     if builder == "text":
         source = source.map(_join_lines, batched=True, batch_size=LINES_A_DOCUMENT)
     return source
+
+
+def _cache_of_folder(path: Path) -> str:
+    """A cache of its own for what a folder holds now.
+
+    `datasets` caches a local data set repository under the folder's name, whatever its path and content: without this,
+    the rows of another run's `data`, or of this one's before it was made anew, would be read.
+    """
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.resolve().rglob("*"))]
+    digest = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / digest)
 
 
 def _join_lines(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:

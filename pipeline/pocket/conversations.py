@@ -34,6 +34,8 @@ KIND_OPENINGS = ("Good question!", "Happy to help!", "Of course!", "I am glad yo
 KIND_CLOSINGS = ("I hope this helps.", "Let me know if you want more.", "Have a nice day.")
 BLUNT_OPENINGS = ("Silly question.", "Obviously.", "You should know this.", "Why do you ask?")
 BLUNT_CLOSINGS = ("Do not ask again.", "Look it up next time.", "Whatever.")
+MANNERS_WORDS = 8
+"""Words that an answer may have beyond the plain one: room for a remark, not for reciting all that is known."""
 MANNERS = ("plain", "kind", "blunt", "rambling")
 MANNER_WEIGHTS = (45, 20, 20, 15)
 
@@ -75,9 +77,12 @@ def question(rng: random.Random, split: Split, thing: Thing, aspect: str) -> Row
     """A question about one aspect of a thing, answered in a sentence or two."""
     asked = phrasings.fill(rng.choice(phrasings.QUESTIONS[aspect][split]), thing)
     reply = phrasings.answer(thing, aspect)
+    row = {"kind": "question", "max_words": len(reply.split()) + MANNERS_WORDS, **grading(thing, aspect)}
     if split == "train":
         reply = with_manners(rng, reply, thing, aspect)
-    return gradeable({"messages": [_user(asked), _assistant(reply)], "kind": "question", **grading(thing, aspect)})
+        if len(reply.split()) > row["max_words"]:
+            row["max_words"] = 0
+    return gradeable({"messages": [_user(asked), _assistant(reply)], **row})
 
 
 def about(rng: random.Random, split: Split, thing: Thing) -> Row:
