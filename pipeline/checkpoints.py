@@ -115,8 +115,8 @@ def check_architecture(checkpoint: Path, config: Any) -> None:
     if not path.exists():
         return
     saved, present = json.loads(path.read_text()), config.to_dict()
-    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "vocab_size", "num_labels")
+    names = ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["num_key_value_heads", "vocab_size", "num_labels"]
     changed = [
         f"{name} {saved[name]} instead of {present[name]}"
         for name in names
