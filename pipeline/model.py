@@ -59,11 +59,18 @@ class LlamaArguments:
 def check(args: LlamaArguments) -> list[Problem]:
     """What is wrong with the sizes, for one message that tells it all."""
     heads = args.num_attention_heads
-    problems = [
-        Problem(name, getattr(args, name), "a positive number")
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        if getattr(args, name) < 1
-    ]
+    sizes = {
+        "hidden_size": args.hidden_size,
+        "intermediate_size": 1 if args.intermediate_size is None else args.intermediate_size,
+        "num_hidden_layers": args.num_hidden_layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": args.max_position_embeddings,
+    }
+    problems = [Problem(name, size, "a positive whole number") for name, size in sizes.items() if size < 1]
+    if args.rope_theta <= 0:
+        problems.append(Problem("rope_theta", args.rope_theta, "a positive number"))
+    if not 0 <= args.initializer_range <= 1:
+        problems.append(Problem("initializer_range", args.initializer_range, "a number from 0 to 1"))
     if heads > 0 and args.hidden_size % (2 * heads):
         problems.append(Problem("hidden_size", args.hidden_size, f"a multiple of 2 x num_attention_heads ({2 * heads})"))
     if args.num_key_value_heads is not None and (
