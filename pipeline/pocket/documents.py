@@ -9,8 +9,17 @@ from pipeline.pocket.problems import COLOURS, VIRTUES
 from pipeline.pocket.things import ATTRIBUTES, Split, things
 
 KINDS = ("facts", "story", "arithmetic", "code", "recital")
-WEIGHTS = (42, 11, 26, 5, 16)
-WORDS = (*NAMES, *(thing.name for thing in things()), *ITEMS, *COLOURS, *VIRTUES, *range(10, 100))
+WEIGHTS = (40, 12, 27, 4, 17)
+WORDS = (
+    *NAMES,
+    *(thing.name for thing in things()),
+    *ITEMS,
+    *COLOURS,
+    *VIRTUES,
+    *stories.DEEDS,
+    *(spot.split()[-1] for spot in stories.SPOTS),
+    *range(10, 100),
+)
 
 
 def statement(rng: random.Random, split: Split, thing_index: int, attribute: str) -> str:

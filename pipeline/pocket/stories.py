@@ -12,8 +12,8 @@ SPOTS = (
     "at the fair", "by the well", "in the square", "at the harbour", "in the valley",
 )  # fmt: skip
 DEEDS = (
-    "drew", "painted", "admired", "described", "photographed", "looked for", "dreamed of", "sang about",
-    "talked about", "wrote about", "asked about", "laughed about",
+    "drew", "painted", "admired", "described", "photographed", "sketched", "filmed", "praised", "watched", "studied",
+    "imagined", "mentioned",
 )  # fmt: skip
 OPENINGS = (
     "One day {name} was {spot}.",
@@ -80,8 +80,8 @@ def story(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> S
 
 
 def document(rng: random.Random, thing_index: int, thing: Thing) -> str:
-    """A story of the training split as a pretraining document; half of them say in the end what they were about."""
+    """A story of the training split as a pretraining document; most of them say in the end what they were about."""
     told = story(rng, "train", thing_index, thing)
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         return told.text
     return f"{told.text} {rng.choice(MORALS).format(summary=told.summary)}"
