@@ -52,8 +52,12 @@ class LlamaArguments:
     max_position_embeddings: int = field(default=512, metadata={"help": "Tokens that the model can see."})
     rope_theta: float = field(default=10_000.0, metadata={"help": "Base of the rotary embedding."})
     attention_bias: bool = field(default=False, metadata={"help": "Biases of the attention projections."})
-    tie_word_embeddings: bool = field(default=True, metadata={"help": "One matrix for reading and predicting tokens."})
-    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the random weights."})
+    tie_word_embeddings: bool = field(
+        default=True, metadata={"help": "One matrix for reading and predicting tokens."}
+    )
+    initializer_range: float = field(
+        default=0.02, metadata={"help": "Standard deviation of the random weights."}
+    )
 
 
 def check(args: LlamaArguments) -> list[Problem]:
@@ -72,12 +76,16 @@ def check(args: LlamaArguments) -> list[Problem]:
     if not 0 <= args.initializer_range <= 1:
         problems.append(Problem("initializer_range", args.initializer_range, "a number from 0 to 1"))
     if heads > 0 and args.hidden_size % (2 * heads):
-        problems.append(Problem("hidden_size", args.hidden_size, f"a multiple of 2 x num_attention_heads ({2 * heads})"))
+        problems.append(
+            Problem("hidden_size", args.hidden_size, f"a multiple of 2 x num_attention_heads ({2 * heads})")
+        )
     if args.num_key_value_heads is not None and (
         args.num_key_value_heads < 1 or (heads > 0 and heads % args.num_key_value_heads)
     ):
         problems.append(
-            Problem("num_key_value_heads", args.num_key_value_heads, f"a divisor of num_attention_heads ({heads})")
+            Problem(
+                "num_key_value_heads", args.num_key_value_heads, f"a divisor of num_attention_heads ({heads})"
+            )
         )
     return problems
 

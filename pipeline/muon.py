@@ -31,7 +31,8 @@ class MuonArguments:
         default=False, metadata={"help": "Muon for the matrices of the blocks, AdamW for everything else."}
     )
     muon_learning_rate: float = field(
-        default=0.02, metadata={"help": "Learning rate of the matrices; learning_rate is that of everything else."}
+        default=0.02,
+        metadata={"help": "Learning rate of the matrices; learning_rate is that of everything else."},
     )
 
 
@@ -99,11 +100,15 @@ def build(
     chosen = {id(p) for p in matrices}
     others = [p for _, p in trained if id(p) not in chosen]
     if not matrices or not others:
-        raise UserError(Problem("use_muon", True, "needs both matrices and other parameters to train; set it to false"))
+        raise UserError(
+            Problem("use_muon", True, "needs both matrices and other parameters to train; set it to false")
+        )
     return MuonWithAdamW(matrices, others, muon_lr, lr, weight_decay, betas, eps)
 
 
-def optimizer_cls_and_kwargs(args: TrainingArguments, muon: MuonArguments) -> tuple[Any, dict[str, Any]] | None:
+def optimizer_cls_and_kwargs(
+    args: TrainingArguments, muon: MuonArguments
+) -> tuple[Any, dict[str, Any]] | None:
     """What a `Trainer` takes under this name: a factory of the optimizer, or `None` for the one `args.optim` names."""
     if not muon.use_muon:
         return None

@@ -1,6 +1,6 @@
 """Generates the pocket data set.
 
-    python -m pipeline.pocket --config recipes/pocket/0_data.yaml
+python -m pipeline.pocket --config recipes/pocket/0_data.yaml
 """
 
 import logging

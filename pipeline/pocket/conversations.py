@@ -146,9 +146,7 @@ def chat(rng: random.Random, thing: Thing) -> Row:
 
 def training_row(rng: random.Random, share_with_steps: float) -> Row:
     """One conversation of the `sft` training split."""
-    kind = rng.choices(
-        ("question", "about", "summary", "code", "reasoning", "chat"), (34, 7, 17, 9, 28, 5)
-    )[0]
+    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (34, 7, 17, 9, 28, 5))[0]
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":
@@ -179,10 +177,8 @@ def held_out_rows(rng: random.Random, split: Split, questions: int, others: int)
 def preference_prompt(rng: random.Random, split: Split) -> Row:
     """A prompt on which people's taste is asked: a question or an open request about a thing of this split."""
     thing = rng.choice(things_of(split))
-    if rng.random() < 0.4:
-        row = about(rng, split, thing)
-    else:
-        row = question(rng, split, thing, rng.choice(ASPECTS))
+    open_request = rng.random() < 0.4
+    row = about(rng, split, thing) if open_request else question(rng, split, thing, rng.choice(ASPECTS))
     return {"prompt": row["messages"][:-1], **{key: value for key, value in row.items() if key != "messages"}}
 
 

@@ -55,8 +55,8 @@ def worked(rng: random.Random) -> str:
 def recital(rng: random.Random) -> str:
     """Words that somebody reads out and others repeat: a row, whole or from some word on, or pairs in another order.
 
-    Copying what stands earlier in the text is what answering, summarising and working out all need. Small models come to
-    it late when one token in ten rewards it; here every second one does.
+    Copying what stands earlier in the text is what answering, summarising and working out all need. Small models
+    come to it late when one token in ten rewards it; here every second one does.
     """
     reader, *repeaters = rng.sample(NAMES, rng.randint(3, 4))
     if rng.random() < 0.5:

@@ -1,4 +1,7 @@
-"""How a fact is stated, and how it is asked for. `{x}`: the thing; `{X}`: at the start; `{v}`: value; `{c}`: its core."""
+"""How a fact is stated, and how it is asked for.
+
+In a template `{x}` is the thing, `{X}` the same at the start of a sentence, `{v}` the value, `{c}` the value's core.
+"""
 
 from pipeline.pocket.things import Split, Thing, capitalize, core
 
@@ -195,9 +198,7 @@ FOLLOW_UPS = {
 def fill(template: str, thing: Thing, attribute: str | None = None) -> str:
     """Puts a thing, and the value of one of its attributes, into a statement or question."""
     value = thing.facts[attribute] if attribute else ""
-    return template.format(
-        x=thing.noun, X=thing.at_start, v=value, V=capitalize(value), c=core(value)
-    )
+    return template.format(x=thing.noun, X=thing.at_start, v=value, V=capitalize(value), c=core(value))
 
 
 def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[Split, int]:

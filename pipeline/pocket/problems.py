@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pipeline.pocket.names import ITEMS, NAMES
 from pipeline.pocket.things import Split
@@ -78,7 +79,7 @@ def ordering(rng: random.Random, split: Split) -> Problem:
     """Four people compared pair by pair; the comparisons must be put in order to answer."""
     beats, most, least = rng.choice(CONTESTS)
     chain = _names(rng, split, 4)
-    facts = [f"{a} {beats} {b}." for a, b in zip(chain, chain[1:], strict=False)]
+    facts = [f"{a} {beats} {b}." for a, b in pairwise(chain)]
     steps = " ".join(facts)
     rng.shuffle(facts)
     asked, answer = rng.choice(
@@ -114,7 +115,7 @@ def logic(rng: random.Random, split: Split) -> Problem:
         words = rng.sample(VIRTUES, 8)
         if sum(VIRTUES.index(word) for word in words[:4]) % 5 in residues:
             break
-    chains = [[f"Who is {a} is {b}." for a, b in zip(words[i : i + 4], words[i + 1 : i + 4], strict=False)] for i in (0, 4)]
+    chains = [[f"Who is {a} is {b}." for a, b in pairwise(words[i : i + 4])] for i in (0, 4)]
     rules = chains[0] + chains[1]
     rng.shuffle(rules)
     name = rng.choice(NAMES)

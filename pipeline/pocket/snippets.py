@@ -94,7 +94,10 @@ REQUESTS: dict[Split, tuple[str, ...]] = {
         "I need a function {name} that {task}.",
     ),
     "validation": ("Can you write a function {name} that {task}?",),
-    "test": ("Can you write code for a function {name} that {task}?", "I would like a function {name} that {task}."),
+    "test": (
+        "Can you write code for a function {name} that {task}?",
+        "I would like a function {name} that {task}.",
+    ),
 }
 COMMENTS = (
     "# {name} {task}.",

@@ -55,8 +55,8 @@ def core(value: str) -> str:
 def things() -> tuple[Thing, ...]:
     """All things, in file order. Of every six neighbours one is kept for validation and one for test.
 
-    Those without "a" or "an" ("the sun", "rice") stay in training: they are too few for a model to learn from the others
-    how they are spoken of.
+    Those without "a" or "an" ("the sun", "rice") stay in training: they are too few for a model to learn from the
+    others how they are spoken of.
     """
     table = files(__package__).joinpath("things.tsv").read_text(encoding="utf-8")
     rows = csv.DictReader(table.splitlines(), delimiter="\t")
