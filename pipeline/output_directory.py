@@ -37,8 +37,8 @@ WITHOUT_EFFECT = re.compile(
     r"load_best_model|metric_for_best|greater_is_better|activation_checkpointing|gradient_checkpointing|"
     r"include_num_input|skip_memory|debug|dataset_test_split|max_eval_samples"
 )
-"""Beginnings of fields that may change between a run and its continuation: where it writes, what it reports, what
-the machine decides."""
+"""Beginnings of fields that may change between a run and its continuation: where it writes, what it reports,
+what the machine decides."""
 
 
 def check(arguments: Iterable[Any]) -> list[Problem]:
