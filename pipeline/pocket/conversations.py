@@ -15,8 +15,10 @@ SUMMARISE: dict[Split, tuple[str, ...]] = {
         "Sum this up in one sentence: {text}",
         "What happened here? {text}",
         "Give me a summary. {text}",
+        "Can you sum this up? {text}",
+        "I would like to know what happened here. {text}",
     ),
-    "validation": ("Can you sum this up? {text}",),
+    "validation": ("Tell me what happened here. {text}",),
     "test": ("Can you summarise this in one sentence? {text}", "I would like a summary of this. {text}"),
 }
 GREETINGS = (
@@ -146,7 +148,7 @@ def chat(rng: random.Random, thing: Thing) -> Row:
 
 def training_row(rng: random.Random, share_with_steps: float) -> Row:
     """One conversation of the `sft` training split."""
-    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (34, 7, 17, 9, 28, 5))[0]
+    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (34, 6, 22, 7, 27, 4))[0]
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":

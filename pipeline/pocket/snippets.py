@@ -92,12 +92,11 @@ REQUESTS: dict[Split, tuple[str, ...]] = {
         "Write a Python function {name} that {task}.",
         "Write code for a function {name} that {task}.",
         "I need a function {name} that {task}.",
-    ),
-    "validation": ("Can you write a function {name} that {task}?",),
-    "test": (
-        "Can you write code for a function {name} that {task}?",
+        "Can you write a function {name} that {task}?",
         "I would like a function {name} that {task}.",
     ),
+    "validation": ("Tell me how to write a function {name} that {task}.",),
+    "test": ("Can you tell me code for a function {name} that {task}?", "I want a function {name} that {task}."),
 }
 COMMENTS = (
     "# {name} {task}.",
