@@ -86,6 +86,22 @@ def check(arguments: Iterable[Any]) -> list[Problem]:
     return [Problem("output_dir", output_dir, remedy)]
 
 
+def check_replaceable(output_dir: str | Path, own: Iterable[str]) -> list[Problem]:
+    """Find out whether a step that replaces its whole output directory would delete what is not its own.
+
+    Args:
+        output_dir: The directory; it need not exist.
+        own: Names of the files and folders that the step writes there.
+
+    Returns:
+        Why it may not be replaced: other files, or it is a file.
+    """
+    path = Path(output_dir)
+    if not path.exists() or (path.is_dir() and {inner.name for inner in path.iterdir()} <= set(own)):
+        return []
+    return [Problem("output_dir", output_dir, "holds other files; give a new or an empty folder")]
+
+
 def claim(args: Any) -> None:
     """Record in the output directory whose it is.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.arguments import DataArguments, parse
 from pipeline.errors import Problem, UserError, exit_on_user_error
+from pipeline.output_directory import check_replaceable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,6 +30,8 @@ PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIAL_TOKENS = (PAD, BOS, END, *ROLES)
 BYTES = 256
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What `save_pretrained` writes, whatever the release of transformers."""
 
 
 @dataclass
@@ -114,9 +117,15 @@ def train_tokenizer(
 
 
 def main(args: TokenizerArguments, data_args: DataArguments) -> None:
-    """Trains on the training split of `data_args` and saves the tokenizer, whole or not at all."""
+    """Trains on the training split of `data_args` and saves the tokenizer, whole or not at all.
+
+    Raises:
+        UserError: if `output_dir` holds anything but a tokenizer of an earlier run, which is replaced.
+    """
     from pipeline.data import load_splits
 
+    if problems := check_replaceable(args.output_dir, FILES):
+        raise UserError(*problems)
     dataset, _ = load_splits(data_args, "text", evaluation=False)
 
     def texts() -> Iterator[str]:

@@ -12,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import Problem, UserError
 from pipeline.ngrams import NgramIndex
+from pipeline.output_directory import check_replaceable
 from pipeline.pocket import conversations, documents
 from pipeline.pocket.things import SPLITS, Split
 
@@ -126,12 +128,28 @@ def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
             yield conversations.reasoning_prompt(rng, "train")
 
 
+def check(args: PocketArguments) -> list[Problem]:
+    """What is wrong with the arguments, for one message that tells it all."""
+    problems = check_replaceable(args.output_dir, {*SCHEMAS, "README.md"})
+    for name in ("size_mb", "sft_rows", "preference_rows", "reasoning_rows"):
+        if not getattr(args, name) > 0:
+            problems.append(Problem(name, getattr(args, name), "must be more than 0"))
+    if not 0 <= args.share_with_steps <= 1:
+        problems.append(Problem("share_with_steps", args.share_with_steps, "must be from 0 to 1"))
+    return problems
+
+
 def build(args: PocketArguments) -> None:
     """Generates all splits and writes the repository; an interrupted build leaves nothing behind at `output_dir`.
 
     Validation and test come first. A training row that shares a run of `OVERLAP_N` words with them (or contains a
     shorter one whole) is left out, so that memory stays constant and the absence of overlap needs no luck.
+
+    Raises:
+        UserError: if `output_dir` holds files of something else, or a size is out of range.
     """
+    if problems := check(args):
+        raise UserError(*problems)
     target = Path(args.output_dir)
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -76,53 +76,47 @@ def arithmetic(rng: random.Random, split: Split) -> Problem:
 
 
 def ordering(rng: random.Random, split: Split) -> Problem:
-    """Four people compared pair by pair; the comparisons must be put in order to answer."""
+    """Three people compared pair by pair; the comparisons must be put in order to answer."""
     beats, most, least = rng.choice(CONTESTS)
-    chain = _names(rng, split, 4)
+    chain = _names(rng, split, 3)
     facts = [f"{a} {beats} {b}." for a, b in pairwise(chain)]
     steps = " ".join(facts)
     rng.shuffle(facts)
-    asked, answer = rng.choice(
-        ((most, chain[0]), (f"second {most}", chain[1]), (f"second {least}", chain[2]), (least, chain[3]))
-    )
+    asked, answer = rng.choice(((most, chain[0]), (f"second {most}", chain[1]), (least, chain[2])))
     return Problem("ordering", " ".join([*facts, f"Who is the {asked}?"]), steps, answer)
 
 
 def counting(rng: random.Random, split: Split) -> Problem:
-    """Several groups of things of a few colours; those of one colour are counted together."""
-    residues = {"validation": (0,), "test": (1,), "train": (2, 3, 4)}[split]
+    """Four groups of things of different colours, counted together."""
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    residues = {"validation": (0,), "test": (1,), "train": (2, 3, 4)}[split]
     while True:
-        asked, other = rng.sample(COLOURS, 2)
-        groups = [(rng.randint(2, 6), colour) for colour in (asked, asked, asked, other, other)]
-        if sum(number for number, _ in groups) % 5 in residues:
+        groups = [(rng.randint(2, 6), colour) for colour in rng.sample(COLOURS, 4)]
+        if sum(number * place for place, (number, _) in enumerate(groups, start=1)) % 5 in residues:
             break
-    rng.shuffle(groups)
-    first, *rest = [number for number, colour in groups if colour == asked]
-    total, steps = first, []
-    for number in rest:
+    total, steps = groups[0][0], []
+    for number, _ in groups[1:]:
         steps.append(f"{total}+{number}={total + number}.")
         total += number
     seen = ", ".join(f"{number} {colour}" for number, colour in groups)
-    text = f"{name} sees {item}: {seen}. How many are {asked}?"
-    return Problem("counting", text, " ".join(steps), str(total))
+    return Problem("counting", f"{name} sees {item}: {seen}. How many in all?", " ".join(steps), str(total))
 
 
 def logic(rng: random.Random, split: Split) -> Problem:
-    """Two chains of rules of three links; a name starts one of them, and only one of two ends follows."""
+    """Two chains of rules of two links; a name starts one of them, and only one of two ends follows."""
     residues = {"validation": (0,), "test": (1,), "train": (2, 3, 4)}[split]
     while True:
-        words = rng.sample(VIRTUES, 8)
-        if sum(VIRTUES.index(word) for word in words[:4]) % 5 in residues:
+        words = rng.sample(VIRTUES, 6)
+        if sum(VIRTUES.index(word) for word in words[:3]) % 5 in residues:
             break
-    chains = [[f"Who is {a} is {b}." for a, b in pairwise(words[i : i + 4])] for i in (0, 4)]
+    chains = [[f"Who is {a} is {b}." for a, b in pairwise(words[i : i + 3])] for i in (0, 3)]
     rules = chains[0] + chains[1]
     rng.shuffle(rules)
     name = rng.choice(NAMES)
-    ends = [words[3], words[7]]
+    ends = [words[2], words[5]]
     rng.shuffle(ends)
     text = f"{' '.join(rules)} {name} is {words[0]}. Is {name} {ends[0]} or {ends[1]}?"
-    return Problem("logic", text, " ".join(chains[0]), words[3])
+    return Problem("logic", text, " ".join(chains[0]), words[2])
 
 
 KINDS: dict[str, Callable[[random.Random, Split], Problem]] = {

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from datasets import load_dataset
 
+from pipeline.errors import UserError
 from pipeline.pocket import build as building
 from pipeline.pocket.build import PocketArguments, build
 
@@ -148,6 +149,21 @@ def test_an_interrupted_build_leaves_what_was_there(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "new").exists()
     build(PocketArguments(str(tmp_path / "new"), **SMALL))  # whatever the interrupted one began
     assert hashes(tmp_path / "new") == before
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="^output_dir: .* holds other files"):
+        build(PocketArguments(str(tmp_path), **SMALL))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_sizes_out_of_range_are_told_at_once(tmp_path: Path) -> None:
+    wrong = {"size_mb": -1.0, "sft_rows": 0, "share_with_steps": 1.5}
+    with pytest.raises(UserError) as refused:
+        build(PocketArguments(str(tmp_path / "data"), **wrong))
+    assert {problem.field for problem in refused.value.problems} == set(wrong)
+    assert not (tmp_path / "data").exists()
 
 
 MEASURE = """
