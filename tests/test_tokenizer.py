@@ -24,9 +24,7 @@ TEXTS = [
 Algorithm = Literal["bpe", "character"]
 ALGORITHMS: tuple[Algorithm, ...] = ("bpe", "character")
 EXAMPLES = settings(max_examples=60, deadline=None)
-CONTENTS = st.one_of(
-    st.text(), st.sampled_from(["", " ", "\n", " a ", "é", "日本", "🦊", "12 12", "it's\r\n"])
-)
+CONTENTS = st.one_of(st.text(), st.sampled_from(["", " ", "\n", " a ", "é", "日本", "🦊", "12 12", "it's\r\n"]))
 
 
 @cache
@@ -41,9 +39,7 @@ def messages(contents: list[str], system: str | None = None) -> list[dict[str, s
 
 
 def ids(conversation: list[dict[str, str]], generation_prompt: bool = False) -> list[int]:
-    return tokenizer().apply_chat_template(
-        conversation, add_generation_prompt=generation_prompt, return_dict=False
-    )
+    return tokenizer().apply_chat_template(conversation, add_generation_prompt=generation_prompt, return_dict=False)
 
 
 conversations = st.builds(
@@ -73,9 +69,7 @@ def test_digits_stand_alone(algorithm: Algorithm, number: int, before: str) -> N
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_no_token_holds_a_digit_and_more(algorithm: Algorithm) -> None:
-    assert all(
-        len(token) == 1 for token in tokenizer(algorithm).get_vocab() if set(token) & set("0123456789")
-    )
+    assert all(len(token) == 1 for token in tokenizer(algorithm).get_vocab() if set(token) & set("0123456789"))
 
 
 def test_bpe_joins_frequent_pieces_and_characters_stay_single() -> None:
@@ -147,16 +141,11 @@ def test_auto_tokenizer_loads_what_is_saved(tmp_path: Path, algorithm: Algorithm
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert isinstance(loaded, PreTrainedTokenizerFast)
     assert loaded.get_vocab() == saved.get_vocab()
-    assert (
-        loaded.encode(TEXTS[1]) == saved.encode(TEXTS[1])
-        and loaded.decode(loaded.encode(TEXTS[1])) == TEXTS[1]
-    )
+    assert loaded.encode(TEXTS[1]) == saved.encode(TEXTS[1]) and loaded.decode(loaded.encode(TEXTS[1])) == TEXTS[1]
     assert loaded.special_tokens_map == saved.special_tokens_map
     assert (loaded.chat_template, loaded.model_max_length) == (saved.chat_template, saved.model_max_length)
     prompt = messages(["What is a cat?"])
-    assert loaded.decode(loaded.apply_chat_template(prompt, return_dict=False)) == tokenizer().decode(
-        ids(prompt)
-    )
+    assert loaded.decode(loaded.apply_chat_template(prompt, return_dict=False)) == tokenizer().decode(ids(prompt))
 
 
 def test_the_vocabulary_has_the_size_asked_for() -> None:
@@ -186,6 +175,6 @@ def test_the_command_trains_on_the_training_split_and_replaces_the_folder(tmp_pa
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(UserError, match="^output_dir: .* holds other files"):
+    with pytest.raises(UserError, match=r"^output_dir: .* holds other files"):
         main(TokenizerArguments(str(tmp_path)), DataArguments(dataset_name=str(tmp_path)))
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
