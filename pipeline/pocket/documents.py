@@ -9,7 +9,7 @@ from pipeline.pocket.problems import COLOURS, VIRTUES
 from pipeline.pocket.things import ATTRIBUTES, Split, things
 
 KINDS = ("facts", "story", "arithmetic", "code", "recital")
-WEIGHTS = (40, 12, 27, 4, 17)
+WEIGHTS = (46, 11, 24, 3, 16)
 WORDS = (
     *NAMES,
     *(thing.name for thing in things()),
