@@ -9,7 +9,7 @@ from pipeline.pocket.problems import COLOURS, VIRTUES
 from pipeline.pocket.things import ATTRIBUTES, Split, things
 
 KINDS = ("facts", "story", "arithmetic", "code", "recital")
-WEIGHTS = (46, 11, 24, 3, 16)
+WEIGHTS = (44, 13, 24, 3, 16)
 WORDS = (
     *NAMES,
     *(thing.name for thing in things()),
