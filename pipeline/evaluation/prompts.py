@@ -7,11 +7,10 @@ FIXED_PROMPTS: tuple[str, ...] = (
     "Can you say what a hedgehog does?",
     "I would like to know how big a lion is.",
     "Can you tell me something about a tokenizer?",
-    "Can you summarise this in one sentence? One day Anna was in the garden. There Anna drew a rose. You "
-    "know a rose by its thorns. In the evening Anna told Ben everything.",
+    "Can you summarise this in one sentence? One day Ana was in the park. There Ana drew a rose. "
+    "You know a rose by sharp thorns. In the evening Ana told Ben everything.",
     "I would like a function add_7 that adds 7 to a number.",
-    "Sam has 42 coins. Sam finds 8 coins. Sam sells 3 coins. Sam gets 5 coins. "
-    "How many coins does Sam have now?",
-    "Anna is taller than Ben. Carl is taller than Anna. Ben is taller than Dana. Who is the tallest?",
+    "Sam has 14 coins. Sam finds 6 coins. Sam sells 3 coins. Sam gets 5 coins. How many are left?",
+    "Ana outruns Ben. Carl outruns Ana. Who is the fastest?",
 )
 """Greedy answers to these are in `evaluations/<stage>.json`, the first one first."""
