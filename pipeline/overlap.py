@@ -197,6 +197,8 @@ def _rows(name: str, field: str, default_split: str) -> Sequence[Mapping[str, An
     from pipeline.sources import open_source
 
     dataset, config, split = (name, "", "") if Path(name).exists() else (*name.split(":"), "", "")[:3]
+    if config and Path(dataset).is_file():
+        raise UserError(Problem(field, name, f"plain files have no configurations; leave {config!r} out"))
     splits = open_source(DataArguments(dataset_name=dataset, dataset_config=config or None))
     if not split:
         split = next(iter(splits)) if len(splits) == 1 else default_split
