@@ -91,9 +91,9 @@ def install_trl(folder: Path) -> Path:
 
 def rows(args: argparse.Namespace, split: str) -> Any:
     """The run's prompts."""
-    from datasets import load_dataset
+    from datasets import Dataset
 
-    return load_dataset(str(args.run / "data"), "preferences", split=split)
+    return Dataset.from_parquet(str(args.run / "data" / "preferences" / f"{split}.parquet"))
 
 
 def load(args: argparse.Namespace, head: str, name: str) -> Any:

@@ -12,9 +12,9 @@ import yaml
 from datasets import Dataset, Features, Value
 
 from pipeline.data import MESSAGES
-from pipeline.errors import Problem, UserError
 
 SPLITS = ("train", "validation", "test")
+FILES = ("README.md", *(f"{split}.parquet" for split in SPLITS))
 FEATURES = Features(
     {
         **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
@@ -60,19 +60,6 @@ class Counts:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in _shown(self).items())
-
-
-def check_output_dir(output_dir: Path) -> None:
-    """Refuse a folder that holds anything but an earlier data set of this kind, since `write` replaces it.
-
-    Raises:
-        UserError: It does, or is a file.
-    """
-    ours = {"README.md", *(f"{name}.parquet" for name in SPLITS)}
-    if output_dir.exists() and not (
-        output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= ours
-    ):
-        raise UserError(Problem("output_dir", output_dir, "holds other files; give a new or an empty folder"))
 
 
 def write(

@@ -39,6 +39,7 @@ from pipeline.arguments import DataArguments, parse
 from pipeline.data import load_splits
 from pipeline.errors import Problem, UserError, exit_on_user_error
 from pipeline.evaluation.generation import encode_prompts, generate
+from pipeline.output_directory import check_replaceable
 from pipeline.preference_files import SPLITS, Counts
 from pipeline.sources import open_source
 
@@ -254,7 +255,8 @@ def main(args: PreferenceArguments) -> dict[str, Counts]:
         UserError: The model, the prompts or the output folder do not do, or no pair came out for training.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
-    preference_files.check_output_dir(Path(args.output_dir))
+    if problems := check_replaceable(args.output_dir, preference_files.FILES):
+        raise UserError(*problems)
     prompts = read_prompts(args)
     model, tokenizer = load_model(args.model_name_or_path)
     splits: dict[str, list[Row]] = {}
