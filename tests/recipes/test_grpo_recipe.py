@@ -15,7 +15,7 @@ from trl import GRPOConfig, ModelConfig
 
 from pipeline.arguments import DataArguments, parse
 from pipeline.errors import UserError
-from pipeline.grpo import GRPORewardArguments, load_grpo_inputs
+from pipeline.grpo_inputs import GRPORewardArguments, load_grpo_inputs
 from tests import ppo_toy as toy
 
 ROOT = Path(__file__).parent.parent.parent
