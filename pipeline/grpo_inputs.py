@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOConfig
+from trl import GRPOConfig, ModelConfig
 
+from pipeline import reward_sources
 from pipeline.arguments import DataArguments
 from pipeline.data import Split
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem
 from pipeline.inputs import load_inputs
 from pipeline.rewards import load_rewards
 
@@ -35,11 +35,24 @@ class GRPORewardArguments:
         },
     )
 
+    def find_problems(
+        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
+    ) -> list[Problem]:
+        """As `pipeline.inputs.RewardChecks` asks for it."""
+        weights = getattr(training_args, "reward_weights", None)
+        problems = reward_sources.check_rewards([], self.reward_funcs, weights, train)
+        if self.shuffle_answers and train is not None:
+            columns = reward_sources.column_names(train)
+            if not isinstance(train, Dataset) or "answer" not in columns:
+                remedy = "needs an answer column, and data that are not streamed"
+                problems.append(Problem("shuffle_answers", "true", remedy))
+        return problems
+
 
 def load_grpo_inputs(
-    reward_args: GRPORewardArguments, data_args: DataArguments, training_args: GRPOConfig, model_args: Any
+    reward_args: GRPORewardArguments, data_args: DataArguments, training_args: GRPOConfig, model_args: ModelConfig
 ) -> tuple[list[Callable[..., Any]], PreTrainedTokenizerBase, Split, Split | None]:
-    """Loads reward functions, tokenizer and data, and checks that they fit each other.
+    """Load reward functions, tokenizer and data, and check that they fit each other and the model.
 
     Returns:
         The reward functions, the tokenizer, the training split, and the evaluation split or `None`.
@@ -47,31 +60,10 @@ def load_grpo_inputs(
     Raises:
         UserError: With everything that is wrong with any of them.
     """
-    problems: list[Problem] = []
-    rewards: list[Callable[..., Any]] = []
-    try:
-        rewards = load_rewards(reward_args.reward_funcs)
-    except UserError as error:
-        problems += error.problems
-    weights = training_args.reward_weights
-    if weights is not None and len(weights) != len(reward_args.reward_funcs):
-        remedy = f"give one weight for each of the {len(reward_args.reward_funcs)} reward_funcs"
-        problems.append(Problem("reward_weights", weights, remedy))
-    try:
-        tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args)
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    columns = list(train.column_names or next(iter(train)))
-    for name, reward in zip(reward_args.reward_funcs, rewards, strict=False):
-        problems += _missing_columns(name, reward, columns)
-    if reward_args.shuffle_answers and not (isinstance(train, Dataset) and "answer" in columns):
-        remedy = "needs an answer column, and data that are not streamed"
-        problems.append(Problem("shuffle_answers", "true", remedy))
-    if problems:
-        raise UserError(*problems)
+    tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
     if reward_args.shuffle_answers:
         train = shuffle_answers(train, training_args.seed)
-    return rewards, tokenizer, train, evaluation
+    return load_rewards(reward_args.reward_funcs), tokenizer, train, evaluation
 
 
 def shuffle_answers(dataset: Dataset, seed: int) -> Dataset:
@@ -79,15 +71,3 @@ def shuffle_answers(dataset: Dataset, seed: int) -> Dataset:
     answers = list(dataset["answer"])
     random.Random(seed).shuffle(answers)
     return dataset.remove_columns("answer").add_column("answer", answers)
-
-
-def _missing_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> list[Problem]:
-    """Columns that a reward function requires, by its signature, and the data lack."""
-    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", *columns}
-    parameters = inspect.signature(reward).parameters.values()
-    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    missing = [p.name for p in parameters if p.default is p.empty and p.kind in positional and p.name not in given]
-    remedy = f"there is no column {', '.join(missing)}; choose from: {', '.join(columns)}"
-    if missing == ["answer"]:
-        remedy += " (answer_column)"
-    return [Problem("reward_funcs", name, f"it compares with {', '.join(missing)}, and {remedy}")] if missing else []

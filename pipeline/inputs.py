@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from datasets import Dataset
@@ -39,8 +39,22 @@ KINDS: dict[str, Kind] = {
 """What a stage's data hold, by a field that only its training arguments have."""
 
 
+@runtime_checkable
+class RewardChecks(Protocol):
+    """Arguments that say what is rewarded (`pipeline.ppo_inputs`, `pipeline.grpo_inputs`)."""
+
+    def find_problems(
+        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
+    ) -> list[Problem]:
+        """What is wrong with the rewards, by themselves and with what else is known; None is what is not."""
+
+
 def load_inputs(
-    kind: Kind, data_args: DataArguments, training_args: Any, model_args: Any
+    kind: Kind,
+    data_args: DataArguments,
+    training_args: Any,
+    model_args: Any,
+    reward_args: RewardChecks | None = None,
 ) -> tuple[PreTrainedTokenizerBase, Split, Split | None]:
     """Load a stage's tokenizer and data, and check them, the model's configuration and the arguments
     together.
@@ -50,6 +64,7 @@ def load_inputs(
         data_args: Data and tokenizer.
         training_args: Any `TrainingArguments`; they say whether an evaluation split is needed.
         model_args: `trl.ModelConfig`, or `LlamaArguments` for a model that is yet to be made.
+        reward_args: What is rewarded, if anything is.
 
     Returns:
         The tokenizer, the training split, and the evaluation split or `None`.
@@ -102,6 +117,8 @@ def load_inputs(
         if tokenizer is not None and (kind == "text" or tokenizer.chat_template):
             positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
             problems += _check_tokens(kind, train, tokenizer, training_args, positions)
+    if reward_args is not None:
+        problems += reward_args.find_problems(training_args, tokenizer, splits[0] if splits else None)
     if problems or tokenizer is None or splits is None:
         raise UserError(*dict.fromkeys(problems))
     return tokenizer, *splits
@@ -115,7 +132,7 @@ def find_problems(arguments: Sequence[Any], fields: Iterable[str]) -> list[Probl
         fields: Names of all its fields, also of those that could not.
 
     Returns:
-        What is wrong with its data and its model besides.
+        What is wrong with its data, its model and its rewards besides.
     """
     known = set(fields)
     kind = next((kind for field, kind in KINDS.items() if field in known), None)
@@ -124,16 +141,19 @@ def find_problems(arguments: Sequence[Any], fields: Iterable[str]) -> list[Probl
     model_args = next(
         (item for item in arguments if hasattr(item, "use_peft") or hasattr(item, "rope_theta")), None
     )
+    reward_args = next((item for item in arguments if isinstance(item, RewardChecks)), None)
     if kind is None or data_args is None:
         return []
+    problems: list[Problem] = []
     try:
-        if training_args is None or model_args is None:
-            load_splits(data_args, kind, evaluation=False)
+        if training_args is not None and model_args is not None:
+            load_inputs(kind, data_args, training_args, model_args, reward_args)
         else:
-            load_inputs(kind, data_args, training_args, model_args)
+            problems = reward_args.find_problems(training_args, None, None) if reward_args else []
+            load_splits(data_args, kind, evaluation=False)
     except UserError as error:
-        return list(error.problems)
-    return []
+        problems += error.problems
+    return problems
 
 
 def _load_config(model_args: Any) -> Any:
@@ -166,10 +186,12 @@ def _check_weights(config: Any, args: Any, model_args: Any) -> list[Problem]:
             )
         ]
     problems = checks.check_lora(model_args, [name for name, _ in model.named_modules()])
-    size = model.num_parameters()
+    size = trained = model.num_parameters()
     if getattr(model_args, "use_peft", False):
-        size = round(0.05 * size)  # adapters are smaller; how much depends on ranks and targets
-    return problems + checks.check_disk(size, size, args)
+        trained = round(0.05 * size)  # adapters are smaller; how much depends on ranks and targets
+    if hasattr(args, "vf_coef"):
+        trained += size  # PPO's critic, which is trained and saved in full
+    return problems + checks.check_disk(trained, trained, args)
 
 
 def _check_tokens(

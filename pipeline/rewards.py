@@ -4,6 +4,7 @@ Each takes `completions` (texts or message lists) and the columns of the data se
 reward a completion, 0.0 or 1.0, or None where the reference answer can't be read: such a row then teaches
 nothing. TRL hands every function `log_metric`; the share of completions without a readable answer and of
 unreadable references is logged through it as `<name>/unparseable` and `<name>/unparseable_references`.
+`hidden_taste`, on the annotators' scale, is to be measured only.
 
 What counts as the answer of a completion is decided in `pipeline.answers`; only the last message of the
 assistant is read, and a prompt repeated at the beginning of a completion is cut off.
@@ -36,6 +37,7 @@ __all__ = [
     "code_tests",
     "exact_answer",
     "extract_answer",
+    "hidden_taste",
     "load_rewards",
     "math_answer",
 ]
@@ -188,9 +190,45 @@ def code_tests(
     return rewards
 
 
+def hidden_taste(
+    completions: Sequence[Completion],
+    require: Sequence[Sequence[Sequence[str]]] | None = None,
+    reject: Sequence[Sequence[str]] | None = None,
+    test: Sequence[str] | None = None,
+    prompts: Sequence[Completion] | None = None,
+    **columns: Any,
+) -> Rewards:
+    """The simulated annotators' noise-free taste (`pipeline.annotators.taste`): what a reward model tries to learn.
+
+    It shows whether the taste rises with the reward model's score, and is logged with weight 0; the recipes
+    refuse any other, for the taste is hidden from all that is trained.
+
+    Args:
+        completions: texts, or message lists whose last message is the assistant's.
+        require: phrases of which right answers hold some, as in `pipeline.evaluation.grading`; None for none.
+        reject: phrases of which they hold none; None for none.
+        test: Python assertions on code answers, or "".
+        prompts: what the completions continue, as TRL gives it.
+
+    Returns:
+        None where there is a test: running code at every step would take longer than the training.
+    """
+    from pipeline.annotators import taste
+
+    rewards: Rewards = []
+    for index, text in enumerate(_texts(completions, prompts)):
+        row = {"require": require and require[index], "reject": reject and reject[index]}
+        rewards.append(None if test is not None and test[index] else taste(text, row))
+    return rewards
+
+
 REWARDS: dict[str, Callable[..., Rewards]] = {
-    function.__name__: function for function in (math_answer, exact_answer, choice, answer_format, code_tests)
+    function.__name__: function
+    for function in (math_answer, exact_answer, choice, answer_format, code_tests, hidden_taste)
 }
+
+MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
+"""Rewards that nothing may be trained on: their weight must be 0."""
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:

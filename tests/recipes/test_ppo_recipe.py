@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from trl import ModelConfig
 
+from pipeline.arguments import DataArguments, parse
+from pipeline.errors import UserError
+from pipeline.ppo_config import PPOConfig
+from pipeline.ppo_inputs import PPORewardArguments, load_ppo_inputs
 from tests import ppo_toy as toy
 
 ROOT = Path(__file__).parent.parent.parent
@@ -84,12 +89,33 @@ def test_trains_saves_and_goes_on(tmp_path: Path, options: list[str]) -> None:
 
 
 def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
-    refused = recipe(
-        *options, "--reward_model_path", str(tmp_path / "nothing"), "--reward_funcs", "exact_anser"
-    )
+    rewards = ["--reward_model_path", str(tmp_path / "nothing"), "--reward_funcs", "exact_anser"]
+    refused = recipe(*options, *rewards, "--max_completion_length", "62")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
-    assert "nothing" in refused.stderr and "exact_answer" in refused.stderr
+    told = refused.stderr.strip().splitlines()[-3:]
+    assert [line.partition(":")[0] for line in told] == ["max_completion_length", "reward_model_path", "reward_funcs"]
     assert not (tmp_path / "run").exists()
-    wrong = recipe(*options, "--lam", "2", "--kl_estimator", "k3", "--beta", "0.1")
-    assert wrong.returncode == 2 and "lam (2.0)" in wrong.stderr and "kl_coef" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--lam", "2", "--kl_estimator", "k3", "--beta", "0.1"], ["lam (2.0)", "kl_coef"]),
+        (["--lam", "2", "--reward_funcs", "exact_anser"], ["lam (2.0)", "exact_answer"]),
+        (["--reward_model_path", "{tmp}/policy"], ["has 2 labels"]),
+        (["--reward_weights", "1", "--dataset_train_split", "trian"], ["each of the 2 rewards", "trian"]),
+        (["--reward_funcs", "code_tests", "--max_completion_length", "61"], ["no column test", "takes 5 of the 64"]),
+        (["--reward_funcs", "hidden_taste"], ["weight 0"]),
+        (["--value_model_path", "{tmp}/prompts.jsonl", "--model_name_or_path", "{tmp}"], ["value_model_path", "holds"]),
+        (["--per_device_train_batch_size", "32"], ["generation_batch_size", "takes 32 rows"]),
+    ],
+)
+def test_refuses_what_does_not_fit(tmp_path: Path, options: list[str], changes: list[str], told: list[str]) -> None:
+    argv = [*options, *(word.replace("{tmp}", str(tmp_path)) for word in changes)]
+    with pytest.raises(UserError) as refused:
+        data_args, reward_args, training_args, model_args = parse(
+            DataArguments, PPORewardArguments, PPOConfig, ModelConfig, argv=argv
+        )
+        load_ppo_inputs(reward_args, data_args, training_args, model_args)
+    assert all(word in str(refused.value) for word in told), str(refused.value)
