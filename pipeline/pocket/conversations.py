@@ -39,7 +39,7 @@ BLUNT_CLOSINGS = ("Do not ask again.", "Look it up next time.", "Whatever.")
 MANNERS_WORDS = 8
 """Words that an answer may have beyond the plain one: room for a remark, not for reciting all that is known."""
 MANNERS = ("plain", "kind", "blunt", "rambling")
-MANNER_WEIGHTS = (45, 20, 20, 15)
+MANNER_WEIGHTS = (40, 22, 22, 16)
 
 
 def gradeable(row: Row) -> Row:
@@ -100,13 +100,13 @@ def about(rng: random.Random, split: Split, thing: Thing) -> Row:
 def summary(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> Row:
     """A story to sum up: who did what, where, in at most a third of its words."""
     told = stories.story(rng, split, thing_index, thing)
-    asked = rng.choice(SUMMARISE[split]).format(text=told.text)
+    asked, reply = rng.choice(SUMMARISE[split]).format(text=told.text), f"In short, {told.summary}"
     return gradeable(
         {
-            "messages": [_user(asked), _assistant(told.summary)],
+            "messages": [_user(asked), _assistant(reply)],
             "kind": "summary",
             "require": [[key] for key in told.keys],
-            "max_words": len(told.summary.split()) + 3,
+            "max_words": len(reply.split()) + 3,
         }
     )
 
@@ -148,7 +148,7 @@ def chat(rng: random.Random, thing: Thing) -> Row:
 
 def training_row(rng: random.Random, share_with_steps: float) -> Row:
     """One conversation of the `sft` training split."""
-    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (34, 6, 22, 7, 27, 4))[0]
+    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (35, 6, 16, 7, 32, 4))[0]
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":
