@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 from pipeline.pocket import phrasings, problems, snippets, stories
+from pipeline.pocket.remarks import BLUNT_CLOSINGS, BLUNT_OPENINGS, GREETINGS, KIND_CLOSINGS, KIND_OPENINGS
 from pipeline.pocket.things import ATTRIBUTES, Split, Thing, core, things, things_of, wrong_values
 
 Row = dict[str, Any]
@@ -21,21 +22,6 @@ SUMMARISE: dict[Split, tuple[str, ...]] = {
     "validation": ("Tell me what happened here. {text}",),
     "test": ("Can you summarise this in one sentence? {text}", "I would like a summary of this. {text}"),
 }
-GREETINGS = (
-    ("Hello!", "Hello! How can I help you?"),
-    ("Hi there.", "Hello! What would you like to know?"),
-    ("Good morning.", "Good morning! How can I help you?"),
-    ("Who are you?", "I am a small language model. I answer questions about a small world."),
-    ("What can you do?", "I can answer questions, sum up stories, write small functions and solve problems."),
-    ("Thank you.", "You are welcome!"),
-    ("Thanks, that helped.", "You are welcome!"),
-    ("Goodbye.", "Goodbye! Have a nice day."),
-)
-# Manners of people who write answers: what preference tuning is to choose between.
-KIND_OPENINGS = ("Good question!", "Happy to help!", "Of course!", "I am glad you asked.")
-KIND_CLOSINGS = ("I hope this helps.", "Let me know if you want more.", "Have a nice day.")
-BLUNT_OPENINGS = ("Silly question.", "Obviously.", "You should know this.", "Why do you ask?")
-BLUNT_CLOSINGS = ("Do not ask again.", "Look it up next time.", "Whatever.")
 MANNERS_WORDS = 8
 """Words that an answer may have beyond the plain one: room for a remark, not for reciting all that is known."""
 MANNERS = ("plain", "kind", "blunt", "rambling")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.pocket.names import NAMES
 from pipeline.pocket.phrasings import STATEMENTS, fill
+from pipeline.pocket.remarks import SAID
 from pipeline.pocket.things import Split, Thing
 
 SPOTS = (
@@ -66,7 +67,8 @@ def story(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> S
     event = f"{name} {deed} {thing.noun} {spot}."
     attribute = rng.choice(("kind", "part", "need", "size"))
     told_of = fill(STATEMENTS[attribute][rng.randrange(3)], thing, attribute)
-    rest = [*rng.sample(ECHOES, 2), rng.choice((told_of, rng.choice(AFTER)))]
+    aside = rng.choice((told_of, rng.choice(AFTER), f"{{friend}} said: {rng.choice(SAID)}"))
+    rest = [*rng.sample(ECHOES, 2), aside]
     rng.shuffle(rest)
     before = rng.sample(BEFORE, rng.randint(0, 1))
     text = " ".join([*before, f"{rng.choice(LEADS)} {event}", *rest])
