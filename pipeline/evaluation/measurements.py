@@ -21,7 +21,7 @@ from pipeline.evaluation.metrics.win_rate import WinRate
 from pipeline.evaluation.prompts import FIXED_PROMPTS
 from pipeline.evaluation.writing import StageResult
 
-MOST_SAMPLED_PROBLEMS = 100
+MOST_SAMPLED_PROBLEMS = 64
 """Problems to which several answers are sampled: eight each cost more than all greedy answers together."""
 
 Estimate = dict[str, Any]

@@ -37,7 +37,7 @@ class Problem:
     def solution(self, with_steps: bool) -> str:
         """The answer in words, after the worked steps or straight away."""
         final = f"The answer is {self.answer}."
-        return f"{self.steps} {final}" if with_steps else final
+        return f"Working: {self.steps} {final}" if with_steps else final
 
 
 def _names(rng: random.Random, split: Split, count: int) -> list[str]:
@@ -76,7 +76,7 @@ def ordering(rng: random.Random, split: Split) -> Problem:
     rank = rng.randrange(len(RANKS))
     told = ", ".join(str(age) for age in ages)
     ordered = sorted(ages)
-    steps = f"In order: {' '.join(str(age) for age in ordered)}."
+    steps = f"{' '.join(str(age) for age in ordered)}."
     text = f"{rng.choice(NAMES)} has children of ages {told}. Which age comes {RANKS[rank]}?"
     return Problem("ordering", text, steps, str(ordered[rank + 1]))
 

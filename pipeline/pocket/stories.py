@@ -23,8 +23,8 @@ ECHOES = (
     "Nobody but {name} {deed} {x} {spot}.",
     "{friend} heard that {name} {deed} {x}.",
     "{friend} had never {deed} {x}.",
-    "{friend} was {spot}, too, and {deed} {x} as well.",
-    "Later {friend} {deed} {x}, but not {spot}.",
+    "So {name} {deed} {x} and {friend} did not.",
+    "What {name} {deed} {spot} was {x}.",
     "Why {name} {deed} {x}, nobody knows.",
     "{friend} asked who {deed} {x}. It was {name}.",
     "{name} and {friend} stayed {spot}.",
@@ -70,7 +70,7 @@ def story(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> S
     aside = rng.choice((told_of, rng.choice(AFTER), f"{{friend}} said: {rng.choice(SAID)}"))
     rest = [*rng.sample(ECHOES, 2), aside]
     rng.shuffle(rest)
-    before = rng.choice((None, rng.choice(BEFORE), f"{rng.choice(SAID)} So {{friend}} said."))
+    before = rng.choice((None, rng.choice(BEFORE), f"{rng.choice(SAID)} So people say."))
     text = " ".join([*filter(None, [before]), f"{rng.choice(LEADS)} {event}", *rest])
     text = text.format(name=name, friend=friend, deed=deed, x=thing.noun, spot=spot)
     return Story(text, event, (name, deed, thing.name, spot))
