@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -71,6 +73,7 @@ class Trial:
         self.random = random.Random(args.seed)
         self.kills = self.damages = 0
         self.passed_over = 0
+        self.resumed: list[str] = []
         self.startup = self.training = 0.0
 
     def run(self) -> int:
@@ -84,7 +87,9 @@ class Trial:
             before = self.kills
             problem = self._disturbed(self.folder / f"run-{runs}")
             wrong += problem is not None
-            print(f"run {runs}: {self.kills - before} kills, {problem or 'the same weights'}", flush=True)
+            resumed = f"resumed after steps {', '.join(self.resumed)}" if self.resumed else "never resumed"
+            told = problem or "the same weights"
+            print(f"run {runs}: {self.kills - before} kills, {resumed}, {told}", flush=True)
         print(
             f"{self.args.recipe}: {runs} runs, {self.kills} kills, {self.damages} damaged checkpoints "
             f"({self.passed_over} passed over), {wrong} wrong"
@@ -109,6 +114,7 @@ class Trial:
     def _disturbed(self, output: Path) -> str | None:
         """Returns what is wrong with the run, or `None`."""
         log = output.with_suffix(".log")
+        self.resumed = []
         while True:
             pid = self._fork(output, log)
             if self.random.random() < BEFORE_TRAINING:
@@ -119,7 +125,9 @@ class Trial:
             if self.kills < self.args.kills and not _ended(pid):
                 os.kill(pid, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            self.passed_over += log.read_bytes().count(b"is passed over")
+            told = log.read_text(errors="replace")
+            self.passed_over += told.count("is passed over")
+            self.resumed += re.findall(r"^resuming +from .*-(\d+)$", told, re.MULTILINE)
             if code == -signal.SIGKILL:
                 self.kills += 1
                 if self.damages < self.args.damage:
@@ -127,7 +135,12 @@ class Trial:
                 continue
             if code != 0:
                 return f"exit code {code}:\n{log.read_text()[-3000:]}"
-            return None if _same(_weights(self.folder / "whole"), _weights(output)) else "OTHER WEIGHTS"
+            whole = self.folder / "whole"
+            if _same(_weights(whole), _weights(output)):
+                return None
+            pairs = zip(_losses(whole), _losses(output), strict=False)
+            differ = next((step for step, (one, other) in enumerate(pairs, 1) if one != other), None)
+            return f"OTHER WEIGHTS (the log differs from step {differ} on)"
 
     def _fork(self, output: Path, log: Path) -> int:
         """Start the recipe in a fork; its id."""
@@ -227,6 +240,12 @@ def _weights(output: Path) -> dict[str, bytes]:
     """Every file of final weights, checkpoints left out."""
     found = {str(path.relative_to(output)): path for path in output.rglob("*.safetensors")}
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith("checkpoint-")}
+
+
+def _losses(output: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
 
 
 def _same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:

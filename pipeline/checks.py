@@ -3,9 +3,11 @@ finds."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,30 +70,106 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "repetition_penalty": _above(0),
     "beta": _at_least(0),
     "epsilon": _above(0),
+    "epsilon_high": _above(0),
+    "reward_weights": (math.isfinite, "must be numbers"),
+    "steps_per_generation": _at_least(1),
+    "generation_batch_size": _at_least(1),
+    "num_generations_eval": _at_least(1),
+    "neftune_noise_alpha": _above(0),
+    "dataset_num_proc": _at_least(1),
+    "pad_to_multiple_of": _at_least(1),
+    "dataloader_prefetch_factor": _at_least(1),
+    "muon_learning_rate": _above(0),
+    "rope_theta": _above(0),
 }
-"""Fields of any argument dataclass, and the values that make sense. `None` is left to the dataclass."""
+"""Fields of any argument dataclass, and the values that make sense (of every item of a list). `None` is left to the
+dataclass."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "lora_task_type": ("CAUSAL_LM", "SEQ_CLS"),
+}
+"""Fields that the libraries take any text for, and refuse it, if at all, when training has begun."""
+
+ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "luspo", "sapo", "vespo"),
+    "scale_rewards": ("group", "batch", "none"),
+    "importance_sampling_level": ("token", "sequence"),
+    "vllm_mode": ("server", "colocate"),
+}
+"""The same of GRPO and PPO, where some names mean something else than elsewhere."""
 
 
-def check_ranges(arguments: Iterable[Any]) -> list[Problem]:
-    """Fields whose numbers make no sense, or make none together.
+def check_ranges(asked: Mapping[str, Any]) -> list[Problem]:
+    """Numbers that make no sense.
+
+    Args:
+        asked: What the user gave, by field.
+    """
+    problems = []
+    for name, (fits, remedy) in RANGES.items():
+        value = asked.get(name)
+        numbers = [
+            item
+            for item in (value if isinstance(value, list) else [value])
+            if isinstance(item, int | float) and not isinstance(item, bool)
+        ]
+        if not all(map(fits, numbers)):
+            problems.append(Problem(name, value, remedy))
+    return problems
+
+
+def check_choices(asked: Mapping[str, Any], hints: Mapping[str, Any]) -> list[Problem]:
+    """Names that nothing is known by, and text where a mapping is wanted.
+
+    Args:
+        asked: What the user gave, by field.
+        hints: Types of all fields of the stage.
+    """
+    problems = []
+    known = {**CHOICES, **(ROLLOUT_CHOICES if "num_generations" in hints else {})}
+    for name, value in asked.items():
+        if not isinstance(value, str):
+            continue
+        if name in known and value not in known[name]:
+            problems.append(Problem(name, value, f"must be one of {', '.join(known[name])}"))
+        takes_file = not name.endswith("_kwargs")
+        if "dict" in str(hints[name]) and not (takes_file and not value.startswith("{")):
+            problems += _check_mapping(name, value)
+    return problems
+
+
+def _check_mapping(name: str, text: str) -> list[Problem]:
+    wanted = "write a mapping as JSON, such as '{\"name\": 1}'"
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        return [Problem(name, text, f"{wanted} ({error})")]
+    return [] if isinstance(content, dict) else [Problem(name, text, wanted)]
+
+
+def check_together(arguments: Iterable[Any], told: Collection[str]) -> list[Problem]:
+    """Fields that make no sense with each other, or with what is on the disk.
 
     Args:
         arguments: Argument dataclasses.
+        told: Fields whose values are wrong already, and have been left out.
     """
-    items = list(arguments)
-    values = {name: getattr(item, name) for item in items for name in vars(item)}
+    values = {name: getattr(item, name) for item in arguments for name in vars(item)}
     problems = []
-    for name, (fits, remedy) in RANGES.items():
-        value = values.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and not fits(value):
-            problems.append(Problem(name, value, remedy))
-    if values.get("dataset_streaming") and values.get("max_steps", 1) <= 0:
-        problems.append(Problem("max_steps", values["max_steps"], "must be given: a stream has no length"))
+    steps, warmup = values.get("max_steps", 0), values.get("warmup_steps") or 0
+    if values.get("dataset_streaming") and steps <= 0 and "max_steps" not in told:
+        problems.append(Problem("max_steps", steps, "must be given: a stream has no length"))
+    if 0 < steps < warmup:
+        problems.append(Problem("warmup_steps", f"{warmup:g}", f"the run has only {steps} steps; lower it"))
     if values.get("output_dir") == "":
         problems.append(Problem("output_dir", "nothing", "give a directory"))
-    if values.get("resume_from_checkpoint") and not Path(str(values["resume_from_checkpoint"])).is_dir():
-        remedy = "is no directory; leave it out to go on from the newest complete checkpoint"
-        problems.append(Problem("resume_from_checkpoint", values["resume_from_checkpoint"], remedy))
+    if name := values.get("resume_from_checkpoint"):
+        otherwise = "leave it out to go on from the newest complete checkpoint"
+        if not Path(str(name)).is_dir():
+            problems.append(Problem("resume_from_checkpoint", name, f"is no directory; {otherwise}"))
+        elif not (Path(str(name)) / "trainer_state.json").is_file():
+            problems.append(Problem("resume_from_checkpoint", name, f"is no checkpoint; {otherwise}"))
     return problems
 
 
@@ -136,6 +214,8 @@ def check_model(config: Any, tokenizer: Any, args: Any, name: str) -> list[Probl
         args: Training arguments.
         name: What named the model.
     """
+    import transformers  # whose classes take their time, which `--help` has not
+
     problems = []
     field = "model_name_or_path"
     text = config.get_text_config()
@@ -143,8 +223,17 @@ def check_model(config: Any, tokenizer: Any, args: Any, name: str) -> list[Probl
     architectures = config.architectures or []
     if getattr(config, "is_encoder_decoder", False):
         problems.append(Problem(field, name, "is an encoder and decoder; give a decoder-only language model"))
-    if any("SequenceClassification" in kind for kind in architectures) and not reward:
+    classifier = any("SequenceClassification" in kind for kind in architectures)
+    if classifier and not reward:
         problems.append(Problem(field, name, "is a reward model; give a language model"))
+    elif architectures and not reward:
+        kind = getattr(transformers, architectures[0], None)  # TRL loads this one
+        if kind is not None and not kind.can_generate():
+            remedy = f"is a {architectures[0]}, which cannot write; give a decoder-only language model"
+            problems.append(Problem(field, name, remedy))
+    if classifier and reward and config.num_labels != 1:
+        remedy = f"has {config.num_labels} labels; give a reward model, which has one, or a language model"
+        problems.append(Problem(field, name, remedy))
     vocabulary = getattr(text, "vocab_size", None)
     if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
         remedy = (
@@ -171,30 +260,39 @@ def check_lengths(positions: int | None, args: Any) -> list[Problem]:
     return problems
 
 
-def check_lora(model_args: Any, modules: Iterable[str]) -> list[Problem]:
+def check_lora(model_args: Any, modules: Iterable[str], parameters: Iterable[str] = ()) -> list[Problem]:
     """LoRA on modules that the model doesn't have.
 
     Args:
         model_args: `trl.ModelConfig`.
         modules: Names of all modules of the model.
+        parameters: Names of all its parameters.
     """
-    targets = getattr(model_args, "lora_target_modules", None)
-    if not getattr(model_args, "use_peft", False) or not targets or targets == "all-linear":
+    if not getattr(model_args, "use_peft", False):
         return []
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    if wanted == ["all-linear"]:
-        return []
-    names = {module.rpartition(".")[2] for module in modules} | set(modules)
-    missing = [
-        target
-        for target in wanted
-        if target not in names and not any(m.endswith("." + target) for m in names)
-    ]
-    if not missing:
-        return []
-    linear = sorted(name for name in names if name.endswith("_proj") and "." not in name)
-    remedy = f"the model has no such modules; choose from: {', '.join(linear)}, or all-linear"
-    return [Problem("lora_target_modules", ", ".join(missing), remedy)]
+    modules = list(modules)
+    linear = sorted({end for name in modules if (end := name.rpartition(".")[2]).endswith("_proj")})
+    problems = []
+    for field, names in (
+        ("lora_target_modules", modules),
+        ("lora_modules_to_save", modules),
+        ("lora_target_parameters", list(parameters)),
+    ):
+        targets = getattr(model_args, field, None) or []
+        if targets in ("all-linear", ["all-linear"]):
+            continue
+        if isinstance(targets, str):  # for PEFT a pattern of whole names
+            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        else:
+            missing = [
+                target
+                for target in targets
+                if not any(name == target or name.endswith("." + target) for name in names)
+            ]
+        if missing:
+            remedy = f"the model has no such modules; choose from: {', '.join(linear)}, or all-linear"
+            problems.append(Problem(field, ", ".join(missing), remedy))
+    return problems
 
 
 def check_batches(rows: int | None, args: Any, what: str = "rows") -> list[Problem]:
