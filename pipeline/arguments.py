@@ -131,7 +131,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     machine = {
         name: choice.value
         for name, choice in hardware.training_defaults().items()
-        if name in hints and name not in asked and not _replaces(name, asked)
+        if name in hints and name not in kept and not _replaces(name, asked)
     }
     built, refused = _build(dataclass_types, machine, kept)
     problems += refused + checks.check_together(built, told)
@@ -262,7 +262,8 @@ def _build(
                 if name is None and problems:
                     break  # a consequence of what was left out
                 name = name or _culprit(kind, own, asked, message)
-                problems.append(Problem(name or kind.__name__, own[name] if name else "refused", message))
+                if message not in {problem.remedy for problem in problems}:
+                    problems.append(Problem(name or kind.__name__, own[name] if name else "refused", message))
                 if name is None:
                     break
                 del own[name]  # to find out what else is wrong

@@ -75,10 +75,10 @@ def undo() -> None:
 
 def field_in(message: str, values: Mapping[str, Any]) -> str | None:
     """The field that an error message speaks of, by its name or else by its value."""
-    for name in values:
-        words = re.escape(name).replace("_", "[ _]")
-        if re.search(rf"\b{words}\b", message):
-            return name
+    for between in ("_", " "):
+        for name in values:
+            if re.search(rf"\b{re.escape(name.replace('_', between))}\b", message):
+                return name
     for name, value in values.items():
         for item in value if isinstance(value, list) else [value]:
             named = isinstance(item, str) and len(item) >= SHORTEST_NAME
