@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from transformers import set_seed
 
-from pipeline import checks, hardware, launch, output_directory, preparation
+from pipeline import checks, hardware, launch, output_directory, preparation, ranges
 from pipeline.command_line import Parser, read_command_line, take_config, unknown
 from pipeline.errors import Problem, UserError
 from pipeline.yaml_fields import convert, describe
@@ -124,7 +124,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         # As an argument it would be written to disk with all the others.
         os.environ["HF_TOKEN"] = asked.pop("hub_token")
     # What is told once is left out from there on, or its default would be judged next.
-    wrong = checks.check_ranges(asked) + checks.check_choices(asked, hints) + _unsupported(asked)
+    wrong = ranges.check_ranges(asked) + ranges.check_choices(asked, hints) + _unsupported(asked)
     problems += wrong
     told = {problem.field for problem in wrong}
     kept = {name: value for name, value in asked.items() if name not in told}
