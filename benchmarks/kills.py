@@ -208,27 +208,13 @@ class Trial:
 
     def _rollout_command(self) -> list[str]:
         """PPO and GRPO, with rollouts that serve several steps, so that kills come in the middle of one."""
-        from tests import ppo_toy
+        from tests.sampling_recipes import write_config
 
         inputs = self.folder / "inputs"
         if not inputs.exists():
-            for name, model in (("policy", ppo_toy.policy()), ("reward", ppo_toy.reward_model())):
-                model.save_pretrained(inputs / name)
-                ppo_toy.tokenizer().save_pretrained(inputs / name)
-            ppo_toy.prompts(32).to_json(inputs / "prompts.jsonl")
-        rewards = {
-            "ppo": ["--reward_model_path", str(inputs / "reward"), "--num_iterations", "2"],
-            "grpo": ["--num_generations", "4", "--steps_per_generation", "3"],
-        }[self.args.recipe]
-        return [
-            "-m",
-            f"recipes.{self.args.recipe}",
-            *("--model_name_or_path", str(inputs / "policy"), "--dataset_name", str(inputs / "prompts.jsonl")),
-            *("--reward_funcs", "tests.ppo_toy:share_of_red", "--max_completion_length", "6"),
-            *("--per_device_train_batch_size", "4", "--learning_rate", "1e-3", "--logging_steps", "1"),
-            *("--save_steps", "2", "--save_total_limit", "2", "--disable_tqdm", "true"),
-            *rewards,
-        ]
+            own = {"steps_per_generation": 6} if self.args.recipe == "grpo" else {}
+            write_config(self.args.recipe, inputs, save_steps=2, save_total_limit=2, disable_tqdm=True, **own)
+        return ["-m", f"recipes.{self.args.recipe}", "--config", str(inputs / f"{self.args.recipe}.yaml")]
 
 
 def _ended(pid: int) -> bool:

@@ -22,11 +22,14 @@ def check_together(arguments: Iterable[Any], told: Collection[str]) -> list[Prob
     """
     values = {name: getattr(item, name) for item in arguments for name in vars(item)}
     problems = []
-    steps, warmup = values.get("max_steps", 0), values.get("warmup_steps") or 0
+    steps = values.get("max_steps", 0)
     if values.get("dataset_streaming") and steps <= 0 and "max_steps" not in told:
         problems.append(Problem("max_steps", steps, "must be given: a stream has no length"))
-    if 0 < steps < warmup:
-        problems.append(Problem("warmup_steps", f"{warmup:g}", f"the run has only {steps} steps; lower it"))
+    layers = f"{values.get('lora_target_modules')} {values.get('lora_modules_to_save')}"
+    if values.get("use_peft") and "embed" not in layers and "lm_head" not in layers:
+        for field in ("use_muon", "embedding_learning_rate"):
+            if values.get(field):
+                problems.append(Problem(field, values[field], "LoRA trains no embeddings; leave it out"))
     if values.get("output_dir") == "":
         problems.append(Problem("output_dir", "nothing", "give a directory"))
     if name := values.get("resume_from_checkpoint"):

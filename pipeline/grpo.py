@@ -1,147 +1,50 @@
-"""Stage 4's inputs, and TRL's `GRPOTrainer` with checkpoints that hold the rollout and a log-probability made
-for CPUs."""
+"""TRL's `GRPOTrainer` with what every trainer here that samples needs: exact resumption, evaluation that disturbs
+nothing, and log-probabilities that are cheap on CPUs. `pipeline.ppo` builds on it too."""
 
 from __future__ import annotations
 
 import inspect
 import os
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
-from trl import GRPOConfig
+from torch.utils.data import Sampler
 from trl import GRPOTrainer as TRLGRPOTrainer
 
-from pipeline.arguments import DataArguments
-from pipeline.data import Split
-from pipeline.errors import Problem, UserError
-from pipeline.inputs import load_inputs
-from pipeline.rewards import load_rewards
+from pipeline.epoch_sampler import EpochSampler
 from pipeline.rollout_file import load_rollout, save_rollout
+from pipeline.token_log_probs import token_log_probs
 
 LARGEST_LOGITS = 1 << 26
 """Logits, in elements, up to which they are computed whole on a CPU (256 MiB in float32)."""
-
-
-@dataclass
-class GRPORewardArguments:
-    """What is rewarded. Several rewards are added up, weighted by `reward_weights`."""
-
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["math_answer"],
-        metadata={"help": "Rewards: names of `pipeline.rewards`, or any importable package.module:function."},
-    )
-    shuffle_answers: bool = field(
-        default=False,
-        metadata={
-            "help": "Give every training prompt another's reference answer: a control experiment, whose run "
-            "must not get better."
-        },
-    )
-
-
-def load_grpo_inputs(
-    reward_args: GRPORewardArguments, data_args: DataArguments, training_args: GRPOConfig, model_args: Any
-) -> tuple[list[Callable[..., Any]], PreTrainedTokenizerBase, Split, Split | None]:
-    """Loads reward functions, tokenizer and data, and checks that they fit each other.
-
-    Returns:
-        The reward functions, the tokenizer, the training split, and the evaluation split or `None`.
-
-    Raises:
-        UserError: With everything that is wrong with any of them.
-    """
-    problems: list[Problem] = []
-    rewards: list[Callable[..., Any]] = []
-    try:
-        rewards = load_rewards(reward_args.reward_funcs)
-    except UserError as error:
-        problems += error.problems
-    weights = training_args.reward_weights
-    if weights is not None and len(weights) != len(reward_args.reward_funcs):
-        remedy = f"give one weight for each of the {len(reward_args.reward_funcs)} reward_funcs"
-        problems.append(Problem("reward_weights", weights, remedy))
-    try:
-        tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args)
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    columns = list(train.column_names or next(iter(train)))
-    for name, reward in zip(reward_args.reward_funcs, rewards, strict=False):
-        problems += _missing_columns(name, reward, columns)
-    if reward_args.shuffle_answers and not (isinstance(train, Dataset) and "answer" in columns):
-        remedy = "needs an answer column, and data that are not streamed"
-        problems.append(Problem("shuffle_answers", "true", remedy))
-    if problems:
-        raise UserError(*problems)
-    if reward_args.shuffle_answers:
-        train = shuffle_answers(train, training_args.seed)
-    return rewards, tokenizer, train, evaluation
-
-
-def shuffle_answers(dataset: Dataset, seed: int) -> Dataset:
-    """`dataset` with its `answer` column in another order: the same answers, to other prompts."""
-    answers = list(dataset["answer"])
-    random.Random(seed).shuffle(answers)
-    return dataset.remove_columns("answer").add_column("answer", answers)
-
-
-def _missing_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> list[Problem]:
-    """Columns that a reward function requires, by its signature, and the data lack."""
-    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", *columns}
-    parameters = inspect.signature(reward).parameters.values()
-    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    missing = [
-        p.name for p in parameters if p.default is p.empty and p.kind in positional and p.name not in given
-    ]
-    remedy = f"there is no column {', '.join(missing)}; choose from: {', '.join(columns)}"
-    if missing == ["answer"]:
-        remedy += " (answer_column)"
-    return (
-        [Problem("reward_funcs", name, f"it compares with {', '.join(missing)}, and {remedy}")]
-        if missing
-        else []
-    )
 
 
 class GRPOTrainer(TRLGRPOTrainer):
     """TRL's, but resumed exactly wherever it stopped.
 
     TRL samples anew after a resume, though a rollout may serve several steps (`steps_per_generation` above
-    `gradient_accumulation_steps`, or `num_iterations` above 1). Here a checkpoint holds what is left of it,
-    one file a process. Evaluation, which samples too, has random numbers of its own.
+    `gradient_accumulation_steps`, or `num_iterations` above 1), and takes up a later epoch of prompts in the
+    order of the first. Here a checkpoint holds what is left of the rollout, one file a process, and the order
+    of an epoch depends on nothing but its number. Evaluation, which samples too, has random numbers of its own.
+
+    A reward function with weight 0 is measured and logged, and changes nothing else.
     """
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        os.makedirs(output_dir, exist_ok=True)
-        save_rollout(
-            self._rollout_file(output_dir),
-            (self._buffered_inputs or []) if in_use else [],
-            {"step": self._step, "metrics": self._metrics["train"]},
-        )
+    # ---- The rollout
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and os.path.isfile(self._rollout_file(checkpoint)):
-            batches, state = load_rollout(self._rollout_file(checkpoint), self.accelerator.device)
-            self._buffered_inputs, self._step = batches or None, state["step"]
-            self._metrics["train"].update(state["metrics"])
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
-    def _rollout_file(self, checkpoint: str) -> str:
-        return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.safetensors")
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates with the same random numbers each time, and leaves training's alone."""
-        device = self.accelerator.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed + self.accelerator.process_index)
-            return super().evaluation_loop(*args, **kwargs)
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """(B of all processes, functions). A row that no function with a weight scored has no score at all: TRL
+        would take it for scored, with 0, because of a function that is only measured."""
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        counted = self.reward_weights.to(rewards.device) != 0
+        rewards[rewards[:, counted].isnan().all(dim=1)] = torch.nan
+        return rewards
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -153,31 +56,68 @@ class GRPOTrainer(TRLGRPOTrainer):
         compute_entropy: bool = False,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """On a CPU, from logits of the completion alone: TRL's tiles cover the prompt too, and cost a third
-        of a step."""
-        size = input_ids.size(0) * logits_to_keep * self.model.config.get_text_config().vocab_size
-        known = inspect.signature(self.accelerator.unwrap_model(model).forward).parameters
-        if (
-            input_ids.device.type != "cpu"
-            or size > LARGEST_LOGITS
-            or "logits_to_keep" not in known
-            or any(value is not None and value is not False for value in others.values())
-        ):
+        """On a CPU, from logits of the completion alone: TRL's tiles save memory, but take several times as
+        long."""
+        rows = batch_size or len(input_ids)
+        size = rows * logits_to_keep * self.model.config.get_text_config().vocab_size
+        plain = input_ids.device.type == "cpu" and size <= LARGEST_LOGITS
+        asked = any(value is not None and value is not False for value in others.values())
+        if not plain or asked or not self._takes_logits_to_keep(model):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
-        with self.accelerator.autocast():
-            output = model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                logits_to_keep=logits_to_keep + 1,
-                use_cache=False,
-            )
-        logits = output.logits[:, :-1].float() / self.temperature
-        distribution = torch.log_softmax(logits, dim=-1)  # (B, T, V)
-        log_probs = distribution.gather(-1, input_ids[:, -logits_to_keep:, None]).squeeze(-1)
-        entropy = None
-        if compute_entropy:
-            with torch.no_grad():
-                entropy = -(distribution.exp() * distribution).sum(-1)
-        return log_probs, entropy, None
+        log_probs, entropies = token_log_probs(
+            model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            batch_size=batch_size,
+            temperature=self.temperature,
+            entropy=compute_entropy,
+            entropy_gradient=self._entropy_bonus_enabled,
+            autocast=self.accelerator.autocast,
+        )
+        return log_probs, entropies, None
+
+    def _takes_logits_to_keep(self, model: nn.Module) -> bool:
+        model = self.accelerator.unwrap_model(model)
+        if is_peft_model(model):
+            model = model.get_base_model()
+        return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    # ---- Evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates with the same random numbers each time, and leaves training's alone."""
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + self.accelerator.process_index)
+            return super().evaluation_loop(*args, **kwargs)
+
+    # ---- Checkpoints
+
+    def _rollout_state(self) -> dict[str, Any]:
+        """What a process's next step depends on beside the rollout; anything that JSON can hold."""
+        return {"step": self._step, "metrics": self._metrics["train"]}
+
+    def _restore_rollout_state(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        self._metrics["train"].update(state["metrics"])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        steps_per_rollout = self.args.steps_per_generation * self.num_iterations
+        in_use = self._step % steps_per_rollout != 0  # else the next step samples another
+        batches = (self._buffered_inputs or []) if in_use else []
+        os.makedirs(output_dir, exist_ok=True)
+        save_rollout(self._rollout_file(output_dir), batches, self._rollout_state())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and os.path.isfile(self._rollout_file(checkpoint)):
+            batches, state = load_rollout(self._rollout_file(checkpoint), self.accelerator.device)
+            self._buffered_inputs = batches or None
+            self._restore_rollout_state(state)
+
+    def _rollout_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from datasets import Dataset
@@ -43,8 +43,22 @@ KINDS: dict[str, Kind] = {
 """What a stage's data hold, by a field that only its training arguments have."""
 
 
+@runtime_checkable
+class RewardChecks(Protocol):
+    """Arguments that say what is rewarded (`pipeline.ppo_inputs`, `pipeline.grpo_inputs`)."""
+
+    def find_problems(
+        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
+    ) -> list[Problem]:
+        """What is wrong with the rewards, by themselves and with what else is known; None is what is not."""
+
+
 def load_inputs(
-    kind: Kind, data_args: DataArguments, training_args: Any, model_args: Any
+    kind: Kind,
+    data_args: DataArguments,
+    training_args: Any,
+    model_args: Any,
+    reward_args: RewardChecks | None = None,
 ) -> tuple[PreTrainedTokenizerBase, Split, Split | None]:
     """Load a stage's tokenizer and data, and check them, the model's configuration and the arguments
     together.
@@ -54,6 +68,7 @@ def load_inputs(
         data_args: Data and tokenizer.
         training_args: Any `TrainingArguments`; they say whether an evaluation split is needed.
         model_args: `trl.ModelConfig`, or `LlamaArguments` for a model that is yet to be made.
+        reward_args: What is rewarded, if anything is.
 
     Returns:
         The tokenizer, the training split, and the evaluation split or `None`.
@@ -112,6 +127,8 @@ def load_inputs(
             except TemplateError as error:
                 remedy = f"its chat template refuses a conversation of the data ({error}); correct one of them"
                 problems.append(Problem(field, data_args.tokenizer_name_or_path or name, remedy))
+    if reward_args is not None:
+        problems += reward_args.find_problems(training_args, tokenizer, splits[0] if splits else None)
     problems += rehearse(training_args)
     if problems or tokenizer is None or splits is None:
         raise UserError(*problems)
@@ -126,7 +143,7 @@ def find_problems(arguments: Sequence[Any], fields: Iterable[str]) -> list[Probl
         fields: Names of all its fields, also of those that could not.
 
     Returns:
-        What is wrong with its data and its model besides.
+        What is wrong with its data, its model and its rewards besides.
     """
     known = set(fields)
     kind = next((kind for field, kind in KINDS.items() if field in known), None)
@@ -135,18 +152,21 @@ def find_problems(arguments: Sequence[Any], fields: Iterable[str]) -> list[Probl
     model_args = next(
         (item for item in arguments if hasattr(item, "use_peft") or hasattr(item, "rope_theta")), None
     )
+    reward_args = next((item for item in arguments if isinstance(item, RewardChecks)), None)
     if kind is None or data_args is None:
         return []
+    problems: list[Problem] = []
     try:
-        if training_args is None or model_args is None:
-            load_splits(data_args, kind, evaluation=False)
+        if training_args is not None and model_args is not None:
+            load_inputs(kind, data_args, training_args, model_args, reward_args)
         else:
-            load_inputs(kind, data_args, training_args, model_args)
+            problems = reward_args.find_problems(training_args, None, None) if reward_args else []
+            load_splits(data_args, kind, evaluation=False)
     except UserError as error:
-        return list(error.problems)
+        problems += error.problems
     except (ValueError, TypeError, ArithmeticError, OSError):
-        return []  # a consequence of what is known to be wrong
-    return []
+        pass  # a consequence of what is known to be wrong
+    return problems
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, args: Any) -> list[Problem]:
@@ -193,10 +213,12 @@ def _check_weights(config: Any, args: Any, model_args: Any) -> list[Problem]:
         problems.append(Problem("model_name_or_path", name, fault))
     modules = [module for module, _ in model.named_modules()]
     problems += checks.check_lora(model_args, modules, [weight for weight, _ in model.named_parameters()])
-    size = model.num_parameters()
+    size = trained = model.num_parameters()
     if getattr(model_args, "use_peft", False):
-        size = round(0.05 * size)  # adapters are smaller; how much depends on ranks and targets
-    return problems + checks.check_disk(size, size, args)
+        trained = round(0.05 * size)  # adapters are smaller; how much depends on ranks and targets
+    if hasattr(args, "vf_coef"):
+        trained += size  # PPO's critic, which is trained and saved in full
+    return problems + checks.check_disk(trained, trained, args)
 
 
 def _check_tokens(

@@ -168,9 +168,9 @@ def main(
 
 
 if __name__ == "__main__":
-    from pipeline.muon import MuonArguments
+    from pipeline.optimizer import OptimizerArguments
     from pipeline.pretraining import PretrainConfig
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_user_error():
-        main(*parse(DataArguments, PretrainConfig, LlamaArguments, MuonArguments))
+        main(*parse(DataArguments, PretrainConfig, LlamaArguments, OptimizerArguments))

@@ -2,8 +2,9 @@
 
 TRL took its `PPOTrainer` out after 1.12. This one inherits everything that is not PPO from `GRPOTrainer`:
 generation (transformers or vLLM), reward models and reward functions, chat data, PEFT, logging, evaluation,
-checkpoints and several processes. What it adds is the critic, the KL penalty per token inside the reward,
-generalised advantage estimation and the clipped value loss (`pipeline.ppo_math`, `pipeline.value_model`).
+checkpoints and several processes, by way of `pipeline.grpo`, which makes them resume exactly. What it adds is
+the critic, the KL penalty per token inside the reward, generalised advantage estimation and the clipped value
+loss (`pipeline.ppo_math`, `pipeline.value_model`).
 
     trainer = PPOTrainer(
         model="runs/pocket/2_sft",
@@ -16,7 +17,6 @@ generalised advantage estimation and the clipped value loss (`pipeline.ppo_math`
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -26,24 +26,23 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from pipeline import ppo_math
-from pipeline.epoch_sampler import EpochSampler
+from pipeline.grpo import GRPOTrainer
 from pipeline.ppo_config import PPOConfig
 from pipeline.ppo_metrics import rollout_metrics, update_means, update_sums
 from pipeline.reference_model import copy_adapter, frozen_copy
-from pipeline.rollout_file import load_rollout, save_rollout
-from pipeline.token_log_probs import token_log_probs
-from pipeline.value_model import build_value_model, parameter_groups
+from pipeline.value_model import (
+    add_to_optimizer,
+    build_value_model,
+    load_value_model,
+    save_value_model,
+    token_values,
+)
 
 __all__ = ["PPOConfig", "PPOTrainer"]
-
-VALUE_MODEL_FOLDER = "value_model"
-"""Where in a checkpoint or an output directory the critic is."""
 
 
 class PPOTrainer(GRPOTrainer):
@@ -126,9 +125,7 @@ class PPOTrainer(GRPOTrainer):
         if self._is_vlm:
             raise ValueError("PPOTrainer trains text models: the critic reads no images")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "PPOTrainer runs on one process or under DDP: FSDP and DeepSpeed do not shard its critic"
-            )
+            raise ValueError("PPOTrainer runs on one process or under DDP: FSDP and DeepSpeed do not shard its critic")
 
         if args.kl_coef > 0 and not is_peft_model(self.model):
             reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
@@ -159,28 +156,15 @@ class PPOTrainer(GRPOTrainer):
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
         with adapter:
-            logps, _, _ = self._get_per_token_logps_and_entropies(
-                model, ids, attention_mask, length, batch_size
-            )
+            logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, attention_mask, length, batch_size)
         return logps
 
-    def _values(
-        self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None
-    ) -> Tensor:
+    def _values(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None) -> Tensor:
         """(B, `length`) estimates of the critic before each of the last `length` tokens is chosen."""
         self.value_model.train(self.model.training)
-        size = batch_size or len(ids)
-        values = []
-        for chunk, chunk_mask in zip(ids.split(size), attention_mask.split(size), strict=True):
-            with self.accelerator.autocast():
-                logits = self.value_model(input_ids=chunk, attention_mask=chunk_mask, use_cache=False).logits
-            values.append(logits[:, -length - 1 : -1, 0].float())
-        return torch.cat(values)
+        return token_values(self.value_model, ids, attention_mask, length, batch_size, self.accelerator.autocast)
 
     # ---- The rollout
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """Keep the parent's rewards, which it turns into group-relative advantages and forgets."""
@@ -199,8 +183,7 @@ class PPOTrainer(GRPOTrainer):
             batch["tool_mask"] = mask
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        ids, attention_mask = _whole_texts(batch)
         args, length = self.args, mask.shape[1]
         size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
         with torch.no_grad():
@@ -243,13 +226,10 @@ class PPOTrainer(GRPOTrainer):
         rewards = self._rewards_per_func  # of all processes
         all_scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         all_scored = ~rewards.isnan().all(dim=1)
-        moments = ppo_math.Moments()
-        if self.args.reward_normalization == "batch":
+        running = self.args.reward_normalization == "running"
+        moments = self._score_moments if running else ppo_math.Moments()
+        if self.args.reward_normalization == "batch" or (running and mode == "train"):
             moments.update(all_scores[all_scored])
-        elif self.args.reward_normalization == "running":
-            moments = self._score_moments
-            if mode == "train":
-                moments.update(all_scores[all_scored])
         rows = len(batch["completion_ids"])
         local = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         scores, scored = moments.normalize(all_scores[local]), all_scored[local]
@@ -260,44 +240,16 @@ class PPOTrainer(GRPOTrainer):
 
     # ---- The update
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **kwargs: Any,
-    ) -> tuple:
-        """Remember the last result, which the parent's loss uses up and the metrics need.
-
-        The parent's fused head saves memory, but takes six times as long on CPUs.
-        """
-        given = (model, input_ids, attention_mask, logits_to_keep)
-        if input_ids.device.type == "cpu" and not compute_aux_loss:
-            logps, entropies = token_log_probs(
-                *given,
-                batch_size=batch_size,
-                temperature=self.temperature,
-                entropy=compute_entropy,
-                entropy_gradient=self._entropy_bonus_enabled,
-                autocast=self.accelerator.autocast,
-            )
-            result = (logps, entropies, None)
-        else:
-            result = super()._get_per_token_logps_and_entropies(
-                *given, batch_size, compute_entropy, compute_aux_loss, **kwargs
-            )
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
+        """Remember the last result, which the parent's loss uses up and the metrics need."""
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         self._last_result = [None if x is None else x.detach() for x in result]
         return result
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         policy_loss = super()._compute_loss(model, inputs)
         logps, entropies, _ = self._last_result
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        ids, attention_mask = _whole_texts(inputs)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         values = self._values(ids, attention_mask, mask.shape[1])
         losses, clipped = ppo_math.clipped_value_loss(
@@ -330,18 +282,14 @@ class PPOTrainer(GRPOTrainer):
         rate = self.args.value_learning_rate
         rate = self.args.learning_rate if rate is None else rate
         decayed = self.get_decay_parameter_names(critic)
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for group in parameter_groups(critic, decayed, rate, self.args.weight_decay):
-            if id(group["params"][0]) not in known:  # as they are when `train` is called again
-                optimizer.add_param_group(group)
+        add_to_optimizer(optimizer, critic, decayed, rate, self.args.weight_decay)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Do for the critic what `Trainer` does for the model: zero gradients, reduce them once a step."""
         if self._critic_gradients_used:
             self.value_model.zero_grad()
-        self._critic_gradients_used = self.accelerator.sync_gradients
-        last = self.accelerator.sync_gradients
+        last = self._critic_gradients_used = self.accelerator.sync_gradients
         with nullcontext() if last else self.accelerator.no_sync(self.value_model):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -352,56 +300,27 @@ class PPOTrainer(GRPOTrainer):
         self._metrics["train"]["val/grad_norm"].append(norm.item())
         return policy_norm
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate with random numbers of its own, the same each time, and leave training's alone."""
-        device = self.accelerator.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed + self.accelerator.process_index)
-            return super().evaluation_loop(*args, **kwargs)
-
     # ---- Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         critic = self.accelerator.unwrap_model(self.value_model)
-        critic.save_pretrained(os.path.join(output_dir or self.args.output_dir, VALUE_MODEL_FOLDER))
+        save_value_model(critic, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_value_model(resume_from_checkpoint)
+        load_value_model(self.accelerator.unwrap_model(self.value_model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_value_model(self.state.best_model_checkpoint)
+        load_value_model(self.accelerator.unwrap_model(self.value_model), self.state.best_model_checkpoint)
 
-    def _load_value_model(self, checkpoint: str) -> None:
-        folder = os.path.join(checkpoint, VALUE_MODEL_FOLDER)
-        if not os.path.isdir(folder):
-            raise ValueError(f"{checkpoint} has no {VALUE_MODEL_FOLDER}/: no checkpoint of PPOTrainer")
-        critic = self.accelerator.unwrap_model(self.value_model)
-        saved = type(critic).from_pretrained(folder, dtype=critic.dtype)
-        critic.load_state_dict(saved.state_dict())
+    def _rollout_state(self) -> dict[str, Any]:
+        return super()._rollout_state() | {"moments": asdict(self._score_moments)}
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save what else each process's next step depends on: rollout, place in it, moments of the scores."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        steps_per_rollout = self.args.steps_per_generation * self.num_iterations
-        in_use = self._step % steps_per_rollout != 0  # else the next step samples another
-        batches = (self._buffered_inputs or []) if in_use else []
-        os.makedirs(output_dir, exist_ok=True)
-        state = {"step": self._step, "moments": asdict(self._score_moments)}
-        save_rollout(self._rollout_file(output_dir), batches, state)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and os.path.isfile(self._rollout_file(checkpoint)):
-            batches, state = load_rollout(self._rollout_file(checkpoint), self.accelerator.device)
-            self._buffered_inputs = batches or None
-            self._step = state["step"]
-            self._score_moments = ppo_math.Moments(**state["moments"])
-
-    def _rollout_file(self, checkpoint: str) -> str:
-        return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.safetensors")
+    def _restore_rollout_state(self, state: dict[str, Any]) -> None:
+        super()._restore_rollout_state(state)
+        self._score_moments = ppo_math.Moments(**state["moments"])
 
     # ---- Metrics
 
@@ -421,3 +340,9 @@ class PPOTrainer(GRPOTrainer):
         for _ in means[: len(self._logs["advantages"])]:  # which holds no more than one rollout
             self._logs["advantages"].pop()  # the parent's
         self._logs["advantages"].extend(means)
+
+
+def _whole_texts(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, L) of prompts with their completions."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)

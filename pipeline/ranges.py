@@ -76,6 +76,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "pad_to_multiple_of": _at_least(1),
     "dataloader_prefetch_factor": _at_least(1),
     "muon_learning_rate": _above(0),
+    "embedding_learning_rate": _above(0),
     "rope_theta": _above(0),
     "model_max_length": _at_least(1),
 }

@@ -1,128 +1,165 @@
-"""Where PPO's rewards come from: reward models by path, functions by name, in any mix."""
+"""Where rewards come from: reward models by path, functions by name. What can be told to be wrong with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerBase,
+)
+
+from pipeline.arguments import DataArguments
+from pipeline.data import Split
 from pipeline.errors import Problem, UserError
+from pipeline.loading import load_tokenizer
+from pipeline.rewards import MEASURED_ONLY, load_rewards
+from pipeline.weight_files import find_fault
 
-if TYPE_CHECKING:  # their import takes seconds, which `--help` has not
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.arguments import DataArguments
-    from pipeline.data import Split
-
-
-@dataclass
-class RewardArguments:
-    """What scores a completion. The scores are added up, weighted by `reward_weights`: models first."""
-
-    reward_model_path: list[str] | None = field(
-        default=None,
-        metadata={"help": "Reward models: paths or Hub ids of sequence classifiers with one label."},
-    )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Reward functions: names of `pipeline.rewards`, or package.module:function."},
-    )
-    value_model_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the critic starts from: a critic or a reward model. Default: the first reward "
-            "model if it has the policy's vocabulary, else the policy."
-        },
-    )
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What TRL hands every reward function beside the columns of the data."""
 
 
-def load_ppo_inputs(
-    reward_args: RewardArguments, data_args: DataArguments, training_args: Any, model_args: Any
-) -> tuple[list[str | Callable[..., Any]], PreTrainedTokenizerBase, Split, Split | None]:
-    """Find the reward sources, load tokenizer and prompts, and check that they fit each other.
-
-    Returns:
-        The reward sources, the tokenizer, the training split, and the evaluation split or `None`.
-
-    Raises:
-        UserError: With everything that is wrong with any of them.
-    """
-    from transformers import AutoConfig
-
-    from pipeline.inputs import load_inputs
-
-    problems: list[Problem] = []
-    sources: list[str | Callable[..., Any]] = []
-    try:
-        sources = load_reward_sources(reward_args)
-        weights = training_args.reward_weights
-        if weights is not None and len(weights) != len(sources):
-            remedy = f"give one weight for each of the {len(sources)} reward models and functions, models first"
-            problems.append(Problem("reward_weights", weights, remedy))
-    except UserError as error:
-        problems += error.problems
-    if reward_args.value_model_path is not None:
-        try:
-            AutoConfig.from_pretrained(reward_args.value_model_path)
-        except (OSError, ValueError) as error:
-            remedy = f"no model can be loaded from there ({_first_line(error)})"
-            problems.append(Problem("value_model_path", reward_args.value_model_path, remedy))
-    try:
-        tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args)
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    if problems:
-        raise UserError(*problems)
-    return sources, tokenizer, train, evaluation
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def load_reward_sources(args: RewardArguments) -> list[str | Callable[..., Any]]:
-    """Check reward models, and find reward functions.
+def check_rewards(
+    models: Sequence[str], functions: Sequence[str], weights: Sequence[float] | None, train: Split | None
+) -> list[Problem]:
+    """Reward models and functions that cannot be used, or not with these data and weights.
 
     Args:
-        args: Names at least one.
-
-    Returns:
-        Paths, then functions, as TRL's trainers take them.
-
-    Raises:
-        UserError: With every one that cannot be used, if there are such, or if there is none.
+        models: As `check_reward_model` takes them.
+        functions: Names, as `load_rewards` takes them.
+        weights: One for each, models first; None for 1 each.
+        train: The rows that are rewarded, or None if they are not known.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    problems = []
+    number = len(models) + len(functions)
+    if weights is not None:
+        shown = " ".join(f"{weight:g}" for weight in weights)
+        if len(weights) != number:
+            problems.append(Problem("reward_weights", shown, f"give one weight for each of the {number} rewards"))
+        elif not any(weights):
+            problems.append(Problem("reward_weights", shown, "nothing is rewarded; give one that is not 0"))
+    for path in models:
+        problems += check_reward_model(path)
+    if models and not functions:
+        return problems
+    try:
+        loaded = load_rewards(functions)
+    except UserError as error:
+        return problems + list(error.problems)
+    for index, (name, function) in enumerate(zip(functions, loaded, strict=True), start=len(models)):
+        if function in MEASURED_ONLY and (weights is None or (len(weights) == number and weights[index] != 0)):
+            remedy = f"{name} is for measuring, and must not be trained on: give it the weight 0"
+            problems.append(Problem("reward_weights", weights[index] if weights else "nothing", remedy))
+        if train is not None:
+            problems += _missing_columns(name, function, column_names(train))
+    return problems
 
-    from pipeline.rewards import load_rewards
-    from pipeline.weight_files import find_fault
 
-    problems: list[Problem] = []
-    for path in args.reward_model_path or []:
-        try:
-            config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            remedy = f"no model can be loaded from there ({_first_line(error)})"
-            problems.append(Problem("reward_model_path", path, remedy))
-            continue
-        if config.num_labels != 1:
-            remedy = f"has {config.num_labels} labels; give a sequence classifier with one, as RewardTrainer makes it"
-            problems.append(Problem("reward_model_path", path, remedy))
-        elif Path(path).is_dir():
-            with torch.device("meta"):
-                model = AutoModelForSequenceClassification.from_config(config)
-            if fault := find_fault(Path(path), model):
-                problems.append(Problem("reward_model_path", path, fault))
-    functions: list[Callable[..., Any]] = []
-    if args.reward_funcs:
-        try:
-            functions = load_rewards(args.reward_funcs)
-        except UserError as error:
-            problems += error.problems
-    if not args.reward_model_path and not args.reward_funcs:
-        problems.append(Problem("reward_model_path", "nothing", "name a reward model, or reward_funcs"))
-    if problems:
-        raise UserError(*problems)
-    return [*(args.reward_model_path or []), *functions]
+def check_reward_model(path: str) -> list[Problem]:
+    """A reward model that gives no single score, cannot read a conversation, or lacks weights.
+
+    Its tokenizer may be another than the policy's: it is given text.
+
+    Args:
+        path: A folder or an id on the Hub.
+    """
+    field = "reward_model_path"
+    config, problems = _load_config(field, path)
+    if config is None:
+        return problems
+    if config.num_labels != 1:
+        remedy = f"has {config.num_labels} labels; give a sequence classifier with one, as RewardTrainer makes it"
+        problems.append(Problem(field, path, remedy))
+    else:
+        problems += _check_weights(field, path, config, AutoModelForSequenceClassification)
+    try:
+        tokenizer = load_tokenizer(DataArguments(tokenizer_name_or_path=path))
+    except UserError as error:
+        return problems + [Problem(field, path, problem.remedy) for problem in error.problems]
+    if not tokenizer.chat_template:
+        problems.append(Problem(field, path, "its tokenizer has no chat template; add one"))
+    return problems + _check_vocabulary(field, path, config, tokenizer, "its tokenizer")
+
+
+def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Problem]:
+    """A critic of several labels, one that lacks weights, or one that does not know the policy's tokens, which it is
+    given as they are.
+
+    Args:
+        path: A folder or an id on the Hub.
+        tokenizer: The policy's, or None if it is not known.
+    """
+    field = "value_model_path"
+    config, problems = _load_config(field, path)
+    if config is None:
+        return problems
+    if config.num_labels != 1 and any("Classification" in name for name in config.architectures or []):
+        remedy = f"has {config.num_labels} labels; give a critic or a reward model, which have one"
+        problems.append(Problem(field, path, remedy))
+    else:
+        config.num_labels = 1
+        problems += _check_weights(field, path, config, AutoModelForTokenClassification)
+    if tokenizer is None:
+        return problems
+    try:
+        own = load_tokenizer(DataArguments(tokenizer_name_or_path=path))
+    except UserError:  # a critic is saved without one
+        return problems + _check_vocabulary(field, path, config, tokenizer, "the policy's tokenizer")
+    if own.get_vocab() != tokenizer.get_vocab():
+        problems.append(Problem(field, path, "has another tokenizer than the policy; give a model that has the same"))
+    return problems
+
+
+def column_names(split: Split) -> list[str]:
+    """The columns of a split, also of a stream that does not know them before its first row."""
+    return list(split.column_names or next(iter(split)))
+
+
+def _load_config(field: str, path: str) -> tuple[Any | None, list[Problem]]:
+    try:
+        return AutoConfig.from_pretrained(path), []
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        return None, [Problem(field, path, f"no model can be loaded from there ({reason})")]
+
+
+def _check_weights(field: str, path: str, config: Any, kind: Any) -> list[Problem]:
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except ValueError:
+        return [Problem(field, path, f"{config.model_type} cannot be used here")]
+    fault = find_fault(Path(path), model) if Path(path).is_dir() else None
+    return [Problem(field, path, fault)] if fault else []
+
+
+def _check_vocabulary(
+    field: str, path: str, config: Any, tokenizer: PreTrainedTokenizerBase, whose: str
+) -> list[Problem]:
+    known = getattr(config.get_text_config(), "vocab_size", None)
+    if known is None or len(tokenizer) <= known:
+        return []
+    return [Problem(field, path, f"knows {known} tokens and {whose} {len(tokenizer)}; give one that fits")]
+
+
+def _missing_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> list[Problem]:
+    """Columns that a reward function requires, by its signature, and the data lack."""
+    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    missing = [
+        p.name
+        for p in inspect.signature(reward).parameters.values()
+        if p.default is p.empty and p.kind in positional and p.name not in (*GIVEN, *columns)
+    ]
+    if not missing:
+        return []
+    remedy = f"there is no column {', '.join(missing)}; choose from: {', '.join(columns)}"
+    if missing == ["answer"]:
+        remedy += " (answer_column)"
+    return [Problem("reward_funcs", name, f"it compares with {', '.join(missing)}, and {remedy}")]

@@ -4,6 +4,7 @@ Each takes `completions` (texts or message lists) and the columns of the data se
 reward a completion, 0.0 or 1.0, or None where the reference answer can't be read: such a row then teaches
 nothing. TRL hands every function `log_metric`; the share of completions without a readable answer and of
 unreadable references is logged through it as `<name>/unparseable` and `<name>/unparseable_references`.
+`hidden_taste`, on the annotators' scale, is to be measured only.
 
 What counts as the answer of a completion is decided in `pipeline.answers`; only the last message of the
 assistant is read, and a prompt repeated at the beginning of a completion is cut off.
@@ -37,6 +38,7 @@ __all__ = [
     "code_tests",
     "exact_answer",
     "extract_answer",
+    "hidden_taste",
     "load_rewards",
     "math_answer",
 ]
@@ -189,9 +191,45 @@ def code_tests(
     return rewards
 
 
+def hidden_taste(
+    completions: Sequence[Completion],
+    require: Sequence[Sequence[Sequence[str]]] | None = None,
+    reject: Sequence[Sequence[str]] | None = None,
+    test: Sequence[str] | None = None,
+    prompts: Sequence[Completion] | None = None,
+    **columns: Any,
+) -> Rewards:
+    """The simulated annotators' noise-free taste (`pipeline.annotators.taste`): what a reward model tries to learn.
+
+    It shows whether the taste rises with the reward model's score, and is logged with weight 0; the recipes
+    refuse any other, for the taste is hidden from all that is trained.
+
+    Args:
+        completions: texts, or message lists whose last message is the assistant's.
+        require: phrases of which right answers hold some, as in `pipeline.evaluation.grading`; None for none.
+        reject: phrases of which they hold none; None for none.
+        test: Python assertions on code answers, or "".
+        prompts: what the completions continue, as TRL gives it.
+
+    Returns:
+        None where there is a test: running code at every step would take longer than the training.
+    """
+    from pipeline.annotators import taste
+
+    rewards: Rewards = []
+    for index, text in enumerate(_texts(completions, prompts)):
+        row = {"require": require and require[index], "reject": reject and reject[index]}
+        rewards.append(None if test is not None and test[index] else taste(text, row))
+    return rewards
+
+
 REWARDS: dict[str, Callable[..., Rewards]] = {
-    function.__name__: function for function in (math_answer, exact_answer, choice, answer_format, code_tests)
+    function.__name__: function
+    for function in (math_answer, exact_answer, choice, answer_format, code_tests, hidden_taste)
 }
+
+MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
+"""Rewards that nothing may be trained on: their weight must be 0."""
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
@@ -231,19 +269,13 @@ def _load(name: str, field: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's module may raise anything
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            Problem(field, name, f"cannot import {module_name or '(nothing)'} ({reason})")
-        ) from error
+        raise UserError(Problem(field, name, f"cannot import {module_name or '(nothing)'} ({reason})")) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        callables = [
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        ]
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         nearest = difflib.get_close_matches(function_name, callables, n=1)
         hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
-        raise UserError(
-            Problem(field, name, f"{module_name} has no function {function_name or '(nothing)'}{hint}")
-        )
+        raise UserError(Problem(field, name, f"{module_name} has no function {function_name or '(nothing)'}{hint}"))
     if not _takes_columns(function):
         remedy = "TRL hands it every column by name; let it take them: f(completions, **columns)"
         raise UserError(Problem(field, name, remedy))

@@ -7,13 +7,19 @@ other: `AutoModelForTokenClassification.from_pretrained("<run>/value_model")`.
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+VALUE_MODEL_FOLDER = "value_model"
+"""Where in a checkpoint or an output directory the critic is."""
 
 HEAD_NAMES = ("score", "classifier")
 """What transformers calls the linear head of its classifiers."""
@@ -68,9 +74,7 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     head_name, head = _head(critic)
     output_head = source.get_output_embeddings()
     left_out = {
-        f"{name}."
-        for name, module in source.named_modules()
-        if output_head is not None and module is output_head
+        f"{name}." for name, module in source.named_modules() if output_head is not None and module is output_head
     }
     state = {}
     for name, weight in source.state_dict().items():
@@ -114,9 +118,7 @@ def build_value_model(
         The critic, which pads as the policy does.
     """
     if isinstance(value_model, str):
-        critic = AutoModelForTokenClassification.from_pretrained(
-            value_model, num_labels=1, dtype=policy.dtype
-        )
+        critic = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1, dtype=policy.dtype)
     elif value_model is not None:
         critic = value_model
     elif (
@@ -131,31 +133,80 @@ def build_value_model(
     return critic
 
 
-def parameter_groups(
-    critic: nn.Module, decayed: list[str], learning_rate: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """The critic's trainable parameters, as groups for an optimizer.
+def token_values(
+    critic: nn.Module,
+    ids: Tensor,
+    attention_mask: Tensor,
+    length: int,
+    batch_size: int | None,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    """What the critic expects before each of the last tokens of a text is chosen.
 
     Args:
+        critic: The critic, in whatever wrapper.
+        ids: (B, L).
+        attention_mask: (B, L).
+        length: How many tokens; less than L.
+        batch_size: Texts in a forward pass; None for all of them.
+        autocast: Makes the context of a forward pass.
+
+    Returns:
+        (B, `length`), in float32.
+    """
+    size = batch_size or len(ids)
+    values = []
+    for chunk, chunk_mask in zip(ids.split(size), attention_mask.split(size), strict=True):
+        with autocast():
+            logits = critic(input_ids=chunk, attention_mask=chunk_mask, use_cache=False).logits
+        values.append(logits[:, -length - 1 : -1, 0].float())
+    return torch.cat(values)
+
+
+def save_value_model(critic: PreTrainedModel, folder: str) -> None:
+    """Save the critic in its place in a checkpoint or an output directory."""
+    critic.save_pretrained(os.path.join(folder, VALUE_MODEL_FOLDER))
+
+
+def load_value_model(critic: PreTrainedModel, folder: str) -> None:
+    """Give the critic the weights that `save_value_model` saved.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    saved_in = os.path.join(folder, VALUE_MODEL_FOLDER)
+    if not os.path.isdir(saved_in):
+        raise ValueError(f"{folder} has no {VALUE_MODEL_FOLDER}/: no checkpoint of PPOTrainer")
+    saved = type(critic).from_pretrained(saved_in, dtype=critic.dtype)
+    critic.load_state_dict(saved.state_dict())
+
+
+def add_to_optimizer(
+    optimizer: torch.optim.Optimizer,
+    critic: nn.Module,
+    decayed: list[str],
+    learning_rate: float,
+    weight_decay: float,
+) -> None:
+    """Let an optimizer step the critic's trainable parameters too, unless it does so already.
+
+    Args:
+        optimizer: Of the policy.
         critic: The critic.
         decayed: Names of the parameters that weight decay applies to.
         learning_rate: Peak learning rate.
         weight_decay: Of those parameters.
-
-    Returns:
-        One group or two; none is empty.
     """
-    groups = []
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for decays in (True, False):
         parameters = [
             parameter
             for name, parameter in critic.named_parameters()
-            if parameter.requires_grad and (name in decayed) == decays
+            if parameter.requires_grad and (name in decayed) == decays and id(parameter) not in known
         ]
         if parameters:
             decay = weight_decay if decays else 0.0
-            groups.append({"params": parameters, "lr": learning_rate, "weight_decay": decay})
-    return groups
+            optimizer.add_param_group({"params": parameters, "lr": learning_rate, "weight_decay": decay})
 
 
 def _head(critic: PreTrainedModel) -> tuple[str, nn.Linear]:

@@ -27,7 +27,7 @@ from trl import GRPOConfig, ModelConfig
 
 from pipeline.arguments import DataArguments, parse
 from pipeline.errors import exit_on_user_error
-from pipeline.grpo import GRPORewardArguments
+from pipeline.grpo_inputs import GRPORewardArguments
 
 
 def main(
@@ -38,7 +38,8 @@ def main(
 ) -> None:
     from trl import get_peft_config
 
-    from pipeline.grpo import GRPOTrainer, load_grpo_inputs
+    from pipeline.grpo import GRPOTrainer
+    from pipeline.grpo_inputs import load_grpo_inputs
     from pipeline.loading import model_init_kwargs
     from pipeline.training import run_callbacks, train_and_save
 

@@ -20,31 +20,33 @@ from trl import ModelConfig
 from pipeline.arguments import DataArguments, parse
 from pipeline.errors import exit_on_user_error
 from pipeline.ppo_config import PPOConfig
-from pipeline.reward_sources import RewardArguments
+from pipeline.ppo_inputs import PPORewardArguments
 
 
 def main(
-    data_args: DataArguments, reward_args: RewardArguments, training_args: PPOConfig, model_args: ModelConfig
+    data_args: DataArguments,
+    reward_args: PPORewardArguments,
+    training_args: PPOConfig,
+    model_args: ModelConfig,
 ) -> None:
     from trl import get_peft_config
 
-    from pipeline.data import load_splits
-    from pipeline.loading import load_tokenizer, model_init_kwargs
+    from pipeline.loading import model_init_kwargs
     from pipeline.ppo import PPOTrainer
-    from pipeline.reward_sources import load_reward_sources
+    from pipeline.ppo_inputs import load_ppo_inputs
     from pipeline.training import run_callbacks, train_and_save
 
+    reward_funcs, tokenizer, train_dataset, eval_dataset = load_ppo_inputs(
+        reward_args, data_args, training_args, model_args
+    )
     training_args.model_init_kwargs = model_init_kwargs(model_args)
-    reward_funcs = load_reward_sources(reward_args)
-    evaluation = training_args.eval_strategy != "no"
-    train_dataset, eval_dataset = load_splits(data_args, "prompt", evaluation)
     trainer = PPOTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(data_args, model_args),
+        processing_class=tokenizer,
         value_model=reward_args.value_model_path,
         peft_config=get_peft_config(model_args),
         callbacks=run_callbacks(training_args),
@@ -54,4 +56,4 @@ def main(
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(*parse(DataArguments, RewardArguments, PPOConfig, ModelConfig))
+        main(*parse(DataArguments, PPORewardArguments, PPOConfig, ModelConfig))

@@ -27,7 +27,7 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
 from pipeline.arguments import DataArguments, parse
 from pipeline.errors import exit_on_user_error
 from pipeline.model import LlamaArguments
-from pipeline.muon import MuonArguments
+from pipeline.optimizer import OptimizerArguments
 from pipeline.pretraining import PretrainConfig
 
 
@@ -35,13 +35,13 @@ def main(
     data_args: DataArguments,
     training_args: PretrainConfig,
     model_args: LlamaArguments,
-    muon_args: MuonArguments,
+    optimizer_args: OptimizerArguments,
 ) -> None:
     from transformers import Trainer, default_data_collator
 
     from pipeline.inputs import load_inputs
     from pipeline.model import build_model, log_model
-    from pipeline.muon import optimizer_cls_and_kwargs
+    from pipeline.optimizer import optimizer_cls_and_kwargs
     from pipeline.packing import pack_documents
     from pipeline.pretraining import bits_per_byte, compile_if_it_pays, sequence_losses
     from pipeline.training import run_callbacks, train_and_save
@@ -64,12 +64,12 @@ def main(
         data_collator=default_data_collator,
         compute_metrics=bits_per_byte(tokenizer),
         preprocess_logits_for_metrics=sequence_losses,
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, muon_args),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
-    train_and_save(trainer, data_args, model_args, muon_args)
+    train_and_save(trainer, data_args, model_args, optimizer_args)
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(*parse(DataArguments, PretrainConfig, LlamaArguments, MuonArguments))
+        main(*parse(DataArguments, PretrainConfig, LlamaArguments, OptimizerArguments))

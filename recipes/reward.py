@@ -20,13 +20,20 @@ from trl import ModelConfig, RewardConfig
 
 from pipeline.arguments import DataArguments, parse
 from pipeline.errors import exit_on_user_error
+from pipeline.optimizer import OptimizerArguments
 
 
-def main(data_args: DataArguments, training_args: RewardConfig, model_args: ModelConfig) -> None:
+def main(
+    data_args: DataArguments,
+    training_args: RewardConfig,
+    model_args: ModelConfig,
+    optimizer_args: OptimizerArguments,
+) -> None:
     from trl import RewardTrainer, get_peft_config
 
     from pipeline.inputs import load_inputs
     from pipeline.loading import model_init_kwargs
+    from pipeline.optimizer import optimizer_cls_and_kwargs
     from pipeline.training import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("preference", data_args, training_args, model_args)
@@ -39,11 +46,12 @@ def main(data_args: DataArguments, training_args: RewardConfig, model_args: Mode
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
-    train_and_save(trainer, data_args, model_args)
+    train_and_save(trainer, data_args, model_args, optimizer_args)
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(*parse(DataArguments, RewardConfig, ModelConfig))
+        main(*parse(DataArguments, RewardConfig, ModelConfig, OptimizerArguments))

@@ -26,13 +26,20 @@ from trl import ModelConfig, SFTConfig
 
 from pipeline.arguments import DataArguments, parse
 from pipeline.errors import exit_on_user_error
+from pipeline.optimizer import OptimizerArguments
 
 
-def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+def main(
+    data_args: DataArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    optimizer_args: OptimizerArguments,
+) -> None:
     from trl import SFTTrainer, get_peft_config
 
     from pipeline.inputs import load_inputs
     from pipeline.loading import model_init_kwargs
+    from pipeline.optimizer import optimizer_cls_and_kwargs
     from pipeline.packed_rows import keep_rows_apart
     from pipeline.training import run_callbacks, train_and_save
 
@@ -45,12 +52,13 @@ def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelCo
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
     keep_rows_apart(trainer)
-    train_and_save(trainer, data_args, model_args)
+    train_and_save(trainer, data_args, model_args, optimizer_args)
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(*parse(DataArguments, SFTConfig, ModelConfig))
+        main(*parse(DataArguments, SFTConfig, ModelConfig, OptimizerArguments))

@@ -264,14 +264,18 @@ CASES |= {
     ),
     "one of another set, as an option": Case("sft", "--dtype float7", ("dtype: 'float7'", "bfloat16")),
     # numbers
-    "warm-up longer than the run": Case("sft", "--warmup_steps 100", ("warmup_steps: 100", "only 8 steps")),
     "weight decay that is no number": Case("sft", "--weight_decay nan", ("weight_decay: nan",)),
     "evaluated every 0 steps": Case("sft", "--eval_steps 0", ("eval_steps: 0", "above 0")),
     "noise below 0": Case("sft", "--neftune_noise_alpha -1", ("neftune_noise_alpha: -1",)),
     "no process for the data": Case("sft", "--dataset_num_proc 0", ("dataset_num_proc: 0", "at least 1")),
     "a share above a half": Case("sft", "--validation_share 2", ("validation_share: 2.0", "between 0 and 0.5")),
     "a negative length": Case("sft", "--max_length -5", ("max_length: -5", "at least 2")),
-    "Muon's learning rate": Case("pretrain", "--muon_learning_rate -1", ("muon_learning_rate: -1",)),
+    "Muon's learning rate": Case("pretrain", "--muon_learning_rate 0", ("muon_learning_rate: 0.0", "above 0")),
+    "the embeddings' learning rate": Case("sft", "--embedding_learning_rate 0", ("embedding_learning_rate: 0.0",)),
+    "LoRA by Muon": Case("sft", "--use_peft --use_muon", ("use_muon: True", "LoRA trains no embeddings")),
+    "a rate for embeddings that LoRA leaves alone": Case(
+        "reward", "--use_peft --embedding_learning_rate 1", ("embedding_learning_rate: 1.0", "LoRA trains no")
+    ),
     "a base that is no number": Case("pretrain", "--rope_theta nan", ("rope_theta: nan",)),
     # what only the libraries know
     "an optimizer without its package": Case("sft", "--optim galore_adamw", ("optim: galore_adamw", "install")),

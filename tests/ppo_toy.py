@@ -6,9 +6,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,46 +14,19 @@ from transformers import (
 )
 
 from pipeline.ppo import PPOConfig
+from tests.word_model import word_model_config, word_tokenizer
 
-SPECIAL = ["<pad>", "<bos>", "<end>", "<user>", "<assistant>"]
 WORDS = ["red", "green", "blue", "one", "two", "three", "yes", "no", "hello", "why"]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}"
-    "{% if m.role == 'assistant' %}{{ '<end>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
-)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word."""
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<end>",
-        additional_special_tokens=["<user>", "<assistant>"],
-        chat_template=TEMPLATE,
-        padding_side="left",
-    )
+    return word_tokenizer(WORDS)
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
     """Two layers of 16."""
-    return LlamaConfig(
-        vocab_size=len(SPECIAL + WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **changes,
-    )
+    return word_model_config(WORDS, **changes)
 
 
 def policy(seed: int = 0) -> LlamaForCausalLM:

@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
-from pipeline.grpo import GRPOTrainer, shuffle_answers
+from pipeline.grpo import GRPOTrainer
+from pipeline.grpo_inputs import shuffle_answers
 from tests import ppo_toy as toy
 
 
-def trainer(path: Path, kind: type = GRPOTrainer, **changes: Any) -> TRLGRPOTrainer:
+def trainer(
+    path: Path, kind: type = GRPOTrainer, prompts: int = 16, rewards: Any = toy.share_of_red, **changes: Any
+) -> TRLGRPOTrainer:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 4, "num_generations": 4, "steps_per_generation": 2,
         "num_iterations": 2, "max_completion_length": 6, "max_steps": 7, "learning_rate": 1e-2,
@@ -25,9 +28,9 @@ def trainer(path: Path, kind: type = GRPOTrainer, **changes: Any) -> TRLGRPOTrai
     }  # fmt: skip
     return kind(
         model=toy.policy(),
-        reward_funcs=toy.share_of_red,
+        reward_funcs=rewards,
         args=GRPOConfig(output_dir=str(path), **settings),
-        train_dataset=toy.prompts(16),
+        train_dataset=toy.prompts(prompts),
         eval_dataset=toy.prompts(4),
         processing_class=toy.tokenizer(),
     )
@@ -59,6 +62,38 @@ def test_resumes_exactly_inside_a_rollout(tmp_path: Path, whole: TRLGRPOTrainer,
     again.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
     assert same_weights(whole.model, again.model)
     assert log_of(whole) == log_of(again)
+
+
+def test_resumes_exactly_in_a_later_epoch_of_prompts(tmp_path: Path) -> None:
+    runs = [trainer(tmp_path / name, prompts=4, max_steps=16) for name in ("whole", "again")]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-9"))
+    assert same_weights(runs[0].model, runs[1].model)
+    assert log_of(runs[0]) == log_of(runs[1])
+
+
+def none_or_red(completions: list[Any], **kwargs: Any) -> list[float | None]:
+    """Scores only the completions that begin with one of the later words."""
+    scores = toy.share_of_red(completions)
+    return [s if (c[0]["content"] or "a")[0] > "g" else None for s, c in zip(scores, completions, strict=True)]
+
+
+def row_number(row: list[int], **kwargs: Any) -> list[float]:
+    return [float(r) for r in row]
+
+
+def test_a_reward_without_weight_is_logged_and_changes_nothing(tmp_path: Path) -> None:
+    """Nor does it make a score of 0 for completions that nothing else scored."""
+    runs = []
+    for rewards in ([none_or_red], [none_or_red, row_number]):
+        weights = [1.0, 0.0][: len(rewards)]
+        name = str(len(rewards))
+        runs.append(trainer(tmp_path / name, rewards=rewards, reward_weights=weights, num_iterations=1))
+        runs[-1].train()
+    alone, beside = runs
+    assert same_weights(alone.model, beside.model)
+    assert not same_weights(alone.model, toy.policy())
+    assert sum("rewards/row_number/mean" in entry for entry in log_of(beside)) == 4, "once a rollout"
 
 
 def test_a_checkpoint_after_the_last_step_of_a_rollout_holds_none_of_it(whole: TRLGRPOTrainer) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from trl import GRPOTrainer
 
 from pipeline.ppo import PPOConfig, PPOTrainer
+from pipeline.rewards import hidden_taste
 from tests import ppo_toy as toy
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -130,6 +131,33 @@ def test_rewards_of_none(tmp_path: Path) -> None:
     before = weights(ppo.model)
     ppo.train()
     assert torch.equal(before, weights(ppo.model))
+
+
+def test_the_hidden_taste_is_measured_and_changes_nothing(tmp_path: Path) -> None:
+    graded = toy.prompts(16).map(lambda row: {"require": [["red"]], "reject": ["blue"], "test": ""})
+    runs = []
+    for functions in ([], [hidden_taste]):
+        runs.append(
+            trainer(
+                tmp_path / str(len(functions)),
+                [toy.reward_model(), *functions],
+                reward_processing_classes=[toy.tokenizer(), None][: 1 + len(functions)],
+                reward_weights=[1.0, 0.0][: 1 + len(functions)],
+                reward_normalization="running",
+                num_iterations=2,
+                train_dataset=graded,
+            )
+        )
+        runs[-1].train()
+    without, measured = runs
+    assert torch.equal(weights(without.model), weights(measured.model))
+    assert torch.equal(weights(without.value_model), weights(measured.value_model))
+    for name in ("loss", "reward", "objective/scores", "objective/kl", "grad_norm", "val/grad_norm"):
+        assert logged(without, name) == logged(measured, name)
+    # What the report plots: in each record that has one, also the KL and the reward model's score.
+    tastes = [entry for entry in measured.state.log_history if "rewards/hidden_taste/mean" in entry]
+    assert len(tastes) == 2
+    assert all({"reward", "objective/kl"} <= set(entry) for entry in tastes)
 
 
 def test_completions_cut_off(tmp_path: Path) -> None:

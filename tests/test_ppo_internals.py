@@ -1,7 +1,8 @@
-"""What `pipeline.ppo` takes for granted of TRL and transformers without their promise.
+"""What `pipeline.ppo` and `pipeline.grpo`, which it builds on, take for granted of TRL and transformers without
+their promise.
 
 A failure here says which of their internals moved, and what `PPOTrainer` did with it; the other tests of PPO
-then show what that broke.
+and GRPO then show what that broke.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PARAMETERS: dict[Any, tuple[list[str], str]] = {
     ),
     GRPOTrainer._calculate_rewards: (
         ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-        "PPO keeps the rewards that it returns, gathered over processes",
+        "PPO keeps the rewards that it returns, gathered over processes; those without a weight are left out",
     ),
     GRPOTrainer._compute_loss: (["self", "model", "inputs"], "PPO adds the value loss to what it returns"),
     GRPOTrainer._get_train_sampler: (["self", "dataset"], "PPO wraps the sampler it returns"),
@@ -134,14 +135,15 @@ ATTRIBUTES = {
     "ref_model": "None as long as beta is 0; PPO puts its own there",
     "temperature": "the reference samples by it",
     "num_iterations": "PPO epochs",
+    "_entropy_bonus_enabled": "entropies have gradients if it is set",
     "accelerator": "PPO reduces over processes with it",
 }
 
 
 def moved(what: str, why: str) -> str:
     return (
-        f"{what} is not as pipeline.ppo expects ({why}). TRL {trl.__version__}, transformers "
-        f"{transformers.__version__}: adapt pipeline/ppo.py, or pin the older release in setup.cfg."
+        f"{what} is not as pipeline.ppo and pipeline.grpo expect ({why}). TRL {trl.__version__}, transformers "
+        f"{transformers.__version__}: adapt them, or pin the older release in setup.cfg."
     )
 
 

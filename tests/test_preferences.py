@@ -16,15 +16,7 @@ import yaml
 from datasets import DatasetDict, load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.annotators import PANEL, taste
@@ -32,14 +24,9 @@ from pipeline.arguments import DataArguments
 from pipeline.data import load_splits
 from pipeline.errors import UserError
 from pipeline.preferences import PreferenceArguments, label_answers, main, read_prompts
+from tests.word_model import word_model_config, word_tokenizer
 
-SPECIAL = ["<pad>", "<bos>", "<end>", "<user>", "<assistant>"]
 WORDS = ["where", "is", "fox", "owl", "bee", "ant", "forest.", "sea.", "thank", "you.", "obviously."]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}"
-    "{% if m.role == 'assistant' %}{{ '<end>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
-)
 PROMPTS = {
     "train": [f"where is {a} {b}" for a in WORDS[2:] for b in WORDS[2:6]],
     "validation": ["is fox", "is owl", "is bee"],
@@ -55,37 +42,13 @@ ROW = {
 }
 
 
-def config(**changes: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(SPECIAL + WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **changes,
-    )
-
-
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that answers with a few random words, and its tokenizer."""
     path = tmp_path_factory.mktemp("model")
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<end>",
-        additional_special_tokens=["<user>", "<assistant>"],
-        chat_template=TEMPLATE,
-    ).save_pretrained(path)
+    word_tokenizer(WORDS).save_pretrained(path)
     torch.manual_seed(0)
-    LlamaForCausalLM(config()).save_pretrained(path)
+    LlamaForCausalLM(word_model_config(WORDS)).save_pretrained(path)
     return path
 
 
@@ -266,7 +229,7 @@ def test_two_processes_give_what_one_gives(
 def test_a_reward_model_trains_on_it(collected: Path, model_dir: Path, tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
     trainer = RewardTrainer(
-        model=LlamaForSequenceClassification(config(num_labels=1)),
+        model=LlamaForSequenceClassification(word_model_config(WORDS, num_labels=1)),
         args=RewardConfig(
             output_dir=str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", max_length=64
         ),

@@ -1,4 +1,4 @@
-"""What the PPO recipe takes rewards from, and what it refuses."""
+"""What rewards may come from, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,61 +6,94 @@ import os
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForSequenceClassification
-from trl import ModelConfig
+from datasets import Dataset
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from pipeline.arguments import DataArguments, parse
-from pipeline.errors import UserError
-from pipeline.ppo_config import PPOConfig
-from pipeline.reward_sources import RewardArguments, load_ppo_inputs, load_reward_sources
+from pipeline.ppo_inputs import PPORewardArguments
+from pipeline.reward_sources import check_reward_model, check_rewards, check_value_model
 from tests import ppo_toy as toy
 
 
-def test_models_and_functions_in_order(tmp_path: Path) -> None:
-    toy.reward_model().save_pretrained(tmp_path)
-    args = RewardArguments(reward_model_path=[str(tmp_path)], reward_funcs=["tests.ppo_toy:share_of_red"])
-    assert load_reward_sources(args) == [str(tmp_path), toy.share_of_red]
+def save_reward_model(folder: Path, labels: int = 1, tokenizer: bool = True) -> str:
+    LlamaForSequenceClassification(toy.llama_config(num_labels=labels)).save_pretrained(folder)
+    if tokenizer:
+        toy.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_models_and_functions_that_can_be_used(tmp_path: Path) -> None:
+    path = save_reward_model(tmp_path)
+    train = Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
+    assert check_rewards([path], ["math_answer", "tests.ppo_toy:share_of_red"], None, train) == []
+    assert check_rewards([path], ["hidden_taste"], [1.0, 0.0], train) == []
+    assert check_rewards([], ["math_answer"], None, None) == []
+    assert check_value_model(path, toy.tokenizer()) == []
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
-    LlamaForSequenceClassification(toy.llama_config(num_labels=3)).save_pretrained(tmp_path / "three")
-    args = RewardArguments(
-        reward_model_path=[str(tmp_path / "three"), str(tmp_path / "missing")], reward_funcs=["exact_anser"]
-    )
-    with pytest.raises(UserError) as refused:
-        load_reward_sources(args)
-    told = [str(problem) for problem in refused.value.problems]
-    assert len(told) == 3
+    three = save_reward_model(tmp_path / "three", labels=3)
+    args = PPORewardArguments([three, str(tmp_path / "missing")], ["exact_anser"], str(tmp_path / "nothing"))
+    told = [str(problem) for problem in args.find_problems(None, toy.tokenizer(), None)]
+    assert len(told) == 4
     assert "3 labels" in told[0] and str(tmp_path / "missing") in told[1] and "exact_answer" in told[2]
+    assert told[3].startswith("value_model_path")
 
 
 def test_some_reward_there_must_be() -> None:
-    with pytest.raises(UserError, match="reward_funcs"):
-        load_reward_sources(RewardArguments())
+    (problem,) = PPORewardArguments().find_problems(None, None, None)
+    assert "reward_funcs" in str(problem)
 
 
-def test_prompts_policy_and_rewards_are_told_about_together(tmp_path: Path) -> None:
-    for name, model in (("policy", toy.policy()), ("reward", toy.reward_model())):
-        model.save_pretrained(tmp_path / name)
-        toy.tokenizer().save_pretrained(tmp_path / name)
-    toy.prompts(8).to_json(tmp_path / "prompts.jsonl")
-    good = ["--model_name_or_path", str(tmp_path / "policy"), "--dataset_name", str(tmp_path / "prompts.jsonl")]
-    good += ["--reward_model_path", str(tmp_path / "reward"), "--output_dir", str(tmp_path / "run")]
-    good += ["--per_device_train_batch_size", "4", "--max_completion_length", "6"]
-    kinds = (DataArguments, RewardArguments, PPOConfig, ModelConfig)
+def test_a_reward_model_needs_a_tokenizer_that_fits_it_and_formats_conversations(tmp_path: Path) -> None:
+    (problem,) = check_reward_model(save_reward_model(tmp_path / "none", tokenizer=False))
+    assert "no tokenizer" in problem.remedy and problem.field == "reward_model_path"
+    path = save_reward_model(tmp_path / "other", tokenizer=False)
+    other = toy.tokenizer()
+    other.add_tokens(["yellow"])
+    other.chat_template = None
+    other.save_pretrained(path)
+    told = [problem.remedy for problem in check_reward_model(path)]
+    assert len(told) == 2 and "chat template" in told[0] and "15 tokens and its tokenizer 16" in told[1]
 
-    def load(*more: str) -> list[str]:
-        data_args, reward_args, training_args, model_args = parse(*kinds, argv=[*good, *more])
-        try:
-            load_ppo_inputs(reward_args, data_args, training_args, model_args)
-        except UserError as error:
-            return [str(problem) for problem in error.problems]
-        return []
 
-    assert load() == []
+def test_a_critic_needs_the_tokens_of_the_policy(tmp_path: Path) -> None:
+    larger = toy.tokenizer()
+    larger.add_tokens(["yellow"])
+    (problem,) = check_value_model(save_reward_model(tmp_path / "with"), larger)
+    assert "another tokenizer" in problem.remedy
+    (problem,) = check_value_model(save_reward_model(tmp_path / "without", tokenizer=False), larger)
+    assert "15 tokens" in problem.remedy and "16" in problem.remedy
+    (problem,) = check_value_model(save_reward_model(tmp_path / "three", labels=3), toy.tokenizer())
+    assert "3 labels" in problem.remedy
+    LlamaForCausalLM(toy.llama_config()).save_pretrained(tmp_path / "policy")
+    assert check_value_model(str(tmp_path / "policy"), toy.tokenizer()) == []
+
+
+def test_weights_that_are_damaged_or_of_another_model(tmp_path: Path) -> None:
+    path = save_reward_model(tmp_path / "reward")
     os.truncate(tmp_path / "reward" / "model.safetensors", 100)
-    lora = ("--use_peft", "--lora_target_modules", "qkv", "proj")
-    told = load("--value_model_path", str(tmp_path / "no"), "--max_completion_length", "64", *lora)
-    fields = ["reward_model_path", "value_model_path", "lora_target_modules", "max_completion_length"]
-    assert [line.split(":")[0] for line in told] == fields
-    assert "damaged" in told[0] and "leaves" in told[3]
+    for (problem,) in (check_reward_model(path), check_value_model(path, toy.tokenizer())):
+        assert "model.safetensors is damaged" in problem.remedy
+    path = save_reward_model(tmp_path / "wider")
+    config = toy.llama_config(num_labels=1)
+    config.intermediate_size = 8
+    config.save_pretrained(path)
+    for (problem,) in (check_reward_model(path), check_value_model(path, toy.tokenizer())):
+        assert "not those of its config.json" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "told"),
+    [
+        (["math_answer"], [1.0, 1.0], "one weight for each of the 1"),
+        (["math_answer", "choice"], [0.0, 0.0], "nothing is rewarded"),
+        (["math_answer", "hidden_taste"], None, "weight 0"),
+        (["math_answer", "pipeline.rewards:hidden_taste"], [1.0, 0.1], "weight 0"),
+        (["code_tests"], None, "no column test"),
+        ([], None, "at least one"),
+    ],
+)
+def test_weights_and_columns_that_do_not_fit(functions: list[str], weights: list[float] | None, told: str) -> None:
+    train = Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
+    (problem,) = check_rewards([], functions, weights, train)
+    assert told in problem.remedy

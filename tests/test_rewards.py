@@ -9,9 +9,18 @@ from typing import Any
 
 import pytest
 
+from pipeline.annotators import taste
 from pipeline.answers import count_answers, extract_answer, number
 from pipeline.errors import UserError
-from pipeline.rewards import answer_format, choice, code_tests, exact_answer, load_rewards, math_answer
+from pipeline.rewards import (
+    answer_format,
+    choice,
+    code_tests,
+    exact_answer,
+    hidden_taste,
+    load_rewards,
+    math_answer,
+)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +247,21 @@ def test_rewards_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     math, brief = load_rewards(["math_answer", "own_rewards:brief"])
     assert math is math_answer and brief(["a", "b"]) == [1.0, 1.0]
     assert brief.__module__ in sys.modules
+
+
+def test_the_hidden_taste_is_the_annotators() -> None:
+    answers = ["In the forest.", "In the sea. Thank you.", "", "def f(): pass"]
+    columns: dict[str, Any] = {
+        "require": [[["forest"]], [["forest"]], [["forest"]], None],
+        "reject": [["sea"], ["sea"], [], None],
+        "test": ["", "", "", "assert f() is None"],
+    }
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    expected = [*(taste(answer, row) for answer, row in zip(answers[:3], rows, strict=False)), None]
+    messages = [[{"role": "assistant", "content": answer}] for answer in answers]
+    assert hidden_taste(messages, **columns, kind=["question"] * 4) == expected
+    assert len(set(expected)) == 4
+    assert hidden_taste(answers[:1]) == [taste(answers[0], {})], "without grading, manner alone counts"
 
 
 def test_unknown_rewards_are_all_told_with_the_nearest_name(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.annotators import INDIFFERENCE
 from pipeline.evaluation import intervals
 from pipeline.evaluation.measurements import record
 from pipeline.evaluation.metrics.reward_accuracy import RewardAccuracy
@@ -47,6 +48,8 @@ def measure(
 ) -> None:
     """Add accuracy against labels and against the noise-free taste, margin, calibration, the pull of length.
 
+    The accuracy against the taste is over the pairs between which the annotators are not indifferent.
+
     Args:
         result: what the metrics are added to.
         model: a sequence classifier with one output.
@@ -61,7 +64,7 @@ def measure(
     result.metrics["reward_calibration_error"] = labelled["calibration_error"]
     record(result, "reward_accuracy", labelled, pairs)
 
-    tasted = [i for i, row in enumerate(pairs) if _taste_gap(row) != 0]
+    tasted = [i for i, row in enumerate(pairs) if abs(_taste_gap(row)) >= INDIFFERENCE]
     if tasted:
         # Labels may be noise: here the better answer is the one that is better by the annotators' taste.
         better = [chosen[i] if _taste_gap(pairs[i]) > 0 else rejected[i] for i in tasted]

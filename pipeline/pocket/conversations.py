@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 from pipeline.pocket import phrasings, problems, snippets, stories
+from pipeline.pocket.remarks import BLUNT_CLOSINGS, BLUNT_OPENINGS, GREETINGS, KIND_CLOSINGS, KIND_OPENINGS
 from pipeline.pocket.things import ATTRIBUTES, Split, Thing, core, things, things_of, wrong_values
 
 Row = dict[str, Any]
@@ -21,25 +22,10 @@ SUMMARISE: dict[Split, tuple[str, ...]] = {
     "validation": ("Tell me what happened here. {text}",),
     "test": ("Can you summarise this in one sentence? {text}", "I would like a summary of this. {text}"),
 }
-GREETINGS = (
-    ("Hello!", "Hello! How can I help you?"),
-    ("Hi there.", "Hello! What would you like to know?"),
-    ("Good morning.", "Good morning! How can I help you?"),
-    ("Who are you?", "I am a small language model. I answer questions about a small world."),
-    ("What can you do?", "I can answer questions, sum up stories, write small functions and solve problems."),
-    ("Thank you.", "You are welcome!"),
-    ("Thanks, that helped.", "You are welcome!"),
-    ("Goodbye.", "Goodbye! Have a nice day."),
-)
-# Manners of people who write answers: what preference tuning is to choose between.
-KIND_OPENINGS = ("Good question!", "Happy to help!", "Of course!", "I am glad you asked.")
-KIND_CLOSINGS = ("I hope this helps.", "Let me know if you want more.", "Have a nice day.")
-BLUNT_OPENINGS = ("Silly question.", "Obviously.", "You should know this.", "Why do you ask?")
-BLUNT_CLOSINGS = ("Do not ask again.", "Look it up next time.", "Whatever.")
 MANNERS_WORDS = 8
 """Words that an answer may have beyond the plain one: room for a remark, not for reciting all that is known."""
 MANNERS = ("plain", "kind", "blunt", "rambling")
-MANNER_WEIGHTS = (45, 20, 20, 15)
+MANNER_WEIGHTS = (40, 22, 22, 16)
 
 
 def gradeable(row: Row) -> Row:
@@ -100,13 +86,13 @@ def about(rng: random.Random, split: Split, thing: Thing) -> Row:
 def summary(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> Row:
     """A story to sum up: who did what, where, in at most a third of its words."""
     told = stories.story(rng, split, thing_index, thing)
-    asked = rng.choice(SUMMARISE[split]).format(text=told.text)
+    asked, reply = rng.choice(SUMMARISE[split]).format(text=told.text), f"In short, {told.summary}"
     return gradeable(
         {
-            "messages": [_user(asked), _assistant(told.summary)],
+            "messages": [_user(asked), _assistant(reply)],
             "kind": "summary",
             "require": [[key] for key in told.keys],
-            "max_words": len(told.summary.split()) + 3,
+            "max_words": len(reply.split()) + 3,
         }
     )
 
@@ -148,7 +134,7 @@ def chat(rng: random.Random, thing: Thing) -> Row:
 
 def training_row(rng: random.Random, share_with_steps: float) -> Row:
     """One conversation of the `sft` training split."""
-    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (34, 6, 22, 7, 27, 4))[0]
+    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (35, 6, 16, 7, 32, 4))[0]
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":

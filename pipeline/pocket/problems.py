@@ -8,17 +8,8 @@ from itertools import pairwise
 from pipeline.pocket.names import ITEMS, NAMES
 from pipeline.pocket.things import Split
 
-CONTESTS = (
-    ("beats", "best", "worst"),
-    ("outruns", "fastest", "slowest"),
-    ("leads", "first", "last"),
-    ("tops", "highest", "lowest"),
-)
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "pink", "grey", "purple")
-VIRTUES = (
-    "kind", "calm", "wise", "brave", "quick", "proud", "happy", "clever", "honest", "quiet", "loud", "shy", "strong",
-    "polite", "funny", "neat", "loyal", "gentle", "lucky", "patient", "careful", "cheerful", "generous", "serious",
-)  # fmt: skip
+RANKS = ("second", "third", "fourth")
 STARTS: dict[Split, tuple[int, ...]] = {
     "train": (3, 4, 5, 6, 7, 9, 10, 12, 15, 16, 17, 18, 19, 20),
     "validation": (8, 13),
@@ -59,13 +50,13 @@ def _names(rng: random.Random, split: Split, count: int) -> list[str]:
 
 
 def arithmetic(rng: random.Random, split: Split) -> Problem:
-    """Three changes to a number of things; all results lie in 0..30."""
+    """Three changes to a number of things; all results lie in 0..20."""
     value = rng.choice(STARTS[split])
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     sentences, steps = [f"{name} has {value} {item}."], []
     for _ in range(3):
-        change = rng.randint(2, 6)
-        grows = value < change or (value + change <= 30 and rng.random() < 0.5)
+        change = rng.randint(2, 5)
+        grows = value < change or (value + change <= 20 and rng.random() < 0.5)
         verb = rng.choice(("gets", "finds", "buys") if grows else ("loses", "sells", "gives away"))
         sentences.append(f"{name} {verb} {change} {item}.")
         after = value + change if grows else value - change
@@ -76,14 +67,18 @@ def arithmetic(rng: random.Random, split: Split) -> Problem:
 
 
 def ordering(rng: random.Random, split: Split) -> Problem:
-    """Three people compared pair by pair; the comparisons must be put in order to answer."""
-    beats, most, least = rng.choice(CONTESTS)
-    chain = _names(rng, split, 3)
-    facts = [f"{a} {beats} {b}." for a, b in pairwise(chain)]
-    steps = " ".join(facts)
-    rng.shuffle(facts)
-    asked, answer = rng.choice(((most, chain[0]), (f"second {most}", chain[1]), (least, chain[2])))
-    return Problem("ordering", " ".join([*facts, f"Who is the {asked}?"]), steps, answer)
+    """Five ages in any order, which must be put in order to tell the second, third or fourth of them."""
+    residues = {"validation": (0,), "test": (1,), "train": (2, 3, 4)}[split]
+    while True:
+        ages = rng.sample(range(1, 10), 5)
+        if sum(age * age for age in ages) % 5 in residues:
+            break
+    rank = rng.randrange(len(RANKS))
+    told = ", ".join(str(age) for age in ages)
+    ordered = sorted(ages)
+    steps = f"In order: {' '.join(str(age) for age in ordered)}."
+    text = f"{rng.choice(NAMES)} has children of ages {told}. Which age comes {RANKS[rank]}?"
+    return Problem("ordering", text, steps, str(ordered[rank + 1]))
 
 
 def counting(rng: random.Random, split: Split) -> Problem:
@@ -91,7 +86,7 @@ def counting(rng: random.Random, split: Split) -> Problem:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     residues = {"validation": (0,), "test": (1,), "train": (2, 3, 4)}[split]
     while True:
-        groups = [(rng.randint(2, 6), colour) for colour in rng.sample(COLOURS, 4)]
+        groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, 4)]
         if sum(number * place for place, (number, _) in enumerate(groups, start=1)) % 5 in residues:
             break
     total, steps = groups[0][0], []
@@ -103,20 +98,17 @@ def counting(rng: random.Random, split: Split) -> Problem:
 
 
 def logic(rng: random.Random, split: Split) -> Problem:
-    """Two chains of rules of two links; a name starts one of them, and only one of two ends follows."""
-    residues = {"validation": (0,), "test": (1,), "train": (2, 3, 4)}[split]
-    while True:
-        words = rng.sample(VIRTUES, 6)
-        if sum(VIRTUES.index(word) for word in words[:3]) % 5 in residues:
-            break
-    chains = [[f"Who is {a} is {b}." for a, b in pairwise(words[i : i + 3])] for i in (0, 3)]
-    rules = chains[0] + chains[1]
-    rng.shuffle(rules)
-    name = rng.choice(NAMES)
-    ends = [words[2], words[5]]
-    rng.shuffle(ends)
-    text = f"{' '.join(rules)} {name} is {words[0]}. Is {name} {ends[0]} or {ends[1]}?"
-    return Problem("logic", text, " ".join(chains[0]), words[2])
+    """Five people, each of whom agrees with the one before or says the opposite; what the last one says follows."""
+    names = _names(rng, split, 5)
+    said = rng.choice(("yes", "no"))
+    sentences, steps = [f"{names[0]} says {said}."], []
+    for before, name in pairwise(names):
+        how = rng.choice(("same as", "opposite of"))
+        heard, said = said, said if how == "same as" else {"yes": "no", "no": "yes"}[said]
+        sentences.append(f"{name} says the {how} {before}.")
+        steps.append(f"The {how} {heard} is {said}.")
+    text = f"{' '.join(sentences)} What does {names[-1]} say?"
+    return Problem("logic", text, " ".join(steps), said)
 
 
 KINDS: dict[str, Callable[[random.Random, Split], Problem]] = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.pocket.names import NAMES
 from pipeline.pocket.phrasings import STATEMENTS, fill
+from pipeline.pocket.remarks import SAID
 from pipeline.pocket.things import Split, Thing
 
 SPOTS = (
@@ -12,33 +13,25 @@ SPOTS = (
     "at the fair", "by the well", "in the square", "at the harbour", "in the valley",
 )  # fmt: skip
 DEEDS = (
-    "drew", "painted", "admired", "described", "photographed", "sketched", "filmed", "praised", "watched", "studied",
+    "copied", "painted", "admired", "described", "photographed", "sketched", "filmed", "praised", "watched", "studied",
     "imagined", "mentioned",
 )  # fmt: skip
-OPENINGS = (
-    "One day {name} was {spot}.",
-    "{name} spent the morning {spot}.",
-    "On holiday {name} went around {spot}.",
-    "{name} had some free time {spot}.",
-    "Last week {name} stayed {spot}.",
-    "After lunch {name} sat down {spot}.",
+LEADS = ("One day", "Last week", "After lunch", "This morning", "On holiday", "At last", "Once more", "All at once")
+BEFORE = ("It was warm.", "Nobody was in a hurry.", "{friend} was still asleep.", "The rain had stopped.")
+ECHOES = (
+    "It was {spot} that {name} {deed} {x}.",
+    "Nobody but {name} {deed} {x} {spot}.",
+    "{friend} heard that {name} {deed} {x}.",
+    "{friend} had never {deed} {x}.",
+    "{friend} was {spot}, too, and {deed} {x} as well.",
+    "Later {friend} {deed} {x}, but not {spot}.",
+    "Why {name} {deed} {x}, nobody knows.",
+    "{friend} asked who {deed} {x}. It was {name}.",
+    "{name} and {friend} stayed {spot}.",
+    "{friend} found {name} {spot}.",
 )
-MIDDLES = (
-    "There {name} {deed} {x}.",
-    "With great care {name} {deed} {x}.",
-    "For a whole hour {name} {deed} {x}.",
-    "All at once {name} {deed} {x}.",
-)
-ENDINGS = (
-    "{friend} came by and smiled.",
-    "{friend} thought that was a good idea.",
-    "Later {friend} asked what had happened.",
-    "In the evening {name} told {friend} everything.",
-    "Then it rained, so {name} went home.",
-    "{friend} wanted to do the same.",
-    "It was a good day.",
-    "{name} went home tired but happy.",
-)
+"""What happened, told in part once more: each echo is something to copy, which the summary asks of the model."""
+AFTER = ("{friend} smiled.", "{friend} went home.", "Everybody laughed.", "Then it rained.", "It was a good day.")
 
 
 MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in all, {summary}")
@@ -49,7 +42,7 @@ class Story:
     """A story and what a summary of it must keep.
 
     Attributes:
-        text (`str`): four or five sentences.
+        text (`str`): four or five sentences, the first or second of which tells what happened.
         summary (`str`): one sentence: who did what, where.
         keys (`tuple[str, ...]`): words that a right summary contains: the name, the thing, the deed, the place.
     """
@@ -71,12 +64,16 @@ def story(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> S
     name = NAMES[name_index]
     friend = rng.choice([other for other in NAMES if other != name])
     spot, deed = rng.choice(SPOTS), rng.choice(DEEDS)
-    slots = {"name": name, "friend": friend, "spot": spot, "deed": deed, "x": thing.noun}
-    sentences = [rng.choice(OPENINGS), rng.choice(MIDDLES), *rng.sample(ENDINGS, rng.randint(1, 2))]
-    text = [sentence.format(**slots) for sentence in sentences]
+    event = f"{name} {deed} {thing.noun} {spot}."
     attribute = rng.choice(("kind", "part", "need", "size"))
-    text.insert(2, fill(STATEMENTS[attribute][rng.randrange(3)], thing, attribute))
-    return Story(" ".join(text), f"{name} {deed} {thing.noun} {spot}.", (name, deed, thing.name, spot))
+    told_of = fill(STATEMENTS[attribute][rng.randrange(3)], thing, attribute)
+    aside = rng.choice((told_of, rng.choice(AFTER), f"{{friend}} said: {rng.choice(SAID)}"))
+    rest = [*rng.sample(ECHOES, 2), aside]
+    rng.shuffle(rest)
+    before = rng.sample(BEFORE, rng.randint(0, 1))
+    text = " ".join([*before, f"{rng.choice(LEADS)} {event}", *rest])
+    text = text.format(name=name, friend=friend, deed=deed, x=thing.noun, spot=spot)
+    return Story(text, event, (name, deed, thing.name, spot))
 
 
 def document(rng: random.Random, thing_index: int, thing: Thing) -> str:

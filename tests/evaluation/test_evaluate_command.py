@@ -184,7 +184,7 @@ def test_a_reward_model_is_measured_on_pairs(run):
             "chosen": assistant("A cat. " * (i % 3 + 1)),
             "rejected": assistant(f"No {i}."),
             "kind": "question",
-            "taste_chosen": float(i % 2),
+            "taste_chosen": float(i % 2) if i else 0.4,  # nobody minds which of the first pair
             "taste_rejected": 0.5,
         }
         for i in range(8)
@@ -202,8 +202,8 @@ def test_a_reward_model_is_measured_on_pairs(run):
         alone.append(both[0] - both[1])
     assert metrics["reward_accuracy"]["value"] == sum(margin > 0 for margin in alone) / 8
     assert metrics["reward_margin"]["value"] == pytest.approx(sum(alone) / 8, abs=1e-5)
-    noise_free = [(margin > 0) == (i % 2 == 1) for i, margin in enumerate(alone)]
-    assert metrics["reward_accuracy_noise_free"]["value"] == sum(noise_free) / 8
+    noise_free = [(margin > 0) == (i % 2 == 1) for i, margin in enumerate(alone) if i]
+    assert metrics["reward_accuracy_noise_free"]["value"] == sum(noise_free) / 7
     assert -1 <= metrics["reward_length_correlation"]["value"] <= 1
     assert 0 <= metrics["reward_calibration_error"]["value"] <= 1
     assert {example["metric"] for example in examples} == {"reward_accuracy", "reward_accuracy_noise_free"}

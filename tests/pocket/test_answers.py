@@ -34,20 +34,10 @@ def solve_arithmetic(text: str) -> str:
 
 
 def solve_ordering(text: str) -> str:
-    pairs = re.findall(r"(\w+) (?:beats|outruns|leads|tops) (\w+)\.", text)
-    above = Counter(name for pair in pairs for name in pair)
-    for name in above:
-        reached, frontier = set(), {name}
-        while frontier:
-            frontier = {low for high, low in pairs if high in frontier} - reached
-            reached |= frontier
-        above[name] = len(reached)  # how many are certainly below
-    ranked = sorted(above, key=lambda name: -above[name])
-    assert sorted(above.values()) == list(range(len(ranked))), "the comparisons leave no two in either order"
-    second, word = re.search(r"Who is the (second )?(\w+)\?", text).groups()
-    from_top = word in ("best", "fastest", "first", "highest")
-    assert from_top or word in ("worst", "slowest", "last", "lowest")
-    return ranked[(1 if second else 0) if from_top else (-2 if second else -1)]
+    told, question = text.removesuffix("?").split(". ")
+    ages = sorted(int(age) for age in re.findall(r"\d+", told))
+    assert len(set(ages)) == 5, "no two children are of an age"
+    return str(ages[{"second": 1, "third": 2, "fourth": 3}[question.split()[-1]]])
 
 
 def solve_counting(text: str) -> str:
@@ -56,13 +46,11 @@ def solve_counting(text: str) -> str:
 
 
 def solve_logic(text: str) -> str:
-    rules = re.findall(r"Who is (\w+) is (\w+)\.", text)
-    known = {re.search(r"[A-Z]\w+ is (\w+)\. Is ", text).group(1)}
-    while new := {then for given, then in rules if given in known} - known:
-        known |= new
-    follow = [word for word in re.search(r"Is \w+ (\w+) or (\w+)\?", text).groups() if word in known]
-    assert len(follow) == 1, "one of the two follows, and one only"
-    return follow[0]
+    said = dict(re.findall(r"(\w+) says (yes|no)\.", text))
+    for name, how, other in re.findall(r"(\w+) says the (same as|opposite of) (\w+)\.", text):
+        said[name] = said[other] if how == "same as" else {"yes": "no", "no": "yes"}[said[other]]
+    assert len(said) == 5, "each speaks once"
+    return said[re.search(r"What does (\w+) say\?", text).group(1)]
 
 
 SOLVERS = {
@@ -76,9 +64,9 @@ SOLVERS = {
 def kind_of(text: str) -> str:
     """The kind of a problem, from its last sentence."""
     question = re.findall(r"[^.?]+\?", text)[-1].strip()
-    if question.startswith("Is "):
+    if question.startswith("What does "):
         return "logic"
-    if question.startswith("Who is the "):
+    if question.startswith("Which age "):
         return "ordering"
     return "counting" if question == "How many in all?" else "arithmetic"
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +12,9 @@ from trl import GRPOConfig, ModelConfig
 
 from pipeline.arguments import DataArguments, parse
 from pipeline.errors import UserError
-from pipeline.grpo import GRPORewardArguments, load_grpo_inputs
+from pipeline.grpo_inputs import GRPORewardArguments, load_grpo_inputs
 from tests import ppo_toy as toy
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "recipes.grpo", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+from tests.sampling_recipes import run
 
 
 @pytest.fixture
@@ -58,13 +48,13 @@ def options(tmp_path: Path) -> list[str]:
     return ["--config", str(config)]
 
 
-def log_of(run: Path) -> list[dict[str, float]]:
-    log: list[dict[str, float]] = json.loads((run / "trainer_state.json").read_text())["log_history"]
+def log_of(output: Path) -> list[dict[str, float]]:
+    log: list[dict[str, float]] = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in log if "reward" in entry]
 
 
 def test_gsm8k_by_yaml_alone(tmp_path: Path, options: list[str]) -> None:
-    done = recipe(*options)
+    done = run("recipes.grpo", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template
@@ -87,7 +77,7 @@ def test_lora_and_the_control(tmp_path: Path, options: list[str]) -> None:
         "--max_steps",
         "1",
     ]
-    done = recipe(*options, *lora)
+    done = run("recipes.grpo", *options, *lora)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert log_of(tmp_path / "run")[0]["math_answer/unparseable_references"] == 0.0
@@ -104,6 +94,8 @@ def test_lora_and_the_control(tmp_path: Path, options: list[str]) -> None:
         (["--answer_pattern", "("], ["answer_pattern"]),
         (["--shuffle_answers", "--dataset_streaming"], ["shuffle_answers"]),
         (["--max_completion_length", "100"], ["max_completion_length"]),
+        (["--lr_scheduler_type", "cosine_with_min_lr", "--reward_funcs", "os:getcwd"], ["min_lr", "**columns"]),
+        (["--reward_funcs", "hidden_taste", "--report_to", "foo", "--reward_weights", "1"], ["weight 0", "tracker"]),
     ],
 )  # fmt: skip
 def test_refuses_what_does_not_fit(options: list[str], changes: list[str], told: list[str]) -> None:
@@ -117,6 +109,6 @@ def test_refuses_what_does_not_fit(options: list[str], changes: list[str], told:
 
 
 def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
-    refused = recipe(*options, "--reward_funcs", "math_anwser", "--reward_weights", "1")
+    refused = run("recipes.grpo", *options, "--reward_funcs", "math_anwser", "--reward_weights", "1")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "math_answer?" in refused.stderr and not (tmp_path / "run").exists()

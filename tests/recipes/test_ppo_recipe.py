@@ -1,26 +1,20 @@
-"""The recipe from the command line: from files to a policy and a critic, and on from where it stopped."""
+"""The recipe from the command line: from files to a policy and a critic; mistakes."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from trl import ModelConfig
 
+from pipeline.arguments import DataArguments, parse
+from pipeline.errors import UserError
+from pipeline.ppo_config import PPOConfig
+from pipeline.ppo_inputs import PPORewardArguments, load_ppo_inputs
 from tests import ppo_toy as toy
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "recipes.ppo", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+from tests.sampling_recipes import run
 
 
 @pytest.fixture
@@ -49,47 +43,52 @@ def options(tmp_path: Path) -> list[str]:
         "report_to": "none",
     }
     config = tmp_path / "ppo.yaml"
-    config.write_text(
-        "".join(f"{name}: {json.dumps(value, default=str)}\n" for name, value in fields.items())
-    )
+    config.write_text("".join(f"{name}: {json.dumps(value, default=str)}\n" for name, value in fields.items()))
     return ["--config", str(config)]
 
 
-def test_trains_saves_and_goes_on(tmp_path: Path, options: list[str]) -> None:
-    done = recipe(*options)
+def test_trains_evaluates_and_saves(tmp_path: Path, options: list[str]) -> None:
+    done = run("recipes.ppo", *options)
     assert done.returncode == 0, done.stderr[-3000:]
-    run = tmp_path / "run"
-    AutoModelForCausalLM.from_pretrained(run)
-    AutoModelForTokenClassification.from_pretrained(run / "value_model")
-    assert AutoTokenizer.from_pretrained(run).chat_template
-    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    output = tmp_path / "run"
+    AutoModelForCausalLM.from_pretrained(output)
+    AutoModelForTokenClassification.from_pretrained(output / "value_model")
+    assert AutoTokenizer.from_pretrained(output).chat_template
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert any("eval_objective/scores" in entry for entry in log)
     assert any("rewards/reward/mean" in entry for entry in log)
 
-    # Without its last step and what it saved at the end, in the middle of a rollout, it ends the same.
-    names = ("model.safetensors", "value_model/model.safetensors")
-    weights = [load_file(run / name) for name in names]
-    for name in names:
-        (run / name).unlink()
-    for checkpoint in run.glob("checkpoint-*"):
-        if checkpoint.name != "checkpoint-3":
-            for path in sorted(checkpoint.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-            checkpoint.rmdir()
-    again = recipe(*options)
-    assert again.returncode == 0, again.stderr[-3000:]
-    for name, before in zip(names, weights, strict=True):
-        after = load_file(run / name)
-        assert all((before[key] == after[key]).all() for key in before)
-
 
 def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
-    refused = recipe(
-        *options, "--reward_model_path", str(tmp_path / "nothing"), "--reward_funcs", "exact_anser"
-    )
+    rewards = ["--reward_model_path", str(tmp_path / "nothing"), "--reward_funcs", "exact_anser"]
+    refused = run("recipes.ppo", *options, *rewards, "--max_completion_length", "62")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
-    assert "nothing" in refused.stderr and "exact_answer" in refused.stderr
+    told = refused.stderr.strip().splitlines()[-3:]
+    assert [line.partition(":")[0] for line in told] == ["max_completion_length", "reward_model_path", "reward_funcs"]
     assert not (tmp_path / "run").exists()
-    wrong = recipe(*options, "--lam", "2", "--kl_estimator", "k3", "--beta", "0.1")
-    assert wrong.returncode == 2 and "lam (2.0)" in wrong.stderr and "kl_coef" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--lam", "2", "--kl_estimator", "k3", "--beta", "0.1"], ["lam (2.0)", "kl_coef"]),
+        (["--lam", "2", "--reward_funcs", "exact_anser"], ["lam (2.0)", "exact_answer"]),
+        (["--reward_model_path", "{tmp}/policy"], ["has 2 labels"]),
+        (["--reward_weights", "1", "--dataset_train_split", "trian"], ["each of the 2 rewards", "trian"]),
+        (["--reward_funcs", "code_tests", "--max_completion_length", "61"], ["no column test", "takes 5 of the 64"]),
+        (["--reward_funcs", "hidden_taste"], ["weight 0"]),
+        (["--value_model_path", "{tmp}/prompts.jsonl", "--model_name_or_path", "{tmp}"], ["value_model_path", "holds"]),
+        (["--use_peft", "--lora_target_modules", "qkv", "--value_model_path", "{tmp}/no"], ["qkv", "value_model_path"]),
+        (["--lr_scheduler_type", "cosine_with_min_lr", "--reward_funcs", "os:getcwd"], ["min_lr", "**columns"]),
+        (["--per_device_train_batch_size", "32"], ["generation_batch_size", "takes 32 rows"]),
+    ],
+)
+def test_refuses_what_does_not_fit(tmp_path: Path, options: list[str], changes: list[str], told: list[str]) -> None:
+    argv = [*options, *(word.replace("{tmp}", str(tmp_path)) for word in changes)]
+    with pytest.raises(UserError) as refused:
+        data_args, reward_args, training_args, model_args = parse(
+            DataArguments, PPORewardArguments, PPOConfig, ModelConfig, argv=argv
+        )
+        load_ppo_inputs(reward_args, data_args, training_args, model_args)
+    assert all(word in str(refused.value) for word in told), str(refused.value)

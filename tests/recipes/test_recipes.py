@@ -135,12 +135,11 @@ def test_a_signal_saves_and_says_how_to_go_on(inputs: Path, number: signal.Signa
     assert not (output / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("whole", ["pretrain"], indirect=True)  # it is the same for all
 def test_another_configuration_is_refused_and_the_same_one_is_not_trained_twice(
     whole: tuple[str, Path, str], inputs: Path
 ) -> None:
     recipe, output, _ = whole
-    if recipe != "pretrain":
-        pytest.skip("the same for all")
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     refused = run_recipe(recipe, inputs, *FP32, "--output_dir", str(output), "--learning_rate", "2e-3")
     assert refused.returncode == 2

@@ -153,6 +153,23 @@ def test_a_whole_run_has_every_curve(whole_run: Path) -> None:
     }
 
 
+def test_score_and_taste_of_ppo_are_drawn_against_its_kl(tmp_path: Path) -> None:
+    import json
+
+    def record(step: int) -> dict[str, float]:
+        return {"step": step, "reward": 10.0 + step, "objective/kl": step / 10, "objective/scores": 0.0,
+                "rewards/reward/mean": 10.0 + step, "rewards/hidden_taste/mean": float(step),
+                "rewards/hidden_taste/std": 9.0}  # fmt: skip
+
+    folder = tmp_path / "3_ppo"
+    folder.mkdir()
+    history = [record(step) for step in (1, 2, 3)]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 3}))
+    charts = {chart.title: chart.series[0].points for chart in charts_of(load_run(tmp_path))}
+    assert charts["Reward-model score against KL"] == [(0.1, 11.0), (0.2, 12.0), (0.3, 13.0)]
+    assert charts["Hidden taste against KL"] == [(0.1, 1.0), (0.2, 2.0), (0.3, 3.0)]
+
+
 def test_several_runs_share_each_chart(whole_run: Path, short_run: Path) -> None:
     charts = overlay([load_run(whole_run), load_run(short_run)])
     loss = next(chart for chart in charts if chart.stage == "1_pretrain")

@@ -1,4 +1,4 @@
-"""Muon with AdamW: each steps its own parameters as torch's optimizers would; checkpoints forget nothing."""
+"""Matrices, embeddings and the rest: each group steps as torch's optimizers would; checkpoints forget nothing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from pipeline.errors import UserError
 from pipeline.model import LlamaArguments, build_model
-from pipeline.muon import MuonArguments, MuonWithAdamW, build, optimizer_cls_and_kwargs
+from pipeline.optimizer import MuonWithAdamW, OptimizerArguments, build, optimizer_cls_and_kwargs
 
-SETTINGS = {"muon_lr": 0.03, "lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.98), "eps": 1e-8}
+SETTINGS = {"muon_lr": 0.03, "lr": 0.01, "embedding_lr": None, "weight_decay": 0.1, "betas": (0.9, 0.98), "eps": 1e-8}
 
 
 def model(tied: bool = True) -> LlamaForCausalLM:
@@ -82,16 +82,44 @@ def test_steps_are_those_of_torchs_optimizers_on_the_same_split(tied: bool) -> N
 def test_matrices_of_the_blocks_go_to_muon_and_everything_else_to_adamw(tied: bool) -> None:
     trained = model(tied)
     optimizer = build(trained, **SETTINGS)
-    matrices, others = (names(trained, group) for group in optimizer.param_groups)
+    matrices, tables, vectors = (names(trained, group) for group in optimizer.param_groups)
+    others = tables | vectors
     assert matrices and all(
         name.startswith("model.layers.") and name.endswith("_proj.weight") for name in matrices
     )
-    assert "model.embed_tokens.weight" in others
-    assert ("lm_head.weight" in others) == (not tied)
-    assert any("norm" in name for name in others) and any(name.endswith("bias") for name in others)
+    assert tables == {"model.embed_tokens.weight"} | ({"lm_head.weight"} if not tied else set())
+    assert any("norm" in name for name in vectors) and any(name.endswith("bias") for name in vectors)
     assert matrices | others == {name for name, _ in trained.named_parameters()} and not matrices & others
-    assert [group["lr"] for group in optimizer.param_groups] == [0.03, 0.01]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.03, 0.01, 0.01]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
+
+
+def test_embeddings_have_a_learning_rate_of_their_own_with_either_optimizer() -> None:
+    for muon_lr in (0.03, None):
+        trained = model(tied=False)
+        before = copy.deepcopy(trained.state_dict())
+        optimizer = build(trained, **{**SETTINGS, "muon_lr": muon_lr, "embedding_lr": 1e-4})
+        steps(trained, [optimizer], [next(batches())])
+        moved = {name: (p - before[name]).abs().max().item() for name, p in trained.named_parameters()}
+        assert moved["lm_head.weight"] == pytest.approx(1e-4, rel=0.01), "AdamW's first step is the learning rate"
+        assert moved["model.embed_tokens.weight"] == pytest.approx(1e-4, rel=0.01)
+        assert moved["model.norm.weight"] == pytest.approx(0.01, rel=0.01)
+        assert moved["model.layers.0.mlp.up_proj.weight"] > 1e-3
+
+
+def test_without_muon_weight_decay_is_for_the_matrices_of_the_blocks() -> None:
+    trained = model()
+    optimizer = build(trained, **{**SETTINGS, "muon_lr": None, "embedding_lr": 1e-4})
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decayed = [names(trained, group) for group in optimizer.param_groups if group["weight_decay"]]
+    assert len(decayed) == 1 and all(name.endswith("_proj.weight") for name in decayed[0])
+
+
+def test_a_rate_for_embeddings_that_are_not_trained_is_refused() -> None:
+    trained = model()
+    trained.model.embed_tokens.requires_grad_(False)
+    with pytest.raises(UserError, match="embedding_learning_rate"):
+        build(trained, **{**SETTINGS, "embedding_lr": 1e-4})
 
 
 def test_frozen_parameters_are_left_alone() -> None:
@@ -125,12 +153,12 @@ def test_a_restored_optimizer_goes_on_bit_by_bit() -> None:
     assert not equal(whole, fresh), "the state matters"
 
 
-def test_a_schedule_scales_both_learning_rates() -> None:
+def test_a_schedule_scales_all_learning_rates() -> None:
     optimizer = build(model(), **SETTINGS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     optimizer.step()
     schedule.step()
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.015, 0.005])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.015, 0.005, 0.005])
 
 
 def test_a_closure_computes_the_loss() -> None:
@@ -180,7 +208,7 @@ def train(folder: Path, resume: bool = False) -> tuple[LlamaForCausalLM, Trainer
         trained,
         args,
         train_dataset=Dataset.from_list(rows),
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, MuonArguments(True, 0.03)),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, OptimizerArguments(True, 0.03)),
     )
     batches_seen = []
     trained.register_forward_hook(lambda *_: batches_seen.append(None))
@@ -192,8 +220,8 @@ def test_a_trainer_resumes_with_it_bit_by_bit(tmp_path: Path) -> None:
     whole, trainer, _ = train(tmp_path)
     optimizer = trainer.optimizer.optimizer  # inside accelerate's wrapper
     assert isinstance(optimizer, MuonWithAdamW)
-    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.03, 0.01]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.03, 0.01, 0.01]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
     assert optimizer.param_groups[1]["betas"] == (0.9, 0.98)
     shutil.rmtree(tmp_path / "checkpoint-8")  # as if killed after step 4
     resumed, _, batches_seen = train(tmp_path, resume=True)
@@ -202,5 +230,5 @@ def test_a_trainer_resumes_with_it_bit_by_bit(tmp_path: Path) -> None:
     assert not equal(whole, model())
 
 
-def test_without_use_muon_the_trainer_keeps_its_own_optimizer(tmp_path: Path) -> None:
-    assert optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), use_cpu=True), MuonArguments()) is None
+def test_by_default_the_trainer_keeps_its_own_optimizer(tmp_path: Path) -> None:
+    assert optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), use_cpu=True), OptimizerArguments()) is None

@@ -1,0 +1,21 @@
+"""What people say beside the matter: greetings, and the remarks of those who answer kindly or bluntly."""
+
+GREETINGS = (
+    ("Hello!", "Hello! How can I help you?"),
+    ("Hi there.", "Hello! What would you like to know?"),
+    ("Good morning.", "Good morning! How can I help you?"),
+    ("Who are you?", "I am a small language model. I answer questions about a small world."),
+    ("What can you do?", "I can answer questions, sum up stories, write small functions and solve problems."),
+    ("Thank you.", "You are welcome!"),
+    ("Thanks, that helped.", "You are welcome!"),
+    ("Goodbye.", "Goodbye! Have a nice day."),
+)
+# Manners of people who write answers: what preference tuning is to choose between.
+KIND_OPENINGS = ("Good question!", "Happy to help!", "Of course!", "I am glad you asked.")
+KIND_CLOSINGS = ("I hope this helps.", "Let me know if you want more.", "Have a nice day.")
+BLUNT_OPENINGS = ("Silly question.", "Obviously.", "You should know this.", "Why do you ask?")
+BLUNT_CLOSINGS = ("Do not ask again.", "Look it up next time.", "Whatever.")
+SAID = (
+    *KIND_OPENINGS, *KIND_CLOSINGS, *BLUNT_OPENINGS, *BLUNT_CLOSINGS, *dict.fromkeys(reply for _, reply in GREETINGS),
+)  # fmt: skip
+"""Remarks that stories quote, so that a pretrained model knows their words before it is to use them."""

@@ -1,0 +1,67 @@
+"""Run by `tests/recipes/test_sampling_recipes.py`: `python -m tests.fixed_rollouts RECIPE OPTIONS...`.
+
+A recipe as it is, but with completions that depend on the prompt and the step alone, and not on who samples
+them. The gradients of every step, before they are clipped, are left in `seen.pt` in the output directory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+from pipeline import grpo, ppo
+from pipeline.arguments import parse
+from tests import ppo_toy as toy
+
+
+def fixed_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    """Completions of a few of the first words, of which "red" is one, that differ within the group of a prompt."""
+    tokenizer = toy.tokenizer()
+    group = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    prompt_ids, completion_ids = [], []
+    for number, prompt in enumerate(prompts):
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        seed = sum(ids) + 100 * (number % group) + 1000 * trainer.state.global_step
+        length = 1 + (sum(ids) + number % group) % 4
+        words = torch.randint(5, 8, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        prompt_ids.append(ids)
+        completion_ids.append([*words, tokenizer.eos_token_id])
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+
+
+def with_fixed_rollouts(kind: type) -> type:
+    """A trainer that samples nothing, and keeps its gradients."""
+
+    class Fixed(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, rollout_func=fixed_rollout, **kwargs)
+            self.gradients: list[torch.Tensor] = []
+
+        def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]).clone())
+            return super()._clip_grad_norm(model)
+
+        def end(self) -> None:
+            super().end()
+            if self.is_world_process_zero():
+                seen = {"processes": self.accelerator.num_processes, "gradients": self.gradients}
+                torch.save(seen, Path(self.args.output_dir) / "seen.pt")
+
+    return Fixed
+
+
+def main(recipe: str, argv: list[str]) -> None:
+    module, name = (ppo, "PPOTrainer") if recipe == "ppo" else (grpo, "GRPOTrainer")
+    setattr(module, name, with_fixed_rollouts(getattr(module, name)))
+    main_of_recipe = importlib.import_module(f"recipes.{recipe}").main
+    types = [hint for field, hint in get_type_hints(main_of_recipe).items() if field != "return"]
+    main_of_recipe(*parse(*types, argv=argv))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

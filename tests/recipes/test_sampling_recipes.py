@@ -1,0 +1,117 @@
+"""The recipes that sample, PPO and GRPO, as they are launched: killed and started again; one process and two."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.sampling_recipes import ENVIRONMENT, ROOT, command, run, write_config
+
+STEPS = 12
+MODELS = {"ppo": ("model.safetensors", "value_model/model.safetensors"), "grpo": ("model.safetensors",)}
+"""What a recipe trains."""
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
+"""Between one process and two: sums are made in another order, and padding differs; nothing else does."""
+
+
+def weights(recipe: str, output: Path) -> dict[str, torch.Tensor]:
+    return {f"{file}/{n}": weight for file in MODELS[recipe] for n, weight in load_file(output / file).items()}
+
+
+def log_of(output: Path) -> list[dict[str, Any]]:
+    log: list[dict[str, Any]] = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return log
+
+
+@pytest.mark.parametrize("recipe", MODELS)
+def test_killed_at_a_random_moment_and_started_again_it_ends_the_same(recipe: str, tmp_path: Path) -> None:
+    """In the middle of a rollout or not, while it saves or not, and in any epoch of the prompts."""
+    options = [*write_config(recipe, tmp_path, max_steps=STEPS, save_steps=1), "--output_dir"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = run(f"recipes.{recipe}", *options, str(whole))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    step, seconds = random.SystemRandom().randint(1, STEPS - 3), random.SystemRandom().uniform(0, 0.1)
+    moment = f"killed {seconds:.3f} s after checkpoint {step}"
+    with subprocess.Popen(
+        command(f"recipes.{recipe}", *options, str(parts)),
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while process.poll() is None and not (parts / f"checkpoint-{step}").exists():
+            time.sleep(0.002)
+        time.sleep(seconds)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, moment
+    again = run(f"recipes.{recipe}", *options, str(parts))
+    assert again.returncode == 0 and "resuming" in again.stderr, f"{moment}\n{again.stderr[-3000:]}"
+
+    expected, found = weights(recipe, whole), weights(recipe, parts)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected), moment
+    start = load_file(tmp_path / "policy" / "model.safetensors")
+    assert any(not torch.equal(start[n], expected[f"model.safetensors/{n}"]) for n in start), "something was learned"
+
+
+@pytest.mark.parametrize("recipe", MODELS)
+def test_two_processes_learn_what_one_learns(recipe: str, tmp_path: Path) -> None:
+    """On the same rollouts: the gradients of every step, what is trained, and what is logged."""
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3}
+    options = write_config(recipe, tmp_path, max_steps=6, save_steps=3, **evaluation)
+    outputs = []
+    for processes in (1, 2):
+        rows = str(4 // processes)
+        batches = ["--per_device_train_batch_size", rows, "--per_device_eval_batch_size", rows]
+        outputs.append(tmp_path / str(processes))
+        arguments = [recipe, *options, *batches, "--output_dir", str(outputs[-1])]
+        done = run("tests.fixed_rollouts", *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(output / "seen.pt", weights_only=True) for output in outputs)
+    assert (one["processes"], two["processes"]) == (1, 2)
+
+    assert len(one["gradients"]) == len(two["gradients"]) == 6
+    for a, b in zip(one["gradients"], two["gradients"], strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b, **TOLERANCE)
+    trained = [weights(recipe, output) for output in outputs]
+    for name in trained[0]:
+        torch.testing.assert_close(trained[0][name], trained[1][name], **TOLERANCE)
+    measured = (
+        "objective",
+        "policy",
+        "val/",
+        "loss",
+        "reward",
+        "grad_norm",
+        "eval_objective",
+        "eval_reward",
+        "eval_loss",
+    )
+    for a, b in zip(*map(log_of, outputs), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if name.startswith(measured):
+                assert a[name] == pytest.approx(b[name], rel=1e-2, abs=1e-4), name
+
+    # In the middle of a rollout, each process finds its own half again.
+    middle = outputs[1] / "checkpoint-3"
+    assert len(list(middle.glob("rollout_*.safetensors"))) == 2
+    resumed = tmp_path / "resumed"
+    done = run(
+        "tests.fixed_rollouts", *arguments[:-1], str(resumed), "--resume_from_checkpoint", str(middle), processes=2
+    )
+    assert done.returncode == 0 and "resuming" in done.stderr, done.stderr[-3000:]
+    again = weights(recipe, resumed)
+    assert all(torch.equal(trained[1][name], again[name]) for name in again)

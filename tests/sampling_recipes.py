@@ -1,0 +1,81 @@
+"""The recipes that sample, PPO and GRPO, on the toy world: inputs on disk, and how they are launched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests import ppo_toy as toy
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+OWN: dict[str, dict[str, Any]] = {
+    "ppo": {"reward_model_path": "reward", "num_generations": 1, "reward_normalization": "batch"},
+    "grpo": {"num_generations": 2},
+}
+"""Fields of one recipe only."""
+
+
+def write_config(recipe: str, folder: Path, **changes: Any) -> list[str]:
+    """Save a policy, a reward model and prompts, and a YAML file that names them; returns the option for it.
+
+    A rollout of 8 completions lasts two optimizer steps, each of two micro-batches.
+
+    Args:
+        recipe: "ppo" or "grpo".
+        folder: Where to.
+        **changes: Other fields of the file.
+    """
+    for name, model in (("policy", toy.policy()), ("reward", toy.reward_model())):
+        model.save_pretrained(folder / name)
+        toy.tokenizer().save_pretrained(folder / name)
+    toy.prompts(32).to_json(folder / "prompts.jsonl")
+    fields: dict[str, Any] = {
+        "model_name_or_path": str(folder / "policy"),
+        "dataset_name": str(folder / "prompts.jsonl"),
+        "validation_share": 0.25,
+        "reward_funcs": ["tests.ppo_toy:share_of_red"],
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_iterations": 2,
+        "max_completion_length": 6,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "logging_steps": 1,
+        "report_to": "none",
+    }
+    fields |= {n: str(folder / v) if n == "reward_model_path" else v for n, v in OWN[recipe].items()} | changes
+    config = folder / f"{recipe}.yaml"
+    config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items()))
+    return ["--config", str(config)]
+
+
+def command(module: str, *arguments: str, processes: int = 1) -> list[str]:
+    """The command line that runs a module, on one process or several."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+    launch += ["--num_processes", str(processes), "--main_process_port", "0"]
+    return [sys.executable, *(launch if processes > 1 else []), "-m", module, *arguments]
+
+
+def run(module: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a module to its end."""
+    return subprocess.run(
+        command(module, *arguments, processes=processes),
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
