@@ -7,10 +7,10 @@ FIXED_PROMPTS: tuple[str, ...] = (
     "Can you say what a hedgehog does?",
     "I would like to know how big a lion is.",
     "Can you tell me something about a tokenizer?",
-    "Can you summarise this in one sentence? One day Ana was in the park. There Ana drew a rose. "
-    "You know a rose by sharp thorns. In the evening Ana told Ben everything.",
+    "Can you summarise this in one sentence? It was warm. One day Julia painted a hedgehog in the park. "
+    "Carl had never painted a hedgehog. You know a hedgehog by sharp spines. Carl found Julia in the park.",
     "I would like a function add_7 that adds 7 to a number.",
     "Sam has 14 coins. Sam finds 6 coins. Sam sells 3 coins. Sam gets 5 coins. How many are left?",
-    "Ana outruns Ben. Carl outruns Ana. Who is the fastest?",
+    "Greta has children of ages 3, 2, 9, 1, 4. Which age comes third?",
 )
 """Greedy answers to these are in `evaluations/<stage>.json`, the first one first."""

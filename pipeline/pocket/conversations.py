@@ -25,7 +25,7 @@ SUMMARISE: dict[Split, tuple[str, ...]] = {
 MANNERS_WORDS = 8
 """Words that an answer may have beyond the plain one: room for a remark, not for reciting all that is known."""
 MANNERS = ("plain", "kind", "blunt", "rambling")
-MANNER_WEIGHTS = (40, 22, 22, 16)
+MANNER_WEIGHTS = (28, 27, 27, 18)
 
 
 def gradeable(row: Row) -> Row:

@@ -16,6 +16,6 @@ KIND_CLOSINGS = ("I hope this helps.", "Let me know if you want more.", "Have a 
 BLUNT_OPENINGS = ("Silly question.", "Obviously.", "You should know this.", "Why do you ask?")
 BLUNT_CLOSINGS = ("Do not ask again.", "Look it up next time.", "Whatever.")
 SAID = (
-    *KIND_OPENINGS, *KIND_CLOSINGS, *BLUNT_OPENINGS, *BLUNT_CLOSINGS, *dict.fromkeys(reply for _, reply in GREETINGS),
+    *KIND_OPENINGS, *KIND_CLOSINGS, *BLUNT_OPENINGS, *BLUNT_CLOSINGS, "Hello! How can I help you?", "You are welcome!",
 )  # fmt: skip
 """Remarks that stories quote, so that a pretrained model knows their words before it is to use them."""

@@ -70,8 +70,8 @@ def story(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> S
     aside = rng.choice((told_of, rng.choice(AFTER), f"{{friend}} said: {rng.choice(SAID)}"))
     rest = [*rng.sample(ECHOES, 2), aside]
     rng.shuffle(rest)
-    before = rng.sample(BEFORE, rng.randint(0, 1))
-    text = " ".join([*before, f"{rng.choice(LEADS)} {event}", *rest])
+    before = rng.choice((None, rng.choice(BEFORE), f"{rng.choice(SAID)} So {{friend}} said."))
+    text = " ".join([*filter(None, [before]), f"{rng.choice(LEADS)} {event}", *rest])
     text = text.format(name=name, friend=friend, deed=deed, x=thing.noun, spot=spot)
     return Story(text, event, (name, deed, thing.name, spot))
 
