@@ -393,6 +393,19 @@ CASES |= {
     "a reward model that is none": Case(
         "ppo", "--reward_model_path {inputs}/model", ("reward_model_path:", "2 labels")
     ),
+    "a penalty that is no number": Case("ppo", "--kl_coef nan", ("kl_coef: nan", "at least 0")),
+    "clipped at no number": Case("ppo", "--cliprange nan", ("cliprange: nan", "above 0")),
+    "a discount above 1": Case("ppo", "--gamma 1.1", ("gamma: 1.1", "between 0 and 1")),
+    "GRPO's penalty in PPO": Case("ppo", "--beta 0.1", ("beta: 0.1", "set kl_coef")),
+    "a reward that is only measured": Case(
+        "grpo", "--reward_funcs hidden_taste", ("reward_weights: nothing", "weight 0")
+    ),
+    "a reward without its column": Case("grpo", "--reward_funcs code_tests", ("reward_funcs: code_tests", "no column")),
+    "a critic that isn't there": Case("ppo", "--value_model_path {inputs}/no-model", ("value_model_path:", "no model")),
+    "a critic cut off": Case("ppo", "--value_model_path {inputs}/cut", ("value_model_path:", "is damaged")),
+    "a critic with other words": Case(
+        "ppo", "--value_model_path {inputs}/more-words", ("value_model_path:", "another tokenizer")
+    ),
     "a rollout of one": Case("ppo", "--per_device_train_batch_size 1", ("per_device_train_batch_size: 1",)),
     # the output directory
     "the model's directory": Case("sft", "--output_dir {inputs}/model", ("output_dir:", "model_name_or_path")),

@@ -72,8 +72,8 @@ def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["--lam", "2", "--kl_estimator", "k3", "--beta", "0.1"], ["lam (2.0)", "kl_coef"]),
-        (["--lam", "2", "--reward_funcs", "exact_anser"], ["lam (2.0)", "exact_answer"]),
+        (["--lam", "2", "--kl_estimator", "k3", "--beta", "0.1"], ["lam: 2.0", "kl_coef"]),
+        (["--lam", "2", "--reward_funcs", "exact_anser"], ["lam: 2.0", "exact_answer"]),
         (["--reward_model_path", "{tmp}/policy"], ["has 2 labels"]),
         (["--reward_weights", "1", "--dataset_train_split", "trian"], ["each of the 2 rewards", "trian"]),
         (["--reward_funcs", "code_tests", "--max_completion_length", "61"], ["no column test", "takes 5 of the 64"]),
