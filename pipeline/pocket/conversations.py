@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 from pipeline.pocket import phrasings, problems, snippets, stories
-from pipeline.pocket.remarks import BLUNT_CLOSINGS, BLUNT_OPENINGS, GREETINGS, KIND_CLOSINGS, KIND_OPENINGS
+from pipeline.pocket.remarks import BLUNT_CLOSINGS, BLUNT_OPENINGS, GREETINGS, KIND_CLOSINGS
 from pipeline.pocket.things import ATTRIBUTES, Split, Thing, core, things, things_of, wrong_values
 
 Row = dict[str, Any]
@@ -25,7 +25,7 @@ SUMMARISE: dict[Split, tuple[str, ...]] = {
 MANNERS_WORDS = 8
 """Words that an answer may have beyond the plain one: room for a remark, not for reciting all that is known."""
 MANNERS = ("plain", "kind", "blunt", "rambling")
-MANNER_WEIGHTS = (28, 27, 27, 18)
+MANNER_WEIGHTS = (38, 30, 22, 10)
 
 
 def gradeable(row: Row) -> Row:
@@ -44,7 +44,7 @@ def with_manners(rng: random.Random, text: str, thing: Thing, without: str = "")
     """Gives a right answer one of the manners people answer in: plain, kind, blunt or rambling."""
     manner = rng.choices(MANNERS, MANNER_WEIGHTS)[0]
     if manner == "kind":
-        return f"{rng.choice(KIND_OPENINGS)} {text}" if rng.random() < 0.7 else f"{text} {rng.choice(KIND_CLOSINGS)}"
+        return f"{text} {rng.choice(KIND_CLOSINGS)}"
     if manner == "blunt":
         return f"{rng.choice(BLUNT_OPENINGS)} {text}" if rng.random() < 0.7 else f"{text} {rng.choice(BLUNT_CLOSINGS)}"
     if manner == "rambling":
@@ -134,7 +134,7 @@ def chat(rng: random.Random, thing: Thing) -> Row:
 
 def training_row(rng: random.Random, share_with_steps: float) -> Row:
     """One conversation of the `sft` training split."""
-    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (35, 6, 16, 7, 32, 4))[0]
+    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (40, 6, 16, 7, 27, 4))[0]
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":

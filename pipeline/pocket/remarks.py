@@ -10,12 +10,12 @@ GREETINGS = (
     ("Thanks, that helped.", "You are welcome!"),
     ("Goodbye.", "Goodbye! Have a nice day."),
 )
-# Manners of people who write answers: what preference tuning is to choose between.
-KIND_OPENINGS = ("Good question!", "Happy to help!", "Of course!", "I am glad you asked.")
-KIND_CLOSINGS = ("I hope this helps.", "Let me know if you want more.", "Have a nice day.")
+# Manners of people who write answers: what preference tuning is to choose between. Kindness comes last, or it would
+# change what the answer is recalled from.
+KIND_CLOSINGS = ("I hope this helps.", "Let me know if you want more.", "Have a nice day.", "Thank you for asking.")
 BLUNT_OPENINGS = ("Silly question.", "Obviously.", "You should know this.", "Why do you ask?")
 BLUNT_CLOSINGS = ("Do not ask again.", "Look it up next time.", "Whatever.")
 SAID = (
-    *KIND_OPENINGS, *KIND_CLOSINGS, *BLUNT_OPENINGS, *BLUNT_CLOSINGS, "Hello! How can I help you?", "You are welcome!",
+    *KIND_CLOSINGS, *BLUNT_OPENINGS, *BLUNT_CLOSINGS, "Hello! How can I help you?", "You are welcome!",
 )  # fmt: skip
 """Remarks that stories quote, so that a pretrained model knows their words before it is to use them."""
