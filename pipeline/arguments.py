@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from transformers import set_seed
-from trl import TrlParser
 
-from pipeline import checks, hardware, launch, output_directory
+from pipeline import checks, hardware, launch, output_directory, preparation, ranges
+from pipeline.command_line import Parser, read_command_line, take_config, unknown
 from pipeline.errors import Problem, UserError
-from pipeline.yaml_fields import convert, describe, read_yaml
+from pipeline.yaml_fields import convert, describe
 
 
 @dataclass
@@ -89,18 +86,6 @@ class DataArguments:
     )
 
 
-class _Parser(TrlParser):
-    """TRL's parser; a mistake on the command line is raised as `argparse.ArgumentError`, never printed."""
-
-    def __init__(self, dataclass_types: Iterable[Any]) -> None:
-        # An abbreviation (`--learn 1`) would be accepted, and start to mean something else with the next
-        # release.
-        super().__init__(dataclass_types, allow_abbrev=False, exit_on_error=False)
-
-    def error(self, message: str) -> Any:
-        raise argparse.ArgumentError(None, message)
-
-
 def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Build dataclasses from `--config FILE.yaml`, from the command line, which overrides it, and for this
     machine.
@@ -120,44 +105,36 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         UserError: With all that is wrong with the file and the command line.
     """
     launch.prepare_process()
-    parser = _Parser(dataclass_types)
+    parser = Parser(dataclass_types)
     if not dataclass_types:
         parser.dataclass_types = []
     arguments = list(sys.argv[1:] if argv is None else argv)
-    config, problems = _take_config(arguments)
+    config, problems = take_config(arguments)
     hints = {name: hint for kind in dataclass_types for name, hint in _hints(kind).items()}
 
-    for name, value in (config.pop("env", None) or {}).items():
-        os.environ.setdefault(str(name), str(value))
-    values: dict[str, Any] = {}
-    for name, value in config.items():
-        if name not in hints:
-            problems.append(_unknown(str(name), value, hints))
-            continue
-        accepted, converted = convert(value, hints[name])
-        if accepted:
-            values[name] = converted
-        else:
-            problems.append(Problem(name, repr(value), f"must be {describe(hints[name])}"))
+    choices = {action.dest: list(action.choices) for action in parser._actions if action.choices}
 
-    given, more = _read_command_line(parser, arguments, hints)
+    problems += _set_environment(config.pop("env", None))
+    values, more = _read_values(config, hints, choices)
+    problems += more
+    given, more = read_command_line(parser, arguments, hints)
     problems += more
     asked = {**values, **given}
     if asked.get("hub_token"):
         # As an argument it would be written to disk with all the others.
         os.environ["HF_TOKEN"] = asked.pop("hub_token")
-    unsupported = _unsupported(asked)
-    problems += unsupported
-    asked = {
-        name: value for name, value in asked.items() if name not in {problem.field for problem in unsupported}
-    }
+    # What is told once is left out from there on, or its default would be judged next.
+    wrong = ranges.check_ranges(asked) + ranges.check_choices(asked, hints) + _unsupported(asked)
+    problems += wrong
+    told = {problem.field for problem in wrong}
+    kept = {name: value for name, value in asked.items() if name not in told}
     machine = {
         name: choice.value
         for name, choice in hardware.training_defaults().items()
-        if name in hints and name not in asked and not _replaces(name, asked)
+        if name in hints and name not in kept and not _replaces(name, asked)
     }
-    built, refused = _build(dataclass_types, {**machine, **asked})
-    problems += refused + checks.check_ranges(built)
+    built, refused = _build(dataclass_types, machine, kept)
+    problems += refused + checks.check_together(built, told)
     problems += [
         problem for item in built if hasattr(item, "world_size") for problem in launch.check_launch(item)
     ]
@@ -165,50 +142,55 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     if problems:
         from pipeline import inputs  # which takes its time, and imports this module
 
-        problems += inputs.find_problems(built, hints)
-        raise UserError(*dict.fromkeys(problems))
+        told = {problem.field for problem in problems}
+        problems += [problem for problem in inputs.find_problems(built, hints) if problem.field not in told]
+        raise UserError(*problems)
     for item in built:
         if hasattr(item, "world_size"):
             # Trainers set the seed themselves, but only after TRL has drawn adapters and score heads.
             set_seed(item.seed)
             setattr(item, output_directory.RESOLVED, output_directory.describe(built))
+            preparation.begin(asked, hints, item.output_dir)
+        if isinstance(targets := getattr(item, "lora_target_modules", None), str) and targets.isidentifier():
+            # TRL makes text of a list of one name, which PEFT takes for a pattern of whole names.
+            item.lora_target_modules = [targets]
     return tuple(built)
 
 
-def _take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Remove `--config PATH` from the command line, and read what it names."""
-    config: dict[str, Any] = {}
-    for position, argument in enumerate(arguments):
-        if argument == "--config" or argument.startswith("--config="):
-            path = argument.partition("=")[2]
-            width = 1
-            if not path:
-                if position + 1 == len(arguments):
-                    del arguments[position]
-                    return {}, [Problem("--config", "nothing", "give the path of a YAML file")]
-                path, width = arguments[position + 1], 2
-            del arguments[position : position + width]
-            try:
-                config = read_yaml(path)
-            except UserError as error:
-                return {}, list(error.problems)
-            break
-    return config, []
+def _set_environment(variables: Any) -> list[Problem]:
+    """Set what a YAML file's `env` says, where the user's environment says nothing."""
+    if variables is not None and not isinstance(variables, dict):
+        return [Problem("env", repr(variables), "must be a mapping from variables to values")]
+    for name, value in (variables or {}).items():
+        os.environ.setdefault(str(name), str(value))
+    return []
+
+
+def _read_values(
+    config: dict[str, Any], hints: dict[str, Any], choices: dict[str, list[Any]]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """A YAML file's values as their fields take them, and what is wrong with the others."""
+    values: dict[str, Any] = {}
+    problems = []
+    for name, value in config.items():
+        if name not in hints:
+            problems.append(unknown(str(name), value, hints))
+            continue
+        accepted, converted = convert(value, hints[name])
+        known = choices.get(name)
+        items = converted if isinstance(converted, list) else [converted]
+        if not accepted:
+            problems.append(Problem(name, repr(value), f"must be {describe(hints[name])}"))
+        elif known is not None and converted is not None and any(item not in known for item in items):
+            problems.append(Problem(name, repr(value), f"must be one of {', '.join(map(str, known))}"))
+        else:
+            values[name] = converted
+    return values, problems
 
 
 def _hints(kind: Any) -> dict[str, Any]:
     resolved = get_type_hints(kind)
     return {item.name: resolved[item.name] for item in dataclasses.fields(kind) if item.init}
-
-
-def _unknown(name: str, value: object, known: Iterable[str]) -> Problem:
-    nearest = difflib.get_close_matches(name.lstrip("-"), list(known), n=1)
-    remedy = (
-        f"unknown field; did you mean `{nearest[0]}`?"
-        if nearest
-        else "unknown field; see --help for those known"
-    )
-    return Problem(name, value, remedy)
 
 
 def _replaces(name: str, asked: Iterable[str]) -> bool:
@@ -218,89 +200,40 @@ def _replaces(name: str, asked: Iterable[str]) -> bool:
 
 
 def _unsupported(asked: dict[str, Any]) -> list[Problem]:
+    """What this machine lacks, and what the recipes don't do."""
     problems = []
-    for dtype in ("bf16", "fp16"):
-        if asked.get(dtype) and not hardware.supports(dtype):
-            best = hardware.precision()
-            problems.append(
-                Problem(
-                    dtype, True, f"this machine lacks it; leave it out to use {best.value} ({best.reason})"
-                )
-            )
+    best = hardware.precision()
+    for name, dtype in (("bf16", "bf16"), ("fp16", "fp16"), ("fp16_full_eval", "fp16")):
+        if asked.get(name) and not hardware.supports(dtype):
+            remedy = f"this machine lacks it; leave it out to use {best.value} ({best.reason})"
+            problems.append(Problem(name, True, remedy))
     if asked.get("bf16") and asked.get("fp16"):
         problems.append(Problem("bf16", True, "excludes fp16; choose one"))
+    if asked.get("use_cpu") is False and hardware.accelerator() is None:
+        problems.append(Problem("use_cpu", False, "this machine has nothing else; leave it out"))
     if asked.get("trust_remote_code"):
-        problems.append(
-            Problem("trust_remote_code", True, "code from the Hub is never run here; leave it out")
-        )
+        remedy = "code from the Hub is never run here; leave it out"
+        problems.append(Problem("trust_remote_code", True, remedy))
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if asked.get(name):
+            problems.append(Problem(name, True, "models are not quantised here; leave it out"))
+    if asked.get("push_to_hub"):
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            remedy = "needs a token: log in by `hf auth login`, or set HF_TOKEN"
+            problems.append(Problem("push_to_hub", True, remedy))
     return problems
 
 
-def _read_command_line(
-    parser: _Parser, arguments: list[str], hints: dict[str, Any]
-) -> tuple[dict[str, Any], list[Problem]]:
-    """Values given on the command line, by field name, and what is wrong with the rest."""
-    problems: list[Problem] = []
-    for action in parser._actions:
-        action.required = False
-        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
-            action.nargs, action.const = "?", True  # `--bf16` alone, as for every other switch
-        if action.dest in hints:
-            action.default = argparse.SUPPRESS
-    while True:
-        try:
-            namespace, rest = parser.parse_known_args(arguments)
-        except argparse.ArgumentError as error:
-            # argparse stops at the first mistake: note it, take that option away, and go on to the next.
-            option = (error.argument_name or "").split("/")[0]
-            names = (error.argument_name or "").split("/")
-            at = [i for i, text in enumerate(arguments) if text.partition("=")[0] in names]
-            if not at:
-                problems.append(Problem("command line", " ".join(arguments), error.message))
-                return {}, problems
-            values = {i: _value_at(arguments, i) for i in at}
-            # An option may stand there twice; the message tells the value of the wrong one.
-            wrong = next(
-                (i for i in reversed(at) if repr(values[i][-1:]).strip("[]") in error.message), at[0]
-            )
-            name = option.lstrip("-").replace("-", "_")
-            value = " ".join(values[wrong])
-            problems.append(Problem(name, repr(value), f"must be {describe(hints.get(name, str))}"))
-            del arguments[wrong : wrong + 1 + (0 if "=" in arguments[wrong] else len(values[wrong]))]
-            continue
-        break
-    position = 0
-    while position < len(rest):
-        name, _, value = rest[position].partition("=")
-        position += 1
-        if name.startswith("--"):
-            if not value and position < len(rest) and not rest[position].startswith("--"):
-                value = rest[position]
-                position += 1
-            problems.append(_unknown(name[2:].replace("-", "_"), value, hints))
-        else:
-            problems.append(Problem("command line", name, "belongs to no option; see --help"))
-    given = {name: value for name, value in vars(namespace).items() if name in hints}
-    # `null`, as in YAML, takes back what the file says; argparse would take it for text.
-    optional = {name for name in given if type(None) in get_args(hints[name])}
-    return {n: None if value == "null" and n in optional else value for n, value in given.items()}, problems
-
-
-def _value_at(arguments: list[str], position: int) -> list[str]:
-    """What an option on the command line is given: `--option=value`, or all words until the next option."""
-    _, sign, value = arguments[position].partition("=")
-    if sign:
-        return [value]
-    rest = arguments[position + 1 :]
-    end = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
-    return rest[:end]
-
-
-def _build(dataclass_types: Iterable[Any], values: dict[str, Any]) -> tuple[list[Any], list[Problem]]:
+def _build(
+    dataclass_types: Iterable[Any], machine: dict[str, Any], asked: dict[str, Any]
+) -> tuple[list[Any], list[Problem]]:
     """Instantiate the dataclasses; what their own validation refuses is told in their own words."""
-    built, problems = [], []
+    built: list[Any] = []
+    problems: list[Problem] = []
     for kind in dataclass_types:
-        own = {name: value for name, value in values.items() if name in _hints(kind)}
+        own = {name: value for name, value in {**machine, **asked}.items() if name in _hints(kind)}
         missing = [
             item.name
             for item in dataclasses.fields(kind)
@@ -325,20 +258,25 @@ def _build(dataclass_types: Iterable[Any], values: dict[str, Any]) -> tuple[list
                 ArithmeticError,
             ) as error:
                 message = " ".join(str(error).split())
-                name = _field_in(message, own)
-                problems.append(Problem(name or kind.__name__, own[name] if name else "refused", message))
+                name = preparation.field_in(message, own)
+                if name is None and problems:
+                    break  # a consequence of what was left out
+                name = name or _culprit(kind, own, asked, message)
+                if message not in {problem.remedy for problem in problems}:
+                    problems.append(Problem(name or kind.__name__, own[name] if name else "refused", message))
                 if name is None:
                     break
                 del own[name]  # to find out what else is wrong
     return built, problems
 
 
-def _field_in(message: str, values: dict[str, Any]) -> str | None:
-    """The field that an error message speaks of, by its name or else by its value."""
-    for name in values:
-        if re.search(rf"\b{re.escape(name)}\b", message):
-            return name
-    for name, value in values.items():
-        if isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", message):
-            return name
+def _culprit(kind: Any, values: dict[str, Any], asked: Iterable[str], message: str) -> str | None:
+    """The field of those that the user gave without which a dataclass does not refuse the others with this message."""
+    for name in [name for name in asked if name in values]:
+        try:
+            kind(**{other: value for other, value in values.items() if other != name})
+        except Exception as error:  # noqa: BLE001 - another message is all that counts
+            if " ".join(str(error).split()) == message:
+                continue
+        return name
     return None

@@ -9,7 +9,6 @@ name; then older ones are deleted, and then evaluation runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -28,12 +27,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from pipeline.errors import Problem, RunStopped, UserError
+from pipeline.manifest import MANIFEST, STATE, bring_to_disk, find_damage, replace_state, write_manifest
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
-STATE = "trainer_state.json"
 
 DISK_IS_FULL = 2**23
 """Free bytes below which a failed write is put down to the disk: files are written in pieces, of which the
@@ -137,35 +135,6 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """Compare a checkpoint with its manifest.
-
-    Args:
-        checkpoint: A checkpoint's directory.
-
-    Returns:
-        What is wrong with it, or `None`.
-    """
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        state = json.loads((checkpoint / STATE).read_text())
-        if f"{PREFIX_CHECKPOINT_DIR}-{state['global_step']}" != checkpoint.name:
-            return f"{STATE} is of step {state['global_step']}"
-        for name, entry in manifest["files"].items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["size"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-            if _sha256(path) != entry["sha256"]:
-                return f"{name} has changed"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it cannot be read ({error})"
-    return None
-
-
 @contextmanager
 def unchanged_random_state() -> Iterator[None]:
     """Give Python, NumPy and torch back the random state that they had."""
@@ -197,7 +166,7 @@ def _save_aside(trainer: Trainer, save: Callable[[], None], evaluation_due: bool
             finished = aside / target.name
             (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which may hold a token
             state.save_to_json(str(finished / STATE))
-            _write_manifest(finished, state.global_step, evaluation_due)
+            write_manifest(finished, state.global_step, evaluation_due)
             _move_into_place(finished, target)
             _delete_surplus(trainer, target)
         trainer.accelerator.wait_for_everyone()
@@ -212,26 +181,12 @@ def _save_aside(trainer: Trainer, save: Callable[[], None], evaluation_due: bool
         trainer._push_from_checkpoint(str(target))
 
 
-def _write_manifest(checkpoint: Path, step: int, evaluation_due: bool) -> None:
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != STATE]
-    entries = {
-        str(path.relative_to(checkpoint)): {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in files
-    }
-    # The trainer's state is written again after the evaluation of the same step, so it is not listed.
-    content = {"step": step, "evaluation_due": evaluation_due, "files": entries}
-    (checkpoint / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
-    for path in [*files, checkpoint / STATE, checkpoint / MANIFEST]:
-        _bring_to_disk(path)
-    _bring_to_disk(checkpoint)
-
-
 def _move_into_place(finished: Path, target: Path) -> None:
     if target.exists():  # damaged, passed over when the run resumed
         shutil.rmtree(finished.parent / "replaced", ignore_errors=True)
         os.replace(target, finished.parent / "replaced")
     os.replace(finished, target)
-    _bring_to_disk(target.parent)
+    bring_to_disk(target.parent)
     shutil.rmtree(finished.parent, ignore_errors=True)
 
 
@@ -261,8 +216,7 @@ def _update_state(trainer: Trainer) -> None:
     if args.should_save:
         aside = checkpoint / f".{STATE}"
         state.save_to_json(str(aside))
-        _bring_to_disk(aside)
-        os.replace(aside, checkpoint / STATE)
+        replace_state(checkpoint, aside)
 
 
 def evaluate_if_missed(trainer: Trainer) -> None:
@@ -334,16 +288,3 @@ def _tell_failed_save(trainer: Trainer, error: Exception) -> str:
         f"{reason}. "
         f"Make room or correct that; the same command then {goes_on}."
     )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _bring_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,94 +4,40 @@ finds."""
 from __future__ import annotations
 
 import math
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem
 
 
-def _at_least(bound: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value >= bound, f"must be at least {bound:g}"
-
-
-def _above(bound: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: bound < value < math.inf, f"must be a number above {bound:g}"
-
-
-def _from_to(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: low <= value <= high, f"must be between {low:g} and {high:g}"
-
-
-def _below_one() -> tuple[Callable[[Any], bool], str]:
-    return lambda value: 0 <= value < 1, "must be at least 0 and below 1"
-
-
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "learning_rate": _above(0),
-    "num_train_epochs": _above(0),
-    "max_steps": (lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for num_train_epochs"),
-    "per_device_train_batch_size": _at_least(1),
-    "per_device_eval_batch_size": _at_least(1),
-    "gradient_accumulation_steps": _at_least(1),
-    "eval_steps": _above(0),
-    "save_steps": _above(0),
-    "logging_steps": _above(0),
-    "save_total_limit": _at_least(1),
-    "warmup_steps": _at_least(0),
-    "warmup_ratio": _from_to(0, 1),
-    "weight_decay": _at_least(0),
-    "max_grad_norm": _at_least(0),
-    "adam_beta1": _below_one(),
-    "adam_beta2": _below_one(),
-    "adam_epsilon": _above(0),
-    "label_smoothing_factor": _below_one(),
-    "seed": _from_to(0, 2**32 - 1),
-    "data_seed": _from_to(0, 2**32 - 1),
-    "dataloader_num_workers": _at_least(0),
-    "block_size": _at_least(2),
-    "max_length": _at_least(2),
-    "max_train_samples": _at_least(1),
-    "max_eval_samples": _at_least(1),
-    "validation_share": _from_to(0, 0.5),
-    "lora_r": _at_least(1),
-    "lora_alpha": _above(0),
-    "lora_dropout": _below_one(),
-    "num_generations": _at_least(1),
-    "num_iterations": _at_least(1),
-    "max_completion_length": _at_least(1),
-    "temperature": _above(0),
-    "top_p": (lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
-    "min_p": _from_to(0, 1),
-    "top_k": _at_least(0),
-    "repetition_penalty": _above(0),
-    "beta": _at_least(0),
-    "epsilon": _above(0),
-}
-"""Fields of any argument dataclass, and the values that make sense. `None` is left to the dataclass."""
-
-
-def check_ranges(arguments: Iterable[Any]) -> list[Problem]:
-    """Fields whose numbers make no sense, or make none together.
+def check_together(arguments: Iterable[Any], told: Collection[str]) -> list[Problem]:
+    """Fields that make no sense with each other, or with what is on the disk.
 
     Args:
         arguments: Argument dataclasses.
+        told: Fields whose values are wrong already, and have been left out.
     """
-    items = list(arguments)
-    values = {name: getattr(item, name) for item in items for name in vars(item)}
+    values = {name: getattr(item, name) for item in arguments for name in vars(item)}
     problems = []
-    for name, (fits, remedy) in RANGES.items():
-        value = values.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and not fits(value):
-            problems.append(Problem(name, value, remedy))
-    if values.get("dataset_streaming") and values.get("max_steps", 1) <= 0:
-        problems.append(Problem("max_steps", values["max_steps"], "must be given: a stream has no length"))
+    steps = values.get("max_steps", 0)
+    if values.get("dataset_streaming") and steps <= 0 and "max_steps" not in told:
+        problems.append(Problem("max_steps", steps, "must be given: a stream has no length"))
+    layers = f"{values.get('lora_target_modules')} {values.get('lora_modules_to_save')}"
+    if values.get("use_peft") and "embed" not in layers and "lm_head" not in layers:
+        for field in ("use_muon", "embedding_learning_rate"):
+            if values.get(field):
+                problems.append(Problem(field, values[field], "LoRA trains no embeddings; leave it out"))
     if values.get("output_dir") == "":
         problems.append(Problem("output_dir", "nothing", "give a directory"))
-    if values.get("resume_from_checkpoint") and not Path(str(values["resume_from_checkpoint"])).is_dir():
-        remedy = "is no directory; leave it out to go on from the newest complete checkpoint"
-        problems.append(Problem("resume_from_checkpoint", values["resume_from_checkpoint"], remedy))
+    if name := values.get("resume_from_checkpoint"):
+        otherwise = "leave it out to go on from the newest complete checkpoint"
+        if not Path(str(name)).is_dir():
+            problems.append(Problem("resume_from_checkpoint", name, f"is no directory; {otherwise}"))
+        elif not (Path(str(name)) / "trainer_state.json").is_file():
+            problems.append(Problem("resume_from_checkpoint", name, f"is no checkpoint; {otherwise}"))
     return problems
 
 
@@ -136,6 +82,8 @@ def check_model(config: Any, tokenizer: Any, args: Any, name: str) -> list[Probl
         args: Training arguments.
         name: What named the model.
     """
+    import transformers  # whose classes take their time, which `--help` has not
+
     problems = []
     field = "model_name_or_path"
     text = config.get_text_config()
@@ -143,8 +91,17 @@ def check_model(config: Any, tokenizer: Any, args: Any, name: str) -> list[Probl
     architectures = config.architectures or []
     if getattr(config, "is_encoder_decoder", False):
         problems.append(Problem(field, name, "is an encoder and decoder; give a decoder-only language model"))
-    if any("SequenceClassification" in kind for kind in architectures) and not reward:
+    classifier = any("SequenceClassification" in kind for kind in architectures)
+    if classifier and not reward:
         problems.append(Problem(field, name, "is a reward model; give a language model"))
+    elif architectures and not reward:
+        kind = getattr(transformers, architectures[0], None)  # TRL loads this one
+        if kind is not None and not kind.can_generate():
+            remedy = f"is a {architectures[0]}, which cannot write; give a decoder-only language model"
+            problems.append(Problem(field, name, remedy))
+    if classifier and reward and config.num_labels != 1:
+        remedy = f"has {config.num_labels} labels; give a reward model, which has one, or a language model"
+        problems.append(Problem(field, name, remedy))
     vocabulary = getattr(text, "vocab_size", None)
     if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
         remedy = (
@@ -171,30 +128,39 @@ def check_lengths(positions: int | None, args: Any) -> list[Problem]:
     return problems
 
 
-def check_lora(model_args: Any, modules: Iterable[str]) -> list[Problem]:
+def check_lora(model_args: Any, modules: Iterable[str], parameters: Iterable[str] = ()) -> list[Problem]:
     """LoRA on modules that the model doesn't have.
 
     Args:
         model_args: `trl.ModelConfig`.
         modules: Names of all modules of the model.
+        parameters: Names of all its parameters.
     """
-    targets = getattr(model_args, "lora_target_modules", None)
-    if not getattr(model_args, "use_peft", False) or not targets or targets == "all-linear":
+    if not getattr(model_args, "use_peft", False):
         return []
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    if wanted == ["all-linear"]:
-        return []
-    names = {module.rpartition(".")[2] for module in modules} | set(modules)
-    missing = [
-        target
-        for target in wanted
-        if target not in names and not any(m.endswith("." + target) for m in names)
-    ]
-    if not missing:
-        return []
-    linear = sorted(name for name in names if name.endswith("_proj") and "." not in name)
-    remedy = f"the model has no such modules; choose from: {', '.join(linear)}, or all-linear"
-    return [Problem("lora_target_modules", ", ".join(missing), remedy)]
+    modules = list(modules)
+    linear = sorted({end for name in modules if (end := name.rpartition(".")[2]).endswith("_proj")})
+    problems = []
+    for field, names in (
+        ("lora_target_modules", modules),
+        ("lora_modules_to_save", modules),
+        ("lora_target_parameters", list(parameters)),
+    ):
+        targets = getattr(model_args, field, None) or []
+        if targets in ("all-linear", ["all-linear"]):
+            continue
+        if isinstance(targets, str):  # for PEFT a pattern of whole names
+            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        else:
+            missing = [
+                target
+                for target in targets
+                if not any(name == target or name.endswith("." + target) for name in names)
+            ]
+        if missing:
+            remedy = f"the model has no such modules; choose from: {', '.join(linear)}, or all-linear"
+            problems.append(Problem(field, ", ".join(missing), remedy))
+    return problems
 
 
 def check_batches(rows: int | None, args: Any, what: str = "rows") -> list[Problem]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 
 from pipeline.arguments import DataArguments
 from pipeline.errors import Problem, UserError
-from pipeline.sources import open_source
+from pipeline.sources import broken_files, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,15 @@ def load_splits(args: DataArguments, kind: Kind, evaluation: bool) -> tuple[Spli
             shape.
     """
     source = open_source(args)
+    try:
+        return _load_splits(source, args, kind, evaluation)
+    except UnicodeDecodeError as error:  # of a file that was only opened so far
+        raise UserError(*broken_files(Path(str(args.dataset_name)), error)) from None
+
+
+def _load_splits(
+    source: DatasetDict | IterableDatasetDict, args: DataArguments, kind: Kind, evaluation: bool
+) -> tuple[Split, Split | None]:
     if evaluation and _holds_out(args, list(source)):
         # Checked before it is divided, so that row numbers are those of the file.
         train, test = _hold_out(args, _standardise(source[args.dataset_train_split], args, kind))
@@ -83,6 +93,9 @@ def _hold_out(args: DataArguments, only: Split) -> tuple[Split, Split]:
         "The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period
     )
     if isinstance(only, Dataset):
+        if len(only) < 2:
+            remedy = f"has {len(only)} row, which leaves nothing to hold out; give more, or --eval_strategy no"
+            raise UserError(Problem("dataset_name", args.dataset_name, remedy))
         rows = range(len(only))
         held_out = rows[::period]
         return only.select([row for row in rows if row not in held_out]), only.select(held_out)
@@ -187,7 +200,7 @@ def _messages(value: object, args: DataArguments, name: str) -> list[dict[str, s
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise _ShapeError(f"{name} is {_short(value)}, not a list of messages")
-    messages = []
+    messages: list[dict[str, str]] = []
     for message in value:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise _ShapeError(f"{name} holds {_short(message)}, not {{role, content}}")
@@ -195,6 +208,10 @@ def _messages(value: object, args: DataArguments, name: str) -> list[dict[str, s
             raise _ShapeError(f"{name} has the role {_short(message['role'])}, not system, user or assistant")
         if not isinstance(message["content"], str):
             raise _ShapeError(f"{name} has the content {_short(message['content'])}, not text")
+        if not message["content"].strip() and message["role"] in ("user", "assistant"):
+            raise _ShapeError(f"{name} has an empty message of the {message['role']}")
+        if messages and message["role"] == messages[-1]["role"] == "assistant":
+            raise _ShapeError(f"{name} has two messages of the assistant in a row")
         messages.append({"role": message["role"], "content": message["content"]})
     if args.system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": args.system_prompt})
@@ -220,6 +237,8 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Callable
                 raise _ShapeError(
                     f"{args.messages_column} ends with the role {messages[-1]['role']}, not assistant"
                 )
+            if messages[0]["role"] == "assistant":
+                raise _ShapeError(f"{args.messages_column} begins with the assistant: there is no prompt")
             return {"messages": messages}
 
         return from_messages
@@ -239,10 +258,12 @@ def _preference(row: Row, args: DataArguments) -> Row:
     if row.get(args.prompt_column) is not None:
         prompt = _messages(row[args.prompt_column], args, args.prompt_column)
     else:
-        whole = _messages(chosen, args, "chosen")
-        prompt, chosen, rejected = whole[:-1], whole[-1:], _messages(rejected, args, "rejected")[-1:]
+        whole, other = _messages(chosen, args, "chosen"), _messages(rejected, args, "rejected")
+        prompt, chosen, rejected = whole[:-1], whole[-1:], other[-1:]
         if not prompt:
             raise _ShapeError("there is no prompt")
+        if prompt != other[:-1]:
+            raise _ShapeError("chosen and rejected do not answer the same prompt")
     answers = []
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(value, str):
@@ -275,6 +296,8 @@ def _prompt_converter(args: DataArguments, columns: list[str]) -> Callable[[Row]
             raise _ShapeError(f"{prompt} ends with the role assistant, which leaves nothing to answer")
         if args.answer_column not in columns:
             return {"prompt": messages}
+        if row[args.answer_column] is None:
+            raise _ShapeError(f"{args.answer_column} is None")
         answer = str(row[args.answer_column])
         match = (pattern or GSM8K_ANSWER).search(answer)
         if match:

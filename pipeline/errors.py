@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ EXIT_USER_ERROR = 2
 
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C (128 + SIGINT, the convention of POSIX shells)."""
+
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{6,}")
+"""A token of the Hub, which no message repeats."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,18 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return " ".join(f"{self.field}: {self.value}: {self.remedy}".split())
+        return TOKEN.sub("hf_***", " ".join(f"{self.field}: {self.value}: {self.remedy}".split()))
 
 
 class UserError(Exception):
     """Everything that is wrong with the user's input, as far as it could be found out together.
 
     Args:
-        *problems: At least one problem, in the order in which they are to be told.
+        *problems: At least one problem, in the order in which they are to be told; each is told once.
     """
 
     def __init__(self, *problems: Problem) -> None:
-        self.problems = problems
+        self.problems = tuple({str(problem): problem for problem in problems}.values())
         super().__init__("\n".join(str(problem) for problem in problems))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[Problem, ...]]:
@@ -69,17 +73,29 @@ class RunStopped(Exception):
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a
-    traceback.
+    traceback. While a run is being prepared, errors of the libraries that speak of a field are the user's, too.
 
     Raises:
         SystemExit: With code 2 after `UserError` (one line a problem), with its own code after `RunStopped`,
             with 130 after Ctrl-C.
     """
+    from pipeline import preparation  # which imports this module
+
     # Several processes of one machine find the same mistakes; one tells them.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
+    preparation.end()
     try:
-        yield
+        try:
+            yield
+        except (UserError, RunStopped):
+            raise
+        except Exception as error:
+            refusal = preparation.explain(error)
+            if refusal is None:
+                raise
+            raise refusal from error
     except UserError as error:
+        preparation.undo()
         if first:
             for problem in error.problems:
                 print(problem, file=sys.stderr)
@@ -92,3 +108,5 @@ def exit_on_user_error() -> Iterator[None]:
         if first:
             print("Interrupted.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        preparation.end()

@@ -12,7 +12,7 @@ from typing import Any
 # A larger file is known by its size and time of change: reading a whole corpus at every start takes minutes.
 READ_WHOLE_BYTES = 64 * 2**20
 # What a setting is called whose value is nobody's business.
-SECRETS = ("hub_token", "token", "api_key", "password")
+SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
@@ -27,7 +27,10 @@ def fingerprint(content: Mapping[str, Any]) -> str:
 
 def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that may be written down and hashed."""
-    return {key: value for key, value in values.items() if key not in SECRETS}
+    plain = {key: value for key, value in values.items() if key not in SECRETS}
+    if isinstance(variables := plain.get("env"), Mapping):  # any of which may be a key
+        plain["env"] = sorted(map(str, variables))
+    return plain
 
 
 def fingerprint_path(path: Path) -> str:

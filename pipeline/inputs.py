@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +22,8 @@ from pipeline.data import Kind, Split, load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.loading import load_tokenizer
 from pipeline.model import build_model
+from pipeline.rehearsal import rehearse
+from pipeline.weight_files import find_fault
 
 T = TypeVar("T")
 
@@ -90,10 +94,11 @@ def load_inputs(
         or not hasattr(model_args, "use_peft")
     ):
         tokenizer = attempt(lambda: load_tokenizer(data_args, model_args if name else None))
+    field = "tokenizer_name_or_path" if data_args.tokenizer_name_or_path else "model_name_or_path"
     evaluation = str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no"
     splits = attempt(lambda: load_splits(data_args, kind, evaluation))
     if tokenizer is not None:
-        field = "tokenizer_name_or_path" if data_args.tokenizer_name_or_path else "model_name_or_path"
+        problems += _set_template(tokenizer, training_args)
         problems += checks.check_tokenizer(
             tokenizer,
             field,
@@ -103,7 +108,8 @@ def load_inputs(
         )
     if config is not None:
         problems += checks.check_model(config, tokenizer, training_args, str(name))
-        problems += _check_weights(config, training_args, model_args)
+        if not getattr(config, "is_encoder_decoder", False):
+            problems += _check_weights(config, training_args, model_args)
     elif not hasattr(model_args, "model_name_or_path"):
         problems += checks.check_lengths(model_args.max_position_embeddings, training_args)
         with torch.device("meta"):
@@ -116,11 +122,16 @@ def load_inputs(
         problems += checks.check_batches(len(train) if isinstance(train, Dataset) else None, training_args)
         if tokenizer is not None and (kind == "text" or tokenizer.chat_template):
             positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-            problems += _check_tokens(kind, train, tokenizer, training_args, positions)
+            try:
+                problems += _check_tokens(kind, train, tokenizer, training_args, positions)
+            except TemplateError as error:
+                remedy = f"its chat template refuses a conversation of the data ({error}); correct one of them"
+                problems.append(Problem(field, data_args.tokenizer_name_or_path or name, remedy))
     if reward_args is not None:
         problems += reward_args.find_problems(training_args, tokenizer, splits[0] if splits else None)
+    problems += rehearse(training_args)
     if problems or tokenizer is None or splits is None:
-        raise UserError(*dict.fromkeys(problems))
+        raise UserError(*problems)
     return tokenizer, *splits
 
 
@@ -153,7 +164,21 @@ def find_problems(arguments: Sequence[Any], fields: Iterable[str]) -> list[Probl
             load_splits(data_args, kind, evaluation=False)
     except UserError as error:
         problems += error.problems
+    except (ValueError, TypeError, ArithmeticError, OSError):
+        pass  # a consequence of what is known to be wrong
     return problems
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, args: Any) -> list[Problem]:
+    """Give the tokenizer the chat template that SFT is told to use, as TRL will."""
+    path = getattr(args, "chat_template_path", None)
+    if path is None:
+        return []
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return [Problem("chat_template_path", path, f"cannot be read ({error}); give a Jinja template")]
+    return []
 
 
 def _load_config(model_args: Any) -> Any:
@@ -168,24 +193,26 @@ def _load_config(model_args: Any) -> Any:
 
 
 def _check_weights(config: Any, args: Any, model_args: Any) -> list[Problem]:
-    """LoRA targets and room on the disk, by a model without weights."""
-    kind = (
-        AutoModelForSequenceClassification
-        if hasattr(args, "center_rewards_coefficient")
-        else AutoModelForCausalLM
-    )
+    """Weights, attention, LoRA targets and room on the disk, by a model without weights."""
+    name = model_args.model_name_or_path
+    reward = hasattr(args, "center_rewards_coefficient")
+    if reward and not any("SequenceClassification" in kind for kind in config.architectures or []):
+        config.num_labels = 1
+    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    attention = model_args.attn_implementation
     try:
         with torch.device("meta"):
-            model = kind.from_config(config)
-    except ValueError:
-        return [
-            Problem(
-                "model_name_or_path",
-                model_args.model_name_or_path,
-                f"{config.model_type} cannot be used here",
-            )
-        ]
-    problems = checks.check_lora(model_args, [name for name, _ in model.named_modules()])
+            model = kind.from_config(config, attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        if attention is not None and type(config) in kind._model_mapping:
+            return [Problem("attn_implementation", attention, f"{reason}; leave it out, or use sdpa or eager")]
+        return [Problem("model_name_or_path", name, f"{config.model_type} cannot be used here")]
+    problems = []
+    if Path(name).is_dir() and (fault := find_fault(Path(name), model)):
+        problems.append(Problem("model_name_or_path", name, fault))
+    modules = [module for module, _ in model.named_modules()]
+    problems += checks.check_lora(model_args, modules, [weight for weight, _ in model.named_parameters()])
     size = trained = model.num_parameters()
     if getattr(model_args, "use_peft", False):
         trained = round(0.05 * size)  # adapters are smaller; how much depends on ranks and targets

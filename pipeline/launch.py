@@ -92,6 +92,9 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
         if os.environ.get(variable, "false").lower() == "true" and on_cpu:
             remedy = "is never active on CPUs, which would train unsharded; use accelerate_config.yaml"
             problems.append(Problem("distributed_type", name, remedy))
+    for name in ("fsdp", "deepspeed"):
+        if getattr(args, name, None) and on_cpu:
+            problems.append(Problem(name, getattr(args, name), "is never active on CPUs; leave it out"))
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("bf16", "fp16") and not hardware.supports(precision):
         best = hardware.precision()

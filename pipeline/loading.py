@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from pipeline.arguments import DataArguments
 from pipeline.errors import Problem, UserError
+
+
+@contextmanager
+def told_as(field: str, name: object) -> Iterator[None]:
+    """Tell a model or a tokenizer that cannot be loaded as a problem of `field`, which named it.
+
+    Raises:
+        UserError: If it isn't there, is damaged or doesn't fit its own configuration.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(Problem(field, name, f"no model can be loaded from there ({reason})")) from None
 
 
 def load_tokenizer(

@@ -32,6 +32,8 @@ def main(args: argparse.Namespace) -> int:
         UserError: the adapter or its base model is not there, or the output directory is not empty.
     """
     config = _read_config(args.adapter)
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise UserError(Problem("--output_dir", args.output_dir, "is a file; name a new directory"))
     if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
         raise UserError(Problem("--output_dir", args.output_dir, "is not empty; name a new directory"))
     _merge(args.adapter, config, args.output_dir)
@@ -54,6 +56,7 @@ def _read_config(adapter: Path) -> dict[str, Any]:
 
 def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     # A reward model has one output; PEFT's configuration says which head it was trained with.
@@ -66,6 +69,9 @@ def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
     except OSError as error:
         remedy = f"its base model cannot be loaded: {str(error).splitlines()[0]}"
         raise UserError(Problem("adapter", config["base_model_name_or_path"], remedy)) from error
+    except (RuntimeError, SafetensorError) as error:
+        remedy = f"its weights do not fit its base model, or are damaged: {str(error).splitlines()[0]}"
+        raise UserError(Problem("adapter", adapter, remedy)) from error
     tokenizer = AutoTokenizer.from_pretrained(str(adapter))
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(str(output_dir))

@@ -44,15 +44,6 @@ class OptimizerArguments:
         metadata={"help": "Learning rate of embeddings and output layer; learning_rate if not given."},
     )
 
-    def __post_init__(self) -> None:
-        problems = [
-            Problem(name, value, "a positive number")
-            for name in ("muon_learning_rate", "embedding_learning_rate")
-            if (value := getattr(self, name)) is not None and not value > 0
-        ]
-        if problems:
-            raise UserError(*problems)
-
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """torch's `Muon` and `AdamW` behind one `step`, one list of parameter groups and one state.

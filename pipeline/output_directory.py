@@ -26,6 +26,15 @@ RESOLVED = "resolved_arguments"
 because trainers
 change their arguments in between."""
 
+READ = (
+    "model_name_or_path",
+    "tokenizer_name_or_path",
+    "dataset_name",
+    "reward_model_path",
+    "value_model_path",
+)
+"""Fields that may name a directory which a run reads."""
+
 LOCK = ".lock"
 WAIT_FOR_LOCK = 120.0
 """Seconds that a run waits for an earlier one to let go of its output directory (it may be saving)."""
@@ -55,6 +64,14 @@ def check(arguments: Iterable[Any]) -> list[Problem]:
     if output_dir is None or not any(hasattr(item, "save_strategy") for item in items):
         return []
     path = Path(output_dir)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        return [Problem("output_dir", output_dir, f"is no path that can be written to ({error}); correct it")]
+    if path.is_symlink() and not path.exists():
+        return [Problem("output_dir", output_dir, "is a link to a directory that is not there; make that")]
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not nearest.is_dir():
         return [Problem("output_dir", output_dir, f"{nearest} is a file; choose a directory")]
@@ -65,7 +82,14 @@ def check(arguments: Iterable[Any]) -> list[Problem]:
             )
         ]
     record, present = path / RECORD, describe(items)
+    for name in READ:
+        read = [Path(str(value)) for value in _as_list(present.get(name)) if value]
+        if any(other.exists() and other.resolve() == path.resolve() for other in read):
+            return [Problem("output_dir", output_dir, f"is what {name} names, and would be written over")]
     if not record.exists():
+        if any((path / file).exists() for file in ("config.json", "adapter_config.json")):
+            remedy = "holds something that no recipe has written there; choose another directory"
+            return [Problem("output_dir", output_dir, remedy)]
         return []
     try:
         earlier = json.loads(record.read_text())
@@ -100,6 +124,10 @@ def check_replaceable(output_dir: str | Path, own: Iterable[str]) -> list[Proble
     if not path.exists() or (path.is_dir() and {inner.name for inner in path.iterdir()} <= set(own)):
         return []
     return [Problem("output_dir", output_dir, "holds other files; give a new or an empty folder")]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def claim(args: Any) -> None:

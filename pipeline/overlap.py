@@ -168,6 +168,8 @@ def main(args: argparse.Namespace) -> int:
     problems = []
     if args.n < 1:
         problems.append(Problem("n", args.n, "must be at least 1"))
+    if args.examples < 0:
+        problems.append(Problem("examples", args.examples, "must be at least 0"))
     if not 0 <= args.max_share <= 1:
         problems.append(Problem("max_share", args.max_share, "must be between 0 and 1"))
     if problems:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
+
+from pipeline.ranges import check_ranges
 
 
 @dataclass
@@ -93,25 +95,10 @@ class PPOConfig(GRPOConfig):
 
     def _check(self) -> None:
         """Raise `ValueError` for every field that is wrong, all in one message."""
-        unit_interval = {"gamma": self.gamma, "lam": self.lam}
-        positive = {"cliprange": self.cliprange, "cliprange_value": self.cliprange_value}
-        not_negative = {
-            "kl_coef": self.kl_coef,
-            "vf_coef": self.vf_coef,
-            "value_learning_rate": self.value_learning_rate or 0.0,
-            "missing_eos_penalty": self.missing_eos_penalty or 0.0,
-        }
-        wrong = [
-            f"{name} ({value}) must be in [0, 1]"
-            for name, value in unit_interval.items()
-            if not 0 <= value <= 1
-        ]
-        wrong += [f"{name} ({value}) must be positive" for name, value in positive.items() if value <= 0]
-        wrong += [
-            f"{name} ({value}) must not be negative" for name, value in not_negative.items() if value < 0
-        ]
-        if self.num_generations is None or self.num_generations < 1:
-            wrong.append(f"num_generations ({self.num_generations}) must be at least 1")
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
+        wrong = [f"{problem.field} ({problem.value}) {problem.remedy}" for problem in check_ranges(own)]
+        if self.num_generations is None:
+            wrong.append("num_generations must be given")
         if self.kl_estimator not in ("k1", "k3"):
             wrong.append(f"kl_estimator ({self.kl_estimator}) must be k1 or k3")
         if self.reward_normalization not in ("none", "batch", "running"):

@@ -39,6 +39,7 @@ from pipeline.arguments import DataArguments, parse
 from pipeline.data import load_splits
 from pipeline.errors import Problem, UserError, exit_on_user_error
 from pipeline.evaluation.generation import encode_prompts, generate
+from pipeline.loading import told_as
 from pipeline.output_directory import check_replaceable
 from pipeline.preference_files import SPLITS, Counts
 from pipeline.sources import open_source
@@ -230,14 +231,9 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: There is none, or it has no chat template.
     """
-    try:
+    with told_as("model_name_or_path", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            Problem("model_name_or_path", name, f"no model can be loaded from there ({reason})")
-        ) from None
     if tokenizer.chat_template is None:
         raise UserError(
             Problem("model_name_or_path", name, "has no chat template; give a model tuned on conversations")

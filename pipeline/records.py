@@ -56,6 +56,8 @@ class RunRecord:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return cls(path)
+        except NotADirectoryError:
+            raise UserError(Problem("output_dir", run_dir, "is, or lies below, a file; choose a directory")) from None
         except (OSError, ValueError) as error:
             raise UserError(Problem("output_dir", path, f"cannot be read ({error}); remove it")) from error
         steps = content.get("steps", {}) if isinstance(content, dict) else None

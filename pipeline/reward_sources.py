@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerBase,
+)
 
 from pipeline.arguments import DataArguments
 from pipeline.data import Split
 from pipeline.errors import Problem, UserError
 from pipeline.loading import load_tokenizer
 from pipeline.rewards import MEASURED_ONLY, load_rewards
+from pipeline.weight_files import find_fault
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What TRL hands every reward function beside the columns of the data."""
@@ -55,7 +63,7 @@ def check_rewards(
 
 
 def check_reward_model(path: str) -> list[Problem]:
-    """A reward model that gives no single score, or cannot read a conversation.
+    """A reward model that gives no single score, cannot read a conversation, or lacks weights.
 
     Its tokenizer may be another than the policy's: it is given text.
 
@@ -69,6 +77,8 @@ def check_reward_model(path: str) -> list[Problem]:
     if config.num_labels != 1:
         remedy = f"has {config.num_labels} labels; give a sequence classifier with one, as RewardTrainer makes it"
         problems.append(Problem(field, path, remedy))
+    else:
+        problems += _check_weights(field, path, config, AutoModelForSequenceClassification)
     try:
         tokenizer = load_tokenizer(DataArguments(tokenizer_name_or_path=path))
     except UserError as error:
@@ -79,7 +89,8 @@ def check_reward_model(path: str) -> list[Problem]:
 
 
 def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Problem]:
-    """A critic of several labels, or one that does not know the policy's tokens, which it is given as they are.
+    """A critic of several labels, one that lacks weights, or one that does not know the policy's tokens, which it is
+    given as they are.
 
     Args:
         path: A folder or an id on the Hub.
@@ -92,6 +103,9 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
     if config.num_labels != 1 and any("Classification" in name for name in config.architectures or []):
         remedy = f"has {config.num_labels} labels; give a critic or a reward model, which have one"
         problems.append(Problem(field, path, remedy))
+    else:
+        config.num_labels = 1
+        problems += _check_weights(field, path, config, AutoModelForTokenClassification)
     if tokenizer is None:
         return problems
     try:
@@ -114,6 +128,16 @@ def _load_config(field: str, path: str) -> tuple[Any | None, list[Problem]]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         return None, [Problem(field, path, f"no model can be loaded from there ({reason})")]
+
+
+def _check_weights(field: str, path: str, config: Any, kind: Any) -> list[Problem]:
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except ValueError:
+        return [Problem(field, path, f"{config.model_type} cannot be used here")]
+    fault = find_fault(Path(path), model) if Path(path).is_dir() else None
+    return [Problem(field, path, fault)] if fault else []
 
 
 def _check_vocabulary(

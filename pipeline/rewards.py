@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -266,21 +267,27 @@ def _load(name: str, field: str) -> Callable[..., Any]:
         raise UserError(Problem(field, name, f"{hint} Known: {known}; or write package.module:function"))
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:  # ValueError: an empty module name
-        raise UserError(
-            Problem(field, name, f"cannot import {module_name or '(nothing)'} ({error})")
-        ) from error
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(Problem(field, name, f"cannot import {module_name or '(nothing)'} ({reason})")) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        callables = [
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        ]
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         nearest = difflib.get_close_matches(function_name, callables, n=1)
         hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
-        raise UserError(
-            Problem(field, name, f"{module_name} has no function {function_name or '(nothing)'}{hint}")
-        )
+        raise UserError(Problem(field, name, f"{module_name} has no function {function_name or '(nothing)'}{hint}"))
+    if not _takes_columns(function):
+        remedy = "TRL hands it every column by name; let it take them: f(completions, **columns)"
+        raise UserError(Problem(field, name, remedy))
     return function
+
+
+def _takes_columns(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):  # some functions written in C have none
+        return False
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _check(rewards: Rewards, pending: list[tuple[int, tuple[str, str | None]]]) -> None:

@@ -21,99 +21,34 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-MESSAGE_BYTES = 8 << 20
+
+def _load(name: str) -> Any:
+    """A sibling module by path: this process sees the standard library and nothing else."""
+    spec = importlib.util.spec_from_file_location(name, os.path.join(os.path.dirname(__file__), f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if TYPE_CHECKING:
+    from pipeline import confinement
+    from pipeline.sandbox_messages import Channel, Gone, decode, encode
+else:
+    confinement, _messages = _load("confinement"), _load("sandbox_messages")
+    Channel, Gone, decode, encode = _messages.Channel, _messages.Gone, _messages.decode, _messages.encode
+
 GRACE_SECONDS = 5.0
 OPERATORS = (
     "len", "getitem", "setitem", "delitem", "contains", "next", "add", "sub", "mul", "truediv", "floordiv",
     "mod", "pow", "neg", "abs", "and", "or", "xor", "lt", "le", "gt", "ge", "int", "float", "index",
     "enter", "exit", "radd", "rsub", "rmul", "matmul", "invert", "reversed",
 )  # fmt: skip
-
-
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "get": getattr, "set": setattr, "iter": iter, "bool": bool, "str": str, "repr": repr, "hash": hash,
 }  # fmt: skip
-
-
-class Gone(BaseException):
-    """The other process ended. No `except Exception` in a test may take it for an answer."""
-
-
-class Channel:
-    """Length-prefixed JSON over two descriptors."""
-
-    def __init__(self, incoming: int, outgoing: int) -> None:
-        self.incoming, self.outgoing = incoming, outgoing
-
-    def send(self, message: dict[str, Any]) -> None:
-        text = json.dumps(message).encode()
-        data = len(text).to_bytes(4, "big") + text
-        try:
-            while data:
-                data = data[os.write(self.outgoing, data) :]
-        except BrokenPipeError as error:
-            raise Gone from error
-
-    def receive(self) -> dict[str, Any]:
-        size = int.from_bytes(self._read(4), "big")
-        if size > MESSAGE_BYTES:
-            raise ValueError("a message of more than 8 MiB")
-        message = json.loads(self._read(size))
-        if not isinstance(message, dict):
-            raise ValueError("not a message")
-        return message
-
-    def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            part = os.read(self.incoming, min(size - len(data), 1 << 16))
-            if not part:
-                raise Gone
-            data += part
-        return data
-
-
-def encode(value: object, other: Callable[[object], Any]) -> Any:
-    """Plain data as JSON: scalars as they are, containers and big integers tagged; `other` does the rest."""
-    if value is None or type(value) in (bool, float, str):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = int.__index__(value)
-        return number if abs(number) < 1 << 62 else {"int": hex(number)}
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, bytes):
-        return {"bytes": value.hex()}
-    if type(value) is complex:
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, dict):
-        return {"dict": [[encode(key, other), encode(item, other)] for key, item in dict.items(value)]}
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            plain: Any = kind  # its own __iter__, not a subclass's
-            return {kind.__name__: [encode(item, other) for item in plain.__iter__(value)]}
-    return other(value)
-
-
-def decode(data: Any, other: Callable[[str, Any], object]) -> Any:
-    """The inverse of `encode`; every value is of exactly a builtin type."""
-    if not isinstance(data, dict):
-        if isinstance(data, list):
-            raise ValueError("not an encoded value")
-        return data
-    ((kind, content),) = data.items()
-    if kind == "int":
-        return int(content, 16)
-    if kind == "bytes":
-        return bytes.fromhex(content)
-    if kind == "complex":
-        return complex(*content)
-    if kind == "dict":
-        return {decode(key, other): decode(item, other) for key, item in content}
-    plain = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-    return plain[kind](decode(item, other) for item in content) if kind in plain else other(kind, content)
 
 
 class Candidate:
@@ -306,18 +241,8 @@ for _name in OPERATORS:
     setattr(Remote, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-def _load(name: str) -> Any:
-    """A sibling module by path: this process sees the standard library and nothing else."""
-    spec = importlib.util.spec_from_file_location(name, os.path.join(os.path.dirname(__file__), f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main(verdict: int, seconds: float, memory_mb: int) -> None:
     """Confines both processes, runs code and test, writes the verdict as one line of JSON."""
-    confinement = _load("confinement")
     os.environ.clear()
     directory = os.getcwd()
     confinement.limit_resources(seconds, memory_mb)

@@ -8,6 +8,7 @@ from typing import Any
 # So little that two steps take seconds, whatever the recipe asks for.
 TRAINING: Mapping[str, Any] = {
     "max_steps": 2,
+    "warmup_steps": 1,
     "max_train_samples": 64,
     "max_eval_samples": 16,
     "per_device_train_batch_size": 2,

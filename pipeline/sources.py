@@ -8,12 +8,14 @@ import gzip
 import hashlib
 import json
 import logging
+import lzma
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 from datasets import DatasetDict, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -38,6 +40,9 @@ LINES_A_DOCUMENT = 64
 """
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, RuntimeError, zlib.error, lzma.LZMAError, yaml.YAMLError)
+"""What the libraries raise for files that are not what their names say."""
 
 
 def open_source(args: DataArguments) -> DatasetDict | IterableDatasetDict:
@@ -85,8 +90,8 @@ def open_source(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         if path.exists():
             remedy = f"holds no data ({_first_line(error)})"
         raise UserError(Problem("dataset_name", name, remedy)) from None
-    except (DatasetGenerationError, OSError, ValueError, TypeError) as error:
-        raise UserError(*_broken_files(path, error)) from None
+    except (DatasetGenerationError, StopIteration, *UNREADABLE) as error:
+        raise UserError(*broken_files(path, error)) from None
     if builder == "text":
         source = source.map(_join_lines, batched=True, batch_size=LINES_A_DOCUMENT)
     return source
@@ -136,7 +141,7 @@ def _check_config(args: DataArguments, builder: str) -> None:
         return
     try:
         known = datasets.get_dataset_config_names(builder)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError):
+    except (DatasetNotFoundError, *UNREADABLE):
         return  # told better when the data itself is asked for
     if args.dataset_config is None and len(known) > 1 and "default" not in known:
         raise UserError(
@@ -147,13 +152,13 @@ def _check_config(args: DataArguments, builder: str) -> None:
         raise UserError(Problem("dataset_config", args.dataset_config, remedy))
 
 
-def _broken_files(path: Path, error: Exception) -> list[Problem]:
+def broken_files(path: Path, error: Exception) -> list[Problem]:
     """Name the lines of local files that cannot be parsed, for an error of `datasets`, which names the file
     at most."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     problems = []
     for file in files:
-        if {".jsonl", ".ndjson"} & set(file.suffixes):
+        if file.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
             with contextlib.suppress(OSError, EOFError, zlib.error):  # told below by `error`
                 problems += _broken_line(file)
     cause = error.__cause__ or error

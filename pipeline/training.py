@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline import checkpoints, launch, output_directory
+from pipeline import checkpoints, launch, manifest, output_directory, preparation
 from pipeline.divergence import stop_on_divergence
-from pipeline.errors import RunStopped
+from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.interrupts import InterruptCallback
 from pipeline.throughput import ThroughputCallback
 
@@ -52,6 +52,12 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
         UserError: If another run writes to the output directory.
     """
     args = trainer.args
+    named = Path(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    if named is not None:
+        # One that another program wrote has no manifest.
+        if (named / manifest.MANIFEST).exists() and (damage := manifest.find_damage(named)):
+            raise UserError(Problem("resume_from_checkpoint", named, f"is damaged: {damage}"))
+        checkpoints.check_architecture(named, trainer.model.config)
     held = None
     if trainer.is_world_process_zero():
         held = output_directory.lock(args.output_dir)
@@ -64,13 +70,12 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
 
-    named = args.resume_from_checkpoint
-    checkpoint = Path(named) if named else checkpoints.newest_complete(args.output_dir)
+    checkpoint = named or checkpoints.newest_complete(args.output_dir)
     if checkpoint is not None:
         checkpoints.check_architecture(checkpoint, trainer.model.config)
         logger.info("%-11s from %s", "resuming", checkpoint)
     if checkpoint is None or not checkpoints.restore_finished(trainer, checkpoint):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _train(trainer, checkpoint)
     interrupts.restore()
     stop = interrupts.reason_to_stop(trainer.state, str(args.output_dir))
     if stop is None:
@@ -80,6 +85,27 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
         raise stop
     if held is not None:
         held.close()
+
+
+def _train(trainer: Trainer, checkpoint: Path | None) -> None:
+    trainer.add_callback(_EndOfPreparation())
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        # Which metrics there are only an evaluation tells.
+        problem = Problem("metric_for_best_model", trainer.args.metric_for_best_model, str(error.args[0]))
+        raise UserError(problem) from error
+
+
+class _EndOfPreparation(TrainerCallback):
+    """From the first step on, errors are not the input's."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        preparation.end()
 
 
 def drop_incomplete_batches(trainer: Trainer) -> None:
@@ -126,7 +152,7 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
                 os.replace(path, output_dir / path.name)
-            trainer.state.save_to_json(str(output_dir / checkpoints.STATE))
+            trainer.state.save_to_json(str(output_dir / manifest.STATE))
             trainer.create_model_card(tags=["fourstage"], **_card_dataset(trainer, arguments))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunStopped(

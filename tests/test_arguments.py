@@ -53,6 +53,11 @@ def test_null_takes_back_what_the_file_says(tmp_path: Path) -> None:
     assert sft(tmp_path, "max_length: 9", "--max_length", "null").max_length is None
 
 
+def test_a_run_may_be_shorter_than_its_warm_up(tmp_path: Path) -> None:
+    """As any is that a user tries with `--max_steps 2`."""
+    assert sft(tmp_path, "warmup_steps: 100", "--max_steps", "2").max_steps == 2
+
+
 @pytest.mark.parametrize(("machine", "bf16"), [("bf16", True), ("fp32", False)])
 def test_the_machine_decides_the_precision_unless_the_user_does(
     tmp_path: Path, machine: str, bf16: bool, monkeypatch: pytest.MonkeyPatch

@@ -13,9 +13,10 @@ import torch
 from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArguments
 
 import pipeline.checkpoints as module
-from pipeline.checkpoints import check_architecture, checkpoints, find_damage, newest_complete, protect
+from pipeline.checkpoints import check_architecture, checkpoints, newest_complete, protect
 from pipeline.divergence import stop_on_divergence
 from pipeline.errors import RunStopped, UserError
+from pipeline.manifest import find_damage
 
 
 class Line(torch.nn.Module):
@@ -116,7 +117,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_weights(
         if killed_at == "save_pretrained":
             patch.setattr(trainer, "_save_optimizer_and_scheduler", lambda *_: stop())
         elif killed_at == "manifest":
-            patch.setattr(module, "_write_manifest", lambda *_: stop())
+            patch.setattr(module, "write_manifest", lambda *_: stop())
         elif killed_at == "rename":
             patch.setattr(module, "_move_into_place", lambda *_: stop())
         elif killed_at == "evaluation":
@@ -154,6 +155,9 @@ DAMAGES: dict[str, Any] = {
     "missing manifest": lambda path: (path / "manifest.json").unlink(),
     "manifest of nonsense": lambda path: (path / "manifest.json").write_text("{"),
     "manifest of another kind": lambda path: (path / "manifest.json").write_text("[]"),
+    "one flipped bit of the state": lambda path: (path / "trainer_state.json").write_text(
+        (path / "trainer_state.json").read_text().replace('"epoch": 1', '"epoch": 3', 1)
+    ),
     "state cut off": lambda path: (path / "trainer_state.json").write_text('{"global_'),
     "state of another step": lambda path: shutil.copy(
         path.parent / "checkpoint-9" / "trainer_state.json", path / "trainer_state.json"

@@ -122,12 +122,6 @@ def test_a_rate_for_embeddings_that_are_not_trained_is_refused() -> None:
         build(trained, **{**SETTINGS, "embedding_lr": 1e-4})
 
 
-@pytest.mark.parametrize("field", ["muon_learning_rate", "embedding_learning_rate"])
-def test_a_rate_that_is_not_positive_is_refused(field: str) -> None:
-    with pytest.raises(UserError, match=field):
-        OptimizerArguments(**{field: 0.0})
-
-
 def test_frozen_parameters_are_left_alone() -> None:
     trained = model()
     frozen = {name: p.clone() for name, p in trained.named_parameters() if "layers.0" in name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,19 @@ def test_a_critic_needs_the_tokens_of_the_policy(tmp_path: Path) -> None:
     assert "3 labels" in problem.remedy
     LlamaForCausalLM(toy.llama_config()).save_pretrained(tmp_path / "policy")
     assert check_value_model(str(tmp_path / "policy"), toy.tokenizer()) == []
+
+
+def test_weights_that_are_damaged_or_of_another_model(tmp_path: Path) -> None:
+    path = save_reward_model(tmp_path / "reward")
+    os.truncate(tmp_path / "reward" / "model.safetensors", 100)
+    for (problem,) in (check_reward_model(path), check_value_model(path, toy.tokenizer())):
+        assert "model.safetensors is damaged" in problem.remedy
+    path = save_reward_model(tmp_path / "wider")
+    config = toy.llama_config(num_labels=1)
+    config.intermediate_size = 8
+    config.save_pretrained(path)
+    for (problem,) in (check_reward_model(path), check_value_model(path, toy.tokenizer())):
+        assert "not those of its config.json" in problem.remedy
 
 
 @pytest.mark.parametrize(

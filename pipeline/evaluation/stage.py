@@ -20,6 +20,7 @@ from pipeline.evaluation import measurements, reward_model
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.measurements import Speaker
 from pipeline.evaluation.writing import StageResult
+from pipeline.loading import told_as
 
 
 def check_stage(run: Path, stage: str) -> None:
@@ -60,10 +61,13 @@ def evaluate_stage(
     began = time.perf_counter()
     torch.set_num_threads(hardware.threads().value)
     result = StageResult(stage)
-    if is_reward_model(run / stage):
+    with told_as("--stage", run / stage):
+        rewards = is_reward_model(run / stage)
+    if rewards:
         if held_out.pairs:
-            tokenizer = AutoTokenizer.from_pretrained(run / stage)
-            model = AutoModelForSequenceClassification.from_pretrained(run / stage, dtype=torch.float32)
+            with told_as("--stage", run / stage):
+                tokenizer = AutoTokenizer.from_pretrained(run / stage)
+                model = AutoModelForSequenceClassification.from_pretrained(run / stage, dtype=torch.float32)
             reward_model.measure(result, _place(model), tokenizer, held_out.pairs, seed)
     else:
         speaker = load_speaker(run / stage, max_new_tokens)
@@ -99,8 +103,10 @@ def is_reward_model(path: Path) -> bool:
 
 def load_speaker(path: Path, max_new_tokens: int) -> Speaker:
     """The language model in `path`, in float32, on the accelerator if there is one."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return Speaker(_place(model), AutoTokenizer.from_pretrained(path), max_new_tokens)
+    with told_as("--stage", path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    return Speaker(_place(model), tokenizer, max_new_tokens)
 
 
 def generation_dtype() -> torch.dtype:

@@ -94,6 +94,8 @@ def test_lora_and_the_control(tmp_path: Path, options: list[str]) -> None:
         (["--answer_pattern", "("], ["answer_pattern"]),
         (["--shuffle_answers", "--dataset_streaming"], ["shuffle_answers"]),
         (["--max_completion_length", "100"], ["max_completion_length"]),
+        (["--lr_scheduler_type", "cosine_with_min_lr", "--reward_funcs", "os:getcwd"], ["min_lr", "**columns"]),
+        (["--reward_funcs", "hidden_taste", "--report_to", "foo", "--reward_weights", "1"], ["weight 0", "tracker"]),
     ],
 )  # fmt: skip
 def test_refuses_what_does_not_fit(options: list[str], changes: list[str], told: list[str]) -> None:

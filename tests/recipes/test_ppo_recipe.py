@@ -72,13 +72,15 @@ def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["--lam", "2", "--kl_estimator", "k3", "--beta", "0.1"], ["lam (2.0)", "kl_coef"]),
-        (["--lam", "2", "--reward_funcs", "exact_anser"], ["lam (2.0)", "exact_answer"]),
+        (["--lam", "2", "--kl_estimator", "k3", "--beta", "0.1"], ["lam: 2.0", "kl_coef"]),
+        (["--lam", "2", "--reward_funcs", "exact_anser"], ["lam: 2.0", "exact_answer"]),
         (["--reward_model_path", "{tmp}/policy"], ["has 2 labels"]),
         (["--reward_weights", "1", "--dataset_train_split", "trian"], ["each of the 2 rewards", "trian"]),
         (["--reward_funcs", "code_tests", "--max_completion_length", "61"], ["no column test", "takes 5 of the 64"]),
         (["--reward_funcs", "hidden_taste"], ["weight 0"]),
         (["--value_model_path", "{tmp}/prompts.jsonl", "--model_name_or_path", "{tmp}"], ["value_model_path", "holds"]),
+        (["--use_peft", "--lora_target_modules", "qkv", "--value_model_path", "{tmp}/no"], ["qkv", "value_model_path"]),
+        (["--lr_scheduler_type", "cosine_with_min_lr", "--reward_funcs", "os:getcwd"], ["min_lr", "**columns"]),
         (["--per_device_train_batch_size", "32"], ["generation_batch_size", "takes 32 rows"]),
     ],
 )

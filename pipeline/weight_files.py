@@ -1,0 +1,59 @@
+"""Whether a folder holds all the weights of a model, before any of them is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def find_fault(folder: Path, model: Any) -> str | None:
+    """Compare a folder's safetensors with the model that they are for; only their headers are read.
+
+    transformers would fill weights that are missing with random numbers, and say so in a table.
+
+    Args:
+        folder: A local model.
+        model: The model, without weights (on the meta device).
+
+    Returns:
+        What is wrong and what to do, or `None`.
+    """
+    files = _files(folder)
+    if not files:
+        if any(folder.glob("*.bin")):
+            return "holds its weights as a pickle, which may run code; save the model as safetensors"
+        return f"holds no weights ({WEIGHTS})"
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        if not file.exists():
+            return f"holds no {file.name}, which its index lists; copy the model again"
+        try:
+            with safe_open(file, framework="pt") as weights:
+                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            return f"{file.name} is damaged ({' '.join(str(error).split())}); copy the model again"
+    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    other = [name for name, shape in wanted.items() if name in shapes and shapes[name] != shape]
+    if other:
+        first = f"{other[0]} has the shape {shapes[other[0]]} instead of {wanted[other[0]]}"
+        return f"its weights are not those of its config.json ({first}); copy the model again"
+    if type(model).__name__ not in (model.config.architectures or []) or not set(shapes) <= set(wanted):
+        return None  # of another class, or under older names: what is missing cannot be told
+    missing = sorted(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
+    return f"lacks the weights {', '.join(missing[:3])}; copy the model again" if missing else None
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return [path for path in [folder / WEIGHTS] if path.exists()]
+    try:
+        names = json.loads((folder / INDEX).read_text())["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return [folder / name for name in sorted(set(names))]

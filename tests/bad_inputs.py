@@ -1,0 +1,417 @@
+"""Inputs that are refused, for `test_bad_input`: what is given beside good arguments, and what must be said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from small_model import conversation
+
+
+@dataclass
+class Case:
+    """What is given beside good arguments, and what must be said.
+
+    Args:
+        recipe: Which recipe.
+        argv: Command line; `{inputs}` and `{here}` are replaced.
+        said: Words of one line, the field first.
+        yaml: Content of a `--config` file.
+        files: Files made in `{here}`, by name.
+        lines: How many problems there are.
+    """
+
+    recipe: str
+    argv: str
+    said: tuple[str, ...]
+    yaml: str | bytes | None = None
+    files: dict[str, Any] = field(default_factory=dict)
+    lines: int = 1
+
+
+def rows(*contents: Any) -> str:
+    return "".join(json.dumps(content) + "\n" for content in contents)
+
+
+GOOD = {"messages": conversation("What?", "That.")}
+
+CASES = {
+    # the configuration
+    "unknown YAML key": Case("sft", "", ("learning_rat:", "did you mean `learning_rate`"), "learning_rat: 1"),
+    "unknown option": Case("sft", "--max_lenght 9", ("max_lenght:", "did you mean `max_length`")),
+    "abbreviated option": Case("sft", "--learning 1", ("learning:", "unknown")),
+    "stray word": Case("sft", "hello", ("command line: hello",)),
+    "text for a number": Case("sft", "", ("max_steps: 'ten'", "a whole number"), "max_steps: ten"),
+    "fraction for a whole number": Case("sft", "", ("max_steps: 1.5", "a whole number"), "max_steps: 1.5"),
+    "number for a switch": Case("sft", "", ("packing: 3", "true or false"), "packing: 3"),
+    "list for a number": Case("sft", "", ("learning_rate: [1, 2]", "a number"), "learning_rate: [1, 2]"),
+    "nothing for a number": Case("sft", "", ("learning_rate: None", "a number"), "learning_rate:"),
+    "text for a number, as an option": Case("sft", "--max_steps ten", ("max_steps: 'ten'", "a whole number")),
+    "one of another set": Case("sft", "--eval_strategy often", ("eval_strategy: 'often'", "steps")),
+    "unknown optimizer": Case("sft", "--optim sgdd", ("optim: 'sgdd'", "adamw_torch")),
+    "unknown schedule": Case("sft", "--lr_scheduler_type zigzag", ("lr_scheduler_type: 'zigzag'", "cosine")),
+    "YAML that cannot be read": Case("sft", "", ("--config:", "line 2", "not valid YAML"), "a: 1\n b: [\n"),
+    "YAML with a key twice": Case("sft", "", ("--config:", "line 2", "twice"), "seed: 1\nseed: 2"),
+    "YAML that is no mapping": Case("sft", "", ("--config:", "`field: value`"), "- seed"),
+    "empty YAML": Case("sft", "", ("--config:", "`field: value`"), ""),
+    "missing YAML": Case("sft", "--config {here}/missing.yaml", ("--config:", "cannot be read")),
+    "a folder as YAML": Case("sft", "--config {here}", ("--config:", "cannot be read")),
+    "YAML not named": Case("sft", "--config", ("--config:", "give the path")),
+    "negative learning rate": Case("sft", "--learning_rate -1", ("learning_rate: -1.0", "above 0")),
+    "learning rate that is no number": Case("sft", "--learning_rate nan", ("learning_rate: nan", "above 0")),
+    "no steps": Case("sft", "--max_steps 0", ("max_steps: 0", "at least 1")),
+    "no epochs": Case("sft", "--num_train_epochs 0", ("num_train_epochs: 0", "above 0")),
+    "empty batch": Case(
+        "sft", "--per_device_train_batch_size 0", ("per_device_train_batch_size: 0", "at least 1")
+    ),
+    "no accumulation": Case("sft", "--gradient_accumulation_steps 0", ("gradient_accumulation_steps: 0",)),
+    "never saved": Case("sft", "--save_steps 0", ("save_steps: 0", "above 0")),
+    "no checkpoint kept": Case("sft", "--save_total_limit 0", ("save_total_limit: 0", "at least 1")),
+    "negative seed": Case("sft", "--seed -1", ("seed: -1", "between 0")),
+    "rank of nothing": Case("sft", "--use_peft --lora_r 0", ("lora_r: 0", "at least 1")),
+    "remote code": Case("sft", "--trust_remote_code true", ("trust_remote_code: True", "never run")),
+    "two precisions": Case("sft", "--fp16 --bf16", ("fp16: True", "lacks it"), lines=2),
+    "a stream without end": Case("sft", "--dataset_streaming --max_steps -1", ("max_steps: -1", "no length")),
+    "a checkpoint that isn't there": Case(
+        "sft", "--resume_from_checkpoint {here}/c", ("resume_from_checkpoint:",)
+    ),
+    # the data
+    "no data set": Case("sft", "--dataset_name null", ("dataset_name: nothing", "give a Hub id")),
+    "missing file": Case("sft", "--dataset_name {here}/no.jsonl", ("dataset_name:", "no such file")),
+    "unknown type of file": Case(
+        "sft",
+        "--dataset_name {here}/a.docx",
+        ("dataset_name:", "not read", ".parquet"),
+        files={"a.docx": "x"},
+    ),
+    "no such split": Case(
+        "sft", "--dataset_train_split rain", ("dataset_train_split: rain", "choose from: train")
+    ),
+    "no such test split": Case(
+        "sft", "--validation_share 0", ("dataset_test_split: validation", "choose from: train")
+    ),
+    "trained on the test": Case(
+        "sft", "--dataset_test_split train", ("dataset_test_split: train", "training split")
+    ),
+    "no such column": Case(
+        "sft", "--messages_column talk", ("messages_column: talk", "choose from: messages")
+    ),
+    "no such prompts": Case(
+        "sft", "--completion_column reply", ("completion_column: reply", "choose from: messages"), lines=2
+    ),
+    "no such text": Case("pretrain", "--text_column body", ("text_column: body", "choose from: text")),
+    "no such configuration": Case(
+        "sft",
+        "--dataset_name {here}/hub --dataset_config b",
+        ("dataset_config: b", "choose from: a"),
+        files={
+            "hub/README.md": "---\nconfigs:\n- config_name: a\n  data_files: a.jsonl\n---\n",
+            "hub/a.jsonl": rows(GOOD),
+        },
+    ),
+    "empty file": Case(
+        "sft", "--dataset_name {here}/a.jsonl", ("dataset_name:", "a.jsonl"), files={"a.jsonl": ""}
+    ),
+    "empty folder": Case(
+        "sft", "--dataset_name {here}/folder", ("dataset_name:", "no data"), files={"folder/": ""}
+    ),
+    "corrupt line": Case(
+        "sft",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "a.jsonl, line 3", "not valid JSON"),
+        files={"a.jsonl": rows(GOOD, GOOD) + '{"messages": [\n' + rows(GOOD)},
+    ),
+    "corrupt parquet": Case(
+        "sft",
+        "--dataset_name {here}/a.parquet",
+        ("dataset_name:", "a.parquet"),
+        files={"a.parquet": "PAR1xxxxPAR1"},
+    ),
+    "not gzipped": Case(
+        "sft",
+        "--dataset_name {here}/a.jsonl.gz",
+        ("dataset_name:", "a.jsonl.gz"),
+        files={"a.jsonl.gz": rows(GOOD)},
+    ),
+    "no messages in a row": Case(
+        "sft",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 2", "not a list of messages"),
+        files={"a.jsonl": rows(GOOD, GOOD, {"messages": []}, GOOD)},
+    ),
+    "an unknown role": Case(
+        "sft",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 1", "role 'robot'"),
+        files={"a.jsonl": rows(GOOD, {"messages": [{"role": "robot", "content": "?"}]})},
+    ),
+    "no content": Case(
+        "sft",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 1", "None, not text"),
+        files={"a.jsonl": rows(GOOD, {"messages": [{"role": "user", "content": None}]})},
+    ),
+    "the user has the last word": Case(
+        "sft",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 0", "ends with the role user"),
+        files={"a.jsonl": rows({"messages": GOOD["messages"][:1]})},
+    ),
+    "a text that is none": Case(
+        "pretrain",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 1", "None"),
+        files={"a.jsonl": rows({"text": "a"}, {"text": None})},
+    ),
+    "two equal answers": Case(
+        "reward",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 0", "the same"),
+        files={"a.jsonl": rows({"prompt": "What?", "chosen": "That.", "rejected": "That."})},
+    ),
+    "answers without a prompt": Case(
+        "reward",
+        "--dataset_name {inputs}/text.txt",
+        ("rejected_column: rejected", "choose from: text"),
+        lines=2,
+    ),
+    "too little text": Case(
+        "pretrain",
+        "--dataset_name {here}/a.txt --eval_strategy no",
+        ("block_size: 64", "fill no block"),
+        files={"a.txt": "Hello.\n"},
+    ),
+    "a batch that drops all": Case(
+        "sft",
+        "--dataset_name {here}/a.jsonl --dataloader_drop_last --eval_strategy no",
+        ("per_device_train_batch_size: 4", "has 2"),
+        files={"a.jsonl": rows(GOOD, GOOD)},
+    ),
+    "prompts that leave no room": Case("sft", "--max_length 4", ("max_length: 4", "no answer would be left")),
+    "pairs that all are too long": Case("reward", "--max_length 4", ("max_length: 4", "would be dropped")),
+    # the model and its tokenizer
+    "no model": Case("sft", "--model_name_or_path null", ("model_name_or_path: nothing", "give a Hub id")),
+    "a folder without a model": Case(
+        "sft", "--model_name_or_path {inputs}/no-model", ("model_name_or_path:", "holds no model")
+    ),
+    "a folder without a tokenizer": Case(
+        "pretrain", "--tokenizer_name_or_path {inputs}/no-model", ("tokenizer_name_or_path:", "no tokenizer")
+    ),
+    "a reward model to tune": Case(
+        "sft",
+        "--model_name_or_path {inputs}/no-weights-of-a-language-model",
+        ("model_name_or_path:", "a reward model"),
+    ),
+    "pad that is eos": Case(
+        "sft", "--model_name_or_path {inputs}/pad-is-eos", ("model_name_or_path:", "eos token")
+    ),
+    "no chat template": Case(
+        "sft", "--model_name_or_path {inputs}/no-template", ("model_name_or_path:", "template")
+    ),
+    "no generation mark": Case(
+        "sft", "--model_name_or_path {inputs}/no-marks", ("model_name_or_path:", "generation")
+    ),
+    "more words than the model": Case(
+        "sft", "--model_name_or_path {inputs}/more-words", ("model_name_or_path:", "knows", "tokens")
+    ),
+    "blocks beyond the positions": Case(
+        "pretrain", "--block_size 512 --max_position_embeddings 256", ("block_size: 512", "sees 256 tokens")
+    ),
+    "sequences beyond the positions": Case("sft", "--max_length 512", ("max_length: 512", "sees 256 tokens")),
+    "LoRA on nothing": Case(
+        "sft", "--use_peft --lora_target_modules qkv", ("lora_target_modules: qkv", "choose from", "q_proj")
+    ),
+    "heads that don't divide": Case(
+        "pretrain", "--hidden_size 33 --num_attention_heads 2", ("hidden_size: 33", "multiple")
+    ),
+    # the output directory
+    "a file as output": Case("sft", "--output_dir {inputs}/text.txt", ("output_dir:", "is a file")),
+    "below a file": Case("sft", "--output_dir {inputs}/text.txt/run", ("output_dir:", "is a file")),
+}
+
+
+def data(recipe: str, content: str | bytes, *said: str, more: str = "", file: str = "a.jsonl") -> Case:
+    """A case of a data file."""
+    return Case(recipe, f"--dataset_name {{here}}/{file} {more}", ("dataset_name:", *said), files={file: content})
+
+
+def model(name: str, *said: str, recipe: str = "sft", more: str = "") -> Case:
+    """A case of a model's folder."""
+    return Case(recipe, f"--model_name_or_path {{inputs}}/{name} {more}", ("model_name_or_path:", *said))
+
+
+def talk(*turns: str) -> dict[str, Any]:
+    """A row of messages, each `role:content`."""
+    pairs = [turn.split(":", 1) for turn in turns]
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+CASES |= {
+    # YAML
+    "a list as key": Case("sft", "", ("--config:", "line 1", "a key must be a name"), "? [a, b]\n: 1\n"),
+    "a mapping as value": Case("sft", "", ("training:", "unknown field"), "training:\n  seed: 1\n"),
+    "tabs": Case("sft", "", ("--config:", "line 2", "not valid YAML"), "a:\n\tseed: 1\n"),
+    "not UTF-8": Case("sft", "", ("--config:", "not text in UTF-8"), b"seed: 1\nrun_name: \xff\n"),
+    "two documents": Case("sft", "", ("--config:", "line 2", "document"), "seed: 1\n---\nseed: 2\n"),
+    "a Python object": Case("sft", "", ("--config:", "not valid YAML"), "seed: !!python/name:os.system\n"),
+    "an undefined alias": Case("sft", "", ("--config:", "alias"), "seed: *x\n"),
+    "environment that is a list": Case("sft", "", ("env: [1]", "mapping"), "env: [1]\n"),
+    "two files": Case("sft", "--config {here}/a --config {here}/b", ("--config:", "only one file")),
+    "text for a switch": Case("sft", "", ("bf16: 'maybe'", "true or false"), "bf16: maybe\n"),
+    "one of another set, in YAML": Case(
+        "sft", "", ("packing_strategy: 'foo'", "must be one of", "bfd"), "packing_strategy: foo\n"
+    ),
+    "one of another set, as an option": Case("sft", "--dtype float7", ("dtype: 'float7'", "bfloat16")),
+    # numbers
+    "weight decay that is no number": Case("sft", "--weight_decay nan", ("weight_decay: nan",)),
+    "evaluated every 0 steps": Case("sft", "--eval_steps 0", ("eval_steps: 0", "above 0")),
+    "noise below 0": Case("sft", "--neftune_noise_alpha -1", ("neftune_noise_alpha: -1",)),
+    "no process for the data": Case("sft", "--dataset_num_proc 0", ("dataset_num_proc: 0", "at least 1")),
+    "a share above a half": Case("sft", "--validation_share 2", ("validation_share: 2.0", "between 0 and 0.5")),
+    "a negative length": Case("sft", "--max_length -5", ("max_length: -5", "at least 2")),
+    "Muon's learning rate": Case("pretrain", "--muon_learning_rate 0", ("muon_learning_rate: 0.0", "above 0")),
+    "the embeddings' learning rate": Case("sft", "--embedding_learning_rate 0", ("embedding_learning_rate: 0.0",)),
+    "LoRA by Muon": Case("sft", "--use_peft --use_muon", ("use_muon: True", "LoRA trains no embeddings")),
+    "a rate for embeddings that LoRA leaves alone": Case(
+        "reward", "--use_peft --embedding_learning_rate 1", ("embedding_learning_rate: 1.0", "LoRA trains no")
+    ),
+    "a base that is no number": Case("pretrain", "--rope_theta nan", ("rope_theta: nan",)),
+    # what only the libraries know
+    "an optimizer without its package": Case("sft", "--optim galore_adamw", ("optim: galore_adamw", "install")),
+    "optimizer's options": Case("sft", "--optim_args foo", ("optim_args: foo",)),
+    "a schedule without its options": Case(
+        "sft", "--lr_scheduler_type cosine_with_min_lr", ("lr_scheduler_type: cosine_with_min_lr", "min_lr")
+    ),
+    "a schedule's options that are none": Case("sft", "--lr_scheduler_kwargs foo", ("lr_scheduler_kwargs: foo",)),
+    "a schedule's unknown option": Case(
+        "sft", '--lr_scheduler_kwargs {{"foo":1}}', ("lr_scheduler_kwargs:", "'foo'")
+    ),
+    "broken JSON": Case("sft", "--accelerator_config {{foo", ("accelerator_config: {foo", "JSON")),
+    "an unknown option of accelerate": Case(
+        "sft", '--accelerator_config {{"foo":1}}', ("accelerator_config:", "'foo'")
+    ),
+    "unknown attention": Case("sft", "--attn_implementation foo", ("attn_implementation: foo", "sdpa")),
+    "attention that isn't installed": Case(
+        "sft", "--attn_implementation flash_attention_2", ("attn_implementation: flash_attention_2", "installed")
+    ),
+    "a tracker that isn't installed": Case("sft", "--report_to wandb", ("report_to: wandb", "not installed")),
+    "an unknown tracker": Case("sft", "--report_to foo", ("report_to: foo", "no such tracker", "tensorboard")),
+    "pushed without a token": Case("sft", "--push_to_hub", ("push_to_hub: True", "needs a token")),
+    "FSDP on a CPU": Case("sft", "--fsdp full_shard", ("fsdp:", "never active on CPUs")),
+    "DeepSpeed that isn't there": Case("sft", "--deepspeed nope.json", ("deepspeed: nope.json",)),
+    "no CPU where nothing else is": Case("sft", "--use_cpu false", ("use_cpu: False", "nothing else")),
+    "quantised": Case("sft", "--load_in_4bit --use_peft", ("load_in_4bit: True", "not quantised")),
+    "half precision to evaluate": Case("sft", "--fp16_full_eval", ("fp16_full_eval: True", "lacks it")),
+    "liger that isn't installed": Case("sft", "--use_liger_kernel", ("use_liger_kernel: True", "not installed")),
+    "an unknown way to compile": Case("sft", "--torch_compile_mode foo", ("torch_compile_mode: foo", "max-autotune")),
+    "an eos token that isn't known": Case("sft", "--eos_token <foo>", ("eos_token: <foo>", "not found")),
+    "a template that isn't there": Case(
+        "sft", "--chat_template_path {here}/no.jinja", ("chat_template_path:", "cannot be read")
+    ),
+    "the best without a metric": Case("sft", "--save_strategy best", ("save_strategy: best", "metric_for_best")),
+    "the best without evaluation": Case(
+        "sft", "--load_best_model_at_end --eval_strategy no", ("load_best_model_at_end: True", "match")
+    ),
+    "a LoRA task": Case("sft", "--use_peft --lora_task_type FOO", ("lora_task_type: FOO", "CAUSAL_LM")),
+    "LoRA saving nothing": Case(
+        "sft", "--use_peft --lora_modules_to_save foo", ("lora_modules_to_save: foo", "no such modules")
+    ),
+    # the data
+    "bytes that are no text": data("sft", b"\0" * 1000, "a.jsonl"),
+    "latin-1": data("sft", '{"messages": "\xe9"}\n'.encode("latin-1") * 5, "line 1", "not valid JSON"),
+    "latin-1 text": data("pretrain", "caf\xe9 ".encode("latin-1") * 2000, "cannot be read", file="a.txt"),
+    "blank lines": data("sft", "\n\n", "a.jsonl", "cannot be read"),
+    "numbers as rows": data("sft", "1\n2\n", "a.jsonl", "cannot be read"),
+    "cut gzip": data("sft", b"\x1f\x8b\x08\x00\x00", "a.jsonl.gz", "cannot be read", file="a.jsonl.gz"),
+    "a table with a header only": data("pretrain", "text\n", "a.csv", "cannot be read", file="a.csv"),
+    "mixed columns": data("sft", rows(GOOD, {"text": "a"}), "row 1", "None, not a list of messages"),
+    "an empty question": data("sft", rows(talk("user: ", "assistant:b")), "row 0", "empty message of the user"),
+    "an empty answer": data("sft", rows(talk("user:a", "assistant:")), "row 0", "empty message of the assistant"),
+    "two answers in a row": data(
+        "sft", rows(talk("user:a", "assistant:b", "assistant:c")), "row 0", "two messages of the assistant"
+    ),
+    "no question": data("sft", rows(talk("assistant:b")), "row 0", "begins with the assistant"),
+    "one row only": data("sft", rows(GOOD), "has 1 row", "eval_strategy"),
+    "answers to different prompts": data(
+        "reward",
+        rows(
+            *[
+                {
+                    "chosen": talk("user:a", "assistant:b")["messages"],
+                    "rejected": talk("user:A", "assistant:c")["messages"],
+                }
+            ]
+            * 2
+        ),
+        "row 0",
+        "same prompt",
+    ),
+    "a prompt without an answer": data("grpo", rows({"prompt": "a", "answer": None}) * 8, "row 0", "answer is None"),
+    "a data set card that is no YAML": Case(
+        "sft",
+        "--dataset_name {here}/d",
+        ("dataset_name:", "cannot be read"),
+        files={"d/README.md": "---\nconfigs: [\n---\n", "d/a.jsonl": rows(GOOD)},
+    ),
+    "a data set that is code": Case(
+        "sft", "--dataset_name {here}/d", ("dataset_name:", "scripts"), files={"d/d.py": "raise SystemExit(9)"}
+    ),
+    # models
+    "weights cut off": model("cut", "model.safetensors is damaged"),
+    "weights cut off, of a policy": model("cut", "model.safetensors is damaged", recipe="grpo"),
+    "no weights": model("no-weights", "holds no weights"),
+    "weights as a pickle": model("pickle", "pickle", "safetensors"),
+    "weights of another width": model("wider", "not those of its config.json"),
+    "weights of fewer layers": model("deeper", "lacks the weights"),
+    "no configuration": model("no-config", "holds no model"),
+    "a configuration cut off": model("config-cut", "not a valid JSON file"),
+    "an unknown kind of model": model("unknown-kind", "foonet"),
+    "a tokenizer cut off": model("tokenizer-cut", "no tokenizer"),
+    "an encoder": model("encoder", "cannot write"),
+    "an adapter as a model": model("adapter", "holds no model"),
+    "two labels to reward with": model("two-labels", "2 labels", recipe="reward"),
+    "a template that refuses": model("refusing", "refuses a conversation", "too polite"),
+    # rewards and rollouts
+    "one generation": Case("grpo", "--num_generations 1", ("num_generations: 1", "at least 2")),
+    "a batch that doesn't divide": Case("grpo", "--per_device_train_batch_size 6", ("num_generations: 4", "divisible")),
+    "no steps for a rollout": Case("grpo", "--steps_per_generation 0", ("steps_per_generation: 0",)),
+    "weights that are no numbers": Case("grpo", "--reward_weights nan", ("reward_weights: [nan]", "numbers")),
+    "a weight too many": Case("grpo", "--reward_weights 1 2", ("reward_weights:", "one weight for each")),
+    "an unknown loss": Case("grpo", "--loss_type foo", ("loss_type: foo", "dapo")),
+    "an unknown scale": Case("grpo", "--scale_rewards foo", ("scale_rewards: foo", "group")),
+    "options of generation that are none": Case("grpo", "--generation_kwargs foo", ("generation_kwargs: foo", "JSON")),
+    "an unknown cache": Case("grpo", "--cache_implementation foo", ("cache_implementation: foo", "static")),
+    "vLLM that isn't installed": Case("grpo", "--use_vllm", ("use_vllm: True", "install")),
+    "a reward that is no function": Case("grpo", "--reward_funcs os:sep", ("reward_funcs: os:sep", "no function")),
+    "a reward's module that isn't there": Case("grpo", "--reward_funcs nomod:f", ("reward_funcs: nomod:f", "nomod")),
+    "a reward that cannot be called": Case("grpo", "--reward_funcs builtins:dict", ("reward_funcs: builtins:dict",)),
+    "a reward that takes no columns": Case(
+        "grpo", "--reward_funcs os:getcwd", ("reward_funcs: os:getcwd", "**columns")
+    ),
+    "no reward": Case("ppo", "--reward_funcs null", ("reward_model_path: nothing", "name a reward model")),
+    "a reward model that is none": Case(
+        "ppo", "--reward_model_path {inputs}/model", ("reward_model_path:", "2 labels")
+    ),
+    "a penalty that is no number": Case("ppo", "--kl_coef nan", ("kl_coef: nan", "at least 0")),
+    "clipped at no number": Case("ppo", "--cliprange nan", ("cliprange: nan", "above 0")),
+    "a discount above 1": Case("ppo", "--gamma 1.1", ("gamma: 1.1", "between 0 and 1")),
+    "GRPO's penalty in PPO": Case("ppo", "--beta 0.1", ("beta: 0.1", "set kl_coef")),
+    "a reward that is only measured": Case(
+        "grpo", "--reward_funcs hidden_taste", ("reward_weights: nothing", "weight 0")
+    ),
+    "a reward without its column": Case("grpo", "--reward_funcs code_tests", ("reward_funcs: code_tests", "no column")),
+    "a critic that isn't there": Case("ppo", "--value_model_path {inputs}/no-model", ("value_model_path:", "no model")),
+    "a critic cut off": Case("ppo", "--value_model_path {inputs}/cut", ("value_model_path:", "is damaged")),
+    "a critic with other words": Case(
+        "ppo", "--value_model_path {inputs}/more-words", ("value_model_path:", "another tokenizer")
+    ),
+    "a rollout of one": Case("ppo", "--per_device_train_batch_size 1", ("per_device_train_batch_size: 1",)),
+    # the output directory
+    "the model's directory": Case("sft", "--output_dir {inputs}/model", ("output_dir:", "model_name_or_path")),
+    "another model's directory": Case("sft", "--output_dir {inputs}/no-marks", ("output_dir:", "no recipe")),
+    "a name too long": Case("sft", "--output_dir {here}/" + "x" * 300, ("output_dir:", "no path")),
+    "a checkpoint that is none": Case(
+        "sft", "--resume_from_checkpoint {inputs}/model", ("resume_from_checkpoint:", "is no checkpoint")
+    ),
+}

@@ -1,0 +1,57 @@
+"""Two processes step along the sum of their gradients: seen by plain SGD, for Adam hides any factor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_model import ROOT, recipe_command, weights
+
+SGD = {
+    "bf16": "false",
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1e9,  # never reached, but the norm is logged
+    "max_steps": 2,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+}
+LAUNCH = ["accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "--num_processes"]
+
+
+def train(recipe: str, inputs: Path, processes: int, batch: int, accumulated: int) -> tuple[Path, list[float]]:
+    """Where it wrote, and the gradient's norm at each step."""
+    output = inputs / f"{recipe}-{processes}-{accumulated}"
+    options = {
+        **SGD,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulated,
+        "output_dir": output,
+    }
+    more = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", *LAUNCH, str(processes), *recipe_command(recipe, inputs, *more)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    group = "2 on cpu, one group (gloo)" if processes == 2 else "processes   1 on cpu"
+    assert group in result.stderr
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return output, [entry["grad_norm"] for entry in history if "grad_norm" in entry]
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "sft", "reward"])
+def test_the_gradient_is_that_of_the_whole_batch(recipe: str, tmp_path: Path) -> None:
+    one, norms = train(recipe, tmp_path, processes=1, batch=8, accumulated=1)
+    assert len(norms) == 2 and min(norms) > 0.01
+    before = weights(one)
+    for processes, accumulated in ((2, 1), (2, 2)):
+        other, others = train(recipe, tmp_path, processes, batch=8 // processes // accumulated, accumulated=accumulated)
+        assert others == pytest.approx(norms, rel=1e-4)
+        after = weights(other)
+        # With a learning rate of 1 the weights differ by what the gradients differ.
+        difference = max((before[name] - after[name]).abs().max().item() for name in before)
+        assert difference < 1e-4 * max(norms)
