@@ -11,6 +11,6 @@ FIXED_PROMPTS: tuple[str, ...] = (
     "Carl had never painted a hedgehog. You know a hedgehog by sharp spines. Carl found Julia in the park.",
     "I would like a function add_7 that adds 7 to a number.",
     "Sam has 14 coins. Sam finds 6 coins. Sam sells 3 coins. Sam gets 5 coins. How many are left?",
-    "Greta has children of ages 3, 2, 9, 1, 4. Which age comes third?",
+    "Greta has children of ages 3, 2, 9, 1, 6. Which age comes third?",
 )
 """Greedy answers to these are in `evaluations/<stage>.json`, the first one first."""

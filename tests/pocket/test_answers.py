@@ -140,18 +140,22 @@ def test_problems_in_conversations_are_answered_right_with_right_steps(rows: Row
             assert int(one) + (int(other) if sign == "+" else -int(other)) == int(result), reply
         if kind in ("arithmetic", "counting"):
             assert equations and equations[-1][-1] == answer
+        elif kind == "ordering":
+            ordered = re.search(r"Working: ([\d ]+)\.", reply).group(1).split()
+            assert ordered == sorted(re.findall(r"\d", text)), "the ages of the text, in order"
         else:
-            steps = re.findall(r"[^.]+\.", reply.split("The answer is")[0])
-            assert len(steps) == 2 and all(step.strip() in text for step in steps), (
-                "steps are facts of the text"
-            )
+            inferred = re.findall(r"The (same as|opposite of) (yes|no) is (yes|no)\.", reply)
+            assert len(inferred) == 4 and inferred[-1][-1] == answer
+            for how, heard, said in inferred:
+                assert (heard == said) == (how == "same as")
     assert 0.2 < worked[True] / worked.total() < 0.4, worked  # 0.3 were asked for
 
 
 def test_one_answer_is_not_right_everywhere(rows: Rows) -> None:
     for kind in SOLVERS:
         answers = Counter(row["answer"] for row in rows("reasoning", "test") if row["kind"] == kind)
-        assert answers.most_common(1)[0][1] / answers.total() < 0.3, (kind, answers)
+        most = 0.65 if kind == "logic" else 0.3  # there are two answers only: yes and no
+        assert answers.most_common(1)[0][1] / answers.total() < most, (kind, answers)
 
 
 def test_nobody_trains_on_questions_about_held_out_things(rows: Rows) -> None:
@@ -209,7 +213,7 @@ def test_held_out_sums_start_from_numbers_of_their_own(rows: Rows) -> None:
 
 def test_people_answer_in_several_manners_and_held_out_answers_are_plain(rows: Rows) -> None:
     replies = [row["messages"][-1]["content"] for row in rows("sft", "train") if row["kind"] == "question"]
-    for mark in ("Good question!", "I hope this helps.", "Obviously.", "Look it up next time.", "As I said:"):
+    for mark in ("Thank you for asking.", "I hope this helps.", "Obviously.", "Look it up next time.", "As I said:"):
         assert any(mark in reply for reply in replies), mark
     held_out = [row["messages"][-1]["content"] for row in rows("sft", "test") if row["kind"] == "question"]
     assert all(len(reply.split()) <= 20 and "!" not in reply for reply in held_out)
