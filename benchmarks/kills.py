@@ -46,9 +46,7 @@ PART = 0.4
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, required=True)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--damage", type=int, default=0, help="kills after which the newest checkpoint is damaged")
@@ -100,9 +98,7 @@ class Trial:
         output, log = self.folder / "whole", self.folder / "whole.log"
         started = time.monotonic()
         with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, *self._command(output)], stdout=file, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen([sys.executable, *self._command(output)], stdout=file, stderr=subprocess.STDOUT)
             self._wait_until(lambda: process.poll() is not None or TRAINS in log.read_bytes())
             begun = time.monotonic()
             process.wait()

@@ -33,9 +33,7 @@ TRL = "trl==1.12.*"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/pocket"), help="run with 2_sft, 3_reward and data")
     add("--output", type=Path, default=Path("runs/benchmarks/ppo_vs_trl"))
@@ -231,9 +229,7 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, float]:
             temperature=1.0,
             **tokens,
         )
-        scores = reward_model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits[
-            :, 0
-        ]
+        scores = reward_model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits[:, 0]
     answers = ids[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     tastes = torch.tensor([taste(text, row) for text, row in zip(texts, prompts, strict=True)])

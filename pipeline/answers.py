@@ -18,9 +18,7 @@ LONGEST_ANSWER = 1_000
 """Characters of an answer beyond which it is no answer."""
 MOST_DIGITS = 1_000
 
-_MARKER = re.compile(
-    r"\\boxed\s*\{|####|\b(?:the|final)\s+answer\s+is\b:?|\b(?:final )?answer\s*:", re.IGNORECASE
-)
+_MARKER = re.compile(r"\\boxed\s*\{|####|\b(?:the|final)\s+answer\s+is\b:?|\b(?:final )?answer\s*:", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_\"'”’)])|\n")
 _WRAPPED = re.compile(
     r"^(?:\$\$?(.*?)\$\$?|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|\"(.*)\"|“(.*)”|'(.*)'|`(.*)`)$", re.DOTALL
@@ -99,13 +97,7 @@ def number(answer: str) -> Fraction | None:
     Decimal digits of every script count (but not superscripts, Roman or circled numbers). A number of more
     than 1,000 digits, or one with an exponent, is not plain.
     """
-    text = (
-        _ascii_digits(unwrap(answer))
-        .replace("−", "-")
-        .replace("{,}", ",")
-        .replace("\\,", "")
-        .replace("\\", "")
-    )
+    text = _ascii_digits(unwrap(answer)).replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("\\", "")
     text = re.sub(f"(?<=\\d)[{_SPACES}](?=\\d{{3}})", "", text)
     match = _NUMBER.fullmatch(text) if len(text) <= 2 * MOST_DIGITS else None
     if match is None or not (match["whole"] or match["decimals"]):

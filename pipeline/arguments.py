@@ -31,9 +31,7 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="validation", metadata={"help": "Split to evaluate on meanwhile."}
-    )
+    dataset_test_split: str = field(default="validation", metadata={"help": "Split to evaluate on meanwhile."})
     dataset_streaming: bool = field(
         default=False, metadata={"help": "Read the data while training, in constant memory."}
     )
@@ -45,12 +43,8 @@ class DataArguments:
             "say): every 20th row for 0.05."
         },
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first rows to train."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first rows to evaluate."}
-    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows to train."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows to evaluate."})
     text_column: str = field(default="text", metadata={"help": "Column of the documents (pretraining)."})
     messages_column: str = field(
         default="messages", metadata={"help": "Column of the conversations: a list of {role, content}."}
@@ -61,9 +55,7 @@ class DataArguments:
     )
     completion_column: str | None = field(
         default=None,
-        metadata={
-            "help": "Column of the answers to `prompt_column`, if there are no conversations to tune on."
-        },
+        metadata={"help": "Column of the answers to `prompt_column`, if there are no conversations to tune on."},
     )
     answer_column: str = field(
         default="answer",
@@ -135,9 +127,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     }
     built, refused = _build(dataclass_types, machine, kept)
     problems += refused + checks.check_together(built, told)
-    problems += [
-        problem for item in built if hasattr(item, "world_size") for problem in launch.check_launch(item)
-    ]
+    problems += [problem for item in built if hasattr(item, "world_size") for problem in launch.check_launch(item)]
     problems += output_directory.check(built)
     if problems:
         from pipeline import inputs  # which takes its time, and imports this module

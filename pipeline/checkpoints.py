@@ -60,11 +60,7 @@ def protect(trainer: Trainer) -> None:
     def save_before_evaluating(*args: Any, **kwargs: Any) -> None:
         nonlocal evaluation_due
         control = trainer.control
-        both = (
-            control.should_save
-            and control.should_evaluate
-            and trainer.args.save_strategy != SaveStrategy.BEST
-        )
+        both = control.should_save and control.should_evaluate and trainer.args.save_strategy != SaveStrategy.BEST
         if not both:
             log_save_evaluate(*args, **kwargs)
             return

@@ -41,9 +41,7 @@ def check_together(arguments: Iterable[Any], told: Collection[str]) -> list[Prob
     return problems
 
 
-def check_tokenizer(
-    tokenizer: Any, field: str, name: str, chat: bool, assistant_only_loss: bool
-) -> list[Problem]:
+def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool, assistant_only_loss: bool) -> list[Problem]:
     """A tokenizer that would teach the wrong thing.
 
     Args:
@@ -57,16 +55,12 @@ def check_tokenizer(
     if tokenizer.pad_token_id is None:
         problems.append(Problem(field, name, "has no pad token; add one to the tokenizer"))
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
-        remedy = (
-            "uses its eos token as pad token, and padding is never learned: the model would not learn to stop"
-        )
+        remedy = "uses its eos token as pad token, and padding is never learned: the model would not learn to stop"
         problems.append(Problem(field, name, f"{remedy}; give the tokenizer a pad token of its own"))
     if tokenizer.eos_token_id is None:
         problems.append(Problem(field, name, "has no eos token; add one to the tokenizer"))
     if chat and not tokenizer.chat_template:
-        problems.append(
-            Problem(field, name, "has no chat template; use the tokenizer of a chat model or add one")
-        )
+        problems.append(Problem(field, name, "has no chat template; use the tokenizer of a chat model or add one"))
     elif chat and assistant_only_loss and "generation" not in str(tokenizer.chat_template):
         remedy = "its chat template has no {% generation %} mark, which assistant_only_loss needs; add it"
         problems.append(Problem(field, name, remedy))
@@ -104,10 +98,7 @@ def check_model(config: Any, tokenizer: Any, args: Any, name: str) -> list[Probl
         problems.append(Problem(field, name, remedy))
     vocabulary = getattr(text, "vocab_size", None)
     if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
-        remedy = (
-            f"knows {vocabulary} tokens and its tokenizer {len(tokenizer)}; give the tokenizer it "
-            "was trained with"
-        )
+        remedy = f"knows {vocabulary} tokens and its tokenizer {len(tokenizer)}; give the tokenizer it was trained with"
         problems.append(Problem(field, name, remedy))
     return problems + check_lengths(getattr(text, "max_position_embeddings", None), args)
 
@@ -153,9 +144,7 @@ def check_lora(model_args: Any, modules: Iterable[str], parameters: Iterable[str
             missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
         else:
             missing = [
-                target
-                for target in targets
-                if not any(name == target or name.endswith("." + target) for name in names)
+                target for target in targets if not any(name == target or name.endswith("." + target) for name in names)
             ]
         if missing:
             remedy = f"the model has no such modules; choose from: {', '.join(linear)}, or all-linear"
@@ -184,9 +173,7 @@ def check_batches(rows: int | None, args: Any, what: str = "rows") -> list[Probl
         )
     if rows >= needed:
         return []
-    remedy = (
-        f"takes {needed} {what} and the data set has {rows}, so that nothing would be trained on; lower it"
-    )
+    remedy = f"takes {needed} {what} and the data set has {rows}, so that nothing would be trained on; lower it"
     return [Problem(field, getattr(args, field), remedy)]
 
 
@@ -204,9 +191,7 @@ def check_disk(parameters: int, trainable: int, args: Any) -> list[Problem]:
         kept = args.save_total_limit + 1  # the next one is written before the oldest is deleted
     else:
         # Without a limit all stay; how many that will be is known if the number of steps is.
-        kept = (
-            math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
-        )
+        kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
     optimizer = 0 if args.save_only_model else 8 * trainable
     needed = kept * (4 * parameters + optimizer) + 4 * parameters
     path = Path(args.output_dir)

@@ -47,11 +47,7 @@ def take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
 
 def unknown(name: str, value: object, known: Iterable[str]) -> Problem:
     nearest = difflib.get_close_matches(name.lstrip("-"), list(known), n=1)
-    remedy = (
-        f"unknown field; did you mean `{nearest[0]}`?"
-        if nearest
-        else "unknown field; see --help for those known"
-    )
+    remedy = f"unknown field; did you mean `{nearest[0]}`?" if nearest else "unknown field; see --help for those known"
     return Problem(name, value, remedy)
 
 
@@ -79,9 +75,7 @@ def read_command_line(
                 return {}, problems
             values = {i: _value_at(arguments, i) for i in at}
             # An option may stand there twice; the message tells the value of the wrong one.
-            wrong = next(
-                (i for i in reversed(at) if repr(values[i][-1:]).strip("[]") in error.message), at[0]
-            )
+            wrong = next((i for i in reversed(at) if repr(values[i][-1:]).strip("[]") in error.message), at[0])
             name = option.lstrip("-").replace("-", "_")
             value = " ".join(values[wrong])
             problems.append(Problem(name, repr(value), f"must be {_describe(parser, name, hints)}"))

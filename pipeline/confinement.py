@@ -131,9 +131,7 @@ def confine_files(directory: str) -> bool:
     abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if abi < 3 or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
-    attributes = struct.pack(
-        "QQ", ALL_RIGHTS.get(abi, ALL_RIGHTS_LATER), 3 if abi >= 4 else 0
-    )  # and TCP bind, connect
+    attributes = struct.pack("QQ", ALL_RIGHTS.get(abi, ALL_RIGHTS_LATER), 3 if abi >= 4 else 0)  # and TCP bind, connect
     ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(16 if abi >= 4 else 8), 0)
     if ruleset < 0:
         return False
@@ -167,9 +165,7 @@ def drop_privileges(files_confined: bool) -> None:
 
 def confine_calls(files_confined: bool) -> bool:
     """Seccomp: only `SYSTEM_CALLS` from now on; no process, thread, socket or signal. Returns success."""
-    resource.setrlimit(
-        resource.RLIMIT_NPROC, (0, 0)
-    )  # where there is no seccomp; root had to lose its capabilities
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # where there is no seccomp; root had to lose its capabilities
     column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
     if sys.platform != "linux" or column is None:
         return False
@@ -231,9 +227,7 @@ def _filter(column: int, files_confined: bool) -> bytes:
         if (number := numbers[column]) is None:
             continue
         if name in COMMANDS:  # argument 1's low half is at offset 24 of struct seccomp_data
-            tests = [
-                item for command in COMMANDS[name] for item in ((equal, 0, 1, command), (answer, 0, 0, allow))
-            ]
+            tests = [item for command in COMMANDS[name] for item in ((equal, 0, 1, command), (answer, 0, 0, allow))]
             body = [(load, 0, 0, 24), *tests, (answer, 0, 0, refuse)]
         elif name == "openat" and not files_confined:  # argument 2, the flags: reading only
             changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC

@@ -89,9 +89,7 @@ def _holds_out(args: DataArguments, names: list[str]) -> bool:
 def _hold_out(args: DataArguments, only: Split) -> tuple[Split, Split]:
     """Divide rows into those to train on and those to evaluate on, the same in every run."""
     period = round(1 / args.validation_share)
-    logger.info(
-        "The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period
-    )
+    logger.info("The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period)
     if isinstance(only, Dataset):
         if len(only) < 2:
             remedy = f"has {len(only)} row, which leaves nothing to hold out; give more, or --eval_strategy no"
@@ -166,9 +164,7 @@ def _standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
     if kind == "prompt":
         if args.answer_column not in columns:
             del features["answer"]
-        others = (
-            {name: split.features[name] for name in columns if name not in features} if split.features else {}
-        )
+        others = {name: split.features[name] for name in columns if name not in features} if split.features else {}
         features = Features({**others, **features})
     known = kind != "prompt" or split.features is not None
     return split.map(checked, with_indices=True, remove_columns=removed, features=features if known else None)
@@ -234,9 +230,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Callable
         def from_messages(row: Row) -> Row:
             messages = _messages(row[args.messages_column], args, args.messages_column)
             if messages[-1]["role"] != "assistant":
-                raise _ShapeError(
-                    f"{args.messages_column} ends with the role {messages[-1]['role']}, not assistant"
-                )
+                raise _ShapeError(f"{args.messages_column} ends with the role {messages[-1]['role']}, not assistant")
             if messages[0]["role"] == "assistant":
                 raise _ShapeError(f"{args.messages_column} begins with the assistant: there is no prompt")
             return {"messages": messages}

@@ -63,11 +63,7 @@ class _FetchedRows(TrainerCallback):
 
 def _tell(trainer: Trainer, loss: float, rows: list[int] | None) -> str:
     args = trainer.args
-    where = (
-        "of rows that are not known (streamed data)"
-        if rows is None
-        else f"of rows {rows} of the training data"
-    )
+    where = "of rows that are not known (streamed data)" if rows is None else f"of rows {rows} of the training data"
     last = newest_complete(args.output_dir)
     saved = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
     return (

@@ -88,11 +88,7 @@ def load_inputs(
     name = getattr(model_args, "model_name_or_path", None)
     config = attempt(lambda: _load_config(model_args)) if hasattr(model_args, "model_name_or_path") else None
     tokenizer = None
-    if (
-        data_args.tokenizer_name_or_path is not None
-        or config is not None
-        or not hasattr(model_args, "use_peft")
-    ):
+    if data_args.tokenizer_name_or_path is not None or config is not None or not hasattr(model_args, "use_peft"):
         tokenizer = attempt(lambda: load_tokenizer(data_args, model_args if name else None))
     field = "tokenizer_name_or_path" if data_args.tokenizer_name_or_path else "model_name_or_path"
     evaluation = str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no"
@@ -149,9 +145,7 @@ def find_problems(arguments: Sequence[Any], fields: Iterable[str]) -> list[Probl
     kind = next((kind for field, kind in KINDS.items() if field in known), None)
     data_args = next((item for item in arguments if isinstance(item, DataArguments)), None)
     training_args = next((item for item in arguments if hasattr(item, "world_size")), None)
-    model_args = next(
-        (item for item in arguments if hasattr(item, "use_peft") or hasattr(item, "rope_theta")), None
-    )
+    model_args = next((item for item in arguments if hasattr(item, "use_peft") or hasattr(item, "rope_theta")), None)
     reward_args = next((item for item in arguments if isinstance(item, RewardChecks)), None)
     if kind is None or data_args is None:
         return []
@@ -258,17 +252,13 @@ def _check_tokens(
         ]
         if room and min(room) >= length:
             remedy = (
-                f"every prompt is longer (the shortest takes {min(room)} tokens): no answer would "
-                "be left; raise it"
+                f"every prompt is longer (the shortest takes {min(room)} tokens): no answer would be left; raise it"
             )
             return [Problem("max_length", length, remedy)]
     if kind == "preference" and length is not None:
         sizes = [max(count(row["prompt"] + row[answer]) for answer in ("chosen", "rejected")) for row in rows]
         if min(sizes) > length:
-            remedy = (
-                f"every pair is longer (the shortest takes {min(sizes)} tokens) and would be "
-                "dropped; raise it"
-            )
+            remedy = f"every pair is longer (the shortest takes {min(sizes)} tokens) and would be dropped; raise it"
             return [Problem("max_length", length, remedy)]
     return []
 

@@ -45,9 +45,7 @@ class InterruptCallback(TrainerCallback):
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the trainer to save and stop, if a signal came to any process."""
         if args.world_size > 1 and torch.distributed.is_initialized():
             number = torch.tensor(int(self.received or 0), device=args.device)

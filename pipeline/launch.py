@@ -82,10 +82,7 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     problems = []
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != args.world_size:
-        remedy = (
-            f"only {args.world_size} would train together; on CPUs leave use_cpu and ddp_backend to "
-            "the recipe"
-        )
+        remedy = f"only {args.world_size} would train together; on CPUs leave use_cpu and ddp_backend to the recipe"
         problems.append(Problem("num_processes", asked, remedy))
     on_cpu = args.device.type == "cpu"
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):

@@ -28,9 +28,7 @@ def told_as(field: str, name: object) -> Iterator[None]:
         raise UserError(Problem(field, name, f"no model can be loaded from there ({reason})")) from None
 
 
-def load_tokenizer(
-    data_args: DataArguments, model_args: ModelConfig | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(data_args: DataArguments, model_args: ModelConfig | None = None) -> PreTrainedTokenizerBase:
     """Load `tokenizer_name_or_path`, or else the model's own tokenizer.
 
     Raises:

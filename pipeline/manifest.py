@@ -53,8 +53,7 @@ def write_manifest(checkpoint: Path, step: int, evaluation_due: bool) -> None:
     """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != STATE]
     entries = {
-        str(path.relative_to(checkpoint)): {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in files
+        str(path.relative_to(checkpoint)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
     }
     states = [_sha256(checkpoint / STATE)]
     content = {"step": step, "evaluation_due": evaluation_due, "states": states, "files": entries}

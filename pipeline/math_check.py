@@ -120,11 +120,7 @@ def compare(pairs: Sequence[tuple[str, str | None]]) -> list[bool]:
 
 @lru_cache(maxsize=65_536)
 def _ask(reference: str, answer: str | None) -> bool:
-    return (
-        len(reference) <= LONGEST
-        and len(answer or "") <= LONGEST
-        and _checker.ask(reference, answer, SECONDS)
-    )
+    return len(reference) <= LONGEST and len(answer or "") <= LONGEST and _checker.ask(reference, answer, SECONDS)
 
 
 def _serve() -> None:
@@ -157,9 +153,7 @@ def _serve() -> None:
         print("ready", flush=True)
         for line in sys.stdin:
             reference, answer = json.loads(line)
-            signal.setitimer(
-                signal.ITIMER_REAL, 2 * SECONDS
-            )  # kills, should the parent no longer be there to do it
+            signal.setitimer(signal.ITIMER_REAL, 2 * SECONDS)  # kills, should the parent no longer be there to do it
             parsed = read(reference)
             result = bool(parsed) and (answer is None or verify(parsed, read(answer), timeout_seconds=0))
             signal.setitimer(signal.ITIMER_REAL, 0)

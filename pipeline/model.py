@@ -52,12 +52,8 @@ class LlamaArguments:
     max_position_embeddings: int = field(default=512, metadata={"help": "Tokens that the model can see."})
     rope_theta: float = field(default=10_000.0, metadata={"help": "Base of the rotary embedding."})
     attention_bias: bool = field(default=False, metadata={"help": "Biases of the attention projections."})
-    tie_word_embeddings: bool = field(
-        default=True, metadata={"help": "One matrix for reading and predicting tokens."}
-    )
-    initializer_range: float = field(
-        default=0.02, metadata={"help": "Standard deviation of the random weights."}
-    )
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "One matrix for reading and predicting tokens."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the random weights."})
 
 
 def check(args: LlamaArguments) -> list[Problem]:
@@ -83,9 +79,7 @@ def check(args: LlamaArguments) -> list[Problem]:
         args.num_key_value_heads < 1 or (heads > 0 and heads % args.num_key_value_heads)
     ):
         problems.append(
-            Problem(
-                "num_key_value_heads", args.num_key_value_heads, f"a divisor of num_attention_heads ({heads})"
-            )
+            Problem("num_key_value_heads", args.num_key_value_heads, f"a divisor of num_attention_heads ({heads})")
         )
     return problems
 
@@ -154,9 +148,7 @@ def log_model(model: PreTrainedModel) -> None:
     )
 
 
-def main(
-    data_args: DataArguments, training_args: TrainingArguments, model_args: LlamaArguments, *_: object
-) -> None:
+def main(data_args: DataArguments, training_args: TrainingArguments, model_args: LlamaArguments, *_: object) -> None:
     """Writes the untrained model and its tokenizer; takes the arguments of `recipes.pretrain`, whose file it reads."""
     from transformers import AutoTokenizer
 

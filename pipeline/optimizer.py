@@ -128,9 +128,7 @@ def build(
         blocks = {"params": matrices, "lr": lr, "weight_decay": weight_decay}
         return torch.optim.AdamW([blocks, *others], lr=lr, weight_decay=0.0, betas=betas, eps=eps)
     if not matrices or not others:
-        raise UserError(
-            Problem("use_muon", True, "needs both matrices and other parameters to train; set it to false")
-        )
+        raise UserError(Problem("use_muon", True, "needs both matrices and other parameters to train; set it to false"))
     return MuonWithAdamW(matrices, others, muon_lr, lr, weight_decay, betas, eps)
 
 

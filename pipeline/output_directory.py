@@ -76,11 +76,7 @@ def check(arguments: Iterable[Any]) -> list[Problem]:
     if not nearest.is_dir():
         return [Problem("output_dir", output_dir, f"{nearest} is a file; choose a directory")]
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return [
-            Problem(
-                "output_dir", output_dir, f"no permission to write to {nearest}; choose another directory"
-            )
-        ]
+        return [Problem("output_dir", output_dir, f"no permission to write to {nearest}; choose another directory")]
     record, present = path / RECORD, describe(items)
     for name in READ:
         read = [Path(str(value)) for value in _as_list(present.get(name)) if value]
@@ -94,9 +90,7 @@ def check(arguments: Iterable[Any]) -> list[Problem]:
     try:
         earlier = json.loads(record.read_text())
     except (OSError, ValueError) as error:
-        return [
-            Problem("output_dir", output_dir, f"{record} cannot be read ({error}); choose another directory")
-        ]
+        return [Problem("output_dir", output_dir, f"{record} cannot be read ({error}); choose another directory")]
     changed = [
         f"{name} was {earlier.get(name)!r} and is {present.get(name)!r}"
         for name in sorted(set(earlier) & set(present))  # another release may know other fields
@@ -104,9 +98,7 @@ def check(arguments: Iterable[Any]) -> list[Problem]:
     ]
     if not changed:
         return []
-    remedy = (
-        f"holds a run of another configuration ({'; '.join(changed)}); choose another directory or delete it"
-    )
+    remedy = f"holds a run of another configuration ({'; '.join(changed)}); choose another directory or delete it"
     return [Problem("output_dir", output_dir, remedy)]
 
 
@@ -150,9 +142,7 @@ def describe(arguments: Iterable[Any]) -> dict[str, Any]:
     Args:
         arguments: Argument dataclasses.
     """
-    values = {
-        field.name: getattr(item, field.name) for item in arguments for field in dataclasses.fields(item)
-    }
+    values = {field.name: getattr(item, field.name) for item in arguments for field in dataclasses.fields(item)}
     plain = {name: value for name, value in values.items() if not name.endswith("_token")}
     return json.loads(json.dumps(plain, sort_keys=True, default=str))
 

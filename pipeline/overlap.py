@@ -65,9 +65,7 @@ class Overlap:
         return len(self.matches) / self.test_rows if self.test_rows else 0.0
 
 
-def overlap(
-    train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8
-) -> Overlap:
+def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8) -> Overlap:
     """Looks for every test row in the training rows.
 
     Args:
@@ -146,12 +144,8 @@ def _hashes(tokens: list[str], size: int) -> Iterator[int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments to `parser`."""
     where = "data set, as DATASET[:CONFIG[:SPLIT]]: a Hub id, a folder or a file"
-    parser.add_argument(
-        "--train", nargs="+", required=True, metavar="DATASET", help=f"training {where} (split: train)"
-    )
-    parser.add_argument(
-        "--test", nargs="+", required=True, metavar="DATASET", help=f"test {where} (split: test)"
-    )
+    parser.add_argument("--train", nargs="+", required=True, metavar="DATASET", help=f"training {where} (split: train)")
+    parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help=f"test {where} (split: test)")
     parser.add_argument("--n", type=int, default=8, help="words that must agree in a row (default: 8)")
     parser.add_argument(
         "--max_share",

@@ -55,9 +55,7 @@ class PackedRows:
         """
         ids = [torch.tensor(example["input_ids"]) for example in examples]
         labels = [torch.tensor(example.get("labels", example["input_ids"])) for example in examples]
-        positions = [
-            torch.cat([torch.arange(length) for length in example["seq_lengths"]]) for example in examples
-        ]
+        positions = [torch.cat([torch.arange(length) for length in example["seq_lengths"]]) for example in examples]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),

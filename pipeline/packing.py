@@ -34,9 +34,7 @@ def pack_documents(
     """
 
     def pack(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(batch[text_column], add_special_tokens=False, return_attention_mask=False)[
-            "input_ids"
-        ]
+        encoded = tokenizer(batch[text_column], add_special_tokens=False, return_attention_mask=False)["input_ids"]
         documents = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded]
         input_ids = list(chain.from_iterable(documents))
         starts = set()
@@ -52,9 +50,7 @@ def pack_documents(
                 positions.append(0 if begin + offset in starts or not positions else positions[-1] + 1)
             blocks["input_ids"].append(block)
             blocks["position_ids"].append(positions)
-            blocks["labels"].append(
-                [-100 if p == 0 else token for p, token in zip(positions, block, strict=True)]
-            )
+            blocks["labels"].append([-100 if p == 0 else token for p, token in zip(positions, block, strict=True)])
         return blocks
 
     columns = dataset.column_names

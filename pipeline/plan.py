@@ -29,9 +29,7 @@ class Plan:
     seed: int | None
 
 
-def read_plan(
-    folder: Path, output_dir: Path | None = None, seed: int | None = None, smoke: bool = False
-) -> Plan:
+def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = None, smoke: bool = False) -> Plan:
     """Read the steps of the recipe folder `folder`.
 
     Args:
@@ -86,9 +84,7 @@ def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         raise UserError(Problem("recipe", folder, "no such folder; give one with files such as 2_sft.yaml"))
     files = [path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name)]
     if not files:
-        raise UserError(
-            Problem("recipe", folder, f"holds no step; name files <number>_<{'|'.join(KINDS)}>.yaml")
-        )
+        raise UserError(Problem("recipe", folder, f"holds no step; name files <number>_<{'|'.join(KINDS)}>.yaml"))
     problems = []
     read: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted(files):
@@ -104,17 +100,13 @@ def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
             problems.append(Problem("recipe", path, f"cannot be read: {error.strerror}"))
             continue
         if not isinstance(content, dict) or not isinstance(content.get("output_dir"), str):
-            problems.append(
-                Problem("output_dir", path, "must say in which directory of the run this step writes")
-            )
+            problems.append(Problem("output_dir", path, "must say in which directory of the run this step writes"))
             continue
         read[path.stem] = (path, {str(key): value for key, value in content.items()})
     if problems:
         raise UserError(*problems)
     order = list(KINDS)
-    return dict(
-        sorted(read.items(), key=lambda item: (_number(item[0]), order.index(_kind_of(item[0])), item[0]))
-    )
+    return dict(sorted(read.items(), key=lambda item: (_number(item[0]), order.index(_kind_of(item[0])), item[0])))
 
 
 def _number(stem: str) -> int:
@@ -127,15 +119,11 @@ def _common_home(folder: Path, configurations: Mapping[str, tuple[Path, Mapping[
     homes = {output.parent for output in outputs.values()}
     if len(homes) > 1:
         told = ", ".join(sorted(map(str, homes)))
-        raise UserError(
-            Problem("output_dir", folder, f"the steps write to several runs ({told}); let them share one")
-        )
+        raise UserError(Problem("output_dir", folder, f"the steps write to several runs ({told}); let them share one"))
     for stem, output in outputs.items():
         twin = next((other for other in outputs if other != stem and outputs[other] == output), None)
         if twin:
-            raise UserError(
-                Problem("output_dir", output, f"{stem} and {twin} would write there; give each its own")
-            )
+            raise UserError(Problem("output_dir", output, f"{stem} and {twin} would write there; give each its own"))
     home = homes.pop()
     if home.name in ("", ".."):
         remedy = "must lie in a directory of the run, such as runs/mine/2_sft"
@@ -211,9 +199,7 @@ def _connect(steps: Sequence[Step], home: Path) -> list[Step]:
                 elif os.path.exists(text):
                     files.append(Path(text))
                 else:
-                    problems.append(
-                        Problem(f"{step.name}: {key}", text, "no earlier step of this recipe writes it")
-                    )
+                    problems.append(Problem(f"{step.name}: {key}", text, "no earlier step of this recipe writes it"))
         connected.append(replace(step, needs=tuple(dict.fromkeys(needs)), files=tuple(files)))
     if problems:
         raise UserError(*problems)
@@ -222,9 +208,7 @@ def _connect(steps: Sequence[Step], home: Path) -> list[Step]:
 
 def _names_file(key: str, text: str) -> bool:
     """Whether a setting names something on this disk, rather than on the Hub."""
-    return (key.endswith(("_name", "_path", "_file", "_files", "_dir")) or os.sep in text) and os.path.exists(
-        text
-    )
+    return (key.endswith(("_name", "_path", "_file", "_files", "_dir")) or os.sep in text) and os.path.exists(text)
 
 
 def _move(step: Step, home: Path, run_dir: Path) -> Step:
@@ -243,9 +227,7 @@ def _move(step: Step, home: Path, run_dir: Path) -> Step:
                 item if (inner := _inside(item, home)) is None else str(run_dir / inner) for item in value
             ]
         else:
-            remedy = (
-                f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
-            )
+            remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
             raise UserError(Problem(f"{step.name}: {key}", moved[0], remedy))
     arguments = list(step.arguments)
     if step.kind == "random":

@@ -51,9 +51,7 @@ class PPOConfig(GRPOConfig):
         default=None, metadata={"help": "The same in evaluation. Default: `num_generations`."}
     )
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
-    kl_coef: float = field(
-        default=0.05, metadata={"help": "Reward taken away for each nat of KL, at each token."}
-    )
+    kl_coef: float = field(default=0.05, metadata={"help": "Reward taken away for each nat of KL, at each token."})
     kl_estimator: str = field(
         default="k1", metadata={"help": "Estimator of the KL at a token.", "choices": ["k1", "k3"]}
     )

@@ -143,9 +143,7 @@ def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, cliprange: float)
     return torch.maximum(unclipped, clipped), clipped > unclipped
 
 
-def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float
-) -> tuple[Tensor, Tensor]:
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """Half the squared error of the critic at each token, pessimistic about steps beyond the clip range.
 
     Args:

@@ -57,8 +57,7 @@ def rollout_metrics(
     sums = [(x * scored).sum() for x in per_completion.values()]
     *totals, count = reduce(torch.stack([*sums, scored.sum().to(scores.dtype)])).tolist()
     metrics = {
-        name: total / count if count else float("nan")
-        for name, total in zip(per_completion, totals, strict=True)
+        name: total / count if count else float("nan") for name, total in zip(per_completion, totals, strict=True)
     }
     spread = masked_mean((returns - masked_mean(returns, mask, reduce)).square(), mask, reduce)
     error = masked_mean(advantages.square(), mask, reduce)  # an advantage is a return less its estimate

@@ -100,6 +100,4 @@ def _card(splits: Mapping[str, Any], counts: Mapping[str, Counts], origin: str) 
 
 def _shown(counts: Counts) -> dict[str, str]:
     values = asdict(counts)
-    return {
-        name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in values.items()
-    }
+    return {name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in values.items()}

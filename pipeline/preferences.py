@@ -74,9 +74,7 @@ class PreferenceArguments:
         default=2,
         metadata={"help": "Pairs compared for each prompt, at most: identical answers make no pair."},
     )
-    max_prompts: int | None = field(
-        default=None, metadata={"help": "Training prompts to use (default: all)."}
-    )
+    max_prompts: int | None = field(default=None, metadata={"help": "Training prompts to use (default: all)."})
     max_eval_prompts: int | None = field(
         default=None, metadata={"help": "Prompts to use of each other split (default: all)."}
     )
@@ -95,9 +93,7 @@ class PreferenceArguments:
             if value is not None and value < lowest[name]
         ]
         if not self.temperature > 0:
-            problems.append(
-                Problem("temperature", self.temperature, "must be above 0, or all answers are the same")
-            )
+            problems.append(Problem("temperature", self.temperature, "must be above 0, or all answers are the same"))
         if problems:
             raise UserError(*problems)
 

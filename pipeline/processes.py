@@ -41,9 +41,7 @@ def child_environment(num_processes: int, environment: Mapping[str, str]) -> dic
     return {**defaults, **environment}
 
 
-def run(
-    command: Sequence[str], environment: Mapping[str, str], lock: int
-) -> tuple[int, signal.Signals | None]:
+def run(command: Sequence[str], environment: Mapping[str, str], lock: int) -> tuple[int, signal.Signals | None]:
     """Run `command` to its end.
 
     A first SIGINT or SIGTERM is handed on, once, and the child is waited for; a second one kills it with all

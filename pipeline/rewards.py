@@ -113,9 +113,7 @@ def exact_answer(
         elif given is None:
             rewards.append(0.0)
         else:
-            rewards.append(
-                float(normalise(given) == normalise(reference) or bool(equal_numbers(reference, given)))
-            )
+            rewards.append(float(normalise(given) == normalise(reference) or bool(equal_numbers(reference, given))))
     _log("exact_answer", found, rewards, log_metric)
     return rewards
 
@@ -153,8 +151,7 @@ def answer_format(
     texts = _texts(completions, prompts)
     found = [extract_answer(text) for text in texts]
     rewards: Rewards = [
-        float(given is not None and count_answers(text) == 1)
-        for text, given in zip(texts, found, strict=True)
+        float(given is not None and count_answers(text) == 1) for text, given in zip(texts, found, strict=True)
     ]
     _log("answer_format", found, rewards, log_metric)
     return rewards
@@ -318,9 +315,7 @@ def _texts(completions: Sequence[Completion], prompts: Sequence[Completion] | No
     for index, completion in enumerate(completions):
         if not isinstance(completion, str):
             last = completion[-1] if completion else {}
-            texts.append(
-                str(last.get("content") or "") if last.get("role", "assistant") == "assistant" else ""
-            )
+            texts.append(str(last.get("content") or "") if last.get("role", "assistant") == "assistant" else "")
             continue
         prompt = prompts[index] if prompts is not None else None
         texts.append(completion.removeprefix(prompt) if isinstance(prompt, str) else completion)

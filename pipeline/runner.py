@@ -50,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_dir", type=Path, help="directory of the run, instead of the one that the YAML files name"
     )
-    parser.add_argument(
-        "--num_processes", type=int, default=1, help="processes of each training step (default: 1)"
-    )
+    parser.add_argument("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
     parser.add_argument(
         "--config_file", default=LAUNCH_FILE, help=f"launch file of accelerate (default: {LAUNCH_FILE})"
     )
@@ -121,15 +119,11 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable
         raise UserError(Problem("--from", args.start, f"comes after --until {args.until}"))
     forced = {step.name for step in steps[first:]} if args.start is not None else set()
     if args.force is not None:
-        forced |= {find_step(steps, name, "--force").name for name in args.force} or {
-            step.name for step in steps
-        }
+        forced |= {find_step(steps, name, "--force").name for name in args.force} or {step.name for step in steps}
     decisions = decide(steps, record, forced)
     chosen = steps[first : last + 1]
     _check_needs(steps[:first], chosen, decisions)
-    measured = any(
-        step.kind == "evaluate" and (step in chosen or record.is_finished(step.name)) for step in steps
-    )
+    measured = any(step.kind == "evaluate" and (step in chosen or record.is_finished(step.name)) for step in steps)
     for step in chosen:
         if step.name != REPORT:
             yield step, decisions[step.name]
@@ -154,18 +148,13 @@ def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapp
         raise UserError(*problems)
 
 
-def _run_all(
-    todo: list[tuple[Step, Decision]], record: RunRecord, args: argparse.Namespace, lock: int
-) -> int:
+def _run_all(todo: list[tuple[Step, Decision]], record: RunRecord, args: argparse.Namespace, lock: int) -> int:
     from pipeline.accelerate_launch import exit_code
     from pipeline.processes import child_environment, run
     from pipeline.records import clear
 
     for position, (step, decision) in enumerate(todo, start=1):
-        say(
-            f"[{position}/{len(todo)}] {step.name}: {decision.reason}"
-            + (", skipped" * (decision.action == "skip"))
-        )
+        say(f"[{position}/{len(todo)}] {step.name}: {decision.reason}" + (", skipped" * (decision.action == "skip")))
         if decision.action == "skip":
             continue
         if decision.action == "start" and step.name in record.steps:

@@ -63,9 +63,7 @@ def run_code(code: str, test: str, *, seconds: float = 2.0, memory_mb: int = 256
     if len(code) > CODE_CHARACTERS:
         return Outcome(False, "refused", 0.0, f"more than {CODE_CHARACTERS} characters of code")
     with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory:
-        status, output = _run(
-            json.dumps({"code": code, "test": test}).encode(), directory, seconds, memory_mb
-        )
+        status, output = _run(json.dumps({"code": code, "test": test}).encode(), directory, seconds, memory_mb)
     return Outcome(status == "passed", status, time.monotonic() - began, output.decode(errors="replace"))
 
 
@@ -132,9 +130,7 @@ def _run(work: bytes, directory: str, seconds: float, memory_mb: int) -> tuple[S
     return status, output
 
 
-def _wait(
-    output_fd: int, verdict_fd: int, directory: str, seconds: float
-) -> tuple[Status, int | None, bytes]:
+def _wait(output_fd: int, verdict_fd: int, directory: str, seconds: float) -> tuple[Status, int | None, bytes]:
     """Follows the child until its verdict, its end or its time; drains its output, looks at its directory."""
     output, verdict, candidate = b"", b"", None
     deadline = time.monotonic() + START_SECONDS

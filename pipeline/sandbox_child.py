@@ -67,16 +67,10 @@ class Candidate:
         return {"kept": len(self.kept) - 1}
 
     def incoming(self, kind: str, content: Any) -> object:
-        return (
-            self.kept[content]
-            if kind == "kept"
-            else lambda *args, **named: self.call_back(content, args, named)
-        )
+        return self.kept[content] if kind == "kept" else lambda *args, **named: self.call_back(content, args, named)
 
     def call_back(self, number: int, args: tuple[object, ...], named: dict[str, object]) -> object:
-        self.channel.send(
-            {"call": number, "args": encode(args, self.other), "named": encode(named, self.other)}
-        )
+        self.channel.send({"call": number, "args": encode(args, self.other), "named": encode(named, self.other)})
         return decode(self.channel.receive()["value"], self.incoming)
 
     def failure(self, error: BaseException) -> dict[str, Any]:
@@ -185,11 +179,7 @@ class Examiner:
     def examine(self, code: str, test: str) -> None:
         """Returns if the test passes; raises whatever stops it."""
         names = self.request({"code": code})["names"]
-        names = {
-            name: item
-            for name, item in names.items()
-            if not (name.startswith("__") or hasattr(builtins, name))
-        }
+        names = {name: item for name, item in names.items() if not (name.startswith("__") or hasattr(builtins, name))}
         namespace = {name: decode(item, self.incoming) for name, item in names.items()}
         exec(compile(test, "test", "exec"), namespace | {"__name__": "test"})  # noqa: S102 - likewise
 
@@ -282,9 +272,7 @@ def main(verdict: int, seconds: float, memory_mb: int) -> None:
         status = "passed"
     except Gone:
         ended = os.waitstatus_to_exitcode(os.waitpid(candidate, 0)[1])
-        status = (
-            "timeout" if ended in (-9, -24) else "crashed"
-        )  # killed for its CPU seconds, or anything else
+        status = "timeout" if ended in (-9, -24) else "crashed"  # killed for its CPU seconds, or anything else
     except BaseException:  # noqa: BLE001 - a test may raise anything; none of it is a pass
         status = examiner.status
         traceback.print_exc(limit=-1)

@@ -60,9 +60,7 @@ def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
         Field -> value.
     """
     overrides = {
-        field: value
-        for field, value in OVERRIDES[kind].items()
-        if not _is_stricter(field, values.get(field), value)
+        field: value for field, value in OVERRIDES[kind].items() if not _is_stricter(field, values.get(field), value)
     }
     if kind in ("ppo", "grpo"):
         # TRL takes one of the two, and refuses both.

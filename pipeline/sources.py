@@ -117,9 +117,7 @@ def _file_builder(path: Path) -> str:
     suffix = suffixes[-1] if suffixes else ""
     if suffix not in BUILDERS:
         known = ", ".join(BUILDERS)
-        raise UserError(
-            Problem("dataset_name", path, f"files of this type are not read; known are {known}, also .gz")
-        )
+        raise UserError(Problem("dataset_name", path, f"files of this type are not read; known are {known}, also .gz"))
     return BUILDERS[suffix]
 
 
@@ -144,9 +142,7 @@ def _check_config(args: DataArguments, builder: str) -> None:
     except (DatasetNotFoundError, *UNREADABLE):
         return  # told better when the data itself is asked for
     if args.dataset_config is None and len(known) > 1 and "default" not in known:
-        raise UserError(
-            Problem("dataset_config", "nothing", f"must be given; choose from: {', '.join(known)}")
-        )
+        raise UserError(Problem("dataset_config", "nothing", f"must be given; choose from: {', '.join(known)}"))
     if args.dataset_config is not None and args.dataset_config not in known:
         remedy = f"there is no such configuration; choose from: {', '.join(known)}"
         raise UserError(Problem("dataset_config", args.dataset_config, remedy))
@@ -162,9 +158,7 @@ def broken_files(path: Path, error: Exception) -> list[Problem]:
             with contextlib.suppress(OSError, EOFError, zlib.error):  # told below by `error`
                 problems += _broken_line(file)
     cause = error.__cause__ or error
-    return problems or [
-        Problem("dataset_name", path, f"cannot be read ({_first_line(cause)}); correct the file")
-    ]
+    return problems or [Problem("dataset_name", path, f"cannot be read ({_first_line(cause)}); correct the file")]
 
 
 def _broken_line(file: Path) -> list[Problem]:

@@ -69,9 +69,7 @@ class ThroughputCallback(TrainerCallback):
         if logs is None or "loss" not in logs or steps <= 0 or seconds <= 0:
             return
         self.last = now
-        figures: dict[str, float] = {
-            "eta_seconds": round(seconds / steps * (state.max_steps - state.global_step))
-        }
+        figures: dict[str, float] = {"eta_seconds": round(seconds / steps * (state.max_steps - state.global_step))}
         if tokens > 0:
             dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
             peak = hardware.matmul_peak(dtype) * args.world_size

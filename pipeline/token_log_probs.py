@@ -42,9 +42,7 @@ def token_log_probs(
     scored, entropies = [], []
     for chunk, mask in zip(ids.split(size), attention_mask.split(size), strict=True):
         with autocast():
-            logits = model(
-                input_ids=chunk, attention_mask=mask, use_cache=False, logits_to_keep=length + 1
-            ).logits
+            logits = model(input_ids=chunk, attention_mask=mask, use_cache=False, logits_to_keep=length + 1).logits
         log_probs = (logits[:, :-1].float() / temperature).log_softmax(-1)
         scored.append(log_probs.gather(-1, chunk[:, -length:].unsqueeze(-1)).squeeze(-1))
         if entropy:

@@ -47,15 +47,11 @@ class TokenizerArguments:
     """
 
     output_dir: str = field(metadata={"help": "Folder that AutoTokenizer.from_pretrained will read."})
-    vocab_size: int = field(
-        default=2048, metadata={"help": "Tokens in all: special ones and 256 bytes included."}
-    )
+    vocab_size: int = field(default=2048, metadata={"help": "Tokens in all: special ones and 256 bytes included."})
     algorithm: Literal["bpe", "character"] = field(
         default="bpe", metadata={"help": "bpe: frequent pieces of words; character: single characters."}
     )
-    model_max_length: int = field(
-        default=512, metadata={"help": "Tokens that the model to be trained can see."}
-    )
+    model_max_length: int = field(default=512, metadata={"help": "Tokens that the model to be trained can see."})
 
 
 def train_tokenizer(
@@ -83,9 +79,7 @@ def train_tokenizer(
 
     smallest = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise UserError(
-            Problem("vocab_size", vocab_size, f"at least {smallest}: 256 bytes and the special tokens")
-        )
+        raise UserError(Problem("vocab_size", vocab_size, f"at least {smallest}: 256 bytes and the special tokens"))
     tokenizer = Tokenizer(models.BPE())
     if algorithm == "bpe":
         split: pre_tokenizers.PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
@@ -138,9 +132,7 @@ def main(args: TokenizerArguments, data_args: DataArguments) -> None:
     tokenizer.save_pretrained(unfinished)
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
-    logger.info(
-        "tokenizer: %s, %d tokens (at most %d asked for)", args.algorithm, len(tokenizer), args.vocab_size
-    )
+    logger.info("tokenizer: %s, %d tokens (at most %d asked for)", args.algorithm, len(tokenizer), args.vocab_size)
 
 
 if __name__ == "__main__":

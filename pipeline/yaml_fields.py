@@ -19,9 +19,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be a name", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} stands there twice", key_node.start_mark
@@ -53,18 +51,14 @@ def read_yaml(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, Loader=_Loader)
     except OSError as error:
-        raise UserError(
-            Problem("--config", path, f"cannot be read ({error.strerror}); give a YAML file")
-        ) from None
+        raise UserError(Problem("--config", path, f"cannot be read ({error.strerror}); give a YAML file")) from None
     except UnicodeDecodeError:
         raise UserError(Problem("--config", path, "is not text in UTF-8; give a YAML file")) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
         what = getattr(error, "problem", None) or "cannot be parsed"
-        raise UserError(
-            Problem("--config", where, f"is not valid YAML ({what}); correct that line")
-        ) from None
+        raise UserError(Problem("--config", where, f"is not valid YAML ({what}); correct that line")) from None
     if not isinstance(content, dict):
         raise UserError(Problem("--config", path, "must hold `field: value` lines")) from None
     return content

@@ -62,9 +62,7 @@ CASES = {
     "learning rate that is no number": Case("sft", "--learning_rate nan", ("learning_rate: nan", "above 0")),
     "no steps": Case("sft", "--max_steps 0", ("max_steps: 0", "at least 1")),
     "no epochs": Case("sft", "--num_train_epochs 0", ("num_train_epochs: 0", "above 0")),
-    "empty batch": Case(
-        "sft", "--per_device_train_batch_size 0", ("per_device_train_batch_size: 0", "at least 1")
-    ),
+    "empty batch": Case("sft", "--per_device_train_batch_size 0", ("per_device_train_batch_size: 0", "at least 1")),
     "no accumulation": Case("sft", "--gradient_accumulation_steps 0", ("gradient_accumulation_steps: 0",)),
     "never saved": Case("sft", "--save_steps 0", ("save_steps: 0", "above 0")),
     "no checkpoint kept": Case("sft", "--save_total_limit 0", ("save_total_limit: 0", "at least 1")),
@@ -73,9 +71,7 @@ CASES = {
     "remote code": Case("sft", "--trust_remote_code true", ("trust_remote_code: True", "never run")),
     "two precisions": Case("sft", "--fp16 --bf16", ("fp16: True", "lacks it"), lines=2),
     "a stream without end": Case("sft", "--dataset_streaming --max_steps -1", ("max_steps: -1", "no length")),
-    "a checkpoint that isn't there": Case(
-        "sft", "--resume_from_checkpoint {here}/c", ("resume_from_checkpoint:",)
-    ),
+    "a checkpoint that isn't there": Case("sft", "--resume_from_checkpoint {here}/c", ("resume_from_checkpoint:",)),
     # the data
     "no data set": Case("sft", "--dataset_name null", ("dataset_name: nothing", "give a Hub id")),
     "missing file": Case("sft", "--dataset_name {here}/no.jsonl", ("dataset_name:", "no such file")),
@@ -85,18 +81,10 @@ CASES = {
         ("dataset_name:", "not read", ".parquet"),
         files={"a.docx": "x"},
     ),
-    "no such split": Case(
-        "sft", "--dataset_train_split rain", ("dataset_train_split: rain", "choose from: train")
-    ),
-    "no such test split": Case(
-        "sft", "--validation_share 0", ("dataset_test_split: validation", "choose from: train")
-    ),
-    "trained on the test": Case(
-        "sft", "--dataset_test_split train", ("dataset_test_split: train", "training split")
-    ),
-    "no such column": Case(
-        "sft", "--messages_column talk", ("messages_column: talk", "choose from: messages")
-    ),
+    "no such split": Case("sft", "--dataset_train_split rain", ("dataset_train_split: rain", "choose from: train")),
+    "no such test split": Case("sft", "--validation_share 0", ("dataset_test_split: validation", "choose from: train")),
+    "trained on the test": Case("sft", "--dataset_test_split train", ("dataset_test_split: train", "training split")),
+    "no such column": Case("sft", "--messages_column talk", ("messages_column: talk", "choose from: messages")),
     "no such prompts": Case(
         "sft", "--completion_column reply", ("completion_column: reply", "choose from: messages"), lines=2
     ),
@@ -110,12 +98,8 @@ CASES = {
             "hub/a.jsonl": rows(GOOD),
         },
     ),
-    "empty file": Case(
-        "sft", "--dataset_name {here}/a.jsonl", ("dataset_name:", "a.jsonl"), files={"a.jsonl": ""}
-    ),
-    "empty folder": Case(
-        "sft", "--dataset_name {here}/folder", ("dataset_name:", "no data"), files={"folder/": ""}
-    ),
+    "empty file": Case("sft", "--dataset_name {here}/a.jsonl", ("dataset_name:", "a.jsonl"), files={"a.jsonl": ""}),
+    "empty folder": Case("sft", "--dataset_name {here}/folder", ("dataset_name:", "no data"), files={"folder/": ""}),
     "corrupt line": Case(
         "sft",
         "--dataset_name {here}/a.jsonl",
@@ -203,15 +187,9 @@ CASES = {
         "--model_name_or_path {inputs}/no-weights-of-a-language-model",
         ("model_name_or_path:", "a reward model"),
     ),
-    "pad that is eos": Case(
-        "sft", "--model_name_or_path {inputs}/pad-is-eos", ("model_name_or_path:", "eos token")
-    ),
-    "no chat template": Case(
-        "sft", "--model_name_or_path {inputs}/no-template", ("model_name_or_path:", "template")
-    ),
-    "no generation mark": Case(
-        "sft", "--model_name_or_path {inputs}/no-marks", ("model_name_or_path:", "generation")
-    ),
+    "pad that is eos": Case("sft", "--model_name_or_path {inputs}/pad-is-eos", ("model_name_or_path:", "eos token")),
+    "no chat template": Case("sft", "--model_name_or_path {inputs}/no-template", ("model_name_or_path:", "template")),
+    "no generation mark": Case("sft", "--model_name_or_path {inputs}/no-marks", ("model_name_or_path:", "generation")),
     "more words than the model": Case(
         "sft", "--model_name_or_path {inputs}/more-words", ("model_name_or_path:", "knows", "tokens")
     ),
@@ -284,9 +262,7 @@ CASES |= {
         "sft", "--lr_scheduler_type cosine_with_min_lr", ("lr_scheduler_type: cosine_with_min_lr", "min_lr")
     ),
     "a schedule's options that are none": Case("sft", "--lr_scheduler_kwargs foo", ("lr_scheduler_kwargs: foo",)),
-    "a schedule's unknown option": Case(
-        "sft", '--lr_scheduler_kwargs {{"foo":1}}', ("lr_scheduler_kwargs:", "'foo'")
-    ),
+    "a schedule's unknown option": Case("sft", '--lr_scheduler_kwargs {{"foo":1}}', ("lr_scheduler_kwargs:", "'foo'")),
     "broken JSON": Case("sft", "--accelerator_config {{foo", ("accelerator_config: {foo", "JSON")),
     "an unknown option of accelerate": Case(
         "sft", '--accelerator_config {{"foo":1}}', ("accelerator_config:", "'foo'")

@@ -44,10 +44,7 @@ def reward_model(seed: int = 1) -> LlamaForSequenceClassification:
 def prompts(rows: int = 16) -> Dataset:
     """Questions of one to three words, so that padding matters."""
     return Dataset.from_list(
-        [
-            {"prompt": [{"role": "user", "content": " ".join(WORDS[: 1 + i % 3])}], "row": i}
-            for i in range(rows)
-        ]
+        [{"prompt": [{"role": "user", "content": " ".join(WORDS[: 1 + i % 3])}], "row": i} for i in range(rows)]
     )
 
 

@@ -30,9 +30,7 @@ def save_tokenizer(folder: Path) -> str:
 
 
 def save_model(folder: Path, seed: int = 0) -> str:
-    sizes = LlamaArguments(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256
-    )
+    sizes = LlamaArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256)
     build_model(sizes, tokenizer(), seed).save_pretrained(folder)
     return save_tokenizer(folder)
 
@@ -49,10 +47,7 @@ def conversation(question: str, answer: str) -> list[dict[str, str]]:
 def write_conversations(path: Path, number: int = 60) -> str:
     return write_lines(
         path,
-        [
-            {"messages": conversation(f"What is {i}?", f"It is {i * 7}. " * (i % 4 + 1))}
-            for i in range(number)
-        ],
+        [{"messages": conversation(f"What is {i}?", f"It is {i * 7}. " * (i % 4 + 1))} for i in range(number)],
     )
 
 

@@ -20,9 +20,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path)
     args, overrides = parser.parse_known_args()
     settings = yaml.safe_load(args.config.read_text())
-    settings |= {
-        flag.removeprefix("--"): value for flag, value in zip(overrides[::2], overrides[1::2], strict=True)
-    }
+    settings |= {flag.removeprefix("--"): value for flag, value in zip(overrides[::2], overrides[1::2], strict=True)}
     directory = Path(settings["output_dir"])
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "ran.txt").open("a") as file:

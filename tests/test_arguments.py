@@ -17,17 +17,13 @@ from pipeline.pretraining import PretrainConfig
 
 def sft(tmp_path: Path, yaml: str = "", *argv: str) -> SFTConfig:
     (tmp_path / "config.yaml").write_text(yaml + f"\noutput_dir: {tmp_path / 'output'}\n")
-    arguments = parse(
-        DataArguments, SFTConfig, ModelConfig, argv=["--config", str(tmp_path / "config.yaml"), *argv]
-    )
+    arguments = parse(DataArguments, SFTConfig, ModelConfig, argv=["--config", str(tmp_path / "config.yaml"), *argv])
     assert [type(item) for item in arguments] == [DataArguments, SFTConfig, ModelConfig]
     return arguments[1]
 
 
 def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
-    args = sft(
-        tmp_path, "learning_rate: 1e-4\nmax_steps: 5\npacking: true", "--max_steps", "7", "--max-length=9"
-    )
+    args = sft(tmp_path, "learning_rate: 1e-4\nmax_steps: 5\npacking: true", "--max_steps", "7", "--max-length=9")
     assert (args.learning_rate, args.max_steps, args.packing, args.max_length) == (1e-4, 7, True, 9)
 
 

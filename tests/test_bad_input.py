@@ -150,18 +150,14 @@ def test_it_is_refused_in_one_line_with_nothing_written(
 
     lines = refuse(case.recipe, argv, capsys)
 
-    matching = [
-        line for line in lines if line.startswith(case.said[0]) and all(word in line for word in case.said)
-    ]
+    matching = [line for line in lines if line.startswith(case.said[0]) and all(word in line for word in case.said)]
     assert len(matching) == 1, "\n".join(lines)
     assert len(lines) == case.lines, "only that is wrong:\n" + "\n".join(lines)
     assert not output.exists()
     assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == files
 
 
-def test_all_that_is_wrong_is_told_at_once(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_that_is_wrong_is_told_at_once(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("max_steps: ten\nlearning_rat: 1\neval_strategy: often\nmax_length: 9999\n")
     argv = [

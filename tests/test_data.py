@@ -56,9 +56,7 @@ def test_a_text_file_loses_no_character(tmp_path: Path, streaming: bool) -> None
     (tmp_path / "a.txt").write_text(text)
     train, _ = load_splits(DataArguments(str(tmp_path / "a.txt")), "text", evaluation=False)
     assert "".join(row["text"] for row in train) == text
-    train, test = load_splits(
-        DataArguments(str(tmp_path), dataset_streaming=streaming), "text", evaluation=True
-    )
+    train, test = load_splits(DataArguments(str(tmp_path), dataset_streaming=streaming), "text", evaluation=True)
     assert test is not None
     assert sum(len(row["text"]) for split in (train, test) for row in split) == len(text)
 
@@ -74,9 +72,7 @@ def hub_folder(folder: Path) -> Path:
 
 
 def test_a_folder_in_hub_layout_by_configuration_and_split(tmp_path: Path) -> None:
-    args = DataArguments(
-        str(hub_folder(tmp_path / "hub")), "a", dataset_test_split="test", max_train_samples=2
-    )
+    args = DataArguments(str(hub_folder(tmp_path / "hub")), "a", dataset_test_split="test", max_train_samples=2)
     train, test = load_splits(args, "text", evaluation=True)
     assert test is not None
     assert [row["text"] for row in train] == ["train 0", "train 1"]
@@ -84,9 +80,7 @@ def test_a_folder_in_hub_layout_by_configuration_and_split(tmp_path: Path) -> No
 
 
 def test_a_configuration_left_behind_by_a_replaced_data_set_does_no_harm(tmp_path: Path) -> None:
-    train, _ = load_splits(
-        DataArguments(write(tmp_path, "jsonl", ROWS), "pretrain"), "text", evaluation=False
-    )
+    train, _ = load_splits(DataArguments(write(tmp_path, "jsonl", ROWS), "pretrain"), "text", evaluation=False)
     assert len(train) == 40
 
 
@@ -105,9 +99,7 @@ def test_questions_and_answers_become_conversations(tmp_path: Path, named: bool)
 @pytest.mark.parametrize(
     ("pattern", "answer"), [(None, "1"), (r"= (\d+)", "1"), (r"#### \d+", "#### 1"), (r"^\d", "0")]
 )
-def test_questions_become_prompts_with_the_final_answer(
-    tmp_path: Path, pattern: str | None, answer: str
-) -> None:
+def test_questions_become_prompts_with_the_final_answer(tmp_path: Path, pattern: str | None, answer: str) -> None:
     args = DataArguments(write(tmp_path, "jsonl", QUESTIONS), answer_pattern=pattern)
     train, _ = load_splits(args, "prompt", evaluation=False)
     assert train[0]["prompt"] == [{"role": "user", "content": "0 + 1?"}]

@@ -40,9 +40,7 @@ def save_adapter(directory: Path, task: str) -> Path:
         base = LlamaForSequenceClassification(LlamaConfig(**CONFIG, num_labels=1))
     base.save_pretrained(directory / "base")
     base.name_or_path = str(directory / "base")
-    model = get_peft_model(
-        base, LoraConfig(task_type=task, r=4, target_modules=["q_proj", "v_proj", "down_proj"])
-    )
+    model = get_peft_model(base, LoraConfig(task_type=task, r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

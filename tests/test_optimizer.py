@@ -40,9 +40,7 @@ def batches() -> Iterator[torch.Tensor]:
         yield torch.randint(len(tokenizer()), (2, 16), generator=generator)
 
 
-def steps(
-    trained: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], tokens: list[torch.Tensor]
-) -> None:
+def steps(trained: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], tokens: list[torch.Tensor]) -> None:
     for ids in tokens:
         trained(input_ids=ids, labels=ids).loss.backward()
         for optimizer in optimizers:
@@ -84,9 +82,7 @@ def test_matrices_of_the_blocks_go_to_muon_and_everything_else_to_adamw(tied: bo
     optimizer = build(trained, **SETTINGS)
     matrices, tables, vectors = (names(trained, group) for group in optimizer.param_groups)
     others = tables | vectors
-    assert matrices and all(
-        name.startswith("model.layers.") and name.endswith("_proj.weight") for name in matrices
-    )
+    assert matrices and all(name.startswith("model.layers.") and name.endswith("_proj.weight") for name in matrices)
     assert tables == {"model.embed_tokens.weight"} | ({"lm_head.weight"} if not tied else set())
     assert any("norm" in name for name in vectors) and any(name.endswith("bias") for name in vectors)
     assert matrices | others == {name for name, _ in trained.named_parameters()} and not matrices & others
@@ -128,11 +124,7 @@ def test_frozen_parameters_are_left_alone() -> None:
     for name, parameter in trained.named_parameters():
         parameter.requires_grad_(name not in frozen)
     steps(trained, [build(trained, **SETTINGS)], [next(batches())])
-    assert all(
-        torch.equal(parameter, frozen[name])
-        for name, parameter in trained.named_parameters()
-        if name in frozen
-    )
+    assert all(torch.equal(parameter, frozen[name]) for name, parameter in trained.named_parameters() if name in frozen)
 
 
 def test_a_restored_optimizer_goes_on_bit_by_bit() -> None:
@@ -176,9 +168,7 @@ def test_a_closure_computes_the_loss() -> None:
     assert first is not None and closure() < first
 
 
-@pytest.mark.parametrize(
-    "layer", [torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4)], ids=["matrix", "vector"]
-)
+@pytest.mark.parametrize("layer", [torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4)], ids=["matrix", "vector"])
 def test_a_model_with_nothing_for_one_of_the_two_is_refused(layer: torch.nn.Module) -> None:
     with pytest.raises(UserError, match="use_muon"):
         build(torch.nn.Sequential(layer), **SETTINGS)
@@ -200,8 +190,7 @@ def train(folder: Path, resume: bool = False) -> tuple[LlamaForCausalLM, Trainer
         disable_tqdm=True,
     )
     rows = [
-        {"input_ids": ids[0].tolist(), "labels": ids[0].tolist()}
-        for ids, _ in zip(batches(), range(40), strict=False)
+        {"input_ids": ids[0].tolist(), "labels": ids[0].tolist()} for ids, _ in zip(batches(), range(40), strict=False)
     ]
     trained = model()
     trainer = Trainer(

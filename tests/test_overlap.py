@@ -89,16 +89,12 @@ def test_agrees_with_the_definition(train: list[str], test: list[str], n: int) -
 
     result = overlap(rows(*train), rows(*test), n)
     assert [match.test_row for match in result.matches] == [i for i, text in enumerate(test) if found(text)]
-    assert overlap(rows(*train), rows(*train), n).share == (
-        sum(map(bool, train)) / len(train) if train else 0.0
-    )
+    assert overlap(rows(*train), rows(*train), n).share == (sum(map(bool, train)) / len(train) if train else 0.0)
 
 
 @settings(max_examples=100, deadline=None)
 @given(train=st.lists(st.text(max_size=40), max_size=4), test=st.text(max_size=40), n=st.integers(1, 4))
-def test_any_text_is_safe_and_more_training_data_never_hides_an_overlap(
-    train: list[str], test: str, n: int
-) -> None:
+def test_any_text_is_safe_and_more_training_data_never_hides_an_overlap(train: list[str], test: str, n: int) -> None:
     alone = overlap(rows(*train), rows(test), n).share
     assert overlap(rows(*train, "more"), rows(test), n).share >= alone
     with_itself = overlap(rows(*train, test), rows(test), n)
@@ -112,9 +108,7 @@ def write(path: Path, *lines: dict[str, Any]) -> str:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = write(tmp_path / "train.jsonl", {"text": FOX}, {"text": "Another one"})
-    test = write(
-        tmp_path / "test.jsonl", {"question": FOX, "answer": "x"}, {"question": "Who else?", "answer": "y"}
-    )
+    test = write(tmp_path / "test.jsonl", {"question": FOX, "answer": "x"}, {"question": "Who else?", "answer": "y"})
     clean = write(tmp_path / "clean.jsonl", {"text": "Nothing in common"})
     assert command.main(["check-overlap", "--train", train, "--test", test]) == 1
     told = capsys.readouterr().out
@@ -143,9 +137,7 @@ def test_mistakes_of_the_user(
         "numbers": write(tmp_path / "numbers.jsonl", {"x": 3}),
     }
     with pytest.raises(SystemExit) as stopped:
-        command.main(
-            ["check-overlap", "--test", names["train"], *(word.format(**names) for word in arguments)]
-        )
+        command.main(["check-overlap", "--test", names["train"], *(word.format(**names) for word in arguments)])
     assert stopped.value.code == 2
     messages = [line for line in capsys.readouterr().err.splitlines() if "examples/s]" not in line]
     assert len(list(filter(None, messages))) == 1 and told in "".join(messages)

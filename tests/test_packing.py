@@ -75,9 +75,9 @@ def test_positions_restart_at_every_document_and_at_the_start_of_a_block() -> No
             assert block["position_ids"][begin:end] == list(range(end - begin))
             assert begin == 0 or block["input_ids"][begin] == bos
             assert bos not in block["input_ids"][begin + 1 : end]
-    assert any(len(parts(block)) > 1 for block in packed) and any(
-        block["input_ids"][0] != bos for block in packed
-    ), "documents that are cut by the end of a block are among these"
+    assert any(len(parts(block)) > 1 for block in packed) and any(block["input_ids"][0] != bos for block in packed), (
+        "documents that are cut by the end of a block are among these"
+    )
 
 
 def test_labels_are_the_tokens_except_where_nothing_could_predict_them() -> None:
@@ -97,13 +97,9 @@ def test_a_packed_document_is_computed_as_if_it_were_alone(model: LlamaForCausal
         unpacked = model(input_ids=inputs["input_ids"], use_cache=False).logits
         for row, block in enumerate(blocks):
             for begin, end in parts(block):
-                alone = model(
-                    input_ids=inputs["input_ids"][row : row + 1, begin:end], use_cache=False
-                ).logits[0]
+                alone = model(input_ids=inputs["input_ids"][row : row + 1, begin:end], use_cache=False).logits[0]
                 torch.testing.assert_close(together[row, begin:end], alone, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(together, unpacked, atol=1e-3), (
-        "without positions documents would see each other"
-    )
+    assert not torch.allclose(together, unpacked, atol=1e-3), "without positions documents would see each other"
 
 
 def test_the_trainer_keeps_documents_apart(model: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -119,9 +115,7 @@ def test_the_trainer_keeps_documents_apart(model: LlamaForCausalLM, tmp_path: Pa
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
                 losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
     expected = torch.cat(losses).mean().item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(
-        expected, rel=0.02
-    )  # batches are averaged, not tokens
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=0.02)  # batches are averaged, not tokens
 
 
 def test_a_stream_gives_the_same_blocks() -> None:

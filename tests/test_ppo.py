@@ -228,9 +228,7 @@ def test_clipping_learning_rates_and_decay_are_in_force(tmp_path: Path) -> None:
 
     def spy(*_: Any) -> None:
         for model in (ppo.model, ppo.value_model):
-            norms.append(
-                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
-            )
+            norms.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
 
     ppo.create_optimizer().register_step_pre_hook(spy)
     ppo.train()
@@ -275,9 +273,7 @@ def test_log_probabilities_on_cpus_are_those_of_the_fused_head(tmp_path: Path, t
     ids, mask = torch.randint(3, 15, (5, 9)), torch.ones(5, 9, dtype=torch.long)
     mask[:2, :3] = 0
     plain = ppo._get_per_token_logps_and_entropies(ppo.model, ids, mask, 4, 2, compute_entropy=True)
-    fused = GRPOTrainer._get_per_token_logps_and_entropies(
-        ppo, ppo.model, ids, mask, 4, 2, compute_entropy=True
-    )
+    fused = GRPOTrainer._get_per_token_logps_and_entropies(ppo, ppo.model, ids, mask, 4, 2, compute_entropy=True)
     for a, b in zip(plain[:2], fused[:2], strict=True):
         torch.testing.assert_close(a, b)
 
@@ -326,9 +322,7 @@ def test_metrics_count_real_tokens_only(tmp_path: Path) -> None:
         completion = seen["completion_ids"][i][seen["completion_mask"][i] > 0]
         text = torch.cat([prompt, completion])
         with torch.no_grad():
-            logits = [
-                m(input_ids=text[None]).logits[0, len(prompt) - 1 : -1] for m in (before, ppo.ref_model)
-            ]
+            logits = [m(input_ids=text[None]).logits[0, len(prompt) - 1 : -1] for m in (before, ppo.ref_model)]
         ours, theirs = (x.log_softmax(-1).gather(1, completion[:, None])[:, 0] for x in logits)
         kls.append(((theirs - ours).exp() - 1 - (theirs - ours)).sum().item())
         entropies.append(-(logits[0].softmax(-1) * logits[0].log_softmax(-1)).sum(-1))

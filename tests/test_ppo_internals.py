@@ -163,9 +163,7 @@ def test_internals_of_the_libraries_are_as_expected(tmp_path: Path) -> None:
         "batch_size",
     ]:
         problems.append(
-            moved(
-                "the signature of GRPOTrainer._get_per_token_logps_and_entropies", "PPO calls it by position"
-            )
+            moved("the signature of GRPOTrainer._get_per_token_logps_and_entropies", "PPO calls it by position")
         )
 
     sampler = RepeatSampler([1, 2], mini_repeat_count=1, seed=3)
@@ -181,13 +179,9 @@ def test_internals_of_the_libraries_are_as_expected(tmp_path: Path) -> None:
         toy.prompts(),
         processing_class=toy.tokenizer(),
     )
-    problems += [
-        moved(f"GRPOTrainer.{name}", why) for name, why in ATTRIBUTES.items() if not hasattr(trainer, name)
-    ]
+    problems += [moved(f"GRPOTrainer.{name}", why) for name, why in ATTRIBUTES.items() if not hasattr(trainer, name)]
     if "forward" not in trainer.model.__dict__:
-        problems.append(
-            moved("add_fused_lm_head", "it patches the forward of the instance, and a copy is undone")
-        )
+        problems.append(moved("add_fused_lm_head", "it patches the forward of the instance, and a copy is undone"))
     trainer.train()
     if set(trainer._buffered_inputs[0]) != {
         "prompt_ids",
@@ -200,9 +194,7 @@ def test_internals_of_the_libraries_are_as_expected(tmp_path: Path) -> None:
         "returns",
         "old_values",
     }:
-        problems.append(
-            moved("the batch of _generate_and_score_completions", "PPO saves and trains on its tensors")
-        )
+        problems.append(moved("the batch of _generate_and_score_completions", "PPO saves and trains on its tensors"))
     if not isinstance(trainer.value_model, nn.Module):
         problems.append(moved("accelerator.prepare_model", "PPO's critic is what it returns"))
     if problems:

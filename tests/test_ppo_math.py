@@ -23,9 +23,7 @@ unit = st.floats(0, 1, allow_nan=False)
 def batches(draw: st.DrawFn, tensors: int) -> tuple[Masks, list[Rows]]:
     """A mask of any pattern (padding at the end, tool text in the middle, nothing), and tensors with it."""
     rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 8))
-    mask = draw(
-        st.lists(st.lists(st.integers(0, 1), min_size=length, max_size=length), min_size=rows, max_size=rows)
-    )
+    mask = draw(st.lists(st.lists(st.integers(0, 1), min_size=length, max_size=length), min_size=rows, max_size=rows))
     row = st.lists(number, min_size=length, max_size=length)
     return mask, [draw(st.lists(row, min_size=rows, max_size=rows)) for _ in range(tensors)]
 
@@ -58,9 +56,7 @@ def reference_advantages(
 def test_advantages_and_returns(batch: tuple[Masks, list[Rows]], gamma: float, lam: float) -> None:
     mask, (rewards, values) = batch
     rewards = [[r * m for r, m in zip(*row, strict=True)] for row in zip(rewards, mask, strict=True)]
-    expected = [
-        reference_advantages(r, v, m, gamma, lam) for r, v, m in zip(rewards, values, mask, strict=True)
-    ]
+    expected = [reference_advantages(r, v, m, gamma, lam) for r, v, m in zip(rewards, values, mask, strict=True)]
     advantages, returns = ppo_math.generalized_advantages(
         tensor(rewards), tensor(values), torch.tensor(mask), gamma, lam
     )
@@ -118,9 +114,7 @@ def test_whitening(batch: tuple[Masks, list[Rows]]) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(batches(1), st.data())
-def test_whitening_over_processes_is_whitening_of_all(
-    batch: tuple[Masks, list[Rows]], data: st.DataObject
-) -> None:
+def test_whitening_over_processes_is_whitening_of_all(batch: tuple[Masks, list[Rows]], data: st.DataObject) -> None:
     mask, x = torch.tensor(batch[0]), tensor(batch[1][0])
     cut = data.draw(st.integers(0, len(mask)))
     parts = [(x[:cut], mask[:cut]), (x[cut:], mask[cut:])]

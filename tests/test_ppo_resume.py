@@ -45,11 +45,7 @@ def trainer(output_dir: Path, **changes: Any) -> PPOTrainer:
 def everything(trainer: PPOTrainer) -> list[torch.Tensor]:
     """Weights of both networks and all that the optimizer remembers of them."""
     parameters = [*trainer.model.parameters(), *trainer.value_model.parameters()]
-    memory = [
-        torch.as_tensor(x)
-        for state in trainer.optimizer.state_dict()["state"].values()
-        for x in state.values()
-    ]
+    memory = [torch.as_tensor(x) for state in trainer.optimizer.state_dict()["state"].values() for x in state.values()]
     return [x.detach() for x in parameters] + memory
 
 

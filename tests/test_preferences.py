@@ -160,9 +160,7 @@ def test_the_card_counts_what_was_dropped(collected: Path) -> None:
     assert int(counts["pairs"]) == len(load_dataset(str(collected), split="train"))
 
 
-def test_the_same_seed_gives_the_same_pairs(
-    arguments: dict[str, Any], collected: Path, tmp_path: Path
-) -> None:
+def test_the_same_seed_gives_the_same_pairs(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:
     main(PreferenceArguments(**arguments, output_dir=str(tmp_path / "again")))
     assert contents(tmp_path / "again") == contents(collected)
     main(PreferenceArguments(**arguments, output_dir=str(tmp_path / "other"), seed=1))
@@ -197,31 +195,23 @@ def test_every_wrong_number_is_told_at_once(arguments: dict[str, Any]) -> None:
     }
 
 
-def test_a_model_without_chat_template_is_refused(
-    arguments: dict[str, Any], model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_model_without_chat_template_is_refused(arguments: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
     for file in model_dir.iterdir():
         if "template" not in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(UserError, match="chat template"):
         main(
-            PreferenceArguments(
-                **{**arguments, "model_name_or_path": str(tmp_path)}, output_dir=str(tmp_path / "out")
-            )
+            PreferenceArguments(**{**arguments, "model_name_or_path": str(tmp_path)}, output_dir=str(tmp_path / "out"))
         )
 
 
-def test_two_processes_give_what_one_gives(
-    arguments: dict[str, Any], collected: Path, tmp_path: Path
-) -> None:
+def test_two_processes_give_what_one_gives(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:
     repository = Path(__file__).parents[1]
     flags = [f"--{name}={value}" for name, value in {**arguments, "output_dir": tmp_path / "two"}.items()]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
     command = [*launch, "--num_processes", "2", "-m", "pipeline.preferences", *flags]
     environment = {**os.environ, "PYTHONPATH": str(repository)}
-    done = subprocess.run(
-        command, cwd=repository, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert contents(tmp_path / "two") == contents(collected)
 
@@ -239,15 +229,11 @@ def test_a_reward_model_trains_on_it(collected: Path, model_dir: Path, tmp_path:
     assert trainer.train().training_loss > 0
 
 
-texts = st.lists(
-    st.sampled_from(["In the forest.", "In the sea.", "", " ", "In the", "Thank you."]), max_size=6
-)
+texts = st.lists(st.sampled_from(["In the forest.", "In the sea.", "", " ", "In the", "Thank you."]), max_size=6)
 
 
 @given(st.lists(texts, max_size=6), st.integers(1, 4), st.integers(0, 99))
-def test_pairs_are_distinct_and_every_answer_is_accounted_for(
-    answers: list[list[str]], most: int, seed: int
-) -> None:
+def test_pairs_are_distinct_and_every_answer_is_accounted_for(answers: list[list[str]], most: int, seed: int) -> None:
     rows = [{**ROW, "prompt": [{"role": "user", "content": str(i)}]} for i in range(len(answers))]
     labelled, counts = label_answers(rows, answers, pairs_per_prompt=most, seed=seed, keep_taste=True)
     assert counts.compared == counts.pairs + counts.ties
@@ -277,9 +263,7 @@ def test_labels_follow_the_taste_and_not_the_order() -> None:
     for order in ("chosen", "rejected"):
         shown = [row["first"] == order for row in labelled]
         assert statistics.mean(shown) == pytest.approx(0.5, abs=0.04)
-    first_chosen = [
-        is_right for is_right, row in zip(right, labelled, strict=True) if row["first"] == "chosen"
-    ]
+    first_chosen = [is_right for is_right, row in zip(right, labelled, strict=True) if row["first"] == "chosen"]
     assert statistics.mean(first_chosen) == pytest.approx(statistics.mean(right), abs=0.03)
     assert counts.agreement == pytest.approx(statistics.mean(right))
     assert 0.9 < statistics.mean(right) < 1

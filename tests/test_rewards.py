@@ -264,12 +264,8 @@ def test_the_hidden_taste_is_the_annotators() -> None:
     assert hidden_taste(answers[:1]) == [taste(answers[0], {})], "without grading, manner alone counts"
 
 
-def test_unknown_rewards_are_all_told_with_the_nearest_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "own_rewards2.py").write_text(
-        "def brief(completions, **columns):\n    return []\nthree = 3\n"
-    )
+def test_unknown_rewards_are_all_told_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_rewards2.py").write_text("def brief(completions, **columns):\n    return []\nthree = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     names = [
         "math_anwser",
@@ -285,8 +281,6 @@ def test_unknown_rewards_are_all_told_with_the_nearest_name(
     assert [problem.value for problem in caught.value.problems] == names
     told = [problem.remedy for problem in caught.value.problems]
     assert "math_answer?" in told[0] and "exact_answer" in told[1] and "package.module:function" in told[1]
-    assert (
-        "cannot import no.such.module" in told[2] and "own_rewards2:brief?" in told[3] and "three" in told[4]
-    )
+    assert "cannot import no.such.module" in told[2] and "own_rewards2:brief?" in told[3] and "three" in told[4]
     with pytest.raises(UserError, match="at least one"):
         load_rewards([])

@@ -64,9 +64,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(
-    folder: Path, stand_ins: None, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def run(folder: Path, stand_ins: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command; returns its exit code, and what it wrote to stdout and stderr."""
 
     def run(*argv: str) -> tuple[int, str, str]:
@@ -91,17 +89,13 @@ def configure(folder: Path, name: str, **values: object) -> None:
 
 def times(run_dir: str = "runs/r") -> dict[str, int]:
     """Directory -> how often the stand-in has run there since the directory was emptied."""
-    counts = {
-        path.parent.name: len(path.read_text().splitlines()) for path in Path(run_dir).glob("*/ran.txt")
-    }
+    counts = {path.parent.name: len(path.read_text().splitlines()) for path in Path(run_dir).glob("*/ran.txt")}
     return dict(sorted(counts.items()))
 
 
 def identities() -> dict[str, str]:
     """Step -> identity of its last run from the start."""
-    return {
-        name: step["id"] for name, step in json.loads(Path("runs/r/run.json").read_text())["steps"].items()
-    }
+    return {name: step["id"] for name, step in json.loads(Path("runs/r/run.json").read_text())["steps"].items()}
 
 
 def changed(before: dict[str, str]) -> set[str]:
@@ -335,9 +329,7 @@ def test_all_mistakes_of_a_folder_are_told_at_once(folder: Path, run: Runner) ->
         ({"output_dir": "runs/r/data"}, "output_dir: runs/r/data: 0_data and 2_sft would write there"),
     ],
 )
-def test_paths_that_do_not_fit_are_refused(
-    folder: Path, run: Runner, values: dict[str, str], told: str
-) -> None:
+def test_paths_that_do_not_fit_are_refused(folder: Path, run: Runner, values: dict[str, str], told: str) -> None:
     configure(folder, "2_sft", **values)
     code, _, err = run()
     assert code == 2
@@ -408,9 +400,7 @@ def test_after_the_runner_was_killed_its_step_saves_and_the_next_run_goes_on(
     assert Path("runs/r/2_sft/checkpoint").read_text() == str(int(signal.SIGTERM))
 
 
-def test_the_commands_of_a_recipe_are_those_that_a_user_types(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_of_a_recipe_are_those_that_a_user_types(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--dry-run", "--until", "sft", "--num_processes", "2", "--output_dir", "x"]
     assert main(["run", "recipe", *argv]) == 0
     shown = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]

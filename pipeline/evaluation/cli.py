@@ -16,31 +16,21 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command; nothing heavy is imported for it."""
     parser.add_argument("run", metavar="RUN", help="run directory, for instance runs/pocket")
-    parser.add_argument(
-        "--stage", required=True, help="directory of the model inside RUN, for instance 2_sft"
-    )
+    parser.add_argument("--stage", required=True, help="directory of the model inside RUN, for instance 2_sft")
     parser.add_argument("--against", default="2_sft", help="stage whose answers are the opponent in win_rate")
     parser.add_argument("--limit", type=int, help="use at most so many examples of each kind of measurement")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the sampled answers and of the intervals"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled answers and of the intervals")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
     parser.add_argument("--samples", type=int, default=8, help="sampled answers to a reasoning problem")
-    parser.add_argument(
-        "--text", metavar="DATASET", help="text to predict, instead of the run's (bits_per_byte)"
-    )
+    parser.add_argument("--text", metavar="DATASET", help="text to predict, instead of the run's (bits_per_byte)")
     parser.add_argument("--text_column", default="text", help="its column (default: text)")
     parser.add_argument(
         "--reasoning", metavar="DATASET", help="problems with final answers, instead of the run's (pass@k)"
     )
     parser.add_argument("--prompt_column", default="prompt", help="its column of problems (default: prompt)")
     parser.add_argument("--answer_column", default="answer", help="its column of answers (default: answer)")
-    parser.add_argument(
-        "--answer_pattern", help="regular expression that finds the final answer in that column"
-    )
-    parser.add_argument(
-        "--config", help="configuration of --text or --reasoning, where the data set has several"
-    )
+    parser.add_argument("--answer_pattern", help="regular expression that finds the final answer in that column")
+    parser.add_argument("--config", help="configuration of --text or --reasoning, where the data set has several")
     parser.add_argument("--split", help="its split (default: test; a plain file: all of it)")
 
 

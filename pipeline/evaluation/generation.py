@@ -37,8 +37,7 @@ class Completion:
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) -> list[list[int]]:
     """Token ids of each conversation with the generation prompt after it: the assistant is next to speak."""
     return [
-        tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
-        for prompt in prompts
+        tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False) for prompt in prompts
     ]
 
 

@@ -132,9 +132,7 @@ def problems(result: StageResult, speaker: Speaker, rows: Sequence[Row], samples
             record(result, name, estimate, some)
 
 
-def match(
-    result: StageResult, speaker: Speaker, opponent: Speaker, rows: Sequence[Row], seed: int = 0
-) -> None:
+def match(result: StageResult, speaker: Speaker, opponent: Speaker, rows: Sequence[Row], seed: int = 0) -> None:
     """Add `win_rate`: sampled answers of both, at temperature 1, judged by the annotators.
 
     The opponent draws with another seed, so that a model against itself is a match and not a row of ties.
@@ -156,8 +154,6 @@ def fixed_prompts(result: StageResult, speaker: Speaker) -> None:
     ]
 
 
-def _lengths(
-    result: StageResult, name: str, completions: Sequence[Completion], rows: Sequence[Row], seed: int
-) -> None:
+def _lengths(result: StageResult, name: str, completions: Sequence[Completion], rows: Sequence[Row], seed: int) -> None:
     lengths = [float(len(completion.tokens)) for completion in completions]
     record(result, name, intervals.mean(lengths, seed), rows, values=lengths, summary=intervals.mean)

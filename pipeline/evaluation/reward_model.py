@@ -30,9 +30,7 @@ def score(
     scores = [0.0] * len(encoded)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad(
-            {"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt", padding_side="right"
-        )
+        batch = tokenizer.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt", padding_side="right")
         logits = model(**batch.to(model.device)).logits[:, 0].float()
         for index, value in zip(chosen, logits.tolist(), strict=True):
             scores[index] = value

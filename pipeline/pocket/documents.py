@@ -9,6 +9,8 @@ from pipeline.pocket.things import ATTRIBUTES, Split, things
 
 KINDS = ("facts", "story", "arithmetic", "code", "recital")
 WEIGHTS = (36, 14, 37, 3, 10)
+
+
 def statement(rng: random.Random, split: Split, thing_index: int, attribute: str) -> str:
     """One fact in a phrasing that this split may use for this thing."""
     held_out = held_out_phrasings(thing_index, ATTRIBUTES.index(attribute))

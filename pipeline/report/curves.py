@@ -115,9 +115,7 @@ def _chart(stage: str, title: str, x_label: str, series: Sequence[Series], note:
 def _against_kl(stage: Stage) -> list[Chart]:
     """The reward model's score and the annotators' hidden taste, each over the distance from the start."""
     charts = []
-    taste_keys = sorted(
-        {key for record in stage.history for key in record if "taste" in key and "std" not in key}
-    )
+    taste_keys = sorted({key for record in stage.history for key in record if "taste" in key and "std" not in key})
     wanted = [
         ("Reward-model score against KL", _SCORE_KEYS, "What PPO is given."),
         (
@@ -133,9 +131,7 @@ def _against_kl(stage: Stage) -> list[Chart]:
                 points = points or next(
                     (found for key in keys if len(found := logged(stage, key, prefix + kl)) > 1), []
                 )
-        charts.extend(
-            _chart(stage.name, title, "KL, nats an answer", [Series("batches", points, True)], note)
-        )
+        charts.extend(_chart(stage.name, title, "KL, nats an answer", [Series("batches", points, True)], note))
     return charts
 
 

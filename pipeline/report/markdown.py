@@ -22,9 +22,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
-def to_markdown(
-    run: Run, found: Sequence[Difference], verdicts: Sequence[Verdict], summary: dict[str, Any]
-) -> str:
+def to_markdown(run: Run, found: Sequence[Difference], verdicts: Sequence[Verdict], summary: dict[str, Any]) -> str:
     """The figures, gains, promises, answers and costs of a run.
 
     Args:
@@ -151,16 +149,12 @@ def _costs(summary: dict[str, Any]) -> list[str]:
     lines = ["## Time and compute", ""]
     if rows:
         total = duration(sum(summary["seconds"].values()))
-        lines += table(
-            ["step", "time", "tokens", "FLOPs", "parameters"], [*rows, ["together", total, "", "", ""]]
-        )
+        lines += table(["step", "time", "tokens", "FLOPs", "parameters"], [*rows, ["together", total, "", "", ""]])
     facts = {
         **summary["hardware"],
         **summary["versions"],
         "seed": summary["seed"],
         "commit": summary["commit"],
     }
-    known = [
-        f"{markdown(str(key))} {markdown(str(value))}" for key, value in facts.items() if value is not None
-    ]
+    known = [f"{markdown(str(key))} {markdown(str(value))}" for key, value in facts.items() if value is not None]
     return [*lines, "; ".join(known)]

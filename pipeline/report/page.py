@@ -37,9 +37,7 @@ def write_report(run: Run, found: Sequence[Difference], promises: Sequence[Promi
     summary = summarise(run, found, verdicts)
     write_json(directory / "metrics.json", summary)
     write_text(directory / "report.md", to_markdown(run, found, verdicts, summary))
-    write_text(
-        directory / "index.html", render("page.html.jinja", page_content(run, found, verdicts, summary))
-    )
+    write_text(directory / "index.html", render("page.html.jinja", page_content(run, found, verdicts, summary)))
     return directory / "index.html"
 
 
@@ -165,18 +163,14 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
                 "svg": line_chart(chart),
             }
         )
-    return [
-        {"stage": stage, "title": stage_info(stage).title, "charts": drawn} for stage, drawn in groups.items()
-    ]
+    return [{"stage": stage, "title": stage_info(stage).title, "charts": drawn} for stage, drawn in groups.items()]
 
 
 def made(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Seed, commit, model, hardware and versions, as lists of (name, value)."""
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
     this = [("seed", summary["seed"]), ("commit", summary["commit"]), ("recipe", run.manifest.get("recipe"))]
-    this += [
-        (key, model.get(key)) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    ]
+    this += [(key, model.get(key)) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")]
     boxes = [
         ("Run", this),
         ("Hardware", list(summary["hardware"].items())),

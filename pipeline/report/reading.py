@@ -118,17 +118,13 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     runs = []
     for path in paths:
         if not path.is_dir():
-            problems.append(
-                Problem("RUN", path, "no such directory; make it with `python -m pipeline run RECIPES`")
-            )
+            problems.append(Problem("RUN", path, "no such directory; make it with `python -m pipeline run RECIPES`"))
             continue
         run = load_run(path)
         runs.append(run)
         if not any(stage.metrics or stage.history for stage in run.stages.values()):
             reason = f" ({run.notes[0]})" if run.notes else ""
-            remedy = (
-                f"holds no evaluation and no training log{reason}; run `python -m pipeline evaluate {path}`"
-            )
+            remedy = f"holds no evaluation and no training log{reason}; run `python -m pipeline evaluate {path}`"
             problems.append(Problem("RUN", path, remedy))
     if problems:
         raise UserError(*problems)
@@ -245,9 +241,7 @@ def _count_parameters(directory: Path, notes: list[str]) -> int | None:
                 if length > file.stat().st_size:
                     raise ValueError("header longer than the file")
                 header = json.loads(stream.read(length))
-            total += sum(
-                math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
-            )
+            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
         except (OSError, ValueError, KeyError, TypeError) as error:
             notes.append(_one_line(f"{file}: its header cannot be read, parameters left out: {error}"))
             return None
@@ -274,9 +268,7 @@ def _measurement(entry: object) -> Measurement | None:
 
 def _records(content: object, required: tuple[str, ...]) -> list[dict[str, Any]]:
     records = content if isinstance(content, list) else []
-    return [
-        record for record in records if isinstance(record, dict) and all(key in record for key in required)
-    ]
+    return [record for record in records if isinstance(record, dict) and all(key in record for key in required)]
 
 
 def _mapping(content: object) -> dict[str, Any]:

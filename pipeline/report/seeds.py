@@ -54,10 +54,7 @@ def write_seeds(
         The path of index.html.
     """
     stages = _by_stage_and_metric(
-        [
-            {name: {m: x.value for m, x in stage.metrics.items()} for name, stage in run.stages.items()}
-            for run in runs
-        ]
+        [{name: {m: x.value for m, x in stage.metrics.items()} for name, stage in run.stages.items()} for run in runs]
     )
     changes = _by_stage_and_metric([_changes(of_run) for of_run in found])
     taken = [seconds(run) for run in runs]
@@ -119,8 +116,7 @@ def _by_stage_and_metric(tables: Sequence[Mapping[str, Mapping[str, float]]]) ->
     for stage in _union(tables, stage_order):
         of_stage = [entries.get(stage, {}) for entries in tables]
         spreads = {
-            metric: spread([values.get(metric) for values in of_stage])
-            for metric in _union(of_stage, metric_order)
+            metric: spread([values.get(metric) for values in of_stage]) for metric in _union(of_stage, metric_order)
         }
         if spreads:
             result[stage] = spreads

@@ -116,8 +116,7 @@ def _line(axes: _Axes, line: Series, index: int) -> str:
     css = f"s{index % 6}"
     if line.dots:
         return "".join(
-            f'<circle class="dot {css}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.4"/>'
-            for x, y in line.points
+            f'<circle class="dot {css}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.4"/>' for x, y in line.points
         )
     parts = []
     points = line.points

@@ -24,9 +24,7 @@ def tiles(run: Run) -> list[dict[str, str]]:
         if aim is not None:
             digits = metric_info(aim).digits if aim == "bits_per_byte" else 2
             # The stage before is often 2_sft itself, which wins half of the time by definition.
-            was = (
-                before.metrics.get(aim) if before is not None and info.speaks and aim != "win_rate" else None
-            )
+            was = before.metrics.get(aim) if before is not None and info.speaks and aim != "win_rate" else None
             shown.append(
                 {
                     "stage": info.title,
@@ -42,10 +40,7 @@ def tiles(run: Run) -> list[dict[str, str]]:
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """Promises as text."""
-    return [
-        {"promise": str(item.promise), "measured": number(item.measured), "kept": item.kept}
-        for item in verdicts
-    ]
+    return [{"promise": str(item.promise), "measured": number(item.measured), "kept": item.kept} for item in verdicts]
 
 
 def figures(run: Run, by_kind: bool) -> dict[str, Any]:

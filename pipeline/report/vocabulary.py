@@ -62,9 +62,7 @@ class MetricInfo:
 
 
 METRICS: dict[str, MetricInfo] = {
-    "bits_per_byte": MetricInfo(
-        "Bits per byte", "held-out text; 8 is no compression at all", "down", share=False
-    ),
+    "bits_per_byte": MetricInfo("Bits per byte", "held-out text; 8 is no compression at all", "down", share=False),
     "instruction_accuracy": MetricInfo(
         "Instruction accuracy", "held-out questions, summaries and small functions (code is run)"
     ),
@@ -82,9 +80,7 @@ METRICS: dict[str, MetricInfo] = {
     "reasoning_length": MetricInfo(
         "Reasoning length", "tokens of a greedy answer to a reasoning problem", "", 1, share=False
     ),
-    "reward_margin": MetricInfo(
-        "Reward margin", "score of the preferred answer minus the other's", "", share=False
-    ),
+    "reward_margin": MetricInfo("Reward margin", "score of the preferred answer minus the other's", "", share=False),
     "reward_calibration_error": MetricInfo(
         "Calibration error", "between the scores' probabilities and the labels", "down"
     ),

@@ -34,17 +34,14 @@ def write_data(run):
     rule = {"require": [["cat"]], "reject": ["dog"], "max_words": 9, "test": ""}
     code = {"require": [], "reject": [], "max_words": 0, "test": "assert one() == 1"}
     questions = [
-        {"messages": user(f"What is {i}?") + assistant("A cat."), "kind": "question", **rule}
-        for i in range(4)
+        {"messages": user(f"What is {i}?") + assistant("A cat."), "kind": "question", **rule} for i in range(4)
     ]
     functions = [
         {"messages": user(f"Write one{i}.") + assistant("def one(): return 1"), "kind": "code", **code}
         for i in range(2)
     ]
     problem = {"messages": user("1 + 1?") + assistant("The answer is 2."), "kind": "reasoning", **rule}
-    write_split(
-        run / "data" / "pretrain", [{"text": small_model.TEXT * n, "kind": "facts"} for n in (1, 2, 3)]
-    )
+    write_split(run / "data" / "pretrain", [{"text": small_model.TEXT * n, "kind": "facts"} for n in (1, 2, 3)])
     write_split(run / "data" / "sft", [*questions, *functions, problem])
     write_split(
         run / "data" / "reasoning",
@@ -68,10 +65,7 @@ def run(tmp_path):
 
 
 def evaluate(run, stage, *options):
-    assert (
-        main(["evaluate", str(run), "--stage", stage, "--max_new_tokens", "6", "--samples", "2", *options])
-        == 0
-    )
+    assert main(["evaluate", str(run), "--stage", stage, "--max_new_tokens", "6", "--samples", "2", *options]) == 0
     result = json.loads((run / "evaluations" / f"{stage}.json").read_text(), parse_constant=pytest.fail)
     lines = (run / "evaluations" / f"{stage}.jsonl").read_text().splitlines()
     return result, [json.loads(line) for line in lines]

@@ -29,9 +29,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    sizes = LlamaArguments(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256
-    )
+    sizes = LlamaArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
     model = build_model(sizes, tokenizer, seed=1)
     # Larger weights than at the start of training, or greedy decoding repeats one token and never ends.
     with torch.no_grad():
@@ -97,9 +95,7 @@ def test_samples_repeat_with_the_seed_and_follow_the_distribution(model, tokeniz
 
 
 def test_each_prompt_gets_its_samples(model, tokenizer, prompts):
-    completions = generate(
-        model, tokenizer, prompts, max_new_tokens=4, samples=3, temperature=1.0, batch_size=6
-    )
+    completions = generate(model, tokenizer, prompts, max_new_tokens=4, samples=3, temperature=1.0, batch_size=6)
     assert [len(answers) for answers in completions] == [3] * len(prompts)
     assert all(1 <= len(answer.tokens) <= 4 for answers in completions for answer in answers)
 

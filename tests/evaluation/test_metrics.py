@@ -142,13 +142,9 @@ def test_calibration_error_equals_a_loop_over_bins(margins):
     for b in range(10):
         inside = [i for i, c in enumerate(confidence) if min(9, int((c - 0.5) * 2 * 10)) == b]
         if inside:
-            gap = sum(confidence[i] for i in inside) / len(inside) - sum(agrees[i] for i in inside) / len(
-                inside
-            )
+            gap = sum(confidence[i] for i in inside) / len(inside) - sum(agrees[i] for i in inside) / len(inside)
             expected += abs(gap) * len(inside) / len(margins)
-    assert expected_calibration_error(np.array(margins), np.array(agrees)) == pytest.approx(
-        expected, abs=1e-9
-    )
+    assert expected_calibration_error(np.array(margins), np.array(agrees)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_win_rate_prefers_the_right_answer_and_ties_with_itself():

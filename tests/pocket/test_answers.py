@@ -72,9 +72,7 @@ def kind_of(text: str) -> str:
 
 
 def asked(row: Row) -> str:
-    return " ".join(
-        message["content"] for message in row.get("messages") or row["prompt"] if message["role"] == "user"
-    )
+    return " ".join(message["content"] for message in row.get("messages") or row["prompt"] if message["role"] == "user")
 
 
 @pytest.mark.parametrize("split", SPLITS)

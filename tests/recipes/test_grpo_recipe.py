@@ -42,9 +42,7 @@ def options(tmp_path: Path) -> list[str]:
         "report_to": "none",
     }
     config = tmp_path / "grpo.yaml"
-    config.write_text(
-        "".join(f"{name}: {json.dumps(value, default=str)}\n" for name, value in fields.items())
-    )
+    config.write_text("".join(f"{name}: {json.dumps(value, default=str)}\n" for name, value in fields.items()))
     return ["--config", str(config)]
 
 
@@ -100,9 +98,7 @@ def test_lora_and_the_control(tmp_path: Path, options: list[str]) -> None:
 )  # fmt: skip
 def test_refuses_what_does_not_fit(options: list[str], changes: list[str], told: list[str]) -> None:
     with pytest.raises(UserError) as refused:
-        arguments = parse(
-            DataArguments, GRPORewardArguments, GRPOConfig, ModelConfig, argv=[*options, *changes]
-        )
+        arguments = parse(DataArguments, GRPORewardArguments, GRPOConfig, ModelConfig, argv=[*options, *changes])
         data_args, reward_args, training_args, model_args = arguments
         load_grpo_inputs(reward_args, data_args, training_args, model_args)
     assert all(word in str(refused.value) for word in told), str(refused.value)

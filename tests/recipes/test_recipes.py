@@ -54,9 +54,7 @@ def test_what_a_run_leaves_loads_by_from_pretrained(whole: tuple[str, Path, str]
     ):
         assert active in log
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    assert any(
-        "tokens_per_second" in entry and "mfu" in entry and "eta_seconds" in entry for entry in history
-    )
+    assert any("tokens_per_second" in entry and "mfu" in entry and "eta_seconds" in entry for entry in history)
     assert any("eval_loss" in entry for entry in history)
     assert recipe != "pretrain" or any(0 < entry.get("eval_bits_per_byte", 0) < 10 for entry in history)
 
@@ -118,9 +116,7 @@ def test_a_signal_saves_and_says_how_to_go_on(inputs: Path, number: signal.Signa
         "no",
     )
     command = [sys.executable, *recipe_command("pretrain", inputs, *more)]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as run:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         for line in run.stderr:
             if line.startswith("batch"):

@@ -36,16 +36,13 @@ def scores(folder: Path, batches: list[list[str]], side: str) -> torch.Tensor:
 def test_padding_and_batches_do_not_matter(output: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(output)
     texts = [
-        tokenizer.apply_chat_template(conversation("What?" * n, "That. " * n), tokenize=False)
-        for n in (1, 4, 9, 2)
+        tokenizer.apply_chat_template(conversation("What?" * n, "That. " * n), tokenize=False) for n in (1, 4, 9, 2)
     ]
     alone = scores(output, [[text] for text in texts], "right")
     assert alone.std() > 1e-3, "they are told apart"
     for side in ("left", "right"):
         torch.testing.assert_close(scores(output, [texts], side), alone, atol=TOLERANCE, rtol=0)
-        torch.testing.assert_close(
-            scores(output, [texts[:3], texts[3:]], side), alone, atol=TOLERANCE, rtol=0
-        )
+        torch.testing.assert_close(scores(output, [texts[:3], texts[3:]], side), alone, atol=TOLERANCE, rtol=0)
         assert torch.equal(scores(output, [texts], side), scores(output, [texts], side))
 
 

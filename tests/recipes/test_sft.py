@@ -79,9 +79,7 @@ def test_the_loss_is_of_what_the_assistant_says_and_of_its_end_of_turn(trainer: 
         assert all(label in (-100, token) for label, token in zip(labels, input_ids, strict=True))
         text = "".join(tokenizer().decode(token) if token >= 0 else "\n" for token in labels.tolist())
         said |= {part for part in text.split("\n") if part}
-    answers = {
-        message["content"] for turns in CONVERSATIONS for message in turns if message["role"] == "assistant"
-    }
+    answers = {message["content"] for turns in CONVERSATIONS for message in turns if message["role"] == "assistant"}
     assert said == {answer + tokenizer().eos_token for answer in answers}
 
 

@@ -47,9 +47,7 @@ def _answers(stage: str, rng: random.Random) -> list[dict[str, str]]:
         alphabet = "abcdefghijklmnop qrstuvwxyz ÄßЖ漢€~^\ufffd(){}<>&=;'\"0123456789"
         return [{"prompt": p, "answer": "".join(rng.choices(alphabet, k=180))} for p in _PROMPTS]
     if stage == "1_pretrain":
-        tail = (
-            " A token is a piece of text. The otter lives in rivers. The otter lives in rivers and the sea."
-        )
+        tail = " A token is a piece of text. The otter lives in rivers. The otter lives in rivers and the sea."
         return [{"prompt": p, "answer": tail * 2} for p in _PROMPTS]
     good = [
         "An LLM is a large language model, a program that predicts the next token of a text.",
@@ -77,9 +75,7 @@ def _traces(stage: str) -> list[dict[str, Any]]:
             "kind": "arithmetic",
             "problem": "Mia has 27 cards. She buys 16 more, gives 9 away and loses 4. How many has she left?",
             "reference": "30",
-            "answer": "27 + 16 = 43. 43 - 9 = 34. 34 - 4 = 30. The answer is 30."
-            if steps
-            else "The answer is 34.",
+            "answer": "27 + 16 = 43. 43 - 9 = 34. 34 - 4 = 30. The answer is 30." if steps else "The answer is 34.",
             "correct": steps,
         },
         {
@@ -100,9 +96,7 @@ def _traces(stage: str) -> list[dict[str, Any]]:
             "kind": "logic",
             "problem": "All bees are insects. No insect is a fish. Is any bee a fish?",
             "reference": "no",
-            "answer": "A bee is an insect. No insect is a fish. The answer is no."
-            if steps
-            else "The answer is yes.",
+            "answer": "A bee is an insect. No insect is a fish. The answer is no." if steps else "The answer is yes.",
             "correct": steps,
         },
     ]
@@ -121,9 +115,7 @@ def _evaluate(stage: str, rng: random.Random, examples: int) -> tuple[dict[str, 
         for metric, share in (("reward_accuracy", 0.81), ("reward_accuracy_noise_free", 0.93)):
             values = [float(rng.random() < share) for _ in range(examples)]
             metrics[metric] = _entry(values)
-            lines += [
-                {"metric": metric, "id": i, "kind": "question", "value": v} for i, v in enumerate(values)
-            ]
+            lines += [{"metric": metric, "id": i, "kind": "question", "value": v} for i, v in enumerate(values)]
         metrics["reward_margin"] = {"value": 1.2, "ci95": [1.0, 1.4], "n": examples}
         metrics["reward_length_correlation"] = {"value": -0.2, "ci95": [-0.3, -0.1], "n": 2 * examples}
         return metrics, lines
@@ -132,8 +124,7 @@ def _evaluate(stage: str, rng: random.Random, examples: int) -> tuple[dict[str, 
     value = sum(bits) / len(bits)
     metrics["bits_per_byte"] = {"value": value, "ci95": [value * 0.996, value * 1.004], "n": examples}
     lines += [
-        {"metric": "bits_per_byte", "id": i, "kind": "facts", "value": v, "weight": 100 + i}
-        for i, v in enumerate(bits)
+        {"metric": "bits_per_byte", "id": i, "kind": "facts", "value": v, "weight": 100 + i} for i, v in enumerate(bits)
     ]
     for metric, shares in _SHARES.items():
         kinds = ("question", "summary", "code") if metric == "instruction_accuracy" else _KINDS
@@ -195,17 +186,13 @@ def _history(stage: str, rng: random.Random) -> list[dict[str, Any]]:
             if stage == "3_reward":
                 evaluation["eval_accuracy"] = 0.5 + 0.32 * done
             records.append(evaluation)
-    records.append(
-        {"step": steps, "train_runtime": 90.0 + rng.random(), "total_flos": 1e12, "train_loss": 1.0}
-    )
+    records.append({"step": steps, "train_runtime": 90.0 + rng.random(), "total_flos": 1e12, "train_loss": 1.0})
     return records
 
 
 def write_weights(path: Path, shapes: dict[str, list[int]]) -> None:
     """A safetensors file with the header of real weights and no data behind it."""
-    header = {
-        name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()
-    }
+    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
     encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
 
@@ -228,14 +215,10 @@ def write_run(
         "3_ppo": 88.7,
         "4_grpo": 106.2,
     }
-    known = {
-        name: value + rng.random() for name, value in steps.items() if name[0] not in "34" or stages == STAGES
-    }
+    known = {name: value + rng.random() for name, value in steps.items() if name[0] not in "34" or stages == STAGES}
     known |= {f"evaluate_{name}": 9.0 + rng.random() for name in stages} | {"report": 5.0}
     manifest = {
-        "steps": {
-            name: {"fingerprint": "f", "command": ["x"], "seconds": value} for name, value in known.items()
-        },
+        "steps": {name: {"fingerprint": "f", "command": ["x"], "seconds": value} for name, value in known.items()},
         "seed": seed,
         "recipe": "recipes/pocket",
         "commit": "0123456789abcdef0123456789abcdef01234567",
@@ -262,9 +245,7 @@ def write_run(
             for item in evaluation["answers"]:
                 item.update(prompt=item["prompt"] + HOSTILE, answer=HOSTILE + "w" * 400 + "<b>" * 50)
             for item in evaluation["traces"]:
-                item.update(
-                    problem=item["problem"] + HOSTILE, answer=HOSTILE, reference=HOSTILE, kind=HOSTILE
-                )
+                item.update(problem=item["problem"] + HOSTILE, answer=HOSTILE, reference=HOSTILE, kind=HOSTILE)
         (path / "evaluations" / f"{stage}.json").write_text(json.dumps(evaluation))
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (path / "evaluations" / f"{stage}.jsonl").write_text(text)

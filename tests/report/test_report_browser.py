@@ -135,9 +135,7 @@ def show(browser: Any, page: Path, width: int, scheme: str) -> list[str]:
     browser.execute_script("for (const e of document.querySelectorAll('details')) e.open = true")
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [
-        message["params"]["request"]["url"]
-        for message in messages
-        if message["method"] == "Network.requestWillBeSent"
+        message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
     ]
 
 
@@ -187,9 +185,7 @@ def test_everything_drawn_and_every_table_has_a_name(browser: Any, pages: dict[s
         ".map(e => e.outerHTML.slice(0, 100))"
     )
     assert unnamed == []
-    levels = browser.execute_script(
-        "return [...document.querySelectorAll('h1,h2,h3,h4')].map(e => +e.tagName[1])"
-    )
+    levels = browser.execute_script("return [...document.querySelectorAll('h1,h2,h3,h4')].map(e => +e.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
     targets = browser.execute_script(

@@ -50,10 +50,7 @@ def test_metrics_json_keeps_its_contract(whole_run: Path, tmp_path: Path) -> Non
     assert summary["versions"]["trl"] == "1.16.0"
     assert summary["seed"] == 0
     assert summary["parameters"]["1_pretrain"] == 2048 * 192 + 6 * 262144
-    assert (
-        summary["flops"]["1_pretrain"]
-        == 6 * summary["parameters"]["1_pretrain"] * summary["tokens"]["1_pretrain"]
-    )
+    assert summary["flops"]["1_pretrain"] == 6 * summary["parameters"]["1_pretrain"] * summary["tokens"]["1_pretrain"]
     evaluated = json.loads((whole_run / "evaluations" / "4_grpo.json").read_text())
     assert summary["stages"]["4_grpo"]["pass@1"]["value"] == evaluated["metrics"]["pass@1"]["value"]
 
@@ -70,9 +67,7 @@ def test_differences_compare_each_stage_with_the_one_it_started_from(whole_run: 
     }
     gain = next(x for x in summary["differences"] if (x["stage"], x["metric"]) == ("4_grpo", "pass@1"))
     stages = summary["stages"]
-    assert gain["value"] == pytest.approx(
-        stages["4_grpo"]["pass@1"]["value"] - stages["3_ppo"]["pass@1"]["value"]
-    )
+    assert gain["value"] == pytest.approx(stages["4_grpo"]["pass@1"]["value"] - stages["3_ppo"]["pass@1"]["value"])
     assert gain["aim"] and gain["verdict"] == "better" and gain["ci95"][0] > 0
     assert set(gain["by_kind"]) == {"arithmetic", "ordering", "counting", "logic"}
     bits = next(x for x in summary["differences"] if (x["stage"], x["metric"]) == ("2_sft", "bits_per_byte"))
@@ -128,9 +123,7 @@ def test_a_figure_that_falls_short_is_a_warning(whole_run: Path, tmp_path: Path)
     file.write_text(json.dumps(evaluation))
     report(run)
     missed = [item for item in read_json(run / "report" / "metrics.json")["promises"] if not item["kept"]]
-    assert ("Stop rate of 2_sft at least 0.99", 0.5) in [
-        (item["promise"], item["measured"]) for item in missed
-    ]
+    assert ("Stop rate of 2_sft at least 0.99", 0.5) in [(item["promise"], item["measured"]) for item in missed]
     assert "Stop rate of 2_sft at least 0.99; measured 0.500" in (run / "report" / "index.html").read_text()
     assert "fall short" in (run / "report" / "report.md").read_text().replace("falls", "fall")
 
@@ -161,9 +154,7 @@ def test_several_runs_give_mean_and_spread(tmp_path: Path) -> None:
     directory = runs[0] / "report" / "seeds"
     summary = read_json(directory / "metrics.json")
     entry = summary["stages"]["2_sft"]["pass@1"]
-    single = [
-        read_json(run / "report" / "metrics.json")["stages"]["2_sft"]["pass@1"]["value"] for run in runs
-    ]
+    single = [read_json(run / "report" / "metrics.json")["stages"]["2_sft"]["pass@1"]["value"] for run in runs]
     assert entry["values"] == single
     assert entry["mean"] == pytest.approx(sum(single) / 3)
     assert entry["min"] == min(single) and entry["max"] == max(single) and entry["n"] == 3

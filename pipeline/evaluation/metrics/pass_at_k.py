@@ -51,7 +51,6 @@ class PassAtK(evaluate.Metric):
         verdicts = iter(grade_final_answers(flat, repeated))
         right = [sum(next(verdicts) for _ in answers) for answers in predictions]
         values = [
-            estimate_pass_at_k(len(answers), correct, k)
-            for answers, correct in zip(predictions, right, strict=True)
+            estimate_pass_at_k(len(answers), correct, k) for answers, correct in zip(predictions, right, strict=True)
         ]
         return {**intervals.outcome_mean(values, seed), "values": values}
