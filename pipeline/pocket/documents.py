@@ -38,7 +38,7 @@ def facts(rng: random.Random, split: Split, thing_index: int) -> str:
 def worked(rng: random.Random) -> str:
     """One or two problems with their worked solutions."""
     drawn = [problems.draw(rng, "train") for _ in range(rng.randint(1, 2))]
-    return "\n".join(f"{problem.text} {problem.solution(with_steps=True)}" for problem in drawn)
+    return "\n".join(f"{problem.text}\n{problem.solution(with_steps=True)}" for problem in drawn)
 
 
 def recital(rng: random.Random) -> str:
