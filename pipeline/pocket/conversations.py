@@ -25,7 +25,7 @@ SUMMARISE: dict[Split, tuple[str, ...]] = {
 MANNERS_WORDS = 8
 """Words that an answer may have beyond the plain one: room for a remark, not for reciting all that is known."""
 MANNERS = ("plain", "kind", "blunt", "rambling")
-MANNER_WEIGHTS = (44, 22, 24, 10)
+MANNER_WEIGHTS = (38, 30, 22, 10)
 
 
 def gradeable(row: Row) -> Row:

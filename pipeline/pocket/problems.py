@@ -119,6 +119,9 @@ KINDS: dict[str, Callable[[random.Random, Split], Problem]] = {
 }
 
 
+KIND_WEIGHTS = (3, 2, 2, 3)
+
+
 def draw(rng: random.Random, split: Split) -> Problem:
-    """A problem of a random kind."""
-    return KINDS[rng.choice(tuple(KINDS))](rng, split)
+    """A problem of a random kind; those that take more to learn are more frequent."""
+    return KINDS[rng.choices(tuple(KINDS), KIND_WEIGHTS)[0]](rng, split)
