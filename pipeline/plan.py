@@ -133,7 +133,7 @@ def _common_home(folder: Path, configurations: Mapping[str, tuple[Path, Mapping[
 
 def _step(name: str, kind: str, path: Path, values: Mapping[str, Any], seed: int | None, smoke: bool) -> Step:
     overrides: dict[str, Any] = smoke_overrides(kind, values) if smoke else {}
-    if seed is not None:
+    if seed is not None and KINDS[kind].seeded:
         overrides["seed"] = seed
     arguments = ["--config", str(path)]
     if kind == "random":

@@ -23,17 +23,19 @@ class Kind:
         module: run with `python -m`.
         launched: through `accelerate launch`, on as many processes as asked for.
         measured: it leaves a model, which is evaluated.
+        seeded: it draws random numbers, and takes a seed.
     """
 
     module: str
     launched: bool = False
     measured: bool = False
+    seeded: bool = True
 
 
 # In the order in which kinds of the same number run.
 KINDS = {
     "data": Kind("pipeline.pocket"),
-    "tokenizer": Kind("pipeline.tokenizer"),
+    "tokenizer": Kind("pipeline.tokenizer", seeded=False),
     "random": Kind("pipeline.model", measured=True),
     "pretrain": Kind("recipes.pretrain", launched=True, measured=True),
     "sft": Kind("recipes.sft", launched=True, measured=True),
