@@ -81,6 +81,14 @@ def test_the_command_in_a_file_is_the_one_that_the_runner_prints(path: Path) -> 
     assert shlex.split(comments[0]) == command
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_seed_for_the_whole_run_is_accepted_by_every_step(path: Path, tmp_path: Path) -> None:
+    step = next(step for step in read_plan(FOLDER, tmp_path / "run", seed=7).steps if step.name == path.stem)
+    _, _, *overrides = step.arguments  # --config FILE
+    values = parsed(path, *overrides)
+    assert values.get("seed", 7) == 7
+
+
 def test_every_stage_needs_what_the_design_says() -> None:
     needs = {step.name: set(step.needs) for step in read_plan(FOLDER).steps}
     assert needs["0_tokenizer"] == {"0_data"}
