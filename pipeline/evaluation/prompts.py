@@ -10,7 +10,7 @@ FIXED_PROMPTS: tuple[str, ...] = (
     "Can you summarise this in one sentence? It was warm. One day Julia painted a hedgehog in the park. "
     "Carl had never painted a hedgehog. You know a hedgehog by sharp spines. Carl found Julia in the park.",
     "I would like a function add_7 that adds 7 to a number.",
-    "Sam has 14 coins. Sam finds 6 coins. Sam sells 3 coins. Sam gets 5 coins. How many are left?",
+    "Sam has 14 coins. Sam finds 5 coins. Sam sells 3 coins. Sam gets 4 coins. How many are left?",
     "Greta has children of ages 3, 2, 9, 1, 6. Which age comes third?",
 )
 """Greedy answers to these are in `evaluations/<stage>.json`, the first one first."""
