@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import os
@@ -80,11 +81,25 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
     stop = interrupts.reason_to_stop(trainer.state, str(args.output_dir))
     if stop is None:
         save_final(trainer, *arguments)
-    trainer.end()
+    _end(trainer)
     if stop is not None:
         raise stop
     if held is not None:
         held.close()
+
+
+def _end(trainer: Trainer) -> None:
+    """Finish the trackers and the process group.
+
+    Models wrapped for several processes refer to the group. They go first: a group that lives until the interpreter's
+    end now and then aborts the process ("terminate called without an active exception"), and a finished run fails.
+    """
+    for name in ("model_wrapped", "value_model"):
+        if (wrapped := getattr(trainer, name, None)) is not None:
+            setattr(trainer, name, trainer.accelerator.unwrap_model(wrapped))
+    trainer.accelerator.free_memory()
+    trainer.end()
+    gc.collect()
 
 
 def _train(trainer: Trainer, checkpoint: Path | None) -> None:

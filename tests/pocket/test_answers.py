@@ -152,7 +152,7 @@ def test_problems_in_conversations_are_answered_right_with_right_steps(rows: Row
 def test_one_answer_is_not_right_everywhere(rows: Rows) -> None:
     for kind in SOLVERS:
         answers = Counter(row["answer"] for row in rows("reasoning", "test") if row["kind"] == kind)
-        most = 0.65 if kind == "logic" else 0.3  # there are two answers only: yes and no
+        most = 0.65 if kind == "logic" else 0.4  # there are two answers only: yes and no
         assert answers.most_common(1)[0][1] / answers.total() < most, (kind, answers)
 
 
