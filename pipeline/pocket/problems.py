@@ -15,7 +15,8 @@ STARTS: dict[Split, tuple[int, ...]] = {
     "validation": (8, 13),
     "test": (11, 14),
 }
-"""First operands of arithmetic problems. Those of validation and test occur in training as results only."""
+"""First operands of arithmetic problems. In training, those of validation and test occur as results, and in rows of
+numbers that are read out."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Problem:
         kind (`str`): "arithmetic", "ordering", "counting" or "logic".
         text (`str`): the problem as it is asked.
         steps (`str`): worked steps, ending in a full stop.
-        answer (`str`): final answer: an integer, a name or a word.
+        answer (`str`): final answer: an integer, "yes" or "no".
     """
 
     kind: str
@@ -40,12 +41,17 @@ class Problem:
         return f"Working: {self.steps} {final}" if with_steps else final
 
 
+def _split_of(number: int, folds: int) -> Split:
+    """The split of a problem whose content this number stands for: one of `folds` each is for validation and test."""
+    fold = number % folds
+    return "validation" if fold == 0 else "test" if fold == 1 else "train"
+
+
 def _names(rng: random.Random, split: Split, count: int) -> list[str]:
     """Distinct names whose set belongs to `split`: no set of names of a test problem is that of a training problem."""
-    residues = {"validation": (0,), "test": (1,), "train": (2, 3, 4, 5, 6, 7)}[split]
     while True:
         indices = rng.sample(range(len(NAMES)), count)
-        if sum(index * index for index in indices) % 8 in residues:
+        if _split_of(sum(index * index for index in indices), folds=8) == split:
             return [NAMES[index] for index in indices]
 
 
@@ -68,26 +74,22 @@ def arithmetic(rng: random.Random, split: Split) -> Problem:
 
 def ordering(rng: random.Random, split: Split) -> Problem:
     """Five ages in any order, which must be put in order to tell the second, third or fourth of them."""
-    residues = {"validation": (0,), "test": (1,), "train": (2, 3, 4)}[split]
     while True:
         ages = rng.sample(range(1, 10), 5)
-        if sum(ages) % 5 in residues:
+        if _split_of(sum(ages), folds=5) == split:
             break
     rank = rng.randrange(len(RANKS))
-    told = ", ".join(str(age) for age in ages)
-    ordered = sorted(ages)
-    steps = f"{' '.join(str(age) for age in ordered)}."
-    text = f"{rng.choice(NAMES)} has children of ages {told}. Which age comes {RANKS[rank]}?"
-    return Problem("ordering", text, steps, str(ordered[rank + 1]))
+    ordered = [str(age) for age in sorted(ages)]
+    text = f"{rng.choice(NAMES)} has children of ages {', '.join(map(str, ages))}. Which age comes {RANKS[rank]}?"
+    return Problem("ordering", text, f"{' '.join(ordered)}.", ordered[rank + 1])
 
 
 def counting(rng: random.Random, split: Split) -> Problem:
     """Four groups of things of different colours, counted together."""
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    residues = {"validation": (0,), "test": (1,), "train": (2, 3, 4)}[split]
     while True:
         groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, 4)]
-        if sum(number * place for place, (number, _) in enumerate(groups, start=1)) % 5 in residues:
+        if _split_of(sum(number * place for place, (number, _) in enumerate(groups, start=1)), folds=5) == split:
             break
     total, steps = groups[0][0], []
     for number, _ in groups[1:]:
@@ -117,11 +119,10 @@ KINDS: dict[str, Callable[[random.Random, Split], Problem]] = {
     "counting": counting,
     "logic": logic,
 }
-
-
 KIND_WEIGHTS = (3, 2, 2, 3)
+"""How often each is drawn: those that take more to learn more often."""
 
 
 def draw(rng: random.Random, split: Split) -> Problem:
-    """A problem of a random kind; those that take more to learn are more frequent."""
+    """A problem of a random kind."""
     return KINDS[rng.choices(tuple(KINDS), KIND_WEIGHTS)[0]](rng, split)

@@ -32,8 +32,6 @@ ECHOES = (
 )
 """What happened, told in part once more: each echo is something to copy, which the summary asks of the model."""
 AFTER = ("{friend} smiled.", "{friend} went home.", "Everybody laughed.", "Then it rained.", "It was a good day.")
-
-
 MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in all, {summary}")
 
 
@@ -42,7 +40,7 @@ class Story:
     """A story and what a summary of it must keep.
 
     Attributes:
-        text (`str`): four or five sentences, the first or second of which tells what happened.
+        text (`str`): what happened, in a sentence near the beginning, and three remarks on it.
         summary (`str`): one sentence: who did what, where.
         keys (`tuple[str, ...]`): words that a right summary contains: the name, the thing, the deed, the place.
     """
