@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import checkpoints, launch, manifest, output_directory, preparation
@@ -71,9 +72,10 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
 
-    checkpoint = named or checkpoints.newest_complete(args.output_dir)
-    if checkpoint is not None:
+    checkpoint = named
+    if checkpoint is None and (checkpoint := checkpoints.newest_complete(args.output_dir)) is not None:
         checkpoints.check_architecture(checkpoint, trainer.model.config)
+    if checkpoint is not None:
         logger.info("%-11s from %s", "resuming", checkpoint)
     if checkpoint is None or not checkpoints.restore_finished(trainer, checkpoint):
         _train(trainer, checkpoint)
@@ -94,9 +96,9 @@ def _end(trainer: Trainer) -> None:
     Models wrapped for several processes refer to the group. They go first: a group that lives until the interpreter's
     end now and then aborts the process ("terminate called without an active exception"), and a finished run fails.
     """
-    for name in ("model_wrapped", "value_model"):
-        if (wrapped := getattr(trainer, name, None)) is not None:
-            setattr(trainer, name, trainer.accelerator.unwrap_model(wrapped))
+    for name, value in list(vars(trainer).items()):
+        if isinstance(value, DistributedDataParallel):
+            setattr(trainer, name, value.module)
     trainer.accelerator.free_memory()
     trainer.end()
     gc.collect()
