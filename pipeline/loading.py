@@ -15,8 +15,8 @@ from pipeline.errors import Problem, UserError
 
 
 @contextmanager
-def told_as(field: str, name: object) -> Iterator[None]:
-    """Tell a model or a tokenizer that cannot be loaded as a problem of `field`, which named it.
+def told_as(field: str, name: object, what: str = "model") -> Iterator[None]:
+    """Tell a model or a tokenizer (`what`) that cannot be loaded as a problem of `field`, which named it.
 
     Raises:
         UserError: If it isn't there, is damaged or doesn't fit its own configuration.
@@ -25,7 +25,7 @@ def told_as(field: str, name: object) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(Problem(field, name, f"no model can be loaded from there ({reason})")) from None
+        raise UserError(Problem(field, name, f"no {what} can be loaded from there ({reason})")) from None
 
 
 def load_tokenizer(data_args: DataArguments, model_args: ModelConfig | None = None) -> PreTrainedTokenizerBase:
@@ -40,11 +40,8 @@ def load_tokenizer(data_args: DataArguments, model_args: ModelConfig | None = No
         field, name, revision = "model_name_or_path", model_args.model_name_or_path, model_args.model_revision
     if name is None:
         raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
-    try:
+    with told_as(field, name, "tokenizer"):
         return AutoTokenizer.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(Problem(field, name, f"no tokenizer can be loaded from there ({reason})")) from None
 
 
 def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:

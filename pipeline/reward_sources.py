@@ -18,7 +18,7 @@ from transformers import (
 from pipeline.arguments import DataArguments
 from pipeline.data import Split
 from pipeline.errors import Problem, UserError
-from pipeline.loading import load_tokenizer
+from pipeline.loading import load_tokenizer, told_as
 from pipeline.rewards import MEASURED_ONLY, load_rewards
 from pipeline.weight_files import find_fault
 
@@ -124,10 +124,10 @@ def column_names(split: Split) -> list[str]:
 
 def _load_config(field: str, path: str) -> tuple[Any | None, list[Problem]]:
     try:
-        return AutoConfig.from_pretrained(path), []
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        return None, [Problem(field, path, f"no model can be loaded from there ({reason})")]
+        with told_as(field, path):
+            return AutoConfig.from_pretrained(path), []
+    except UserError as error:
+        return None, list(error.problems)
 
 
 def _check_weights(field: str, path: str, config: Any, kind: Any) -> list[Problem]:
