@@ -222,6 +222,7 @@ def _build(
     """Instantiate the dataclasses; what their own validation refuses is told in their own words."""
     built: list[Any] = []
     problems: list[Problem] = []
+    messages: set[str] = set()  # the same one, about another field, tells nothing new
     for kind in dataclass_types:
         own = {name: value for name, value in {**machine, **asked}.items() if name in _hints(kind)}
         missing = [
@@ -240,6 +241,7 @@ def _build(
                 built.append(kind(**own))
                 break
             except (
+                UserError,
                 ValueError,
                 TypeError,
                 NotImplementedError,
@@ -247,17 +249,28 @@ def _build(
                 OSError,
                 ArithmeticError,
             ) as error:
-                message = " ".join(str(error).split())
-                name = preparation.field_in(message, own)
-                if name is None and problems:
-                    break  # a consequence of what was left out
-                name = name or _culprit(kind, own, asked, message)
-                if message not in {problem.remedy for problem in problems}:
-                    problems.append(Problem(name or kind.__name__, own[name] if name else "refused", message))
-                if name is None:
-                    break
+                refused = _refused(error, kind, own, () if problems else asked)
+                message = str(error)
+            fields = [problem.field for problem in refused if problem.field in own]
+            if not fields and problems:
+                break  # a consequence of what was left out
+            problems += refused if message not in messages else []
+            messages.add(message)
+            if not fields:
+                break
+            for name in fields:
                 del own[name]  # to find out what else is wrong
     return built, problems
+
+
+def _refused(error: Exception, kind: Any, own: dict[str, Any], asked: Iterable[str]) -> Sequence[Problem]:
+    """What a dataclass refuses: as it lists it, or else its message, for the field that this speaks of."""
+    listed = error if isinstance(error, UserError) else error.__cause__
+    if isinstance(listed, UserError):
+        return listed.problems
+    message = " ".join(str(error).split())
+    name = preparation.field_in(message, own) or _culprit(kind, own, asked, message)
+    return [Problem(name or kind.__name__, own[name] if name else "refused", message)]
 
 
 def _culprit(kind: Any, values: dict[str, Any], asked: Iterable[str], message: str) -> str | None:

@@ -1,16 +1,20 @@
-"""A loss that is not a number ends the run before it reaches the weights."""
+"""A loss or a reward that is not a number ends the run before it reaches the weights."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.checkpoints import newest_complete
 from pipeline.errors import RunStopped
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
 
 
 def stop_on_divergence(trainer: Trainer) -> None:
@@ -33,6 +37,31 @@ def stop_on_divergence(trainer: Trainer) -> None:
         return loss
 
     trainer.training_step = checked_step
+
+
+def stop_on_broken_rewards(trainer: GRPOTrainer, rewards: torch.Tensor) -> None:
+    """Stop at a reward that is infinite, or NaN where it comes from a reward model.
+
+    TRL reads NaN as "not scored", which is what it makes of a reward function's None: completions whose reward
+    model broke would be left out without a word.
+
+    Args:
+        trainer: TRL's `GRPOTrainer` or one made from it.
+        rewards: (completions, rewards), of all processes.
+
+    Raises:
+        RunStopped: On every process.
+    """
+    broken = rewards.isinf()
+    models = [isinstance(function, nn.Module) for function in trainer.reward_funcs]
+    broken[:, models] |= rewards[:, models].isnan()
+    for name, column, wrong in zip(trainer.reward_func_names, rewards.T, broken.T, strict=True):
+        if wrong.any():
+            raise RunStopped(
+                f"The reward {name} was {column[wrong][0]:g} for {int(wrong.sum())} of {len(column)} completions in "
+                f"step {trainer.state.global_step + 1}; {_last_good(trainer)}. Nothing was learned from them. Mend "
+                "the reward, and start again."
+            )
 
 
 class _FetchedRows(TrainerCallback):
@@ -62,14 +91,14 @@ class _FetchedRows(TrainerCallback):
 
 
 def _tell(trainer: Trainer, loss: float, rows: list[int] | None) -> str:
-    args = trainer.args
     where = "of rows that are not known (streamed data)" if rows is None else f"of rows {rows} of the training data"
-    last = newest_complete(args.output_dir)
-    saved = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
     return (
-        f"The loss became {loss} in step {trainer.state.global_step + 1} (process {args.process_index}), "
-        "on the batch "
-        f"{where}; {saved}. Nothing was learned from that batch. Lower learning_rate or max_grad_norm, "
-        "or correct "
-        "those rows, and start again with another output_dir."
+        f"The loss became {loss} in step {trainer.state.global_step + 1} (process {trainer.args.process_index}), "
+        f"on the batch {where}; {_last_good(trainer)}. Nothing was learned from that batch. Lower learning_rate or "
+        "max_grad_norm, or correct those rows, and start again with another output_dir."
     )
+
+
+def _last_good(trainer: Trainer) -> str:
+    last = newest_complete(trainer.args.output_dir)
+    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"

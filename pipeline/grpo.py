@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from trl import GRPOTrainer as TRLGRPOTrainer
 
+from pipeline.divergence import stop_on_broken_rewards
 from pipeline.epoch_sampler import EpochSampler
 from pipeline.rollout_file import load_rollout, save_rollout
 from pipeline.token_log_probs import token_log_probs
@@ -40,8 +41,13 @@ class GRPOTrainer(TRLGRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """(B of all processes, functions). A row that no function with a weight scored has no score at all: TRL
-        would take it for scored, with 0, because of a function that is only measured."""
+        would take it for scored, with 0, because of a function that is only measured.
+
+        Raises:
+            RunStopped: A reward is no number (`pipeline.divergence`).
+        """
         rewards = super()._calculate_rewards(*args, **kwargs)
+        stop_on_broken_rewards(self, rewards)
         counted = self.reward_weights.to(rewards.device) != 0
         rewards[rewards[:, counted].isnan().all(dim=1)] = torch.nan
         return rewards

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
+from pipeline.errors import Problem, UserError
 from pipeline.ranges import check_ranges
+
+GRPO_LOSS = {
+    "loss_type": "dapo",
+    "importance_sampling_level": "token",
+    "multi_objective_aggregation": "sum_then_normalize",
+}
+"""Options of `GRPOConfig`'s loss that PPO is not defined with other values of."""
 
 
 @dataclass
@@ -94,20 +102,23 @@ class PPOConfig(GRPOConfig):
     def _check(self) -> None:
         """Raise `ValueError` for every field that is wrong, all in one message."""
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
-        wrong = [f"{problem.field} ({problem.value}) {problem.remedy}" for problem in check_ranges(own)]
+        wrong = check_ranges(own)
         if self.num_generations is None:
-            wrong.append("num_generations must be given")
+            wrong.append(Problem("num_generations", None, "must be given"))
         if self.kl_estimator not in ("k1", "k3"):
-            wrong.append(f"kl_estimator ({self.kl_estimator}) must be k1 or k3")
+            wrong.append(Problem("kl_estimator", self.kl_estimator, "must be k1 or k3"))
         if self.reward_normalization not in ("none", "batch", "running"):
-            wrong.append(f"reward_normalization ({self.reward_normalization}) must be none, batch or running")
+            remedy = "must be none, batch or running"
+            wrong.append(Problem("reward_normalization", self.reward_normalization, remedy))
         if self.beta != 0.0:
-            wrong.append(f"beta ({self.beta}) must be 0: PPO's KL penalty is part of the reward, set kl_coef")
-        if self.epsilon not in (GRPOConfig.epsilon, self.cliprange) or self.epsilon_high is not None:
-            wrong.append("epsilon and epsilon_high must be unset: set cliprange")
-        if self.loss_type != "dapo" or self.importance_sampling_level != "token":
-            wrong.append("loss_type and importance_sampling_level must be dapo and token, their defaults")
-        if self.multi_objective_aggregation != "sum_then_normalize":
-            wrong.append("multi_objective_aggregation must be sum_then_normalize, its default")
+            wrong.append(Problem("beta", self.beta, "must be 0: PPO's KL penalty is part of the reward, set kl_coef"))
+        if self.epsilon not in (GRPOConfig.epsilon, self.cliprange):
+            wrong.append(Problem("epsilon", self.epsilon, "must be unset: set cliprange"))
+        if self.epsilon_high is not None:
+            wrong.append(Problem("epsilon_high", self.epsilon_high, "must be unset: set cliprange"))
+        for name, default in GRPO_LOSS.items():
+            if (value := getattr(self, name)) != default:
+                wrong.append(Problem(name, value, f"must be {default}, its default"))
         if wrong:
-            raise ValueError("; ".join(wrong))
+            problems = UserError(*wrong)
+            raise ValueError(str(problems)) from problems

@@ -79,6 +79,10 @@ class PreferenceArguments:
         default=None, metadata={"help": "Prompts to use of each other split (default: all)."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    min_p: float = field(
+        default=0.0,
+        metadata={"help": "Never sample tokens less probable than this share of the most probable one."},
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     batch_size: int = field(default=384, metadata={"help": "Answers sampled at once by each process."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling and of the annotators."})
@@ -94,6 +98,8 @@ class PreferenceArguments:
         ]
         if not self.temperature > 0:
             problems.append(Problem("temperature", self.temperature, "must be above 0, or all answers are the same"))
+        if not 0 <= self.min_p < 1:
+            problems.append(Problem("min_p", self.min_p, "must be at least 0 and below 1"))
         if problems:
             raise UserError(*problems)
 
@@ -153,6 +159,7 @@ def sample_answers(
             max_new_tokens=args.max_new_tokens,
             samples=args.samples_per_prompt,
             temperature=args.temperature,
+            min_p=args.min_p,
             seed=seed + number,
             batch_size=args.batch_size,
         )

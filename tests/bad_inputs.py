@@ -373,6 +373,12 @@ CASES |= {
     "clipped at no number": Case("ppo", "--cliprange nan", ("cliprange: nan", "above 0")),
     "a discount above 1": Case("ppo", "--gamma 1.1", ("gamma: 1.1", "between 0 and 1")),
     "GRPO's penalty in PPO": Case("ppo", "--beta 0.1", ("beta: 0.1", "set kl_coef")),
+    "GRPO's loss in PPO, in several ways": Case(
+        "ppo",
+        "--loss_type grpo --epsilon_high 0.3 --importance_sampling_level sequence",
+        ("epsilon_high: 0.3", "set cliprange"),
+        lines=3,
+    ),
     "a reward that is only measured": Case(
         "grpo", "--reward_funcs hidden_taste", ("reward_weights: nothing", "weight 0")
     ),

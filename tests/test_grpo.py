@@ -12,13 +12,19 @@ from safetensors.torch import load_file
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
+from pipeline.errors import RunStopped
 from pipeline.grpo import GRPOTrainer
 from pipeline.grpo_inputs import shuffle_answers
 from tests import ppo_toy as toy
 
 
 def trainer(
-    path: Path, kind: type = GRPOTrainer, prompts: int = 16, rewards: Any = toy.share_of_red, **changes: Any
+    path: Path,
+    kind: type = GRPOTrainer,
+    prompts: int = 16,
+    rewards: Any = toy.share_of_red,
+    reward_tokenizers: Any = None,
+    **changes: Any,
 ) -> TRLGRPOTrainer:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 4, "num_generations": 4, "steps_per_generation": 2,
@@ -33,6 +39,7 @@ def trainer(
         train_dataset=toy.prompts(prompts),
         eval_dataset=toy.prompts(4),
         processing_class=toy.tokenizer(),
+        reward_processing_classes=reward_tokenizers,
     )
 
 
@@ -70,6 +77,26 @@ def test_resumes_exactly_in_a_later_epoch_of_prompts(tmp_path: Path) -> None:
     runs[1].train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-9"))
     assert same_weights(runs[0].model, runs[1].model)
     assert log_of(runs[0]) == log_of(runs[1])
+
+
+def test_a_reward_model_that_breaks_stops_the_run(tmp_path: Path) -> None:
+    judge = toy.reward_model()
+    judge.config._name_or_path = "runs/judge"
+    torch.nn.init.constant_(judge.score.weight, torch.nan)
+    tokenizers = [toy.tokenizer(), None]
+    run = trainer(tmp_path, rewards=[judge, toy.share_of_red], reward_tokenizers=tokenizers)
+    with pytest.raises(RunStopped, match=r"reward judge was nan for 8 of 8 completions in step 1; "):
+        run.train()
+    assert same_weights(run.model, toy.policy())
+
+
+def test_a_reward_that_becomes_infinite_stops_the_run(tmp_path: Path) -> None:
+    def grows(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float | None]:
+        return [float("inf") if trainer_state.global_step == 4 else 1.0, None] * (len(completions) // 2)
+
+    run = trainer(tmp_path, rewards=grows)
+    with pytest.raises(RunStopped, match=r"reward grows was inf for 4 of 8 completions in step 5; "):
+        run.train()
 
 
 def none_or_red(completions: list[Any], **kwargs: Any) -> list[float | None]:

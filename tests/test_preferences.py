@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.annotators import PANEL, taste
-from pipeline.arguments import DataArguments
+from pipeline.arguments import DataArguments, parse
 from pipeline.data import load_splits
 from pipeline.errors import UserError
 from pipeline.preferences import PreferenceArguments, label_answers, main, read_prompts
@@ -187,12 +187,22 @@ def test_a_folder_of_other_files_is_not_replaced(arguments: dict[str, Any], tmp_
 
 def test_every_wrong_number_is_told_at_once(arguments: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
-        PreferenceArguments(**arguments, output_dir="-", temperature=0.0, samples_per_prompt=1, max_prompts=0)
+        PreferenceArguments(
+            **arguments, output_dir="-", temperature=0.0, min_p=1.0, samples_per_prompt=1, max_prompts=0
+        )
     assert {problem.field for problem in caught.value.problems} == {
         "temperature",
+        "min_p",
         "samples_per_prompt",
         "max_prompts",
     }
+
+
+def test_wrong_numbers_are_told_beside_other_mistakes() -> None:
+    argv = ["--temperature", "0", "--samples_per_prompt", "1", "--model_name_or_path", "m", "--dataset_name", "d"]
+    with pytest.raises(UserError) as caught:
+        parse(PreferenceArguments, argv=[*argv, "--output_dir", "o", "--max_promts", "3"])
+    assert {problem.field for problem in caught.value.problems} == {"temperature", "samples_per_prompt", "max_promts"}
 
 
 def test_a_model_without_chat_template_is_refused(arguments: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def generate(
     max_new_tokens: int,
     samples: int = 1,
     temperature: float = 0.0,
+    min_p: float = 0.0,
     seed: int = 0,
     batch_size: int = 256,
 ) -> list[list[Completion]]:
@@ -64,6 +65,7 @@ def generate(
         max_new_tokens: answers are cut at this length.
         samples: completions for each prompt; more than one makes sense with a temperature only.
         temperature: 0 is greedy; 1 samples from the model's own distribution.
+        min_p: tokens less probable than this share of the most probable one are never sampled (Nguyen et al. 2024).
         seed: of the sampling.
         batch_size: sequences in a batch (prompts times samples).
 
@@ -78,7 +80,7 @@ def generate(
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         batch = [prompts[i] for i in chosen]
-        tokens = _generate_batch(model, tokenizer, batch, max_new_tokens, samples, temperature, generator)
+        tokens = _generate_batch(model, tokenizer, batch, max_new_tokens, samples, temperature, min_p, generator)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for row, (ids, text) in enumerate(zip(tokens, texts, strict=True)):
             completion = Completion(text.strip(), ids, stopped(ids, tokenizer.eos_token_id))
@@ -94,6 +96,7 @@ def _generate_batch(
     max_new_tokens: int,
     samples: int,
     temperature: float,
+    min_p: float,
     generator: torch.Generator,
 ) -> list[list[int]]:
     """Generated ids, without padding; the `samples` sequences of one prompt are adjacent."""
@@ -116,7 +119,7 @@ def _generate_batch(
     active = list(range(len(sequences)))  # the sequence that each row of the batch belongs to
     finished = torch.zeros(len(active), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        token = _next_token(logits, temperature, generator)
+        token = _next_token(logits, temperature, min_p, generator)
         for sequence, done, value in zip(active, finished.tolist(), token.tolist(), strict=True):
             if not done:
                 sequences[sequence].append(value)
@@ -136,11 +139,15 @@ def _generate_batch(
     return sequences
 
 
-def _next_token(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+def _next_token(logits: torch.Tensor, temperature: float, min_p: float, generator: torch.Generator) -> torch.Tensor:
     """Chosen ids, shape (rows,), from `logits` of shape (rows, vocabulary)."""
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    if min_p > 0:
+        improbable = probabilities < min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(improbable, 0.0)
+    cumulative = probabilities.cumsum(-1)
     # Inverse transform sampling: one random number a row; `torch.multinomial` draws one for each token
     # there is.
     draw = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]

@@ -94,6 +94,18 @@ def test_samples_repeat_with_the_seed_and_follow_the_distribution(model, tokeniz
     assert (observed - expected).abs().max() < 4 * 0.5 / math.sqrt(4000)
 
 
+def test_min_p_leaves_out_what_is_improbable_and_nothing_else(model, tokenizer, prompts):
+    options = {"max_new_tokens": 1, "samples": 4000, "temperature": 1.0, "batch_size": 8000, "min_p": 0.3}
+    completions = generate(model, tokenizer, prompts[:1], **options)[0]
+    with torch.no_grad():
+        probabilities = torch.softmax(model(torch.tensor([prompts[0]])).logits[0, -1], -1)
+    kept = torch.where(probabilities >= 0.3 * probabilities.max(), probabilities, 0)
+    assert 1 < (kept > 0).sum() < len(kept)
+    counts = torch.bincount(torch.tensor([c.tokens[0] for c in completions]), minlength=len(kept))
+    assert torch.allclose(counts / 4000, kept / kept.sum(), atol=4 * 0.5 / math.sqrt(4000))
+    assert counts[kept == 0].sum() == 0
+
+
 def test_each_prompt_gets_its_samples(model, tokenizer, prompts):
     completions = generate(model, tokenizer, prompts, max_new_tokens=4, samples=3, temperature=1.0, batch_size=6)
     assert [len(answers) for answers in completions] == [3] * len(prompts)
