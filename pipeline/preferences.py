@@ -275,7 +275,7 @@ def main(args: PreferenceArguments) -> dict[str, Counts]:
         remedy = "no two answers differ enough to be compared; raise temperature or max_prompts"
         raise UserError(Problem("temperature", args.temperature, remedy))
     if state.is_main_process:
-        sampled_from = f"`{args.model_name_or_path}` at temperature {args.temperature}"
+        sampled_from = f"`{args.model_name_or_path}` at temperature {args.temperature} (min_p {args.min_p})"
         origin = f"{sampled_from}, to prompts of `{args.dataset_name}`"
         preference_files.write(Path(args.output_dir), splits, counts, origin)
     state.wait_for_everyone()
