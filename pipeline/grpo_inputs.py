@@ -5,18 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, ModelConfig
 
-from pipeline import reward_sources
 from pipeline.arguments import DataArguments
-from pipeline.data import Split
 from pipeline.errors import Problem
-from pipeline.inputs import load_inputs
-from pipeline.rewards import load_rewards
+
+if TYPE_CHECKING:  # `--help` needs none of these, and they take their time
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.data import Split
 
 
 @dataclass
@@ -39,6 +39,10 @@ class GRPORewardArguments:
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
     ) -> list[Problem]:
         """As `pipeline.inputs.RewardChecks` asks for it."""
+        from datasets import Dataset
+
+        from pipeline import reward_sources
+
         weights = getattr(training_args, "reward_weights", None)
         problems = reward_sources.check_rewards([], self.reward_funcs, weights, train)
         if self.shuffle_answers and train is not None:
@@ -60,6 +64,9 @@ def load_grpo_inputs(
     Raises:
         UserError: With everything that is wrong with any of them.
     """
+    from pipeline.inputs import load_inputs
+    from pipeline.rewards import load_rewards
+
     tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
     if reward_args.shuffle_answers:
         train = shuffle_answers(train, training_args.seed)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from pipeline import reward_sources
 from pipeline.arguments import DataArguments
-from pipeline.data import Split
 from pipeline.errors import Problem
-from pipeline.inputs import load_inputs
 from pipeline.ppo_config import PPOConfig
-from pipeline.rewards import load_rewards
+
+if TYPE_CHECKING:  # `--help` needs none of these, and they take their time
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.data import Split
 
 
 @dataclass
@@ -42,6 +42,8 @@ class PPORewardArguments:
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
     ) -> list[Problem]:
         """As `pipeline.inputs.RewardChecks` asks for it."""
+        from pipeline import reward_sources
+
         models, functions = self.reward_model_path or [], self.reward_funcs or []
         if not models and not functions:
             return [Problem("reward_model_path", "nothing", "name a reward model, or reward_funcs")]
@@ -64,6 +66,9 @@ def load_ppo_inputs(
     Raises:
         UserError: With everything that is wrong with any of them.
     """
+    from pipeline.inputs import load_inputs
+    from pipeline.rewards import load_rewards
+
     tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
     functions = load_rewards(reward_args.reward_funcs) if reward_args.reward_funcs else []
     return [*(reward_args.reward_model_path or []), *functions], tokenizer, train, evaluation
