@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from pipeline.errors import EXIT_USER_ERROR, Problem
+
 # How long the processes may take to save when a signal ends them; read by torch's agent.
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SAVE_SECONDS = 600
@@ -22,6 +24,18 @@ SAVE_SECONDS = 600
 def exit_code(code: int) -> int:
     """The shell's exit code for a return code of `subprocess`: 128 + n for a program that signal n ended."""
     return 128 - code if code < 0 else code
+
+
+def check_launch_file(path: str) -> Problem | None:
+    """What is wrong with a launch file, of which `accelerate launch` tells by a traceback."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        load_config_from_file(path)
+    except Exception as error:  # noqa: BLE001 - each kind of mistake raises another one
+        reason = " ".join(str(error).split())
+        return Problem("--config_file", path, f"is no launch file of accelerate ({reason}); correct it")
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code of the process that failed first; 0 if all ended well; 128 + n if signal n ended them.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+
+    args = launch_command_parser().parse_args(argv)
+    if args.config_file and (problem := check_launch_file(args.config_file)):
+        print(problem, file=sys.stderr)
+        return EXIT_USER_ERROR
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -43,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # after the 30 s that are usual, a large model is still being saved
     os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SAVE_SECONDS))
     try:
-        launch_command(launch_command_parser().parse_args(argv))
+        launch_command(args)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return exit_code(failure.exitcode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -103,15 +103,13 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     arguments = list(sys.argv[1:] if argv is None else argv)
     config, problems = take_config(arguments)
     hints = {name: hint for kind in dataclass_types for name, hint in _hints(kind).items()}
-
-    choices = {action.dest: list(action.choices) for action in parser._actions if action.choices}
-
+    choices = _choices(parser)
     problems += _set_environment(config.pop("env", None))
     values, more = _read_values(config, hints, choices)
     problems += more
     given, more = read_command_line(parser, arguments, hints)
     problems += more
-    asked = {**values, **given}
+    asked = {name: output_directory.expand(name, value) for name, value in {**values, **given}.items()}
     if asked.get("hub_token"):
         # As an argument it would be written to disk with all the others.
         os.environ["HF_TOKEN"] = asked.pop("hub_token")
@@ -147,17 +145,39 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     return tuple(built)
 
 
+def check_values(config: Mapping[str, Any], dataclass_types: Iterable[Any]) -> list[Problem]:
+    """What `parse` would say about single values of a YAML file, without what they name or what they are together.
+
+    Args:
+        config: Content of the file.
+        dataclass_types: As of `parse`.
+    """
+    kinds = list(dataclass_types)
+    hints = {name: hint for kind in kinds for name, hint in _hints(kind).items()}
+    values = {name: value for name, value in config.items() if name != "env"}
+    values, problems = _read_values(values, hints, _choices(Parser(kinds)))
+    return problems + ranges.check_ranges(values) + ranges.check_choices(values, hints) + _unsupported(values)
+
+
+def _choices(parser: Parser) -> dict[str, list[Any]]:
+    return {action.dest: list(action.choices) for action in parser._actions if action.choices}
+
+
 def _set_environment(variables: Any) -> list[Problem]:
     """Set what a YAML file's `env` says, where the user's environment says nothing."""
     if variables is not None and not isinstance(variables, dict):
         return [Problem("env", repr(variables), "must be a mapping from variables to values")]
+    problems = []
     for name, value in (variables or {}).items():
-        os.environ.setdefault(str(name), str(value))
-    return []
+        try:
+            os.environ.setdefault(str(name), str(value))
+        except ValueError as error:
+            problems.append(Problem("env", repr(name), f"cannot be set ({error}); correct it"))
+    return problems
 
 
 def _read_values(
-    config: dict[str, Any], hints: dict[str, Any], choices: dict[str, list[Any]]
+    config: Mapping[str, Any], hints: dict[str, Any], choices: dict[str, list[Any]]
 ) -> tuple[dict[str, Any], list[Problem]]:
     """A YAML file's values as their fields take them, and what is wrong with the others."""
     values: dict[str, Any] = {}

@@ -3,6 +3,7 @@ finds."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -38,7 +39,19 @@ def check_together(arguments: Iterable[Any], told: Collection[str]) -> list[Prob
             problems.append(Problem("resume_from_checkpoint", name, f"is no directory; {otherwise}"))
         elif not (Path(str(name)) / "trainer_state.json").is_file():
             problems.append(Problem("resume_from_checkpoint", name, f"is no checkpoint; {otherwise}"))
+        elif not _holds_state(Path(str(name)) / "trainer_state.json"):
+            problems.append(Problem("resume_from_checkpoint", name, f"is damaged; {otherwise}"))
+    if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
+        problems.append(Problem("dataloader_persistent_workers", True, "needs dataloader_num_workers; leave it out"))
     return problems
+
+
+def _holds_state(file: Path) -> bool:
+    """Whether a checkpoint's record of the training can be read."""
+    try:
+        return "global_step" in dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool, assistant_only_loss: bool) -> list[Problem]:
@@ -111,7 +124,7 @@ def check_lengths(positions: int | None, args: Any) -> list[Problem]:
         args: Training arguments.
     """
     problems = []
-    for field in ("block_size", "max_length", "max_completion_length"):
+    for field in ("block_size", "max_length", "max_completion_length", "max_new_tokens"):
         value = getattr(args, field, None)
         if value is not None and positions is not None and value > positions:
             remedy = f"the model sees {positions} tokens (max_position_embeddings); lower it"
@@ -119,21 +132,24 @@ def check_lengths(positions: int | None, args: Any) -> list[Problem]:
     return problems
 
 
-def check_lora(model_args: Any, modules: Iterable[str], parameters: Iterable[str] = ()) -> list[Problem]:
-    """LoRA on modules that the model doesn't have.
+def check_lora(
+    model_args: Any, modules: Iterable[str], layers: Iterable[str], parameters: Iterable[str] = ()
+) -> list[Problem]:
+    """LoRA on modules that the model doesn't have, or that have no matrix.
 
     Args:
         model_args: `trl.ModelConfig`.
         modules: Names of all modules of the model.
+        layers: Names of those that an adapter can be put on.
         parameters: Names of all its parameters.
     """
     if not getattr(model_args, "use_peft", False):
         return []
-    modules = list(modules)
+    modules, layers = list(modules), list(layers)
     linear = sorted({end for name in modules if (end := name.rpartition(".")[2]).endswith("_proj")})
     problems = []
     for field, names in (
-        ("lora_target_modules", modules),
+        ("lora_target_modules", layers),
         ("lora_modules_to_save", modules),
         ("lora_target_parameters", list(parameters)),
     ):
@@ -141,7 +157,11 @@ def check_lora(model_args: Any, modules: Iterable[str], parameters: Iterable[str
         if targets in ("all-linear", ["all-linear"]):
             continue
         if isinstance(targets, str):  # for PEFT a pattern of whole names
-            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+            try:
+                missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+            except re.error as error:
+                problems.append(Problem(field, targets, f"is not a regular expression ({error})"))
+                continue
         else:
             missing = [
                 target for target in targets if not any(name == target or name.endswith("." + target) for name in names)

@@ -214,6 +214,14 @@ def _messages(value: object, args: DataArguments, name: str) -> list[dict[str, s
     return messages
 
 
+def _prompt(value: object, args: DataArguments, name: str) -> list[dict[str, str]]:
+    """Messages that the assistant is to answer."""
+    messages = _messages(value, args, name)
+    if messages[-1]["role"] == "assistant":
+        raise _ShapeError(f"{name} ends with the role assistant, which leaves nothing to answer")
+    return messages
+
+
 def _answer_message(value: object, name: str) -> dict[str, str]:
     if not isinstance(value, str) or not value.strip():
         raise _ShapeError(f"{name} is {_short(value)}, not text")
@@ -231,7 +239,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Callable
             messages = _messages(row[args.messages_column], args, args.messages_column)
             if messages[-1]["role"] != "assistant":
                 raise _ShapeError(f"{args.messages_column} ends with the role {messages[-1]['role']}, not assistant")
-            if messages[0]["role"] == "assistant":
+            if next(m["role"] for m in messages if m["role"] != "system") == "assistant":
                 raise _ShapeError(f"{args.messages_column} begins with the assistant: there is no prompt")
             return {"messages": messages}
 
@@ -241,16 +249,14 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Callable
     if not found:
         _require(columns, messages_column=args.messages_column)
     prompt, completion = found[0]
-    return lambda row: {
-        "messages": [*_messages(row[prompt], args, prompt), _answer_message(row[completion], completion)]
-    }
+    return lambda row: {"messages": [*_prompt(row[prompt], args, prompt), _answer_message(row[completion], completion)]}
 
 
 def _preference(row: Row, args: DataArguments) -> Row:
     """A prompt with two answers; a prompt that both conversations begin with is taken out of them."""
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get(args.prompt_column) is not None:
-        prompt = _messages(row[args.prompt_column], args, args.prompt_column)
+        prompt = _prompt(row[args.prompt_column], args, args.prompt_column)
     else:
         whole, other = _messages(chosen, args, "chosen"), _messages(rejected, args, "rejected")
         prompt, chosen, rejected = whole[:-1], whole[-1:], other[-1:]
@@ -262,9 +268,13 @@ def _preference(row: Row, args: DataArguments) -> Row:
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(value, str):
             value = [_answer_message(value, name)]
-        if not isinstance(value, list) or not value or not isinstance(value[-1], Mapping):
-            raise _ShapeError(f"{name} is {_short(value)}, not an answer")
-        answers.append([_answer_message(value[-1].get("content"), name)])
+        if isinstance(value, list) and len(value) > 1 and _messages(value[:-1], args, name) == prompt:
+            value = value[-1:]  # the prompt is told twice
+        if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
+            raise _ShapeError(f"{name} is {_short(value)}, not one answer to the prompt")
+        if value[0].get("role") != "assistant":
+            raise _ShapeError(f"{name} has the role {_short(value[0].get('role'))}, not assistant")
+        answers.append([_answer_message(value[0].get("content"), name)])
     if answers[0] == answers[1]:
         raise _ShapeError("chosen and rejected are the same")
     return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
@@ -285,9 +295,7 @@ def _prompt_converter(args: DataArguments, columns: list[str]) -> Callable[[Row]
         ) from None
 
     def convert(row: Row) -> Row:
-        messages = _messages(row[prompt], args, prompt)
-        if messages[-1]["role"] == "assistant":
-            raise _ShapeError(f"{prompt} ends with the role assistant, which leaves nothing to answer")
+        messages = _prompt(row[prompt], args, prompt)
         if args.answer_column not in columns:
             return {"prompt": messages}
         if row[args.answer_column] is None:

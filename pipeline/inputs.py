@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from pipeline import checks
 from pipeline.arguments import DataArguments
@@ -26,6 +27,9 @@ from pipeline.rehearsal import rehearse
 from pipeline.weight_files import find_fault
 
 T = TypeVar("T")
+
+LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
+"""Layers that PEFT can put a LoRA adapter on."""
 
 ROWS_MEASURED = 1000
 """Rows whose tokens are counted to find out whether they leave room; counting all of a large data set takes
@@ -95,6 +99,8 @@ def load_inputs(
     splits = attempt(lambda: load_splits(data_args, kind, evaluation))
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
+        if (pad := getattr(training_args, "pad_token", None)) and pad == tokenizer.eos_token:
+            problems.append(Problem("pad_token", pad, "is the tokenizer's eos token; give it a token of its own"))
         problems += checks.check_tokenizer(
             tokenizer,
             field,
@@ -205,8 +211,9 @@ def _check_weights(config: Any, args: Any, model_args: Any) -> list[Problem]:
     problems = []
     if Path(name).is_dir() and (fault := find_fault(Path(name), model)):
         problems.append(Problem("model_name_or_path", name, fault))
-    modules = [module for module, _ in model.named_modules()]
-    problems += checks.check_lora(model_args, modules, [weight for weight, _ in model.named_parameters()])
+    modules = dict(model.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, LAYERS)]
+    problems += checks.check_lora(model_args, modules, layers, [weight for weight, _ in model.named_parameters()])
     size = trained = model.num_parameters()
     if getattr(model_args, "use_peft", False):
         trained = round(0.05 * size)  # adapters are smaller; how much depends on ranks and targets

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem, UserError
+from pipeline.output_directory import below_a_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +33,8 @@ def main(args: argparse.Namespace) -> int:
         UserError: the adapter or its base model is not there, or the output directory is not empty.
     """
     config = _read_config(args.adapter)
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise UserError(Problem("--output_dir", args.output_dir, "is a file; name a new directory"))
+    if problem := below_a_file(args.output_dir, "--output_dir"):
+        raise UserError(problem)
     if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
         raise UserError(Problem("--output_dir", args.output_dir, "is not empty; name a new directory"))
     _merge(args.adapter, config, args.output_dir)
@@ -51,6 +52,10 @@ def _read_config(adapter: Path) -> dict[str, Any]:
         raise UserError(Problem("adapter", path, f"is no JSON: {error}")) from error
     if not isinstance(config, dict) or not config.get("base_model_name_or_path"):
         raise UserError(Problem("adapter", path, "names no base_model_name_or_path"))
+    if config.get("peft_type") != "LORA":
+        raise UserError(Problem("adapter", path, f"is of the type {config.get('peft_type')}; only LORA can be merged"))
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(Problem("adapter", adapter, "holds no adapter_model.safetensors; give what use_peft saved"))
     return config
 
 
@@ -58,6 +63,8 @@ def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
+
+    from pipeline.loading import told_as
 
     # A reward model has one output; PEFT's configuration says which head it was trained with.
     if config.get("task_type") == "SEQ_CLS":
@@ -72,7 +79,8 @@ def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
     except (RuntimeError, SafetensorError) as error:
         remedy = f"its weights do not fit its base model, or are damaged: {str(error).splitlines()[0]}"
         raise UserError(Problem("adapter", adapter, remedy)) from error
-    tokenizer = AutoTokenizer.from_pretrained(str(adapter))
+    with told_as("adapter", adapter, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(str(adapter))
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(str(output_dir))
     tokenizer.save_pretrained(str(output_dir))

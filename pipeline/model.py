@@ -150,9 +150,9 @@ def log_model(model: PreTrainedModel) -> None:
 
 def main(data_args: DataArguments, training_args: TrainingArguments, model_args: LlamaArguments, *_: object) -> None:
     """Writes the untrained model and its tokenizer; takes the arguments of `recipes.pretrain`, whose file it reads."""
-    from transformers import AutoTokenizer
+    from pipeline.loading import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(data_args.tokenizer_name_or_path)
+    tokenizer = load_tokenizer(data_args)
     model = build_model(model_args, tokenizer, training_args.seed)
     log_model(model)
     model.save_pretrained(training_args.output_dir)

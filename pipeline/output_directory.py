@@ -35,6 +35,12 @@ READ = (
 )
 """Fields that may name a directory which a run reads."""
 
+WRITTEN = (
+    "README.md", "config.json", "adapter_config.json", "generation_config.json", "model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "trainer_state.json",
+)  # fmt: skip
+"""Files that a run writes over, whoever wrote them."""
+
 LOCK = ".lock"
 WAIT_FOR_LOCK = 120.0
 """Seconds that a run waits for an earlier one to let go of its output directory (it may be saving)."""
@@ -82,14 +88,17 @@ def check(arguments: Iterable[Any]) -> list[Problem]:
         read = [Path(str(value)) for value in _as_list(present.get(name)) if value]
         if any(other.exists() and other.resolve() == path.resolve() for other in read):
             return [Problem("output_dir", output_dir, f"is what {name} names, and would be written over")]
+    data = Path(str(present.get("dataset_name") or ""))
+    if present.get("dataset_name") and data.is_dir() and path.resolve().is_relative_to(data.resolve()):
+        return [Problem("output_dir", output_dir, "lies inside dataset_name, and would be read with it")]
     if not record.exists():
-        if any((path / file).exists() for file in ("config.json", "adapter_config.json")):
-            remedy = "holds something that no recipe has written there; choose another directory"
+        if found := [file for file in WRITTEN if (path / file).exists()]:
+            remedy = f"holds {found[0]}, which no recipe has written there; choose another directory"
             return [Problem("output_dir", output_dir, remedy)]
         return []
     try:
-        earlier = json.loads(record.read_text())
-    except (OSError, ValueError) as error:
+        earlier = dict(json.loads(record.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         return [Problem("output_dir", output_dir, f"{record} cannot be read ({error}); choose another directory")]
     changed = [
         f"{name} was {earlier.get(name)!r} and is {present.get(name)!r}"
@@ -113,9 +122,26 @@ def check_replaceable(output_dir: str | Path, own: Iterable[str]) -> list[Proble
         Why it may not be replaced: other files, or it is a file.
     """
     path = Path(output_dir)
+    if problem := below_a_file(path):
+        return [problem]
     if not path.exists() or (path.is_dir() and {inner.name for inner in path.iterdir()} <= set(own)):
         return []
     return [Problem("output_dir", output_dir, "holds other files; give a new or an empty folder")]
+
+
+def below_a_file(path: Path, field: str = "output_dir") -> Problem | None:
+    """The problem of a directory that cannot be made, because a part of its path is a file."""
+    file = next((part for part in (path, *path.parents) if part.is_file()), None)
+    return Problem(field, path, f"{file} is a file; choose a directory") if file else None
+
+
+def expand(field: str, value: Any) -> Any:
+    """A path with `~` in it as the shell would give it; values of other fields as they are."""
+    if field not in (*READ, "output_dir", "resume_from_checkpoint"):
+        return value
+    if isinstance(value, list):
+        return [expand(field, item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -78,7 +78,7 @@ def _kind_of(stem: str) -> str:
 
 def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Stem -> (file, its content), in the order in which the steps run."""
-    import yaml
+    from pipeline.yaml_fields import read_yaml
 
     if not folder.is_dir():
         raise UserError(Problem("recipe", folder, "no such folder; give one with files such as 2_sft.yaml"))
@@ -92,15 +92,18 @@ def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
             problems.append(Problem("recipe", path, f"no such kind of step; there are {', '.join(KINDS)}"))
             continue
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            problems.append(Problem("recipe", path, f"is no YAML: {' '.join(str(error).split())}"))
+            content = read_yaml(str(path))
+        except UserError as error:
+            problems += [replace(problem, field="recipe") for problem in error.problems]
             continue
-        except OSError as error:
-            problems.append(Problem("recipe", path, f"cannot be read: {error.strerror}"))
-            continue
-        if not isinstance(content, dict) or not isinstance(content.get("output_dir"), str):
+        if not isinstance(content.get("output_dir"), str):
             problems.append(Problem("output_dir", path, "must say in which directory of the run this step writes"))
+            continue
+        if content["output_dir"].startswith("~"):
+            problems.append(Problem("output_dir", content["output_dir"], f"write it without ~ in {path}"))
+            continue
+        if path.stem in read:
+            problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one"))
             continue
         read[path.stem] = (path, {str(key): value for key, value in content.items()})
     if problems:

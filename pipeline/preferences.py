@@ -31,11 +31,13 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import hardware, preference_files
 from pipeline.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
 from pipeline.arguments import DataArguments, parse
+from pipeline.checks import check_model
 from pipeline.data import load_splits
 from pipeline.errors import Problem, UserError, exit_on_user_error
 from pipeline.evaluation.generation import encode_prompts, generate
@@ -43,6 +45,7 @@ from pipeline.loading import told_as
 from pipeline.output_directory import check_replaceable
 from pipeline.preference_files import SPLITS, Counts
 from pipeline.sources import open_source
+from pipeline.weight_files import find_fault
 
 logger = logging.getLogger("pipeline.preferences")  # as a launched module its `__name__` is "__main__"
 
@@ -146,7 +149,11 @@ def sample_answers(
         The answers to each prompt, in the order of `rows`, on every process.
     """
     state = PartialState()
-    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
+    try:
+        prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
+    except TemplateError as error:
+        remedy = f"its chat template refuses a prompt of the data ({error}); correct one of them"
+        raise UserError(Problem("model_name_or_path", args.model_name_or_path, remedy)) from None
     size = max(1, args.batch_size // args.samples_per_prompt)
     sampled: list[tuple[int, list[list[str]]]] = []
     for number, start in enumerate(range(0, len(prompts), size)):
@@ -228,12 +235,14 @@ def label_answers(
     return labelled, counts
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(args: PreferenceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, on this process's device, and its tokenizer.
 
     Raises:
-        UserError: There is none, or it has no chat template.
+        UserError: There is none, or none that can answer: it has no chat template, is a reward model, is damaged, or
+            sees less than `max_new_tokens`.
     """
+    name = args.model_name_or_path
     with told_as("model_name_or_path", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name)
@@ -241,6 +250,11 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UserError(
             Problem("model_name_or_path", name, "has no chat template; give a model tuned on conversations")
         )
+    problems = check_model(model.config, tokenizer, args, name)
+    if Path(name).is_dir() and (fault := find_fault(Path(name), model)):
+        problems.append(Problem("model_name_or_path", name, fault))
+    if problems:
+        raise UserError(*problems)
     return model.to(PartialState().device), tokenizer
 
 
@@ -257,7 +271,7 @@ def main(args: PreferenceArguments) -> dict[str, Counts]:
     if problems := check_replaceable(args.output_dir, preference_files.FILES):
         raise UserError(*problems)
     prompts = read_prompts(args)
-    model, tokenizer = load_model(args.model_name_or_path)
+    model, tokenizer = load_model(args)
     splits: dict[str, list[Row]] = {}
     counts: dict[str, Counts] = {}
     for number, (name, rows) in enumerate(prompts.items()):

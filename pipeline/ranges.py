@@ -11,7 +11,7 @@ from pipeline.errors import Problem
 
 
 def _at_least(bound: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value >= bound, f"must be at least {bound:g}"
+    return lambda value: bound <= value < math.inf, f"must be a number of at least {bound:g}"
 
 
 def _above(bound: float) -> tuple[Callable[[Any], bool], str]:
@@ -26,6 +26,9 @@ def _below_one() -> tuple[Callable[[Any], bool], str]:
     return lambda value: 0 <= value < 1, "must be at least 0 and below 1"
 
 
+MOST_TOKENS = 1 << 24
+"""Largest vocabulary that a tokenizer is trained for; the trainer asks for the memory of all of it at once."""
+
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": _above(0),
     "num_train_epochs": _above(0),
@@ -34,6 +37,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "per_device_eval_batch_size": _at_least(1),
     "gradient_accumulation_steps": _at_least(1),
     "eval_steps": _above(0),
+    "eval_delay": _at_least(0),
+    "eval_accumulation_steps": _at_least(1),
+    "ddp_timeout": _at_least(1),
     "save_steps": _above(0),
     "logging_steps": _above(0),
     "save_total_limit": _at_least(1),
@@ -67,6 +73,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": _at_least(0),
     "epsilon": _above(0),
     "epsilon_high": _above(0),
+    "ref_model_sync_steps": _at_least(1),
     "reward_weights": (math.isfinite, "must be numbers"),
     "steps_per_generation": _at_least(1),
     "generation_batch_size": _at_least(1),
@@ -87,6 +94,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "missing_eos_penalty": _at_least(0),
     "rope_theta": _above(0),
     "model_max_length": _at_least(1),
+    "vocab_size": _from_to(1, MOST_TOKENS),
+    "size_mb": _above(0),
 }
 """Fields of any argument dataclass, and the values that make sense (of every item of a list). `None` is left to the
 dataclass."""

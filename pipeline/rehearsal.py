@@ -47,11 +47,17 @@ def _try_schedule(args: Any) -> list[Problem]:
     kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
     steps = max(args.max_steps, 10)
     try:
-        get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options or {})
+        made = get_scheduler(
+            kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options or {}
+        )
+        shares = [share(step) for share in getattr(made, "lr_lambdas", []) for step in range(0, steps, 1 + steps // 50)]
     except LIBRARY_ERRORS as error:
         if options:
             return [Problem("lr_scheduler_kwargs", options, str(error))]
         return [Problem("lr_scheduler_type", getattr(kind, "value", kind), f"needs lr_scheduler_kwargs ({error})")]
+    if options and shares and not (min(shares) >= 0 and max(shares) <= 1):
+        remedy = f"takes the learning rate from {min(shares):g} to {max(shares):g} times its value; correct it"
+        return [Problem("lr_scheduler_kwargs", options, remedy)]
     return []
 
 

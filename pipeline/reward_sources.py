@@ -53,6 +53,8 @@ def check_rewards(
         loaded = load_rewards(functions)
     except UserError as error:
         return problems + list(error.problems)
+    twice = sorted({name for name in functions if list(functions).count(name) > 1})
+    problems += [Problem("reward_funcs", name, "is named twice; give it more weight instead") for name in twice]
     for index, (name, function) in enumerate(zip(functions, loaded, strict=True), start=len(models)):
         if function in MEASURED_ONLY and (weights is None or (len(weights) == number and weights[index] != 0)):
             remedy = f"{name} is for measuring, and must not be trained on: give it the weight 0"

@@ -73,6 +73,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: the recipe folder or an argument is wrong, or another run is writing to the same directory.
     """
+    from pipeline.accelerate_launch import check_launch_file
     from pipeline.plan import read_plan
     from pipeline.processes import locked
     from pipeline.records import RunRecord
@@ -83,24 +84,35 @@ def main(args: argparse.Namespace) -> int:
     if not Path(args.config_file).is_file():
         remedy = "no such file; start in the folder that holds it, or name another with --config_file"
         problems.append(Problem("--config_file", args.config_file, remedy))
-    if args.seed is not None and args.seed < 0:
-        problems.append(Problem("--seed", args.seed, "must be 0 or more"))
+    elif problem := check_launch_file(args.config_file):
+        problems.append(problem)
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        problems.append(Problem("--seed", args.seed, f"must be between 0 and {2**32 - 1}"))
     if problems:
         raise UserError(*problems)
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
+    decided = list(_decide(plan, RunRecord.read(plan.run_dir), args))
+    _check_due(decided)  # mistakes are told before anything is written
     if args.dry_run:
-        record = RunRecord.read(plan.run_dir)
-        for step, decision in _decide(plan, record, args):
+        for step, decision in decided:
             verb = {"skip": "skip", "start": "run", "resume": "go on with"}[decision.action]
             print(f"{verb} {step.name}: {decision.reason}")
             if decision.action != "skip":
                 print(f"    {_shown(step, args)}")
         return 0
-    list(_decide(plan, RunRecord.read(plan.run_dir), args))  # mistakes are told before anything is written
     with locked(plan.run_dir) as lock:
         record = RunRecord.read(plan.run_dir)
         record.describe(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
         return _run_all(list(_decide(plan, record, args)), record, args, lock)
+
+
+def _check_due(decided: Iterable[tuple[Step, Decision]]) -> None:
+    due = [step for step, decision in decided if decision.action != "skip"]
+    if due:
+        from pipeline.step_arguments import check_steps  # the libraries that it imports take seconds
+
+        if problems := check_steps(due):
+            raise UserError(*problems)
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable[tuple[Step, Decision]]:

@@ -66,6 +66,8 @@ def open_source(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     options: dict[str, Any] = {"name": args.dataset_config}
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(Problem("dataset_name", name, "is an empty file; give one that has rows"))
+    if path.suffix == ".json" and path.is_file() and not _begins_json(path):
+        raise UserError(Problem("dataset_name", name, "must hold a list of rows, or an object; correct the file"))
     if path.is_file():
         builder, options = _file_builder(path), {"data_files": {"train": str(path)}}
     elif path.is_dir():
@@ -95,6 +97,12 @@ def open_source(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     if builder == "text":
         source = source.map(_join_lines, batched=True, batch_size=LINES_A_DOCUMENT)
     return source
+
+
+def _begins_json(path: Path) -> bool:
+    """Whether a list or an object begins there; of another value pyarrow's reader crashes."""
+    with path.open("rb") as file:
+        return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{")
 
 
 def _cache_of_folder(path: Path) -> str:

@@ -24,17 +24,19 @@ class Kind:
         launched: through `accelerate launch`, on as many processes as asked for.
         measured: it leaves a model, which is evaluated.
         seeded: it draws random numbers, and takes a seed.
+        entry: function whose type hints are its arguments; by default the module's `main`.
     """
 
     module: str
     launched: bool = False
     measured: bool = False
     seeded: bool = True
+    entry: str = ""
 
 
 # In the order in which kinds of the same number run.
 KINDS = {
-    "data": Kind("pipeline.pocket"),
+    "data": Kind("pipeline.pocket", entry="pipeline.pocket.build:build"),
     "tokenizer": Kind("pipeline.tokenizer", seeded=False),
     "random": Kind("pipeline.model", measured=True),
     "pretrain": Kind("recipes.pretrain", launched=True, measured=True),

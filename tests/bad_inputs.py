@@ -39,6 +39,7 @@ GOOD = {"messages": conversation("What?", "That.")}
 CASES = {
     # the configuration
     "unknown YAML key": Case("sft", "", ("learning_rat:", "did you mean `learning_rate`"), "learning_rat: 1"),
+    "an environment that cannot be set": Case("sft", "", ("env: 'A=B'", "cannot be set"), 'env: {"A=B": 1}'),
     "unknown option": Case("sft", "--max_lenght 9", ("max_lenght:", "did you mean `max_length`")),
     "abbreviated option": Case("sft", "--learning 1", ("learning:", "unknown")),
     "stray word": Case("sft", "hello", ("command line: hello",)),
@@ -49,6 +50,56 @@ CASES = {
     "nothing for a number": Case("sft", "", ("learning_rate: None", "a number"), "learning_rate:"),
     "text for a number, as an option": Case("sft", "--max_steps ten", ("max_steps: 'ten'", "a whole number")),
     "one of another set": Case("sft", "--eval_strategy often", ("eval_strategy: 'often'", "steps")),
+    "evaluation gathered never": Case(
+        "sft", "--eval_accumulation_steps 0", ("eval_accumulation_steps: 0", "at least 1")
+    ),
+    "evaluation delayed by no number": Case("sft", "--eval_delay nan", ("eval_delay: nan", "at least 0")),
+    "workers kept of none": Case(
+        "sft", "--dataloader_persistent_workers", ("dataloader_persistent_workers: True", "dataloader_num_workers")
+    ),
+    "a schedule above the rate": Case(
+        "sft",
+        "",
+        ("lr_scheduler_kwargs:", "times its value"),
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 5}",
+    ),
+    "padding with the end": Case("sft", "--pad_token <|end|>", ("pad_token: <|end|>", "eos token")),
+    "LoRA by a pattern that is none": Case(
+        "sft", "--use_peft --lora_target_modules (q_proj", ("lora_target_modules: (q_proj", "regular expression")
+    ),
+    "LoRA on a norm": Case(
+        "sft", "--use_peft --lora_target_modules input_layernorm", ("lora_target_modules: input_layernorm", "q_proj")
+    ),
+    "LoRA on a whole block": Case(
+        "sft", "--use_peft --lora_target_modules self_attn", ("lora_target_modules: self_attn", "q_proj")
+    ),
+    "JSON that holds nothing": Case(
+        "sft", "--dataset_name {here}/a.json", ("dataset_name:", "a list of rows"), files={"a.json": "null"}
+    ),
+    "answers to an answer": Case(
+        "sft",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 0", "leaves nothing to answer"),
+        files={"a.jsonl": rows({"prompt": GOOD["messages"], "completion": "This."})},
+    ),
+    "an assistant that nobody asked": Case(
+        "sft",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 0", "there is no prompt"),
+        files={"a.jsonl": rows({"messages": [{"role": "system", "content": "Be brief."}, GOOD["messages"][1]]})},
+    ),
+    "choices of the user": Case(
+        "reward",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 0", "role 'user'"),
+        files={"a.jsonl": rows({"prompt": "What?", "chosen": GOOD["messages"][:1], "rejected": "That."})},
+    ),
+    "choices of several turns": Case(
+        "reward",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 0", "not one answer"),
+        files={"a.jsonl": rows({"prompt": "Why?", "chosen": GOOD["messages"], "rejected": GOOD["messages"]})},
+    ),
     "unknown optimizer": Case("sft", "--optim sgdd", ("optim: 'sgdd'", "adamw_torch")),
     "unknown schedule": Case("sft", "--lr_scheduler_type zigzag", ("lr_scheduler_type: 'zigzag'", "cosine")),
     "YAML that cannot be read": Case("sft", "", ("--config:", "line 2", "not valid YAML"), "a: 1\n b: [\n"),
@@ -203,7 +254,30 @@ CASES = {
     "heads that don't divide": Case(
         "pretrain", "--hidden_size 33 --num_attention_heads 2", ("hidden_size: 33", "multiple")
     ),
+    "a penalty without end": Case("ppo", "--missing_eos_penalty inf", ("missing_eos_penalty: inf", "at least 0")),
+    "a reward named twice": Case(
+        "grpo", "--reward_funcs exact_answer exact_answer", ("reward_funcs: exact_answer", "twice")
+    ),
+    "a reference kept for no step": Case("grpo", "--ref_model_sync_steps 0", ("ref_model_sync_steps: 0", "at least 1")),
     # the output directory
+    "somebody's file": Case(
+        "sft", "--output_dir {here}/mine", ("output_dir:", "holds README.md"), files={"mine/README.md": "years of work"}
+    ),
+    "a run inside the data": Case(
+        "sft",
+        "--dataset_name {here}/data --output_dir {here}/data/run",
+        ("output_dir:", "inside dataset_name"),
+        files={"data/train.jsonl": rows(*[GOOD] * 40)},
+    ),
+    "an earlier run's record that is none": Case(
+        "sft", "--output_dir {here}/run", ("output_dir:", "cannot be read"), files={"run/arguments.json": "[1]"}
+    ),
+    "a checkpoint whose record is cut off": Case(
+        "sft",
+        "--resume_from_checkpoint {here}/c",
+        ("resume_from_checkpoint:", "is damaged"),
+        files={"c/trainer_state.json": "{"},
+    ),
     "a file as output": Case("sft", "--output_dir {inputs}/text.txt", ("output_dir:", "is a file")),
     "below a file": Case("sft", "--output_dir {inputs}/text.txt/run", ("output_dir:", "is a file")),
 }

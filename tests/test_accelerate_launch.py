@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.accelerate_launch import main
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
@@ -45,6 +47,16 @@ def test_the_exit_code_is_the_programs_own_and_nothing_is_added(project: Path) -
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert err == "the step's own message\n"
+
+
+@pytest.mark.parametrize("content", ["a: [", "hello", "", "mixed_precision: fp12", "num_process: 1"])
+def test_a_launch_file_that_is_none_is_told_in_one_line(
+    project: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    Path("launch.yaml").write_text(content)
+    assert main(["--config_file", "launch.yaml", "-m", "stand_in_step", "--config", "step.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("--config_file: launch.yaml: is no launch file") and error.count("\n") == 1
 
 
 def test_success_is_0(project: Path) -> None:

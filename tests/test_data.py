@@ -112,8 +112,9 @@ def test_prompts_keep_the_columns_that_rewards_read(tmp_path: Path) -> None:
     assert train[0] == {**rows[0], "answer": "5"}
 
 
-def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path) -> None:
-    rows = [{"chosen": conversation("Q", "good"), "rejected": conversation("Q", "bad")}]
+@pytest.mark.parametrize("told_twice", [{"prompt": "Q"}, {}])
+def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, told_twice: dict[str, str]) -> None:
+    rows = [{"chosen": conversation("Q", "good"), "rejected": conversation("Q", "bad"), **told_twice}]
     train, _ = load_splits(DataArguments(write(tmp_path, "parquet", rows)), "preference", evaluation=False)
     assert train[0] == {
         "prompt": [{"role": "user", "content": "Q"}],

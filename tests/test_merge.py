@@ -1,5 +1,6 @@
 """`python -m pipeline merge`: the merged model gives what the adapter gives; what is none is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,33 @@ def test_a_base_model_that_is_gone_is_told(tmp_path: Path, capsys: pytest.Captur
     assert stop.value.code == 2
     assert f"adapter: {tmp_path / 'base'}: its base model cannot be loaded" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("missing", ["adapter_model.safetensors", "peft_type"])
+def test_an_adapter_that_is_incomplete_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    adapter = save_adapter(tmp_path, "CAUSAL_LM")
+    if missing == "peft_type":
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, missing: "PROMPT_TUNING"}))
+    else:
+        (adapter / missing).unlink()
+    capsys.readouterr()  # what saving the models printed
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", str(adapter), "--output_dir", str(tmp_path / "merged")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("adapter:") and error.count("\n") == 1
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_directory_below_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = save_adapter(tmp_path, "CAUSAL_LM")
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", str(adapter), "--output_dir", str(adapter / "adapter_config.json" / "merged")])
+    assert stop.value.code == 2
+    assert "adapter_config.json is a file" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -213,6 +214,25 @@ def test_a_model_without_chat_template_is_refused(arguments: dict[str, Any], mod
         main(
             PreferenceArguments(**{**arguments, "model_name_or_path": str(tmp_path)}, output_dir=str(tmp_path / "out"))
         )
+
+
+def test_a_model_that_cannot_answer_is_refused(arguments: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
+    def refused(name: str, **changes: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            given = {**arguments, "model_name_or_path": str(tmp_path / name), "output_dir": str(tmp_path / "out")}
+            main(PreferenceArguments(**{**given, **changes}))
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    for name in ("judge", "rude", "small"):
+        shutil.copytree(model_dir, tmp_path / name)
+    config = json.loads((model_dir / "config.json").read_text())
+    judge = {**config, "architectures": ["LlamaForSequenceClassification"]}
+    (tmp_path / "judge" / "config.json").write_text(json.dumps(judge))
+    (tmp_path / "rude" / "chat_template.jinja").write_text("{{ raise_exception('too polite') }}")
+    assert "is a reward model" in refused("judge")
+    assert "refuses a prompt of the data (too polite)" in refused("rude")
+    assert "max_new_tokens: 9999" in refused("small", max_new_tokens=9999)
 
 
 def test_two_processes_give_what_one_gives(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from dataclasses import replace
 from pipeline import steps
 from pipeline.__main__ import main
 for name, kind in steps.KINDS.items():
-    steps.KINDS[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
+    steps.KINDS[name] = replace(kind, module="stand_in_step", launched=False, measured=False, entry="")
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -59,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step is a stand-in, the pretraining implies no untrained model, and nothing is evaluated."""
     for name, kind in steps.KINDS.items():
-        stand_in = replace(kind, module="stand_in_step", launched=False, measured=False)
+        stand_in = replace(kind, module="stand_in_step", launched=False, measured=False, entry="")
         monkeypatch.setitem(steps.KINDS, name, stand_in)
 
 
@@ -294,13 +294,39 @@ def test_no_token_is_written_down(folder: Path, run: Runner) -> None:
         (["--from", "3_reward", "--until", "2_sft"], "--from: 3_reward: comes after --until 2_sft"),
         (["--num_processes", "0"], "--num_processes: 0: must be at least 1"),
         (["--config_file", "no.yaml"], "--config_file: no.yaml: no such file"),
-        (["--seed", "-1"], "--seed: -1: must be 0 or more"),
+        (["--seed", "-1"], "--seed: -1: must be between 0 and 4294967295"),
+        (["--config_file", "recipe/2_sft.yaml"], "--config_file: recipe/2_sft.yaml: is no launch file"),
     ],
 )
 def test_wrong_arguments_are_refused(run: Runner, argv: list[str], told: str) -> None:
     code, _, err = run(*argv)
     assert code == 2
     assert err.startswith(told)
+    assert not Path("runs").exists()
+
+
+def test_two_files_of_one_step_are_refused(folder: Path, run: Runner) -> None:
+    (folder / "2_sft.yml").write_text((folder / "2_sft.yaml").read_text())
+    code, _, err = run()
+    assert code == 2
+    assert err.startswith("recipe: recipe/2_sft.yml: is the same step as 2_sft.yaml")
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_late_step_that_would_be_refused_is_told_before_the_first_one_runs(
+    folder: Path, capfd: pytest.CaptureFixture[str], dry: list[str]
+) -> None:
+    configure(folder, "0_data", size_mb="big")
+    configure(folder, "3_reward", learning_rat=0.1, max_steps=0)
+    configure(folder, "2_sft", seed=-3)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipe", *dry])
+    assert stop.value.code == 2
+    told = capfd.readouterr().err.splitlines()
+    assert [line.split(":")[:2] for line in told] == [
+        ["0_data", " size_mb"], ["2_sft", " seed"], ["3_reward", " learning_rat"], ["3_reward", " max_steps"],
+    ]  # fmt: skip
+    assert "did you mean `learning_rate`?" in told[2]
     assert not Path("runs").exists()
 
 
@@ -311,7 +337,7 @@ def test_all_mistakes_of_a_folder_are_told_at_once(folder: Path, run: Runner) ->
     code, _, err = run()
     assert code == 2
     assert [line.split(":")[1].strip() for line in err.splitlines()] == [
-        "recipe/2_sft.yaml",
+        "recipe/2_sft.yaml, line 1",
         "recipe/3_reward.yaml",
         "recipe/4_gpro.yaml",
     ]

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 
+AGAINST = "2_sft"
+LOWEST = {"limit": 1, "samples": 1, "max_new_tokens": 1, "seed": 0}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command; nothing heavy is imported for it."""
     parser.add_argument("run", metavar="RUN", help="run directory, for instance runs/pocket")
     parser.add_argument("--stage", required=True, help="directory of the model inside RUN, for instance 2_sft")
-    parser.add_argument("--against", default="2_sft", help="stage whose answers are the opponent in win_rate")
+    parser.add_argument("--against", default=AGAINST, help="stage whose answers are the opponent in win_rate")
     parser.add_argument("--limit", type=int, help="use at most so many examples of each kind of measurement")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled answers and of the intervals")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
@@ -42,12 +45,23 @@ def main(args: argparse.Namespace) -> int:
     """
     from pathlib import Path
 
+    from pipeline.errors import Problem, UserError
     from pipeline.evaluation.held_out import read_held_out
     from pipeline.evaluation.stage import check_stage, evaluate_stage
     from pipeline.evaluation.writing import table, write
 
     run = Path(args.run)
+    numbers = {name: getattr(args, name) for name in LOWEST}
+    problems = [
+        Problem(f"--{name}", number, f"must be at least {LOWEST[name]}")
+        for name, number in numbers.items()
+        if number is not None and number < LOWEST[name]
+    ]
+    if problems:
+        raise UserError(*problems)
     check_stage(run, args.stage)
+    if args.against != AGAINST:
+        check_stage(run, args.against, "--against")
     held_out = read_held_out(run, args)
     result = evaluate_stage(
         run,

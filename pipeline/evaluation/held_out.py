@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import Problem, UserError
@@ -79,7 +80,11 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
 
 def _split(folder: Path) -> list[Row]:
     path = folder / "test.parquet"
-    return _numbered(pq.read_table(path).to_pylist()) if path.is_file() else []
+    try:
+        return _numbered(pq.read_table(path).to_pylist()) if path.is_file() else []
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(Problem("RUN", path, f"cannot be read ({reason}); make the data again")) from None
 
 
 def _named(args: argparse.Namespace, name_option: str, kind: Any) -> list[Row]:
@@ -105,8 +110,11 @@ def _named(args: argparse.Namespace, name_option: str, kind: Any) -> list[Row]:
         options = {"dataset_name": name_option, "dataset_config": "config", "dataset_test_split": "split"}
         problems = [replace(p, field=f"--{options.get(p.field, p.field)}") for p in error.problems]
         raise UserError(*problems) from error
-    rows = train if whole_file else test
-    return _numbered(rows or ())
+    rows = _numbered((train if whole_file else test) or ())
+    if kind == "prompt" and rows and "answer" not in rows[0]:
+        remedy = f"there is no such column; choose from: {', '.join(name for name in rows[0] if name != 'id')}"
+        raise UserError(Problem("--answer_column", args.answer_column, remedy))
+    return rows
 
 
 def _numbered(rows: Iterable[Mapping[str, Any]]) -> list[Row]:

@@ -23,14 +23,14 @@ from pipeline.evaluation.writing import StageResult
 from pipeline.loading import told_as
 
 
-def check_stage(run: Path, stage: str) -> None:
-    """Raise `UserError` unless RUN/STAGE holds a model."""
+def check_stage(run: Path, stage: str, option: str = "--stage") -> None:
+    """Raise `UserError` about `option` unless RUN/STAGE holds a model."""
     if not run.is_dir():
         raise UserError(Problem("RUN", run, "there is no such directory: give that of a run"))
-    if not holds_model(run / stage):
+    if Path(stage).name != stage or not holds_model(run / stage):
         found = sorted(path.name for path in run.iterdir() if holds_model(path))
         remedy = f"holds no model; choose from: {', '.join(found) or 'none, train one first'}"
-        raise UserError(Problem("--stage", stage, remedy))
+        raise UserError(Problem(option, stage, remedy))
 
 
 def evaluate_stage(
@@ -106,6 +106,8 @@ def load_speaker(path: Path, max_new_tokens: int) -> Speaker:
     with told_as("--stage", path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.chat_template:
+        raise UserError(Problem("--stage", path, "its tokenizer has no chat template; add one"))
     return Speaker(_place(model), tokenizer, max_new_tokens)
 
 

@@ -39,12 +39,16 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: a run does not exist or holds nothing to report, or the promises cannot be read.
     """
+    from pipeline.errors import UserError
+    from pipeline.output_directory import below_a_file
     from pipeline.report.differences import differences
     from pipeline.report.page import write_report
     from pipeline.report.promises import is_pocket, load_promises
     from pipeline.report.reading import load_runs
     from pipeline.report.seeds import write_seeds
 
+    if args.output_dir and (problem := below_a_file(Path(args.output_dir), "--output_dir")):
+        raise UserError(problem)
     promises = load_promises(args.promises)
     runs = load_runs([Path(run) for run in args.runs])
     for run in runs:

@@ -221,11 +221,30 @@ def test_scores_do_not_depend_on_the_batch(run):
             "--text: nowhere/text.txt: there is no",
         ),
         (["RUN", "--stage", "5_more"], "--stage: 5_more: holds no model; choose from: 0_random"),
+        (["RUN", "--stage", "../RUN/0_random"], "--stage: ../RUN/0_random: holds no model"),
+        (["RUN", "--stage", "0_random", "--against", "5_more"], "--against: 5_more: holds no model"),
+        (["RUN", "--stage", "0_random", "--limit", "0"], "--limit: 0: must be at least 1"),
+        (["RUN", "--stage", "0_random", "--samples", "0"], "--samples: 0: must be at least 1"),
+        (
+            ["RUN", "--stage", "0_random", "--reasoning", "DATA/preferences/test.parquet"],
+            "--answer_column: answer: there is no such column; choose from:",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(run, capsys, options, message):
     with pytest.raises(SystemExit) as exit_:
-        main(["evaluate", *[str(run) if option == "RUN" else option for option in options]])
+        folder = str(run) if options[0] == "RUN" else options[0]
+        main(["evaluate", folder, *[option.replace("DATA", f"{run}/data") for option in options[1:]]])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith(message) and error.count("\n") == 1
+    told = [line for line in error.splitlines() if line and "examples/s" not in line]
+    assert len(told) == 1 and told[0].startswith(message)
+
+
+def test_damaged_data_are_told(run, capsys):
+    (run / "data" / "pretrain" / "test.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", str(run), "--stage", "0_random"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "test.parquet: cannot be read" in error and error.count("\n") == 1
