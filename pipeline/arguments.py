@@ -16,6 +16,8 @@ from pipeline.command_line import Parser, read_command_line, take_config, unknow
 from pipeline.errors import Problem, UserError
 from pipeline.yaml_fields import convert, describe
 
+REQUIRED = "is required"
+
 
 @dataclass
 class DataArguments:
@@ -102,6 +104,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         parser.dataclass_types = []
     arguments = list(sys.argv[1:] if argv is None else argv)
     config, problems = take_config(arguments)
+    unreadable = bool(problems)
     hints = {name: hint for kind in dataclass_types for name, hint in _hints(kind).items()}
     choices = _choices(parser)
     problems += _set_environment(config.pop("env", None))
@@ -124,9 +127,13 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         if name in hints and name not in kept and not _replaces(name, asked)
     }
     built, refused = _build(dataclass_types, machine, kept)
+    if unreadable:  # what is missing is in the file
+        refused = [problem for problem in refused if problem.remedy != REQUIRED]
     problems += refused + checks.check_together(built, told)
     problems += [problem for item in built if hasattr(item, "world_size") for problem in launch.check_launch(item)]
     problems += output_directory.check(built)
+    if problems and unreadable:
+        raise UserError(*problems)
     if problems:
         from pipeline import inputs  # which takes its time, and imports this module
 
@@ -254,7 +261,7 @@ def _build(
             and item.default_factory is dataclasses.MISSING
         ]
         if missing:
-            problems += [Problem(name, "nothing", "is required") for name in missing]
+            problems += [Problem(name, "nothing", REQUIRED) for name in missing]
             continue
         while True:
             try:

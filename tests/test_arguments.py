@@ -11,6 +11,7 @@ from trl import ModelConfig, SFTConfig
 
 from pipeline import hardware, launch
 from pipeline.arguments import DataArguments, parse
+from pipeline.errors import UserError
 from pipeline.hardware import Choice
 from pipeline.pretraining import PretrainConfig
 
@@ -43,6 +44,14 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
 )
 def test_values_become_what_their_fields_hold(tmp_path: Path, line: str, field: str, value: object) -> None:
     assert getattr(sft(tmp_path, line), field) == value
+
+
+@pytest.mark.parametrize("content", ["seed: 1\nseed: 2", "- seed", "seed: ["])
+def test_a_file_that_cannot_be_read_is_the_only_problem(tmp_path: Path, content: str) -> None:
+    (tmp_path / "sft.yaml").write_text(content)
+    with pytest.raises(UserError) as caught:
+        parse(DataArguments, SFTConfig, ModelConfig, argv=["--config", str(tmp_path / "sft.yaml")])
+    assert [problem.field for problem in caught.value.problems] == ["--config"]
 
 
 def test_null_takes_back_what_the_file_says(tmp_path: Path) -> None:
