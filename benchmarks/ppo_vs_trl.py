@@ -9,8 +9,8 @@ Both train the run's `2_sft` against its `3_reward` on the same prompts, for the
 PPO epochs, with the same coefficients, batch and learning rate, one after the other on the same machine. TRL
 1.12 is installed into a folder of its own (the last release with a PPO trainer), and shares torch and
 transformers with ours. It ignores `bf16`, so ours runs twice: in float32 too, and as its recipe does on this
-machine. Then each policy answers the held-out prompts, and the hidden taste of the simulated annotators and
-the reward model judge the answers.
+machine. Then each policy answers the held-out prompts, eight times each, and the hidden taste of the simulated
+annotators and the reward model judge the answers; `over_trl` is the difference on the same prompts.
 
 Prints a table and writes OUTPUT/results.json.
 """
@@ -22,6 +22,7 @@ import json
 import math
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +31,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TRL = "trl==1.12.*"
+ANSWERS = 8
+"""Answers sampled to each prompt when a policy is judged."""
 
 
 def main() -> None:
@@ -71,6 +74,10 @@ def compare(args: argparse.Namespace) -> None:
         subprocess.run(command, check=True, cwd=ROOT, env=variables)
         measured = json.loads((folder / "measured.json").read_text())
         results[name] = judge(args, folder) | measured
+    tastes = {name: row.pop("tastes") for name, row in results.items()}
+    for name, own in tastes.items():
+        differences = [one - other for one, other in zip(own, tastes["TRL 1.12 float32"], strict=True)]
+        results[name] |= {"over_trl": statistics.fmean(differences), "over_trl_error": half_interval(differences)}
     content = {"arguments": vars(args), "results": results}
     (args.output / "results.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
     columns = list(results["ours float32"])
@@ -108,6 +115,7 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "output_dir": str(args.output),
         "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "constant",  # any other is stepped once a rollout by TRL, once a step by ours
         "per_device_train_batch_size": args.batch_size,
         "kl_coef": args.kl_coef,
         "temperature": 1.0,
@@ -199,47 +207,53 @@ def train_ours(args: argparse.Namespace) -> None:
     trainer.save_model()
 
 
-def judge(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """A policy's answers to held-out prompts, judged by the annotators and by the reward model."""
+def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A policy's answers to held-out prompts, several to each, judged by the annotators and by the reward model."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pipeline.annotators import taste
+    from pipeline.evaluation.generation import encode_prompts, generate
 
     prompts = list(rows(args, "validation")) + list(rows(args, "test"))
-    tokenizer = AutoTokenizer.from_pretrained(args.run / "2_sft", padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(args.run / "2_sft")
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     reward_model = load(args, "AutoModelForSequenceClassification", "3_reward").eval()
-    reward_model.config.pad_token_id = tokenizer.pad_token_id
-    set_seed(args.seed)
-    inputs = tokenizer.apply_chat_template(
-        [row["prompt"] for row in prompts],
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
+    ids = encode_prompts(tokenizer, [row["prompt"] for row in prompts])
+    answers = generate(
+        policy,
+        tokenizer,
+        ids,
+        max_new_tokens=args.max_completion_length,
+        samples=ANSWERS,
+        temperature=1.0,
+        seed=args.seed,
     )
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    whole = [prompt + answer.tokens for prompt, several in zip(ids, answers, strict=True) for answer in several]
+    scores = []
     with torch.inference_mode():
-        ids = policy.generate(
-            **inputs,
-            max_new_tokens=args.max_completion_length,
-            do_sample=True,
-            top_k=0,
-            temperature=1.0,
-            **tokens,
-        )
-        scores = reward_model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits[:, 0]
-    answers = ids[:, inputs["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    tastes = torch.tensor([taste(text, row) for text, row in zip(texts, prompts, strict=True)])
+        for start in range(0, len(whole), 256):
+            batch = tokenizer.pad({"input_ids": whole[start : start + 256]}, padding_side="right", return_tensors="pt")
+            scores.append(reward_model(**batch).logits[:, 0])
+    # The answers to one prompt are alike; the prompts are what the interval is over.
+    tastes = [
+        statistics.fmean(taste(answer.text, row) for answer in several)
+        for several, row in zip(answers, prompts, strict=True)
+    ]
+    lengths = [len(answer.tokens) for several in answers for answer in several]
     return {
-        "taste": tastes.mean().item(),
-        "taste_error": 1.96 * tastes.std().item() / math.sqrt(len(tastes)),
-        "score": scores.mean().item(),
-        "length": (answers != tokenizer.pad_token_id).sum(1).float().mean().item(),
-        "answers": len(tastes),
+        "taste": statistics.fmean(tastes),
+        "taste_error": half_interval(tastes),
+        "score": torch.cat(scores).mean().item(),
+        "length": statistics.fmean(lengths),
+        "answers": len(lengths),
+        "tastes": tastes,
     }
+
+
+def half_interval(values: list[float]) -> float:
+    """Half the width of the 95% interval of a mean."""
+    return 1.96 * statistics.stdev(values) / math.sqrt(len(values))
 
 
 if __name__ == "__main__":
