@@ -59,6 +59,7 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> None:
     """Train each in a process of its own, judge what came out, and tell."""
     from pipeline import hardware
+    from pipeline.evaluation.intervals import paired_difference
 
     environment = install_trl(args.output / "environment")
     contestants = {"TRL 1.12 float32": ("trl", False), "ours float32": ("ours", False)}
@@ -74,10 +75,10 @@ def compare(args: argparse.Namespace) -> None:
         subprocess.run(command, check=True, cwd=ROOT, env=variables)
         measured = json.loads((folder / "measured.json").read_text())
         results[name] = judge(args, folder) | measured
-    tastes = {name: row.pop("tastes") for name, row in results.items()}
+    tastes = {name: dict(enumerate(row.pop("tastes"))) for name, row in results.items()}
     for name, own in tastes.items():
-        differences = [one - other for one, other in zip(own, tastes["TRL 1.12 float32"], strict=True)]
-        results[name] |= {"over_trl": statistics.fmean(differences), "over_trl_error": half_interval(differences)}
+        over = paired_difference(tastes["TRL 1.12 float32"], own)
+        results[name] |= {"over_trl": over["value"], "over_trl_error": half_width(over)}
     content = {"arguments": vars(args), "results": results}
     (args.output / "results.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
     columns = list(results["ours float32"])
@@ -214,27 +215,29 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from pipeline.annotators import taste
     from pipeline.evaluation.generation import encode_prompts, generate
+    from pipeline.evaluation.intervals import mean
+    from pipeline.evaluation.reward_model import score
 
     prompts = list(rows(args, "validation")) + list(rows(args, "test"))
     tokenizer = AutoTokenizer.from_pretrained(args.run / "2_sft")
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     reward_model = load(args, "AutoModelForSequenceClassification", "3_reward").eval()
-    ids = encode_prompts(tokenizer, [row["prompt"] for row in prompts])
     answers = generate(
         policy,
         tokenizer,
-        ids,
+        encode_prompts(tokenizer, [row["prompt"] for row in prompts]),
         max_new_tokens=args.max_completion_length,
         samples=ANSWERS,
         temperature=1.0,
         seed=args.seed,
     )
-    whole = [prompt + answer.tokens for prompt, several in zip(ids, answers, strict=True) for answer in several]
-    scores = []
+    conversations = [
+        [*row["prompt"], {"role": "assistant", "content": answer.text}]
+        for row, several in zip(prompts, answers, strict=True)
+        for answer in several
+    ]
     with torch.inference_mode():
-        for start in range(0, len(whole), 256):
-            batch = tokenizer.pad({"input_ids": whole[start : start + 256]}, padding_side="right", return_tensors="pt")
-            scores.append(reward_model(**batch).logits[:, 0])
+        scores = score(reward_model, tokenizer, conversations)
     # The answers to one prompt are alike; the prompts are what the interval is over.
     tastes = [
         statistics.fmean(taste(answer.text, row) for answer in several)
@@ -243,17 +246,18 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     lengths = [len(answer.tokens) for several in answers for answer in several]
     return {
         "taste": statistics.fmean(tastes),
-        "taste_error": half_interval(tastes),
-        "score": torch.cat(scores).mean().item(),
+        "taste_error": half_width(mean(tastes)),
+        "score": statistics.fmean(scores),
         "length": statistics.fmean(lengths),
         "answers": len(lengths),
         "tastes": tastes,
     }
 
 
-def half_interval(values: list[float]) -> float:
-    """Half the width of the 95% interval of a mean."""
-    return 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+def half_width(estimate: dict[str, Any]) -> float:
+    """Half the width of an estimate's 95% interval."""
+    low, high = estimate["ci95"]
+    return (high - low) / 2
 
 
 if __name__ == "__main__":
