@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, MinPLogitsWarper, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.grading import stopped
 
@@ -143,11 +143,10 @@ def _next_token(logits: torch.Tensor, temperature: float, min_p: float, generato
     """Chosen ids, shape (rows,), from `logits` of shape (rows, vocabulary)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float() / temperature
     if min_p > 0:
-        improbable = probabilities < min_p * probabilities.amax(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(improbable, 0.0)
-    cumulative = probabilities.cumsum(-1)
+        logits = MinPLogitsWarper(min_p)(None, logits)
+    cumulative = torch.softmax(logits, dim=-1).cumsum(-1)
     # Inverse transform sampling: one random number a row; `torch.multinomial` draws one for each token
     # there is.
     draw = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
