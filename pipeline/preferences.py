@@ -44,6 +44,7 @@ from pipeline.evaluation.generation import encode_prompts, generate
 from pipeline.loading import told_as
 from pipeline.output_directory import check_replaceable
 from pipeline.preference_files import SPLITS, Counts
+from pipeline.ranges import check_ranges
 from pipeline.sources import open_source
 from pipeline.weight_files import find_fault
 
@@ -91,19 +92,7 @@ class PreferenceArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the sampling and of the annotators."})
 
     def __post_init__(self) -> None:
-        lowest = {"samples_per_prompt": 2, "pairs_per_prompt": 1, "max_new_tokens": 1, "batch_size": 1}
-        lowest |= {"max_prompts": 1, "max_eval_prompts": 1}
-        given = {name: getattr(self, name) for name in lowest}
-        problems = [
-            Problem(name, value, f"must be at least {lowest[name]}")
-            for name, value in given.items()
-            if value is not None and value < lowest[name]
-        ]
-        if not self.temperature > 0:
-            problems.append(Problem("temperature", self.temperature, "must be above 0, or all answers are the same"))
-        if not 0 <= self.min_p < 1:
-            problems.append(Problem("min_p", self.min_p, "must be at least 0 and below 1"))
-        if problems:
+        if problems := check_ranges(vars(self)):
             raise UserError(*problems)
 
 

@@ -67,7 +67,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_completion_length": _at_least(1),
     "temperature": _above(0),
     "top_p": (lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
-    "min_p": _from_to(0, 1),
+    "min_p": _below_one(),
     "top_k": _at_least(0),
     "repetition_penalty": _above(0),
     "beta": _at_least(0),
@@ -96,6 +96,14 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model_max_length": _at_least(1),
     "vocab_size": _from_to(1, MOST_TOKENS),
     "size_mb": _above(0),
+    "samples_per_prompt": _at_least(2),
+    "pairs_per_prompt": _at_least(1),
+    "max_prompts": _at_least(1),
+    "max_eval_prompts": _at_least(1),
+    "max_new_tokens": _at_least(1),
+    "batch_size": _at_least(1),
+    "limit": _at_least(1),
+    "samples": _at_least(1),
 }
 """Fields of any argument dataclass, and the values that make sense (of every item of a list). `None` is left to the
 dataclass."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 
 AGAINST = "2_sft"
-LOWEST = {"limit": 1, "samples": 1, "max_new_tokens": 1, "seed": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,22 +42,18 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: the run, the stage or a data set cannot be used.
     """
+    from dataclasses import replace
     from pathlib import Path
 
-    from pipeline.errors import Problem, UserError
+    from pipeline.errors import UserError
     from pipeline.evaluation.held_out import read_held_out
     from pipeline.evaluation.stage import check_stage, evaluate_stage
     from pipeline.evaluation.writing import table, write
+    from pipeline.ranges import check_ranges
 
     run = Path(args.run)
-    numbers = {name: getattr(args, name) for name in LOWEST}
-    problems = [
-        Problem(f"--{name}", number, f"must be at least {LOWEST[name]}")
-        for name, number in numbers.items()
-        if number is not None and number < LOWEST[name]
-    ]
-    if problems:
-        raise UserError(*problems)
+    if problems := check_ranges(vars(args)):
+        raise UserError(*(replace(problem, field=f"--{problem.field}") for problem in problems))
     check_stage(run, args.stage)
     if args.against != AGAINST:
         check_stage(run, args.against, "--against")

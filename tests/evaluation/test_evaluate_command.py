@@ -223,8 +223,8 @@ def test_scores_do_not_depend_on_the_batch(run):
         (["RUN", "--stage", "5_more"], "--stage: 5_more: holds no model; choose from: 0_random"),
         (["RUN", "--stage", "../RUN/0_random"], "--stage: ../RUN/0_random: holds no model"),
         (["RUN", "--stage", "0_random", "--against", "5_more"], "--against: 5_more: holds no model"),
-        (["RUN", "--stage", "0_random", "--limit", "0"], "--limit: 0: must be at least 1"),
-        (["RUN", "--stage", "0_random", "--samples", "0"], "--samples: 0: must be at least 1"),
+        (["RUN", "--stage", "0_random", "--limit", "0"], "--limit: 0: must be a number of at least 1"),
+        (["RUN", "--stage", "0_random", "--samples", "0"], "--samples: 0: must be a number of at least 1"),
         (
             ["RUN", "--stage", "0_random", "--reasoning", "DATA/preferences/test.parquet"],
             "--answer_column: answer: there is no such column; choose from:",
