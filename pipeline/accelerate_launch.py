@@ -48,14 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code of the process that failed first; 0 if all ended well; 128 + n if signal n ended them.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = launch_command_parser().parse_args(argv)
     if args.config_file and (problem := check_launch_file(args.config_file)):
         print(problem, file=sys.stderr)
         return EXIT_USER_ERROR
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
     # torch's agent reports what the program itself has already said
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)

@@ -117,7 +117,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         # As an argument it would be written to disk with all the others.
         os.environ["HF_TOKEN"] = asked.pop("hub_token")
     # What is told once is left out from there on, or its default would be judged next.
-    wrong = ranges.check_ranges(asked) + ranges.check_choices(asked, hints) + _unsupported(asked)
+    wrong = _check_each(asked, hints)
     problems += wrong
     told = {problem.field for problem in wrong}
     kept = {name: value for name, value in asked.items() if name not in told}
@@ -132,7 +132,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     problems += refused + checks.check_together(built, told)
     problems += [problem for item in built if hasattr(item, "world_size") for problem in launch.check_launch(item)]
     problems += output_directory.check(built)
-    if problems and unreadable:
+    if unreadable:
         raise UserError(*problems)
     if problems:
         from pipeline import inputs  # which takes its time, and imports this module
@@ -163,7 +163,11 @@ def check_values(config: Mapping[str, Any], dataclass_types: Iterable[Any]) -> l
     hints = {name: hint for kind in kinds for name, hint in _hints(kind).items()}
     values = {name: value for name, value in config.items() if name != "env"}
     values, problems = _read_values(values, hints, _choices(Parser(kinds)))
-    return problems + ranges.check_ranges(values) + ranges.check_choices(values, hints) + _unsupported(values)
+    return problems + _check_each(values, hints)
+
+
+def _check_each(asked: dict[str, Any], hints: dict[str, Any]) -> list[Problem]:
+    return ranges.check_ranges(asked) + ranges.check_choices(asked, hints) + _unsupported(asked)
 
 
 def _choices(parser: Parser) -> dict[str, list[Any]]:

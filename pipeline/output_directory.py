@@ -78,9 +78,9 @@ def check(arguments: Iterable[Any]) -> list[Problem]:
         return [Problem("output_dir", output_dir, f"is no path that can be written to ({error}); correct it")]
     if path.is_symlink() and not path.exists():
         return [Problem("output_dir", output_dir, "is a link to a directory that is not there; make that")]
+    if problem := below_a_file(path):
+        return [problem]
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not nearest.is_dir():
-        return [Problem("output_dir", output_dir, f"{nearest} is a file; choose a directory")]
     if not os.access(nearest, os.W_OK | os.X_OK):
         return [Problem("output_dir", output_dir, f"no permission to write to {nearest}; choose another directory")]
     record, present = path / RECORD, describe(items)
