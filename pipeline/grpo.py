@@ -3,19 +3,18 @@ nothing, and log-probabilities that are cheap on CPUs. `pipeline.ppo` builds on 
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from pipeline.divergence import stop_on_broken_rewards
 from pipeline.epoch_sampler import EpochSampler
+from pipeline.length_groups import accepts
 from pipeline.rollout_file import load_rollout, save_rollout
 from pipeline.token_log_probs import token_log_probs
 
@@ -35,6 +34,16 @@ class GRPOTrainer(TRLGRPOTrainer):
     """
 
     # ---- The rollout
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Rows are left where they are: accelerate would look for tensors to move in every text of every column."""
+        if isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()  # that setting would also change how a stream is split
+        placed, self.accelerator.device_placement = self.accelerator.device_placement, False
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.device_placement = placed
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
@@ -68,7 +77,7 @@ class GRPOTrainer(TRLGRPOTrainer):
         size = rows * logits_to_keep * self.model.config.get_text_config().vocab_size
         plain = input_ids.device.type == "cpu" and size <= LARGEST_LOGITS
         asked = any(value is not None and value is not False for value in others.values())
-        if not plain or asked or not self._takes_logits_to_keep(model):
+        if not plain or asked or not accepts(model, "logits_to_keep"):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
@@ -84,12 +93,6 @@ class GRPOTrainer(TRLGRPOTrainer):
             autocast=self.accelerator.autocast,
         )
         return log_probs, entropies, None
-
-    def _takes_logits_to_keep(self, model: nn.Module) -> bool:
-        model = self.accelerator.unwrap_model(model)
-        if is_peft_model(model):
-            model = model.get_base_model()
-        return "logits_to_keep" in inspect.signature(model.forward).parameters
 
     # ---- Evaluation
 

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from pipeline.length_groups import LengthGroup, over_length_groups
+
 
 def token_log_probs(
     model: nn.Module,
@@ -38,14 +40,17 @@ def token_log_probs(
         Log-probabilities (B, `length`), and the entropies (B, `length`) of the distributions that the tokens
         were drawn from, or None; in nats.
     """
-    size = batch_size or len(ids)
-    scored, entropies = [], []
-    for chunk, mask in zip(ids.split(size), attention_mask.split(size), strict=True):
+
+    def of_group(group: LengthGroup) -> tuple[Tensor, ...]:
+        inputs = group.inputs(model, ids, attention_mask)
         with autocast():
-            logits = model(input_ids=chunk, attention_mask=mask, use_cache=False, logits_to_keep=length + 1).logits
+            logits = model(**inputs, logits_to_keep=group.length + 1).logits
         log_probs = (logits[:, :-1].float() / temperature).log_softmax(-1)
-        scored.append(log_probs.gather(-1, chunk[:, -length:].unsqueeze(-1)).squeeze(-1))
-        if entropy:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
-                entropies.append(-(log_probs.exp() * log_probs).sum(-1))
-    return torch.cat(scored), torch.cat(entropies) if entropy else None
+        scored = log_probs.gather(-1, inputs["input_ids"][:, -group.length :].unsqueeze(-1)).squeeze(-1)
+        if not entropy:
+            return (scored,)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+            return scored, -(log_probs.exp() * log_probs).sum(-1)
+
+    scored, *entropies = over_length_groups(of_group, attention_mask, length, batch_size)
+    return scored, entropies[0] if entropy else None

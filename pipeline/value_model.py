@@ -18,6 +18,8 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTr
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
+from pipeline.length_groups import LengthGroup, over_length_groups
+
 VALUE_MODEL_FOLDER = "value_model"
 """Where in a checkpoint or an output directory the critic is."""
 
@@ -154,13 +156,14 @@ def token_values(
     Returns:
         (B, `length`), in float32.
     """
-    size = batch_size or len(ids)
-    values = []
-    for chunk, chunk_mask in zip(ids.split(size), attention_mask.split(size), strict=True):
+
+    def of_group(group: LengthGroup) -> tuple[Tensor]:
         with autocast():
-            logits = critic(input_ids=chunk, attention_mask=chunk_mask, use_cache=False).logits
-        values.append(logits[:, -length - 1 : -1, 0].float())
-    return torch.cat(values)
+            logits = critic(**group.inputs(critic, ids, attention_mask)).logits
+        return (logits[:, -group.length - 1 : -1, 0].float(),)
+
+    (values,) = over_length_groups(of_group, attention_mask, length, batch_size)
+    return values
 
 
 def save_value_model(critic: PreTrainedModel, folder: str) -> None:
