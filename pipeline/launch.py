@@ -13,6 +13,7 @@ import torch
 
 from pipeline import hardware
 from pipeline.errors import Problem
+from pipeline.memory_allocator import keep_freed_memory
 
 if TYPE_CHECKING:  # their import takes seconds, which `--help` has not
     from transformers import Trainer, TrainingArguments
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 def prepare_process() -> None:
     """Do what must be done before a process builds its training arguments.
 
-    Telemetry is switched off (unless `HF_HUB_DISABLE_TELEMETRY=0` asks for it), all cores of a CPU are used,
+    Telemetry is switched off (unless `HF_HUB_DISABLE_TELEMETRY=0` asks for it), a CPU is made ready,
     log lines go to stderr from the first process only, and the process ends with its launcher.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -41,9 +42,15 @@ def prepare_process() -> None:
     for package in ("pipeline", "recipes"):
         logging.getLogger(package).setLevel(level)
     if hardware.accelerator() is None:
-        torch.set_num_threads(hardware.threads().value)
+        prepare_cpu()
     die_with_launcher()
     leave_group_of_one()
+
+
+def prepare_cpu() -> None:
+    """Let a process compute on all cores that are its share, and keep the memory that it frees."""
+    torch.set_num_threads(hardware.threads().value)
+    keep_freed_memory()
 
 
 def die_with_launcher() -> None:
@@ -103,7 +110,7 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
 
 
 def log_active(trainer: Trainer) -> None:
-    """Log once what a trainer really runs on: processes, sharding, precision, threads, effective batch.
+    """Log once what a trainer really runs on: processes, sharding, precision, threads, memory, effective batch.
 
     Args:
         trainer: A trainer about to train.
@@ -144,12 +151,13 @@ def describe_active(trainer: Trainer) -> dict[str, str]:
     length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
     if length:
         batch += f"; {'' if hasattr(args, 'block_size') else 'up to '}{sequences * length:,} tokens"
-    threads = hardware.threads()
+    threads, kept = hardware.threads(), keep_freed_memory()
     return {
         "processes": processes,
         "sharding": sharding,
         "precision": precision,
         "threads": f"{torch.get_num_threads()} ({threads.reason})" if device == "cpu" else "-",
+        "memory": f"{'kept' if kept.value else 'given back'} when freed ({kept.reason})" if device == "cpu" else "-",
         "compiled": str(bool(args.torch_compile)),
         "batch": batch,
     }

@@ -34,7 +34,7 @@ def token_log_probs(
         temperature: That the logits are divided by.
         entropy: Compute entropies too.
         entropy_gradient: Let gradients through them.
-        autocast: Makes the context of a forward pass.
+        autocast: Makes the context of the forward passes.
 
     Returns:
         Log-probabilities (B, `length`), and the entropies (B, `length`) of the distributions that the tokens
@@ -43,8 +43,7 @@ def token_log_probs(
 
     def of_group(group: LengthGroup) -> tuple[Tensor, ...]:
         inputs = group.inputs(model, ids, attention_mask)
-        with autocast():
-            logits = model(**inputs, logits_to_keep=group.length + 1).logits
+        logits = model(**inputs, logits_to_keep=group.length + 1).logits
         log_probs = (logits[:, :-1].float() / temperature).log_softmax(-1)
         scored = log_probs.gather(-1, inputs["input_ids"][:, -group.length :].unsqueeze(-1)).squeeze(-1)
         if not entropy:
@@ -52,5 +51,6 @@ def token_log_probs(
         with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
             return scored, -(log_probs.exp() * log_probs).sum(-1)
 
-    scored, *entropies = over_length_groups(of_group, attention_mask, length, batch_size)
+    with autocast():  # once, so that the weights are cast once
+        scored, *entropies = over_length_groups(of_group, attention_mask, length, batch_size)
     return scored, entropies[0] if entropy else None

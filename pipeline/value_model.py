@@ -151,18 +151,18 @@ def token_values(
         attention_mask: (B, L).
         length: How many tokens; less than L.
         batch_size: Texts in a forward pass; None for all of them.
-        autocast: Makes the context of a forward pass.
+        autocast: Makes the context of the forward passes.
 
     Returns:
         (B, `length`), in float32.
     """
 
     def of_group(group: LengthGroup) -> tuple[Tensor]:
-        with autocast():
-            logits = critic(**group.inputs(critic, ids, attention_mask)).logits
+        logits = critic(**group.inputs(critic, ids, attention_mask)).logits
         return (logits[:, -group.length - 1 : -1, 0].float(),)
 
-    (values,) = over_length_groups(of_group, attention_mask, length, batch_size)
+    with autocast():  # once, so that the weights are cast once
+        (values,) = over_length_groups(of_group, attention_mask, length, batch_size)
     return values
 
 

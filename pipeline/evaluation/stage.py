@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pipeline import hardware
+from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation import measurements, reward_model
 from pipeline.evaluation.held_out import HeldOut
@@ -59,7 +59,7 @@ def evaluate_stage(
         give the same result, the seconds apart.
     """
     began = time.perf_counter()
-    torch.set_num_threads(hardware.threads().value)
+    launch.prepare_cpu()
     result = StageResult(stage)
     with told_as("--stage", run / stage):
         rewards = is_reward_model(run / stage)

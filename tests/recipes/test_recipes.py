@@ -50,6 +50,7 @@ def test_what_a_run_leaves_loads_by_from_pretrained(whole: tuple[str, Path, str]
         "sharding    none",
         "precision   fp32",
         "threads",
+        "memory",
         "batch       4 seq",
     ):
         assert active in log
