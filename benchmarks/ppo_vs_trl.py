@@ -9,7 +9,7 @@ Both train the run's `2_sft` against its `3_reward` on the same prompts, for the
 PPO epochs, with the same coefficients, batch and learning rate, one after the other on the same machine. TRL
 1.12 is installed into a folder of its own (the last release with a PPO trainer), and shares torch and
 transformers with ours. It ignores `bf16`, so ours runs twice: in float32 too, and as its recipe does on this
-machine. Then each policy answers the held-out prompts, eight times each, and the hidden taste of the simulated
+machine, with eager attention. Then each policy answers the held-out prompts, eight times each, and the hidden taste of the simulated
 annotators and the reward model judge the answers; `over_trl` is the difference on the same prompts.
 
 Prints a table and writes OUTPUT/results.json.
@@ -103,12 +103,13 @@ def rows(args: argparse.Namespace, split: str) -> Any:
 
 
 def load(args: argparse.Namespace, head: str, name: str) -> Any:
-    """One of the run's models, in float32."""
+    """One of the run's models, its weights in float32."""
     import torch
     import transformers
 
     model = getattr(transformers, head)
-    return model.from_pretrained(args.run / name, dtype=torch.float32)
+    attention = {"attn_implementation": "eager"} if args.bf16 else {}
+    return model.from_pretrained(args.run / name, dtype=torch.float32, **attention)
 
 
 def common(args: argparse.Namespace) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def train_ours(args: argparse.Namespace) -> None:
 
     trainer = PPOTrainer(
         load(args, "AutoModelForCausalLM", "2_sft"),
-        [str(args.run / "3_reward")],
+        [load(args, "AutoModelForSequenceClassification", "3_reward")],
         PPOConfig(
             **common(args),
             max_steps=math.ceil(args.episodes / args.batch_size) * args.epochs,
