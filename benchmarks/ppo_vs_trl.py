@@ -9,8 +9,9 @@ Both train the run's `2_sft` against its `3_reward` on the same prompts, for the
 PPO epochs, with the same coefficients, batch and learning rate, one after the other on the same machine. TRL
 1.12 is installed into a folder of its own (the last release with a PPO trainer), and shares torch and
 transformers with ours. It ignores `bf16`, so ours runs twice: in float32 too, and as its recipe does on this
-machine, with eager attention. Then each policy answers the held-out prompts, eight times each, and the hidden taste of the simulated
-annotators and the reward model judge the answers; `over_trl` is the difference on the same prompts.
+machine, with eager attention. Then each policy answers the held-out prompts, eight times each, and the hidden
+taste of the simulated annotators and the reward model judge the answers; `over_trl` is the difference on the
+same prompts.
 
 Prints a table and writes OUTPUT/results.json.
 """
@@ -149,8 +150,8 @@ def measure(args: argparse.Namespace, train: Any) -> None:
     (args.output / "measured.json").write_text(json.dumps(measured) + "\n")
 
 
-def train_trl(args: argparse.Namespace) -> None:
-    """TRL 1.12's trainer, as its own example script uses it."""
+def build_trl(args: argparse.Namespace, **options: Any) -> Any:
+    """TRL 1.12's trainer, as its own example script uses it; `options` are further ones of its configuration."""
     from transformers import AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -160,17 +161,20 @@ def train_trl(args: argparse.Namespace) -> None:
         text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
-    prompts = rows(args, "train")
-    trainer = PPOTrainer(
+    prompts, held_out = rows(args, "train"), rows(args, "validation")
+    return PPOTrainer(
         args=PPOConfig(
-            **common(args),
-            total_episodes=args.episodes,
-            num_ppo_epochs=args.epochs,
-            num_mini_batches=1,
-            local_rollout_forward_batch_size=args.batch_size,
-            response_length=args.max_completion_length,
-            stop_token="eos",
-            num_sample_generations=0,
+            **common(args)
+            | {
+                "total_episodes": args.episodes,
+                "num_ppo_epochs": args.epochs,
+                "num_mini_batches": 1,
+                "local_rollout_forward_batch_size": args.batch_size,
+                "response_length": args.max_completion_length,
+                "stop_token": "eos",
+                "num_sample_generations": 0,
+            }
+            | options
         ),
         processing_class=tokenizer,
         model=load(args, "AutoModelForCausalLM", "2_sft"),
@@ -178,33 +182,47 @@ def train_trl(args: argparse.Namespace) -> None:
         reward_model=load(args, "AutoModelForSequenceClassification", "3_reward"),
         value_model=load(args, "AutoModelForSequenceClassification", "3_reward"),
         train_dataset=prompts.map(tokenize, remove_columns=prompts.column_names),
-        eval_dataset=prompts.select(range(1)).map(tokenize, remove_columns=prompts.column_names),
+        eval_dataset=held_out.select(range(8)).map(tokenize, remove_columns=prompts.column_names),
     )
-    measure(args, trainer.train)
-    trainer.policy_model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
 
 
-def train_ours(args: argparse.Namespace) -> None:
+def build_ours(args: argparse.Namespace, **options: Any) -> Any:
     """Ours, from the same weights, with the same loss."""
     from transformers import AutoTokenizer
 
     from pipeline import hardware
     from pipeline.ppo import PPOConfig, PPOTrainer
 
-    trainer = PPOTrainer(
+    return PPOTrainer(
         load(args, "AutoModelForCausalLM", "2_sft"),
         [load(args, "AutoModelForSequenceClassification", "3_reward")],
         PPOConfig(
-            **common(args),
-            max_steps=math.ceil(args.episodes / args.batch_size) * args.epochs,
-            num_iterations=args.epochs,
-            max_completion_length=args.max_completion_length,
-            use_cpu=hardware.accelerator() is None,
+            **common(args)
+            | {
+                "max_steps": math.ceil(args.episodes / args.batch_size) * args.epochs,
+                "num_iterations": args.epochs,
+                "max_completion_length": args.max_completion_length,
+                "use_cpu": hardware.accelerator() is None,
+            }
+            | options
         ),
         rows(args, "train"),
+        rows(args, "validation").select(range(8)),
         processing_class=AutoTokenizer.from_pretrained(args.run / "2_sft"),
     )
+
+
+def train_trl(args: argparse.Namespace) -> None:
+    """Train TRL's, and save its policy."""
+    trainer = build_trl(args)
+    measure(args, trainer.train)
+    trainer.policy_model.save_pretrained(args.output)
+    trainer.processing_class.save_pretrained(args.output)
+
+
+def train_ours(args: argparse.Namespace) -> None:
+    """Train and save ours."""
+    trainer = build_ours(args)
     measure(args, trainer.train)
     trainer.save_model()
 
