@@ -18,22 +18,18 @@ from pipeline.evaluation.writing import StageResult
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[dict[str, str]]],
-    batch_size: int = 64,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]
 ) -> list[float]:
-    """The model's score of each conversation, which ends with the assistant's answer."""
+    """The model's score of each conversation, which ends with the assistant's answer.
+
+    Each is scored by itself. In a batch the sums of a matrix multiplication are made in another order, and a score
+    would depend, in its last bits, on what else is scored and on where the padding is.
+    """
     model.eval()
-    encoded = [tokenizer.apply_chat_template(list(c), return_dict=False) for c in conversations]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    scores = [0.0] * len(encoded)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt", padding_side="right")
-        logits = model(**batch.to(model.device)).logits[:, 0].float()
-        for index, value in zip(chosen, logits.tolist(), strict=True):
-            scores[index] = value
+    scores = []
+    for conversation in conversations:
+        ids = tokenizer.apply_chat_template(list(conversation), return_dict=False)
+        scores.append(float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0]))
     return scores
 
 

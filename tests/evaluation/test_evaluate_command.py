@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClass
 from pipeline.__main__ import main
 from pipeline.evaluation.held_out import pick
 from pipeline.evaluation.prompts import FIXED_PROMPTS
-from pipeline.evaluation.reward_model import score
 
 
 def user(content):
@@ -202,14 +201,6 @@ def test_a_reward_model_is_measured_on_pairs(run):
     assert 0 <= metrics["reward_calibration_error"]["value"] <= 1
     assert {example["metric"] for example in examples} == {"reward_accuracy", "reward_accuracy_noise_free"}
     assert result["answers"] == []
-
-
-def test_scores_do_not_depend_on_the_batch(run):
-    model, tokenizer = write_reward_model(run)
-    conversations = [user("Hi") + assistant("A cat sat. " * n) for n in (1, 5, 2)]
-    assert score(model, tokenizer, conversations, batch_size=3) == pytest.approx(
-        score(model, tokenizer, conversations, batch_size=1), abs=1e-6
-    )
 
 
 @pytest.mark.parametrize(

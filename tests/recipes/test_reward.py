@@ -1,56 +1,89 @@
-"""The reward model scores an answer alike, wherever the padding is and whatever it is batched with."""
+"""The reward model that is saved scores as the one that was trained, wherever the padding is and whatever the batch."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from small_model import conversation, run_recipe
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from small_model import conversation, recipe_command
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from trl import ModelConfig, RewardConfig
+
+from pipeline import training
+from pipeline.arguments import DataArguments, parse
+from pipeline.evaluation.reward_model import score
+from pipeline.optimizer import OptimizerArguments
+from recipes import reward
 
 TOLERANCE = 1e-6
-"""In float32: padding changes the order of sums. The scores of the same batch are the same to the bit."""
+"""In float32: padding and batch change the order of sums, and padding on the left also the positions."""
+
+CONVERSATIONS = [conversation("What?" * n, "That. " * n) for n in (1, 4, 9, 2)]
+TOGETHER = [[0, 1, 2, 3]]
+BATCHES = [TOGETHER, [[0, 1, 2], [3]], [[0], [1], [2], [3]], [[3, 2, 1, 0]]]
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """The model in memory, as the recipe leaves it, and where it was saved."""
     folder = tmp_path_factory.mktemp("reward")
-    result = run_recipe("reward", folder / "inputs", "--output_dir", str(folder / "output"))
-    assert result.returncode == 0, result.stderr
-    return folder / "output"
+    # Mixed precision would stay with the model in memory.
+    options = ["--bf16", "false", "--output_dir", str(folder / "output")]
+    arguments = recipe_command("reward", folder / "inputs", *options)[2:]
+    trainers = []
+
+    def keep(trainer: Any, *rest: Any) -> None:
+        trainers.append(trainer)
+        train_and_save(trainer, *rest)
+
+    train_and_save = training.train_and_save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_and_save", keep)
+        reward.main(*parse(DataArguments, RewardConfig, ModelConfig, OptimizerArguments, argv=arguments))
+    return trainers[0].model.eval(), folder / "output"
 
 
-def scores(folder: Path, batches: list[list[str]], side: str) -> torch.Tensor:
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+def scores(model: PreTrainedModel, folder: Path, batches: list[list[int]], side: str) -> torch.Tensor:
+    """In the order of `CONVERSATIONS`."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
-    found = []
-    for texts in batches:
-        encoded = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    texts = tokenizer.apply_chat_template(CONVERSATIONS, tokenize=False)
+    found = torch.empty(len(texts))
+    for batch in batches:
+        encoded = tokenizer([texts[i] for i in batch], padding=True, add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():
-            logits = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
-        found.append(logits[:, 0])
-    return torch.cat(found)
+            found[batch] = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits[:, 0]
+    return found
 
 
-def test_padding_and_batches_do_not_matter(output: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    texts = [
-        tokenizer.apply_chat_template(conversation("What?" * n, "That. " * n), tokenize=False) for n in (1, 4, 9, 2)
-    ]
-    alone = scores(output, [[text] for text in texts], "right")
-    assert alone.std() > 1e-3, "they are told apart"
-    for side in ("left", "right"):
-        torch.testing.assert_close(scores(output, [texts], side), alone, atol=TOLERANCE, rtol=0)
-        torch.testing.assert_close(scores(output, [texts[:3], texts[3:]], side), alone, atol=TOLERANCE, rtol=0)
-        assert torch.equal(scores(output, [texts], side), scores(output, [texts], side))
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batches", BATCHES, ids=str)
+def test_saved_and_loaded_it_scores_as_it_did(
+    trained: tuple[PreTrainedModel, Path], side: str, batches: list[list[int]]
+) -> None:
+    """Bit for bit."""
+    model, folder = trained
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    found = scores(loaded, folder, batches, side)
+    assert found.std() > 1e-3, "they are told apart"
+    assert torch.equal(found, scores(model, folder, batches, side))
+    torch.testing.assert_close(found, scores(loaded, folder, TOGETHER, "right"), atol=TOLERANCE, rtol=0)
 
 
-def test_it_learned_which_answer_is_preferred(output: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    texts = [
-        tokenizer.apply_chat_template(conversation("What is 77?", answer), tokenize=False)
-        for answer in ("It is 77.", "I do not know. No. No.")
-    ]
-    better, worse = scores(output, [texts], "right")
+def test_the_evaluation_scores_a_conversation_alike_in_any_company(trained: tuple[PreTrainedModel, Path]) -> None:
+    """Bit for bit."""
+    model, folder = trained
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    together = score(model, tokenizer, CONVERSATIONS)
+    assert score(model, tokenizer, CONVERSATIONS[::-1])[::-1] == together
+    assert [score(model, tokenizer, [one])[0] for one in CONVERSATIONS] == together
+    batched = scores(model, folder, TOGETHER, "right")
+    torch.testing.assert_close(torch.tensor(together), batched, atol=TOLERANCE, rtol=0)
+
+
+def test_it_learned_which_answer_is_preferred(trained: tuple[PreTrainedModel, Path]) -> None:
+    model, folder = trained
+    answers = [conversation("What is 77?", answer) for answer in ("It is 77.", "I do not know. No. No.")]
+    better, worse = score(model, AutoTokenizer.from_pretrained(folder), answers)
     assert better > worse
