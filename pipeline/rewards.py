@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib
-import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +29,7 @@ from pipeline.answers import (
 )
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.grading import extract_code
+from pipeline.own_rewards import load_function
 
 __all__ = [
     "answer_format",
@@ -256,35 +255,12 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
 def _load(name: str, field: str) -> Callable[..., Any]:
     if name in REWARDS:
         return REWARDS[name]
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         nearest = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "no such reward."
         known = ", ".join(REWARDS)
         raise UserError(Problem(field, name, f"{hint} Known: {known}; or write package.module:function"))
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(Problem(field, name, f"cannot import {module_name or '(nothing)'} ({reason})")) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        nearest = difflib.get_close_matches(function_name, callables, n=1)
-        hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
-        raise UserError(Problem(field, name, f"{module_name} has no function {function_name or '(nothing)'}{hint}"))
-    if not _takes_columns(function):
-        remedy = "TRL hands it every column by name; let it take them: f(completions, **columns)"
-        raise UserError(Problem(field, name, remedy))
-    return function
-
-
-def _takes_columns(function: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):  # some functions written in C have none
-        return False
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return load_function(name, field)
 
 
 def _check(rewards: Rewards, pending: list[tuple[int, tuple[str, str | None]]]) -> None:

@@ -54,6 +54,11 @@ def share_of_red(completions: list[Any], **kwargs: Any) -> list[float]:
     return [text.count("red") / max(len(text), 1) for text in texts]
 
 
+def its_text(completions: list[Any], **kwargs: Any) -> list[Any]:
+    """No reward: text instead of numbers."""
+    return [completion[0]["content"] for completion in completions]
+
+
 def config(output_dir: Any, **changes: Any) -> PPOConfig:
     """One CPU process, fp32, everything logged at each step."""
     defaults: dict[str, Any] = {

@@ -249,6 +249,42 @@ def test_rewards_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert brief.__module__ in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        ("['good', 1.0]", "returned str 'good' among the rewards; return a list with a number, or None"),
+        ("[1.0]", "returned 1 rewards; return a list with a number, or None, for each of the 2 completions"),
+        ("[1.0, [0.5]]", "returned list '[0.5]' among the rewards"),
+        ("None", "returned NoneType 'None'"),
+        ("'ab'", "returned str 'ab';"),
+        ("0.5", "returned float '0.5'"),
+        ("{'a': 1.0, 'b': 2.0}", "returned dict"),
+        ("(r for r in [1.0, 2.0])", "returned generator"),
+        ("[1.0, None]", None),
+        ("(1, True)", None),
+        ("numpy.array([0.5, numpy.nan])", None),
+        ("torch.tensor([0.5, 1.0])", None),
+        ("[torch.tensor(0.5), numpy.float32(1)]", None),
+    ],
+)
+def test_what_a_reward_of_ones_own_returns_is_checked(
+    returned: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = f"import numpy, torch\ndef mine(completions, **columns):\n    return {returned}\n"
+    (tmp_path / "returning.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "returning", raising=False)
+    (mine,) = load_rewards(["returning:mine"])
+    assert mine.__name__ == "mine"
+    if told is None:
+        assert len(mine(completions=["a", "b"], prompts=["", ""])) == 2
+        return
+    with pytest.raises(UserError) as caught:
+        mine(completions=["a", "b"], prompts=["", ""])
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.value) == ("reward_funcs", "returning:mine") and told in problem.remedy
+
+
 def test_the_hidden_taste_is_the_annotators() -> None:
     answers = ["In the forest.", "In the sea. Thank you.", "", "def f(): pass"]
     columns: dict[str, Any] = {

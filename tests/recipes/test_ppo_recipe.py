@@ -69,6 +69,13 @@ def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_reward_function_that_returns_no_numbers(options: list[str]) -> None:
+    refused = run("recipes.ppo", *options, "--reward_funcs", "tests.ppo_toy:its_text")
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+    assert "\nreward_funcs: tests.ppo_toy:its_text: returned str " in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

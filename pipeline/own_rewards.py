@@ -1,0 +1,73 @@
+"""Reward functions that the user wrote: found by name, and held to what TRL's trainers expect of one."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from pipeline.errors import Problem, UserError
+
+
+def load_function(name: str, field: str) -> Callable[..., Any]:
+    """The function `package.module:function`, which from now on tells what is wrong with its rewards.
+
+    Args:
+        name: of the function.
+        field: what the YAML key is called, for messages.
+
+    Raises:
+        UserError: there is no such function, or none that can be called as a reward.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(Problem(field, name, f"cannot import {module_name or '(nothing)'} ({reason})")) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        nearest = difflib.get_close_matches(function_name, callables, n=1)
+        hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
+        raise UserError(Problem(field, name, f"{module_name} has no function {function_name or '(nothing)'}{hint}"))
+    if not _takes_columns(function):
+        remedy = "TRL hands it every column by name; let it take them: f(completions, **columns)"
+        raise UserError(Problem(field, name, remedy))
+    return function if inspect.iscoroutinefunction(function) else _checked(name, field, function)
+
+
+def _takes_columns(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):  # some functions written in C have none
+        return False
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _checked(name: str, field: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, but for a `UserError` where it returns anything but a number or None a completion."""
+
+    @functools.wraps(function)
+    def checked(completions: Sequence[Any], **columns: Any) -> Any:
+        rewards = function(completions=completions, **columns)
+        expected = f"return a list with a number, or None, for each of the {len(completions)} completions"
+        if isinstance(rewards, str | Mapping) or not isinstance(rewards, Collection):
+            raise UserError(Problem(field, name, f"returned {_shown(rewards)}; {expected}"))
+        if len(rewards) != len(completions):
+            raise UserError(Problem(field, name, f"returned {len(rewards)} rewards; {expected}"))
+        for reward in rewards:
+            if not (reward is None or isinstance(reward, Real) or getattr(reward, "ndim", None) == 0):
+                raise UserError(Problem(field, name, f"returned {_shown(reward)} among the rewards; {expected}"))
+        return rewards
+
+    return checked
+
+
+def _shown(value: object) -> str:
+    """What a value is, and the beginning of it."""
+    return f"{type(value).__name__} {str(value)[:40]!r}"
