@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel, is_peft_model
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -34,30 +35,30 @@ class LengthGroup:
     columns: slice
     length: int
 
-    def inputs(self, model: nn.Module, ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        """Arguments of a forward pass. Positions are counted from each text's first token, as they are when it is
-        sampled, so that they do not depend on the group either.
-
-        Args:
-            model: In whatever wrapper.
-            ids: (B, L), of the whole batch.
-            attention_mask: (B, L).
-        """
-        mask = attention_mask[self.rows, self.columns]
-        given = {"input_ids": ids[self.rows, self.columns], "attention_mask": mask, "use_cache": False}
-        if accepts(model, "position_ids"):
-            given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        return given
+    def of(self, batch: Tensor) -> Tensor:
+        """(R, `columns`), this group's part of a batch (B, L)."""
+        return batch[self.rows, self.columns]
 
 
 def over_length_groups(
-    compute: Callable[[LengthGroup], tuple[Tensor, ...]], attention_mask: Tensor, length: int, batch_size: int | None
+    compute: Callable[[dict[str, Any], int], tuple[Tensor, ...]],
+    model: nn.Module,
+    ids: Tensor,
+    attention_mask: Tensor,
+    length: int,
+    batch_size: int | None,
 ) -> tuple[Tensor, ...]:
     """Compute something for each token of the completions, group by group.
 
+    Positions are counted from each text's first token, as they are when it is sampled, so that they do not depend on
+    the group either.
+
     Args:
-        compute: Gives for a group any number of tensors (R, `group.length`).
-        attention_mask: (B, L), of prompts padded on the left with completions padded on the right.
+        compute: Of the arguments of the model's forward pass, and the length of the group's completions: any number
+            of tensors (R, that length).
+        model: In whatever wrapper.
+        ids: (B, L), of prompts padded on the left with completions padded on the right.
+        attention_mask: (B, L).
         length: Columns of the completions, which are the last.
         batch_size: Texts in a group, at most; None for all of them.
 
@@ -65,9 +66,16 @@ def over_length_groups(
         As many tensors (B, `length`), 0 where no text of the group has a token.
     """
     groups = length_groups(attention_mask, length, batch_size)
-    parts = zip(*map(compute, groups), strict=True)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0) if accepts(model, "position_ids") else None
+    parts = []
+    for group in groups:
+        inputs = {"input_ids": group.of(ids), "attention_mask": group.of(attention_mask), "use_cache": False}
+        if positions is not None:
+            inputs["position_ids"] = group.of(positions)
+        computed = compute(inputs, group.length)
+        parts.append([pad(part, (0, length - group.length)) for part in computed])
     place = torch.cat([group.rows for group in groups]).argsort()
-    return tuple(torch.cat([pad(part, (0, length - part.shape[1])) for part in several])[place] for several in parts)
+    return tuple(torch.cat(several)[place] for several in zip(*parts, strict=True))
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
@@ -78,12 +86,12 @@ def accepts(model: nn.Module, argument: str) -> bool:
         argument: The name.
     """
     model = extract_model_from_parallel(model)
-    model = model.get_base_model() if is_peft_model(model) else model
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     return argument in inspect.signature(model.forward).parameters
 
 
 def length_groups(attention_mask: Tensor, length: int, batch_size: int | None) -> list[LengthGroup]:
-    """Every text of a batch in one group. Arguments as of `over_length_groups`."""
+    """Groups that hold every text of a batch once. Arguments as of `over_length_groups`."""
     size = batch_size or len(attention_mask)
     if attention_mask.device.type == "cpu":
         size = min(size, CPU_ROWS)

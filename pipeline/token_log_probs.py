@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.length_groups import LengthGroup, over_length_groups
+from pipeline.length_groups import over_length_groups
 
 
 def token_log_probs(
@@ -41,16 +42,15 @@ def token_log_probs(
         were drawn from, or None; in nats.
     """
 
-    def of_group(group: LengthGroup) -> tuple[Tensor, ...]:
-        inputs = group.inputs(model, ids, attention_mask)
-        logits = model(**inputs, logits_to_keep=group.length + 1).logits
-        log_probs = (logits[:, :-1].float() / temperature).log_softmax(-1)
-        scored = log_probs.gather(-1, inputs["input_ids"][:, -group.length :].unsqueeze(-1)).squeeze(-1)
+    def of_group(inputs: dict[str, Any], kept: int) -> tuple[Tensor, ...]:
+        logits = model(**inputs, logits_to_keep=kept + 1).logits[:, :-1].float()
+        log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        scored = log_probs.gather(-1, inputs["input_ids"][:, -kept:].unsqueeze(-1)).squeeze(-1)
         if not entropy:
             return (scored,)
         with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
             return scored, -(log_probs.exp() * log_probs).sum(-1)
 
     with autocast():  # once, so that the weights are cast once
-        scored, *entropies = over_length_groups(of_group, attention_mask, length, batch_size)
+        scored, *entropies = over_length_groups(of_group, model, ids, attention_mask, length, batch_size)
     return scored, entropies[0] if entropy else None

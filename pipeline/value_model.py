@@ -18,7 +18,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTr
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
-from pipeline.length_groups import LengthGroup, over_length_groups
+from pipeline.length_groups import over_length_groups
 
 VALUE_MODEL_FOLDER = "value_model"
 """Where in a checkpoint or an output directory the critic is."""
@@ -157,12 +157,11 @@ def token_values(
         (B, `length`), in float32.
     """
 
-    def of_group(group: LengthGroup) -> tuple[Tensor]:
-        logits = critic(**group.inputs(critic, ids, attention_mask)).logits
-        return (logits[:, -group.length - 1 : -1, 0].float(),)
+    def of_group(inputs: dict[str, Any], kept: int) -> tuple[Tensor]:
+        return (critic(**inputs).logits[:, -kept - 1 : -1, 0].float(),)
 
     with autocast():  # once, so that the weights are cast once
-        (values,) = over_length_groups(of_group, attention_mask, length, batch_size)
+        (values,) = over_length_groups(of_group, critic, ids, attention_mask, length, batch_size)
     return values
 
 
