@@ -63,7 +63,8 @@ def over_length_groups(
         batch_size: Texts in a group, at most; None for all of them.
 
     Returns:
-        As many tensors (B, `length`), 0 where no text of the group has a token.
+        As many tensors (B, `length`), 0 where a text has no token: what a model says of padding depends on the group,
+        and two such numbers may be far apart.
     """
     groups = length_groups(attention_mask, length, batch_size)
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0) if accepts(model, "position_ids") else None
@@ -72,7 +73,8 @@ def over_length_groups(
         inputs = {"input_ids": group.of(ids), "attention_mask": group.of(attention_mask), "use_cache": False}
         if positions is not None:
             inputs["position_ids"] = group.of(positions)
-        computed = compute(inputs, group.length)
+        absent = inputs["attention_mask"][:, -group.length :] == 0
+        computed = (part.masked_fill(absent, 0.0) for part in compute(inputs, group.length))
         parts.append([pad(part, (0, length - group.length)) for part in computed])
     place = torch.cat([group.rows for group in groups]).argsort()
     return tuple(torch.cat(several)[place] for several in zip(*parts, strict=True))
