@@ -7,8 +7,9 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from numbers import Real
-from typing import Any
+from typing import Any, SupportsFloat
+
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.errors import Problem, UserError
 
@@ -38,7 +39,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     if not _takes_columns(function):
         remedy = "TRL hands it every column by name; let it take them: f(completions, **columns)"
         raise UserError(Problem(field, name, remedy))
-    return function if inspect.iscoroutinefunction(function) else _checked(name, field, function)
+    return function if is_async_callable(function) else _checked(name, field, function)
 
 
 def _takes_columns(function: Callable[..., Any]) -> bool:
@@ -61,10 +62,12 @@ def _checked(name: str, field: str, function: Callable[..., Any]) -> Callable[..
         if len(rewards) != len(completions):
             raise UserError(Problem(field, name, f"returned {len(rewards)} rewards; {expected}"))
         for reward in rewards:
-            if not (reward is None or isinstance(reward, Real) or getattr(reward, "ndim", None) == 0):
+            number = isinstance(reward, SupportsFloat) and not isinstance(reward, str)  # NumPy's text supports it, too
+            if not (reward is None or (number and getattr(reward, "ndim", 0) == 0)):
                 raise UserError(Problem(field, name, f"returned {_shown(reward)} among the rewards; {expected}"))
         return rewards
 
+    checked.__name__ = get_callable_name(function)  # which TRL logs the reward under
     return checked
 
 

@@ -56,7 +56,9 @@ def check_rewards(
     twice = sorted({name for name in functions if list(functions).count(name) > 1})
     problems += [Problem("reward_funcs", name, "is named twice; give it more weight instead") for name in twice]
     for index, (name, function) in enumerate(zip(functions, loaded, strict=True), start=len(models)):
-        if function in MEASURED_ONLY and (weights is None or (len(weights) == number and weights[index] != 0)):
+        if inspect.unwrap(function) in MEASURED_ONLY and (
+            weights is None or (len(weights) == number and weights[index] != 0)
+        ):
             remedy = f"{name} is for measuring, and must not be trained on: give it the weight 0"
             problems.append(Problem("reward_weights", weights[index] if weights else "nothing", remedy))
         if train is not None:

@@ -1,6 +1,7 @@
 # ruff: noqa: E501 - rows of a table read better on one line
 """Tables of completions and references; no model."""
 
+import asyncio
 import sys
 import threading
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.annotators import taste
 from pipeline.answers import count_answers, extract_answer, number
@@ -260,6 +262,8 @@ def test_rewards_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("0.5", "returned float '0.5'"),
         ("{'a': 1.0, 'b': 2.0}", "returned dict"),
         ("(r for r in [1.0, 2.0])", "returned generator"),
+        ("numpy.array(['1', '2'])", "returned str_ '1' among the rewards"),
+        ("[1.0, decimal.Decimal('0.5')]", None),
         ("[1.0, None]", None),
         ("(1, True)", None),
         ("numpy.array([0.5, numpy.nan])", None),
@@ -270,7 +274,7 @@ def test_rewards_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_a_reward_of_ones_own_returns_is_checked(
     returned: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = f"import numpy, torch\ndef mine(completions, **columns):\n    return {returned}\n"
+    source = f"import decimal, numpy, torch\ndef mine(completions, **columns):\n    return {returned}\n"
     (tmp_path / "returning.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "returning", raising=False)
@@ -283,6 +287,19 @@ def test_what_a_reward_of_ones_own_returns_is_checked(
         mine(completions=["a", "b"], prompts=["", ""])
     (problem,) = caught.value.problems
     assert (problem.field, problem.value) == ("reward_funcs", "returning:mine") and told in problem.remedy
+
+
+def test_a_reward_of_ones_own_may_be_an_object_or_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "objects.py").write_text(
+        "class Length:\n    def __call__(self, completions, **columns):\n        return [1.0] * len(completions)\n"
+        "class Judge:\n    async def __call__(self, completions, **columns):\n        return [1.0] * len(completions)\n"
+        "length, judge = Length(), Judge()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    length, judge = load_rewards(["objects:length", "objects:judge"])
+    assert length(completions=["a"]) == [1.0] and get_callable_name(length) == "Length"
+    assert is_async_callable(judge) and get_callable_name(judge) == "Judge"
+    assert asyncio.run(judge(completions=["a"])) == [1.0]
 
 
 def test_the_hidden_taste_is_the_annotators() -> None:
