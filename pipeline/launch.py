@@ -151,13 +151,16 @@ def describe_active(trainer: Trainer) -> dict[str, str]:
     length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
     if length:
         batch += f"; {'' if hasattr(args, 'block_size') else 'up to '}{sequences * length:,} tokens"
-    threads, kept = hardware.threads(), keep_freed_memory()
+    threads, memory = hardware.threads(), "-"
+    if device == "cpu":
+        kept = keep_freed_memory()
+        memory = f"{'kept' if kept.value else 'given back'} when freed ({kept.reason})"
     return {
         "processes": processes,
         "sharding": sharding,
         "precision": precision,
         "threads": f"{torch.get_num_threads()} ({threads.reason})" if device == "cpu" else "-",
-        "memory": f"{'kept' if kept.value else 'given back'} when freed ({kept.reason})" if device == "cpu" else "-",
+        "memory": memory,
         "compiled": str(bool(args.torch_compile)),
         "batch": batch,
     }

@@ -14,13 +14,15 @@ from pipeline import memory_allocator
 ROOT = Path(__file__).parent.parent
 FAULTS = """
 import resource, torch
+from pipeline import launch
 from pipeline.memory_allocator import keep_freed_memory
-torch.set_num_threads(1)
-kept = keep_freed_memory()
+launch.prepare_cpu()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.ones(4, 1 << 20).exp()
-print(int(kept.value), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, kept.reason)
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+kept = keep_freed_memory()
+print(int(kept.value), faults, kept.reason)
 """
 GLIBC = memory_allocator.platform.libc_ver()[0] == "glibc"
 
