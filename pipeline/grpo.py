@@ -15,6 +15,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from pipeline.divergence import stop_on_broken_rewards
 from pipeline.epoch_sampler import EpochSampler
 from pipeline.length_groups import accepts
+from pipeline.renamed_weights import load_renamed_weights
 from pipeline.rollout_file import load_rollout, save_rollout
 from pipeline.token_log_probs import token_log_probs
 
@@ -104,6 +105,14 @@ class GRPOTrainer(TRLGRPOTrainer):
             return super().evaluation_loop(*args, **kwargs)
 
     # ---- Checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_renamed_weights(self, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_renamed_weights(self, self.state.best_model_checkpoint)
 
     def _rollout_state(self) -> dict[str, Any]:
         """What a process's next step depends on beside the rollout; anything that JSON can hold."""

@@ -24,6 +24,7 @@ class PPOConfig(GRPOConfig):
     Some fields of `GRPOConfig` have another meaning or default: `num_generations` is how many completions are
     sampled for each prompt (1; they are not compared with each other), `num_iterations` how many PPO epochs
     are made over them (4). The advantage is no longer relative to a group, so `scale_rewards` has no effect.
+    `disable_dropout` is True: with dropout, a token's probability ratio is not 1 before the first update.
     `loss_type` stays "dapo": the mean over all real tokens of an optimizer step, however it is split over
     processes and accumulation.
 
@@ -59,6 +60,7 @@ class PPOConfig(GRPOConfig):
         default=None, metadata={"help": "The same in evaluation. Default: `num_generations`."}
     )
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Train policy and critic without dropout."})
     kl_coef: float = field(default=0.05, metadata={"help": "Reward taken away for each nat of KL, at each token."})
     kl_estimator: str = field(
         default="k1", metadata={"help": "Estimator of the KL at a token.", "choices": ["k1", "k3"]}

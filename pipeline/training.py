@@ -19,6 +19,7 @@ from pipeline import checkpoints, launch, manifest, output_directory, preparatio
 from pipeline.divergence import stop_on_divergence
 from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.interrupts import InterruptCallback
+from pipeline.renamed_weights import resume_renamed_weights
 from pipeline.throughput import ThroughputCallback
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
     launch.log_active(trainer)
     drop_incomplete_batches(trainer)
     checkpoints.protect(trainer)
+    resume_renamed_weights(trainer)
     stop_on_divergence(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)

@@ -1,7 +1,8 @@
 """The critic of PPO: a language model with one scalar output at each token.
 
 It is transformers' token classification model with one label, so that it trains, is saved and loads like any
-other: `AutoModelForTokenClassification.from_pretrained("<run>/value_model")`.
+other: `AutoModelForTokenClassification.from_pretrained("<run>/value_model")`, if transformers has such a classifier of
+its architecture. A critic of any architecture loads as `PPOTrainer(value_model="<run>/value_model")`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
@@ -25,6 +26,9 @@ VALUE_MODEL_FOLDER = "value_model"
 
 HEAD_NAMES = ("score", "classifier")
 """What transformers calls the linear head of its classifiers."""
+
+PEFT_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+"""What PEFT puts into the names of weights that it wraps."""
 
 
 def token_scalar_class(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -41,13 +45,14 @@ def token_scalar_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """
     if type(model.config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         return MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(model.config)]
-    base = next(
+    base: type[PreTrainedModel] = next(
         cls
         for cls in type(model).__mro__
         if cls.__module__.startswith("transformers.") and cls.__name__.endswith("PreTrainedModel")
     )
     name = base.__name__.removesuffix("PreTrainedModel") + "ForTokenClassification"
-    return type(name, (GenericForTokenClassification, base), {})
+    own = {"config_class": type(model.config), "base_model_prefix": base.base_model_prefix}
+    return type(name, (GenericForTokenClassification, base), own)
 
 
 def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
@@ -74,22 +79,18 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     critic.to(device=source.device, dtype=source.dtype)
 
     head_name, head = _head(critic)
-    output_head = source.get_output_embeddings()
-    left_out = {
-        f"{name}." for name, module in source.named_modules() if output_head is not None and module is output_head
-    }
+    wanted = critic.state_dict().keys()
     state = {}
     for name, weight in source.state_dict().items():
-        if ".lora_" in name or name.startswith(tuple(left_out)):
-            continue
-        owner, _, rest = name.replace(".base_layer.", ".").partition(".")
-        state[f"{head_name if owner in HEAD_NAMES else owner}.{rest}"] = weight
-    missing, unexpected = critic.load_state_dict(state, strict=False)
+        owner, *rest = (part for part in name.split(".") if part not in PEFT_WRAPPERS)
+        own = ".".join([head_name if owner in HEAD_NAMES else owner, *rest])
+        if own in wanted:  # not so the output head, and adapters
+            state[own] = weight
+    missing, _ = critic.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.startswith(f"{head_name}.")]
-    if missing or unexpected:
+    if missing:
         raise ValueError(
-            f"{type(source).__name__} cannot become a critic (weights missing: {missing}, unexpected: "
-            f"{unexpected}): pass your own `value_model`"
+            f"{type(source).__name__} cannot become a critic (weights missing: {missing}): pass your own `value_model`"
         )
     with torch.no_grad():
         if f"{head_name}.weight" not in state:
@@ -120,7 +121,9 @@ def build_value_model(
         The critic, which pads as the policy does.
     """
     if isinstance(value_model, str):
-        critic = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1, dtype=policy.dtype)
+        same = type(AutoConfig.from_pretrained(value_model)) is type(policy.config)
+        kind = token_scalar_class(policy) if same else AutoModelForTokenClassification
+        critic = kind.from_pretrained(value_model, num_labels=1, dtype=policy.dtype)
     elif value_model is not None:
         critic = value_model
     elif (
@@ -179,7 +182,7 @@ def load_value_model(critic: PreTrainedModel, folder: str) -> None:
     saved_in = os.path.join(folder, VALUE_MODEL_FOLDER)
     if not os.path.isdir(saved_in):
         raise ValueError(f"{folder} has no {VALUE_MODEL_FOLDER}/: no checkpoint of PPOTrainer")
-    saved = type(critic).from_pretrained(saved_in, dtype=critic.dtype)
+    saved = type(critic).from_pretrained(saved_in, config=critic.config, dtype=critic.dtype)
     critic.load_state_dict(saved.state_dict())
 
 

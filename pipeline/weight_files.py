@@ -24,20 +24,18 @@ def find_fault(folder: Path, model: Any) -> str | None:
     Returns:
         What is wrong and what to do, or `None`.
     """
-    files = _files(folder)
-    if not files:
+    if not _files(folder):
         if any(folder.glob("*.bin")):
             return "holds its weights as a pickle, which may run code; save the model as safetensors"
         return f"holds no weights ({WEIGHTS})"
-    shapes: dict[str, list[int]] = {}
-    for file in files:
+    for file in _files(folder):
         if not file.exists():
             return f"holds no {file.name}, which its index lists; copy the model again"
         try:
-            with safe_open(file, framework="pt") as weights:
-                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+            _shapes(file)
         except (SafetensorError, OSError) as error:
             return f"{file.name} is damaged ({' '.join(str(error).split())}); copy the model again"
+    shapes = stored_shapes(folder)
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     other = [name for name, shape in wanted.items() if name in shapes and shapes[name] != shape]
     if other:
@@ -47,6 +45,20 @@ def find_fault(folder: Path, model: Any) -> str | None:
         return None  # of another class, or under older names: what is missing cannot be told
     missing = sorted(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
     return f"lacks the weights {', '.join(missing[:3])}; copy the model again" if missing else None
+
+
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shapes of a folder's weights by the names that they have there; empty if it holds none.
+
+    Raises:
+        SafetensorError, OSError: A file cannot be read.
+    """
+    return {name: shape for file in _files(folder) for name, shape in _shapes(file).items()}
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, framework="pt") as weights:
+        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
 
 
 def _files(folder: Path) -> list[Path]:
