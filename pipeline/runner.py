@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--force",
         nargs="*",
         metavar="STEP",
-        help="run these steps (without a name: all) even if they finished, and all that depend on them",
+        help="run these steps (without a name: all, or all from --from on) even if they finished, and what needs them",
     )
     parser.add_argument("--dry-run", action="store_true", help="tell what would run and why; write nothing")
     parser.add_argument("--seed", type=int, help="seed of every step, instead of the YAML files' own")
@@ -129,9 +129,9 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable
         last = steps.index(own[-1])
     if first > last:
         raise UserError(Problem("--from", args.start, f"comes after --until {args.until}"))
-    forced = {step.name for step in steps[first:]} if args.start is not None else set()
-    if args.force is not None:
-        forced |= {find_step(steps, name, "--force").name for name in args.force} or {step.name for step in steps}
+    forced = {find_step(steps, name, "--force").name for name in args.force or ()}
+    if args.start is not None or args.force == []:
+        forced |= {step.name for step in steps[first:]}
     decisions = decide(steps, record, forced)
     chosen = steps[first : last + 1]
     _check_needs(steps[:first], chosen, decisions)

@@ -194,6 +194,9 @@ def test_force_without_names_runs_all(run: Runner) -> None:
     before = identities()
     run("--force")
     assert changed(before) == ALL
+    before = identities()
+    run("--force", "--from", "sft")
+    assert changed(before) == {"2_sft", "3_reward"}
 
 
 def test_a_step_whose_output_is_gone_runs_again(run: Runner) -> None:
