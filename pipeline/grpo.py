@@ -3,21 +3,26 @@ nothing, and log-probabilities that are cheap on CPUs. `pipeline.ppo` builds on 
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from pipeline.divergence import stop_on_broken_rewards
 from pipeline.epoch_sampler import EpochSampler
 from pipeline.length_groups import accepts
 from pipeline.renamed_weights import load_renamed_weights
-from pipeline.rollout_file import load_rollout, save_rollout
+from pipeline.rollout_file import load_rollout, load_state, save_rollout
 from pipeline.token_log_probs import token_log_probs
+
+logger = get_logger(__name__)
 
 LARGEST_LOGITS = 1 << 26
 """Logits, in elements, up to which they are computed whole on a CPU (256 MiB in float32)."""
@@ -29,9 +34,14 @@ class GRPOTrainer(TRLGRPOTrainer):
     TRL samples anew after a resume, though a rollout may serve several steps (`steps_per_generation` above
     `gradient_accumulation_steps`, or `num_iterations` above 1), and takes up a later epoch of prompts in the
     order of the first. Here a checkpoint holds what is left of the rollout, one file a process, and the order
-    of an epoch depends on nothing but its number. Evaluation, which samples too, has random numbers of its own.
+    of an epoch depends on nothing but its number. On another number of processes, or with other batch sizes, the
+    rollout cannot be gone on with: it is sampled anew, as TRL does.
 
-    A reward function with weight 0 is measured and logged, and changes nothing else.
+    Evaluation, which samples too, has random numbers of its own. What it measures is among what `evaluate` returns,
+    under the prefix of its data set, and each completion counts alike, also those of a last batch that is not full.
+
+    A reward function with weight 0 is measured and logged, and changes nothing else. It is measured where another
+    one has given a score.
     """
 
     # ---- The rollout
@@ -97,12 +107,36 @@ class GRPOTrainer(TRLGRPOTrainer):
 
     # ---- Evaluation
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluates with the same random numbers each time, and leaves training's alone."""
         device = self.accelerator.device
+        self._evaluated: list[int] = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._evaluation_means().items()})
+        self._metrics["eval"].clear()  # which TRL would log as those of "eval", whatever the data set's name is
+        return output
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            rows = torch.tensor(len(batch["completion_ids"]), device=self.accelerator.device)
+            self._evaluated.append(int(self.accelerator.reduce(rows, reduction="sum")))
+        return batch
+
+    def _evaluation_means(self) -> dict[str, float | None]:
+        """Of what was measured in each batch of an evaluation, by name; None where nothing was."""
+        means: dict[str, float | None] = {}
+        for name, values in self._metrics["eval"].items():
+            # What is a mean over the whole evaluation already has one value. A reward function that logs metrics of
+            # its own may leave out batches.
+            rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
+            known = [(value, count) for value, count in zip(values, rows, strict=True) if not math.isnan(value)]
+            total = sum(count for _, count in known)
+            means[name] = sum(value * count for value, count in known) / total if total else None
+        return means
 
     # ---- Checkpoints
 
@@ -114,9 +148,14 @@ class GRPOTrainer(TRLGRPOTrainer):
         super()._load_best_model()
         load_renamed_weights(self, self.state.best_model_checkpoint)
 
+    def _rollout_layout(self) -> dict[str, int]:
+        """What a rollout is cut into pieces by. Under any other, its pieces would not fit."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
+        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
+
     def _rollout_state(self) -> dict[str, Any]:
         """What a process's next step depends on beside the rollout; anything that JSON can hold."""
-        return {"step": self._step, "metrics": self._metrics["train"]}
+        return {"layout": self._rollout_layout(), "step": self._step, "metrics": self._metrics["train"]}
 
     def _restore_rollout_state(self, state: dict[str, Any]) -> None:
         self._step = state["step"]
@@ -128,14 +167,25 @@ class GRPOTrainer(TRLGRPOTrainer):
         in_use = self._step % steps_per_rollout != 0  # else the next step samples another
         batches = (self._buffered_inputs or []) if in_use else []
         os.makedirs(output_dir, exist_ok=True)
-        save_rollout(self._rollout_file(output_dir), batches, self._rollout_state())
+        save_rollout(_rollout_file(output_dir, self.accelerator.process_index), batches, self._rollout_state())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and os.path.isfile(self._rollout_file(checkpoint)):
-            batches, state = load_rollout(self._rollout_file(checkpoint), self.accelerator.device)
-            self._buffered_inputs = batches or None
-            self._restore_rollout_state(state)
+        if checkpoint is None or not os.path.isfile(_rollout_file(checkpoint, 0)):
+            return
+        # All processes go by the first one's file: if some sampled anew and others not, they would wait forever.
+        state = load_state(_rollout_file(checkpoint, 0))
+        if state.get("layout") == self._rollout_layout():
+            own = _rollout_file(checkpoint, self.accelerator.process_index)
+            self._buffered_inputs = load_rollout(own, self.accelerator.device) or None
+            state = load_state(own)
+        else:
+            logger.warning(
+                "%s: its rollout is sampled anew, since it was cut up by %s", checkpoint, state.get("layout")
+            )
+            state["step"] = self.state.global_step * self.args.gradient_accumulation_steps
+        self._restore_rollout_state(state)
 
-    def _rollout_file(self, checkpoint: str) -> str:
-        return os.path.join(checkpoint, f"rollout_{self.accelerator.process_index}.safetensors")
+
+def _rollout_file(checkpoint: str, process: int) -> str:
+    return os.path.join(checkpoint, f"rollout_{process}.safetensors")

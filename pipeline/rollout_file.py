@@ -30,20 +30,23 @@ def save_rollout(path: str, batches: Sequence[dict[str, Tensor | None]], state: 
     safetensors.torch.save_file(tensors, path, metadata={"state": json.dumps(state)})
 
 
-def load_rollout(path: str, device: torch.device) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-    """Read what `save_rollout` wrote.
+def load_state(path: str) -> dict[str, Any]:
+    """Read the state that `save_rollout` wrote, without the micro-batches."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        state: dict[str, Any] = json.loads(file.metadata()["state"])
+    return state
+
+
+def load_rollout(path: str, device: torch.device) -> list[dict[str, Tensor]]:
+    """Read the micro-batches that `save_rollout` wrote.
 
     Args:
         path: The file.
         device: Where to put the tensors.
-
-    Returns:
-        The micro-batches and the state.
     """
     batches: dict[int, dict[str, Tensor]] = {}
     with safetensors.safe_open(path, framework="pt") as file:
-        state = json.loads(file.metadata()["state"])
         for key in file.keys():  # noqa: SIM118 (no mapping)
             i, _, name = key.partition(".")
             batches.setdefault(int(i), {})[name] = file.get_tensor(key).to(device)
-    return [batches[i] for i in sorted(batches)], state
+    return [batches[i] for i in sorted(batches)]

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 
 from pipeline.ppo import PPOTrainer
+from pipeline.rollout_file import load_state
 from tests import ppo_toy as toy
 
 # A rollout of 8 lasts 4 optimizer steps (2 a PPO epoch, 2 epochs); the 16 prompts last two rollouts.
@@ -108,3 +109,16 @@ def test_a_checkpoint_without_critic_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "checkpoint-1" / "value_model")
     with pytest.raises(ValueError, match="value_model"):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_rollout_that_does_not_fit_is_sampled_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint from the middle of a rollout, of a run with other batches. The scores so far are kept."""
+    trainer(tmp_path, max_steps=3).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    moments = load_state(str(checkpoint / "rollout_0.safetensors"))["moments"]
+    # Twice the rows and half the accumulation, as with twice the processes.
+    resumed = trainer(tmp_path, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert "sampled anew" in caplog.text
+    assert resumed._step == 4 and len(resumed._buffered_inputs) == 2
+    assert resumed._score_moments.count == moments["count"] + 8

@@ -115,3 +115,10 @@ def test_two_processes_learn_what_one_learns(recipe: str, tmp_path: Path) -> Non
     assert done.returncode == 0 and "resuming" in done.stderr, done.stderr[-3000:]
     again = weights(recipe, resumed)
     assert all(torch.equal(trained[1][name], again[name]) for name in again)
+
+    # One process's rollout has no half for the second: all sample anew, instead of waiting for each other.
+    middle = outputs[0] / "checkpoint-3"
+    onto = str(tmp_path / "onto_two")
+    done = run("tests.fixed_rollouts", *arguments[:-1], onto, "--resume_from_checkpoint", str(middle), processes=2)
+    assert done.returncode == 0 and done.stderr.count("is sampled anew") == 1, done.stderr[-3000:]
+    assert len(torch.load(Path(onto) / "seen.pt", weights_only=True)["gradients"]) == 3
