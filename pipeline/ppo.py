@@ -17,6 +17,8 @@ loss (`pipeline.ppo_math`, `pipeline.value_model`).
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -27,16 +29,19 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import HubStrategy
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from pipeline import ppo_math
 from pipeline.grpo import GRPOTrainer
 from pipeline.ppo_config import PPOConfig
-from pipeline.ppo_metrics import rollout_metrics, update_means, update_sums
+from pipeline.ppo_metrics import rollout_means, rollout_sums, update_means, update_sums
 from pipeline.reference_model import copy_adapter, frozen_copy
 from pipeline.value_model import (
+    VALUE_MODEL_FOLDER,
     add_to_optimizer,
     build_value_model,
+    in_optimizer,
     load_value_model,
     save_value_model,
     token_values,
@@ -76,15 +81,17 @@ class PPOTrainer(GRPOTrainer):
             functions.
         eval_dataset: The same, or a dictionary of such.
         processing_class: The tokenizer. Default: the model's.
-        value_model: The critic: a token classification model with one label, or a path or Hub id of such a
-            one or of a reward model. Default: a copy of the first reward model if it has the policy's
-            vocabulary, else of the policy (`pipeline.value_model.value_model_from`).
+        value_model: The critic: a token classification model with one label, which is trained itself; or a reward
+            model or a causal language model, which is copied; or a path or Hub id of any of these. Default: a
+            copy of the first reward model that has the policy's vocabulary, or else of the policy
+            (`pipeline.value_model.value_model_from`).
         peft_config: Train an adapter of the policy instead. The critic is trained in full.
-        **kwargs: All else that `GRPOTrainer` takes.
+        **kwargs: All else that `GRPOTrainer` takes. An optimizer in `optimizers` is given the critic's parameters
+            too, which a scheduler that stands beside it must know: add `value_model`'s before you make one.
 
     Raises:
-        ValueError: For a multimodal model, or under FSDP or DeepSpeed, which would leave the critic
-            unsharded.
+        ValueError: For a multimodal model, a critic with several labels, a scheduler that does not know the critic,
+            or under FSDP or DeepSpeed, which would leave the critic unsharded.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
@@ -134,16 +141,21 @@ class PPOTrainer(GRPOTrainer):
             value_model,
             policy=self.model.get_base_model() if is_peft_model(self.model) else self.model,
             tokenizer=self._tokenizer,
-            reward_model=self.reward_funcs[0] if self.reward_funcs else None,
-            reward_tokenizer=self.reward_processing_classes[0] if self.reward_funcs else None,
+            rewards=list(zip(self.reward_funcs, self.reward_processing_classes, strict=True)),
         )
         if args.disable_dropout:
             disable_dropout_in_model(critic)
         if args.activation_checkpointing:
             critic.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         self.value_model = self.accelerator.prepare_model(critic.to(self.accelerator.device))
+        if self.lr_scheduler is not None and not in_optimizer(self.optimizer, critic):
+            raise ValueError(
+                "the learning rate scheduler does not know the critic: add the parameters of `value_model` to the "
+                "optimizer before making the scheduler, or pass the optimizer alone"
+            )
         self._score_moments = ppo_math.Moments()
         self._critic_gradients_used = False
+        self._rollout_sums: Tensor | float = 0.0
         self._update_sums: Tensor | float = 0.0
 
     # ---- The models
@@ -177,10 +189,11 @@ class PPOTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         self._metrics[mode].pop("frac_reward_zero_std", None)  # about groups, of which there are none
 
-        scores, scored = self._scores(batch, mode)
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1) * scored.unsqueeze(1).int()
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
+        scores, scored = self._scores(mask.any(dim=1), ended, mode)
         if not scored.all():
-            batch["tool_mask"] = mask
+            mask = batch["tool_mask"] = mask * scored.unsqueeze(1).int()
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
         ids, attention_mask = _whole_texts(batch)
@@ -201,40 +214,36 @@ class PPOTrainer(GRPOTrainer):
         penalty = torch.zeros_like(logps) if kl is None else args.kl_coef * kl
         rewards = ppo_math.token_rewards(scores, penalty, mask)
         advantages, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.lam)
-        self._log_metrics(
-            rollout_metrics(
-                scores=scores,
-                scored=scored,
-                kl=kl,
-                kl_coef=args.kl_coef,
-                logps=logps,
-                advantages=advantages,
-                returns=returns,
-                is_eos=self._is_eos(batch["completion_ids"]),
-                mask=mask,
-                reduce=self._sum_over_processes,
-            )
+        self._rollout_sums = self._rollout_sums + rollout_sums(
+            scores, scored, kl, args.kl_coef, logps, advantages, returns, ended, mask
         )
+        if mode == "train":
+            self._log_rollouts()
         self._log_advantages(advantages, mask)
         if args.whiten_advantages:
             advantages = ppo_math.masked_whiten(advantages, mask, self._sum_over_processes)
         batch |= {"advantages": advantages, "returns": returns, "old_values": values}
         return batch
 
-    def _scores(self, batch: dict[str, Any], mode: str) -> tuple[Tensor, Tensor]:
-        """This process's (B,) scores, normalised and penalised, and which completions have one."""
+    def _scores(self, trained: Tensor, ended: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+        """Scores of this process's completions, normalised and penalised, and which of them have one.
+
+        Args:
+            trained: (B,), whether any token of a completion is trained on. One that is left out has no score.
+            ended: (B,), whether it ended.
+            mode: "train" or "eval".
+        """
         rewards = self._rewards_per_func  # of all processes
         all_scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        all_scored = ~rewards.isnan().all(dim=1)
+        all_scored = ~rewards.isnan().all(dim=1) & self.accelerator.gather(trained)
         running = self.args.reward_normalization == "running"
         moments = self._score_moments if running else ppo_math.Moments()
         if self.args.reward_normalization == "batch" or (running and mode == "train"):
             moments.update(all_scores[all_scored])
-        rows = len(batch["completion_ids"])
+        rows = len(trained)
         local = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         scores, scored = moments.normalize(all_scores[local]), all_scored[local]
         if self.args.missing_eos_penalty is not None:
-            ended = (self._is_eos(batch["completion_ids"]) & (batch["completion_mask"] > 0)).any(dim=1)
             scores = scores - self.args.missing_eos_penalty * ~ended
         return torch.where(scored, scores, 0.0), scored
 
@@ -270,9 +279,8 @@ class PPOTrainer(GRPOTrainer):
             value_clipped=clipped,
             mask=mask,
         )
-        if self.accelerator.sync_gradients or not self.model.training:
-            self._log_metrics(update_means(self._sum_over_processes(self._update_sums)))
-            self._update_sums = 0.0
+        if self.model.training and self.accelerator.sync_gradients:
+            self._log_updates()
         return policy_loss + self.args.vf_coef * value_loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -315,6 +323,13 @@ class PPOTrainer(GRPOTrainer):
         super()._load_best_model()
         load_value_model(self.accelerator.unwrap_model(self.value_model), self.state.best_model_checkpoint)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The critic goes to the Hub with the policy, also while training goes on."""
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            copied = os.path.join(self.args.output_dir, VALUE_MODEL_FOLDER)
+            shutil.copytree(os.path.join(checkpoint_folder, VALUE_MODEL_FOLDER), copied, dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def _rollout_state(self) -> dict[str, Any]:
         return super()._rollout_state() | {"moments": asdict(self._score_moments)}
 
@@ -327,8 +342,20 @@ class PPOTrainer(GRPOTrainer):
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
-    def _is_eos(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, torch.tensor(self.eos_token_ids, device=ids.device))
+    def _evaluation_means(self) -> dict[str, float | None]:
+        """Sums over the whole evaluation make means over all of its tokens."""
+        if self._evaluated:
+            self._log_rollouts()
+            self._log_updates()
+        return super()._evaluation_means()
+
+    def _log_rollouts(self) -> None:
+        sums, self._rollout_sums = self._sum_over_processes(self._rollout_sums), 0.0
+        self._log_metrics(rollout_means(sums, with_kl=self.args.kl_coef > 0))
+
+    def _log_updates(self) -> None:
+        sums, self._update_sums = self._sum_over_processes(self._update_sums), 0.0
+        self._log_metrics(update_means(sums))
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

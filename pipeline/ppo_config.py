@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
@@ -25,8 +26,8 @@ class PPOConfig(GRPOConfig):
     sampled for each prompt (1; they are not compared with each other), `num_iterations` how many PPO epochs
     are made over them (4). The advantage is no longer relative to a group, so `scale_rewards` has no effect.
     `disable_dropout` is True: with dropout, a token's probability ratio is not 1 before the first update.
-    `loss_type` stays "dapo": the mean over all real tokens of an optimizer step, however it is split over
-    processes and accumulation.
+    `loss_type` stays "dapo": the sum over the real tokens of an optimizer step, by how many such a step has on
+    average in its rollout, however it is split over processes and accumulation.
 
     Args:
         kl_coef: Reward taken away for each nat by which the policy leaves the reference, at each token. 0
@@ -94,7 +95,8 @@ class PPOConfig(GRPOConfig):
         if self.num_generations == 1:
             # GRPO compares two or more; PPO need not. Any divisor of the generation batch passes its check.
             accumulated = self.steps_per_generation or self.gradient_accumulation_steps
-            rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
             self.num_generations, self.num_generations_eval = max(2, rows), given[1] or 1
         try:
             super().__post_init__()
@@ -114,6 +116,8 @@ class PPOConfig(GRPOConfig):
             wrong.append(Problem("reward_normalization", self.reward_normalization, remedy))
         if self.beta != 0.0:
             wrong.append(Problem("beta", self.beta, "must be 0: PPO's KL penalty is part of the reward, set kl_coef"))
+        if self.sync_ref_model:
+            wrong.append(Problem("sync_ref_model", True, "must be False: PPO's reference stays what it is"))
         if self.epsilon not in (GRPOConfig.epsilon, self.cliprange):
             wrong.append(Problem("epsilon", self.epsilon, "must be unset: set cliprange"))
         if self.epsilon_high is not None:

@@ -24,7 +24,9 @@ class PPORewardArguments:
 
     reward_model_path: list[str] | None = field(
         default=None,
-        metadata={"help": "Reward models: paths or Hub ids of sequence classifiers with one label."},
+        metadata={
+            "help": "Reward models: paths or Hub ids of sequence classifiers with one label, or of adapters of such."
+        },
     )
     reward_funcs: list[str] | None = field(
         default=None,
@@ -33,8 +35,8 @@ class PPORewardArguments:
     value_model_path: str | None = field(
         default=None,
         metadata={
-            "help": "What the critic starts from: a critic or a reward model. Default: the first reward "
-            "model if it has the policy's vocabulary, else the policy."
+            "help": "What the critic starts from: a critic, a reward model or a language model. Default: the first "
+            "reward model that has the policy's vocabulary, or else the policy."
         },
     )
 

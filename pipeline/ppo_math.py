@@ -92,9 +92,26 @@ def token_rewards(scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (B, T), 0 where the mask is.
     """
-    # Of the real tokens, the last is the one after which there is no other.
-    is_last = (mask > 0) & (mask.flip(1).cumsum(1).flip(1) == 1)
-    return torch.where(is_last, scores.unsqueeze(1), 0.0) - penalty * mask
+    return torch.where(_is_last(mask), scores.unsqueeze(1), 0.0) - penalty * mask
+
+
+def ended(ids: Tensor, mask: Tensor, eos_token_ids: list[int]) -> Tensor:
+    """Which completions end with an end of turn. One inside of a completion, before a tool's answer, ends nothing.
+
+    Args:
+        ids: (B, T).
+        mask: (B, T), 1 for every token that is no padding.
+        eos_token_ids: The tokens that end a turn.
+
+    Returns:
+        (B,) boolean.
+    """
+    return (_is_last(mask) & torch.isin(ids, torch.tensor(eos_token_ids, device=ids.device))).any(dim=1)
+
+
+def _is_last(mask: Tensor) -> Tensor:
+    """(B, T), true for the last real token of each completion: the one after which there is no other."""
+    return (mask > 0) & (mask.flip(1).cumsum(1).flip(1) == 1)
 
 
 def generalized_advantages(
@@ -183,8 +200,9 @@ class Moments:
         """
         if x.numel() == 0:
             return
-        count, mean = float(x.numel()), float(x.double().mean())
-        m2 = float((x.double() - mean).square().sum())
+        x = x.cpu().double()  # which not every accelerator has
+        count, mean = float(x.numel()), float(x.mean())
+        m2 = float((x - mean).square().sum())
         total, delta = self.count + count, mean - self.mean
         self.m2 += m2 + delta**2 * self.count * count / total
         self.mean += delta * count / total

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.ppo_math import Reduce, clipped_policy_loss, masked_mean
+from pipeline.ppo_math import clipped_policy_loss
+
+PER_COMPLETION = ("objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores")
 
 
-def rollout_metrics(
+def rollout_sums(
     scores: Tensor,
     scored: Tensor,
     kl: Tensor | None,
@@ -20,23 +22,43 @@ def rollout_metrics(
     logps: Tensor,
     advantages: Tensor,
     returns: Tensor,
-    is_eos: Tensor,
+    ended: Tensor,
     mask: Tensor,
-    reduce: Reduce,
-) -> dict[str, float]:
-    """Metrics of a rollout, as it was sampled.
+) -> Tensor:
+    """Sums over the completions and the real tokens of a rollout as it was sampled, for `rollout_means`.
 
     Args:
         scores: (B,), normalised and penalised.
-        scored: (B,) boolean, false where no reward function gave a score.
+        scored: (B,) boolean, false for a completion that trains nothing.
         kl: (B, T) in nats; None without a reference.
         kl_coef: Reward taken away per nat.
         logps: (B, T), log-probabilities of the sampled tokens.
         advantages: (B, T), before whitening.
         returns: (B, T).
-        is_eos: (B, T) boolean.
+        ended: (B,) boolean, true for a completion whose last token ends a turn.
         mask: (B, T).
-        reduce: Sums over processes.
+
+    Returns:
+        Sums, in float64 where the device has it, which may be added up over rollouts and processes.
+    """
+    kl_total = torch.zeros_like(scores) if kl is None else (kl * mask).sum(1)
+    penalty = kl_coef * kl_total
+    per_completion = (-(logps * mask).sum(1), -penalty, scores - penalty, scores, kl_total, torch.ones_like(scores))
+    # An advantage is a return less its estimate.
+    exact = torch.float32 if scores.device.type == "mps" else torch.float64
+    returns, advantages = returns.to(exact), advantages.to(exact)
+    per_token = (returns, returns.square(), advantages.square(), torch.ones_like(returns))
+    sums = [(x.to(exact) * scored).sum() for x in per_completion]
+    sums += [(x * mask).sum() for x in per_token]
+    return torch.stack([*sums, (ended & scored).sum().to(exact)])
+
+
+def rollout_means(sums: Tensor, with_kl: bool) -> dict[str, float]:
+    """Metrics of rollouts.
+
+    Args:
+        sums: Of `rollout_sums`.
+        with_kl: There was a reference.
 
     Returns:
         By name: `objective/kl` in nats a completion, `objective/entropy` the surprise of a completion in
@@ -45,24 +67,17 @@ def rollout_metrics(
         that knows their mean; `val/num_eos_tokens`, how many completions of all ended. NaN where there is
         nothing to average.
     """
-    kl_total = torch.zeros_like(scores) if kl is None else (kl * mask).sum(1)
-    per_completion = {
-        "objective/entropy": -(logps * mask).sum(1),
-        "objective/non_score_reward": -kl_coef * kl_total,
-        "objective/rlhf_reward": scores - kl_coef * kl_total,
-        "objective/scores": scores,
-    }
-    if kl is not None:
-        per_completion["objective/kl"] = kl_total
-    sums = [(x * scored).sum() for x in per_completion.values()]
-    *totals, count = reduce(torch.stack([*sums, scored.sum().to(scores.dtype)])).tolist()
+    *totals, completions, returns, squares, errors, tokens, ended = sums.tolist()
     metrics = {
-        name: total / count if count else float("nan") for name, total in zip(per_completion, totals, strict=True)
+        name: total / completions if completions else float("nan")
+        for name, total in zip((*PER_COMPLETION, "objective/kl"), totals, strict=True)
     }
-    spread = masked_mean((returns - masked_mean(returns, mask, reduce)).square(), mask, reduce)
-    error = masked_mean(advantages.square(), mask, reduce)  # an advantage is a return less its estimate
-    metrics["val/explained_variance"] = (1 - error / spread.clamp(min=1e-8)).item()
-    metrics["val/num_eos_tokens"] = reduce((is_eos * mask).sum()).item()
+    if not with_kl:
+        del metrics["objective/kl"]
+    tokens = max(tokens, 1.0)
+    spread = squares / tokens - (returns / tokens) ** 2
+    metrics["val/explained_variance"] = 1 - errors / tokens / max(spread, 1e-8)
+    metrics["val/num_eos_tokens"] = ended
     return metrics
 
 

@@ -19,9 +19,13 @@ def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp3
         temperature: That the logits are divided by.
         cast_lm_head_to_fp32: Compute the logits in float32.
     """
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    # The forward that TRL gave the policy holds on to the policy. Of this one, nobody asks for entropies.
+    reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    # The forwards that TRL gave the policy and its head hold on to them. Of this one, nobody asks for entropies.
     reference.__dict__.pop("forward", None)
+    if cast_lm_head_to_fp32:
+        head = reference.get_output_embeddings()
+        head.__dict__.pop("forward", None)
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
     return reference
 

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     PreTrainedTokenizerBase,
 )
 
+from pipeline.adapters import base_of, load_config
 from pipeline.arguments import DataArguments
 from pipeline.data import Split
 from pipeline.errors import Problem, UserError
 from pipeline.loading import load_tokenizer, told_as
 from pipeline.rewards import MEASURED_ONLY, load_rewards
-from pipeline.weight_files import find_fault
+from pipeline.value_model import auto_class
+from pipeline.weight_files import find_adapter_fault, find_fault
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What TRL hands every reward function beside the columns of the data."""
@@ -108,8 +110,7 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
         remedy = f"has {config.num_labels} labels; give a critic or a reward model, which have one"
         problems.append(Problem(field, path, remedy))
     else:
-        config.num_labels = 1
-        problems += _check_weights(field, path, config, AutoModelForTokenClassification)
+        problems += _check_weights(field, path, config, auto_class(config))
     if tokenizer is None:
         return problems
     try:
@@ -129,19 +130,26 @@ def column_names(split: Split) -> list[str]:
 def _load_config(field: str, path: str) -> tuple[Any | None, list[Problem]]:
     try:
         with told_as(field, path):
-            return AutoConfig.from_pretrained(path), []
+            return load_config(path), []
     except UserError as error:
         return None, list(error.problems)
 
 
 def _check_weights(field: str, path: str, config: Any, kind: Any) -> list[Problem]:
+    base = base_of(path)
+    if base is not None:
+        fault = find_adapter_fault(Path(path)) if Path(path).is_dir() else None
+        if fault:
+            return [Problem(field, path, fault)]
+        config, kind = AutoConfig.from_pretrained(base), AutoModelForCausalLM
+    weights = base or path
     try:
         with torch.device("meta"):
             model = kind.from_config(config)
     except ValueError:
         return [Problem(field, path, f"{config.model_type} cannot be used here")]
-    fault = find_fault(Path(path), model) if Path(path).is_dir() else None
-    return [Problem(field, path, fault)] if fault else []
+    fault = find_fault(Path(weights), model) if Path(weights).is_dir() else None
+    return [Problem(field, path, fault if base is None else f"its base model {base} {fault}")] if fault else []
 
 
 def _check_vocabulary(

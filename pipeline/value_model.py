@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
+from pipeline.adapters import load_config, without_adapters
 from pipeline.length_groups import over_length_groups
 
 VALUE_MODEL_FOLDER = "value_model"
@@ -26,9 +34,6 @@ VALUE_MODEL_FOLDER = "value_model"
 
 HEAD_NAMES = ("score", "classifier")
 """What transformers calls the linear head of its classifiers."""
-
-PEFT_WRAPPERS = ("base_layer", "original_module", "token_adapter")
-"""What PEFT puts into the names of weights that it wraps."""
 
 
 def token_scalar_class(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -60,7 +65,7 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
 
     The body is copied. From a reward model (a sequence classifier with one label) the head is too: at each
     token the critic begins with the reward that the text so far would get. From a policy the head is zero: it
-    begins by expecting nothing. Adapters of PEFT are left out.
+    begins by expecting nothing. Adapters of PEFT are merged into the copy.
 
     Args:
         source: A causal language model, or a sequence classifier with one label. It is not changed.
@@ -71,6 +76,7 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: If the weights of `source` do not fit.
     """
+    source = without_adapters(source)
     config = copy.deepcopy(source.config)
     config.num_labels = 1
     config.classifier_dropout = 0.0
@@ -82,9 +88,9 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     wanted = critic.state_dict().keys()
     state = {}
     for name, weight in source.state_dict().items():
-        owner, *rest = (part for part in name.split(".") if part not in PEFT_WRAPPERS)
-        own = ".".join([head_name if owner in HEAD_NAMES else owner, *rest])
-        if own in wanted:  # not so the output head, and adapters
+        owner, _, rest = name.partition(".")
+        own = f"{head_name if owner in HEAD_NAMES else owner}.{rest}"
+        if own in wanted:  # not so the output head
             state[own] = weight
     missing, _ = critic.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.startswith(f"{head_name}.")]
@@ -104,38 +110,69 @@ def build_value_model(
     value_model: str | PreTrainedModel | None,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: Any,
-    reward_tokenizer: PreTrainedTokenizerBase | None,
+    rewards: Sequence[tuple[Any, PreTrainedTokenizerBase | None]],
 ) -> PreTrainedModel:
     """The critic that is asked for, or the one that suits.
 
     Args:
-        value_model: A critic; or a path or Hub id of one, or of a reward model; or None for a copy of
-            `reward_model` if that is a model with the policy's vocabulary, else of `policy`.
-        policy: The policy, without adapters.
+        value_model: A critic; or a reward model or a causal language model to copy; or a path or Hub id of any of
+            these; or None for a copy of the first reward model that has the policy's vocabulary, or else of
+            `policy`.
+        policy: The policy.
         tokenizer: The policy's.
-        reward_model: The first reward function, of whatever kind, or None.
-        reward_tokenizer: Its tokenizer, if it is a model.
+        rewards: The reward functions, of whatever kind, each with its tokenizer if it is a model.
 
     Returns:
-        The critic, which pads as the policy does.
+        The critic, which pads as the policy does; in the policy's dtype, unless it is the critic that was given.
+
+    Raises:
+        ValueError: The critic has several labels.
     """
-    if isinstance(value_model, str):
-        same = type(AutoConfig.from_pretrained(value_model)) is type(policy.config)
-        kind = token_scalar_class(policy) if same else AutoModelForTokenClassification
-        critic = kind.from_pretrained(value_model, num_labels=1, dtype=policy.dtype)
-    elif value_model is not None:
-        critic = value_model
-    elif (
-        isinstance(reward_model, nn.Module)
-        and reward_tokenizer is not None
-        and reward_tokenizer.get_vocab() == tokenizer.get_vocab()
-    ):
-        critic = value_model_from(reward_model)
+    source = _load(value_model, policy) if isinstance(value_model, str) else value_model
+    if source is None:
+        vocabulary = tokenizer.get_vocab()
+        source = next(
+            (
+                model
+                for model, own in rewards
+                if isinstance(model, nn.Module) and own is not None and own.get_vocab() == vocabulary
+            ),
+            policy,
+        )
+    scores_texts = type(source).__name__.endswith("ForSequenceClassification")
+    if scores_texts or source.get_output_embeddings() is not None:
+        if scores_texts and source.config.num_labels != 1:
+            raise ValueError(f"value_model has {source.config.num_labels} labels; a reward model has one")
+        critic = value_model_from(source).to(policy.dtype)
+    elif source.config.num_labels != 1:
+        raise ValueError(f"value_model has {source.config.num_labels} labels; a critic has one")
     else:
-        critic = value_model_from(policy)
+        critic = source
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return critic
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers' that loads what was saved with a configuration: a critic, or what one is made from.
+
+    Args:
+        config: Its `architectures` say what it is. Without any, it is a critic.
+    """
+    saved_as = (config.architectures or [""])[0]
+    if saved_as.endswith("ForSequenceClassification"):
+        return AutoModelForSequenceClassification
+    if saved_as and not saved_as.endswith("ForTokenClassification"):
+        return AutoModelForCausalLM
+    return AutoModelForTokenClassification
+
+
+def _load(name: str, policy: PreTrainedModel) -> PreTrainedModel:
+    """A model from a path or the Hub, of the class that it was saved as, in the policy's dtype."""
+    config = load_config(name)
+    kind = auto_class(config)
+    if kind is AutoModelForTokenClassification and type(config) is type(policy.config):
+        kind = token_scalar_class(policy)
+    return kind.from_pretrained(name, config=config, dtype=policy.dtype)
 
 
 def token_values(
@@ -202,7 +239,7 @@ def add_to_optimizer(
         learning_rate: Peak learning rate.
         weight_decay: Of those parameters.
     """
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    known = _parameter_ids(optimizer)
     for decays in (True, False):
         parameters = [
             parameter
@@ -212,6 +249,15 @@ def add_to_optimizer(
         if parameters:
             decay = weight_decay if decays else 0.0
             optimizer.add_param_group({"params": parameters, "lr": learning_rate, "weight_decay": decay})
+
+
+def in_optimizer(optimizer: torch.optim.Optimizer, critic: nn.Module) -> bool:
+    """Whether an optimizer has all of the critic's trainable parameters."""
+    return {id(parameter) for parameter in critic.parameters() if parameter.requires_grad} <= _parameter_ids(optimizer)
+
+
+def _parameter_ids(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _head(critic: PreTrainedModel) -> tuple[str, nn.Linear]:

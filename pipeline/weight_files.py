@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
 
 
 def find_fault(folder: Path, model: Any) -> str | None:
@@ -28,13 +29,8 @@ def find_fault(folder: Path, model: Any) -> str | None:
         if any(folder.glob("*.bin")):
             return "holds its weights as a pickle, which may run code; save the model as safetensors"
         return f"holds no weights ({WEIGHTS})"
-    for file in _files(folder):
-        if not file.exists():
-            return f"holds no {file.name}, which its index lists; copy the model again"
-        try:
-            _shapes(file)
-        except (SafetensorError, OSError) as error:
-            return f"{file.name} is damaged ({' '.join(str(error).split())}); copy the model again"
+    if damaged := next(filter(None, map(_file_fault, _files(folder))), None):
+        return damaged
     shapes = stored_shapes(folder)
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     other = [name for name, shape in wanted.items() if name in shapes and shapes[name] != shape]
@@ -45,6 +41,21 @@ def find_fault(folder: Path, model: Any) -> str | None:
         return None  # of another class, or under older names: what is missing cannot be told
     missing = sorted(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
     return f"lacks the weights {', '.join(missing[:3])}; copy the model again" if missing else None
+
+
+def find_adapter_fault(folder: Path) -> str | None:
+    """What is wrong with the weights of a PEFT adapter in a local folder, and what to do, or `None`."""
+    return _file_fault(folder / ADAPTER)
+
+
+def _file_fault(file: Path) -> str | None:
+    if not file.exists():
+        return f"holds no {file.name}; copy the model again"
+    try:
+        _shapes(file)
+    except (SafetensorError, OSError) as error:
+        return f"{file.name} is damaged ({' '.join(str(error).split())}); copy the model again"
+    return None
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:

@@ -28,6 +28,7 @@ def trainer(tmp_path: Path, rewards: Any = toy.share_of_red, **changes: Any) -> 
         "value_model",
         "peft_config",
         "reward_processing_classes",
+        "optimizers",
     )
     given = {name: changes.pop(name) for name in names if name in changes}
     model = given.pop("model", None) or toy.policy()
@@ -278,6 +279,95 @@ def test_log_probabilities_on_cpus_are_those_of_the_fused_head(tmp_path: Path, t
         torch.testing.assert_close(a, b)
 
 
+def tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def test_an_evaluation_counts_every_completion_alike(tmp_path: Path) -> None:
+    """Two data sets, whose last batches are smaller than the others, beside all that was sampled for them."""
+    ppo = trainer(
+        tmp_path, tokens, eval_dataset={"a": toy.prompts(5), "b": toy.prompts(3)}, per_device_eval_batch_size=4
+    )
+    kept, original = [], ppo._generate_and_score_completions
+    ppo._generate_and_score_completions = lambda inputs: kept.append(original(inputs)) or kept[-1]
+    for name, batches in (("a", 2), ("b", 1)):
+        kept.clear()
+        measured = ppo.evaluate(ppo.eval_dataset[name], metric_key_prefix=f"eval_{name}")
+        assert len(kept) == batches
+        lengths = [int(n) for batch in kept for n in batch["completion_mask"].sum(1)]
+        stops = sum(int((batch["completion_ids"] == 2).sum()) for batch in kept)
+        mean = sum(lengths) / len(lengths)
+        assert measured[f"eval_{name}_objective/scores"] == pytest.approx(mean)
+        assert measured[f"eval_{name}_reward"] == pytest.approx(mean)
+        assert measured[f"eval_{name}_val/num_eos_tokens"] == stops
+        masks, errors = ([batch[key] for batch in kept] for key in ("completion_mask", "returns"))
+        errors = [(e - batch["old_values"]).square() * m for e, m, batch in zip(errors, masks, kept, strict=True)]
+        loss = 0.5 * sum(e.sum() for e in errors) / sum(lengths)
+        assert measured[f"eval_{name}_loss/value_avg"] == pytest.approx(loss.item(), rel=1e-4)
+    (a, b) = ppo.state.log_history[-2:]
+    assert a["eval_a_objective/scores"] != b["eval_b_objective/scores"] and "eval_objective/scores" not in a | b
+
+
+def test_completions_that_are_left_out_are_left_out_of_every_mean(tmp_path: Path) -> None:
+    """Scores of those that are cut off enter neither means nor normalisation."""
+    for normalization in ("none", "batch", "running"):
+        ppo = trainer(
+            tmp_path,
+            tokens,
+            max_steps=1,
+            max_completion_length=4,
+            per_device_train_batch_size=32,
+            train_dataset=toy.prompts(64),
+            mask_truncated_completions=True,
+            reward_normalization=normalization,
+        )
+        kept, original = [], ppo._generate_and_score_completions
+        ppo._generate_and_score_completions = lambda inputs, kept=kept, original=original: (
+            kept.append(original(inputs)) or kept[-1]
+        )
+        ppo.train()
+        mask = kept[0]["completion_mask"]
+        left = mask.any(dim=1)
+        assert 0 < left.sum() < len(left)
+        surprise = -(kept[0]["old_per_token_logps"] * mask).sum(1)[left].mean().item()
+        assert logged(ppo, "objective/entropy")[0] == pytest.approx(surprise, rel=1e-4)
+        mean = mask.sum(1)[left].float().mean().item() if normalization == "none" else 0.0
+        assert logged(ppo, "objective/scores")[0] == pytest.approx(mean, abs=1e-5)
+        assert ppo._score_moments.count == (left.sum() if normalization == "running" else 0)
+
+
+def test_the_reference_stands_still(tmp_path: Path) -> None:
+    """Whatever is done to the policy's head, in whatever precision its logits are computed."""
+    ids = torch.tensor([[3, 5, 6, 4]])
+    for cast in (False, True):
+        policy = toy.policy().train()
+        ppo = trainer(tmp_path, model=policy, cast_lm_head_to_fp32=cast)
+        assert not ppo.ref_model.training
+        before = ppo.ref_model(input_ids=ids).logits
+        torch.testing.assert_close(before, toy.policy()(input_ids=ids).logits)
+        ppo.model.lm_head.weight.data.normal_()
+        assert torch.equal(ppo.ref_model(input_ids=ids).logits, before)
+
+
+def test_an_optimizer_of_the_users(tmp_path: Path) -> None:
+    """The critic is added to it; a scheduler that was made before would not know that."""
+
+    def build(value_model: Any, parameters: list[Any], scheduled: bool) -> PPOTrainer:
+        optimizer = torch.optim.SGD(parameters, lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0) if scheduled else None
+        both = (optimizer, scheduler)
+        return trainer(tmp_path, model=policy, value_model=value_model, optimizers=both, max_steps=1)
+
+    policy = toy.policy()
+    critic = AutoModelForTokenClassification.from_config(toy.llama_config(num_labels=1))
+    with pytest.raises(ValueError, match="scheduler does not know the critic"):
+        build(critic, [*policy.parameters()], scheduled=True)
+    for parameters, scheduled in ([*policy.parameters()], False), ([*policy.parameters(), *critic.parameters()], True):
+        before = weights(critic)
+        build(critic, parameters, scheduled).train()
+        assert not torch.equal(weights(critic), before)
+
+
 def test_evaluation_measures_and_disturbs_nothing(tmp_path: Path) -> None:
     runs = []
     for strategy in ("no", "steps"):
@@ -330,28 +420,6 @@ def test_metrics_count_real_tokens_only(tmp_path: Path) -> None:
     assert logged(ppo, "objective/kl")[0] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
     assert logged(ppo, "objective/non_score_reward")[0] == pytest.approx(-0.5 * sum(kls) / len(kls), rel=1e-3)
     assert logged(ppo, "policy/entropy_avg")[0] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("given", ["reward model", "policy", "instance", "path"])
-def test_where_the_critic_comes_from(tmp_path: Path, given: str) -> None:
-    reward_model = toy.reward_model()
-    options: dict[str, Any] = {"reward_processing_classes": [toy.tokenizer()]} if given != "policy" else {}
-    if given == "instance":
-        options["value_model"] = AutoModelForTokenClassification.from_config(toy.llama_config(num_labels=1))
-    if given == "path":
-        reward_model.save_pretrained(tmp_path / "reward")
-        options["value_model"] = str(tmp_path / "reward")
-    ppo = trainer(tmp_path / "run", toy.share_of_red if given == "policy" else [reward_model], **options)
-    if given == "policy":
-        assert torch.equal(ppo.value_model.model.norm.weight, ppo.model.model.norm.weight)
-        assert not ppo.value_model.score.weight.any()
-    elif given == "instance":
-        assert ppo.value_model is options["value_model"]
-    else:
-        ids = torch.tensor([[3, 5, 6, 4, 7, 2]])
-        with torch.no_grad():
-            values = ppo.value_model(input_ids=ids).logits[0, -1]
-            torch.testing.assert_close(values, reward_model(input_ids=ids).logits[0])
 
 
 def test_lora(tmp_path: Path) -> None:
@@ -419,6 +487,7 @@ def test_text_prompts_and_groups(tmp_path: Path) -> None:
         {"kl_estimator": "k2"},
         {"reward_normalization": "max"},
         {"beta": 0.1},
+        {"sync_ref_model": True},
         {"epsilon": 0.3},
         {"loss_type": "grpo"},
         {"num_generations": 0},

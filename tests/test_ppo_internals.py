@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import transformers
 import trl
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
@@ -43,7 +44,12 @@ PARAMETERS: dict[Any, tuple[list[str], str]] = {
         "PPO zeroes the critic in it",
     ),
     Trainer.create_optimizer: (["self", "model"], "PPO adds the critic's parameters"),
-    Trainer.evaluation_loop: (None, "PPO forks the random numbers around it"),
+    Trainer.evaluation_loop: (None, "PPO forks the random numbers around it, and adds to the metrics it returns"),
+    Trainer._push_from_checkpoint: (["self", "checkpoint_folder"], "PPO adds the critic to what is pushed"),
+    AuxiliaryTrainingWrapper.unload_and_optionally_merge_module: (
+        ["self", "merge", "safe_merge", "adapter_names"],
+        "PPO's critic is a copy with adapters merged",
+    ),
     Trainer._clip_grad_norm: (["self", "model"], "PPO clips the critic there"),
     Trainer._save: (["self", "output_dir", "state_dict"], "PPO saves the critic there"),
     Trainer._load_from_checkpoint: (
@@ -104,6 +110,7 @@ SOURCES: list[tuple[Any, str, str]] = [
         "rewards_per_func = gather(rewards_per_func)",
         "PPO slices them by process",
     ),
+    (GRPOTrainer.log, "self._metrics[mode].items()", "means of an evaluation are taken out of them, weighted"),
     (Trainer._run_epoch, "model.zero_grad()", "the trainer zeroes the policy only, so PPO zeroes the critic"),
     (
         Trainer._run_epoch,

@@ -184,3 +184,9 @@ def test_moments_are_those_of_everything_seen(parts: list[list[float]]) -> None:
     deviation = math.sqrt(sum((x - mean) ** 2 for x in seen) / len(seen) + 1e-8)
     got = moments.normalize(torch.tensor([7.0], dtype=torch.float64)).item()
     assert got == pytest.approx((7.0 - mean) / deviation, rel=1e-5)
+
+
+def test_a_completion_ends_with_its_last_token() -> None:
+    ids = torch.tensor([[5, 2, 6], [5, 6, 2], [2, 0, 0], [5, 6, 7], [2, 2, 2]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    assert ppo_math.ended(ids, mask, [2, 9]).tolist() == [False, True, True, False, False]
