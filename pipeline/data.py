@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +12,8 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 
 from pipeline.arguments import DataArguments
 from pipeline.errors import Problem, UserError
+from pipeline.messages import ShapeError, answer_message, read_messages, read_prompt, short
+from pipeline.preference_pairs import read_pair, teaches
 from pipeline.sources import broken_files, open_source
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ SHUFFLE_BUFFER = 1000
 """Rows among which a stream is shuffled."""
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
-FEATURES = {"text": Value("string"), "answer": Value("string")} | dict.fromkeys(
+FEATURES = {"text": Value("string"), "answer": Value("string"), "margin": Value("float64")} | dict.fromkeys(
     ("messages", "prompt", "chosen", "rejected"), MESSAGES
 )
 
@@ -41,7 +43,7 @@ def load_splits(args: DataArguments, kind: Kind, evaluation: bool) -> tuple[Spli
             `"text"`: `text`, a document.
             `"conversation"`: `messages`, which end with the assistant's; also made of a question and an
             answer column.
-            `"preference"`: `prompt`, `chosen` and `rejected`, lists of messages.
+            `"preference"`: `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if there is one.
             `"prompt"`: `prompt`, a list of messages, `answer` if there is one, and all other columns, for
             rewards.
         evaluation: Whether the second split is wanted.
@@ -147,14 +149,17 @@ def _standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
         convert, kept = _conversation_converter(args, columns), ["messages"]
     elif kind == "preference":
         _require(columns, chosen_column="chosen", rejected_column="rejected")
-        convert, kept = lambda row: _preference(row, args), ["prompt", "chosen", "rejected"]
+        if args.prompt_column not in columns and isinstance(next(iter(split))["chosen"], str):
+            _require(columns, prompt_column=args.prompt_column)
+        convert, kept = lambda row: read_pair(row, args), ["prompt", "chosen", "rejected"]
+        kept += ["margin"] if "margin" in columns else []
     else:
         convert, kept = _prompt_converter(args, columns), [*columns, "prompt", "answer"]
 
     def checked(row: Row, index: int) -> Row:
         try:
             return convert(row)
-        except _ShapeError as error:
+        except ShapeError as error:
             name = f"{args.dataset_name}, split {split.split or args.dataset_train_split}, row {index}"
             raise UserError(Problem("dataset_name", name, f"{error}; correct or remove that row")) from None
 
@@ -167,7 +172,28 @@ def _standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
         others = {name: split.features[name] for name in columns if name not in features} if split.features else {}
         features = Features({**others, **features})
     known = kind != "prompt" or split.features is not None
-    return split.map(checked, with_indices=True, remove_columns=removed, features=features if known else None)
+    standard = split.map(checked, with_indices=True, remove_columns=removed, features=features if known else None)
+    return _comparable(standard, args) if kind == "preference" else standard
+
+
+def _comparable(pairs: Split, args: DataArguments) -> Split:
+    """The pairs that say which of two answers is better. Collections made by machines hold others too."""
+    kept = pairs.filter(teaches)
+    if isinstance(pairs, Dataset) and len(kept) < len(pairs):
+        left_out, name = len(pairs) - len(kept), f"{args.dataset_name}, split {pairs.split or args.dataset_train_split}"
+        if not len(kept):
+            raise UserError(Problem("dataset_name", name, "all pairs have an empty answer or two that are the same"))
+        logger.warning(
+            "%s: %d of %d pairs are left out, in which an answer is empty or both are the same.",
+            *(name, left_out, len(pairs)),
+        )
+    return kept
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ShapeError(f"the text is {short(value)}")
+    return value
 
 
 def _require(columns: list[str], **wanted: str) -> None:
@@ -180,54 +206,6 @@ def _require(columns: list[str], **wanted: str) -> None:
         raise UserError(*problems)
 
 
-class _ShapeError(ValueError):
-    """What is wrong with one row."""
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise _ShapeError(f"the text is {_short(value)}")
-    return value
-
-
-def _messages(value: object, args: DataArguments, name: str) -> list[dict[str, str]]:
-    """A conversation from a list of messages, or from the text of one user's message."""
-    if isinstance(value, str) and value.strip():
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise _ShapeError(f"{name} is {_short(value)}, not a list of messages")
-    messages: list[dict[str, str]] = []
-    for message in value:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise _ShapeError(f"{name} holds {_short(message)}, not {{role, content}}")
-        if message["role"] not in ("system", "user", "assistant", "tool"):
-            raise _ShapeError(f"{name} has the role {_short(message['role'])}, not system, user or assistant")
-        if not isinstance(message["content"], str):
-            raise _ShapeError(f"{name} has the content {_short(message['content'])}, not text")
-        if not message["content"].strip() and message["role"] in ("user", "assistant"):
-            raise _ShapeError(f"{name} has an empty message of the {message['role']}")
-        if messages and message["role"] == messages[-1]["role"] == "assistant":
-            raise _ShapeError(f"{name} has two messages of the assistant in a row")
-        messages.append({"role": message["role"], "content": message["content"]})
-    if args.system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": args.system_prompt})
-    return messages
-
-
-def _prompt(value: object, args: DataArguments, name: str) -> list[dict[str, str]]:
-    """Messages that the assistant is to answer."""
-    messages = _messages(value, args, name)
-    if messages[-1]["role"] == "assistant":
-        raise _ShapeError(f"{name} ends with the role assistant, which leaves nothing to answer")
-    return messages
-
-
-def _answer_message(value: object, name: str) -> dict[str, str]:
-    if not isinstance(value, str) or not value.strip():
-        raise _ShapeError(f"{name} is {_short(value)}, not text")
-    return {"role": "assistant", "content": value}
-
-
 def _conversation_converter(args: DataArguments, columns: list[str]) -> Callable[[Row], Row]:
     """Conversations as they are, or of a prompt and a completion column (`question` and `answer` are tried
     too)."""
@@ -236,11 +214,11 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Callable
     if args.completion_column is None and args.messages_column in columns:
 
         def from_messages(row: Row) -> Row:
-            messages = _messages(row[args.messages_column], args, args.messages_column)
+            messages = read_messages(row[args.messages_column], args, args.messages_column)
             if messages[-1]["role"] != "assistant":
-                raise _ShapeError(f"{args.messages_column} ends with the role {messages[-1]['role']}, not assistant")
+                raise ShapeError(f"{args.messages_column} ends with the role {messages[-1]['role']}, not assistant")
             if next(m["role"] for m in messages if m["role"] != "system") == "assistant":
-                raise _ShapeError(f"{args.messages_column} begins with the assistant: there is no prompt")
+                raise ShapeError(f"{args.messages_column} begins with the assistant: there is no prompt")
             return {"messages": messages}
 
         return from_messages
@@ -249,35 +227,9 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Callable
     if not found:
         _require(columns, messages_column=args.messages_column)
     prompt, completion = found[0]
-    return lambda row: {"messages": [*_prompt(row[prompt], args, prompt), _answer_message(row[completion], completion)]}
-
-
-def _preference(row: Row, args: DataArguments) -> Row:
-    """A prompt with two answers; a prompt that both conversations begin with is taken out of them."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if row.get(args.prompt_column) is not None:
-        prompt = _prompt(row[args.prompt_column], args, args.prompt_column)
-    else:
-        whole, other = _messages(chosen, args, "chosen"), _messages(rejected, args, "rejected")
-        prompt, chosen, rejected = whole[:-1], whole[-1:], other[-1:]
-        if not prompt:
-            raise _ShapeError("there is no prompt")
-        if prompt != other[:-1]:
-            raise _ShapeError("chosen and rejected do not answer the same prompt")
-    answers = []
-    for name, value in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(value, str):
-            value = [_answer_message(value, name)]
-        if isinstance(value, list) and len(value) > 1 and _messages(value[:-1], args, name) == prompt:
-            value = value[-1:]  # the prompt is told twice
-        if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
-            raise _ShapeError(f"{name} is {_short(value)}, not one answer to the prompt")
-        if value[0].get("role") != "assistant":
-            raise _ShapeError(f"{name} has the role {_short(value[0].get('role'))}, not assistant")
-        answers.append([_answer_message(value[0].get("content"), name)])
-    if answers[0] == answers[1]:
-        raise _ShapeError("chosen and rejected are the same")
-    return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    return lambda row: {
+        "messages": [*read_prompt(row[prompt], args, prompt), answer_message(row[completion], completion)]
+    }
 
 
 def _prompt_converter(args: DataArguments, columns: list[str]) -> Callable[[Row], Row]:
@@ -295,22 +247,17 @@ def _prompt_converter(args: DataArguments, columns: list[str]) -> Callable[[Row]
         ) from None
 
     def convert(row: Row) -> Row:
-        messages = _prompt(row[prompt], args, prompt)
+        messages = read_prompt(row[prompt], args, prompt)
         if args.answer_column not in columns:
             return {"prompt": messages}
         if row[args.answer_column] is None:
-            raise _ShapeError(f"{args.answer_column} is None")
+            raise ShapeError(f"{args.answer_column} is None")
         answer = str(row[args.answer_column])
         match = (pattern or GSM8K_ANSWER).search(answer)
         if match:
             answer = match.group(1) if match.re.groups else match.group(0)
         elif pattern is not None:
-            raise _ShapeError(f"answer_pattern does not occur in {_short(answer)}")
+            raise ShapeError(f"answer_pattern does not occur in {short(answer)}")
         return {"prompt": messages, "answer": answer.strip()}
 
     return convert
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

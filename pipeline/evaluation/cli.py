@@ -45,9 +45,9 @@ def main(args: argparse.Namespace) -> int:
     from dataclasses import replace
     from pathlib import Path
 
-    from pipeline.errors import UserError
+    from pipeline.errors import Problem, UserError
     from pipeline.evaluation.held_out import read_held_out
-    from pipeline.evaluation.stage import check_stage, evaluate_stage
+    from pipeline.evaluation.stage import check_stage, evaluate_stage, is_reward_model
     from pipeline.evaluation.writing import table, write
     from pipeline.ranges import check_ranges
 
@@ -57,6 +57,8 @@ def main(args: argparse.Namespace) -> int:
     check_stage(run, args.stage)
     if args.against != AGAINST:
         check_stage(run, args.against, "--against")
+    if (run / args.against).is_dir() and is_reward_model(run / args.against):
+        raise UserError(Problem("--against", args.against, "is a reward model, which answers nothing; choose another"))
     held_out = read_held_out(run, args)
     result = evaluate_stage(
         run,

@@ -12,7 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.arguments import DataArguments
 from pipeline.errors import Problem, UserError
+from pipeline.messages import ShapeError
+from pipeline.preference_pairs import read_pair, teaches
 
 Row = dict[str, Any]
 
@@ -70,7 +73,7 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
         instructions=pick(instructions, most["instructions"]),
         problems=pick(problems, most["problems"]),
         prompts=pick(_split(data / "preferences"), most["prompts"]),
-        pairs=pick(_split(run / "3_preferences"), most["pairs"]),
+        pairs=_conversational(pick(_split(run / "3_preferences"), most["pairs"])),
     )
     if not any((found.texts, found.instructions, found.problems, found.prompts, found.pairs)):
         remedy = "holds no test split of pretrain, sft, reasoning or preferences: name --text or --reasoning"
@@ -87,9 +90,22 @@ def _split(folder: Path) -> list[Row]:
         raise UserError(Problem("RUN", path, f"cannot be read ({reason}); make the data again")) from None
 
 
+def _conversational(pairs: Sequence[Row]) -> list[Row]:
+    """The pairs with prompt and answers as messages, whatever format of TRL's they are in; others left out."""
+    standard = []
+    for row in pairs:
+        try:
+            pair = read_pair(row, DataArguments())
+        except (ShapeError, KeyError) as error:
+            remedy = f"has in row {row['id']} no pair ({error}); correct it"
+            raise UserError(Problem("RUN", "3_preferences/test.parquet", remedy)) from None
+        if teaches(pair):
+            standard.append({**row, **pair})
+    return standard
+
+
 def _named(args: argparse.Namespace, name_option: str, kind: Any) -> list[Row]:
     """The rows of the data set that an option names; of a file all, unless a split is asked for."""
-    from pipeline.arguments import DataArguments
     from pipeline.data import load_splits
 
     name = getattr(args, name_option)
@@ -118,4 +134,4 @@ def _named(args: argparse.Namespace, name_option: str, kind: Any) -> list[Row]:
 
 
 def _numbered(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    return [{"kind": "", **row, "id": index} for index, row in enumerate(rows)]
+    return [{**row, "kind": row.get("kind") or "", "id": index} for index, row in enumerate(rows)]

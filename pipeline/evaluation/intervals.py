@@ -1,7 +1,7 @@
 """95% confidence intervals: Wilson's for proportions, the bootstrap for everything else.
 
-The sampling unit is the problem or the document, never the sample or the token: eight samples of one problem
-are not eight problems. The bootstrap is seeded, so that the same values always give the same interval.
+The sampling unit is the problem, the document or the prompt, never the sample, the token or the pair: eight samples of
+one problem are not eight problems. The bootstrap is seeded, so that the same values always give the same interval.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def estimate(value: float, low: float, high: float, n: int) -> dict[str, Any]:
     return {"value": float(value), "ci95": [float(low), float(high)], "n": n}
 
 
-def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Score interval of a proportion (Wilson 1927): honest near 0 and 1, where the normal one has no width.
 
     Args:
@@ -83,16 +83,54 @@ def proportion(outcomes: Sequence[float]) -> dict[str, Any]:
     return estimate(successes / n if n else float("nan"), *wilson(successes, n), n)
 
 
-def mean(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """The mean of one value a unit, with a bootstrap interval."""
+def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> dict[str, Any]:
+    """The mean of some values, with a bootstrap interval.
+
+    Args:
+        values: one a unit, or several.
+        seed: of the bootstrap.
+        units: what each value is of, by default a unit of its own.
+    """
     n = len(values)
     value = float(np.mean(values)) if n else float("nan")
-    return estimate(value, *bootstrap(values, seed=seed), n)
+    if units is None:
+        return estimate(value, *bootstrap(values, seed=seed), n)
+    number = _numbered(units)
+    return estimate(value, *bootstrap(np.bincount(number, values), np.bincount(number), seed=seed), n)
 
 
-def outcome_mean(outcomes: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """The mean of outcomes from 0 to 1: Wilson's interval if each is 0 or 1, else the bootstrap's."""
-    return proportion(outcomes) if all(value in (0, 1) for value in outcomes) else mean(outcomes, seed)
+def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> dict[str, Any]:
+    """The mean of outcomes from 0 to 1: Wilson's interval if each is 0 or 1, else the bootstrap's.
+
+    Args:
+        outcomes: one a unit, or several.
+        seed: of the bootstrap.
+        units: what each outcome is of, by default a unit of its own. If some have several, Wilson's interval is that of
+            as many independent outcomes as would vary as much (Kish 1965).
+    """
+    if not all(value in (0, 1) for value in outcomes):
+        return mean(outcomes, seed, units)
+    if units is None or not outcomes:
+        return proportion(outcomes)
+    n, share = len(outcomes), float(np.mean(outcomes))
+    independent = min(n, n / _design_effect(np.asarray(outcomes, dtype=np.float64), _numbered(units)))
+    return estimate(share, *wilson(share * independent, independent), n)
+
+
+def _design_effect(outcomes: np.ndarray, number: np.ndarray) -> float:
+    """How many times the variance of independent outcomes' mean that of grouped ones' has."""
+    n, groups = len(outcomes), int(number.max()) + 1
+    deviations = outcomes - outcomes.mean()
+    alone = float(np.square(deviations).sum())
+    if alone == 0 or groups < 2:
+        return n / groups  # nothing tells how alike those of a group are: as alike as can be
+    return float(np.square(np.bincount(number, deviations)).sum()) * groups / (groups - 1) / alone
+
+
+def _numbered(units: Sequence[Hashable]) -> np.ndarray:
+    """Units by numbers from 0, in the order in which they come."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(unit, len(numbers)) for unit in units])
 
 
 def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> dict[str, Any]:
@@ -102,19 +140,32 @@ def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> d
     return estimate(value, *bootstrap(totals, weights, seed=seed), n)
 
 
-def statistic(function: Callable[[np.ndarray], float], n: int, seed: int = 0) -> dict[str, Any]:
-    """Any statistic of `n` units, with a percentile bootstrap interval of 500 resamples.
+def resample(
+    function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0, resamples: int = 500
+) -> np.ndarray:
+    """Any statistic of rows, of bootstrap samples of their units.
 
     Args:
-        function: gives the statistic of the units with these indices; one may occur several times.
-        n: number of units.
+        function: gives the statistic of the rows with these indices; one may occur several times.
+        units: the unit of each row.
         seed: of the resampling.
+        resamples: number of bootstrap samples.
+
+    Returns:
+        (`resamples`,) values.
     """
+    number = _numbered(units)
+    by_unit = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
     rng = np.random.default_rng(seed)
-    resampled = [function(rng.integers(0, n, n)) for _ in range(500)]
+    drawn = (rng.integers(0, len(by_unit), len(by_unit)) for _ in range(resamples))
+    return np.array([function(np.concatenate([by_unit[unit] for unit in sample])) for sample in drawn])
+
+
+def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> dict[str, Any]:
+    """Any statistic of rows, with a percentile bootstrap interval over their units; arguments as of `resample`."""
     tail = (1 - CONFIDENCE) / 2
-    ends: list[float] = np.quantile(resampled, [tail, 1 - tail]).tolist()
-    return estimate(function(np.arange(n)), ends[0], ends[1], n)
+    low, high = np.quantile(resample(function, units, seed), [tail, 1 - tail])
+    return estimate(function(np.arange(len(units))), low, high, len(units))
 
 
 def paired_difference(

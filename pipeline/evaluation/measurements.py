@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,8 @@ def record(
     rows: Sequence[Row],
     *,
     values: Sequence[float] | None = None,
-    summary: Callable[[Sequence[float]], Estimate] | None = intervals.outcome_mean,
+    summary: Callable[..., Estimate] | None = intervals.outcome_mean,
+    units: Sequence[Hashable] | None = None,
     extras: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     """Add a metric to `result`: as a whole, by kind of example, and the value of every example.
@@ -64,16 +65,18 @@ def record(
         rows: the examples; `id` and `kind` are used.
         values: one a row; those in `estimate` by default.
         summary: makes the estimates by kind; None leaves them out, as does having one kind only.
+        units: what each row is of, if several may be of the same.
         extras: further fields of each example, its answer for instance.
     """
     values = estimate["values"] if values is None else values
     entry = {key: estimate[key] for key in ("value", "ci95", "n")}
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     if summary is not None and len(kinds) > 1:
-        entry["by_kind"] = {
-            kind: summary([value for row, value in zip(rows, values, strict=True) if row["kind"] == kind])
-            for kind in sorted(kinds)
-        }
+        entry["by_kind"] = {}
+        for kind in sorted(kinds):
+            of_kind = [i for i, row in enumerate(rows) if row["kind"] == kind]
+            grouped = {} if units is None else {"units": [units[i] for i in of_kind]}
+            entry["by_kind"][kind] = summary([values[i] for i in of_kind], **grouped)
     result.metrics[name] = entry
     for row, value, extra in zip(rows, values, extras or [{}] * len(rows), strict=True):
         example = {"metric": name, "id": row["id"], "kind": row["kind"], "value": float(value), **extra}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,34 +43,38 @@ def measure(
 ) -> None:
     """Add accuracy against labels and against the noise-free taste, margin, calibration, the pull of length.
 
-    The accuracy against the taste is over the pairs between which the annotators are not indifferent.
+    The accuracy against the taste is over the pairs between which the annotators are not indifferent. All intervals are
+    over prompts, which may have several pairs.
 
     Args:
         result: what the metrics are added to.
-        model: a sequence classifier with one output.
+        model: a sequence classifier with one label.
         tokenizer: its tokenizer, with a chat template.
         pairs: `prompt`, `chosen`, `rejected`, and `taste_chosen`, `taste_rejected` where they are known.
         seed: of the intervals.
     """
     chosen = score(model, tokenizer, [[*row["prompt"], *row["chosen"]] for row in pairs])
     rejected = score(model, tokenizer, [[*row["prompt"], *row["rejected"]] for row in pairs])
-    labelled = RewardAccuracy().compute(predictions=chosen, references=rejected, seed=seed)
+    prompts = [json.dumps(row["prompt"]) for row in pairs]
+    labelled = RewardAccuracy().compute(predictions=chosen, references=rejected, units=prompts, seed=seed)
     result.metrics["reward_margin"] = labelled["margin"]
     result.metrics["reward_calibration_error"] = labelled["calibration_error"]
-    record(result, "reward_accuracy", labelled, pairs)
+    record(result, "reward_accuracy", labelled, pairs, units=prompts)
 
     tasted = [i for i, row in enumerate(pairs) if abs(_taste_gap(row)) >= INDIFFERENCE]
     if tasted:
         # Labels may be noise: here the better answer is the one that is better by the annotators' taste.
         better = [chosen[i] if _taste_gap(pairs[i]) > 0 else rejected[i] for i in tasted]
         worse = [rejected[i] if _taste_gap(pairs[i]) > 0 else chosen[i] for i in tasted]
-        noise_free = RewardAccuracy().compute(predictions=better, references=worse, seed=seed)
-        record(result, "reward_accuracy_noise_free", noise_free, [pairs[i] for i in tasted])
+        units = [prompts[i] for i in tasted]
+        noise_free = RewardAccuracy().compute(predictions=better, references=worse, units=units, seed=seed)
+        record(result, "reward_accuracy_noise_free", noise_free, [pairs[i] for i in tasted], units=units)
 
-    lengths = [len(row[side][-1]["content"].split()) for side in ("chosen", "rejected") for row in pairs]
-    scores = [*chosen, *rejected]
+    # (pairs, 2): both answers of a pair.
+    lengths = np.array([[len(row[side][-1]["content"].split()) for side in ("chosen", "rejected")] for row in pairs])
+    scores = np.array([chosen, rejected]).T
     result.metrics["reward_length_correlation"] = intervals.statistic(
-        lambda index: correlation(np.take(lengths, index), np.take(scores, index)), len(scores), seed
+        lambda index: correlation(lengths[index].ravel(), scores[index].ravel()), prompts, seed
     )
 
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from pipeline import hardware, launch
+from pipeline.adapters import load_config
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation import measurements, reward_model
 from pipeline.evaluation.held_out import HeldOut
@@ -67,7 +68,10 @@ def evaluate_stage(
         if held_out.pairs:
             with told_as("--stage", run / stage):
                 tokenizer = AutoTokenizer.from_pretrained(run / stage)
-                model = AutoModelForSequenceClassification.from_pretrained(run / stage, dtype=torch.float32)
+                config = load_config(str(run / stage))
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    run / stage, config=config, dtype=torch.float32
+                )
             reward_model.measure(result, _place(model), tokenizer, held_out.pairs, seed)
     else:
         speaker = load_speaker(run / stage, max_new_tokens)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -201,6 +202,56 @@ def test_a_reward_model_is_measured_on_pairs(run):
     assert 0 <= metrics["reward_calibration_error"]["value"] <= 1
     assert {example["metric"] for example in examples} == {"reward_accuracy", "reward_accuracy_noise_free"}
     assert result["answers"] == []
+
+
+def test_a_reward_model_is_no_opponent(run, capsys):
+    write_reward_model(run)
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", str(run), "--stage", "0_random", "--against", "3_reward"])
+    assert exit_.value.code == 2 and "--against: 3_reward: is a reward model" in capsys.readouterr().err
+
+
+def test_an_adapter_of_a_reward_model_is_measured_as_the_two_together(run):
+    write_split(run / "3_preferences", text_pairs())
+    small_model.save_model(run / "base")
+    base = LlamaForSequenceClassification.from_pretrained(run / "base", num_labels=1)
+    adapter = LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    adapted = get_peft_model(base, adapter)
+    adapted.save_pretrained(run / "3_reward")
+    small_model.save_tokenizer(run / "3_reward")
+    measured, _ = evaluate(run, "3_reward")
+    shutil.rmtree(run / "3_reward")
+    adapted.merge_and_unload().save_pretrained(run / "3_reward")
+    small_model.save_tokenizer(run / "3_reward")
+    merged, _ = evaluate(run, "3_reward")
+    for metric in ("reward_margin", "reward_length_correlation"):
+        assert measured["metrics"][metric]["value"] == pytest.approx(merged["metrics"][metric]["value"], abs=1e-5)
+
+
+def text_pairs():
+    """Pairs as people might hand them in: text, and no more than there has to be."""
+    return [{"prompt": f"Question {i}?", "chosen": "A cat. " * (i % 3 + 1), "rejected": f"No {i}."} for i in range(8)]
+
+
+def test_pairs_in_any_format_measure_the_same(run):
+    write_reward_model(run)
+    write_split(run / "3_preferences", text_pairs())
+    text, _ = evaluate(run, "3_reward")
+    conversations = [
+        {
+            "chosen": user(row["prompt"]) + assistant(row["chosen"]),
+            "rejected": user(row["prompt"]) + assistant(row["rejected"]),
+            "kind": None if i else "question",
+        }
+        for i, row in enumerate(text_pairs())
+    ]
+    same = {"chosen": conversations[0]["chosen"], "rejected": conversations[0]["chosen"], "kind": "question"}
+    shutil.rmtree(run / "3_preferences")
+    write_split(run / "3_preferences", [*conversations, same])
+    implicit, _ = evaluate(run, "3_reward")
+    assert implicit["metrics"]["reward_accuracy"]["n"] == 8
+    for metric, measured in text["metrics"].items():
+        assert implicit["metrics"][metric]["value"] == measured["value"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from pathlib import Path
 
 import evaluate
@@ -14,7 +15,11 @@ from pipeline.evaluation import intervals
 from pipeline.evaluation.metrics.bits_per_byte import BitsPerByte
 from pipeline.evaluation.metrics.instruction_accuracy import InstructionAccuracy
 from pipeline.evaluation.metrics.pass_at_k import PassAtK, estimate_pass_at_k
-from pipeline.evaluation.metrics.reward_accuracy import RewardAccuracy, expected_calibration_error
+from pipeline.evaluation.metrics.reward_accuracy import (
+    RewardAccuracy,
+    calibration_error,
+    squared_calibration_error,
+)
 from pipeline.evaluation.metrics.step_rate import StepRate
 from pipeline.evaluation.metrics.stop_rate import StopRate
 from pipeline.evaluation.metrics.win_rate import WinRate
@@ -129,22 +134,71 @@ def test_reward_accuracy_by_hand():
 def test_calibration_error_by_hand():
     # sigmoid(log 3) = 0.75 for four pairs of which three are in order: perfectly calibrated
     margins = np.log(3) * np.array([1.0, 1.0, 1.0, -1.0])
-    assert expected_calibration_error(margins, np.array([1.0, 1, 1, 0])) == pytest.approx(0.0, abs=1e-9)
-    assert expected_calibration_error(margins, np.zeros(4)) == pytest.approx(0.75)
+    right = np.array([1.0, 1, 1, 0])
+    assert squared_calibration_error(margins, right, debiased=False) == pytest.approx(0.0, abs=1e-9)
+    assert squared_calibration_error(margins, right) == pytest.approx(-(0.75 * 0.25) / 3)
+    assert squared_calibration_error(margins, np.zeros(4), debiased=False) == pytest.approx(0.75**2)
 
 
 @settings(deadline=None)
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=50))
-def test_calibration_error_equals_a_loop_over_bins(margins):
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=50), st.booleans())
+def test_calibration_error_equals_a_loop_over_bins(margins, debiased):
     agrees = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins]
     confidence = [1 / (1 + math.exp(-abs(margin))) for margin in margins]
-    expected = 0.0
+    total = count = 0.0
     for b in range(10):
         inside = [i for i, c in enumerate(confidence) if min(9, int((c - 0.5) * 2 * 10)) == b]
-        if inside:
-            gap = sum(confidence[i] for i in inside) / len(inside) - sum(agrees[i] for i in inside) / len(inside)
-            expected += abs(gap) * len(inside) / len(margins)
-    assert expected_calibration_error(np.array(margins), np.array(agrees)) == pytest.approx(expected, abs=1e-9)
+        if len(inside) > debiased:
+            of_bin = [agrees[i] for i in inside]
+            gap = sum(confidence[i] for i in inside) / len(inside) - sum(of_bin) / len(inside)
+            chance = statistics.variance(of_bin) / len(inside) if debiased else 0.0
+            total += (gap**2 - chance) * len(inside)
+            count += len(inside)
+    found = squared_calibration_error(np.array(margins), np.array(agrees), debiased=debiased)
+    assert found == pytest.approx(total / count if count else 0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 1.8, 0.5])
+def test_calibration_intervals_hold_the_truth(sharpness):
+    """Scores whose differences are the log odds of the labels, times `sharpness`: 1 is calibrated."""
+    rng = np.random.default_rng(0)
+
+    def sample(n):
+        odds = rng.normal(1.8, 1.6, n)
+        agrees = np.where(rng.random(n) < 1 / (1 + np.exp(-odds)), odds > 0, odds <= 0).astype(float)
+        return odds * sharpness, agrees
+
+    truth = squared_calibration_error(*sample(500_000)) ** 0.5 if sharpness != 1 else 0.0
+    results = [calibration_error(*sample(260), range(260), seed) for seed in range(60)]
+    held = [result["ci95"][0] <= truth <= result["ci95"][1] for result in results]
+    assert sum(held) / 60 >= 0.85
+    assert np.mean([result["value"] for result in results]) == pytest.approx(truth, abs=0.03)
+    assert all(result["ci95"][1] < truth + 0.2 for result in results)
+
+
+def test_pairs_of_one_prompt_count_as_far_as_they_differ():
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(100), 4)
+    alike = np.repeat(rng.random(100) < 0.8, 4).astype(float)
+    alone = intervals.outcome_mean(alike.tolist())
+    grouped = intervals.outcome_mean(alike.tolist(), units=prompts.tolist())
+    once = intervals.outcome_mean(alike[::4].tolist())
+    assert grouped["value"] == alone["value"] and grouped["n"] == alone["n"] == 400
+    assert grouped["ci95"] == pytest.approx(once["ci95"], abs=0.003)  # four times the same is one outcome
+    assert grouped["ci95"][1] - grouped["ci95"][0] > 1.8 * (alone["ci95"][1] - alone["ci95"][0])
+    all_right = intervals.outcome_mean([1.0] * 40, units=[i // 4 for i in range(40)])
+    assert all_right["ci95"] == list(intervals.wilson(10, 10))  # as alike as can be
+    margins = rng.normal(size=100).repeat(4)
+    spread = intervals.mean(margins.tolist(), units=prompts.tolist())["ci95"]
+    assert spread == pytest.approx(intervals.mean(margins[::4].tolist())["ci95"], abs=1e-9)
+    reference = intervals.statistic(lambda index: float(margins[index].mean()), prompts.tolist())["ci95"]
+    assert reference == pytest.approx(spread, abs=0.05)
+
+
+def test_intervals_of_independent_pairs_do_not_get_narrower():
+    outcomes = [float(i % 5 > 0) for i in range(200)]
+    own = intervals.outcome_mean(outcomes, units=list(range(200)))
+    assert own["ci95"] == pytest.approx(intervals.outcome_mean(outcomes)["ci95"], abs=1e-3)
 
 
 def test_win_rate_prefers_the_right_answer_and_ties_with_itself():
