@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -62,7 +63,6 @@ _STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]
         ("Loss", (("training", ("loss",)), ("validation", ("eval_loss",))), ""),
     ),
     "ppo": (
-        ("Reward-model score", (("training", ("reward", "objective/scores")),), ""),
         (
             "What PPO maximises",
             (("score", ("objective/scores",)), ("score minus KL penalty", ("objective/rlhf_reward",))),
@@ -83,7 +83,6 @@ _STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]
     ),
 }
 
-_SCORE_KEYS = ("reward", "objective/scores")
 _KL_KEYS = ("objective/kl", "kl")
 
 
@@ -92,6 +91,10 @@ def charts_of(run: Run) -> list[Chart]:
     charts: list[Chart] = []
     for stage in run.stages.values():
         role = stage.name.partition("_")[2]
+        if role == "ppo":
+            title, keys = _scores(stage)
+            series = [Series(name, logged(stage, key)) for name, key in keys.items()]
+            charts.extend(_chart(stage.name, title, "training steps", series, ""))
         for title, lines, note in _STEP_CHARTS.get(role, ()):
             series = [Series(name, _first_logged(stage, keys)) for name, keys in lines]
             charts.extend(_chart(stage.name, title, "training steps", series, note))
@@ -115,24 +118,41 @@ def _chart(stage: str, title: str, x_label: str, series: Sequence[Series], note:
 def _against_kl(stage: Stage) -> list[Chart]:
     """The reward model's score and the annotators' hidden taste, each over the distance from the start."""
     charts = []
-    taste_keys = sorted({key for record in stage.history for key in record if "taste" in key and "std" not in key})
+    title, scores = _scores(stage)
+    taste = next((key for key in sorted(_keys(stage), reverse=True) if "taste" in key and "std" not in key), "")
     wanted = [
-        ("Reward-model score against KL", _SCORE_KEYS, "What PPO is given."),
+        (f"{title} against KL", scores, "What PPO is given."),
         (
             "Hidden taste against KL",
-            taste_keys,
+            {"batches": taste},
             "What it is not shown: rising with the score, it is not gamed.",
         ),
     ]
     for title, keys, note in wanted:
-        points: Points = []
-        for prefix in ("", "eval_"):
-            for kl in _KL_KEYS:
-                points = points or next(
-                    (found for key in keys if len(found := logged(stage, key, prefix + kl)) > 1), []
-                )
-        charts.extend(_chart(stage.name, title, "KL, nats an answer", [Series("batches", points, True)], note))
+        series = [Series(name, _over_kl(stage, key), dots=True) for name, key in keys.items()]
+        charts.extend(_chart(stage.name, title, "KL, nats an answer", series, note))
     return charts
+
+
+def _scores(stage: Stage) -> tuple[str, dict[str, str]]:
+    """What PPO is rewarded by, before weights: what it is called, and the key of each reward's mean by its name."""
+    means = {key: match.group(1) for key in _keys(stage) if (match := re.fullmatch(r"rewards/(.+)/mean", key))}
+    rewards = {name: key for key, name in sorted(means.items()) if "taste" not in name}
+    if len(rewards) > 1:
+        return "Rewards", rewards
+    return "Reward-model score", {"batches": next(iter(rewards.values()), "reward")}
+
+
+def _keys(stage: Stage) -> set[str]:
+    return {key for record in stage.history for key in record}
+
+
+def _over_kl(stage: Stage, key: str) -> Points:
+    for prefix in ("", "eval_"):
+        for kl in _KL_KEYS:
+            if len(points := logged(stage, prefix + key, prefix + kl)) > 1:
+                return points
+    return []
 
 
 def overlay(runs: Sequence[Run]) -> list[Chart]:

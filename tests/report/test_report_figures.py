@@ -170,6 +170,24 @@ def test_score_and_taste_of_ppo_are_drawn_against_its_kl(tmp_path: Path) -> None
     assert charts["Hidden taste against KL"] == [(0.1, 1.0), (0.2, 2.0), (0.3, 3.0)]
 
 
+def test_rewards_beside_the_model_are_drawn_apart_from_its_score(tmp_path: Path) -> None:
+    import json
+
+    def record(step: int) -> dict[str, float]:
+        return {"step": step, "reward": -20.0 * step, "objective/kl": step / 10, "rewards/judge/mean": 1.0 * step,
+                "rewards/brevity/mean": -1.0 * step, "rewards/hidden_taste/mean": 0.5}  # fmt: skip
+
+    folder = tmp_path / "3_ppo"
+    folder.mkdir()
+    history = [record(step) for step in (1, 2)]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 2}))
+    charts = {chart.title: chart for chart in charts_of(load_run(tmp_path))}
+    lines = {line.name: line.points for line in charts["Rewards against KL"].series}
+    assert lines == {"brevity": [(0.1, -1.0), (0.2, -2.0)], "judge": [(0.1, 1.0), (0.2, 2.0)]}
+    assert {line.name for line in charts["Rewards"].series} == {"brevity", "judge"}
+    assert charts["Hidden taste against KL"].series[0].points == [(0.1, 0.5), (0.2, 0.5)]
+
+
 def test_several_runs_share_each_chart(whole_run: Path, short_run: Path) -> None:
     charts = overlay([load_run(whole_run), load_run(short_run)])
     loss = next(chart for chart in charts if chart.stage == "1_pretrain")
