@@ -64,6 +64,11 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
         with_evaluations.append(step)
         if KINDS[step.kind].measured:
             with_evaluations.append(_evaluation(step, with_evaluations, run_dir, seed, smoke))
+    editable = {step.name: step.output for step in steps if KINDS[step.kind].editable}
+    with_evaluations = [
+        replace(step, data={need: editable[need] for need in step.needs if need in editable})
+        for step in with_evaluations
+    ]
     seeds = [values["seed"] for _, values in configurations.values() if isinstance(values.get("seed"), int)]
     return Plan(
         steps=(*with_evaluations, _report(with_evaluations, run_dir)),

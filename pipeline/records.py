@@ -37,7 +37,8 @@ class RunRecord:
     """The content of a run's `run.json`.
 
     `steps` maps the name of each step that was started to its `fingerprint`, `values` (settings), `inputs`
-    (the `id` of each step that it was made from), `command`, `id`, `seconds`, `started_at` and `finished_at`
+    (the `id` of each step that it was made from), `data` (fingerprints of the data that it was made from),
+    `command`, `id`, `seconds`, `started_at` and `finished_at`
     (null until it has finished).
     """
 
@@ -92,6 +93,7 @@ class RunRecord:
             "fingerprint": decision.fingerprint,
             "values": json.loads(json.dumps(without_secrets(step.values), default=str)),
             "inputs": self.inputs(step),
+            "data": _data_of(step),
             "command": command,
             "seconds": before.get("seconds", 0.0),
             "started_at": _now(),
@@ -162,6 +164,9 @@ def _judge(
         return "start", f"depends on {', '.join(again)}"
     if entry.get("inputs") != record.inputs(step):
         return "start", "what it was made from has been made again"
+    edited = [need for need, content in _data_of(step).items() if entry.get("data", {}).get(need, content) != content]
+    if edited:
+        return "start", f"the data of {', '.join(edited)} were changed"
     if entry.get("fingerprint") != current:
         return "start", "the files that it reads changed"
     if not record.is_finished(step.name):
@@ -169,6 +174,10 @@ def _judge(
     if not step.product.exists():
         return "start", f"finished, but {step.product} is gone"
     return "skip", "finished"
+
+
+def _data_of(step: Step) -> dict[str, str]:
+    return {need: fingerprint_path(folder) for need, folder in step.data.items()}
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

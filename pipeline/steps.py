@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Kind:
         launched: through `accelerate launch`, on as many processes as asked for.
         measured: it leaves a model, which is evaluated.
         seeded: it draws random numbers, and takes a seed.
+        editable: what it writes are data, which people may correct by hand.
         entry: function whose type hints are its arguments; by default the module's `main`.
     """
 
@@ -31,17 +32,18 @@ class Kind:
     launched: bool = False
     measured: bool = False
     seeded: bool = True
+    editable: bool = False
     entry: str = ""
 
 
 # In the order in which kinds of the same number run.
 KINDS = {
-    "data": Kind("pipeline.pocket", entry="pipeline.pocket.build:build"),
+    "data": Kind("pipeline.pocket", editable=True, entry="pipeline.pocket.build:build"),
     "tokenizer": Kind("pipeline.tokenizer", seeded=False),
     "random": Kind("pipeline.model", measured=True),
     "pretrain": Kind("recipes.pretrain", launched=True, measured=True),
     "sft": Kind("recipes.sft", launched=True, measured=True),
-    "preferences": Kind("pipeline.preferences", launched=True),
+    "preferences": Kind("pipeline.preferences", launched=True, editable=True),
     "reward": Kind("recipes.reward", launched=True, measured=True),
     "ppo": Kind("recipes.ppo", launched=True, measured=True),
     "grpo": Kind("recipes.grpo", launched=True, measured=True),
@@ -63,6 +65,7 @@ class Step:
         values: what it was configured with, paths as in the YAML file; the fingerprint is taken of these.
         needs: names of the steps whose output it reads.
         files: files and folders outside of the run that it reads.
+        data: by the name of the step that writes them, folders of data that it reads.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Step:
     values: Mapping[str, Any]
     needs: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    data: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def product(self) -> Path:

@@ -208,6 +208,20 @@ def test_a_step_whose_output_is_gone_runs_again(run: Runner) -> None:
     assert changed(before) == {"2_sft", "3_reward"}
 
 
+def test_data_corrected_by_hand_are_kept_and_what_learned_from_them_runs_again(run: Runner) -> None:
+    run()
+    before = identities()
+    Path("runs/r/data/label.txt").write_text("the other one")
+    _, out, _ = run("--dry-run")
+    assert "skip 0_data: finished" in out and "run 1_pretrain: the data of 0_data were changed" in out
+    run()
+    assert changed(before) == ALL - {"0_data"}
+    assert Path("runs/r/data/label.txt").read_text() == "the other one"
+    before = identities()
+    run()
+    assert changed(before) == set()
+
+
 def test_dry_run_tells_why_and_writes_nothing(folder: Path, run: Runner) -> None:
     code, out, _ = run("--dry-run")
     assert code == 0
