@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -111,22 +112,44 @@ def check(arguments: Iterable[Any]) -> list[Problem]:
     return [Problem("output_dir", output_dir, remedy)]
 
 
-def check_replaceable(output_dir: str | Path, own: Iterable[str]) -> list[Problem]:
-    """Find out whether a step that replaces its whole output directory would delete what is not its own.
+def check_replaceable(
+    output_dir: str | Path, own: Iterable[str], title: str = "", read: str | Path | None = None
+) -> list[Problem]:
+    """Find out whether a step that replaces its whole output directory may, and would delete only what is its own.
 
     Args:
         output_dir: The directory; it need not exist.
         own: Names of the files and folders that the step writes there.
+        title: What its README.md says, by which it is known; "" if it writes none.
+        read: A directory that the step reads, if it reads one.
 
     Returns:
-        Why it may not be replaced: other files, or it is a file.
+        Why it may not be replaced: other files, it is a file or what is read, or nothing can be written there.
     """
     path = Path(output_dir)
     if problem := below_a_file(path):
         return [problem]
-    if not path.exists() or (path.is_dir() and {inner.name for inner in path.iterdir()} <= set(own)):
-        return []
-    return [Problem("output_dir", output_dir, "holds other files; give a new or an empty folder")]
+    if read is not None and Path(read).exists() and path.resolve().is_relative_to(Path(read).resolve()):
+        return [Problem("output_dir", output_dir, "is, or lies in, what dataset_name names; choose another folder")]
+    if path.resolve() == Path.cwd():
+        return [Problem("output_dir", output_dir, "is the current directory, which cannot be replaced; name another")]
+    if path.exists() and not (path.is_dir() and _is_own(path, set(own), title)):
+        return [Problem("output_dir", output_dir, "holds other files; give a new or an empty folder")]
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        return [Problem("output_dir", output_dir, f"{nearest} cannot be written to ({error.strerror}); choose another")]
+    return []
+
+
+def _is_own(folder: Path, own: set[str], title: str) -> bool:
+    """Whether all that a folder holds was written by the step that writes `own`."""
+    found = {inner.name for inner in folder.iterdir()}
+    if found and title:
+        card = folder / "README.md"
+        return found <= own and card.is_file() and title in card.read_text(encoding="utf-8", errors="replace")
+    return found <= own
 
 
 def below_a_file(path: Path, field: str = "output_dir") -> Problem | None:

@@ -23,10 +23,11 @@ FEATURES = Features(
     }
 )
 
-CARD = """
-# Preferences between two answers
+TITLE = "# Preferences between two answers"
+CARD = f"""
+{TITLE}
 
-Answers sampled from {origin}, compared in pairs by simulated annotators.
+Answers sampled from {{origin}}, compared in pairs by simulated annotators.
 
 `first` says which of the two was shown first. Ties are dropped. `taste_chosen` and `taste_rejected` are the
 annotators' taste without the noise, and given in the test split only: they are for evaluation, and no model

@@ -35,6 +35,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import hardware, preference_files
+from pipeline.adapters import base_of
 from pipeline.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
 from pipeline.arguments import DataArguments, parse
 from pipeline.checks import check_model
@@ -46,7 +47,7 @@ from pipeline.output_directory import check_replaceable
 from pipeline.preference_files import SPLITS, Counts
 from pipeline.ranges import check_ranges
 from pipeline.sources import open_source
-from pipeline.weight_files import find_fault
+from pipeline.weight_files import find_adapter_fault, find_fault
 
 logger = logging.getLogger("pipeline.preferences")  # as a launched module its `__name__` is "__main__"
 
@@ -67,7 +68,7 @@ class PreferenceArguments:
     dataset_name: str = field(metadata={"help": "Hub id, folder or file that holds the prompts."})
     output_dir: str = field(metadata={"help": "Folder of the data set to write; an earlier one is replaced."})
     dataset_config: str | None = field(
-        default="preferences", metadata={"help": "Configuration of the data set (null: its only one)."}
+        default=None, metadata={"help": "Configuration of the data set (default: its only one)."}
     )
     prompt_column: str = field(
         default="prompt",
@@ -123,26 +124,49 @@ def read_prompts(args: PreferenceArguments) -> dict[str, list[Row]]:
     return {name: prompts[name] for name in SPLITS if name in prompts}
 
 
-def sample_answers(
+def encode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    prompts: Mapping[str, Sequence[Row]],
     args: PreferenceArguments,
-    seed: int,
-) -> list[list[str]]:
-    """Sample `args.samples_per_prompt` answers to the prompt of each row.
+) -> dict[str, list[list[int]]]:
+    """Token ids of the prompts of each split.
 
-    Processes take turns at the batches. Each has its own seed, so the number of processes changes nothing.
-
-    Returns:
-        The answers to each prompt, in the order of `rows`, on every process.
+    Raises:
+        UserError: The chat template refuses one, or one leaves no room for `max_new_tokens`.
     """
-    state = PartialState()
     try:
-        prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
+        encoded = {name: encode_prompts(tokenizer, [row["prompt"] for row in rows]) for name, rows in prompts.items()}
     except TemplateError as error:
         remedy = f"its chat template refuses a prompt of the data ({error}); correct one of them"
         raise UserError(Problem("model_name_or_path", args.model_name_or_path, remedy)) from None
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(prompt) for split in encoded.values() for prompt in split)
+    if positions is not None and longest + args.max_new_tokens > positions:
+        remedy = (
+            f"the longest prompt takes {longest} of the {positions} tokens that the model sees "
+            f"(max_position_embeddings), which leaves {max(0, positions - longest)}; lower it or shorten prompts"
+        )
+        raise UserError(Problem("max_new_tokens", args.max_new_tokens, remedy))
+    return encoded
+
+
+def sample_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    args: PreferenceArguments,
+    seed: int,
+) -> list[list[str]]:
+    """Sample `args.samples_per_prompt` answers to each prompt.
+
+    Processes take turns at the batches, and each batch has its own seed: with as many threads a process, the number of
+    processes changes nothing. (With others, sums are made in another order, and a close call may come out otherwise.)
+
+    Returns:
+        The answers to each of `prompts`, on every process.
+    """
+    state = PartialState()
     size = max(1, args.batch_size // args.samples_per_prompt)
     sampled: list[tuple[int, list[list[str]]]] = []
     for number, start in enumerate(range(0, len(prompts), size)):
@@ -240,7 +264,8 @@ def load_model(args: PreferenceArguments) -> tuple[PreTrainedModel, PreTrainedTo
             Problem("model_name_or_path", name, "has no chat template; give a model tuned on conversations")
         )
     problems = check_model(model.config, tokenizer, args, name)
-    if Path(name).is_dir() and (fault := find_fault(Path(name), model)):
+    folder, adapted = Path(name), base_of(name) is not None
+    if folder.is_dir() and (fault := find_adapter_fault(folder) if adapted else find_fault(folder, model)):
         problems.append(Problem("model_name_or_path", name, fault))
     if problems:
         raise UserError(*problems)
@@ -257,15 +282,18 @@ def main(args: PreferenceArguments) -> dict[str, Counts]:
         UserError: The model, the prompts or the output folder do not do, or no pair came out for training.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
-    if problems := check_replaceable(args.output_dir, preference_files.FILES):
+    if problems := check_replaceable(
+        args.output_dir, preference_files.FILES, preference_files.TITLE, args.dataset_name
+    ):
         raise UserError(*problems)
     prompts = read_prompts(args)
     model, tokenizer = load_model(args)
+    encoded = encode(model, tokenizer, prompts, args)
     splits: dict[str, list[Row]] = {}
     counts: dict[str, Counts] = {}
     for number, (name, rows) in enumerate(prompts.items()):
         # Seeds of the splits lie so far apart that those of their batches never meet.
-        answers = sample_answers(model, tokenizer, rows, args, seed=(3 * args.seed + number) * 1_000_000)
+        answers = sample_answers(model, tokenizer, encoded[name], args, seed=(3 * args.seed + number) * 1_000_000)
         splits[name], counts[name] = label_answers(
             rows,
             answers,

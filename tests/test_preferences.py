@@ -17,7 +17,14 @@ import yaml
 from datasets import DatasetDict, load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.annotators import PANEL, taste
@@ -184,6 +191,73 @@ def test_a_folder_of_other_files_is_not_replaced(arguments: dict[str, Any], tmp_
     with pytest.raises(UserError, match="output_dir"):
         main(PreferenceArguments(**arguments, output_dir=str(tmp_path)))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_only_what_this_step_wrote_is_replaced(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:
+    """Other data sets have files of the same names: the prompts that are read, labels that people gave."""
+    mine = write_prompts(tmp_path / "mine", PROMPTS)
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    for output_dir in (mine, mine / "preferences"):
+        with pytest.raises(UserError, match="what dataset_name names"):
+            main(PreferenceArguments(**{**arguments, "dataset_name": str(mine)}, output_dir=str(output_dir)))
+    labels = tmp_path / "labels"
+    shutil.copytree(collected, labels)
+    (labels / "README.md").write_text("# What people prefer\n")
+    with pytest.raises(UserError, match="holds other files"):
+        main(PreferenceArguments(**arguments, output_dir=str(labels)))
+    assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    assert contents(labels) == contents(collected)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_sampling(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(*_: Any, **__: Any) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("pipeline.preferences.sample_answers", sample)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="current directory"):
+        main(PreferenceArguments(**arguments, output_dir="."))
+    if Path("/proc").is_dir():  # where even root may make no folder
+        with pytest.raises(UserError, match="output_dir: /proc/pairs: /proc cannot be written to"):
+            main(PreferenceArguments(**arguments, output_dir="/proc/pairs"))
+
+
+def test_prompts_that_leave_no_room_are_told_before_sampling(arguments: dict[str, Any], tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "long", {**PROMPTS, "test": ["fox " * 600]})
+    with pytest.raises(UserError, match="max_new_tokens: 8: the longest prompt takes"):
+        main(PreferenceArguments(**{**arguments, "dataset_name": str(prompts)}, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_answers_as_the_model_it_makes(arguments: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    adapted = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    written = []
+    for name in ("adapter", "merged"):
+        main(
+            PreferenceArguments(
+                **{**arguments, "model_name_or_path": str(tmp_path / name)}, output_dir=str(tmp_path / f"{name}-pairs")
+            )
+        )
+        written.append(contents(tmp_path / f"{name}-pairs"))
+        if name == "adapter":
+            adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+            tokenizer.save_pretrained(tmp_path / "merged")
+    assert written[0] == written[1]
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="model_name_or_path"):
+        main(
+            PreferenceArguments(
+                **{**arguments, "model_name_or_path": str(tmp_path / "adapter")}, output_dir=str(tmp_path / "out")
+            )
+        )
 
 
 def test_every_wrong_number_is_told_at_once(arguments: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
 
 def check(args: PocketArguments) -> list[Problem]:
     """What is wrong with the arguments, for one message that tells it all."""
-    problems = check_replaceable(args.output_dir, {*SCHEMAS, "README.md"})
+    problems = check_replaceable(args.output_dir, {*SCHEMAS, "README.md"}, title="# Pocket")
     for name in ("size_mb", "sft_rows", "preference_rows", "reasoning_rows"):
         if not getattr(args, name) > 0:
             problems.append(Problem(name, getattr(args, name), "must be more than 0"))
