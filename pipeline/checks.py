@@ -28,9 +28,10 @@ def check_together(arguments: Iterable[Any], told: Collection[str]) -> list[Prob
         problems.append(Problem("max_steps", steps, "must be given: a stream has no length"))
     layers = f"{values.get('lora_target_modules')} {values.get('lora_modules_to_save')}"
     if values.get("use_peft") and "embed" not in layers and "lm_head" not in layers:
-        for field in ("use_muon", "embedding_learning_rate"):
+        for field, unset in (("use_muon", "false"), ("embedding_learning_rate", "null")):
             if values.get(field):
-                problems.append(Problem(field, values[field], "LoRA trains no embeddings; leave it out"))
+                remedy = f"LoRA trains no embeddings; leave it out, or set it to {unset}"
+                problems.append(Problem(field, values[field], remedy))
     if values.get("output_dir") == "":
         problems.append(Problem("output_dir", "nothing", "give a directory"))
     if name := values.get("resume_from_checkpoint"):

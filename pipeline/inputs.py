@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -18,6 +19,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from pipeline import checks
+from pipeline.adapters import base_of
 from pipeline.arguments import DataArguments
 from pipeline.data import Kind, Split, load_splits
 from pipeline.errors import Problem, UserError
@@ -25,6 +27,8 @@ from pipeline.loading import load_tokenizer
 from pipeline.model import build_model
 from pipeline.rehearsal import rehearse
 from pipeline.weight_files import find_fault
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -124,8 +128,10 @@ def load_inputs(
         problems += checks.check_batches(len(train) if isinstance(train, Dataset) else None, training_args)
         if tokenizer is not None and (kind == "text" or tokenizer.chat_template):
             positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+            checked = [split for split in splits if split is not None and (split is train or kind == "preference")]
             try:
-                problems += _check_tokens(kind, train, tokenizer, training_args, positions)
+                for split in checked:
+                    problems += _check_tokens(kind, split, tokenizer, training_args, positions)
             except TemplateError as error:
                 remedy = f"its chat template refuses a conversation of the data ({error}); correct one of them"
                 problems.append(Problem(field, data_args.tokenizer_name_or_path or name, remedy))
@@ -186,6 +192,9 @@ def _load_config(model_args: Any) -> Any:
     if not name:
         raise UserError(Problem("model_name_or_path", "nothing", "give a Hub id or a folder"))
     try:
+        if base := base_of(name):
+            remedy = f"is an adapter of {base}; put them together with `python -m pipeline merge` and name the result"
+            raise UserError(Problem("model_name_or_path", name, remedy))
         return AutoConfig.from_pretrained(name, revision=model_args.model_revision or "main")
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -267,6 +276,11 @@ def _check_tokens(
         if min(sizes) > length:
             remedy = f"every pair is longer (the shortest takes {min(sizes)} tokens) and would be dropped; raise it"
             return [Problem("max_length", length, remedy)]
+        if longer := sum(size > length for size in sizes):
+            logger.warning(
+                "max_length %d: %d of the first %d pairs are longer (up to %d tokens), and are dropped.",
+                *(length, longer, len(sizes), max(sizes)),
+            )
     return []
 
 

@@ -94,19 +94,25 @@ class PPOConfig(GRPOConfig):
         given = self.num_generations, self.num_generations_eval
         if self.num_generations == 1:
             # GRPO compares two or more; PPO need not. Any divisor of the generation batch passes its check.
-            accumulated = self.steps_per_generation or self.gradient_accumulation_steps
-            processes = int(os.environ.get("WORLD_SIZE", "1"))
-            rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
-            self.num_generations, self.num_generations_eval = max(2, rows), given[1] or 1
+            self.num_generations, self.num_generations_eval = self._rollout_rows(), given[1] or 1
         try:
             super().__post_init__()
         finally:
             self.num_generations, self.num_generations_eval = given
 
+    def _rollout_rows(self) -> int:
+        """Completions in a rollout, over all processes."""
+        accumulated = self.steps_per_generation or self.gradient_accumulation_steps
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        return self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
+
     def _check(self) -> None:
         """Raise `ValueError` for every field that is wrong, all in one message."""
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
         wrong = check_ranges(own)
+        if self.num_generations == 1 and self._rollout_rows() == 1:
+            field = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
+            wrong.append(Problem(field, 1, "makes rollouts of a single completion; raise it to 2 or more"))
         if self.num_generations is None:
             wrong.append(Problem("num_generations", None, "must be given"))
         if self.kl_estimator not in ("k1", "k3"):

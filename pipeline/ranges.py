@@ -85,6 +85,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "muon_learning_rate": _above(0),
     "embedding_learning_rate": _above(0),
     "kl_coef": _at_least(0),
+    "center_rewards_coefficient": _at_least(0),
     "gamma": _from_to(0, 1),
     "lam": _from_to(0, 1),
     "cliprange": _above(0),

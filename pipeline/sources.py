@@ -153,6 +153,7 @@ def _check_config(args: DataArguments, builder: str) -> None:
         raise UserError(Problem("dataset_config", "nothing", f"must be given; choose from: {', '.join(known)}"))
     if args.dataset_config is not None and args.dataset_config not in known:
         remedy = f"there is no such configuration; choose from: {', '.join(known)}"
+        remedy += ", or set it to null" if len(known) == 1 else ""
         raise UserError(Problem("dataset_config", args.dataset_config, remedy))
 
 

@@ -11,7 +11,8 @@ With LoRA, on another model, a reward model from the Hub and a reward function o
 accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config recipes/pocket/3_ppo.yaml \
     --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_target_modules q_proj v_proj \
     --reward_model_path runs/qwen/3_reward --reward_funcs my_rewards:brevity --reward_weights 1 0.1 \
-    --dataset_name trl-lib/ultrafeedback-prompt --dataset_test_split test --output_dir runs/qwen/3_ppo
+    --dataset_name trl-lib/ultrafeedback-prompt --dataset_config null --dataset_test_split test \
+    --max_completion_length 512 --output_dir runs/qwen/3_ppo
 ```
 """
 

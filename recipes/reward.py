@@ -12,8 +12,12 @@ From another model, with LoRA, on pairs from the Hub:
 accelerate launch --config_file accelerate_config.yaml -m recipes.reward \
     --config recipes/pocket/3_reward.yaml \
     --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_target_modules all-linear \
+    --embedding_learning_rate null --max_length 1024 \
     --dataset_name trl-lib/ultrafeedback_binarized --dataset_test_split test --output_dir runs/qwen/3_reward
 ```
+
+The adapter loads with `AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)`, and `recipes.ppo`
+takes it as it is.
 """
 
 from trl import ModelConfig, RewardConfig

@@ -10,7 +10,7 @@ With LoRA, on another model:
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml \
     --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --use_peft --lora_target_modules all-linear \
-    --learning_rate 2e-4 --output_dir runs/smollm/2_sft
+    --learning_rate 2e-4 --embedding_learning_rate null --output_dir runs/smollm/2_sft
 ```
 
 On question and answer columns:

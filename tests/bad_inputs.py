@@ -202,8 +202,39 @@ CASES = {
     "two equal answers": Case(
         "reward",
         "--dataset_name {here}/a.jsonl",
-        ("dataset_name:", "row 0", "the same"),
-        files={"a.jsonl": rows({"prompt": "What?", "chosen": "That.", "rejected": "That."})},
+        ("dataset_name:", "all pairs have an empty answer or two that are the same"),
+        files={
+            "a.jsonl": rows(
+                {"prompt": "What?", "chosen": "That.", "rejected": "That."},
+                {"prompt": "Why?", "chosen": "Because.", "rejected": " "},
+            )
+        },
+    ),
+    "texts without a prompt": Case(
+        "reward",
+        "--dataset_name {here}/a.jsonl",
+        ("prompt_column: prompt", "choose from: chosen, rejected"),
+        files={"a.jsonl": rows({"chosen": "Human: What? Assistant: That.", "rejected": "Human: What? Assistant: No."})},
+    ),
+    "a margin that is none": Case(
+        "reward",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 0", "margin is None"),
+        files={"a.jsonl": rows({"prompt": "What?", "chosen": "That.", "rejected": "No.", "margin": None})},
+    ),
+    "scores centred by no number": Case(
+        "reward", "--center_rewards_coefficient nan", ("center_rewards_coefficient: nan", "at least 0")
+    ),
+    "a rollout of one completion": Case(
+        "ppo",
+        "--per_device_train_batch_size 1 --reward_funcs exact_answer hidden_taste --reward_weights 1 0",
+        ("per_device_train_batch_size: 1", "raise it to 2"),
+    ),
+    "the only configuration under another name": Case(
+        "sft",
+        "--dataset_name {here}/d --dataset_config main",
+        ("dataset_config: main", "choose from: default, or set it to null"),
+        files={"d/a.jsonl": rows(GOOD)},
     ),
     "answers without a prompt": Case(
         "reward",
@@ -419,7 +450,7 @@ CASES |= {
     "an unknown kind of model": model("unknown-kind", "foonet"),
     "a tokenizer cut off": model("tokenizer-cut", "no tokenizer"),
     "an encoder": model("encoder", "cannot write"),
-    "an adapter as a model": model("adapter", "holds no model"),
+    "an adapter as a model": model("adapter", "is an adapter of x", "python -m pipeline merge"),
     "two labels to reward with": model("two-labels", "2 labels", recipe="reward"),
     "a template that refuses": model("refusing", "refuses a conversation", "too polite"),
     # rewards and rollouts

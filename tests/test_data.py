@@ -123,6 +123,19 @@ def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, told_twice: di
     }
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pairs_that_say_nothing_are_left_out_and_told(
+    tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = [{"prompt": "What?", "chosen": f"That {i}.", "rejected": "No.", "margin": i / 2} for i in range(6)]
+    pairs[1]["rejected"], pairs[4]["chosen"] = "That 1. ", " "
+    args = DataArguments(write(tmp_path, "jsonl", pairs), dataset_streaming=streaming)
+    train, _ = load_splits(args, "preference", evaluation=False)
+    assert sorted(row["margin"] for row in train) == [0.0, 1.0, 1.5, 2.5]  # TRL's loss subtracts it
+    if not streaming:
+        assert "2 of 6 pairs are left out" in caplog.text
+
+
 def test_a_stream_is_shuffled_the_same_way_each_time_and_anew_each_epoch(tmp_path: Path) -> None:
     args = DataArguments(write(tmp_path, "jsonl", ROWS), dataset_streaming=True)
     orders = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_model import conversation, recipe_command
+from small_model import conversation, recipe_command, run_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, RewardConfig
 
@@ -87,3 +88,12 @@ def test_it_learned_which_answer_is_preferred(trained: tuple[PreTrainedModel, Pa
     answers = [conversation("What is 77?", answer) for answer in ("It is 77.", "I do not know. No. No.")]
     better, worse = score(model, AutoTokenizer.from_pretrained(folder), answers)
     assert better > worse
+
+
+def test_pairs_too_long_to_be_learned_from_are_told(tmp_path: Path) -> None:
+    done = run_recipe(
+        "reward", tmp_path, "--max_length", "30", "--max_steps", "1", "--output_dir", str(tmp_path / "out")
+    )
+    assert done.returncode == 0, done.stderr
+    told = re.search(r"max_length 30: (\d+) of the first (\d+) pairs are longer", done.stderr)
+    assert told and 0 < int(told[1]) < int(told[2])

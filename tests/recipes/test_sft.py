@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import shutil
 from pathlib import Path
 
@@ -99,18 +98,3 @@ def test_an_adapter_is_trained_resumed_saved_and_loads(tmp_path: Path) -> None:
     again = run_recipe("sft", inputs, *lora, "--output_dir", str(output), "--eval_strategy", "no")
     assert again.returncode == 0 and "resuming    from" in again.stderr, again.stderr
     assert (output / "adapter_model.safetensors").read_bytes() == whole
-
-
-def test_every_option_in_the_docstring_is_known() -> None:
-    from recipes import pretrain, reward, sft
-
-    for recipe in (pretrain, sft, reward):
-        assert recipe.__doc__ and "accelerate launch" in recipe.__doc__
-        options = set(re.findall(r"--(\w+)", recipe.__doc__.split("\n", 1)[1])) - {"config", "config_file"}
-        known = {
-            field
-            for hint in recipe.main.__annotations__.values()
-            if hint is not None
-            for field in hint.__dataclass_fields__
-        }
-        assert options <= known, (recipe.__name__, options - known)

@@ -1,0 +1,119 @@
+"""The commands in the recipes' docstrings run as they are printed, on folders that are called what they name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from small_model import ROOT, conversation, save_tokenizer, tokenizer, write_text
+from transformers import AutoModelForSequenceClassification
+
+from pipeline.model import LlamaArguments, build_model
+from pipeline.pocket.build import PocketArguments, build
+
+RECIPES = ("pretrain", "sft", "reward", "ppo", "grpo")
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Recipe and arguments of every printed command, but for those of the pocket run, which is tested as a whole."""
+    found = []
+    for recipe in RECIPES:
+        blocks = re.findall(r"```bash\n(.*?)```", importlib.import_module(f"recipes.{recipe}").__doc__ or "", re.DOTALL)
+        assert blocks
+        for block in blocks:
+            words = shlex.split(block)
+            assert words[:6] == [
+                "accelerate",
+                "launch",
+                "--config_file",
+                "accelerate_config.yaml",
+                "-m",
+                f"recipes.{recipe}",
+            ]
+            if "--output_dir" in words:
+                found.append((recipe, words[6:]))
+    return found
+
+
+def write_data(folder: Path, rows: list[dict[str, Any]], config: str = "default", test: str = "test") -> None:
+    """A data set in Hub layout, with the splits `train` and `test`."""
+    folder.mkdir(parents=True)
+    splits = ("train", test)
+    for split in splits:
+        Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    files = "".join(f"  - split: {split}\n    path: {split}.parquet\n" for split in splits)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a user who has run the first stages, and to whom the Hub is a few local folders."""
+    here = tmp_path_factory.mktemp("project")
+    (here / "recipes").symlink_to(ROOT / "recipes")
+    sizes = LlamaArguments(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2048)
+    model = build_model(sizes, tokenizer(), 0)
+    for name in (
+        "runs/pocket/1_pretrain",
+        "runs/pocket/2_sft",
+        "runs/pocket/3_ppo",
+        "Qwen/Qwen2.5-0.5B-Instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ):
+        model.save_pretrained(here / name)
+        save_tokenizer(here / name)
+    for name in ("runs/pocket/3_reward", "runs/qwen/3_reward"):
+        torch.manual_seed(0)
+        judge = AutoModelForSequenceClassification.from_pretrained(here / "runs/pocket/2_sft", num_labels=1)
+        judge.save_pretrained(here / name)
+        save_tokenizer(here / name)
+    save_tokenizer(here / "runs/pocket/tokenizer")
+    build(
+        PocketArguments(
+            str(here / "runs/pocket/data"), size_mb=0.2, sft_rows=300, preference_rows=200, reasoning_rows=200
+        )
+    )
+    pairs = [
+        {"chosen": conversation(f"What is {i}?", f"It is {i}."), "rejected": conversation(f"What is {i}?", "No.")}
+        for i in range(80)
+    ]
+    write_data(here / "runs/pocket/3_preferences", pairs, test="validation")
+    write_data(here / "trl-lib/ultrafeedback_binarized", pairs)
+    write_data(here / "trl-lib/ultrafeedback-prompt", [{"prompt": pair["chosen"][:1]} for pair in pairs])
+    questions = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(80)]
+    write_data(here / "openai/gsm8k", questions, "main")
+    write_data(here / "roneneldan/TinyStories", [{"text": "The cat sat on the mat. " * 40}] * 80, test="validation")
+    write_text(here / "shakespeare.txt")
+    (here / "my_rewards.py").write_text("def brevity(completions, **_):\n    return [-1.0 for _ in completions]\n")
+    return here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "argv"), commands(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_printed_command_takes_a_step(recipe: str, argv: list[str], project: Path, tmp_path: Path) -> None:
+    argv = [word for word in argv if word != "--use_vllm"]  # which takes a GPU
+    argv += [
+        "--max_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--eval_strategy",
+        "no",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    if "--max_completion_length" in argv:
+        argv += ["--max_completion_length", "16"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{project}"}
+    command = [sys.executable, "-m", f"recipes.{recipe}", *argv]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out").glob("*model.safetensors"))
