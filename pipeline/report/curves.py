@@ -140,7 +140,7 @@ def _scores(stage: Stage) -> tuple[str, dict[str, str]]:
     rewards = {name: key for key, name in sorted(means.items()) if "taste" not in name}
     if len(rewards) > 1:
         return "Rewards", rewards
-    return "Reward-model score", {"batches": next(iter(rewards.values()), "reward")}
+    return "Reward-model score", {"score": next(iter(rewards.values()), "reward")}
 
 
 def _keys(stage: Stage) -> set[str]:

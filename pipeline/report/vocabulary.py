@@ -82,7 +82,7 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "reward_margin": MetricInfo("Reward margin", "score of the preferred answer minus the other's", "", share=False),
     "reward_calibration_error": MetricInfo(
-        "Calibration error", "between the scores' probabilities and the labels", "down"
+        "Calibration error", "between the scores' probabilities and the labels, beyond what chance makes", "down"
     ),
     "reward_length_correlation": MetricInfo(
         "Correlation with length", "of the reward model's score with an answer's words", "", share=False
