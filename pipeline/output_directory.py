@@ -81,9 +81,8 @@ def check(arguments: Iterable[Any]) -> list[Problem]:
         return [Problem("output_dir", output_dir, "is a link to a directory that is not there; make that")]
     if problem := below_a_file(path):
         return [problem]
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        return [Problem("output_dir", output_dir, f"no permission to write to {nearest}; choose another directory")]
+    if problem := _unwritable(output_dir, (path, *path.absolute().parents)):
+        return [problem]
     record, present = path / RECORD, describe(items)
     for name in READ:
         read = [Path(str(value)) for value in _as_list(present.get(name)) if value]
@@ -135,21 +134,31 @@ def check_replaceable(
         return [Problem("output_dir", output_dir, "is the current directory, which cannot be replaced; name another")]
     if path.exists() and not (path.is_dir() and _is_own(path, set(own), title)):
         return [Problem("output_dir", output_dir, "holds other files; give a new or an empty folder")]
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()
-    except OSError as error:
-        return [Problem("output_dir", output_dir, f"{nearest} cannot be written to ({error.strerror}); choose another")]
-    return []
+    problem = _unwritable(output_dir, path.absolute().parents)
+    return [problem] if problem else []
 
 
 def _is_own(folder: Path, own: set[str], title: str) -> bool:
     """Whether all that a folder holds was written by the step that writes `own`."""
     found = {inner.name for inner in folder.iterdir()}
-    if found and title:
-        card = folder / "README.md"
-        return found <= own and card.is_file() and title in card.read_text(encoding="utf-8", errors="replace")
-    return found <= own
+    if not found <= own:
+        return False
+    card = folder / "README.md"
+    return not found or not title or (card.is_file() and title in card.read_text(encoding="utf-8", errors="replace"))
+
+
+def _unwritable(output_dir: str | Path, folders: Iterable[Path]) -> Problem | None:
+    """The problem of an output directory if nothing can be written to the first of `folders` that is there.
+
+    It is tried: not every file system goes by its permissions.
+    """
+    nearest = next(folder for folder in folders if folder.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        remedy = f"no permission to write to {nearest} ({error.strerror}); choose another directory"
+        return Problem("output_dir", output_dir, remedy)
+    return None
 
 
 def below_a_file(path: Path, field: str = "output_dir") -> Problem | None:

@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_sampling(
     with pytest.raises(UserError, match="current directory"):
         main(PreferenceArguments(**arguments, output_dir="."))
     if Path("/proc").is_dir():  # where even root may make no folder
-        with pytest.raises(UserError, match="output_dir: /proc/pairs: /proc cannot be written to"):
+        with pytest.raises(UserError, match="output_dir: /proc/pairs: no permission to write to /proc"):
             main(PreferenceArguments(**arguments, output_dir="/proc/pairs"))
 
 
