@@ -133,6 +133,24 @@ def check_lengths(positions: int | None, args: Any) -> list[Problem]:
     return problems
 
 
+def check_room(field: str, value: int, longest: int, positions: int | None) -> list[Problem]:
+    """Prompts that leave no room for an answer.
+
+    Args:
+        field: The longest answer, in tokens.
+        value: Its value.
+        longest: Tokens of the longest prompt.
+        positions: `max_position_embeddings` of the model.
+    """
+    if positions is None or longest + value <= positions:
+        return []
+    remedy = (
+        f"the longest prompt takes {longest} of the {positions} tokens that the model sees (max_position_embeddings), "
+        f"which leaves {max(0, positions - longest)}; lower it or shorten prompts"
+    )
+    return [Problem(field, value, remedy)]
+
+
 def check_lora(
     model_args: Any, modules: Iterable[str], layers: Iterable[str], parameters: Iterable[str] = ()
 ) -> list[Problem]:

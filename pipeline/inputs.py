@@ -128,10 +128,11 @@ def load_inputs(
         problems += checks.check_batches(len(train) if isinstance(train, Dataset) else None, training_args)
         if tokenizer is not None and (kind == "text" or tokenizer.chat_template):
             positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-            checked = [split for split in splits if split is not None and (split is train or kind == "preference")]
+            checked = splits if kind == "preference" else splits[:1]
             try:
                 for split in checked:
-                    problems += _check_tokens(kind, split, tokenizer, training_args, positions)
+                    if split is not None:
+                        problems += _check_tokens(kind, split, tokenizer, training_args, positions)
             except TemplateError as error:
                 remedy = f"its chat template refuses a conversation of the data ({error}); correct one of them"
                 problems.append(Problem(field, data_args.tokenizer_name_or_path or name, remedy))
@@ -167,6 +168,8 @@ def find_problems(arguments: Sequence[Any], fields: Iterable[str]) -> list[Probl
             load_inputs(kind, data_args, training_args, model_args, reward_args)
         else:
             problems = reward_args.find_problems(training_args, None, None) if reward_args else []
+            if training_args is None:  # which hold the weights
+                problems = [problem for problem in problems if problem.field != "reward_weights"]
             load_splits(data_args, kind, evaluation=False)
     except UserError as error:
         problems += error.problems
@@ -250,13 +253,7 @@ def _check_tokens(
     if kind == "prompt":
         longest = max(count(row["prompt"], add_generation_prompt=True) for row in rows)
         completion = getattr(args, "max_completion_length", None) or 0
-        if positions is not None and longest + completion > positions:
-            remedy = (
-                f"the longest prompt takes {longest} of the {positions} tokens that the model sees "
-                f"(max_position_embeddings), which leaves {max(0, positions - longest)}; lower it or "
-                "shorten prompts"
-            )
-            return [Problem("max_completion_length", completion, remedy)]
+        return checks.check_room("max_completion_length", completion, longest, positions)
     if kind == "conversation" and length is not None:
         room = [
             count(

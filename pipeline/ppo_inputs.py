@@ -51,8 +51,6 @@ class PPORewardArguments:
             return [Problem("reward_model_path", "nothing", "name a reward model, or reward_funcs")]
         weights = getattr(training_args, "reward_weights", None)
         problems = reward_sources.check_rewards(models, functions, weights, train)
-        if training_args is None:  # which could not be built, and hold the weights
-            problems = [problem for problem in problems if problem.field != "reward_weights"]
         if self.value_model_path is not None:
             problems += reward_sources.check_value_model(self.value_model_path, tokenizer)
         return problems

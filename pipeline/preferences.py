@@ -38,7 +38,7 @@ from pipeline import hardware, preference_files
 from pipeline.adapters import base_of
 from pipeline.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
 from pipeline.arguments import DataArguments, parse
-from pipeline.checks import check_model
+from pipeline.checks import check_model, check_room
 from pipeline.data import load_splits
 from pipeline.errors import Problem, UserError, exit_on_user_error
 from pipeline.evaluation.generation import encode_prompts, generate
@@ -142,12 +142,8 @@ def encode(
         raise UserError(Problem("model_name_or_path", args.model_name_or_path, remedy)) from None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt) for split in encoded.values() for prompt in split)
-    if positions is not None and longest + args.max_new_tokens > positions:
-        remedy = (
-            f"the longest prompt takes {longest} of the {positions} tokens that the model sees "
-            f"(max_position_embeddings), which leaves {max(0, positions - longest)}; lower it or shorten prompts"
-        )
-        raise UserError(Problem("max_new_tokens", args.max_new_tokens, remedy))
+    if problems := check_room("max_new_tokens", args.max_new_tokens, longest, positions):
+        raise UserError(*problems)
     return encoded
 
 
