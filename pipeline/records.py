@@ -93,7 +93,7 @@ class RunRecord:
             "fingerprint": decision.fingerprint,
             "values": json.loads(json.dumps(without_secrets(step.values), default=str)),
             "inputs": self.inputs(step),
-            "data": _data_of(step),
+            "data": _contents(step.data),
             "command": command,
             "seconds": before.get("seconds", 0.0),
             "started_at": _now(),
@@ -134,6 +134,7 @@ def decide(steps: Sequence[Step], record: RunRecord, forced: Collection[str]) ->
         Name -> decision.
     """
     decisions: dict[str, Decision] = {}
+    data = _contents({need: folder for step in steps for need, folder in step.data.items()})
     for step in steps:
         print_of_step = fingerprint(
             {
@@ -143,13 +144,18 @@ def decide(steps: Sequence[Step], record: RunRecord, forced: Collection[str]) ->
                 "needs": {need: decisions[need].fingerprint for need in step.needs if need in decisions},
             }
         )
-        action, reason = _judge(step, print_of_step, record, forced, decisions)
+        action, reason = _judge(step, print_of_step, record, forced, decisions, data)
         decisions[step.name] = Decision(action, reason, print_of_step)
     return decisions
 
 
 def _judge(
-    step: Step, current: str, record: RunRecord, forced: Collection[str], decisions: Mapping[str, Decision]
+    step: Step,
+    current: str,
+    record: RunRecord,
+    forced: Collection[str],
+    decisions: Mapping[str, Decision],
+    data: Mapping[str, str],
 ) -> tuple[Literal["skip", "start", "resume"], str]:
     entry = record.steps.get(step.name)
     if entry is None:
@@ -164,7 +170,7 @@ def _judge(
         return "start", f"depends on {', '.join(again)}"
     if entry.get("inputs") != record.inputs(step):
         return "start", "what it was made from has been made again"
-    edited = [need for need, content in _data_of(step).items() if entry.get("data", {}).get(need, content) != content]
+    edited = [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]
     if edited:
         return "start", f"the data of {', '.join(edited)} were changed"
     if entry.get("fingerprint") != current:
@@ -176,8 +182,9 @@ def _judge(
     return "skip", "finished"
 
 
-def _data_of(step: Step) -> dict[str, str]:
-    return {need: fingerprint_path(folder) for need, folder in step.data.items()}
+def _contents(folders: Mapping[str, Path]) -> dict[str, str]:
+    """Fingerprints of folders, by the same names."""
+    return {name: fingerprint_path(folder) for name, folder in folders.items()}
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
