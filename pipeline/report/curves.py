@@ -119,14 +119,10 @@ def _against_kl(stage: Stage) -> list[Chart]:
     """The reward model's score and the annotators' hidden taste, each over the distance from the start."""
     charts = []
     title, scores = _scores(stage)
-    taste = next((key for key in sorted(_keys(stage), reverse=True) if "taste" in key and "std" not in key), "")
+    tastes = {name: key for name, key in _reward_means(stage).items() if "taste" in name}
     wanted = [
         (f"{title} against KL", scores, "What PPO is given."),
-        (
-            "Hidden taste against KL",
-            {"batches": taste},
-            "What it is not shown: rising with the score, it is not gamed.",
-        ),
+        ("Hidden taste against KL", tastes, "What it is not shown: rising with the score, it is not gamed."),
     ]
     for title, keys, note in wanted:
         series = [Series(name, _over_kl(stage, key), dots=True) for name, key in keys.items()]
@@ -136,15 +132,18 @@ def _against_kl(stage: Stage) -> list[Chart]:
 
 def _scores(stage: Stage) -> tuple[str, dict[str, str]]:
     """What PPO is rewarded by, before weights: what it is called, and the key of each reward's mean by its name."""
-    means = {key: match.group(1) for key in _keys(stage) if (match := re.fullmatch(r"rewards/(.+)/mean", key))}
-    rewards = {name: key for key, name in sorted(means.items()) if "taste" not in name}
+    rewards = {name: key for name, key in _reward_means(stage).items() if "taste" not in name}
     if len(rewards) > 1:
         return "Rewards", rewards
     return "Reward-model score", {"score": next(iter(rewards.values()), "reward")}
 
 
-def _keys(stage: Stage) -> set[str]:
-    return {key for record in stage.history for key in record}
+def _reward_means(stage: Stage) -> dict[str, str]:
+    """The key of each reward's mean, as it is logged in training, by the reward's name."""
+    keys = {key for record in stage.history for key in record}
+    found = (re.fullmatch(r"(?:eval_)?rewards/(.+)/mean", key) for key in keys)
+    names = sorted({match.group(1) for match in found if match})
+    return {name: f"rewards/{name}/mean" for name in names}
 
 
 def _over_kl(stage: Stage, key: str) -> Points:
