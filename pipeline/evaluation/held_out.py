@@ -91,7 +91,7 @@ def _split(folder: Path) -> list[Row]:
 
 
 def _conversational(pairs: Sequence[Row]) -> list[Row]:
-    """The pairs with prompt and answers as messages, whatever format of TRL's they are in; others left out."""
+    """The pairs with prompt and answers as messages, whatever format of TRL's they are in; none that says nothing."""
     standard = []
     for row in pairs:
         try:

@@ -124,7 +124,8 @@ def _design_effect(outcomes: np.ndarray, number: np.ndarray) -> float:
     alone = float(np.square(deviations).sum())
     if alone == 0 or groups < 2:
         return n / groups  # nothing tells how alike those of a group are: as alike as can be
-    return float(np.square(np.bincount(number, deviations)).sum()) * groups / (groups - 1) / alone
+    grouped = float(np.square(np.bincount(number, deviations)).sum())
+    return (grouped * groups / (groups - 1)) / (alone * n / (n - 1))
 
 
 def _numbered(units: Sequence[Hashable]) -> np.ndarray:

@@ -198,7 +198,7 @@ def test_pairs_of_one_prompt_count_as_far_as_they_differ():
 def test_intervals_of_independent_pairs_do_not_get_narrower():
     outcomes = [float(i % 5 > 0) for i in range(200)]
     own = intervals.outcome_mean(outcomes, units=list(range(200)))
-    assert own["ci95"] == pytest.approx(intervals.outcome_mean(outcomes)["ci95"], abs=1e-3)
+    assert own["ci95"] == pytest.approx(intervals.outcome_mean(outcomes)["ci95"], abs=1e-12)
 
 
 def test_win_rate_prefers_the_right_answer_and_ties_with_itself():
