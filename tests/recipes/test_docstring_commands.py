@@ -31,14 +31,9 @@ def commands() -> list[tuple[str, list[str]]]:
         assert blocks
         for block in blocks:
             words = shlex.split(block)
-            assert words[:6] == [
-                "accelerate",
-                "launch",
-                "--config_file",
-                "accelerate_config.yaml",
-                "-m",
-                f"recipes.{recipe}",
-            ]
+            assert words[:6] == shlex.split(
+                f"accelerate launch --config_file accelerate_config.yaml -m recipes.{recipe}"
+            )
             if "--output_dir" in words:
                 found.append((recipe, words[6:]))
     return found
@@ -100,16 +95,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("recipe", "argv"), commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_a_printed_command_takes_a_step(recipe: str, argv: list[str], project: Path, tmp_path: Path) -> None:
     argv = [word for word in argv if word != "--use_vllm"]  # which takes a GPU
-    argv += [
-        "--max_steps",
-        "1",
-        "--save_strategy",
-        "no",
-        "--eval_strategy",
-        "no",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    argv += shlex.split(f"--max_steps 1 --save_strategy no --eval_strategy no --output_dir {tmp_path / 'out'}")
     if "--max_completion_length" in argv:
         argv += ["--max_completion_length", "16"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{project}"}
