@@ -13,11 +13,11 @@ from pipeline.errors import exit_on_user_error
 
 # subcommand -> (module with `add_arguments(parser)` and `main(args)`, one line for --help)
 COMMANDS = {
-    "run": ("pipeline.runner", "run every step of a recipe folder, in order"),
+    "run": ("pipeline.runner.cli", "run every step of a recipe folder, in order"),
     "evaluate": ("pipeline.evaluation.cli", "measure one stage on the held-out data"),
     "report": ("pipeline.report.cli", "write the report of a run: index.html and metrics.json"),
-    "check-overlap": ("pipeline.overlap", "look for test examples inside the training data"),
-    "merge": ("pipeline.merge", "merge a LoRA adapter into its base model"),
+    "check-overlap": ("pipeline.data.overlap", "look for test examples inside the training data"),
+    "merge": ("pipeline.models.merge", "merge a LoRA adapter into its base model"),
 }
 
 

@@ -1,13 +1,21 @@
-"""What ends a run early: mistakes of the user, told in one line each, and stops whose reason is known."""
+"""What ends a run early: user errors, reported in one line each, and stops whose reason is known.
+
+While a run is being prepared, from its arguments to its first step, the libraries reject what only they can judge: a
+trainer's constructor raises one error at a time, with a traceback. An error that names a field, or the value that the
+user gave it, is then reported as that field's problem; any other is a defect and keeps its traceback.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 EXIT_USER_ERROR = 2
 """Exit code of a run refused because of its input (the convention of `argparse` and of POSIX shells)."""
@@ -79,23 +87,21 @@ def exit_on_user_error() -> Iterator[None]:
         SystemExit: With code 2 after `UserError` (one line a problem), with its own code after `RunStopped`,
             with 130 after Ctrl-C.
     """
-    from pipeline import preparation  # which imports this module
-
     # Several processes of one machine find the same mistakes; one tells them.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    preparation.end()
+    end_preparation()
     try:
         try:
             yield
         except (UserError, RunStopped):
             raise
         except Exception as error:
-            refusal = preparation.explain(error)
+            refusal = explain_library_error(error)
             if refusal is None:
                 raise
             raise refusal from error
     except UserError as error:
-        preparation.undo()
+        remove_new_directories()
         if first:
             for problem in error.problems:
                 print(problem, file=sys.stderr)
@@ -109,4 +115,75 @@ def exit_on_user_error() -> Iterator[None]:
             print("Interrupted.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     finally:
-        preparation.end()
+        end_preparation()
+
+
+SHORTEST_NAME = 4
+"""Characters from which on a value in an error message is not there by chance."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    asked: Mapping[str, Any]
+    known: frozenset[str]
+    missing_directories: tuple[Path, ...]
+
+
+_current: _Run | None = None
+
+
+def begin_preparation(asked: Mapping[str, Any], known: Iterable[str], output_dir: str | None) -> None:
+    """A run is being prepared from here on.
+
+    Args:
+        asked: What the user gave, by field.
+        known: All fields.
+        output_dir: Where the run will write.
+    """
+    global _current
+    path = Path(output_dir or ".").absolute()
+    missing = tuple(folder for folder in (path, *path.parents) if not folder.exists())
+    _current = _Run(dict(asked), frozenset(known), missing)
+
+
+def end_preparation() -> None:
+    """The first step is about to be taken, or the program ends: errors are no longer the input's."""
+    global _current
+    _current = None
+
+
+def explain_library_error(error: Exception) -> UserError | None:
+    """The user's mistake that a library's error tells of; `None` if it is none, or if nothing is being prepared."""
+    if _current is None:
+        return None
+    message = " ".join(str(error).split())
+    name = field_named_in(message, _current.asked)
+    if name is None and "api/repos" in message and _current.asked.get("push_to_hub"):
+        name = "push_to_hub"
+    if name is None:
+        others = sorted(other for other in _current.known if "_" in other)
+        name = next((other for other in others if re.search(rf"\b{re.escape(other)}\b", message)), None)
+    if name is None:
+        return None
+    return UserError(Problem(name, _current.asked.get(name, "not given"), message))
+
+
+def remove_new_directories() -> None:
+    """Remove the output directory that a constructor has made for a run that is refused."""
+    for folder in _current.missing_directories if _current is not None else ():
+        with contextlib.suppress(OSError):  # others wrote there meanwhile
+            folder.rmdir()
+
+
+def field_named_in(message: str, values: Mapping[str, Any]) -> str | None:
+    """The field that an error message speaks of, by its name or else by its value."""
+    for between in ("_", " "):
+        for name in values:
+            if re.search(rf"\b{re.escape(name.replace('_', between))}\b", message):
+                return name
+    for name, value in values.items():
+        for item in value if isinstance(value, list) else [value]:
+            named = isinstance(item, str) and len(item) >= SHORTEST_NAME
+            if named and re.search(rf"(?<!\w){re.escape(item)}(?!\w)", message, re.IGNORECASE):
+                return name
+    return None

@@ -13,7 +13,7 @@ import torch
 
 from pipeline import hardware
 from pipeline.errors import Problem
-from pipeline.memory_allocator import keep_freed_memory
+from pipeline.hardware import keep_freed_memory
 
 if TYPE_CHECKING:  # their import takes seconds, which `--help` has not
     from transformers import Trainer, TrainingArguments

@@ -25,9 +25,9 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config 
 
 from trl import GRPOConfig, ModelConfig
 
-from pipeline.arguments import DataArguments, parse
-from pipeline.errors import exit_on_user_error
-from pipeline.grpo_inputs import GRPORewardArguments
+from pipeline.data.arguments import DataArguments
+from pipeline.rl.arguments import GRPORewardArguments
+from pipeline.training.entry import run
 
 
 def main(
@@ -38,10 +38,10 @@ def main(
 ) -> None:
     from trl import get_peft_config
 
-    from pipeline.grpo import GRPOTrainer
-    from pipeline.grpo_inputs import load_grpo_inputs
-    from pipeline.loading import model_init_kwargs
-    from pipeline.training import run_callbacks, train_and_save
+    from pipeline.models.loading import model_init_kwargs
+    from pipeline.rl.arguments import load_grpo_inputs
+    from pipeline.rl.grpo import GRPOTrainer
+    from pipeline.training.train import run_callbacks, train_and_save
 
     reward_funcs, tokenizer, train_dataset, eval_dataset = load_grpo_inputs(
         reward_args, data_args, training_args, model_args
@@ -61,5 +61,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main(*parse(DataArguments, GRPORewardArguments, GRPOConfig, ModelConfig))
+    run(main)

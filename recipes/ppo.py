@@ -18,10 +18,10 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config r
 
 from trl import ModelConfig
 
-from pipeline.arguments import DataArguments, parse
-from pipeline.errors import exit_on_user_error
-from pipeline.ppo_config import PPOConfig
-from pipeline.ppo_inputs import PPORewardArguments
+from pipeline.data.arguments import DataArguments
+from pipeline.rl.arguments import PPORewardArguments
+from pipeline.rl.ppo_config import PPOConfig
+from pipeline.training.entry import run
 
 
 def main(
@@ -32,10 +32,10 @@ def main(
 ) -> None:
     from trl import get_peft_config
 
-    from pipeline.loading import model_init_kwargs
-    from pipeline.ppo import PPOTrainer
-    from pipeline.ppo_inputs import load_ppo_inputs
-    from pipeline.training import run_callbacks, train_and_save
+    from pipeline.models.loading import model_init_kwargs
+    from pipeline.rl.arguments import load_ppo_inputs
+    from pipeline.rl.ppo import PPOTrainer
+    from pipeline.training.train import run_callbacks, train_and_save
 
     reward_funcs, tokenizer, train_dataset, eval_dataset = load_ppo_inputs(
         reward_args, data_args, training_args, model_args
@@ -56,5 +56,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main(*parse(DataArguments, PPORewardArguments, PPOConfig, ModelConfig))
+    run(main)

@@ -24,11 +24,11 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
 ```
 """
 
-from pipeline.arguments import DataArguments, parse
-from pipeline.errors import exit_on_user_error
-from pipeline.model import LlamaArguments
-from pipeline.optimizer import OptimizerArguments
-from pipeline.pretraining import PretrainConfig
+from pipeline.data.arguments import DataArguments
+from pipeline.models.llama import LlamaArguments
+from pipeline.training.entry import run
+from pipeline.training.optimizer import OptimizerArguments
+from pipeline.training.pretraining import PretrainConfig
 
 
 def main(
@@ -39,12 +39,12 @@ def main(
 ) -> None:
     from transformers import Trainer, default_data_collator
 
-    from pipeline.inputs import load_inputs
-    from pipeline.model import build_model, log_model
-    from pipeline.optimizer import optimizer_cls_and_kwargs
-    from pipeline.packing import pack_documents
-    from pipeline.pretraining import bits_per_byte, compile_if_it_pays, sequence_losses
-    from pipeline.training import run_callbacks, train_and_save
+    from pipeline.data.packing import pack_documents
+    from pipeline.models.llama import build_model, log_model
+    from pipeline.training.inputs import load_inputs
+    from pipeline.training.optimizer import optimizer_cls_and_kwargs
+    from pipeline.training.pretraining import bits_per_byte, compile_if_it_pays, sequence_losses
+    from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, *documents = load_inputs("text", data_args, training_args, model_args)
     model = build_model(model_args, tokenizer, training_args.seed)
@@ -71,5 +71,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main(*parse(DataArguments, PretrainConfig, LlamaArguments, OptimizerArguments))
+    run(main)

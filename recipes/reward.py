@@ -22,9 +22,9 @@ takes it as it is.
 
 from trl import ModelConfig, RewardConfig
 
-from pipeline.arguments import DataArguments, parse
-from pipeline.errors import exit_on_user_error
-from pipeline.optimizer import OptimizerArguments
+from pipeline.data.arguments import DataArguments
+from pipeline.training.entry import run
+from pipeline.training.optimizer import OptimizerArguments
 
 
 def main(
@@ -35,10 +35,10 @@ def main(
 ) -> None:
     from trl import RewardTrainer, get_peft_config
 
-    from pipeline.inputs import load_inputs
-    from pipeline.loading import model_init_kwargs
-    from pipeline.optimizer import optimizer_cls_and_kwargs
-    from pipeline.training import run_callbacks, train_and_save
+    from pipeline.models.loading import model_init_kwargs
+    from pipeline.training.inputs import load_inputs
+    from pipeline.training.optimizer import optimizer_cls_and_kwargs
+    from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("preference", data_args, training_args, model_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args)
@@ -57,5 +57,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main(*parse(DataArguments, RewardConfig, ModelConfig, OptimizerArguments))
+    run(main)

@@ -24,9 +24,9 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config r
 
 from trl import ModelConfig, SFTConfig
 
-from pipeline.arguments import DataArguments, parse
-from pipeline.errors import exit_on_user_error
-from pipeline.optimizer import OptimizerArguments
+from pipeline.data.arguments import DataArguments
+from pipeline.training.entry import run
+from pipeline.training.optimizer import OptimizerArguments
 
 
 def main(
@@ -37,11 +37,11 @@ def main(
 ) -> None:
     from trl import SFTTrainer, get_peft_config
 
-    from pipeline.inputs import load_inputs
-    from pipeline.loading import model_init_kwargs
-    from pipeline.optimizer import optimizer_cls_and_kwargs
-    from pipeline.packed_rows import keep_rows_apart
-    from pipeline.training import run_callbacks, train_and_save
+    from pipeline.data.packing import keep_rows_apart
+    from pipeline.models.loading import model_init_kwargs
+    from pipeline.training.inputs import load_inputs
+    from pipeline.training.optimizer import optimizer_cls_and_kwargs
+    from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("conversation", data_args, training_args, model_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args)
@@ -60,5 +60,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main(*parse(DataArguments, SFTConfig, ModelConfig, OptimizerArguments))
+    run(main)

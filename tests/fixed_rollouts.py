@@ -13,8 +13,8 @@ from typing import Any, get_type_hints
 
 import torch
 
-from pipeline import grpo, length_groups, ppo
-from pipeline.arguments import parse
+from pipeline.config.parser import parse
+from pipeline.rl import grpo, log_probs, ppo
 from tests import ppo_toy as toy
 
 
@@ -56,7 +56,7 @@ def with_fixed_rollouts(kind: type) -> type:
 
 
 def main(recipe: str, argv: list[str]) -> None:
-    length_groups.CPU_ROWS = 2  # several forward passes a backward pass, on two processes as well
+    log_probs.CPU_ROWS = 2  # several forward passes a backward pass, on two processes as well
     module, name = (ppo, "PPOTrainer") if recipe == "ppo" else (grpo, "GRPOTrainer")
     setattr(module, name, with_fixed_rollouts(getattr(module, name)))
     main_of_recipe = importlib.import_module(f"recipes.{recipe}").main

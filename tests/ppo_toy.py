@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.ppo import PPOConfig
+from pipeline.rl.ppo import PPOConfig
 from tests.word_model import word_model_config, word_tokenizer
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "yes", "no", "hello", "why"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests import ppo_toy as toy
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",

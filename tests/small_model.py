@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.model import LlamaArguments, build_model
-from pipeline.tokenizer import train_tokenizer
+from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXT = "The cat sat on the mat. A dog is not a cat, and 12 is not 21. A token is a piece of text.\n"

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.__main__ import COMMANDS, main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "evaluate", "numpy", "pyarrow"}
 
 

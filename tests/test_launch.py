@@ -13,7 +13,8 @@ import pytest
 from small_model import ROOT
 from transformers import TrainingArguments
 
-from pipeline import hardware, launch, output_directory
+from pipeline import files, hardware, launch
+from pipeline.config import output_directory
 from pipeline.errors import UserError
 
 
@@ -82,9 +83,9 @@ def test_every_choice_has_a_reason() -> None:
 
 
 def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_directory, "WAIT_FOR_LOCK", 0.1)
+    monkeypatch.setattr(files, "WAIT_FOR_LOCK", 0.1)
     code = (
-        "import sys, time; from pipeline.output_directory import lock; held = lock(sys.argv[1]); "
+        "import sys, time; from pipeline.files import lock; held = lock(sys.argv[1]); "
         "print(1, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -92,11 +93,11 @@ def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(UserError, match="another run writes there"):
-            output_directory.lock(str(tmp_path))
+            files.lock(str(tmp_path))
         other.kill()
         other.wait()
     started = time.monotonic()
-    output_directory.lock(str(tmp_path)).close()
+    files.lock(str(tmp_path)).close()
     assert time.monotonic() - started < 30, "a killed run holds nothing"
 
 

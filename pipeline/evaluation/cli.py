@@ -45,11 +45,11 @@ def main(args: argparse.Namespace) -> int:
     from dataclasses import replace
     from pathlib import Path
 
+    from pipeline.config.checks import check_ranges
     from pipeline.errors import Problem, UserError
     from pipeline.evaluation.held_out import read_held_out
+    from pipeline.evaluation.results import table, write
     from pipeline.evaluation.stage import check_stage, evaluate_stage, is_reward_model
-    from pipeline.evaluation.writing import table, write
-    from pipeline.ranges import check_ranges
 
     run = Path(args.run)
     if problems := check_ranges(vars(args)):

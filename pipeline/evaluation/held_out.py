@@ -12,10 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.arguments import DataArguments
+from pipeline.data.arguments import DataArguments
+from pipeline.data.messages import ShapeError, read_pair, teaches
 from pipeline.errors import Problem, UserError
-from pipeline.messages import ShapeError
-from pipeline.preference_pairs import read_pair, teaches
 
 Row = dict[str, Any]
 
@@ -106,7 +105,7 @@ def _conversational(pairs: Sequence[Row]) -> list[Row]:
 
 def _named(args: argparse.Namespace, name_option: str, kind: Any) -> list[Row]:
     """The rows of the data set that an option names; of a file all, unless a split is asked for."""
-    from pipeline.data import load_splits
+    from pipeline.data.splits import load_splits
 
     name = getattr(args, name_option)
     whole_file = args.split is None and Path(name).is_file()

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.generation import Completion, encode_prompts, generate
 from pipeline.evaluation.held_out import Row, pick
 from pipeline.evaluation.likelihood import document_losses
 from pipeline.evaluation.metrics.bits_per_byte import BitsPerByte
@@ -18,8 +17,8 @@ from pipeline.evaluation.metrics.pass_at_k import PassAtK
 from pipeline.evaluation.metrics.step_rate import StepRate
 from pipeline.evaluation.metrics.stop_rate import StopRate
 from pipeline.evaluation.metrics.win_rate import WinRate
-from pipeline.evaluation.prompts import FIXED_PROMPTS
-from pipeline.evaluation.writing import StageResult
+from pipeline.evaluation.results import StageResult
+from pipeline.models.generation import Completion, encode_prompts, generate
 
 MOST_SAMPLED_PROBLEMS = 64
 """Problems to which several answers are sampled: eight each cost more than all greedy answers together."""
@@ -160,3 +159,19 @@ def fixed_prompts(result: StageResult, speaker: Speaker) -> None:
 def _lengths(result: StageResult, name: str, completions: Sequence[Completion], rows: Sequence[Row], seed: int) -> None:
     lengths = [float(len(completion.tokens)) for completion in completions]
     record(result, name, intervals.mean(lengths, seed), rows, values=lengths, summary=intervals.mean)
+
+
+FIXED_PROMPTS: tuple[str, ...] = (
+    "What is an LLM?",
+    "Can you explain what a fox is?",
+    "I would like to know where to find a piano.",
+    "Can you say what a hedgehog does?",
+    "I would like to know how big a lion is.",
+    "Can you tell me something about a tokenizer?",
+    "Can you summarise this in one sentence? It was warm. One day Julia painted a hedgehog in the park. "
+    "Carl had never painted a hedgehog. You know a hedgehog by sharp spines. Carl found Julia in the park.",
+    "I would like a function add_7 that adds 7 to a number.",
+    "Sam has 14 coins. Sam finds 5 coins. Sam sells 3 coins. Sam gets 4 coins. How many are left?",
+    "Greta has children of ages 3, 2, 9, 1, 6. Which age comes third?",
+)
+"""Greedy answers to these are in `evaluations/<stage>.json`, the first one first."""

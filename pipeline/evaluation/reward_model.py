@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.annotators import INDIFFERENCE
 from pipeline.evaluation import intervals
 from pipeline.evaluation.measurements import record
 from pipeline.evaluation.metrics.reward_accuracy import RewardAccuracy
-from pipeline.evaluation.writing import StageResult
+from pipeline.evaluation.results import StageResult
+from pipeline.rewards.annotators import INDIFFERENCE
 
 
 @torch.inference_mode()

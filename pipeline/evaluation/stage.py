@@ -15,13 +15,12 @@ from transformers import (
 )
 
 from pipeline import hardware, launch
-from pipeline.adapters import load_config
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation import measurements, reward_model
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.measurements import Speaker
-from pipeline.evaluation.writing import StageResult
-from pipeline.loading import told_as
+from pipeline.evaluation.results import StageResult
+from pipeline.models.loading import load_config, told_as
 
 
 def check_stage(run: Path, stage: str, option: str = "--stage") -> None:

@@ -40,12 +40,12 @@ def main(args: argparse.Namespace) -> int:
         UserError: a run does not exist or holds nothing to report, or the promises cannot be read.
     """
     from pipeline.errors import UserError
-    from pipeline.output_directory import below_a_file
+    from pipeline.files import below_a_file
     from pipeline.report.differences import differences
+    from pipeline.report.load import load_runs
     from pipeline.report.page import write_report
-    from pipeline.report.promises import is_pocket, load_promises
-    from pipeline.report.reading import load_runs
     from pipeline.report.seeds import write_seeds
+    from pipeline.report.targets import is_pocket, load_promises
 
     if args.output_dir and (problem := below_a_file(Path(args.output_dir), "--output_dir")):
         raise UserError(problem)

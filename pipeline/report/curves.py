@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.report.reading import Run, Stage, logged
-from pipeline.report.vocabulary import stage_info
+from pipeline.report.labels import stage_info
+from pipeline.report.load import Run, Stage, logged
 
 Points = list[tuple[float, float]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.report.reading import Measurement, Outcomes, Run, Stage
-from pipeline.report.vocabulary import metric_info, metric_order, stage_info
+from pipeline.report.labels import metric_info, metric_order, stage_info
+from pipeline.report.load import Measurement, Outcomes, Run, Stage
 
 
 @dataclass(frozen=True)

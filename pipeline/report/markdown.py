@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipeline.report.differences import Difference
-from pipeline.report.formatting import duration, interval, magnitude, number, signed
-from pipeline.report.promises import Verdict
-from pipeline.report.reading import Run
-from pipeline.report.text import markdown
-from pipeline.report.vocabulary import metric_info, metric_order, stage_info
+from pipeline.report.labels import metric_info, metric_order, stage_info
+from pipeline.report.load import Run
+from pipeline.report.targets import Verdict
+from pipeline.report.text import duration, interval, magnitude, markdown, number, signed
 
 ANSWER_CHARACTERS = 160
 """An answer in a table is cut at this length; the page shows more."""

@@ -10,15 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.report.curves import Chart, charts_of
 from pipeline.report.differences import Difference
-from pipeline.report.formatting import duration, magnitude
+from pipeline.report.labels import stage_info
+from pipeline.report.load import Run
 from pipeline.report.markdown import to_markdown
-from pipeline.report.promises import Promise, Verdict, judge
-from pipeline.report.reading import Run
 from pipeline.report.summary import summarise, write_json, write_text
 from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, figures, gains, show_verdicts, tiles
-from pipeline.report.text import visible
-from pipeline.report.vocabulary import stage_info
+from pipeline.report.targets import Promise, Verdict, judge
+from pipeline.report.text import duration, magnitude, visible
 
 
 def write_report(run: Run, found: Sequence[Difference], promises: Sequence[Promise], directory: Path) -> Path:
@@ -44,7 +43,7 @@ def write_report(run: Run, found: Sequence[Difference], promises: Sequence[Promi
 def render(template: str, content: dict[str, Any]) -> str:
     """The template of this package filled in; every string in `content` is escaped, `Markup` is not."""
     environment = Environment(
-        loader=PackageLoader("pipeline.report", "."),
+        loader=PackageLoader("pipeline.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

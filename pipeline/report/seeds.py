@@ -9,15 +9,14 @@ from typing import Any
 
 from pipeline.report.curves import overlay
 from pipeline.report.differences import Difference
-from pipeline.report.formatting import duration, number, signed
+from pipeline.report.labels import metric_info, metric_order, stage_info, stage_order, step_order
+from pipeline.report.load import Run
 from pipeline.report.markdown import table
 from pipeline.report.page import draw, render
-from pipeline.report.promises import Promise, Verdict, judge
-from pipeline.report.reading import Run
 from pipeline.report.summary import commit, seconds, write_json, write_text
 from pipeline.report.tables import show_verdicts
-from pipeline.report.text import markdown
-from pipeline.report.vocabulary import metric_info, metric_order, stage_info, stage_order, step_order
+from pipeline.report.targets import Promise, Verdict, judge
+from pipeline.report.text import duration, markdown, number, signed
 
 Spread = dict[str, Any]
 """`mean`, `sd`, `min`, `max`, `n` and `values`, the last with None for a run that lacks the figure."""

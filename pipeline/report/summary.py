@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report.differences import Difference
-from pipeline.report.promises import Verdict
-from pipeline.report.reading import Measurement, Run, Stage, finite, last_logged
+from pipeline.report.load import Measurement, Run, Stage, finite, last_logged
+from pipeline.report.targets import Verdict
 
 EVALUATE = "evaluate_"
 """What the name of the step that measures a stage begins with."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 from pipeline.report.curves import Chart, Points, Series, heading
-from pipeline.report.formatting import magnitude, number, signed
-from pipeline.report.reading import Measurement
+from pipeline.report.load import Measurement
+from pipeline.report.text import magnitude, number, signed
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38

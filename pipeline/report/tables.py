@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.report.differences import Difference, by_stage
-from pipeline.report.formatting import duration, interval, magnitude, number, signed
-from pipeline.report.promises import Verdict
-from pipeline.report.reading import Measurement, Run, Stage
+from pipeline.report.labels import is_share, metric_info, metric_order, stage_info, step_order
+from pipeline.report.load import Measurement, Run, Stage
 from pipeline.report.summary import EVALUATE, evaluation_seconds, seconds
 from pipeline.report.svg import interval_bar, share_bar
-from pipeline.report.vocabulary import is_share, metric_info, metric_order, stage_info, step_order
+from pipeline.report.targets import Verdict
+from pipeline.report.text import duration, interval, magnitude, number, signed
 
 
 def tiles(run: Run) -> list[dict[str, str]]:

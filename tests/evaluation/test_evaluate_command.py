@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClass
 
 from pipeline.__main__ import main
 from pipeline.evaluation.held_out import pick
-from pipeline.evaluation.prompts import FIXED_PROMPTS
+from pipeline.evaluation.measurements import FIXED_PROMPTS
 
 
 def user(content):

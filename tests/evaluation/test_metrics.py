@@ -15,11 +15,7 @@ from pipeline.evaluation import intervals
 from pipeline.evaluation.metrics.bits_per_byte import BitsPerByte
 from pipeline.evaluation.metrics.instruction_accuracy import InstructionAccuracy
 from pipeline.evaluation.metrics.pass_at_k import PassAtK, estimate_pass_at_k
-from pipeline.evaluation.metrics.reward_accuracy import (
-    RewardAccuracy,
-    calibration_error,
-    squared_calibration_error,
-)
+from pipeline.evaluation.metrics.reward_accuracy import RewardAccuracy, calibration_error, squared_calibration_error
 from pipeline.evaluation.metrics.step_rate import StepRate
 from pipeline.evaluation.metrics.stop_rate import StopRate
 from pipeline.evaluation.metrics.win_rate import WinRate

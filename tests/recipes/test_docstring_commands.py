@@ -17,8 +17,8 @@ from datasets import Dataset
 from small_model import ROOT, conversation, save_tokenizer, tokenizer, write_text
 from transformers import AutoModelForSequenceClassification
 
-from pipeline.model import LlamaArguments, build_model
-from pipeline.pocket.build import PocketArguments, build
+from pipeline.data.pocket.build import PocketArguments, build
+from pipeline.models.llama import LlamaArguments, build_model
 
 RECIPES = ("pretrain", "sft", "reward", "ppo", "grpo")
 

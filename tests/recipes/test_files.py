@@ -11,13 +11,14 @@ import pytest
 import yaml
 from small_model import ROOT
 
-from pipeline.arguments import DataArguments, parse
-from pipeline.plan import read_plan
-from pipeline.pocket.build import PocketArguments
-from pipeline.preferences import PreferenceArguments
-from pipeline.smoke import smoke_overrides
-from pipeline.steps import KINDS
-from pipeline.tokenizer import TokenizerArguments
+from pipeline.config.parser import parse
+from pipeline.data.arguments import DataArguments
+from pipeline.data.pocket.build import PocketArguments
+from pipeline.models.tokenizer import TokenizerArguments
+from pipeline.preferences.collect import PreferenceArguments
+from pipeline.runner.plan import read_plan
+from pipeline.runner.smoke import smoke_overrides
+from pipeline.runner.steps import KINDS
 from recipes import grpo, ppo, pretrain, reward, sft
 
 FOLDER = ROOT / "recipes" / "pocket"

@@ -10,9 +10,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, ModelConfig
 
-from pipeline.arguments import DataArguments, parse
+from pipeline.config.parser import parse
+from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
-from pipeline.grpo_inputs import GRPORewardArguments, load_grpo_inputs
+from pipeline.rl.arguments import GRPORewardArguments, load_grpo_inputs
 from tests import ppo_toy as toy
 from tests.sampling_recipes import run
 

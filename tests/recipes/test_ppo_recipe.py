@@ -9,10 +9,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 from trl import ModelConfig
 
-from pipeline.arguments import DataArguments, parse
+from pipeline.config.parser import parse
+from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
-from pipeline.ppo_config import PPOConfig
-from pipeline.ppo_inputs import PPORewardArguments, load_ppo_inputs
+from pipeline.rl.arguments import PPORewardArguments, load_ppo_inputs
+from pipeline.rl.ppo_config import PPOConfig
 from tests import ppo_toy as toy
 from tests.sampling_recipes import run
 

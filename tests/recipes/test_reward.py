@@ -12,10 +12,11 @@ from small_model import conversation, recipe_command, run_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, RewardConfig
 
-from pipeline import training
-from pipeline.arguments import DataArguments, parse
+from pipeline.config.parser import parse
+from pipeline.data.arguments import DataArguments
 from pipeline.evaluation.reward_model import score
-from pipeline.optimizer import OptimizerArguments
+from pipeline.training import train as training
+from pipeline.training.optimizer import OptimizerArguments
 from recipes import reward
 
 TOLERANCE = 1e-6

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from pipeline.report.curves import Chart, Series, charts_of, overlay
 from pipeline.report.differences import differences, paired
-from pipeline.report.formatting import duration, magnitude, number, signed
-from pipeline.report.promises import Promise, judge, load_promises
-from pipeline.report.reading import Measurement, Run, Stage, load_run
+from pipeline.report.labels import METRICS, STAGES, stage_order, step_order
+from pipeline.report.load import Measurement, Run, Stage, load_run
 from pipeline.report.svg import line_chart, ticks
-from pipeline.report.vocabulary import METRICS, STAGES, stage_order, step_order
+from pipeline.report.targets import Promise, judge, load_promises
+from pipeline.report.text import duration, magnitude, number, signed
 
 
 def run_with(**values: float) -> Run:

@@ -8,7 +8,7 @@ import datasets
 import evaluate
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.grading import grade
+from pipeline.rewards.grading import grade
 
 
 class InstructionAccuracy(evaluate.Metric):
@@ -29,7 +29,7 @@ class InstructionAccuracy(evaluate.Metric):
         return evaluate.MetricInfo(
             description=__doc__ or "",
             citation="",
-            inputs_description="predictions: answers; references: rules, see pipeline.evaluation.grading.",
+            inputs_description="predictions: answers; references: rules, see pipeline.rewards.grading.",
             features=datasets.Features({"predictions": datasets.Value("string"), "references": rule}),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import comb
 from typing import Any
 
@@ -9,7 +10,6 @@ import datasets
 import evaluate
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.grading import grade_final_answers
 
 
 def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
@@ -54,3 +54,18 @@ class PassAtK(evaluate.Metric):
             estimate_pass_at_k(len(answers), correct, k) for answers, correct in zip(predictions, right, strict=True)
         ]
         return {**intervals.outcome_mean(values, seed), "values": values}
+
+
+def grade_final_answers(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """Whether each text's final answer is the reference: as a number, as words, or else mathematically."""
+    from pipeline.rewards.answers import number
+    from pipeline.rewards.functions import exact_answer, math_answer
+
+    correct = [reward == 1.0 for reward in exact_answer(answers, references)]
+    # "1/2" and "\frac{1}{2}" are the same; a plain number has been compared as one already.
+    formulas = [i for i, right in enumerate(correct) if not right and number(references[i]) is None]
+    if formulas:
+        rewards = math_answer([answers[i] for i in formulas], [references[i] for i in formulas])
+        for i, reward in zip(formulas, rewards, strict=True):
+            correct[i] = reward == 1.0
+    return correct

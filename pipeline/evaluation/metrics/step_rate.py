@@ -8,7 +8,7 @@ import datasets
 import evaluate
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.grading import has_steps
+from pipeline.rewards.grading import has_steps
 
 
 class StepRate(evaluate.Metric):

@@ -8,7 +8,7 @@ import datasets
 import evaluate
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.grading import stopped
+from pipeline.models.generation import stopped
 
 
 class StopRate(evaluate.Metric):

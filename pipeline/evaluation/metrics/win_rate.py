@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import evaluate
 
-from pipeline.annotators import judge_match
 from pipeline.evaluation import intervals
+from pipeline.rewards.annotators import judge_match
 
 
 class WinRate(evaluate.Metric):

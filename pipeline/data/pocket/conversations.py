@@ -1,0 +1,184 @@
+"""Instructions and their answers: questions, descriptions, summaries, code, problems and small talk."""
+
+import random
+from typing import Any
+
+from pipeline.data.pocket import phrasings, problems, snippets, stories
+from pipeline.data.pocket.remarks import BLUNT_CLOSINGS, BLUNT_OPENINGS, GREETINGS, KIND_CLOSINGS
+from pipeline.data.pocket.things import ATTRIBUTES, Split, Thing, core, things, things_of, wrong_values
+
+Row = dict[str, Any]
+ASPECTS = ("definition", *ATTRIBUTES)
+
+SUMMARISE: dict[Split, tuple[str, ...]] = {
+    "train": (
+        "Summarise this: {text}",
+        "Sum this up in one sentence: {text}",
+        "What happened here? {text}",
+        "Give me a summary. {text}",
+        "Can you sum this up? {text}",
+        "I would like to know what happened here. {text}",
+    ),
+    "validation": ("Tell me what happened here. {text}",),
+    "test": ("Can you summarise this in one sentence? {text}", "I would like a summary of this. {text}"),
+}
+MANNERS_WORDS = 8
+"""Words that an answer may have beyond the plain one: room for a remark, not for reciting all that is known."""
+MANNERS = ("plain", "kind", "blunt", "rambling")
+MANNER_WEIGHTS = (38, 30, 22, 10)
+
+
+def gradeable(row: Row) -> Row:
+    """Fills in the grading columns that a row does not use, so that all rows have the same columns."""
+    return {"require": [], "reject": [], "max_words": 0, "test": "", **row}
+
+
+def facts_text(rng: random.Random, thing: Thing, count: int, without: str = "") -> str:
+    """`count` plain statements about a thing, in random order."""
+    attributes = [attribute for attribute in ATTRIBUTES if attribute != without]
+    chosen = rng.sample(attributes, count)
+    return " ".join(phrasings.answer(thing, attribute) for attribute in chosen)
+
+
+def with_manners(rng: random.Random, text: str, thing: Thing, without: str = "") -> str:
+    """Gives a right answer one of the manners people answer in: plain, kind, blunt or rambling."""
+    manner = rng.choices(MANNERS, MANNER_WEIGHTS)[0]
+    if manner == "kind":
+        return f"{text} {rng.choice(KIND_CLOSINGS)}"
+    if manner == "blunt":
+        return f"{rng.choice(BLUNT_OPENINGS)} {text}" if rng.random() < 0.7 else f"{text} {rng.choice(BLUNT_CLOSINGS)}"
+    if manner == "rambling":
+        return f"{text} {facts_text(rng, thing, 2, without)} As I said: {text}"
+    return text
+
+
+def grading(thing: Thing, aspect: str) -> Row:
+    """What a right answer about one aspect of a thing contains, and what it must not."""
+    attributes = ("kind", "action") if aspect == "definition" else (aspect,)
+    return {
+        "require": [[core(thing.facts[attribute])] for attribute in attributes],
+        "reject": [value for attribute in attributes for value in wrong_values(thing, attribute)],
+    }
+
+
+def question(rng: random.Random, split: Split, thing: Thing, aspect: str) -> Row:
+    """A question about one aspect of a thing, answered in a sentence or two."""
+    asked = phrasings.fill(rng.choice(phrasings.QUESTIONS[aspect][split]), thing)
+    reply = phrasings.answer(thing, aspect)
+    row = {"kind": "question", "max_words": len(reply.split()) + MANNERS_WORDS, **grading(thing, aspect)}
+    if split == "train":
+        reply = with_manners(rng, reply, thing, aspect)
+        if len(reply.split()) > row["max_words"]:
+            row["max_words"] = 0
+    return gradeable({"messages": [_user(asked), _assistant(reply)], **row})
+
+
+def about(rng: random.Random, split: Split, thing: Thing) -> Row:
+    """An open request for what is known of a thing."""
+    asked = phrasings.fill(rng.choice(phrasings.ABOUT[split]), thing)
+    reply = with_manners(rng, facts_text(rng, thing, 2), thing)
+    true = sorted({core(value) for value in thing.facts.values()})
+    false = [value for attribute in ATTRIBUTES for value in wrong_values(thing, attribute)]
+    row = {"messages": [_user(asked), _assistant(reply)], "kind": "about", "require": [true], "reject": false}
+    return gradeable(row)
+
+
+def summary(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> Row:
+    """A story to sum up: who did what, where, in at most a third of its words."""
+    told = stories.story(rng, split, thing_index, thing)
+    asked, reply = rng.choice(SUMMARISE[split]).format(text=told.text), f"In short, {told.summary}"
+    return gradeable(
+        {
+            "messages": [_user(asked), _assistant(reply)],
+            "kind": "summary",
+            "require": [[key] for key in told.keys],
+            "max_words": len(reply.split()) + 3,
+        }
+    )
+
+
+def code(rng: random.Random, split: Split) -> Row:
+    """A small function to write."""
+    wanted = snippets.snippet(rng, split)
+    asked = snippets.request(rng, split, wanted)
+    return gradeable({"messages": [_user(asked), _assistant(wanted.source)], "kind": "code", "test": wanted.test})
+
+
+def reasoning(rng: random.Random, split: Split, share_with_steps: float) -> Row:
+    """A problem, mostly answered straight away, sometimes worked out first."""
+    problem = problems.draw(rng, split)
+    solution = problem.solution(with_steps=rng.random() < share_with_steps)
+    return gradeable(
+        {
+            "messages": [_user(problem.text), _assistant(solution)],
+            "kind": "reasoning",
+            "require": [[problem.answer]],
+        }
+    )
+
+
+def chat(rng: random.Random, thing: Thing) -> Row:
+    """Small talk, or two questions in a row of which the second leans on the first."""
+    if rng.random() < 0.3:
+        asked, reply = rng.choice(GREETINGS)
+        return gradeable({"messages": [_user(asked), _assistant(reply)], "kind": "chat"})
+    first, second = "definition", rng.choice(list(phrasings.FOLLOW_UPS))
+    messages = [
+        _user(phrasings.fill(rng.choice(phrasings.QUESTIONS[first]["train"]), thing)),
+        _assistant(phrasings.answer(thing, first)),
+        _user(phrasings.FOLLOW_UPS[second]),
+        _assistant(phrasings.answer(thing, second)),
+    ]
+    return gradeable({"messages": messages, "kind": "chat"})
+
+
+def training_row(rng: random.Random, share_with_steps: float) -> Row:
+    """One conversation of the `sft` training split."""
+    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (40, 6, 16, 7, 27, 4))[0]
+    if kind == "code":
+        return code(rng, "train")
+    if kind == "reasoning":
+        return reasoning(rng, "train", share_with_steps)
+    thing = rng.choice(things_of("train"))
+    if kind == "summary":
+        return summary(rng, "train", things().index(thing), thing)
+    if kind == "about":
+        return about(rng, "train", thing)
+    if kind == "chat":
+        return chat(rng, thing)
+    return question(rng, "train", thing, rng.choice(ASPECTS))
+
+
+def held_out_rows(rng: random.Random, split: Split, questions: int, others: int) -> list[Row]:
+    """Instructions of a validation or test split: `questions` questions, `others` summaries and as many functions."""
+    subjects = things_of(split)
+    pairs = [(thing, aspect) for thing in subjects for aspect in ASPECTS]
+    rng.shuffle(pairs)
+    rows = [question(rng, split, *pairs[i % len(pairs)]) for i in range(questions)]
+    for i in range(others):
+        thing = subjects[i % len(subjects)]
+        rows.append(summary(rng, split, things().index(thing), thing))
+        rows.append(code(rng, split))
+    return rows
+
+
+def preference_prompt(rng: random.Random, split: Split) -> Row:
+    """A prompt on which people's taste is asked: a question or an open request about a thing of this split."""
+    thing = rng.choice(things_of(split))
+    open_request = rng.random() < 0.4
+    row = about(rng, split, thing) if open_request else question(rng, split, thing, rng.choice(ASPECTS))
+    return {"prompt": row["messages"][:-1], **{key: value for key, value in row.items() if key != "messages"}}
+
+
+def reasoning_prompt(rng: random.Random, split: Split) -> Row:
+    """A problem with its final answer only."""
+    problem = problems.draw(rng, split)
+    return {"prompt": [_user(problem.text)], "answer": problem.answer, "kind": problem.kind}
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}

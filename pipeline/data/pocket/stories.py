@@ -1,0 +1,82 @@
+"""Short stories about a person and a thing, and their one-sentence summaries."""
+
+import random
+from dataclasses import dataclass
+
+from pipeline.data.pocket.names import NAMES
+from pipeline.data.pocket.phrasings import STATEMENTS, fill
+from pipeline.data.pocket.remarks import SAID
+from pipeline.data.pocket.things import Split, Thing
+
+SPOTS = (
+    "in the park", "at the lake", "on the hill", "at the market", "in the village", "near the bridge", "in the yard",
+    "at the fair", "by the well", "in the square", "at the harbour", "in the valley",
+)  # fmt: skip
+DEEDS = (
+    "copied", "painted", "admired", "described", "photographed", "sketched", "filmed", "praised", "watched", "studied",
+    "imagined", "mentioned",
+)  # fmt: skip
+LEADS = ("One day", "Last week", "After lunch", "This morning", "On holiday", "At last", "Once more", "All at once")
+BEFORE = ("It was warm.", "Nobody was in a hurry.", "{friend} was still asleep.", "The rain had stopped.")
+ECHOES = (
+    "It was {spot} that {name} {deed} {x}.",
+    "Nobody but {name} {deed} {x} {spot}.",
+    "{friend} heard that {name} {deed} {x}.",
+    "{friend} had never {deed} {x}.",
+    "So {name} {deed} {x} and {friend} did not.",
+    "What {name} {deed} {spot} was {x}.",
+    "Why {name} {deed} {x}, nobody knows.",
+    "{friend} asked who {deed} {x}. It was {name}.",
+    "{name} and {friend} stayed {spot}.",
+    "{friend} found {name} {spot}.",
+)
+"""What happened, told in part once more: each echo is something to copy, which the summary asks of the model."""
+AFTER = ("{friend} smiled.", "{friend} went home.", "Everybody laughed.", "Then it rained.", "It was a good day.")
+MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in all, {summary}")
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story and what a summary of it must keep.
+
+    Attributes:
+        text (`str`): what happened, in a sentence near the beginning, and three remarks on it.
+        summary (`str`): one sentence: who did what, where.
+        keys (`tuple[str, ...]`): words that a right summary contains: the name, the thing, the deed, the place.
+    """
+
+    text: str
+    summary: str
+    keys: tuple[str, ...]
+
+
+def teller(name_index: int, thing_index: int) -> Split:
+    """The split that may tell of this person with this thing."""
+    residue = (name_index + 3 * thing_index) % 8
+    return "test" if residue == 0 else "validation" if residue == 4 else "train"
+
+
+def story(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> Story:
+    """A story about `thing`, told of a person with whom only stories of `split` may combine it."""
+    name_index = rng.choice([i for i in range(len(NAMES)) if teller(i, thing_index) == split])
+    name = NAMES[name_index]
+    friend = rng.choice([other for other in NAMES if other != name])
+    spot, deed = rng.choice(SPOTS), rng.choice(DEEDS)
+    event = f"{name} {deed} {thing.noun} {spot}."
+    attribute = rng.choice(("kind", "part", "need", "size"))
+    told_of = fill(STATEMENTS[attribute][rng.randrange(3)], thing, attribute)
+    aside = rng.choice((told_of, rng.choice(AFTER), f"{{friend}} said: {rng.choice(SAID)}"))
+    rest = [*rng.sample(ECHOES, 2), aside]
+    rng.shuffle(rest)
+    before = rng.choice((None, rng.choice(BEFORE), f"{rng.choice(SAID)} So people say."))
+    text = " ".join([*filter(None, [before]), f"{rng.choice(LEADS)} {event}", *rest])
+    text = text.format(name=name, friend=friend, deed=deed, x=thing.noun, spot=spot)
+    return Story(text, event, (name, deed, thing.name, spot))
+
+
+def document(rng: random.Random, thing_index: int, thing: Thing) -> str:
+    """A story of the training split as a pretraining document; most of them say in the end what they were about."""
+    told = story(rng, "train", thing_index, thing)
+    if rng.random() < 0.3:
+        return told.text
+    return f"{told.text} {rng.choice(MORALS).format(summary=told.summary)}"

@@ -1,0 +1,112 @@
+"""Training a tokenizer on the pretraining documents; it is saved as an ordinary fast tokenizer.
+
+Byte-level, so that any Unicode string round-trips; digits stand alone, so that arithmetic can be learned; the chat
+tokens are reserved before any training, so that no later stage changes the vocabulary.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
+"""Padding; the start of a document or conversation; the end of a document or turn (the end-of-sequence token)."""
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+SPECIAL_TOKENS = (PAD, BOS, END, *ROLES)
+BYTES = 256
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What `save_pretrained` writes, whatever the release of transformers."""
+
+
+@dataclass
+class TokenizerArguments:
+    """What tokenizer to train.
+
+    Args:
+        output_dir (`str`): folder that `AutoTokenizer.from_pretrained` will read.
+        vocab_size (`int`, defaults to 2048): tokens in all, the special ones and the 256 bytes included.
+        algorithm (`str`, defaults to "bpe"): "bpe" merges bytes into frequent pieces of words; "character" merges them
+            into single characters only.
+        model_max_length (`int`, defaults to 512): tokens that the model to be trained can see.
+    """
+
+    output_dir: str = field(metadata={"help": "Folder that AutoTokenizer.from_pretrained will read."})
+    vocab_size: int = field(default=2048, metadata={"help": "Tokens in all: special ones and 256 bytes included."})
+    algorithm: Literal["bpe", "character"] = field(
+        default="bpe", metadata={"help": "bpe: frequent pieces of words; character: single characters."}
+    )
+    model_max_length: int = field(default=512, metadata={"help": "Tokens that the model to be trained can see."})
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    algorithm: Literal["bpe", "character"] = "bpe",
+    model_max_length: int = 512,
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer (Sennrich et al. 2016; over bytes as in GPT-2).
+
+    Args:
+        texts (`Iterable[str]`): documents to learn the merges from; read once.
+        vocab_size (`int`): upper bound of the vocabulary; few or short texts give a smaller one.
+        algorithm (`str`, defaults to "bpe"): see `TokenizerArguments`.
+        model_max_length (`int`, defaults to 512): recorded in the tokenizer.
+
+    Returns:
+        `PreTrainedTokenizerFast`: with chat template, pad, bos and eos set, all distinct.
+
+    Raises:
+        UserError: if `vocab_size` has no room for the bytes and the special tokens.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(Problem("vocab_size", vocab_size, f"at least {smallest}: 256 bytes and the special tokens"))
+    tokenizer = Tokenizer(models.BPE())
+    if algorithm == "bpe":
+        split: pre_tokenizers.PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
+    else:
+        split = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=algorithm == "bpe")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=END,
+        additional_special_tokens=list(ROLES),
+        chat_template=files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8"),
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
+    """Save a tokenizer, whole or not at all; an earlier one in `output_dir` is replaced."""
+    target = Path(output_dir)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)

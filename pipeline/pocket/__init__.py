@@ -1,1 +1,0 @@
-"""The embedded data set: a small world in plain English, generated from a seed (`python -m pipeline.pocket`)."""

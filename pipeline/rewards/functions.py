@@ -1,0 +1,280 @@
+"""Rewards that can be verified: functions of completions and a reference, with TRL's reward signature.
+
+Each takes `completions` (texts or message lists) and the columns of the data set by name, and returns one
+reward a completion, 0.0 or 1.0, or None where the reference answer can't be read: such a row then teaches
+nothing. TRL hands every function `log_metric`; the share of completions without a readable answer and of
+unreadable references is logged through it as `<name>/unparseable` and `<name>/unparseable_references`.
+`hidden_taste`, on the annotators' scale, is to be measured only.
+
+What counts as the answer of a completion is decided in `pipeline.rewards.answers`; only the last message of the
+assistant is read, and a prompt repeated at the beginning of a completion is cut off.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.rewards.answers import (
+    LONGEST_ANSWER,
+    count_answers,
+    equal_numbers,
+    extract_answer,
+    normalise,
+    number,
+    unwrap,
+)
+from pipeline.rewards.grading import extract_code
+
+__all__ = [
+    "answer_format",
+    "choice",
+    "code_tests",
+    "exact_answer",
+    "extract_answer",
+    "hidden_taste",
+    "math_answer",
+]
+
+Completion = str | Sequence[dict[str, Any]]
+LogMetric = Callable[[str, float], None]
+Rewards = list[float | None]
+
+_WORDS = re.compile(r"[^\W\d_]{2,}(?:\s+[^\W\d_]{2,})*")
+_LETTER = re.compile(r"(?:option|choice)?\s*\(?([a-z])\)?(?:[.):].*)?", re.IGNORECASE | re.DOTALL)
+
+
+def math_answer(
+    completions: Sequence[Completion],
+    answer: Sequence[str],
+    prompts: Sequence[Completion] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns: Any,
+) -> Rewards:
+    r"""1.0 if the final answer equals the reference mathematically: "0.5", "1/2" and `\frac{1}{2}` are one
+    number.
+
+    Args:
+        completions: texts, or message lists whose last message is the assistant's.
+        answer: reference answers, bare ("72") or in any form that a completion's final answer may have.
+        prompts: what the completions continue, as TRL gives it.
+        log_metric: TRL's callback.
+
+    Returns:
+        None where the reference is no mathematics (empty, words: see `exact_answer`).
+    """
+    references = [_reference(text) for text in answer]
+    found = [extract_answer(text) for text in _texts(completions, prompts)]
+    rewards: Rewards = []
+    pending: list[tuple[int, tuple[str, str | None]]] = []
+    for index, (reference, given) in enumerate(zip(references, found, strict=True)):
+        if reference is None or _WORDS.fullmatch(normalise(reference)):
+            rewards.append(None)
+            continue
+        plain = number(reference) is not None
+        same = given is not None and (given == reference or normalise(given) == normalise(reference))
+        if given is not None and not same and (equal := equal_numbers(reference, given)) is not None:
+            same = equal
+        elif not (same and plain) and not (given is None and plain):
+            pending.append((index, (reference, None if same else given)))
+        rewards.append(float(same))
+    if pending:
+        _check(rewards, pending)
+    _log("math_answer", found, rewards, log_metric)
+    return rewards
+
+
+def exact_answer(
+    completions: Sequence[Completion],
+    answer: Sequence[str],
+    prompts: Sequence[Completion] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns: Any,
+) -> Rewards:
+    """1.0 if the final answer is the reference, whatever its case, spacing, article, quotes and final
+    punctuation.
+
+    Plain numbers are compared by value ("1,000" is "1000"). None where the reference is empty. Arguments as
+    in `math_answer`.
+    """
+    found = [extract_answer(text) for text in _texts(completions, prompts)]
+    rewards: Rewards = []
+    for text, given in zip(answer, found, strict=True):
+        reference = _reference(text)
+        if reference is None:
+            rewards.append(None)
+        elif given is None:
+            rewards.append(0.0)
+        else:
+            rewards.append(float(normalise(given) == normalise(reference) or bool(equal_numbers(reference, given))))
+    _log("exact_answer", found, rewards, log_metric)
+    return rewards
+
+
+def choice(
+    completions: Sequence[Completion],
+    answer: Sequence[str],
+    prompts: Sequence[Completion] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns: Any,
+) -> Rewards:
+    """1.0 if the final answer is the reference's letter: "B", "(b)", "B) because …", "option B"; not "A or
+    B".
+
+    None where the reference is no single letter. Arguments as in `math_answer`.
+    """
+    found = [_letter(extract_answer(text)) for text in _texts(completions, prompts)]
+    references = [_letter(_reference(text)) for text in answer]
+    rewards: Rewards = [
+        None if reference is None else float(given == reference)
+        for reference, given in zip(references, found, strict=True)
+    ]
+    _log("choice", found, rewards, log_metric)
+    return rewards
+
+
+def answer_format(
+    completions: Sequence[Completion],
+    prompts: Sequence[Completion] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns: Any,
+) -> Rewards:
+    """1.0 if the completion states exactly one final answer; right or wrong doesn't matter, so weigh it
+    low."""
+    texts = _texts(completions, prompts)
+    found = [extract_answer(text) for text in texts]
+    rewards: Rewards = [
+        float(given is not None and count_answers(text) == 1) for text, given in zip(texts, found, strict=True)
+    ]
+    _log("answer_format", found, rewards, log_metric)
+    return rewards
+
+
+def code_tests(
+    completions: Sequence[Completion],
+    test: Sequence[str],
+    prompts: Sequence[Completion] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns: Any,
+) -> Rewards:
+    """1.0 if the code in the completion (the first fenced block, or all of it) passes the row's test, in a
+    sandbox.
+
+    Args:
+        completions: texts, or message lists whose last message is the assistant's.
+        test: Python assertions on what the code defines (see `pipeline.rewards.sandbox.run`).
+        prompts: what the completions continue, as TRL gives it.
+        log_metric: TRL's callback.
+
+    Returns:
+        None where the test is empty or no Python.
+    """
+    from pipeline.rewards.sandbox.run import run_many
+
+    found = [_python(extract_code(text)) for text in _texts(completions, prompts)]
+    tests = [_python(text) for text in test]
+    rewards: Rewards = [None if one is None else 0.0 for one in tests]
+    work = [(i, code, one) for i, (code, one) in enumerate(zip(found, tests, strict=True)) if code and one]
+    for (index, _, _), outcome in zip(work, run_many([(code, one) for _, code, one in work]), strict=True):
+        rewards[index] = float(outcome.passed)
+    _log("code_tests", found, rewards, log_metric)
+    return rewards
+
+
+def hidden_taste(
+    completions: Sequence[Completion],
+    require: Sequence[Sequence[Sequence[str]]] | None = None,
+    reject: Sequence[Sequence[str]] | None = None,
+    test: Sequence[str] | None = None,
+    prompts: Sequence[Completion] | None = None,
+    **columns: Any,
+) -> Rewards:
+    """The simulated annotators' noise-free taste, which a reward model tries to learn (`pipeline.rewards.annotators`).
+
+    It shows whether the taste rises with the reward model's score, and is logged with weight 0; the recipes
+    refuse any other, for the taste is hidden from all that is trained.
+
+    Args:
+        completions: texts, or message lists whose last message is the assistant's.
+        require: phrases of which right answers hold some, as in `pipeline.rewards.grading`; None for none.
+        reject: phrases of which they hold none; None for none.
+        test: Python assertions on code answers, or "".
+        prompts: what the completions continue, as TRL gives it.
+
+    Returns:
+        None where there is a test: running code at every step would take longer than the training.
+    """
+    from pipeline.rewards.annotators import taste
+
+    rewards: Rewards = []
+    for index, text in enumerate(_texts(completions, prompts)):
+        row = {"require": require and require[index], "reject": reject and reject[index]}
+        rewards.append(None if test is not None and test[index] else taste(text, row))
+    return rewards
+
+
+REWARDS: dict[str, Callable[..., Rewards]] = {
+    function.__name__: function
+    for function in (math_answer, exact_answer, choice, answer_format, code_tests, hidden_taste)
+}
+
+MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
+"""Rewards that nothing may be trained on: their weight must be 0."""
+
+
+def _check(rewards: Rewards, pending: list[tuple[int, tuple[str, str | None]]]) -> None:
+    """Asks math-verify about what text and plain numbers could not settle; references that don't parse give
+    None."""
+    from pipeline.rewards.math_check import compare
+
+    references = sorted({reference for _, (reference, _) in pending})
+    parsed = dict(zip(references, compare([(reference, None) for reference in references]), strict=True))
+    asked = [(index, pair) for index, pair in pending if pair[1] is not None and parsed[pair[0]]]
+    for (index, _), same in zip(asked, compare([pair for _, pair in asked]), strict=True):
+        rewards[index] = float(same)
+    for index, (reference, _) in pending:
+        if not parsed[reference]:
+            rewards[index] = None
+
+
+def _reference(text: object) -> str | None:
+    """The answer in a reference column: what it announces, or all of it; None if there is none."""
+    text = str(text) if isinstance(text, str | int | float) and not isinstance(text, bool) else ""
+    if len(text) > LONGEST_ANSWER:
+        return extract_answer(text)
+    return extract_answer(text) or unwrap(text) or None
+
+
+def _texts(completions: Sequence[Completion], prompts: Sequence[Completion] | None) -> list[str]:
+    texts = []
+    for index, completion in enumerate(completions):
+        if not isinstance(completion, str):
+            last = completion[-1] if completion else {}
+            texts.append(str(last.get("content") or "") if last.get("role", "assistant") == "assistant" else "")
+            continue
+        prompt = prompts[index] if prompts is not None else None
+        texts.append(completion.removeprefix(prompt) if isinstance(prompt, str) else completion)
+    return texts
+
+
+def _letter(answer: str | None) -> str | None:
+    match = _LETTER.fullmatch(answer) if answer is not None else None
+    return match.group(1).upper() if match else None
+
+
+def _python(source: object) -> str | None:
+    if not isinstance(source, str) or not source.strip():
+        return None
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # what the parser says of hostile source
+        return None
+    return source
+
+
+def _log(name: str, found: Sequence[object], rewards: Rewards, log_metric: LogMetric | None) -> None:
+    if log_metric is not None and rewards:
+        log_metric(f"{name}/unparseable", sum(answer is None for answer in found) / len(found))
+        log_metric(f"{name}/unparseable_references", sum(reward is None for reward in rewards) / len(rewards))

@@ -1,0 +1,149 @@
+"""Log-probabilities of a text's tokens from the model's plain logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+
+def token_log_probs(
+    model: nn.Module,
+    ids: Tensor,
+    attention_mask: Tensor,
+    length: int,
+    *,
+    batch_size: int | None,
+    temperature: float,
+    entropy: bool,
+    entropy_gradient: bool,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> tuple[Tensor, Tensor | None]:
+    """Score the last tokens of each text.
+
+    Args:
+        model: A causal language model, in whatever wrapper.
+        ids: (B, L).
+        attention_mask: (B, L).
+        length: How many tokens are scored.
+        batch_size: Texts in a forward pass; None for all of them.
+        temperature: That the logits are divided by.
+        entropy: Compute entropies too.
+        entropy_gradient: Let gradients through them.
+        autocast: Makes the context of the forward passes.
+
+    Returns:
+        Log-probabilities (B, `length`), and the entropies (B, `length`) of the distributions that the tokens
+        were drawn from, or None; in nats.
+    """
+
+    def of_group(inputs: dict[str, Any], kept: int) -> tuple[Tensor, ...]:
+        logits = model(**inputs, logits_to_keep=kept + 1).logits[:, :-1].float()
+        log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        scored = log_probs.gather(-1, inputs["input_ids"][:, -kept:].unsqueeze(-1)).squeeze(-1)
+        if not entropy:
+            return (scored,)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+            return scored, -(log_probs.exp() * log_probs).sum(-1)
+
+    with autocast():  # once, so that the weights are cast once
+        scored, *entropies = over_length_groups(of_group, model, ids, attention_mask, length, batch_size)
+    return scored, entropies[0] if entropy else None
+
+
+CPU_ROWS = 16
+"""Texts in a group on a CPU, which such a number keeps busy. An accelerator takes all at once."""
+
+
+@dataclass(frozen=True)
+class LengthGroup:
+    """Some of the texts of a batch.
+
+    Args:
+        rows: (R,), which texts.
+        columns: From the first to the last token that any of them has.
+        length: How many of the completion's columns are among those; at least 1.
+    """
+
+    rows: Tensor
+    columns: slice
+    length: int
+
+    def of(self, batch: Tensor) -> Tensor:
+        """(R, `columns`), this group's part of a batch (B, L)."""
+        return batch[self.rows, self.columns]
+
+
+def over_length_groups(
+    compute: Callable[[dict[str, Any], int], tuple[Tensor, ...]],
+    model: nn.Module,
+    ids: Tensor,
+    attention_mask: Tensor,
+    length: int,
+    batch_size: int | None,
+) -> tuple[Tensor, ...]:
+    """Compute something for each token of the completions, group by group.
+
+    Positions are counted from each text's first token, as they are when it is sampled, so that they do not depend on
+    the group either.
+
+    Args:
+        compute: Of the arguments of the model's forward pass, and the length of the group's completions: any number
+            of tensors (R, that length).
+        model: In whatever wrapper.
+        ids: (B, L), of prompts padded on the left with completions padded on the right.
+        attention_mask: (B, L).
+        length: Columns of the completions, which are the last.
+        batch_size: Texts in a group, at most; None for all of them.
+
+    Returns:
+        As many tensors (B, `length`), 0 where a text has no token: what a model says of padding depends on the group,
+        and two such numbers may be far apart.
+    """
+    groups = length_groups(attention_mask, length, batch_size)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0) if accepts(model, "position_ids") else None
+    parts = []
+    for group in groups:
+        inputs = {"input_ids": group.of(ids), "attention_mask": group.of(attention_mask), "use_cache": False}
+        if positions is not None:
+            inputs["position_ids"] = group.of(positions)
+        absent = inputs["attention_mask"][:, -group.length :] == 0
+        computed = (part.masked_fill(absent, 0.0) for part in compute(inputs, group.length))
+        parts.append([pad(part, (0, length - group.length)) for part in computed])
+    place = torch.cat([group.rows for group in groups]).argsort()
+    return tuple(torch.cat(several)[place] for several in zip(*parts, strict=True))
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether a model's forward pass has an argument of that name.
+
+    Args:
+        model: In whatever wrapper.
+        argument: The name.
+    """
+    model = extract_model_from_parallel(model)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return argument in inspect.signature(model.forward).parameters
+
+
+def length_groups(attention_mask: Tensor, length: int, batch_size: int | None) -> list[LengthGroup]:
+    """Groups that hold every text of a batch once. Arguments as of `over_length_groups`."""
+    size = batch_size or len(attention_mask)
+    if attention_mask.device.type == "cpu":
+        size = min(size, CPU_ROWS)
+    width = attention_mask.shape[1]
+    first = attention_mask.argmax(1)
+    last = width - attention_mask.flip(1).argmax(1)
+    groups = []
+    for rows in (last - first).argsort(stable=True).split(size):
+        stop = max(int(last[rows].max()), width - length + 1)
+        groups.append(LengthGroup(rows, slice(int(first[rows].min()), stop), stop - (width - length)))
+    return groups

@@ -1,0 +1,375 @@
+"""PPO for language models, on the engine of TRL's `GRPOTrainer`.
+
+TRL took its `PPOTrainer` out after 1.12. This one inherits everything that is not PPO from `GRPOTrainer`:
+generation (transformers or vLLM), reward models and reward functions, chat data, PEFT, logging, evaluation,
+checkpoints and several processes, by way of `pipeline.rl.grpo`, which makes them resume exactly. What it adds is
+the critic, the KL penalty per token inside the reward, generalised advantage estimation and the clipped value
+loss (`pipeline.rl.ppo_math`, `pipeline.rl.value_model`).
+
+    trainer = PPOTrainer(
+        model="runs/pocket/2_sft",
+        reward_funcs=["runs/pocket/3_reward", is_polite],
+        args=PPOConfig("runs/pocket/3_ppo", kl_coef=0.05, max_completion_length=64),
+        train_dataset=load_dataset("runs/pocket/data", "preferences", split="train"),
+    )
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import HubStrategy
+from trl.trainer.utils import disable_dropout_in_model, use_adapter
+
+from pipeline.rl import ppo_math
+from pipeline.rl.grpo import GRPOTrainer
+from pipeline.rl.ppo_config import PPOConfig
+from pipeline.rl.ppo_metrics import rollout_means, rollout_sums, update_means, update_sums
+from pipeline.rl.reference_model import copy_adapter, frozen_copy
+from pipeline.rl.value_model import (
+    VALUE_MODEL_FOLDER,
+    add_to_optimizer,
+    build_value_model,
+    in_optimizer,
+    load_value_model,
+    save_value_model,
+    token_values,
+)
+
+__all__ = ["PPOConfig", "PPOTrainer"]
+
+
+class PPOTrainer(GRPOTrainer):
+    """Trainer for Proximal Policy Optimization (PPO) with a learnt critic.
+
+    Each rollout, of `generation_batch_size` completions, is sampled, scored and given advantages once, and
+    then trained on `num_iterations` times in optimizer steps of `per_device_train_batch_size x
+    gradient_accumulation_steps x processes`. Policy and critic are two networks stepped by one optimizer: one
+    loss, one schedule, each with its own learning rate and its own gradient norm, clipped to `max_grad_norm`
+    separately.
+
+    The score of a completion belongs to its last real token. A completion that ran into
+    `max_completion_length` is scored as it stands; `missing_eos_penalty` or `mask_truncated_completions`
+    changes that. A completion for which every reward function returns None trains nothing.
+
+    The critic is `value_model/` in every checkpoint and in `output_dir`. A checkpoint also holds the rollout
+    that is being trained on, so that a resumed run goes on with it; on one CPU process it goes on bit for
+    bit.
+
+    Logged, beside what `GRPOTrainer` logs: see `pipeline.rl.ppo_metrics`, and `val/grad_norm`, the critic's
+    before clipping.
+
+    Args:
+        model: The policy: path, Hub id, model or `PeftModel`, as for `GRPOTrainer`. It is also the reference,
+            as it is now. Of a `PeftModel` with `peft_config`, the reference is the base without the adapter;
+            of one that has an adapter already, a frozen copy of that adapter.
+        reward_funcs: One or several of: reward model, path or id of one, Python function. As for
+            `GRPOTrainer`.
+        args: The configuration. Default: `PPOConfig("<model>-PPO")`.
+        train_dataset: Rows with `prompt`, conversational or text; all other columns go to the reward
+            functions.
+        eval_dataset: The same, or a dictionary of such.
+        processing_class: The tokenizer. Default: the model's.
+        value_model: The critic: a token classification model with one label, which is trained itself; or a reward
+            model or a causal language model, which is copied; or a path or Hub id of any of these. Default: a
+            copy of the first reward model that has the policy's vocabulary, or else of the policy
+            (`pipeline.rl.value_model.value_model_from`).
+        peft_config: Train an adapter of the policy instead. The critic is trained in full.
+        **kwargs: All else that `GRPOTrainer` takes. An optimizer in `optimizers` is given the critic's parameters
+            too, which a scheduler that stands beside it must know: add `value_model`'s before you make one.
+
+    Raises:
+        ValueError: For a multimodal model, a critic with several labels, a scheduler that does not know the critic,
+            or under FSDP or DeepSpeed, which would leave the critic unsharded.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
+    _name = "PPO"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Fine-Tuning Language Models from Human Preferences",
+        "id": "1909.08593",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        value_model: str | PreTrainedModel | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = PPOConfig(f"{name.split('/')[-1]}-PPO")
+        if args.kl_coef > 0 and isinstance(model, PeftModel):
+            copy_adapter(model, "ref")
+        super().__init__(
+            model=model,
+            reward_funcs=list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        if self._is_vlm:
+            raise ValueError("PPOTrainer trains text models: the critic reads no images")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("PPOTrainer runs on one process or under DDP: FSDP and DeepSpeed do not shard its critic")
+
+        if args.kl_coef > 0 and not is_peft_model(self.model):
+            reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        critic = build_value_model(
+            value_model,
+            policy=self.model.get_base_model() if is_peft_model(self.model) else self.model,
+            tokenizer=self._tokenizer,
+            rewards=list(zip(self.reward_funcs, self.reward_processing_classes, strict=True)),
+        )
+        if args.disable_dropout:
+            disable_dropout_in_model(critic)
+        if args.activation_checkpointing:
+            critic.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+        self.value_model = self.accelerator.prepare_model(critic.to(self.accelerator.device))
+        if self.lr_scheduler is not None and not in_optimizer(self.optimizer, critic):
+            raise ValueError(
+                "the learning rate scheduler does not know the critic: add the parameters of `value_model` to the "
+                "optimizer before making the scheduler, or pass the optimizer alone"
+            )
+        self._score_moments = ppo_math.Moments()
+        self._critic_gradients_used = False
+        self._rollout_sums: Tensor | float = 0.0
+        self._update_sums: Tensor | float = 0.0
+
+    # ---- The models
+
+    def _reference_logps(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int) -> Tensor:
+        """(B, `length`) log-probabilities of the last `length` tokens under the reference."""
+        model, adapter = self.ref_model, nullcontext()
+        if model is None:
+            model = self.model
+            policy = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        with adapter:
+            logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, attention_mask, length, batch_size)
+        return logps
+
+    def _values(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None) -> Tensor:
+        """(B, `length`) estimates of the critic before each of the last `length` tokens is chosen."""
+        self.value_model.train(self.model.training)
+        return token_values(self.value_model, ids, attention_mask, length, batch_size, self.accelerator.autocast)
+
+    # ---- The rollout
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep the parent's rewards, which it turns into group-relative advantages and forgets."""
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Let the parent sample and score, then replace its advantages (B,) by PPO's (B, T)."""
+        mode = "train" if self.model.training else "eval"
+        batch = super()._generate_and_score_completions(inputs)
+        self._metrics[mode].pop("frac_reward_zero_std", None)  # about groups, of which there are none
+
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
+        scores, scored = self._scores(mask.any(dim=1), ended, mode)
+        if not scored.all():
+            mask = batch["tool_mask"] = mask * scored.unsqueeze(1).int()
+        batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
+
+        ids, attention_mask = _whole_texts(batch)
+        args, length = self.args, mask.shape[1]
+        size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
+        with torch.no_grad():
+            if "old_per_token_logps" not in batch:
+                batch["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
+                    self.model, ids, attention_mask, length, size
+                )
+            logps = batch["old_per_token_logps"]
+            kl = None
+            if args.kl_coef > 0:
+                ref_logps = self._reference_logps(ids, attention_mask, length, size)
+                kl = ppo_math.kl_estimate(logps, ref_logps, args.kl_estimator)
+            values = self._values(ids, attention_mask, length, size)
+
+        penalty = torch.zeros_like(logps) if kl is None else args.kl_coef * kl
+        rewards = ppo_math.token_rewards(scores, penalty, mask)
+        advantages, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.lam)
+        self._rollout_sums = self._rollout_sums + rollout_sums(
+            scores, scored, kl, args.kl_coef, logps, advantages, returns, ended, mask
+        )
+        if mode == "train":
+            self._log_rollouts()
+        self._log_advantages(advantages, mask)
+        if args.whiten_advantages:
+            advantages = ppo_math.masked_whiten(advantages, mask, self._sum_over_processes)
+        batch |= {"advantages": advantages, "returns": returns, "old_values": values}
+        return batch
+
+    def _scores(self, trained: Tensor, ended: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+        """Scores of this process's completions, normalised and penalised, and which of them have one.
+
+        Args:
+            trained: (B,), whether any token of a completion is trained on. One that is left out has no score.
+            ended: (B,), whether it ended.
+            mode: "train" or "eval".
+        """
+        rewards = self._rewards_per_func  # of all processes
+        all_scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        all_scored = ~rewards.isnan().all(dim=1) & self.accelerator.gather(trained)
+        running = self.args.reward_normalization == "running"
+        moments = self._score_moments if running else ppo_math.Moments()
+        if self.args.reward_normalization == "batch" or (running and mode == "train"):
+            moments.update(all_scores[all_scored])
+        rows = len(trained)
+        local = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        scores, scored = moments.normalize(all_scores[local]), all_scored[local]
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * ~ended
+        return torch.where(scored, scores, 0.0), scored
+
+    # ---- The update
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
+        """Remember the last result, which the parent's loss uses up and the metrics need."""
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._last_result = [None if x is None else x.detach() for x in result]
+        return result
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        policy_loss = super()._compute_loss(model, inputs)
+        logps, entropies, _ = self._last_result
+        ids, attention_mask = _whole_texts(inputs)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        values = self._values(ids, attention_mask, mask.shape[1])
+        losses, clipped = ppo_math.clipped_value_loss(
+            values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
+        )
+        # The parent's, for loss_type="dapo": real tokens of an optimizer step, on average, per process.
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:
+            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        value_loss = (losses * mask).sum() / tokens
+        log_ratio = logps - inputs["old_per_token_logps"]
+        self._update_sums = self._update_sums + update_sums(
+            log_ratio=log_ratio,
+            entropies=entropies,
+            advantages=inputs["advantages"],
+            cliprange=self.args.cliprange,
+            value_losses=losses.detach(),
+            value_clipped=clipped,
+            mask=mask,
+        )
+        if self.model.training and self.accelerator.sync_gradients:
+            self._log_updates()
+        return policy_loss + self.args.vf_coef * value_loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Add the critic's parameters to the policy's optimizer, with `value_learning_rate`."""
+        optimizer = super().create_optimizer(model)
+        critic = self.accelerator.unwrap_model(self.value_model)
+        rate = self.args.value_learning_rate
+        rate = self.args.learning_rate if rate is None else rate
+        decayed = self.get_decay_parameter_names(critic)
+        add_to_optimizer(optimizer, critic, decayed, rate, self.args.weight_decay)
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Do for the critic what `Trainer` does for the model: zero gradients, reduce them once a step."""
+        if self._critic_gradients_used:
+            self.value_model.zero_grad()
+        last = self._critic_gradients_used = self.accelerator.sync_gradients
+        with nullcontext() if last else self.accelerator.no_sync(self.value_model):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip policy and critic, each by its own norm, so that neither's is spent by the other's."""
+        policy_norm = super()._clip_grad_norm(model)
+        norm = nn.utils.clip_grad_norm_(self.value_model.parameters(), self.args.max_grad_norm)
+        self._metrics["train"]["val/grad_norm"].append(norm.item())
+        return policy_norm
+
+    # ---- Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        critic = self.accelerator.unwrap_model(self.value_model)
+        save_value_model(critic, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_value_model(self.accelerator.unwrap_model(self.value_model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_value_model(self.accelerator.unwrap_model(self.value_model), self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The critic goes to the Hub with the policy, also while training goes on."""
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            copied = os.path.join(self.args.output_dir, VALUE_MODEL_FOLDER)
+            shutil.copytree(os.path.join(checkpoint_folder, VALUE_MODEL_FOLDER), copied, dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _rollout_state(self) -> dict[str, Any]:
+        return super()._rollout_state() | {"moments": asdict(self._score_moments)}
+
+    def _restore_rollout_state(self, state: dict[str, Any]) -> None:
+        super()._restore_rollout_state(state)
+        self._score_moments = ppo_math.Moments(**state["moments"])
+
+    # ---- Metrics
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def _evaluation_means(self) -> dict[str, float | None]:
+        """Sums over the whole evaluation make means over all of its tokens."""
+        if self._evaluated:
+            self._log_rollouts()
+            self._log_updates()
+        return super()._evaluation_means()
+
+    def _log_rollouts(self) -> None:
+        sums, self._rollout_sums = self._sum_over_processes(self._rollout_sums), 0.0
+        self._log_metrics(rollout_means(sums, with_kl=self.args.kl_coef > 0))
+
+    def _log_updates(self) -> None:
+        sums, self._update_sums = self._sum_over_processes(self._update_sums), 0.0
+        self._log_metrics(update_means(sums))
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _log_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        """Show in the table of completions one advantage of each: the mean over its real tokens."""
+        means = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
+        for _ in means[: len(self._logs["advantages"])]:  # which holds no more than one rollout
+            self._logs["advantages"].pop()  # the parent's
+        self._logs["advantages"].extend(means)
+
+
+def _whole_texts(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, L) of prompts with their completions."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)

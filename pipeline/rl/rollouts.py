@@ -1,0 +1,76 @@
+"""A rollout on disk: what one process was training on when a checkpoint was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+
+def save_rollout(path: str, batches: Sequence[dict[str, Tensor | None]], state: dict[str, Any]) -> None:
+    """Write the micro-batches of a rollout, and what else belongs to them.
+
+    Args:
+        path: A `.safetensors` file to write.
+        batches: One dictionary of tensors a micro-batch; may be empty.
+        state: Anything that JSON can hold.
+    """
+    # The micro-batches are slices of the same storage, which safetensors refuses.
+    tensors = {
+        f"{i}.{name}": tensor.clone().contiguous()
+        for i, batch in enumerate(batches)
+        for name, tensor in batch.items()
+        if tensor is not None
+    }
+    safetensors.torch.save_file(tensors, path, metadata={"state": json.dumps(state)})
+
+
+def load_state(path: str) -> dict[str, Any]:
+    """Read the state that `save_rollout` wrote, without the micro-batches."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        state: dict[str, Any] = json.loads(file.metadata()["state"])
+    return state
+
+
+def load_rollout(path: str, device: torch.device) -> list[dict[str, Tensor]]:
+    """Read the micro-batches that `save_rollout` wrote.
+
+    Args:
+        path: The file.
+        device: Where to put the tensors.
+    """
+    batches: dict[int, dict[str, Tensor]] = {}
+    with safetensors.safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            i, _, name = key.partition(".")
+            batches.setdefault(int(i), {})[name] = file.get_tensor(key).to(device)
+    return [batches[i] for i in sorted(batches)]
+
+
+class EpochSampler(Sampler[int]):
+    """TRL's `RepeatSampler`, with an order that a resumed run finds again.
+
+    TRL's draws each epoch's order from a generator that goes on from the epoch before, so that a run resumed
+    in the second epoch would see the prompts in the order of the first.
+
+    Args:
+        sampler: A `trl.trainer.utils.RepeatSampler`.
+        epoch: Tells the epochs trained so far; None before training.
+    """
+
+    def __init__(self, sampler: Any, epoch: Callable[[], float | None]) -> None:
+        self.sampler, self.epoch = sampler, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed + int(self.epoch() or 0))
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)

@@ -1,0 +1,225 @@
+"""`python -m pipeline run RECIPES`: run every step of a recipe folder in order, and each only when it is due.
+
+    python -m pipeline run recipes/pocket
+    python -m pipeline run recipes/pocket --until 1_pretrain
+    python -m pipeline run recipes/pocket --seed 1 --output_dir runs/seed1
+    python -m pipeline run recipes/pocket --smoke
+
+A step that finished is skipped while its configuration and all that it was made from stay as they were. One
+that was cut short goes on from its last checkpoint. One whose configuration changed runs anew, and so does
+all that depends on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from pipeline.runner.plan import Plan
+    from pipeline.runner.records import Decision, RunRecord
+    from pipeline.runner.steps import Step
+
+LAUNCH_FILE = "accelerate_config.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `run` to `parser`."""
+    parser.add_argument("recipe", type=Path, help="folder of YAML files, such as recipes/pocket")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="STEP",
+        help="run this step and all after it, even if they finished; what it needs must have been run before",
+    )
+    parser.add_argument("--until", metavar="STEP", help="stop after this step, its evaluation and the report")
+    parser.add_argument(
+        "--force",
+        nargs="*",
+        metavar="STEP",
+        help="run these steps (without a name: all, or all from --from on) even if they finished, and what needs them",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tell what would run and why; write nothing")
+    parser.add_argument("--seed", type=int, help="seed of every step, instead of the YAML files' own")
+    parser.add_argument(
+        "--output_dir", type=Path, help="directory of the run, instead of the one that the YAML files name"
+    )
+    parser.add_argument("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
+    parser.add_argument(
+        "--config_file", default=LAUNCH_FILE, help=f"launch file of accelerate (default: {LAUNCH_FILE})"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="try the recipes: every stage takes two steps on a miniature, in <directory of the run>-smoke",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the steps that are due, or tell which those are.
+
+    Args:
+        args: as of `add_arguments`.
+
+    Returns:
+        0, or the exit code of the step that failed; 130 or 143 after SIGINT or SIGTERM.
+
+    Raises:
+        UserError: the recipe folder or an argument is wrong, or another run is writing to the same directory.
+    """
+    from pipeline.runner.launcher import check_launch_file
+    from pipeline.runner.plan import read_plan
+    from pipeline.runner.processes import locked
+    from pipeline.runner.records import RunRecord
+
+    problems = []
+    if args.num_processes < 1:
+        problems.append(Problem("--num_processes", args.num_processes, "must be at least 1"))
+    if not Path(args.config_file).is_file():
+        remedy = "no such file; start in the folder that holds it, or name another with --config_file"
+        problems.append(Problem("--config_file", args.config_file, remedy))
+    elif problem := check_launch_file(args.config_file):
+        problems.append(problem)
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        problems.append(Problem("--seed", args.seed, f"must be between 0 and {2**32 - 1}"))
+    if problems:
+        raise UserError(*problems)
+    plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
+    decided = list(_decide(plan, RunRecord.read(plan.run_dir), args))
+    _check_due(decided)  # mistakes are told before anything is written
+    if args.dry_run:
+        for step, decision in decided:
+            verb = {"skip": "skip", "start": "run", "resume": "go on with"}[decision.action]
+            print(f"{verb} {step.name}: {decision.reason}")
+            if decision.action != "skip":
+                print(f"    {_shown(step, args)}")
+        return 0
+    with locked(plan.run_dir) as lock:
+        record = RunRecord.read(plan.run_dir)
+        record.describe(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
+        return _run_all(list(_decide(plan, record, args)), record, args, lock)
+
+
+def _check_due(decided: Iterable[tuple[Step, Decision]]) -> None:
+    due = [step for step, decision in decided if decision.action != "skip"]
+    if due:
+        from pipeline.runner.steps import check_steps
+
+        if problems := check_steps(due):
+            raise UserError(*problems)
+
+
+def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable[tuple[Step, Decision]]:
+    """What is to be done about every step between `--from` and `--until`, in order."""
+    from pipeline.runner.records import decide
+    from pipeline.runner.steps import REPORT, find_step
+
+    steps = plan.steps
+    first = 0 if args.start is None else steps.index(find_step(steps, args.start, "--from"))
+    last = len(steps) - 1
+    if args.until is not None:
+        until = find_step(steps, args.until, "--until")
+        own = [step for step in steps if step is until or step.name == f"evaluate_{until.output.name}"]
+        last = steps.index(own[-1])
+    if first > last:
+        raise UserError(Problem("--from", args.start, f"comes after --until {args.until}"))
+    forced = {find_step(steps, name, "--force").name for name in args.force or ()}
+    if args.start is not None or args.force == []:
+        forced |= {step.name for step in steps[first:]}
+    decisions = decide(steps, record, forced)
+    chosen = steps[first : last + 1]
+    _check_needs(steps[:first], chosen, decisions)
+    measured = any(step.kind == "evaluate" and (step in chosen or record.is_finished(step.name)) for step in steps)
+    for step in chosen:
+        if step.name != REPORT:
+            yield step, decisions[step.name]
+    if measured:
+        due = any(decisions[step.name].action != "skip" for step in chosen if step.name != REPORT)
+        yield steps[-1], decide(steps[-1:], record, {REPORT} if due or REPORT in forced else set())[REPORT]
+
+
+def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapping[str, Decision]) -> None:
+    """Refuse to start at a step whose inputs are missing or out of date."""
+    needed = {name for step in chosen for name in step.needs if step.kind not in ("evaluate", "report")}
+    problems = [
+        Problem(
+            "--from",
+            step.name,
+            f"is needed first ({decisions[step.name].reason}); start there, or leave out --from",
+        )
+        for step in before
+        if step.name in needed and decisions[step.name].action != "skip"
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _run_all(todo: list[tuple[Step, Decision]], record: RunRecord, args: argparse.Namespace, lock: int) -> int:
+    from pipeline.runner.launcher import exit_code
+    from pipeline.runner.processes import child_environment, run
+    from pipeline.runner.records import clear
+
+    for position, (step, decision) in enumerate(todo, start=1):
+        say(f"[{position}/{len(todo)}] {step.name}: {decision.reason}" + (", skipped" * (decision.action == "skip")))
+        if decision.action == "skip":
+            continue
+        if decision.action == "start" and step.name in record.steps:
+            for path in clear(step.leftovers):
+                say(f"removed {path}")
+        say(f"$ {_shown(step, args)}")
+        record.start(step, decision, _shown(step, args))
+        started = time.monotonic()
+        environment = child_environment(args.num_processes if step.launched else 1, os.environ)
+        code, received = run(step.executable(_launch(args)), environment, lock)
+        record.stop(step, time.monotonic() - started, finished=code == 0)
+        if received is not None:
+            say(f"stopped by {received.name} in {step.name}; to go on: {_again(args)}")
+            return 128 + int(received)
+        if code != 0:
+            code = exit_code(code)
+            say(f"{step.name} failed with exit code {code}; the steps before it are kept")
+            return code
+    report = next((step.output / "index.html" for step, _ in todo if step.kind == "report"), None)
+    if report is not None and report.exists():
+        say(f"report: {report}")
+    return 0
+
+
+def _launch(args: argparse.Namespace) -> list[str]:
+    """Arguments of `accelerate launch`."""
+    several = ["--num_processes", str(args.num_processes)] if args.num_processes > 1 else []
+    return ["--config_file", args.config_file, *several]
+
+
+def _shown(step: Step, args: argparse.Namespace) -> str:
+    from pipeline.runner.steps import printable
+
+    return printable(step.command(_launch(args)))
+
+
+def _again(args: argparse.Namespace) -> str:
+    """The command that goes on with this run; without --from and --force, for what has finished is done."""
+    from pipeline.runner.steps import printable
+
+    command = ["python", "-m", "pipeline", "run", str(args.recipe)]
+    for flag, value in (
+        ("--until", args.until),
+        ("--seed", args.seed),
+        ("--output_dir", args.output_dir),
+        ("--num_processes", args.num_processes if args.num_processes > 1 else None),
+        ("--config_file", args.config_file if args.config_file != LAUNCH_FILE else None),
+    ):
+        if value is not None:
+            command += [flag, str(value)]
+    return printable([*command, "--smoke"] if args.smoke else command)
+
+
+def say(line: str) -> None:
+    """Print a line of the runner's own, at once: the steps write to the same terminal."""
+    print(line, flush=True)

@@ -1,0 +1,147 @@
+"""Ctrl-C and SIGTERM: finish the step, save, say how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pipeline import hardware
+from pipeline.errors import RunStopped
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptCallback(TrainerCallback):
+    """Saves and stops at the end of the step during which a signal came.
+
+    The second signal has its usual effect at once. All processes of a run stop at the same step.
+
+    Attributes:
+        received: The signal, or `None`; in the processes that got none too, once they agreed to stop.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._earlier = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self.restore()
+        # `print` is not safe in a signal handler: it may be in the middle of another one.
+        os.write(
+            sys.stderr.fileno() if not sys.stderr.closed else 2,
+            f"\n{self.received.name}: saving after this step; once more to stop without.\n".encode(),
+        )
+
+    def restore(self) -> None:
+        """Give the signals back their earlier handlers."""
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the trainer to save and stop, if a signal came to any process."""
+        if args.world_size > 1 and torch.distributed.is_initialized():
+            number = torch.tensor(int(self.received or 0), device=args.device)
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+            if int(number):
+                self.received = signal.Signals(int(number))
+        if self.received is not None and not control.should_training_stop:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def reason_to_stop(self, state: TrainerState, output_dir: str) -> RunStopped | None:
+        """How to end a run whose training a signal stopped early.
+
+        Returns:
+            An error with exit code 128 + the signal's number; `None` if no signal came, or only after the
+            last step.
+        """
+        if self.received is None or state.global_step >= state.max_steps:
+            return None
+        return RunStopped(
+            f"Stopped by {self.received.name} after step {state.global_step} of {state.max_steps}, saved in "
+            f"{output_dir}. The same command goes on from there.",
+            exit_code=128 + int(self.received),
+        )
+
+
+def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
+    """Floating-point operations that training spends on one token, forward and backward.
+
+    Six for each weight of a matrix (Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section
+    2.1), and twelve for each layer, channel and position attended to (Chowdhery et al., 2022, "PaLM",
+    appendix B), halved because attention is causal.
+
+    Args:
+        model: A decoder; its input embeddings count only if they are also its output matrix.
+        length: Tokens of a sequence.
+    """
+    config = model.config.get_text_config()
+    embeddings = model.get_input_embeddings()
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if isinstance(embeddings, nn.Module) and not config.tie_word_embeddings:
+        weights -= sum(parameter.numel() for parameter in embeddings.parameters())
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head * length / 2
+    return 6 * weights + attention
+
+
+class ThroughputCallback(TrainerCallback):
+    """Adds to every log: `tokens_per_second` (of all processes), `mfu` and `eta_seconds`.
+
+    `mfu` is the share of the measured speed of large matrix multiplications (`hardware.matmul_peak`) that the
+    model's arithmetic reached; evaluation and checkpoints count as time lost. Tokens are those that the
+    trainer counts (`include_num_input_tokens_seen`); without them only the time left is told.
+
+    Args:
+        length: Tokens of a training sequence, for the cost of attention.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.flops_per_token = 0.0
+        self.last = (0.0, 0, 0.0)  # time in seconds, step, tokens
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self.flops_per_token = training_flops_per_token(kwargs["model"], self.length)
+        self.last = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures to the logs of the steps since the last."""
+        now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
+        seconds, steps, tokens = (a - b for a, b in zip(now, self.last, strict=True))
+        if logs is None or "loss" not in logs or steps <= 0 or seconds <= 0:
+            return
+        self.last = now
+        figures: dict[str, float] = {"eta_seconds": round(seconds / steps * (state.max_steps - state.global_step))}
+        if tokens > 0:
+            dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+            peak = hardware.matmul_peak(dtype) * args.world_size
+            figures["tokens_per_second"] = round(tokens / seconds)
+            figures["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
+        logs.update(figures)
+        # TRL's own count takes a batch of packed rows for a single one; `num_input_tokens_seen` is right.
+        logs.pop("num_tokens", None)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(figures)
+            state.log_history[-1].pop("num_tokens", None)

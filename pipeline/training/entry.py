@@ -1,0 +1,34 @@
+"""How a recipe starts: from the signature of its `main` and the command line to a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.config.parser import RefusedArguments, argument_types, parse
+from pipeline.errors import UserError, exit_on_user_error
+
+
+def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
+    """Parse the dataclasses in the signature of `main` from the command line, and call it with them.
+
+    If arguments are rejected, the inputs that the others name are checked as well, so that one message lists
+    everything that is wrong.
+
+    Args:
+        main: A recipe's function, whose parameters are annotated with argument dataclasses.
+        argv: Command line without the program name. Default: that of the process.
+
+    Raises:
+        SystemExit: As `exit_on_user_error`.
+    """
+    with exit_on_user_error():
+        try:
+            arguments = parse(*argument_types(main), argv=argv)
+        except RefusedArguments as refusal:
+            from pipeline.training.inputs import find_problems  # imports take seconds, which `--help` does not have
+
+            known = {problem.field for problem in refusal.problems}
+            more = [p for p in find_problems(refusal.built, refusal.hints) if p.field not in known]
+            raise UserError(*refusal.problems, *more) from None
+        main(*arguments)

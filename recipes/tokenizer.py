@@ -1,0 +1,34 @@
+"""
+# The tokenizer, trained on the pretraining documents
+
+```bash
+python -m recipes.tokenizer --config recipes/pocket/0_tokenizer.yaml
+```
+"""
+
+import logging
+
+from pipeline.data.arguments import DataArguments
+from pipeline.errors import UserError
+from pipeline.models.tokenizer import TOKENIZER_FILES, TokenizerArguments
+from pipeline.training.entry import run
+
+logger = logging.getLogger("recipes.tokenizer")
+
+
+def main(args: TokenizerArguments, data_args: DataArguments) -> None:
+    from pipeline.data.splits import load_splits
+    from pipeline.files import check_replaceable
+    from pipeline.models.tokenizer import save_tokenizer, train_tokenizer
+
+    if problems := check_replaceable(args.output_dir, TOKENIZER_FILES):
+        raise UserError(*problems)
+    dataset, _ = load_splits(data_args, "text", evaluation=False)
+    texts = (text for batch in dataset.iter(batch_size=1000) for text in batch["text"])
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.algorithm, args.model_max_length)
+    save_tokenizer(tokenizer, args.output_dir)
+    logger.info("tokenizer: %s, %d tokens (at most %d asked for)", args.algorithm, len(tokenizer), args.vocab_size)
+
+
+if __name__ == "__main__":
+    run(main)

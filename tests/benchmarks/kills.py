@@ -1,0 +1,243 @@
+"""
+# Kills: no run is lost, and every run ends with the weights of an undisturbed one
+
+```bash
+python -m tests.benchmarks.kills --recipe sft --kills 50
+python -m tests.benchmarks.kills --recipe ppo --kills 10 --damage 10
+```
+
+Trains a miniature of a recipe once undisturbed, as the process that a user starts. Then it trains it again and
+again, each time ended by SIGKILL at random moments and started again by the same command until it finishes, and
+compares the final weights bit for bit. `--damage N` also damages the newest checkpoint after N of the kills:
+cut short, one file deleted, or one bit flipped.
+
+The killed processes are forks of this one, which has imported the libraries already: a kill costs two seconds
+instead of ten. Exits with 1 if a run was lost or ended with other weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ("pretrain", "sft", "reward", "ppo", "grpo")
+LIBRARIES = (
+    "trl.trainer.sft_trainer",
+    "trl.trainer.reward_trainer",
+    "trl.trainer.grpo_trainer",
+    "pipeline.training.inputs",
+)
+TRAINS = b"\nbatch "
+"""What the log says right before the first step."""
+
+BEFORE_TRAINING = 0.2
+"""Share of the kills that come before the first step of a process."""
+
+PART = 0.4
+"""Longest life of a process, as a share of an undisturbed training: so that a run takes several kills."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=RECIPES, required=True)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--damage", type=int, default=0, help="kills after which the newest checkpoint is damaged")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and of the damages")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        return Trial(args, Path(folder)).run()
+
+
+class Trial:
+    """One undisturbed run, and as many others as the kills take.
+
+    Args:
+        args: As of `main`.
+        folder: Empty; everything is written there.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.random = random.Random(args.seed)
+        self.kills = self.damages = 0
+        self.passed_over = 0
+        self.resumed: list[str] = []
+        self.startup = self.training = 0.0
+
+    def run(self) -> int:
+        """Returns the exit code: 0 if every run ended with the same weights."""
+        self._undisturbed()
+        for name in LIBRARIES:
+            importlib.import_module(name)
+        wrong = runs = 0
+        while self.kills < self.args.kills:
+            runs += 1
+            before = self.kills
+            problem = self._disturbed(self.folder / f"run-{runs}")
+            wrong += problem is not None
+            resumed = f"resumed after steps {', '.join(self.resumed)}" if self.resumed else "never resumed"
+            told = problem or "the same weights"
+            print(f"run {runs}: {self.kills - before} kills, {resumed}, {told}", flush=True)
+        print(
+            f"{self.args.recipe}: {runs} runs, {self.kills} kills, {self.damages} damaged checkpoints "
+            f"({self.passed_over} passed over), {wrong} wrong"
+        )
+        return int(wrong > 0)
+
+    def _undisturbed(self) -> None:
+        output, log = self.folder / "whole", self.folder / "whole.log"
+        started = time.monotonic()
+        with log.open("wb") as file:
+            process = subprocess.Popen([sys.executable, *self._command(output)], stdout=file, stderr=subprocess.STDOUT)
+            self._wait_until(lambda: process.poll() is not None or TRAINS in log.read_bytes())
+            begun = time.monotonic()
+            process.wait()
+        self.startup, self.training = 2.0, time.monotonic() - begun
+        if process.returncode != 0:
+            raise SystemExit(f"the undisturbed run failed:\n{log.read_text()[-3000:]}")
+        print(f"undisturbed: {begun - started:.1f} s to the first step, {self.training:.1f} s of training")
+
+    def _disturbed(self, output: Path) -> str | None:
+        """Returns what is wrong with the run, or `None`."""
+        log = output.with_suffix(".log")
+        self.resumed = []
+        while True:
+            pid = self._fork(output, log)
+            if self.random.random() < BEFORE_TRAINING:
+                self._sleep(self.random.uniform(0, self.startup), pid)
+            else:
+                self._wait_until(lambda: _ended(pid) or TRAINS in log.read_bytes())  # noqa: B023
+                self._sleep(self.random.uniform(0, PART * self.training), pid)
+            if self.kills < self.args.kills and not _ended(pid):
+                os.kill(pid, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            told = log.read_text(errors="replace")
+            self.passed_over += told.count("is passed over")
+            self.resumed += re.findall(r"^resuming +from .*-(\d+)$", told, re.MULTILINE)
+            if code == -signal.SIGKILL:
+                self.kills += 1
+                if self.damages < self.args.damage:
+                    self._damage(output)
+                continue
+            if code != 0:
+                return f"exit code {code}:\n{log.read_text()[-3000:]}"
+            whole = self.folder / "whole"
+            if _same(_weights(whole), _weights(output)):
+                return None
+            pairs = zip(_losses(whole), _losses(output), strict=False)
+            differ = next((step for step, (one, other) in enumerate(pairs, 1) if one != other), None)
+            return f"OTHER WEIGHTS (the log differs from step {differ} on)"
+
+    def _fork(self, output: Path, log: Path) -> int:
+        """Start the recipe in a fork; its id."""
+        log.unlink(missing_ok=True)
+        log.touch()
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            descriptor = os.open(log, os.O_WRONLY)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            _, module, *sys.argv[1:] = self._command(output)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:  # noqa: BLE001 - told in the log; a fork must not go on as its parent
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _wait_until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            time.sleep(0.005)
+
+    def _sleep(self, seconds: float, pid: int) -> None:
+        end = time.monotonic() + seconds
+        self._wait_until(lambda: time.monotonic() > end or _ended(pid))
+
+    def _damage(self, output: Path) -> None:
+        """Damage the newest checkpoint, if there is one."""
+        from pipeline.training.checkpoints import checkpoints
+
+        found = checkpoints(output)
+        if not found:
+            return
+        path = self.random.choice(sorted(path for path in found[-1].rglob("*") if path.is_file()))
+        size = path.stat().st_size
+        how = self.random.choice(["cut", "delete", "flip"])
+        if how == "delete" or size == 0:
+            path.unlink()
+        elif how == "cut":
+            os.truncate(path, self.random.randrange(size))
+        else:
+            content = bytearray(path.read_bytes())
+            content[self.random.randrange(size)] ^= 1 << self.random.randrange(8)
+            path.write_bytes(content)
+        self.damages += 1
+        print(f"  {how} {path.relative_to(output)}", flush=True)
+
+    def _command(self, output: Path) -> list[str]:
+        """`-m recipes.NAME` and its options, on small inputs, which are made if they aren't there."""
+        recipe, steps = self.args.recipe, ["--max_steps", str(self.args.steps)]
+        if recipe in ("pretrain", "sft", "reward"):
+            from tests.small_model import recipe_command
+
+            return recipe_command(recipe, self.folder / "inputs", *steps, "--output_dir", str(output))
+        return [*self._rollout_command(), *steps, "--output_dir", str(output)]
+
+    def _rollout_command(self) -> list[str]:
+        """PPO and GRPO, with rollouts that serve several steps, so that kills come in the middle of one."""
+        from tests.sampling_recipes import write_config
+
+        inputs = self.folder / "inputs"
+        if not inputs.exists():
+            own = {"steps_per_generation": 6} if self.args.recipe == "grpo" else {}
+            write_config(self.args.recipe, inputs, save_steps=2, save_total_limit=2, disable_tqdm=True, **own)
+        return ["-m", f"recipes.{self.args.recipe}", "--config", str(inputs / f"{self.args.recipe}.yaml")]
+
+
+def _ended(pid: int) -> bool:
+    """Whether a child has ended; it can still be waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _weights(output: Path) -> dict[str, bytes]:
+    """Every file of final weights, checkpoints left out."""
+    found = {str(path.relative_to(output)): path for path in output.rglob("*.safetensors")}
+    return {name: path.read_bytes() for name, path in found.items() if not name.startswith("checkpoint-")}
+
+
+def _losses(output: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+
+
+def _same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
+    return bool(one) and one == other
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Whether test data inside training data is found, and only that."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import __main__ as command
+from pipeline.data.overlap import overlap, texts
+
+FOX = "The quick brown fox jumps over the lazy dog and runs away."
+
+
+def rows(*values: str, column: str = "text") -> list[dict[str, Any]]:
+    return [{column: value} for value in values]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "share"),
+    [
+        (FOX, FOX, 1.0),
+        (FOX, "He said: THE QUICK, brown fox; jumps over the lazy cat!", 1.0),
+        (FOX, "The quick brown fox jumps over a lazy dog", 0.0),
+        (FOX, "lazy dog", 1.0),
+        (FOX, "lazy cat", 0.0),
+        (FOX, "", 0.0),
+        ("", FOX, 0.0),
+        ("ﬁne ﬂowers", "fine flowers", 1.0),
+    ],
+)
+def test_what_counts_as_overlap(train: str, test: str, share: float) -> None:
+    assert overlap(rows(train), rows(test), 8).share == share
+
+
+def test_shares_and_places() -> None:
+    found = overlap(rows("nothing", FOX), rows("something else", FOX.upper(), FOX), 8)
+    assert (found.share, found.test_rows, found.train_rows) == (2 / 3, 3, 2)
+    assert [(match.test_row, match.train_row) for match in found.matches] == [(1, 1), (2, 1)]
+    assert found.matches[0].shared == "the quick brown fox jumps over the lazy"
+    assert overlap([], [], 8).share == 0.0
+
+
+QUESTION = "How many legs do three spiders and two cats have together?"
+SHAPES: list[dict[str, Any]] = [
+    {"text": f"Somebody asked. {QUESTION} 32"},
+    {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "32"}]},
+    {"prompt": [{"role": "user", "content": QUESTION}], "answer": "32", "kind": "arithmetic"},
+    {"prompt": QUESTION, "completion": "32"},
+    {"question": QUESTION, "answer": "3 * 8 + 2 * 4 = 32 #### 32"},
+    {
+        "prompt": [{"role": "user", "content": QUESTION}],
+        "chosen": [{"role": "assistant", "content": "32"}],
+        "rejected": "7",
+    },
+    {"unknown": QUESTION, "number": 3},
+]
+
+
+@pytest.mark.parametrize("train", SHAPES)
+@pytest.mark.parametrize("test", SHAPES)
+def test_every_shape_of_row_is_read(train: dict[str, Any], test: dict[str, Any]) -> None:
+    assert overlap([train], [test], 8).share == 1.0
+
+
+def test_a_short_answer_alone_is_no_overlap() -> None:
+    test = {"question": "Is it so?", "answer": "yes"}
+    assert overlap(rows("yes", "no, yes"), [test], 8).share == 0.0
+    assert overlap(rows("He asked: is it so?"), [test], 8).share == 1.0
+    assert texts({"kind": "x", "answer": None, "question": "Why?"}) == ["Why?"]
+
+
+sentences = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), max_size=12).map(" ".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(train=st.lists(sentences, max_size=4), test=st.lists(sentences, max_size=4), n=st.integers(1, 6))
+def test_agrees_with_the_definition(train: list[str], test: list[str], n: int) -> None:
+    padded = [f" {text} " for text in train]
+
+    def found(text: str) -> bool:
+        tokens = text.split()
+        size = min(n, len(tokens))
+        grams = [" ".join(tokens[i : i + size]) for i in range(len(tokens) - size + 1)] if size else []
+        return any(f" {gram} " in text for gram in grams for text in padded)
+
+    result = overlap(rows(*train), rows(*test), n)
+    assert [match.test_row for match in result.matches] == [i for i, text in enumerate(test) if found(text)]
+    assert overlap(rows(*train), rows(*train), n).share == (sum(map(bool, train)) / len(train) if train else 0.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(train=st.lists(st.text(max_size=40), max_size=4), test=st.text(max_size=40), n=st.integers(1, 4))
+def test_any_text_is_safe_and_more_training_data_never_hides_an_overlap(train: list[str], test: str, n: int) -> None:
+    alone = overlap(rows(*train), rows(test), n).share
+    assert overlap(rows(*train, "more"), rows(test), n).share >= alone
+    with_itself = overlap(rows(*train, test), rows(test), n)
+    assert with_itself.share in (0.0, 1.0) and with_itself.share >= alone
+
+
+def write(path: Path, *lines: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = write(tmp_path / "train.jsonl", {"text": FOX}, {"text": "Another one"})
+    test = write(tmp_path / "test.jsonl", {"question": FOX, "answer": "x"}, {"question": "Who else?", "answer": "y"})
+    clean = write(tmp_path / "clean.jsonl", {"text": "Nothing in common"})
+    assert command.main(["check-overlap", "--train", train, "--test", test]) == 1
+    told = capsys.readouterr().out
+    assert "1 of 2 rows (50.00%)" in told and "test row 0, training row 0: the quick brown fox" in told
+    assert command.main(["check-overlap", "--train", train, "--test", test, "--max_share", "0.5"]) == 0
+    assert command.main(["check-overlap", "--train", clean, "--test", test]) == 0
+    assert command.main(["check-overlap", "--train", clean, train, "--test", clean, test]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--train", "none.jsonl"], "none.jsonl"),
+        (["--train", "{train}::validation"], "choose from: train"),
+        (["--train", "{train}:config"], "plain files have no configurations"),
+        (["--train", "{numbers}"], "hold no text"),
+        (["--train", "{train}", "--n", "0"], "n: 0"),
+        (["--train", "{train}", "--max_share", "2"], "max_share: 2.0"),
+    ],
+)
+def test_mistakes_of_the_user(
+    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {
+        "train": write(tmp_path / "train.jsonl", {"text": FOX}),
+        "numbers": write(tmp_path / "numbers.jsonl", {"x": 3}),
+    }
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["check-overlap", "--test", names["train"], *(word.format(**names) for word in arguments)])
+    assert stopped.value.code == 2
+    messages = [line for line in capsys.readouterr().err.splitlines() if "examples/s]" not in line]
+    assert len(list(filter(None, messages))) == 1 and told in "".join(messages)
+
+
+def test_arguments_have_defaults() -> None:
+    from pipeline.data.overlap import add_arguments
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    parsed = parser.parse_args(["--train", "a", "--test", "b"])
+    assert (parsed.n, parsed.max_share) == (8, 0.0)

@@ -1,0 +1,154 @@
+"""Packing: blocks are full, no token is lost, and no document is seen by another."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_model import TEXT, tokenizer
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
+
+from pipeline.data.packing import DOCUMENTS_A_BATCH, pack_documents
+from pipeline.models.llama import LlamaArguments, build_model
+
+BLOCK = 32
+IGNORED = -100
+WORDS = TEXT.split()
+DOCUMENTS = [" ".join(itertools.islice(itertools.cycle(WORDS), i, i + 1 + i % 17)) for i in range(60)]
+
+
+def dataset(texts: list[str]) -> Dataset:
+    return Dataset.from_dict({"text": texts, "kind": ["facts"] * len(texts)})
+
+
+def stream(texts: list[str]) -> list[int]:
+    """The tokens of all documents, one after the other."""
+    words = tokenizer()
+    encoded = [words.encode(text, add_special_tokens=False) for text in texts]
+    return [token for ids in encoded for token in (words.bos_token_id, *ids, words.eos_token_id)]
+
+
+def parts(block: dict[str, Any]) -> list[tuple[int, int]]:
+    """Where the documents of a block begin and end."""
+    starts = [offset for offset, position in enumerate(block["position_ids"]) if position == 0]
+    return list(itertools.pairwise([*starts, len(block["input_ids"])]))
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    sizes = LlamaArguments(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return build_model(sizes, tokenizer(), seed=1).eval()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=12), st.integers(2, 40))
+def test_blocks_are_full_and_lose_no_token_but_the_last_remainder(texts: list[str], size: int) -> None:
+    packed = pack_documents(dataset(texts), tokenizer(), size, "text")
+    tokens = stream(texts)
+    assert len(packed) == len(tokens) // size
+    assert [token for block in packed for token in block["input_ids"]] == tokens[: len(packed) * size]
+    for block in packed:
+        assert set(block) == {"input_ids", "position_ids", "labels"}
+        assert {len(column) for column in block.values()} == {size}
+
+
+def test_positions_restart_at_every_document_and_at_the_start_of_a_block() -> None:
+    bos = tokenizer().bos_token_id
+    packed = pack_documents(dataset(DOCUMENTS), tokenizer(), BLOCK, "text")
+    for block in packed:
+        spans = parts(block)
+        assert spans[0][0] == 0
+        for begin, end in spans:
+            assert block["position_ids"][begin:end] == list(range(end - begin))
+            assert begin == 0 or block["input_ids"][begin] == bos
+            assert bos not in block["input_ids"][begin + 1 : end]
+    assert any(len(parts(block)) > 1 for block in packed) and any(block["input_ids"][0] != bos for block in packed), (
+        "documents that are cut by the end of a block are among these"
+    )
+
+
+def test_labels_are_the_tokens_except_where_nothing_could_predict_them() -> None:
+    for block in pack_documents(dataset(DOCUMENTS), tokenizer(), BLOCK, "text"):
+        expected = list(block["input_ids"])
+        for begin, _ in parts(block):
+            expected[begin] = IGNORED
+        assert block["labels"] == expected
+
+
+def test_a_packed_document_is_computed_as_if_it_were_alone(model: LlamaForCausalLM) -> None:
+    blocks = list(pack_documents(dataset(DOCUMENTS), tokenizer(), BLOCK, "text"))[:4]
+    batch = default_data_collator(blocks)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        together = model(**inputs, use_cache=False).logits
+        unpacked = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        for row, block in enumerate(blocks):
+            for begin, end in parts(block):
+                alone = model(input_ids=inputs["input_ids"][row : row + 1, begin:end], use_cache=False).logits[0]
+                torch.testing.assert_close(together[row, begin:end], alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(together, unpacked, atol=1e-3), "without positions documents would see each other"
+
+
+def test_the_trainer_keeps_documents_apart(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """What `Trainer` measures on blocks is the mean over the tokens of what documents give alone."""
+    packed = pack_documents(dataset(DOCUMENTS), tokenizer(), BLOCK, "text").select(range(4))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=4)
+    trainer = Trainer(model, arguments, eval_dataset=packed, data_collator=default_data_collator)
+    losses = []
+    with torch.no_grad():
+        for block in packed:
+            for begin, end in parts(block):
+                ids = torch.tensor(block["input_ids"][begin:end])[None]
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+                losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    expected = torch.cat(losses).mean().item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=0.02)  # batches are averaged, not tokens
+
+
+def test_a_stream_gives_the_same_blocks() -> None:
+    texts = ["a b"] * (DOCUMENTS_A_BATCH + 5) + DOCUMENTS
+    expected = pack_documents(dataset(texts), tokenizer(), BLOCK, "text")
+    streamed = pack_documents(dataset(texts).to_iterable_dataset(), tokenizer(), BLOCK, "text")
+    assert isinstance(streamed, IterableDataset)
+    assert list(streamed) == list(expected)
+    lost = len(stream(texts)) - BLOCK * len(expected)
+    assert lost < 2 * BLOCK, "each batch of documents drops less than a block"
+
+
+def test_a_stream_is_read_no_further_than_it_is_asked_for() -> None:
+    read = []
+
+    def documents() -> Iterator[dict[str, str]]:
+        for number in itertools.count():
+            read.append(number)
+            yield {"text": f"{number} is a number"}
+
+    streamed = pack_documents(IterableDataset.from_generator(documents), tokenizer(), BLOCK, "text")
+    assert len(list(itertools.islice(streamed, 3))) == 3
+    assert max(read) <= 2 * DOCUMENTS_A_BATCH
+
+
+def test_documents_that_fill_no_block_give_none() -> None:
+    assert len(pack_documents(dataset(["a"]), tokenizer(), 512, "text")) == 0
+
+
+def test_markers_inside_a_text_are_tokens_of_it_and_start_no_document() -> None:
+    text = "a<|bos|>b<|end|>c"
+    packed = pack_documents(dataset([text, text, "d"]), tokenizer(), 4, "text")
+    tokens, positions = (list(itertools.chain(*packed[name])) for name in ("input_ids", "position_ids"))
+    length = len(tokenizer().encode(text, add_special_tokens=False)) + 2
+    starts = [i for i, position in enumerate(positions) if position == 0]
+    assert set(starts) == {*range(0, len(tokens), 4), 0, length, 2 * length} & set(range(len(tokens)))

@@ -1,0 +1,147 @@
+"""Every kind of source gives the columns that TRL expects; mistakes in data are in test_bad_input."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from small_model import conversation, write_lines
+
+from pipeline.data.arguments import DataArguments
+from pipeline.data.splits import load_splits
+
+ROWS = [{"text": f"Document {i}.", "kind": "fact"} for i in range(40)]
+QUESTIONS = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(40)]
+
+
+def write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
+    path = folder / f"data.{kind}"
+    if kind == "jsonl":
+        write_lines(path, rows)
+    elif kind == "jsonl.gz":
+        with gzip.open(path, "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind in ("csv", "tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "parquet"])
+def test_files_of_every_kind_streamed_or_not(tmp_path: Path, kind: str, streaming: bool) -> None:
+    args = DataArguments(write(tmp_path, kind, ROWS), dataset_streaming=streaming)
+    train, test = load_splits(args, "text", evaluation=True)
+    assert test is not None
+    assert train.column_names == test.column_names == ["text"]
+    trained, held_out = ({row["text"] for row in split} for split in (train, test))
+    assert held_out == {"Document 0.", "Document 20."}
+    assert trained | held_out == {row["text"] for row in ROWS} and not trained & held_out
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_file_loses_no_character(tmp_path: Path, streaming: bool) -> None:
+    text = "".join(f"Line {i}\n\n  indented é\n" for i in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    train, _ = load_splits(DataArguments(str(tmp_path / "a.txt")), "text", evaluation=False)
+    assert "".join(row["text"] for row in train) == text
+    train, test = load_splits(DataArguments(str(tmp_path), dataset_streaming=streaming), "text", evaluation=True)
+    assert test is not None
+    assert sum(len(row["text"]) for split in (train, test) for row in split) == len(text)
+
+
+def hub_folder(folder: Path) -> Path:
+    (folder / "a").mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        rows = [{"text": f"{split} {i}"} for i in range(3)]
+        Dataset.from_list(rows).to_parquet(folder / "a" / f"{split}.parquet")
+    files = "".join(f"  - split: {s}\n    path: a/{s}.parquet\n" for s in ("train", "validation", "test"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files:\n{files}---\n")
+    return folder
+
+
+def test_a_folder_in_hub_layout_by_configuration_and_split(tmp_path: Path) -> None:
+    args = DataArguments(str(hub_folder(tmp_path / "hub")), "a", dataset_test_split="test", max_train_samples=2)
+    train, test = load_splits(args, "text", evaluation=True)
+    assert test is not None
+    assert [row["text"] for row in train] == ["train 0", "train 1"]
+    assert [row["text"] for row in test] == ["test 0", "test 1", "test 2"]
+
+
+def test_a_configuration_left_behind_by_a_replaced_data_set_does_no_harm(tmp_path: Path) -> None:
+    train, _ = load_splits(DataArguments(write(tmp_path, "jsonl", ROWS), "pretrain"), "text", evaluation=False)
+    assert len(train) == 40
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_questions_and_answers_become_conversations(tmp_path: Path, named: bool) -> None:
+    columns = {"prompt_column": "question", "completion_column": "answer"} if named else {}
+    args = DataArguments(write(tmp_path, "jsonl", QUESTIONS), system_prompt="Add.", **columns)
+    train, _ = load_splits(args, "conversation", evaluation=False)
+    assert train.column_names == ["messages"]
+    assert train[0]["messages"] == [
+        {"role": "system", "content": "Add."},
+        *conversation("0 + 1?", "0 + 1 = 1\n#### 1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "answer"), [(None, "1"), (r"= (\d+)", "1"), (r"#### \d+", "#### 1"), (r"^\d", "0")]
+)
+def test_questions_become_prompts_with_the_final_answer(tmp_path: Path, pattern: str | None, answer: str) -> None:
+    args = DataArguments(write(tmp_path, "jsonl", QUESTIONS), answer_pattern=pattern)
+    train, _ = load_splits(args, "prompt", evaluation=False)
+    assert train[0]["prompt"] == [{"role": "user", "content": "0 + 1?"}]
+    assert train[0]["answer"] == answer
+
+
+def test_prompts_keep_the_columns_that_rewards_read(tmp_path: Path) -> None:
+    rows = [{"prompt": conversation("Q", "A")[:1], "answer": 5, "kind": "sum", "require": [["a"], ["b"]]}] * 2
+    train, _ = load_splits(DataArguments(write(tmp_path, "parquet", rows)), "prompt", evaluation=False)
+    assert train[0] == {**rows[0], "answer": "5"}
+
+
+@pytest.mark.parametrize("told_twice", [{"prompt": "Q"}, {}])
+def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, told_twice: dict[str, str]) -> None:
+    rows = [{"chosen": conversation("Q", "good"), "rejected": conversation("Q", "bad"), **told_twice}]
+    train, _ = load_splits(DataArguments(write(tmp_path, "parquet", rows)), "preference", evaluation=False)
+    assert train[0] == {
+        "prompt": [{"role": "user", "content": "Q"}],
+        "chosen": [{"role": "assistant", "content": "good"}],
+        "rejected": [{"role": "assistant", "content": "bad"}],
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pairs_that_say_nothing_are_left_out_and_told(
+    tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = [{"prompt": "What?", "chosen": f"That {i}.", "rejected": "No.", "margin": i / 2} for i in range(6)]
+    pairs[1]["rejected"], pairs[4]["chosen"] = "That 1. ", " "
+    args = DataArguments(write(tmp_path, "jsonl", pairs), dataset_streaming=streaming)
+    train, _ = load_splits(args, "preference", evaluation=False)
+    assert sorted(row["margin"] for row in train) == [0.0, 1.0, 1.5, 2.5]  # TRL's loss subtracts it
+    if not streaming:
+        assert "2 of 6 pairs are left out" in caplog.text
+
+
+def test_a_stream_is_shuffled_the_same_way_each_time_and_anew_each_epoch(tmp_path: Path) -> None:
+    args = DataArguments(write(tmp_path, "jsonl", ROWS), dataset_streaming=True)
+    orders = []
+    for epoch in (0, 0, 1):
+        train, _ = load_splits(args, "text", evaluation=False)
+        train.set_epoch(epoch)
+        orders.append([row["text"] for row in train])
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(row["text"] for row in ROWS)

@@ -1,0 +1,140 @@
+"""Batched generation and likelihood against one row at a time, and against `model.generate`."""
+
+import math
+
+import pytest
+import small_model
+import torch
+
+from pipeline.evaluation.likelihood import document_losses
+from pipeline.models.generation import encode_prompts, generate
+from pipeline.models.llama import LlamaArguments, build_model
+
+PROMPTS = [
+    [{"role": "user", "content": content}]
+    for content in (
+        "What is a token?",
+        "Hi",
+        "Say: " + "the cat sat on the mat " * 5,
+        "12 is not 21. " * 3,
+        "A dog?",
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_model.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    sizes = LlamaArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
+    model = build_model(sizes, tokenizer, seed=1)
+    # Larger weights than at the start of training, or greedy decoding repeats one token and never ends.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6.0)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return encode_prompts(tokenizer, PROMPTS)
+
+
+@pytest.fixture
+def common_end(model, prompts, tokenizer, monkeypatch):
+    """Makes a token that greedy answers do hold the end-of-turn token: rows finish at different times."""
+    answers = [c[0].tokens for c in generate(model, tokenizer, prompts, max_new_tokens=12)]
+    end = answers[0][4]
+    monkeypatch.setattr(type(tokenizer), "eos_token_id", end, raising=False)
+    return end
+
+
+def test_prompts_end_where_the_assistant_speaks(tokenizer, prompts):
+    whole = tokenizer.apply_chat_template(
+        [*PROMPTS[0], {"role": "assistant", "content": "A piece."}], return_dict=False
+    )
+    assert whole[: len(prompts[0])] == prompts[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_greedy_answers_equal_those_of_transformers_for_each_prompt_alone(
+    model, tokenizer, prompts, common_end, batch_size
+):
+    batched = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size)
+    lengths = set()
+    for prompt, (completion,) in zip(prompts, batched, strict=True):
+        alone = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=common_end,
+        )[0, len(prompt) :].tolist()
+        assert completion.tokens == alone
+        assert completion.stopped == (common_end in alone)
+        lengths.add(len(alone))
+    assert len(lengths) > 1  # some rows were dropped before others
+
+
+def test_samples_repeat_with_the_seed_and_follow_the_distribution(model, tokenizer, prompts):
+    options = {"max_new_tokens": 1, "samples": 4000, "temperature": 1.0, "batch_size": 8000}
+    (drawn,) = generate(model, tokenizer, prompts[:1], seed=3, **options)
+    (again,) = generate(model, tokenizer, prompts[:1], seed=3, **options)
+    (other,) = generate(model, tokenizer, prompts[:1], seed=4, **options)
+    tokens = [completion.tokens[0] for completion in drawn]
+    assert tokens == [completion.tokens[0] for completion in again]
+    assert tokens != [completion.tokens[0] for completion in other]
+    with torch.no_grad():
+        expected = model(torch.tensor(prompts[:1])).logits[0, -1].softmax(-1)
+    observed = torch.bincount(torch.tensor(tokens), minlength=len(expected)) / len(tokens)
+    assert (observed - expected).abs().max() < 4 * 0.5 / math.sqrt(4000)
+
+
+def test_min_p_leaves_out_what_is_improbable_and_nothing_else(model, tokenizer, prompts):
+    options = {"max_new_tokens": 1, "samples": 4000, "temperature": 1.0, "batch_size": 8000, "min_p": 0.3}
+    completions = generate(model, tokenizer, prompts[:1], **options)[0]
+    with torch.no_grad():
+        probabilities = torch.softmax(model(torch.tensor([prompts[0]])).logits[0, -1], -1)
+    kept = torch.where(probabilities >= 0.3 * probabilities.max(), probabilities, 0)
+    assert 1 < (kept > 0).sum() < len(kept)
+    counts = torch.bincount(torch.tensor([c.tokens[0] for c in completions]), minlength=len(kept))
+    assert torch.allclose(counts / 4000, kept / kept.sum(), atol=4 * 0.5 / math.sqrt(4000))
+    assert counts[kept == 0].sum() == 0
+
+
+def test_each_prompt_gets_its_samples(model, tokenizer, prompts):
+    completions = generate(model, tokenizer, prompts, max_new_tokens=4, samples=3, temperature=1.0, batch_size=6)
+    assert [len(answers) for answers in completions] == [3] * len(prompts)
+    assert all(1 <= len(answer.tokens) <= 4 for answers in completions for answer in answers)
+
+
+def test_no_prompts_no_answers(model, tokenizer):
+    assert generate(model, tokenizer, [], max_new_tokens=4) == []
+
+
+def test_document_losses_equal_one_document_at_a_time(model, tokenizer):
+    texts = ["The cat sat on the mat.", "12", "", "A dog is not a cat, and 12 is not 21. é\n"]
+    losses = document_losses(model, tokenizer, texts, batch_tokens=64)
+    for text, loss in zip(texts, losses, strict=True):
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        with torch.no_grad():
+            logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        alone = -sum(logs[i, token].item() for i, token in enumerate(ids[1:]))
+        assert loss == pytest.approx(alone, rel=1e-4)
+
+
+def test_long_documents_are_cut_into_windows(model, tokenizer):
+    text = "The cat sat on the mat. " * 30
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    (loss,) = document_losses(model, tokenizer, [text], context=17)
+    alone = 0.0
+    for start in range(0, len(ids), 16):
+        window = [tokenizer.bos_token_id, *ids[start : start + 16]]
+        with torch.no_grad():
+            logs = model(torch.tensor([window])).logits[0].log_softmax(-1)
+        alone -= sum(logs[i, token].item() for i, token in enumerate(window[1:]))
+    assert loss == pytest.approx(alone, rel=1e-4)

@@ -1,0 +1,150 @@
+"""The model from scratch: it fits its tokenizer, its seed decides its weights, wrong sizes are refused."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_model import tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from pipeline.data.arguments import DataArguments
+from pipeline.errors import UserError
+from pipeline.models.llama import LlamaArguments, build_model, log_model
+from pipeline.training.optimizer import OptimizerArguments
+from recipes.untrained import main
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+
+
+def test_vocabulary_and_special_ids_are_those_of_the_tokenizer() -> None:
+    model, words = build_model(LlamaArguments(**SIZES), tokenizer(), seed=0), tokenizer()
+    assert model.config.vocab_size == len(words) == model.get_input_embeddings().num_embeddings
+    for config in (model.config, model.generation_config):
+        assert config.pad_token_id == words.pad_token_id
+        assert config.bos_token_id == words.bos_token_id
+        assert config.eos_token_id == words.eos_token_id
+    assert len({words.pad_token_id, words.bos_token_id, words.eos_token_id}) == 3
+
+
+def test_the_seed_decides_the_weights_and_nothing_else_does() -> None:
+    models = []
+    for global_seed, seed in ((1, 0), (2, 0), (1, 3)):
+        torch.manual_seed(global_seed)
+        models.append(build_model(LlamaArguments(**SIZES), tokenizer(), seed).state_dict())
+    one, same, other = models
+    assert one.keys() == same.keys() and all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    before = (torch.get_rng_state(), random.getstate(), np.random.get_state())
+    build_model(LlamaArguments(**SIZES), tokenizer(), seed=5)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.array_equal(np.random.get_state()[1], before[2][1])
+
+
+def test_fields_become_the_configuration() -> None:
+    args = LlamaArguments(
+        **SIZES,
+        intermediate_size=48,
+        num_key_value_heads=2,
+        rope_theta=500.0,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        initializer_range=0.5,
+    )
+    model = build_model(args, tokenizer(), seed=0)
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight.shape == (32, 32)
+    assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (16, 32), "half as many heads"
+    assert attention.k_proj.bias is not None
+    assert model.model.layers[0].mlp.gate_proj.weight.shape == (48, 32)
+    assert len(model.model.layers) == 2
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert model.config.rope_parameters["rope_theta"] == 500.0
+    assert model.config.max_position_embeddings == 128
+    assert 0.4 < model.model.embed_tokens.weight.std() < 0.6
+    assert model.dtype == torch.float32
+
+
+def test_what_is_not_given_follows_from_the_rest() -> None:
+    model = build_model(LlamaArguments(hidden_size=96, num_attention_heads=4), tokenizer(), seed=0)
+    assert model.config.intermediate_size == 256  # 8/3 of 96
+    assert model.config.num_key_value_heads == 4
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.layers[0].self_attn.q_proj.bias is None
+
+
+def test_a_token_sees_what_is_before_it_only() -> None:
+    model = build_model(LlamaArguments(**SIZES, initializer_range=0.3), tokenizer(), seed=0).eval()
+    tokens = torch.arange(10, 30)[None]
+    changed = tokens.clone()
+    changed[0, 12] = 40
+    with torch.no_grad():
+        one, other = model(tokens).logits[0], model(changed).logits[0]
+    assert torch.equal(one[:12], other[:12])
+    assert not torch.allclose(one[12:], other[12:])
+
+
+def test_all_that_is_wrong_with_the_sizes_is_told_at_once() -> None:
+    args = LlamaArguments(hidden_size=30, num_hidden_layers=0, num_attention_heads=4, num_key_value_heads=3)
+    with pytest.raises(UserError) as refused:
+        build_model(args, tokenizer(), seed=0)
+    told = {problem.field: problem.remedy for problem in refused.value.problems}
+    assert told == {
+        "num_hidden_layers": "a positive whole number",
+        "hidden_size": "a multiple of 2 x num_attention_heads (8)",
+        "num_key_value_heads": "a divisor of num_attention_heads (4)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", 0),
+        ("hidden_size", -32),
+        ("intermediate_size", 0),
+        ("intermediate_size", -1),
+        ("num_hidden_layers", -1),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 0),
+        ("num_key_value_heads", 8),
+        ("max_position_embeddings", 0),
+        ("rope_theta", 0.0),
+        ("initializer_range", -0.1),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused(field: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"^{field}: {value}: "):
+        build_model(LlamaArguments(**{**SIZES, field: value}), tokenizer(), seed=0)
+
+
+def test_the_log_tells_size_cost_and_dtype(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {**SIZES, "hidden_size": 64}
+    with caplog.at_level(logging.INFO):
+        for tied in (True, False):
+            model = build_model(LlamaArguments(**sizes, tie_word_embeddings=tied), tokenizer(), seed=0)
+            log_model(model)
+    tied_log, untied_log = (record.getMessage() for record in caplog.records)
+    assert "LlamaForCausalLM" in tied_log and "float32" in tied_log and "tied" in tied_log
+    assert "tied" not in untied_log
+    cost = [log.split(" MFLOPs")[0].rsplit(" ", 1)[1] for log in (tied_log, untied_log)]
+    assert cost[0] == cost[1], "tied or not, a token is predicted by one matrix"
+
+
+def test_stage_zero_is_the_model_that_pretraining_starts_from(tmp_path: Path) -> None:
+    words, output = tmp_path / "tokenizer", tmp_path / "0_random"
+    tokenizer().save_pretrained(words)
+    data_args = DataArguments(tokenizer_name_or_path=str(words))
+    args = LlamaArguments(**SIZES)
+    main(data_args, TrainingArguments(str(output), seed=7, use_cpu=True), args, OptimizerArguments())
+    saved = AutoModelForCausalLM.from_pretrained(output).state_dict()
+    built = build_model(args, tokenizer(), seed=7).state_dict()
+    assert all(torch.equal(saved[name], built[name]) for name in built)
+    assert AutoTokenizer.from_pretrained(output).get_vocab() == tokenizer().get_vocab()

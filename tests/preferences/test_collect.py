@@ -1,0 +1,381 @@
+"""Collecting preferences: from a model and prompts to a data set that TRL trains on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import DatasetDict, load_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+from trl import RewardConfig, RewardTrainer
+
+from pipeline.config.parser import parse
+from pipeline.data.arguments import DataArguments
+from pipeline.data.splits import load_splits
+from pipeline.errors import UserError
+from pipeline.preferences.collect import PreferenceArguments, collect, label_answers, read_prompts
+from pipeline.rewards.annotators import PANEL, taste
+from tests.word_model import word_model_config, word_tokenizer
+
+WORDS = ["where", "is", "fox", "owl", "bee", "ant", "forest.", "sea.", "thank", "you.", "obviously."]
+PROMPTS = {
+    "train": [f"where is {a} {b}" for a in WORDS[2:] for b in WORDS[2:6]],
+    "validation": ["is fox", "is owl", "is bee"],
+    "test": ["where fox", "where owl", "where bee", "where ant"],
+}
+ROW = {
+    "prompt": [],
+    "kind": "question",
+    "require": [["forest"]],
+    "reject": ["sea"],
+    "max_words": 0,
+    "test": "",
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that answers with a few random words, and its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    word_tokenizer(WORDS).save_pretrained(path)
+    torch.manual_seed(0)
+    LlamaForCausalLM(word_model_config(WORDS)).save_pretrained(path)
+    return path
+
+
+def write_prompts(path: Path, prompts: dict[str, list[str]]) -> Path:
+    """A data set of prompts with a `preferences` configuration, in Hub layout."""
+    for split, texts in prompts.items():
+        rows = [{**ROW, "prompt": [{"role": "user", "content": text}]} for text in texts]
+        file = path / "preferences" / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [{"split": split, "path": f"preferences/{split}.jsonl"} for split in prompts]
+    card = yaml.safe_dump({"configs": [{"config_name": "preferences", "data_files": files}]})
+    (path / "README.md").write_text(f"---\n{card}---\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prompts(tmp_path_factory.mktemp("prompts"), PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def arguments(model_dir: Path, prompts_dir: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(model_dir),
+        "dataset_name": str(prompts_dir),
+        "max_new_tokens": 8,
+        "batch_size": 24,
+    }
+
+
+@pytest.fixture(scope="module")
+def collected(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("collected") / "3_preferences"
+    collect(PreferenceArguments(**arguments, output_dir=str(output_dir)))
+    return output_dir
+
+
+def contents(path: Path) -> dict[str, list[Any]]:
+    return {name: split.to_list() for name, split in load_dataset(str(path)).items()}
+
+
+def user_texts(rows: list[Any]) -> set[str]:
+    return {row["prompt"][-1]["content"] for row in rows}
+
+
+def test_what_is_written_is_a_data_set_in_trls_preference_format(collected: Path) -> None:
+    data = load_dataset(str(collected))
+    assert isinstance(data, DatasetDict)
+    assert list(data) == ["train", "validation", "test"]
+    for rows in data.values():
+        assert len(rows) > 0
+        for row in rows:
+            assert [message["role"] for message in row["prompt"]] == ["user"]
+            assert [message["role"] for message in row["chosen"]] == ["assistant"]
+            assert [message["role"] for message in row["rejected"]] == ["assistant"]
+            assert row["chosen"] != row["rejected"]
+            assert row["chosen"][0]["content"].strip()
+            assert row["rejected"][0]["content"].strip()
+            assert row["annotator"] in {annotator.name for annotator in PANEL}
+            assert row["first"] in ("chosen", "rejected")
+            assert row["kind"] == "question"
+    assert set(data["train"]["first"]) == {"chosen", "rejected"}
+    assert len(set(data["train"]["annotator"])) == len(PANEL)
+
+
+def test_prompts_held_out_are_not_sampled_for_training(collected: Path) -> None:
+    data = contents(collected)
+    for split, texts in PROMPTS.items():
+        assert user_texts(data[split]) <= set(texts)
+
+
+def test_a_prompt_of_two_splits_is_held_out(arguments: dict[str, Any], tmp_path: Path) -> None:
+    prompts = {
+        "train": ["fox", "owl", "bee", "ant"],
+        "validation": ["owl", "ant", "is"],
+        "test": ["ant", "bee"],
+    }
+    given = {
+        **arguments,
+        "dataset_name": str(write_prompts(tmp_path / "prompts", prompts)),
+        "output_dir": "-",
+    }
+    read = {name: user_texts(rows) for name, rows in read_prompts(PreferenceArguments(**given)).items()}
+    assert read == {"train": {"fox"}, "validation": {"owl", "is"}, "test": {"ant", "bee"}}
+
+
+def test_the_hidden_taste_is_kept_from_what_models_train_on(collected: Path) -> None:
+    data = contents(collected)
+    for split in ("train", "validation"):
+        assert {row["taste_chosen"] for row in data[split]} == {None}
+        assert {row["taste_rejected"] for row in data[split]} == {None}
+    for row in data["test"]:
+        assert row["taste_chosen"] == pytest.approx(taste(row["chosen"][0]["content"], ROW))
+        assert row["taste_rejected"] == pytest.approx(taste(row["rejected"][0]["content"], ROW))
+    train, _ = load_splits(DataArguments(dataset_name=str(collected)), "preference", evaluation=True)
+    assert train.column_names == ["prompt", "chosen", "rejected"]
+
+
+def test_the_card_counts_what_was_dropped(collected: Path) -> None:
+    card = (collected / "README.md").read_text()
+    header = next(line for line in card.splitlines() if line.startswith("| split"))
+    row = next(line for line in card.splitlines() if line.startswith("| train"))
+    names, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, row))
+    counts = dict(zip(names, values, strict=True))
+    assert int(counts["prompts"]) == len(PROMPTS["train"])
+    assert int(counts["answers"]) == 3 * int(counts["prompts"])
+    assert int(counts["compared"]) == int(counts["ties"]) + int(counts["pairs"])
+    assert int(counts["pairs"]) == len(load_dataset(str(collected), split="train"))
+
+
+def test_the_same_seed_gives_the_same_pairs(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:
+    collect(PreferenceArguments(**arguments, output_dir=str(tmp_path / "again")))
+    assert contents(tmp_path / "again") == contents(collected)
+    collect(PreferenceArguments(**arguments, output_dir=str(tmp_path / "other"), seed=1))
+    assert contents(tmp_path / "other") != contents(collected)
+
+
+def test_limits_and_an_earlier_data_set_replaced(arguments: dict[str, Any], tmp_path: Path) -> None:
+    output_dir = tmp_path / "out"
+    for most in (6, 4):
+        limits = {"max_prompts": most, "max_eval_prompts": 1, "pairs_per_prompt": 1}
+        collect(PreferenceArguments(**{**arguments, **limits}, output_dir=str(output_dir)))
+        data = contents(output_dir)
+        assert 0 < len(data["train"]) <= most
+        assert len(data["test"]) <= 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_other_files_is_not_replaced(arguments: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="output_dir"):
+        collect(PreferenceArguments(**arguments, output_dir=str(tmp_path)))
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_only_what_this_step_wrote_is_replaced(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:
+    """Other data sets have files of the same names: the prompts that are read, labels that people gave."""
+    mine = write_prompts(tmp_path / "mine", PROMPTS)
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    for output_dir in (mine, mine / "preferences"):
+        with pytest.raises(UserError, match="what dataset_name names"):
+            collect(PreferenceArguments(**{**arguments, "dataset_name": str(mine)}, output_dir=str(output_dir)))
+    labels = tmp_path / "labels"
+    shutil.copytree(collected, labels)
+    (labels / "README.md").write_text("# What people prefer\n")
+    with pytest.raises(UserError, match="holds other files"):
+        collect(PreferenceArguments(**arguments, output_dir=str(labels)))
+    assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    assert contents(labels) == contents(collected)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_sampling(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(*_: Any, **__: Any) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("pipeline.preferences.collect.sample_answers", sample)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="current directory"):
+        collect(PreferenceArguments(**arguments, output_dir="."))
+    if Path("/proc").is_dir():  # where even root may make no folder
+        with pytest.raises(UserError, match="output_dir: /proc/pairs: no permission to write to /proc"):
+            collect(PreferenceArguments(**arguments, output_dir="/proc/pairs"))
+
+
+def test_prompts_that_leave_no_room_are_told_before_sampling(arguments: dict[str, Any], tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "long", {**PROMPTS, "test": ["fox " * 600]})
+    with pytest.raises(UserError, match="max_new_tokens: 8: the longest prompt takes"):
+        collect(PreferenceArguments(**{**arguments, "dataset_name": str(prompts)}, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_answers_as_the_model_it_makes(arguments: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    adapted = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    written = []
+    for name in ("adapter", "merged"):
+        collect(
+            PreferenceArguments(
+                **{**arguments, "model_name_or_path": str(tmp_path / name)}, output_dir=str(tmp_path / f"{name}-pairs")
+            )
+        )
+        written.append(contents(tmp_path / f"{name}-pairs"))
+        if name == "adapter":
+            adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+            tokenizer.save_pretrained(tmp_path / "merged")
+    assert written[0] == written[1]
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="model_name_or_path"):
+        collect(
+            PreferenceArguments(
+                **{**arguments, "model_name_or_path": str(tmp_path / "adapter")}, output_dir=str(tmp_path / "out")
+            )
+        )
+
+
+def test_every_wrong_number_is_told_at_once(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        PreferenceArguments(
+            **arguments, output_dir="-", temperature=0.0, min_p=1.0, samples_per_prompt=1, max_prompts=0
+        )
+    assert {problem.field for problem in caught.value.problems} == {
+        "temperature",
+        "min_p",
+        "samples_per_prompt",
+        "max_prompts",
+    }
+
+
+def test_wrong_numbers_are_told_beside_other_mistakes() -> None:
+    argv = ["--temperature", "0", "--samples_per_prompt", "1", "--model_name_or_path", "m", "--dataset_name", "d"]
+    with pytest.raises(UserError) as caught:
+        parse(PreferenceArguments, argv=[*argv, "--output_dir", "o", "--max_promts", "3"])
+    assert {problem.field for problem in caught.value.problems} == {"temperature", "samples_per_prompt", "max_promts"}
+
+
+def test_a_model_without_chat_template_is_refused(arguments: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
+    for file in model_dir.iterdir():
+        if "template" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="chat template"):
+        collect(
+            PreferenceArguments(**{**arguments, "model_name_or_path": str(tmp_path)}, output_dir=str(tmp_path / "out"))
+        )
+
+
+def test_a_model_that_cannot_answer_is_refused(arguments: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
+    def refused(name: str, **changes: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            given = {**arguments, "model_name_or_path": str(tmp_path / name), "output_dir": str(tmp_path / "out")}
+            collect(PreferenceArguments(**{**given, **changes}))
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    for name in ("judge", "rude", "small"):
+        shutil.copytree(model_dir, tmp_path / name)
+    config = json.loads((model_dir / "config.json").read_text())
+    judge = {**config, "architectures": ["LlamaForSequenceClassification"]}
+    (tmp_path / "judge" / "config.json").write_text(json.dumps(judge))
+    (tmp_path / "rude" / "chat_template.jinja").write_text("{{ raise_exception('too polite') }}")
+    assert "is a reward model" in refused("judge")
+    assert "refuses a prompt of the data (too polite)" in refused("rude")
+    assert "max_new_tokens: 9999" in refused("small", max_new_tokens=9999)
+
+
+def test_two_processes_give_what_one_gives(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:
+    repository = Path(__file__).parents[2]
+    flags = [f"--{name}={value}" for name, value in {**arguments, "output_dir": tmp_path / "two"}.items()]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+    command = [*launch, "--num_processes", "2", "-m", "recipes.preferences", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert contents(tmp_path / "two") == contents(collected)
+
+
+def test_a_reward_model_trains_on_it(collected: Path, model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    trainer = RewardTrainer(
+        model=LlamaForSequenceClassification(word_model_config(WORDS, num_labels=1)),
+        args=RewardConfig(
+            output_dir=str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", max_length=64
+        ),
+        train_dataset=load_dataset(str(collected), split="train"),
+        processing_class=tokenizer,
+    )
+    assert trainer.train().training_loss > 0
+
+
+texts = st.lists(st.sampled_from(["In the forest.", "In the sea.", "", " ", "In the", "Thank you."]), max_size=6)
+
+
+@given(st.lists(texts, max_size=6), st.integers(1, 4), st.integers(0, 99))
+def test_pairs_are_distinct_and_every_answer_is_accounted_for(answers: list[list[str]], most: int, seed: int) -> None:
+    rows = [{**ROW, "prompt": [{"role": "user", "content": str(i)}]} for i in range(len(answers))]
+    labelled, counts = label_answers(rows, answers, pairs_per_prompt=most, seed=seed, keep_taste=True)
+    assert counts.compared == counts.pairs + counts.ties
+    assert len(labelled) == counts.pairs <= most * len(rows)
+    for i, candidates in enumerate(answers):
+        pairs = [
+            frozenset((row["chosen"][0]["content"], row["rejected"][0]["content"]))
+            for row in labelled
+            if row["prompt"][0]["content"] == str(i)
+        ]
+        assert len(pairs) == len(set(pairs))
+        assert all(len(pair) == 2 and "" not in pair for pair in pairs)
+        assert set().union(*pairs) <= {candidate.strip() for candidate in candidates}
+
+
+def test_labels_of_one_prompt_do_not_depend_on_the_answers_to_another() -> None:
+    good, bad = ["In the forest.", "In the sea."], ["", "In the"]
+    first, _ = label_answers([ROW] * 3, [good, good, good], pairs_per_prompt=1)
+    second, _ = label_answers([ROW] * 3, [good, bad, good], pairs_per_prompt=1)
+    assert [first[0], first[2]] == second
+
+
+def test_labels_follow_the_taste_and_not_the_order() -> None:
+    answers = [["In the forest.", "In the sea."]] * 3000
+    labelled, counts = label_answers([ROW] * 3000, answers, pairs_per_prompt=1, keep_taste=True)
+    right = [row["chosen"][0]["content"] == "In the forest." for row in labelled]
+    for order in ("chosen", "rejected"):
+        shown = [row["first"] == order for row in labelled]
+        assert statistics.mean(shown) == pytest.approx(0.5, abs=0.04)
+    first_chosen = [is_right for is_right, row in zip(right, labelled, strict=True) if row["first"] == "chosen"]
+    assert statistics.mean(first_chosen) == pytest.approx(statistics.mean(right), abs=0.03)
+    assert counts.agreement == pytest.approx(statistics.mean(right))
+    assert 0.9 < statistics.mean(right) < 1
+
+
+def test_prompts_without_grading_are_judged_by_manner_alone() -> None:
+    row = {"prompt": [{"role": "user", "content": "Hello"}]}
+    labelled, _ = label_answers([row] * 200, [["Hello. Thank you.", "Obviously."]] * 200, pairs_per_prompt=1)
+    assert statistics.mean(row["chosen"][0]["content"] != "Obviously." for row in labelled) > 0.9
+    assert {row["kind"] for row in labelled} == {""}

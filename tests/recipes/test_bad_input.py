@@ -1,0 +1,225 @@
+"""Everything that is refused before a run begins: one line a problem, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from bad_inputs import CASES, GOOD, rows
+from small_model import recipe_command, run_recipe, tokenizer, write_lines
+from transformers import AutoModelForSequenceClassification
+
+from pipeline import hardware
+from pipeline.config.parser import parse
+from pipeline.training.entry import run
+
+
+def arguments_of(recipe: str) -> tuple[Any, list[type]]:
+    """A recipe's `main`, and the dataclasses that it takes."""
+    main = importlib.import_module(f"recipes.{recipe}").main
+    return main, [hint for name, hint in get_type_hints(main).items() if name != "return"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    recipe_command("sft", folder)  # makes the good ones
+    save_odd_models(folder)
+    return folder
+
+
+def save_odd_models(folder: Path) -> None:
+    import copy
+
+    def variant(name: str, change: Callable[[Any], None]) -> None:
+        shutil.copytree(folder / "model", folder / name)
+        changed = copy.deepcopy(tokenizer())
+        change(changed)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (folder / name / file).unlink(missing_ok=True)
+        changed.save_pretrained(folder / name)
+
+    variant("pad-is-eos", lambda words: setattr(words, "pad_token", words.eos_token))
+    variant("no-template", lambda words: setattr(words, "chat_template", None))
+    variant(
+        "no-marks",
+        lambda words: setattr(words, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}"),
+    )
+    variant("more-words", lambda words: words.add_tokens([f"new{i}" for i in range(9)]))
+    shutil.copytree(folder / "model", folder / "no-weights-of-a-language-model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (folder / "no-weights-of-a-language-model" / "config.json").write_text(json.dumps(config))
+    (folder / "no-model").mkdir()
+    words = folder / "model"
+
+    def damaged(name: str, change: Callable[[Path], object]) -> None:
+        shutil.copytree(words, folder / name)
+        change(folder / name)
+
+    damaged("cut", lambda path: os.truncate(path / "model.safetensors", 2000))
+    damaged("no-weights", lambda path: (path / "model.safetensors").unlink())
+    damaged("pickle", lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"))
+    damaged("no-config", lambda path: (path / "config.json").unlink())
+    damaged("config-cut", lambda path: (path / "config.json").write_text("{"))
+    damaged("unknown-kind", lambda path: (path / "config.json").write_text('{"model_type": "foonet"}'))
+    damaged("tokenizer-cut", lambda path: (path / "tokenizer.json").write_text("{"))
+    damaged("wider", lambda path: change_json(path / "config.json", intermediate_size=8))
+    damaged("deeper", lambda path: change_json(path / "config.json", num_hidden_layers=3))
+    damaged("encoder", lambda path: change_json(path / "config.json", architectures=["BertForMaskedLM"]))
+    damaged("adapter", make_adapter)
+    variant("refusing", lambda words: setattr(words, "chat_template", REFUSING))
+    AutoModelForSequenceClassification.from_pretrained(words, num_labels=2).save_pretrained(folder / "two-labels")
+    tokenizer().save_pretrained(folder / "two-labels")
+    (folder / "prompts.jsonl").write_text(rows({"prompt": "What?", "answer": "That."}) * 40)
+
+
+REFUSING = "{% generation %}{% endgeneration %}{{ raise_exception('too polite') }}"
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def make_adapter(path: Path) -> None:
+    (path / "config.json").unlink()
+    (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+
+
+def refuse(recipe: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Run a recipe that must refuse; the lines that it says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exited:
+        run(arguments_of(recipe)[0], argv)
+    assert exited.value.code == 2
+    lines = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")
+    return [line for line in lines if line and "examples" not in line and "Loading weights" not in line]  # bars
+
+
+def command(recipe: str, inputs: Path, output: Path) -> list[str]:
+    """Good arguments of any recipe."""
+    if recipe in ("pretrain", "sft", "reward"):
+        return recipe_command(recipe, inputs, "--output_dir", str(output))[2:]
+    options = {"model_name_or_path": inputs / "model", "dataset_name": inputs / "prompts.jsonl"}
+    more = {"reward_funcs": "exact_answer", "max_completion_length": 8, "max_steps": 2, "output_dir": output}
+    batch = {"per_device_train_batch_size": 4, **({"num_generations": 4} if recipe == "grpo" else {})}
+    return [word for name, value in {**options, **more, **batch}.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_refused_in_one_line_with_nothing_written(
+    name: str,
+    inputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = CASES[name]
+    here, output = tmp_path / "here", tmp_path / "output"
+    here.mkdir()
+    for file, content in case.files.items():
+        (here / file).parent.mkdir(parents=True, exist_ok=True)
+        if file.endswith("/"):
+            (here / file).mkdir()
+        else:
+            (here / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr(hardware, "supports", lambda dtype: dtype != "fp16")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    argv = command(case.recipe, inputs, output)
+    argv += case.argv.format(inputs=inputs, here=here).split()
+    if case.yaml is not None:
+        (here / "config.yaml").write_bytes(case.yaml if isinstance(case.yaml, bytes) else case.yaml.encode())
+        text = (here / "config.yaml").read_text(errors="replace")
+        for key in [line.split(":")[0] for line in text.split("\n") if ":" in line]:
+            if f"--{key}" in argv:  # the command line would win
+                position = argv.index(f"--{key}")
+                end = position + 1
+                while end < len(argv) and not argv[end].startswith("--"):
+                    end += 1
+                del argv[position:end]
+        argv += ["--config", str(here / "config.yaml")]
+    files = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
+
+    lines = refuse(case.recipe, argv, capsys)
+
+    matching = [line for line in lines if line.startswith(case.said[0]) and all(word in line for word in case.said)]
+    assert len(matching) == 1, "\n".join(lines)
+    assert len(lines) == case.lines, "only that is wrong:\n" + "\n".join(lines)
+    assert not output.exists()
+    assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == files
+
+
+def test_all_that_is_wrong_is_told_at_once(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("max_steps: ten\nlearning_rat: 1\neval_strategy: often\nmax_length: 9999\n")
+    argv = [
+        "--config",
+        str(config),
+        "--model_name_or_path",
+        str(inputs / "model"),
+        "--seed",
+        "x",
+        "--foo",
+        "1",
+    ]
+    argv += ["--dataset_name", str(inputs / "pairs.jsonl"), "--use_peft", "--lora_target_modules", "qkv"]
+    lines = refuse("sft", [*argv, "--output_dir", str(inputs / "text.txt")], capsys)
+    fields = {line.split(":")[0] for line in lines}
+    wrong = {"max_steps", "learning_rat", "eval_strategy", "max_length", "seed", "foo", "messages_column"}
+    assert fields == {*wrong, "lora_target_modules", "output_dir"}
+
+
+def test_a_full_disk_is_told_before(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    argv = recipe_command("sft", inputs, "--output_dir", str(tmp_path / "output"))[2:]
+    (line,) = refuse("sft", argv, capsys)
+    assert line.startswith("output_dir:") and "3 checkpoints and the model take about" in line
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_directory_that_may_not_be_written(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    locked = Path("/proc")  # where even root may make no folder
+    if not locked.is_dir():
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+    argv = recipe_command("sft", inputs, "--output_dir", str(locked / "output"))[2:]
+    lines = refuse("sft", argv, capsys)
+    assert any(line.startswith("output_dir:") and "no permission" in line for line in lines)
+
+
+@pytest.mark.parametrize("streaming", ["--dataset_streaming", ""])
+def test_a_bad_row_is_told_with_its_number_streamed_or_not(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], streaming: str
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [GOOD] * 5 + [{"messages": []}])
+    argv = recipe_command("sft", inputs, "--output_dir", str(tmp_path / "output"), "--dataset_name", path)[2:]
+    lines = refuse("sft", [*argv, "--eval_strategy", "no", *streaming.split()], capsys)
+    assert len(lines) == 1 and "row 5" in lines[0]
+
+
+def test_the_process_says_it_too(inputs: Path, tmp_path: Path) -> None:
+    result = run_recipe("sft", inputs, "--output_dir", str(tmp_path / "output"), "--max_lenght", "9")
+    assert result.returncode == 2
+    assert result.stderr.strip().split("\n")[-1] == "max_lenght: 9: unknown field; did you mean `max_length`?"
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_token_is_not_told_nor_written(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    argv = recipe_command("sft", inputs, "--output_dir", str(tmp_path / "output"))[2:]
+    lines = refuse("sft", [*argv, "--hub_token", "hf_secret", "--max_lenght", "9"], capsys)
+    assert "hf_secret" not in "\n".join(lines)
+    _, args, *_ = parse(*arguments_of("sft")[1], argv=[*argv, "--hub_token", "hf_secret"])
+    assert "hf_secret" not in str(vars(args))

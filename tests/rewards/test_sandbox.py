@@ -1,0 +1,313 @@
+# ruff: noqa: E501 - programs read better on one line
+"""Code from outside: right code passes, wrong code fails, hostile code neither passes nor hurts."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.rewards.sandbox import confinement
+from pipeline.rewards.sandbox.run import OUTPUT_BYTES, run_code, run_many
+
+TEST = "assert f(2) == 3\nassert f(-1) == 0\n"
+
+RIGHT = [
+    ("def f(x):\n    return x + 1", TEST),
+    ("import math\ndef f(x):\n    return math.floor(x) + 1", TEST + "assert math.pi > 3"),
+    ("def f(x):\n    print('working')\n    return x + 1", TEST),
+    ("def f(*parts, end='.'):\n    return ' '.join(parts) + end", "assert f('a', 'b', end='!') == 'a b!'"),
+    ("def f(n):\n    return 1 if n < 2 else n * f(n - 1)", "import math\nassert f(500) == math.factorial(500)"),
+    ("def f(x):\n    return {'a': [1, (2, {3})], b'k': None}", "assert f(0) == {'a': [1, (2, {3})], b'k': None}"),
+    ("def f(xs):\n    xs.sort()", "xs = [3, 1, 2]\nassert f(xs) is None and xs == [1, 2, 3]"),
+    ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2] and sum(f(4)) == 6"),
+    ("def f(xs, key):\n    return sorted(xs, key=key)", "assert f([1, -2], lambda x: x) == [-2, 1]"),
+    ("def f(x):\n    raise ValueError('no')", "try:\n    f(1)\n    assert False\nexcept ValueError as e:\n    assert 'no' in str(e)"),
+    (
+        "class Bad(Exception):\n    pass\ndef f():\n    raise Bad('x')",
+        "try:\n    f()\nexcept Bad:\n    pass\nelse:\n    assert False",
+    ),
+    (
+        "class Stack:\n    def __init__(self):\n        self.items = []\n    def push(self, x):\n        self.items.append(x)\n"
+        "    def __len__(self):\n        return len(self.items)\n    def __getitem__(self, i):\n        return self.items[i]",
+        "s = Stack()\ns.push(4)\ns.push(5)\nassert len(s) == 2 and s[0] == 4 and s.items == [4, 5] and s",
+    ),
+    (
+        "class P:\n    def __init__(self, x):\n        self.x = x\n    def __eq__(self, o):\n        return self.x == o.x",
+        "assert P(1) == P(1) and P(1) != P(2)",
+    ),
+    ("from collections import Counter\ndef f(s):\n    return Counter(s)", "assert f('aab') == {'a': 2, 'b': 1}"),
+    ("def f(name):\n    open('x.txt', 'w').write(name)\n    return open('x.txt').read()", "assert f('hi') == 'hi'"),
+    ("def check(c):\n    pass\ndef f(x):\n    return x", "def check(c):\n    assert c(1) == 1\ncheck(f)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "test"), RIGHT)
+def test_right_code_passes(code: str, test: str) -> None:
+    outcome = run_code(code, test)
+    assert outcome.passed and outcome.status == "passed", outcome.output
+
+
+# Every one of these must fail `TEST` (or the test given), however the code goes about it.
+FORGERIES = {
+    "wrong": "def f(x):\n    return x",
+    "no function": "g = 1",
+    "syntax error": "def f(x:\n",
+    "null byte": "def f(x):\n    return '\0'",
+    "exit before the test": "import sys\nsys.exit(0)",
+    "exit in the call": "import sys\ndef f(x):\n    sys.exit(0)",
+    "hard exit": "import os\nos._exit(0)",
+    "hard exit in the call": "import os\ndef f(x):\n    os._exit(0)",
+    "equals everything": "class A:\n    def __eq__(self, o):\n        return True\ndef f(x):\n    return A()",
+    "an int that equals everything": "class A(int):\n    def __eq__(self, o):\n        return True\ndef f(x):\n    return A(9)",
+    "a list that equals everything": "class A(list):\n    def __eq__(s, o):\n        return True\ndef f(x):\n    return A()",
+    "builtins patched": "import builtins\nbuiltins.AssertionError = None\nbuiltins.len = lambda x: 3\ndef f(x):\n    return x",
+    "a builtin shadowed": "def all(x):\n    return True\ndef __eq__(a, b):\n    return True\ndef f(x):\n    return x",
+    "excepthook": "import sys\nsys.excepthook = lambda *a: sys.exit(0)\ndef f(x):\n    return x",
+    "atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x):\n    return x",
+    "verdict printed": 'print(\'{"status": "passed"}\')\ndef f(x):\n    return x',
+    "verdict to every descriptor": textwrap.dedent("""
+        import os
+        for d in range(64):
+            try:
+                os.write(d, b'{"status": "passed"}\\n' * 2)
+            except OSError:
+                pass
+        def f(x):
+            return x
+        """),
+    "frames searched": textwrap.dedent("""
+        import sys
+        frame = sys._getframe()
+        while frame:
+            for value in list(frame.f_locals.values()) + list(frame.f_globals.values()):
+                for name in ("status", "passed"):
+                    try:
+                        setattr(value, name, "passed")
+                    except Exception:
+                        pass
+            frame = frame.f_back
+        def f(x):
+            return x
+        """),
+    "reads the test in memory": textwrap.dedent("""
+        import gc
+        found = [o for o in gc.get_objects() if isinstance(o, dict) and "assert f(2)" in str(o.get("test"))]
+        def f(x):
+            return x + 1 if found else x
+        """),
+    "reads its sibling": "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb')",
+    "the protocol itself": textwrap.dedent("""
+        import sys
+        frame = sys._getframe()
+        while "self" not in frame.f_locals:
+            frame = frame.f_back
+        channel = frame.f_locals["self"].channel
+        channel.send({"names": {"f": {"exception": ["int"]}, "__builtins__": {"dict": []}}})
+        channel.send({"value": True, "args": {"tuple": []}})
+        def f(x):
+            return x
+        """),
+}
+
+
+@pytest.mark.parametrize("code", FORGERIES.values(), ids=FORGERIES.keys())
+def test_wrong_code_never_passes(code: str) -> None:
+    assert not run_code(code, TEST).passed
+
+
+def test_a_test_that_catches_everything_does_not_pass_code_that_left() -> None:
+    test = "try:\n    f(1)\nexcept Exception:\n    pass"
+    assert run_code("import os\ndef f(x):\n    os._exit(0)", test).status == "crashed"
+
+
+def test_answers_that_hold_builtins_cannot_change_what_a_test_means() -> None:
+    code = "all = any = lambda x: True\nsorted = sum = lambda *a: 0\ndef f(n):\n    return [0]"
+    assert not run_code(code, "assert all(x > 0 for x in f(3))").passed
+
+
+def refused(code: str) -> str:
+    return run_code(code, TEST).status
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nos.fork()",
+        "import os\nos.setsid()\nos.fork()",
+        "import subprocess\nsubprocess.run(['/bin/true'])",
+        "import os\nos.execv('/bin/true', ['true'])",
+        "import os\nos.kill(os.getppid(), 9)",
+        "import socket\nsocket.socket()",
+        "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:1/').read()",
+        "import ctypes\nctypes.CDLL(None)",
+        "open('/etc/passwd').read()",
+        "import os\nos.mkdir('deep')",
+        "open('../outside', 'w')",
+        "while True:\n    try:\n        n = globals().get('n', 0) + 1\n        open(f'file{n}', 'w').close()\n    except OSError:\n        pass",
+    ],
+)  # fmt: skip
+def test_attempts_are_refused(code: str) -> None:
+    assert run_code(code, TEST).status in ("refused", "failed")
+    assert not Path(tempfile.gettempdir(), "outside").exists()
+
+
+def test_limits_hold() -> None:
+    assert run_code("while True:\n    pass", TEST, seconds=0.5).status == "timeout"
+    assert run_code("import time\ntime.sleep(60)", TEST, seconds=0.5).status == "timeout"
+    assert run_code("import signal, time\nfor s in range(1, 65):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n    except "
+                    "(OSError, ValueError):\n        pass\nwhile True:\n    pass", TEST, seconds=0.5).status == "timeout"  # fmt: skip
+    assert run_code("x = []\nwhile True:\n    x.append(' ' * 1000000)", TEST).status == "memory"
+    assert run_code("x = 'a' * (1 << 40)", TEST).status == "memory"
+    assert run_code("open('big', 'w').write('x' * (64 << 20))", TEST).status == "failed"
+    assert run_code("x" * 300_000, TEST).status == "refused"
+    assert not run_code("(" * 50_000, TEST).passed
+    assert not run_code("def f(x):\n    return f(x)", TEST).passed
+
+
+def test_endless_output_is_cut_and_drained() -> None:
+    outcome = run_code("while True:\n    print('spam' * 1000)", TEST, seconds=0.5)
+    assert outcome.status == "timeout" and len(outcome.output) <= OUTPUT_BYTES
+
+
+def test_the_code_sees_no_environment_and_an_empty_directory_that_goes_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    code = "import os\nprint(os.listdir('.'), dict(os.environ), os.getcwd())\ndef f(x):\n    return x + 1"
+    outcome = run_code(code, TEST)
+    assert outcome.passed and outcome.output.startswith("[] {} ")
+    assert not Path(outcome.output.split()[-1]).exists()
+
+
+def test_home_is_neither_read_nor_written(tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("hf_secret")
+    for attempt in (
+        f"print(open({str(secret)!r}).read())",
+        f"import os\nos.unlink({str(secret)!r})",
+        f"import os\nos.truncate({str(secret)!r}, 0)",
+        f"import os\nos.rename({str(secret)!r}, 'mine')",
+        f"import os\nos.symlink({str(secret)!r}, 'link')\nprint(open('link').read())",
+    ):
+        outcome = run_code(attempt, TEST)
+        assert not outcome.passed and "hf_secret" not in outcome.output
+    assert secret.read_text() == "hf_secret"
+
+
+def test_verdicts_repeat() -> None:
+    code = "def f():\n    return list({'red', 'green', 'blue', 'black', 'white'})"
+    shown = {run_code(code + "\nprint(f())", "").output for _ in range(3)}
+    assert len(shown) == 1
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # the process has just ended
+        return ""
+
+
+def test_nothing_is_left_behind() -> None:
+    before = set(Path(tempfile.gettempdir()).glob("sandbox-*"))
+    run_many([("while True:\n    pass", TEST), ("import os\nos._exit(3)", TEST)] * 2, seconds=0.3)
+    assert set(Path(tempfile.gettempdir()).glob("sandbox-*")) <= before
+    mine = f"PPid:\t{os.getpid()}\n"
+    children = [path for path in Path("/proc").glob("[0-9]*/status") if mine in read(path)]
+    assert not any("sandbox/child" in read(path.with_name("cmdline")) for path in children)
+
+
+def test_many_runs_keep_their_order() -> None:
+    pairs = [(f"def f(x):\n    return x + {i % 2}", "assert f(1) == 2") for i in range(12)]
+    assert [outcome.passed for outcome in run_many(pairs)] == [bool(i % 2) for i in range(12)]
+    assert run_many([]) == []
+
+
+ATTEMPTS = """
+import ctypes, os, resource, signal, socket, sys, threading
+def attempt(name, action):
+    try:
+        action()
+    except (OSError, RuntimeError, ValueError):
+        return
+    print("allowed:", name)
+attempt("fork", os.fork)
+attempt("thread", threading.Thread(target=print).start)
+attempt("socket", socket.socket)
+attempt("socketpair", socket.socketpair)
+attempt("kill", lambda: os.kill(os.getppid(), 0))
+attempt("exec", lambda: os.execv("/bin/true", ["true"]))
+attempt("setsid", os.setsid)
+attempt("read", lambda: open({secret!r}).read())
+attempt("write", lambda: open({secret!r}, "a"))
+attempt("truncate", lambda: os.open({secret!r}, os.O_RDONLY | os.O_TRUNC))
+attempt("unlink", lambda: os.unlink({secret!r}))
+attempt("chmod", lambda: os.chmod({secret!r}, 0o777))
+attempt("utime", lambda: os.utime({secret!r}))
+attempt("process files", lambda: open("/proc/self/environ").read())
+attempt("limits", lambda: resource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6)))
+attempt("limits of others", lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1)))
+attempt("setuid", lambda: os.setuid(0))
+attempt("memfd", lambda: os.memfd_create("x"))
+libc = ctypes.CDLL(None)
+for name, number in {{"io_uring_setup": 425, "bpf": 321, "ptrace": 101, "mount": 165, "unshare": 272, "clone3": 435}}.items():
+    if libc.syscall(number, 0, 0, 0, 0, 0) != -1:
+        print("allowed:", name)
+open("inside", "w").write("x")
+print("computed", sum(range(10)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel layers are Linux's")
+@pytest.mark.parametrize("user", ["this user", "nobody"])
+def test_the_kernel_layers_hold_without_the_audit_hook(tmp_path: Path, user: str) -> None:
+    if user == "nobody" and os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    secret = tmp_path / "secret"
+    secret.write_text("hf_secret")
+    inside = Path(tempfile.mkdtemp(dir="/tmp"))
+    os.chmod(inside, 0o777)
+    script = textwrap.dedent(f"""
+        import os, sys, encodings.idna, random, tempfile
+        sys.path.append({str(Path(confinement.__file__).parent)!r})
+        import ctypes, resource, signal, socket, threading, confinement
+        os.chdir({str(inside)!r})
+        if {user == "nobody"}:
+            os.setgroups([]); os.setgid(65534); os.setuid(65534)
+        confinement.limit_resources(5, 512)
+        files = confinement.confine_files({str(inside)!r})
+        confinement.drop_privileges(files)
+        calls = confinement.confine_calls(files)
+        if not (files and calls):
+            print("unsupported"); sys.exit()
+        """) + ATTEMPTS.format(secret=str(secret))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    if "unsupported" in done.stdout:
+        pytest.skip("this kernel has no Landlock or no seccomp")
+    assert done.stdout == "computed 45\n", done.stdout + done.stderr
+    assert secret.read_text() == "hf_secret"
+
+
+def test_no_connection_reaches_a_server_that_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        port = server.getsockname()[1]
+        run_code(f"import socket\nsocket.create_connection(('127.0.0.1', {port}))", TEST)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_a_thread_may_run_code() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(lambda _: run_code("def f(x):\n    return x + 1", TEST), range(4)))
+    assert all(outcome.passed for outcome in outcomes) and time.monotonic() - began < 60
+    assert json.dumps([outcome.status for outcome in outcomes]).count("passed") == 4

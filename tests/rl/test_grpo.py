@@ -1,0 +1,166 @@
+"""What `pipeline.rl.grpo` adds to TRL: exact resumption, cheaper log-probabilities on a CPU, checked inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from trl import GRPOConfig
+from trl import GRPOTrainer as TRLGRPOTrainer
+
+from pipeline.errors import RunStopped
+from pipeline.rl.arguments import shuffle_answers
+from pipeline.rl.grpo import GRPOTrainer
+from tests import ppo_toy as toy
+
+
+def trainer(
+    path: Path,
+    kind: type = GRPOTrainer,
+    prompts: int = 16,
+    rewards: Any = toy.share_of_red,
+    reward_tokenizers: Any = None,
+    **changes: Any,
+) -> TRLGRPOTrainer:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "num_generations": 4, "steps_per_generation": 2,
+        "num_iterations": 2, "max_completion_length": 6, "max_steps": 7, "learning_rate": 1e-2,
+        "bf16": False, "use_cpu": True, "report_to": "none", "logging_steps": 1, "save_steps": 1,
+        "eval_strategy": "no", "disable_tqdm": True, **changes,
+    }  # fmt: skip
+    return kind(
+        model=toy.policy(),
+        reward_funcs=rewards,
+        args=GRPOConfig(output_dir=str(path), **settings),
+        train_dataset=toy.prompts(prompts),
+        eval_dataset=toy.prompts(4),
+        processing_class=toy.tokenizer(),
+        reward_processing_classes=reward_tokenizers,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TRLGRPOTrainer:
+    """A run of seven steps, four a rollout, with a checkpoint at every step."""
+    run = trainer(tmp_path_factory.mktemp("whole"))
+    run.train()
+    assert not same_weights(run.model, toy.policy())
+    return run
+
+
+def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    values = second.state_dict()
+    return all(torch.equal(value, values[key]) for key, value in first.state_dict().items())
+
+
+def log_of(run: TRLGRPOTrainer) -> list[dict[str, float]]:
+    seconds = ("step_time", "runtime", "per_second")
+    log = [entry for entry in run.state.log_history if "loss" in entry]
+    return [{k: v for k, v in entry.items() if not any(word in k for word in seconds)} for entry in log]
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_resumes_exactly_inside_a_rollout(tmp_path: Path, whole: TRLGRPOTrainer, step: int) -> None:
+    again = trainer(tmp_path)
+    again.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
+    assert same_weights(whole.model, again.model)
+    assert log_of(whole) == log_of(again)
+
+
+def test_resumes_exactly_in_a_later_epoch_of_prompts(tmp_path: Path) -> None:
+    runs = [trainer(tmp_path / name, prompts=4, max_steps=16) for name in ("whole", "again")]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-9"))
+    assert same_weights(runs[0].model, runs[1].model)
+    assert log_of(runs[0]) == log_of(runs[1])
+
+
+def test_a_reward_model_that_breaks_stops_the_run(tmp_path: Path) -> None:
+    judge = toy.reward_model()
+    judge.config._name_or_path = "runs/judge"
+    torch.nn.init.constant_(judge.score.weight, torch.nan)
+    tokenizers = [toy.tokenizer(), None]
+    run = trainer(tmp_path, rewards=[judge, toy.share_of_red], reward_tokenizers=tokenizers)
+    with pytest.raises(RunStopped, match=r"reward judge was nan for 8 of 8 completions in step 1; "):
+        run.train()
+    assert same_weights(run.model, toy.policy())
+
+
+def test_a_reward_that_becomes_infinite_stops_the_run(tmp_path: Path) -> None:
+    def grows(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float | None]:
+        return [float("inf") if trainer_state.global_step == 4 else 1.0, None] * (len(completions) // 2)
+
+    run = trainer(tmp_path, rewards=grows)
+    with pytest.raises(RunStopped, match=r"reward grows was inf for 4 of 8 completions in step 5; "):
+        run.train()
+
+
+def none_or_red(completions: list[Any], **kwargs: Any) -> list[float | None]:
+    """Scores only the completions that begin with one of the later words."""
+    scores = toy.share_of_red(completions)
+    return [s if (c[0]["content"] or "a")[0] > "g" else None for s, c in zip(scores, completions, strict=True)]
+
+
+def row_number(row: list[int], **kwargs: Any) -> list[float]:
+    return [float(r) for r in row]
+
+
+def test_a_reward_without_weight_is_logged_and_changes_nothing(tmp_path: Path) -> None:
+    """Nor does it make a score of 0 for completions that nothing else scored."""
+    runs = []
+    for rewards in ([none_or_red], [none_or_red, row_number]):
+        weights = [1.0, 0.0][: len(rewards)]
+        name = str(len(rewards))
+        runs.append(trainer(tmp_path / name, rewards=rewards, reward_weights=weights, num_iterations=1))
+        runs[-1].train()
+    alone, beside = runs
+    assert same_weights(alone.model, beside.model)
+    assert not same_weights(alone.model, toy.policy())
+    assert sum("rewards/row_number/mean" in entry for entry in log_of(beside)) == 4, "once a rollout"
+
+
+def test_a_checkpoint_after_the_last_step_of_a_rollout_holds_none_of_it(whole: TRLGRPOTrainer) -> None:
+    inside = load_file(f"{whole.args.output_dir}/checkpoint-3/rollout_0.safetensors")
+    assert {"0.completion_ids", "1.advantages"} <= set(inside)
+    assert not load_file(f"{whole.args.output_dir}/checkpoint-4/rollout_0.safetensors")
+
+
+def test_evaluation_does_not_change_training(tmp_path: Path) -> None:
+    runs = []
+    for name, strategy in (("without", "no"), ("with", "steps")):
+        run = trainer(tmp_path / name, eval_strategy=strategy, eval_steps=1, per_device_eval_batch_size=4, max_steps=3)
+        run.train()
+        runs.append(run.model)
+    assert same_weights(*runs)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_log_probabilities_and_gradients_are_trls(tmp_path: Path, batch_size: int | None) -> None:
+    results = []
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 15, (4, 10), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    mask[1, 8:] = 0
+    for kind in (TRLGRPOTrainer, GRPOTrainer):
+        run = trainer(tmp_path, kind, temperature=0.7)
+        found = run._get_per_token_logps_and_entropies(run.model, ids, mask, 6, batch_size, compute_entropy=True)
+        logps, entropies = found[0] * mask[:, -6:], found[1] * mask[:, -6:]
+        logps.sum().backward()
+        results.append((logps, entropies, [parameter.grad for parameter in run.model.parameters()]))
+    (logps, entropies, gradients), (ours, our_entropies, our_gradients) = results
+    torch.testing.assert_close(ours, logps)
+    torch.testing.assert_close(our_entropies, entropies)
+    torch.testing.assert_close(our_gradients, gradients)
+
+
+def test_shuffled_answers_are_the_same_answers() -> None:
+    rows = Dataset.from_dict({"prompt": [str(i) for i in range(50)], "answer": [str(i) for i in range(50)]})
+    shuffled = shuffle_answers(rows, seed=0)
+    assert sorted(shuffled["answer"]) == sorted(rows["answer"]) and shuffled["prompt"] == rows["prompt"]
+    assert sum(a == b for a, b in zip(shuffled["answer"], rows["answer"], strict=True)) < 10
+    assert shuffle_answers(rows, seed=0)["answer"] == shuffled["answer"] != shuffle_answers(rows, seed=1)["answer"]

@@ -1,0 +1,508 @@
+"""What `PPOTrainer` learns, and what its options do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from trl import GRPOTrainer
+
+from pipeline.rewards.functions import hidden_taste
+from pipeline.rl.ppo import PPOConfig, PPOTrainer
+from tests import ppo_toy as toy
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def trainer(tmp_path: Path, rewards: Any = toy.share_of_red, **changes: Any) -> PPOTrainer:
+    """On the toy world. Arguments of the trainer that are no fields of the configuration are told apart."""
+    names = (
+        "model",
+        "train_dataset",
+        "eval_dataset",
+        "value_model",
+        "peft_config",
+        "reward_processing_classes",
+        "optimizers",
+    )
+    given = {name: changes.pop(name) for name in names if name in changes}
+    model = given.pop("model", None) or toy.policy()
+    dataset = given.pop("train_dataset", None) or toy.prompts()
+    config = toy.config(tmp_path, **changes)
+    return PPOTrainer(model, rewards, config, dataset, processing_class=toy.tokenizer(), **given)
+
+
+def logged(trainer: PPOTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def is_red(completions: list[Any], **kwargs: Any) -> list[float]:
+    return [float(completion[0]["content"] == "red") for completion in completions]
+
+
+BANDIT = {
+    "max_completion_length": 1,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 1e-2,
+    "kl_coef": 0.0,
+    "num_iterations": 2,
+}
+
+
+def test_learns_a_bandit(tmp_path: Path) -> None:
+    """Of fifteen arms one pays."""
+    ppo = trainer(tmp_path, is_red, max_steps=80, train_dataset=toy.prompts(64), **BANDIT)
+    ppo.train()
+    scores = logged(ppo, "objective/scores")
+    assert scores[0] < 0.3
+    assert sum(scores[-5:]) / 5 > 0.95
+
+
+def test_kl_holds_the_policy(tmp_path: Path) -> None:
+    options = BANDIT | {"max_steps": 40, "train_dataset": toy.prompts(64)}
+    free = trainer(tmp_path / "free", is_red, **(options | {"kl_coef": 1e-6}))
+    held = trainer(tmp_path / "held", is_red, **(options | {"kl_coef": 10.0}))
+    for ppo in (free, held):
+        ppo.train()
+    assert sum(logged(free, "objective/kl")[-5:]) / 5 > 1.0
+    assert abs(sum(logged(held, "objective/kl")[-5:]) / 5) < 0.1
+    assert logged(held, "objective/scores")[-1] < 0.5
+
+
+def test_critic_learns_to_foresee(tmp_path: Path) -> None:
+    """The policy stands still; the reward is the prompt's."""
+
+    def by_row(row: list[int], **kwargs: Any) -> list[float]:
+        return [float(r % 3) for r in row]
+
+    ppo = trainer(
+        tmp_path,
+        by_row,
+        learning_rate=0.0,
+        value_learning_rate=1e-2,
+        vf_coef=1.0,
+        cliprange_value=10.0,
+        num_iterations=4,
+        max_steps=80,
+        per_device_train_batch_size=16,
+    )
+    before = weights(ppo.model)
+    ppo.train()
+    losses = logged(ppo, "loss/value_avg")
+    assert losses[-1] < 0.1 * losses[0]
+    assert logged(ppo, "val/explained_variance")[-1] > 0.8
+    assert torch.equal(before, weights(ppo.model))
+
+
+@pytest.mark.parametrize("normalization", ["none", "batch", "running"])
+def test_reward_model_and_function_together(tmp_path: Path, normalization: str) -> None:
+    ppo = trainer(
+        tmp_path,
+        [toy.reward_model(), toy.share_of_red],
+        reward_processing_classes=[toy.tokenizer(), None],
+        reward_weights=[1.0, 2.0],
+        reward_normalization=normalization,
+        max_steps=2,
+    )
+    ppo.train()
+    assert len(logged(ppo, "rewards/share_of_red/mean")) == 2
+    scores = logged(ppo, "objective/scores")
+    if normalization == "none":
+        assert scores == pytest.approx(logged(ppo, "reward"), abs=1e-5)
+    else:
+        assert scores[0] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_rewards_of_none(tmp_path: Path) -> None:
+    """A completion that no function scores trains nothing; if none is scored, nothing is trained."""
+
+    def none(prompts: list[Any], **kwargs: Any) -> list[None]:
+        return [None] * len(prompts)
+
+    ppo = trainer(tmp_path, none, max_steps=2)
+    before = weights(ppo.model)
+    ppo.train()
+    assert torch.equal(before, weights(ppo.model))
+
+
+def test_the_hidden_taste_is_measured_and_changes_nothing(tmp_path: Path) -> None:
+    graded = toy.prompts(16).map(lambda row: {"require": [["red"]], "reject": ["blue"], "test": ""})
+    runs = []
+    for functions in ([], [hidden_taste]):
+        runs.append(
+            trainer(
+                tmp_path / str(len(functions)),
+                [toy.reward_model(), *functions],
+                reward_processing_classes=[toy.tokenizer(), None][: 1 + len(functions)],
+                reward_weights=[1.0, 0.0][: 1 + len(functions)],
+                reward_normalization="running",
+                num_iterations=2,
+                train_dataset=graded,
+            )
+        )
+        runs[-1].train()
+    without, measured = runs
+    assert torch.equal(weights(without.model), weights(measured.model))
+    assert torch.equal(weights(without.value_model), weights(measured.value_model))
+    for name in ("loss", "reward", "objective/scores", "objective/kl", "grad_norm", "val/grad_norm"):
+        assert logged(without, name) == logged(measured, name)
+    # What the report plots: in each record that has one, also the KL and the reward model's score.
+    tastes = [entry for entry in measured.state.log_history if "rewards/hidden_taste/mean" in entry]
+    assert len(tastes) == 2
+    assert all({"reward", "objective/kl"} <= set(entry) for entry in tastes)
+
+
+def test_completions_cut_off(tmp_path: Path) -> None:
+    """Without an end of turn the score is less; with `mask_truncated_completions` they train nothing."""
+
+    def always(prompts: list[Any], **kwargs: Any) -> list[float]:
+        return [1.0] * len(prompts)
+
+    options: dict[str, Any] = {"max_completion_length": 1, "max_steps": 2, "per_device_train_batch_size": 16}
+    ppo = trainer(tmp_path / "penalty", always, missing_eos_penalty=3.0, **options)
+    ppo.train()
+    ended = logged(ppo, "val/num_eos_tokens")
+    assert 0 < sum(ended) < 32
+    assert logged(ppo, "objective/scores") == pytest.approx([1 - 3 * (16 - count) / 16 for count in ended])
+
+    ppo = trainer(tmp_path / "masked", always, mask_truncated_completions=True, **options)
+    ppo.generation_config.suppress_tokens = [0, 2]  # padding, and the end of turn
+    before = weights(ppo.model)
+    ppo.train()
+    assert torch.equal(before, weights(ppo.model))
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    """One batch of 8 is 8 of 1: same rollouts, same updates."""
+    runs = []
+    for rows in (8, 1):
+        ppo = trainer(
+            tmp_path / str(rows),
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=8 // rows,
+            num_iterations=2,
+            max_grad_norm=0.1,
+        )
+        ppo.train()
+        runs.append(ppo)
+    whole, parts = runs
+    torch.testing.assert_close(weights(whole.model), weights(parts.model), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights(whole.value_model), weights(parts.value_model), rtol=1e-4, atol=1e-6)
+    assert logged(whole, "loss") == pytest.approx(logged(parts, "loss"), abs=1e-5)
+
+
+def test_several_optimizer_steps_a_rollout(tmp_path: Path) -> None:
+    """16 completions are sampled, and trained on twice, 4 at a time: 8 steps before the next rollout."""
+    calls = []
+
+    def count(completions: list[Any], **kwargs: Any) -> list[float]:
+        calls.append(len(completions))
+        return toy.share_of_red(completions)
+
+    ppo = trainer(
+        tmp_path,
+        count,
+        per_device_train_batch_size=4,
+        generation_batch_size=16,
+        num_iterations=2,
+        max_steps=16,
+    )
+    ppo.train()
+    assert calls == [16, 16]
+    ratios = logged(ppo, "val/ratio")
+    assert [round(ratios[step], 4) for step in (0, 8)] == [1.0, 1.0]
+    assert all(abs(ratios[step] - 1) > 1e-6 for step in (1, 7, 9, 15))
+
+
+def test_clipping_learning_rates_and_decay_are_in_force(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, max_steps=1, max_grad_norm=1e-3, value_learning_rate=0.5, learning_rate=0.25)
+    norms = []
+
+    def spy(*_: Any) -> None:
+        for model in (ppo.model, ppo.value_model):
+            norms.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
+
+    ppo.create_optimizer().register_step_pre_hook(spy)
+    ppo.train()
+    assert [round(norm.item(), 5) for norm in norms] == [1e-3, 1e-3]
+    assert logged(ppo, "grad_norm")[0] > 1e-3
+    assert logged(ppo, "val/grad_norm")[0] > 1e-3
+    assert sorted({group["lr"] for group in ppo.optimizer.param_groups}) == [0.25, 0.5]
+    assert {group["initial_lr"] for group in ppo.optimizer.param_groups} == {0.25, 0.5}
+
+
+def test_critic_gradients_do_not_pile_up(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, max_steps=3, value_learning_rate=0.0, learning_rate=0.0, vf_coef=1.0)
+    ppo.train()
+    norms, losses = logged(ppo, "val/grad_norm"), logged(ppo, "loss/value_avg")
+    assert max(norms) / min(norms) < 3 * max(losses) / min(losses)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    runs = []
+    for on in (False, True):
+        ppo = trainer(tmp_path / str(on), activation_checkpointing=on, max_steps=2)
+        ppo.train()
+        runs.append(ppo)
+    assert runs[1].value_model.is_activation_checkpointing
+    torch.testing.assert_close(weights(runs[0].model), weights(runs[1].model))
+    torch.testing.assert_close(weights(runs[0].value_model), weights(runs[1].value_model))
+
+
+def test_bf16_runs_both_networks_in_bf16(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, bf16=True, max_steps=1)
+    dtypes = set()
+    for model in (ppo.model, ppo.value_model):
+        model.model.layers[0].mlp.register_forward_hook(lambda _m, _i, output: dtypes.add(output.dtype))
+    ppo.train()
+    assert dtypes == {torch.bfloat16}
+    assert weights(ppo.value_model).dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_on_cpus_are_those_of_the_fused_head(tmp_path: Path, temperature: float) -> None:
+    ppo = trainer(tmp_path, temperature=temperature)
+    ids, mask = torch.randint(3, 15, (5, 9)), torch.ones(5, 9, dtype=torch.long)
+    mask[:2, :3] = 0
+    plain = ppo._get_per_token_logps_and_entropies(ppo.model, ids, mask, 4, 2, compute_entropy=True)
+    fused = GRPOTrainer._get_per_token_logps_and_entropies(ppo, ppo.model, ids, mask, 4, 2, compute_entropy=True)
+    for a, b in zip(plain[:2], fused[:2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def test_an_evaluation_counts_every_completion_alike(tmp_path: Path) -> None:
+    """Two data sets, whose last batches are smaller than the others, beside all that was sampled for them."""
+    ppo = trainer(
+        tmp_path, tokens, eval_dataset={"a": toy.prompts(5), "b": toy.prompts(3)}, per_device_eval_batch_size=4
+    )
+    kept, original = [], ppo._generate_and_score_completions
+    ppo._generate_and_score_completions = lambda inputs: kept.append(original(inputs)) or kept[-1]
+    for name, batches in (("a", 2), ("b", 1)):
+        kept.clear()
+        measured = ppo.evaluate(ppo.eval_dataset[name], metric_key_prefix=f"eval_{name}")
+        assert len(kept) == batches
+        lengths = [int(n) for batch in kept for n in batch["completion_mask"].sum(1)]
+        stops = sum(int((batch["completion_ids"] == 2).sum()) for batch in kept)
+        mean = sum(lengths) / len(lengths)
+        assert measured[f"eval_{name}_objective/scores"] == pytest.approx(mean)
+        assert measured[f"eval_{name}_reward"] == pytest.approx(mean)
+        assert measured[f"eval_{name}_val/num_eos_tokens"] == stops
+        masks, errors = ([batch[key] for batch in kept] for key in ("completion_mask", "returns"))
+        errors = [(e - batch["old_values"]).square() * m for e, m, batch in zip(errors, masks, kept, strict=True)]
+        loss = 0.5 * sum(e.sum() for e in errors) / sum(lengths)
+        assert measured[f"eval_{name}_loss/value_avg"] == pytest.approx(loss.item(), rel=1e-4)
+    (a, b) = ppo.state.log_history[-2:]
+    assert a["eval_a_objective/scores"] != b["eval_b_objective/scores"] and "eval_objective/scores" not in a | b
+
+
+def test_completions_that_are_left_out_are_left_out_of_every_mean(tmp_path: Path) -> None:
+    """Scores of those that are cut off enter neither means nor normalisation."""
+    for normalization in ("none", "batch", "running"):
+        ppo = trainer(
+            tmp_path,
+            tokens,
+            max_steps=1,
+            max_completion_length=4,
+            per_device_train_batch_size=32,
+            train_dataset=toy.prompts(64),
+            mask_truncated_completions=True,
+            reward_normalization=normalization,
+        )
+        kept, original = [], ppo._generate_and_score_completions
+        ppo._generate_and_score_completions = lambda inputs, kept=kept, original=original: (
+            kept.append(original(inputs)) or kept[-1]
+        )
+        ppo.train()
+        mask = kept[0]["completion_mask"]
+        left = mask.any(dim=1)
+        assert 0 < left.sum() < len(left)
+        surprise = -(kept[0]["old_per_token_logps"] * mask).sum(1)[left].mean().item()
+        assert logged(ppo, "objective/entropy")[0] == pytest.approx(surprise, rel=1e-4)
+        mean = mask.sum(1)[left].float().mean().item() if normalization == "none" else 0.0
+        assert logged(ppo, "objective/scores")[0] == pytest.approx(mean, abs=1e-5)
+        assert ppo._score_moments.count == (left.sum() if normalization == "running" else 0)
+
+
+def test_the_reference_stands_still(tmp_path: Path) -> None:
+    """Whatever is done to the policy's head, in whatever precision its logits are computed."""
+    ids = torch.tensor([[3, 5, 6, 4]])
+    for cast in (False, True):
+        policy = toy.policy().train()
+        ppo = trainer(tmp_path, model=policy, cast_lm_head_to_fp32=cast)
+        assert not ppo.ref_model.training
+        before = ppo.ref_model(input_ids=ids).logits
+        torch.testing.assert_close(before, toy.policy()(input_ids=ids).logits)
+        ppo.model.lm_head.weight.data.normal_()
+        assert torch.equal(ppo.ref_model(input_ids=ids).logits, before)
+
+
+def test_an_optimizer_of_the_users(tmp_path: Path) -> None:
+    """The critic is added to it; a scheduler that was made before would not know that."""
+
+    def build(value_model: Any, parameters: list[Any], scheduled: bool) -> PPOTrainer:
+        optimizer = torch.optim.SGD(parameters, lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0) if scheduled else None
+        both = (optimizer, scheduler)
+        return trainer(tmp_path, model=policy, value_model=value_model, optimizers=both, max_steps=1)
+
+    policy = toy.policy()
+    critic = AutoModelForTokenClassification.from_config(toy.llama_config(num_labels=1))
+    with pytest.raises(ValueError, match="scheduler does not know the critic"):
+        build(critic, [*policy.parameters()], scheduled=True)
+    for parameters, scheduled in ([*policy.parameters()], False), ([*policy.parameters(), *critic.parameters()], True):
+        before = weights(critic)
+        build(critic, parameters, scheduled).train()
+        assert not torch.equal(weights(critic), before)
+
+
+def test_evaluation_measures_and_disturbs_nothing(tmp_path: Path) -> None:
+    runs = []
+    for strategy in ("no", "steps"):
+        ppo = trainer(
+            tmp_path / strategy,
+            eval_strategy=strategy,
+            eval_steps=1,
+            per_device_eval_batch_size=10,
+            eval_dataset=toy.prompts(12),
+            log_completions=True,
+            reward_normalization="running",
+        )
+        ppo.train()
+        runs.append(ppo)
+    quiet, evaluated = runs
+    assert torch.equal(weights(quiet.model), weights(evaluated.model))
+    assert torch.equal(weights(quiet.value_model), weights(evaluated.value_model))
+    for name in ("eval_loss", "eval_objective/kl", "eval_objective/scores", "eval_loss/value_avg"):
+        assert len(logged(evaluated, name)) == 4
+
+
+def test_metrics_count_real_tokens_only(tmp_path: Path) -> None:
+    """A batch whose longest completion is longer than the others: the same means as token by token."""
+    ppo = trainer(tmp_path, max_steps=1, max_completion_length=12, kl_estimator="k3", kl_coef=0.5)
+    for parameter in ppo.ref_model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    seen = {}
+    original = ppo._generate_and_score_completions
+
+    def keep(inputs: Any) -> Any:
+        seen.update(original(inputs))
+        return seen
+
+    ppo._generate_and_score_completions = keep
+    before = toy.policy()
+    before.load_state_dict(ppo.model.state_dict())
+    ppo.train()
+
+    kls, entropies = [], []
+    for i in range(len(seen["completion_ids"])):
+        prompt = seen["prompt_ids"][i][seen["prompt_mask"][i] > 0]
+        completion = seen["completion_ids"][i][seen["completion_mask"][i] > 0]
+        text = torch.cat([prompt, completion])
+        with torch.no_grad():
+            logits = [m(input_ids=text[None]).logits[0, len(prompt) - 1 : -1] for m in (before, ppo.ref_model)]
+        ours, theirs = (x.log_softmax(-1).gather(1, completion[:, None])[:, 0] for x in logits)
+        kls.append(((theirs - ours).exp() - 1 - (theirs - ours)).sum().item())
+        entropies.append(-(logits[0].softmax(-1) * logits[0].log_softmax(-1)).sum(-1))
+    assert len({len(x) for x in entropies}) > 1
+    assert logged(ppo, "objective/kl")[0] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
+    assert logged(ppo, "objective/non_score_reward")[0] == pytest.approx(-0.5 * sum(kls) / len(kls), rel=1e-3)
+    assert logged(ppo, "policy/entropy_avg")[0] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
+
+
+def test_lora(tmp_path: Path) -> None:
+    """The adapter is trained, the base is the reference, and what is saved loads."""
+    toy.policy().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ppo = trainer(tmp_path / "run", model=base, peft_config=LORA, kl_coef=0.1, max_steps=3)
+    ppo.train()
+    ppo.save_model()
+    assert ppo.ref_model is None
+    assert logged(ppo, "objective/kl")[0] == 0.0
+    assert logged(ppo, "objective/kl")[-1] != 0.0
+    assert not any("lora_" in name for name, _ in ppo.value_model.named_parameters())
+
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
+    ids = torch.tensor([[3, 5, 6, 4]])
+    with torch.no_grad():
+        trained, saved = ppo.model(input_ids=ids).logits, loaded(input_ids=ids).logits
+        with loaded.disable_adapter():
+            assert torch.equal(loaded(input_ids=ids).logits, toy.policy()(input_ids=ids).logits)
+    assert torch.equal(trained, saved)
+
+
+def test_an_adapter_that_is_trained_on_is_held_to_itself(tmp_path: Path) -> None:
+    model = get_peft_model(toy.policy(), LORA)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    ppo = trainer(tmp_path, model=model, max_steps=2)
+    ppo.train()
+    assert logged(ppo, "objective/kl")[0] == pytest.approx(0.0, abs=1e-5)
+    assert abs(logged(ppo, "objective/kl")[1]) > 1e-5
+
+
+def test_what_is_saved_loads(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, max_steps=1)
+    ppo.train()
+    ppo.save_model()
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path)
+    critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "value_model")
+    assert torch.equal(weights(policy), weights(ppo.model))
+    assert torch.equal(weights(critic), weights(ppo.value_model))
+
+
+def test_text_prompts_and_groups(tmp_path: Path) -> None:
+    """Prompts need not be conversations, nor completions come one a prompt."""
+    texts = Dataset.from_dict({"prompt": ["<user> red <assistant>", "<user> why <assistant>"] * 4})
+
+    def length(completions: list[str], **kwargs: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    ppo = trainer(tmp_path, length, train_dataset=texts, num_generations=4, max_steps=2)
+    ppo.train()
+    assert len(logged(ppo, "objective/scores")) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gamma": 1.5},
+        {"lam": -0.1},
+        {"cliprange": 0.0},
+        {"cliprange_value": -1.0},
+        {"kl_coef": -0.1},
+        {"kl_estimator": "k2"},
+        {"reward_normalization": "max"},
+        {"beta": 0.1},
+        {"sync_ref_model": True},
+        {"epsilon": 0.3},
+        {"loss_type": "grpo"},
+        {"num_generations": 0},
+        {"num_generations": 3},
+        {"per_device_train_batch_size": 1},
+    ],
+    ids=str,
+)
+def test_wrong_options_are_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)) if "per_device" not in str(wrong) else "batch"):
+        toy.config(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("batch", [{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}, {}])
+def test_one_completion_a_prompt_is_the_default(tmp_path: Path, batch: dict[str, Any]) -> None:
+    config = toy.config(tmp_path, **batch)
+    assert isinstance(config, PPOConfig)
+    assert (config.num_generations, config.num_generations_eval, config.epsilon) == (1, None, 0.2)

@@ -1,0 +1,124 @@
+"""A run that was stopped and resumed ends as one that was not: policy, critic and optimizer, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from pipeline.rl.ppo import PPOTrainer
+from pipeline.rl.rollouts import load_state
+from tests import ppo_toy as toy
+
+# A rollout of 8 lasts 4 optimizer steps (2 a PPO epoch, 2 epochs); the 16 prompts last two rollouts.
+STEPS = 18
+
+
+def trainer(output_dir: Path, **changes: Any) -> PPOTrainer:
+    peft_config = changes.pop("peft_config", None)
+    options = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "generation_batch_size": 8,
+        "num_iterations": 2,
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "lr_scheduler_type": "linear",
+        "reward_normalization": "running",
+    }
+    return PPOTrainer(
+        toy.policy(),
+        [toy.reward_model(), toy.share_of_red],
+        toy.config(output_dir, **(options | changes)),
+        toy.prompts(16),
+        eval_dataset=toy.prompts(3) if "eval_strategy" in changes else None,
+        processing_class=toy.tokenizer(),
+        reward_processing_classes=[toy.tokenizer(), None],
+        peft_config=peft_config,
+    )
+
+
+def everything(trainer: PPOTrainer) -> list[torch.Tensor]:
+    """Weights of both networks and all that the optimizer remembers of them."""
+    parameters = [*trainer.model.parameters(), *trainer.value_model.parameters()]
+    memory = [torch.as_tensor(x) for state in trainer.optimizer.state_dict()["state"].values() for x in state.values()]
+    return [x.detach() for x in parameters] + memory
+
+
+def assert_resumes_exactly(tmp_path: Path, steps: list[int], **changes: Any) -> None:
+    whole = trainer(tmp_path / "whole", **changes)
+    whole.train()
+    expected = everything(whole)
+    history = [entry for entry in whole.state.log_history if "loss" in entry]
+    timeless = [name for name in history[0] if name not in ("step_time",)]
+    for step in steps:
+        checkpoint = tmp_path / f"resumed-{step}" / f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", checkpoint)
+        resumed = trainer(tmp_path / f"resumed-{step}", **changes)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        for a, b in zip(expected, everything(resumed), strict=True):
+            assert torch.equal(a, b), f"resumed from step {step}"
+        assert resumed._score_moments == whole._score_moments
+        again = [entry for entry in resumed.state.log_history if "loss" in entry]
+        for a, b in zip(history, again, strict=True):
+            assert {k: a[k] for k in timeless if k in a} == {k: b[k] for k in timeless if k in b}
+
+
+def test_resumes_anywhere(tmp_path: Path) -> None:
+    """At the first step, in and between rollouts, in and between epochs of prompts and of PPO."""
+    assert_resumes_exactly(tmp_path, [1, 2, 4, 6, 8, 11, 16])
+
+
+def test_resumes_after_evaluations(tmp_path: Path) -> None:
+    assert_resumes_exactly(
+        tmp_path, [3], max_steps=6, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=3
+    )
+
+
+def test_resumes_an_adapter(tmp_path: Path) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    assert_resumes_exactly(tmp_path, [3, 4], max_steps=6, peft_config=lora)
+
+
+def test_best_model_has_its_critic(tmp_path: Path) -> None:
+    ppo = trainer(
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="objective/scores",
+        greater_is_better=False,
+    )
+    ppo.train()
+    best = Path(ppo.state.best_model_checkpoint)
+    critic = type(ppo.value_model).from_pretrained(best / "value_model")
+    for a, b in zip(critic.parameters(), ppo.value_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_without_critic_is_refused(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, max_steps=1)
+    ppo.train()
+    shutil.rmtree(tmp_path / "checkpoint-1" / "value_model")
+    with pytest.raises(ValueError, match="value_model"):
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_rollout_that_does_not_fit_is_sampled_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint from the middle of a rollout, of a run with other batches. The scores so far are kept."""
+    trainer(tmp_path, max_steps=3).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    moments = load_state(str(checkpoint / "rollout_0.safetensors"))["moments"]
+    # Twice the rows and half the accumulation, as with twice the processes.
+    resumed = trainer(tmp_path, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert "sampled anew" in caplog.text
+    assert resumed._step == 4 and len(resumed._buffered_inputs) == 2
+    assert resumed._score_moments.count == moments["count"] + 8

@@ -1,0 +1,99 @@
+"""What rewards may come from, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from pipeline.rl.arguments import PPORewardArguments
+from pipeline.rl.reward_checks import check_reward_model, check_rewards, check_value_model
+from tests import ppo_toy as toy
+
+
+def save_reward_model(folder: Path, labels: int = 1, tokenizer: bool = True) -> str:
+    LlamaForSequenceClassification(toy.llama_config(num_labels=labels)).save_pretrained(folder)
+    if tokenizer:
+        toy.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_models_and_functions_that_can_be_used(tmp_path: Path) -> None:
+    path = save_reward_model(tmp_path)
+    train = Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
+    assert check_rewards([path], ["math_answer", "tests.ppo_toy:share_of_red"], None, train) == []
+    assert check_rewards([path], ["hidden_taste"], [1.0, 0.0], train) == []
+    assert check_rewards([], ["math_answer"], None, None) == []
+    assert check_value_model(path, toy.tokenizer()) == []
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    three = save_reward_model(tmp_path / "three", labels=3)
+    args = PPORewardArguments([three, str(tmp_path / "missing")], ["exact_anser"], str(tmp_path / "nothing"))
+    told = [str(problem) for problem in args.find_problems(None, toy.tokenizer(), None)]
+    assert len(told) == 4
+    assert "3 labels" in told[0] and str(tmp_path / "missing") in told[1] and "exact_answer" in told[2]
+    assert told[3].startswith("value_model_path")
+
+
+def test_some_reward_there_must_be() -> None:
+    (problem,) = PPORewardArguments().find_problems(None, None, None)
+    assert "reward_funcs" in str(problem)
+
+
+def test_a_reward_model_needs_a_tokenizer_that_fits_it_and_formats_conversations(tmp_path: Path) -> None:
+    (problem,) = check_reward_model(save_reward_model(tmp_path / "none", tokenizer=False))
+    assert "no tokenizer" in problem.remedy and problem.field == "reward_model_path"
+    path = save_reward_model(tmp_path / "other", tokenizer=False)
+    other = toy.tokenizer()
+    other.add_tokens(["yellow"])
+    other.chat_template = None
+    other.save_pretrained(path)
+    told = [problem.remedy for problem in check_reward_model(path)]
+    assert len(told) == 2 and "chat template" in told[0] and "15 tokens and its tokenizer 16" in told[1]
+
+
+def test_a_critic_needs_the_tokens_of_the_policy(tmp_path: Path) -> None:
+    larger = toy.tokenizer()
+    larger.add_tokens(["yellow"])
+    (problem,) = check_value_model(save_reward_model(tmp_path / "with"), larger)
+    assert "another tokenizer" in problem.remedy
+    (problem,) = check_value_model(save_reward_model(tmp_path / "without", tokenizer=False), larger)
+    assert "15 tokens" in problem.remedy and "16" in problem.remedy
+    (problem,) = check_value_model(save_reward_model(tmp_path / "three", labels=3), toy.tokenizer())
+    assert "3 labels" in problem.remedy
+    LlamaForCausalLM(toy.llama_config()).save_pretrained(tmp_path / "policy")
+    assert check_value_model(str(tmp_path / "policy"), toy.tokenizer()) == []
+
+
+def test_weights_that_are_damaged_or_of_another_model(tmp_path: Path) -> None:
+    path = save_reward_model(tmp_path / "reward")
+    os.truncate(tmp_path / "reward" / "model.safetensors", 100)
+    for (problem,) in (check_reward_model(path), check_value_model(path, toy.tokenizer())):
+        assert "model.safetensors is damaged" in problem.remedy
+    path = save_reward_model(tmp_path / "wider")
+    config = toy.llama_config(num_labels=1)
+    config.intermediate_size = 8
+    config.save_pretrained(path)
+    for (problem,) in (check_reward_model(path), check_value_model(path, toy.tokenizer())):
+        assert "not those of its config.json" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "told"),
+    [
+        (["math_answer"], [1.0, 1.0], "one weight for each of the 1"),
+        (["math_answer", "choice"], [0.0, 0.0], "nothing is rewarded"),
+        (["math_answer", "hidden_taste"], None, "weight 0"),
+        (["math_answer", "pipeline.rewards.functions:hidden_taste"], [1.0, 0.1], "weight 0"),
+        (["code_tests"], None, "no column test"),
+        ([], None, "at least one"),
+    ],
+)
+def test_weights_and_columns_that_do_not_fit(functions: list[str], weights: list[float] | None, told: str) -> None:
+    train = Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
+    (problem,) = check_rewards([], functions, weights, train)
+    assert told in problem.remedy

@@ -1,0 +1,178 @@
+"""Where the critic of PPO comes from, and what it says at first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
+
+from pipeline.rl.arguments import PPORewardArguments
+from pipeline.rl.ppo import PPOTrainer
+from pipeline.rl.reward_checks import check_reward_model, check_value_model
+from tests import ppo_toy as toy
+
+IDS = torch.tensor([[3, 5, 6, 4, 7, 2]])
+
+
+def trainer(tmp_path: Path, rewards: list[Any], **given: Any) -> PPOTrainer:
+    """The rewards that are no functions read the toy's words."""
+    given.setdefault("model", toy.policy())
+    return PPOTrainer(
+        reward_funcs=rewards,
+        args=toy.config(tmp_path / "run"),
+        train_dataset=toy.prompts(),
+        processing_class=toy.tokenizer(),
+        reward_processing_classes=[None if callable(r) and not _is_model(r) else toy.tokenizer() for r in rewards],
+        **given,
+    )
+
+
+def _is_model(reward: Any) -> bool:
+    return isinstance(reward, torch.nn.Module)
+
+
+def says_at_the_end(critic: PreTrainedModel) -> float:
+    with torch.no_grad():
+        return float(critic(input_ids=IDS).logits[0, -1])
+
+
+def reward_of(model: PreTrainedModel) -> float:
+    with torch.no_grad():
+        return float(model.eval()(input_ids=IDS).logits[0, 0])
+
+
+def save_adapter(folder: Path) -> float:
+    """A reward model that is an adapter of a language model, as `RewardTrainer` leaves it.
+
+    Returns:
+        What it says.
+    """
+    toy.policy().save_pretrained(folder / "base")
+    toy.tokenizer().save_pretrained(folder / "adapter")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
+    adapted = get_peft_model(model, lora)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad or "lora_B" in name:
+            parameter.data.normal_()
+    adapted.save_pretrained(folder / "adapter")
+    return reward_of(adapted)
+
+
+@pytest.mark.parametrize("first", ["reward model", "function"])
+def test_a_copy_of_the_first_reward_model(tmp_path: Path, first: str) -> None:
+    rewards = [toy.reward_model(), toy.share_of_red]
+    ppo = trainer(tmp_path, rewards if first == "reward model" else rewards[::-1])
+    assert says_at_the_end(ppo.value_model) == pytest.approx(reward_of(rewards[0]), abs=1e-6)
+    assert reward_of(rewards[0]) != 0.0
+
+
+def test_a_copy_of_the_policy_expects_nothing(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, [toy.share_of_red])
+    assert torch.equal(ppo.value_model.model.norm.weight, ppo.model.model.norm.weight)
+    assert torch.equal(ppo.value_model.model.embed_tokens.weight, ppo.model.model.embed_tokens.weight)
+    assert not ppo.value_model.score.weight.any()
+
+
+def test_a_critic_is_trained_itself(tmp_path: Path) -> None:
+    critic = AutoModelForTokenClassification.from_config(toy.llama_config(num_labels=1))
+    assert trainer(tmp_path, [toy.reward_model()], value_model=critic).value_model is critic
+    critic.save_pretrained(tmp_path / "critic")
+    loaded = trainer(tmp_path, [toy.reward_model()], value_model=str(tmp_path / "critic")).value_model
+    assert says_at_the_end(loaded) == pytest.approx(says_at_the_end(critic), abs=1e-6)
+
+
+@pytest.mark.parametrize("given", ["model", "path"])
+@pytest.mark.parametrize("source", ["reward model", "policy"])
+def test_what_is_no_critic_is_copied(tmp_path: Path, source: str, given: str) -> None:
+    model = toy.reward_model(5) if source == "reward model" else toy.policy(5)
+    model.save_pretrained(tmp_path / "model")
+    value_model = model if given == "model" else str(tmp_path / "model")
+    critic = trainer(tmp_path, [toy.reward_model()], value_model=value_model).value_model
+    assert critic is not model
+    assert torch.equal(critic.model.norm.weight, model.model.norm.weight)
+    expected = reward_of(model) if source == "reward model" else 0.0
+    assert says_at_the_end(critic) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_heads_of_other_architectures_are_found(tmp_path: Path) -> None:
+    """GPT-2's reward model calls its head "score", its critic "classifier"."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=15, n_positions=32, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)
+    policy = GPT2LMHeadModel(config)
+    config.num_labels = 1
+    reward_model = GPT2ForSequenceClassification(config)
+    reward_model.save_pretrained(tmp_path / "reward")
+    ppo = trainer(tmp_path, [toy.share_of_red], model=policy, value_model=str(tmp_path / "reward"))
+    assert says_at_the_end(ppo.value_model) == pytest.approx(reward_of(reward_model), abs=1e-6)
+
+
+@pytest.mark.parametrize("given", ["reward", "value model"])
+def test_an_adapter_is_merged_into_the_copy(tmp_path: Path, given: str) -> None:
+    expected = save_adapter(tmp_path)
+    adapter = str(tmp_path / "adapter")
+    if given == "reward":
+        ppo = trainer(tmp_path, [adapter])
+        assert reward_of(ppo.reward_funcs[0]) == pytest.approx(expected, abs=1e-5)
+    else:
+        ppo = trainer(tmp_path, [toy.share_of_red], value_model=adapter)
+    assert says_at_the_end(ppo.value_model) == pytest.approx(expected, abs=1e-5)
+    assert not any("lora" in name for name, _ in ppo.value_model.named_parameters())
+    ppo.train()
+
+
+def test_an_adapter_that_the_policy_has_is_merged_into_the_copy(tmp_path: Path) -> None:
+    policy = get_peft_model(toy.policy(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    layer = policy.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].weight.data.normal_()
+    copied = trainer(tmp_path, [toy.share_of_red], model=policy).value_model.model.layers[0].self_attn.q_proj.weight
+    expected = layer.base_layer.weight + layer.get_delta_weight("default")
+    torch.testing.assert_close(copied, expected)
+    assert not torch.equal(copied, layer.base_layer.weight)
+
+
+@pytest.mark.parametrize("given", ["reward", "value model"])
+def test_a_copy_has_the_dtype_of_the_policy(tmp_path: Path, given: str) -> None:
+    """In bfloat16, updates would be rounded away."""
+    toy.reward_model().to(torch.bfloat16).save_pretrained(tmp_path / "reward")
+    reward = str(tmp_path / "reward")
+    ppo = (
+        trainer(tmp_path, [reward]) if given == "reward" else trainer(tmp_path, [toy.share_of_red], value_model=reward)
+    )
+    assert ppo.model.dtype == ppo.value_model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [AutoModelForTokenClassification, AutoModelForSequenceClassification])
+def test_several_labels_are_refused(tmp_path: Path, kind: Any) -> None:
+    with pytest.raises(ValueError, match="3 labels"):
+        trainer(tmp_path, [toy.share_of_red], value_model=kind.from_config(toy.llama_config(num_labels=3)))
+
+
+def test_the_recipe_takes_adapters_and_tells_what_is_wrong_with_them(tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    adapter = str(tmp_path / "adapter")
+    assert check_reward_model(adapter) == check_value_model(adapter, toy.tokenizer()) == []
+    assert PPORewardArguments([adapter], value_model_path=adapter).find_problems(None, toy.tokenizer(), None) == []
+
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    (problem,) = check_reward_model(adapter)
+    assert "adapter_model.safetensors" in problem.remedy
+    save_adapter(tmp_path)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    (problem,) = check_reward_model(adapter)
+    assert f"its base model {tmp_path / 'base'} holds no weights" in problem.remedy
+    (tmp_path / "base" / "config.json").unlink()
+    (problem,) = check_reward_model(adapter)
+    assert problem.field == "reward_model_path" and str(tmp_path / "base") in str(problem)

@@ -1,0 +1,498 @@
+"""The runner, on recipe folders whose steps are stand-ins that take no time (`stand_in_step.py`)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.__main__ import main
+from pipeline.runner import steps
+from pipeline.runner.plan import read_plan
+
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+# What each stand-in's YAML file holds; the run lies in `runs/r` of the current directory.
+RECIPE = {
+    "0_data": {"output_dir": "runs/r/data", "size_mb": 1},
+    "1_pretrain": {"output_dir": "runs/r/1_pretrain", "dataset_name": "runs/r/data", "learning_rate": 0.001},
+    "2_sft": {
+        "output_dir": "runs/r/2_sft",
+        "model_name_or_path": "runs/r/1_pretrain",
+        "dataset_name": "runs/r/data",
+    },
+    "3_reward": {"output_dir": "runs/r/3_reward", "model_name_or_path": "runs/r/2_sft"},
+}
+# Runs the command line with every step replaced by the stand-in, which is not evaluated.
+DRIVER = """
+import sys
+from dataclasses import replace
+from pipeline import steps
+from pipeline.__main__ import main
+for name, kind in steps.KINDS.items():
+    steps.KINDS[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project with the recipe folder `recipe`, as the current directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{TESTS}")
+    (tmp_path / "accelerate_config.yaml").write_text((ROOT / "accelerate_config.yaml").read_text())
+    recipe = tmp_path / "recipe"
+    recipe.mkdir()
+    for name, values in RECIPE.items():
+        (recipe / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return recipe
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is a stand-in, the pretraining implies no untrained model, and nothing is evaluated."""
+    for name, kind in steps.KINDS.items():
+        stand_in = replace(kind, module="stand_in_step", launched=False, measured=False)
+        monkeypatch.setitem(steps.KINDS, name, stand_in)
+
+
+@pytest.fixture
+def run(folder: Path, stand_ins: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command; returns its exit code, and what it wrote to stdout and stderr."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        try:
+            code = main(["run", "recipe", *argv])
+        except SystemExit as stop:
+            code = int(str(stop.code))
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+Runner = Callable[..., tuple[int, str, str]]
+
+
+def configure(folder: Path, name: str, **values: object) -> None:
+    """Change fields of a step's YAML file."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
+
+
+def times(run_dir: str = "runs/r") -> dict[str, int]:
+    """Directory -> how often the stand-in has run there since the directory was emptied."""
+    counts = {path.parent.name: len(path.read_text().splitlines()) for path in Path(run_dir).glob("*/ran.txt")}
+    return dict(sorted(counts.items()))
+
+
+def identities() -> dict[str, str]:
+    """Step -> identity of its last run from the start."""
+    return {name: step["id"] for name, step in json.loads(Path("runs/r/run.json").read_text())["steps"].items()}
+
+
+def changed(before: dict[str, str]) -> set[str]:
+    """The steps that have run from the start since `before`."""
+    return {name for name, identity in identities().items() if before.get(name) != identity}
+
+
+ALL = {"0_data", "0_random", "1_pretrain", "2_sft", "3_reward"}
+
+
+def test_every_step_runs_once_and_its_command_is_shown(run: Runner) -> None:
+    code, out, _ = run()
+    assert code == 0
+    assert times() == {"0_random": 1, "1_pretrain": 1, "2_sft": 1, "3_reward": 1, "data": 1}
+    commands = [line for line in out.splitlines() if line.startswith("$ ")]
+    assert commands[2] == "$ python -m stand_in_step --config recipe/1_pretrain.yaml"
+    record = json.loads(Path("runs/r/run.json").read_text())
+    assert record["steps"]["2_sft"]["seconds"] > 0
+    assert record["recipe"] == "recipe"
+
+
+def test_a_second_run_skips_all(run: Runner) -> None:
+    run()
+    before = identities()
+    code, out, _ = run()
+    assert code == 0
+    assert "$ " not in out
+    assert changed(before) == set()
+
+
+def test_a_changed_field_runs_its_step_and_what_depends_on_it_again(folder: Path, run: Runner) -> None:
+    run()
+    before = identities()
+    Path("runs/r/2_sft/old.txt").touch()
+    configure(folder, "2_sft", num_train_epochs=3)
+    _, out, _ = run()
+    assert "num_train_epochs: None -> 3" in out
+    assert "removed runs/r/2_sft" in out
+    assert not Path("runs/r/2_sft/old.txt").exists()
+    assert changed(before) == {"2_sft", "3_reward"}
+
+
+def test_a_changed_input_file_runs_its_step_again(folder: Path, run: Runner) -> None:
+    Path("text.txt").write_text("one")
+    configure(folder, "1_pretrain", dataset_name="text.txt")
+    run()
+    before = identities()
+    Path("text.txt").write_text("two")
+    run()
+    assert changed(before) == {"0_random", "1_pretrain", "2_sft", "3_reward"}
+
+
+def test_comments_and_order_of_a_file_are_no_change(folder: Path, run: Runner) -> None:
+    run()
+    before = identities()
+    path = folder / "1_pretrain.yaml"
+    values = yaml.safe_load(path.read_text())
+    path.write_text("# a comment\n" + yaml.safe_dump(dict(reversed(values.items())), sort_keys=False))
+    run()
+    assert changed(before) == set()
+
+
+def test_until_stops_and_a_run_without_it_goes_on(run: Runner) -> None:
+    run("--until", "1_pretrain")
+    before = identities()
+    assert set(before) == {"0_data", "0_random", "1_pretrain"}
+    run()
+    assert changed(before) == {"2_sft", "3_reward"}
+
+
+def test_what_was_made_from_an_earlier_run_is_made_again_later(run: Runner) -> None:
+    run()
+    before = identities()
+    run("--force", "pretrain", "--until", "pretrain")
+    assert changed(before) == {"1_pretrain"}
+    run()
+    assert changed(before) == {"1_pretrain", "2_sft", "3_reward"}
+
+
+def test_from_runs_a_step_and_all_after_it(run: Runner) -> None:
+    run()
+    before = identities()
+    run("--from", "sft")
+    assert changed(before) == {"2_sft", "3_reward"}
+
+
+def test_from_wants_what_it_needs(run: Runner) -> None:
+    code, _, err = run("--from", "2_sft")
+    assert code == 2
+    assert "--from: 1_pretrain: is needed first (has not run yet)" in err
+    assert not Path("runs").exists()
+
+
+def test_force_without_names_runs_all(run: Runner) -> None:
+    run()
+    before = identities()
+    run("--force")
+    assert changed(before) == ALL
+    before = identities()
+    run("--force", "--from", "sft")
+    assert changed(before) == {"2_sft", "3_reward"}
+
+
+def test_a_step_whose_output_is_gone_runs_again(run: Runner) -> None:
+    run()
+    before = identities()
+    Path("runs/r/2_sft/ran.txt").unlink()
+    Path("runs/r/2_sft").rmdir()
+    run()
+    assert changed(before) == {"2_sft", "3_reward"}
+
+
+def test_data_corrected_by_hand_are_kept_and_what_learned_from_them_runs_again(run: Runner) -> None:
+    run()
+    before = identities()
+    Path("runs/r/data/label.txt").write_text("the other one")
+    _, out, _ = run("--dry-run")
+    assert "skip 0_data: finished" in out and "run 1_pretrain: the data of 0_data were changed" in out
+    run()
+    assert changed(before) == ALL - {"0_data"}
+    assert Path("runs/r/data/label.txt").read_text() == "the other one"
+    before = identities()
+    run()
+    assert changed(before) == set()
+
+
+def test_dry_run_tells_why_and_writes_nothing(folder: Path, run: Runner) -> None:
+    code, out, _ = run("--dry-run")
+    assert code == 0
+    assert "run 2_sft: has not run yet" in out
+    assert not Path("runs").exists()
+    run()
+    configure(folder, "2_sft", num_train_epochs=3)
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+    _, out, _ = run("--dry-run")
+    assert "skip 1_pretrain: finished" in out
+    assert "run 3_reward: depends on 2_sft" in out
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
+
+
+def test_output_dir_moves_every_path(run: Runner) -> None:
+    run("--output_dir", "elsewhere/s")
+    assert times("elsewhere/s") == {"0_random": 1, "1_pretrain": 1, "2_sft": 1, "3_reward": 1, "data": 1}
+    assert "dataset_name=elsewhere/s/data" in Path("elsewhere/s/2_sft/ran.txt").read_text()
+    assert not Path("runs").exists()
+
+
+def test_a_run_that_was_moved_is_still_finished(run: Runner) -> None:
+    run()
+    Path("runs/r").rename("moved")
+    _, out, _ = run("--output_dir", "moved")
+    assert "$ " not in out
+
+
+def test_the_seed_reaches_every_step_and_is_a_change(run: Runner) -> None:
+    run("--seed", "1")
+    before = identities()
+    assert all("seed=1" in path.read_text() for path in Path("runs/r").glob("*/ran.txt"))
+    assert json.loads(Path("runs/r/run.json").read_text())["seed"] == 1
+    run("--seed", "2")
+    assert changed(before) == ALL
+
+
+def test_a_failing_step_ends_the_run_with_its_message_and_code(folder: Path, run: Runner) -> None:
+    configure(folder, "2_sft", fails=7)
+    code, out, err = run()
+    assert code == 7
+    assert err == "the step's own message\n"
+    assert "2_sft failed with exit code 7" in out
+    assert "3_reward" not in times()
+
+
+def test_a_step_that_was_cut_short_goes_on_from_what_it_saved(folder: Path, run: Runner) -> None:
+    configure(folder, "2_sft", fails=7)
+    run()
+    before = identities()
+    code, out, _ = run()
+    assert code == 0
+    assert "2_sft: was cut short" in out
+    assert times()["2_sft"] == 2
+    assert changed(before) == {"3_reward"}
+
+
+def test_a_step_that_was_cut_short_and_changed_starts_anew(folder: Path, run: Runner) -> None:
+    configure(folder, "2_sft", fails=7)
+    run()
+    configure(folder, "2_sft", fails=0)
+    run()
+    assert times()["2_sft"] == 1
+
+
+def test_a_directory_that_the_runner_did_not_write_is_kept(run: Runner) -> None:
+    Path("runs/r/2_sft").mkdir(parents=True)
+    Path("runs/r/2_sft/trained_by_hand").touch()
+    run()
+    assert Path("runs/r/2_sft/trained_by_hand").exists()
+
+
+def test_no_token_is_written_down(folder: Path, run: Runner) -> None:
+    configure(folder, "2_sft", hub_token="hf_secret")
+    run()
+    assert "hf_secret" not in Path("runs/r/run.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (
+            ["--until", "5_dpo"],
+            "--until: 5_dpo: no such step; there are 0_data, 0_random, 1_pretrain, 2_sft, 3_reward",
+        ),
+        (["--force", "stf"], "--force: stf: no such step; there are"),
+        (["--from", "3_reward", "--until", "2_sft"], "--from: 3_reward: comes after --until 2_sft"),
+        (["--num_processes", "0"], "--num_processes: 0: must be at least 1"),
+        (["--config_file", "no.yaml"], "--config_file: no.yaml: no such file"),
+        (["--seed", "-1"], "--seed: -1: must be between 0 and 4294967295"),
+        (["--config_file", "recipe/2_sft.yaml"], "--config_file: recipe/2_sft.yaml: is no launch file"),
+    ],
+)
+def test_wrong_arguments_are_refused(run: Runner, argv: list[str], told: str) -> None:
+    code, _, err = run(*argv)
+    assert code == 2
+    assert err.startswith(told)
+    assert not Path("runs").exists()
+
+
+def test_two_files_of_one_step_are_refused(folder: Path, run: Runner) -> None:
+    (folder / "2_sft.yml").write_text((folder / "2_sft.yaml").read_text())
+    code, _, err = run()
+    assert code == 2
+    assert err.startswith("recipe: recipe/2_sft.yml: is the same step as 2_sft.yaml")
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_late_step_that_would_be_refused_is_told_before_the_first_one_runs(
+    folder: Path, capfd: pytest.CaptureFixture[str], dry: list[str]
+) -> None:
+    configure(folder, "0_data", size_mb="big")
+    configure(folder, "3_reward", learning_rat=0.1, max_steps=0)
+    configure(folder, "2_sft", seed=-3)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipe", *dry])
+    assert stop.value.code == 2
+    told = capfd.readouterr().err.splitlines()
+    assert [line.split(":")[:2] for line in told] == [
+        ["0_data", " size_mb"], ["2_sft", " seed"], ["3_reward", " learning_rat"], ["3_reward", " max_steps"],
+    ]  # fmt: skip
+    assert "did you mean `learning_rate`?" in told[2]
+    assert not Path("runs").exists()
+
+
+def test_all_mistakes_of_a_folder_are_told_at_once(folder: Path, run: Runner) -> None:
+    (folder / "4_gpro.yaml").write_text("output_dir: runs/r/4_gpro")
+    (folder / "2_sft.yaml").write_text("output_dir: [")
+    (folder / "3_reward.yaml").write_text("learning_rate: 1")
+    code, _, err = run()
+    assert code == 2
+    assert [line.split(":")[1].strip() for line in err.splitlines()] == [
+        "recipe/2_sft.yaml, line 1",
+        "recipe/3_reward.yaml",
+        "recipe/4_gpro.yaml",
+    ]
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {"model_name_or_path": "runs/r/1_pretrian"},
+            "2_sft: model_name_or_path: runs/r/1_pretrian: no earlier step",
+        ),
+        ({"output_dir": "runs/other/2_sft"}, "output_dir: recipe: the steps write to several runs"),
+        ({"output_dir": "runs/r/data"}, "output_dir: runs/r/data: 0_data and 2_sft would write there"),
+    ],
+)
+def test_paths_that_do_not_fit_are_refused(folder: Path, run: Runner, values: dict[str, str], told: str) -> None:
+    configure(folder, "2_sft", **values)
+    code, _, err = run()
+    assert code == 2
+    assert err.startswith(told)
+
+
+def test_a_damaged_record_is_told(run: Runner) -> None:
+    run()
+    Path("runs/r/run.json").write_text("{")
+    code, _, err = run()
+    assert code == 2
+    assert err.startswith("output_dir: runs/r/run.json: cannot be read")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def waiting(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run whose `2_sft` is going on."""
+    configure(folder, "2_sft", waits=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, "run", "recipe"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(Path("runs/r/2_sft/pid"))
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_step_which_may_save(
+    waiting: subprocess.Popen[str], run: Runner, number: signal.Signals
+) -> None:
+    waiting.send_signal(number)
+    out, err = waiting.communicate(timeout=60)
+    assert waiting.returncode == 128 + number
+    assert Path("runs/r/2_sft/checkpoint").read_text() == str(int(number))
+    assert f"stopped by {number.name} in 2_sft; to go on: python -m pipeline run recipe" in out
+    assert "Traceback" not in err
+    code, out, _ = run()
+    assert code == 0
+    assert "2_sft: was cut short" in out
+
+
+def test_a_second_run_in_the_same_directory_is_refused(waiting: subprocess.Popen[str], run: Runner) -> None:
+    code, _, err = run()
+    assert code == 2
+    assert err.startswith(f"output_dir: runs/r: process {waiting.pid} is writing there")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent has died")
+def test_after_the_runner_was_killed_its_step_saves_and_the_next_run_goes_on(
+    waiting: subprocess.Popen[str], run: Runner
+) -> None:
+    waiting.kill()
+    waiting.wait()
+    code, out, _ = run()
+    assert code == 0
+    assert "2_sft: was cut short" in out
+    assert Path("runs/r/2_sft/checkpoint").read_text() == str(int(signal.SIGTERM))
+
+
+def test_the_commands_of_a_recipe_are_those_that_a_user_types(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--dry-run", "--until", "sft", "--num_processes", "2", "--output_dir", "x"]
+    assert main(["run", "recipe", *argv]) == 0
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    launch = "accelerate launch --config_file accelerate_config.yaml --num_processes 2 -m"
+    pretrain = "--config recipe/1_pretrain.yaml --output_dir x"
+    sft = "--config recipe/2_sft.yaml --output_dir x/2_sft"
+    assert shown == [
+        "python -m recipes.data --config recipe/0_data.yaml --output_dir x/data",
+        f"python -m recipes.untrained {pretrain}/0_random --dataset_name x/data",
+        "python -m pipeline evaluate x --stage 0_random",
+        f"{launch} recipes.pretrain {pretrain}/1_pretrain --dataset_name x/data",
+        "python -m pipeline evaluate x --stage 1_pretrain",
+        f"{launch} recipes.sft {sft} --model_name_or_path x/1_pretrain --dataset_name x/data",
+        "python -m pipeline evaluate x --stage 2_sft",
+        "python -m pipeline report x",
+    ]
+
+
+def test_steps_of_one_number_run_in_the_order_of_training(folder: Path) -> None:
+    for name in ("3_ppo", "3_preferences", "0_tokenizer"):
+        (folder / f"{name}.yaml").write_text(f"output_dir: runs/r/{name}")
+    names = [step.name for step in read_plan(folder).steps if step.kind not in ("evaluate", "report")]
+    assert names == [
+        "0_data",
+        "0_tokenizer",
+        "0_random",
+        "1_pretrain",
+        "2_sft",
+        "3_preferences",
+        "3_reward",
+        "3_ppo",
+    ]
+
+
+def test_smoke_is_two_steps_of_a_miniature_beside_the_run(folder: Path) -> None:
+    configure(folder, "1_pretrain", max_steps=5000, max_train_samples=100)
+    plan = read_plan(folder, smoke=True)
+    assert plan.run_dir == Path("runs/r-smoke")
+    arguments = {step.name: " ".join(step.arguments) for step in plan.steps}
+    assert "--max_steps 2" in arguments["1_pretrain"]
+    assert "--max_train_samples" not in arguments["1_pretrain"]
+    assert "--hidden_size 64" in arguments["0_random"]
+    assert "--limit" in arguments["evaluate_2_sft"]
+    assert all(step.output.parts[:2] == ("runs", "r-smoke") for step in plan.steps)
+
+
+def test_lists_of_paths_move_with_the_run(folder: Path) -> None:
+    values = {"output_dir": "runs/r/4_grpo", "reward_funcs": ["correctness", "runs/r/3_reward"]}
+    (folder / "4_grpo.yaml").write_text(yaml.safe_dump(values))
+    step = next(step for step in read_plan(folder, Path("x")).steps if step.name == "4_grpo")
+    assert " ".join(step.arguments).endswith("--reward_funcs correctness x/3_reward")
+    assert step.needs == ("3_reward",)

@@ -1,0 +1,58 @@
+"""Memory that is freed and needed again is not fetched from the kernel again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import hardware
+
+ROOT = Path(__file__).parents[1]
+FAULTS = """
+import resource, torch
+from pipeline import launch
+from pipeline.hardware import keep_freed_memory
+launch.prepare_cpu()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(4, 1 << 20).exp()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+kept = keep_freed_memory()
+print(int(kept.value), faults, kept.reason)
+"""
+GLIBC = hardware.platform.libc_ver()[0] == "glibc"
+
+
+def run(**environment: str) -> tuple[bool, int, str]:
+    """Whether memory was kept, page faults of 20 times 32 MiB, and the reason."""
+    clean = {name: value for name, value in os.environ.items() if name not in hardware.OWN_SETTINGS}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True
+    )
+    kept, faults, reason = done.stdout.split(maxsplit=2)
+    return kept == "1", int(faults), reason.strip()
+
+
+def test_freed_memory_is_used_again() -> None:
+    kept, faults, reason = run()
+    assert kept == GLIBC and reason
+    # A setting of the user's own, here glibc's default, is left alone.
+    left, more_faults, why = run(MALLOC_TOP_PAD_="131072")
+    assert not left and ("MALLOC_TOP_PAD_" in why) == GLIBC
+    assert faults < more_faults / 4 or not GLIBC
+
+
+def test_an_allocator_that_refuses_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def mallopt(self, parameter: int, value: int) -> int:
+            return 0
+
+    for name in hardware.OWN_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: Refusing())
+    choice = hardware.keep_freed_memory.__wrapped__()
+    assert choice.value is False and choice.reason

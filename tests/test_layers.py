@@ -1,0 +1,81 @@
+"""The architecture: packages import only from layers below their own, and no modules import each other in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS: list[set[str]] = [
+    {"errors", "hardware"},
+    {"files", "launch"},
+    {"config", "data", "models", "rewards"},
+    {"preferences"},
+    {"training", "evaluation"},
+    {"rl", "report", "runner"},
+    {"__main__"},
+]
+"""Modules and packages at the top of `pipeline/`, lowest first. Those of one layer do not import each other."""
+
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("pipeline/**/*.py")}
+MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
+LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module or name that a file imports, wherever in it and under whatever condition."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_modules(name: str) -> set[str]:
+    """The modules of the project that a module imports."""
+    found = set()
+    for imported in imports(MODULES[name]):
+        module = imported if imported in MODULES else imported.rpartition(".")[0]
+        if module in MODULES and module not in ("pipeline", name):
+            found.add(module)
+    return found
+
+
+def test_every_part_of_the_package_has_a_layer() -> None:
+    assert set(LAYER_OF) == {name.split(".")[1] for name in MODULES if name != "pipeline"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_down(name: str) -> None:
+    own = name.split(".")[1] if name != "pipeline" else "__main__"
+    parts = {module.split(".")[1] for module in imported_modules(name)} - {own}
+    upwards = {part for part in parts if LAYER_OF[part] >= LAYER_OF[own]}
+    assert not upwards, f"{name} is in layer {LAYER_OF[own]} and imports {', '.join(sorted(upwards))}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_the_library_imports_neither_recipes_nor_tests(name: str) -> None:
+    assert not [module for module in imports(MODULES[name]) if module.split(".")[0] in ("recipes", "tests")]
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {name: imported_modules(name) for name in MODULES if MODULES[name].name != "__init__.py"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
+
+
+def test_folders_and_modules_stay_small() -> None:
+    for folder in {path.parent for path in MODULES.values()}:
+        entries = [path for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__")]
+        assert len(entries) <= (18 if folder == ROOT / "pipeline" else 16), folder
+    for path in MODULES.values():
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 70, path

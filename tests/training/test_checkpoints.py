@@ -1,0 +1,247 @@
+"""Checkpoints are complete or absent, and a run goes on from the newest good one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArguments
+
+import pipeline.training.checkpoints as module
+from pipeline.errors import RunStopped, UserError
+from pipeline.training.checkpoints import check_architecture, checkpoints, newest_complete, protect
+from pipeline.training.divergence import stop_on_divergence
+from pipeline.training.manifest import find_damage
+
+
+class Line(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.dropout = torch.nn.Dropout(0.5)  # so that the random state matters
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        prediction = self.layer(self.dropout(x)).squeeze(-1)
+        return {"loss": ((prediction - labels) ** 2).mean(), "logits": prediction}
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, bad: int | None = None) -> None:
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        value = float("nan") if i == self.bad else i / 40
+        return {"x": torch.tensor([value, 1.0]), "labels": torch.tensor(i / 20)}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+        return [self[i] for i in indices]
+
+
+def make_trainer(folder: Path, bad: int | None = None, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    defaults: dict[str, Any] = {
+        "max_steps": 12,
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    args = TrainingArguments(str(folder), **{**defaults, **options})
+    trainer = Trainer(Line(), args, train_dataset=Rows(bad), eval_dataset=Rows())
+    protect(trainer)
+    return trainer
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints(folder)]
+
+
+class At(TrainerCallback):
+    """Does something at one event of one step."""
+
+    def __init__(self, event: str, step: int, action: Any) -> None:
+        def handle(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                action()
+
+        setattr(self, event, handle)
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def test_every_checkpoint_is_complete_and_only_the_wanted_number_stays(tmp_path: Path) -> None:
+    make_trainer(tmp_path, save_total_limit=2).train()
+    assert names(tmp_path) == ["checkpoint-9", "checkpoint-12"]
+    assert [find_damage(path) for path in checkpoints(tmp_path)] == [None, None]
+    assert not (tmp_path / module.UNFINISHED).exists()
+    assert not list(tmp_path.rglob("training_args.bin")), "a pickle that may hold a token"
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    make_trainer(tmp_path, max_steps=12, save_steps=1).train()
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-12"
+
+
+def test_evaluation_runs_after_the_checkpoint_of_its_step_and_is_recorded_in_it(tmp_path: Path) -> None:
+    seen = []
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(At("on_evaluate", 3, lambda: seen.append(find_damage(tmp_path / "checkpoint-3"))))
+    trainer.train()
+    assert seen == [None]
+    assert '"eval_loss"' in (tmp_path / "checkpoint-3" / "trainer_state.json").read_text()
+
+
+@pytest.mark.parametrize("killed_at", ["save_pretrained", "manifest", "rename", "evaluation", "step"])
+def test_a_run_stopped_anywhere_goes_on_to_the_same_weights(
+    tmp_path: Path, killed_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = make_trainer(tmp_path / "whole")
+    undisturbed.train()
+    trainer = make_trainer(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        if killed_at == "save_pretrained":
+            patch.setattr(trainer, "_save_optimizer_and_scheduler", lambda *_: stop())
+        elif killed_at == "manifest":
+            patch.setattr(module, "write_manifest", lambda *_: stop())
+        elif killed_at == "rename":
+            patch.setattr(module, "_move_into_place", lambda *_: stop())
+        elif killed_at == "evaluation":
+            patch.setattr(trainer, "_evaluate", lambda *_: stop())
+        else:
+            trainer.add_callback(At("on_step_begin", 7, stop))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    expected = {"evaluation": "checkpoint-3", "step": "checkpoint-6"}.get(killed_at)
+    found = newest_complete(tmp_path / "parts")
+    assert (found and found.name) == expected
+
+    again = make_trainer(tmp_path / "parts")
+    again.train(resume_from_checkpoint=str(found) if found else None)
+    for name, weight in undisturbed.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name])
+    evaluations = [e["eval_loss"] for e in undisturbed.state.log_history if "eval_loss" in e]
+    assert [e["eval_loss"] for e in again.state.log_history if "eval_loss" in e] == evaluations
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path / "model.safetensors", 100)
+
+
+def flip(path: Path) -> None:
+    content = bytearray((path / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "optimizer.pt").write_bytes(content)
+
+
+DAMAGES: dict[str, Any] = {
+    "truncated weights": truncate,
+    "one flipped bit": flip,
+    "missing scheduler": lambda path: (path / "scheduler.pt").unlink(),
+    "missing manifest": lambda path: (path / "manifest.json").unlink(),
+    "manifest of nonsense": lambda path: (path / "manifest.json").write_text("{"),
+    "manifest of another kind": lambda path: (path / "manifest.json").write_text("[]"),
+    "one flipped bit of the state": lambda path: (path / "trainer_state.json").write_text(
+        (path / "trainer_state.json").read_text().replace('"epoch": 1', '"epoch": 3', 1)
+    ),
+    "state cut off": lambda path: (path / "trainer_state.json").write_text('{"global_'),
+    "state of another step": lambda path: shutil.copy(
+        path.parent / "checkpoint-9" / "trainer_state.json", path / "trainer_state.json"
+    ),
+    "empty directory": lambda path: [file.unlink() for file in path.iterdir()],
+    "no random state": lambda path: (path / "rng_state.pth").unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    make_trainer(folder).train()
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    finished: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    DAMAGES[damage](folder / "checkpoint-12")
+    with caplog.at_level(logging.WARNING):
+        assert newest_complete(folder) == folder / "checkpoint-9"
+    assert "checkpoint-12 is passed over" in caplog.text
+    again = make_trainer(folder)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-9"))
+    assert newest_complete(folder) == folder / "checkpoint-12", "the damaged one was replaced"
+
+
+def test_nothing_to_go_on_from(tmp_path: Path) -> None:
+    assert newest_complete(tmp_path / "missing") is None
+    (tmp_path / "checkpoint-best").mkdir()
+    assert newest_complete(tmp_path) is None
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    LlamaConfig(hidden_size=64, vocab_size=100).save_pretrained(tmp_path)
+    check_architecture(tmp_path, LlamaConfig(hidden_size=64, vocab_size=100))
+    with pytest.raises(UserError, match="hidden_size 64 instead of 32, vocab_size 100 instead of 99"):
+        check_architecture(tmp_path, LlamaConfig(hidden_size=32, vocab_size=99))
+    check_architecture(tmp_path / "an adapter", LlamaConfig())
+
+
+def test_the_last_good_one_outlives_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, save_total_limit=1)
+    save = trainer._save_optimizer_and_scheduler
+
+    def full(output_dir: str) -> None:
+        if trainer.state.global_step == 6:
+            raise OSError(28, "No space left on device")
+        save(output_dir)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(RunStopped, match=r"step 6 could not be written.*No space left.*checkpoint-3"):
+        trainer.train()
+    assert names(tmp_path) == ["checkpoint-3"]
+    assert find_damage(tmp_path / "checkpoint-3") is None
+    assert not (tmp_path / module.UNFINISHED).exists()
+
+
+def test_the_best_checkpoint_stays_and_is_loaded(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, save_total_limit=1, load_best_model_at_end=True, learning_rate=0.5)
+    values = iter([0.5, 0.1, 0.3, 0.4])
+    evaluate = trainer._evaluate
+
+    def pretend(*args: Any, **kwargs: Any) -> dict[str, float]:
+        return {**evaluate(*args, **kwargs), "eval_loss": next(values)}
+
+    trainer._evaluate = pretend  # type: ignore[method-assign]
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+    assert find_damage(tmp_path / "checkpoint-6") is None
+
+
+def test_a_loss_that_is_no_number_stops_before_it_is_learned(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, bad=17, save_steps=1)
+    stop_on_divergence(trainer)
+    with pytest.raises(RunStopped) as stopped:
+        trainer.train()
+    message = str(stopped.value)
+    assert "nan" in message and "17" in message.split("rows")[1].split("]")[0]
+    last = newest_complete(tmp_path)
+    assert (str(last) in message) if last else ("no checkpoint yet" in message)
+    assert f"step {trainer.state.global_step + 1}" in message
+    assert all(weight.isfinite().all() for weight in trainer.model.state_dict().values())
