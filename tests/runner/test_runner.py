@@ -34,7 +34,7 @@ RECIPE = {
 DRIVER = """
 import sys
 from dataclasses import replace
-from pipeline import steps
+from pipeline.runner import steps
 from pipeline.__main__ import main
 for name, kind in steps.KINDS.items():
     steps.KINDS[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
