@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl import GRPOConfig, ModelConfig
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # imports take seconds, which `--help` does not have
 class PPORewardArguments:
     """What scores a completion. The scores are added up, weighted by `reward_weights`: models first."""
 
+    trains_critic: ClassVar[bool] = True
+    """Whether a critic as large as the model is trained and saved beside it."""
     reward_model_path: list[str] | None = field(
         default=None,
         metadata={
@@ -82,6 +84,7 @@ def load_ppo_inputs(
 class GRPORewardArguments:
     """What is rewarded. Several rewards are added up, weighted by `reward_weights`."""
 
+    trains_critic: ClassVar[bool] = False
     reward_funcs: list[str] = field(
         default_factory=lambda: ["math_answer"],
         metadata={"help": "Rewards: names of `pipeline.rewards.functions`, or any importable package.module:function."},
