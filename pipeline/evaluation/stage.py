@@ -20,7 +20,7 @@ from pipeline.evaluation import measurements, reward_model
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.measurements import Speaker
 from pipeline.evaluation.results import StageResult
-from pipeline.models.loading import load_config, told_as
+from pipeline.models.loading import load_config, user_error_for
 
 
 def check_stage(run: Path, stage: str, option: str = "--stage") -> None:
@@ -61,11 +61,11 @@ def evaluate_stage(
     began = time.perf_counter()
     launch.prepare_cpu()
     result = StageResult(stage)
-    with told_as("--stage", run / stage):
+    with user_error_for("--stage", run / stage):
         rewards = is_reward_model(run / stage)
     if rewards:
         if held_out.pairs:
-            with told_as("--stage", run / stage):
+            with user_error_for("--stage", run / stage):
                 tokenizer = AutoTokenizer.from_pretrained(run / stage)
                 config = load_config(str(run / stage))
                 model = AutoModelForSequenceClassification.from_pretrained(
@@ -106,7 +106,7 @@ def is_reward_model(path: Path) -> bool:
 
 def load_speaker(path: Path, max_new_tokens: int) -> Speaker:
     """The language model in `path`, in float32, on the accelerator if there is one."""
-    with told_as("--stage", path):
+    with user_error_for("--stage", path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.chat_template:

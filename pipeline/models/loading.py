@@ -19,7 +19,7 @@ from pipeline.errors import Problem, UserError
 
 
 @contextmanager
-def told_as(field: str, name: object, what: str = "model") -> Iterator[None]:
+def user_error_for(field: str, name: object, what: str = "model") -> Iterator[None]:
     """Tell a model or a tokenizer (`what`) that cannot be loaded as a problem of `field`, which named it.
 
     Raises:
@@ -45,7 +45,7 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
     """
     if not name:
         raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
-    with told_as(field, name, "tokenizer"):
+    with user_error_for(field, name, "tokenizer"):
         return AutoTokenizer.from_pretrained(name, revision=revision or "main")
 
 

@@ -64,7 +64,7 @@ def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
-    from pipeline.models.loading import told_as
+    from pipeline.models.loading import user_error_for
 
     # A reward model has one output; PEFT's configuration says which head it was trained with.
     if config.get("task_type") == "SEQ_CLS":
@@ -79,7 +79,7 @@ def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
     except (RuntimeError, SafetensorError) as error:
         remedy = f"its weights do not fit its base model, or are damaged: {str(error).splitlines()[0]}"
         raise UserError(Problem("adapter", adapter, remedy)) from error
-    with told_as("adapter", adapter, "tokenizer"):
+    with user_error_for("adapter", adapter, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(adapter))
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(str(output_dir))

@@ -38,7 +38,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import check_replaceable
 from pipeline.models.checks import check_model, check_room
 from pipeline.models.generation import encode_prompts, generate
-from pipeline.models.loading import base_of, told_as
+from pipeline.models.loading import base_of, user_error_for
 from pipeline.models.weights import find_adapter_fault, find_fault
 from pipeline.preferences import files
 from pipeline.preferences.files import SPLITS, Counts
@@ -247,7 +247,7 @@ def load_model(args: PreferenceArguments) -> tuple[PreTrainedModel, PreTrainedTo
             sees less than `max_new_tokens`.
     """
     name = args.model_name_or_path
-    with told_as("model_name_or_path", name):
+    with user_error_for("model_name_or_path", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name)
     if tokenizer.chat_template is None:

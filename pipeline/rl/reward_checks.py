@@ -17,7 +17,7 @@ from transformers import (
 
 from pipeline.data.splits import Split
 from pipeline.errors import Problem, UserError
-from pipeline.models.loading import base_of, load_config, load_tokenizer, told_as
+from pipeline.models.loading import base_of, load_config, load_tokenizer, user_error_for
 from pipeline.models.weights import find_adapter_fault, find_fault
 from pipeline.rewards.functions import MEASURED_ONLY
 from pipeline.rewards.loading import load_rewards
@@ -128,7 +128,7 @@ def column_names(split: Split) -> list[str]:
 
 def _load_config(field: str, path: str) -> tuple[Any | None, list[Problem]]:
     try:
-        with told_as(field, path):
+        with user_error_for(field, path):
             return load_config(path), []
     except UserError as error:
         return None, list(error.problems)
