@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,6 +72,68 @@ def below_a_file(path: Path, field: str = "output_dir") -> Problem | None:
     """The problem of a directory that cannot be made, because a part of its path is a file."""
     file = next((part for part in (path, *path.parents) if part.is_file()), None)
     return Problem(field, path, f"{file} is a file; choose a directory") if file else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, either whole or not at all.
+
+    Args:
+        path: The file. Its folder is created if it does not exist; an earlier file is replaced.
+        text: Its content. Lone surrogates, which UTF-8 cannot encode, become question marks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp_file = path.with_name(f".{path.name}.tmp")
+    tmp_file.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    fsync(tmp_file)
+    os.replace(tmp_file, path)
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Write a folder, either whole or not at all.
+
+    Args:
+        path: The folder. An earlier one is replaced once the block has ended without an error.
+
+    Yields:
+        An empty folder to write to, beside `path`.
+    """
+    tmp_dir = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(tmp_dir, ignore_errors=True)
+    tmp_dir.mkdir(parents=True)
+    try:
+        yield tmp_dir
+        replace_folder(path, tmp_dir)
+    finally:
+        shutil.rmtree(tmp_dir, ignore_errors=True)
+
+
+def replace_folder(path: Path, new: Path) -> None:
+    """Rename the folder `new` to `path`, and delete an earlier folder of that name.
+
+    Args:
+        path: The name to give.
+        new: A complete folder on the same file system.
+    """
+    trash_dir = new.with_name(f".{path.name}.trash")
+    shutil.rmtree(trash_dir, ignore_errors=True)
+    if path.exists():
+        os.replace(path, trash_dir)
+    os.replace(new, path)
+    fsync(path.parent)
+    shutil.rmtree(trash_dir, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk; Windows cannot flush folders."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 LOCK = ".lock"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.files import below_a_file, unwritable
+from pipeline.files import below_a_file, unwritable, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +127,7 @@ def claim(args: Any) -> None:
     """
     resolved = getattr(args, RESOLVED, None)
     if resolved is not None:
-        record = Path(args.output_dir) / RECORD
-        aside = record.with_suffix(".tmp")
-        aside.write_text(json.dumps(resolved, indent=1) + "\n")
-        os.replace(aside, record)
+        write_text(Path(args.output_dir) / RECORD, json.dumps(resolved, indent=1) + "\n")
 
 
 def describe(arguments: Iterable[Any]) -> dict[str, Any]:

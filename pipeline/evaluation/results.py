@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pipeline.files import write_text
 
 
 @dataclass
@@ -35,7 +36,7 @@ def write(run: Path, result: StageResult) -> Path:
     folder = run / "evaluations"
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in result.examples]
-    _replace(folder / f"{result.stage}.jsonl", "".join(lines))
+    write_text(folder / f"{result.stage}.jsonl", "".join(lines))
     content = {
         "stage": result.stage,
         "metrics": result.metrics,
@@ -44,7 +45,7 @@ def write(run: Path, result: StageResult) -> Path:
         "seconds": round(result.seconds, 2),
     }
     path = folder / f"{result.stage}.json"
-    _replace(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return path
 
 
@@ -60,9 +61,3 @@ def table(result: StageResult) -> str:
 def _line(name: str, entry: dict[str, Any]) -> str:
     low, high = entry["ci95"]
     return f"{name:<30} {entry['value']:>8.3f}  {low:>7.3f} {high:>7.3f} {entry['n']:>10}"
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

@@ -6,7 +6,6 @@ tokens are reserved before any training, so that no later stage changes the voca
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import Problem, UserError
+from pipeline.files import write_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -105,8 +105,5 @@ def train_tokenizer(
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
     """Save a tokenizer, whole or not at all; an earlier one in `output_dir` is replaced."""
-    target = Path(output_dir)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(target, ignore_errors=True)
-    unfinished.rename(target)
+    with write_folder(Path(output_dir)) as folder:
+        tokenizer.save_pretrained(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from datasets import Dataset, Features, Value
 
 from pipeline.data.splits import MESSAGES
+from pipeline.files import write_folder
 
 SPLITS = ("train", "validation", "test")
 FILES = ("README.md", *(f"{split}.parquet" for split in SPLITS))
@@ -77,16 +77,10 @@ def write(
         counts: What became of the answers of each split.
         origin: Which model the answers are from, and whose prompts, as a phrase.
     """
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as scratch:
-        complete = Path(scratch) / "complete"
-        complete.mkdir()
+    with write_folder(output_dir) as folder:
         for name, rows in splits.items():
-            Dataset.from_list(list(rows), features=FEATURES).to_parquet(complete / f"{name}.parquet")
-        (complete / "README.md").write_text(_card(splits, counts, origin), encoding="utf-8")
-        if output_dir.exists():
-            output_dir.rename(Path(scratch) / "replaced")
-        complete.rename(output_dir)
+            Dataset.from_list(list(rows), features=FEATURES).to_parquet(folder / f"{name}.parquet")
+        (folder / "README.md").write_text(_card(splits, counts, origin), encoding="utf-8")
 
 
 def _card(splits: Mapping[str, Any], counts: Mapping[str, Counts], origin: str) -> str:

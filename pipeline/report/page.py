@@ -8,12 +8,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from pipeline.files import write_text
 from pipeline.report.curves import Chart, charts_of
 from pipeline.report.differences import Difference
 from pipeline.report.labels import stage_info
 from pipeline.report.load import Run
 from pipeline.report.markdown import to_markdown
-from pipeline.report.summary import summarise, write_json, write_text
+from pipeline.report.summary import summarise, write_json
 from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, figures, gains, show_verdicts, tiles
 from pipeline.report.targets import Promise, Verdict, judge

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_text
 from pipeline.report.curves import overlay
 from pipeline.report.differences import Difference
 from pipeline.report.labels import metric_info, metric_order, stage_info, stage_order, step_order
 from pipeline.report.load import Run
 from pipeline.report.markdown import table
 from pipeline.report.page import draw, render
-from pipeline.report.summary import commit, seconds, write_json, write_text
+from pipeline.report.summary import commit, seconds, write_json
 from pipeline.report.tables import show_verdicts
 from pipeline.report.targets import Promise, Verdict, judge
 from pipeline.report.text import duration, markdown, number, signed

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_text
 from pipeline.report.differences import Difference
 from pipeline.report.load import Measurement, Run, Stage, finite, last_logged
 from pipeline.report.targets import Verdict
@@ -85,14 +86,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as JSON that every parser reads (no NaN), whole or not at all."""
     text = json.dumps(content, indent=1, allow_nan=False, default=str) + "\n"
     write_text(path, text)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; characters that UTF-8 cannot hold become question marks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-    os.replace(partial, path)
 
 
 def seconds(run: Run) -> dict[str, float]:

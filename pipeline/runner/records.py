@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import Problem, UserError
+from pipeline.files import write_text
 from pipeline.runner.fingerprint import fingerprint, fingerprint_path, without_secrets
 from pipeline.runner.steps import Step
 
@@ -109,13 +109,7 @@ class RunRecord:
         self._write()
 
     def _write(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(self.content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def _now() -> str:

@@ -2,7 +2,6 @@
 
 import logging
 import random
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,7 +15,7 @@ from pipeline.data.overlap import NgramIndex
 from pipeline.data.pocket import conversations, documents
 from pipeline.data.pocket.things import SPLITS, Split
 from pipeline.errors import Problem, UserError
-from pipeline.files import check_replaceable
+from pipeline.files import check_replaceable, write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -150,37 +149,33 @@ def build(args: PocketArguments) -> None:
     """
     if problems := check(args):
         raise UserError(*problems)
-    target = Path(args.output_dir)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     index = NgramIndex(OVERLAP_N)
-    for config in SCHEMAS:
-        for split in SPLITS[1:]:
-            rows = held_out(args, config, split)
-            index.add(row_text(row) for row in rows)
-            _write(unfinished / config / f"{split}.parquet", SCHEMAS[config], rows)
-    for config in SCHEMAS:
-        kept, left_out = 0, 0
+    with write_folder(Path(args.output_dir)) as folder:
+        for config in SCHEMAS:
+            for split in SPLITS[1:]:
+                rows = held_out(args, config, split)
+                index.add(row_text(row) for row in rows)
+                _write(folder / config / f"{split}.parquet", SCHEMAS[config], rows)
+        for config in SCHEMAS:
+            kept, left_out = 0, 0
 
-        def clean(config: str = config) -> Iterator[dict[str, Any]]:
-            nonlocal kept, left_out
-            for row in training(args, config):
-                if index.overlaps(row_text(row)):
-                    left_out += 1
-                else:
-                    kept += 1
-                    yield row
+            def clean(config: str = config) -> Iterator[dict[str, Any]]:
+                nonlocal kept, left_out
+                for row in training(args, config):
+                    if index.overlaps(row_text(row)):
+                        left_out += 1
+                    else:
+                        kept += 1
+                        yield row
 
-        _write(unfinished / config / "train.parquet", SCHEMAS[config], clean())
-        logger.info(
-            "%s: %d training rows; %d left out because held-out text contains part of them",
-            config,
-            kept,
-            left_out,
-        )
-    (unfinished / "README.md").write_text(card(args), encoding="utf-8", newline="\n")
-    shutil.rmtree(target, ignore_errors=True)
-    unfinished.rename(target)
+            _write(folder / config / "train.parquet", SCHEMAS[config], clean())
+            logger.info(
+                "%s: %d training rows; %d left out because held-out text contains part of them",
+                config,
+                kept,
+                left_out,
+            )
+        (folder / "README.md").write_text(card(args), encoding="utf-8", newline="\n")
 
 
 def card(args: PocketArguments) -> str:
