@@ -441,7 +441,7 @@ CASES |= {
     # models
     "weights cut off": model("cut", "model.safetensors is damaged"),
     "weights cut off, of a policy": model("cut", "model.safetensors is damaged", recipe="grpo"),
-    "no weights": model("no-weights", "holds no weights"),
+    "no weights": model("no-weights", "does not contain weights"),
     "weights as a pickle": model("pickle", "pickle", "safetensors"),
     "weights of another width": model("wider", "not those of its config.json"),
     "weights of fewer layers": model("deeper", "lacks the weights"),

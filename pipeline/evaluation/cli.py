@@ -49,7 +49,8 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.errors import Problem, UserError
     from pipeline.evaluation.held_out import read_held_out
     from pipeline.evaluation.results import table, write
-    from pipeline.evaluation.stage import check_stage, evaluate_stage, is_reward_model
+    from pipeline.evaluation.stage import check_stage, evaluate_stage, holds_model
+    from pipeline.models.loading import is_reward_model, load_config, user_error_for
 
     run = Path(args.run)
     if problems := check_ranges(vars(args)):
@@ -57,7 +58,9 @@ def main(args: argparse.Namespace) -> int:
     check_stage(run, args.stage)
     if args.against != AGAINST:
         check_stage(run, args.against, "--against")
-    if (run / args.against).is_dir() and is_reward_model(run / args.against):
+    with user_error_for("--against", args.against):
+        rewards = holds_model(run / args.against) and is_reward_model(load_config(str(run / args.against)))
+    if rewards:
         raise UserError(Problem("--against", args.against, "is a reward model, which answers nothing; choose another"))
     held_out = read_held_out(run, args)
     result = evaluate_stage(

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError
@@ -20,7 +14,7 @@ from pipeline.evaluation import measurements, reward_model
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.measurements import Speaker
 from pipeline.evaluation.results import StageResult
-from pipeline.models.loading import load_config, user_error_for
+from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
 
 
 def check_stage(run: Path, stage: str, option: str = "--stage") -> None:
@@ -62,15 +56,10 @@ def evaluate_stage(
     launch.prepare_cpu()
     result = StageResult(stage)
     with user_error_for("--stage", run / stage):
-        rewards = is_reward_model(run / stage)
+        rewards = is_reward_model(load_config(str(run / stage)))
     if rewards:
         if held_out.pairs:
-            with user_error_for("--stage", run / stage):
-                tokenizer = AutoTokenizer.from_pretrained(run / stage)
-                config = load_config(str(run / stage))
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    run / stage, config=config, dtype=torch.float32
-                )
+            model, tokenizer = load_model(str(run / stage), "--stage", reward=True, dtype=torch.float32)
             reward_model.measure(result, _place(model), tokenizer, held_out.pairs, seed)
     else:
         speaker = load_speaker(run / stage, max_new_tokens)
@@ -95,22 +84,9 @@ def holds_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
 
 
-def is_reward_model(path: Path) -> bool:
-    """Whether the model in `path` is a sequence classifier."""
-    adapter = path / "adapter_config.json"
-    if adapter.is_file():
-        return json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
-    architectures = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures")
-    return any("SequenceClassification" in name for name in architectures or ())
-
-
 def load_speaker(path: Path, max_new_tokens: int) -> Speaker:
     """The language model in `path`, in float32, on the accelerator if there is one."""
-    with user_error_for("--stage", path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    if not tokenizer.chat_template:
-        raise UserError(Problem("--stage", path, "its tokenizer has no chat template; add one"))
+    model, tokenizer = load_model(str(path), "--stage", dtype=torch.float32)
     return Speaker(_place(model), tokenizer, max_new_tokens)
 
 

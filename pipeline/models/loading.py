@@ -1,35 +1,49 @@
-"""Tokenizers and models of the stages that begin with a trained model."""
+"""Configurations, tokenizers and trained models, by folder or Hub id; LoRA adapters included."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
 from pipeline.errors import Problem, UserError
+from pipeline.models.weights import ADAPTER, report_missing, validate_file, validate_files
+
+ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+"""The ends of transformers' class names for PEFT's task types."""
 
 
 @contextmanager
 def user_error_for(field: str, name: object, what: str = "model") -> Iterator[None]:
-    """Tell a model or a tokenizer (`what`) that cannot be loaded as a problem of `field`, which named it.
-
-    Raises:
-        UserError: If it isn't there, is damaged or doesn't fit its own configuration.
-    """
+    """Raise a failure to load a model or a tokenizer (`what`) as a `UserError` about `field`, which named it."""
     try:
         yield
+    except (UserError, MemoryError):
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(Problem(field, name, f"no {what} can be loaded from there ({reason})")) from None
+        raise UserError(Problem(field, name, f"no {what} can be loaded from it ({reason})")) from None
+    except Exception as error:  # a damaged tokenizer.json or config.json raises anything
+        raise UserError(Problem(field, name, f"no {what} can be loaded from it ({error!r})")) from error
 
 
 def load_tokenizer(name: str | None, field: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -41,7 +55,7 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
         revision: Branch, tag or commit on the Hub. Default: "main".
 
     Raises:
-        UserError: If there is no tokenizer.
+        UserError: The tokenizer cannot be loaded.
     """
     if not name:
         raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
@@ -50,7 +64,7 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
 
 
 def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
-    """What TRL's trainers pass to `from_pretrained`, as TRL's own scripts do, without code from the Hub."""
+    """Return what TRL's own scripts pass to `from_pretrained`, except for code from the Hub."""
     return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -58,25 +72,18 @@ def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
     }
 
 
-ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
-"""What transformers calls the classes for some of PEFT's task types."""
-
-
 def base_of(name: str) -> str | None:
-    """Which model an adapter belongs to; None for a model that is none.
-
-    Args:
-        name: A folder or an id on the Hub.
-    """
+    """Return the base model of a PEFT adapter, or None if `name`, a folder or Hub id, is not an adapter."""
     if find_adapter_config_file(name) is None:
         return None
     return PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """The configuration of a model, or of the base that an adapter belongs to.
+    """Load the configuration of a model, or that of an adapter's base model.
 
-    A classifier that is an adapter has one label, as `RewardTrainer` makes it, and an architecture that says so.
+    The configuration of an adapter that is a classifier says so in `architectures`, and has one label, as
+    `RewardTrainer` makes it.
 
     Args:
         name: A folder or an id on the Hub.
@@ -93,18 +100,101 @@ def load_config(name: str) -> PreTrainedConfig:
     return config
 
 
-def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model itself if it has no adapter; else a copy that has its active adapters merged into its weights.
+def is_reward_model(config: PreTrainedConfig) -> bool:
+    """Return whether a model is a sequence classifier, by the configuration that `load_config` returns."""
+    return any("SequenceClassification" in name for name in config.architectures or ())
+
+
+def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
+    """Check a local model's weights, or an adapter's and its base model's, against what they are for.
+
+    Only the headers of the files are read. A model on the Hub is checked by its configuration alone.
 
     Args:
-        model: Also one whose adapters transformers has loaded, which is no `PeftModel`.
+        name: A folder or an id on the Hub.
+        config: Its configuration, from `load_config`.
+        model_class: The class of transformers that will load it, `AutoModelForCausalLM` for instance.
+
+    Returns:
+        What is wrong and what to do, as the remedy of a `Problem`, or None.
+    """
+    folder, base = Path(name), base_of(name) if Path(name).is_dir() else None
+    if base is not None:
+        if fault := validate_file(folder / ADAPTER):
+            return fault
+        folder, config, model_class = Path(base), AutoConfig.from_pretrained(base), AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = model_class.from_config(config)
+    except ValueError:
+        return f"is a {config.model_type} model, which cannot be used here"
+    fault = validate_files(folder, model) if folder.is_dir() else None
+    return f"its base model {base}: {fault}" if base and fault else fault
+
+
+def validate_vocabulary(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, whose: str = "its tokenizer"
+) -> str | None:
+    """Return what is wrong with a tokenizer (`whose`) that has more tokens than the model, or None."""
+    known = getattr(config.get_text_config(), "vocab_size", None)
+    if known is None or len(tokenizer) <= known:
+        return None
+    return f"knows {known} tokens and {whose} {len(tokenizer)}; give the tokenizer it was trained with"
+
+
+def load_model(
+    name: str, field: str, *, reward: bool = False, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a chat model or a reward model with its tokenizer, and refuse a broken one.
+
+    Args:
+        name: A folder or an id on the Hub; an adapter is loaded with its base model.
+        field: Argument that named it, for messages.
+        reward: Whether a reward model is wanted.
+        dtype: Default: that of the weights.
+
+    Raises:
+        UserError: The model or its tokenizer cannot be loaded, weights are missing or not finite, or the tokenizer
+            has no chat template or more tokens than the model.
+    """
+    tokenizer = load_tokenizer(name, field)
+    model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    with user_error_for(field, name):
+        config = load_config(name)
+        if is_reward_model(config) and not reward:
+            fault: str | None = "is a reward model; give a language model"
+        elif not tokenizer.chat_template:
+            fault = "its tokenizer has no chat template; give a model tuned on conversations"
+        else:
+            fault = validate_vocabulary(config, tokenizer) or validate_weights(name, config, model_class)
+        if fault is None:
+            model, loaded = model_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+            fault = report_missing(loaded["missing_keys"]) or find_non_finite(model)
+    if fault is not None:
+        raise UserError(Problem(field, name, fault))
+    return model, tokenizer
+
+
+def find_non_finite(model: PreTrainedModel) -> str | None:
+    """Return what is wrong with a model that has NaN or infinite weights, as a run that diverged leaves it, or None."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.element_size() > 1 and not torch.isfinite(weight).all():
+            return f"its weights are not finite numbers ({name}); train it again"
+    return None
+
+
+def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return a model itself if it has no adapter; otherwise a copy with its active adapters merged into its weights.
+
+    Args:
+        model: A `PeftModel`, or a model into which transformers has loaded adapters.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
         return model
     merged = copy.deepcopy(model)
-    adapted: list[str] = []  # what lies inside of one of these is part of it
+    adapted: list[str] = []  # prefixes of the layers replaced so far, whose inner modules went with them
     for name, module in list(merged.named_modules()):
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or name.startswith(tuple(adapted)):
             continue

@@ -1,98 +1,111 @@
-"""Whether a folder holds all the weights of a model, before any of them is loaded."""
+"""The weight files of a model: what their headers say, and resuming from files that use older names for the weights.
+
+Importing this module does not import torch, so that the report reads headers in no time.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import PreTrainedModel, Trainer
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 
 
-def find_fault(folder: Path, model: Any) -> str | None:
-    """Compare a folder's safetensors with the model that they are for; only their headers are read.
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """Return the shape of each weight in a safetensors file, from its header.
 
-    transformers would fill weights that are missing with random numbers, and say so in a table.
-
-    Args:
-        folder: A local model.
-        model: The model, without weights (on the meta device).
-
-    Returns:
-        What is wrong and what to do, or `None`.
+    Raises:
+        SafetensorError, OSError: The file cannot be read.
     """
-    if not _files(folder):
-        if any(folder.glob("*.bin")):
-            return "holds its weights as a pickle, which may run code; save the model as safetensors"
-        return f"holds no weights ({WEIGHTS})"
-    if damaged := next(filter(None, map(_file_fault, _files(folder))), None):
-        return damaged
-    shapes = stored_shapes(folder)
-    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
-    other = [name for name, shape in wanted.items() if name in shapes and shapes[name] != shape]
-    if other:
-        first = f"{other[0]} has the shape {shapes[other[0]]} instead of {wanted[other[0]]}"
-        return f"its weights are not those of its config.json ({first}); copy the model again"
-    if type(model).__name__ not in (model.config.architectures or []) or not set(shapes) <= set(wanted):
-        return None  # of another class, or under older names: what is missing cannot be told
-    missing = sorted(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
-    return f"lacks the weights {', '.join(missing[:3])}; copy the model again" if missing else None
+    with safe_open(file, framework="np") as weights:
+        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
 
 
-def find_adapter_fault(folder: Path) -> str | None:
-    """What is wrong with the weights of a PEFT adapter in a local folder, and what to do, or `None`."""
-    return _file_fault(folder / ADAPTER)
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shapes of all weights in a folder, by their names in the files; empty if there are none.
+
+    Raises:
+        SafetensorError, OSError: A file cannot be read.
+    """
+    return {name: shape for file in _weight_files(folder) for name, shape in read_shapes(file).items()}
 
 
-def _file_fault(file: Path) -> str | None:
+def validate_file(file: Path) -> str | None:
+    """Return what is wrong with a safetensors file and what to do, or None."""
     if not file.exists():
-        return f"holds no {file.name}; copy the model again"
+        return f"does not contain {file.name}; copy the model again"
     try:
-        _shapes(file)
+        read_shapes(file)
     except (SafetensorError, OSError) as error:
         return f"{file.name} is damaged ({' '.join(str(error).split())}); copy the model again"
     return None
 
 
-def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """The shapes of a folder's weights by the names that they have there; empty if it holds none.
+def validate_files(folder: Path, model: Any) -> str | None:
+    """Compare the weight files of a folder with the model that they are for.
 
-    Raises:
-        SafetensorError, OSError: A file cannot be read.
+    transformers would fill missing weights with random numbers and log a table.
+
+    Args:
+        folder: A local model.
+        model: The model, on the meta device.
+
+    Returns:
+        What is wrong and what to do, or None.
     """
-    return {name: shape for file in _files(folder) for name, shape in _shapes(file).items()}
+    files = _weight_files(folder)
+    if not files:
+        if any(folder.glob("*.bin")):
+            return "its weights are a pickle, which may run code; save the model as safetensors"
+        return f"does not contain weights ({WEIGHTS})"
+    if damaged := next(filter(None, map(validate_file, files)), None):
+        return damaged
+    shapes = stored_shapes(folder)
+    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    if other := [name for name, shape in wanted.items() if shapes.get(name, shape) != shape]:
+        first = f"{other[0]} has the shape {shapes[other[0]]} instead of {wanted[other[0]]}"
+        return f"its weights are not those of its config.json ({first}); copy the model again"
+    if type(model).__name__ not in (model.config.architectures or []) or not set(shapes) <= set(wanted):
+        return None  # saved from another class or under older names, so that missing weights cannot be recognised
+    return report_missing(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
-    with safe_open(file, framework="pt") as weights:
-        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+def report_missing(names: Collection[str]) -> str | None:
+    """Return what is wrong with a model that lacks these weights, and what to do; None if there are none."""
+    return f"lacks the weights {', '.join(sorted(names)[:3])}; copy the model again" if names else None
 
 
-def _files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return [path for path in [folder / WEIGHTS] if path.exists()]
     try:
-        names = json.loads((folder / INDEX).read_text())["weight_map"].values()
+        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     return [folder / name for name in sorted(set(names))]
 
 
 def load_renamed_weights(trainer: Trainer, folder: str | Path) -> None:
-    """Load all weights of a folder by `from_pretrained`, if the model does not know some of their names.
+    """Load all weights of a folder with `from_pretrained` if the model does not know some of their names.
 
     Args:
-        trainer: Has loaded what it could of the folder. Nothing is done for adapters, which have names of their own,
-            and for models that are loaded in shards.
+        trainer: A trainer that has loaded what it could of the folder. Adapters, which use names of their own, and
+            sharded models are left alone.
         folder: A checkpoint.
     """
+    import torch
+    from transformers import PreTrainedModel
+
     model = trainer.model
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if sharded or not isinstance(model, PreTrainedModel) or set(stored_shapes(Path(folder))) <= set(model.state_dict()):
@@ -103,7 +116,7 @@ def load_renamed_weights(trainer: Trainer, folder: str | Path) -> None:
 
 
 def resume_renamed_weights(trainer: Trainer) -> None:
-    """Let a trainer of any class load such weights, when it resumes and when it takes its best model.
+    """Make a trainer of any class load renamed weights when it resumes and when it loads its best model.
 
     Args:
         trainer: Changed in place, before `train`.

@@ -27,7 +27,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import hardware
 from pipeline.config.checks import check_ranges
@@ -38,8 +38,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import check_replaceable
 from pipeline.models.checks import check_model, check_room
 from pipeline.models.generation import encode_prompts, generate
-from pipeline.models.loading import base_of, user_error_for
-from pipeline.models.weights import find_adapter_fault, find_fault
+from pipeline.models.loading import load_model
 from pipeline.preferences import files
 from pipeline.preferences.files import SPLITS, Counts
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
@@ -239,30 +238,6 @@ def label_answers(
     return labelled, counts
 
 
-def load_model(args: PreferenceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, on this process's device, and its tokenizer.
-
-    Raises:
-        UserError: There is none, or none that can answer: it has no chat template, is a reward model, is damaged, or
-            sees less than `max_new_tokens`.
-    """
-    name = args.model_name_or_path
-    with user_error_for("model_name_or_path", name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name)
-    if tokenizer.chat_template is None:
-        raise UserError(
-            Problem("model_name_or_path", name, "has no chat template; give a model tuned on conversations")
-        )
-    problems = check_model(model.config, tokenizer, args, name)
-    folder, adapted = Path(name), base_of(name) is not None
-    if folder.is_dir() and (fault := find_adapter_fault(folder) if adapted else find_fault(folder, model)):
-        problems.append(Problem("model_name_or_path", name, fault))
-    if problems:
-        raise UserError(*problems)
-    return model.to(PartialState().device), tokenizer
-
-
 def collect(args: PreferenceArguments) -> dict[str, Counts]:
     """Sample on all processes; label and write on the first.
 
@@ -276,7 +251,10 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     if problems := check_replaceable(args.output_dir, files.FILES, files.TITLE, args.dataset_name):
         raise UserError(*problems)
     prompts = read_prompts(args)
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
+    if problems := check_model(model.config, tokenizer, args, args.model_name_or_path):
+        raise UserError(*problems)
+    model.to(state.device)
     encoded = encode(model, tokenizer, prompts, args)
     splits: dict[str, list[Row]] = {}
     counts: dict[str, Counts] = {}

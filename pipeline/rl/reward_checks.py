@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from pipeline.data.splits import Split
 from pipeline.errors import Problem, UserError
-from pipeline.models.loading import base_of, load_config, load_tokenizer, user_error_for
-from pipeline.models.weights import find_adapter_fault, find_fault
+from pipeline.models.loading import load_config, load_tokenizer, user_error_for, validate_weights
 from pipeline.rewards.functions import MEASURED_ONLY
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl.value_model import auto_class
@@ -135,20 +127,8 @@ def _load_config(field: str, path: str) -> tuple[Any | None, list[Problem]]:
 
 
 def _check_weights(field: str, path: str, config: Any, kind: Any) -> list[Problem]:
-    base = base_of(path)
-    if base is not None:
-        fault = find_adapter_fault(Path(path)) if Path(path).is_dir() else None
-        if fault:
-            return [Problem(field, path, fault)]
-        config, kind = AutoConfig.from_pretrained(base), AutoModelForCausalLM
-    weights = base or path
-    try:
-        with torch.device("meta"):
-            model = kind.from_config(config)
-    except ValueError:
-        return [Problem(field, path, f"{config.model_type} cannot be used here")]
-    fault = find_fault(Path(weights), model) if Path(weights).is_dir() else None
-    return [Problem(field, path, fault if base is None else f"its base model {base} {fault}")] if fault else []
+    fault = validate_weights(path, config, kind)
+    return [Problem(field, path, fault)] if fault else []
 
 
 def _check_vocabulary(

@@ -23,8 +23,7 @@ from pipeline.data.splits import Kind, Split, load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.models.checks import check_lengths, check_model, check_room, check_tokenizer
 from pipeline.models.llama import build_model
-from pipeline.models.loading import base_of, load_tokenizer
-from pipeline.models.weights import find_fault
+from pipeline.models.loading import base_of, is_reward_model, load_tokenizer, validate_weights
 from pipeline.training import checks
 from pipeline.training.checks import rehearse
 
@@ -211,7 +210,7 @@ def _check_weights(config: Any, args: Any, model_args: Any) -> list[Problem]:
     """Weights, attention, LoRA targets and room on the disk, by a model without weights."""
     name = model_args.model_name_or_path
     reward = hasattr(args, "center_rewards_coefficient")
-    if reward and not any("SequenceClassification" in kind for kind in config.architectures or []):
+    if reward and not is_reward_model(config):
         config.num_labels = 1
     kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     attention = model_args.attn_implementation
@@ -224,7 +223,7 @@ def _check_weights(config: Any, args: Any, model_args: Any) -> list[Problem]:
             return [Problem("attn_implementation", attention, f"{reason}; leave it out, or use sdpa or eager")]
         return [Problem("model_name_or_path", name, f"{config.model_type} cannot be used here")]
     problems = []
-    if Path(name).is_dir() and (fault := find_fault(Path(name), model)):
+    if fault := validate_weights(name, config, kind):
         problems.append(Problem("model_name_or_path", name, fault))
     modules = dict(model.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, LAYERS)]

@@ -172,7 +172,7 @@ def test_the_recipe_takes_adapters_and_tells_what_is_wrong_with_them(tmp_path: P
     save_adapter(tmp_path)
     (tmp_path / "base" / "model.safetensors").unlink()
     (problem,) = check_reward_model(adapter)
-    assert f"its base model {tmp_path / 'base'} holds no weights" in problem.remedy
+    assert f"its base model {tmp_path / 'base'}: does not contain weights" in problem.remedy
     (tmp_path / "base" / "config.json").unlink()
     (problem,) = check_reward_model(adapter)
     assert problem.field == "reward_model_path" and str(tmp_path / "base") in str(problem)

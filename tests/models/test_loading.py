@@ -1,0 +1,107 @@
+"""Models that are broken are refused when they are loaded, in one line that names the field."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from pipeline.errors import UserError
+from pipeline.models.loading import is_reward_model, load_config, load_model
+from tests.word_model import word_model_config, word_tokenizer
+
+WORDS = ["where", "is", "fox"]
+LAST = "model.layers.0.mlp.up_proj.weight"
+
+
+def save_model(folder: Path, reward: bool = False, adapter: bool = False) -> Path:
+    """A small model of random weights, or an adapter to one, with its tokenizer."""
+    torch.manual_seed(0)
+    kind = LlamaForSequenceClassification if reward else LlamaForCausalLM
+    model = kind(word_model_config(WORDS, **({"num_labels": 1} if reward else {})))
+    model.save_pretrained(folder.with_name("base") if adapter else folder)
+    if adapter:
+        model.name_or_path = str(folder.with_name("base"))
+        task = "SEQ_CLS" if reward else "CAUSAL_LM"
+        get_peft_model(model, LoraConfig(task_type=task, target_modules=["q_proj"])).save_pretrained(folder)
+    word_tokenizer(WORDS).save_pretrained(folder)
+    return folder
+
+
+def change(file: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(file)
+    edit(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def refusal(folder: Path, reward: bool = False) -> str:
+    with pytest.raises(UserError) as refused:
+        load_model(str(folder), "--model", reward=reward)
+    message = str(refused.value)
+    assert message.startswith(f"--model: {folder}: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("reward", [False, True])
+def test_a_sound_model_is_loaded(tmp_path: Path, reward: bool, adapter: bool) -> None:
+    folder = save_model(tmp_path / "model", reward, adapter)
+    model, tokenizer = load_model(str(folder), "--model", reward=reward)
+    assert is_reward_model(load_config(str(folder))) == reward
+    assert type(model) is (LlamaForSequenceClassification if reward else LlamaForCausalLM)
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    change(folder / "model.safetensors", lambda weights: weights.pop(LAST))
+    assert f"lacks the weights {LAST}" in refusal(folder)
+    folder = save_model(tmp_path / "reward", reward=True)
+    change(folder / "model.safetensors", lambda weights: weights.pop("score.weight"))
+    assert "lacks the weights score.weight" in refusal(folder, reward=True)
+    folder = save_model(tmp_path / "adapter", adapter=True)
+    change(folder / "adapter_model.safetensors", lambda weights: weights.pop(min(weights)))
+    assert "lacks the weights" in refusal(folder)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert f"its base model {tmp_path / 'base'}: does not contain weights" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    folder = save_model(tmp_path / "model")
+    change(folder / "model.safetensors", lambda weights: weights[LAST][0, 0].fill_(value))
+    assert f"its weights are not finite numbers ({LAST})" in refusal(folder)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    word_tokenizer([*WORDS, "owl", "bee"]).save_pretrained(folder)
+    assert "tokens and its tokenizer" in refusal(folder)
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.chat_template = None
+    for file in folder.glob("*template*"):
+        file.unlink()
+    tokenizer.save_pretrained(folder)
+    assert "chat template" in refusal(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert "no tokenizer can be loaded" in refusal(folder)
+
+
+def test_the_wrong_kind_of_model_is_refused(tmp_path: Path) -> None:
+    assert "is a reward model" in refusal(save_model(tmp_path / "reward", reward=True))
+    assert "lacks the weights score.weight" in refusal(save_model(tmp_path / "model"), reward=True)
+    assert "no tokenizer can be loaded" in refusal(tmp_path / "nothing")
+
+
+def test_headers_are_read_without_torch() -> None:
+    """The report counts parameters, and starts in half a second."""
+    code = "import sys, pipeline.models.weights; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
