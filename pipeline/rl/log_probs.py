@@ -1,4 +1,4 @@
-"""Log-probabilities of a text's tokens from the model's plain logits."""
+"""Log-probabilities from a model's plain logits, computed in groups of texts of similar length."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+CPU_ROWS = 16
+"""Texts in a group on a CPU, enough to keep it busy. An accelerator takes all of them at once."""
+
 
 def token_log_probs(
     model: nn.Module,
@@ -27,22 +30,22 @@ def token_log_probs(
     entropy_gradient: bool,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Tensor, Tensor | None]:
-    """Score the last tokens of each text.
+    """Compute the log-probabilities of the last tokens of each text.
 
     Args:
-        model: A causal language model, in whatever wrapper.
-        ids: (B, L).
+        model: A causal language model, wrapped or not.
+        ids: As for `over_length_groups`, like the next three.
         attention_mask: (B, L).
         length: How many tokens are scored.
-        batch_size: Texts in a forward pass; None for all of them.
-        temperature: That the logits are divided by.
-        entropy: Compute entropies too.
-        entropy_gradient: Let gradients through them.
+        batch_size: Texts per forward pass, at most; None for all of them.
+        temperature: What the logits are divided by.
+        entropy: Whether to compute entropies, too.
+        entropy_gradient: Whether gradients flow through them.
         autocast: Makes the context of the forward passes.
 
     Returns:
-        Log-probabilities (B, `length`), and the entropies (B, `length`) of the distributions that the tokens
-        were drawn from, or None; in nats.
+        Log-probabilities, and the entropies of the distributions that the tokens were drawn from, or None; each
+        (B, `length`), in nats.
     """
 
     def of_group(inputs: dict[str, Any], kept: int) -> tuple[Tensor, ...]:
@@ -59,18 +62,14 @@ def token_log_probs(
     return scored, entropies[0] if entropy else None
 
 
-CPU_ROWS = 16
-"""Texts in a group on a CPU, which such a number keeps busy. An accelerator takes all at once."""
-
-
 @dataclass(frozen=True)
 class LengthGroup:
     """Some of the texts of a batch.
 
-    Args:
+    Attributes:
         rows: (R,), which texts.
         columns: From the first to the last token that any of them has.
-        length: How many of the completion's columns are among those; at least 1.
+        length: How many of these columns belong to the completions; at least 1.
     """
 
     rows: Tensor
@@ -78,7 +77,7 @@ class LengthGroup:
     length: int
 
     def of(self, batch: Tensor) -> Tensor:
-        """(R, `columns`), this group's part of a batch (B, L)."""
+        """Return this group's part (R, `columns`) of a batch (B, L)."""
         return batch[self.rows, self.columns]
 
 
@@ -92,21 +91,21 @@ def over_length_groups(
 ) -> tuple[Tensor, ...]:
     """Compute something for each token of the completions, group by group.
 
-    Positions are counted from each text's first token, as they are when it is sampled, so that they do not depend on
-    the group either.
+    Positions are counted from each text's first token, as they are during sampling, so that they do not depend on the
+    group either.
 
     Args:
-        compute: Of the arguments of the model's forward pass, and the length of the group's completions: any number
-            of tensors (R, that length).
-        model: In whatever wrapper.
-        ids: (B, L), of prompts padded on the left with completions padded on the right.
+        compute: Takes the arguments of the model's forward pass and the length of the group's completions; returns any
+            number of tensors (R, that length).
+        model: The model, wrapped or not.
+        ids: (B, L), prompts padded on the left followed by completions padded on the right.
         attention_mask: (B, L).
-        length: Columns of the completions, which are the last.
+        length: Columns of the completions, which come last; less than L.
         batch_size: Texts in a group, at most; None for all of them.
 
     Returns:
-        As many tensors (B, `length`), 0 where a text has no token: what a model says of padding depends on the group,
-        and two such numbers may be far apart.
+        As many tensors (B, `length`), 0 where a text has no token: a model's output for padding depends on the group,
+        and two such outputs may be far apart.
     """
     groups = length_groups(attention_mask, length, batch_size)
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0) if accepts(model, "position_ids") else None
@@ -123,19 +122,14 @@ def over_length_groups(
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether a model's forward pass has an argument of that name.
-
-    Args:
-        model: In whatever wrapper.
-        argument: The name.
-    """
+    """Return whether the forward method of a model, wrapped or not, has an argument of this name."""
     model = extract_model_from_parallel(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     return argument in inspect.signature(model.forward).parameters
 
 
 def length_groups(attention_mask: Tensor, length: int, batch_size: int | None) -> list[LengthGroup]:
-    """Groups that hold every text of a batch once. Arguments as of `over_length_groups`."""
+    """Split a batch into groups, each text in one of them. The arguments are those of `over_length_groups`."""
     size = batch_size or len(attention_mask)
     if attention_mask.device.type == "cpu":
         size = min(size, CPU_ROWS)

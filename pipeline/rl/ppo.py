@@ -1,10 +1,10 @@
 """PPO for language models, on the engine of TRL's `GRPOTrainer`.
 
-TRL took its `PPOTrainer` out after 1.12. This one inherits everything that is not PPO from `GRPOTrainer`:
-generation (transformers or vLLM), reward models and reward functions, chat data, PEFT, logging, evaluation,
-checkpoints and several processes, by way of `pipeline.rl.grpo`, which makes them resume exactly. What it adds is
-the critic, the KL penalty per token inside the reward, generalised advantage estimation and the clipped value
-loss (`pipeline.rl.ppo_math`, `pipeline.rl.value_model`).
+TRL removed its `PPOTrainer` after 1.12. This one inherits everything that is not PPO from `GRPOTrainer`: generation
+(transformers or vLLM), reward models and reward functions, chat data, PEFT, logging, evaluation, checkpoints and
+multi-process training, by way of `pipeline.rl.grpo`, which makes it resume exactly. It adds the critic, the KL penalty
+per token inside the reward, generalised advantage estimation and the clipped value loss (`pipeline.rl.ppo_math`,
+`pipeline.rl.value_model`).
 
     trainer = PPOTrainer(
         model="runs/pocket/2_sft",
@@ -30,20 +30,18 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy
-from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from pipeline.rl import ppo_math
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.ppo_metrics import rollout_means, rollout_sums, update_means, update_sums
-from pipeline.rl.reference_model import copy_adapter, frozen_copy
+from pipeline.rl.reference_model import copy_adapter, frozen_copy, reference_adapter
 from pipeline.rl.value_model import (
     VALUE_MODEL_FOLDER,
     add_to_optimizer,
     build_value_model,
-    in_optimizer,
+    check_in_optimizer,
     load_value_model,
-    save_value_model,
     token_values,
 )
 
@@ -51,55 +49,46 @@ __all__ = ["PPOConfig", "PPOTrainer"]
 
 
 class PPOTrainer(GRPOTrainer):
-    """Trainer for Proximal Policy Optimization (PPO) with a learnt critic.
+    """Trainer for Proximal Policy Optimization (PPO) with a learned critic.
 
-    Each rollout, of `generation_batch_size` completions, is sampled, scored and given advantages once, and
-    then trained on `num_iterations` times in optimizer steps of `per_device_train_batch_size x
-    gradient_accumulation_steps x processes`. Policy and critic are two networks stepped by one optimizer: one
-    loss, one schedule, each with its own learning rate and its own gradient norm, clipped to `max_grad_norm`
-    separately.
+    Each rollout, of `generation_batch_size` completions, is sampled, scored and given advantages once, and then trained
+    on `num_iterations` times, in optimizer steps of `per_device_train_batch_size x gradient_accumulation_steps x
+    processes` completions. Policy and critic are two networks stepped by one optimizer: one loss, one schedule, each
+    with its own learning rate and its own gradient norm, clipped to `max_grad_norm` separately.
 
-    The score of a completion belongs to its last real token. A completion that ran into
-    `max_completion_length` is scored as it stands; `missing_eos_penalty` or `mask_truncated_completions`
-    changes that. A completion for which every reward function returns None trains nothing.
+    The score of a completion belongs to its last token. A completion that was cut off at `max_completion_length` is
+    scored like any other, unless `missing_eos_penalty` or `mask_truncated_completions` is set. Nothing is learned from
+    a completion for which every reward function returns None.
 
-    The critic is `value_model/` in every checkpoint and in `output_dir`. A checkpoint also holds the rollout
-    that is being trained on, so that a resumed run goes on with it; on one CPU process it goes on bit for
-    bit.
+    The critic is saved as `value_model/` in `output_dir` and in every checkpoint. A checkpoint also contains the
+    rollout that is being trained on, so that a resumed run continues with it: on one CPU process, bit for bit.
 
-    Logged, beside what `GRPOTrainer` logs: see `pipeline.rl.ppo_metrics`, and `val/grad_norm`, the critic's
-    before clipping.
+    The logs contain, besides what `GRPOTrainer` logs, the metrics of `pipeline.rl.ppo_metrics`.
 
     Args:
-        model: The policy: path, Hub id, model or `PeftModel`, as for `GRPOTrainer`. It is also the reference,
-            as it is now. Of a `PeftModel` with `peft_config`, the reference is the base without the adapter;
-            of one that has an adapter already, a frozen copy of that adapter.
-        reward_funcs: One or several of: reward model, path or id of one, Python function. As for
-            `GRPOTrainer`.
+        model: The policy: a path, a Hub id, a model or a `PeftModel`, as for `GRPOTrainer`. Its present state is also
+            the reference. For a `PeftModel` with `peft_config`, the reference is the base model without the adapter;
+            for one that already has an adapter, a frozen copy of that adapter.
+        reward_funcs: One or several reward models, paths or Hub ids of such, or Python functions, as for `GRPOTrainer`.
         args: The configuration. Default: `PPOConfig("<model>-PPO")`.
-        train_dataset: Rows with `prompt`, conversational or text; all other columns go to the reward
-            functions.
-        eval_dataset: The same, or a dictionary of such.
+        train_dataset: Rows with `prompt`, conversational or text; all other columns are passed to the reward functions.
+        eval_dataset: The same, or a dictionary of such data sets.
         processing_class: The tokenizer. Default: the model's.
-        value_model: The critic: a token classification model with one label, which is trained itself; or a reward
-            model or a causal language model, which is copied; or a path or Hub id of any of these. Default: a
-            copy of the first reward model that has the policy's vocabulary, or else of the policy
-            (`pipeline.rl.value_model.value_model_from`).
-        peft_config: Train an adapter of the policy instead. The critic is trained in full.
-        **kwargs: All else that `GRPOTrainer` takes. An optimizer in `optimizers` is given the critic's parameters
-            too, which a scheduler that stands beside it must know: add `value_model`'s before you make one.
+        value_model: The critic: a token classification model with one label, which is itself trained; a reward model or
+            a causal language model, which is copied; or a path or Hub id of any of these. Default: a copy of the first
+            reward model that has the policy's vocabulary, or else of the policy.
+        peft_config: Train an adapter instead of the policy's own weights. The critic is trained in full.
+        **kwargs: Any other argument of `GRPOTrainer`. The critic's parameters are added to an optimizer in
+            `optimizers`. A scheduler beside it must know them: add those of `value_model` before you make it.
 
     Raises:
-        ValueError: For a multimodal model, a critic with several labels, a scheduler that does not know the critic,
-            or under FSDP or DeepSpeed, which would leave the critic unsharded.
+        ValueError: For a multimodal model, a critic with several labels, a scheduler that does not know the critic, or
+            under FSDP or DeepSpeed, which would leave the critic unsharded.
     """
 
-    _tag_names: ClassVar[list[str]] = ["trl", "ppo"]
+    _tag_names: ClassVar = ["trl", "ppo"]
     _name = "PPO"
-    _paper: ClassVar[dict[str, str]] = {
-        "title": "Fine-Tuning Language Models from Human Preferences",
-        "id": "1909.08593",
-    }
+    _paper: ClassVar = {"title": "Fine-Tuning Language Models from Human Preferences", "id": "1909.08593"}
 
     def __init__(
         self,
@@ -118,7 +107,7 @@ class PPOTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PPOConfig(f"{name.split('/')[-1]}-PPO")
         if args.kl_coef > 0 and isinstance(model, PeftModel):
-            copy_adapter(model, "ref")
+            copy_adapter(model)
         super().__init__(
             model=model,
             reward_funcs=list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs,
@@ -130,7 +119,7 @@ class PPOTrainer(GRPOTrainer):
             **kwargs,
         )
         if self._is_vlm:
-            raise ValueError("PPOTrainer trains text models: the critic reads no images")
+            raise ValueError("PPOTrainer trains text models: the critic does not read images")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PPOTrainer runs on one process or under DDP: FSDP and DeepSpeed do not shard its critic")
 
@@ -142,39 +131,15 @@ class PPOTrainer(GRPOTrainer):
             policy=self.model.get_base_model() if is_peft_model(self.model) else self.model,
             tokenizer=self._tokenizer,
             rewards=list(zip(self.reward_funcs, self.reward_processing_classes, strict=True)),
+            args=args,
         )
-        if args.disable_dropout:
-            disable_dropout_in_model(critic)
-        if args.activation_checkpointing:
-            critic.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         self.value_model = self.accelerator.prepare_model(critic.to(self.accelerator.device))
-        if self.lr_scheduler is not None and not in_optimizer(self.optimizer, critic):
-            raise ValueError(
-                "the learning rate scheduler does not know the critic: add the parameters of `value_model` to the "
-                "optimizer before making the scheduler, or pass the optimizer alone"
-            )
+        if self.lr_scheduler is not None:
+            check_in_optimizer(self.optimizer, critic)
         self._score_moments = ppo_math.Moments()
         self._critic_gradients_used = False
         self._rollout_sums: Tensor | float = 0.0
         self._update_sums: Tensor | float = 0.0
-
-    # ---- The models
-
-    def _reference_logps(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int) -> Tensor:
-        """(B, `length`) log-probabilities of the last `length` tokens under the reference."""
-        model, adapter = self.ref_model, nullcontext()
-        if model is None:
-            model = self.model
-            policy = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
-        with adapter:
-            logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, attention_mask, length, batch_size)
-        return logps
-
-    def _values(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None) -> Tensor:
-        """(B, `length`) estimates of the critic before each of the last `length` tokens is chosen."""
-        self.value_model.train(self.model.training)
-        return token_values(self.value_model, ids, attention_mask, length, batch_size, self.accelerator.autocast)
 
     # ---- The rollout
 
@@ -187,9 +152,9 @@ class PPOTrainer(GRPOTrainer):
         """Let the parent sample and score, then replace its advantages (B,) by PPO's (B, T)."""
         mode = "train" if self.model.training else "eval"
         batch = super()._generate_and_score_completions(inputs)
-        self._metrics[mode].pop("frac_reward_zero_std", None)  # about groups, of which there are none
+        self._metrics[mode].pop("frac_reward_zero_std", None)  # is about groups
 
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        mask = _sampled_tokens(batch)
         ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
         scores, scored = self._scores(mask.any(dim=1), ended, mode)
         if not scored.all():
@@ -222,15 +187,14 @@ class PPOTrainer(GRPOTrainer):
         self._log_advantages(advantages, mask)
         if args.whiten_advantages:
             advantages = ppo_math.masked_whiten(advantages, mask, self._sum_over_processes)
-        batch |= {"advantages": advantages, "returns": returns, "old_values": values}
-        return batch
+        return batch | {"advantages": advantages, "returns": returns, "old_values": values}
 
     def _scores(self, trained: Tensor, ended: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-        """Scores of this process's completions, normalised and penalised, and which of them have one.
+        """Return this process's scores, normalised and penalised, and which completions have one, each (B,).
 
         Args:
-            trained: (B,), whether any token of a completion is trained on. One that is left out has no score.
-            ended: (B,), whether it ended.
+            trained: (B,), whether any token of a completion is trained on. Otherwise it does not get a score.
+            ended: (B,), whether it ended with an end of turn.
             mode: "train" or "eval".
         """
         rewards = self._rewards_per_func  # of all processes
@@ -247,37 +211,43 @@ class PPOTrainer(GRPOTrainer):
             scores = scores - self.args.missing_eos_penalty * ~ended
         return torch.where(scored, scores, 0.0), scored
 
+    def _reference_logps(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int) -> Tensor:
+        """Return the log-probabilities (B, `length`) of the last `length` tokens under the reference."""
+        model = self.model if self.ref_model is None else self.ref_model
+        with reference_adapter(self.accelerator.unwrap_model(self.model)):
+            logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, attention_mask, length, batch_size)
+        return logps
+
+    def _values(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None) -> Tensor:
+        """Return the critic's estimates (B, `length`) before each of the last `length` tokens is chosen."""
+        self.value_model.train(self.model.training)
+        return token_values(self.value_model, ids, attention_mask, length, batch_size, self.accelerator.autocast)
+
     # ---- The update
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        """Remember the last result, which the parent's loss uses up and the metrics need."""
+        """Keep the latest result, which the parent's loss consumes and the metrics need."""
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._last_result = [None if x is None else x.detach() for x in result]
+        self._latest_logps = [None if x is None else x.detach() for x in result]
         return result
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Add the value loss to the parent's policy loss."""
         policy_loss = super()._compute_loss(model, inputs)
-        logps, entropies, _ = self._last_result
-        ids, attention_mask = _whole_texts(inputs)
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        values = self._values(ids, attention_mask, mask.shape[1])
+        logps, entropies, _ = self._latest_logps
+        mask = _sampled_tokens(inputs)
+        values = self._values(*_whole_texts(inputs), mask.shape[1])
         losses, clipped = ppo_math.clipped_value_loss(
             values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
         )
-        # The parent's, for loss_type="dapo": real tokens of an optimizer step, on average, per process.
+        # As the parent normalises loss_type="dapo": by the tokens that an optimizer step has on average, per process.
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         value_loss = (losses * mask).sum() / tokens
         log_ratio = logps - inputs["old_per_token_logps"]
         self._update_sums = self._update_sums + update_sums(
-            log_ratio=log_ratio,
-            entropies=entropies,
-            advantages=inputs["advantages"],
-            cliprange=self.args.cliprange,
-            value_losses=losses.detach(),
-            value_clipped=clipped,
-            mask=mask,
+            log_ratio, entropies, inputs["advantages"], self.args.cliprange, losses.detach(), clipped, mask
         )
         if self.model.training and self.accelerator.sync_gradients:
             self._log_updates()
@@ -287,14 +257,11 @@ class PPOTrainer(GRPOTrainer):
         """Add the critic's parameters to the policy's optimizer, with `value_learning_rate`."""
         optimizer = super().create_optimizer(model)
         critic = self.accelerator.unwrap_model(self.value_model)
-        rate = self.args.value_learning_rate
-        rate = self.args.learning_rate if rate is None else rate
-        decayed = self.get_decay_parameter_names(critic)
-        add_to_optimizer(optimizer, critic, decayed, rate, self.args.weight_decay)
+        add_to_optimizer(optimizer, critic, self.get_decay_parameter_names(critic), self.args)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Do for the critic what `Trainer` does for the model: zero gradients, reduce them once a step."""
+        """Do for the critic what `Trainer` does for the model: zero its gradients, and reduce them once per step."""
         if self._critic_gradients_used:
             self.value_model.zero_grad()
         last = self._critic_gradients_used = self.accelerator.sync_gradients
@@ -302,7 +269,7 @@ class PPOTrainer(GRPOTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip policy and critic, each by its own norm, so that neither's is spent by the other's."""
+        """Clip policy and critic each by its own norm, so that large gradients of one do not shrink the other's."""
         policy_norm = super()._clip_grad_norm(model)
         norm = nn.utils.clip_grad_norm_(self.value_model.parameters(), self.args.max_grad_norm)
         self._metrics["train"]["val/grad_norm"].append(norm.item())
@@ -313,7 +280,7 @@ class PPOTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         critic = self.accelerator.unwrap_model(self.value_model)
-        save_value_model(critic, output_dir or self.args.output_dir)
+        critic.save_pretrained(os.path.join(output_dir or self.args.output_dir, VALUE_MODEL_FOLDER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -324,7 +291,7 @@ class PPOTrainer(GRPOTrainer):
         load_value_model(self.accelerator.unwrap_model(self.value_model), self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """The critic goes to the Hub with the policy, also while training goes on."""
+        """Push the critic to the Hub with the policy, also during training."""
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             copied = os.path.join(self.args.output_dir, VALUE_MODEL_FOLDER)
             shutil.copytree(os.path.join(checkpoint_folder, VALUE_MODEL_FOLDER), copied, dirs_exist_ok=True)
@@ -343,7 +310,7 @@ class PPOTrainer(GRPOTrainer):
         return self.accelerator.reduce(tensor, reduction="sum")
 
     def _evaluation_means(self) -> dict[str, float | None]:
-        """Sums over the whole evaluation make means over all of its tokens."""
+        """Add PPO's metrics, from sums over the whole evaluation."""
         if self._evaluated:
             self._log_rollouts()
             self._log_updates()
@@ -362,14 +329,19 @@ class PPOTrainer(GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def _log_advantages(self, advantages: Tensor, mask: Tensor) -> None:
-        """Show in the table of completions one advantage of each: the mean over its real tokens."""
+        """Show one advantage per completion in the table of completions: the mean over its tokens."""
         means = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
-        for _ in means[: len(self._logs["advantages"])]:  # which holds no more than one rollout
+        for _ in means[: len(self._logs["advantages"])]:  # holds at most one rollout
             self._logs["advantages"].pop()  # the parent's
         self._logs["advantages"].extend(means)
 
 
+def _sampled_tokens(batch: dict[str, Any]) -> Tensor:
+    """Return the mask of `pipeline.rl.ppo_math`."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
 def _whole_texts(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (B, L) of prompts with their completions."""
+    """Return token ids and attention mask (B, L) of the prompts with their completions."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)

@@ -1,14 +1,20 @@
 """The arithmetic of PPO, as pure functions of tensors.
 
-Shapes: `B` completions of up to `T` tokens. `mask` is (B, T), 1 for the tokens that the policy chose (its end
-of turn included) and 0 for padding, for text put in by tools, and for completions that nothing scored. A
-masked token earns no reward, has no advantage, and is stepped over: the value that follows a token is that of
-the next real one.
+Notation: `B` completions of up to `T` tokens. A tensor is (B, T), and so is what a function returns, unless its
+docstring says otherwise. Names mean the same everywhere in `pipeline.rl`:
 
-Sources: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation"
-(1506.02438) and "Proximal Policy Optimization Algorithms" (1707.06347); Ziegler et al., "Fine-Tuning Language
-Models from Human Preferences" (1909.08593) for the KL penalty per token; Schulman, "Approximating KL
-Divergence" (2020) for k1 and k3.
+- `mask`: 1 for the tokens that the policy chose (its end of turn included); 0 for padding, for text inserted by tools,
+  and for completions without a score. A masked token is skipped: its reward, advantage and return are 0, and the value
+  that follows a token is that of the next unmasked one.
+- `logps`, `ref_logps`: Log-probabilities of the tokens under the policy and under the reference, in nats.
+- `log_ratio`: Log-probability under the current policy minus that under the policy that sampled the token.
+- `scores`: (B,), the reward of each completion as a whole.
+- `values`: The critic's estimate before each token is chosen, in units of the reward.
+- `reduce`: Sums a tensor over all processes, element by element.
+
+Sources: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (1506.02438) and
+"Proximal Policy Optimization Algorithms" (1707.06347); Ziegler et al., "Fine-Tuning Language Models from Human
+Preferences" (1909.08593) for the KL penalty per token; Schulman, "Approximating KL Divergence" (2020) for k1 and k3.
 """
 
 from __future__ import annotations
@@ -22,40 +28,23 @@ from torch import Tensor
 
 KLEstimator = Literal["k1", "k3"]
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all processes, element by element."""
 
 
 def on_one_process(tensor: Tensor) -> Tensor:
-    """The sum over all processes, when there is only one."""
+    """Return the sum over all processes when there is only one."""
     return tensor
 
 
 def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce = on_one_process) -> Tensor:
-    """Mean of `x` over the real tokens of all processes; 0 if there is none.
-
-    Args:
-        x: (B, T).
-        mask: (B, T).
-        reduce: Sums over processes.
-
-    Returns:
-        A scalar.
-    """
+    """Return the mean of `x` over the unmasked tokens of all processes: a scalar, 0 if there are none."""
     total, count = reduce(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)]))
     return total / count.clamp(min=1.0)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, reduce: Reduce = on_one_process, eps: float = 1e-8) -> Tensor:
-    """Give the real tokens of all processes together mean 0 and (population) variance 1.
+    """Shift and scale `x` to mean 0 and (population) variance 1 over the unmasked tokens of all processes.
 
-    Args:
-        x: (B, T).
-        mask: (B, T).
-        reduce: Sums over processes.
-        eps: Added to the variance.
-
-    Returns:
-        (B, T), 0 where the mask is.
+    `eps` is added to the variance.
     """
     centered = (x - masked_mean(x, mask, reduce)) * mask
     variance = masked_mean(centered.square(), mask, reduce)
@@ -63,44 +52,26 @@ def masked_whiten(x: Tensor, mask: Tensor, reduce: Reduce = on_one_process, eps:
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator) -> Tensor:
-    """Estimate KL(policy || reference) at each token from the one token that the policy sampled.
+    """Estimate KL(policy || reference) at each token, in nats, from the one token that the policy sampled.
 
-    Both are unbiased. `k1`, the log ratio, may be negative at a token and sums to the log ratio of the
+    Both estimators are unbiased. `k1`, the log ratio, can be negative at a token, and sums to the log ratio of the
     completion. `k3`, `exp(-k1) - 1 + k1`, is never negative and varies less.
-
-    Args:
-        logps: (B, T), log-probabilities under the policy that sampled the tokens.
-        ref_logps: (B, T), log-probabilities under the reference.
-        estimator: "k1" or "k3".
-
-    Returns:
-        (B, T), in nats.
     """
     log_ratio = logps - ref_logps
     return log_ratio if estimator == "k1" else torch.expm1(-log_ratio) + log_ratio
 
 
 def token_rewards(scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
-    """Reward of each token: less the KL penalty at every real one, and the completion's score at its last
-    one.
-
-    Args:
-        scores: (B,), one score a completion.
-        penalty: (B, T), the KL at each token times its coefficient.
-        mask: (B, T).
-
-    Returns:
-        (B, T), 0 where the mask is.
-    """
+    """Return each token's reward: minus its KL `penalty`, plus the completion's score at its last unmasked token."""
     return torch.where(_is_last(mask), scores.unsqueeze(1), 0.0) - penalty * mask
 
 
 def ended(ids: Tensor, mask: Tensor, eos_token_ids: list[int]) -> Tensor:
-    """Which completions end with an end of turn. One inside of a completion, before a tool's answer, ends nothing.
+    """Return which completions end with an end of turn; one in the middle, before a tool's answer, does not count.
 
     Args:
-        ids: (B, T).
-        mask: (B, T), 1 for every token that is no padding.
+        ids: Token ids.
+        mask: 1 for every token that is not padding.
         eos_token_ids: The tokens that end a turn.
 
     Returns:
@@ -110,25 +81,24 @@ def ended(ids: Tensor, mask: Tensor, eos_token_ids: list[int]) -> Tensor:
 
 
 def _is_last(mask: Tensor) -> Tensor:
-    """(B, T), true for the last real token of each completion: the one after which there is no other."""
+    """Return True for the last unmasked token of each completion."""
     return (mask > 0) & (mask.flip(1).cumsum(1).flip(1) == 1)
 
 
 def generalized_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over the real tokens. After the last one the value is 0.
+    """Compute generalised advantage estimates over the unmasked tokens. The value after the last one is 0.
 
     Args:
-        rewards: (B, T), 0 where the mask is.
-        values: (B, T), the critic's estimate before each token is chosen.
-        mask: (B, T).
+        rewards: The reward of each token.
+        values: The critic's estimates.
+        mask: The mask.
         gamma: Discount per token, in [0, 1].
         lam: Weight of longer-sighted estimates, in [0, 1]: 0 trusts the critic, 1 the rewards.
 
     Returns:
-        Advantages and returns (advantage + value, what the critic should have said), each (B, T) and 0 where
-        the mask is.
+        Advantages, and returns (advantage + value: what the critic should have estimated).
     """
     real = mask > 0
     next_value = torch.zeros_like(values[:, 0])
@@ -144,15 +114,15 @@ def generalized_advantages(
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
-    """PPO's policy loss at each token, and where its clipping took the gradient away.
+    """Compute PPO's policy loss at each token.
 
     Args:
-        log_ratio: (B, T), log-probability now minus the one when the token was sampled.
-        advantages: (B, T).
-        cliprange: How far the probability ratio may go from 1.
+        log_ratio: The log ratio.
+        advantages: The advantages.
+        cliprange: How far the probability ratio may move from 1.
 
     Returns:
-        Loss (B, T), and a (B, T) boolean: clipped.
+        The loss, and a boolean tensor: where clipping removed the gradient.
     """
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
@@ -161,16 +131,16 @@ def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, cliprange: float)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the critic at each token, pessimistic about steps beyond the clip range.
+    """Compute half the squared error of the critic at each token, pessimistic about steps beyond the clip range.
 
     Args:
-        values: (B, T), the critic's estimate now.
-        old_values: (B, T), its estimate when the tokens were sampled.
-        returns: (B, T).
-        cliprange: How far an estimate may go from the old one, in units of the reward.
+        values: The critic's current estimates.
+        old_values: Its estimates when the tokens were sampled.
+        returns: What it should have estimated.
+        cliprange: How far an estimate may move from the old one, in units of the reward.
 
     Returns:
-        Loss (B, T), and a (B, T) boolean: clipped.
+        The loss, and a boolean tensor: where clipping removed the gradient.
     """
     clipped_values = old_values + (values - old_values).clamp(-cliprange, cliprange)
     unclipped = (values - returns).square()
@@ -180,12 +150,12 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations of all scores so far, over all processes (Chan et al., 1979).
+    """Running mean and variance of all scores so far, over all processes (Chan et al., 1979).
 
-    Args:
+    Attributes:
         count: Number of scores.
         mean: Their mean.
-        m2: The sum of their squared deviations from it.
+        m2: The sum of their squared deviations from the mean.
     """
 
     count: float = 0.0
@@ -193,14 +163,10 @@ class Moments:
     m2: float = 0.0
 
     def update(self, x: Tensor) -> None:
-        """Take in more scores.
-
-        Args:
-            x: (N,), without NaN; may be empty.
-        """
+        """Include more scores: `x` of shape (N,), without NaN; N may be 0."""
         if x.numel() == 0:
             return
-        x = x.cpu().double()  # which not every accelerator has
+        x = x.cpu().double()  # not every accelerator has float64
         count, mean = float(x.numel()), float(x.mean())
         m2 = float((x - mean).square().sum())
         total, delta = self.count + count, mean - self.mean
@@ -209,11 +175,9 @@ class Moments:
         self.count = total
 
     def normalize(self, x: Tensor, eps: float = 1e-8) -> Tensor:
-        """`x` minus the mean, over the (population) standard deviation; as it is if fewer than two were seen.
+        """Subtract the mean from `x` and divide by the (population) standard deviation, if at least two were seen.
 
-        Args:
-            x: Any shape.
-            eps: Added to the variance.
+        `x` has any shape, and `eps` is added to the variance.
         """
         if self.count < 2:
             return x

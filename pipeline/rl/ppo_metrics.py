@@ -1,7 +1,26 @@
-"""What PPO logs, under TRL's names.
+"""What `PPOTrainer` logs, under the names of TRL's former `PPOTrainer`.
 
-Means are over whole completions or over real tokens, of all processes; padding never counts. Shapes as in
-`pipeline.rl.ppo_math`.
+Means are over completions or over unmasked tokens, of all processes. Each statistic is first summed, so that the sums
+of several batches and processes can be added up before they are divided. `pipeline.rl.ppo_math` defines the notation.
+
+Of each rollout, as it was sampled (`rollout_means`):
+
+- `objective/scores`: Score of a completion, normalised and penalised.
+- `objective/kl`: KL to the reference, in nats per completion. Only with a reference.
+- `objective/non_score_reward`: KL penalty of a completion, as a reward.
+- `objective/rlhf_reward`: Score and KL penalty together.
+- `objective/entropy`: Negative log-probability of a completion, in nats.
+- `val/explained_variance`: 1 for a critic that foresaw every return, 0 for one that knows only their mean.
+- `val/num_eos_tokens`: How many completions ended with an end of turn.
+
+Of each optimizer step (`update_means`), averaged over tokens, except for the last:
+
+- `policy/approxkl_avg`: Half the squared log ratio.
+- `policy/clipfrac_avg`, `val/clipfrac_avg`: Share of tokens at which policy and critic were clipped.
+- `policy/entropy_avg`: Entropy of the policy, in nats.
+- `loss/policy_avg`, `loss/value_avg`: The losses, before `vf_coef`.
+- `val/ratio`, `val/ratio_var`: Mean and variance of the probability ratio.
+- `val/grad_norm`: The critic's gradient norm before clipping.
 """
 
 from __future__ import annotations
@@ -12,6 +31,16 @@ from torch import Tensor
 from pipeline.rl.ppo_math import clipped_policy_loss
 
 PER_COMPLETION = ("objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores")
+PER_TOKEN = (
+    "policy/approxkl_avg",
+    "policy/clipfrac_avg",
+    "policy/entropy_avg",
+    "loss/policy_avg",
+    "loss/value_avg",
+    "val/clipfrac_avg",
+    "val/ratio",
+    "val/ratio_var",
+)
 
 
 def rollout_sums(
@@ -25,26 +54,26 @@ def rollout_sums(
     ended: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """Sums over the completions and the real tokens of a rollout as it was sampled, for `rollout_means`.
+    """Sum the statistics of a rollout, for `rollout_means`.
 
     Args:
-        scores: (B,), normalised and penalised.
-        scored: (B,) boolean, false for a completion that trains nothing.
-        kl: (B, T) in nats; None without a reference.
-        kl_coef: Reward taken away per nat.
-        logps: (B, T), log-probabilities of the sampled tokens.
-        advantages: (B, T), before whitening.
-        returns: (B, T).
-        ended: (B,) boolean, true for a completion whose last token ends a turn.
-        mask: (B, T).
+        scores: Scores, normalised and penalised.
+        scored: (B,) boolean, False for a completion that nothing is learned from.
+        kl: KL at each token, in nats; None without a reference.
+        kl_coef: Reward subtracted per nat.
+        logps: Log-probabilities under the policy that sampled the tokens.
+        advantages: Advantages before whitening.
+        returns: Returns.
+        ended: (B,) boolean, whether a completion ended with an end of turn.
+        mask: The mask.
 
     Returns:
-        Sums, in float64 where the device has it, which may be added up over rollouts and processes.
+        One sum for each statistic, in float64 where the device has it.
     """
     kl_total = torch.zeros_like(scores) if kl is None else (kl * mask).sum(1)
     penalty = kl_coef * kl_total
     per_completion = (-(logps * mask).sum(1), -penalty, scores - penalty, scores, kl_total, torch.ones_like(scores))
-    # An advantage is a return less its estimate.
+    # The critic's error is the advantage: return minus estimate.
     exact = torch.float32 if scores.device.type == "mps" else torch.float64
     returns, advantages = returns.to(exact), advantages.to(exact)
     per_token = (returns, returns.square(), advantages.square(), torch.ones_like(returns))
@@ -54,18 +83,11 @@ def rollout_sums(
 
 
 def rollout_means(sums: Tensor, with_kl: bool) -> dict[str, float]:
-    """Metrics of rollouts.
+    """Return the metrics of rollouts by name, NaN where there is nothing to average.
 
     Args:
-        sums: Of `rollout_sums`.
-        with_kl: There was a reference.
-
-    Returns:
-        By name: `objective/kl` in nats a completion, `objective/entropy` the surprise of a completion in
-        nats, `objective/non_score_reward` the KL penalty of one, `objective/scores`, `objective/rlhf_reward`
-        the two together; `val/explained_variance`, 1 for a critic that foresaw every return and 0 for one
-        that knows their mean; `val/num_eos_tokens`, how many completions of all ended. NaN where there is
-        nothing to average.
+        sums: The sums of `rollout_sums`, added up.
+        with_kl: Whether there was a reference.
     """
     *totals, completions, returns, squares, errors, tokens, ended = sums.tolist()
     metrics = {
@@ -81,18 +103,6 @@ def rollout_means(sums: Tensor, with_kl: bool) -> dict[str, float]:
     return metrics
 
 
-UPDATE_METRICS = (
-    "policy/approxkl_avg",
-    "policy/clipfrac_avg",
-    "policy/entropy_avg",
-    "loss/policy_avg",
-    "loss/value_avg",
-    "val/clipfrac_avg",
-    "val/ratio",
-    "val/ratio_var",
-)
-
-
 def update_sums(
     log_ratio: Tensor,
     entropies: Tensor,
@@ -102,20 +112,10 @@ def update_sums(
     value_clipped: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """Sums over the real tokens of one forward pass, of which `update_means` makes metrics.
+    """Sum the statistics of one forward pass, for `update_means`: one sum for each of `PER_TOKEN`, and the tokens.
 
-    Args:
-        log_ratio: (B, T), log-probability now minus the one when the token was sampled.
-        entropies: (B, T), of the policy's distribution before each token, in nats.
-        advantages: (B, T).
-        cliprange: Of the policy.
-        value_losses: (B, T).
-        value_clipped: (B, T) boolean.
-        mask: (B, T).
-
-    Returns:
-        One sum for each of `UPDATE_METRICS`, and the number of tokens. They may be added up over passes and
-        processes.
+    `entropies` are those of the policy's distribution before each token, in nats; `cliprange` is the policy's;
+    `value_losses` and `value_clipped` are as `clipped_value_loss` returns them.
     """
     policy_losses, policy_clipped = clipped_policy_loss(log_ratio, advantages, cliprange)
     ratio = log_ratio.exp()
@@ -134,14 +134,10 @@ def update_sums(
 
 
 def update_means(sums: Tensor) -> dict[str, float]:
-    """Means over tokens, by name; empty without tokens.
-
-    Args:
-        sums: Of `update_sums`.
-    """
+    """Return the metrics of updates by name, from the sums of `update_sums`, added up; empty without tokens."""
     *totals, tokens = sums.tolist()
     if not tokens:
         return {}
-    metrics = {name: total / tokens for name, total in zip(UPDATE_METRICS, totals, strict=True)}
+    metrics = {name: total / tokens for name, total in zip(PER_TOKEN, totals, strict=True)}
     metrics["val/ratio_var"] -= metrics["val/ratio"] ** 2
     return metrics

@@ -1,26 +1,31 @@
-"""What the policy is held to: itself, as it was before training."""
+"""The reference that the KL penalty compares the policy with: the policy as it was before training."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, use_adapter
+
+REFERENCE_ADAPTER = "ref"
+"""Name of the frozen copy of an adapter that training started from."""
 
 
 def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:
-    """A copy of a policy that is not trained, and computes log-probabilities only.
+    """Copy a policy as a model that is not trained and only computes log-probabilities.
 
-    TRL makes its reference by loading the policy's path again, which a model built in memory has not.
+    TRL makes its reference by loading the policy's path again, which a model built in memory does not have.
 
     Args:
         policy: A causal language model.
-        temperature: That the logits are divided by.
+        temperature: What the logits are divided by.
         cast_lm_head_to_fp32: Compute the logits in float32.
     """
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
-    # The forwards that TRL gave the policy and its head hold on to them. Of this one, nobody asks for entropies.
+    # The forward methods that TRL gave the policy and its head still refer to the originals.
     reference.__dict__.pop("forward", None)
     if cast_lm_head_to_fp32:
         head = reference.get_output_embeddings()
@@ -30,17 +35,22 @@ def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp3
     return reference
 
 
-def copy_adapter(model: PeftModel, target: str) -> None:
-    """Add to a model a frozen copy of its active adapter.
-
-    Args:
-        model: Has one active adapter, which stays so.
-        target: The copy's name.
-    """
+def copy_adapter(model: PeftModel) -> None:
+    """Add a frozen copy of a model's active adapter, which stays active, under the name `REFERENCE_ADAPTER`."""
     source = model.active_adapter
-    model.add_adapter(target, model.peft_config[source])
+    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[source])
     for name, parameter in model.named_parameters():
         if f".{source}." in name:
-            copied = model.get_parameter(name.replace(f".{source}.", f".{target}."))
+            copied = model.get_parameter(name.replace(f".{source}.", f".{REFERENCE_ADAPTER}."))
             copied.data.copy_(parameter.data)
             copied.requires_grad_(False)
+
+
+@contextmanager
+def reference_adapter(policy: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Turn a policy with an adapter into its reference: activate the copy of `copy_adapter`, or no adapter at all."""
+    if isinstance(policy, PeftModel):
+        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
+            yield
+    else:
+        yield

@@ -1,4 +1,4 @@
-"""A rollout on disk: what one process was training on when a checkpoint was made."""
+"""Rollouts in checkpoints: what a process was training on, and the order of the prompts that follow."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.utils.data import Sampler
 
 
 def save_rollout(path: str, batches: Sequence[dict[str, Tensor | None]], state: dict[str, Any]) -> None:
-    """Write the micro-batches of a rollout, and what else belongs to them.
+    """Write the micro-batches of a rollout and the state that belongs to them.
 
     Args:
-        path: A `.safetensors` file to write.
-        batches: One dictionary of tensors a micro-batch; may be empty.
-        state: Anything that JSON can hold.
+        path: The `.safetensors` file to write.
+        batches: The tensors of each micro-batch by name; may be empty.
+        state: Anything that JSON can represent.
     """
     # The micro-batches are slices of the same storage, which safetensors refuses.
     tensors = {
@@ -39,29 +39,24 @@ def load_state(path: str) -> dict[str, Any]:
 
 
 def load_rollout(path: str, device: torch.device) -> list[dict[str, Tensor]]:
-    """Read the micro-batches that `save_rollout` wrote.
-
-    Args:
-        path: The file.
-        device: Where to put the tensors.
-    """
+    """Read the micro-batches that `save_rollout` wrote, with their tensors on `device`."""
     batches: dict[int, dict[str, Tensor]] = {}
     with safetensors.safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (no mapping)
+        for key in file.keys():  # noqa: SIM118 - it is not a mapping
             i, _, name = key.partition(".")
             batches.setdefault(int(i), {})[name] = file.get_tensor(key).to(device)
     return [batches[i] for i in sorted(batches)]
 
 
 class EpochSampler(Sampler[int]):
-    """TRL's `RepeatSampler`, with an order that a resumed run finds again.
+    """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch.
 
-    TRL's draws each epoch's order from a generator that goes on from the epoch before, so that a run resumed
-    in the second epoch would see the prompts in the order of the first.
+    TRL draws each epoch's order from one generator, so that a run resumed in the second epoch would see the prompts in
+    the order of the first.
 
     Args:
         sampler: A `trl.trainer.utils.RepeatSampler`.
-        epoch: Tells the epochs trained so far; None before training.
+        epoch: Returns how many epochs have been trained so far; None before training.
     """
 
     def __init__(self, sampler: Any, epoch: Callable[[], float | None]) -> None:

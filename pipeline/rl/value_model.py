@@ -1,8 +1,8 @@
 """The critic of PPO: a language model with one scalar output at each token.
 
-It is transformers' token classification model with one label, so that it trains, is saved and loads like any
-other: `AutoModelForTokenClassification.from_pretrained("<run>/value_model")`, if transformers has such a classifier of
-its architecture. A critic of any architecture loads as `PPOTrainer(value_model="<run>/value_model")`.
+It is transformers' token classification model with one label, so that it trains, is saved and loads like any other:
+`AutoModelForTokenClassification.from_pretrained("<run>/value_model")`, if transformers has such a classifier of its
+architecture. A critic of any architecture loads as `PPOTrainer(value_model="<run>/value_model")`.
 """
 
 from __future__ import annotations
@@ -25,28 +25,26 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+from trl.trainer.utils import disable_dropout_in_model
 
 from pipeline.models.loading import load_config, without_adapters
 from pipeline.rl.log_probs import over_length_groups
+from pipeline.rl.ppo_config import PPOConfig
 
 VALUE_MODEL_FOLDER = "value_model"
-"""Where in a checkpoint or an output directory the critic is."""
+"""Subfolder of a checkpoint or an output directory that contains the critic."""
 
 HEAD_NAMES = ("score", "classifier")
 """What transformers calls the linear head of its classifiers."""
 
+# ---- Making a critic
+
 
 def token_scalar_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The token classification class of a model's architecture.
+    """Return the token classification class of a text model's architecture; its constructor takes a configuration.
 
-    Transformers has one for most architectures; for one that it lacks (Llama 4, say), one is put together
-    from its own mixin.
-
-    Args:
-        model: Any text model.
-
-    Returns:
-        A class whose constructor takes a configuration.
+    transformers has one for most architectures. For the others (Llama 4, say), this puts one together from
+    transformers' own mixin.
     """
     if type(model.config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         return MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(model.config)]
@@ -61,17 +59,17 @@ def token_scalar_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 
 def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
-    """Build a critic from a reward model or from a policy.
+    """Build a critic from a reward model or a policy, whose body is copied with PEFT adapters merged in.
 
-    The body is copied. From a reward model (a sequence classifier with one label) the head is too: at each
-    token the critic begins with the reward that the text so far would get. From a policy the head is zero: it
-    begins by expecting nothing. Adapters of PEFT are merged into the copy.
+    The head of a reward model (a sequence classifier with one label) is copied, too: at each token, the critic starts
+    with the reward that the text so far would get. From a policy, the head is zero: the critic starts by expecting
+    nothing.
 
     Args:
         source: A causal language model, or a sequence classifier with one label. It is not changed.
 
     Returns:
-        The critic, in `float32` or the dtype of `source`, on the device of `source`.
+        The critic, in the dtype and on the device of `source`.
 
     Raises:
         ValueError: If the weights of `source` do not fit.
@@ -80,7 +78,7 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(source.config)
     config.num_labels = 1
     config.classifier_dropout = 0.0
-    with torch.random.fork_rng(devices=[]):  # so that adding a critic changes no other random number
+    with torch.random.fork_rng(devices=[]):  # a critic must not change any other random number
         critic = token_scalar_class(source)(config)
     critic.to(device=source.device, dtype=source.dtype)
 
@@ -90,7 +88,7 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     for name, weight in source.state_dict().items():
         owner, _, rest = name.partition(".")
         own = f"{head_name if owner in HEAD_NAMES else owner}.{rest}"
-        if own in wanted:  # not so the output head
+        if own in wanted:  # a language model's output head is not
             state[own] = weight
     missing, _ = critic.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.startswith(f"{head_name}.")]
@@ -106,58 +104,62 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     return critic
 
 
+def _head(critic: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """Return the scalar head and its name."""
+    for name in HEAD_NAMES:
+        head = getattr(critic, name, None)
+        if isinstance(head, nn.Linear):
+            return name, head
+    raise ValueError(f"{type(critic).__name__} has no linear head named any of {HEAD_NAMES}")
+
+
 def build_value_model(
     value_model: str | PreTrainedModel | None,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rewards: Sequence[tuple[Any, PreTrainedTokenizerBase | None]],
+    args: PPOConfig,
 ) -> PreTrainedModel:
-    """The critic that is asked for, or the one that suits.
+    """Return the given critic, or make one, ready to be trained.
 
     Args:
-        value_model: A critic; or a reward model or a causal language model to copy; or a path or Hub id of any of
-            these; or None for a copy of the first reward model that has the policy's vocabulary, or else of
-            `policy`.
+        value_model: As for `PPOTrainer`.
         policy: The policy.
-        tokenizer: The policy's.
-        rewards: The reward functions, of whatever kind, each with its tokenizer if it is a model.
+        tokenizer: The policy's tokenizer.
+        rewards: The reward functions of any kind, each with its tokenizer if it is a model.
+        args: The configuration, which decides on dropout and activation checkpointing.
 
     Returns:
-        The critic, which pads as the policy does; in the policy's dtype, unless it is the critic that was given.
+        The critic, which pads as the policy does; in the policy's dtype, unless it was given as a critic.
 
     Raises:
-        ValueError: The critic has several labels.
+        ValueError: If the critic has several labels.
     """
     source = _load(value_model, policy) if isinstance(value_model, str) else value_model
     if source is None:
         vocabulary = tokenizer.get_vocab()
-        source = next(
-            (
-                model
-                for model, own in rewards
-                if isinstance(model, nn.Module) and own is not None and own.get_vocab() == vocabulary
-            ),
-            policy,
-        )
-    scores_texts = type(source).__name__.endswith("ForSequenceClassification")
-    if scores_texts or source.get_output_embeddings() is not None:
-        if scores_texts and source.config.num_labels != 1:
-            raise ValueError(f"value_model has {source.config.num_labels} labels; a reward model has one")
-        critic = value_model_from(source).to(policy.dtype)
-    elif source.config.num_labels != 1:
-        raise ValueError(f"value_model has {source.config.num_labels} labels; a critic has one")
-    else:
-        critic = source
+        models = [
+            model
+            for model, own in rewards
+            if isinstance(model, nn.Module) and own is not None and own.get_vocab() == vocabulary
+        ]
+        source = models[0] if models else policy
+    is_reward_model = type(source).__name__.endswith("ForSequenceClassification")
+    is_critic = not is_reward_model and source.get_output_embeddings() is None
+    if (is_reward_model or is_critic) and source.config.num_labels != 1:
+        raise ValueError(f"value_model has {source.config.num_labels} labels; a critic or a reward model has one")
+    critic = source if is_critic else value_model_from(source).to(policy.dtype)
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if args.disable_dropout:
+        disable_dropout_in_model(critic)
+    if args.activation_checkpointing:
+        critic.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
     return critic
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The class of transformers' that loads what was saved with a configuration: a critic, or what one is made from.
-
-    Args:
-        config: Its `architectures` say what it is. Without any, it is a critic.
-    """
+    """Return the Auto class that loads what `config` was saved with: a critic (also if it names no architecture), a
+    reward model or a language model."""
     saved_as = (config.architectures or [""])[0]
     if saved_as.endswith("ForSequenceClassification"):
         return AutoModelForSequenceClassification
@@ -167,12 +169,15 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def _load(name: str, policy: PreTrainedModel) -> PreTrainedModel:
-    """A model from a path or the Hub, of the class that it was saved as, in the policy's dtype."""
+    """Load a model from a path or the Hub, in the class that it was saved with and the policy's dtype."""
     config = load_config(name)
-    kind = auto_class(config)
-    if kind is AutoModelForTokenClassification and type(config) is type(policy.config):
-        kind = token_scalar_class(policy)
-    return kind.from_pretrained(name, config=config, dtype=policy.dtype)
+    cls = auto_class(config)
+    if cls is AutoModelForTokenClassification and type(config) is type(policy.config):
+        cls = token_scalar_class(policy)
+    return cls.from_pretrained(name, config=config, dtype=policy.dtype)
+
+
+# ---- Using it
 
 
 def token_values(
@@ -183,14 +188,14 @@ def token_values(
     batch_size: int | None,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
-    """What the critic expects before each of the last tokens of a text is chosen.
+    """Compute what the critic expects before each of the last tokens of each text is chosen.
 
     Args:
-        critic: The critic, in whatever wrapper.
-        ids: (B, L).
+        critic: The critic, wrapped or not.
+        ids: As for `over_length_groups`, like the next three.
         attention_mask: (B, L).
-        length: How many tokens; less than L.
-        batch_size: Texts in a forward pass; None for all of them.
+        length: How many tokens.
+        batch_size: Texts per forward pass, at most; None for all of them.
         autocast: Makes the context of the forward passes.
 
     Returns:
@@ -205,40 +210,29 @@ def token_values(
     return values
 
 
-def save_value_model(critic: PreTrainedModel, folder: str) -> None:
-    """Save the critic in its place in a checkpoint or an output directory."""
-    critic.save_pretrained(os.path.join(folder, VALUE_MODEL_FOLDER))
-
-
-def load_value_model(critic: PreTrainedModel, folder: str) -> None:
-    """Give the critic the weights that `save_value_model` saved.
+def load_value_model(critic: PreTrainedModel, checkpoint: str) -> None:
+    """Load the critic's weights from a checkpoint.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If it does not contain a critic.
     """
-    saved_in = os.path.join(folder, VALUE_MODEL_FOLDER)
-    if not os.path.isdir(saved_in):
-        raise ValueError(f"{folder} has no {VALUE_MODEL_FOLDER}/: no checkpoint of PPOTrainer")
-    saved = type(critic).from_pretrained(saved_in, config=critic.config, dtype=critic.dtype)
+    folder = os.path.join(checkpoint, VALUE_MODEL_FOLDER)
+    if not os.path.isdir(folder):
+        raise ValueError(f"{checkpoint} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")
+    saved = type(critic).from_pretrained(folder, config=critic.config, dtype=critic.dtype)
     critic.load_state_dict(saved.state_dict())
 
 
-def add_to_optimizer(
-    optimizer: torch.optim.Optimizer,
-    critic: nn.Module,
-    decayed: list[str],
-    learning_rate: float,
-    weight_decay: float,
-) -> None:
-    """Let an optimizer step the critic's trainable parameters too, unless it does so already.
+def add_to_optimizer(optimizer: torch.optim.Optimizer, critic: nn.Module, decayed: list[str], args: PPOConfig) -> None:
+    """Add the critic's trainable parameters to the policy's optimizer, except those that it already has.
 
     Args:
-        optimizer: Of the policy.
+        optimizer: The policy's optimizer.
         critic: The critic.
-        decayed: Names of the parameters that weight decay applies to.
-        learning_rate: Peak learning rate.
-        weight_decay: Of those parameters.
+        decayed: Names of the parameters that `args.weight_decay` applies to.
+        args: The configuration.
     """
+    rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
     known = _parameter_ids(optimizer)
     for decays in (True, False):
         parameters = [
@@ -247,23 +241,19 @@ def add_to_optimizer(
             if parameter.requires_grad and (name in decayed) == decays and id(parameter) not in known
         ]
         if parameters:
-            decay = weight_decay if decays else 0.0
-            optimizer.add_param_group({"params": parameters, "lr": learning_rate, "weight_decay": decay})
+            decay = args.weight_decay if decays else 0.0
+            optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": decay})
 
 
-def in_optimizer(optimizer: torch.optim.Optimizer, critic: nn.Module) -> bool:
-    """Whether an optimizer has all of the critic's trainable parameters."""
-    return {id(parameter) for parameter in critic.parameters() if parameter.requires_grad} <= _parameter_ids(optimizer)
+def check_in_optimizer(optimizer: torch.optim.Optimizer, critic: nn.Module) -> None:
+    """Raise `ValueError` unless an optimizer that has a scheduler has all of the critic's trainable parameters."""
+    trainable = {id(parameter) for parameter in critic.parameters() if parameter.requires_grad}
+    if not trainable <= _parameter_ids(optimizer):
+        raise ValueError(
+            "the learning rate scheduler does not know the critic: add the parameters of `value_model` to the "
+            "optimizer before making the scheduler, or pass the optimizer alone"
+        )
 
 
 def _parameter_ids(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _head(critic: PreTrainedModel) -> tuple[str, nn.Linear]:
-    """The scalar head, by name: the only linear layer that the body does not hold."""
-    for name in HEAD_NAMES:
-        head = getattr(critic, name, None)
-        if isinstance(head, nn.Linear):
-            return name, head
-    raise ValueError(f"{type(critic).__name__} has no linear head named any of {HEAD_NAMES}")
