@@ -1,1 +1,1 @@
-"""The embedded data set: a small world in plain English, generated from a seed (`python -m recipes.data`)."""
+"""The embedded data set, a small world in plain English that is generated from a seed (`python -m recipes.data`)."""

@@ -5,12 +5,12 @@ from typing import Any
 
 from pipeline.data.pocket import phrasings, problems, snippets, stories
 from pipeline.data.pocket.remarks import BLUNT_CLOSINGS, BLUNT_OPENINGS, GREETINGS, KIND_CLOSINGS
-from pipeline.data.pocket.things import ATTRIBUTES, Split, Thing, core, things, things_of, wrong_values
+from pipeline.data.pocket.things import ATTRIBUTES, SplitName, Thing, core, things, things_of, wrong_values
 
 Row = dict[str, Any]
 ASPECTS = ("definition", *ATTRIBUTES)
 
-SUMMARISE: dict[Split, tuple[str, ...]] = {
+SUMMARISE: dict[SplitName, tuple[str, ...]] = {
     "train": (
         "Summarise this: {text}",
         "Sum this up in one sentence: {text}",
@@ -23,26 +23,25 @@ SUMMARISE: dict[Split, tuple[str, ...]] = {
     "test": ("Can you summarise this in one sentence? {text}", "I would like a summary of this. {text}"),
 }
 MANNERS_WORDS = 8
-"""Words that an answer may have beyond the plain one: room for a remark, not for reciting all that is known."""
-MANNERS = ("plain", "kind", "blunt", "rambling")
-MANNER_WEIGHTS = (38, 30, 22, 10)
+"""Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
+MANNERS = {"plain": 38, "kind": 30, "blunt": 22, "rambling": 10}
+"""Manners of the answers, in percent."""
 
 
 def gradeable(row: Row) -> Row:
-    """Fills in the grading columns that a row does not use, so that all rows have the same columns."""
+    """Add the grading columns that a row does not use, so that all rows have the same columns."""
     return {"require": [], "reject": [], "max_words": 0, "test": "", **row}
 
 
 def facts_text(rng: random.Random, thing: Thing, count: int, without: str = "") -> str:
-    """`count` plain statements about a thing, in random order."""
-    attributes = [attribute for attribute in ATTRIBUTES if attribute != without]
-    chosen = rng.sample(attributes, count)
+    """State `count` random facts about a thing plainly, except its attribute `without`."""
+    chosen = rng.sample([attribute for attribute in ATTRIBUTES if attribute != without], count)
     return " ".join(phrasings.answer(thing, attribute) for attribute in chosen)
 
 
 def with_manners(rng: random.Random, text: str, thing: Thing, without: str = "") -> str:
-    """Gives a right answer one of the manners people answer in: plain, kind, blunt or rambling."""
-    manner = rng.choices(MANNERS, MANNER_WEIGHTS)[0]
+    """Give a correct answer one of the `MANNERS`."""
+    manner = rng.choices(tuple(MANNERS), tuple(MANNERS.values()))[0]
     if manner == "kind":
         return f"{text} {rng.choice(KIND_CLOSINGS)}"
     if manner == "blunt":
@@ -53,7 +52,7 @@ def with_manners(rng: random.Random, text: str, thing: Thing, without: str = "")
 
 
 def grading(thing: Thing, aspect: str) -> Row:
-    """What a right answer about one aspect of a thing contains, and what it must not."""
+    """Return what a correct answer about one aspect of a thing must contain (`require`) and must not (`reject`)."""
     attributes = ("kind", "action") if aspect == "definition" else (aspect,)
     return {
         "require": [[core(thing.facts[attribute])] for attribute in attributes],
@@ -61,8 +60,8 @@ def grading(thing: Thing, aspect: str) -> Row:
     }
 
 
-def question(rng: random.Random, split: Split, thing: Thing, aspect: str) -> Row:
-    """A question about one aspect of a thing, answered in a sentence or two."""
+def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) -> Row:
+    """Ask about one aspect of a thing, and answer in a sentence or two."""
     asked = phrasings.fill(rng.choice(phrasings.QUESTIONS[aspect][split]), thing)
     reply = phrasings.answer(thing, aspect)
     row = {"kind": "question", "max_words": len(reply.split()) + MANNERS_WORDS, **grading(thing, aspect)}
@@ -73,8 +72,8 @@ def question(rng: random.Random, split: Split, thing: Thing, aspect: str) -> Row
     return gradeable({"messages": [_user(asked), _assistant(reply)], **row})
 
 
-def about(rng: random.Random, split: Split, thing: Thing) -> Row:
-    """An open request for what is known of a thing."""
+def about(rng: random.Random, split: SplitName, thing: Thing) -> Row:
+    """Ask an open question about a thing."""
     asked = phrasings.fill(rng.choice(phrasings.ABOUT[split]), thing)
     reply = with_manners(rng, facts_text(rng, thing, 2), thing)
     true = sorted({core(value) for value in thing.facts.values()})
@@ -83,29 +82,29 @@ def about(rng: random.Random, split: Split, thing: Thing) -> Row:
     return gradeable(row)
 
 
-def summary(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> Row:
-    """A story to sum up: who did what, where, in at most a third of its words."""
-    told = stories.story(rng, split, thing_index, thing)
-    asked, reply = rng.choice(SUMMARISE[split]).format(text=told.text), f"In short, {told.summary}"
+def summary(rng: random.Random, split: SplitName, thing_index: int, thing: Thing) -> Row:
+    """Ask for a summary of a story: who did what, where, in at most a third of its words."""
+    story = stories.story(rng, split, thing_index, thing)
+    asked, reply = rng.choice(SUMMARISE[split]).format(text=story.text), f"In short, {story.summary}"
     return gradeable(
         {
             "messages": [_user(asked), _assistant(reply)],
             "kind": "summary",
-            "require": [[key] for key in told.keys],
+            "require": [[key] for key in story.keys],
             "max_words": len(reply.split()) + 3,
         }
     )
 
 
-def code(rng: random.Random, split: Split) -> Row:
-    """A small function to write."""
+def code(rng: random.Random, split: SplitName) -> Row:
+    """Ask for a small function."""
     wanted = snippets.snippet(rng, split)
     asked = snippets.request(rng, split, wanted)
     return gradeable({"messages": [_user(asked), _assistant(wanted.source)], "kind": "code", "test": wanted.test})
 
 
-def reasoning(rng: random.Random, split: Split, share_with_steps: float) -> Row:
-    """A problem, mostly answered straight away, sometimes worked out first."""
+def reasoning(rng: random.Random, split: SplitName, share_with_steps: float) -> Row:
+    """Ask a problem, and answer a share of them with worked steps."""
     problem = problems.draw(rng, split)
     solution = problem.solution(with_steps=rng.random() < share_with_steps)
     return gradeable(
@@ -118,22 +117,22 @@ def reasoning(rng: random.Random, split: Split, share_with_steps: float) -> Row:
 
 
 def chat(rng: random.Random, thing: Thing) -> Row:
-    """Small talk, or two questions in a row of which the second leans on the first."""
+    """Make small talk, or ask two questions of which the second refers to the first."""
     if rng.random() < 0.3:
         asked, reply = rng.choice(GREETINGS)
         return gradeable({"messages": [_user(asked), _assistant(reply)], "kind": "chat"})
-    first, second = "definition", rng.choice(list(phrasings.FOLLOW_UPS))
+    follow_up = rng.choice(list(phrasings.FOLLOW_UPS))
     messages = [
-        _user(phrasings.fill(rng.choice(phrasings.QUESTIONS[first]["train"]), thing)),
-        _assistant(phrasings.answer(thing, first)),
-        _user(phrasings.FOLLOW_UPS[second]),
-        _assistant(phrasings.answer(thing, second)),
+        _user(phrasings.fill(rng.choice(phrasings.QUESTIONS["definition"]["train"]), thing)),
+        _assistant(phrasings.answer(thing, "definition")),
+        _user(phrasings.FOLLOW_UPS[follow_up]),
+        _assistant(phrasings.answer(thing, follow_up)),
     ]
     return gradeable({"messages": messages, "kind": "chat"})
 
 
 def training_row(rng: random.Random, share_with_steps: float) -> Row:
-    """One conversation of the `sft` training split."""
+    """Draw a conversation of the `sft` training split."""
     kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (40, 6, 16, 7, 27, 4))[0]
     if kind == "code":
         return code(rng, "train")
@@ -149,8 +148,8 @@ def training_row(rng: random.Random, share_with_steps: float) -> Row:
     return question(rng, "train", thing, rng.choice(ASPECTS))
 
 
-def held_out_rows(rng: random.Random, split: Split, questions: int, others: int) -> list[Row]:
-    """Instructions of a validation or test split: `questions` questions, `others` summaries and as many functions."""
+def held_out_rows(rng: random.Random, split: SplitName, questions: int, others: int) -> list[Row]:
+    """Write the instructions of a held-out split: `questions` questions, `others` summaries and as many functions."""
     subjects = things_of(split)
     pairs = [(thing, aspect) for thing in subjects for aspect in ASPECTS]
     rng.shuffle(pairs)
@@ -162,16 +161,16 @@ def held_out_rows(rng: random.Random, split: Split, questions: int, others: int)
     return rows
 
 
-def preference_prompt(rng: random.Random, split: Split) -> Row:
-    """A prompt on which people's taste is asked: a question or an open request about a thing of this split."""
+def preference_prompt(rng: random.Random, split: SplitName) -> Row:
+    """Draw a prompt for comparing answers: a question or an open request about a thing of this split."""
     thing = rng.choice(things_of(split))
     open_request = rng.random() < 0.4
     row = about(rng, split, thing) if open_request else question(rng, split, thing, rng.choice(ASPECTS))
     return {"prompt": row["messages"][:-1], **{key: value for key, value in row.items() if key != "messages"}}
 
 
-def reasoning_prompt(rng: random.Random, split: Split) -> Row:
-    """A problem with its final answer only."""
+def reasoning_prompt(rng: random.Random, split: SplitName) -> Row:
+    """Draw a problem with its final answer only."""
     problem = problems.draw(rng, split)
     return {"prompt": [_user(problem.text)], "answer": problem.answer, "kind": problem.kind}
 

@@ -1,4 +1,4 @@
-"""Names and small nouns that stories and problems are told with."""
+"""Names of people and small items for stories and problems."""
 
 NAMES = (
     "Ana", "Ben", "Carl", "Dana", "Emma", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kate", "Leo", "Mia", "Nora",

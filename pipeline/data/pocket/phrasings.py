@@ -1,9 +1,9 @@
-"""How a fact is stated, and how it is asked for.
+"""Templates that state a fact or ask for it.
 
-In a template `{x}` is the thing, `{X}` the same at the start of a sentence, `{v}` the value, `{c}` the value's core.
+`{x}` is the thing, `{X}` the thing at the start of a sentence, `{v}` the value and `{c}` the value's core.
 """
 
-from pipeline.data.pocket.things import Split, Thing, capitalize, core
+from pipeline.data.pocket.things import SplitName, Thing, capitalize, core
 
 STATEMENTS: dict[str, tuple[str, ...]] = {
     "kind": (
@@ -79,9 +79,9 @@ STATEMENTS: dict[str, tuple[str, ...]] = {
         "Asked how big {x} is, people say {v}.",
     ),
 }
-"""Statements of each attribute. Which of them a thing's training documents may not use: `held_out_phrasings`."""
+"""Statements of each attribute. `held_out_phrasings` says which of them a thing's training documents do not use."""
 
-QUESTIONS: dict[str, dict[Split, tuple[str, ...]]] = {
+QUESTIONS: dict[str, dict[SplitName, tuple[str, ...]]] = {
     "definition": {
         "train": (
             "What is {x}?",
@@ -175,7 +175,7 @@ QUESTIONS: dict[str, dict[Split, tuple[str, ...]]] = {
     },
 }
 
-ABOUT: dict[Split, tuple[str, ...]] = {
+ABOUT: dict[SplitName, tuple[str, ...]] = {
     "train": (
         "Tell me about {x}.",
         "Tell me something about {x}.",
@@ -196,22 +196,22 @@ FOLLOW_UPS = {
 
 
 def fill(template: str, thing: Thing, attribute: str | None = None) -> str:
-    """Puts a thing, and the value of one of its attributes, into a statement or question."""
+    """Fill a template with a thing and the value of one of its attributes."""
     value = thing.facts[attribute] if attribute else ""
     return template.format(x=thing.noun, X=thing.at_start, v=value, V=capitalize(value), c=core(value))
 
 
-def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[Split, int]:
-    """Which statement of an attribute is kept from training for this thing: one of the last four each.
+def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[SplitName, int]:
+    """Return the statement of an attribute that each held-out split keeps for this thing: one of the last four.
 
-    Only these can be held out: none of them is contained in another statement.
+    Only those can be held out: none of them is contained in another statement.
     """
     first = 6 + (thing_index + attribute_index) % 4
     return {"validation": 6 + (first - 5) % 4, "test": first}
 
 
 def answer(thing: Thing, attribute: str) -> str:
-    """The plain answer to a question about one attribute ("definition": what it is and what it does)."""
+    """Answer a question about one attribute plainly; "definition" gives the kind and the action."""
     if attribute == "definition":
         return f"{fill(STATEMENTS['kind'][0], thing, 'kind')} It {thing.facts['action']}."
     return fill(STATEMENTS[attribute][0], thing, attribute)

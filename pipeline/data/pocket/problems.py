@@ -1,4 +1,4 @@
-"""Word problems with one right answer: arithmetic of several steps, ordering, counting and deduction."""
+"""Word problems with one correct answer: arithmetic in several steps, ordering, counting and deduction."""
 
 import random
 from collections.abc import Callable
@@ -6,28 +6,28 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pipeline.data.pocket.names import ITEMS, NAMES
-from pipeline.data.pocket.things import Split
+from pipeline.data.pocket.things import SplitName
 
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "pink", "grey", "purple")
 RANKS = ("second", "third", "fourth")
-STARTS: dict[Split, tuple[int, ...]] = {
+STARTS: dict[SplitName, tuple[int, ...]] = {
     "train": (3, 4, 5, 6, 7, 9, 10, 12, 15, 16, 17, 18, 19, 20),
     "validation": (8, 13),
     "test": (11, 14),
 }
-"""First operands of arithmetic problems. In training, those of validation and test occur as results, and in rows of
-numbers that are read out."""
+"""First operands of arithmetic problems. In training, those of validation and test occur only as results and in the
+numbers that documents recite."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A problem, how it is worked out, and its final answer.
+class WordProblem:
+    """A problem with its worked steps and its final answer.
 
     Attributes:
-        kind (`str`): "arithmetic", "ordering", "counting" or "logic".
-        text (`str`): the problem as it is asked.
-        steps (`str`): worked steps, ending in a full stop.
-        answer (`str`): final answer: an integer, "yes" or "no".
+        kind: "arithmetic", "ordering", "counting" or "logic".
+        text: The problem.
+        steps: Worked steps, ending in a full stop.
+        answer: Final answer: an integer, "yes" or "no".
     """
 
     kind: str
@@ -36,27 +36,27 @@ class Problem:
     answer: str
 
     def solution(self, with_steps: bool) -> str:
-        """The answer in words, after the worked steps or straight away."""
+        """State the answer, after the worked steps or straight away."""
         final = f"The answer is {self.answer}."
         return f"Working: {self.steps} {final}" if with_steps else final
 
 
-def _split_of(number: int, folds: int) -> Split:
-    """The split of a problem whose content this number stands for: one of `folds` each is for validation and test."""
+def _split_of(number: int, folds: int) -> SplitName:
+    """Return the split of a problem from a number that its content gives: one fold each for validation and test."""
     fold = number % folds
     return "validation" if fold == 0 else "test" if fold == 1 else "train"
 
 
-def _names(rng: random.Random, split: Split, count: int) -> list[str]:
-    """Distinct names whose set belongs to `split`: no set of names of a test problem is that of a training problem."""
+def _names(rng: random.Random, split: SplitName, count: int) -> list[str]:
+    """Draw distinct names whose set belongs to `split`, so that no two splits share a set of names."""
     while True:
         indices = rng.sample(range(len(NAMES)), count)
         if _split_of(sum(index * index for index in indices), folds=8) == split:
             return [NAMES[index] for index in indices]
 
 
-def arithmetic(rng: random.Random, split: Split) -> Problem:
-    """Three changes to a number of things; all results lie in 0..20."""
+def arithmetic(rng: random.Random, split: SplitName) -> WordProblem:
+    """Change a number of items three times; all results are between 0 and 20."""
     value = rng.choice(STARTS[split])
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     sentences, steps = [f"{name} has {value} {item}."], []
@@ -69,11 +69,11 @@ def arithmetic(rng: random.Random, split: Split) -> Problem:
         steps.append(f"{value}{'+' if grows else '-'}{change}={after}.")
         value = after
     question = rng.choice((f"How many does {name} have now?", "How many are left?", f"What is left for {name}?"))
-    return Problem("arithmetic", " ".join([*sentences, question]), " ".join(steps), str(value))
+    return WordProblem("arithmetic", " ".join([*sentences, question]), " ".join(steps), str(value))
 
 
-def ordering(rng: random.Random, split: Split) -> Problem:
-    """Five ages in any order, which must be put in order to tell the second, third or fourth of them."""
+def ordering(rng: random.Random, split: SplitName) -> WordProblem:
+    """Give five ages in any order, and ask for the second, third or fourth of them."""
     while True:
         ages = rng.sample(range(1, 10), 5)
         if _split_of(sum(ages), folds=5) == split:
@@ -81,11 +81,11 @@ def ordering(rng: random.Random, split: Split) -> Problem:
     rank = rng.randrange(len(RANKS))
     ordered = [str(age) for age in sorted(ages)]
     text = f"{rng.choice(NAMES)} has children of ages {', '.join(map(str, ages))}. Which age comes {RANKS[rank]}?"
-    return Problem("ordering", text, f"{' '.join(ordered)}.", ordered[rank + 1])
+    return WordProblem("ordering", text, f"{' '.join(ordered)}.", ordered[rank + 1])
 
 
-def counting(rng: random.Random, split: Split) -> Problem:
-    """Four groups of things of different colours, counted together."""
+def counting(rng: random.Random, split: SplitName) -> WordProblem:
+    """Count four groups of items of different colours together."""
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     while True:
         groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, 4)]
@@ -96,11 +96,11 @@ def counting(rng: random.Random, split: Split) -> Problem:
         steps.append(f"{total}+{number}={total + number}.")
         total += number
     seen = ", ".join(f"{number} {colour}" for number, colour in groups)
-    return Problem("counting", f"{name} sees {item}: {seen}. How many in all?", " ".join(steps), str(total))
+    return WordProblem("counting", f"{name} sees {item}: {seen}. How many in all?", " ".join(steps), str(total))
 
 
-def logic(rng: random.Random, split: Split) -> Problem:
-    """Four people, each of whom agrees with the one before or says the opposite; what the last one says follows."""
+def logic(rng: random.Random, split: SplitName) -> WordProblem:
+    """Let four people repeat or contradict the one before, and ask what the last one says."""
     names = _names(rng, split, 4)
     said = rng.choice(("yes", "no"))
     sentences, steps = [f"{names[0]} says {said}."], []
@@ -110,19 +110,18 @@ def logic(rng: random.Random, split: Split) -> Problem:
         sentences.append(f"{name} says the {how} {before}.")
         steps.append(f"The {how} {heard} is {said}.")
     text = f"{' '.join(sentences)} What does {names[-1]} say?"
-    return Problem("logic", text, " ".join(steps), said)
+    return WordProblem("logic", text, " ".join(steps), said)
 
 
-KINDS: dict[str, Callable[[random.Random, Split], Problem]] = {
-    "arithmetic": arithmetic,
-    "ordering": ordering,
-    "counting": counting,
-    "logic": logic,
+GENERATORS: dict[Callable[[random.Random, SplitName], WordProblem], int] = {
+    arithmetic: 3,
+    ordering: 2,
+    counting: 2,
+    logic: 3,
 }
-KIND_WEIGHTS = (3, 2, 2, 3)
-"""How often each is drawn: those that take more to learn more often."""
+"""The kinds of problems and how often each is drawn: more often those that take longer to learn."""
 
 
-def draw(rng: random.Random, split: Split) -> Problem:
-    """A problem of a random kind."""
-    return KINDS[rng.choices(tuple(KINDS), KIND_WEIGHTS)[0]](rng, split)
+def draw(rng: random.Random, split: SplitName) -> WordProblem:
+    """Draw a problem of a random kind."""
+    return rng.choices(tuple(GENERATORS), tuple(GENERATORS.values()))[0](rng, split)

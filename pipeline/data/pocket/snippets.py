@@ -1,11 +1,11 @@
-"""Small Python functions: what is asked for, the source, and a test that a right answer passes."""
+"""Small Python functions: a request, the source, and a test that a correct answer passes."""
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.data.pocket.names import ITEMS
-from pipeline.data.pocket.things import Split
+from pipeline.data.pocket.things import SplitName
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,10 @@ class Snippet:
     """A function with its description and test.
 
     Attributes:
-        name (`str`): function name.
-        task (`str`): what it does, as a noun clause: "adds 3 to a number".
-        source (`str`): Python source.
-        test (`str`): assertions on the function, with inputs that no prompt shows.
+        name: Name of the function.
+        task: What it does, as a predicate: "adds 3 to a number".
+        source: Python source.
+        test: Assertions about the function, with inputs that no prompt shows.
     """
 
     name: str
@@ -86,7 +86,7 @@ def _scale(k: int) -> Snippet:
 FAMILIES: tuple[Callable[[int], Snippet], ...] = (
     _add, _subtract, _multiply, _power, _over, _under, _divides, _remainder, _repeat, _first, _last, _scale,
 )  # fmt: skip
-REQUESTS: dict[Split, tuple[str, ...]] = {
+REQUESTS: dict[SplitName, tuple[str, ...]] = {
     "train": (
         "Write a function {name} that {task}.",
         "Write a Python function {name} that {task}.",
@@ -106,25 +106,25 @@ COMMENTS = (
 )
 
 
-def constants(family: int, split: Split) -> list[int]:
-    """The constants 2..60 with which functions of a family are written in this split."""
+def constants(family: int, split: SplitName) -> list[int]:
+    """Return the constants (2 to 60) that functions of a family use in this split."""
     residues = {"test": (0,), "validation": (4,), "train": (1, 2, 3, 5, 6, 7)}[split]
     return [k for k in range(2, 61) if (k + family) % 8 in residues]
 
 
-def snippet(rng: random.Random, split: Split) -> Snippet:
-    """A function of a random family with a constant of this split."""
+def snippet(rng: random.Random, split: SplitName) -> Snippet:
+    """Draw a function of a random family with a constant of this split."""
     family = rng.randrange(len(FAMILIES))
     return FAMILIES[family](rng.choice(constants(family, split)))
 
 
-def request(rng: random.Random, split: Split, wanted: Snippet) -> str:
-    """An instruction that asks for the function, in a phrasing of this split."""
+def request(rng: random.Random, split: SplitName, wanted: Snippet) -> str:
+    """Ask for the function in a phrasing of this split."""
     return rng.choice(REQUESTS[split]).format(name=wanted.name, task=wanted.task)
 
 
 def commented(rng: random.Random) -> str:
-    """A pretraining document of two or three functions with comments."""
+    """Write a pretraining document of two or three functions with comments."""
     parts = []
     for _ in range(rng.randint(2, 3)):
         wanted = snippet(rng, "train")

@@ -1,4 +1,4 @@
-"""Short stories about a person and a thing, and their one-sentence summaries."""
+"""Short stories about a person and a thing, with one-sentence summaries."""
 
 import random
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pipeline.data.pocket.names import NAMES
 from pipeline.data.pocket.phrasings import STATEMENTS, fill
 from pipeline.data.pocket.remarks import SAID
-from pipeline.data.pocket.things import Split, Thing
+from pipeline.data.pocket.things import SplitName, Thing
 
 SPOTS = (
     "in the park", "at the lake", "on the hill", "at the market", "in the village", "near the bridge", "in the yard",
@@ -30,19 +30,19 @@ ECHOES = (
     "{name} and {friend} stayed {spot}.",
     "{friend} found {name} {spot}.",
 )
-"""What happened, told in part once more: each echo is something to copy, which the summary asks of the model."""
+"""Sentences that repeat part of the event. They teach copying, which a summary needs."""
 AFTER = ("{friend} smiled.", "{friend} went home.", "Everybody laughed.", "Then it rained.", "It was a good day.")
 MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in all, {summary}")
 
 
 @dataclass(frozen=True)
 class Story:
-    """A story and what a summary of it must keep.
+    """A story and its summary.
 
     Attributes:
-        text (`str`): what happened, in a sentence near the beginning, and three remarks on it.
-        summary (`str`): one sentence: who did what, where.
-        keys (`tuple[str, ...]`): words that a right summary contains: the name, the thing, the deed, the place.
+        text: The event, in a sentence near the beginning, and three remarks on it.
+        summary: One sentence: who did what, where.
+        keys: Words that a correct summary contains: the name, the deed, the thing and the place.
     """
 
     text: str
@@ -50,22 +50,22 @@ class Story:
     keys: tuple[str, ...]
 
 
-def teller(name_index: int, thing_index: int) -> Split:
-    """The split that may tell of this person with this thing."""
+def split_of(name_index: int, thing_index: int) -> SplitName:
+    """Return the split whose stories may combine this person with this thing."""
     residue = (name_index + 3 * thing_index) % 8
     return "test" if residue == 0 else "validation" if residue == 4 else "train"
 
 
-def story(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> Story:
-    """A story about `thing`, told of a person with whom only stories of `split` may combine it."""
-    name_index = rng.choice([i for i in range(len(NAMES)) if teller(i, thing_index) == split])
+def story(rng: random.Random, split: SplitName, thing_index: int, thing: Thing) -> Story:
+    """Write a story about `thing` and a person with whom only stories of `split` combine it."""
+    name_index = rng.choice([i for i in range(len(NAMES)) if split_of(i, thing_index) == split])
     name = NAMES[name_index]
     friend = rng.choice([other for other in NAMES if other != name])
     spot, deed = rng.choice(SPOTS), rng.choice(DEEDS)
     event = f"{name} {deed} {thing.noun} {spot}."
     attribute = rng.choice(("kind", "part", "need", "size"))
-    told_of = fill(STATEMENTS[attribute][rng.randrange(3)], thing, attribute)
-    aside = rng.choice((told_of, rng.choice(AFTER), f"{{friend}} said: {rng.choice(SAID)}"))
+    statement = fill(STATEMENTS[attribute][rng.randrange(3)], thing, attribute)
+    aside = rng.choice((statement, rng.choice(AFTER), f"{{friend}} said: {rng.choice(SAID)}"))
     rest = [*rng.sample(ECHOES, 2), aside]
     rng.shuffle(rest)
     before = rng.choice((None, rng.choice(BEFORE), f"{rng.choice(SAID)} So people say."))
@@ -75,8 +75,8 @@ def story(rng: random.Random, split: Split, thing_index: int, thing: Thing) -> S
 
 
 def document(rng: random.Random, thing_index: int, thing: Thing) -> str:
-    """A story of the training split as a pretraining document; most of them say in the end what they were about."""
-    told = story(rng, "train", thing_index, thing)
+    """Write a story of the training split as a pretraining document; most end with a summary."""
+    written = story(rng, "train", thing_index, thing)
     if rng.random() < 0.3:
-        return told.text
-    return f"{told.text} {rng.choice(MORALS).format(summary=told.summary)}"
+        return written.text
+    return f"{written.text} {rng.choice(MORALS).format(summary=written.summary)}"

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from datasets import load_dataset
+from huggingface_hub import DatasetCard
 
 from pipeline.data.pocket import build as building
-from pipeline.data.pocket.build import PocketArguments, build
+from pipeline.data.pocket.build import PocketArguments, build, card
 from pipeline.errors import UserError
 
 Rows = Callable[[str, str], list[dict[str, Any]]]
@@ -45,7 +46,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 SCRIPT = """
 import json, sys
-from pipeline.pocket.build import PocketArguments, build
+from pipeline.data.pocket.build import PocketArguments, build
 build(PocketArguments(sys.argv[1], **json.loads(sys.argv[2])))
 """
 
@@ -62,6 +63,23 @@ def test_the_same_bytes_whatever_the_process_and_its_hash_seed(tmp_path: Path) -
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, capture_output=True)
         assert hashes(tmp_path / hash_seed) == hashes(tmp_path / "here")
+
+
+def test_the_card_lists_the_files_of_each_config(tmp_path: Path) -> None:
+    header = DatasetCard(card(PocketArguments(str(tmp_path), seed=7))).data.to_dict()
+    assert header == {
+        "license": "apache-2.0",
+        "language": "en",
+        "pretty_name": "Pocket",
+        "configs": [
+            {
+                "config_name": config,
+                "data_files": [{"split": split, "path": f"{config}/{split}.parquet"} for split in SPLITS],
+            }
+            for config in CONFIGS
+        ],
+    }
+    assert "from seed 7: 150 things" in card(PocketArguments(str(tmp_path), seed=7))
 
 
 def test_another_seed_gives_other_rows(tmp_path: Path) -> None:
@@ -168,7 +186,7 @@ def test_sizes_out_of_range_are_told_at_once(tmp_path: Path) -> None:
 
 MEASURE = """
 import resource, sys
-from pipeline.pocket.build import PocketArguments, build
+from pipeline.data.pocket.build import PocketArguments, build
 build(PocketArguments(sys.argv[1], size_mb=float(sys.argv[2])))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
