@@ -1,5 +1,5 @@
-"""Measuring the models of a run: generation in batches, grading, metrics with intervals.
+"""Measure the models of a run: `python -m pipeline evaluate RUN --stage 2_sft`.
 
-The command is `python -m pipeline evaluate RUN --stage 2_sft`.
-Nothing is imported here, so that `--help` stays fast.
+`stage` runs the measurements of `metrics` and `reward_model` on the data of `held_out`; `intervals` makes the estimates
+and `results` writes them. Nothing is imported here, so that `--help` stays fast.
 """

@@ -1,7 +1,7 @@
 """`python -m pipeline evaluate RUN --stage 2_sft`: measure one stage on the held-out data of the run.
 
-Writes RUN/evaluations/STAGE.json (metrics, answers to ten fixed prompts, traces) and STAGE.jsonl (a line
-for each example, from which paired differences between stages are made). Other data, by options alone:
+Writes RUN/evaluations/STAGE.json (metrics, answers to ten fixed prompts, traces) and STAGE.jsonl (one line per example,
+from which the report computes paired differences between stages). Other data can be given by options alone:
 
     python -m pipeline evaluate RUN --stage 1_pretrain --text shakespeare.txt
     python -m pipeline evaluate RUN --stage 4_grpo --reasoning gsm8k-test.jsonl --prompt_column question \\
@@ -13,17 +13,18 @@ from __future__ import annotations
 import argparse
 
 AGAINST = "2_sft"
+MOST_SAMPLES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command; nothing heavy is imported for it."""
+    """Add the arguments of `evaluate` to `parser`."""
     parser.add_argument("run", metavar="RUN", help="run directory, for instance runs/pocket")
     parser.add_argument("--stage", required=True, help="directory of the model inside RUN, for instance 2_sft")
-    parser.add_argument("--against", default=AGAINST, help="stage whose answers are the opponent in win_rate")
-    parser.add_argument("--limit", type=int, help="use at most so many examples of each kind of measurement")
+    parser.add_argument("--against", default=AGAINST, help="stage that is the opponent in win_rate (default: 2_sft)")
+    parser.add_argument("--limit", type=int, help="use at most this many examples for each kind of measurement")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled answers and of the intervals")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens")
-    parser.add_argument("--samples", type=int, default=8, help="sampled answers to a reasoning problem")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="length limit of an answer (default: 64)")
+    parser.add_argument("--samples", type=int, default=8, help="sampled answers per reasoning problem (default: 8)")
     parser.add_argument("--text", metavar="DATASET", help="text to predict, instead of the run's (bits_per_byte)")
     parser.add_argument("--text_column", default="text", help="its column (default: text)")
     parser.add_argument(
@@ -32,15 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt_column", default="prompt", help="its column of problems (default: prompt)")
     parser.add_argument("--answer_column", default="answer", help="its column of answers (default: answer)")
     parser.add_argument("--answer_pattern", help="regular expression that finds the final answer in that column")
-    parser.add_argument("--config", help="configuration of --text or --reasoning, where the data set has several")
-    parser.add_argument("--split", help="its split (default: test; a plain file: all of it)")
+    parser.add_argument("--config", help="configuration of --text or --reasoning, if the data set has several")
+    parser.add_argument("--split", help="its split (default: test; all of a plain file)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Evaluate, write both files, print the metrics. Returns the exit code.
+    """Evaluate the stage, write both files and print the metrics. Returns the exit code.
 
     Raises:
-        UserError: the run, the stage or a data set cannot be used.
+        UserError: The run, the stage or a data set cannot be used.
     """
     from dataclasses import replace
     from pathlib import Path
@@ -48,20 +49,20 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.config.checks import check_ranges
     from pipeline.errors import Problem, UserError
     from pipeline.evaluation.held_out import read_held_out
-    from pipeline.evaluation.results import table, write
-    from pipeline.evaluation.stage import check_stage, evaluate_stage, holds_model
-    from pipeline.models.loading import is_reward_model, load_config, user_error_for
+    from pipeline.evaluation.results import format_table, write_result
+    from pipeline.evaluation.stage import check_opponent, check_run, check_stage, evaluate_stage
 
     run = Path(args.run)
-    if problems := check_ranges(vars(args)):
+    problems = check_ranges(vars(args))
+    if args.samples > MOST_SAMPLES:
+        problems.append(Problem("samples", args.samples, f"must be at most {MOST_SAMPLES}"))
+    if problems:
         raise UserError(*(replace(problem, field=f"--{problem.field}") for problem in problems))
-    check_stage(run, args.stage)
+    check_run(run)
+    check_stage(run, args.stage, "--stage")
     if args.against != AGAINST:
         check_stage(run, args.against, "--against")
-    with user_error_for("--against", args.against):
-        rewards = holds_model(run / args.against) and is_reward_model(load_config(str(run / args.against)))
-    if rewards:
-        raise UserError(Problem("--against", args.against, "is a reward model, which answers nothing; choose another"))
+    check_opponent(run, args.against)
     held_out = read_held_out(run, args)
     result = evaluate_stage(
         run,
@@ -72,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
     )
-    path = write(run, result)
-    print(table(result))
+    path = write_result(run, result)
+    print(format_table(result))
     print(f"{path} ({result.seconds:.1f} s)")
     return 0

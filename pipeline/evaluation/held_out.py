@@ -1,4 +1,4 @@
-"""What a stage is measured on: the test splits of the run's data, or data that the user names."""
+"""What a stage is measured on: the test splits of the run's data, or data that the user names; and fixed prompts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,39 @@ import pyarrow.parquet as pq
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import ShapeError, read_pair, teaches
+from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 
-Row = dict[str, Any]
+Example = dict[str, Any]
+"""A row of a test split, with its index in the split as `id`."""
 
 MOST_EXAMPLES = {"texts": 400, "instructions": 400, "problems": 300, "prompts": 200, "pairs": 1000}
-"""Most rows used of each kind: intervals of some hundredths, in seconds of CPU time."""
+"""Largest number of examples used: intervals a few hundredths wide, in seconds of CPU time."""
+
+RULE_COLUMNS = ("require", "reject", "max_words", "test")
+"""Columns by which an answer to an instruction is graded, see `pipeline.rewards.grading`."""
+
+FIXED_PROMPTS: tuple[str, ...] = (
+    "What is an LLM?",
+    "Can you explain what a fox is?",
+    "I would like to know where to find a piano.",
+    "Can you say what a hedgehog does?",
+    "I would like to know how big a lion is.",
+    "Can you tell me something about a tokenizer?",
+    "Can you summarise this in one sentence? It was warm. One day Julia painted a hedgehog in the park. "
+    "Carl had never painted a hedgehog. You know a hedgehog by sharp spines. Carl found Julia in the park.",
+    "I would like a function add_7 that adds 7 to a number.",
+    "Sam has 14 coins. Sam finds 5 coins. Sam sells 3 coins. Sam gets 4 coins. How many are left?",
+    "Greta has children of ages 3, 2, 9, 1, 6. Which age comes third?",
+)
+"""Every stage answers these greedily; the answers are in `evaluations/<stage>.json`, in this order."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Test rows, each with its index in the split as `id`; empty where there is no such data.
+    """Test examples; a list is empty if there is no such data.
 
-    Args:
+    Attributes:
         texts: `text` and `kind`, for bits per byte.
         instructions: `messages`, `kind` and how they are graded, for instruction accuracy.
         problems: `prompt`, `answer` and `kind`, for pass@k.
@@ -34,17 +54,17 @@ class HeldOut:
         pairs: `prompt`, `chosen` and `rejected`, for reward models.
     """
 
-    texts: list[Row] = field(default_factory=list)
-    instructions: list[Row] = field(default_factory=list)
-    problems: list[Row] = field(default_factory=list)
-    prompts: list[Row] = field(default_factory=list)
-    pairs: list[Row] = field(default_factory=list)
+    texts: list[Example] = field(default_factory=list)
+    instructions: list[Example] = field(default_factory=list)
+    problems: list[Example] = field(default_factory=list)
+    prompts: list[Example] = field(default_factory=list)
+    pairs: list[Example] = field(default_factory=list)
 
 
-def pick(rows: Sequence[Row], most: int) -> list[Row]:
-    """At most `most` rows in their order, always the same ones, drawn at random.
+def subsample(rows: Sequence[Example], most: int) -> list[Example]:
+    """Return at most `most` rows in their order, drawn at random, but the same ones every time.
 
-    Neither the first rows nor every n-th one: data sets are sorted by kind, or their kinds alternate.
+    Neither the first rows nor every n-th one would do: data sets are sorted by kind, or their kinds alternate.
     """
     if len(rows) <= most:
         return list(rows)
@@ -55,58 +75,66 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
     """Read the test splits in RUN/data and RUN/3_preferences, and what `--text` and `--reasoning` name.
 
     Args:
-        run: the run directory.
-        args: of `pipeline.evaluation.cli`.
+        run: The run directory.
+        args: The arguments of `pipeline.evaluation.cli`.
 
     Raises:
-        UserError: there is nothing to measure on, or a named data set cannot be read.
+        UserError: There is nothing to measure on, or a data set cannot be read.
     """
     data = run / "data"
     most = {name: min(n, args.limit or n) for name, n in MOST_EXAMPLES.items()}
-    texts = _named(args, "text", "text") if args.text else _split(data / "pretrain")
-    problems = _named(args, "reasoning", "prompt") if args.reasoning else _split(data / "reasoning")
-    # Problems have metrics of their own: final answers are compared there, not looked for in the text.
-    instructions = [row for row in _split(data / "sft") if row["kind"] != "reasoning"]
+    texts = _read_named(args, "text", "text") if args.text else _read_split(data / "pretrain", "text")
+    problems = (
+        _read_named(args, "reasoning", "prompt")
+        if args.reasoning
+        else _read_split(data / "reasoning", "prompt", "answer")
+    )
+    # Problems have metrics of their own, which compare final answers instead of looking for words.
+    instructions = [row for row in _read_split(data / "sft", "messages", *RULE_COLUMNS) if row["kind"] != "reasoning"]
+    pairs = subsample(_read_split(run / "3_preferences"), most["pairs"])
     found = HeldOut(
-        texts=pick(texts, most["texts"]),
-        instructions=pick(instructions, most["instructions"]),
-        problems=pick(problems, most["problems"]),
-        prompts=pick(_split(data / "preferences"), most["prompts"]),
-        pairs=_conversational(pick(_split(run / "3_preferences"), most["pairs"])),
+        texts=subsample(texts, most["texts"]),
+        instructions=subsample(instructions, most["instructions"]),
+        problems=subsample(problems, most["problems"]),
+        prompts=subsample(_read_split(data / "preferences", "prompt"), most["prompts"]),
+        pairs=_conversational(pairs),
     )
     if not any((found.texts, found.instructions, found.problems, found.prompts, found.pairs)):
-        remedy = "holds no test split of pretrain, sft, reasoning or preferences: name --text or --reasoning"
+        remedy = "does not contain a test split of pretrain, sft, reasoning or preferences; use --text or --reasoning"
         raise UserError(Problem("RUN", data, remedy))
     return found
 
 
-def _split(folder: Path) -> list[Row]:
+def _read_split(folder: Path, *columns: str) -> list[Example]:
     path = folder / "test.parquet"
+    if not path.is_file():
+        return []
     try:
-        return _numbered(pq.read_table(path).to_pylist()) if path.is_file() else []
+        table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).split("\n")[0]
         raise UserError(Problem("RUN", path, f"cannot be read ({reason}); make the data again")) from None
+    if missing := [column for column in columns if column not in table.column_names]:
+        raise UserError(Problem("RUN", path, f"lacks the column {missing[0]}; make the data again"))
+    return _with_ids(table.to_pylist())
 
 
-def _conversational(pairs: Sequence[Row]) -> list[Row]:
-    """The pairs with prompt and answers as messages, whatever format of TRL's they are in; none that says nothing."""
+def _conversational(pairs: Sequence[Example]) -> list[Example]:
+    """Convert pairs in any format of TRL's to messages; pairs without a preference are dropped."""
     standard = []
     for row in pairs:
         try:
             pair = read_pair(row, DataArguments())
         except (ShapeError, KeyError) as error:
-            remedy = f"has in row {row['id']} no pair ({error}); correct it"
+            remedy = f"row {row['id']} is not a pair ({error}); correct it"
             raise UserError(Problem("RUN", "3_preferences/test.parquet", remedy)) from None
         if teaches(pair):
             standard.append({**row, **pair})
     return standard
 
 
-def _named(args: argparse.Namespace, name_option: str, kind: Any) -> list[Row]:
-    """The rows of the data set that an option names; of a file all, unless a split is asked for."""
-    from pipeline.data.splits import load_splits
-
+def _read_named(args: argparse.Namespace, name_option: str, kind: Any) -> list[Example]:
+    """Read the data set that an option names: all of a file, unless `--split` is given."""
     name = getattr(args, name_option)
     whole_file = args.split is None and Path(name).is_file()
     wanted = DataArguments(
@@ -125,12 +153,12 @@ def _named(args: argparse.Namespace, name_option: str, kind: Any) -> list[Row]:
         options = {"dataset_name": name_option, "dataset_config": "config", "dataset_test_split": "split"}
         problems = [replace(p, field=f"--{options.get(p.field, p.field)}") for p in error.problems]
         raise UserError(*problems) from error
-    rows = _numbered((train if whole_file else test) or ())
+    rows = _with_ids((train if whole_file else test) or ())
     if kind == "prompt" and rows and "answer" not in rows[0]:
-        remedy = f"there is no such column; choose from: {', '.join(name for name in rows[0] if name != 'id')}"
-        raise UserError(Problem("--answer_column", args.answer_column, remedy))
+        columns = ", ".join(column for column in rows[0] if column != "id")
+        raise UserError(Problem("--answer_column", args.answer_column, f"does not exist; choose from: {columns}"))
     return rows
 
 
-def _numbered(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+def _with_ids(rows: Iterable[Mapping[str, Any]]) -> list[Example]:
     return [{**row, "kind": row.get("kind") or "", "id": index} for index, row in enumerate(rows)]

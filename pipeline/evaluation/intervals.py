@@ -1,12 +1,14 @@
-"""95% confidence intervals: Wilson's for proportions, the bootstrap for everything else.
+"""Estimates with 95% confidence intervals: Wilson's for proportions, the bootstrap for everything else.
 
 The sampling unit is the problem, the document or the prompt, never the sample, the token or the pair: eight samples of
-one problem are not eight problems. The bootstrap is seeded, so that the same values always give the same interval.
+one problem are not eight problems. The bootstrap is seeded, so the same values always give the same interval.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
@@ -14,53 +16,108 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+TAILS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
+"""Quantiles at which a percentile interval ends."""
 
 
-def estimate(value: float, low: float, high: float, n: int) -> dict[str, Any]:
-    """A measured value as it is written to disk: `{"value", "ci95": [low, high], "n"}`, plain floats."""
-    return {"value": float(value), "ci95": [float(low), float(high)], "n": n}
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with its 95% interval, as evaluation writes it to disk and the report reads it.
+
+    The interval always contains the value: ends that rounding, or a bootstrap of a skewed statistic, puts on the wrong
+    side of it are moved to the value.
+
+    Attributes:
+        value: The measured value.
+        low: Lower end of the interval, None if there is no interval.
+        high: Upper end of the interval, None if there is no interval.
+        n: Number of examples, None if it is not known.
+        by_kind: The estimate for each kind of example; empty if it is not broken down.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    by_kind: Mapping[str, Estimate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", float(self.value))
+        if self.low is not None:
+            object.__setattr__(self, "low", min(float(self.low), self.value))
+        if self.high is not None:
+            object.__setattr__(self, "high", max(float(self.high), self.value))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `{"value", "ci95": [low, high], "n"}`, and `by_kind` if there are kinds; unknown entries are null."""
+        interval = None if self.low is None or self.high is None else [self.low, self.high]
+        entry: dict[str, Any] = {"value": self.value, "ci95": interval, "n": self.n}
+        if self.by_kind:
+            entry["by_kind"] = {kind: estimate.to_json() for kind, estimate in self.by_kind.items()}
+        return entry
+
+    @classmethod
+    def from_json(cls, entry: object) -> Estimate:
+        """Read what `to_json` returns. Of a damaged entry, whatever is valid is kept.
+
+        Raises:
+            ValueError: `entry` has no finite number under "value".
+        """
+        entry = entry if isinstance(entry, dict) else {}
+        value, n, interval, kinds = (entry.get(key) for key in ("value", "n", "ci95", "by_kind"))
+        if (number := finite(value)) is None:
+            raise ValueError('no number under "value"')
+        low, high = map(finite, interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
+        count = finite(n)
+        known = {
+            kind: cls.from_json(inner)
+            for kind, inner in (kinds if isinstance(kinds, dict) else {}).items()
+            if isinstance(inner, dict) and finite(inner.get("value")) is not None
+        }
+        return cls(number, low, high, None if count is None else int(count), known)
 
 
-def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927): honest near 0 and 1, where the normal one has no width.
+def finite(value: object) -> float | None:
+    """Return `value` as a float, or None if it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        result = float(value)
+    except OverflowError:
+        return None
+    return result if math.isfinite(result) else None
+
+
+def wilson(successes: float, n: float) -> tuple[float, float]:
+    """Return the score interval of a proportion (Wilson 1927), which keeps its coverage near 0 and 1.
 
     Args:
-        successes: how many of the `n` independent trials succeeded, 0 to `n`.
-        n: number of trials; with none, nothing is known and the interval is (0, 1).
-        confidence: coverage, 0.95 by default.
+        successes: How many of the `n` independent trials succeeded, 0 to `n`.
+        n: Number of trials. Without trials the interval is (0, 1).
     """
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     share = successes / n
     centre = share + z * z / (2 * n)
     half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     scale = 1 + z * z / n
-    # At 0 and n the ends are 0 and 1 exactly; rounding must not push them past the value.
+    # At 0 and n the ends are exactly 0 and 1.
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == n else (centre + half) / scale
     return low, high
 
 
-def bootstrap(
-    totals: Sequence[float],
-    weights: Sequence[float] | None = None,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-) -> tuple[float, float]:
-    """Percentile interval of the ratio sum(totals) / sum(weights), resampling whole units with replacement.
+def bootstrap(totals: Sequence[float], weights: Sequence[float] | None = None, *, seed: int = 0) -> tuple[float, float]:
+    """Return the percentile interval of sum(totals) / sum(weights), resampling whole units with replacement.
 
     Args:
-        totals: shape (units,), for instance the bits of each document, or each problem's estimate.
-        weights: shape (units,), for instance the bytes of each document; 1 each by default, a plain mean.
-        seed: of the resampling.
-        resamples: number of bootstrap samples.
-        confidence: coverage, 0.95 by default.
+        totals: Shape (units,), for instance the bits of each document.
+        weights: Shape (units,), for instance the bytes of each document. Default: 1 each, which gives a plain mean.
+        seed: Seed of the resampling.
 
     Returns:
-        (low, high); the value itself twice where there are fewer than two units.
+        (low, high), both equal to the ratio if there are fewer than two units.
     """
     numerator = np.asarray(totals, dtype=np.float64)
     denominator = np.ones_like(numerator) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -68,92 +125,92 @@ def bootstrap(
     if n < 2:
         value = float(numerator.sum() / denominator.sum()) if n else float("nan")
         return value, value
-    # How often each unit is drawn, a row for each resample: no copy of the units is made.
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    ratios = (counts @ numerator) / (counts @ denominator)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail])
+    # How often each unit is drawn, one row per resample: the units are not copied.
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    drawn = counts @ denominator
+    ratios = (counts @ numerator)[drawn > 0] / drawn[drawn > 0]
+    low, high = np.quantile(ratios, TAILS)
     return float(low), float(high)
 
 
-def proportion(outcomes: Sequence[float]) -> dict[str, Any]:
-    """The share of `outcomes` (zeros and ones, or bools) that are 1, with Wilson's interval."""
+def proportion(outcomes: Sequence[float]) -> Estimate:
+    """Estimate the share of `outcomes` (zeros and ones, or bools) that are 1, with Wilson's interval."""
     n = len(outcomes)
     successes = float(sum(outcomes))
-    return estimate(successes / n if n else float("nan"), *wilson(successes, n), n)
+    return Estimate(successes / n if n else float("nan"), *wilson(successes, n), n)
 
 
-def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> dict[str, Any]:
-    """The mean of some values, with a bootstrap interval.
+def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
+    """Estimate a mean, with a bootstrap interval.
 
     Args:
-        values: one a unit, or several.
-        seed: of the bootstrap.
-        units: what each value is of, by default a unit of its own.
+        values: One value per unit, or several.
+        seed: Seed of the bootstrap.
+        units: The unit that each value belongs to. Default: a unit of its own.
     """
     n = len(values)
     value = float(np.mean(values)) if n else float("nan")
     if units is None:
-        return estimate(value, *bootstrap(values, seed=seed), n)
+        return Estimate(value, *bootstrap(values, seed=seed), n)
     number = _numbered(units)
-    return estimate(value, *bootstrap(np.bincount(number, values), np.bincount(number), seed=seed), n)
+    return Estimate(value, *bootstrap(np.bincount(number, values), np.bincount(number), seed=seed), n)
 
 
-def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> dict[str, Any]:
-    """The mean of outcomes from 0 to 1: Wilson's interval if each is 0 or 1, else the bootstrap's.
+def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
+    """Estimate the mean of outcomes between 0 and 1: Wilson's interval if all are 0 or 1, else the bootstrap's.
 
     Args:
-        outcomes: one a unit, or several.
-        seed: of the bootstrap.
-        units: what each outcome is of, by default a unit of its own. If some have several, Wilson's interval is that of
-            as many independent outcomes as would vary as much (Kish 1965).
+        outcomes: One outcome per unit, or several.
+        seed: Seed of the bootstrap.
+        units: The unit that each outcome belongs to. Default: a unit of its own. If units have several outcomes,
+            Wilson's interval is that of as many independent outcomes as have the same variance (Kish 1965).
     """
     if not all(value in (0, 1) for value in outcomes):
         return mean(outcomes, seed, units)
     if units is None or not outcomes:
         return proportion(outcomes)
     n, share = len(outcomes), float(np.mean(outcomes))
-    independent = min(n, n / _design_effect(np.asarray(outcomes, dtype=np.float64), _numbered(units)))
-    return estimate(share, *wilson(share * independent, independent), n)
+    independent = n / max(1.0, _design_effect(np.asarray(outcomes, dtype=np.float64), _numbered(units)))
+    return Estimate(share, *wilson(share * independent, independent), n)
 
 
 def _design_effect(outcomes: np.ndarray, number: np.ndarray) -> float:
-    """How many times the variance of independent outcomes' mean that of grouped ones' has."""
+    """Return the variance of the grouped outcomes' mean, divided by that of as many independent outcomes."""
     n, groups = len(outcomes), int(number.max()) + 1
     deviations = outcomes - outcomes.mean()
     alone = float(np.square(deviations).sum())
     if alone == 0 or groups < 2:
-        return n / groups  # nothing tells how alike those of a group are: as alike as can be
+        return n / groups  # how alike a group's outcomes are is unknown: assume that they are all the same
     grouped = float(np.square(np.bincount(number, deviations)).sum())
     return (grouped * groups / (groups - 1)) / (alone * n / (n - 1))
 
 
 def _numbered(units: Sequence[Hashable]) -> np.ndarray:
-    """Units by numbers from 0, in the order in which they come."""
+    """Number the units from 0, in the order of their first occurrence."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(unit, len(numbers)) for unit in units])
 
 
-def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """sum(totals) / sum(weights) over units such as documents, with a bootstrap interval."""
+def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> Estimate:
+    """Estimate sum(totals) / sum(weights) over units such as documents, with a bootstrap interval."""
     n = len(totals)
     value = float(np.sum(totals) / np.sum(weights)) if n else float("nan")
-    return estimate(value, *bootstrap(totals, weights, seed=seed), n)
+    return Estimate(value, *bootstrap(totals, weights, seed=seed), n)
 
 
 def resample(
     function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0, resamples: int = 500
 ) -> np.ndarray:
-    """Any statistic of rows, of bootstrap samples of their units.
+    """Compute a statistic of rows on bootstrap samples of their units.
 
     Args:
-        function: gives the statistic of the rows with these indices; one may occur several times.
-        units: the unit of each row.
-        seed: of the resampling.
-        resamples: number of bootstrap samples.
+        function: Returns the statistic of the rows with the given indices, in which a row may occur several times.
+        units: The unit of each row.
+        seed: Seed of the resampling.
+        resamples: Number of bootstrap samples.
 
     Returns:
-        (`resamples`,) values.
+        The statistic of each sample, shape (resamples,).
     """
     number = _numbered(units)
     by_unit = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
@@ -162,25 +219,19 @@ def resample(
     return np.array([function(np.concatenate([by_unit[unit] for unit in sample])) for sample in drawn])
 
 
-def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> dict[str, Any]:
-    """Any statistic of rows, with a percentile bootstrap interval over their units; arguments as of `resample`."""
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(resample(function, units, seed), [tail, 1 - tail])
-    return estimate(function(np.arange(len(units))), low, high, len(units))
+def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> Estimate:
+    """Estimate any statistic of rows, with a percentile interval over their units; arguments as for `resample`."""
+    low, high = np.quantile(resample(function, units, seed), TAILS)
+    return Estimate(function(np.arange(len(units))), low, high, len(units))
 
 
-def paired_difference(
-    before: Mapping[Hashable, float], after: Mapping[Hashable, float], seed: int = 0
-) -> dict[str, Any]:
-    """How much the mean rose on the same examples: mean(after - before), bootstrapped over the examples.
+def paired_difference(before: Mapping[Hashable, float], after: Mapping[Hashable, float], seed: int = 0) -> Estimate:
+    """Estimate how much the mean rose on the same examples: mean(after - before), bootstrapped over the examples.
 
     Args:
-        before: value of each example in the earlier measurement, by example id.
-        after: the same for the later one. Examples that only one of the two holds do not count.
-        seed: of the bootstrap.
-
-    Returns:
-        `{"value", "ci95", "n"}`. Where all differences are alike the interval has no width.
+        before: Example id -> value in the earlier measurement.
+        after: Example id -> value in the later one. Examples that only one of the two has are left out.
+        seed: Seed of the bootstrap.
     """
     shared = [key for key in before if key in after]
     return mean([after[key] - before[key] for key in shared], seed=seed)

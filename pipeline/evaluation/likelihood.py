@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text, document by document."""
+"""The likelihood of held-out text under a model, document by document."""
 
 from __future__ import annotations
 
@@ -18,21 +18,17 @@ def document_losses(
     context: int = 512,
     batch_tokens: int = 16384,
 ) -> list[float]:
-    """Negative log-likelihood of each document, in nats.
+    """Return the negative log-likelihood of each document in nats, summed over its tokens.
 
-    Each document stands alone, after the token that begins one (`bos_token`, or `eos_token` where there is
-    none), so that its first token is predicted too. One longer than the context is cut into windows that
-    start afresh.
+    Each document is scored alone, after the token that begins one (`bos_token`, or `eos_token` if there is none), so
+    that its first token is predicted too. A document longer than the context is cut into independent windows.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        texts: the documents, of any length.
-        context: longest window in tokens, the first token that is only read included.
-        batch_tokens: tokens in a batch, padding included.
-
-    Returns:
-        One sum over all tokens of the document each.
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        texts: Documents of any length.
+        context: Window length in tokens, including the first token, which is not predicted.
+        batch_tokens: Tokens per batch, padding included.
     """
     model.eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -47,13 +43,13 @@ def document_losses(
     windows.sort(key=lambda window: len(window[1]))
     losses = [0.0] * len(texts)
     while windows:
-        # The longest first: the widest batch decides how many fit.
+        # The longest window left sets the width of the batch, and so how many windows fit.
         width = len(windows[-1][1])
         batch = [windows.pop() for _ in range(min(len(windows), max(1, batch_tokens // width)))]
         ids = torch.tensor([w + [pad] * (width - len(w)) for _, w in batch], device=model.device)
         lengths = torch.tensor([len(w) for _, w in batch], device=model.device)
         real = torch.arange(width, device=model.device) < lengths[:, None]
-        # Padding on the right is never seen by a real token under the causal mask.
+        # Under the causal mask, tokens do not attend to the padding on their right.
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         for (document, _), loss in zip(batch, (nll * real[:, 1:]).double().sum(1).tolist(), strict=True):

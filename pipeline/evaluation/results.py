@@ -1,12 +1,14 @@
-"""What an evaluation leaves on disk and on the screen."""
+"""What an evaluation writes to disk and prints."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.files import write_text
 
 
@@ -14,50 +16,79 @@ from pipeline.files import write_text
 class StageResult:
     """Everything measured on one stage.
 
-    Args:
-        stage: directory name, such as "2_sft".
-        metrics: metric -> `{"value", "ci95", "n"}`, some with `by_kind`.
-        examples: `{"metric", "id", "kind", "value", ...}`, one for each example of each metric.
+    Attributes:
+        stage: Directory name, such as "2_sft".
+        metrics: Metric -> estimate.
+        examples: `{"metric", "id", "kind", "value", ...}` for each example of each metric.
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
-        seconds: how long it took, loading included.
+        seconds: How long it took, loading included.
     """
 
     stage: str
-    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, Estimate] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
     traces: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
+    def record(
+        self,
+        name: str,
+        measured: Mapping[str, Any],
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        by_kind: Callable[..., Estimate] | None = outcome_mean,
+        units: Sequence[Hashable] | None = None,
+        extras: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        """Add a metric: its estimate, overall and by kind of example, and the value of every example.
 
-def write(run: Path, result: StageResult) -> Path:
-    """Write RUN/evaluations/STAGE.jsonl, then .json, each whole or not at all; return the latter's path."""
-    folder = run / "evaluations"
-    folder.mkdir(parents=True, exist_ok=True)
+        Args:
+            name: Name of the metric.
+            measured: What `compute` of a metric returned.
+            rows: The examples, with `id` and `kind`.
+            by_kind: Makes the estimate of each kind from the values; None for no estimates by kind. There are none
+                either if all rows are of the same kind.
+            units: The unit that each row belongs to, if several rows may share one.
+            extras: Further fields of each example, its answer for instance.
+        """
+        values = measured["values"]
+        groups: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            groups.setdefault(row["kind"], []).append(index)
+        kinds = {}
+        if by_kind is not None and len(groups) > 1:
+            for kind, members in sorted(groups.items()):
+                shared = {} if units is None else {"units": [units[i] for i in members]}
+                kinds[kind] = by_kind([values[i] for i in members], **shared)
+        low, high = measured["ci95"]
+        self.metrics[name] = Estimate(measured["value"], low, high, measured["n"], kinds)
+        for row, value, extra in zip(rows, values, extras or [{}] * len(rows), strict=True):
+            example = {"metric": name, "id": row["id"], "kind": row["kind"], "value": float(value), **extra}
+            self.examples.append(example)
+
+
+def write_result(run: Path, result: StageResult) -> Path:
+    """Write RUN/evaluations/STAGE.jsonl, then STAGE.json, each whole or not at all. Returns the path of the latter."""
+    path = run / "evaluations" / f"{result.stage}.json"
     lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in result.examples]
-    write_text(folder / f"{result.stage}.jsonl", "".join(lines))
+    write_text(path.with_suffix(".jsonl"), "".join(lines))
     content = {
         "stage": result.stage,
-        "metrics": result.metrics,
+        "metrics": {name: estimate.to_json() for name, estimate in result.metrics.items()},
         "answers": result.answers,
         "traces": result.traces,
         "seconds": round(result.seconds, 2),
     }
-    path = folder / f"{result.stage}.json"
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return path
 
 
-def table(result: StageResult) -> str:
-    """The metrics of `result`, a line each, kinds of examples indented below."""
+def format_table(result: StageResult) -> str:
+    """Format the metrics, one per line, with the kinds of examples indented below."""
     lines = [f"{result.stage:<30} {'value':>8}  95% interval         n"]
-    for name, entry in result.metrics.items():
-        lines.append(_line(name, entry))
-        lines.extend(_line(f"  {kind}", part) for kind, part in entry.get("by_kind", {}).items())
+    for name, estimate in result.metrics.items():
+        for label, shown in {name: estimate, **{f"  {kind}": part for kind, part in estimate.by_kind.items()}}.items():
+            lines.append(f"{label:<30} {shown.value:>8.3f}  {shown.low:>7.3f} {shown.high:>7.3f} {shown.n:>10}")
     return "\n".join(lines)
-
-
-def _line(name: str, entry: dict[str, Any]) -> str:
-    low, high = entry["ci95"]
-    return f"{name:<30} {entry['value']:>8.3f}  {low:>7.3f} {high:>7.3f} {entry['n']:>10}"

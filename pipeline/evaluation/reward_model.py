@@ -1,30 +1,34 @@
-"""Measuring a reward model: does it score the answer higher that people prefer?"""
+"""The metrics of reward models: does the answer that people prefer score higher, and how sure may one be of it?"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+import evaluate
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.measurements import record
-from pipeline.evaluation.metrics.reward_accuracy import RewardAccuracy
+from pipeline.evaluation.held_out import Example
+from pipeline.evaluation.metrics import NUMBER, info, output
 from pipeline.evaluation.results import StageResult
 from pipeline.rewards.annotators import INDIFFERENCE
+
+BINS = 10
+"""Bins of confidence between 0.5 and 1."""
 
 
 @torch.inference_mode()
 def score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]
 ) -> list[float]:
-    """The model's score of each conversation, which ends with the assistant's answer.
+    """Return the model's score of each conversation, which ends with the assistant's answer.
 
-    Each is scored by itself. In a batch the sums of a matrix multiplication are made in another order, and a score
-    would depend, in its last bits, on what else is scored and on where the padding is.
+    Conversations are scored one at a time: in a batch, matrix products sum in another order, so the last bits of a
+    score would depend on the rest of the batch and on its padding.
     """
     model.eval()
     scores = []
@@ -34,43 +38,122 @@ def score(
     return scores
 
 
-def measure(
+def squared_calibration_error(margins: np.ndarray, agrees: np.ndarray, *, debiased: bool = True) -> float:
+    """Return the mean squared gap between confidence and accuracy over equal bins of confidence, weighted by size.
+
+    The accuracy in a bin of a few pairs is off by chance, so even a calibrated model shows a gap. The debiased estimate
+    subtracts what chance adds to the square (Kumar et al. 2019, "Verified Uncertainty Calibration", 1909.10155), and
+    may be negative.
+
+    Args:
+        margins: Score of the preferred answer minus that of the other. The model's confidence in its own choice is
+            sigmoid(|margin|), 0.5 to 1, as in the Bradley-Terry model that it was trained as.
+        agrees: 1 where its choice is the preferred answer, 0 where it is not, 0.5 where the scores are equal.
+        debiased: Whether to subtract the effect of chance; bins of a single pair are then left out.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    index = np.clip(((confidence - 0.5) * 2 * BINS).astype(int), 0, BINS - 1)
+    sizes = np.bincount(index, minlength=BINS)
+    used = sizes > (1 if debiased else 0)
+    n = sizes[used]
+    if not len(n):
+        return 0.0
+    expected = np.bincount(index, confidence, BINS)[used] / n
+    accuracy = np.bincount(index, agrees, BINS)[used] / n
+    squares = np.square(accuracy - expected)
+    if debiased:
+        squares -= (np.bincount(index, np.square(agrees), BINS)[used] / n - np.square(accuracy)) / (n - 1)
+    return float((squares * n).sum() / n.sum())
+
+
+def calibration_error(
+    margins: np.ndarray, agrees: np.ndarray, units: Sequence[Hashable], seed: int = 0
+) -> intervals.Estimate:
+    """Estimate the root of `squared_calibration_error`, between 0 and about 0.5, with a bootstrap interval.
+
+    A bootstrap sample varies about the sample as the sample varies about the truth, chance included. So the interval is
+    the spread of the plain estimate about its own mean, moved to the debiased one.
+
+    Args:
+        margins: As for `squared_calibration_error`.
+        agrees: As for `squared_calibration_error`.
+        units: The prompt of each pair.
+        seed: Seed of the resampling.
+    """
+    squared = squared_calibration_error(margins, agrees)
+    resampled = intervals.resample(
+        lambda index: squared_calibration_error(margins[index], agrees[index], debiased=False), units, seed
+    )
+    ends = squared + np.quantile(resampled, intervals.TAILS) - resampled.mean()
+    value, low, high = np.sqrt(np.maximum([squared, *ends], 0.0))
+    return intervals.Estimate(value, low, high, len(margins))
+
+
+class RewardAccuracy(evaluate.Metric):
+    """The share of pairs whose preferred answer scores higher; equal scores count one half.
+
+    `compute` also returns `margin`, the mean difference of the scores, and `calibration_error`. The intervals are over
+    `units`, such as the prompts, which several pairs may share. Default: each pair is its own unit.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        inputs = "predictions: scores of the preferred answers; references: scores of the others; units: prompts."
+        return info(self, inputs, predictions=NUMBER, references=NUMBER)
+
+    def _compute(
+        self,
+        predictions: list[float],
+        references: list[float],
+        units: Sequence[Hashable] | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        units = range(len(predictions)) if units is None else units
+        margins = np.subtract(predictions, references)
+        values = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins]
+        return {
+            **output(intervals.outcome_mean(values, seed, units), values),
+            "margin": intervals.mean(margins.tolist(), seed, units).to_json(),
+            "calibration_error": calibration_error(margins, np.array(values), units, seed).to_json(),
+        }
+
+
+def measure_pairs(
     result: StageResult,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[dict[str, Any]],
+    pairs: Sequence[Example],
     seed: int = 0,
 ) -> None:
-    """Add accuracy against labels and against the noise-free taste, margin, calibration, the pull of length.
+    """Record the accuracy of a reward model, its margin, its calibration error and its correlation with length.
 
-    The accuracy against the taste is over the pairs between which the annotators are not indifferent. All intervals are
-    over prompts, which may have several pairs.
+    `reward_accuracy` is against the labels, `reward_accuracy_noise_free` against the annotators' taste, on the pairs
+    between which they are not indifferent. All intervals are over prompts, which may have several pairs.
 
     Args:
-        result: what the metrics are added to.
-        model: a sequence classifier with one label.
-        tokenizer: its tokenizer, with a chat template.
-        pairs: `prompt`, `chosen`, `rejected`, and `taste_chosen`, `taste_rejected` where they are known.
-        seed: of the intervals.
+        result: Where the metrics are recorded.
+        model: A sequence classifier with one label.
+        tokenizer: Its tokenizer, with a chat template.
+        pairs: `prompt`, `chosen`, `rejected`, and `taste_chosen` and `taste_rejected` if they are known.
+        seed: Seed of the intervals.
     """
     chosen = score(model, tokenizer, [[*row["prompt"], *row["chosen"]] for row in pairs])
     rejected = score(model, tokenizer, [[*row["prompt"], *row["rejected"]] for row in pairs])
     prompts = [json.dumps(row["prompt"]) for row in pairs]
     labelled = RewardAccuracy().compute(predictions=chosen, references=rejected, units=prompts, seed=seed)
-    result.metrics["reward_margin"] = labelled["margin"]
-    result.metrics["reward_calibration_error"] = labelled["calibration_error"]
-    record(result, "reward_accuracy", labelled, pairs, units=prompts)
+    for name in ("margin", "calibration_error"):
+        result.metrics[f"reward_{name}"] = intervals.Estimate.from_json(labelled[name])
+    result.record("reward_accuracy", labelled, pairs, units=prompts)
 
     tasted = [i for i, row in enumerate(pairs) if abs(_taste_gap(row)) >= INDIFFERENCE]
     if tasted:
-        # Labels may be noise: here the better answer is the one that is better by the annotators' taste.
+        # Labels may be noise: here the better answer is the one that the annotators like better on average.
         better = [chosen[i] if _taste_gap(pairs[i]) > 0 else rejected[i] for i in tasted]
         worse = [rejected[i] if _taste_gap(pairs[i]) > 0 else chosen[i] for i in tasted]
         units = [prompts[i] for i in tasted]
         noise_free = RewardAccuracy().compute(predictions=better, references=worse, units=units, seed=seed)
-        record(result, "reward_accuracy_noise_free", noise_free, [pairs[i] for i in tasted], units=units)
+        result.record("reward_accuracy_noise_free", noise_free, [pairs[i] for i in tasted], units=units)
 
-    # (pairs, 2): both answers of a pair.
+    # Both answers of each pair, shape (pairs, 2).
     lengths = np.array([[len(row[side][-1]["content"].split()) for side in ("chosen", "rejected")] for row in pairs])
     scores = np.array([chosen, rejected]).T
     result.metrics["reward_length_correlation"] = intervals.statistic(
@@ -78,11 +161,11 @@ def measure(
     )
 
 
-def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation; 0 where one of them does not vary."""
-    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) > 0 and np.std(y) > 0 else 0.0
-
-
-def _taste_gap(row: dict[str, Any]) -> float:
+def _taste_gap(row: Example) -> float:
     chosen, rejected = row.get("taste_chosen"), row.get("taste_rejected")
     return 0.0 if chosen is None or rejected is None else chosen - rejected
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Pearson's correlation, 0 if `x` or `y` is constant."""
+    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) > 0 and np.std(y) > 0 else 0.0

@@ -1,8 +1,10 @@
-"""Everything that is measured on one stage: all metrics that its kind of model and the data at hand allow."""
+"""Evaluate one stage: measure all that its kind of model and the data at hand allow."""
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,21 +12,51 @@ from transformers import PreTrainedModel
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation import measurements, reward_model
+from pipeline.evaluation import metrics
 from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.measurements import Speaker
 from pipeline.evaluation.results import StageResult
+from pipeline.evaluation.reward_model import measure_pairs
+from pipeline.files import unwritable
 from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
 
 
-def check_stage(run: Path, stage: str, option: str = "--stage") -> None:
-    """Raise `UserError` about `option` unless RUN/STAGE holds a model."""
+def check_run(run: Path) -> None:
+    """Check, before anything is loaded, that RUN exists and RUN/evaluations can be written.
+
+    Raises:
+        UserError: It does not, or cannot.
+    """
     if not run.is_dir():
-        raise UserError(Problem("RUN", run, "there is no such directory: give that of a run"))
-    if Path(stage).name != stage or not holds_model(run / stage):
+        raise UserError(Problem("RUN", run, "does not exist or is not a directory; give the directory of a run"))
+    folder = run / "evaluations"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(Problem("RUN", folder, "is not a directory; move it away, evaluations are written there"))
+    if problem := unwritable(folder, (folder, run)):
+        raise UserError(replace(problem, field="RUN"))
+
+
+def check_stage(run: Path, stage: str, option: str) -> None:
+    """Check that RUN/STAGE, which `option` names, contains a model.
+
+    Raises:
+        UserError: It does not.
+    """
+    if stage == ".." or Path(stage).name != stage or not holds_model(run / stage):
         found = sorted(path.name for path in run.iterdir() if holds_model(path))
-        remedy = f"holds no model; choose from: {', '.join(found) or 'none, train one first'}"
+        remedy = f"is not the directory of a model; choose from: {', '.join(found) or 'none, train one first'}"
         raise UserError(Problem(option, stage, remedy))
+
+
+def check_opponent(run: Path, stage: str) -> None:
+    """Check that RUN/STAGE, if it contains a model, can be an opponent in the win rate.
+
+    Raises:
+        UserError: It is a reward model.
+    """
+    with user_error_for("--against", stage):
+        rewards = holds_model(run / stage) and is_reward_model(load_config(str(run / stage)))
+    if rewards:
+        raise UserError(Problem("--against", stage, "is a reward model, which does not write answers; choose another"))
 
 
 def evaluate_stage(
@@ -37,20 +69,19 @@ def evaluate_stage(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> StageResult:
-    """Measure RUN/STAGE.
+    """Measure RUN/STAGE. With the same arguments on the same machine, only the seconds differ between two results.
 
     Args:
-        run: the run directory.
-        stage: its model's directory in `run`. A sequence classifier is measured as a reward model.
-        held_out: what it is measured on.
-        against: the stage that it is compared with in `win_rate`, if there is one.
-        samples: answers sampled to each problem.
-        max_new_tokens: longest answer.
-        seed: of the sampled answers and the intervals.
+        run: The run directory.
+        stage: Directory of the model in `run`. A sequence classifier is measured as a reward model.
+        held_out: What it is measured on.
+        against: The stage that it is compared with in `win_rate`, if it exists.
+        samples: Answers sampled to each problem.
+        max_new_tokens: Length limit of an answer.
+        seed: Seed of the sampled answers and of the intervals.
 
-    Returns:
-        The metrics, the value of every example, answers and traces. The same arguments on the same machine
-        give the same result, the seconds apart.
+    Raises:
+        UserError: A model is broken, or does not fit its tokenizer.
     """
     began = time.perf_counter()
     launch.prepare_cpu()
@@ -60,38 +91,38 @@ def evaluate_stage(
     if rewards:
         if held_out.pairs:
             model, tokenizer = load_model(str(run / stage), "--stage", reward=True, dtype=torch.float32)
-            reward_model.measure(result, _place(model), tokenizer, held_out.pairs, seed)
+            measure_pairs(result, _place(model), tokenizer, held_out.pairs, seed)
     else:
-        speaker = load_speaker(run / stage, max_new_tokens)
+        chat = load_chat_model(run / stage, "--stage", max_new_tokens)
         if held_out.texts:
-            measurements.texts(result, speaker, held_out.texts, seed)
-        speaker.model.to(generation_dtype())
+            metrics.measure_texts(result, chat, held_out.texts, seed)
+        chat.model.to(generation_dtype())
         if held_out.instructions:
-            measurements.instructions(result, speaker, held_out.instructions, seed)
+            metrics.measure_instructions(result, chat, held_out.instructions, seed)
         if held_out.problems:
-            measurements.problems(result, speaker, held_out.problems, samples, seed)
+            metrics.measure_problems(result, chat, held_out.problems, samples, seed)
         if held_out.prompts and holds_model(run / against):
-            opponent = load_speaker(run / against, max_new_tokens)
+            opponent = load_chat_model(run / against, "--against", max_new_tokens)
             opponent.model.to(generation_dtype())
-            measurements.match(result, speaker, opponent, held_out.prompts, seed)
-        measurements.fixed_prompts(result, speaker)
+            metrics.measure_match(result, chat, opponent, held_out.prompts, seed)
+        metrics.answer_fixed_prompts(result, chat)
     result.seconds = time.perf_counter() - began
     return result
 
 
 def holds_model(path: Path) -> bool:
-    """Whether a model, or a LoRA adapter that knows its base, is in the directory `path`."""
+    """Return whether the directory `path` contains a model, or a LoRA adapter that names its base model."""
     return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
 
 
-def load_speaker(path: Path, max_new_tokens: int) -> Speaker:
-    """The language model in `path`, in float32, on the accelerator if there is one."""
-    model, tokenizer = load_model(str(path), "--stage", dtype=torch.float32)
-    return Speaker(_place(model), tokenizer, max_new_tokens)
+def load_chat_model(path: Path, option: str, max_new_tokens: int) -> metrics.ChatModel:
+    """Load the language model in `path`, which `option` names, in float32 on the accelerator if there is one."""
+    model, tokenizer = load_model(str(path), option, dtype=torch.float32)
+    return metrics.ChatModel(_place(model), tokenizer, max_new_tokens)
 
 
 def generation_dtype() -> torch.dtype:
-    """bfloat16 where that is fast. Losses, of which small differences matter, are measured in float32."""
+    """Return bfloat16 where it is fast. Losses, whose small differences matter, are measured in float32."""
     return torch.bfloat16 if hardware.precision().value == "bf16" else torch.float32
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pipeline.report.labels import metric_info, metric_order, stage_info
-from pipeline.report.load import Measurement, Outcomes, Run, Stage
+from pipeline.evaluation.intervals import Estimate, ratio
+from pipeline.evaluation.metric_info import metric_info, metric_order
+from pipeline.report.labels import stage_info
+from pipeline.report.load import Outcomes, Run, Stage
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Difference:
     stage: str
     before: str
     metric: str
-    change: Measurement
+    change: Estimate
     was: float
     now: float
     aim: bool
@@ -71,7 +73,7 @@ def _between(before: Stage, stage: Stage) -> list[Difference]:
     return rows
 
 
-def paired(before: Outcomes, after: Outcomes, by_kind: bool = False) -> Measurement | None:
+def paired(before: Outcomes, after: Outcomes, by_kind: bool = False) -> Estimate | None:
     """The mean difference on shared examples, weighted, with its interval; None if they share none.
 
     Args:
@@ -88,23 +90,19 @@ def paired(before: Outcomes, after: Outcomes, by_kind: bool = False) -> Measurem
         part = _paired_interval(before, {key: entry for key, entry in after.items() if entry[2] == kind})
         if part is not None:
             parts[kind] = part
-    return Measurement(whole.value, whole.low, whole.high, whole.n, parts)
+    return replace(whole, by_kind=parts)
 
 
-def _paired_interval(before: Outcomes, after: Outcomes) -> Measurement | None:
-    from pipeline.evaluation.intervals import ratio
-
+def _paired_interval(before: Outcomes, after: Outcomes) -> Estimate | None:
     shared = [key for key in before if key in after]
     weights = [after[key][1] for key in shared]
     if sum(weights) <= 0:
         return None
     changes = [(after[key][0] - before[key][0]) * after[key][1] for key in shared]
-    result = ratio(changes, weights)
-    low, high = result["ci95"]
-    return Measurement(result["value"], low, high, result["n"])
+    return ratio(changes, weights)
 
 
-def _verdict(metric: str, change: Measurement) -> str:
+def _verdict(metric: str, change: Estimate) -> str:
     better = metric_info(metric).better
     if not better or change.low is None or change.high is None or change.low <= 0 <= change.high:
         return "same"

@@ -9,35 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from pipeline.errors import Problem, UserError
+from pipeline.evaluation.intervals import Estimate, finite
+from pipeline.models.weights import read_shapes
 from pipeline.report.labels import stage_order
 
 Outcomes = dict[str, tuple[float, float, str]]
 """Example id -> (value, weight, kind)."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A measured value with its 95% interval.
-
-    Args:
-        value: the estimate.
-        low: lower end of the interval, None if there is none.
-        high: upper end.
-        n: number of examples, None if it is not known.
-        by_kind: the same for each kind of example.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    by_kind: Mapping[str, Measurement] = field(default_factory=dict)
 
 
 @dataclass
@@ -46,7 +31,7 @@ class Stage:
 
     Args:
         name: directory name, such as "2_sft".
-        metrics: metric -> measurement.
+        metrics: metric -> estimate.
         outcomes: metric -> outcome of each example.
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
@@ -57,7 +42,7 @@ class Stage:
     """
 
     name: str
-    metrics: dict[str, Measurement] = field(default_factory=dict)
+    metrics: dict[str, Estimate] = field(default_factory=dict)
     outcomes: dict[str, Outcomes] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
     traces: list[dict[str, Any]] = field(default_factory=list)
@@ -153,11 +138,11 @@ def _load_stage(run: Path, name: str, notes: list[str]) -> Stage:
     evaluation = run / "evaluations" / f"{name}.json"
     content = _read_object(evaluation, notes)
     for metric, entry in _mapping(content.get("metrics")).items():
-        measurement = _measurement(entry)
-        if measurement is not None:
-            stage.metrics[metric] = measurement
-        elif entry is not None:
-            notes.append(f'{evaluation}: {metric}: no number under "value"; left out')
+        try:
+            stage.metrics[metric] = Estimate.from_json(entry)
+        except ValueError as error:
+            if entry is not None:
+                notes.append(f"{evaluation}: {metric}: {error}; left out")
     stage.answers = _records(content.get("answers"), ("prompt", "answer"))
     stage.traces = _records(content.get("traces"), ("kind", "problem", "answer"))
     stage.evaluation_seconds = finite(content.get("seconds"))
@@ -231,39 +216,16 @@ def _read_outcomes(path: Path, notes: list[str]) -> dict[str, Outcomes]:
 
 
 def _count_parameters(directory: Path, notes: list[str]) -> int | None:
-    """Weights in the directory's safetensors files, by their headers; tied weights are stored once."""
+    """Count the weights in the directory's safetensors files by their headers; tied weights are stored once."""
     files = sorted([*directory.glob("model*.safetensors"), *directory.glob("adapter_model*.safetensors")])
     total = 0
     for file in files:
         try:
-            with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                if length > file.stat().st_size:
-                    raise ValueError("header longer than the file")
-                header = json.loads(stream.read(length))
-            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            total += sum(math.prod(shape) for shape in read_shapes(file).values())
+        except (OSError, SafetensorError) as error:
             notes.append(_one_line(f"{file}: its header cannot be read, parameters left out: {error}"))
             return None
     return total if files else None
-
-
-def _measurement(entry: object) -> Measurement | None:
-    if not isinstance(entry, dict):
-        return None
-    value = finite(entry.get("value"))
-    if value is None:
-        return None
-    interval = entry.get("ci95")
-    low, high = (
-        (finite(interval[0]), finite(interval[1]))
-        if isinstance(interval, list) and len(interval) == 2
-        else (None, None)
-    )
-    n = finite(entry.get("n"))
-    kinds = {kind: _measurement(inner) for kind, inner in _mapping(entry.get("by_kind")).items()}
-    known = {kind: measurement for kind, measurement in kinds.items() if measurement is not None}
-    return Measurement(value, low, high, None if n is None else int(n), known)
 
 
 def _records(content: object, required: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -273,17 +235,6 @@ def _records(content: object, required: tuple[str, ...]) -> list[dict[str, Any]]
 
 def _mapping(content: object) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
-
-
-def finite(value: object) -> float | None:
-    """`value` as a float, or None if it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        result = float(value)
-    except OverflowError:
-        return None
-    return result if math.isfinite(result) else None
 
 
 def logged(stage: Stage, key: str, x: str = "step") -> list[tuple[float, float]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.report.differences import Difference
-from pipeline.report.labels import metric_info, metric_order, stage_info
+from pipeline.report.labels import stage_info
 from pipeline.report.load import Run
 from pipeline.report.targets import Verdict
 from pipeline.report.text import duration, interval, magnitude, markdown, number, signed

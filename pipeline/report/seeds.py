@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.files import write_text
 from pipeline.report.curves import overlay
 from pipeline.report.differences import Difference
-from pipeline.report.labels import metric_info, metric_order, stage_info, stage_order, step_order
+from pipeline.report.labels import stage_info, stage_order, step_order
 from pipeline.report.load import Run
 from pipeline.report.markdown import table
 from pipeline.report.page import draw, render

@@ -11,9 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.intervals import finite
 from pipeline.files import write_text
 from pipeline.report.differences import Difference
-from pipeline.report.load import Measurement, Run, Stage, finite, last_logged
+from pipeline.report.load import Run, Stage, last_logged
 from pipeline.report.targets import Verdict
 
 EVALUATE = "evaluate_"
@@ -38,7 +39,7 @@ def summarise(run: Run, found: Sequence[Difference], verdicts: Sequence[Verdict]
     return {
         "run": run.name,
         "stages": {
-            name: {metric: as_json(measurement) for metric, measurement in stage.metrics.items()}
+            name: {metric: estimate.to_json() for metric, estimate in stage.metrics.items()}
             for name, stage in run.stages.items()
             if stage.metrics
         },
@@ -57,7 +58,7 @@ def summarise(run: Run, found: Sequence[Difference], verdicts: Sequence[Verdict]
                 "metric": item.metric,
                 "aim": item.aim,
                 "verdict": item.verdict,
-                **as_json(item.change),
+                **item.change.to_json(),
             }
             for item in found
         ],
@@ -67,19 +68,6 @@ def summarise(run: Run, found: Sequence[Difference], verdicts: Sequence[Verdict]
         ],
         "notes": list(run.notes),
     }
-
-
-def as_json(measurement: Measurement) -> dict[str, Any]:
-    """`{"value", "ci95", "n"}`, and `by_kind` where there are kinds; `ci95` is null where it is not known."""
-    known = measurement.low is not None and measurement.high is not None
-    entry: dict[str, Any] = {
-        "value": measurement.value,
-        "ci95": [measurement.low, measurement.high] if known else None,
-        "n": measurement.n,
-    }
-    if measurement.by_kind:
-        entry["by_kind"] = {kind: as_json(inner) for kind, inner in measurement.by_kind.items()}
-    return entry
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
+from pipeline.evaluation.intervals import Estimate
 from pipeline.report.curves import Chart, Points, Series, heading
-from pipeline.report.load import Measurement
 from pipeline.report.text import magnitude, number, signed
 
 WIDTH, HEIGHT = 360, 210
@@ -145,7 +145,7 @@ def _figure(width: int, height: int, title: str, description: str, body: str, cs
     )
 
 
-def interval_bar(change: Measurement, reach: float, verdict: str, title: str) -> Markup:
+def interval_bar(change: Estimate, reach: float, verdict: str, title: str) -> Markup:
     """A dot and its 95% interval on an axis from -`reach` to `reach`, with 0 marked.
 
     Args:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
 from pipeline.report.differences import Difference, by_stage
-from pipeline.report.labels import is_share, metric_info, metric_order, stage_info, step_order
-from pipeline.report.load import Measurement, Run, Stage
+from pipeline.report.labels import stage_info, step_order
+from pipeline.report.load import Run, Stage
 from pipeline.report.summary import EVALUATE, evaluation_seconds, seconds
 from pipeline.report.svg import interval_bar, share_bar
 from pipeline.report.targets import Verdict
@@ -70,7 +72,7 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def _cell(measurement: Measurement | None, metric: str, aim: bool) -> dict[str, Any] | None:
+def _cell(measurement: Estimate | None, metric: str, aim: bool) -> dict[str, Any] | None:
     if measurement is None:
         return None
     digits = metric_info(metric).digits
@@ -83,7 +85,7 @@ def _cell(measurement: Measurement | None, metric: str, aim: bool) -> dict[str, 
     }
 
 
-def _meaning(meaning: str, measured: Sequence[Measurement | None]) -> str:
+def _meaning(meaning: str, measured: Sequence[Estimate | None]) -> str:
     counts = sorted({item.n for item in measured if item is not None and item.n is not None})
     known = [f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}"] if counts else []
     return "; ".join(filter(None, [meaning, *known]))
@@ -107,7 +109,7 @@ def gains(found: Sequence[Difference]) -> list[dict[str, Any]]:
     return groups
 
 
-def _ends(change: Measurement) -> list[float]:
+def _ends(change: Estimate) -> list[float]:
     return [end for end in (change.low, change.value, change.high) if end is not None]
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import Problem, UserError
+from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.metric_info import metric_info
 from pipeline.report.differences import Difference
-from pipeline.report.labels import metric_info
-from pipeline.report.load import Measurement, Run
+from pipeline.report.load import Run
 from pipeline.report.text import number
 
 POCKET = Path(__file__).with_name("targets.yaml")
@@ -153,5 +154,5 @@ def _measured(run: Run, found: Sequence[Difference], promise: Promise) -> float 
     return lows[0] if lows else None
 
 
-def _figure(run: Run, stage: str, metric: str) -> Measurement | None:
+def _figure(run: Run, stage: str, metric: str) -> Estimate | None:
     return run.stages[stage].metrics.get(metric) if stage in run.stages else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from pipeline.report.load import Measurement
+from pipeline.evaluation.intervals import Estimate
 
 SHOWN_CHARACTERS = 700
 """An answer longer than this is cut when it is shown; the outcomes on disk keep all of it."""
@@ -92,7 +92,7 @@ def magnitude(value: float | None) -> str:
     return f"{value:.3g}{prefix}" if abs(value) < 999.5 else f"{value:.0f}{prefix}"
 
 
-def interval(measurement: Measurement, digits: int, sign: bool = False) -> str:
+def interval(measurement: Estimate, digits: int, sign: bool = False) -> str:
     """The measurement's interval, "0.94 to 0.98", signed if `sign`; empty if there is none."""
     if measurement.low is None or measurement.high is None:
         return ""

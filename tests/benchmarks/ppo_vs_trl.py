@@ -79,7 +79,7 @@ def compare(args: argparse.Namespace) -> None:
     tastes = {name: dict(enumerate(row.pop("tastes"))) for name, row in results.items()}
     for name, own in tastes.items():
         over = paired_difference(tastes["TRL 1.12 float32"], own)
-        results[name] |= {"over_trl": over["value"], "over_trl_error": half_width(over)}
+        results[name] |= {"over_trl": over.value, "over_trl_error": half_width(over)}
     content = {"arguments": vars(args), "results": results}
     (args.output / "results.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
     columns = list(results["ours float32"])
@@ -273,10 +273,9 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def half_width(estimate: dict[str, Any]) -> float:
+def half_width(estimate: Any) -> float:
     """Half the width of an estimate's 95% interval."""
-    low, high = estimate["ci95"]
-    return (high - low) / 2
+    return (estimate.high - estimate.low) / 2
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from pipeline.__main__ import main
-from pipeline.evaluation.held_out import pick
-from pipeline.evaluation.measurements import FIXED_PROMPTS
+from pipeline.evaluation.held_out import FIXED_PROMPTS, subsample
 
 
 def user(content):
@@ -123,9 +122,9 @@ def test_a_choice_of_rows_holds_every_kind():
     alternating = [{"kind": "ab"[i % 2]} for i in range(100)]
     sorted_by_kind = [{"kind": "ab"[i // 50]} for i in range(100)]
     for rows in (alternating, sorted_by_kind):
-        chosen = pick(rows, 20)
+        chosen = subsample(rows, 20)
         assert len(chosen) == 20 and {row["kind"] for row in chosen} == {"a", "b"}
-        assert chosen == pick(rows, 20)
+        assert chosen == subsample(rows, 20)
 
 
 def test_data_of_the_users_own(run, tmp_path):
@@ -257,19 +256,19 @@ def test_pairs_in_any_format_measure_the_same(run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nowhere", "--stage", "2_sft"], "RUN: nowhere: there is no such directory"),
+        (["nowhere", "--stage", "2_sft"], "RUN: nowhere: does not exist"),
         (
             ["RUN", "--stage", "0_random", "--text", "nowhere/text.txt"],
             "--text: nowhere/text.txt: there is no",
         ),
-        (["RUN", "--stage", "5_more"], "--stage: 5_more: holds no model; choose from: 0_random"),
-        (["RUN", "--stage", "../RUN/0_random"], "--stage: ../RUN/0_random: holds no model"),
-        (["RUN", "--stage", "0_random", "--against", "5_more"], "--against: 5_more: holds no model"),
+        (["RUN", "--stage", "5_more"], "--stage: 5_more: is not the directory of a model; choose from: 0_random"),
+        (["RUN", "--stage", "../RUN/0_random"], "--stage: ../RUN/0_random: is not the directory of a model"),
+        (["RUN", "--stage", "0_random", "--against", "5_more"], "--against: 5_more: is not the directory of a model"),
         (["RUN", "--stage", "0_random", "--limit", "0"], "--limit: 0: must be a number of at least 1"),
         (["RUN", "--stage", "0_random", "--samples", "0"], "--samples: 0: must be a number of at least 1"),
         (
             ["RUN", "--stage", "0_random", "--reasoning", "DATA/preferences/test.parquet"],
-            "--answer_column: answer: there is no such column; choose from:",
+            "--answer_column: answer: does not exist; choose from:",
         ),
     ],
 )

@@ -1,9 +1,11 @@
 """Metrics and intervals against brute force and figures worked out by hand."""
 
 import itertools
+import json
 import math
+import socket
 import statistics
-from pathlib import Path
+from dataclasses import replace
 
 import evaluate
 import numpy as np
@@ -11,23 +13,52 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation import intervals
-from pipeline.evaluation.metrics.bits_per_byte import BitsPerByte
-from pipeline.evaluation.metrics.instruction_accuracy import InstructionAccuracy
-from pipeline.evaluation.metrics.pass_at_k import PassAtK, estimate_pass_at_k
-from pipeline.evaluation.metrics.reward_accuracy import RewardAccuracy, calibration_error, squared_calibration_error
-from pipeline.evaluation.metrics.step_rate import StepRate
-from pipeline.evaluation.metrics.stop_rate import StopRate
-from pipeline.evaluation.metrics.win_rate import WinRate
+from pipeline.evaluation import intervals, metrics, reward_model
+from pipeline.evaluation.metrics import (
+    BitsPerByte,
+    InstructionAccuracy,
+    PassAtK,
+    StepRate,
+    StopRate,
+    WinRate,
+    estimate_pass_at_k,
+)
+from pipeline.evaluation.reward_model import RewardAccuracy, calibration_error, squared_calibration_error
 
-METRIC_FILES = sorted((Path(intervals.__file__).parent / "metrics").glob("[a-z]*.py"))
+ROW = {"require": [["red"]], "reject": ["blue"], "max_words": 3, "test": ""}
+INPUTS = {
+    BitsPerByte: {"predictions": [1.0], "references": ["text"]},
+    InstructionAccuracy: {"predictions": ["red"], "references": [ROW]},
+    PassAtK: {"predictions": [["The answer is 3."]], "references": ["3"]},
+    RewardAccuracy: {"predictions": [1.0], "references": [0.0]},
+    StepRate: {"predictions": ["1 + 1 = 2. The answer is 2."]},
+    StopRate: {"predictions": [[1, 2]], "eos_token_id": 2},
+    WinRate: {"predictions": ["red"], "references": ["blue"], "rows": [ROW]},
+}
 
 
-@pytest.mark.parametrize("path", METRIC_FILES, ids=lambda path: path.stem)
-def test_every_metric_loads_offline_from_its_file(path):
-    metric = evaluate.load(str(path))
-    assert isinstance(metric, evaluate.Metric)
-    assert metric.name == path.stem
+def test_the_inputs_are_of_all_metrics():
+    defined = {
+        value for module in (metrics, reward_model) for value in vars(module).values() if isinstance(value, type)
+    }
+    assert {value for value in defined if issubclass(value, evaluate.Metric)} == set(INPUTS)
+
+
+@pytest.mark.parametrize("metric", INPUTS, ids=lambda metric: metric.__name__)
+def test_every_metric_computes_offline(metric, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a metric wants the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    result = metric().compute(**INPUTS[metric])
+    assert len(result["values"]) == result["n"] == 1
+    assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
+    assert metric().description and metric().inputs_description
+
+
+def interval(estimate):
+    return estimate.low, estimate.high
 
 
 @settings(deadline=None)
@@ -78,8 +109,8 @@ def test_bootstrap_agrees_with_the_normal_interval():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
     result = intervals.mean(list(values))
     half = 1.96 * values.std() / 20
-    assert result["value"] == pytest.approx(values.mean())
-    assert result["ci95"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.03)
+    assert result.value == pytest.approx(values.mean())
+    assert interval(result) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
     assert result == intervals.mean(list(values))
 
 
@@ -97,8 +128,8 @@ def test_paired_differences_use_shared_examples_only():
     before = {1: 0.0, 2: 1.0, 3: 0.0, 9: 1.0}
     after = {1: 1.0, 2: 1.0, 3: 1.0, 8: 0.0}
     result = intervals.paired_difference(before, after)
-    assert result["n"] == 3 and result["value"] == pytest.approx(2 / 3)
-    assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
+    assert result.n == 3 and result.value == pytest.approx(2 / 3)
+    assert result.low <= result.value <= result.high
 
 
 def test_bits_per_byte_weighs_by_bytes():
@@ -166,10 +197,10 @@ def test_calibration_intervals_hold_the_truth(sharpness):
 
     truth = squared_calibration_error(*sample(500_000)) ** 0.5 if sharpness != 1 else 0.0
     results = [calibration_error(*sample(260), range(260), seed) for seed in range(60)]
-    held = [result["ci95"][0] <= truth <= result["ci95"][1] for result in results]
+    held = [result.low <= truth <= result.high for result in results]
     assert sum(held) / 60 >= 0.85
-    assert np.mean([result["value"] for result in results]) == pytest.approx(truth, abs=0.03)
-    assert all(result["ci95"][1] < truth + 0.2 for result in results)
+    assert np.mean([result.value for result in results]) == pytest.approx(truth, abs=0.03)
+    assert all(result.high < truth + 0.2 for result in results)
 
 
 def test_pairs_of_one_prompt_count_as_far_as_they_differ():
@@ -179,22 +210,22 @@ def test_pairs_of_one_prompt_count_as_far_as_they_differ():
     alone = intervals.outcome_mean(alike.tolist())
     grouped = intervals.outcome_mean(alike.tolist(), units=prompts.tolist())
     once = intervals.outcome_mean(alike[::4].tolist())
-    assert grouped["value"] == alone["value"] and grouped["n"] == alone["n"] == 400
-    assert grouped["ci95"] == pytest.approx(once["ci95"], abs=0.003)  # four times the same is one outcome
-    assert grouped["ci95"][1] - grouped["ci95"][0] > 1.8 * (alone["ci95"][1] - alone["ci95"][0])
+    assert grouped.value == alone.value and grouped.n == alone.n == 400
+    assert interval(grouped) == pytest.approx(interval(once), abs=0.003)  # four times the same is one outcome
+    assert grouped.high - grouped.low > 1.8 * (alone.high - alone.low)
     all_right = intervals.outcome_mean([1.0] * 40, units=[i // 4 for i in range(40)])
-    assert all_right["ci95"] == list(intervals.wilson(10, 10))  # as alike as can be
+    assert interval(all_right) == intervals.wilson(10, 10)  # as alike as can be
     margins = rng.normal(size=100).repeat(4)
-    spread = intervals.mean(margins.tolist(), units=prompts.tolist())["ci95"]
-    assert spread == pytest.approx(intervals.mean(margins[::4].tolist())["ci95"], abs=1e-9)
-    reference = intervals.statistic(lambda index: float(margins[index].mean()), prompts.tolist())["ci95"]
+    spread = interval(intervals.mean(margins.tolist(), units=prompts.tolist()))
+    assert spread == pytest.approx(interval(intervals.mean(margins[::4].tolist())), abs=1e-9)
+    reference = interval(intervals.statistic(lambda index: float(margins[index].mean()), prompts.tolist()))
     assert reference == pytest.approx(spread, abs=0.05)
 
 
 def test_intervals_of_independent_pairs_do_not_get_narrower():
     outcomes = [float(i % 5 > 0) for i in range(200)]
     own = intervals.outcome_mean(outcomes, units=list(range(200)))
-    assert own["ci95"] == pytest.approx(intervals.outcome_mean(outcomes)["ci95"], abs=1e-12)
+    assert interval(own) == pytest.approx(interval(intervals.outcome_mean(outcomes)), abs=1e-12)
 
 
 def test_win_rate_prefers_the_right_answer_and_ties_with_itself():
@@ -203,3 +234,66 @@ def test_win_rate_prefers_the_right_answer_and_ties_with_itself():
     assert WinRate().compute(predictions=right, references=wrong, rows=rows)["value"] == 1.0
     assert WinRate().compute(predictions=wrong, references=right, rows=rows)["value"] == 0.0
     assert WinRate().compute(predictions=right, references=right, rows=rows)["value"] == 0.5
+
+
+NUMBERS = st.floats(-1e6, 1e6)
+OUTCOMES = st.sampled_from([0.0, 0.5, 1.0])
+UNITS = st.integers(0, 5)
+
+
+def contains_its_value(estimate):
+    return estimate.low <= estimate.value <= estimate.high
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(NUMBERS, OUTCOMES, st.integers(0, 1), UNITS, st.integers(1, 1000)), min_size=1, max_size=60))
+def test_every_interval_contains_its_estimate(rows):
+    values, outcomes, binary, units, weights = map(list, zip(*rows, strict=True))
+    array = np.array(values)
+    for estimate in (
+        intervals.proportion(binary),
+        intervals.mean(values),
+        intervals.mean(values, units=units),
+        intervals.outcome_mean(outcomes),
+        intervals.outcome_mean(outcomes, units=units),
+        intervals.outcome_mean(binary, units=units),
+        intervals.ratio(values, weights),
+        intervals.ratio(values, [*weights[1:], 0] if len(weights) > 1 else weights),
+        intervals.paired_difference(dict(enumerate(binary)), dict(enumerate(values))),
+    ):
+        assert contains_its_value(estimate)
+    assert contains_its_value(intervals.statistic(lambda index: float(np.median(array[index])), units))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.floats(-8, 8), UNITS), min_size=1, max_size=40))
+def test_the_interval_of_a_calibration_error_contains_it(rows):
+    margins, units = np.array([margin for margin, _ in rows]), [unit for _, unit in rows]
+    agrees = np.where(margins > 0, 1.0, np.where(margins == 0, 0.5, 0.0))
+    assert contains_its_value(calibration_error(margins, agrees, units))
+
+
+def test_an_end_on_the_wrong_side_of_the_value_is_moved_to_it():
+    assert interval(intervals.Estimate(0.0, 5e-9, 0.1)) == (0.0, 0.1)
+    assert interval(intervals.Estimate(-1e-9, 0.0, 0.0)) == (-1e-9, 0.0)
+    assert interval(intervals.Estimate(0.5)) == (None, None)
+
+
+ESTIMATES = st.builds(intervals.Estimate, NUMBERS, NUMBERS, NUMBERS, st.integers(0, 10**6))
+
+
+@given(ESTIMATES, st.dictionaries(st.text(max_size=5), ESTIMATES, max_size=3))
+def test_an_estimate_is_read_as_it_was_written(estimate, kinds):
+    whole = replace(estimate, by_kind=kinds)
+    assert intervals.Estimate.from_json(json.loads(json.dumps(whole.to_json()))) == whole
+
+
+@pytest.mark.parametrize("entry", [None, "high", {}, {"value": None}, {"value": float("nan")}, {"value": 10**400}])
+def test_an_entry_without_a_number_is_not_an_estimate(entry):
+    with pytest.raises(ValueError, match="no number"):
+        intervals.Estimate.from_json(entry)
+
+
+def test_groups_whose_outcomes_cancel_have_the_interval_of_independent_ones():
+    grouped = intervals.outcome_mean([0, 1, 0, 1], units=["a", "a", "b", "b"])
+    assert interval(grouped) == intervals.wilson(2, 4)

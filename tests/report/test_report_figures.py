@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.metric_info import METRICS
 from pipeline.report.curves import Chart, Series, charts_of, overlay
 from pipeline.report.differences import differences, paired
-from pipeline.report.labels import METRICS, STAGES, stage_order, step_order
-from pipeline.report.load import Measurement, Run, Stage, load_run
+from pipeline.report.labels import STAGES, stage_order, step_order
+from pipeline.report.load import Run, Stage, load_run
 from pipeline.report.svg import line_chart, ticks
 from pipeline.report.targets import Promise, judge, load_promises
 from pipeline.report.text import duration, magnitude, number, signed
@@ -22,8 +24,8 @@ from pipeline.report.text import duration, magnitude, number, signed
 def run_with(**values: float) -> Run:
     """A run of two stages, `before` and `after` the pass@1 of each."""
     stages = {
-        "3_ppo": Stage("3_ppo", {"pass@1": Measurement(values["before"], 0.1, 0.9, 10)}),
-        "4_grpo": Stage("4_grpo", {"pass@1": Measurement(values["after"], 0.2, 0.95, 10)}),
+        "3_ppo": Stage("3_ppo", {"pass@1": Estimate(values["before"], 0.1, 0.9, 10)}),
+        "4_grpo": Stage("4_grpo", {"pass@1": Estimate(values["after"], 0.2, 0.95, 10)}),
     }
     return Run(Path("run"), stages=stages)
 

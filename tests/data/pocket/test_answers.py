@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.pocket.things import things, things_of
-from pipeline.evaluation.metrics.pass_at_k import grade_final_answers
+from pipeline.evaluation.metrics import grade_final_answers
 from pipeline.rewards.grading import contains, grade, has_steps
 
 Row = dict[str, Any]

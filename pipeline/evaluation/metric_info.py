@@ -1,0 +1,69 @@
+"""Every metric of the evaluations: its label, what it measures, which direction is better and how it is printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """How a metric is shown.
+
+    Attributes:
+        label: Its name for people.
+        meaning: One line about what is measured.
+        better: The better direction, "" if neither is.
+        digits: Digits after the decimal point.
+        share: Whether it lies between 0 and 1.
+    """
+
+    label: str
+    meaning: str
+    better: Literal["up", "down", ""] = "up"
+    digits: int = 3
+    share: bool = True
+
+
+METRICS: dict[str, MetricInfo] = {
+    "bits_per_byte": MetricInfo("Bits per byte", "held-out text; 8 is no compression at all", "down", share=False),
+    "instruction_accuracy": MetricInfo(
+        "Instruction accuracy", "held-out questions, summaries and small functions (the code is run)"
+    ),
+    "stop_rate": MetricInfo("Stop rate", "answers that end before the token limit"),
+    "reward_accuracy": MetricInfo("Reward accuracy", "held-out pairs, against the noisy labels"),
+    "reward_accuracy_noise_free": MetricInfo(
+        "Reward accuracy, noise-free", "held-out pairs, against the annotators' taste without noise"
+    ),
+    "win_rate": MetricInfo("Win rate", "against 2_sft, judged by the annotators, who do not know which is which"),
+    "pass@1": MetricInfo("pass@1", "held-out reasoning problems, greedy answers"),
+    "pass@1_sampled": MetricInfo("pass@1, sampled", "the same problems, mean over sampled answers"),
+    "pass@8": MetricInfo("pass@8", "at least one of eight samples is right (unbiased estimate)"),
+    "step_rate": MetricInfo("Step rate", "greedy answers that show worked steps", ""),
+    "mean_length": MetricInfo("Answer length", "tokens per answer to an instruction", "", 1, share=False),
+    "reasoning_length": MetricInfo("Reasoning length", "tokens per greedy answer to a problem", "", 1, share=False),
+    "reward_margin": MetricInfo("Reward margin", "score of the preferred answer minus the other's", "", share=False),
+    "reward_calibration_error": MetricInfo(
+        "Calibration error", "gap between the scores' probabilities and the labels, beyond chance", "down"
+    ),
+    "reward_length_correlation": MetricInfo(
+        "Correlation with length", "of the reward model's score with the number of words", "", share=False
+    ),
+}
+"""In the order in which they are shown. Other metrics come last, under their own name."""
+
+
+def metric_info(metric: str) -> MetricInfo:
+    """Return how a metric is shown; one that is not in `METRICS` has no label but its name and no better direction."""
+    return METRICS.get(metric) or MetricInfo(metric.replace("_", " "), "", "")
+
+
+def is_share(metric: str) -> bool:
+    """Return whether the metric is known to lie between 0 and 1."""
+    return metric in METRICS and METRICS[metric].share
+
+
+def metric_order(metric: str) -> tuple[int, str]:
+    """Sort metrics in the order of `METRICS`, then by name."""
+    names = list(METRICS)
+    return names.index(metric) if metric in names else len(names), metric

@@ -1,0 +1,272 @@
+"""The metrics of language models, and how each is measured on held-out data; those of reward models: `reward_model`.
+
+To add a metric, write its class and record it in the function of the data that it needs; then describe it (label,
+meaning, better direction, digits) in `metric_info.METRICS`.
+
+The classes work offline, unlike `evaluate.load("accuracy")`. `compute` returns `{"value", "ci95": [low, high], "n",
+"values"}`: the estimate, its interval, the number of independent examples, and the value of each example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import evaluate
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.evaluation import intervals
+from pipeline.evaluation.held_out import FIXED_PROMPTS, RULE_COLUMNS, Example, subsample
+from pipeline.evaluation.likelihood import document_losses
+from pipeline.evaluation.results import StageResult
+from pipeline.models.generation import Completion, encode_prompts, generate, stopped
+from pipeline.rewards.annotators import judge_match
+from pipeline.rewards.answers import number
+from pipeline.rewards.functions import exact_answer, math_answer
+from pipeline.rewards.grading import grade, has_steps
+
+MOST_SAMPLED_PROBLEMS = 64
+"""Problems to which several answers are sampled: eight samples each cost more than all greedy answers together."""
+
+NUMBER, STRING = datasets.Value("float64"), datasets.Value("string")
+RULE = {
+    "require": datasets.List(datasets.List(STRING)),
+    "reject": datasets.List(STRING),
+    "max_words": datasets.Value("int64"),
+    "test": STRING,
+}
+
+
+def info(metric: evaluate.Metric, inputs: str, citation: str = "", **features: Any) -> evaluate.MetricInfo:
+    """Describe a metric by its docstring, its inputs in words and their types."""
+    return evaluate.MetricInfo(
+        description=type(metric).__doc__ or "",
+        citation=citation,
+        inputs_description=inputs,
+        features=datasets.Features(features),
+    )
+
+
+def output(estimate: intervals.Estimate, values: Sequence[float]) -> dict[str, Any]:
+    """Return what `compute` of every metric returns."""
+    return {**estimate.to_json(), "values": values}
+
+
+class BitsPerByte(evaluate.Metric):
+    """Total negative log-likelihood over total bytes: a long document weighs more than a short one.
+
+    It does not depend on the tokenizer. The interval is bootstrapped over documents.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        inputs = "predictions: loss of each document in nats; references: the documents."
+        return info(self, inputs, predictions=NUMBER, references=STRING)
+
+    def _compute(self, predictions: list[float], references: list[str], seed: int = 0) -> dict[str, Any]:
+        sizes = [len(text.encode()) for text in references]
+        bits = [loss / math.log(2) for loss in predictions]
+        values = [total / size if size else 0.0 for total, size in zip(bits, sizes, strict=True)]
+        return output(intervals.ratio(bits, sizes, seed), values)
+
+
+class InstructionAccuracy(evaluate.Metric):
+    """The share of answers that are right by the rule of their row: words required and forbidden, length, code tests.
+
+    An answer that runs into the token limit counts if it meets the rule; the stop rate measures whether answers end.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        inputs = "predictions: answers; references: rules, see pipeline.rewards.grading."
+        return info(self, inputs, predictions=STRING, references=RULE)
+
+    def _compute(self, predictions: list[str], references: list[dict[str, Any]]) -> dict[str, Any]:
+        values = [float(correct) for correct in grade(predictions, references)]
+        return output(intervals.proportion(values), values)
+
+
+class StopRate(evaluate.Metric):
+    """The share of answers that contain an end-of-turn token, that is, end before the token limit."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        inputs = "predictions: token ids of each answer; eos_token_id: the id, or ids, that end one."
+        return info(self, inputs, predictions=datasets.List(datasets.Value("int64")))
+
+    def _compute(self, predictions: list[list[int]], eos_token_id: int | list[int]) -> dict[str, Any]:
+        values = [float(stopped(tokens, eos_token_id)) for tokens in predictions]
+        return output(intervals.proportion(values), values)
+
+
+class StepRate(evaluate.Metric):
+    """The share of answers with a sentence or an equation before "The answer is", right or wrong."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return info(self, "predictions: answers.", predictions=STRING)
+
+    def _compute(self, predictions: list[str]) -> dict[str, Any]:
+        values = [float(has_steps(answer)) for answer in predictions]
+        return output(intervals.proportion(values), values)
+
+
+class PassAtK(evaluate.Metric):
+    """The probability that at least one of k sampled answers to a problem is right; only final answers are compared.
+
+    The interval is over problems, never over samples.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        inputs = "predictions: sampled answers to each problem; references: final answers; k."
+        citation = "Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374"
+        return info(self, inputs, citation, predictions=datasets.List(STRING), references=STRING)
+
+    def _compute(
+        self, predictions: list[list[str]], references: list[str], k: int = 1, seed: int = 0
+    ) -> dict[str, Any]:
+        flat = [answer for answers in predictions for answer in answers]
+        repeated = [ref for answers, ref in zip(predictions, references, strict=True) for _ in answers]
+        verdicts = iter(grade_final_answers(flat, repeated))
+        values = [estimate_pass_at_k(len(answers), sum(next(verdicts) for _ in answers), k) for answers in predictions]
+        return output(intervals.outcome_mean(values, seed), values)
+
+
+def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
+    """Return the unbiased estimate of pass@k from `n` samples, of which `correct` are right (Chen et al. 2021, eq. 1).
+
+    It is the share of all sets of k of the n samples that contain at least one right sample. The plug-in estimate,
+    1 - (1 - correct / n)^k, is too low on average.
+
+    Raises:
+        ValueError: Not 1 <= k <= n, or not 0 <= correct <= n.
+    """
+    if not (1 <= k <= n and 0 <= correct <= n):
+        raise ValueError(f"pass@{k} of {correct} right out of {n} samples")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def grade_final_answers(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically."""
+    correct = [reward == 1.0 for reward in exact_answer(answers, references)]
+    # "1/2" and "\frac{1}{2}" are equal; a plain number has been compared as one already.
+    formulas = [i for i, right in enumerate(correct) if not right and number(references[i]) is None]
+    if formulas:
+        rewards = math_answer([answers[i] for i in formulas], [references[i] for i in formulas])
+        for i, reward in zip(formulas, rewards, strict=True):
+            correct[i] = reward == 1.0
+    return correct
+
+
+class WinRate(evaluate.Metric):
+    """The mean outcome: 1 for a win, 0 for a loss, 0.5 for a tie. The judge sees each pair in random order."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        inputs = "predictions: answers; references: the opponent's; rows: what the answers are judged by."
+        return info(self, inputs, predictions=STRING, references=STRING)
+
+    def _compute(
+        self, predictions: list[str], references: list[str], rows: Sequence[Mapping[str, Any]], seed: int = 0
+    ) -> dict[str, Any]:
+        values = judge_match(predictions, references, rows, seed)
+        return output(intervals.outcome_mean(values, seed), values)
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A language model with its tokenizer and the length limit of its answers in tokens."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+
+    def sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
+        """Return the completions of each conversation; `options` as for `generate`."""
+        encoded = encode_prompts(self.tokenizer, prompts)
+        return generate(self.model, self.tokenizer, encoded, max_new_tokens=self.max_new_tokens, **options)
+
+    def greedy(self, prompts: Sequence[Any]) -> list[Completion]:
+        """Return the greedy completion of each conversation."""
+        return [completions[0] for completions in self.sample(prompts)]
+
+
+def measure_texts(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
+    """Record `bits_per_byte`; the `weight` of an example is the document's size in bytes."""
+    documents = [row["text"] for row in rows]
+    context = getattr(chat.model.config, "max_position_embeddings", None) or 512
+    losses = document_losses(chat.model, chat.tokenizer, documents, context=min(context, 1024))
+    bits = BitsPerByte().compute(predictions=losses, references=documents, seed=seed)
+    weights = [{"weight": len(document.encode())} for document in documents]
+    result.record("bits_per_byte", bits, rows, by_kind=None, extras=weights)
+
+
+def measure_instructions(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
+    """Record `instruction_accuracy`, `stop_rate` and `mean_length` (tokens) of greedy answers."""
+    completions = chat.greedy([row["messages"][:-1] for row in rows])
+    rules = [{field: row[field] for field in RULE_COLUMNS} for row in rows]
+    answers = [completion.text for completion in completions]
+    accuracy = InstructionAccuracy().compute(predictions=answers, references=rules)
+    result.record("instruction_accuracy", accuracy, rows, extras=[{"answer": text} for text in answers])
+    tokens = [completion.tokens for completion in completions]
+    stops = StopRate().compute(predictions=tokens, eos_token_id=chat.tokenizer.eos_token_id)
+    result.record("stop_rate", stops, rows)
+    _record_lengths(result, "mean_length", completions, rows, seed)
+
+
+def measure_problems(
+    result: StageResult, chat: ChatModel, rows: Sequence[Example], samples: int, seed: int = 0
+) -> None:
+    """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled` and `pass@k` (k = `samples`).
+
+    At most `MOST_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1.
+    """
+    completions = chat.greedy([row["prompt"] for row in rows])
+    references = [row["answer"] for row in rows]
+    answers = [completion.text for completion in completions]
+    greedy = PassAtK().compute(predictions=[[text] for text in answers], references=references, k=1)
+    result.record("pass@1", greedy, rows, extras=[{"answer": text} for text in answers])
+    result.record("step_rate", StepRate().compute(predictions=answers), rows)
+    _record_lengths(result, "reasoning_length", completions, rows, seed)
+    for row, text, value in zip(rows, answers, greedy["values"], strict=True):
+        if all(trace["kind"] != row["kind"] for trace in result.traces):
+            trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row["answer"]}
+            result.traces.append({**trace, "answer": text, "correct": bool(value)})
+
+    some = subsample(rows, MOST_SAMPLED_PROBLEMS)
+    sampled = chat.sample([row["prompt"] for row in some], samples=samples, temperature=1.0, seed=seed)
+    predictions = [[completion.text for completion in completions] for completions in sampled]
+    references = [row["answer"] for row in some]
+    names = {1: "pass@1_sampled"} | ({samples: f"pass@{samples}"} if samples > 1 else {})
+    for k, name in names.items():
+        estimate = PassAtK().compute(predictions=predictions, references=references, k=k, seed=seed)
+        result.record(name, estimate, some)
+
+
+def measure_match(
+    result: StageResult, chat: ChatModel, opponent: ChatModel, rows: Sequence[Example], seed: int = 0
+) -> None:
+    """Record `win_rate`: answers of both models, sampled at temperature 1 and judged by the annotators.
+
+    The opponent samples with another seed, so that a model against itself does not tie every time.
+    """
+    prompts = [row["prompt"] for row in rows]
+    ours = [c[0].text for c in chat.sample(prompts, temperature=1.0, seed=2 * seed)]
+    theirs = [c[0].text for c in opponent.sample(prompts, temperature=1.0, seed=2 * seed + 1)]
+    wins = WinRate().compute(predictions=ours, references=theirs, rows=rows, seed=seed)
+    extras = [{"answer": a, "opponent": b} for a, b in zip(ours, theirs, strict=True)]
+    result.record("win_rate", wins, rows, extras=extras)
+
+
+def answer_fixed_prompts(result: StageResult, chat: ChatModel) -> None:
+    """Add the greedy answers to `FIXED_PROMPTS`."""
+    completions = chat.greedy([[{"role": "user", "content": prompt}] for prompt in FIXED_PROMPTS])
+    result.answers = [
+        {"prompt": prompt, "answer": completion.text}
+        for prompt, completion in zip(FIXED_PROMPTS, completions, strict=True)
+    ]
+
+
+def _record_lengths(
+    result: StageResult, name: str, completions: Sequence[Completion], rows: Sequence[Example], seed: int
+) -> None:
+    lengths = [float(len(completion.tokens)) for completion in completions]
+    result.record(name, output(intervals.mean(lengths, seed), lengths), rows, by_kind=intervals.mean)
