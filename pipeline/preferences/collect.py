@@ -1,17 +1,16 @@
-"""Preference data: pairs of answers sampled from a model, each labelled with the one that is preferred.
+"""Preference data: pairs of answers sampled from a model, each labelled with the preferred one.
 
-The labels come from the simulated annotators of `pipeline.rewards.annotators`. What is written is a data set in Hub
-layout and in TRL's preference format with explicit prompts, one Parquet file a split:
+The labels come from the simulated annotators of `pipeline.rewards.annotators`. The result is a data set in Hub layout
+and in TRL's preference format with explicit prompts, one Parquet file per split:
 
 - `prompt`, `chosen`, `rejected`: lists of messages;
-- `annotator`: whose label it is, and `first`: "chosen" or "rejected", whichever was shown first;
-- `kind`: of the prompt ("" if it has none);
-- `taste_chosen`, `taste_rejected`: the noise-free taste. In the test split only, null elsewhere: it is for
-  evaluation, and no model may train on it.
+- `annotator`: who labelled the pair, and `first`: "chosen" or "rejected", whichever was shown first;
+- `kind`: the kind of the prompt ("" if it does not have one);
+- `taste_chosen`, `taste_rejected`: the noise-free taste, in the test split only and null elsewhere. It is for
+  evaluation; no model may train on it.
 
-TRL's format has no ties: a pair that its annotator calls a tie is dropped, and counted in README.md. Pairs of
-a split come from the prompts of that split. A prompt that a held-out split holds too is not sampled for
-training.
+TRL's format does not know ties: a pair that its annotator calls a tie is dropped, and counted in README.md. The pairs
+of a split come from the prompts of that split. A prompt that also occurs in a held-out split is not used for training.
 """
 
 from __future__ import annotations
@@ -45,33 +44,29 @@ from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_compo
 
 logger = logging.getLogger("pipeline.preferences.collect")  # as a launched module its `__name__` is "__main__"
 
-Row = dict[str, Any]
-
 
 @dataclass
 class PreferenceArguments:
-    """What to sample, from which model, and where the pairs go.
+    """The model, the prompts, the sampling and the output.
 
     Raises:
-        UserError: Some number is out of its range.
+        UserError: A number is out of its range.
     """
 
     model_name_or_path: str = field(
         metadata={"help": "Model whose answers are compared, with a chat template: a Hub id or a folder."}
     )
-    dataset_name: str = field(metadata={"help": "Hub id, folder or file that holds the prompts."})
+    dataset_name: str = field(metadata={"help": "Data set of the prompts: a Hub id, a folder or a file."})
     output_dir: str = field(metadata={"help": "Folder of the data set to write; an earlier one is replaced."})
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of the data set (default: its only one)."}
     )
     prompt_column: str = field(
-        default="prompt",
-        metadata={"help": "Column of the prompts: a list of {role, content}, or a question."},
+        default="prompt", metadata={"help": "Column of the prompts: a list of {role, content}, or a question."}
     )
-    samples_per_prompt: int = field(default=3, metadata={"help": "Answers sampled to each prompt."})
+    samples_per_prompt: int = field(default=3, metadata={"help": "Answers sampled for each prompt."})
     pairs_per_prompt: int = field(
-        default=2,
-        metadata={"help": "Pairs compared for each prompt, at most: identical answers make no pair."},
+        default=2, metadata={"help": "Most pairs compared for each prompt; identical answers do not make a pair."}
     )
     max_prompts: int | None = field(default=None, metadata={"help": "Training prompts to use (default: all)."})
     max_eval_prompts: int | None = field(
@@ -79,8 +74,7 @@ class PreferenceArguments:
     )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     min_p: float = field(
-        default=0.0,
-        metadata={"help": "Never sample tokens less probable than this share of the most probable one."},
+        default=0.0, metadata={"help": "Never sample tokens less probable than this share of the most probable one."}
     )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     batch_size: int = field(default=384, metadata={"help": "Answers sampled at once by each process."})
@@ -91,26 +85,68 @@ class PreferenceArguments:
             raise UserError(*problems)
 
 
-def read_prompts(args: PreferenceArguments) -> dict[str, list[Row]]:
-    """The rows of each split that there is, in random order, at most as many as asked for.
+def collect(args: PreferenceArguments) -> dict[str, Counts]:
+    """Sample on all processes; label and write on the first.
+
+    Returns:
+        What became of the answers of each split, the same on every process.
 
     Raises:
-        UserError: The data set cannot be read, or has no split `train` or no column of prompts.
+        UserError: The model, the prompts or the output folder cannot be used, or there are no pairs to train on.
+    """
+    state = PartialState(cpu=hardware.accelerator() is None)
+    if problems := check_replaceable(args.output_dir, files.FILES, files.TITLE, args.dataset_name):
+        raise UserError(*problems)
+    prompts = read_prompts(args)
+    model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
+    if problems := check_model(model.config, tokenizer, args, args.model_name_or_path):
+        raise UserError(*problems)
+    model.to(state.device)
+    encoded = encode(model, tokenizer, prompts, args)
+    splits: dict[str, list[dict[str, Any]]] = {}
+    counts: dict[str, Counts] = {}
+    for number, (name, rows) in enumerate(prompts.items()):
+        # The seeds of the splits are so far apart that those of their batches never meet.
+        answers = sample_answers(model, tokenizer, encoded[name], args, seed=(3 * args.seed + number) * 1_000_000)
+        splits[name], counts[name] = label_answers(
+            rows,
+            answers,
+            pairs_per_prompt=args.pairs_per_prompt,
+            seed=f"{args.seed}/{name}",
+            keep_taste=name == "test",
+        )
+        logger.info("%-11s %s", name, counts[name])
+    if not splits["train"]:
+        remedy = "no two answers differ enough to be compared; raise temperature or max_prompts"
+        raise UserError(Problem("temperature", args.temperature, remedy))
+    if state.is_main_process:
+        sampled_from = f"`{args.model_name_or_path}` at temperature {args.temperature} (min_p {args.min_p})"
+        files.write(Path(args.output_dir), splits, counts, f"{sampled_from}, to prompts of `{args.dataset_name}`")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return counts
+
+
+def read_prompts(args: PreferenceArguments) -> dict[str, list[dict[str, Any]]]:
+    """Read the prompts of each existing split in random order, at most as many as asked for.
+
+    Raises:
+        UserError: The data set cannot be read, or lacks the split `train` or the column of prompts.
     """
     source = DataArguments(
         dataset_name=args.dataset_name, dataset_config=args.dataset_config, prompt_column=args.prompt_column
     )
-    there = open_source(source)
+    available = open_source(source)
     held_out: set[str] = set()
-    prompts: dict[str, list[Row]] = {}
-    for name in reversed(SPLITS):  # the held-out ones first: what they hold is not for training
-        if name not in there and name != "train":
+    prompts: dict[str, list[dict[str, Any]]] = {}
+    for name in reversed(SPLITS):  # held-out splits first, so that training leaves their prompts out
+        if name not in available and name != "train":
             continue
         split, _ = load_splits(replace(source, dataset_train_split=name), "prompt", evaluation=False)
         texts = [str(prompt) for prompt in split["prompt"]]
         kept = [index for index, text in enumerate(texts) if text not in held_out]
         if len(kept) < len(texts):
-            logger.warning("%-11s %d prompts that a held-out split holds too", name, len(texts) - len(kept))
+            logger.warning("%-11s leaves out %d prompts of a held-out split", name, len(texts) - len(kept))
         held_out.update(texts)
         random.Random(f"{args.seed}/{name}").shuffle(kept)
         most = args.max_prompts if name == "train" else args.max_eval_prompts
@@ -121,13 +157,13 @@ def read_prompts(args: PreferenceArguments) -> dict[str, list[Row]]:
 def encode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Mapping[str, Sequence[Row]],
+    prompts: Mapping[str, Sequence[Mapping[str, Any]]],
     args: PreferenceArguments,
 ) -> dict[str, list[list[int]]]:
-    """Token ids of the prompts of each split.
+    """Return the token ids of the prompts of each split.
 
     Raises:
-        UserError: The chat template refuses one, or one leaves no room for `max_new_tokens`.
+        UserError: The chat template refuses a prompt, or a prompt does not leave room for `max_new_tokens`.
     """
     try:
         encoded = {name: encode_prompts(tokenizer, [row["prompt"] for row in rows]) for name, rows in prompts.items()}
@@ -150,8 +186,9 @@ def sample_answers(
 ) -> list[list[str]]:
     """Sample `args.samples_per_prompt` answers to each prompt.
 
-    Processes take turns at the batches, and each batch has its own seed: with as many threads a process, the number of
-    processes changes nothing. (With others, sums are made in another order, and a close call may come out otherwise.)
+    Processes take turns at the batches, and each batch has its own seed, so that the number of processes changes
+    nothing as long as each has as many threads. (Other numbers of threads change the order of sums, and with it the
+    outcome where two tokens are almost equally probable.)
 
     Returns:
         The answers to each of `prompts`, on every process.
@@ -184,23 +221,23 @@ def label_answers(
     pairs_per_prompt: int,
     seed: int | str = 0,
     keep_taste: bool = False,
-) -> tuple[list[Row], Counts]:
-    """Have the simulated annotators compare answers to each prompt.
+) -> tuple[list[dict[str, Any]], Counts]:
+    """Let the simulated annotators compare the answers to each prompt.
 
     Args:
-        rows: The prompts' rows: `prompt`, and `kind`, `require`, `reject`, `test` where they have them.
-        answers: The answers to each of them; empty ones and repeated ones are dropped.
-        pairs_per_prompt: Pairs compared a prompt, at most.
-        seed: Of the pairs, annotators, order and noise. Every row draws from a generator of its own, so that
-            the answers to one prompt have no influence on the labels of another.
-        keep_taste: Whether the noise-free taste is kept; otherwise its columns hold None.
+        rows: Rows of the prompts: `prompt`, and `kind`, `require`, `reject` and `test` where they exist.
+        answers: The answers to each prompt; empty and repeated ones are dropped.
+        pairs_per_prompt: Most pairs compared per prompt.
+        seed: Seed of the pairs, annotators, order and noise. Every row has a generator of its own, so that the answers
+            to one prompt do not influence the labels of another.
+        keep_taste: Whether to keep the noise-free taste; its columns are None otherwise.
 
     Returns:
         The labelled pairs, as rows of the data set to write, and what became of the answers.
     """
-    labelled: list[Row] = []
+    labelled: list[dict[str, Any]] = []
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
-    agreed = decided = 0
+    agreements: list[bool] = []
     for index, (row, candidates) in enumerate(zip(rows, answers, strict=True)):
         rng = random.Random(f"{seed}/{index}")
         distinct = list(dict.fromkeys(text for answer in candidates if (text := answer.strip())))
@@ -210,8 +247,8 @@ def label_answers(
         for pair in rng.sample(pairs, min(pairs_per_prompt, len(pairs))):
             shown = rng.sample(pair, 2)
             annotator = rng.choice(PANEL)
-            scores = [annotator.weigh(components[answer]) for answer in shown]
-            choice = choose(annotator, scores[0], scores[1], rng)
+            first, second = (annotator.weigh(components[answer]) for answer in shown)
+            choice = choose(annotator, first, second, rng)
             counts.compared += 1
             if choice is None:
                 counts.ties += 1
@@ -219,8 +256,7 @@ def label_answers(
             chosen, rejected = shown[choice], shown[1 - choice]
             tastes = mean_taste(components[chosen]), mean_taste(components[rejected])
             if abs(tastes[0] - tastes[1]) >= INDIFFERENCE:
-                decided += 1
-                agreed += tastes[0] > tastes[1]
+                agreements.append(tastes[0] > tastes[1])
             labelled.append(
                 {
                     "prompt": row["prompt"],
@@ -234,48 +270,5 @@ def label_answers(
                 }
             )
     counts.pairs = len(labelled)
-    counts.agreement = agreed / decided if decided else None
+    counts.agreement = sum(agreements) / len(agreements) if agreements else None
     return labelled, counts
-
-
-def collect(args: PreferenceArguments) -> dict[str, Counts]:
-    """Sample on all processes; label and write on the first.
-
-    Returns:
-        What became of the answers of each split; the same on every process.
-
-    Raises:
-        UserError: The model, the prompts or the output folder do not do, or no pair came out for training.
-    """
-    state = PartialState(cpu=hardware.accelerator() is None)
-    if problems := check_replaceable(args.output_dir, files.FILES, files.TITLE, args.dataset_name):
-        raise UserError(*problems)
-    prompts = read_prompts(args)
-    model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
-    if problems := check_model(model.config, tokenizer, args, args.model_name_or_path):
-        raise UserError(*problems)
-    model.to(state.device)
-    encoded = encode(model, tokenizer, prompts, args)
-    splits: dict[str, list[Row]] = {}
-    counts: dict[str, Counts] = {}
-    for number, (name, rows) in enumerate(prompts.items()):
-        # Seeds of the splits lie so far apart that those of their batches never meet.
-        answers = sample_answers(model, tokenizer, encoded[name], args, seed=(3 * args.seed + number) * 1_000_000)
-        splits[name], counts[name] = label_answers(
-            rows,
-            answers,
-            pairs_per_prompt=args.pairs_per_prompt,
-            seed=f"{args.seed}/{name}",
-            keep_taste=name == "test",
-        )
-        logger.info("%-11s %s", name, counts[name])
-    if not splits["train"]:
-        remedy = "no two answers differ enough to be compared; raise temperature or max_prompts"
-        raise UserError(Problem("temperature", args.temperature, remedy))
-    if state.is_main_process:
-        sampled_from = f"`{args.model_name_or_path}` at temperature {args.temperature} (min_p {args.min_p})"
-        origin = f"{sampled_from}, to prompts of `{args.dataset_name}`"
-        files.write(Path(args.output_dir), splits, counts, origin)
-    state.wait_for_everyone()
-    state.destroy_process_group()
-    return counts

@@ -1,4 +1,4 @@
-"""The files of a preference data set in Hub layout: README.md and one Parquet file a split."""
+"""The files of a preference data set in Hub layout: README.md and one Parquet file per split."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset, Features, Value
+from huggingface_hub import DatasetCardData
 
 from pipeline.data.splits import MESSAGES
 from pipeline.files import write_folder
@@ -29,9 +29,9 @@ CARD = f"""
 
 Answers sampled from {{origin}}, compared in pairs by simulated annotators.
 
-`first` says which of the two was shown first. Ties are dropped. `taste_chosen` and `taste_rejected` are the
-annotators' taste without the noise, and given in the test split only: they are for evaluation, and no model
-may train on them.
+`first` says which of the two answers was shown first. Ties are dropped. `taste_chosen` and `taste_rejected` are the
+annotators' taste without the noise. Only the test split has them: they are for evaluation, and no model may train on
+them.
 
 """
 
@@ -40,15 +40,15 @@ may train on them.
 class Counts:
     """What became of the answers to the prompts of one split.
 
-    Args:
-        prompts: Prompts asked.
+    Attributes:
+        prompts: Prompts sampled from.
         answers: Answers sampled.
-        dropped: Those that were empty, or the same as another to the same prompt.
-        compared: Pairs of the others that were shown to an annotator.
-        ties: Those the annotator found equally good.
-        pairs: Those that got a label.
-        agreement: Share (0 to 1) of the labels that agree with the noise-free taste, among pairs on which
-            that is decided; what a perfect reward model would reach. None if there is no such pair.
+        dropped: Answers that were empty or repeated another one to the same prompt.
+        compared: Pairs of the remaining answers that were shown to an annotator.
+        ties: Pairs that the annotator found equally good.
+        pairs: Pairs that got a label.
+        agreement: Share (0 to 1) of the labels that agree with the noise-free taste, among pairs on which the taste is
+            not indifferent: the accuracy of a perfect reward model. None if there are no such pairs.
     """
 
     prompts: int = 0
@@ -60,7 +60,11 @@ class Counts:
     agreement: float | None = None
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in _shown(self).items())
+        return ", ".join(f"{name} {text}" for name, text in self.texts().items())
+
+    def texts(self) -> dict[str, str]:
+        """Return every count as text, by name."""
+        return {k: f"{value:.3f}" if isinstance(value, float) else str(value) for k, value in asdict(self).items()}
 
 
 def write(
@@ -69,30 +73,26 @@ def write(
     counts: Mapping[str, Counts],
     origin: str,
 ) -> None:
-    """Write a data set, all at once: whoever finds `output_dir` finds it complete.
+    """Write a data set, either whole or not at all.
 
     Args:
         output_dir: Folder of the data set; replaced if it exists.
         splits: Rows of each split, with the columns of `FEATURES`.
         counts: What became of the answers of each split.
-        origin: Which model the answers are from, and whose prompts, as a phrase.
+        origin: The model that answered and the data set of the prompts, as a phrase.
     """
     with write_folder(output_dir) as folder:
         for name, rows in splits.items():
             Dataset.from_list(list(rows), features=FEATURES).to_parquet(folder / f"{name}.parquet")
-        (folder / "README.md").write_text(_card(splits, counts, origin), encoding="utf-8")
+        (folder / "README.md").write_text(card(counts, origin), encoding="utf-8", newline="\n")
 
 
-def _card(splits: Mapping[str, Any], counts: Mapping[str, Counts], origin: str) -> str:
-    files = [{"split": name, "path": f"{name}.parquet"} for name in splits]
-    header = {"configs": [{"config_name": "default", "data_files": files}], "tags": ["preference"]}
-    columns = list(asdict(Counts()))
+def card(counts: Mapping[str, Counts], origin: str) -> str:
+    """Write the data set card: its YAML header lists the splits for `load_dataset`, its table the counts of each."""
+    data_files = [{"split": name, "path": f"{name}.parquet"} for name in counts]
+    header = DatasetCardData(configs=[{"config_name": "default", "data_files": data_files}], tags=["preference"])
+    columns = Counts().texts()
     table = [["split", *columns], ["---", *["---:"] * len(columns)]]
-    table += [[name, *_shown(counts[name]).values()] for name in splits]
+    table += [[name, *count.texts().values()] for name, count in counts.items()]
     lines = "".join(f"| {' | '.join(row)} |\n" for row in table)
-    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n{CARD.format(origin=origin)}{lines}"
-
-
-def _shown(counts: Counts) -> dict[str, str]:
-    values = asdict(counts)
-    return {name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return f"---\n{header}\n---\n{CARD.format(origin=origin)}{lines}"

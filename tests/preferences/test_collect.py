@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from datasets import DatasetDict, load_dataset
+from huggingface_hub import DatasetCard
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -159,6 +160,9 @@ def test_the_hidden_taste_is_kept_from_what_models_train_on(collected: Path) -> 
 
 def test_the_card_counts_what_was_dropped(collected: Path) -> None:
     card = (collected / "README.md").read_text()
+    splits = [{"split": split, "path": f"{split}.parquet"} for split in PROMPTS]
+    configs = [{"config_name": "default", "data_files": splits}]
+    assert DatasetCard(card).data.to_dict() == {"configs": configs, "tags": ["preference"]}
     header = next(line for line in card.splitlines() if line.startswith("| split"))
     row = next(line for line in card.splitlines() if line.startswith("| train"))
     names, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, row))
@@ -210,7 +214,7 @@ def test_only_what_this_step_wrote_is_replaced(arguments: dict[str, Any], collec
     assert contents(labels) == contents(collected)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_sampling(
+def test_a_folder_that_cannot_be_written_is_refused_before_sampling(
     arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sample(*_: Any, **__: Any) -> None:
@@ -225,7 +229,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_sampling(
             collect(PreferenceArguments(**arguments, output_dir="/proc/pairs"))
 
 
-def test_prompts_that_leave_no_room_are_told_before_sampling(arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_prompts_that_leave_no_room_are_refused_before_sampling(arguments: dict[str, Any], tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "long", {**PROMPTS, "test": ["fox " * 600]})
     with pytest.raises(UserError, match="max_new_tokens: 8: the longest prompt takes"):
         collect(PreferenceArguments(**{**arguments, "dataset_name": str(prompts)}, output_dir=str(tmp_path / "out")))
@@ -261,7 +265,7 @@ def test_an_adapter_answers_as_the_model_it_makes(arguments: dict[str, Any], mod
         )
 
 
-def test_every_wrong_number_is_told_at_once(arguments: dict[str, Any]) -> None:
+def test_every_wrong_number_is_reported_at_once(arguments: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
         PreferenceArguments(
             **arguments, output_dir="-", temperature=0.0, min_p=1.0, samples_per_prompt=1, max_prompts=0
@@ -274,7 +278,7 @@ def test_every_wrong_number_is_told_at_once(arguments: dict[str, Any]) -> None:
     }
 
 
-def test_wrong_numbers_are_told_beside_other_mistakes() -> None:
+def test_wrong_numbers_are_reported_beside_other_mistakes() -> None:
     argv = ["--temperature", "0", "--samples_per_prompt", "1", "--model_name_or_path", "m", "--dataset_name", "d"]
     with pytest.raises(UserError) as caught:
         parse(PreferenceArguments, argv=[*argv, "--output_dir", "o", "--max_promts", "3"])
