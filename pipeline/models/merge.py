@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import Problem, UserError
-from pipeline.files import below_a_file
+from pipeline.files import below_a_file, unwritable, write_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,66 +21,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Merge, and save with the tokenizer.
+    """Merge an adapter, and save the model with its tokenizer.
 
     Args:
-        args: `adapter` and `output_dir` (both Path).
+        args: `adapter` and `output_dir` (both `Path`).
 
     Returns:
         Exit code 0.
 
     Raises:
-        UserError: the adapter or its base model is not there, or the output directory is not empty.
+        UserError: The adapter or its base model cannot be loaded, or the output directory is not empty or not writable.
     """
-    config = _read_config(args.adapter)
-    if problem := below_a_file(args.output_dir, "--output_dir"):
-        raise UserError(problem)
-    if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
-        raise UserError(Problem("--output_dir", args.output_dir, "is not empty; name a new directory"))
-    _merge(args.adapter, config, args.output_dir)
-    print(f"merged {args.adapter} into {config['base_model_name_or_path']}: {args.output_dir}")
+    base = _read_base(args.adapter)
+    _check_output_dir(args.output_dir)
+    _merge(args.adapter, base, args.output_dir)
+    print(f"merged {args.adapter} into {base}: {args.output_dir}")
     return 0
 
 
-def _read_config(adapter: Path) -> dict[str, Any]:
+def _read_base(adapter: Path) -> str:
     path = adapter / "adapter_config.json"
     if not path.is_file():
-        raise UserError(Problem("adapter", adapter, "holds no adapter_config.json; give what use_peft saved"))
+        remedy = "does not contain adapter_config.json; give a directory that a recipe with use_peft has written"
+        raise UserError(Problem("adapter", adapter, remedy))
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(Problem("adapter", path, f"is no JSON: {error}")) from error
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(Problem("adapter", path, f"cannot be read as JSON ({error})")) from error
     if not isinstance(config, dict) or not config.get("base_model_name_or_path"):
-        raise UserError(Problem("adapter", path, "names no base_model_name_or_path"))
+        raise UserError(Problem("adapter", path, "does not name its base_model_name_or_path; add it"))
     if config.get("peft_type") != "LORA":
-        raise UserError(Problem("adapter", path, f"is of the type {config.get('peft_type')}; only LORA can be merged"))
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(Problem("adapter", adapter, "holds no adapter_model.safetensors; give what use_peft saved"))
-    return config
+        raise UserError(Problem("adapter", path, f"has the type {config.get('peft_type')}; only LORA can be merged"))
+    return str(config["base_model_name_or_path"])
 
 
-def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
+def _check_output_dir(path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(Problem("--output_dir", path, "is not empty; name a new directory"))
+    if problem := below_a_file(path) or unwritable(path, path.absolute().parents):
+        raise UserError(replace(problem, field="--output_dir"))
+
+
+def _merge(adapter: Path, base: str, output_dir: Path) -> None:
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
-    from safetensors import SafetensorError
-    from transformers import AutoTokenizer
 
-    from pipeline.models.loading import user_error_for
+    from pipeline.models.loading import (
+        find_non_finite,
+        is_reward_model,
+        load_config,
+        load_tokenizer,
+        user_error_for,
+        validate_weights,
+    )
 
-    # A reward model has one output; PEFT's configuration says which head it was trained with.
-    if config.get("task_type") == "SEQ_CLS":
-        load, options = AutoPeftModelForSequenceClassification.from_pretrained, {"num_labels": 1}
-    else:
-        load, options = AutoPeftModelForCausalLM.from_pretrained, {}
-    try:
-        model = load(str(adapter), dtype="auto", **options)
-    except OSError as error:
-        remedy = f"its base model cannot be loaded: {str(error).splitlines()[0]}"
-        raise UserError(Problem("adapter", config["base_model_name_or_path"], remedy)) from error
-    except (RuntimeError, SafetensorError) as error:
-        remedy = f"its weights do not fit its base model, or are damaged: {str(error).splitlines()[0]}"
-        raise UserError(Problem("adapter", adapter, remedy)) from error
-    with user_error_for("adapter", adapter, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(adapter))
-    merged = model.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(str(output_dir))
-    tokenizer.save_pretrained(str(output_dir))
+    tokenizer = load_tokenizer(str(adapter), "adapter")
+    with user_error_for("adapter", base, "base model"):
+        config = load_config(str(adapter))
+    reward = is_reward_model(config)  # with one output
+    model_class = AutoPeftModelForSequenceClassification if reward else AutoPeftModelForCausalLM
+    fault = validate_weights(str(adapter), config, model_class)
+    if fault is None:
+        with user_error_for("adapter", adapter):
+            model = model_class.from_pretrained(str(adapter), dtype="auto", **({"num_labels": 1} if reward else {}))
+            merged = model.merge_and_unload(safe_merge=True)
+        fault = find_non_finite(merged)
+    if fault is not None:
+        raise UserError(Problem("adapter", adapter, fault))
+    with write_folder(output_dir) as folder:
+        merged.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))

@@ -1,4 +1,4 @@
-"""`python -m pipeline merge`: the merged model gives what the adapter gives; what is none is refused."""
+"""`python -m pipeline merge`: the merged model gives what the adapter gives; broken adapters are refused."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -77,28 +78,53 @@ def test_the_merged_model_gives_what_the_adapter_gives(
     assert {path.suffix for path in (tmp_path / "merged").iterdir()} == {".json", ".safetensors"}
 
 
-def test_what_is_no_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["merge", str(tmp_path), "--output_dir", str(tmp_path / "merged")])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith(f"adapter: {tmp_path}: holds no adapter_config.json")
+    assert capsys.readouterr().err.startswith(f"adapter: {tmp_path}: does not contain adapter_config.json")
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_base_model_that_is_gone_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_model_that_is_gone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = save_adapter(tmp_path, "CAUSAL_LM")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(SystemExit) as stop:
         main(["merge", str(adapter), "--output_dir", str(tmp_path / "merged")])
     assert stop.value.code == 2
-    assert f"adapter: {tmp_path / 'base'}: its base model cannot be loaded" in capsys.readouterr().err
+    assert f"adapter: {tmp_path / 'base'}: no base model can be loaded from it" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("missing", ["adapter_model.safetensors", "peft_type"])
-def test_an_adapter_that_is_incomplete_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
+@pytest.mark.parametrize("part", ["adapter", "base"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str) -> None:
+    adapter = save_adapter(tmp_path, "CAUSAL_LM")
+    file = tmp_path / part / ("adapter_model.safetensors" if part == "adapter" else "model.safetensors")
+    weights = load_file(file)
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, file, metadata={"format": "pt"})
+    capsys.readouterr()  # what saving the models printed
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", str(adapter), "--output_dir", str(tmp_path / "merged")])
+    assert stop.value.code == 2
+    assert f"adapter: {adapter}: " in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a directory that even root cannot write to")
+def test_an_unwritable_directory_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    adapter = save_adapter(tmp_path, "CAUSAL_LM")
+    monkeypatch.setattr("pipeline.models.merge._merge", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", str(adapter), "--output_dir", "/proc/merged"])
+    assert stop.value.code == 2
+    assert "--output_dir: /proc/merged: no permission to write to /proc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["adapter_model.safetensors", "peft_type"])
+def test_an_incomplete_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str) -> None:
     adapter = save_adapter(tmp_path, "CAUSAL_LM")
     if missing == "peft_type":
         config = json.loads((adapter / "adapter_config.json").read_text())
