@@ -1,36 +1,39 @@
-"""Locks, files that are written whole or not at all, and what may be replaced."""
+"""Locks, files that are written whole or not at all, and checks of what may be replaced."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+
+import psutil
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
+LOCK_SECONDS = 120.0
+"""Seconds to wait for an earlier run to release a lock; it may still be saving."""
+
 
 def check_replaceable(
     output_dir: str | Path, own: Iterable[str], title: str = "", read: str | Path | None = None
 ) -> list[Problem]:
-    """Find out whether a step that replaces its whole output directory may, and would delete only what is its own.
+    """Check that a step that replaces its whole output directory would delete only files of its own.
 
     Args:
         output_dir: The directory; it need not exist.
         own: Names of the files and folders that the step writes there.
-        title: What its README.md says, by which it is known; "" if it writes none.
-        read: A directory that the step reads, if it reads one.
+        title: Text in the step's README.md that identifies it; empty if the step does not write one.
+        read: A directory that the step reads, if any.
 
     Returns:
-        Why it may not be replaced: other files, it is a file or what is read, or nothing can be written there.
+        Why the directory cannot be replaced: it is a file, contains other files or the input, or is not writable.
     """
     path = Path(output_dir)
     if problem := below_a_file(path):
@@ -46,7 +49,7 @@ def check_replaceable(
 
 
 def _is_own(folder: Path, own: set[str], title: str) -> bool:
-    """Whether all that a folder holds was written by the step that writes `own`."""
+    """Return whether everything in a folder was written by the step that writes `own`."""
     found = {inner.name for inner in folder.iterdir()}
     if not found <= own:
         return False
@@ -55,9 +58,9 @@ def _is_own(folder: Path, own: set[str], title: str) -> bool:
 
 
 def unwritable(output_dir: str | Path, folders: Iterable[Path]) -> Problem | None:
-    """The problem of an output directory if nothing can be written to the first of `folders` that is there.
+    """Report an output directory if the first existing one of `folders` cannot be written to.
 
-    It is tried: not every file system goes by its permissions.
+    It tries to write, because not every file system honours its permissions.
     """
     nearest = next(folder for folder in folders if folder.exists())
     try:
@@ -69,7 +72,7 @@ def unwritable(output_dir: str | Path, folders: Iterable[Path]) -> Problem | Non
 
 
 def below_a_file(path: Path, field: str = "output_dir") -> Problem | None:
-    """The problem of a directory that cannot be made, because a part of its path is a file."""
+    """Report a directory that cannot be created because a part of its path is a file."""
     file = next((part for part in (path, *path.parents) if part.is_file()), None)
     return Problem(field, path, f"{file} is a file; choose a directory") if file else None
 
@@ -136,38 +139,74 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-LOCK = ".lock"
+@contextmanager
+def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
+    """Hold a lock file, and so reserve its folder, until the block or this process ends, however it ends.
 
-
-WAIT_FOR_LOCK = 120.0
-"""Seconds that a run waits for an earlier one to let go of its output directory (it may be saving)."""
-
-
-def lock(output_dir: str) -> IO[Any]:
-    """Keep other runs out of an output directory until this process ends, however it ends.
+    The kernel keeps the lock where the file system supports that. Elsewhere a marker file does, which names its
+    process; `filelock` removes it once that process has died.
 
     Args:
-        output_dir: An existing directory.
+        path: The lock file. Its folder is created if it does not exist.
+        orphans_only: Wait only for child processes whose parent took the lock and died. By default, wait for any
+            process, up to `LOCK_SECONDS`.
 
-    Returns:
-        The lock; it is held as long as this object lives.
+    Yields:
+        File descriptors; a child process that inherits them holds the lock as well. Empty on Windows and with markers.
 
     Raises:
-        UserError: If another run still holds it after `WAIT_FOR_LOCK`.
+        UserError: If another process still holds the lock, or the folder cannot be written to.
     """
-    file = open(Path(output_dir) / LOCK, "w")  # noqa: SIM115 (being open is what holds the lock)
-    deadline = time.monotonic() + WAIT_FOR_LOCK
+    descriptors: list[int] = []
+    held: BaseFileLock
     waiting = False
-    while True:
+
+    def publish(descriptor: int) -> None:
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 1, os.SEEK_SET)  # Windows locks the first byte, so that others could not read it
+        os.write(descriptor, str(os.getpid()).encode())
+        if os.name == "posix":  # a copy, because filelock closes its own descriptor in forked children
+            descriptors.append(os.dup(descriptor))
+
+    def find_holder() -> int | None:
+        return getattr(held, "pid", None) or _read_pid(path)
+
+    def give_up() -> bool:
+        nonlocal waiting
+        holder = find_holder()
+        if orphans_only and (holder is None or psutil.pid_exists(holder)):
+            return True
+        if not waiting:
+            logger.warning("Waiting for process %s, which is writing to %s.", holder, path.parent)
+        waiting = True
+        return False
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.close()
-                remedy = "another run writes there; wait for it, stop it, or choose another directory"
-                raise UserError(Problem("output_dir", output_dir, remedy)) from None
-            if not waiting:
-                logger.warning("Another run writes to %s: waiting for it to end.", output_dir)
-                waiting = True
-            time.sleep(0.5)
+            held = FileLock(path, LOCK_SECONDS, poll_interval=0.2, on_acquired=publish)
+            held.acquire(cancel_check=give_up)
+        except Timeout:
+            raise
+        except (OSError, ValueError):  # this file system or platform has no such locks
+            held = SoftFileLock(path.with_name(f"{path.name}.pid"), LOCK_SECONDS, poll_interval=0.2)
+            held.acquire(cancel_check=give_up)
+    except Timeout as error:
+        remedy = f"process {find_holder()} is writing there; wait for it, stop it, or choose another directory"
+        raise UserError(Problem("output_dir", path.parent, remedy)) from error
+    except OSError as error:
+        remedy = f"cannot be written to ({error.strerror}); choose another directory"
+        raise UserError(Problem("output_dir", path.parent, remedy)) from error
+    try:
+        yield tuple(descriptors)
+    finally:
+        held.release()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _read_pid(path: Path) -> int | None:
+    with suppress(OSError, ValueError), path.open("rb", buffering=0) as file:
+        file.seek(1)
+        return int(file.read(32))
+    return None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,35 +85,119 @@ def test_every_choice_has_a_reason() -> None:
     assert hardware.compilation(1.0).value is False
 
 
+@contextmanager
+def held_elsewhere(path: Path, before: str = "", inside: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that holds the lock until it is killed."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from pipeline.files import lock
+{before}
+with lock(Path(sys.argv[1])) as descriptors:
+    {inside.replace(chr(10), chr(10) + "    ")}
+    print(1, flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def take(path: Path, orphans_only: bool = False) -> None:
+    with files.lock(path, orphans_only):
+        pass
+
+
 def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "WAIT_FOR_LOCK", 0.1)
-    code = (
-        "import sys, time; from pipeline.files import lock; held = lock(sys.argv[1]); "
-        "print(1, flush=True); time.sleep(60)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        with pytest.raises(UserError, match="another run writes there"):
-            files.lock(str(tmp_path))
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
+    path = tmp_path / "output" / ".lock"
+    with held_elsewhere(path) as other:
+        with pytest.raises(UserError, match=rf"output_dir: {path.parent}: process {other.pid} is writing there"):
+            take(path)
         other.kill()
         other.wait()
-    started = time.monotonic()
-    files.lock(str(tmp_path)).close()
-    assert time.monotonic() - started < 30, "a killed run holds nothing"
+        take(path)  # a killed process does not hold the lock
+    take(path)
+
+
+WITHOUT_FLOCK = """
+import errno, fcntl
+def flock(descriptor, operation):
+    raise OSError(errno.{error}, "not supported")
+fcntl.flock = flock
+"""
+
+
+@pytest.mark.parametrize("error", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+def test_without_kernel_locks_a_marker_of_a_dead_process_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    monkeypatch.setattr(files, "LOCK_SECONDS", 3.0)
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(getattr(errno, error), "not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    path = tmp_path / ".lock"
+    with held_elsewhere(path, WITHOUT_FLOCK.format(error=error)) as other:
+        with pytest.raises(UserError, match=f"process {other.pid} is writing there"):
+            take(path)
+        other.kill()
+        other.wait()
+        assert (tmp_path / ".lock.pid").exists(), "the marker is stale"
+        take(path)
+
+
+def test_a_child_that_inherits_the_lock_holds_it_after_its_parent_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
+    path = tmp_path / "run.lock"
+    start_child = """
+import subprocess, sys
+child = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+process = subprocess.Popen(child, stdin=0, stdout=subprocess.DEVNULL, pass_fds=descriptors, preexec_fn=lambda: None)
+"""
+    with held_elsewhere(path, inside=start_child) as parent:
+        parent.kill()
+        parent.wait()
+        with pytest.raises(UserError, match=f"process {parent.pid} is writing there"):
+            take(path, orphans_only=True)
+        assert parent.stdin is not None
+        parent.stdin.close()  # which ends the child
+        monkeypatch.setattr(files, "LOCK_SECONDS", 30.0)
+        take(path, orphans_only=True)
+
+
+def test_the_lock_of_a_living_process_is_refused_at_once_where_only_orphans_are_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with held_elsewhere(path) as other:
+        started = time.monotonic()
+        with pytest.raises(UserError, match=f"process {other.pid} is writing there"):
+            take(path, orphans_only=True)
+        assert time.monotonic() - started < files.LOCK_SECONDS / 4
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written to"):
+        take(tmp_path / "file" / "below" / ".lock")
 
 
 def test_a_record_is_only_of_what_decides_the_weights(tmp_path: Path) -> None:
     def arguments(**changes: object) -> TrainingArguments:
         options: dict[str, Any] = {"use_cpu": True, "learning_rate": 1e-3, **changes}
         args = TrainingArguments(str(tmp_path), **options)
-        setattr(args, output_directory.RESOLVED, output_directory.describe([args]))
+        setattr(args, output_directory.RESOLVED, output_directory.to_record([args]))
         return args
 
     output_directory.claim(arguments(hub_token="hf_secret"))
     assert "hf_secret" not in (tmp_path / output_directory.RECORD).read_text()
-    assert output_directory.check([arguments()]) == []
-    assert output_directory.check([arguments(logging_steps=3, save_steps=7, eval_strategy="epoch")]) == []
-    (problem,) = output_directory.check([arguments(learning_rate=2e-3, seed=1)])
+    assert output_directory.check_output_directory([arguments()]) == []
+    assert (
+        output_directory.check_output_directory([arguments(logging_steps=3, save_steps=7, eval_strategy="epoch")]) == []
+    )
+    (problem,) = output_directory.check_output_directory([arguments(learning_rate=2e-3, seed=1)])
     assert "learning_rate was 0.001 and is 0.002; seed was 42 and is 1" in str(problem)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,9 +73,9 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: the recipe folder or an argument is wrong, or another run is writing to the same directory.
     """
+    from pipeline.files import lock
     from pipeline.runner.launcher import check_launch_file
     from pipeline.runner.plan import read_plan
-    from pipeline.runner.processes import locked
     from pipeline.runner.records import RunRecord
 
     problems = []
@@ -100,10 +100,10 @@ def main(args: argparse.Namespace) -> int:
             if decision.action != "skip":
                 print(f"    {_shown(step, args)}")
         return 0
-    with locked(plan.run_dir) as lock:
+    with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
-        record.describe(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
-        return _run_all(list(_decide(plan, record, args)), record, args, lock)
+        record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
+        return _run_all(list(_decide(plan, record, args)), record, args, descriptors)
 
 
 def _check_due(decided: Iterable[tuple[Step, Decision]]) -> None:
@@ -160,9 +160,11 @@ def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapp
         raise UserError(*problems)
 
 
-def _run_all(todo: list[tuple[Step, Decision]], record: RunRecord, args: argparse.Namespace, lock: int) -> int:
+def _run_all(
+    todo: list[tuple[Step, Decision]], record: RunRecord, args: argparse.Namespace, descriptors: Sequence[int]
+) -> int:
     from pipeline.runner.launcher import exit_code
-    from pipeline.runner.processes import child_environment, run
+    from pipeline.runner.processes import run
     from pipeline.runner.records import clear
 
     for position, (step, decision) in enumerate(todo, start=1):
@@ -175,9 +177,9 @@ def _run_all(todo: list[tuple[Step, Decision]], record: RunRecord, args: argpars
         say(f"$ {_shown(step, args)}")
         record.start(step, decision, _shown(step, args))
         started = time.monotonic()
-        environment = child_environment(args.num_processes if step.launched else 1, os.environ)
-        code, received = run(step.executable(_launch(args)), environment, lock)
-        record.stop(step, time.monotonic() - started, finished=code == 0)
+        code, received = run(step.executable(_launch(args)), os.environ, descriptors)
+        complete = code == 0 and step.is_complete
+        record.stop(step, time.monotonic() - started, finished=complete)
         if received is not None:
             say(f"stopped by {received.name} in {step.name}; to go on: {_again(args)}")
             return 128 + int(received)
@@ -185,6 +187,9 @@ def _run_all(todo: list[tuple[Step, Decision]], record: RunRecord, args: argpars
             code = exit_code(code)
             say(f"{step.name} failed with exit code {code}; the steps before it are kept")
             return code
+        if not complete:
+            say(f"{step.name} failed: it ended without writing {step.product}; the steps before it are kept")
+            return 1
     report = next((step.output / "index.html" for step, _ in todo if step.kind == "report"), None)
     if report is not None and report.exists():
         say(f"report: {report}")

@@ -1,4 +1,4 @@
-"""The kinds of steps that a recipe folder can have, and one step: what it runs, writes and needs."""
+"""The kinds of steps that a recipe folder can have, and one step: what it runs, reads and writes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ REPORT = "report"
 
 @dataclass(frozen=True)
 class Kind:
-    """What the files `<number>_<kind>.yaml` run.
+    """What a file named `<number>_<kind>.yaml` runs.
 
-    Args:
-        module: run with `python -m`.
-        launched: through `accelerate launch`, on as many processes as asked for.
-        measured: it leaves a model, which is evaluated.
-        seeded: it draws random numbers, and takes a seed.
-        editable: what it writes are data, which people may correct by hand.
+    Attributes:
+        module: Module to run with `python -m`.
+        launched: Whether it runs under `accelerate launch`, on as many processes as asked for.
+        measured: Whether it writes a model, which is then evaluated.
+        seeded: Whether it draws random numbers and takes a seed.
+        editable: Whether it writes data, which people may correct by hand.
     """
 
     module: str
@@ -36,7 +36,6 @@ class Kind:
     editable: bool = False
 
 
-# In the order in which kinds of the same number run.
 KINDS = {
     "data": Kind("recipes.data", editable=True),
     "tokenizer": Kind("recipes.tokenizer", seeded=False),
@@ -48,24 +47,25 @@ KINDS = {
     "ppo": Kind("recipes.ppo", launched=True, measured=True),
     "grpo": Kind("recipes.grpo", launched=True, measured=True),
 }
+"""Steps of the same number run in this order."""
 
 
 @dataclass(frozen=True)
 class Step:
     """One step of a run.
 
-    Args:
-        name: stem of its YAML file, `0_random`, `evaluate_<directory of a stage>` or `report`.
-        kind: key of `KINDS`, "evaluate" or "report".
-        module: run with `python -m`.
-        launched: through `accelerate launch`.
-        arguments: what follows the module.
-        output: directory that it writes.
-        leftovers: what is deleted before it runs anew.
-        values: what it was configured with, paths as in the YAML file; the fingerprint is taken of these.
-        needs: names of the steps whose output it reads.
-        files: files and folders outside of the run that it reads.
-        data: by the name of the step that writes them, folders of data that it reads.
+    Attributes:
+        name: Stem of its YAML file, `0_random`, `evaluate_<directory of a stage>` or `report`.
+        kind: Key of `KINDS`, "evaluate" or "report".
+        module: Module to run with `python -m`.
+        launched: Whether it runs under `accelerate launch`.
+        arguments: Arguments of the module.
+        output: Directory that it writes.
+        leftovers: Files and directories to delete before it runs from the beginning.
+        values: Its settings, with paths as in the YAML file; the fingerprint is taken of these.
+        needs: Names of the steps whose output it reads.
+        files: Files and folders outside of the run that it reads.
+        data: Folders of data that it reads, by the name of the step that writes them.
     """
 
     name: str
@@ -82,27 +82,35 @@ class Step:
 
     @property
     def product(self) -> Path:
-        """What is there once it has finished."""
+        """The file or directory that exists once the step has finished."""
         if self.kind == "evaluate":
             return self.leftovers[0]
         return self.output / "index.html" if self.kind == "report" else self.output
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the product exists; a model needs its configuration and its weights."""
+        if self.kind not in KINDS or not KINDS[self.kind].measured:
+            return self.product.exists()
+        configured = any((self.output / name).exists() for name in ("config.json", "adapter_config.json"))
+        return configured and any(self.output.glob("*.safetensors"))
+
     def command(self, launch: Sequence[str]) -> list[str]:
-        """The command that a user would type; `launch` are the arguments of `accelerate launch` itself."""
+        """Return the command that a user would type; `launch` are the arguments of `accelerate launch` itself."""
         start = ["accelerate", "launch", *launch] if self.launched else ["python"]
         return [*start, "-m", self.module, *self.arguments]
 
     def executable(self, launch: Sequence[str]) -> list[str]:
-        """The same command on this Python interpreter, ending with the exit code of the step itself."""
+        """Return the same command for this Python interpreter; it ends with the exit code of the step itself."""
         launcher = ["-m", "pipeline.runner.launcher", *launch] if self.launched else []
         return [sys.executable, *launcher, "-m", self.module, *self.arguments]
 
 
 def find_step(steps: Iterable[Step], name: str, field: str) -> Step:
-    """The step that a user calls `name`: `2_sft`, `sft` or the file's name.
+    """Return the step that a user calls `name`: `2_sft`, `sft` or the name of the file.
 
     Raises:
-        UserError: about `field`, if there is none or more than one; lists those there are.
+        UserError: About `field`, if no step or several steps have this name; it lists them.
     """
     steps = list(steps)
     wanted = Path(name).name.removesuffix(".yaml")
@@ -121,15 +129,15 @@ def _short(name: str) -> str:
 
 
 def printable(command: Sequence[str]) -> str:
-    """The command as typed in a shell."""
+    """Return the command as typed in a shell."""
     return shlex.join(command)
 
 
 def check_steps(steps: Iterable[Step]) -> list[Problem]:
-    """Settings that a step would refuse as soon as it begins, which may be after hours.
+    """Check the settings that a step would refuse as soon as it starts, which may be hours from now.
 
     Args:
-        steps: Those that are due. What has no YAML file of its own is passed over.
+        steps: The steps that are due. Those without a YAML file of their own are skipped.
 
     Returns:
         Unknown fields, values of the wrong type and values out of range, under the step's name.
@@ -140,7 +148,7 @@ def check_steps(steps: Iterable[Step]) -> list[Problem]:
     for step in steps:
         if step.kind not in KINDS or step.kind == "random":  # which reads the file of the pretraining
             continue
-        taken = argument_types(resolve_name(f"{KINDS[step.kind].module}:main"))
-        found = check_values(step.values, taken) if taken else []
+        types = argument_types(resolve_name(f"{KINDS[step.kind].module}:main"))
+        found = check_values(step.values, types) if types else []
         problems += [dataclasses.replace(problem, field=f"{step.name}: {problem.field}") for problem in found]
     return problems

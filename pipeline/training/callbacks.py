@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, say how to go on."""
+"""Callbacks of every trainer: an interrupt finishes the step and saves; logs include the speed and the time left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -19,13 +20,30 @@ from pipeline.errors import RunStopped
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class InterruptCallback(TrainerCallback):
-    """Saves and stops at the end of the step during which a signal came.
+class OnTrainBegin(TrainerCallback):
+    """Call a function when training begins.
 
-    The second signal has its usual effect at once. All processes of a run stop at the same step.
+    Args:
+        function: Called with what the trainer passes to callbacks by name, such as `train_dataloader`.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call the function."""
+        self.function(**kwargs)
+
+
+class InterruptCallback(TrainerCallback):
+    """Save and stop at the end of the step during which a signal arrived.
+
+    The second signal has its usual effect immediately. All processes of a run stop at the same step.
 
     Attributes:
-        received: The signal, or `None`; in the processes that got none too, once they agreed to stop.
+        received: Signal received, or None. Set on every process once one of them has received it.
     """
 
     def __init__(self) -> None:
@@ -37,19 +55,19 @@ class InterruptCallback(TrainerCallback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self.restore()
-        # `print` is not safe in a signal handler: it may be in the middle of another one.
+        # `print` is not safe in a signal handler, which may interrupt another `print`.
         os.write(
             sys.stderr.fileno() if not sys.stderr.closed else 2,
-            f"\n{self.received.name}: saving after this step; once more to stop without.\n".encode(),
+            f"\n{self.received.name}: saving after this step; repeat to stop without saving.\n".encode(),
         )
 
     def restore(self) -> None:
-        """Give the signals back their earlier handlers."""
+        """Restore the earlier signal handlers."""
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the trainer to save and stop, if a signal came to any process."""
+        """Ask the trainer to save and stop if any process has received a signal."""
         if args.world_size > 1 and torch.distributed.is_initialized():
             number = torch.tensor(int(self.received or 0), device=args.device)
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
@@ -60,31 +78,30 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def reason_to_stop(self, state: TrainerState, output_dir: str) -> RunStopped | None:
-        """How to end a run whose training a signal stopped early.
+        """Return how to end a run whose training was stopped early by a signal.
 
         Returns:
-            An error with exit code 128 + the signal's number; `None` if no signal came, or only after the
-            last step.
+            An error with exit code 128 + the signal's number. None if a signal did not arrive before the last step.
         """
         if self.received is None or state.global_step >= state.max_steps:
             return None
         return RunStopped(
             f"Stopped by {self.received.name} after step {state.global_step} of {state.max_steps}, saved in "
-            f"{output_dir}. The same command goes on from there.",
+            f"{output_dir}. The same command resumes from there.",
             exit_code=128 + int(self.received),
         )
 
 
 def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """Floating-point operations that training spends on one token, forward and backward.
+    """Return the floating-point operations that training spends on one token, forward and backward.
 
-    Six for each weight of a matrix (Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section
-    2.1), and twelve for each layer, channel and position attended to (Chowdhery et al., 2022, "PaLM",
-    appendix B), halved because attention is causal.
+    Six for each weight of a matrix (Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section 2.1), and
+    twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM", appendix B), halved because
+    attention is causal.
 
     Args:
-        model: A decoder; its input embeddings count only if they are also its output matrix.
-        length: Tokens of a sequence.
+        model: A decoder. Its input embeddings count only if they are also its output matrix.
+        length: Tokens per sequence.
     """
     config = model.config.get_text_config()
     embeddings = model.get_input_embeddings()
@@ -97,14 +114,14 @@ def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
 
 
 class ThroughputCallback(TrainerCallback):
-    """Adds to every log: `tokens_per_second` (of all processes), `mfu` and `eta_seconds`.
+    """Add `tokens_per_second` (of all processes), `mfu` and `eta_seconds` to the training logs.
 
-    `mfu` is the share of the measured speed of large matrix multiplications (`hardware.matmul_peak`) that the
-    model's arithmetic reached; evaluation and checkpoints count as time lost. Tokens are those that the
-    trainer counts (`include_num_input_tokens_seen`); without them only the time left is told.
+    `mfu` is the share of the measured speed of large matrix multiplications (`hardware.matmul_peak`) that the model's
+    arithmetic reached; evaluations and checkpoints count as lost time. Only the time left is logged if the trainer does
+    not count tokens (`include_num_input_tokens_seen`).
 
     Args:
-        length: Tokens of a training sequence, for the cost of attention.
+        length: Tokens per training sequence, which determine the cost of attention.
     """
 
     def __init__(self, length: int) -> None:
@@ -127,7 +144,7 @@ class ThroughputCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures to the logs of the steps since the last."""
+        """Add the figures of the steps since the last log."""
         now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
         seconds, steps, tokens = (a - b for a, b in zip(now, self.last, strict=True))
         if logs is None or "loss" not in logs or steps <= 0 or seconds <= 0:
@@ -139,9 +156,10 @@ class ThroughputCallback(TrainerCallback):
             peak = hardware.matmul_peak(dtype) * args.world_size
             figures["tokens_per_second"] = round(tokens / seconds)
             figures["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
-        logs.update(figures)
-        # TRL's own count takes a batch of packed rows for a single one; `num_input_tokens_seen` is right.
-        logs.pop("num_tokens", None)
+        entries = [logs]
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(figures)
-            state.log_history[-1].pop("num_tokens", None)
+            entries.append(state.log_history[-1])
+        for entry in entries:
+            entry.update(figures)
+            # TRL counts a batch of packed rows as a single row; `num_input_tokens_seen` is right.
+            entry.pop("num_tokens", None)

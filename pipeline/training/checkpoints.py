@@ -1,10 +1,9 @@
-"""Checkpoints that are either complete or not there, whatever kills the run, and resuming from the newest
-good one.
+"""Checkpoints that are either complete or absent, whatever kills the run, and resuming from the latest valid one.
 
-transformers' `Trainer` writes into `checkpoint-N` itself, deletes older checkpoints before anybody knows that
-the new one is good, and evaluates before it saves: a kill in between costs the run. Here a checkpoint is
-written aside, listed in a manifest with sizes and checksums, brought to the disk, and only then given its
-name; then older ones are deleted, and then evaluation runs.
+transformers' `Trainer` writes into `checkpoint-N` itself, deletes older checkpoints before the new one is known to be
+valid, and evaluates before it saves: a kill in between costs the run. Here a checkpoint is written under another name,
+listed in a manifest with sizes and checksums, flushed to the disk, and only then renamed; older ones are deleted next,
+and the evaluation runs last.
 """
 
 from __future__ import annotations
@@ -23,39 +22,38 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from pipeline.errors import Problem, RunStopped, UserError
-from pipeline.training.manifest import MANIFEST, STATE, bring_to_disk, find_damage, replace_state, write_manifest
+from pipeline.files import replace_folder
+from pipeline.training.callbacks import OnTrainBegin
+from pipeline.training.manifest import MANIFEST, STATE, replace_state, validate_checkpoint, write_manifest
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
 
 DISK_IS_FULL = 2**23
-"""Free bytes below which a failed write is put down to the disk: files are written in pieces, of which the
-last one
-that did not fit is what was left free."""
+"""Free bytes below which a failed write is put down to a full disk. Files are written in pieces, and the last piece,
+which did not fit, is what remained free."""
 
 
-def protect(trainer: Trainer) -> None:
-    """Make a trainer's checkpoints complete or absent, and save before it evaluates.
+def make_checkpoints_atomic(trainer: Trainer) -> None:
+    """Make a trainer's checkpoints complete or absent, and make it save before it evaluates.
 
-    Two methods of this one trainer are wrapped, so that a recipe can use any trainer class of transformers or
-    TRL as it is. Overrides of `_save_checkpoint` in subclasses work, provided that they write below
-    `_get_output_dir`.
+    Two methods of this one trainer are wrapped, so that a recipe can use any trainer class of transformers or TRL.
+    Subclasses may override `_save_checkpoint`, provided that they write below `_get_output_dir`.
 
     Args:
         trainer: Changed in place, before `train`.
     """
     save = trainer._save_checkpoint
     log_save_evaluate = trainer._maybe_log_save_evaluate
-
     evaluation_due = False
 
     def save_checkpoint(model: Any, trial: Any) -> None:
-        _save_aside(trainer, lambda: save(model, trial), evaluation_due)
+        _save_atomically(trainer, lambda: save(model, trial), evaluation_due)
 
     def save_before_evaluating(*args: Any, **kwargs: Any) -> None:
         nonlocal evaluation_due
@@ -69,46 +67,46 @@ def protect(trainer: Trainer) -> None:
         evaluation_due = False
         if not trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps:
             trainer.control.should_evaluate = True
-            with unchanged_random_state():  # which the checkpoint holds already
+            with unchanged_random_state():  # the checkpoint already contains the state
                 log_save_evaluate(*args, **kwargs)
             _update_state(trainer)
 
     trainer._save_checkpoint = save_checkpoint
     trainer._maybe_log_save_evaluate = save_before_evaluating
-    trainer.add_callback(_MissedEvaluation(trainer))
+    trainer.add_callback(OnTrainBegin(lambda **_: evaluate_if_missed(trainer)))
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
-    """Find the checkpoint to resume from; damaged ones are passed over with a warning.
+    """Find the checkpoint to resume from; damaged ones are skipped with a warning.
 
     Args:
         output_dir: Output directory of a run; it need not exist.
 
     Returns:
-        The complete checkpoint with the highest step, or `None`.
+        The complete checkpoint with the highest step, or None.
     """
     for checkpoint in reversed(checkpoints(output_dir)):
-        damage = find_damage(checkpoint)
+        damage = validate_checkpoint(checkpoint)
         if damage is None:
             return checkpoint
-        logger.warning("%s is passed over, because it is damaged: %s", checkpoint, damage)
+        logger.warning("%s is skipped because it is damaged: %s", checkpoint, damage)
     return None
 
 
 def check_architecture(checkpoint: Path, config: Any) -> None:
-    """Refuse a checkpoint of another model, before its weights are loaded in part.
+    """Reject a checkpoint of another model, whose weights would be loaded only in part.
 
     Args:
-        checkpoint: A checkpoint's directory; adapters, which hold no configuration, pass.
+        checkpoint: Directory of a checkpoint. Adapters pass, because they do not contain a model configuration.
         config: The model's `PretrainedConfig`.
 
     Raises:
-        UserError: If a size or the kind of model is another.
+        UserError: If the model type or a size differs.
     """
     path = checkpoint / "config.json"
     if not path.exists():
         return
-    saved, present = json.loads(path.read_text()), config.to_dict()
+    saved, present = json.loads(path.read_text(encoding="utf-8")), config.to_dict()
     names = ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     names += ["num_key_value_heads", "vocab_size", "num_labels"]
     changed = [
@@ -122,7 +120,7 @@ def check_architecture(checkpoint: Path, config: Any) -> None:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """All checkpoints in an output directory, damaged or not, by step."""
+    """Return all checkpoints in an output directory, damaged or not, ordered by step."""
     found = [
         (int(match.group(1)), path)
         for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -133,7 +131,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 @contextmanager
 def unchanged_random_state() -> Iterator[None]:
-    """Give Python, NumPy and torch back the random state that they had."""
+    """Restore the random state of Python, NumPy and torch at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         yield
@@ -141,49 +139,61 @@ def unchanged_random_state() -> Iterator[None]:
     np.random.set_state(numpy)
 
 
-def _save_aside(trainer: Trainer, save: Callable[[], None], evaluation_due: bool) -> None:
-    """Run `save` with another output directory, and move its checkpoint into place when it is complete."""
+@contextmanager
+def cache_enabled(model: Any) -> Iterator[None]:
+    """Save a model's configuration with `use_cache`, which transformers disables for training only."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = True
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+def _checkpoint_of(trainer: Trainer, step: int) -> Path:
+    return Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due: bool) -> None:
+    """Run `save` with another output directory, and rename its checkpoint when it is complete."""
     args, state = trainer.args, trainer.state
-    target = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    aside = Path(args.output_dir) / UNFINISHED
-    push, args.push_to_hub = args.push_to_hub, False  # it would push a directory that is about to move
-    trainer._get_output_dir = lambda trial=None: str(aside)
+    target = _checkpoint_of(trainer, state.global_step)
+    tmp_dir = Path(args.output_dir) / UNFINISHED
+    push, args.push_to_hub = args.push_to_hub, False  # it would push a directory that is about to be renamed
+    trainer._get_output_dir = lambda trial=None: str(tmp_dir)
     try:
         if args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(tmp_dir, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
-        save()
+        with cache_enabled(trainer.model):
+            save()
         trainer.accelerator.wait_for_everyone()
         if state.best_global_step:
-            best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            best = _checkpoint_of(trainer, state.best_global_step)
             if best.exists() or best == target:
                 state.best_model_checkpoint = str(best)
         if args.should_save:
-            finished = aside / target.name
-            (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which may hold a token
+            finished = tmp_dir / target.name
+            (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which may contain a token
             state.save_to_json(str(finished / STATE))
             write_manifest(finished, state.global_step, evaluation_due)
-            _move_into_place(finished, target)
+            replace_folder(target, finished)  # one that exists is damaged: the run did not resume from it
+            shutil.rmtree(tmp_dir, ignore_errors=True)
             _delete_surplus(trainer, target)
         trainer.accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as error:
-        message = _tell_failed_save(trainer, error)
-        shutil.rmtree(aside, ignore_errors=True)
+        message = _describe_failed_save(trainer, error)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
         raise RunStopped(message) from error
     finally:
         del trainer._get_output_dir
         args.push_to_hub = push
     if push:
         trainer._push_from_checkpoint(str(target))
-
-
-def _move_into_place(finished: Path, target: Path) -> None:
-    if target.exists():  # damaged, passed over when the run resumed
-        shutil.rmtree(finished.parent / "replaced", ignore_errors=True)
-        os.replace(target, finished.parent / "replaced")
-    os.replace(finished, target)
-    bring_to_disk(target.parent)
-    shutil.rmtree(finished.parent, ignore_errors=True)
 
 
 def _delete_surplus(trainer: Trainer, newest: Path) -> None:
@@ -194,40 +204,41 @@ def _delete_surplus(trainer: Trainer, newest: Path) -> None:
     kept = {newest.name}
     if trainer.state.best_model_checkpoint is not None:
         kept.add(Path(trainer.state.best_model_checkpoint).name)
-    there = checkpoints(trainer.args.output_dir)
-    surplus = len(there) - max(limit, len(kept))
-    for checkpoint in [path for path in there if path.name not in kept][: max(surplus, 0)]:
-        # Renamed first, so that a kill in the middle of it leaves no half of a checkpoint behind.
-        doomed = Path(trainer.args.output_dir) / UNFINISHED
-        os.replace(checkpoint, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    found = checkpoints(trainer.args.output_dir)
+    surplus = len(found) - max(limit, len(kept))
+    for checkpoint in [path for path in found if path.name not in kept][: max(surplus, 0)]:
+        # Renamed first, so that a kill in between does not leave half of a checkpoint.
+        trash_dir = checkpoint.parent / UNFINISHED
+        os.replace(checkpoint, trash_dir)
+        shutil.rmtree(trash_dir, ignore_errors=True)
 
 
 def _update_state(trainer: Trainer) -> None:
     """Write the results of an evaluation into the checkpoint of the same step."""
-    args, state = trainer.args, trainer.state
-    checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    state = trainer.state
+    checkpoint = _checkpoint_of(trainer, state.global_step)
     if state.best_global_step == state.global_step:
         state.best_model_checkpoint = str(checkpoint)
-    if args.should_save:
-        aside = checkpoint / f".{STATE}"
-        state.save_to_json(str(aside))
-        replace_state(checkpoint, aside)
+    if trainer.args.should_save:
+        new = checkpoint / f".{STATE}"
+        state.save_to_json(str(new))
+        replace_state(checkpoint, new)
 
 
 def evaluate_if_missed(trainer: Trainer) -> None:
-    """Run the evaluation that a kill prevented, after the checkpoint that a run resumes from.
+    """Run the evaluation that a kill prevented after the checkpoint that a run resumes from.
 
     Args:
-        trainer: Its state is that of the checkpoint; nothing is done if that holds the evaluation's result,
-            or was not due for one.
+        trainer: Its state is that of the checkpoint. Nothing is done if an evaluation was not due, or if its result
+            is in the state already.
     """
     state = trainer.state
-    manifest = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / MANIFEST
+    manifest = _checkpoint_of(trainer, state.global_step) / MANIFEST
     if state.global_step == 0 or not manifest.exists():
         return
     logged = [entry for entry in state.log_history if entry.get("step") == state.global_step]
-    if json.loads(manifest.read_text()).get("evaluation_due") and not any("eval_loss" in e for e in logged):
+    due = json.loads(manifest.read_text(encoding="utf-8")).get("evaluation_due")
+    if due and not any("eval_loss" in entry for entry in logged):
         with unchanged_random_state():
             metrics = trainer._evaluate(None, None)
             trainer._determine_best_metric(metrics=metrics, trial=None)
@@ -235,17 +246,18 @@ def evaluate_if_missed(trainer: Trainer) -> None:
 
 
 def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
-    """Load a checkpoint of the last step, after which nothing is left to train.
+    """Load a checkpoint of the last step, after which nothing remains to be trained.
 
-    transformers would resume from it with one more step, so that a run killed between its last checkpoint and
-    its end would not end as if undisturbed.
+    transformers would resume from it with one more step, so that a run killed between its last checkpoint and its end
+    would differ from an undisturbed one.
 
     Args:
-        trainer: Its model and state are changed, if the checkpoint is of the last step.
+        trainer: Its model and state are changed if the checkpoint is of the last step.
         checkpoint: A complete checkpoint.
 
     Returns:
-        Whether it was. Never for models that are loaded after sharding (FSDP, DeepSpeed).
+        Whether the checkpoint was of the last step. Always False for models that are loaded after sharding (FSDP,
+        DeepSpeed).
     """
     state = TrainerState.load_from_json(str(checkpoint / STATE))
     if state.global_step < state.max_steps or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -258,29 +270,15 @@ def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
     return True
 
 
-class _MissedEvaluation(TrainerCallback):
-    """`evaluate_if_missed` at the start of a training that resumes."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Evaluate if that is due."""
-        evaluate_if_missed(self.trainer)
-
-
-def _tell_failed_save(trainer: Trainer, error: Exception) -> str:
+def _describe_failed_save(trainer: Trainer, error: Exception) -> str:
     args = trainer.args
     free = shutil.disk_usage(args.output_dir).free
     reason = " ".join(str(error).split())
-    if free < DISK_IS_FULL:  # which torch reports as a file position that it did not expect
+    if free < DISK_IS_FULL:  # torch reports this as an unexpected position in the file
         reason = f"the disk is full, {free / 2**20:.1f} MiB are free ({reason})"
     last = newest_complete(args.output_dir)
-    goes_on = f"goes on from {last}" if last else "starts again"
+    restart = f"resumes from {last}" if last else "starts again"
     return (
-        f"The checkpoint of step {trainer.state.global_step} could not be written to {args.output_dir}: "
-        f"{reason}. "
-        f"Make room or correct that; the same command then {goes_on}."
+        f"The checkpoint of step {trainer.state.global_step} could not be written to {args.output_dir}: {reason}. "
+        f"Free some space or correct the cause; the same command then {restart}."
     )

@@ -1,53 +1,80 @@
-"""A loss or a reward that is not a number ends the run before it reaches the weights."""
+"""Losses and rewards that are not numbers, and reward functions that fail, end a run before they reach the weights."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
+import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 
-from pipeline.errors import RunStopped
+from pipeline.errors import RunStopped, UserError
+from pipeline.training.callbacks import OnTrainBegin
 from pipeline.training.checkpoints import newest_complete
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 
 def stop_on_divergence(trainer: Trainer) -> None:
     """Stop a trainer at the first loss that is NaN or infinite, before its gradient is applied.
 
-    transformers replaces such losses in its logs by an average (`logging_nan_inf_filter`), and trains on.
+    transformers replaces such losses in its logs by an average (`logging_nan_inf_filter`), and continues to train.
 
     Args:
         trainer: Changed in place, before `train`.
     """
-    rows = _FetchedRows()
-    trainer.add_callback(rows)
+    fetched: deque[list[int]] = deque()
     step = trainer.training_step
 
+    def record_rows(train_dataloader: Any = None, **_: Any) -> None:
+        """Record which rows of the data set each batch is made of, in the order of the batches."""
+        dataset = getattr(train_dataloader, "dataset", None)
+        fetch = getattr(dataset, "__getitems__", None)
+        if dataset is None or fetch is None or trainer.args.dataloader_num_workers > 0:
+            return
+
+        def fetch_and_record(indices: Sequence[int]) -> Any:
+            fetched.append([int(index) for index in indices])
+            return fetch(indices)
+
+        dataset.__getitems__ = fetch_and_record
+
     def checked_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        batch = rows.take()
+        rows = fetched.popleft() if fetched else None  # unknown with streams and with worker processes
         loss = step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss).all():
-            raise RunStopped(_tell(trainer, float(loss.detach().float().mean()), batch))
+            where = "of unknown rows (streamed data)" if rows is None else f"of rows {rows} of the training data"
+            raise RunStopped(
+                f"The loss became {float(loss.detach().float().mean())} in step {trainer.state.global_step + 1} "
+                f"(process {trainer.args.process_index}), on the batch {where}; {last_good(trainer)}. Nothing was "
+                "learned from that batch. Lower learning_rate or max_grad_norm, or correct those rows, and start again "
+                "with another output_dir."
+            )
         return loss
 
+    trainer.add_callback(OnTrainBegin(record_rows))
     trainer.training_step = checked_step
 
 
 def stop_on_broken_rewards(trainer: GRPOTrainer, rewards: torch.Tensor) -> None:
-    """Stop at a reward that is infinite, or NaN where it comes from a reward model.
+    """Stop at a reward that is infinite, or that is NaN and comes from a reward model.
 
-    TRL reads NaN as "not scored", which is what it makes of a reward function's None: completions whose reward
-    model broke would be left out without a word.
+    TRL turns a reward function's None into NaN and reads NaN as "not scored". Completions whose reward model broke
+    would be left out silently.
 
     Args:
-        trainer: TRL's `GRPOTrainer` or one made from it.
-        rewards: (completions, rewards), of all processes.
+        trainer: TRL's `GRPOTrainer` or a subclass.
+        rewards: Rewards of all processes, of shape (completions, rewards).
 
     Raises:
         RunStopped: On every process.
@@ -59,46 +86,61 @@ def stop_on_broken_rewards(trainer: GRPOTrainer, rewards: torch.Tensor) -> None:
         if wrong.any():
             raise RunStopped(
                 f"The reward {name} was {column[wrong][0]:g} for {int(wrong.sum())} of {len(column)} completions in "
-                f"step {trainer.state.global_step + 1}; {_last_good(trainer)}. Nothing was learned from them. Mend "
+                f"step {trainer.state.global_step + 1}; {last_good(trainer)}. Nothing was learned from them. Correct "
                 "the reward, and start again."
             )
 
 
-class _FetchedRows(TrainerCallback):
-    """Remembers which rows of the training data set each batch was made of, in the order of the batches."""
+def stop_on_failing_rewards(trainer: Trainer) -> None:
+    """Stop a trainer with a short message when one of its reward functions raises an exception or exits.
 
-    def __init__(self) -> None:
-        self.fetched: deque[list[int]] = deque()
-
-    def take(self) -> list[int] | None:
-        """Rows of the next batch to be trained on; `None` if unknown (a stream, or loader processes)."""
-        return self.fetched.popleft() if self.fetched else None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Listen to the data set of the training loader."""
-        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        fetch = getattr(dataset, "__getitems__", None)
-        if dataset is None or fetch is None or args.dataloader_num_workers > 0:
-            return
-
-        def remember(indices: Sequence[int]) -> Any:
-            self.fetched.append([int(index) for index in indices])
-            return fetch(indices)
-
-        dataset.__getitems__ = remember
+    Args:
+        trainer: Changed in place, before `train`. Trainers without reward functions are not changed.
+    """
+    functions = getattr(trainer, "reward_funcs", [])
+    for index, function in enumerate(functions):
+        if not isinstance(function, nn.Module):
+            functions[index] = _stopping(trainer, function, trainer.reward_func_names[index])
 
 
-def _tell(trainer: Trainer, loss: float, rows: list[int] | None) -> str:
-    where = "of rows that are not known (streamed data)" if rows is None else f"of rows {rows} of the training data"
-    return (
-        f"The loss became {loss} in step {trainer.state.global_step + 1} (process {trainer.args.process_index}), "
-        f"on the batch {where}; {_last_good(trainer)}. Nothing was learned from that batch. Lower learning_rate or "
-        "max_grad_norm, or correct those rows, and start again with another output_dir."
-    )
+def _stopping(trainer: Trainer, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    from trl.trainer.utils import is_async_callable  # takes seconds, which pretraining does not need
+
+    @contextmanager
+    def stop_on_error() -> Iterator[None]:
+        try:
+            yield
+        except (UserError, RunStopped):
+            raise
+        except (Exception, SystemExit) as error:
+            logger.debug("The reward %s failed.", name, exc_info=True)
+            own_file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)
+            frames = traceback.extract_tb(error.__traceback__)
+            frame = next((frame for frame in reversed(frames) if frame.filename == own_file), frames[-1])
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise RunStopped(
+                f"The reward {name} raised {reason} ({frame.filename}:{frame.lineno}) in step "
+                f"{trainer.state.global_step + 1}; {last_good(trainer)}. Correct the reward, and start again."
+            ) from error
+
+    if is_async_callable(function):
+
+        @functools.wraps(function)
+        async def stopping_async(**columns: Any) -> Any:
+            with stop_on_error():
+                return await function(**columns)
+
+        return stopping_async
+
+    @functools.wraps(function)
+    def stopping(**columns: Any) -> Any:
+        with stop_on_error():
+            return function(**columns)
+
+    return stopping
 
 
-def _last_good(trainer: Trainer) -> str:
+def last_good(trainer: Trainer) -> str:
+    """Name the checkpoint to resume from, as part of a message."""
     last = newest_complete(trainer.args.output_dir)
     return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"

@@ -1,4 +1,4 @@
-"""What tells a complete checkpoint from a damaged one: a list of its files with sizes and checksums."""
+"""The manifest of a checkpoint: a list of its files with sizes and checksums, which shows whether it is complete."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+
+from pipeline.files import fsync, write_text
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 
 
-def find_damage(checkpoint: Path) -> str | None:
+def validate_checkpoint(checkpoint: Path) -> str | None:
     """Compare a checkpoint with its manifest.
 
     Args:
-        checkpoint: A checkpoint's directory.
+        checkpoint: Directory of the checkpoint.
 
     Returns:
-        What is wrong with it, or `None`.
+        The first damage found, or None.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        state = json.loads((checkpoint / STATE).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if state["global_step"] != manifest["step"]:
             return f"{STATE} is of step {state['global_step']}"
         if _sha256(checkpoint / STATE) not in manifest["states"]:
@@ -44,54 +45,38 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def write_manifest(checkpoint: Path, step: int, evaluation_due: bool) -> None:
-    """List a checkpoint's files, and bring all of them to the disk.
+    """List a checkpoint's files, and flush all of them to the disk.
 
     Args:
-        checkpoint: A finished checkpoint's directory, under whatever name.
+        checkpoint: Directory of a finished checkpoint, whatever its name.
         step: Optimizer steps so far.
         evaluation_due: Whether an evaluation of the same step comes next.
     """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != STATE]
     entries = {
-        str(path.relative_to(checkpoint)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
     }
     states = [_sha256(checkpoint / STATE)]
     content = {"step": step, "evaluation_due": evaluation_due, "states": states, "files": entries}
-    _write(checkpoint, content)
-    for path in [*files, checkpoint / STATE]:
-        bring_to_disk(path)
-    bring_to_disk(checkpoint)
+    write_text(checkpoint / MANIFEST, json.dumps(content, indent=1) + "\n")
+    for path in [*files, checkpoint / STATE, checkpoint]:
+        fsync(path)
 
 
 def replace_state(checkpoint: Path, new: Path) -> None:
-    """Replace the trainer's state of a checkpoint, which an evaluation of the same step changes.
+    """Replace the trainer's state in a checkpoint, which an evaluation of the same step changes.
 
     Args:
         checkpoint: A complete checkpoint.
-        new: The new state, a file in the same directory.
+        new: File with the new state, in the same directory.
     """
-    bring_to_disk(new)
-    content = json.loads((checkpoint / MANIFEST).read_text())
-    # Both are good until the new one has taken the place of the old one.
+    fsync(new)
+    content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    # Both states are valid until the new file has replaced the old one.
     content["states"] = [*content["states"][-1:], _sha256(new)]
-    _write(checkpoint, content)
+    write_text(checkpoint / MANIFEST, json.dumps(content, indent=1) + "\n")
     os.replace(new, checkpoint / STATE)
-
-
-def _write(checkpoint: Path, content: dict[str, Any]) -> None:
-    aside = checkpoint / f".{MANIFEST}"
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    bring_to_disk(aside)
-    os.replace(aside, checkpoint / MANIFEST)
-
-
-def bring_to_disk(path: Path) -> None:
-    """Have the kernel write a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

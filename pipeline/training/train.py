@@ -1,7 +1,8 @@
-"""The start and the end that every recipe shares."""
+"""The start and the end of a training run, which all recipes share."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import logging
@@ -13,25 +14,24 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pipeline import files, launch
 from pipeline.config import output_directory
 from pipeline.errors import Problem, RunStopped, UserError, end_preparation
 from pipeline.models.weights import resume_renamed_weights
 from pipeline.training import checkpoints, manifest
-from pipeline.training.callbacks import InterruptCallback, ThroughputCallback
-from pipeline.training.divergence import stop_on_divergence
+from pipeline.training.callbacks import InterruptCallback, OnTrainBegin, ThroughputCallback
+from pipeline.training.divergence import last_good, stop_on_divergence, stop_on_failing_rewards
 
 logger = logging.getLogger(__name__)
 
 
 def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
-    """Callbacks of every recipe's trainer: speed and time left in the logs.
+    """Return the callbacks of every recipe's trainer, which log the speed and the time left.
 
     Args:
-        args: The recipe's training arguments; the trainer is made to count tokens if they have a sequence
-            length.
+        args: The recipe's training arguments. If they have a sequence length, the trainer is made to count tokens.
     """
     length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
     if length:
@@ -40,64 +40,79 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
 
 
 def train_and_save(trainer: Trainer, *arguments: Any) -> None:
-    """Train from where the output directory stands, save the model with tokenizer and card, and push it if
-    asked.
+    """Train from the latest checkpoint, save the model with tokenizer and card, and push it if asked to.
 
-    Logs what is really active, resumes from the newest complete checkpoint, writes only complete checkpoints,
-    saves and stops on SIGINT and SIGTERM, and stops at a loss that is no number.
+    The run logs the hardware and settings in use, writes only complete checkpoints, saves and stops on SIGINT and
+    SIGTERM, and stops at a loss that is not a number. Other runs cannot write to the output directory meanwhile.
 
     Args:
         trainer: Any trainer of transformers or TRL.
-        *arguments: The recipe's other argument dataclasses; `DataArguments` names the data set on the model
-            card.
+        *arguments: The recipe's other argument dataclasses; `DataArguments` names the data set on the model card.
 
     Raises:
-        RunStopped: After a signal, a loss that is no number, or a checkpoint that cannot be written.
-        UserError: If another run writes to the output directory.
+        RunStopped: After a signal, a loss that is not a number, a failing reward function, or a failed save.
+        UserError: If another run writes to the output directory, or the checkpoint to resume from does not fit.
     """
     args = trainer.args
-    named = Path(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    if named is not None:
-        # One that another program wrote has no manifest.
-        if (named / manifest.MANIFEST).exists() and (damage := manifest.find_damage(named)):
-            raise UserError(Problem("resume_from_checkpoint", named, f"is damaged: {damage}"))
-        checkpoints.check_architecture(named, trainer.model.config)
-    held = None
-    if trainer.is_world_process_zero():
-        held = files.lock(args.output_dir)
-        output_directory.claim(args)
-    trainer.accelerator.wait_for_everyone()
+    checkpoint = Path(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    if checkpoint is not None:
+        # A checkpoint that another program wrote does not have a manifest.
+        if (checkpoint / manifest.MANIFEST).exists() and (damage := manifest.validate_checkpoint(checkpoint)):
+            raise UserError(Problem("resume_from_checkpoint", checkpoint, f"is damaged: {damage}"))
+        checkpoints.check_architecture(checkpoint, trainer.model.config)
+    first = trainer.is_world_process_zero()
+    with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
+        if first:
+            output_directory.claim(args)
+        trainer.accelerator.wait_for_everyone()
+        _train_and_save(trainer, checkpoint, arguments)
+
+
+def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequence[Any]) -> None:
     launch.log_active(trainer)
     drop_incomplete_batches(trainer)
-    checkpoints.protect(trainer)
+    checkpoints.make_checkpoints_atomic(trainer)
+    _name_base_by_absolute_path(trainer.model)
     resume_renamed_weights(trainer)
     stop_on_divergence(trainer)
+    stop_on_failing_rewards(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
-
-    checkpoint = named
-    if checkpoint is None and (checkpoint := checkpoints.newest_complete(args.output_dir)) is not None:
+    if checkpoint is None and (checkpoint := checkpoints.newest_complete(trainer.args.output_dir)) is not None:
         checkpoints.check_architecture(checkpoint, trainer.model.config)
     if checkpoint is not None:
         logger.info("%-11s from %s", "resuming", checkpoint)
     if checkpoint is None or not checkpoints.restore_finished(trainer, checkpoint):
         _train(trainer, checkpoint)
     interrupts.restore()
-    stop = interrupts.reason_to_stop(trainer.state, str(args.output_dir))
+    stop = interrupts.reason_to_stop(trainer.state, str(trainer.args.output_dir))
     if stop is None:
         save_final(trainer, *arguments)
     _end(trainer)
     if stop is not None:
         raise stop
-    if held is not None:
-        held.close()
+
+
+def _train(trainer: Trainer, checkpoint: Path | None) -> None:
+    trainer.add_callback(OnTrainBegin(lambda **_: end_preparation()))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        # The names of the metrics are known only after the first evaluation.
+        problem = Problem("metric_for_best_model", trainer.args.metric_for_best_model, str(error.args[0]))
+        raise UserError(problem) from error
+    except SystemExit as error:
+        message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
+        raise RunStopped(f"{message}; {last_good(trainer)}.") from error
 
 
 def _end(trainer: Trainer) -> None:
     """Finish the trackers and the process group.
 
-    Models wrapped for several processes refer to the group. They go first: a group that lives until the interpreter's
-    end now and then aborts the process ("terminate called without an active exception"), and a finished run fails.
+    Models wrapped for several processes refer to the group and are released first: a group that lives until the
+    interpreter ends sometimes aborts the process ("terminate called without an active exception").
     """
     for name, value in list(vars(trainer).items()):
         if isinstance(value, DistributedDataParallel):
@@ -107,35 +122,21 @@ def _end(trainer: Trainer) -> None:
     gc.collect()
 
 
-def _train(trainer: Trainer, checkpoint: Path | None) -> None:
-    trainer.add_callback(_EndOfPreparation())
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyError as error:
-        if "metric_for_best_model" not in str(error):
-            raise
-        # Which metrics there are only an evaluation tells.
-        problem = Problem("metric_for_best_model", trainer.args.metric_for_best_model, str(error.args[0]))
-        raise UserError(problem) from error
-
-
-class _EndOfPreparation(TrainerCallback):
-    """From the first step on, errors are not the input's."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        end_preparation()
+def _name_base_by_absolute_path(model: Any) -> None:
+    """Make an adapter name a local base model in a way that does not depend on the current directory."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
+            config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
 
 
 def drop_incomplete_batches(trainer: Trainer) -> None:
-    """Leave the rows that fill no whole batch out of each epoch (others each time, where rows are shuffled).
+    """Leave out the rows of each epoch that do not fill a whole batch; shuffling leaves out others every time.
 
-    Accelerate would repeat rows to give every process a batch, so that two processes would not learn what one
-    does. `dataloader_drop_last` does the same, but also drops rows from evaluations.
+    Accelerate would repeat rows to give every process a batch, so that training on two processes would differ from
+    training on one. `dataloader_drop_last` does the same, but also drops rows from evaluations.
 
     Args:
-        trainer: Changed in place, before `train`. Data that fill no batch at all are left as they are.
+        trainer: Changed in place, before `train`. Data that do not fill a single batch are not changed.
     """
     args, dataset = trainer.args, trainer.train_dataset
     get_train_dataloader = trainer.get_train_dataloader
@@ -153,7 +154,7 @@ def drop_incomplete_batches(trainer: Trainer) -> None:
 
 
 def save_final(trainer: Trainer, *arguments: Any) -> None:
-    """Save the trained model, its tokenizer and its card beside the checkpoints, and push them if asked.
+    """Save the trained model, its tokenizer and its card beside the checkpoints, and push them if asked to.
 
     Args:
         trainer: A trainer that has finished.
@@ -161,13 +162,14 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
     """
     args = trainer.args
     output_dir = Path(args.output_dir)
-    aside = output_dir / checkpoints.UNFINISHED
+    tmp_dir = output_dir / checkpoints.UNFINISHED
     try:
-        trainer.save_model(str(aside), _internal_call=True)
+        with checkpoints.cache_enabled(trainer.model):
+            trainer.save_model(str(tmp_dir), _internal_call=True)
         if args.should_save:
-            # File by file into place, so that a kill leaves whole files only.
-            for path in sorted(aside.iterdir()):
-                if path.name == "training_args.bin":  # a pickle, which may hold a token
+            # Files are moved one by one, so that a kill leaves only whole files.
+            for path in sorted(tmp_dir.iterdir()):
+                if path.name == "training_args.bin":  # a pickle, which may contain a token
                     continue
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
@@ -176,21 +178,19 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
             trainer.create_model_card(tags=["fourstage"], **_card_dataset(trainer, arguments))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunStopped(
-            f"The model could not be written to {output_dir}: {error}. Make room or correct that; the "
-            "same command "
-            "then goes on from the last checkpoint."
+            f"The model could not be written to {output_dir}: {error}. Free some space or correct the cause; the "
+            "same command then resumes from the last checkpoint."
         ) from error
     finally:
         if args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(tmp_dir, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub()
 
 
 def _card_dataset(trainer: Trainer, arguments: Sequence[Any]) -> dict[str, str]:
-    """The data set, if it is on the Hub, under the name that this trainer's `create_model_card` gives the
-    argument."""
+    """Return the Hub data set as this trainer's `create_model_card` takes it; empty if the data are local."""
     names = [name for item in arguments if (name := getattr(item, "dataset_name", None))]
     if not names or Path(names[0]).exists():
         return {}

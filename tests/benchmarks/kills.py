@@ -127,7 +127,7 @@ class Trial:
                 os.kill(pid, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             told = log.read_text(errors="replace")
-            self.passed_over += told.count("is passed over")
+            self.passed_over += told.count("is skipped because it is damaged")
             self.resumed += re.findall(r"^resuming +from .*-(\d+)$", told, re.MULTILINE)
             if code == -signal.SIGKILL:
                 self.kills += 1

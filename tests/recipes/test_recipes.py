@@ -126,7 +126,7 @@ def test_a_signal_saves_and_says_how_to_go_on(inputs: Path, number: signal.Signa
         run.send_signal(number)
         rest = run.stderr.read()
     assert run.returncode == 128 + number
-    assert "The same command goes on from there" in rest and "Traceback" not in rest
+    assert "The same command resumes from there" in rest and "Traceback" not in rest
     saved = [path for path in output.glob("checkpoint-*") if (path / "manifest.json").exists()]
     assert len(saved) == 1
     assert not (output / "model.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent, and a run goes on from the newest good one."""
+"""Checkpoints are complete or absent, and a run resumes from the latest valid one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArgument
 
 import pipeline.training.checkpoints as module
 from pipeline.errors import RunStopped, UserError
-from pipeline.training.checkpoints import check_architecture, checkpoints, newest_complete, protect
+from pipeline.training.checkpoints import check_architecture, checkpoints, make_checkpoints_atomic, newest_complete
 from pipeline.training.divergence import stop_on_divergence
-from pipeline.training.manifest import find_damage
+from pipeline.training.manifest import validate_checkpoint
 
 
 class Line(torch.nn.Module):
@@ -61,7 +61,7 @@ def make_trainer(folder: Path, bad: int | None = None, **options: Any) -> Traine
     }
     args = TrainingArguments(str(folder), **{**defaults, **options})
     trainer = Trainer(Line(), args, train_dataset=Rows(bad), eval_dataset=Rows())
-    protect(trainer)
+    make_checkpoints_atomic(trainer)
     return trainer
 
 
@@ -87,7 +87,7 @@ def stop() -> None:
 def test_every_checkpoint_is_complete_and_only_the_wanted_number_stays(tmp_path: Path) -> None:
     make_trainer(tmp_path, save_total_limit=2).train()
     assert names(tmp_path) == ["checkpoint-9", "checkpoint-12"]
-    assert [find_damage(path) for path in checkpoints(tmp_path)] == [None, None]
+    assert [validate_checkpoint(path) for path in checkpoints(tmp_path)] == [None, None]
     assert not (tmp_path / module.UNFINISHED).exists()
     assert not list(tmp_path.rglob("training_args.bin")), "a pickle that may hold a token"
 
@@ -100,7 +100,7 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 def test_evaluation_runs_after_the_checkpoint_of_its_step_and_is_recorded_in_it(tmp_path: Path) -> None:
     seen = []
     trainer = make_trainer(tmp_path)
-    trainer.add_callback(At("on_evaluate", 3, lambda: seen.append(find_damage(tmp_path / "checkpoint-3"))))
+    trainer.add_callback(At("on_evaluate", 3, lambda: seen.append(validate_checkpoint(tmp_path / "checkpoint-3"))))
     trainer.train()
     assert seen == [None]
     assert '"eval_loss"' in (tmp_path / "checkpoint-3" / "trainer_state.json").read_text()
@@ -119,7 +119,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_weights(
         elif killed_at == "manifest":
             patch.setattr(module, "write_manifest", lambda *_: stop())
         elif killed_at == "rename":
-            patch.setattr(module, "_move_into_place", lambda *_: stop())
+            patch.setattr(module, "replace_folder", lambda *_: stop())
         elif killed_at == "evaluation":
             patch.setattr(trainer, "_evaluate", lambda *_: stop())
         else:
@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     DAMAGES[damage](folder / "checkpoint-12")
     with caplog.at_level(logging.WARNING):
         assert newest_complete(folder) == folder / "checkpoint-9"
-    assert "checkpoint-12 is passed over" in caplog.text
+    assert "checkpoint-12 is skipped" in caplog.text
     again = make_trainer(folder)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-9"))
     assert newest_complete(folder) == folder / "checkpoint-12", "the damaged one was replaced"
@@ -216,7 +216,7 @@ def test_the_last_good_one_outlives_a_failed_save(tmp_path: Path, monkeypatch: p
     with pytest.raises(RunStopped, match=r"step 6 could not be written.*No space left.*checkpoint-3"):
         trainer.train()
     assert names(tmp_path) == ["checkpoint-3"]
-    assert find_damage(tmp_path / "checkpoint-3") is None
+    assert validate_checkpoint(tmp_path / "checkpoint-3") is None
     assert not (tmp_path / module.UNFINISHED).exists()
 
 
@@ -231,7 +231,7 @@ def test_the_best_checkpoint_stays_and_is_loaded(tmp_path: Path) -> None:
     trainer._evaluate = pretend  # type: ignore[method-assign]
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
-    assert find_damage(tmp_path / "checkpoint-6") is None
+    assert validate_checkpoint(tmp_path / "checkpoint-6") is None
 
 
 def test_a_loss_that_is_no_number_stops_before_it_is_learned(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_disk_that_fills_up_costs_one_checkpoint(small_disk: Path, tmp_path: P
     assert last is not None
     message = told.strip().split("\n")[-1]
     assert "could not be written" in message and "the disk is full" in message, told
-    assert f"goes on from {last}" in message
+    assert f"resumes from {last}" in message
     assert not (run / ".unfinished").exists(), "what was written of it is gone"
 
     filler.unlink()
