@@ -1,8 +1,8 @@
-"""Batched generation: many prompts in few passes, on a CPU in seconds.
+"""Batched generation: completions of many prompts in few forward passes.
 
-A loop of our own over `model(..., cache=...)`, because `model.generate` keeps finished rows in the batch
-until the slowest is done, encodes a prompt again for each of its samples, and runs a chain of logits
-processors at each step. Greedy output equals that of `model.generate` for each prompt alone.
+This is a loop over `model(..., cache=...)`, because `model.generate` keeps finished rows in the batch until the slowest
+is done, encodes a prompt again for each of its samples, and runs a chain of logits processors at each step. Greedy
+output equals that of `model.generate` for each prompt alone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated answer.
+    """One generated completion.
 
-    Args:
-        text: decoded without special tokens, white space at the ends removed.
-        tokens: generated ids, the end-of-turn token included where there is one.
-        stopped: whether the model ended its turn itself, within the limit.
+    Attributes:
+        text: Decoded without special tokens, with white space at both ends removed.
+        tokens: Generated ids, including the end-of-turn token if the model generated one.
+        stopped: Whether the model ended its turn within the limit.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Completion:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) -> list[list[int]]:
-    """Token ids of each conversation with the generation prompt after it: the assistant is next to speak."""
+    """Return the token ids of each conversation, followed by the generation prompt."""
     return [
         tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False) for prompt in prompts
     ]
@@ -51,21 +51,21 @@ def generate(
     seed: int = 0,
     batch_size: int = 256,
 ) -> list[list[Completion]]:
-    """Continue each prompt, `samples` times.
+    """Complete each prompt `samples` times.
 
-    Prompts are sorted by length, so that batches hold little padding, and padded on the left. The same
-    arguments on the same machine give the same result.
+    Prompts are sorted by length, so that batches contain little padding, and padded on the left. The same arguments on
+    the same machine give the same result.
 
     Args:
-        model: a causal language model, on its device, in its dtype.
-        tokenizer: its tokenizer; `eos_token_id` ends an answer.
-        prompts: token ids, at least one each.
-        max_new_tokens: answers are cut at this length.
-        samples: completions for each prompt; more than one makes sense with a temperature only.
+        model: A causal language model, on its device and in its dtype.
+        tokenizer: Its tokenizer; `eos_token_id` ends a completion.
+        prompts: Token ids, at least one each.
+        max_new_tokens: Length at which completions are cut off.
+        samples: Completions per prompt; more than one makes sense only with a temperature.
         temperature: 0 is greedy; 1 samples from the model's own distribution.
-        min_p: tokens less probable than this share of the most probable one are never sampled (Nguyen et al. 2024).
-        seed: of the sampling.
-        batch_size: sequences in a batch (prompts times samples).
+        min_p: Never sample tokens less probable than this share of the most probable one (Nguyen et al. 2024).
+        seed: Seed of the sampling.
+        batch_size: Sequences in a batch (prompts times samples).
 
     Returns:
         `samples` completions for each prompt, in the order of `prompts`.
@@ -97,7 +97,7 @@ def _generate_batch(
     min_p: float,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """Generated ids, without padding; the `samples` sequences of one prompt are adjacent."""
+    """Generate ids, returned without padding; the `samples` sequences of one prompt are adjacent."""
     device = model.device
     width = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -114,7 +114,7 @@ def _generate_batch(
     position = positions[:, -1:]
 
     sequences: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
-    active = list(range(len(sequences)))  # the sequence that each row of the batch belongs to
+    active = list(range(len(sequences)))  # index of the sequence in each row of the batch
     finished = torch.zeros(len(active), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         token = _next_token(logits, temperature, min_p, generator)
@@ -124,7 +124,7 @@ def _generate_batch(
         finished |= token == tokenizer.eos_token_id
         if step == max_new_tokens - 1 or bool(finished.all()):
             break
-        # Dropping rows copies the cache, so it waits until a good part of the batch has finished.
+        # Dropping rows copies the cache, which pays once an eighth of the batch has finished.
         if int(finished.sum()) * 8 >= len(active):
             keep = (~finished).nonzero()[:, 0]
             cache.batch_select_indices(keep)
@@ -138,20 +138,19 @@ def _generate_batch(
 
 
 def _next_token(logits: torch.Tensor, temperature: float, min_p: float, generator: torch.Generator) -> torch.Tensor:
-    """Chosen ids, shape (rows,), from `logits` of shape (rows, vocabulary)."""
+    """Choose ids, shape (rows,), from `logits` of shape (rows, vocabulary)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if min_p > 0:
         logits = MinPLogitsWarper(min_p)(None, logits)
     cumulative = torch.softmax(logits, dim=-1).cumsum(-1)
-    # Inverse transform sampling: one random number a row; `torch.multinomial` draws one for each token
-    # there is.
+    # Inverse transform sampling: one random number per row, where `torch.multinomial` draws one per token.
     draw = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, draw, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def stopped(tokens: Iterable[int], eos_token_id: int | Collection[int]) -> bool:
-    """Whether generated token ids hold an end-of-turn token; padding after it does not matter."""
+    """Return whether generated token ids contain an end-of-turn token; padding after it does not matter."""
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     return not ends.isdisjoint(tokens)

@@ -1,7 +1,7 @@
-"""Training a tokenizer on the pretraining documents; it is saved as an ordinary fast tokenizer.
+"""Training a tokenizer on the pretraining documents, and saving it as an ordinary fast tokenizer.
 
-Byte-level, so that any Unicode string round-trips; digits stand alone, so that arithmetic can be learned; the chat
-tokens are reserved before any training, so that no later stage changes the vocabulary.
+It works on bytes, so that any Unicode string round-trips. It splits numbers into digits, so that arithmetic can be
+learned. It reserves the chat tokens before any training, so that no later stage changes the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,30 +19,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
-"""Padding; the start of a document or conversation; the end of a document or turn (the end-of-sequence token)."""
+"""Padding, the start of a document or conversation, and the end of a document or turn (the end-of-sequence token)."""
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIAL_TOKENS = (PAD, BOS, END, *ROLES)
 BYTES = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""What `save_pretrained` writes, whatever the release of transformers."""
+"""The files that `save_pretrained` writes, in any release of transformers."""
 
 
 @dataclass
 class TokenizerArguments:
-    """What tokenizer to train.
-
-    Args:
-        output_dir (`str`): folder that `AutoTokenizer.from_pretrained` will read.
-        vocab_size (`int`, defaults to 2048): tokens in all, the special ones and the 256 bytes included.
-        algorithm (`str`, defaults to "bpe"): "bpe" merges bytes into frequent pieces of words; "character" merges them
-            into single characters only.
-        model_max_length (`int`, defaults to 512): tokens that the model to be trained can see.
-    """
+    """The tokenizer to train, and where it is saved."""
 
     output_dir: str = field(metadata={"help": "Folder that AutoTokenizer.from_pretrained will read."})
-    vocab_size: int = field(default=2048, metadata={"help": "Tokens in all: special ones and 256 bytes included."})
+    vocab_size: int = field(default=2048, metadata={"help": "Most tokens, including the special ones and 256 bytes."})
     algorithm: Literal["bpe", "character"] = field(
-        default="bpe", metadata={"help": "bpe: frequent pieces of words; character: single characters."}
+        default="bpe",
+        metadata={"help": "bpe merges bytes into frequent pieces of words, character into single characters."},
     )
     model_max_length: int = field(default=512, metadata={"help": "Tokens that the model to be trained can see."})
 
@@ -53,26 +46,28 @@ def train_tokenizer(
     algorithm: Literal["bpe", "character"] = "bpe",
     model_max_length: int = 512,
 ) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer (Sennrich et al. 2016; over bytes as in GPT-2).
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; over bytes as in GPT-2).
 
     Args:
-        texts (`Iterable[str]`): documents to learn the merges from; read once.
-        vocab_size (`int`): upper bound of the vocabulary; few or short texts give a smaller one.
-        algorithm (`str`, defaults to "bpe"): see `TokenizerArguments`.
-        model_max_length (`int`, defaults to 512): recorded in the tokenizer.
+        texts: Documents to learn the merges from; read once.
+        vocab_size: Upper bound of the vocabulary; few or short texts give a smaller one.
+        algorithm: See `TokenizerArguments`.
+        model_max_length: Recorded in the tokenizer.
 
     Returns:
-        `PreTrainedTokenizerFast`: with chat template, pad, bos and eos set, all distinct.
+        The tokenizer, with a chat template and distinct pad, bos and eos tokens.
 
     Raises:
-        UserError: if `vocab_size` has no room for the bytes and the special tokens.
+        UserError: `vocab_size` is too small for the bytes and the special tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     smallest = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise UserError(Problem("vocab_size", vocab_size, f"at least {smallest}: 256 bytes and the special tokens"))
+        raise UserError(
+            Problem("vocab_size", vocab_size, f"must be at least {smallest}: 256 bytes and the special tokens")
+        )
     tokenizer = Tokenizer(models.BPE())
     if algorithm == "bpe":
         split: pre_tokenizers.PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
@@ -104,6 +99,6 @@ def train_tokenizer(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
-    """Save a tokenizer, whole or not at all; an earlier one in `output_dir` is replaced."""
+    """Save a tokenizer, either whole or not at all; an earlier one in `output_dir` is replaced."""
     with write_folder(Path(output_dir)) as folder:
         tokenizer.save_pretrained(folder)

@@ -92,15 +92,15 @@ def test_a_token_sees_what_is_before_it_only() -> None:
     assert not torch.allclose(one[12:], other[12:])
 
 
-def test_all_that_is_wrong_with_the_sizes_is_told_at_once() -> None:
+def test_all_wrong_sizes_are_reported_at_once() -> None:
     args = LlamaArguments(hidden_size=30, num_hidden_layers=0, num_attention_heads=4, num_key_value_heads=3)
     with pytest.raises(UserError) as refused:
         build_model(args, tokenizer(), seed=0)
     told = {problem.field: problem.remedy for problem in refused.value.problems}
     assert told == {
-        "num_hidden_layers": "a positive whole number",
-        "hidden_size": "a multiple of 2 x num_attention_heads (8)",
-        "num_key_value_heads": "a divisor of num_attention_heads (4)",
+        "num_hidden_layers": "must be a positive whole number",
+        "hidden_size": "must be a multiple of 2 x num_attention_heads (8)",
+        "num_key_value_heads": "must be a divisor of num_attention_heads (4)",
     }
 
 

@@ -154,7 +154,7 @@ def test_the_vocabulary_has_the_size_asked_for() -> None:
     assert len(train_tokenizer([text], vocab_size=500)) == 500
     smallest = 256 + len(SPECIAL_TOKENS)
     assert len(train_tokenizer([], vocab_size=1000)) == smallest, "without text there is nothing to merge"
-    with pytest.raises(UserError, match=f"vocab_size: {smallest - 1}: at least {smallest}"):
+    with pytest.raises(UserError, match=f"vocab_size: {smallest - 1}: must be at least {smallest}"):
         train_tokenizer([text], vocab_size=smallest - 1)
 
 
