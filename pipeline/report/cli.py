@@ -3,7 +3,7 @@
     python -m pipeline report runs/pocket
     python -m pipeline report runs/seed0 runs/seed1 runs/seed2 --output_dir runs/report
 
-Needs no model and no accelerator: it reads what training and evaluation have written.
+Needs neither a model nor an accelerator: it reads what training and evaluation have written.
 """
 
 from __future__ import annotations
@@ -18,50 +18,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, for instance runs/pocket")
     parser.add_argument(
         "--output_dir",
-        help="where to write; by default RUN/report, and for several runs the first one's report/seeds",
+        help="where to write (default: RUN/report; for several runs report/seeds in the first one)",
     )
     parser.add_argument(
-        "--promises",
+        "--targets",
         metavar="FILE",
-        help="YAML file of the figures that the recipe promises; by default those of recipes/pocket",
+        help="YAML file of the figures that the recipe promises (default: those of recipes/pocket)",
     )
+    parser.add_argument("--promises", dest="targets", help=argparse.SUPPRESS)  # the option's earlier name
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the report of every run in `args.runs` and, over several, the one that compares them.
+    """Write the report of every run in `args.runs` and, for several, the one that compares them.
 
     Args:
-        args: `runs` (list of str), `output_dir` (str or None), `promises` (str or None).
+        args: `runs` (list of str), `output_dir` (str or None), `targets` (str or None).
 
     Returns:
-        Exit code 0. What could not be read is told on stderr, one line each, and in the report.
+        Exit code 0. What could not be read is printed to stderr, one line each, and is in the report.
 
     Raises:
-        UserError: a run does not exist or holds nothing to report, or the promises cannot be read.
+        UserError: A run does not exist or is empty, the targets cannot be read, or the report cannot be written.
     """
+    from dataclasses import replace
+
     from pipeline.errors import UserError
-    from pipeline.files import below_a_file
+    from pipeline.files import below_a_file, unwritable
     from pipeline.report.differences import differences
     from pipeline.report.load import load_runs
     from pipeline.report.page import write_report
     from pipeline.report.seeds import write_seeds
-    from pipeline.report.targets import is_pocket, load_promises
+    from pipeline.report.targets import is_pocket, load_targets
 
-    if args.output_dir and (problem := below_a_file(Path(args.output_dir), "--output_dir")):
-        raise UserError(problem)
-    promises = load_promises(args.promises)
-    runs = load_runs([Path(run) for run in args.runs])
+    several = len(args.runs) > 1
+    paths = [Path(run) for run in args.runs]
+    directories = [path / "report" for path in paths]
+    if several:
+        directories.append(Path(args.output_dir) if args.output_dir else directories[0] / "seeds")
+    elif args.output_dir:
+        directories = [Path(args.output_dir)]
+    targets = load_targets(args.targets)
+    runs = load_runs(paths)
+    for directory in directories:
+        problem = below_a_file(directory) or unwritable(directory, (directory, *directory.absolute().parents))
+        if problem:
+            raise UserError(replace(problem, field="--output_dir" if args.output_dir else "RUN"))
     for run in runs:
         for note in run.notes:
             print(note, file=sys.stderr)
-    several = len(runs) > 1
     changes = [differences(run) for run in runs]
-    for run, found in zip(runs, changes, strict=True):
-        directory = Path(args.output_dir) if args.output_dir and not several else run.path / "report"
-        held = promises if args.promises or is_pocket(run) else []
-        print(write_report(run, found, held, directory))
+    for run, found, directory in zip(runs, changes, directories, strict=False):
+        print(write_report(run, found, targets if args.targets or is_pocket(run) else [], directory))
     if several:
-        directory = Path(args.output_dir) if args.output_dir else runs[0].path / "report" / "seeds"
-        held = promises if args.promises or all(map(is_pocket, runs)) else []
-        print(write_seeds(runs, changes, held, directory))
+        held = targets if args.targets or all(map(is_pocket, runs)) else []
+        print(write_seeds(runs, changes, held, directories[-1]))
     return 0

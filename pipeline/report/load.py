@@ -1,7 +1,7 @@
-"""Loading what a run has written: its manifest, its evaluations, its training logs, its weights' shapes.
+"""Load what a run has written: its manifest, its evaluations, its training logs, the shapes of its weights.
 
-Whatever is there is reported: a file that is missing is a stage that was not run, a file that is damaged
-becomes a one-line note and the rest goes on.
+Everything that can be read is reported: a missing file is a stage that was not run, a damaged one becomes a note of one
+line.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,29 @@ from safetensors import SafetensorError
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.intervals import Estimate, finite
 from pipeline.models.weights import read_shapes
-from pipeline.report.labels import stage_order
+from pipeline.report.labels import STAGES, stage_info, stage_kind, stage_order
 
 Outcomes = dict[str, tuple[float, float, str]]
 """Example id -> (value, weight, kind)."""
 
+MACHINE_KEYS = ("hardware", "versions", "commit")
+"""What the entry of a step in run.json says about where it ran."""
+
 
 @dataclass
 class Stage:
-    """What one stage left on disk.
+    """What a stage left on disk.
 
-    Args:
-        name: directory name, such as "2_sft".
-        metrics: metric -> estimate.
-        outcomes: metric -> outcome of each example.
+    Attributes:
+        name: Directory name, such as "2_sft".
+        metrics: Metric -> estimate.
+        outcomes: Metric -> outcome of each example.
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
-        evaluation_seconds: how long the evaluation took.
-        state: trainer_state.json, with the logged values in `log_history`.
-        config: config.json of the model.
-        parameters: number of weights saved, None if there are none.
+        evaluation_seconds: How long the evaluation took.
+        state: The content of trainer_state.json, with the logged values in `log_history`.
+        config: The model's config.json.
+        parameters: Number of weights saved, None if there are none.
     """
 
     name: str
@@ -62,27 +65,38 @@ class Stage:
 class Run:
     """A run directory.
 
-    Args:
-        path: where it is.
-        manifest: its run.json.
-        stages: by name, in the order of training.
-        notes: what could not be read, one line each.
-        label: what it is called, if not by its directory's name.
+    Attributes:
+        path: The directory.
+        manifest: The content of its run.json.
+        hardware: The machine of the last training step, {} if it was not recorded.
+        versions: Its packages, {} if they were not recorded.
+        commit: Its commit of this project, None if it was not recorded.
+        stages: The stages by name, in the order of training.
+        notes: What could not be read, and steps that ran elsewhere; one line each.
+        label: What the run is called, if not by the name of its directory.
     """
 
     path: Path
     manifest: dict[str, Any] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
     stages: dict[str, Stage] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     label: str = ""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The label, or else the name of the directory."""
         return self.label or self.path.resolve().name
 
     @property
-    def speakers(self) -> list[Stage]:
+    def steps(self) -> dict[str, dict[str, Any]]:
+        """The entries of the steps in run.json, by name."""
+        return {name: step for name, step in _mapping(self.manifest.get("steps")).items() if isinstance(step, dict)}
+
+    @property
+    def answering(self) -> list[Stage]:
         """The stages whose model answered the fixed prompts."""
         return [stage for stage in self.stages.values() if stage.answers]
 
@@ -97,7 +111,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Load every run.
 
     Raises:
-        UserError: naming every path that is no run, or holds neither an evaluation nor a training log.
+        UserError: A path is not a run, or has neither an evaluation nor a training log; all such paths are named.
     """
     problems = []
     runs = []
@@ -109,7 +123,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         runs.append(run)
         if not any(stage.metrics or stage.history for stage in run.stages.values()):
             reason = f" ({run.notes[0]})" if run.notes else ""
-            remedy = f"holds no evaluation and no training log{reason}; run `python -m pipeline evaluate {path}`"
+            remedy = f"has neither an evaluation nor a training log{reason}; run `python -m pipeline evaluate {path}`"
             problems.append(Problem("RUN", path, remedy))
     if problems:
         raise UserError(*problems)
@@ -121,9 +135,10 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def load_run(path: Path) -> Run:
-    """Load the run in the directory `path`; what cannot be read is told in the run's `notes`."""
+    """Load the run in the directory `path`; what cannot be read goes into its `notes`."""
     run = Run(path)
     run.manifest = _read_object(path / "run.json", run.notes)
+    _set_machine(run)
     names = {file.stem for file in path.glob("evaluations/*.json")}
     names |= {file.parent.name for file in path.glob("[0-9]*_*/config.json")}
     names |= {file.parent.name for file in path.glob("[0-9]*_*/trainer_state.json")}
@@ -131,6 +146,28 @@ def load_run(path: Path) -> Run:
     for name in sorted(names, key=stage_order):
         run.stages[name] = _load_stage(path, name, run.notes)
     return run
+
+
+def _set_machine(run: Run) -> None:
+    """Take hardware, versions and commit from the last training step; steps that differ from it become a note."""
+    facts = {
+        name: {key: step[key] for key in MACHINE_KEYS if step.get(key)}
+        for name, step in run.steps.items()
+        if name != "report" and any(map(step.get, MACHINE_KEYS))
+    }
+    trained = [name for name in facts if stage_kind(name) in STAGES and stage_info(name).trained]
+    last = max(trained or facts, key=lambda name: str(run.steps[name].get("finished_at") or ""), default=None)
+    if last is None:  # older runs have one record for all steps
+        whole = {"commit": run.manifest.get("git_commit"), **run.manifest}
+        shown = {key: whole.get(key) for key in MACHINE_KEYS}
+    else:
+        shown = facts[last]
+    run.hardware, run.versions = _mapping(shown.get("hardware")), _mapping(shown.get("versions"))
+    run.commit = shown["commit"] if isinstance(shown.get("commit"), str) else None
+    if others := [name for name, found in facts.items() if found != shown]:
+        keys = [key for key in MACHINE_KEYS if any(facts[name].get(key) != shown.get(key) for name in others)]
+        differing = f"{', '.join(others)} ran with other {' and '.join(keys)} than {last}"
+        run.notes.append(f"{run.path / 'run.json'}: {differing}; the report shows those of {last}")
 
 
 def _load_stage(run: Path, name: str, notes: list[str]) -> Stage:
@@ -155,7 +192,7 @@ def _load_stage(run: Path, name: str, notes: list[str]) -> Stage:
 
 
 def _newest_state(directory: Path) -> Path:
-    """trainer_state.json of the stage, or else of its newest checkpoint."""
+    """Return trainer_state.json of the stage, or else of its newest checkpoint."""
     found = [file for file in directory.glob("checkpoint-*/trainer_state.json") if _step(file) >= 0]
     direct = directory / "trainer_state.json"
     return direct if direct.exists() or not found else max(found, key=_step)
@@ -167,7 +204,7 @@ def _step(state: Path) -> int:
 
 
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
-    """The JSON object in the file; empty if there is no file, or, with a note, if it is damaged."""
+    """Read a JSON object; {} if the file does not exist or, with a note, if it is damaged."""
     if not path.exists():
         return {}
     try:
@@ -176,7 +213,7 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(_one_line(f"{path}: cannot be read, left out: {error}"))
         return {}
     if not isinstance(content, dict):
-        notes.append(f"{path}: is no JSON object; left out")
+        notes.append(f"{path}: is not a JSON object; left out")
         return {}
     return content
 
@@ -203,13 +240,10 @@ def _read_outcomes(path: Path, notes: list[str]) -> dict[str, Outcomes]:
         if value is None or not isinstance(metric, str):
             damaged += 1
             continue
-        # Outcomes that are totals say of how much: the bits of a document of so many bytes.
+        # An outcome per byte, for instance, has the number of bytes as its weight.
         weight = finite(record.get("weight"))
-        outcomes.setdefault(metric, {})[key] = (
-            value,
-            1.0 if weight is None else weight,
-            str(record.get("kind", "")),
-        )
+        kind = str(record.get("kind", ""))
+        outcomes.setdefault(metric, {})[key] = (value, 1.0 if weight is None else weight, kind)
     if damaged:
         notes.append(f"{path}: {damaged} damaged line(s) left out")
     return outcomes
@@ -238,21 +272,14 @@ def _mapping(content: object) -> dict[str, Any]:
 
 
 def logged(stage: Stage, key: str, x: str = "step") -> list[tuple[float, float]]:
-    """The points (x, value) at which the stage logged both `key` and `x`, in the order of logging."""
-    return list(_points(stage, key, x))
-
-
-def _points(stage: Stage, key: str, x: str) -> Iterator[tuple[float, float]]:
-    for record in stage.history:
-        abscissa, value = finite(record.get(x)), finite(record.get(key))
-        if abscissa is not None and value is not None:
-            yield abscissa, value
+    """Return the points (x, value) at which the stage logged both `key` and `x`, in the order of logging."""
+    points = [(finite(record.get(x)), finite(record.get(key))) for record in stage.history]
+    return [(at, value) for at, value in points if at is not None and value is not None]
 
 
 def last_logged(stage: Stage, key: str) -> float | None:
-    """The last finite value that the stage logged under `key`."""
-    points = [value for record in stage.history if (value := finite(record.get(key))) is not None]
-    return points[-1] if points else None
+    """Return the last finite value that the stage logged under `key`, None if there is none."""
+    return next((v for record in reversed(stage.history) if (v := finite(record.get(key))) is not None), None)
 
 
 def _one_line(text: str) -> str:

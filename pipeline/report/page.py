@@ -1,75 +1,96 @@
-"""index.html of one run, and the files beside it."""
+"""The report of one run: what its page and its Markdown show."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from pipeline.files import write_text
 from pipeline.report.curves import Chart, charts_of
 from pipeline.report.differences import Difference
 from pipeline.report.labels import stage_info
 from pipeline.report.load import Run
-from pipeline.report.markdown import to_markdown
 from pipeline.report.summary import summarise, write_json
 from pipeline.report.svg import line_chart
-from pipeline.report.tables import costs, figures, gains, show_verdicts, tiles
-from pipeline.report.targets import Promise, Verdict, judge
-from pipeline.report.text import duration, magnitude, visible
+from pipeline.report.tables import costs, figures, gains, show_targets, tiles
+from pipeline.report.targets import Target, TargetResult, check_targets
+from pipeline.report.text import code, duration, magnitude, markdown, visible
 
 
-def write_report(run: Run, found: Sequence[Difference], promises: Sequence[Promise], directory: Path) -> Path:
+def write_report(run: Run, found: Sequence[Difference], targets: Sequence[Target], directory: Path) -> Path:
     """Write index.html, metrics.json and report.md of a run.
 
     Args:
-        run: the run.
-        found: its paired differences.
-        promises: what it is held to; those about stages that were not run are left out.
-        directory: where to; it is made if need be.
+        run: The run.
+        found: Its paired differences.
+        targets: Its targets; those of stages that were not run are left out.
+        directory: Where to write; created if it does not exist.
 
     Returns:
         The path of index.html.
     """
-    verdicts = judge(run, found, promises)
-    summary = summarise(run, found, verdicts)
+    results = check_targets(run, found, targets)
+    summary = summarise(run, found, results)
+    return write_files(directory, "report", summary, page_content(run, found, results, summary))
+
+
+def write_files(directory: Path, template: str, summary: dict[str, Any], content: dict[str, Any]) -> Path:
+    """Write metrics.json from `summary`, and report.md and index.html from `content`. Returns the path of the latter.
+
+    Args:
+        directory: Where to write.
+        template: Name of the templates, without ".html.jinja" and ".md.jinja".
+        summary: The content of metrics.json.
+        content: What the templates show.
+    """
     write_json(directory / "metrics.json", summary)
-    write_text(directory / "report.md", to_markdown(run, found, verdicts, summary))
-    write_text(directory / "index.html", render("page.html.jinja", page_content(run, found, verdicts, summary)))
+    write_text(directory / "report.md", render(f"{template}.md.jinja", content))
+    write_text(directory / "index.html", render(f"{template}.html.jinja", content))
     return directory / "index.html"
 
 
 def render(template: str, content: dict[str, Any]) -> str:
-    """The template of this package filled in; every string in `content` is escaped, `Markup` is not."""
+    """Fill in a template. Every string in `content` that is not `Markup` is made visible and escaped."""
+    is_page = template.endswith(".html.jinja")
     environment = Environment(
         loader=PackageLoader("pipeline.report", "templates"),
-        autoescape=True,
+        autoescape=is_page,
+        finalize=_shown_as(visible if is_page else markdown),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters |= {"code": code, "markdown": lambda text, limit: Markup(markdown(text, limit))}
     return environment.get_template(template).render(content)
 
 
+def _shown_as(show: Callable[[str], str]) -> Callable[[Any], Any]:
+    return lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def page_content(
-    run: Run, found: Sequence[Difference], verdicts: Sequence[Verdict], summary: dict[str, Any]
+    run: Run, found: Sequence[Difference], results: Sequence[TargetResult], summary: dict[str, Any]
 ) -> dict[str, Any]:
-    """What page.html.jinja shows."""
+    """Return what report.html.jinja and report.md.jinja show."""
     return {
-        "title": f"{run.name}: Fourstage report",
+        "name": run.name,
         "headline": headline(run),
         "facts": facts(summary),
         "path": str(run.path),
         "tiles": tiles(run),
-        "verdicts": show_verdicts(verdicts),
+        "targets": show_targets(results),
         "notes": run.notes,
         "table": figures(run, by_kind=False),
         "kinds": figures(run, by_kind=True),
         "gains": gains(found),
+        "answering": [stage.name for stage in run.answering],
         "answers": _answers(run),
-        "silent": _silent(run),
+        "silent": [name for name, stage in run.stages.items() if stage.metrics and not stage_info(name).generates],
         "traces": _traces(run),
         "charts": draw(charts_of(run)),
         "costs": costs(run, summary),
@@ -78,7 +99,7 @@ def page_content(
 
 
 def headline(run: Run) -> str:
-    """One line about how far the run went."""
+    """Return one line about how far the run got."""
     names = [stage_info(name).title for name, stage in run.stages.items() if stage.metrics or stage.history]
     if len(names) < 2:
         return f"{run.name}: {names[0] if names else 'nothing yet'}"
@@ -86,18 +107,15 @@ def headline(run: Run) -> str:
 
 
 def facts(summary: dict[str, Any]) -> list[str]:
-    """The few facts that the headline needs: size, time, machine, seed, commit."""
+    """Return the few facts below the headline: size, time, machine, seed, commit."""
     parts = []
     if summary["parameters"]:
         parts.append(f"{magnitude(max(summary['parameters'].values()))} parameters")
     if summary["seconds"]:
         parts.append(f"{duration(sum(summary['seconds'].values()))} with evaluation")
     hardware = summary["hardware"]
-    device = next(
-        (hardware[key] for key in ("gpu", "accelerator", "device", "processor", "cpu") if hardware.get(key)),
-        None,
-    )
-    parts.extend([str(device)] if device else [])
+    devices = (hardware.get(key) for key in ("gpu", "accelerator", "device", "processor", "cpu"))
+    parts.append(str(next(filter(None, devices), "unknown hardware")))
     if hardware.get("cores"):
         parts.append(f"{hardware['cores']} cores")
     if summary["seed"] is not None:
@@ -109,42 +127,41 @@ def facts(summary: dict[str, Any]) -> list[str]:
 
 
 def _answers(run: Run) -> list[dict[str, Any]]:
-    """For each prompt, in the order of the first stage that has it, every stage's answer."""
-    prompts: dict[str, list[dict[str, str]]] = {}
-    for stage in run.speakers:
-        for item in stage.answers:
-            text = visible(str(item["answer"])).strip()
-            prompts.setdefault(str(item["prompt"]), []).append({"stage": stage.name, "text": text})
-    return [{"prompt": visible(prompt), "answers": answers} for prompt, answers in prompts.items()]
-
-
-def _silent(run: Run) -> str:
-    names = [name for name, stage in run.stages.items() if stage.metrics and not stage_info(name).speaks]
-    return f"{' and '.join(names)} scores answers and writes none." if names else ""
+    """Return each prompt with the answer of every stage that answers, None where a stage was not asked."""
+    given = {
+        stage.name: {str(item["prompt"]): str(item["answer"]) for item in stage.answers} for stage in run.answering
+    }
+    prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
+    return [
+        {
+            "prompt": prompt,
+            "answers": [{"stage": stage, "text": answers.get(prompt)} for stage, answers in given.items()],
+        }
+        for prompt in prompts
+    ]
 
 
 def _traces(run: Run) -> dict[str, Any]:
-    pair = run.traced
-    if pair is None:
+    """Return the problems that the last stage with traces solved, with the answers of the stage before it."""
+    if run.traced is None:
         return {"pairs": []}
-    before, after = pair
+    before, after = run.traced
     earlier = {str(item["problem"]): item for item in before.traces}
     pairs = []
     for item in after.traces:
-        sides = [(before.name, earlier.get(str(item["problem"]))), (after.name, item)]
+        sides = ((before.name, earlier.get(str(item["problem"]), {})), (after.name, item))
         pairs.append(
             {
-                "kind": visible(str(item["kind"])),
-                "problem": visible(str(item["problem"])),
-                "reference": visible(str(item.get("reference") or "")),
+                "kind": str(item["kind"]),
+                "problem": str(item["problem"]),
+                "reference": str(item.get("reference") or ""),
                 "sides": [
                     {
                         "stage": name,
-                        "text": visible(str(side["answer"])).strip(),
+                        "text": str(side["answer"]) if side else None,
                         "correct": bool(side["correct"]) if "correct" in side else None,
                     }
                     for name, side in sides
-                    if side is not None
                 ],
             }
         )
@@ -152,7 +169,7 @@ def _traces(run: Run) -> dict[str, Any]:
 
 
 def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
-    """The charts as SVG, grouped by stage."""
+    """Return the charts as SVG, grouped by stage."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for chart in charts:
         groups.setdefault(chart.stage, []).append(
@@ -167,23 +184,26 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
 
 
 def made(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Seed, commit, model, hardware and versions, as lists of (name, value)."""
+    """Return seed, commit, model, hardware and versions as lists of (name, value)."""
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
-    this = [("seed", summary["seed"]), ("commit", summary["commit"]), ("recipe", run.manifest.get("recipe"))]
-    this += [(key, model.get(key)) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")]
-    boxes = [
-        ("Run", this),
-        ("Hardware", list(summary["hardware"].items())),
-        ("Versions", list(summary["versions"].items())),
-    ]
+    boxes = {
+        "Run": {
+            "seed": summary["seed"],
+            "commit": summary["commit"] or "unknown",
+            "recipe": run.manifest.get("recipe"),
+            **{key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")},
+        },
+        "Hardware": summary["hardware"] or {"machine": "unknown"},
+        "Versions": summary["versions"] or {"packages": "unknown"},
+    }
     return [
         {
             "title": title,
             "entries": [
-                (key.replace("_gib", " (GiB)").replace("_", " "), visible(str(value)))
-                for key, value in entries
+                (key.replace("_gib", " (GiB)").replace("_", " "), str(value))
+                for key, value in entries.items()
                 if value is not None
             ],
         }
-        for title, entries in boxes
+        for title, entries in boxes.items()
     ]

@@ -1,4 +1,4 @@
-"""The tables of the page: what the template fills in."""
+"""The tables of the report, as the templates fill them in."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
 from pipeline.report.differences import Difference, by_stage
-from pipeline.report.labels import stage_info, step_order
+from pipeline.report.labels import EVALUATE, stage_info, step_order
 from pipeline.report.load import Run, Stage
-from pipeline.report.summary import EVALUATE, evaluation_seconds, seconds
+from pipeline.report.summary import evaluation_seconds, seconds
 from pipeline.report.svg import interval_bar, share_bar
-from pipeline.report.targets import Verdict
+from pipeline.report.targets import TargetResult
 from pipeline.report.text import duration, interval, magnitude, number, signed
 
 
 def tiles(run: Run) -> list[dict[str, str]]:
-    """For each stage that is trained for something: its first aim, before and after."""
+    """Return the main aim of each stage that is trained for something, before and after."""
     shown = []
     before: Stage | None = None
     for stage in run.stages.values():
@@ -26,7 +26,7 @@ def tiles(run: Run) -> list[dict[str, str]]:
         if aim is not None:
             digits = metric_info(aim).digits if aim == "bits_per_byte" else 2
             # The stage before is often 2_sft itself, which wins half of the time by definition.
-            was = before.metrics.get(aim) if before is not None and info.speaks and aim != "win_rate" else None
+            was = before.metrics.get(aim) if before is not None and info.generates and aim != "win_rate" else None
             shown.append(
                 {
                     "stage": info.title,
@@ -35,18 +35,20 @@ def tiles(run: Run) -> list[dict[str, str]]:
                     "now": number(stage.metrics[aim].value, digits),
                 }
             )
-        if info.speaks and stage.metrics:
+        if info.generates and stage.metrics:
             before = stage
     return shown
 
 
-def show_verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """Promises as text."""
-    return [{"promise": str(item.promise), "measured": number(item.measured), "kept": item.kept} for item in verdicts]
+def show_targets(results: Sequence[TargetResult], prefix: str = "") -> list[dict[str, Any]]:
+    """Return targets as text, each with `prefix` before it."""
+    return [
+        {"target": f"{prefix}{item.target}", "measured": number(item.measured), "met": item.met} for item in results
+    ]
 
 
 def figures(run: Run, by_kind: bool) -> dict[str, Any]:
-    """Rows of metrics (or of metric and kind), columns of stages."""
+    """Return one row per metric (or per metric and kind of example) and one column per stage."""
     stages = [stage for stage in run.stages.values() if stage.metrics]
     rows = []
     for metric in sorted({name for stage in stages for name in stage.metrics}, key=metric_order):
@@ -54,45 +56,39 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
         whole = [stage.metrics.get(metric) for stage in stages]
         kinds = sorted({kind for item in whole if item for kind in item.by_kind}) if by_kind else [""]
         for kind in kinds:
-            picked = [(item.by_kind.get(kind) if kind else item) if item else None for item in whole]
-            cells = [
-                _cell(measurement, metric, metric in stage_info(stage.name).aims)
-                for stage, measurement in zip(stages, picked, strict=True)
-            ]
+            estimates = [(item.by_kind.get(kind) if kind else item) if item else None for item in whole]
             rows.append(
                 {
                     "label": f"{info.label}: {kind}" if kind else info.label,
-                    "meaning": _meaning("" if kind else info.meaning, picked),
+                    "meaning": _meaning("" if kind else info.meaning, estimates),
                     "arrow": {"up": "↑", "down": "↓", "": ""}[info.better],
                     "direction": {"up": "higher is better", "down": "lower is better", "": ""}[info.better],
-                    "cells": cells,
+                    "cells": [
+                        _cell(estimate, metric, metric in stage_info(stage.name).aims)
+                        for stage, estimate in zip(stages, estimates, strict=True)
+                    ],
                 }
             )
     columns = [{"name": stage.name, "title": stage_info(stage.name).title} for stage in stages]
     return {"columns": columns, "rows": rows}
 
 
-def _cell(measurement: Estimate | None, metric: str, aim: bool) -> dict[str, Any] | None:
-    if measurement is None:
+def _cell(estimate: Estimate | None, metric: str, aim: bool) -> dict[str, Any] | None:
+    if estimate is None:
         return None
     digits = metric_info(metric).digits
-    bar = share_bar(measurement.value, measurement.low, measurement.high) if is_share(metric) else ""
-    return {
-        "value": number(measurement.value, digits),
-        "range": interval(measurement, digits),
-        "bar": bar,
-        "aim": aim,
-    }
+    bar = share_bar(estimate.value, estimate.low, estimate.high) if is_share(metric) else ""
+    return {"value": number(estimate.value, digits), "range": interval(estimate, digits), "bar": bar, "aim": aim}
 
 
-def _meaning(meaning: str, measured: Sequence[Estimate | None]) -> str:
-    counts = sorted({item.n for item in measured if item is not None and item.n is not None})
+def _meaning(meaning: str, estimates: Sequence[Estimate | None]) -> str:
+    counts = sorted({item.n for item in estimates if item is not None and item.n is not None})
     known = [f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}"] if counts else []
     return "; ".join(filter(None, [meaning, *known]))
 
 
 def gains(found: Sequence[Difference]) -> list[dict[str, Any]]:
-    """The paired differences, grouped by the later stage, each with a bar on the axis of its stage."""
+    """Return the paired differences grouped by the later stage, each with a bar on the axis of its stage."""
     groups = []
     for stage, rows in by_stage(found).items():
         reach = max(max(map(abs, _ends(item.change))) / _unit(item) for item in rows) or 1.0
@@ -114,7 +110,7 @@ def _ends(change: Estimate) -> list[float]:
 
 
 def _unit(item: Difference) -> float:
-    """What counts as a change of 1: for a share 1, for any other metric all that it was."""
+    """Return the change that is drawn as 1: 1 for a share, the earlier value for any other metric."""
     return 1.0 if is_share(item.metric) else abs(item.was) or 1.0
 
 
@@ -135,7 +131,7 @@ def _gain(item: Difference, reach: float) -> dict[str, Any]:
 
 
 def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
-    """Time, tokens and operations of each step; the evaluation of a stage stands in the stage's row."""
+    """Return time, tokens and operations of each step; the evaluation of a stage is in the row of the stage."""
     taken = seconds(run)
     measuring = {name: evaluation_seconds(run, name, taken) for name in run.stages}
     steps = {name: value for name, value in taken.items() if not name.startswith(EVALUATE)}

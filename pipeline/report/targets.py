@@ -1,4 +1,4 @@
-"""What a recipe promises, and whether a run keeps it."""
+"""Targets: the figures that a recipe promises, and whether a run meets them."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from pipeline.report.load import Run
 from pipeline.report.text import number
 
 POCKET = Path(__file__).with_name("targets.yaml")
-"""The promises of recipes/pocket."""
+"""The targets of recipes/pocket."""
 ROUNDING = 1e-9
-"""0.87 - 0.90 keeps a promise of at least -0.03, whatever binary fractions say."""
+"""Tolerance, so that 0.87 - 0.90 meets a bound of -0.03 in floating point."""
 
 
 @dataclass(frozen=True)
-class Promise:
+class Target:
     """A bound on one figure.
 
-    Args:
-        stage: whose figure.
-        metric: which figure.
-        at_least: lower bound, or None.
-        at_most: upper bound, or None.
-        against: stage to compare with, or None for the figure itself.
-        how: the comparison: "difference", "ratio", or "interval", the lower end of that of the paired
+    Attributes:
+        stage: The stage whose figure it is.
+        metric: The metric.
+        at_least: Lower bound, or None.
+        at_most: Upper bound, or None.
+        against: The stage to compare with; None for the figure alone.
+        how: The comparison: "difference", "ratio", or "interval", the lower end of the interval of the paired
             difference.
-        lower_end: whether the lower end of the figure's interval is held to the bound instead of the figure.
+        lower_end: Whether the bound applies to the lower end of the figure's interval instead of the figure.
     """
 
     stage: str
@@ -44,9 +44,8 @@ class Promise:
     lower_end: bool = False
 
     def __str__(self) -> str:
-        bound = f"at least {number(self.at_least, 2)}" if self.at_least is not None else ""
-        if self.at_most is not None:
-            bound = " and ".join(filter(None, [bound, f"at most {number(self.at_most, 2)}"]))
+        bounds = (("at least", self.at_least), ("at most", self.at_most))
+        bound = " and ".join(f"{name} {number(value, 2)}" for name, value in bounds if value is not None)
         label = f"{metric_info(self.metric).label} of {self.stage}"
         if self.against is None:
             return f"{label}{', lower end of the interval,' if self.lower_end else ''} {bound}"
@@ -57,49 +56,49 @@ class Promise:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A promise and what the run measured: `measured` is the figure that is held to the bound."""
+class TargetResult:
+    """A target, the figure that the run measured for it, and whether that meets the bound."""
 
-    promise: Promise
+    target: Target
     measured: float
-    kept: bool
+    met: bool
 
 
-def load_promises(path: str | Path | None = None) -> list[Promise]:
-    """The promises in a YAML file: a list of mappings with the fields of `Promise`.
+def load_targets(path: str | Path | None = None) -> list[Target]:
+    """Load a YAML file of targets: a list of mappings with the fields of `Target`.
 
     Args:
-        path: the file; None for the promises of recipes/pocket.
+        path: The file. Default: the targets of recipes/pocket.
 
     Raises:
-        UserError: naming every entry that is wrong.
+        UserError: Entries are wrong; all of them are named.
     """
     import yaml
 
     file = Path(path or POCKET)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(Problem("--promises", file, f"cannot be read: {error}")) from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(Problem("--targets", file, f"cannot be read: {error}")) from None
     if not isinstance(content, list):
-        raise UserError(Problem("--promises", file, "must be a list of {stage, metric, at_least or at_most}"))
+        raise UserError(Problem("--targets", file, "must be a list of {stage, metric, at_least or at_most}"))
     problems = [
         Problem(f"{file}, entry {index}", entry, fault)
         for index, entry in enumerate(content, 1)
-        if (fault := _fault(entry))
+        if (fault := _validate_entry(entry))
     ]
     if problems:
         raise UserError(*problems)
-    return [Promise(**entry) for entry in content]
+    return [Target(**entry) for entry in content]
 
 
-def _fault(entry: object) -> str:
-    """What is wrong with an entry of the file, empty if nothing is."""
+def _validate_entry(entry: object) -> str:
+    """Return what is wrong with an entry of the file, "" if nothing is."""
     if not isinstance(entry, dict):
         return "must be a mapping"
-    known = {item.name for item in fields(Promise)}
+    known = {item.name for item in fields(Target)}
     if unknown := sorted(str(key) for key in entry if key not in known):
-        return f"unknown field {unknown[0]}; known are {', '.join(sorted(known))}"
+        return f"unknown field {unknown[0]}; known fields: {', '.join(sorted(known))}"
     if not all(isinstance(entry.get(key), str) for key in ("stage", "metric")):
         return "stage and metric must be names"
     bounds = [entry[key] for key in ("at_least", "at_most") if key in entry]
@@ -111,47 +110,47 @@ def _fault(entry: object) -> str:
 
 
 def is_pocket(run: Run) -> bool:
-    """Whether recipes/pocket's promises hold for the run: not for a miniature, nor for another recipe."""
+    """Return whether the targets of recipes/pocket apply: not to a miniature, nor to another recipe."""
     recipe = run.manifest.get("recipe")
     return not run.manifest.get("smoke") and (not isinstance(recipe, str) or Path(recipe).name == "pocket")
 
 
-def judge(run: Run, found: Sequence[Difference], promises: Sequence[Promise]) -> list[Verdict]:
-    """The promises that the run's stages can be held to, in order.
+def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> list[TargetResult]:
+    """Compare the run's figures with the targets, in order; targets whose figures were not measured are left out.
 
     Args:
-        run: the run.
-        found: its paired differences.
-        promises: what it is held to; a promise about a stage that was not run is left out.
+        run: The run.
+        found: Its paired differences.
+        targets: The targets.
     """
-    verdicts = []
-    for promise in promises:
-        measured = _measured(run, found, promise)
+    results = []
+    for target in targets:
+        measured = _measured(run, found, target)
         if measured is None:
             continue
-        kept = (promise.at_least is None or measured >= promise.at_least - ROUNDING) and (
-            promise.at_most is None or measured <= promise.at_most + ROUNDING
+        met = (target.at_least is None or measured >= target.at_least - ROUNDING) and (
+            target.at_most is None or measured <= target.at_most + ROUNDING
         )
-        verdicts.append(Verdict(promise, measured, kept))
-    return verdicts
+        results.append(TargetResult(target, measured, met))
+    return results
 
 
-def _measured(run: Run, found: Sequence[Difference], promise: Promise) -> float | None:
-    figure = _figure(run, promise.stage, promise.metric)
+def _measured(run: Run, found: Sequence[Difference], target: Target) -> float | None:
+    """Return the figure that the target bounds, None if it was not measured."""
+    figure = _figure(run, target.stage, target.metric)
     if figure is None:
         return None
-    if promise.against is None:
-        return figure.low if promise.lower_end else figure.value
-    other = _figure(run, promise.against, promise.metric)
+    if target.against is None:
+        return figure.low if target.lower_end else figure.value
+    other = _figure(run, target.against, target.metric)
     if other is None:
         return None
-    if promise.how == "ratio":
+    if target.how == "ratio":
         return figure.value / other.value if other.value else None
-    if promise.how == "difference":
+    if target.how == "difference":
         return figure.value - other.value
-    wanted = (promise.stage, promise.against, promise.metric)
-    lows = [item.change.low for item in found if (item.stage, item.before, item.metric) == wanted]
-    return lows[0] if lows else None
+    wanted = (target.stage, target.against, target.metric)
+    return next((item.change.low for item in found if (item.stage, item.before, item.metric) == wanted), None)
 
 
 def _figure(run: Run, stage: str, metric: str) -> Estimate | None:

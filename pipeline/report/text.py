@@ -1,31 +1,28 @@
-"""Making whatever a model wrote safe to show: nothing invisible, nothing that reorders or breaks the page."""
+"""Text and numbers as the report shows them: nothing invisible, and nothing that reorders or breaks the page."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
+from markupsafe import Markup
+
 from pipeline.evaluation.intervals import Estimate
 
 SHOWN_CHARACTERS = 700
-"""An answer longer than this is cut when it is shown; the outcomes on disk keep all of it."""
+"""Longer texts are cut when they are shown; the files on disk keep all of them."""
 
 _LINK = re.compile(r"(https?|ftp|www)([:.])", re.IGNORECASE)
-"""What GitHub makes a link of without being asked."""
+"""What GitHub turns into a link."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 
 
 def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """`text` with every character that cannot be seen made visible, cut at `limit` characters.
+    """Replace every character of `text` that cannot be seen, and cut it at `limit` characters.
 
-    Control characters become their pictures (U+2400), bidirectional controls, other invisible format
-    characters, lone surrogates and unassigned code points their number; line breaks and tabs stay. Combining
-    marks piled on one character are cut after the third. HTML is not escaped here: the templates escape
-    everything.
-
-    Args:
-        text: any string.
-        limit: most characters to keep.
+    Control characters become their pictures (U+2400); bidirectional controls, other invisible format characters, lone
+    surrogates and unassigned code points become their number. Line breaks and tabs stay. Combining marks piled on one
+    character are cut after the third. HTML is not escaped here; the templates escape everything.
     """
     text = text.replace("\r\n", "\n")
     shown = []
@@ -54,25 +51,30 @@ def _glyph(character: str) -> str:
 
 
 def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """`text` as one line of Markdown that shows it literally, in a table cell too."""
+    """Return `text` as one line of Markdown that shows it literally, also in a table cell."""
     line = visible(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = _LINK.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\1", line))
     return line.replace("\n", "<br>").replace("\t", " ").strip()
 
 
+def code(text: str) -> Markup:
+    """Return a short text as code in Markdown."""
+    return Markup(f"`{visible(text)}`".translate({ord("\n"): " ", ord("|"): "\\|"}))
+
+
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` with a true minus sign, and none before 0; an en dash if there is no value."""
+    """Format `value` with a true minus sign, and without a sign before 0; None is an en dash."""
     return "–" if value is None else f"{value:z.{digits}f}".replace("-", "−")
 
 
-def signed(value: float, digits: int = 3) -> str:
-    """`value` with its sign, "+0.012" or "−0.012"; 0 has none."""
+def signed(value: float | None, digits: int = 3) -> str:
+    """Format `value` with its sign, "+0.012" or "−0.012", and 0 without."""
     shown = number(value, digits)
-    return f"+{shown}" if value > 0 and shown.strip("0.") else shown
+    return f"+{shown}" if value is not None and value > 0 and shown.strip("0.") else shown
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for people: "9.4 s", "1 min 38 s", "2 h 5 min"."""
+    """Format seconds for people: "9.4 s", "1 min 38 s", "2 h 5 min"."""
     if seconds is None:
         return "–"
     if seconds < 59.95:
@@ -82,7 +84,7 @@ def duration(seconds: float | None) -> str:
 
 
 def magnitude(value: float | None) -> str:
-    """A large count in three digits with an SI prefix: "1.93 M", "45.2 T"."""
+    """Format a large count in three digits with an SI prefix: "1.93 M", "45.2 T"."""
     if value is None:
         return "–"
     for prefix in ("", " k", " M", " G", " T", " P", " E"):
@@ -92,9 +94,9 @@ def magnitude(value: float | None) -> str:
     return f"{value:.3g}{prefix}" if abs(value) < 999.5 else f"{value:.0f}{prefix}"
 
 
-def interval(measurement: Estimate, digits: int, sign: bool = False) -> str:
-    """The measurement's interval, "0.94 to 0.98", signed if `sign`; empty if there is none."""
-    if measurement.low is None or measurement.high is None:
+def interval(estimate: Estimate, digits: int, sign: bool = False) -> str:
+    """Format the interval, "0.94 to 0.98", signed if `sign`; "" if there is none."""
+    if estimate.low is None or estimate.high is None:
         return ""
     shown = signed if sign else number
-    return f"{shown(measurement.low, digits)} to {shown(measurement.high, digits)}"
+    return f"{shown(estimate.low, digits)} to {shown(estimate.high, digits)}"

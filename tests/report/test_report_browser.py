@@ -1,7 +1,7 @@
 """The page as a browser shows it: no error, no request, nothing cut off, readable in both schemes.
 
-Needs Chromium and its driver (`apt-get install chromium chromium-driver`) and the Python package selenium
-(extra `test`). Without them these tests fail: a page that nobody has looked at is not tested.
+Needs Chromium and its driver (`apt-get install chromium chromium-driver`) and the Python package selenium (extra
+`test`). Without them these tests are skipped; they fail if the environment variable `CI` is set.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from pipeline.__main__ import main
 
-HINT = "install Chromium and its driver: apt-get install chromium chromium-driver; pip install -e '.[test]'"
+HINT = "to run the tests of the pages: apt-get install chromium chromium-driver; pip install -e '.[test]'"
 
 # Elements that reach out of the window, or whose text is cut, unless they scroll by themselves.
 OVERFLOWING = """
@@ -72,6 +72,20 @@ return faint;
 """
 
 
+def missing(name: str) -> NoReturn:
+    """Skip the tests of the pages, or fail in CI."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is missing; {HINT}")
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
+def test_without_a_browser_tests_are_skipped_but_fail_in_ci(
+    monkeypatch: pytest.MonkeyPatch, ci: str, outcome: type[BaseException]
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="Chromium is missing; to run the tests of the pages: apt-get install"):
+        missing("Chromium")
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium with an empty profile."""
@@ -79,12 +93,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
     except ImportError:
-        pytest.fail(f"selenium is missing; {HINT}")
+        missing("selenium")
     names = ("chromium", "chromium-browser", "google-chrome")
     binary = next((found for name in names if (found := shutil.which(name))), None)
     driver = shutil.which("chromedriver")
     if binary is None or driver is None:
-        pytest.fail(f"{'Chromium' if binary is None else 'chromedriver'} is missing; {HINT}")
+        missing("Chromium" if binary is None else "chromedriver")
     os.environ |= {"SE_OFFLINE": "true", "SE_AVOID_STATS": "true"}
     options = webdriver.ChromeOptions()
     options.binary_location = binary

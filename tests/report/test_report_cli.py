@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def report(*arguments: object) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Strictly: NaN and Infinity are no JSON."""
+    """Read strictly: NaN and Infinity are not JSON."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)
@@ -103,7 +104,9 @@ def test_evaluations_alone_are_enough(whole_run: Path, tmp_path: Path) -> None:
     assert report(run) == 0
     summary = read_json(run / "report" / "metrics.json")
     assert summary["seconds"] == {} and summary["seed"] is None
-    assert summary["hardware"] and summary["versions"]["python"]  # of this machine, as the run recorded none
+    assert summary["hardware"] == {} and summary["versions"] == {} and summary["commit"] is None
+    page = (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert "unknown hardware" in page and platform.python_version() not in page
 
 
 def test_training_logs_alone_are_enough(whole_run: Path, tmp_path: Path) -> None:
@@ -129,9 +132,7 @@ def test_a_figure_that_falls_short_is_a_warning(whole_run: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("change", [{"smoke": True}, {"recipe": "recipes/mine"}])
-def test_only_a_full_run_of_pocket_is_held_to_its_promises(
-    short_run: Path, tmp_path: Path, change: dict[str, object]
-) -> None:
+def test_only_a_full_run_of_pocket_has_its_targets(short_run: Path, tmp_path: Path, change: dict[str, object]) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     manifest = json.loads((run / "run.json").read_text())
@@ -140,12 +141,89 @@ def test_only_a_full_run_of_pocket_is_held_to_its_promises(
     assert read_json(run / "report" / "metrics.json")["promises"] == []
 
 
-def test_own_promises(short_run: Path, tmp_path: Path) -> None:
-    promises = tmp_path / "promises.yaml"
-    promises.write_text("- {stage: 1_pretrain, metric: bits_per_byte, at_most: 0.5}\n")
-    report(short_run, "--output_dir", tmp_path, "--promises", promises)
-    (promise,) = read_json(tmp_path / "metrics.json")["promises"]
-    assert promise["kept"] is False and promise["measured"] > 1
+@pytest.mark.parametrize("option", ["--targets", "--promises"])
+def test_own_targets(short_run: Path, tmp_path: Path, option: str) -> None:
+    targets = tmp_path / "targets.yaml"
+    targets.write_text("- {stage: 1_pretrain, metric: bits_per_byte, at_most: 0.5}\n")
+    report(short_run, "--output_dir", tmp_path, option, targets)
+    (target,) = read_json(tmp_path / "metrics.json")["promises"]
+    assert target["kept"] is False and target["measured"] > 1
+
+
+def rewrite_steps(run: Path, change: Any) -> None:
+    """Change run.json: no facts about the whole run, and `change(name, entry)` for each step."""
+    manifest = json.loads((run / "run.json").read_text())
+    for key in ("hardware", "versions", "commit"):
+        del manifest[key]
+    for name, entry in manifest["steps"].items():
+        change(name, entry)
+    (run / "run.json").write_text(json.dumps(manifest))
+
+
+def test_the_machine_is_that_of_the_last_training_step(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    finished = {
+        "1_pretrain": "2026-01-02",
+        "2_sft": "2026-01-03",
+        "evaluate_2_sft": "2026-01-05",
+        "report": "2026-01-06",
+    }
+
+    def change(name: str, entry: dict[str, Any]) -> None:
+        cores = {"1_pretrain": 4, "evaluate_2_sft": 2, "report": 1}.get(name, 8)
+        versions = {"torch": "2.12" if name == "1_pretrain" else "2.13"}
+        entry |= {"hardware": {"cores": cores}, "versions": versions, "commit": "abc"}
+        entry["finished_at"] = finished.get(name, "2026-01-01")
+
+    rewrite_steps(run, change)
+    report(run)
+    summary = read_json(run / "report" / "metrics.json")
+    assert (summary["hardware"], summary["versions"], summary["commit"]) == ({"cores": 8}, {"torch": "2.13"}, "abc")
+    (note,) = summary["notes"]
+    assert "1_pretrain, evaluate_2_sft ran with other hardware and versions than 2_sft" in note
+    assert capsys.readouterr().err.splitlines() == [note]
+
+
+def test_steps_on_one_machine_leave_no_note(short_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    rewrite_steps(run, lambda name, entry: entry.update(hardware={"cores": 8}, finished_at="2026-01-01"))
+    report(run)
+    summary = read_json(run / "report" / "metrics.json")
+    assert summary["hardware"] == {"cores": 8} and summary["commit"] is None and summary["notes"] == []
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_place_that_cannot_be_written_to_is_refused(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], several: bool
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place, expected in ((tmp_path / "file" / "more", "is a file"), (Path("/proc/report"), "no permission")):
+        with pytest.raises(SystemExit) as stopped:
+            report(*[short_run] * (2 if several else 1), "--output_dir", place)
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"--output_dir: {place}: ") and expected in line
+
+
+def test_markdown_has_every_table_of_the_page(whole_run: Path, short_run: Path, tmp_path: Path) -> None:
+    report(whole_run, "--output_dir", tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    summary = read_json(tmp_path / "metrics.json")
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    metrics = {name for stage in summary["stages"].values() for name in stage}
+    assert [len(table) - 2 for table in tables] == [len(metrics), len(summary["differences"]), 10, 4, 9 + 1]
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, "each row has as many cells"
+    assert "| Stop rate | 0.000 (0.000 to 0.025) |" in text and "**" in tables[0][2]
+    assert "| The answer is 34. ✗ | 27 \\+ 16 = 43." in text
+    report(whole_run, short_run, "--output_dir", tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| stage | metric | mean | standard deviation | pocket | short |" in text
+    assert "| `4_grpo` | Step rate | +1.000 | – | +1.000 | – |" in text
 
 
 def test_several_runs_give_mean_and_spread(tmp_path: Path) -> None:
@@ -170,7 +248,7 @@ def test_runs_that_stopped_at_different_stages(whole_run: Path, short_run: Path,
     assert entry["n"] == 1 and entry["sd"] is None and entry["values"][1] is None
 
 
-def test_runs_of_one_name_are_told_apart(short_run: Path, tmp_path: Path) -> None:
+def test_runs_of_the_same_name_are_called_by_their_paths(short_run: Path, tmp_path: Path) -> None:
     runs = [tmp_path / place / "pocket" for place in ("a", "b")]
     for run in runs:
         shutil.copytree(short_run, run)
@@ -196,7 +274,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("file", DAMAGE)
-def test_damaged_files_are_told_in_one_line_each(
+def test_damaged_files_are_reported_in_one_line_each(
     short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
     run = tmp_path / "run"
@@ -209,7 +287,7 @@ def test_damaged_files_are_told_in_one_line_each(
     assert read_json(run / "report" / "metrics.json")["notes"] == lines
 
 
-def test_values_that_are_no_numbers_are_left_out(short_run: Path, tmp_path: Path) -> None:
+def test_values_that_are_not_numbers_are_left_out(short_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     file = run / "evaluations" / "2_sft.json"
@@ -237,10 +315,10 @@ def test_values_that_are_no_numbers_are_left_out(short_run: Path, tmp_path: Path
     ("make", "expected"),
     [
         (lambda path: None, "no such directory"),
-        (lambda path: path.mkdir(), "holds no evaluation and no training log"),
+        (lambda path: path.mkdir(), "has neither an evaluation nor a training log"),
     ],
 )
-def test_what_is_no_run_is_refused_in_one_line(
+def test_a_path_that_is_not_a_run_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, expected: str
 ) -> None:
     make(tmp_path / "run")
@@ -261,12 +339,12 @@ def test_what_is_no_run_is_refused_in_one_line(
         ("- [", "cannot be read"),
     ],
 )
-def test_wrong_promises_are_refused_in_one_line(
+def test_wrong_targets_are_refused_in_one_line(
     short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
 ) -> None:
-    (tmp_path / "promises.yaml").write_text(text)
+    (tmp_path / "targets.yaml").write_text(text)
     with pytest.raises(SystemExit) as stopped:
-        report(short_run, "--promises", tmp_path / "promises.yaml", "--output_dir", tmp_path)
+        report(short_run, "--targets", tmp_path / "targets.yaml", "--output_dir", tmp_path)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert expected in line
@@ -277,8 +355,18 @@ def test_help_imports_neither_torch_nor_jinja() -> None:
         "import sys; from pipeline.__main__ import build_parser; build_parser(['report']).format_help();"
         "print(sorted({'torch', 'jinja2', 'numpy', 'yaml'} & set(sys.modules)))"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env={**os.environ}
+    assert run_python(code) == "[]"
+
+
+def test_a_report_imports_neither_torch_nor_evaluate(short_run: Path, tmp_path: Path) -> None:
+    code = (
+        f"import sys; from pipeline.__main__ import main; main(['report', {str(short_run)!r}, '--output_dir',"
+        f" {str(tmp_path)!r}]); print(sorted({{'torch', 'transformers', 'evaluate', 'datasets'}} & set(sys.modules)))"
     )
-    assert done.stdout.strip() == "[]"
+    assert run_python(code).splitlines()[-1] == "[]"
+
+
+def run_python(code: str) -> str:
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    return done.stdout.strip()

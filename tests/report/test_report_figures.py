@@ -1,4 +1,4 @@
-"""Differences, promises, axes and curves, on figures small enough to check by hand."""
+"""Differences, targets, axes and curves, on figures small enough to check by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.report.differences import differences, paired
 from pipeline.report.labels import STAGES, stage_order, step_order
 from pipeline.report.load import Run, Stage, load_run
 from pipeline.report.svg import line_chart, ticks
-from pipeline.report.targets import Promise, judge, load_promises
+from pipeline.report.targets import Target, check_targets, load_targets
 from pipeline.report.text import duration, magnitude, number, signed
 
 
@@ -40,11 +40,11 @@ def test_paired_difference_uses_shared_examples_and_weights() -> None:
     assert change.low is not None and change.high is not None and change.low <= change.value <= change.high
 
 
-def test_nothing_shared_is_no_difference() -> None:
+def test_without_shared_examples_there_is_no_difference() -> None:
     assert paired({"a": (1.0, 1.0, "")}, {"b": (1.0, 1.0, "")}) is None
 
 
-def test_no_change_is_no_verdict() -> None:
+def test_an_unchanged_metric_is_the_same() -> None:
     run = run_with(before=0.5, after=0.5)
     outcomes = {str(i): (float(i % 2), 1.0, "") for i in range(20)}
     for stage in run.stages.values():
@@ -54,39 +54,39 @@ def test_no_change_is_no_verdict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("promise", "measured", "kept"),
+    ("target", "measured", "met"),
     [
-        (Promise("4_grpo", "pass@1", at_least=0.8), 0.87, True),
-        (Promise("4_grpo", "pass@1", at_least=0.8, lower_end=True), 0.2, False),
-        (Promise("4_grpo", "pass@1", at_most=0.8), 0.87, False),
-        (Promise("4_grpo", "pass@1", against="3_ppo", at_least=-0.03), -0.03, True),  # to the last digit
-        (Promise("4_grpo", "pass@1", against="3_ppo", how="ratio", at_most=0.9), 0.87 / 0.9, False),
+        (Target("4_grpo", "pass@1", at_least=0.8), 0.87, True),
+        (Target("4_grpo", "pass@1", at_least=0.8, lower_end=True), 0.2, False),
+        (Target("4_grpo", "pass@1", at_most=0.8), 0.87, False),
+        (Target("4_grpo", "pass@1", against="3_ppo", at_least=-0.03), -0.03, True),  # to the last digit
+        (Target("4_grpo", "pass@1", against="3_ppo", how="ratio", at_most=0.9), 0.87 / 0.9, False),
     ],
 )
-def test_promises(promise: Promise, measured: float, kept: bool) -> None:
-    (verdict,) = judge(run_with(before=0.9, after=0.87), [], [promise])
-    assert verdict.measured == pytest.approx(measured)
-    assert verdict.kept is kept
+def test_targets(target: Target, measured: float, met: bool) -> None:
+    (result,) = check_targets(run_with(before=0.9, after=0.87), [], [target])
+    assert result.measured == pytest.approx(measured)
+    assert result.met is met
 
 
 @pytest.mark.parametrize(
-    "promise",
+    "target",
     [
-        Promise("2_sft", "pass@1", at_least=0.5),
-        Promise("4_grpo", "win_rate", at_least=0.5),
-        Promise("4_grpo", "pass@1", against="2_sft", at_least=0.5),
-        Promise("4_grpo", "pass@1", against="3_ppo", how="interval", at_least=0.0),
+        Target("2_sft", "pass@1", at_least=0.5),
+        Target("4_grpo", "win_rate", at_least=0.5),
+        Target("4_grpo", "pass@1", against="2_sft", at_least=0.5),
+        Target("4_grpo", "pass@1", against="3_ppo", how="interval", at_least=0.0),
     ],
 )
-def test_what_was_not_measured_is_not_held_against_the_run(promise: Promise) -> None:
-    assert judge(run_with(before=0.9, after=0.87), [], [promise]) == []
+def test_a_target_without_a_figure_is_left_out(target: Target) -> None:
+    assert check_targets(run_with(before=0.9, after=0.87), [], [target]) == []
 
 
-def test_the_recipe_promises_something_of_every_stage() -> None:
-    promises = load_promises()
-    assert {promise.stage for promise in promises} == {"1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo"}
-    assert {promise.metric for promise in promises} <= set(METRICS)
-    assert len({str(promise) for promise in promises}) == len(promises)
+def test_the_recipe_has_targets_for_every_stage() -> None:
+    targets = load_targets()
+    assert {target.stage for target in targets} == {"1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo"}
+    assert {target.metric for target in targets} <= set(METRICS)
+    assert len({str(target) for target in targets}) == len(targets)
 
 
 def test_aims_are_metrics() -> None:
@@ -198,7 +198,7 @@ def test_several_runs_share_each_chart(whole_run: Path, short_run: Path) -> None
 
 
 def test_numbers_read_well() -> None:
-    assert (number(-0.5, 2), signed(0.5, 1), number(None)) == ("−0.50", "+0.5", "–")
+    assert (number(-0.5, 2), signed(0.5, 1), number(None), signed(None)) == ("−0.50", "+0.5", "–", "–")
     assert (number(-0.0001, 2), signed(-0.0001, 2), signed(0.0, 1), signed(1e-9, 2)) == (
         "0.00",
         "0.00",
