@@ -27,6 +27,10 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{6,}")
 """A token of the Hub, which no message repeats."""
 
 
+HUB_UNREACHABLE = "the Hub cannot be reached; check the network, or give a local path"
+"""What is wrong with a name on the Hub while the Hub does not answer."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong with what the user gave.

@@ -37,7 +37,7 @@ def main(
 ) -> None:
     from trl import SFTTrainer, get_peft_config
 
-    from pipeline.data.packing import keep_rows_apart
+    from pipeline.data.packing import use_padded_packing
     from pipeline.models.loading import model_init_kwargs
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
@@ -55,7 +55,7 @@ def main(
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
-    keep_rows_apart(trainer)
+    use_padded_packing(trainer)
     train_and_save(trainer, data_args, model_args, optimizer_args)
 
 

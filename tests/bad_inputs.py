@@ -103,7 +103,7 @@ CASES = {
     "unknown optimizer": Case("sft", "--optim sgdd", ("optim: 'sgdd'", "adamw_torch")),
     "unknown schedule": Case("sft", "--lr_scheduler_type zigzag", ("lr_scheduler_type: 'zigzag'", "cosine")),
     "YAML that cannot be read": Case("sft", "", ("--config:", "line 2", "not valid YAML"), "a: 1\n b: [\n"),
-    "YAML with a key twice": Case("sft", "", ("--config:", "line 2", "twice"), "seed: 1\nseed: 2"),
+    "YAML with a key twice": Case("sft", "", ("--config:", "line 2", "duplicate key"), "seed: 1\nseed: 2"),
     "YAML that is no mapping": Case("sft", "", ("--config:", "`field: value`"), "- seed"),
     "empty YAML": Case("sft", "", ("--config:", "`field: value`"), ""),
     "missing YAML": Case("sft", "--config {here}/missing.yaml", ("--config:", "cannot be read")),
@@ -120,7 +120,7 @@ CASES = {
     "negative seed": Case("sft", "--seed -1", ("seed: -1", "between 0")),
     "rank of nothing": Case("sft", "--use_peft --lora_r 0", ("lora_r: 0", "at least 1")),
     "remote code": Case("sft", "--trust_remote_code true", ("trust_remote_code: True", "never run")),
-    "two precisions": Case("sft", "--fp16 --bf16", ("fp16: True", "lacks it"), lines=2),
+    "two precisions": Case("sft", "--fp16 --bf16", ("fp16: True", "not supported"), lines=2),
     "a stream without end": Case("sft", "--dataset_streaming --max_steps -1", ("max_steps: -1", "no length")),
     "a checkpoint that isn't there": Case("sft", "--resume_from_checkpoint {here}/c", ("resume_from_checkpoint:",)),
     # the data
@@ -129,7 +129,7 @@ CASES = {
     "unknown type of file": Case(
         "sft",
         "--dataset_name {here}/a.docx",
-        ("dataset_name:", "not read", ".parquet"),
+        ("dataset_name:", "not supported", ".parquet"),
         files={"a.docx": "x"},
     ),
     "no such split": Case("sft", "--dataset_train_split rain", ("dataset_train_split: rain", "choose from: train")),
@@ -150,7 +150,9 @@ CASES = {
         },
     ),
     "empty file": Case("sft", "--dataset_name {here}/a.jsonl", ("dataset_name:", "a.jsonl"), files={"a.jsonl": ""}),
-    "empty folder": Case("sft", "--dataset_name {here}/folder", ("dataset_name:", "no data"), files={"folder/": ""}),
+    "empty folder": Case(
+        "sft", "--dataset_name {here}/folder", ("dataset_name:", "does not contain data"), files={"folder/": ""}
+    ),
     "corrupt line": Case(
         "sft",
         "--dataset_name {here}/a.jsonl",
@@ -202,7 +204,7 @@ CASES = {
     "two equal answers": Case(
         "reward",
         "--dataset_name {here}/a.jsonl",
-        ("dataset_name:", "all pairs have an empty answer or two that are the same"),
+        ("dataset_name:", "in all pairs an answer is empty, or both are the same"),
         files={
             "a.jsonl": rows(
                 {"prompt": "What?", "chosen": "That.", "rejected": "That."},
@@ -292,7 +294,10 @@ CASES = {
     "a reference kept for no step": Case("grpo", "--ref_model_sync_steps 0", ("ref_model_sync_steps: 0", "at least 1")),
     # the output directory
     "somebody's file": Case(
-        "sft", "--output_dir {here}/mine", ("output_dir:", "holds README.md"), files={"mine/README.md": "years of work"}
+        "sft",
+        "--output_dir {here}/mine",
+        ("output_dir:", "contains README.md"),
+        files={"mine/README.md": "years of work"},
     ),
     "a run inside the data": Case(
         "sft",
@@ -335,7 +340,7 @@ CASES |= {
     "a list as key": Case("sft", "", ("--config:", "line 1", "a key must be a name"), "? [a, b]\n: 1\n"),
     "a mapping as value": Case("sft", "", ("training:", "unknown field"), "training:\n  seed: 1\n"),
     "tabs": Case("sft", "", ("--config:", "line 2", "not valid YAML"), "a:\n\tseed: 1\n"),
-    "not UTF-8": Case("sft", "", ("--config:", "not text in UTF-8"), b"seed: 1\nrun_name: \xff\n"),
+    "not UTF-8": Case("sft", "", ("--config:", "not UTF-8 text"), b"seed: 1\nrun_name: \xff\n"),
     "two documents": Case("sft", "", ("--config:", "line 2", "document"), "seed: 1\n---\nseed: 2\n"),
     "a Python object": Case("sft", "", ("--config:", "not valid YAML"), "seed: !!python/name:os.system\n"),
     "an undefined alias": Case("sft", "", ("--config:", "alias"), "seed: *x\n"),
@@ -350,14 +355,14 @@ CASES |= {
     "weight decay that is no number": Case("sft", "--weight_decay nan", ("weight_decay: nan",)),
     "evaluated every 0 steps": Case("sft", "--eval_steps 0", ("eval_steps: 0", "above 0")),
     "noise below 0": Case("sft", "--neftune_noise_alpha -1", ("neftune_noise_alpha: -1",)),
-    "no process for the data": Case("sft", "--dataset_num_proc 0", ("dataset_num_proc: 0", "at least 1")),
+    "no process for the data": Case("sft", "--dataset_num_proc 0", ("dataset_num_proc: 0", "between 1")),
     "a share above a half": Case("sft", "--validation_share 2", ("validation_share: 2.0", "between 0 and 0.5")),
     "a negative length": Case("sft", "--max_length -5", ("max_length: -5", "at least 2")),
     "Muon's learning rate": Case("pretrain", "--muon_learning_rate 0", ("muon_learning_rate: 0.0", "above 0")),
     "the embeddings' learning rate": Case("sft", "--embedding_learning_rate 0", ("embedding_learning_rate: 0.0",)),
-    "LoRA by Muon": Case("sft", "--use_peft --use_muon", ("use_muon: True", "LoRA trains no embeddings")),
+    "LoRA by Muon": Case("sft", "--use_peft --use_muon", ("use_muon: True", "LoRA does not train embeddings")),
     "a rate for embeddings that LoRA leaves alone": Case(
-        "reward", "--use_peft --embedding_learning_rate 1", ("embedding_learning_rate: 1.0", "LoRA trains no")
+        "reward", "--use_peft --embedding_learning_rate 1", ("embedding_learning_rate: 1.0", "LoRA does not train")
     ),
     "a base that is no number": Case("pretrain", "--rope_theta nan", ("rope_theta: nan",)),
     # what only the libraries know
@@ -381,9 +386,9 @@ CASES |= {
     "pushed without a token": Case("sft", "--push_to_hub", ("push_to_hub: True", "needs a token")),
     "FSDP on a CPU": Case("sft", "--fsdp full_shard", ("fsdp:", "never active on CPUs")),
     "DeepSpeed that isn't there": Case("sft", "--deepspeed nope.json", ("deepspeed: nope.json",)),
-    "no CPU where nothing else is": Case("sft", "--use_cpu false", ("use_cpu: False", "nothing else")),
-    "quantised": Case("sft", "--load_in_4bit --use_peft", ("load_in_4bit: True", "not quantised")),
-    "half precision to evaluate": Case("sft", "--fp16_full_eval", ("fp16_full_eval: True", "lacks it")),
+    "no CPU where nothing else is": Case("sft", "--use_cpu false", ("use_cpu: False", "only a CPU")),
+    "quantised": Case("sft", "--load_in_4bit --use_peft", ("load_in_4bit: True", "not supported")),
+    "half precision to evaluate": Case("sft", "--fp16_full_eval", ("fp16_full_eval: True", "not supported")),
     "liger that isn't installed": Case("sft", "--use_liger_kernel", ("use_liger_kernel: True", "not installed")),
     "an unknown way to compile": Case("sft", "--torch_compile_mode foo", ("torch_compile_mode: foo", "max-autotune")),
     "an eos token that isn't known": Case("sft", "--eos_token <foo>", ("eos_token: <foo>", "not found")),
@@ -496,9 +501,11 @@ CASES |= {
     "a rollout of one": Case("ppo", "--per_device_train_batch_size 1", ("per_device_train_batch_size: 1",)),
     # the output directory
     "the model's directory": Case("sft", "--output_dir {inputs}/model", ("output_dir:", "model_name_or_path")),
-    "another model's directory": Case("sft", "--output_dir {inputs}/no-marks", ("output_dir:", "no recipe")),
-    "a name too long": Case("sft", "--output_dir {here}/" + "x" * 300, ("output_dir:", "no path")),
+    "another model's directory": Case(
+        "sft", "--output_dir {inputs}/no-marks", ("output_dir:", "not written by a recipe")
+    ),
+    "a name too long": Case("sft", "--output_dir {here}/" + "x" * 300, ("output_dir:", "not a valid path")),
     "a checkpoint that is none": Case(
-        "sft", "--resume_from_checkpoint {inputs}/model", ("resume_from_checkpoint:", "is no checkpoint")
+        "sft", "--resume_from_checkpoint {inputs}/model", ("resume_from_checkpoint:", "is not a checkpoint")
     ),
 }

@@ -1,4 +1,4 @@
-"""What is active is told, what is not active is refused, and one run writes to a directory at a time."""
+"""Settings that are not active are refused, threads follow one rule, and one run at a time writes to a directory."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from transformers import TrainingArguments
 from pipeline import files, hardware, launch
 from pipeline.config import output_directory
 from pipeline.errors import UserError
+from pipeline.runner import processes
+
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 
 
 @pytest.fixture
@@ -59,20 +63,56 @@ def test_a_group_of_one_is_left_and_a_group_of_two_is_not(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("environment", "threads"),
     [
-        ({"OMP_NUM_THREADS": "3"}, 3),
-        ({"OMP_NUM_THREADS": "1"}, 1),
-        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 8),
-        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "LOCAL_WORLD_SIZE": "2"}, 4),
-        ({"OMP_NUM_THREADS": "2", "ACCELERATE_MIXED_PRECISION": "no"}, 2),
+        ({}, hardware.Choice(8, "8 cores for 1 process(es)")),
+        ({"OMP_NUM_THREADS": "3"}, hardware.Choice(3, "OMP_NUM_THREADS")),
+        ({"OMP_NUM_THREADS": "1"}, hardware.Choice(1, "OMP_NUM_THREADS")),
+        ({"OMP_NUM_THREADS": "1", **LAUNCHED}, hardware.Choice(8, "8 cores for 1 process(es)")),
+        (
+            {"OMP_NUM_THREADS": "1", **LAUNCHED, "LOCAL_WORLD_SIZE": "2"},
+            hardware.Choice(4, "8 cores for 2 process(es)"),
+        ),
+        (
+            {"OMP_NUM_THREADS": "2", **LAUNCHED},
+            hardware.Choice(2, "num_cpu_threads_per_process of the launch file"),
+        ),
     ],
 )
-def test_launched_without_a_number_of_threads_all_cores_are_shared(
-    environment: dict[str, str], threads: int, monkeypatch: pytest.MonkeyPatch
+def test_without_a_number_of_threads_the_cores_are_shared(
+    environment: dict[str, str], threads: hardware.Choice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "cores", lambda: 8)
+    monkeypatch.setattr(hardware, "_environment_before_launch", dict)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert hardware.threads().value == threads
+    assert hardware.threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"), [({}, "cores for 2 process(es)"), ({"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS")]
+)
+def test_under_a_launcher_only_the_users_number_of_threads_counts(
+    own: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "step.py").write_text("from pipeline import hardware\nprint(hardware.threads().reason)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = "accelerate.commands.launch --num_processes 2 --config_file".split()
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(ROOT / "accelerate_config.yaml"), "-m", "step"],
+        env={**environment, **own, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [line.partition(" ")[2] if own == {} else line for line in done.stdout.split("\n")[:2]] == [reason] * 2
+
+
+def test_the_runner_does_not_choose_a_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    code = f"import os, pathlib; pathlib.Path({str(tmp_path / 'out')!r}).write_text(' '.join(os.environ))"
+    assert processes.run([sys.executable, "-c", code], os.environ, ()) == (0, None)
+    names = (tmp_path / "out").read_text().split()
+    assert "OMP_NUM_THREADS" not in names and "HF_HUB_DISABLE_TELEMETRY" in names
 
 
 def test_every_choice_has_a_reason() -> None:

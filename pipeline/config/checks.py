@@ -1,4 +1,4 @@
-"""Which values of single fields make sense."""
+"""Checks of field values: ranges, choices, and fields that contradict each other."""
 
 from __future__ import annotations
 
@@ -8,113 +8,87 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token
+
+from pipeline import hardware
 from pipeline.errors import Problem
 
+Range = tuple[Callable[[Any], bool], str]
 
-def _at_least(bound: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: bound <= value < math.inf, f"must be a number of at least {bound:g}"
-
-
-def _above(bound: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: bound < value < math.inf, f"must be a number above {bound:g}"
+LARGEST = 2**53
+"""Bound of every number: the largest below which floating point keeps whole numbers apart."""
 
 
-def _from_to(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: low <= value <= high, f"must be between {low:g} and {high:g}"
+def _at_least(low: float) -> Range:
+    return lambda value: low <= value < LARGEST, f"must be a number of at least {low:g}, below 2^53"
 
 
-def _below_one() -> tuple[Callable[[Any], bool], str]:
-    return lambda value: 0 <= value < 1, "must be at least 0 and below 1"
+def _above(low: float) -> Range:
+    return lambda value: low < value < LARGEST, f"must be a number above {low:g}, below 2^53"
 
 
-MOST_TOKENS = 1 << 24
-"""Largest vocabulary that a tokenizer is trained for; the trainer asks for the memory of all of it at once."""
+def _between(low: float, high: float) -> Range:
+    return lambda value: low <= value <= high, f"must be between {low:,} and {high:,}"
 
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "learning_rate": _above(0),
-    "num_train_epochs": _above(0),
-    "max_steps": (lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for num_train_epochs"),
-    "per_device_train_batch_size": _at_least(1),
-    "per_device_eval_batch_size": _at_least(1),
-    "gradient_accumulation_steps": _at_least(1),
-    "eval_steps": _above(0),
-    "eval_delay": _at_least(0),
-    "eval_accumulation_steps": _at_least(1),
-    "ddp_timeout": _at_least(1),
-    "save_steps": _above(0),
-    "logging_steps": _above(0),
-    "save_total_limit": _at_least(1),
-    "warmup_steps": _at_least(0),
-    "warmup_ratio": _from_to(0, 1),
-    "weight_decay": _at_least(0),
-    "max_grad_norm": _at_least(0),
-    "adam_beta1": _below_one(),
-    "adam_beta2": _below_one(),
-    "adam_epsilon": _above(0),
-    "label_smoothing_factor": _below_one(),
-    "seed": _from_to(0, 2**32 - 1),
-    "data_seed": _from_to(0, 2**32 - 1),
-    "dataloader_num_workers": _at_least(0),
-    "block_size": _at_least(2),
-    "max_length": _at_least(2),
-    "max_train_samples": _at_least(1),
-    "max_eval_samples": _at_least(1),
-    "validation_share": _from_to(0, 0.5),
-    "lora_r": _at_least(1),
-    "lora_alpha": _above(0),
-    "lora_dropout": _below_one(),
-    "num_generations": _at_least(1),
-    "num_iterations": _at_least(1),
-    "max_completion_length": _at_least(1),
-    "temperature": _above(0),
-    "top_p": (lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
-    "min_p": _below_one(),
-    "top_k": _at_least(0),
-    "repetition_penalty": _above(0),
-    "beta": _at_least(0),
-    "epsilon": _above(0),
-    "epsilon_high": _above(0),
-    "ref_model_sync_steps": _at_least(1),
-    "reward_weights": (math.isfinite, "must be numbers"),
-    "steps_per_generation": _at_least(1),
-    "generation_batch_size": _at_least(1),
-    "num_generations_eval": _at_least(1),
-    "neftune_noise_alpha": _above(0),
-    "dataset_num_proc": _at_least(1),
-    "pad_to_multiple_of": _at_least(1),
-    "dataloader_prefetch_factor": _at_least(1),
-    "muon_learning_rate": _above(0),
-    "embedding_learning_rate": _above(0),
-    "kl_coef": _at_least(0),
-    "center_rewards_coefficient": _at_least(0),
-    "gamma": _from_to(0, 1),
-    "lam": _from_to(0, 1),
-    "cliprange": _above(0),
-    "cliprange_value": _above(0),
-    "vf_coef": _at_least(0),
-    "value_learning_rate": _at_least(0),
-    "missing_eos_penalty": _at_least(0),
-    "rope_theta": _above(0),
-    "model_max_length": _at_least(1),
-    "vocab_size": _from_to(1, MOST_TOKENS),
-    "size_mb": _above(0),
-    "samples_per_prompt": _at_least(2),
-    "pairs_per_prompt": _at_least(1),
-    "max_prompts": _at_least(1),
-    "max_eval_prompts": _at_least(1),
-    "max_new_tokens": _at_least(1),
-    "batch_size": _at_least(1),
-    "limit": _at_least(1),
-    "samples": _at_least(1),
+
+ANY_OTHER = _at_least(0)
+"""Range of the numbers that `RANGES` does not list."""
+
+RANGES: dict[str, Range] = {
+    name: fits
+    for names, fits in {
+        # Data
+        "max_train_samples max_eval_samples max_prompts max_eval_prompts limit samples pairs_per_prompt": _at_least(1),
+        "block_size max_length samples_per_prompt": _at_least(2),
+        "dataset_num_proc": _between(1, 1024),
+        "dataloader_num_workers": _between(0, 1024),
+        "dataloader_prefetch_factor pad_to_multiple_of": _at_least(1),
+        "validation_share": _between(0, 0.5),
+        "size_mb": _above(0),
+        # Models
+        "hidden_size intermediate_size max_position_embeddings model_max_length": _between(1, 1 << 24),
+        "num_hidden_layers num_attention_heads num_key_value_heads": _between(1, 4096),
+        "vocab_size": _between(1, 1 << 24),  # the trainer of the tokenizer allocates all of it at once
+        "rope_theta initializer_range": _above(0),
+        "lora_r": _at_least(1),
+        "lora_alpha": _above(0),
+        # Training
+        "learning_rate muon_learning_rate embedding_learning_rate num_train_epochs adam_epsilon": _above(0),
+        "logging_steps eval_steps save_steps neftune_noise_alpha": _above(0),
+        "per_device_train_batch_size per_device_eval_batch_size batch_size gradient_accumulation_steps": _at_least(1),
+        "save_total_limit eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb": _at_least(1),
+        "ddp_timeout": _between(1, 10**9),  # seconds; more overflow a timedelta
+        "warmup_ratio": _between(0, 1),
+        "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout min_p": (
+            lambda value: 0 <= value < 1,
+            "must be at least 0 and below 1",
+        ),
+        "seed data_seed": _between(0, 2**32 - 1),
+        "max_steps": (lambda value: value == -1 or 1 <= value < LARGEST, "must be at least 1, or -1 for no limit"),
+        "local_rank": _at_least(-1),
+        # Rollouts
+        "num_generations num_generations_eval num_iterations steps_per_generation generation_batch_size": _at_least(1),
+        "max_completion_length max_new_tokens ref_model_sync_steps": _at_least(1),
+        "temperature repetition_penalty epsilon epsilon_high delta cliprange cliprange_value": _above(0),
+        "sapo_temperature_neg sapo_temperature_pos vllm_server_timeout": _above(0),
+        "top_p top_entropy_quantile vllm_gpu_memory_utilization": (
+            lambda value: 0 < value <= 1,
+            "must be above 0 and at most 1",
+        ),
+        "gamma lam ref_model_mixup_alpha": _between(0, 1),
+        "vllm_server_port vllm_group_port": _between(1, 65535),
+        "vllm_tensor_parallel_size vllm_max_model_length": _at_least(1),
+        "reward_weights": (math.isfinite, "must be numbers"),
+    }.items()
+    for name in names.split()
 }
-"""Fields of any argument dataclass, and the values that make sense (of every item of a list). `None` is left to the
-dataclass."""
+"""Values that make sense, of fields of any argument dataclass (of every item of a list)."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "lora_task_type": ("CAUSAL_LM", "SEQ_CLS"),
 }
-"""Fields that the libraries take any text for, and refuse it, if at all, when training has begun."""
+"""Fields that accept any text when they are parsed, and fail on most of it only once training has begun."""
 
 ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "luspo", "sapo", "vespo"),
@@ -122,93 +96,131 @@ ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
     "importance_sampling_level": ("token", "sequence"),
     "vllm_mode": ("server", "colocate"),
 }
-"""The same of GRPO and PPO, where some names mean something else than elsewhere."""
+"""Such fields of `GRPOConfig`; other dataclasses have fields of the same names with other values."""
+
+MAY_BE_EMPTY = ("debug", "system_prompt")
+"""Text fields for which the empty string is a value."""
 
 
-def check_ranges(asked: Mapping[str, Any]) -> list[Problem]:
-    """Numbers that make no sense.
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
+    """Return the numbers that make no sense.
 
     Args:
-        asked: What the user gave, by field.
+        values: Values by field; other types, and None, are left to the dataclass.
     """
     problems = []
-    for name, (fits, remedy) in RANGES.items():
-        value = asked.get(name)
-        numbers = [
-            item
-            for item in (value if isinstance(value, list) else [value])
-            if isinstance(item, int | float) and not isinstance(item, bool)
-        ]
+    for name, value in values.items():
+        numbers = [item for item in _items(value) if isinstance(item, int | float) and not isinstance(item, bool)]
+        fits, remedy = RANGES.get(name, ANY_OTHER)
         if not all(map(fits, numbers)):
             problems.append(Problem(name, value, remedy))
     return problems
 
 
-def check_choices(asked: Mapping[str, Any], hints: Mapping[str, Any]) -> list[Problem]:
-    """Names that nothing is known by, and text where a mapping is wanted.
+def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: bool) -> list[Problem]:
+    """Return the text that is empty, that is not one of the choices, or that stands where a mapping is expected.
 
     Args:
-        asked: What the user gave, by field.
-        hints: Types of all fields of the stage.
+        asked: Values that the user gave, by field.
+        hints: Type of every field of the recipe, by name.
+        rollouts: Whether the fields of `GRPOConfig` are among them.
     """
     problems = []
-    known = {**CHOICES, **(ROLLOUT_CHOICES if "num_generations" in hints else {})}
+    choices = {**CHOICES, **(ROLLOUT_CHOICES if rollouts else {})}
     for name, value in asked.items():
-        if not isinstance(value, str):
-            continue
-        if name in known and value not in known[name]:
-            problems.append(Problem(name, value, f"must be one of {', '.join(known[name])}"))
-        takes_file = not name.endswith("_kwargs")
-        if "dict" in str(hints[name]) and not (takes_file and not value.startswith("{")):
+        texts = [item for item in _items(value) if isinstance(item, str)]
+        if any("\0" in text for text in texts):
+            problems.append(Problem(name, repr(value), "contains a NUL character; remove it"))
+        elif "" in texts and name not in MAY_BE_EMPTY:
+            problems.append(Problem(name, repr(value), "is empty; give a value, or null for none"))
+        elif name in choices and any(text not in choices[name] for text in texts):
+            problems.append(Problem(name, value, f"must be one of {', '.join(choices[name])}"))
+        # The libraries take the path of a JSON file for some mappings, but not for keyword arguments.
+        elif texts and "dict" in str(hints[name]) and (name.endswith("_kwargs") or value.startswith("{")):
             problems += _check_mapping(name, value)
     return problems
 
 
 def _check_mapping(name: str, text: str) -> list[Problem]:
-    wanted = "write a mapping as JSON, such as '{\"name\": 1}'"
+    expected = "write a mapping as JSON, such as '{\"name\": 1}'"
     try:
         content = json.loads(text)
-    except ValueError as error:
-        return [Problem(name, text, f"{wanted} ({error})")]
-    return [] if isinstance(content, dict) else [Problem(name, text, wanted)]
+    except (ValueError, RecursionError) as error:
+        return [Problem(name, text, f"{expected} ({error})")]
+    return [] if isinstance(content, dict) else [Problem(name, text, expected)]
 
 
-def check_together(arguments: Iterable[Any], told: Collection[str]) -> list[Problem]:
-    """Fields that make no sense with each other, or with what is on the disk.
+def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
+    """Return the options that this machine lacks, or that the recipes do not offer.
+
+    Args:
+        asked: Values that the user gave, by field.
+    """
+    problems = []
+    best = hardware.precision()
+    for name, dtype in (("bf16", "bf16"), ("fp16", "fp16"), ("fp16_full_eval", "fp16")):
+        if asked.get(name) and not hardware.supports(dtype):
+            remedy = f"not supported on this machine; omit it to use {best.value} ({best.reason})"
+            problems.append(Problem(name, True, remedy))
+    if asked.get("bf16") and asked.get("fp16"):
+        problems.append(Problem("bf16", True, "excludes fp16; choose one"))
+    if asked.get("use_cpu") is False and hardware.accelerator() is None:
+        problems.append(Problem("use_cpu", False, "this machine has only a CPU; omit it"))
+    if asked.get("trust_remote_code"):
+        problems.append(Problem("trust_remote_code", True, "code from the Hub is never run here; omit it"))
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if asked.get(name):
+            problems.append(Problem(name, True, "quantised training is not supported; omit it"))
+    if asked.get("push_to_hub") and get_token() is None:
+        problems.append(Problem("push_to_hub", True, "needs a token: log in with `hf auth login`, or set HF_TOKEN"))
+    return problems
+
+
+def check_together(
+    arguments: Iterable[Any], reported: Collection[str], on_command_line: Collection[str]
+) -> list[Problem]:
+    """Return the fields that contradict each other, or the files that they name.
 
     Args:
         arguments: Argument dataclasses.
-        told: Fields whose values are wrong already, and have been left out.
+        reported: Fields whose values are known to be wrong, and were left out.
+        on_command_line: Fields that the command line gave.
     """
     values = {name: getattr(item, name) for item in arguments for name in vars(item)}
     problems = []
-    steps = values.get("max_steps", 0)
-    if values.get("dataset_streaming") and steps <= 0 and "max_steps" not in told:
+    steps, warmup = values.get("max_steps", 0), values.get("warmup_steps", 0)
+    if values.get("dataset_streaming") and steps <= 0 and "max_steps" not in reported:
         problems.append(Problem("max_steps", steps, "must be given: a stream has no length"))
+    # A trial, `--max_steps 2`, does not have to lower the file's warm-up as well.
+    if warmup > steps > 0 and not ("max_steps" in on_command_line and "warmup_steps" not in on_command_line):
+        remedy = f"is more than max_steps ({steps}), and the learning rate would never be reached; lower it"
+        problems.append(Problem("warmup_steps", f"{warmup:g}", remedy))
     layers = f"{values.get('lora_target_modules')} {values.get('lora_modules_to_save')}"
     if values.get("use_peft") and "embed" not in layers and "lm_head" not in layers:
         for field, unset in (("use_muon", "false"), ("embedding_learning_rate", "null")):
             if values.get(field):
-                remedy = f"LoRA trains no embeddings; leave it out, or set it to {unset}"
+                remedy = f"LoRA does not train embeddings; omit it, or set it to {unset}"
                 problems.append(Problem(field, values[field], remedy))
-    if values.get("output_dir") == "":
-        problems.append(Problem("output_dir", "nothing", "give a directory"))
-    if name := values.get("resume_from_checkpoint"):
-        otherwise = "leave it out to go on from the newest complete checkpoint"
-        if not Path(str(name)).is_dir():
-            problems.append(Problem("resume_from_checkpoint", name, f"is no directory; {otherwise}"))
-        elif not (Path(str(name)) / "trainer_state.json").is_file():
-            problems.append(Problem("resume_from_checkpoint", name, f"is no checkpoint; {otherwise}"))
-        elif not _holds_state(Path(str(name)) / "trainer_state.json"):
-            problems.append(Problem("resume_from_checkpoint", name, f"is damaged; {otherwise}"))
+    if (name := values.get("resume_from_checkpoint")) and (fault := _validate_checkpoint(Path(str(name)))):
+        remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
+        problems.append(Problem("resume_from_checkpoint", name, remedy))
     if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
-        problems.append(Problem("dataloader_persistent_workers", True, "needs dataloader_num_workers; leave it out"))
+        problems.append(Problem("dataloader_persistent_workers", True, "needs dataloader_num_workers; omit it"))
     return problems
 
 
-def _holds_state(file: Path) -> bool:
-    """Whether a checkpoint's record of the training can be read."""
+def _validate_checkpoint(path: Path) -> str | None:
+    """Return what is wrong with the folder of a checkpoint, or None."""
+    if not path.is_dir():
+        return "is not a directory"
+    if not (path / "trainer_state.json").is_file():
+        return "is not a checkpoint"
     try:
-        return "global_step" in dict(json.loads(file.read_text()))
+        intact = "global_step" in dict(json.loads((path / "trainer_state.json").read_text()))
     except (OSError, ValueError, TypeError):
-        return False
+        intact = False
+    return None if intact else "is damaged"

@@ -1,4 +1,4 @@
-"""The command line of a recipe: `argparse`, with every mistake told at once instead of the first one."""
+"""The command line of a recipe: `argparse`, reporting every mistake instead of stopping at the first one."""
 
 from __future__ import annotations
 
@@ -9,30 +9,42 @@ from typing import Any, get_args
 
 from trl import TrlParser
 
-from pipeline.config.yaml_file import describe, read_yaml
+from pipeline.config.yaml_file import describe_type, read_yaml
 from pipeline.errors import Problem, UserError
 
 
 class Parser(TrlParser):
-    """TRL's parser; a mistake on the command line is raised as `argparse.ArgumentError`, never printed."""
+    """TRL's parser; a mistake on the command line is raised as `argparse.ArgumentError`, never printed.
+
+    Args:
+        dataclass_types: Dataclasses whose fields are the options.
+    """
 
     def __init__(self, dataclass_types: Iterable[Any]) -> None:
-        # An abbreviation (`--learn 1`) would be accepted, and start to mean something else with the next
-        # release.
+        # Abbreviations (`--learn 1`) are off: the next release may give them another meaning.
         super().__init__(dataclass_types, allow_abbrev=False, exit_on_error=False)
+        if not dataclass_types:  # for which TRL leaves the attribute out
+            self.dataclass_types: list[Any] = []
+        self.option_choices = {action.dest: list(action.choices) for action in self._actions if action.choices}
 
     def error(self, message: str) -> Any:
         raise argparse.ArgumentError(None, message)
 
 
 def take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Remove `--config PATH` from the command line, and read what it names."""
+    """Remove `--config PATH` from the command line, and read that file.
+
+    Args:
+        arguments: The command line, changed in place.
+
+    Returns:
+        The content of the file, empty without one, and what is wrong with it.
+    """
     paths: list[str] = []
     for position in reversed([i for i, text in enumerate(arguments) if text.partition("=")[0] == "--config"]):
-        _, sign, path = arguments[position].partition("=")
-        value = [path] if sign else _value_at(arguments, position)[:1]
-        paths.insert(0, value[0] if value else "")
-        del arguments[position : position + (1 if sign else 1 + len(value))]
+        values = _values_at(arguments, position)[:1]
+        paths.insert(0, values[0] if values else "")
+        del arguments[position : position + (1 if "=" in arguments[position] else 1 + len(values))]
     if not paths:
         return {}, []
     if "" in paths:
@@ -45,16 +57,26 @@ def take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
         return {}, list(error.problems)
 
 
-def unknown(name: str, value: object, known: Iterable[str]) -> Problem:
-    nearest = difflib.get_close_matches(name.lstrip("-"), list(known), n=1)
+def unknown_field(name: str, value: object, known: Iterable[str]) -> Problem:
+    """Return the problem of a field that no dataclass has, with the nearest name as a suggestion."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
     remedy = f"unknown field; did you mean `{nearest[0]}`?" if nearest else "unknown field; see --help for those known"
     return Problem(name, value, remedy)
 
 
 def read_command_line(
-    parser: Parser, arguments: list[str], hints: dict[str, Any]
+    parser: Parser, arguments: list[str], hints: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Values given on the command line, by field name, and what is wrong with the rest."""
+    """Parse the options.
+
+    Args:
+        parser: Changed in place: no option is required, and none has a default.
+        arguments: The command line without `--config`, changed in place.
+        hints: Type of every field, by name.
+
+    Returns:
+        The values by field name, and the problems of the rest.
+    """
     problems: list[Problem] = []
     for action in parser._actions:
         action.required = False
@@ -65,52 +87,40 @@ def read_command_line(
     while True:
         try:
             namespace, rest = parser.parse_known_args(arguments)
+            break
         except argparse.ArgumentError as error:
-            # argparse stops at the first mistake: note it, take that option away, and go on to the next.
-            option = (error.argument_name or "").split("/")[0]
+            # argparse stops at the first mistake: note it, remove that option, and parse the rest.
             names = (error.argument_name or "").split("/")
-            at = [i for i, text in enumerate(arguments) if text.partition("=")[0] in names]
-            if not at:
-                problems.append(Problem("command line", " ".join(arguments), error.message))
-                return {}, problems
-            values = {i: _value_at(arguments, i) for i in at}
-            # An option may stand there twice; the message tells the value of the wrong one.
-            wrong = next((i for i in reversed(at) if repr(values[i][-1:]).strip("[]") in error.message), at[0])
-            name = option.lstrip("-").replace("-", "_")
-            value = " ".join(values[wrong])
-            problems.append(Problem(name, repr(value), f"must be {_describe(parser, name, hints)}"))
+            values = {
+                i: _values_at(arguments, i) for i, text in enumerate(arguments) if text.partition("=")[0] in names
+            }
+            if not values:
+                return {}, [*problems, Problem("command line", " ".join(arguments), error.message)]
+            # An option may be given twice; the message contains the value of the wrong one.
+            quoted = {i: repr(words[-1:]).strip("[]") for i, words in values.items()}
+            wrong = next((i for i in reversed(values) if quoted[i] in error.message), min(values))
+            name = names[0].lstrip("-").replace("-", "_")
+            expected = parser.option_choices.get(name)
+            remedy = f"one of {', '.join(map(str, expected))}" if expected else describe_type(hints.get(name, str))
+            problems.append(Problem(name, repr(" ".join(values[wrong])), f"must be {remedy}"))
             del arguments[wrong : wrong + 1 + (0 if "=" in arguments[wrong] else len(values[wrong]))]
+    while rest:
+        name, _, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            problems.append(Problem("command line", name, "does not belong to any option; see --help"))
             continue
-        break
-    position = 0
-    while position < len(rest):
-        name, _, value = rest[position].partition("=")
-        position += 1
-        if name.startswith("--"):
-            if not value and position < len(rest) and not rest[position].startswith("--"):
-                value = rest[position]
-                position += 1
-            problems.append(unknown(name[2:].replace("-", "_"), value, hints))
-        else:
-            problems.append(Problem("command line", name, "belongs to no option; see --help"))
+        if not value and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        problems.append(unknown_field(name[2:].replace("-", "_"), value, hints))
     given = {name: value for name, value in vars(namespace).items() if name in hints}
-    # `null`, as in YAML, takes back what the file says; argparse would take it for text.
+    # `null`, as in YAML, takes back what the file says; argparse reads it as text.
     optional = {name for name in given if type(None) in get_args(hints[name])}
-    return {
-        name: None if name in optional and value in ("null", ["null"]) else value for name, value in given.items()
-    }, problems
+    nulls = {name for name in optional if given[name] in ("null", ["null"])}
+    return {name: None if name in nulls else value for name, value in given.items()}, problems
 
 
-def _describe(parser: Parser, name: str, hints: Mapping[str, Any]) -> str:
-    """What an option takes, in words."""
-    action = next((action for action in parser._actions if action.dest == name), None)
-    if action is not None and action.choices:
-        return "one of " + ", ".join(str(choice) for choice in action.choices)
-    return describe(hints.get(name, str))
-
-
-def _value_at(arguments: list[str], position: int) -> list[str]:
-    """What an option on the command line is given: `--option=value`, or all words until the next option."""
+def _values_at(arguments: list[str], position: int) -> list[str]:
+    """Return the values of the option at a position: `--option=value`, or all words until the next option."""
     _, sign, value = arguments[position].partition("=")
     if sign:
         return [value]

@@ -1,45 +1,34 @@
-"""The directory that a run writes to: whether it may, whose it is, and that nobody else writes there
-meanwhile."""
+"""The output directory of a run: whether the run may write to it, and the record of the run that it belongs to."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from pipeline.errors import Problem
 from pipeline.files import below_a_file, unwritable, write_text
-
-logger = logging.getLogger(__name__)
 
 RECORD = "arguments.json"
 """The resolved arguments of the run that a directory belongs to."""
 
 RESOLVED = "resolved_arguments"
-"""Attribute of the training arguments that holds the record from parsing to the start of the training,
-because trainers
-change their arguments in between."""
+"""Attribute of the training arguments that keeps the record until training starts: trainers change their arguments."""
 
-READ = (
-    "model_name_or_path",
-    "tokenizer_name_or_path",
-    "dataset_name",
-    "reward_model_path",
-    "value_model_path",
-)
+READ = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path")
 """Fields that may name a directory which a run reads."""
 
 WRITTEN = (
     "README.md", "config.json", "adapter_config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "trainer_state.json",
 )  # fmt: skip
-"""Files that a run writes over, whoever wrote them."""
-
+"""Files that a run overwrites, whoever wrote them."""
 
 WITHOUT_EFFECT = re.compile(
     r"output_dir|logging_|log_|save_|eval_|hub_|push_|report_to|run_name|project|trackio|disable_tqdm|"
@@ -48,66 +37,80 @@ WITHOUT_EFFECT = re.compile(
     r"load_best_model|metric_for_best|greater_is_better|activation_checkpointing|gradient_checkpointing|"
     r"include_num_input|skip_memory|debug|dataset_test_split|max_eval_samples"
 )
-"""Beginnings of fields that may change between a run and its continuation: where it writes, what it reports,
-what the machine decides."""
+"""Prefixes of fields that may change when a run is resumed: where it writes, what it reports, what the machine
+decides."""
 
 
-def check(arguments: Iterable[Any]) -> list[Problem]:
-    """Find out before anything is written whether a run may write to its output directory.
+def check_output_directory(arguments: Iterable[Any]) -> list[Problem]:
+    """Check, before anything is written, that the run may write to its output directory.
 
     Args:
-        arguments: The run's argument dataclasses; of those, the one with an `output_dir` that is set.
+        arguments: The run's argument dataclasses. Without `TrainingArguments` among them nothing is checked.
 
     Returns:
-        Why it may not: no permission, no directory, or the run of another configuration.
+        Why it may not: it is not writable, it is what the run reads, or it belongs to another run.
     """
     items = list(arguments)
-    output_dir = next((item.output_dir for item in items if getattr(item, "output_dir", None)), None)
-    if output_dir is None or not any(hasattr(item, "save_strategy") for item in items):
+    output_dir = next((item.output_dir for item in items if isinstance(item, TrainingArguments)), None)
+    if output_dir is None:
         return []
-    path = Path(output_dir)
+    path, present = Path(output_dir), to_record(items)
+    if problem := _check_path(path):
+        return [problem]
+    if remedy := _check_inputs(path, present) or _check_earlier_run(path, present):
+        return [Problem("output_dir", output_dir, remedy)]
+    return []
+
+
+def _check_path(path: Path) -> Problem | None:
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
-        return [Problem("output_dir", output_dir, f"is no path that can be written to ({error}); correct it")]
+        return Problem("output_dir", path, f"is not a valid path ({error}); choose another one")
+    if path.resolve() == Path(path.resolve().anchor):
+        return Problem("output_dir", path, "is the root of the file system; choose another directory")
     if path.is_symlink() and not path.exists():
-        return [Problem("output_dir", output_dir, "is a link to a directory that is not there; make that")]
-    if problem := below_a_file(path):
-        return [problem]
-    if problem := unwritable(output_dir, (path, *path.absolute().parents)):
-        return [problem]
-    record, present = path / RECORD, describe(items)
+        return Problem("output_dir", path, "is a dangling symlink; create its target")
+    return below_a_file(path) or unwritable(path, (path, *path.absolute().parents))
+
+
+def _check_inputs(path: Path, present: Mapping[str, Any]) -> str | None:
+    """Return why a run that reads `present` must not write to `path`, or None."""
     for name in READ:
-        read = [Path(str(value)) for value in _as_list(present.get(name)) if value]
-        if any(other.exists() and other.resolve() == path.resolve() for other in read):
-            return [Problem("output_dir", output_dir, f"is what {name} names, and would be written over")]
+        value = present.get(name)
+        for other in map(Path, map(str, filter(None, value if isinstance(value, list) else [value]))):
+            if other.exists() and other.resolve() == path.resolve():
+                return f"is the value of {name} too, and would be overwritten; choose another directory"
     data = Path(str(present.get("dataset_name") or ""))
     if present.get("dataset_name") and data.is_dir() and path.resolve().is_relative_to(data.resolve()):
-        return [Problem("output_dir", output_dir, "lies inside dataset_name, and would be read with it")]
+        return "lies inside dataset_name, and would be read as data; choose another directory"
+    return None
+
+
+def _check_earlier_run(path: Path, present: Mapping[str, Any]) -> str | None:
+    """Return why a run with the arguments `present` cannot resume what is in `path`, or None."""
+    record = path / RECORD
     if not record.exists():
-        if found := [file for file in WRITTEN if (path / file).exists()]:
-            remedy = f"holds {found[0]}, which no recipe has written there; choose another directory"
-            return [Problem("output_dir", output_dir, remedy)]
-        return []
+        found = next((file for file in WRITTEN if (path / file).exists()), None)
+        return f"contains {found}, which was not written by a recipe; choose another directory" if found else None
     try:
         earlier = dict(json.loads(record.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        return [Problem("output_dir", output_dir, f"{record} cannot be read ({error}); choose another directory")]
+        return f"{record} cannot be read ({error}); choose another directory"
     changed = [
         f"{name} was {earlier.get(name)!r} and is {present.get(name)!r}"
         for name in sorted(set(earlier) & set(present))  # another release may know other fields
         if not WITHOUT_EFFECT.match(name) and earlier.get(name) != present.get(name)
     ]
     if not changed:
-        return []
-    remedy = f"holds a run of another configuration ({'; '.join(changed)}); choose another directory or delete it"
-    return [Problem("output_dir", output_dir, remedy)]
+        return None
+    return f"contains a run of another configuration ({'; '.join(changed)}); choose another directory or delete it"
 
 
 def expand(field: str, value: Any) -> Any:
-    """A path with `~` in it as the shell would give it; values of other fields as they are."""
+    """Expand `~` in the value of a field that names a path, as the shell would."""
     if field not in (*READ, "output_dir", "resume_from_checkpoint"):
         return value
     if isinstance(value, list):
@@ -115,27 +118,19 @@ def expand(field: str, value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def claim(args: Any) -> None:
-    """Record in the output directory whose it is.
+def claim(args: TrainingArguments) -> None:
+    """Record in the output directory which run it belongs to.
 
     Args:
-        args: Training arguments; if they did not come from `arguments.parse`, nothing is recorded.
+        args: Training arguments; nothing is recorded if they were not built by `parser.parse`.
     """
     resolved = getattr(args, RESOLVED, None)
     if resolved is not None:
         write_text(Path(args.output_dir) / RECORD, json.dumps(resolved, indent=1) + "\n")
 
 
-def describe(arguments: Iterable[Any]) -> dict[str, Any]:
-    """Resolved arguments as JSON holds them, without tokens.
-
-    Args:
-        arguments: Argument dataclasses.
-    """
+def to_record(arguments: Iterable[Any]) -> dict[str, Any]:
+    """Return resolved argument dataclasses as one mapping, as JSON holds it, without tokens."""
     values = {field.name: getattr(item, field.name) for item in arguments for field in dataclasses.fields(item)}
     plain = {name: value for name, value in values.items() if not name.endswith("_token")}
     return json.loads(json.dumps(plain, sort_keys=True, default=str))

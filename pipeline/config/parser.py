@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to dataclasses: TRL's parser, with every mistake told at once."""
+"""Build a recipe's argument dataclasses from a YAML file and the command line, reporting all mistakes at once."""
 
 from __future__ import annotations
 
@@ -8,29 +8,37 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_type_hints
 
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
+from trl import GRPOConfig
 
 from pipeline import hardware, launch
 from pipeline.config import checks, output_directory
-from pipeline.config.command_line import Parser, read_command_line, take_config, unknown
-from pipeline.config.yaml_file import convert, describe
+from pipeline.config.command_line import Parser, read_command_line, take_config, unknown_field
+from pipeline.config.yaml_file import convert
 from pipeline.errors import Problem, UserError, begin_preparation, field_named_in
 
 REQUIRED = "is required"
 
+SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
+"""Fields that the machine decides, and another field by which the user may have decided the same."""
+
+
+REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, ImportError, OSError, ArithmeticError)
+"""What dataclasses raise for arguments that they reject."""
+
 
 class RefusedArguments(UserError):
-    """Arguments that are wrong, and those dataclasses that could be built all the same.
+    """Arguments that are wrong.
 
     Args:
         problems: What is wrong with the YAML file and the command line.
-        built: The dataclasses that could be built; empty if the YAML file could not be read.
-        hints: Type of every field, by name.
+        built: The dataclasses that could be built in spite of that; empty if the YAML file could not be read.
+        types: All dataclasses of the recipe.
     """
 
-    def __init__(self, problems: Sequence[Problem], built: Sequence[Any], hints: Mapping[str, Any]) -> None:
+    def __init__(self, problems: Sequence[Problem], built: Sequence[Any], types: Sequence[type]) -> None:
         super().__init__(*problems)
-        self.built, self.hints = built, hints
+        self.built, self.types = built, types
 
 
 def argument_types(main: Callable[..., Any]) -> list[type]:
@@ -40,95 +48,97 @@ def argument_types(main: Callable[..., Any]) -> list[type]:
 
 
 def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Build dataclasses from `--config FILE.yaml`, from the command line, which overrides it, and for this
-    machine.
+    """Build dataclasses from `--config FILE.yaml`, from the command line, which overrides it, and for this machine.
 
-    What the machine decides (`hardware.training_defaults`: precision, backend, ...) holds where the user said
-    nothing. A run that begins with this function sends no telemetry and uses the machine's cores
-    (`hardware.threads`).
+    What the machine decides (`hardware.training_defaults`: precision, backend, ...) applies where the user gave
+    nothing. The process is prepared as well (`launch.prepare_process`): no telemetry, all of the machine's cores.
 
     Args:
         *dataclass_types: Dataclasses whose fields are the options, as for TRL's and transformers' parsers.
-        argv: Command line without the program's name; that of the process if not given.
+        argv: Command line without the program's name. Default: that of the process.
 
     Returns:
-        One instance for each type, in order.
+        One instance of each type, in order.
 
     Raises:
-        UserError: With all that is wrong with the file and the command line.
+        RefusedArguments: With everything that is wrong with the file and the command line.
     """
     launch.prepare_process()
     parser = Parser(dataclass_types)
-    if not dataclass_types:
-        parser.dataclass_types = []
     arguments = list(sys.argv[1:] if argv is None else argv)
+    hints = _hints(*dataclass_types)
     config, problems = take_config(arguments)
     unreadable = bool(problems)
-    hints = {name: hint for kind in dataclass_types for name, hint in _hints(kind).items()}
-    choices = _choices(parser)
     problems += _set_environment(config.pop("env", None))
-    values, more = _read_values(config, hints, choices)
+    from_file, more = _read_values(config, hints, parser)
     problems += more
-    given, more = read_command_line(parser, arguments, hints)
+    from_command_line, more = read_command_line(parser, arguments, hints)
     problems += more
-    asked = {name: output_directory.expand(name, value) for name, value in {**values, **given}.items()}
+    asked = {name: output_directory.expand(name, value) for name, value in {**from_file, **from_command_line}.items()}
     if asked.get("hub_token"):
         # As an argument it would be written to disk with all the others.
         os.environ["HF_TOKEN"] = asked.pop("hub_token")
-    # What is told once is left out from there on, or its default would be judged next.
-    wrong = _check_each(asked, hints)
+    wrong = _check_each(asked, hints, dataclass_types)
     problems += wrong
-    told = {problem.field for problem in wrong}
-    kept = {name: value for name, value in asked.items() if name not in told}
+    # A field that is reported is left out from here on, and its default is not judged.
+    reported = {problem.field for problem in wrong}
+    kept = {name: value for name, value in asked.items() if name not in reported}
     machine = {
         name: choice.value
         for name, choice in hardware.training_defaults().items()
-        if name in hints and name not in kept and not _replaces(name, asked)
+        if name in hints and name not in kept and SAME_SETTING.get(name) not in asked
     }
     built, refused = _build(dataclass_types, machine, kept)
     if unreadable:  # what is missing is in the file
         refused = [problem for problem in refused if problem.remedy != REQUIRED]
-    problems += refused + checks.check_together(built, told)
-    problems += [problem for item in built if hasattr(item, "world_size") for problem in launch.check_launch(item)]
-    problems += output_directory.check(built)
+    training = next((item for item in built if isinstance(item, TrainingArguments)), None)
+    problems += refused + checks.check_together(built, reported, from_command_line)
+    problems += launch.check_launch(training) if training is not None else []
+    problems += output_directory.check_output_directory(built)
     if problems:
-        raise RefusedArguments(problems, [] if unreadable else built, hints)
+        raise RefusedArguments(problems, [] if unreadable else built, dataclass_types)
+    if training is not None:
+        # Trainers set the seed themselves, but only after TRL has drawn adapters and score heads.
+        set_seed(training.seed)
+        setattr(training, output_directory.RESOLVED, output_directory.to_record(built))
+        begin_preparation(asked, hints, training.output_dir)
     for item in built:
-        if hasattr(item, "world_size"):
-            # Trainers set the seed themselves, but only after TRL has drawn adapters and score heads.
-            set_seed(item.seed)
-            setattr(item, output_directory.RESOLVED, output_directory.describe(built))
-            begin_preparation(asked, hints, item.output_dir)
         if isinstance(targets := getattr(item, "lora_target_modules", None), str) and targets.isidentifier():
-            # TRL makes text of a list of one name, which PEFT takes for a pattern of whole names.
+            # TRL turns a list of one name into a string, which PEFT reads as a pattern of whole names.
             item.lora_target_modules = [targets]
     return tuple(built)
 
 
-def check_values(config: Mapping[str, Any], dataclass_types: Iterable[Any]) -> list[Problem]:
-    """What `parse` would say about single values of a YAML file, without what they name or what they are together.
+def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> list[Problem]:
+    """Check each value of a YAML file alone, without the files that they name and without their combination.
 
     Args:
         config: Content of the file.
-        dataclass_types: As of `parse`.
+        dataclass_types: As for `parse`.
     """
-    kinds = list(dataclass_types)
-    hints = {name: hint for kind in kinds for name, hint in _hints(kind).items()}
-    values = {name: value for name, value in config.items() if name != "env"}
-    values, problems = _read_values(values, hints, _choices(Parser(kinds)))
-    return problems + _check_each(values, hints)
+    hints = _hints(*dataclass_types)
+    config = {name: value for name, value in config.items() if name != "env"}
+    values, problems = _read_values(config, hints, Parser(dataclass_types))
+    return problems + _check_each(values, hints, dataclass_types)
 
 
-def _check_each(asked: dict[str, Any], hints: dict[str, Any]) -> list[Problem]:
-    return checks.check_ranges(asked) + checks.check_choices(asked, hints) + _unsupported(asked)
+def _check_each(asked: Mapping[str, Any], hints: Mapping[str, Any], types: Iterable[type]) -> list[Problem]:
+    rollouts = any(issubclass(kind, GRPOConfig) for kind in types)
+    return [
+        *checks.check_ranges(asked),
+        *checks.check_text(asked, hints, rollouts),
+        *checks.check_supported(asked),
+    ]
 
 
-def _choices(parser: Parser) -> dict[str, list[Any]]:
-    return {action.dest: list(action.choices) for action in parser._actions if action.choices}
+def _hints(*dataclass_types: Any) -> dict[str, Any]:
+    """Return the type of every field, by name."""
+    resolved = {kind: get_type_hints(kind) for kind in dataclass_types}
+    return {item.name: resolved[kind][item.name] for kind in resolved for item in dataclasses.fields(kind) if item.init}
 
 
 def _set_environment(variables: Any) -> list[Problem]:
-    """Set what a YAML file's `env` says, where the user's environment says nothing."""
+    """Set the variables of a YAML file's `env` that the user's environment does not set."""
     if variables is not None and not isinstance(variables, dict):
         return [Problem("env", repr(variables), "must be a mapping from variables to values")]
     problems = []
@@ -141,72 +151,36 @@ def _set_environment(variables: Any) -> list[Problem]:
 
 
 def _read_values(
-    config: Mapping[str, Any], hints: dict[str, Any], choices: dict[str, list[Any]]
+    config: Mapping[str, Any], hints: Mapping[str, Any], parser: Parser
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """A YAML file's values as their fields take them, and what is wrong with the others."""
+    """Convert a YAML file's values to their fields' types; also return the problems of the others."""
     values: dict[str, Any] = {}
     problems = []
     for name, value in config.items():
         if name not in hints:
-            problems.append(unknown(str(name), value, hints))
+            problems.append(unknown_field(str(name), value, hints))
             continue
-        accepted, converted = convert(value, hints[name])
-        known = choices.get(name)
+        try:
+            converted = convert(value, hints[name])
+        except TypeError as error:
+            problems.append(Problem(name, repr(value), str(error)))
+            continue
+        known = parser.option_choices.get(name)
         items = converted if isinstance(converted, list) else [converted]
-        if not accepted:
-            problems.append(Problem(name, repr(value), f"must be {describe(hints[name])}"))
-        elif known is not None and converted is not None and any(item not in known for item in items):
+        if known is not None and converted is not None and any(item not in known for item in items):
             problems.append(Problem(name, repr(value), f"must be one of {', '.join(map(str, known))}"))
         else:
             values[name] = converted
     return values, problems
 
 
-def _hints(kind: Any) -> dict[str, Any]:
-    resolved = get_type_hints(kind)
-    return {item.name: resolved[item.name] for item in dataclasses.fields(kind) if item.init}
-
-
-def _replaces(name: str, asked: Iterable[str]) -> bool:
-    """Whether the user spoke about the same thing under another name."""
-    same = {"bf16": {"fp16"}, "fp16": {"bf16"}, "activation_checkpointing": {"gradient_checkpointing"}}
-    return bool(same.get(name, set()) & set(asked))
-
-
-def _unsupported(asked: dict[str, Any]) -> list[Problem]:
-    """What this machine lacks, and what the recipes don't do."""
-    problems = []
-    best = hardware.precision()
-    for name, dtype in (("bf16", "bf16"), ("fp16", "fp16"), ("fp16_full_eval", "fp16")):
-        if asked.get(name) and not hardware.supports(dtype):
-            remedy = f"this machine lacks it; leave it out to use {best.value} ({best.reason})"
-            problems.append(Problem(name, True, remedy))
-    if asked.get("bf16") and asked.get("fp16"):
-        problems.append(Problem("bf16", True, "excludes fp16; choose one"))
-    if asked.get("use_cpu") is False and hardware.accelerator() is None:
-        problems.append(Problem("use_cpu", False, "this machine has nothing else; leave it out"))
-    if asked.get("trust_remote_code"):
-        remedy = "code from the Hub is never run here; leave it out"
-        problems.append(Problem("trust_remote_code", True, remedy))
-    for name in ("load_in_8bit", "load_in_4bit"):
-        if asked.get(name):
-            problems.append(Problem(name, True, "models are not quantised here; leave it out"))
-    if asked.get("push_to_hub"):
-        from huggingface_hub import get_token
-
-        if get_token() is None:
-            remedy = "needs a token: log in by `hf auth login`, or set HF_TOKEN"
-            problems.append(Problem("push_to_hub", True, remedy))
-    return problems
-
-
 def _build(
-    dataclass_types: Iterable[Any], machine: dict[str, Any], asked: dict[str, Any]
+    dataclass_types: Iterable[Any], machine: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> tuple[list[Any], list[Problem]]:
-    """Instantiate the dataclasses; what their own validation refuses is told in their own words."""
+    """Instantiate the dataclasses; also return what their own validation rejects, in its own words."""
     built: list[Any] = []
     problems: list[Problem] = []
-    messages: set[str] = set()  # the same one, about another field, tells nothing new
+    messages: set[str] = set()  # one that is repeated about another field adds nothing
     for kind in dataclass_types:
         own = {name: value for name, value in {**machine, **asked}.items() if name in _hints(kind)}
         missing = [
@@ -217,10 +191,8 @@ def _build(
             and item.default is dataclasses.MISSING
             and item.default_factory is dataclasses.MISSING
         ]
-        if missing:
-            problems += [Problem(name, "nothing", REQUIRED) for name in missing]
-            continue
-        while True:
+        problems += [Problem(name, "nothing", REQUIRED) for name in missing]
+        while not missing:
             try:
                 built.append(kind(**own))
                 break
@@ -228,7 +200,8 @@ def _build(
                 UserError,
                 ValueError,
                 TypeError,
-                NotImplementedError,
+                LookupError,
+                RuntimeError,
                 ImportError,
                 OSError,
                 ArithmeticError,
@@ -247,22 +220,22 @@ def _build(
     return built, problems
 
 
-def _refused(error: Exception, kind: Any, own: dict[str, Any], asked: Iterable[str]) -> Sequence[Problem]:
-    """What a dataclass refuses: as it lists it, or else its message, for the field that this speaks of."""
+def _refused(error: Exception, kind: Any, own: Mapping[str, Any], asked: Iterable[str]) -> Sequence[Problem]:
+    """Return what a dataclass rejects: as it lists it, or else its message, under the field that this names."""
     listed = error if isinstance(error, UserError) else error.__cause__
     if isinstance(listed, UserError):
         return listed.problems
     message = " ".join(str(error).split())
-    name = field_named_in(message, own) or _culprit(kind, own, asked, message)
+    name = field_named_in(message, own) or _find_culprit(kind, own, asked, message)
     return [Problem(name or kind.__name__, own[name] if name else "refused", message)]
 
 
-def _culprit(kind: Any, values: dict[str, Any], asked: Iterable[str], message: str) -> str | None:
-    """The field of those that the user gave without which a dataclass does not refuse the others with this message."""
+def _find_culprit(kind: Any, values: Mapping[str, Any], asked: Iterable[str], message: str) -> str | None:
+    """Return the field, of those that the user gave, without which a dataclass no longer raises this message."""
     for name in [name for name in asked if name in values]:
         try:
             kind(**{other: value for other, value in values.items() if other != name})
-        except Exception as error:  # noqa: BLE001 - another message is all that counts
+        except Exception as error:  # noqa: BLE001 - only the message counts
             if " ".join(str(error).split()) == message:
                 continue
         return name

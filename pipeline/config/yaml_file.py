@@ -1,7 +1,9 @@
-"""Values of a YAML file, checked against the types of the fields that they are for."""
+"""YAML files: reading them, and converting their values to the types of the fields that they set."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import types
 from enum import Enum
@@ -11,20 +13,49 @@ import yaml
 
 from pipeline.errors import Problem, UserError
 
+MAX_BYTES = 1 << 20
+"""Size from which on a file is certainly not a recipe's."""
+
+MAX_NODES, MAX_DEPTH = 10_000, 20
+"""Values in a file, with every alias expanded, and how deep they may be nested."""
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with `1e-4` a number (without a dot it would be a string), and no key twice."""
+    """YAML 1.1 that reads `1e-4` as a number (without a dot it would be a string) and refuses duplicate keys."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            self._refuse(event, f"nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in children for child in pair]
+        if isinstance(event, yaml.AliasEvent) and id(node) not in self._sizes:
+            self._refuse(event, "an alias inside the value that it refers to")
+        self._sizes[id(node)] = 1 + sum(self._sizes[id(child)] for child in children)
+        if self._sizes[id(node)] > MAX_NODES:
+            self._refuse(event, f"more than {MAX_NODES:,} values")
+        return node
+
+    def _refuse(self, at: Any, why: str) -> None:
+        raise yaml.constructor.ConstructorError(None, None, why, at.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} stands there twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._refuse(key, "a key must be a name")
+            if key.value in seen:
+                self._refuse(key, f"duplicate key {key.value!r}")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -45,82 +76,83 @@ def read_yaml(path: str) -> dict[str, Any]:
         The mapping.
 
     Raises:
-        UserError: If the file isn't there, is no YAML, or is no mapping.
+        UserError: If the file cannot be read, is not valid YAML, or does not hold a mapping.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path) and not path.startswith("/dev/fd/"):
+            kind = "a directory" if os.path.isdir(path) else "not a regular file"
+            raise UserError(Problem("--config", path, f"cannot be read (it is {kind}); give a YAML file"))
         with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_Loader)
+            text = file.read(MAX_BYTES)
+        if len(text) == MAX_BYTES:
+            raise UserError(Problem("--config", path, "is larger than 1 MB; give the YAML file of a recipe"))
+        content = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise UserError(Problem("--config", path, f"cannot be read ({error.strerror}); give a YAML file")) from None
     except UnicodeDecodeError:
-        raise UserError(Problem("--config", path, "is not text in UTF-8; give a YAML file")) from None
-    except yaml.YAMLError as error:
+        raise UserError(Problem("--config", path, "is not UTF-8 text; give a YAML file")) from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError for a date or a number that cannot be one
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
-        what = getattr(error, "problem", None) or "cannot be parsed"
-        raise UserError(Problem("--config", where, f"is not valid YAML ({what}); correct that line")) from None
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        raise UserError(Problem("--config", where, f"is not valid YAML ({what}); correct it")) from None
     if not isinstance(content, dict):
-        raise UserError(Problem("--config", path, "must hold `field: value` lines")) from None
+        raise UserError(Problem("--config", path, "must consist of `field: value` lines")) from None
     return content
 
 
-def describe(hint: Any) -> str:
-    """A type in words."""
+def describe_type(hint: Any) -> str:
+    """Return a type in words, to follow "must be"."""
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(describe(option) for option in _options(hint))
+        return " or ".join(describe_type(option) for option in _options(hint))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(option) for option in get_args(hint))
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "one of " + ", ".join(str(option.value) for option in hint)
     if get_origin(hint) is list:
-        return f"a list, each item {describe(get_args(hint)[0])}"
+        return f"a list, each item {describe_type(get_args(hint)[0])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     return names.get(get_origin(hint) or hint, "of another type")
 
 
 def _options(union: Any) -> list[Any]:
-    """Members of a union without `None`, and without text where it stands for the names of an enumeration."""
+    """Members of a union without `None`, and without `str` where it only admits the names of an enumeration."""
     members = [member for member in get_args(union) if member is not type(None)]
     named = any(isinstance(member, type) and issubclass(member, Enum) for member in members)
     return [member for member in members if not (named and member is str)]
 
 
-def convert(value: Any, hint: Any) -> tuple[bool, Any]:
-    """Check a value from YAML against a field's type.
+def convert(value: Any, hint: Any) -> Any:
+    """Convert a value from YAML to the type of its field (1 to 1.0, one item to a list of one).
 
-    Returns:
-        Whether it fits, and the value as the field takes it (1 as 1.0, one item as a list of one).
+    Raises:
+        TypeError: If it is of another type.
     """
     origin = get_origin(hint) or hint
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: number and value == value // 1,
+        float: number,
+        str: number or isinstance(value, str),  # `run_name: 2026` means text, whatever YAML takes it for
+        dict: isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")),
+    }
     if origin in (Union, types.UnionType):
-        options = _options(hint)
-        if value is None:
-            return type(None) in get_args(hint), None
+        if value is None and type(None) in get_args(hint):
+            return None
         # An exact match first: for `int | str`, 5 stays a number.
-        for option in sorted(options, key=lambda option: type(value) is not (get_origin(option) or option)):
-            fits, converted = convert(value, option)
-            if fits:
-                return True, converted
-        return False, value
-    if origin is Literal:
-        return value in get_args(hint), value
-    if origin is list:
-        items = value if isinstance(value, list) else [value]
-        pairs = [convert(item, get_args(hint)[0]) for item in items]
-        return value is not None and all(fits for fits, _ in pairs), [item for _, item in pairs]
-    if origin is bool:
-        return isinstance(value, bool), value
-    if origin is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-        return (True, int(value)) if isinstance(value, float) and value.is_integer() else (fits, value)
-    if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool), value
-    if origin is str:
-        # `run_name: 2026` means text, whatever YAML takes it for.
-        fits = isinstance(value, str | int | float) and not isinstance(value, bool)
-        return fits, str(value) if fits else value
-    if origin is dict:
-        return isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")), value
-    if isinstance(origin, type) and issubclass(origin, Enum):
-        return value in [option.value for option in origin], value
-    return True, value
+        for option in sorted(_options(hint), key=lambda option: type(value) is not (get_origin(option) or option)):
+            with contextlib.suppress(TypeError):
+                return convert(value, option)
+    elif origin is list:
+        if value is not None:
+            return [convert(item, get_args(hint)[0]) for item in (value if isinstance(value, list) else [value])]
+    elif origin is Literal:
+        if value in get_args(hint):
+            return value
+    elif isinstance(origin, type) and issubclass(origin, Enum):
+        if value in [option.value for option in origin]:
+            return value
+    elif fits.get(origin, True):
+        return origin(value) if origin in (int, str) else value
+    raise TypeError(f"must be {describe_type(hint)}")

@@ -1,130 +1,130 @@
-"""Conversations in the rows of a data set: lists of `{role, content}`, read from whatever shape they have there."""
+"""Conversations and pairs of answers in the rows of a data set, read from the various shapes that data sets use."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.data.arguments import DataArguments
+Messages = list[dict[str, str]]
 
 
 class ShapeError(ValueError):
     """What is wrong with one row."""
 
 
-def read_messages(value: object, args: DataArguments, name: str) -> list[dict[str, str]]:
-    """A conversation from a list of messages, or from the text of one user's message.
+def read_messages(value: object, column: str, system_prompt: str | None = None) -> Messages:
+    """Read a conversation: a list of messages, or the text of a single message of the user.
 
     Args:
-        value: What the row holds.
-        args: `system_prompt` is put before a conversation that has none.
-        name: Of the column.
+        value: The content of a row.
+        column: Name of the column, for messages.
+        system_prompt: System message for a conversation that does not have one.
 
     Raises:
-        ShapeError: It is neither, or no conversation that a model could learn from.
+        ShapeError: If it is neither, or not a conversation that a model can learn from.
     """
     if isinstance(value, str) and value.strip():
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
-        raise ShapeError(f"{name} is {short(value)}, not a list of messages")
-    messages: list[dict[str, str]] = []
+        raise ShapeError(f"{column} is {shorten(value)}, not a list of messages")
+    messages: Messages = []
     for message in value:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ShapeError(f"{name} holds {short(message)}, not {{role, content}}")
+            raise ShapeError(f"{column} contains {shorten(message)}, not {{role, content}}")
         if message["role"] not in ("system", "user", "assistant", "tool"):
-            raise ShapeError(f"{name} has the role {short(message['role'])}, not system, user or assistant")
+            raise ShapeError(f"{column} has the role {shorten(message['role'])}, not system, user or assistant")
         if not isinstance(message["content"], str):
-            raise ShapeError(f"{name} has the content {short(message['content'])}, not text")
+            raise ShapeError(f"{column} has the content {shorten(message['content'])}, not text")
         if not message["content"].strip() and message["role"] in ("user", "assistant"):
-            raise ShapeError(f"{name} has an empty message of the {message['role']}")
+            raise ShapeError(f"{column} has an empty message of the {message['role']}")
         if messages and message["role"] == messages[-1]["role"] == "assistant":
-            raise ShapeError(f"{name} has two messages of the assistant in a row")
+            raise ShapeError(f"{column} has two messages of the assistant in a row")
         messages.append({"role": message["role"], "content": message["content"]})
-    if args.system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": args.system_prompt})
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
 
 
-def read_prompt(value: object, args: DataArguments, name: str) -> list[dict[str, str]]:
-    """Messages that the assistant is to answer; arguments and errors as of `read_messages`."""
-    messages = read_messages(value, args, name)
+def read_prompt(value: object, column: str, system_prompt: str | None = None) -> Messages:
+    """Read messages that the assistant is to answer; arguments and errors as for `read_messages`."""
+    messages = read_messages(value, column, system_prompt)
     if messages[-1]["role"] == "assistant":
-        raise ShapeError(f"{name} ends with the role assistant, which leaves nothing to answer")
+        raise ShapeError(f"{column} ends with the role assistant, which leaves nothing to answer")
     return messages
 
 
-def answer_message(value: object, name: str) -> dict[str, str]:
-    """The assistant's message that the text of a column makes."""
+def answer_message(value: object, column: str) -> dict[str, str]:
+    """Return the assistant's message with the text of a column."""
     if not isinstance(value, str) or not value.strip():
-        raise ShapeError(f"{name} is {short(value)}, not text")
+        raise ShapeError(f"{column} is {shorten(value)}, not text")
     return {"role": "assistant", "content": value}
 
 
-def short(value: object) -> str:
-    """A value as a message shows it, in at most 60 characters."""
+def shorten(value: object) -> str:
+    """Return a value for a message, in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-Row = Mapping[str, Any]
-
-
-def read_pair(row: Row, args: DataArguments) -> dict[str, Any]:
-    """A prompt with two answers; a prompt that both conversations begin with is taken out of them.
+def read_pair(
+    row: Mapping[str, Any], prompt_column: str = "prompt", system_prompt: str | None = None
+) -> dict[str, Any]:
+    """Read a prompt with two answers; a prompt with which both conversations begin is taken out of them.
 
     Args:
-        row: `chosen` and `rejected`, each an answer's text, its message, or a whole conversation; the prompt if they
-            are answers; `margin`, by how much the one is better, if that is known.
-        args: Names the column of the prompts.
+        row: `chosen` and `rejected`, each the text of an answer, its message, or a whole conversation; the prompt,
+            unless they are conversations; optionally `margin`, how much better the chosen answer is.
+        prompt_column: Column of the prompt.
+        system_prompt: As for `read_messages`.
 
     Returns:
-        `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if there is one.
+        `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the row has it.
 
     Raises:
-        ShapeError: The row holds something else.
+        ShapeError: If the row has another shape.
     """
     chosen, rejected = row["chosen"], row["rejected"]
-    if row.get(args.prompt_column) is not None:
-        prompt = read_prompt(row[args.prompt_column], args, args.prompt_column)
+    if row.get(prompt_column) is not None:
+        prompt = read_prompt(row[prompt_column], prompt_column, system_prompt)
     else:
         for name, value in (("chosen", chosen), ("rejected", rejected)):
             if not isinstance(value, list) or not value:
-                raise ShapeError(f"{name} is {short(value)}, not a list of messages")
+                raise ShapeError(f"{name} is {shorten(value)}, not a list of messages")
         if len(chosen) == 1:
             raise ShapeError("there is no prompt")
-        prompt = read_prompt(chosen[:-1], args, "chosen")
-        if len(rejected) == 1 or prompt != read_messages(rejected[:-1], args, "rejected"):
+        prompt = read_prompt(chosen[:-1], "chosen", system_prompt)
+        if len(rejected) == 1 or prompt != read_messages(rejected[:-1], "rejected", system_prompt):
             raise ShapeError("chosen and rejected do not answer the same prompt")
         chosen, rejected = chosen[-1:], rejected[-1:]
     pair = {
         "prompt": prompt,
-        "chosen": [_answer(chosen, prompt, args, "chosen")],
-        "rejected": [_answer(rejected, prompt, args, "rejected")],
+        "chosen": [_read_answer(chosen, prompt, "chosen", system_prompt)],
+        "rejected": [_read_answer(rejected, prompt, "rejected", system_prompt)],
     }
     if "margin" not in row:
         return pair
     if not isinstance(row["margin"], int | float):
-        raise ShapeError(f"margin is {short(row['margin'])}, not a number")
+        raise ShapeError(f"margin is {shorten(row['margin'])}, not a number")
     return {**pair, "margin": float(row["margin"])}
 
 
-def teaches(pair: Row) -> bool:
-    """Whether there is anything to prefer: two answers, neither empty, that are not the same."""
+def is_informative(pair: Mapping[str, Any]) -> bool:
+    """Return whether a pair says which answer is better: neither is empty, and they are not the same."""
     chosen, rejected = (pair[side][0]["content"].strip() for side in ("chosen", "rejected"))
     return bool(chosen and rejected) and chosen != rejected
 
 
-def _answer(value: object, prompt: list[dict[str, str]], args: DataArguments, name: str) -> dict[str, str]:
-    """The assistant's message, which may be empty."""
+def _read_answer(value: object, prompt: Messages, column: str, system_prompt: str | None) -> dict[str, str]:
+    """Return the assistant's message, which may be empty."""
     if isinstance(value, str):
         return {"role": "assistant", "content": value}
-    if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], args, name) == prompt:
-        value = value[-1:]  # the prompt is told twice
+    if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], column, system_prompt) == prompt:
+        value = value[-1:]  # the answer repeats the prompt
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
-        raise ShapeError(f"{name} is {short(value)}, not one answer to the prompt")
+        raise ShapeError(f"{column} is {shorten(value)}, not one answer to the prompt")
     role, content = value[0].get("role"), value[0].get("content")
     if role != "assistant":
-        raise ShapeError(f"{name} has the role {short(role)}, not assistant")
+        raise ShapeError(f"{column} has the role {shorten(role)}, not assistant")
     if not isinstance(content, str):
-        raise ShapeError(f"{name} is {short(content)}, not text")
+        raise ShapeError(f"{column} is {shorten(content)}, not text")
     return {"role": "assistant", "content": content}

@@ -1,9 +1,8 @@
-"""Is test data inside the training data? Word n-grams, between any two data sets.
+"""Overlap of test data with training data, by word n-grams, between any two data sets.
 
-A test example overlaps if one of its n-grams of words (case and punctuation ignored), or all of it if it has
-fewer words, occurs anywhere in the training data: the method of Brown et al. 2020 (GPT-3), appendix C. The
-n-grams of the test data are kept as 64-bit hashes, about 100 bytes each; the training data is read once, row
-by row, and not kept.
+A test example overlaps if one of its n-grams of words (case and punctuation ignored), or all of it if it has fewer
+words, occurs anywhere in the training data: the method of Brown et al. 2020 (GPT-3), appendix C. The n-grams of the
+test data are kept as 64-bit hashes, about 100 bytes each; the training data are read once, row by row, and not kept.
 
 Not found: paraphrases, translations, and text in languages written without spaces.
 """
@@ -27,15 +26,17 @@ PROMPT_COLUMNS = (
 )  # fmt: skip
 ANSWER_COLUMNS = ("completion", "answer", "solution", "response", "output", "chosen", "rejected")
 
+WORD = re.compile(r"\w+")
+
 
 @dataclass(frozen=True)
 class Match:
     """A test example found in the training data.
 
     Attributes:
-        test_row: its position, from 0.
-        train_row: position of the first training row that shares something with it.
-        shared: the first words that they share.
+        test_row: Its position, from 0.
+        train_row: Position of the first training row that shares something with it.
+        shared: The first words that they share.
     """
 
     test_row: int
@@ -45,13 +46,13 @@ class Match:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of a test data set is in the training data.
+    """How much of a test data set occurs in the training data.
 
     Attributes:
-        matches: the test examples found, in order.
-        test_rows: how many test examples there are.
-        train_rows: how many training rows were read.
-        n: words of an n-gram.
+        matches: The test examples found, in order.
+        test_rows: Number of test examples.
+        train_rows: Number of training rows.
+        n: Words of an n-gram.
     """
 
     matches: tuple[Match, ...]
@@ -61,70 +62,100 @@ class Overlap:
 
     @property
     def share(self) -> float:
-        """Overlapping test examples / all of them (0.0 if there are none)."""
+        """Overlapping test examples / all of them (0.0 without any)."""
         return len(self.matches) / self.test_rows if self.test_rows else 0.0
 
 
-def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8) -> Overlap:
-    """Looks for every test row in the training rows.
+class NgramIndex:
+    """The n-grams of a set of texts, as hashes, in which other texts are looked up.
+
+    A text of fewer than `n` words is indexed as a whole, and overlaps with every text that contains it.
 
     Args:
-        train_rows: read once.
-        test_rows: read once.
-        n: words that must agree in a row, at least 1. A test text of fewer words must occur as a whole.
+        n: Words of an n-gram, at least 1.
+    """
+
+    def __init__(self, n: int) -> None:
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
+        self.n = n
+        self._hashes: dict[int, set[int]] = {n: set()}
+
+    def add(self, texts: Iterable[str]) -> list[int]:
+        """Index the n-grams of texts, and return their hashes in order."""
+        added: list[int] = []
+        for text in texts:
+            tokens = words(text)
+            if size := min(self.n, len(tokens)):
+                hashes = list(map(hash, ngrams(tokens, size)))
+                self._hashes.setdefault(size, set()).update(hashes)
+                added += hashes
+        return added
+
+    def find(self, text: str) -> Iterator[tuple[int, str]]:
+        """Yield hash and words of each indexed n-gram that a text contains, in order, shorter indexed texts last."""
+        tokens = words(text)
+        for size, indexed in self._hashes.items():
+            if not indexed.isdisjoint(map(hash, ngrams(tokens, size))):
+                yield from ((hash(gram), " ".join(gram)) for gram in ngrams(tokens, size) if hash(gram) in indexed)
+
+    def overlaps(self, text: str) -> bool:
+        """Return whether a text shares an n-gram with, or contains, an indexed text."""
+        return next(self.find(text), None) is not None
+
+
+def words(text: str) -> list[str]:
+    """Return the lower-cased words of a text; punctuation and white space do not count."""
+    return WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    """Yield the n-grams of a list of words, in order."""
+    return zip(*(tokens[offset:] for offset in range(n)), strict=False)
+
+
+def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8) -> Overlap:
+    """Look for every test row in the training rows.
+
+    Args:
+        train_rows: Read once.
+        test_rows: Read once.
+        n: Consecutive words that must agree, at least 1. A test text of fewer words must occur as a whole.
 
     Raises:
-        ValueError: `n` is below 1.
+        ValueError: If `n` is below 1.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
-    wanted: dict[int, set[int]] = {}
-    of_rows: list[list[int]] = []
-    for row in test_rows:
-        hashes: list[int] = []
-        for text in texts(row):
-            tokens = _tokens(text)
-            size = min(n, len(tokens))
-            if size:
-                found = list(_hashes(tokens, size))
-                wanted.setdefault(size, set()).update(found)
-                hashes += found
-        of_rows.append(hashes)
+    index = NgramIndex(n)
+    hashes_per_row = [index.add(texts(row)) for row in test_rows]
     first: dict[int, tuple[int, str]] = {}
     train_count = 0
-    for number, row in enumerate(train_rows):
-        train_count += 1
+    for row in train_rows:
         for text in texts(row):
-            tokens = _tokens(text)
-            for size, hashed in wanted.items():
-                if hashed.isdisjoint(_hashes(tokens, size)):
-                    continue
-                for start, value in enumerate(_hashes(tokens, size)):
-                    if value in hashed:
-                        first.setdefault(value, (number, " ".join(tokens[start : start + size])))
+            for value, shared in index.find(text):
+                first.setdefault(value, (train_count, shared))
+        train_count += 1
     matches = []
-    for number, hashes in enumerate(of_rows):
-        shared = next((value for value in hashes if value in first), None)
-        if shared is not None:
-            matches.append(Match(number, *first[shared]))
-    return Overlap(tuple(matches), len(of_rows), train_count, n)
+    for number, hashes in enumerate(hashes_per_row):
+        found = next((value for value in hashes if value in first), None)
+        if found is not None:
+            matches.append(Match(number, *first[found]))
+    return Overlap(tuple(matches), len(hashes_per_row), train_count, n)
 
 
 def texts(row: Mapping[str, Any]) -> list[str]:
-    """The texts of one row: what is asked alone, and with each answer. Columns of unknown names count if none
-    is known."""
-    asked = " ".join(filter(None, (_flat(row[name]) for name in PROMPT_COLUMNS if name in row)))
-    answers = [text for name in ANSWER_COLUMNS if name in row and (text := _flat(row[name]))]
-    if not asked and not answers:
+    """Return the texts of a row: the prompt alone, and with each answer. Without known columns, all text columns."""
+    prompt = " ".join(filter(None, (_flatten(row[name]) for name in PROMPT_COLUMNS if name in row)))
+    answers = [text for name in ANSWER_COLUMNS if name in row and (text := _flatten(row[name]))]
+    if not prompt and not answers:
         return [value for value in row.values() if isinstance(value, str)]
-    found = [asked, *(f"{asked} {answer}" for answer in answers)]
+    found = [prompt, *(f"{prompt} {answer}" for answer in answers)]
     if isinstance(row.get("messages"), list | tuple):  # the question of a conversation, without its answer
-        found.append(_flat([message for message in row["messages"] if message.get("role") != "assistant"]))
+        found.append(_flatten([message for message in row["messages"] if message.get("role") != "assistant"]))
     return list(dict.fromkeys(text for text in found if text))
 
 
-def _flat(value: object) -> str:
-    """A text, or the contents of a list of messages in order."""
+def _flatten(value: object) -> str:
+    """Return a text, or the contents of a list of messages in order."""
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple):
@@ -132,33 +163,20 @@ def _flat(value: object) -> str:
     return ""
 
 
-def _tokens(text: str) -> list[str]:
-    return words(unicodedata.normalize("NFKC", text))
-
-
-def _hashes(tokens: list[str], size: int) -> Iterator[int]:
-    """A hash of every run of `size` words."""
-    return map(hash, zip(*(tokens[offset:] for offset in range(size)), strict=False))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's arguments to `parser`."""
+    """Add this command's arguments to `parser`."""
     where = "data set, as DATASET[:CONFIG[:SPLIT]]: a Hub id, a folder or a file"
     parser.add_argument("--train", nargs="+", required=True, metavar="DATASET", help=f"training {where} (split: train)")
     parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help=f"test {where} (split: test)")
-    parser.add_argument("--n", type=int, default=8, help="words that must agree in a row (default: 8)")
+    parser.add_argument("--n", type=int, default=8, help="consecutive words that must agree (default: 8)")
     parser.add_argument(
-        "--max_share",
-        type=float,
-        default=0.0,
-        help="share of test rows that may overlap, 0 to 1 (default: 0)",
+        "--max_share", type=float, default=0.0, help="share of test rows that may overlap, 0 to 1 (default: 0)"
     )
     parser.add_argument("--examples", type=int, default=5, help="overlapping rows to show (default: 5)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the overlap of every test data set with all the training data. Returns 1 if one is above
-    `--max_share`."""
+    """Print the overlap of each test data set with all training data. Return 1 if one is above `--max_share`."""
     problems = []
     if args.n < 1:
         problems.append(Problem("n", args.n, "must be at least 1"))
@@ -168,8 +186,8 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("max_share", args.max_share, "must be between 0 and 1"))
     if problems:
         raise UserError(*problems)
-    tests = [(name, _rows(name, "test", "test")) for name in args.test]
-    trains = [_rows(name, "train", "train") for name in args.train]
+    tests = [(name, _open_rows(name, "test", "test")) for name in args.test]
+    trains = [_open_rows(name, "train", "train") for name in args.train]
     too_much = False
     for name, rows in tests:
         found = overlap((row for train in trains for row in train), rows, args.n)
@@ -183,71 +201,26 @@ def main(args: argparse.Namespace) -> int:
     return int(too_much)
 
 
-def _rows(name: str, field: str, default_split: str) -> Sequence[Mapping[str, Any]]:
-    """The rows of DATASET[:CONFIG[:SPLIT]].
+def _open_rows(name: str, field: str, default_split: str) -> Sequence[Mapping[str, Any]]:
+    """Return the rows of DATASET[:CONFIG[:SPLIT]].
 
     Raises:
-        UserError: there is no such data set, configuration or split, or its rows hold no text.
+        UserError: If the data set, configuration or split does not exist, or its rows do not contain text.
     """
-    from pipeline.data.arguments import DataArguments
-    from pipeline.data.sources import open_source
+    from pipeline.data.sources import open_source  # imports `datasets`, which takes seconds
 
     dataset, config, split = (name, "", "") if Path(name).exists() else (*name.split(":"), "", "")[:3]
     if config and Path(dataset).is_file():
-        raise UserError(Problem(field, name, f"plain files have no configurations; leave {config!r} out"))
-    splits = open_source(DataArguments(dataset_name=dataset, dataset_config=config or None))
+        raise UserError(Problem(field, name, f"plain files do not have configurations; omit {config!r}"))
+    splits = open_source(dataset, config or None)
     if not split:
         split = next(iter(splits)) if len(splits) == 1 else default_split
     if split not in splits:
         raise UserError(Problem(field, name, f"there is no split {split}; choose from: {', '.join(splits)}"))
     rows = splits[split]
     if len(rows) == 0 or not texts(rows[0]):
-        why = f"its columns {', '.join(rows.column_names)} hold no text" if len(rows) else "has no rows"
-        raise UserError(Problem(field, name, why))
+        why = f"its columns {', '.join(rows.column_names)} do not contain text" if len(rows) else "does not have rows"
+        raise UserError(Problem(field, name, f"{why}; choose other data"))
     if name.count(":") > 2 and not Path(name).exists():
         print(f"{name}: only DATASET:CONFIG:SPLIT is read", file=sys.stderr)
     return rows
-
-
-_WORD = re.compile(r"\w+")
-
-
-def words(text: str) -> list[str]:
-    """Lower-cased words of a text; punctuation and white space do not count."""
-    return _WORD.findall(text.lower())
-
-
-def ngrams(text: str, n: int) -> Iterator[str]:
-    """The n-grams of a text, words joined by a space. A text of fewer than `n` words has none."""
-    tokens = words(text)
-    return (" ".join(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
-
-
-class NgramIndex:
-    """The n-grams of a set of texts, to look other texts up in.
-
-    A text of fewer than `n` words is indexed whole, and overlaps with every text that contains it.
-
-    Args:
-        n (`int`): words of an n-gram.
-    """
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-        self._grams: dict[int, set[str]] = {n: set()}
-
-    def add(self, texts: Iterable[str]) -> None:
-        """Adds the n-grams of `texts`."""
-        for text in texts:
-            size = min(self.n, len(words(text)))
-            if size:
-                self._grams.setdefault(size, set()).update(ngrams(text, size))
-
-    def shared(self, text: str) -> Iterator[str]:
-        """The indexed n-grams that `text` contains, in order, shorter indexed texts last."""
-        for size, grams in self._grams.items():
-            yield from (gram for gram in ngrams(text, size) if gram in grams)
-
-    def overlaps(self, text: str) -> bool:
-        """Whether `text` shares an n-gram with, or contains, an indexed text."""
-        return next(self.shared(text), None) is not None

@@ -1,4 +1,8 @@
-"""Packs documents into blocks that are full to the last token, without one document seeing another."""
+"""Packing: documents into full blocks for pretraining, and packed conversations into batches for SFT.
+
+No document or conversation sees another: `position_ids` restart at each of them, and from these (without an attention
+mask) transformers builds a block-diagonal causal mask.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +14,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.data.columns import Split, column_names
+
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
 
-DOCUMENTS_A_BATCH = 10_000
-"""Documents packed together. The remainder of a batch that fills no block is dropped: a block in some ten megabytes."""
+DOCUMENTS_PER_BATCH = 10_000
+"""Documents packed together. The rest of a batch that does not fill a block is dropped: one block in about 10 MB."""
+
+IGNORED = -100
+"""Label of a token without loss (the convention of torch's cross entropy)."""
 
 
-def pack_documents(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str
-) -> Dataset | IterableDataset:
-    """Turns documents into blocks of `block_size` tokens, in the order of the data set.
+def pack_documents(dataset: Split, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str) -> Split:
+    """Pack documents into blocks of `block_size` tokens, in the order of the data set.
 
-    Each document is `bos + text + eos`. `position_ids` restart at every document, from which transformers (without an
-    attention mask) builds a block-diagonal causal mask, so that a token sees its own document only; the first token of
-    a document is no label, since nothing that it may see could predict it. A document cut by the end of a block goes
-    on in the next one as if it began there.
+    Each document is `bos + text + eos`. The first token of a document is not a label, since nothing that it may see
+    could predict it. A document cut by the end of a block continues in the next one as if it began there.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): documents; a streamed one stays streamed, in constant memory.
-        tokenizer (`PreTrainedTokenizerBase`): with bos and eos.
-        block_size (`int`): tokens of a block.
-        text_column (`str`): column of the text; all columns are replaced.
+        dataset: Documents; a streamed data set stays streamed, in constant memory.
+        tokenizer: A tokenizer with bos and eos tokens.
+        block_size: Tokens per block.
+        text_column: Column of the text. All columns are replaced.
 
     Returns:
-        The same kind of data set with `input_ids`, `position_ids` and `labels`, lists of `block_size` integers.
+        The same kind of data set, with `input_ids`, `position_ids` and `labels`, lists of `block_size` integers.
     """
 
     def pack(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
@@ -56,28 +60,21 @@ def pack_documents(
                 positions.append(0 if begin + offset in starts or not positions else positions[-1] + 1)
             blocks["input_ids"].append(block)
             blocks["position_ids"].append(positions)
-            blocks["labels"].append([-100 if p == 0 else token for p, token in zip(positions, block, strict=True)])
+            blocks["labels"].append([IGNORED if p == 0 else token for p, token in zip(positions, block, strict=True)])
         return blocks
 
-    columns = dataset.column_names
-    if columns is None:  # a stream whose columns are known from its first row only
-        columns = list(next(iter(dataset)))
-    return dataset.map(pack, batched=True, batch_size=DOCUMENTS_A_BATCH, remove_columns=columns)
+    return dataset.map(pack, batched=True, batch_size=DOCUMENTS_PER_BATCH, remove_columns=column_names(dataset))
 
 
-IGNORED = -100
-"""Label of a token that no loss is taken of (the convention of torch's cross entropy)."""
+def use_padded_packing(trainer: SFTTrainer) -> None:
+    """Install a collator that pads packed rows instead of concatenating them, where that is faster.
 
-
-def keep_rows_apart(trainer: SFTTrainer) -> None:
-    """Give an `SFTTrainer` that packs a collator that keeps the rows of a batch apart, where that is faster.
-
-    TRL flattens a packed batch into one sequence, as FlashAttention wants it. Other attention computes the
-    whole square of that sequence and then hides most of it: with 8 rows of 256 tokens, a 3.7M-parameter model
-    and one CPU core, training takes 1.7 times as long as with the rows kept apart.
+    TRL flattens a packed batch into one sequence, as FlashAttention expects it. Other attention computes the whole
+    square of that sequence and then masks most of it: with 8 rows of 256 tokens, a 3.7M-parameter model and one CPU
+    core, training takes 1.7 times as long as with padded rows.
 
     Args:
-        trainer: Changed in place, before `train`; left as it is if it doesn't pack or has FlashAttention.
+        trainer: Changed in place, before `train`; left alone if it does not pack or uses FlashAttention.
     """
     attention = trainer.model.config._attn_implementation or ""
     packs = trainer.args.packing and trainer.args.packing_strategy != "wrapped"
@@ -87,22 +84,19 @@ def keep_rows_apart(trainer: SFTTrainer) -> None:
 
 @dataclass
 class PackedRows:
-    """Pads rows of packed conversations to a batch in which no conversation sees another.
+    """Collator that pads rows of packed conversations.
 
-    There is no attention mask: from positions that begin anew at each conversation transformers makes a
-    block-diagonal one.
-
-    Args:
-        pad_token_id: Fills rows up to the longest; every pad token is a sequence of its own and has no loss.
+    Attributes:
+        pad_token_id: Token that fills rows up to the longest one; each is a sequence of its own, without loss.
     """
 
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make a batch.
+        """Collate a batch.
 
         Args:
-            examples: `input_ids`, `labels` (all tokens, if absent) and `seq_lengths`, the lengths of a row's
+            examples: `input_ids`, `labels` (default: all tokens) and `seq_lengths`, the lengths of a row's
                 conversations.
 
         Returns:

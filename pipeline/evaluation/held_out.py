@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.messages import ShapeError, read_pair, teaches
+from pipeline.data.messages import ShapeError, is_informative, read_pair
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 
@@ -124,11 +124,11 @@ def _conversational(pairs: Sequence[Example]) -> list[Example]:
     standard = []
     for row in pairs:
         try:
-            pair = read_pair(row, DataArguments())
+            pair = read_pair(row)
         except (ShapeError, KeyError) as error:
             remedy = f"row {row['id']} is not a pair ({error}); correct it"
             raise UserError(Problem("RUN", "3_preferences/test.parquet", remedy)) from None
-        if teaches(pair):
+        if is_informative(pair):
             standard.append({**row, **pair})
     return standard
 

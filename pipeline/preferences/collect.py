@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import hardware
+from pipeline import hardware, launch
 from pipeline.config.checks import check_ranges
 from pipeline.data.arguments import DataArguments
 from pipeline.data.sources import open_source
@@ -102,6 +102,7 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     if problems := check_model(model.config, tokenizer, args, args.model_name_or_path):
         raise UserError(*problems)
     model.to(state.device)
+    launch.log_threads()
     encoded = encode(model, tokenizer, prompts, args)
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, Counts] = {}
@@ -136,7 +137,7 @@ def read_prompts(args: PreferenceArguments) -> dict[str, list[dict[str, Any]]]:
     source = DataArguments(
         dataset_name=args.dataset_name, dataset_config=args.dataset_config, prompt_column=args.prompt_column
     )
-    available = open_source(source)
+    available = open_source(source.dataset_name, source.dataset_config)
     held_out: set[str] = set()
     prompts: dict[str, list[dict[str, Any]]] = {}
     for name in reversed(SPLITS):  # held-out splits first, so that training leaves their prompts out

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from huggingface_hub import DatasetCardData
 
-from pipeline.data.splits import MESSAGES
+from pipeline.data.columns import MESSAGES
 from pipeline.files import write_folder
 
 SPLITS = ("train", "validation", "test")

@@ -11,21 +11,21 @@ from trl import GRPOConfig, ModelConfig
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import Problem
-from pipeline.rl.ppo_config import PPOConfig
 
-if TYPE_CHECKING:  # imports take seconds, which `--help` does not have
+if TYPE_CHECKING:  # these imports take seconds, which `--help` must not
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from pipeline.data.splits import Split
+    from pipeline.data.columns import Split
 
 
 @dataclass
 class PPORewardArguments:
-    """What scores a completion. The scores are added up, weighted by `reward_weights`: models first."""
+    """What scores a completion: the sum of all rewards, weighted by `reward_weights` (models first)."""
 
     trains_critic: ClassVar[bool] = True
     """Whether a critic as large as the model is trained and saved beside it."""
+
     reward_model_path: list[str] | None = field(
         default=None,
         metadata={
@@ -47,27 +47,64 @@ class PPORewardArguments:
     def find_problems(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
     ) -> list[Problem]:
-        """As `pipeline.training.inputs.RewardChecks` asks for it."""
-        from pipeline.rl import reward_checks
+        """Check the rewards and the critic, as `pipeline.training.inputs.RewardChecks` describes it."""
+        from pipeline.rl.reward_checks import check_rewards, check_value_model
 
         models, functions = self.reward_model_path or [], self.reward_funcs or []
         if not models and not functions:
-            return [Problem("reward_model_path", "nothing", "name a reward model, or reward_funcs")]
-        weights = getattr(training_args, "reward_weights", None)
-        problems = reward_checks.check_rewards(models, functions, weights, train)
+            return [Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs")]
+        problems = check_rewards(models, functions, getattr(training_args, "reward_weights", None), train)
         if self.value_model_path is not None:
-            problems += reward_checks.check_value_model(self.value_model_path, tokenizer)
+            problems += check_value_model(self.value_model_path, tokenizer)
         return problems
 
 
-def load_ppo_inputs(
-    reward_args: PPORewardArguments, data_args: DataArguments, training_args: PPOConfig, model_args: ModelConfig
+@dataclass
+class GRPORewardArguments:
+    """What scores a completion: the sum of all rewards, weighted by `reward_weights`."""
+
+    trains_critic: ClassVar[bool] = False
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["math_answer"],
+        metadata={"help": "Reward functions: names of `pipeline.rewards.functions`, or package.module:function."},
+    )
+    shuffle_answers: bool = field(
+        default=False,
+        metadata={
+            "help": "Shuffle the reference answers among the training prompts: a control experiment, whose run must "
+            "not get better."
+        },
+    )
+
+    def find_problems(
+        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
+    ) -> list[Problem]:
+        """Check the rewards, as `pipeline.training.inputs.RewardChecks` describes it."""
+        from datasets import Dataset
+
+        from pipeline.data.columns import column_names
+        from pipeline.rl.reward_checks import check_rewards
+
+        problems = check_rewards([], self.reward_funcs, getattr(training_args, "reward_weights", None), train)
+        shuffles = self.shuffle_answers and train is not None
+        if shuffles and not (isinstance(train, Dataset) and "answer" in column_names(train)):
+            remedy = "needs an answer column, and data that are not streamed"
+            problems.append(Problem("shuffle_answers", "true", remedy))
+        return problems
+
+
+def load_rl_inputs(
+    data_args: DataArguments,
+    reward_args: PPORewardArguments | GRPORewardArguments,
+    training_args: GRPOConfig,
+    model_args: ModelConfig,
 ) -> tuple[list[str | Callable[..., Any]], PreTrainedTokenizerBase, Split, Split | None]:
-    """Load reward functions, tokenizer and prompts, and check that they fit each other and the models.
+    """Load rewards, tokenizer and prompts, and check that they fit each other and the models.
 
     Returns:
-        Paths of reward models, then functions, as TRL's trainers take them; the tokenizer, the training split,
-        and the evaluation split or `None`.
+        The rewards as TRL's trainers take them (paths of reward models, then functions), the tokenizer, the training
+        split, and the evaluation split or None.
 
     Raises:
         UserError: With everything that is wrong with any of them.
@@ -77,66 +114,16 @@ def load_ppo_inputs(
 
     tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
     functions = load_rewards(reward_args.reward_funcs) if reward_args.reward_funcs else []
-    return [*(reward_args.reward_model_path or []), *functions], tokenizer, train, evaluation
-
-
-@dataclass
-class GRPORewardArguments:
-    """What is rewarded. Several rewards are added up, weighted by `reward_weights`."""
-
-    trains_critic: ClassVar[bool] = False
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["math_answer"],
-        metadata={"help": "Rewards: names of `pipeline.rewards.functions`, or any importable package.module:function."},
-    )
-    shuffle_answers: bool = field(
-        default=False,
-        metadata={
-            "help": "Give every training prompt another's reference answer: a control experiment, whose run "
-            "must not get better."
-        },
-    )
-
-    def find_problems(
-        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
-    ) -> list[Problem]:
-        """As `pipeline.training.inputs.RewardChecks` asks for it."""
-        from datasets import Dataset
-
-        from pipeline.rl import reward_checks
-
-        weights = getattr(training_args, "reward_weights", None)
-        problems = reward_checks.check_rewards([], self.reward_funcs, weights, train)
-        if self.shuffle_answers and train is not None:
-            columns = reward_checks.column_names(train)
-            if not isinstance(train, Dataset) or "answer" not in columns:
-                remedy = "needs an answer column, and data that are not streamed"
-                problems.append(Problem("shuffle_answers", "true", remedy))
-        return problems
-
-
-def load_grpo_inputs(
-    reward_args: GRPORewardArguments, data_args: DataArguments, training_args: GRPOConfig, model_args: ModelConfig
-) -> tuple[list[Callable[..., Any]], PreTrainedTokenizerBase, Split, Split | None]:
-    """Load reward functions, tokenizer and data, and check that they fit each other and the model.
-
-    Returns:
-        The reward functions, the tokenizer, the training split, and the evaluation split or `None`.
-
-    Raises:
-        UserError: With everything that is wrong with any of them.
-    """
-    from pipeline.rewards.loading import load_rewards
-    from pipeline.training.inputs import load_inputs
-
-    tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
-    if reward_args.shuffle_answers:
+    models = []
+    if isinstance(reward_args, PPORewardArguments):
+        models = reward_args.reward_model_path or []
+    elif reward_args.shuffle_answers:
         train = shuffle_answers(train, training_args.seed)
-    return load_rewards(reward_args.reward_funcs), tokenizer, train, evaluation
+    return [*models, *functions], tokenizer, train, evaluation
 
 
 def shuffle_answers(dataset: Dataset, seed: int) -> Dataset:
-    """`dataset` with its `answer` column in another order: the same answers, to other prompts."""
+    """Shuffle the `answer` column, so that prompts get the answers of other prompts."""
     answers = list(dataset["answer"])
     random.Random(seed).shuffle(answers)
     return dataset.remove_columns("answer").add_column("answer", answers)

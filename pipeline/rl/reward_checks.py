@@ -1,4 +1,4 @@
-"""Where rewards come from: reward models by path, functions by name. What can be told to be wrong with them."""
+"""Checks of the reward arguments: reward models by path, reward functions by name."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ from typing import Any
 
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from pipeline.data.splits import Split
+from pipeline.data.columns import Split, column_names
 from pipeline.errors import Problem, UserError
-from pipeline.models.loading import load_config, load_tokenizer, user_error_for, validate_weights
+from pipeline.models.loading import (
+    is_reward_model,
+    load_config,
+    load_tokenizer,
+    user_error_for,
+    validate_vocabulary,
+    validate_weights,
+)
 from pipeline.rewards.functions import MEASURED_ONLY
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl.value_model import auto_class
 
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""What TRL hands every reward function beside the columns of the data."""
+PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""Arguments that TRL passes to every reward function besides the columns of the data."""
 
 
 def check_rewards(
     models: Sequence[str], functions: Sequence[str], weights: Sequence[float] | None, train: Split | None
 ) -> list[Problem]:
-    """Reward models and functions that cannot be used, or not with these data and weights.
+    """Check that reward models and functions can be used, with these weights and data.
 
     Args:
-        models: As `check_reward_model` takes them.
-        functions: Names, as `load_rewards` takes them.
-        weights: One for each, models first; None for 1 each.
-        train: The rows that are rewarded, or None if they are not known.
+        models: Paths or Hub ids.
+        functions: Names, as for `load_rewards`.
+        weights: One for each, models first. Default: 1 each.
+        train: The training split, or None if it failed to load.
     """
     problems = []
     number = len(models) + len(functions)
@@ -37,7 +44,7 @@ def check_rewards(
         if len(weights) != number:
             problems.append(Problem("reward_weights", shown, f"give one weight for each of the {number} rewards"))
         elif not any(weights):
-            problems.append(Problem("reward_weights", shown, "nothing is rewarded; give one that is not 0"))
+            problems.append(Problem("reward_weights", shown, "all weights are 0; set at least one to another value"))
     for path in models:
         problems += check_reward_model(path)
     if models and not functions:
@@ -47,110 +54,85 @@ def check_rewards(
     except UserError as error:
         return problems + list(error.problems)
     twice = sorted({name for name in functions if list(functions).count(name) > 1})
-    problems += [Problem("reward_funcs", name, "is named twice; give it more weight instead") for name in twice]
+    problems += [Problem("reward_funcs", name, "is named twice; raise its weight instead") for name in twice]
     for index, (name, function) in enumerate(zip(functions, loaded, strict=True), start=len(models)):
         if inspect.unwrap(function) in MEASURED_ONLY and (
             weights is None or (len(weights) == number and weights[index] != 0)
         ):
-            remedy = f"{name} is for measuring, and must not be trained on: give it the weight 0"
+            remedy = f"{name} is only for measuring and must not be trained on; give it the weight 0"
             problems.append(Problem("reward_weights", weights[index] if weights else "nothing", remedy))
         if train is not None:
-            problems += _missing_columns(name, function, column_names(train))
+            problems += _check_columns(name, function, column_names(train))
     return problems
 
 
 def check_reward_model(path: str) -> list[Problem]:
-    """A reward model that gives no single score, cannot read a conversation, or lacks weights.
+    """Check that a reward model, by path or Hub id, gives a single score, can read a conversation and has its weights.
 
-    Its tokenizer may be another than the policy's: it is given text.
-
-    Args:
-        path: A folder or an id on the Hub.
+    It may have another tokenizer than the policy, because it is given text.
     """
     field = "reward_model_path"
-    config, problems = _load_config(field, path)
-    if config is None:
-        return problems
+    try:
+        with user_error_for(field, path):
+            config = load_config(path)
+    except UserError as error:
+        return list(error.problems)
+    faults = []
     if config.num_labels != 1:
-        remedy = f"has {config.num_labels} labels; give a sequence classifier with one, as RewardTrainer makes it"
-        problems.append(Problem(field, path, remedy))
-    else:
-        problems += _check_weights(field, path, config, AutoModelForSequenceClassification)
+        faults.append(f"has {config.num_labels} labels; give a reward model: a sequence classifier with one label")
+    elif config.architectures and not is_reward_model(config):
+        faults.append(f"is a {config.architectures[0]}; give a reward model: a sequence classifier with one label")
+    elif fault := validate_weights(path, config, AutoModelForSequenceClassification):
+        faults.append(fault)
     try:
         tokenizer = load_tokenizer(path, field)
     except UserError as error:
-        return problems + [Problem(field, path, problem.remedy) for problem in error.problems]
+        return [Problem(field, path, fault) for fault in faults] + list(error.problems)
     if not tokenizer.chat_template:
-        problems.append(Problem(field, path, "its tokenizer has no chat template; add one"))
-    return problems + _check_vocabulary(field, path, config, tokenizer, "its tokenizer")
+        faults.append("its tokenizer has no chat template; add one")
+    if fault := validate_vocabulary(config, tokenizer):
+        faults.append(fault)
+    return [Problem(field, path, fault) for fault in faults]
 
 
 def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Problem]:
-    """A critic of several labels, one that lacks weights, or one that does not know the policy's tokens, which it is
-    given as they are.
+    """Check that a critic, by path or Hub id, has one label, its weights, and the policy's tokens, which it is given.
 
-    Args:
-        path: A folder or an id on the Hub.
-        tokenizer: The policy's, or None if it is not known.
+    `tokenizer` is the policy's, or None if it failed to load.
     """
     field = "value_model_path"
-    config, problems = _load_config(field, path)
-    if config is None:
-        return problems
-    if config.num_labels != 1 and any("Classification" in name for name in config.architectures or []):
-        remedy = f"has {config.num_labels} labels; give a critic or a reward model, which have one"
-        problems.append(Problem(field, path, remedy))
-    else:
-        problems += _check_weights(field, path, config, auto_class(config))
-    if tokenizer is None:
-        return problems
-    try:
-        own = load_tokenizer(path, field)
-    except UserError:  # a critic is saved without one
-        return problems + _check_vocabulary(field, path, config, tokenizer, "the policy's tokenizer")
-    if own.get_vocab() != tokenizer.get_vocab():
-        problems.append(Problem(field, path, "has another tokenizer than the policy; give a model that has the same"))
-    return problems
-
-
-def column_names(split: Split) -> list[str]:
-    """The columns of a split, also of a stream that does not know them before its first row."""
-    return list(split.column_names or next(iter(split)))
-
-
-def _load_config(field: str, path: str) -> tuple[Any | None, list[Problem]]:
     try:
         with user_error_for(field, path):
-            return load_config(path), []
+            config = load_config(path)
     except UserError as error:
-        return None, list(error.problems)
+        return list(error.problems)
+    faults = []
+    if config.num_labels != 1 and any("Classification" in name for name in config.architectures or []):
+        faults.append(f"has {config.num_labels} labels; give a critic or a reward model, which has one")
+    elif fault := validate_weights(path, config, auto_class(config)):
+        faults.append(fault)
+    if tokenizer is not None:
+        try:
+            same = load_tokenizer(path, field).get_vocab() == tokenizer.get_vocab()
+        except UserError:  # a critic is saved without a tokenizer
+            if fault := validate_vocabulary(config, tokenizer, "the policy's tokenizer"):
+                faults.append(fault)
+        else:
+            if not same:
+                faults.append("has another tokenizer than the policy; give a model that has the same one")
+    return [Problem(field, path, fault) for fault in faults]
 
 
-def _check_weights(field: str, path: str, config: Any, kind: Any) -> list[Problem]:
-    fault = validate_weights(path, config, kind)
-    return [Problem(field, path, fault)] if fault else []
-
-
-def _check_vocabulary(
-    field: str, path: str, config: Any, tokenizer: PreTrainedTokenizerBase, whose: str
-) -> list[Problem]:
-    known = getattr(config.get_text_config(), "vocab_size", None)
-    if known is None or len(tokenizer) <= known:
-        return []
-    return [Problem(field, path, f"knows {known} tokens and {whose} {len(tokenizer)}; give one that fits")]
-
-
-def _missing_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> list[Problem]:
-    """Columns that a reward function requires, by its signature, and the data lack."""
-    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+def _check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> list[Problem]:
+    """Check that the data have the columns that a reward function requires, by its signature."""
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     missing = [
         p.name
         for p in inspect.signature(reward).parameters.values()
-        if p.default is p.empty and p.kind in positional and p.name not in (*GIVEN, *columns)
+        if p.default is p.empty and p.kind in by_name and p.name not in (*PASSED_BY_TRL, *columns)
     ]
     if not missing:
         return []
-    remedy = f"there is no column {', '.join(missing)}; choose from: {', '.join(columns)}"
-    if missing == ["answer"]:
-        remedy += " (answer_column)"
-    return [Problem("reward_funcs", name, f"it compares with {', '.join(missing)}, and {remedy}")]
+    hint = " (set answer_column)" if missing == ["answer"] else ""
+    remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: {', '.join(columns)}"
+    return [Problem("reward_funcs", name, remedy)]

@@ -1,7 +1,8 @@
-"""How a recipe starts: from the signature of its `main` and the command line to a call."""
+"""The start of every recipe: parse what the signature of its `main` asks for, and call it."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from pipeline.errors import UserError, exit_on_user_error
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Parse the dataclasses in the signature of `main` from the command line, and call it with them.
 
-    If arguments are rejected, the inputs that the others name are checked as well, so that one message lists
-    everything that is wrong.
+    If arguments are refused, the inputs that the others name are checked as well, so that one message lists everything
+    that is wrong.
 
     Args:
         main: A recipe's function, whose parameters are annotated with argument dataclasses.
@@ -26,9 +27,11 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         try:
             arguments = parse(*argument_types(main), argv=argv)
         except RefusedArguments as refusal:
-            from pipeline.training.inputs import find_problems  # imports take seconds, which `--help` does not have
+            from pipeline.training.inputs import preflight_inputs  # imports take seconds, which `--help` does not have
 
-            known = {problem.field for problem in refusal.problems}
-            more = [p for p in find_problems(refusal.built, refusal.hints) if p.field not in known]
+            reported = {problem.field for problem in refusal.problems}
+            more = [p for p in preflight_inputs(refusal.built, refusal.types) if p.field not in reported]
             raise UserError(*refusal.problems, *more) from None
+        finally:
+            gc.enable()  # which `recipes/__init__.py` disables while the modules of a recipe are imported
         main(*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.splits import Kind, Split, load_splits
+from pipeline.data.columns import Kind, Split
+from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.models.checks import check_lengths, check_model, check_room, check_tokenizer
 from pipeline.models.llama import build_model
@@ -146,7 +148,7 @@ def load_inputs(
     return tokenizer, *splits
 
 
-def find_problems(arguments: Sequence[Any], fields: Iterable[str]) -> list[Problem]:
+def preflight_inputs(arguments: Sequence[Any], types: Iterable[type]) -> list[Problem]:
     """Look at the inputs of a configuration that is wrong already, so that all is told at once.
 
     Args:
@@ -156,7 +158,7 @@ def find_problems(arguments: Sequence[Any], fields: Iterable[str]) -> list[Probl
     Returns:
         What is wrong with its data, its model and its rewards besides.
     """
-    known = set(fields)
+    known = {field.name for kind in types for field in dataclasses.fields(kind)}
     kind = next((kind for field, kind in KINDS.items() if field in known), None)
     data_args = next((item for item in arguments if isinstance(item, DataArguments)), None)
     training_args = next((item for item in arguments if hasattr(item, "world_size")), None)

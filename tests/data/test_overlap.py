@@ -123,8 +123,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--train", "none.jsonl"], "none.jsonl"),
         (["--train", "{train}::validation"], "choose from: train"),
-        (["--train", "{train}:config"], "plain files have no configurations"),
-        (["--train", "{numbers}"], "hold no text"),
+        (["--train", "{train}:config"], "plain files do not have configurations"),
+        (["--train", "{numbers}"], "do not contain text"),
         (["--train", "{train}", "--n", "0"], "n: 0"),
         (["--train", "{train}", "--max_share", "2"], "max_share: 2.0"),
     ],

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_model import TEXT, tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
-from pipeline.data.packing import DOCUMENTS_A_BATCH, pack_documents
+from pipeline.data.packing import DOCUMENTS_PER_BATCH, pack_documents
 from pipeline.models.llama import LlamaArguments, build_model
 
 BLOCK = 32
@@ -119,7 +119,7 @@ def test_the_trainer_keeps_documents_apart(model: LlamaForCausalLM, tmp_path: Pa
 
 
 def test_a_stream_gives_the_same_blocks() -> None:
-    texts = ["a b"] * (DOCUMENTS_A_BATCH + 5) + DOCUMENTS
+    texts = ["a b"] * (DOCUMENTS_PER_BATCH + 5) + DOCUMENTS
     expected = pack_documents(dataset(texts), tokenizer(), BLOCK, "text")
     streamed = pack_documents(dataset(texts).to_iterable_dataset(), tokenizer(), BLOCK, "text")
     assert isinstance(streamed, IterableDataset)
@@ -138,7 +138,7 @@ def test_a_stream_is_read_no_further_than_it_is_asked_for() -> None:
 
     streamed = pack_documents(IterableDataset.from_generator(documents), tokenizer(), BLOCK, "text")
     assert len(list(itertools.islice(streamed, 3))) == 3
-    assert max(read) <= 2 * DOCUMENTS_A_BATCH
+    assert max(read) <= 2 * DOCUMENTS_PER_BATCH
 
 
 def test_documents_that_fill_no_block_give_none() -> None:

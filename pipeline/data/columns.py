@@ -1,0 +1,197 @@
+"""The columns of a data set: each row checked, and renamed to the columns that TRL expects."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from pipeline.data.arguments import DataArguments
+from pipeline.data.messages import (
+    ShapeError,
+    answer_message,
+    is_informative,
+    read_messages,
+    read_pair,
+    read_prompt,
+    shorten,
+)
+from pipeline.errors import Problem, UserError
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["text", "conversation", "preference", "prompt"]
+Split: TypeAlias = Dataset | IterableDataset
+Row = Mapping[str, Any]
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+FEATURES = {"text": Value("string"), "answer": Value("string"), "margin": Value("float64")} | dict.fromkeys(
+    ("messages", "prompt", "chosen", "rejected"), MESSAGES
+)
+
+GSM8K_ANSWER = re.compile(r"####\s*(.+)")
+
+
+def column_names(split: Split) -> list[str]:
+    """Return the columns of a split; a stream may not know them before its first row."""
+    return list(split.column_names or next(iter(split)))
+
+
+def place_of(split: Split, args: DataArguments) -> str:
+    """Return data set and split, for messages."""
+    return f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
+
+
+def standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
+    """Rename the columns to TRL's, and check every row (of a stream, when it is read).
+
+    Args:
+        split: The rows as the source has them.
+        args: Names of the columns.
+        kind: As for `pipeline.data.splits.load_splits`.
+
+    Returns:
+        The rows with the columns of `kind`; pairs that do not say which answer is better are left out.
+
+    Raises:
+        UserError: If a column does not exist, or a row does not have the expected shape.
+    """
+    columns = column_names(split)
+    convert, kept = _converter(split, columns, args, kind)
+    place = place_of(split, args)
+
+    def checked(row: Row, index: int) -> Row:
+        try:
+            return convert(row)
+        except ShapeError as error:
+            remedy = f"{error}; correct or remove that row"
+            raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None
+
+    # Without features a stream would not know its columns, and a numeric answer would stay a number.
+    features = {name: FEATURES[name] for name in kept if name in FEATURES}
+    if kind == "prompt":  # whose other columns stay, for rewards
+        kept += columns
+        features = (
+            {name: split.features[name] for name in columns if name not in features} | features
+            if split.features
+            else {}
+        )
+    removed = [column for column in columns if column not in kept]
+    standard = split.map(
+        checked, with_indices=True, remove_columns=removed, features=Features(features) if features else None
+    )
+    return _keep_informative(standard, place) if kind == "preference" else standard
+
+
+def _converter(
+    split: Split, columns: list[str], args: DataArguments, kind: Kind
+) -> tuple[Callable[[Row], dict[str, Any]], list[str]]:
+    """Return the function that converts a row, and the columns that it makes."""
+    if kind == "text":
+        _require(columns, text_column=args.text_column)
+        return lambda row: {"text": _text(row[args.text_column])}, ["text"]
+    if kind == "conversation":
+        return _conversation_converter(args, columns), ["messages"]
+    if kind == "prompt":
+        answers = ["answer"] if args.answer_column in columns else []
+        return _prompt_converter(args, columns), ["prompt", *answers]
+    _require(columns, chosen_column="chosen", rejected_column="rejected")
+    if args.prompt_column not in columns and isinstance(next(iter(split))["chosen"], str):
+        _require(columns, prompt_column=args.prompt_column)
+    margins = ["margin"] if "margin" in columns else []
+    return lambda row: read_pair(row, args.prompt_column, args.system_prompt), [
+        "prompt",
+        "chosen",
+        "rejected",
+        *margins,
+    ]
+
+
+def _keep_informative(pairs: Split, place: str) -> Split:
+    """Leave out pairs that do not say which answer is better; machine-made collections contain some."""
+    kept = pairs.filter(is_informative)
+    if isinstance(pairs, Dataset) and len(kept) < len(pairs):
+        if not len(kept):
+            raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
+        logger.warning(
+            "%s: %d of %d pairs are left out, because an answer is empty or both are the same.",
+            *(place, len(pairs) - len(kept), len(pairs)),
+        )
+    return kept
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ShapeError(f"the text is {shorten(value)}")
+    return value
+
+
+def _require(columns: list[str], **expected: str) -> None:
+    problems = [
+        Problem(field, name, f"there is no such column; choose from: {', '.join(columns)}")
+        for field, name in expected.items()
+        if name not in columns
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _conversation_converter(args: DataArguments, columns: list[str]) -> Callable[[Row], dict[str, Any]]:
+    """Read conversations, or make them of a prompt and a completion column (by default also `question`, `answer`)."""
+    pairs = [(args.prompt_column, args.completion_column), ("question", "answer"), ("prompt", "completion")]
+    found = [(p, c) for p, c in pairs if c is not None and p in columns and c in columns]
+    if args.completion_column is None and args.messages_column in columns:
+
+        def from_messages(row: Row) -> dict[str, Any]:
+            messages = read_messages(row[args.messages_column], args.messages_column, args.system_prompt)
+            if messages[-1]["role"] != "assistant":
+                raise ShapeError(f"{args.messages_column} ends with the role {messages[-1]['role']}, not assistant")
+            if next(m["role"] for m in messages if m["role"] != "system") == "assistant":
+                raise ShapeError(f"{args.messages_column} begins with the assistant: there is no prompt")
+            return {"messages": messages}
+
+        return from_messages
+    if args.completion_column is not None and found[:1] != [pairs[0]]:
+        _require(columns, prompt_column=args.prompt_column, completion_column=args.completion_column)
+    if not found:
+        _require(columns, messages_column=args.messages_column)
+    prompt, completion = found[0]
+
+    def from_pair(row: Row) -> dict[str, Any]:
+        messages = read_prompt(row[prompt], prompt, args.system_prompt)
+        return {"messages": [*messages, answer_message(row[completion], completion)]}
+
+    return from_pair
+
+
+def _prompt_converter(args: DataArguments, columns: list[str]) -> Callable[[Row], dict[str, Any]]:
+    prompt = args.prompt_column
+    if prompt not in columns and prompt == "prompt" and "question" in columns:
+        prompt = "question"
+    _require(columns, prompt_column=prompt)
+    if args.answer_pattern is not None or args.answer_column != "answer":
+        _require(columns, answer_column=args.answer_column)
+    try:
+        pattern = re.compile(args.answer_pattern) if args.answer_pattern is not None else None
+    except (re.error, RecursionError, OverflowError) as error:
+        remedy = f"is not a regular expression ({error})"
+        raise UserError(Problem("answer_pattern", args.answer_pattern, remedy)) from None
+
+    def convert(row: Row) -> dict[str, Any]:
+        messages = read_prompt(row[prompt], prompt, args.system_prompt)
+        if args.answer_column not in columns:
+            return {"prompt": messages}
+        if row[args.answer_column] is None:
+            raise ShapeError(f"{args.answer_column} is None")
+        answer = str(row[args.answer_column])
+        match = (pattern or GSM8K_ANSWER).search(answer)
+        if match:
+            answer = match.group(1) if match.re.groups else match.group(0)
+        elif pattern is not None:
+            raise ShapeError(f"answer_pattern does not occur in {shorten(answer)}")
+        return {"prompt": messages, "answer": answer.strip()}
+
+    return convert
