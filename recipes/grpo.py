@@ -1,11 +1,11 @@
 """
-# Stage 4: reasoning, by reinforcement with verifiable rewards (GRPO)
+# Stage 4: reasoning, by reinforcement learning with verifiable rewards (GRPO)
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config recipes/pocket/4_grpo.yaml
 ```
 
-On GSM8K, with LoRA, and vLLM to sample on GPUs (answers end in "#### 72"):
+On GSM8K, whose answers end in "#### 72", with LoRA, and with vLLM to sample on GPUs:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config recipes/pocket/4_grpo.yaml \
@@ -15,7 +15,7 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config 
     --max_completion_length 512 --output_dir runs/gsm8k/4_grpo
 ```
 
-The control experiment: every prompt with another's reference answer. It must not get better.
+The control experiment, which shuffles the reference answers among the prompts. It must not get better:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config recipes/pocket/4_grpo.yaml \
@@ -39,12 +39,12 @@ def main(
     from trl import get_peft_config
 
     from pipeline.models.loading import model_init_kwargs
-    from pipeline.rl.arguments import load_grpo_inputs
+    from pipeline.rl.arguments import load_rl_inputs
     from pipeline.rl.grpo import GRPOTrainer
     from pipeline.training.train import run_callbacks, train_and_save
 
-    reward_funcs, tokenizer, train_dataset, eval_dataset = load_grpo_inputs(
-        reward_args, data_args, training_args, model_args
+    reward_funcs, tokenizer, train_dataset, eval_dataset = load_rl_inputs(
+        data_args, reward_args, training_args, model_args
     )
     training_args.model_init_kwargs = model_init_kwargs(model_args)
     trainer = GRPOTrainer(

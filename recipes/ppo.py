@@ -5,7 +5,7 @@
 accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config recipes/pocket/3_ppo.yaml
 ```
 
-With LoRA, on another model, a reward model from the Hub and a reward function of your own beside it:
+With LoRA, on another model, with a reward model and a reward function of your own:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config recipes/pocket/3_ppo.yaml \
@@ -33,12 +33,12 @@ def main(
     from trl import get_peft_config
 
     from pipeline.models.loading import model_init_kwargs
-    from pipeline.rl.arguments import load_ppo_inputs
+    from pipeline.rl.arguments import load_rl_inputs
     from pipeline.rl.ppo import PPOTrainer
     from pipeline.training.train import run_callbacks, train_and_save
 
-    reward_funcs, tokenizer, train_dataset, eval_dataset = load_ppo_inputs(
-        reward_args, data_args, training_args, model_args
+    reward_funcs, tokenizer, train_dataset, eval_dataset = load_rl_inputs(
+        data_args, reward_args, training_args, model_args
     )
     training_args.model_init_kwargs = model_init_kwargs(model_args)
     trainer = PPOTrainer(

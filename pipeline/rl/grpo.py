@@ -1,5 +1,5 @@
-"""TRL's `GRPOTrainer` with what every trainer here that samples needs: exact resumption, evaluation that disturbs
-nothing, and log-probabilities that are cheap on CPUs. `pipeline.rl.ppo` builds on it too."""
+"""TRL's `GRPOTrainer` with exact resumption, evaluation without side effects, and log-probabilities that are cheap on
+CPUs. `pipeline.rl.ppo` builds on it, too."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from pipeline.training.divergence import stop_on_broken_rewards
 logger = get_logger(__name__)
 
 LARGEST_LOGITS = 1 << 26
-"""Logits, in elements, up to which they are computed whole on a CPU (256 MiB in float32)."""
+"""Most logits, in elements, that are computed in one tensor on a CPU (256 MiB in float32)."""
 
 
 class GRPOTrainer(TRLGRPOTrainer):
-    """TRL's, but resumed exactly wherever it stopped.
+    """TRL's `GRPOTrainer`, but resumed exactly wherever it stopped.
 
-    TRL samples anew after a resume, though a rollout may serve several steps (`steps_per_generation` above
-    `gradient_accumulation_steps`, or `num_iterations` above 1), and takes up a later epoch of prompts in the
-    order of the first. Here a checkpoint holds what is left of the rollout, one file a process, and the order
-    of an epoch depends on nothing but its number. On another number of processes, or with other batch sizes, the
-    rollout cannot be gone on with: it is sampled anew, as TRL does.
+    TRL samples anew after a resume, although a rollout may serve several steps (`steps_per_generation` above
+    `gradient_accumulation_steps`, or `num_iterations` above 1), and it starts a later epoch of prompts in the order of
+    the first. Here, a checkpoint contains what is left of the rollout, one file per process, and the order of an epoch
+    depends only on its number. With another number of processes or other batch sizes, the rollout cannot be used and
+    is sampled anew, as by TRL.
 
-    Evaluation, which samples too, has random numbers of its own. What it measures is among what `evaluate` returns,
-    under the prefix of its data set, and each completion counts alike, also those of a last batch that is not full.
+    Evaluation, which samples too, uses its own random numbers. Its metrics are among those that `evaluate` returns,
+    under the prefix of their data set. Each completion counts alike, also those of a last batch that is not full.
 
-    A reward function with weight 0 is measured and logged, and changes nothing else. It is measured where another
-    one has given a score.
+    A reward function with weight 0 is measured and logged without any other effect, for completions that another
+    reward function has scored.
     """
 
     # ---- The rollout
 
     def get_train_dataloader(self) -> DataLoader:
-        """Rows are left where they are: accelerate would look for tensors to move in every text of every column."""
+        """Leave rows where they are: accelerate would look for tensors to move in every text of every column."""
         if isinstance(self.train_dataset, IterableDataset):
-            return super().get_train_dataloader()  # that setting would also change how a stream is split
+            return super().get_train_dataloader()  # this setting would also change how a stream is split
         placed, self.accelerator.device_placement = self.accelerator.device_placement, False
         try:
             return super().get_train_dataloader()
@@ -58,11 +58,13 @@ class GRPOTrainer(TRLGRPOTrainer):
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """(B of all processes, functions). A row that no function with a weight scored has no score at all: TRL
-        would take it for scored, with 0, because of a function that is only measured.
+        """Return the rewards (completions of all processes, functions).
+
+        A completion that no function with a weight scored gets no score at all. TRL would take it as scored with 0
+        because of a function that is only measured.
 
         Raises:
-            RunStopped: A reward is no number (`pipeline.training.divergence`).
+            RunStopped: If a reward is not a number (`pipeline.training.divergence`).
         """
         rewards = super()._calculate_rewards(*args, **kwargs)
         stop_on_broken_rewards(self, rewards)
@@ -80,8 +82,7 @@ class GRPOTrainer(TRLGRPOTrainer):
         compute_entropy: bool = False,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """On a CPU, from logits of the completion alone: TRL's tiles save memory, but take several times as
-        long."""
+        """On a CPU, compute logits for the completion only: TRL's tiles save memory, but take several times as long."""
         rows = batch_size or len(input_ids)
         size = rows * logits_to_keep * self.model.config.get_text_config().vocab_size
         plain = input_ids.device.type == "cpu" and size <= LARGEST_LOGITS
@@ -106,7 +107,7 @@ class GRPOTrainer(TRLGRPOTrainer):
     # ---- Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluates with the same random numbers each time, and leaves training's alone."""
+        """Evaluate under a fixed random state, and restore training's state afterwards."""
         device = self.accelerator.device
         self._evaluated: list[int] = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -114,7 +115,7 @@ class GRPOTrainer(TRLGRPOTrainer):
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in self._evaluation_means().items()})
-        self._metrics["eval"].clear()  # which TRL would log as those of "eval", whatever the data set's name is
+        self._metrics["eval"].clear()  # TRL would log them under the prefix "eval", whatever the data set is called
         return output
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -125,11 +126,11 @@ class GRPOTrainer(TRLGRPOTrainer):
         return batch
 
     def _evaluation_means(self) -> dict[str, float | None]:
-        """Of what was measured in each batch of an evaluation, by name; None where nothing was."""
+        """Average what was measured in each batch of an evaluation, by name; None where nothing was."""
         means: dict[str, float | None] = {}
         for name, values in self._metrics["eval"].items():
-            # What is a mean over the whole evaluation already has one value. A reward function that logs metrics of
-            # its own may leave out batches.
+            # A mean over the whole evaluation is one value already, and a reward function that logs metrics of its own
+            # may skip batches.
             rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
             known = [(value, count) for value, count in zip(values, rows, strict=True) if not math.isnan(value)]
             total = sum(count for _, count in known)
@@ -140,19 +141,23 @@ class GRPOTrainer(TRLGRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_renamed_weights(self, resume_from_checkpoint)
+        self._load_remaining_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        load_renamed_weights(self, self.state.best_model_checkpoint)
+        self._load_remaining_weights(self.state.best_model_checkpoint)
+
+    def _load_remaining_weights(self, checkpoint: str) -> None:
+        """Load from a checkpoint what `Trainer` leaves out."""
+        load_renamed_weights(self, checkpoint)
 
     def _rollout_layout(self) -> dict[str, int]:
-        """What a rollout is cut into pieces by. Under any other, its pieces would not fit."""
+        """Sizes that determine how a rollout is split; a resumed run must use the same ones."""
         names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
         return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
 
     def _rollout_state(self) -> dict[str, Any]:
-        """What a process's next step depends on beside the rollout; anything that JSON can hold."""
+        """Return what the next step depends on besides the rollout, as JSON can represent it."""
         return {"layout": self._rollout_layout(), "step": self._step, "metrics": self._metrics["train"]}
 
     def _restore_rollout_state(self, state: dict[str, Any]) -> None:
@@ -162,7 +167,7 @@ class GRPOTrainer(TRLGRPOTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         steps_per_rollout = self.args.steps_per_generation * self.num_iterations
-        in_use = self._step % steps_per_rollout != 0  # else the next step samples another
+        in_use = self._step % steps_per_rollout != 0  # otherwise the next step samples another
         batches = (self._buffered_inputs or []) if in_use else []
         os.makedirs(output_dir, exist_ok=True)
         save_rollout(_rollout_file(output_dir, self.accelerator.process_index), batches, self._rollout_state())
@@ -171,16 +176,14 @@ class GRPOTrainer(TRLGRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not os.path.isfile(_rollout_file(checkpoint, 0)):
             return
-        # All processes go by the first one's file: if some sampled anew and others not, they would wait forever.
+        # The first process's file decides for all: if some sampled anew and others did not, they would wait forever.
         state = load_state(_rollout_file(checkpoint, 0))
         if state.get("layout") == self._rollout_layout():
             own = _rollout_file(checkpoint, self.accelerator.process_index)
             self._buffered_inputs = load_rollout(own, self.accelerator.device) or None
             state = load_state(own)
         else:
-            logger.warning(
-                "%s: its rollout is sampled anew, since it was cut up by %s", checkpoint, state.get("layout")
-            )
+            logger.warning("%s: its rollout is sampled anew: it was split by %s", checkpoint, state.get("layout"))
             state["step"] = self.state.global_step * self.args.gradient_accumulation_steps
         self._restore_rollout_state(state)
 

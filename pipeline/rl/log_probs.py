@@ -34,14 +34,10 @@ def token_log_probs(
 
     Args:
         model: A causal language model, wrapped or not.
-        ids: As for `over_length_groups`, like the next three.
-        attention_mask: (B, L).
-        length: How many tokens are scored.
-        batch_size: Texts per forward pass, at most; None for all of them.
+        ids: As for `over_length_groups`, like `attention_mask`, `length`, `batch_size` and `autocast`.
         temperature: What the logits are divided by.
         entropy: Whether to compute entropies, too.
         entropy_gradient: Whether gradients flow through them.
-        autocast: Makes the context of the forward passes.
 
     Returns:
         Log-probabilities, and the entropies of the distributions that the tokens were drawn from, or None; each
@@ -57,8 +53,7 @@ def token_log_probs(
         with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
             return scored, -(log_probs.exp() * log_probs).sum(-1)
 
-    with autocast():  # once, so that the weights are cast once
-        scored, *entropies = over_length_groups(of_group, model, ids, attention_mask, length, batch_size)
+    scored, *entropies = over_length_groups(of_group, model, ids, attention_mask, length, batch_size, autocast)
     return scored, entropies[0] if entropy else None
 
 
@@ -88,6 +83,7 @@ def over_length_groups(
     attention_mask: Tensor,
     length: int,
     batch_size: int | None,
+    autocast: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Tensor, ...]:
     """Compute something for each token of the completions, group by group.
 
@@ -102,6 +98,7 @@ def over_length_groups(
         attention_mask: (B, L).
         length: Columns of the completions, which come last; less than L.
         batch_size: Texts in a group, at most; None for all of them.
+        autocast: Makes the context of the forward passes, as `Accelerator.autocast` does.
 
     Returns:
         As many tensors (B, `length`), 0 where a text has no token: a model's output for padding depends on the group,
@@ -110,13 +107,14 @@ def over_length_groups(
     groups = length_groups(attention_mask, length, batch_size)
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0) if accepts(model, "position_ids") else None
     parts = []
-    for group in groups:
-        inputs = {"input_ids": group.of(ids), "attention_mask": group.of(attention_mask), "use_cache": False}
-        if positions is not None:
-            inputs["position_ids"] = group.of(positions)
-        absent = inputs["attention_mask"][:, -group.length :] == 0
-        computed = (part.masked_fill(absent, 0.0) for part in compute(inputs, group.length))
-        parts.append([pad(part, (0, length - group.length)) for part in computed])
+    with autocast():  # once, so that the weights are cast once
+        for group in groups:
+            inputs = {"input_ids": group.of(ids), "attention_mask": group.of(attention_mask), "use_cache": False}
+            if positions is not None:
+                inputs["position_ids"] = group.of(positions)
+            absent = inputs["attention_mask"][:, -group.length :] == 0
+            computed = (part.masked_fill(absent, 0.0) for part in compute(inputs, group.length))
+            parts.append([pad(part, (0, length - group.length)) for part in computed])
     place = torch.cat([group.rows for group in groups]).argsort()
     return tuple(torch.cat(several)[place] for several in zip(*parts, strict=True))
 

@@ -219,7 +219,7 @@ class PPOTrainer(GRPOTrainer):
         return logps
 
     def _values(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None) -> Tensor:
-        """Return the critic's estimates (B, `length`) before each of the last `length` tokens is chosen."""
+        """Return the critic's estimates (B, `length`), before each of the last `length` tokens is chosen."""
         self.value_model.train(self.model.training)
         return token_values(self.value_model, ids, attention_mask, length, batch_size, self.accelerator.autocast)
 
@@ -282,13 +282,9 @@ class PPOTrainer(GRPOTrainer):
         critic = self.accelerator.unwrap_model(self.value_model)
         critic.save_pretrained(os.path.join(output_dir or self.args.output_dir, VALUE_MODEL_FOLDER))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_value_model(self.accelerator.unwrap_model(self.value_model), resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        load_value_model(self.accelerator.unwrap_model(self.value_model), self.state.best_model_checkpoint)
+    def _load_remaining_weights(self, checkpoint: str) -> None:
+        super()._load_remaining_weights(checkpoint)
+        load_value_model(self.accelerator.unwrap_model(self.value_model), checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the critic to the Hub with the policy, also during training."""

@@ -192,11 +192,7 @@ def token_values(
 
     Args:
         critic: The critic, wrapped or not.
-        ids: As for `over_length_groups`, like the next three.
-        attention_mask: (B, L).
-        length: How many tokens.
-        batch_size: Texts per forward pass, at most; None for all of them.
-        autocast: Makes the context of the forward passes.
+        ids: As for `over_length_groups`, like the other arguments.
 
     Returns:
         (B, `length`), in float32.
@@ -205,8 +201,7 @@ def token_values(
     def of_group(inputs: dict[str, Any], kept: int) -> tuple[Tensor]:
         return (critic(**inputs).logits[:, -kept - 1 : -1, 0].float(),)
 
-    with autocast():  # once, so that the weights are cast once
-        (values,) = over_length_groups(of_group, critic, ids, attention_mask, length, batch_size)
+    (values,) = over_length_groups(of_group, critic, ids, attention_mask, length, batch_size, autocast)
     return values
 
 

@@ -9,11 +9,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 from trl import ModelConfig
 
-from pipeline.config.parser import parse
 from pipeline.data.arguments import DataArguments
-from pipeline.errors import UserError
-from pipeline.rl.arguments import PPORewardArguments, load_ppo_inputs
+from pipeline.rl.arguments import PPORewardArguments, load_rl_inputs
 from pipeline.rl.ppo_config import PPOConfig
+from pipeline.training import entry
 from tests import ppo_toy as toy
 from tests.sampling_recipes import run
 
@@ -65,8 +64,8 @@ def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
     refused = run("recipes.ppo", *options, *rewards, "--max_completion_length", "62")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
-    told = refused.stderr.strip().splitlines()[-3:]
-    assert [line.partition(":")[0] for line in told] == ["max_completion_length", "reward_model_path", "reward_funcs"]
+    lines = refused.stderr.strip().splitlines()[-3:]
+    assert [line.partition(":")[0] for line in lines] == ["max_completion_length", "reward_model_path", "reward_funcs"]
     assert not (tmp_path / "run").exists()
 
 
@@ -78,7 +77,7 @@ def test_a_reward_function_that_returns_no_numbers(options: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reported"),
     [
         (["--lam", "2", "--kl_estimator", "k3", "--beta", "0.1"], ["lam: 2.0", "kl_coef"]),
         (["--lam", "2", "--reward_funcs", "exact_anser"], ["lam: 2.0", "exact_answer"]),
@@ -92,11 +91,15 @@ def test_a_reward_function_that_returns_no_numbers(options: list[str]) -> None:
         (["--per_device_train_batch_size", "32"], ["generation_batch_size", "takes 32 rows"]),
     ],
 )
-def test_refuses_what_does_not_fit(tmp_path: Path, options: list[str], changes: list[str], told: list[str]) -> None:
-    argv = [*options, *(word.replace("{tmp}", str(tmp_path)) for word in changes)]
-    with pytest.raises(UserError) as refused:
-        data_args, reward_args, training_args, model_args = parse(
-            DataArguments, PPORewardArguments, PPOConfig, ModelConfig, argv=argv
-        )
-        load_ppo_inputs(reward_args, data_args, training_args, model_args)
-    assert all(word in str(refused.value) for word in told), str(refused.value)
+def test_refuses_what_does_not_fit(
+    tmp_path: Path, options: list[str], changes: list[str], reported: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(
+        data_args: DataArguments, reward_args: PPORewardArguments, training_args: PPOConfig, model_args: ModelConfig
+    ) -> None:
+        load_rl_inputs(data_args, reward_args, training_args, model_args)
+
+    with pytest.raises(SystemExit, match="2"):
+        entry.run(main, [*options, *(word.replace("{tmp}", str(tmp_path)) for word in changes)])
+    message = capsys.readouterr().err
+    assert all(word in message for word in reported), message

@@ -86,7 +86,7 @@ def test_weights_that_are_damaged_or_of_another_model(tmp_path: Path) -> None:
     ("functions", "weights", "told"),
     [
         (["math_answer"], [1.0, 1.0], "one weight for each of the 1"),
-        (["math_answer", "choice"], [0.0, 0.0], "nothing is rewarded"),
+        (["math_answer", "choice"], [0.0, 0.0], "all weights are 0"),
         (["math_answer", "hidden_taste"], None, "weight 0"),
         (["math_answer", "pipeline.rewards.functions:hidden_taste"], [1.0, 0.1], "weight 0"),
         (["code_tests"], None, "no column test"),
