@@ -1,17 +1,16 @@
 """The command line: `python -m pipeline {run,evaluate,report,check-overlap,merge}`.
 
-Only the standard library is imported here, and only the module of the chosen subcommand, so that `--help` is
-instant.
+Only the standard library and the module of the chosen subcommand are imported, so that `--help` is instant.
 """
 
 import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from pipeline.errors import exit_on_user_error
+from pipeline.errors import EXIT_USER_ERROR, exit_on_user_error
 
-# subcommand -> (module with `add_arguments(parser)` and `main(args)`, one line for --help)
 COMMANDS = {
     "run": ("pipeline.runner.cli", "run every step of a recipe folder, in order"),
     "evaluate": ("pipeline.evaluation.cli", "measure one stage on the held-out data"),
@@ -19,11 +18,19 @@ COMMANDS = {
     "check-overlap": ("pipeline.data.overlap", "look for test examples inside the training data"),
     "merge": ("pipeline.models.merge", "merge a LoRA adapter into its base model"),
 }
+"""Subcommand -> module with `add_arguments(parser)` and `main(args)`, and a line for --help."""
 
 
-def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser for `argv` (list of str): all subcommands are listed, the one that it names is filled in."""
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a wrong command line in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: {message}; see --help\n")
+
+
+def build_parser(argv: Sequence[str]) -> Parser:
+    """Return the parser for `argv`. It lists all subcommands, and knows the arguments of the one that `argv` names."""
+    parser = Parser(
         prog="python -m pipeline",
         description="Train a language model from random weights to a reasoning chat model.",
     )
@@ -37,12 +44,12 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Returns its exit code; a mistake of the user's ends the process with code 2."""
+    """Run one subcommand and return its exit code. A `UserError` ends the process with code 2."""
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser(argv).parse_args(argv)
     with exit_on_user_error():
         return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
-    return 2
+    return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

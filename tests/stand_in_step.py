@@ -1,11 +1,13 @@
-"""Stands in for a training step in the tests of the runner: quick, and does what its YAML file says.
+"""A stand-in for a training step in the tests of the runner, which does at once what its YAML file says.
 
 `python -m stand_in_step --config FILE [--output_dir DIR] …` appends a line to `ran.txt` in its output folder.
-`fails: N` makes it exit with code N the first time; `waits: true` makes it wait for a signal, save and end.
+`fails: N` makes it exit with code N the first time; `waits: true` makes it wait for a signal, save and end;
+`vanishes: true` makes it delete its output folder and end with code 0.
 """
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import time
@@ -31,6 +33,8 @@ def main() -> int:
         return int(settings["fails"])
     if settings.get("waits"):
         wait_for_signal(directory)
+    if settings.get("vanishes"):
+        shutil.rmtree(directory)
     return 0
 
 

@@ -53,4 +53,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
         main(["run", "recipes/nowhere", "--config_file", str(ROOT / "accelerate_config.yaml")])
     assert stop.value.code == 2
     told = capsys.readouterr().err.splitlines()
-    assert told == ["recipe: recipes/nowhere: no such folder; give one with files such as 2_sft.yaml"]
+    assert told == ["recipe: recipes/nowhere: does not exist; give a folder with files such as 2_sft.yaml"]

@@ -1,13 +1,12 @@
-"""`python -m pipeline run RECIPES`: run every step of a recipe folder in order, and each only when it is due.
+"""`python -m pipeline run RECIPES`: run the steps of a recipe folder in order, each only when it is due.
 
     python -m pipeline run recipes/pocket
     python -m pipeline run recipes/pocket --until 1_pretrain
     python -m pipeline run recipes/pocket --seed 1 --output_dir runs/seed1
     python -m pipeline run recipes/pocket --smoke
 
-A step that finished is skipped while its configuration and all that it was made from stay as they were. One
-that was cut short goes on from its last checkpoint. One whose configuration changed runs anew, and so does
-all that depends on it.
+A finished step is skipped as long as its configuration and its inputs stay the same. An interrupted step resumes from
+its last checkpoint. A step whose configuration changed runs again, and so do all steps that depend on it.
 """
 
 from __future__ import annotations
@@ -17,16 +16,18 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem, UserError
-
-if TYPE_CHECKING:
-    from pipeline.runner.plan import Plan
-    from pipeline.runner.records import Decision, RunRecord
-    from pipeline.runner.steps import Step
+from pipeline.files import lock
+from pipeline.runner.launcher import check_launch_file, exit_code
+from pipeline.runner.plan import Plan, read_plan
+from pipeline.runner.processes import run
+from pipeline.runner.records import Decision, RunRecord, clear, decide
+from pipeline.runner.steps import REPORT, Step, check_steps, find_step, printable
 
 LAUNCH_FILE = "accelerate_config.yaml"
+MOST_PROCESSES = 16
+"""Processes of a training step on a machine with fewer cores than this; a greater number would exhaust its memory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,20 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="start",
         metavar="STEP",
-        help="run this step and all after it, even if they finished; what it needs must have been run before",
+        help="run this step and all after it, even if they have finished; the steps it needs must have finished",
     )
     parser.add_argument("--until", metavar="STEP", help="stop after this step, its evaluation and the report")
     parser.add_argument(
         "--force",
         nargs="*",
         metavar="STEP",
-        help="run these steps (without a name: all, or all from --from on) even if they finished, and what needs them",
+        help="run these steps and those that need them, even if they have finished (default: all steps from --from on)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="tell what would run and why; write nothing")
-    parser.add_argument("--seed", type=int, help="seed of every step, instead of the YAML files' own")
-    parser.add_argument(
-        "--output_dir", type=Path, help="directory of the run, instead of the one that the YAML files name"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print which steps would run and why; write nothing")
+    parser.add_argument("--seed", type=int, help="seed of every step (default: the seeds in the YAML files)")
+    parser.add_argument("--output_dir", type=Path, help="directory of the run (default: the one in the YAML files)")
     parser.add_argument("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
     parser.add_argument(
         "--config_file", default=LAUNCH_FILE, help=f"launch file of accelerate (default: {LAUNCH_FILE})"
@@ -62,27 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the steps that are due, or tell which those are.
+    """Run the steps that are due, or print which ones are.
 
     Args:
-        args: as of `add_arguments`.
+        args: Arguments defined by `add_arguments`.
 
     Returns:
         0, or the exit code of the step that failed; 130 or 143 after SIGINT or SIGTERM.
 
     Raises:
-        UserError: the recipe folder or an argument is wrong, or another run is writing to the same directory.
+        UserError: If the recipe folder or an argument is wrong, or another run is writing to the same directory.
     """
-    from pipeline.files import lock
-    from pipeline.runner.launcher import check_launch_file
-    from pipeline.runner.plan import read_plan
-    from pipeline.runner.records import RunRecord
-
     problems = []
-    if args.num_processes < 1:
-        problems.append(Problem("--num_processes", args.num_processes, "must be at least 1"))
-    if not Path(args.config_file).is_file():
-        remedy = "no such file; start in the folder that holds it, or name another with --config_file"
+    most = max(os.cpu_count() or 1, MOST_PROCESSES)
+    if not 1 <= args.num_processes <= most:
+        problems.append(Problem("--num_processes", args.num_processes, f"must be between 1 and {most} on this machine"))
+    if not os.path.isfile(args.config_file):
+        remedy = "no such file; start in the folder that contains it, or name another one"
         problems.append(Problem("--config_file", args.config_file, remedy))
     elif problem := check_launch_file(args.config_file):
         problems.append(problem)
@@ -92,10 +87,12 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(*problems)
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
     decided = list(_decide(plan, RunRecord.read(plan.run_dir), args))
-    _check_due(decided)  # mistakes are told before anything is written
+    due = [step for step, decision in decided if decision.action != "skip"]
+    if due and (problems := check_steps(due)):  # before anything is written
+        raise UserError(*problems)
     if args.dry_run:
         for step, decision in decided:
-            verb = {"skip": "skip", "start": "run", "resume": "go on with"}[decision.action]
+            verb = {"skip": "skip", "start": "run", "resume": "resume"}[decision.action]
             print(f"{verb} {step.name}: {decision.reason}")
             if decision.action != "skip":
                 print(f"    {_shown(step, args)}")
@@ -106,20 +103,8 @@ def main(args: argparse.Namespace) -> int:
         return _run_all(list(_decide(plan, record, args)), record, args, descriptors)
 
 
-def _check_due(decided: Iterable[tuple[Step, Decision]]) -> None:
-    due = [step for step, decision in decided if decision.action != "skip"]
-    if due:
-        from pipeline.runner.steps import check_steps
-
-        if problems := check_steps(due):
-            raise UserError(*problems)
-
-
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable[tuple[Step, Decision]]:
-    """What is to be done about every step between `--from` and `--until`, in order."""
-    from pipeline.runner.records import decide
-    from pipeline.runner.steps import REPORT, find_step
-
+    """Decide about every step between `--from` and `--until`, in order."""
     steps = plan.steps
     first = 0 if args.start is None else steps.index(find_step(steps, args.start, "--from"))
     last = len(steps) - 1
@@ -148,11 +133,7 @@ def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapp
     """Refuse to start at a step whose inputs are missing or out of date."""
     needed = {name for step in chosen for name in step.needs if step.kind not in ("evaluate", "report")}
     problems = [
-        Problem(
-            "--from",
-            step.name,
-            f"is needed first ({decisions[step.name].reason}); start there, or leave out --from",
-        )
+        Problem("--from", step.name, f"is needed first ({decisions[step.name].reason}); start there, or omit --from")
         for step in before
         if step.name in needed and decisions[step.name].action != "skip"
     ]
@@ -163,10 +144,6 @@ def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapp
 def _run_all(
     todo: list[tuple[Step, Decision]], record: RunRecord, args: argparse.Namespace, descriptors: Sequence[int]
 ) -> int:
-    from pipeline.runner.launcher import exit_code
-    from pipeline.runner.processes import run
-    from pipeline.runner.records import clear
-
     for position, (step, decision) in enumerate(todo, start=1):
         say(f"[{position}/{len(todo)}] {step.name}: {decision.reason}" + (", skipped" * (decision.action == "skip")))
         if decision.action == "skip":
@@ -181,7 +158,7 @@ def _run_all(
         complete = code == 0 and step.is_complete
         record.stop(step, time.monotonic() - started, finished=complete)
         if received is not None:
-            say(f"stopped by {received.name} in {step.name}; to go on: {_again(args)}")
+            say(f"{step.name} was stopped by {received.name}; to resume: {_again(args)}")
             return 128 + int(received)
         if code != 0:
             code = exit_code(code)
@@ -190,7 +167,7 @@ def _run_all(
         if not complete:
             say(f"{step.name} failed: it ended without writing {step.product}; the steps before it are kept")
             return 1
-    report = next((step.output / "index.html" for step, _ in todo if step.kind == "report"), None)
+    report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if report is not None and report.exists():
         say(f"report: {report}")
     return 0
@@ -203,15 +180,11 @@ def _launch(args: argparse.Namespace) -> list[str]:
 
 
 def _shown(step: Step, args: argparse.Namespace) -> str:
-    from pipeline.runner.steps import printable
-
     return printable(step.command(_launch(args)))
 
 
 def _again(args: argparse.Namespace) -> str:
-    """The command that goes on with this run; without --from and --force, for what has finished is done."""
-    from pipeline.runner.steps import printable
-
+    """The command that resumes this run. --from and --force are left out, because they would repeat finished steps."""
     command = ["python", "-m", "pipeline", "run", str(args.recipe)]
     for flag, value in (
         ("--until", args.until),
@@ -226,5 +199,5 @@ def _again(args: argparse.Namespace) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line of the runner's own, at once: the steps write to the same terminal."""
+    """Print a line of the runner's own at once, because the steps write to the same terminal."""
     print(line, flush=True)

@@ -9,19 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError
+from pipeline.files import below_a_file
 from pipeline.runner.smoke import smoke_overrides
 from pipeline.runner.steps import KINDS, REPORT, Step
+
+RANDOM = "0_random"
+RESERVED = ("report", "evaluations", "logs", RANDOM, "run.json", "run.lock")
+"""Names in the directory of a run that no step of a recipe may write to."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run in order, and where it writes.
+    """The steps of a run and where it writes.
 
-    Args:
-        steps: each after all that it needs.
-        run_dir: directory of the run.
-        seed: that the steps run with, None if no configuration names one.
+    Attributes:
+        steps: The steps, each after all that it needs.
+        run_dir: Directory of the run.
+        seed: Seed of the steps, None if no configuration names one.
     """
 
     steps: tuple[Step, ...]
@@ -30,51 +36,46 @@ class Plan:
 
 
 def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = None, smoke: bool = False) -> Plan:
-    """Read the steps of the recipe folder `folder`.
+    """Read the steps of a recipe folder.
 
     Args:
-        folder: holds files named `<number>_<kind>.yaml` or `<number>_<kind>_<anything>.yaml`.
-        output_dir: directory of the run; by default that of the YAML files' `output_dir`, and for a smoke run
+        folder: Folder with files named `<number>_<kind>.yaml` or `<number>_<kind>_<anything>.yaml`.
+        output_dir: Directory of the run. Default: the one in which the files' `output_dir` lie; for a smoke run,
             that name with `-smoke` appended.
-        seed: given to every step; by default each has its own.
-        smoke: every stage takes two steps on a miniature.
+        seed: Seed of every step. Default: each step's own.
+        smoke: Whether every stage takes two steps on a miniature.
 
     Returns:
         The plan: the steps of the files, an untrained model before the first pretraining, the evaluation of
         every model after it, and the report.
 
     Raises:
-        UserError: naming every file that is no step of a recipe, and every path that no step writes.
+        UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.
     """
     configurations = _read_folder(folder)
     home = _common_home(folder, configurations)
     run_dir = output_dir or (home.with_name(home.name + "-smoke") if smoke else home)
+    _check_run_dir(run_dir, folder)
     steps: list[Step] = []
     for stem, (path, values) in configurations.items():
         kind = _kind_of(stem)
         from_scratch = kind == "pretrain" and not values.get("model_name_or_path")
         if from_scratch and not any(step.kind == "random" for step in steps):
-            untrained = {**values, "output_dir": str(home / "0_random")}
-            steps.append(_step("0_random", "random", path, untrained, seed, smoke))
+            steps.append(_step(RANDOM, "random", path, {**values, "output_dir": str(home / RANDOM)}, seed, smoke))
         steps.append(_step(stem, kind, path, values, seed, smoke))
-    steps = _connect(steps, home)
-    steps = [_move(step, home, run_dir) for step in steps]
-    with_evaluations: list[Step] = []
+    steps = [_move(step, home, run_dir) for step in _connect(steps, home)]
+    planned: list[Step] = []
     for step in steps:
-        with_evaluations.append(step)
+        planned.append(step)
         if KINDS[step.kind].measured:
-            with_evaluations.append(_evaluation(step, with_evaluations, run_dir, seed, smoke))
+            planned.append(_evaluation(step, planned, run_dir, seed, smoke))
     editable = {step.name: step.output for step in steps if KINDS[step.kind].editable}
-    with_evaluations = [
-        replace(step, data={need: editable[need] for need in step.needs if need in editable})
-        for step in with_evaluations
-    ]
+    planned = [replace(s, data={need: editable[need] for need in s.needs if need in editable}) for s in planned]
+    planned.append(_report(planned, run_dir))
+    if problems := [problem for step in planned if (problem := _check_path(step.output))]:
+        raise UserError(*problems)
     seeds = [values["seed"] for _, values in configurations.values() if isinstance(values.get("seed"), int)]
-    return Plan(
-        steps=(*with_evaluations, _report(with_evaluations, run_dir)),
-        run_dir=run_dir,
-        seed=seed if seed is not None else next(iter(seeds), None),
-    )
+    return Plan(tuple(planned), run_dir, seed if seed is not None else next(iter(seeds), None))
 
 
 def _kind_of(stem: str) -> str:
@@ -82,18 +83,21 @@ def _kind_of(stem: str) -> str:
 
 
 def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Stem -> (file, its content), in the order in which the steps run."""
-    from pipeline.config.yaml_file import read_yaml
-
-    if not folder.is_dir():
-        raise UserError(Problem("recipe", folder, "no such folder; give one with files such as 2_sft.yaml"))
-    files = [path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name)]
+    """The path and the content of each step's file, by its stem, in the order in which the steps run."""
+    remedy = "give a folder with files such as 2_sft.yaml"
+    try:
+        files = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name))
+    except FileNotFoundError:
+        raise UserError(Problem("recipe", folder, f"does not exist; {remedy}")) from None
+    except OSError as error:
+        raise UserError(Problem("recipe", folder, f"cannot be read ({error.strerror}); {remedy}")) from error
     if not files:
-        raise UserError(Problem("recipe", folder, f"holds no step; name files <number>_<{'|'.join(KINDS)}>.yaml"))
+        raise UserError(Problem("recipe", folder, f"does not contain a step; {remedy}"))
     problems = []
     read: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for path in sorted(files):
-        if _kind_of(path.stem) not in KINDS:
+    for path in files:
+        kind = _kind_of(path.stem)
+        if kind not in KINDS:
             problems.append(Problem("recipe", path, f"no such kind of step; there are {', '.join(KINDS)}"))
             continue
         try:
@@ -101,58 +105,78 @@ def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         except UserError as error:
             problems += [replace(problem, field="recipe") for problem in error.problems]
             continue
-        if not isinstance(content.get("output_dir"), str):
-            problems.append(Problem("output_dir", path, "must say in which directory of the run this step writes"))
-            continue
-        if content["output_dir"].startswith("~"):
-            problems.append(Problem("output_dir", content["output_dir"], f"write it without ~ in {path}"))
-            continue
-        if path.stem in read:
+        output_dir = content.get("output_dir")
+        if not isinstance(output_dir, str):
+            problems.append(Problem("output_dir", path, "must name the directory that this step writes"))
+        elif output_dir.startswith("~"):
+            problems.append(Problem("output_dir", output_dir, f"write it without ~ in {path}"))
+        elif (name := Path(output_dir).name).casefold() in RESERVED and (kind, name) != ("random", RANDOM):
+            problems.append(Problem("output_dir", output_dir, f"the runner writes there itself; rename it in {path}"))
+        elif path.stem in read:
             problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one"))
-            continue
-        read[path.stem] = (path, {str(key): value for key, value in content.items()})
+        read.setdefault(path.stem, (path, {str(key): value for key, value in content.items()}))
     if problems:
         raise UserError(*problems)
     order = list(KINDS)
-    return dict(sorted(read.items(), key=lambda item: (_number(item[0]), order.index(_kind_of(item[0])), item[0])))
-
-
-def _number(stem: str) -> int:
-    return int(stem.split("_")[0])
+    stems = sorted(read, key=lambda stem: (int(stem.split("_")[0]), order.index(_kind_of(stem)), stem))
+    return {stem: read[stem] for stem in stems}
 
 
 def _common_home(folder: Path, configurations: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> Path:
     """The directory in which all steps write; each must have a directory of its own there."""
     outputs = {stem: Path(values["output_dir"]) for stem, (_, values) in configurations.items()}
-    homes = {output.parent for output in outputs.values()}
-    if len(homes) > 1:
-        told = ", ".join(sorted(map(str, homes)))
-        raise UserError(Problem("output_dir", folder, f"the steps write to several runs ({told}); let them share one"))
     for stem, output in outputs.items():
+        if {output.name, output.parent.name} & {"", ".."}:
+            remedy = f"must lie in a directory of the run; write runs/NAME/{stem} in {configurations[stem][0]}"
+            raise UserError(Problem("output_dir", output, remedy))
         twin = next((other for other in outputs if other != stem and outputs[other] == output), None)
         if twin:
             raise UserError(Problem("output_dir", output, f"{stem} and {twin} would write there; give each its own"))
-    home = homes.pop()
-    if home.name in ("", ".."):
-        remedy = "must lie in a directory of the run, such as runs/mine/2_sft"
-        raise UserError(Problem("output_dir", next(iter(outputs.values())), remedy))
-    return home
+    homes = {output.parent for output in outputs.values()}
+    if len(homes) > 1:
+        remedy = f"the steps write to several runs ({', '.join(sorted(map(str, homes)))}); let them share one"
+        raise UserError(Problem("output_dir", folder, remedy))
+    return homes.pop()
+
+
+def _check_run_dir(run_dir: Path, folder: Path) -> None:
+    """Refuse a directory that contains more than a run, or that cannot be created."""
+    if problem := _check_path(run_dir):
+        raise UserError(problem)
+    real = Path(os.path.realpath(run_dir))
+    project = Path(__file__).parents[2]
+    for inner, name in ((Path.cwd(), "the current directory"), (project, "the project itself")):
+        if inner.resolve().is_relative_to(real):
+            remedy = f"is or contains {name}; choose a directory of its own, such as runs/mine"
+            raise UserError(Problem("output_dir", run_dir, remedy))
+    if folder.resolve() == real:
+        raise UserError(Problem("output_dir", run_dir, "is the recipe folder; choose another directory"))
+
+
+def _check_path(path: Path) -> Problem | None:
+    """Report a path that neither is a directory nor can become one."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            return Problem("output_dir", path, "is a dangling symlink; create its target")
+    except (OSError, ValueError) as error:
+        return Problem("output_dir", path, f"cannot be used ({error}); choose another directory")
+    return below_a_file(path)
 
 
 def _step(name: str, kind: str, path: Path, values: Mapping[str, Any], seed: int | None, smoke: bool) -> Step:
     overrides: dict[str, Any] = smoke_overrides(kind, values) if smoke else {}
     if seed is not None and KINDS[kind].seeded:
         overrides["seed"] = seed
-    arguments = ["--config", str(path)]
-    if kind == "random":
-        arguments += ["--output_dir", str(values["output_dir"])]
+    own = ["--output_dir", values["output_dir"]] if kind == "random" else []  # its file is that of the pretraining
     output = Path(values["output_dir"])
     return Step(
         name=name,
         kind=kind,
         module=KINDS[kind].module,
         launched=KINDS[kind].launched,
-        arguments=(*arguments, *_flags(overrides)),
+        arguments=("--config", str(path), *own, *_flags(overrides)),
         output=output,
         leftovers=(output,),
         values={**values, **overrides},
@@ -167,7 +191,7 @@ def _flags(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def _paths(value: Any) -> Iterable[str]:
-    """Every string inside a value of a YAML file."""
+    """Yield every string inside a value of a YAML file."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -179,7 +203,7 @@ def _paths(value: Any) -> Iterable[str]:
 
 
 def _inside(text: str, directory: Path) -> Path | None:
-    """Where in `directory` the path `text` points to, relative to it; None if it does not."""
+    """The path `text` relative to `directory`, or None if it lies elsewhere."""
     try:
         return Path(text).relative_to(directory)
     except ValueError:
@@ -187,7 +211,7 @@ def _inside(text: str, directory: Path) -> Path | None:
 
 
 def _connect(steps: Sequence[Step], home: Path) -> list[Step]:
-    """Find out which steps each needs: those whose directories its configuration names."""
+    """Find the steps that each one needs: those whose directories its configuration names."""
     problems, connected = [], []
     for position, step in enumerate(steps):
         needs, files = [], []
@@ -215,28 +239,29 @@ def _connect(steps: Sequence[Step], home: Path) -> list[Step]:
 
 
 def _names_file(key: str, text: str) -> bool:
-    """Whether a setting names something on this disk, rather than on the Hub."""
-    return (key.endswith(("_name", "_path", "_file", "_files", "_dir")) or os.sep in text) and os.path.exists(text)
+    """Whether a setting names something on this disk, rather than on the Hub. Folders around the runs do not count."""
+    named = key.endswith(("_name", "_path", "_file", "_files", "_dir")) or os.sep in text
+    return named and os.path.exists(text) and not Path.cwd().is_relative_to(os.path.realpath(text))
 
 
 def _move(step: Step, home: Path, run_dir: Path) -> Step:
     """The step with all of its paths in `run_dir` instead of `home`."""
     if run_dir == home:
         return step
+
+    def move(text: str) -> str:
+        inner = _inside(text, home)
+        return text if inner is None else str(run_dir / inner)
+
     overrides: dict[str, Any] = {}
     for key, value in step.values.items():
-        moved = [str(run_dir / inner) for text in _paths(value) if (inner := _inside(text, home)) is not None]
-        if not moved:
+        moved = [move(text) for text in _paths(value)]
+        if moved == list(_paths(value)):
             continue
-        if isinstance(value, str):
-            overrides[key] = moved[0]
-        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-            overrides[key] = [
-                item if (inner := _inside(item, home)) is None else str(run_dir / inner) for item in value
-            ]
-        else:
+        if isinstance(value, Mapping) or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
             remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
-            raise UserError(Problem(f"{step.name}: {key}", moved[0], remedy))
+            raise UserError(Problem(f"{step.name}: {key}", value, remedy))
+        overrides[key] = moved[0] if isinstance(value, str) else moved
     arguments = list(step.arguments)
     if step.kind == "random":
         position = arguments.index("--output_dir")
@@ -246,7 +271,7 @@ def _move(step: Step, home: Path, run_dir: Path) -> Step:
 
 
 def _evaluation(step: Step, before: Sequence[Step], run_dir: Path, seed: int | None, smoke: bool) -> Step:
-    """The step that measures `step`: on the data of the run, and against its instruction-tuned model."""
+    """The step that measures `step` on the data of the run, and against its instruction-tuned model."""
     overrides: dict[str, Any] = smoke_overrides("evaluate", {}) if smoke else {}
     if seed is not None:
         overrides["seed"] = seed
@@ -255,8 +280,6 @@ def _evaluation(step: Step, before: Sequence[Step], run_dir: Path, seed: int | N
     return Step(
         name=f"evaluate_{step.output.name}",
         kind="evaluate",
-        module="pipeline",
-        launched=False,
         arguments=("evaluate", str(run_dir), "--stage", step.output.name, *_flags(overrides)),
         output=results.parent,
         leftovers=(results.with_suffix(".json"), results.with_suffix(".jsonl")),
@@ -266,14 +289,5 @@ def _evaluation(step: Step, before: Sequence[Step], run_dir: Path, seed: int | N
 
 
 def _report(before: Sequence[Step], run_dir: Path) -> Step:
-    return Step(
-        name=REPORT,
-        kind="report",
-        module="pipeline",
-        launched=False,
-        arguments=("report", str(run_dir)),
-        output=run_dir / "report",
-        leftovers=(),
-        values={},
-        needs=tuple(step.name for step in before),
-    )
+    needs = tuple(step.name for step in before)
+    return Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=needs)

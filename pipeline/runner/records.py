@@ -1,4 +1,4 @@
-"""What a run has done so far (`run.json`), and from it what is due."""
+"""What a run has done so far (`run.json`), and which of its steps are due."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from typing import Any, Literal
 from pipeline.errors import Problem, UserError
 from pipeline.files import write_text
 from pipeline.runner.fingerprint import fingerprint, fingerprint_path, without_secrets
+from pipeline.runner.machine import describe_machine
 from pipeline.runner.steps import Step
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done about a step.
+    """What to do about a step.
 
-    Args:
-        action: "skip" it, "start" it anew, or "resume" it from what it has saved.
-        reason: why, as a phrase.
-        fingerprint: of its configuration, of the files that it names and of the steps that it needs.
+    Attributes:
+        action: "skip" it, "start" it from the beginning, or "resume" it from what it has saved.
+        reason: Why, as a phrase.
+        fingerprint: Hash of its configuration, of the files that it reads and of the steps that it needs.
     """
 
     action: Literal["skip", "start", "resume"]
@@ -36,10 +37,12 @@ class Decision:
 class RunRecord:
     """The content of a run's `run.json`.
 
-    `steps` maps the name of each step that was started to its `fingerprint`, `values` (settings), `inputs`
-    (the `id` of each step that it was made from), `data` (fingerprints of the data that it was made from),
-    `command`, `id`, `seconds`, `started_at` and `finished_at`
-    (null until it has finished).
+    Its `steps` map the name of each step that was started to an entry with:
+
+    - `id`, which changes whenever the step starts from the beginning; `fingerprint`; `values`, its settings
+    - `inputs`, the `id` of each step that it was made from; `data`, fingerprints of the data that it was made from
+    - `command`; `hardware`, `versions` and `commit` of the machine that ran it; for a resumed step, of its last part
+    - `seconds`, over all its parts; `started_at`; `finished_at`, null until it has finished
     """
 
     path: Path
@@ -47,54 +50,53 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord:
-        """The record of the run in `run_dir`, empty if there is none.
+        """Return the record of the run in `run_dir`, empty if the run has not been started.
 
         Raises:
-            UserError: `run.json` is damaged.
+            UserError: If `run.json` is damaged.
         """
         path = run_dir / "run.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return cls(path)
-        except NotADirectoryError:
-            raise UserError(Problem("output_dir", run_dir, "is, or lies below, a file; choose a directory")) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(Problem("output_dir", path, f"cannot be read ({error}); remove it")) from error
         steps = content.get("steps", {}) if isinstance(content, dict) else None
-        if not isinstance(steps, dict) or not all(isinstance(step, dict) for step in steps.values()):
-            raise UserError(Problem("output_dir", path, "is no record of a run; remove it"))
+        if not isinstance(steps, dict) or not all(map(_is_entry, steps.values())):
+            raise UserError(Problem("output_dir", path, "is not the record of a run; remove it"))
         return cls(path, content)
 
     @property
     def steps(self) -> dict[str, dict[str, Any]]:
-        """Name -> record of each step that was started."""
+        """The entry of each step that was started, by name."""
         steps: dict[str, dict[str, Any]] = self.content.setdefault("steps", {})
         return steps
 
     def is_finished(self, name: str) -> bool:
-        """Whether the step has been run to its end."""
+        """Return whether the step has been run to its end."""
         return bool(self.steps.get(name, {}).get("finished_at"))
 
     def inputs(self, step: Step) -> dict[str, str]:
-        """The `id` of each finished step that `step` needs."""
+        """Return the `id` of each finished step that `step` needs."""
         return {need: self.steps[need]["id"] for need in step.needs if self.is_finished(need)}
 
-    def describe(self, **facts: Any) -> None:
+    def update(self, **facts: Any) -> None:
         """Write facts about the whole run."""
         self.content.update(facts)
         self._write()
 
     def start(self, step: Step, decision: Decision, command: str) -> None:
-        """Write that the step starts or goes on, with `command` as typed in a shell."""
+        """Write that a step starts or resumes, with `command` as typed in a shell."""
         before = self.steps.get(step.name, {}) if decision.action == "resume" else {}
         self.steps[step.name] = {
             "id": before.get("id") or secrets.token_hex(8),
             "fingerprint": decision.fingerprint,
-            "values": json.loads(json.dumps(without_secrets(step.values), default=str)),
+            "values": _recorded_values(step),
             "inputs": self.inputs(step),
-            "data": _contents(step.data),
+            "data": _fingerprints(step.data),
             "command": command,
+            **describe_machine(),
             "seconds": before.get("seconds", 0.0),
             "started_at": _now(),
             "finished_at": None,
@@ -102,7 +104,7 @@ class RunRecord:
         self._write()
 
     def stop(self, step: Step, seconds: float, finished: bool) -> None:
-        """Write that the step has ended, after `seconds` more; `finished` if it need not run again."""
+        """Write that a step has ended, after `seconds` more. A step that has `finished` is not run again."""
         entry = self.steps[step.name]
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["finished_at"] = _now() if finished else None
@@ -112,25 +114,35 @@ class RunRecord:
         write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether this is what `RunRecord.start` wrote for a step."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("id"), str)
+        and isinstance(entry.get("seconds"), int | float)
+        and all(isinstance(entry.get(key, {}), dict) for key in ("values", "inputs", "data"))
+    )
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def decide(steps: Sequence[Step], record: RunRecord, forced: Collection[str]) -> dict[str, Decision]:
-    """Decide about every step.
+    """Decide about every step. Where its code lives makes no difference: modules may move and be renamed.
 
     Args:
-        steps: each after all that it needs.
-        record: what was done before.
-        forced: names of the steps that run in any case.
+        steps: Each after all that it needs.
+        record: What was done before.
+        forced: Names of the steps that run in any case.
 
     Returns:
-        Name -> decision.
+        The decisions by name.
     """
     decisions: dict[str, Decision] = {}
-    data = _contents({need: folder for step in steps for need, folder in step.data.items()})
+    data = _fingerprints({need: folder for step in steps for need, folder in step.data.items()})
     for step in steps:
-        print_of_step = fingerprint(
+        current = fingerprint(
             {
                 "kind": step.kind,
                 "values": without_secrets(step.values),
@@ -138,8 +150,8 @@ def decide(steps: Sequence[Step], record: RunRecord, forced: Collection[str]) ->
                 "needs": {need: decisions[need].fingerprint for need in step.needs if need in decisions},
             }
         )
-        action, reason = _judge(step, print_of_step, record, forced, decisions, data)
-        decisions[step.name] = Decision(action, reason, print_of_step)
+        action, reason = _judge(step, current, record, forced, decisions, data)
+        decisions[step.name] = Decision(action, reason, current)
     return decisions
 
 
@@ -151,32 +163,36 @@ def _judge(
     decisions: Mapping[str, Decision],
     data: Mapping[str, str],
 ) -> tuple[Literal["skip", "start", "resume"], str]:
+    """Action and reason for a step whose fingerprint is `current`, given the decisions about the steps before it."""
     entry = record.steps.get(step.name)
     if entry is None:
         return "start", "has not run yet"
     if step.name in forced and record.is_finished(step.name):
         return "start", "finished, but asked to run again"
-    own = _changes(entry.get("values", {}), json.loads(json.dumps(without_secrets(step.values), default=str)))
-    if own:
-        return "start", f"its configuration changed ({own})"
-    again = [need for need in step.needs if need in decisions and decisions[need].action != "skip"]
-    if again:
+    if changes := _changes(entry.get("values", {}), _recorded_values(step)):
+        return "start", f"its configuration changed ({changes})"
+    if again := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
         return "start", f"depends on {', '.join(again)}"
     if entry.get("inputs") != record.inputs(step):
         return "start", "what it was made from has been made again"
-    edited = [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]
-    if edited:
+    if edited := [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]:
         return "start", f"the data of {', '.join(edited)} were changed"
     if entry.get("fingerprint") != current:
         return "start", "the files that it reads changed"
     if not record.is_finished(step.name):
-        return "resume", "was cut short"
-    if not step.product.exists():
-        return "start", f"finished, but {step.product} is gone"
+        return "resume", "was interrupted"
+    if not step.is_complete:
+        return "start", f"finished, but {step.product} is missing or incomplete"
     return "skip", "finished"
 
 
-def _contents(folders: Mapping[str, Path]) -> dict[str, str]:
+def _recorded_values(step: Step) -> dict[str, Any]:
+    """The step's settings as they are read back from `run.json`."""
+    values: dict[str, Any] = json.loads(json.dumps(without_secrets(step.values), default=str))
+    return values
+
+
+def _fingerprints(folders: Mapping[str, Path]) -> dict[str, str]:
     """Fingerprints of folders, by the same names."""
     return {name: fingerprint_path(folder) for name, folder in folders.items()}
 
@@ -191,23 +207,18 @@ def clear(paths: Sequence[Path]) -> Iterator[Path]:
     """Delete files, and the content of directories.
 
     Yields:
-        Each path that was there.
+        Each path that existed.
 
     Raises:
-        UserError: one cannot be deleted.
+        UserError: If one cannot be deleted.
     """
-    for path in paths:
+    for path in filter(Path.exists, paths):
         try:
-            if path.is_dir():
-                for child in path.iterdir():
-                    if child.is_dir() and not child.is_symlink():
-                        shutil.rmtree(child)
-                    else:
-                        child.unlink()
-            elif path.exists():
-                path.unlink()
-            else:
-                continue
+            for child in path.iterdir() if path.is_dir() else (path,):
+                if child.is_dir() and not child.is_symlink():
+                    shutil.rmtree(child)
+                else:
+                    child.unlink()
         except OSError as error:
-            raise UserError(Problem("output_dir", path, f"cannot be removed: {error.strerror}")) from error
+            raise UserError(Problem("output_dir", path, f"cannot be removed ({error.strerror}); remove it")) from error
         yield path

@@ -1,11 +1,10 @@
-"""What `--smoke` makes of each kind of step: two steps on a miniature of its model and data."""
+"""The settings that `--smoke` overrides for each kind of step: two steps on a miniature of its model and data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# So little that two steps take seconds, whatever the recipe asks for.
 TRAINING: Mapping[str, Any] = {
     "max_steps": 2,
     "warmup_steps": 1,
@@ -18,10 +17,11 @@ TRAINING: Mapping[str, Any] = {
     "report_to": "none",
     "push_to_hub": False,
 }
-# Four completions on each process and step.
+"""So little that two steps take seconds, whatever the recipe asks for."""
+
 ROLLOUTS: Mapping[str, Any] = {
     **TRAINING,
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 4,  # four completions on each process and step
     "max_completion_length": 16,
 }
 MODEL: Mapping[str, Any] = {
@@ -44,26 +44,21 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "evaluate": {"limit": 8, "max_new_tokens": 16},
 }
 
-
-# A limit that is stricter in the recipe stays as it is there.
 LIMITS = ("size_mb", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows")
+"""Limits, besides the fields that begin with `max_`. A recipe's own value is kept if it is lower."""
 
 
 def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a step's smoke run overrides.
+    """Return the fields that a step's smoke run overrides, and their values.
 
     Args:
-        kind: of the step, such as "sft".
-        values: the step's YAML file; a limit that is stricter there is kept.
-
-    Returns:
-        Field -> value.
+        kind: Kind of the step, such as "sft".
+        values: Content of the step's YAML file.
     """
     overrides = {
-        field: value for field, value in OVERRIDES[kind].items() if not _is_stricter(field, values.get(field), value)
+        field: value for field, value in OVERRIDES[kind].items() if not _is_lower(field, values.get(field), value)
     }
-    if kind in ("ppo", "grpo"):
-        # TRL takes one of the two, and refuses both.
+    if kind in ("ppo", "grpo"):  # TRL refuses a configuration with both
         if "generation_batch_size" in values:
             overrides["generation_batch_size"] = ROLLOUTS["per_device_train_batch_size"]
         else:
@@ -71,6 +66,6 @@ def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return overrides
 
 
-def _is_stricter(field: str, own: Any, limit: Any) -> bool:
+def _is_lower(field: str, own: Any, limit: Any) -> bool:
     is_limit = field.startswith("max_") or field in LIMITS
     return is_limit and isinstance(own, int | float) and not isinstance(own, bool) and 0 < own < limit

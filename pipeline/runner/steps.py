@@ -57,10 +57,10 @@ class Step:
     Attributes:
         name: Stem of its YAML file, `0_random`, `evaluate_<directory of a stage>` or `report`.
         kind: Key of `KINDS`, "evaluate" or "report".
-        module: Module to run with `python -m`.
-        launched: Whether it runs under `accelerate launch`.
         arguments: Arguments of the module.
         output: Directory that it writes.
+        module: Module to run with `python -m`.
+        launched: Whether it runs under `accelerate launch`.
         leftovers: Files and directories to delete before it runs from the beginning.
         values: Its settings, with paths as in the YAML file; the fingerprint is taken of these.
         needs: Names of the steps whose output it reads.
@@ -70,12 +70,12 @@ class Step:
 
     name: str
     kind: str
-    module: str
-    launched: bool
     arguments: tuple[str, ...]
     output: Path
-    leftovers: tuple[Path, ...]
-    values: Mapping[str, Any]
+    module: str = "pipeline"
+    launched: bool = False
+    leftovers: tuple[Path, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     data: Mapping[str, Path] = field(default_factory=dict)

@@ -57,7 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step is a stand-in, the pretraining implies no untrained model, and nothing is evaluated."""
+    """Every step is a stand-in, and nothing is evaluated."""
     for name, kind in steps.KINDS.items():
         stand_in = replace(kind, module="stand_in_step", launched=False, measured=False)
         monkeypatch.setitem(steps.KINDS, name, stand_in)
@@ -148,7 +148,7 @@ def test_a_changed_input_file_runs_its_step_again(folder: Path, run: Runner) -> 
     assert changed(before) == {"0_random", "1_pretrain", "2_sft", "3_reward"}
 
 
-def test_comments_and_order_of_a_file_are_no_change(folder: Path, run: Runner) -> None:
+def test_comments_and_the_order_of_fields_do_not_matter(folder: Path, run: Runner) -> None:
     run()
     before = identities()
     path = folder / "1_pretrain.yaml"
@@ -158,7 +158,7 @@ def test_comments_and_order_of_a_file_are_no_change(folder: Path, run: Runner) -
     assert changed(before) == set()
 
 
-def test_until_stops_and_a_run_without_it_goes_on(run: Runner) -> None:
+def test_until_stops_and_a_run_without_it_continues(run: Runner) -> None:
     run("--until", "1_pretrain")
     before = identities()
     assert set(before) == {"0_data", "0_random", "1_pretrain"}
@@ -182,7 +182,7 @@ def test_from_runs_a_step_and_all_after_it(run: Runner) -> None:
     assert changed(before) == {"2_sft", "3_reward"}
 
 
-def test_from_wants_what_it_needs(run: Runner) -> None:
+def test_from_refuses_a_step_whose_inputs_have_not_been_made(run: Runner) -> None:
     code, _, err = run("--from", "2_sft")
     assert code == 2
     assert "--from: 1_pretrain: is needed first (has not run yet)" in err
@@ -222,7 +222,7 @@ def test_data_corrected_by_hand_are_kept_and_what_learned_from_them_runs_again(r
     assert changed(before) == set()
 
 
-def test_dry_run_tells_why_and_writes_nothing(folder: Path, run: Runner) -> None:
+def test_dry_run_prints_why_and_writes_nothing(folder: Path, run: Runner) -> None:
     code, out, _ = run("--dry-run")
     assert code == 0
     assert "run 2_sft: has not run yet" in out
@@ -268,18 +268,18 @@ def test_a_failing_step_ends_the_run_with_its_message_and_code(folder: Path, run
     assert "3_reward" not in times()
 
 
-def test_a_step_that_was_cut_short_goes_on_from_what_it_saved(folder: Path, run: Runner) -> None:
+def test_an_interrupted_step_resumes_from_what_it_saved(folder: Path, run: Runner) -> None:
     configure(folder, "2_sft", fails=7)
     run()
     before = identities()
     code, out, _ = run()
     assert code == 0
-    assert "2_sft: was cut short" in out
+    assert "2_sft: was interrupted" in out
     assert times()["2_sft"] == 2
     assert changed(before) == {"3_reward"}
 
 
-def test_a_step_that_was_cut_short_and_changed_starts_anew(folder: Path, run: Runner) -> None:
+def test_an_interrupted_step_whose_configuration_changed_starts_from_the_beginning(folder: Path, run: Runner) -> None:
     configure(folder, "2_sft", fails=7)
     run()
     configure(folder, "2_sft", fails=0)
@@ -294,14 +294,14 @@ def test_a_directory_that_the_runner_did_not_write_is_kept(run: Runner) -> None:
     assert Path("runs/r/2_sft/trained_by_hand").exists()
 
 
-def test_no_token_is_written_down(folder: Path, run: Runner) -> None:
+def test_tokens_are_not_written_to_disk(folder: Path, run: Runner) -> None:
     configure(folder, "2_sft", hub_token="hf_secret")
     run()
     assert "hf_secret" not in Path("runs/r/run.json").read_text()
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "expected"),
     [
         (
             ["--until", "5_dpo"],
@@ -309,16 +309,71 @@ def test_no_token_is_written_down(folder: Path, run: Runner) -> None:
         ),
         (["--force", "stf"], "--force: stf: no such step; there are"),
         (["--from", "3_reward", "--until", "2_sft"], "--from: 3_reward: comes after --until 2_sft"),
-        (["--num_processes", "0"], "--num_processes: 0: must be at least 1"),
+        (["--until", ""], "--until: : no such step"),
+        (["--from", "/"], "--from: /: no such step"),
+        (["--num_processes", "0"], "--num_processes: 0: must be between 1 and"),
+        (["--num_processes", "1000000"], "--num_processes: 1000000: must be between 1 and"),
+        (["--num_processes", "two"], "python -m pipeline run: argument --num_processes: invalid int value: 'two'"),
+        (["--seed", "1e3"], "python -m pipeline run: argument --seed: invalid int value: '1e3'"),
+        (["--output_dir", ""], "output_dir: .: is or contains the current directory"),
+        (["--output_dir", "."], "output_dir: .: is or contains the current directory"),
+        (["--output_dir", ".."], "output_dir: ..: is or contains the current directory"),
+        (["--output_dir", str(ROOT)], f"output_dir: {ROOT}: is or contains the project itself"),
+        (["--output_dir", "recipe"], "output_dir: recipe: is the recipe folder"),
+        (["--output_dir", "recipe/2_sft.yaml"], "output_dir: recipe/2_sft.yaml: recipe/2_sft.yaml is a file"),
+        (["--output_dir", "recipe/2_sft.yaml/r"], "output_dir: recipe/2_sft.yaml/r: recipe/2_sft.yaml is a file"),
+        (["--output_dir", "loop/r"], "output_dir: loop/r: cannot be used"),
+        (["--output_dir", "dangling"], "output_dir: dangling: is a dangling symlink"),
+        (["--output_dir", "r" * 5000], f"output_dir: {'r' * 5000}: cannot be used"),
         (["--config_file", "no.yaml"], "--config_file: no.yaml: no such file"),
         (["--seed", "-1"], "--seed: -1: must be between 0 and 4294967295"),
-        (["--config_file", "recipe/2_sft.yaml"], "--config_file: recipe/2_sft.yaml: is no launch file"),
+        (["--config_file", "recipe/2_sft.yaml"], "--config_file: recipe/2_sft.yaml: is not a launch file"),
     ],
 )
-def test_wrong_arguments_are_refused(run: Runner, argv: list[str], told: str) -> None:
+def test_wrong_arguments_are_refused(run: Runner, argv: list[str], expected: str) -> None:
+    Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("missing")
+    before = sorted(Path().rglob("*"))
     code, _, err = run(*argv)
     assert code == 2
-    assert err.startswith(told)
+    assert err.startswith(expected) and err.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("missing", "does not exist"),
+        ("loop", "cannot be read (Too many levels of symbolic links)"),
+        ("recipe/2_sft.yaml", "cannot be read (Not a directory)"),
+        ("n" * 5000, "cannot be read (File name too long)"),
+        ("empty", "does not contain a step"),
+    ],
+)
+def test_what_is_not_a_recipe_folder_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], recipe: str, expected: str
+) -> None:
+    Path("loop").symlink_to("loop")
+    Path("empty").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["run", recipe])
+    assert stop.value.code == 2
+    expected = f"recipe: {recipe}: {expected}; give a folder with files such as 2_sft.yaml\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_unreadable_files_of_a_folder_are_refused_and_nested_folders_ignored(folder: Path, run: Runner) -> None:
+    (folder / "3_ppo").mkdir()
+    (folder / f"{'9' * 200}_sft.yaml").write_text("output_dir: runs/r/last")
+    assert run("--dry-run")[0] == 0
+    (folder / "3_ppo.yaml").mkdir()
+    (folder / "3_preferences.yaml").symlink_to("3_preferences.yaml")
+    (folder / "4_grpo.yaml").write_bytes(b"\xff\xfe")
+    code, _, err = run()
+    assert code == 2
+    assert [line.split(":")[1].strip() for line in err.splitlines()] == [
+        "recipe/3_ppo.yaml", "recipe/3_preferences.yaml", "recipe/4_grpo.yaml",
+    ]  # fmt: skip
     assert not Path("runs").exists()
 
 
@@ -330,7 +385,7 @@ def test_two_files_of_one_step_are_refused(folder: Path, run: Runner) -> None:
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
-def test_a_late_step_that_would_be_refused_is_told_before_the_first_one_runs(
+def test_a_late_step_that_would_be_refused_is_reported_before_the_first_one_runs(
     folder: Path, capfd: pytest.CaptureFixture[str], dry: list[str]
 ) -> None:
     configure(folder, "0_data", size_mb="big")
@@ -339,15 +394,15 @@ def test_a_late_step_that_would_be_refused_is_told_before_the_first_one_runs(
     with pytest.raises(SystemExit) as stop:
         main(["run", "recipe", *dry])
     assert stop.value.code == 2
-    told = capfd.readouterr().err.splitlines()
-    assert [line.split(":")[:2] for line in told] == [
+    expected = capfd.readouterr().err.splitlines()
+    assert [line.split(":")[:2] for line in expected] == [
         ["0_data", " size_mb"], ["2_sft", " seed"], ["3_reward", " learning_rat"], ["3_reward", " max_steps"],
     ]  # fmt: skip
-    assert "did you mean `learning_rate`?" in told[2]
+    assert "did you mean `learning_rate`?" in expected[2]
     assert not Path("runs").exists()
 
 
-def test_all_mistakes_of_a_folder_are_told_at_once(folder: Path, run: Runner) -> None:
+def test_all_mistakes_of_a_folder_are_reported_at_once(folder: Path, run: Runner) -> None:
     (folder / "4_gpro.yaml").write_text("output_dir: runs/r/4_gpro")
     (folder / "2_sft.yaml").write_text("output_dir: [")
     (folder / "3_reward.yaml").write_text("learning_rate: 1")
@@ -362,7 +417,7 @@ def test_all_mistakes_of_a_folder_are_told_at_once(folder: Path, run: Runner) ->
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "expected"),
     [
         (
             {"model_name_or_path": "runs/r/1_pretrian"},
@@ -370,21 +425,93 @@ def test_all_mistakes_of_a_folder_are_told_at_once(folder: Path, run: Runner) ->
         ),
         ({"output_dir": "runs/other/2_sft"}, "output_dir: recipe: the steps write to several runs"),
         ({"output_dir": "runs/r/data"}, "output_dir: runs/r/data: 0_data and 2_sft would write there"),
+        (
+            {"output_dir": ""},
+            "output_dir: .: must lie in a directory of the run; write runs/NAME/2_sft in recipe/2_sft",
+        ),
+        ({"output_dir": "runs/r/.."}, "output_dir: runs/r/..: must lie in a directory of the run"),
+        *(
+            (
+                {"output_dir": f"runs/r/{name}"},
+                f"output_dir: runs/r/{name}: the runner writes there itself; rename it in",
+            )
+            for name in ("report", "Report", "evaluations", "logs", "0_random", "run.json", "run.lock")
+        ),
     ],
 )
-def test_paths_that_do_not_fit_are_refused(folder: Path, run: Runner, values: dict[str, str], told: str) -> None:
+def test_paths_that_do_not_fit_are_refused(folder: Path, run: Runner, values: dict[str, str], expected: str) -> None:
     configure(folder, "2_sft", **values)
     code, _, err = run()
     assert code == 2
-    assert err.startswith(told)
+    assert err.startswith(expected)
+    assert not Path("runs").exists()
 
 
-def test_a_damaged_record_is_told(run: Runner) -> None:
-    run()
-    Path("runs/r/run.json").write_text("{")
+@pytest.mark.parametrize("name", ["2_sft", "evaluations", "report"])
+def test_a_file_where_a_step_writes_is_refused_before_the_first_step(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    Path("runs/r").mkdir(parents=True)
+    Path("runs/r", name).touch()
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipe"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        f"output_dir: runs/r/{name}: runs/r/{name} is a file; choose a directory\n"
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"steps": {"2_sft": {}}}', '{"steps": []}', "[" * 100_000])
+def test_a_damaged_record_is_refused(run: Runner, content: str) -> None:
+    Path("runs/r").mkdir(parents=True)
+    Path("runs/r/run.json").write_text(content)
     code, _, err = run()
     assert code == 2
-    assert err.startswith("output_dir: runs/r/run.json: cannot be read")
+    assert err.startswith("output_dir: runs/r/run.json: ") and err.endswith("; remove it\n") and err.count("\n") == 1
+
+
+def test_the_machine_of_each_step_is_recorded(folder: Path, run: Runner) -> None:
+    configure(folder, "2_sft", fails=7)
+    run()
+    path = Path("runs/r/run.json")
+    record = json.loads(path.read_text())
+    for entry in record["steps"].values():
+        assert entry["hardware"]["cores"] >= 1 and entry["hardware"]["system"]
+        assert {"python", "torch", "transformers", "trl"} <= set(entry["versions"])
+        assert "commit" in entry
+        entry["hardware"] = {"system": "another machine"}
+    path.write_text(json.dumps(record))
+    run()
+    systems = {name: entry["hardware"]["system"] for name, entry in json.loads(path.read_text())["steps"].items()}
+    assert systems["1_pretrain"] == "another machine", "it was not run again"
+    assert systems["2_sft"] != "another machine", "its last part ran here"
+
+
+def test_a_finished_step_whose_module_was_renamed_is_skipped(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    run()
+    for name, kind in steps.KINDS.items():
+        monkeypatch.setitem(steps.KINDS, name, replace(kind, module=f"renamed.{name}"))
+    code, out, _ = run()
+    assert code == 0 and "$ " not in out
+    assert out.count("finished, skipped") == len(ALL)
+
+
+def test_a_step_that_ends_well_without_its_product_has_not_finished(folder: Path, run: Runner) -> None:
+    configure(folder, "2_sft", vanishes=True)
+    code, out, _ = run()
+    assert code == 1
+    assert "2_sft failed: it ended without writing runs/r/2_sft" in out
+    assert "3_reward" not in times()
+    assert json.loads(Path("runs/r/run.json").read_text())["steps"]["2_sft"]["finished_at"] is None
+
+
+def test_a_model_is_complete_once_its_configuration_and_its_weights_exist(folder: Path) -> None:
+    step = next(step for step in read_plan(folder).steps if step.name == "2_sft")
+    step.output.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        assert not step.is_complete
+        (step.output / name).touch()
+    assert step.is_complete
 
 
 def wait_for(path: Path) -> None:
@@ -396,7 +523,7 @@ def wait_for(path: Path) -> None:
 
 @pytest.fixture
 def waiting(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run whose `2_sft` is going on."""
+    """A run whose `2_sft` is running."""
     configure(folder, "2_sft", waits=True)
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, "run", "recipe"],
@@ -418,11 +545,11 @@ def test_a_signal_reaches_the_step_which_may_save(
     out, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 128 + number
     assert Path("runs/r/2_sft/checkpoint").read_text() == str(int(number))
-    assert f"stopped by {number.name} in 2_sft; to go on: python -m pipeline run recipe" in out
+    assert f"2_sft was stopped by {number.name}; to resume: python -m pipeline run recipe" in out
     assert "Traceback" not in err
     code, out, _ = run()
     assert code == 0
-    assert "2_sft: was cut short" in out
+    assert "2_sft: was interrupted" in out
 
 
 def test_a_second_run_in_the_same_directory_is_refused(waiting: subprocess.Popen[str], run: Runner) -> None:
@@ -431,15 +558,15 @@ def test_a_second_run_in_the_same_directory_is_refused(waiting: subprocess.Popen
     assert err.startswith(f"output_dir: runs/r: process {waiting.pid} is writing there")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent has died")
-def test_after_the_runner_was_killed_its_step_saves_and_the_next_run_goes_on(
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a child that its parent has died")
+def test_after_the_runner_was_killed_its_step_saves_and_the_next_run_resumes(
     waiting: subprocess.Popen[str], run: Runner
 ) -> None:
     waiting.kill()
     waiting.wait()
     code, out, _ = run()
     assert code == 0
-    assert "2_sft: was cut short" in out
+    assert "2_sft: was interrupted" in out
     assert Path("runs/r/2_sft/checkpoint").read_text() == str(int(signal.SIGTERM))
 
 
