@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from trl import GRPOTrainer
 
 from pipeline.rewards.functions import hidden_taste
-from pipeline.rl.ppo import PPOConfig, PPOTrainer
+from pipeline.rl.ppo import PPOTrainer
 from tests import ppo_toy as toy
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -474,35 +474,3 @@ def test_text_prompts_and_groups(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, length, train_dataset=texts, num_generations=4, max_steps=2)
     ppo.train()
     assert len(logged(ppo, "objective/scores")) == 2
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"gamma": 1.5},
-        {"lam": -0.1},
-        {"cliprange": 0.0},
-        {"cliprange_value": -1.0},
-        {"kl_coef": -0.1},
-        {"kl_estimator": "k2"},
-        {"reward_normalization": "max"},
-        {"beta": 0.1},
-        {"sync_ref_model": True},
-        {"epsilon": 0.3},
-        {"loss_type": "grpo"},
-        {"num_generations": 0},
-        {"num_generations": 3},
-        {"per_device_train_batch_size": 1},
-    ],
-    ids=str,
-)
-def test_wrong_options_are_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong)) if "per_device" not in str(wrong) else "batch"):
-        toy.config(tmp_path, **wrong)
-
-
-@pytest.mark.parametrize("batch", [{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}, {}])
-def test_one_completion_a_prompt_is_the_default(tmp_path: Path, batch: dict[str, Any]) -> None:
-    config = toy.config(tmp_path, **batch)
-    assert isinstance(config, PPOConfig)
-    assert (config.num_generations, config.num_generations_eval, config.epsilon) == (1, None, 0.2)

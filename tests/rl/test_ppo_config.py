@@ -1,0 +1,79 @@
+"""`PPOConfig`: its defaults, also those that depend on the machine, and the options that it refuses."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import hardware
+from pipeline.hardware import Choice
+from pipeline.rl.ppo import PPOConfig
+from tests import ppo_toy as toy
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_fits_a_machine_without_an_accelerator(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL's default, bf16, is refused on a CPU without it, and without `use_cpu` on one with it, too."""
+    monkeypatch.setattr(hardware, "accelerator", lambda: None)
+    monkeypatch.setattr(hardware, "precision", lambda: Choice(dtype, "as the test wants it"))
+    with caplog.at_level(logging.INFO, "pipeline.rl.ppo_config"):
+        config = PPOConfig(str(tmp_path), kl_coef=0.05, max_completion_length=64)
+    assert (config.bf16, config.fp16, config.use_cpu) == (dtype == "bf16", False, True)
+    assert [record.getMessage().split() for record in caplog.records] == [
+        ["bf16", f"{dtype == 'bf16'}:", "as", "the", "test", "wants", "it"],
+        ["use_cpu", "True:", "no", "accelerator", "found"],
+    ]
+
+
+def test_what_the_user_sets_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "accelerator", lambda: None)
+    for dtype in ("bf16", "fp32"):
+        monkeypatch.setattr(hardware, "precision", lambda dtype=dtype: Choice(dtype, "as the test wants it"))
+        for bf16 in (True, False):
+            assert PPOConfig(str(tmp_path), bf16=bf16, use_cpu=True).bf16 is bf16
+        fp16 = PPOConfig(str(tmp_path), fp16=True, use_cpu=True)
+        assert (fp16.bf16, fp16.fp16) == (False, True)
+
+
+def test_leaves_the_device_alone_where_there_is_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(hardware, "precision", lambda: Choice("fp32", "as the test wants it"))
+    config = PPOConfig(str(tmp_path))
+    assert (config.bf16, config.use_cpu, config.ddp_backend) == (False, False, None)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gamma": 1.5},
+        {"lam": -0.1},
+        {"cliprange": 0.0},
+        {"cliprange_value": -1.0},
+        {"kl_coef": -0.1},
+        {"kl_estimator": "k2"},
+        {"reward_normalization": "max"},
+        {"beta": 0.1},
+        {"sync_ref_model": True},
+        {"epsilon": 0.3},
+        {"loss_type": "grpo"},
+        {"num_generations": 0},
+        {"num_generations": 3},
+        {"per_device_train_batch_size": 1},
+    ],
+    ids=str,
+)
+def test_wrong_options_are_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)) if "per_device" not in str(wrong) else "batch"):
+        toy.config(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("batch", [{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}, {}])
+def test_one_completion_per_prompt_is_the_default(tmp_path: Path, batch: dict[str, Any]) -> None:
+    config = toy.config(tmp_path, **batch)
+    assert isinstance(config, PPOConfig)
+    assert (config.num_generations, config.num_generations_eval, config.epsilon) == (1, None, 0.2)
