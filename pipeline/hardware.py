@@ -1,4 +1,4 @@
-"""What this machine can do, and what follows for a run: every choice comes with its reason, to be logged."""
+"""Settings that depend on the machine: precision, threads, memory and compilation, each with a reason to log."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import psutil
 import torch
 
 COMPILATION_PAYS_AFTER = 120.0
-"""Seconds of estimated training from which `torch.compile` earns back its warm-up of about half a minute."""
+"""Seconds of estimated training from which `torch.compile` makes up for its warm-up of about half a minute."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting that the machine decided.
+    """A setting chosen for this machine.
 
-    Args:
+    Attributes:
         value: The setting.
-        reason: Why, as a phrase to log.
+        reason: Why it was chosen, as a phrase to log.
     """
 
     value: Any
@@ -32,7 +34,7 @@ class Choice:
 
 @cache
 def accelerator() -> str | None:
-    """Type of the accelerator that training would use (`"cuda"`, `"xpu"`, `"mps"`, ...); `None` on a CPU."""
+    """Return the type of the accelerator to train on ("cuda", "xpu", "mps", ...), or None on a CPU."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return None
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -41,58 +43,75 @@ def accelerator() -> str | None:
 
 @cache
 def precision() -> Choice:
-    """Mixed precision that is fastest here without loss of quality: `"bf16"`, `"fp16"` or `"fp32"`."""
+    """Return the fastest precision that does not cost quality on this machine: "bf16", "fp16" or "fp32"."""
     device = accelerator()
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16", f"{torch.cuda.get_device_name()} computes in bfloat16")
-        return Choice("fp16", f"{torch.cuda.get_device_name()} has no bfloat16")
+        return Choice("fp16", f"{torch.cuda.get_device_name()} does not have bfloat16")
     if device == "xpu":
         return Choice("bf16", "Intel GPUs compute in bfloat16")
     if device is not None:
-        return Choice("fp32", f"mixed precision is not known to pay on {device}")
+        return Choice("fp32", f"mixed precision is not known to be faster on {device}")
     capabilities = torch.cpu.get_capabilities()
     for feature, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("bf16", "BF16 instructions")):
         if capabilities.get(feature):
             return Choice("bf16", f"this CPU has {name}")
-    return Choice("fp32", "this CPU has no bfloat16 instructions: emulating them is slower than float32")
+    return Choice("fp32", "this CPU lacks bfloat16 instructions; emulating them is slower than float32")
 
 
 def supports(dtype: str) -> bool:
-    """Whether the machine computes in `"bf16"`, `"fp16"` or `"fp32"` natively, as mixed precision in
-    training."""
+    """Return whether the machine trains natively in `dtype`: "bf16", "fp16" or "fp32"."""
     if dtype == "fp16":
         return accelerator() in ("cuda", "xpu")
     return dtype == "fp32" or precision().value == dtype
 
 
 def local_processes() -> int:
-    """Number of training processes that share this machine."""
+    """Return the number of training processes that share this machine."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @cache
 def cores() -> int:
-    """Physical cores that this process may use (two hardware threads of one core share its matrix units)."""
+    """Return the physical cores that this process may use; hardware threads of one core share its matrix units."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     physical = torch.cpu.get_capabilities().get("num_physical_cores") or allowed
     return max(1, min(allowed, physical))
 
 
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether an environment was set up by `accelerate launch` or `torchrun`."""
+    return "ACCELERATE_MIXED_PRECISION" in environment or "TORCHELASTIC_RUN_ID" in environment
+
+
 def threads() -> Choice:
-    """CPU threads for one process's matrix multiplications."""
-    # `accelerate launch` sets OMP_NUM_THREADS=1 where the launch file says nothing about threads, which on a
-    # CPU leaves all cores but one idle. A larger number can only come from the user.
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if wanted.isdigit() and (int(wanted) > 1 or not launched):
-        return Choice(int(wanted), "OMP_NUM_THREADS")
+    """Return the CPU threads of one process: its share of the physical cores, unless the user chose a number.
+
+    Launchers set OMP_NUM_THREADS=1 if neither the user nor the launch file chose a number, which would leave all cores
+    but one idle. The user's own value is the one that the launcher was started with.
+    """
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    if value.isdigit() and int(value) > 0:
+        if not is_launched() or value == _environment_before_launch().get("OMP_NUM_THREADS"):
+            return Choice(int(value), "OMP_NUM_THREADS")
+        if int(value) > 1:
+            return Choice(int(value), "num_cpu_threads_per_process of the launch file")
     share = max(1, cores() // local_processes())
     return Choice(share, f"{cores()} cores for {local_processes()} process(es)")
 
 
+def _environment_before_launch() -> Mapping[str, str]:
+    """Return the environment in which the user started the launcher; empty if it cannot be read."""
+    try:
+        environments = (process.environ() for process in psutil.Process().parents())
+        return next((found for found in environments if not is_launched(found)), {})
+    except (psutil.Error, OSError):
+        return {}
+
+
 def compilation(flops: float) -> Choice:
-    """Whether `torch.compile` pays for a training run of that size.
+    """Return whether `torch.compile` makes a training run of the given size shorter.
 
     Args:
         flops: Floating-point operations of the whole run, in this process.
@@ -100,30 +119,30 @@ def compilation(flops: float) -> Choice:
     if accelerator() is None and not (shutil.which("g++") or shutil.which("clang++")):
         return Choice(False, "no C++ compiler found")
     if accelerator() == "mps":
-        return Choice(False, "not supported well on mps")
+        return Choice(False, "not well supported on mps")
     seconds = flops / (0.25 * matmul_peak(precision().value))
     if seconds < COMPILATION_PAYS_AFTER:
-        return Choice(False, f"about {seconds:.0f} s of training would not earn back the compilation")
-    return Choice(True, f"about {seconds:.0f} s of training earn back the compilation")
+        return Choice(False, f"about {seconds:.0f} s of training would not make up for the compilation")
+    return Choice(True, f"about {seconds:.0f} s of training make up for the compilation")
 
 
 @cache
 def matmul_peak(dtype: str) -> float:
-    """Speed of large matrix multiplications here, measured: what a perfect training loop could reach.
+    """Measure the speed of large matrix multiplications, which a perfect training loop could reach.
 
-    A data sheet's peak is out of reach on most machines (clocks, power, shared cores), so utilisation is told
-    against this. Takes about 0.2 s.
+    Utilisation refers to this speed, because the peak of a data sheet is out of reach on most machines (clocks, power,
+    shared cores). Takes about 0.2 s.
 
     Args:
-        dtype: `"bf16"`, `"fp16"` or `"fp32"`.
+        dtype: "bf16", "fp16" or "fp32".
 
     Returns:
-        FLOP/s of one process, with the threads it has now.
+        FLOP/s of one process with its present number of threads.
     """
     device = accelerator() or "cpu"
     size = 1024 if device == "cpu" else 8192
     element = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    # Zeros would multiply no slower, and leave the global random state, which a run depends on, alone.
+    # Zeros are not multiplied any faster, and creating them does not change the random state, which runs depend on.
     a = torch.zeros(size, size, dtype=element, device=device)
     best = float("inf")
     started = time.perf_counter()
@@ -140,7 +159,7 @@ def matmul_peak(dtype: str) -> float:
 
 
 def training_defaults() -> dict[str, Choice]:
-    """Fields of `TrainingArguments` that depend on the machine, for a user who set none of them."""
+    """Return the fields of `TrainingArguments` that depend on the machine, for users who did not set them."""
     device = accelerator()
     dtype = precision()
     defaults = {
@@ -149,26 +168,26 @@ def training_defaults() -> dict[str, Choice]:
     }
     if device is None:
         defaults["use_cpu"] = Choice(True, "no accelerator found")
-        # Named without a group to form, it would make transformers wait for one that nobody founds.
+        # With a single process, `ddp_backend` makes transformers wait for a group that never forms.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            defaults["ddp_backend"] = Choice("gloo", "the backend of processes on CPUs")
-        defaults["activation_checkpointing"] = Choice(False, "main memory is not what a CPU lacks")
-        defaults["dataloader_pin_memory"] = Choice(False, "there is no accelerator to copy to")
+            defaults["ddp_backend"] = Choice("gloo", "the backend for CPUs")
+        defaults["activation_checkpointing"] = Choice(False, "CPUs rarely run out of memory")
+        defaults["dataloader_pin_memory"] = Choice(False, "no accelerator to copy to")
     return defaults
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 NEVER_TRIM = 2**31 - 1
-"""Bytes that must be free at the end of the heap before they are given back: the most that `mallopt` takes."""
+"""Bytes that must be free at the end of the heap before they are returned: the maximum that `mallopt` accepts."""
 LARGEST_KEPT = (2**30, 2**25)
-"""Bytes from which on a block is taken from the kernel and given back to it. Older releases refuse the first."""
+"""Size in bytes from which blocks are requested from and returned to the kernel. Older releases reject the first."""
 OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
-"""Variables by which a user has decided otherwise."""
+"""Variables by which users configure the allocator themselves."""
 
 
 @cache
 def keep_freed_memory() -> Choice:
-    """Tell the allocator to keep what is freed, where it is glibc's and nobody has told it anything else.
+    """Make glibc's allocator keep freed memory, unless the user has configured it.
 
     The process then holds its peak until it ends. The peak itself is higher: by a few percent in the recipes, by a
     third where the sizes of batches differ much.
@@ -178,8 +197,8 @@ def keep_freed_memory() -> Choice:
     """
     if platform.libc_ver()[0] != "glibc":
         return Choice(False, "not glibc's allocator")
-    if told := [name for name in OWN_SETTINGS if name in os.environ]:
-        return Choice(False, f"{told[0]} is set")
+    if configured := [name for name in OWN_SETTINGS if name in os.environ]:
+        return Choice(False, f"{configured[0]} is set")
     mallopt = ctypes.CDLL(None).mallopt
     kept = mallopt(M_TRIM_THRESHOLD, NEVER_TRIM) and any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_KEPT)
-    return Choice(bool(kept), "glibc would clear its pages anew in every step" if kept else "the allocator refused")
+    return Choice(bool(kept), "glibc would clear new pages in every step" if kept else "the allocator refused")

@@ -1,4 +1,4 @@
-"""What is really active in a run, whatever the launch file asked for."""
+"""Setup of a process, and a check of the launch file against what is active."""
 
 from __future__ import annotations
 
@@ -15,28 +15,23 @@ from pipeline import hardware
 from pipeline.errors import Problem
 from pipeline.hardware import keep_freed_memory
 
-if TYPE_CHECKING:  # their import takes seconds, which `--help` has not
+if TYPE_CHECKING:  # importing them takes seconds, which `--help` does not have
     from transformers import Trainer, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_process() -> None:
-    """Do what must be done before a process builds its training arguments.
+    """Prepare a process before it builds its training arguments.
 
-    Telemetry is switched off (unless `HF_HUB_DISABLE_TELEMETRY=0` asks for it), a CPU is made ready,
-    log lines go to stderr from the first process only, and the process ends with its launcher.
+    Telemetry is disabled unless `HF_HUB_DISABLE_TELEMETRY=0` is set, a CPU is prepared, only the first process logs to
+    stderr, and the process ends with its launcher.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import constants
 
-    # The Hub client reads the variable when it is imported, which may have been before.
-    constants.HF_HUB_DISABLE_TELEMETRY = os.environ["HF_HUB_DISABLE_TELEMETRY"].upper() in (
-        "1",
-        "ON",
-        "YES",
-        "TRUE",
-    )
+    # The Hub client reads the variable when it is imported, which may have happened earlier.
+    constants.HF_HUB_DISABLE_TELEMETRY = os.environ["HF_HUB_DISABLE_TELEMETRY"].upper() in ("1", "ON", "YES", "TRUE")
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     for package in ("pipeline", "recipes"):
@@ -48,53 +43,61 @@ def prepare_process() -> None:
 
 
 def prepare_cpu() -> None:
-    """Let a process compute on all cores that are its share, and keep the memory that it frees."""
+    """Make a process use its share of the cores, and keep the memory that it frees."""
     torch.set_num_threads(hardware.threads().value)
     keep_freed_memory()
 
 
 def die_with_launcher() -> None:
-    """Have the kernel send SIGTERM when the launcher dies, which may not be able to pass its own death on.
+    """Make the kernel send SIGTERM to this process when its launcher dies.
 
-    Otherwise a worker whose launcher was killed goes on training, and writes where the next run writes too.
-    Linux only; elsewhere the lock on the output directory keeps the next run waiting.
+    A worker whose launcher was killed would otherwise continue to train, and write where the next run writes. Linux
+    only; elsewhere the lock on the output directory makes the next run wait.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and sys.platform == "linux":
+    if hardware.is_launched() and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGTERM), 0, 0, 0)
 
 
 def leave_group_of_one() -> None:
-    """Forget a launcher's group of one process: it would cost a gradient exchange with nobody, and
-    compilation.
+    """Remove the variables of a process group with a single member.
 
-    The launch file starts any number of processes by one means, so that one process also finds itself in a
-    group.
+    The launch file starts any number of processes in the same way, so a single process is in a group as well. The group
+    would prevent compilation, and synchronise gradients with no other process.
     """
     if os.environ.get("WORLD_SIZE") == "1":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
 
 
+def log_threads() -> None:
+    """Log the number of CPU threads, with its reason."""
+    logger.info("%-11s %s", "threads", describe_threads())
+
+
+def describe_threads() -> str:
+    """Describe the number of CPU threads and its reason."""
+    return f"{torch.get_num_threads()} ({hardware.threads().reason})"
+
+
 def check_launch(args: TrainingArguments) -> list[Problem]:
-    """Compare what the launch file asked for with what is active.
+    """Compare the settings of the launch file with those that are active.
 
     Args:
-        args: Training arguments; they hold the state of the process group.
+        args: Training arguments, which contain the state of the process group.
 
     Returns:
-        What was asked for and isn't there.
+        Settings that were requested and are not active.
     """
     problems = []
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != args.world_size:
-        remedy = f"only {args.world_size} would train together; on CPUs leave use_cpu and ddp_backend to the recipe"
+        remedy = f"only {args.world_size} would train together; on CPUs, leave out use_cpu and ddp_backend"
         problems.append(Problem("num_processes", asked, remedy))
     on_cpu = args.device.type == "cpu"
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() == "true" and on_cpu:
-            remedy = "is never active on CPUs, which would train unsharded; use accelerate_config.yaml"
+            remedy = "is never active on CPUs, so that the model would not be sharded; use accelerate_config.yaml"
             problems.append(Problem("distributed_type", name, remedy))
     for name in ("fsdp", "deepspeed"):
         if getattr(args, name, None) and on_cpu:
@@ -102,28 +105,28 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("bf16", "fp16") and not hardware.supports(precision):
         best = hardware.precision()
-        remedy = f"this machine lacks it; write `no` to use {best.value} ({best.reason})"
+        remedy = f"this machine lacks it; set it to `no` to use {best.value} ({best.reason})"
         problems.append(Problem("mixed_precision", precision, remedy))
     if precision == "fp8":
-        problems.append(Problem("mixed_precision", precision, "is not supported by the recipes; write `no`"))
+        problems.append(Problem("mixed_precision", precision, "is not supported by the recipes; set it to `no`"))
     return problems
 
 
 def log_active(trainer: Trainer) -> None:
-    """Log once what a trainer really runs on: processes, sharding, precision, threads, memory, effective batch.
+    """Log what a trainer runs on: processes, sharding, precision, threads, memory, compilation and batch size.
 
     Args:
-        trainer: A trainer about to train.
+        trainer: A trainer that is about to train.
     """
     for name, value in describe_active(trainer).items():
         logger.info("%-11s %s", name, value)
 
 
 def describe_active(trainer: Trainer) -> dict[str, str]:
-    """What a trainer really runs on, in words.
+    """Describe what a trainer runs on, as `log_active` logs it.
 
     Args:
-        trainer: A trainer about to train.
+        trainer: A trainer that is about to train.
     """
     args, accelerator = trainer.args, trainer.accelerator
     device = args.device.type
@@ -136,13 +139,13 @@ def describe_active(trainer: Trainer) -> dict[str, str]:
     elif trainer.is_deepspeed_enabled:
         sharding = f"DeepSpeed ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}"
     else:
-        sharding = "none, every process holds the whole model"
+        sharding = "none, every process has the whole model"
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     best = hardware.precision()
     if dtype == "fp32":
-        precision = f"fp32 ({best.reason})" if best.value == "fp32" else "fp32 (asked for)"
+        precision = f"fp32 ({best.reason})" if best.value == "fp32" else "fp32 (requested)"
     else:
-        precision = f"{dtype} mixed ({best.reason if best.value == dtype else 'asked for'})"
+        precision = f"{dtype} mixed ({best.reason if best.value == dtype else 'requested'})"
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     batch = (
         f"{sequences} sequences = {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
@@ -151,15 +154,15 @@ def describe_active(trainer: Trainer) -> dict[str, str]:
     length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
     if length:
         batch += f"; {'' if hasattr(args, 'block_size') else 'up to '}{sequences * length:,} tokens"
-    threads, memory = hardware.threads(), "-"
+    memory = "-"
     if device == "cpu":
         kept = keep_freed_memory()
-        memory = f"{'kept' if kept.value else 'given back'} when freed ({kept.reason})"
+        memory = f"{'kept' if kept.value else 'returned'} when freed ({kept.reason})"
     return {
         "processes": processes,
         "sharding": sharding,
         "precision": precision,
-        "threads": f"{torch.get_num_threads()} ({threads.reason})" if device == "cpu" else "-",
+        "threads": describe_threads() if device == "cpu" else "-",
         "memory": memory,
         "compiled": str(bool(args.torch_compile)),
         "batch": batch,

@@ -1,7 +1,9 @@
-"""What a user reads, copies and edits: one thin module for each stage, and a folder of YAML files for each scale."""
+"""What users read, copy and edit: one short module for each stage, and a folder of YAML files for each scale."""
 
 import gc
+import sys
 
-# Importing torch and transformers makes objects by the million, and looking for garbage among them after every 700
-# takes a sixth of the time until a recipe answers `--help`.
-gc.set_threshold(100_000, 20, 20)
+if sys.argv[:1] == ["-m"]:  # `python -m recipes.NAME` is about to import the module
+    # torch and transformers create millions of objects, and searching them for garbage takes a sixth of the time until
+    # `--help` is printed. `pipeline.training.entry.run` enables the collector again.
+    gc.disable()

@@ -21,7 +21,6 @@ from pipeline.config import output_directory
 from pipeline.errors import UserError
 from pipeline.runner import processes
 
-
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 
 
@@ -96,7 +95,7 @@ def test_under_a_launcher_only_the_users_number_of_threads_counts(
 ) -> None:
     (tmp_path / "step.py").write_text("from pipeline import hardware\nprint(hardware.threads().reason)\n")
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = "accelerate.commands.launch --num_processes 2 --config_file".split()
+    command = ["accelerate.commands.launch", "--num_processes", "2", "--config_file"]
     done = subprocess.run(
         [sys.executable, "-m", *command, str(ROOT / "accelerate_config.yaml"), "-m", "step"],
         env={**environment, **own, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},

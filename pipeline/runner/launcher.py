@@ -1,9 +1,12 @@
-"""`accelerate launch`, ending as the launched program ended: with its exit code, and no further traceback.
+"""Make `accelerate launch` end with the exit code of the launched program, and without a traceback of its own.
+
+Otherwise it turns every exit code into 1, and prints a traceback below the program's message. torch loads the entry
+points `torchrun.handlers` in every launcher, and with them `install_exit_hook`, which acts if the launcher starts a
+module of this project. The runner uses
 
     python -m pipeline.runner.launcher --config_file accelerate_config.yaml -m recipes.sft --config FILE
 
-takes the arguments of `accelerate launch` and does the same. `accelerate launch` itself turns every exit code
-into 1 and prints a traceback of its own below the program's message.
+which takes the arguments of `accelerate launch`, does not need the project to be installed, and checks the launch file.
 """
 
 from __future__ import annotations
@@ -13,62 +16,99 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
+from types import TracebackType
+from typing import Any
 
 from pipeline.errors import EXIT_USER_ERROR, Problem
 
-# How long the processes may take to save when a signal ends them; read by torch's agent.
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SAVE_SECONDS = 600
+"""Seconds in which processes may save after a signal; the default of torch's agent, 30, is short for large models."""
 
 
 def exit_code(code: int) -> int:
-    """The shell's exit code for a return code of `subprocess`: 128 + n for a program that signal n ended."""
+    """Return the shell's exit code for a return code of `subprocess`: 128 + n if signal n ended the program."""
     return 128 - code if code < 0 else code
 
 
 def check_launch_file(path: str) -> Problem | None:
-    """What is wrong with a launch file, of which `accelerate launch` tells by a traceback."""
+    """Check a launch file, for which `accelerate launch` would print a traceback."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
         load_config_from_file(path)
     except Exception as error:  # noqa: BLE001 - each kind of mistake raises another one
         reason = " ".join(str(error).split())
-        return Problem("--config_file", path, f"is no launch file of accelerate ({reason}); correct it")
+        return Problem("--config_file", path, f"is not a launch file of accelerate ({reason}); correct it")
     return None
+
+
+def exit_code_of(error: BaseException) -> int | None:
+    """Return the exit code of the process that failed first, or None for an error of the launcher itself."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if isinstance(error, ChildFailedError):
+        return exit_code(error.get_first_failure()[1].exitcode)
+    if isinstance(error, subprocess.CalledProcessError):
+        return exit_code(error.returncode)
+    return 128 + int(error.sigval) if isinstance(error, SignalException) else None
+
+
+def prepare_agent() -> None:
+    """Silence torch's agent, which repeats the program's message, and give the processes time to save."""
+    for name in ("agent.server.api", "multiprocessing.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SAVE_SECONDS))
+
+
+def install_exit_hook() -> Any:
+    """Install a hook that ends a launcher of the project's modules as `main` does; torch calls this in every launcher.
+
+    Returns:
+        A rendezvous handler, because torch expects one; it refuses to work.
+    """
+    modules = [value for option, value in pairwise(sys.argv) if option in ("-m", "--module")]
+    if modules and modules[0].split(".")[0] in ("pipeline", "recipes"):
+        prepare_agent()
+        sys.excepthook = _exit_with_code
+    return _refuse
+
+
+def _exit_with_code(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if (code := exit_code_of(error)) is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        sys.exit(code)
+
+
+def _refuse(parameters: Any) -> Any:
+    raise ValueError("fourstage is not a rendezvous backend; choose another one, such as c10d")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Launch as `accelerate launch` does.
 
     Args:
-        argv: arguments of `accelerate launch`; by default those of this process.
+        argv: Arguments of `accelerate launch`. Default: those of this process.
 
     Returns:
-        The exit code of the process that failed first; 0 if all ended well; 128 + n if signal n ended them.
+        The exit code of the process that failed first; 0 if all succeeded; 128 + n if signal n ended them.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = launch_command_parser().parse_args(argv)
     if args.config_file and (problem := check_launch_file(args.config_file)):
         print(problem, file=sys.stderr)
         return EXIT_USER_ERROR
-    # torch's agent reports what the program itself has already said
-    for name in ("agent.server.api", "multiprocessing.api"):
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    # after the 30 s that are usual, a large model is still being saved
-    os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SAVE_SECONDS))
+    prepare_agent()
     try:
         launch_command(args)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return exit_code(failure.exitcode)
-    except subprocess.CalledProcessError as error:
-        return exit_code(error.returncode)
-    except SignalException as error:
-        return 128 + int(error.sigval)
+    except Exception as error:
+        if (code := exit_code_of(error)) is None:
+            raise
+        return code
     return 0
 
 

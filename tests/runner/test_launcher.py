@@ -50,13 +50,35 @@ def test_the_exit_code_is_the_programs_own_and_nothing_is_added(project: Path) -
 
 
 @pytest.mark.parametrize("content", ["a: [", "hello", "", "mixed_precision: fp12", "num_process: 1"])
-def test_a_launch_file_that_is_none_is_told_in_one_line(
+def test_a_broken_launch_file_is_reported_in_one_line(
     project: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
     Path("launch.yaml").write_text(content)
     assert main(["--config_file", "launch.yaml", "-m", "stand_in_step", "--config", "step.yaml"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("--config_file: launch.yaml: is no launch file") and error.count("\n") == 1
+    assert error.startswith("--config_file: launch.yaml: is not a launch file") and error.count("\n") == 1
+
+
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_mistake_under_accelerate_launch_itself_ends_in_its_own_line_and_code(project: Path, processes: str) -> None:
+    launcher = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", processes]
+    step = ["-m", "recipes.sft", "--config", str(ROOT / "recipes/pocket/2_sft.yaml"), "--learning_rat", "1"]
+    done = subprocess.run([*launcher, *step], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("learning_rat: 1: ") and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].split(":")[0] in ("learning_rat", "model_name_or_path", "dataset_name")
+
+
+def test_a_launcher_of_other_programs_is_left_alone(project: Path) -> None:
+    Path("step.yaml").write_text(yaml.safe_dump({"output_dir": "out", "fails": 2}))
+    launcher = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml")]
+    step = ["-m", "stand_in_step", "--config", "step.yaml"]
+    done = subprocess.run([*launcher, *step], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1
+    assert "ChildFailedError" in done.stderr
 
 
 def test_success_is_0(project: Path) -> None:
