@@ -1,7 +1,8 @@
-"""A world small enough to run PPO in a second: ten words, and models of a few thousand parameters."""
+"""A world so small that PPO takes a second: ten words, and models of a few thousand parameters."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ WORDS = ["red", "green", "blue", "one", "two", "three", "yes", "no", "hello", "w
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """One token per word."""
     return word_tokenizer(WORDS)
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
-    """Two layers of 16."""
+    """Two layers of width 16."""
     return word_model_config(WORDS, **changes)
 
 
@@ -55,8 +56,18 @@ def share_of_red(completions: list[Any], **kwargs: Any) -> list[float]:
 
 
 def its_text(completions: list[Any], **kwargs: Any) -> list[Any]:
-    """No reward: text instead of numbers."""
+    """Return text instead of numbers."""
     return [completion[0]["content"] for completion in completions]
+
+
+def fails(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Raise an exception, as a reward with a bug does."""
+    raise LookupError("an index is missing")
+
+
+def exits(completions: list[Any], **kwargs: Any) -> list[float]:
+    """End the process as if all were well."""
+    sys.exit(0)
 
 
 def config(output_dir: Any, **changes: Any) -> PPOConfig:

@@ -1,4 +1,5 @@
-"""The recipes that sample, PPO and GRPO, as they are launched: killed and started again; one process and two."""
+"""The recipes that sample, PPO and GRPO, as they are launched: killed and restarted, one process and two, rewards that
+fail."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from tests.sampling_recipes import ENVIRONMENT, ROOT, command, run, write_config
 
 STEPS = 12
 MODELS = {"ppo": ("model.safetensors", "value_model/model.safetensors"), "grpo": ("model.safetensors",)}
-"""What a recipe trains."""
+"""The weights that a recipe trains."""
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
-"""Between one process and two: sums are made in another order, and padding differs; nothing else does."""
+"""Between one process and two, only the order of sums and the padding differ."""
 
 
 def weights(recipe: str, output: Path) -> dict[str, torch.Tensor]:
@@ -34,8 +35,8 @@ def log_of(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("recipe", MODELS)
-def test_killed_at_a_random_moment_and_started_again_it_ends_the_same(recipe: str, tmp_path: Path) -> None:
-    """In the middle of a rollout or not, while it saves or not, and in any epoch of the prompts."""
+def test_a_run_killed_at_a_random_moment_and_restarted_ends_the_same(recipe: str, tmp_path: Path) -> None:
+    """Whether in the middle of a rollout or not, while it saves or not, and in any epoch of the prompts."""
     options = [*write_config(recipe, tmp_path, max_steps=STEPS, save_steps=1), "--output_dir"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = run(f"recipes.{recipe}", *options, str(whole))
@@ -67,7 +68,7 @@ def test_killed_at_a_random_moment_and_started_again_it_ends_the_same(recipe: st
 
 @pytest.mark.parametrize("recipe", MODELS)
 def test_two_processes_learn_what_one_learns(recipe: str, tmp_path: Path) -> None:
-    """On the same rollouts: the gradients of every step, what is trained, and what is logged."""
+    """On the same rollouts: equal gradients in every step, equal weights, and equal logs."""
     evaluation = {"eval_strategy": "steps", "eval_steps": 3}
     options = write_config(recipe, tmp_path, max_steps=6, save_steps=3, **evaluation)
     outputs = []
@@ -105,7 +106,7 @@ def test_two_processes_learn_what_one_learns(recipe: str, tmp_path: Path) -> Non
             if name.startswith(measured):
                 assert a[name] == pytest.approx(b[name], rel=1e-2, abs=1e-4), name
 
-    # In the middle of a rollout, each process finds its own half again.
+    # Resumed in the middle of a rollout, each process finds its own half again.
     middle = outputs[1] / "checkpoint-3"
     assert len(list(middle.glob("rollout_*.safetensors"))) == 2
     resumed = tmp_path / "resumed"
@@ -116,9 +117,22 @@ def test_two_processes_learn_what_one_learns(recipe: str, tmp_path: Path) -> Non
     again = weights(recipe, resumed)
     assert all(torch.equal(trained[1][name], again[name]) for name in again)
 
-    # One process's rollout has no half for the second: all sample anew, instead of waiting for each other.
+    # The rollout of one process cannot be halved: both processes sample anew, instead of waiting for each other.
     middle = outputs[0] / "checkpoint-3"
     onto = str(tmp_path / "onto_two")
     done = run("tests.fixed_rollouts", *arguments[:-1], onto, "--resume_from_checkpoint", str(middle), processes=2)
     assert done.returncode == 0 and done.stderr.count("is sampled anew") == 1, done.stderr[-3000:]
     assert len(torch.load(Path(onto) / "seen.pt", weights_only=True)["gradients"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "function", "raised"),
+    [("ppo", "exits", "SystemExit: 0"), ("grpo", "fails", "LookupError: an index is missing")],
+)
+def test_a_reward_that_fails_is_named(recipe: str, function: str, raised: str, tmp_path: Path) -> None:
+    options = write_config(recipe, tmp_path, max_steps=1, output_dir=str(tmp_path / "run"))
+    stopped = run(f"recipes.{recipe}", *options, "--reward_funcs", f"tests.ppo_toy:{function}")
+    assert stopped.returncode == 1, stopped.stderr[-3000:]
+    assert f"The reward {function} raised {raised} (" in stopped.stderr and "ppo_toy.py:" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not (tmp_path / "run" / "model.safetensors").exists()
