@@ -1,4 +1,4 @@
-"""
+r"""
 # Stage 4: reasoning, by reinforcement learning with verifiable rewards (GRPO)
 
 ```bash
@@ -11,7 +11,7 @@ On GSM8K, whose answers end in "#### 72", with LoRA, and with vLLM to sample on 
 accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config recipes/pocket/4_grpo.yaml \
     --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_target_modules all-linear --use_vllm \
     --dataset_name openai/gsm8k --dataset_config main --dataset_test_split test --prompt_column question \
-    --answer_pattern '####\\s*(.+)' --reward_funcs math_answer answer_format --reward_weights 1.0 0.1 \
+    --answer_pattern '####\s*(.+)' --reward_funcs math_answer answer_format --reward_weights 1.0 0.1 \
     --max_completion_length 512 --output_dir runs/gsm8k/4_grpo
 ```
 

@@ -1,4 +1,4 @@
-"""
+r"""
 # Stage 3: PPO against a reward model
 
 ```bash

@@ -1,9 +1,8 @@
 """
-# Stage 3: answers of the stage-2 model, and which of two is preferred
+# Stage 3: sample answers of the stage-2 model, and label which of two is preferred
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.preferences \\
-    --config recipes/pocket/3_preferences.yaml
+accelerate launch --config_file accelerate_config.yaml -m recipes.preferences --config recipes/pocket/3_preferences.yaml
 ```
 """
 

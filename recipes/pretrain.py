@@ -1,24 +1,21 @@
-"""
+r"""
 # Stage 1: pretraining, from random weights
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
-    --config recipes/pocket/1_pretrain.yaml
+accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml
 ```
 
 On your own text, a file or a folder:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
-    --config recipes/pocket/1_pretrain.yaml \
+accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml \
     --dataset_name shakespeare.txt --dataset_config null --output_dir runs/shakespeare/1_pretrain
 ```
 
 On a stream from the Hub:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
-    --config recipes/pocket/1_pretrain.yaml \
+accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml \
     --dataset_name roneneldan/TinyStories --dataset_config null --dataset_streaming --max_steps 10000 \
     --output_dir runs/tinystories/1_pretrain
 ```
@@ -49,11 +46,9 @@ def main(
     tokenizer, *documents = load_inputs("text", data_args, training_args, model_args)
     model = build_model(model_args, tokenizer, training_args.seed)
     log_model(model)
-
     train_dataset, eval_dataset = (
         split and pack_documents(split, tokenizer, training_args.block_size, "text") for split in documents
     )
-
     compile_if_it_pays(training_args, model, train_dataset)
     trainer = Trainer(
         model=model,

@@ -1,23 +1,21 @@
-"""
+r"""
 # Stage 3: the reward model
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.reward \
-    --config recipes/pocket/3_reward.yaml
+accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/pocket/3_reward.yaml
 ```
 
 From another model, with LoRA, on pairs from the Hub:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.reward \
-    --config recipes/pocket/3_reward.yaml \
+accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/pocket/3_reward.yaml \
     --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_target_modules all-linear \
     --embedding_learning_rate null --max_length 1024 \
     --dataset_name trl-lib/ultrafeedback_binarized --dataset_test_split test --output_dir runs/qwen/3_reward
 ```
 
 The adapter loads with `AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)`, and `recipes.ppo`
-takes it as it is.
+accepts it as a reward model.
 """
 
 from trl import ModelConfig, RewardConfig
@@ -42,7 +40,7 @@ def main(
 
     tokenizer, train_dataset, eval_dataset = load_inputs("preference", data_args, training_args, model_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args)
-    model_args.lora_task_type = "SEQ_CLS"  # PEFT then trains and saves the score head, too
+    model_args.lora_task_type = "SEQ_CLS"  # so that PEFT also trains and saves the score head
     trainer = RewardTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -1,11 +1,11 @@
-"""
+r"""
 # Stage 2: instruction tuning
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml
 ```
 
-With LoRA, on another model:
+With LoRA, from another model:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml \
@@ -13,7 +13,7 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config r
     --learning_rate 2e-4 --embedding_learning_rate null --output_dir runs/smollm/2_sft
 ```
 
-On question and answer columns:
+On a data set with question and answer columns:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml \

@@ -27,7 +27,7 @@ def main(args: TokenizerArguments, data_args: DataArguments) -> None:
     texts = (text for batch in dataset.iter(batch_size=1000) for text in batch["text"])
     tokenizer = train_tokenizer(texts, args.vocab_size, args.algorithm, args.model_max_length)
     save_tokenizer(tokenizer, args.output_dir)
-    logger.info("tokenizer: %s, %d tokens (at most %d asked for)", args.algorithm, len(tokenizer), args.vocab_size)
+    logger.info("tokenizer: %s, %d tokens (limit: %d)", args.algorithm, len(tokenizer), args.vocab_size)
 
 
 if __name__ == "__main__":

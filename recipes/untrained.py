@@ -1,11 +1,11 @@
 """
-# Stage 0: random weights, before anything has been learned
+# Stage 0: the untrained model, with random weights
 
 ```bash
 python -m recipes.untrained --config recipes/pocket/1_pretrain.yaml --output_dir runs/pocket/0_random
 ```
 
-Writes the untrained model that `recipes.pretrain` starts from with the same file: same fields, same seed, same weights.
+Write the model that `recipes.pretrain` starts from with the same file: the same fields, seed and weights.
 """
 
 from pipeline.data.arguments import DataArguments
