@@ -44,7 +44,7 @@ FIXED_PROMPTS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Test examples; a list is empty if there is no such data.
+    """Test examples; without data of a kind, its list is empty.
 
     Attributes:
         texts: `text` and `kind`, for bits per byte.

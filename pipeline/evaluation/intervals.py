@@ -29,8 +29,8 @@ class Estimate:
 
     Attributes:
         value: The measured value.
-        low: Lower end of the interval, None if there is no interval.
-        high: Upper end of the interval, None if there is no interval.
+        low: Lower end of the interval, None if it is not known.
+        high: Upper end of the interval, None if it is not known.
         n: Number of examples, None if it is not known.
         by_kind: The estimate for each kind of example; empty if it is not broken down.
     """
@@ -61,7 +61,7 @@ class Estimate:
         """Read what `to_json` returns. Of a damaged entry, whatever is valid is kept.
 
         Raises:
-            ValueError: `entry` has no finite number under "value".
+            ValueError: The "value" of `entry` is missing or not a finite number.
         """
         entry = entry if isinstance(entry, dict) else {}
         value, n, interval, kinds = (entry.get(key) for key in ("value", "n", "ci95", "by_kind"))

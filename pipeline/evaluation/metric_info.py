@@ -26,7 +26,7 @@ class MetricInfo:
 
 
 METRICS: dict[str, MetricInfo] = {
-    "bits_per_byte": MetricInfo("Bits per byte", "held-out text; 8 is no compression at all", "down", share=False),
+    "bits_per_byte": MetricInfo("Bits per byte", "held-out text; 8 means no compression", "down", share=False),
     "instruction_accuracy": MetricInfo(
         "Instruction accuracy", "held-out questions, summaries and small functions (the code is run)"
     ),
@@ -54,7 +54,7 @@ METRICS: dict[str, MetricInfo] = {
 
 
 def metric_info(metric: str) -> MetricInfo:
-    """Return how a metric is shown; one that is not in `METRICS` has no label but its name and no better direction."""
+    """Return how a metric is shown; one that is not in `METRICS` by its name, without a better direction."""
     return METRICS.get(metric) or MetricInfo(metric.replace("_", " "), "", "")
 
 

@@ -84,7 +84,8 @@ def evaluate_stage(
         UserError: A model is broken, or does not fit its tokenizer.
     """
     began = time.perf_counter()
-    launch.prepare_cpu()
+    launch.prepare_process()
+    launch.log_threads()
     result = StageResult(stage)
     with user_error_for("--stage", run / stage):
         rewards = is_reward_model(load_config(str(run / stage)))
@@ -94,6 +95,10 @@ def evaluate_stage(
             measure_pairs(result, _place(model), tokenizer, held_out.pairs, seed)
     else:
         chat = load_chat_model(run / stage, "--stage", max_new_tokens)
+        opponent = None
+        if held_out.prompts and holds_model(run / against):
+            opponent = load_chat_model(run / against, "--against", max_new_tokens)
+            opponent.model.to(generation_dtype())
         if held_out.texts:
             metrics.measure_texts(result, chat, held_out.texts, seed)
         chat.model.to(generation_dtype())
@@ -101,9 +106,7 @@ def evaluate_stage(
             metrics.measure_instructions(result, chat, held_out.instructions, seed)
         if held_out.problems:
             metrics.measure_problems(result, chat, held_out.problems, samples, seed)
-        if held_out.prompts and holds_model(run / against):
-            opponent = load_chat_model(run / against, "--against", max_new_tokens)
-            opponent.model.to(generation_dtype())
+        if opponent is not None:
             metrics.measure_match(result, chat, opponent, held_out.prompts, seed)
         metrics.answer_fixed_prompts(result, chat)
     result.seconds = time.perf_counter() - began

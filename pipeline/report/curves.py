@@ -1,4 +1,4 @@
-"""Which curves the report shows: what was logged in training, by stage."""
+"""The curves of the report: what each stage logged in training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.report.labels import stage_info
+from pipeline.report.labels import stage_info, stage_kind
 from pipeline.report.load import Run, Stage, logged
 
 Points = list[tuple[float, float]]
@@ -14,7 +14,7 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: `points` are (x, y); `dots` draws them without a line."""
+    """A line of a chart: its points (x, y), drawn as dots without a line if `dots`."""
 
     name: str
     points: Points
@@ -23,14 +23,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart.
+    """A chart.
 
-    Args:
-        stage: directory name of the stage that it belongs to.
-        title: what is drawn.
-        x_label: what the horizontal axis counts.
-        series: one or more lines.
-        note: a sentence about how to read it, or "".
+    Attributes:
+        stage: Directory name of its stage.
+        title: What is drawn.
+        x_label: What the horizontal axis counts.
+        series: One or more lines.
+        note: A sentence about how to read it, or "".
     """
 
     stage: str
@@ -40,14 +40,14 @@ class Chart:
     note: str = ""
 
 
-# role of a stage -> charts as (title, ((name of the line, keys tried in order), ...), note)
+# Kind of stage -> charts as (title, ((name of the line, keys tried in order), ...), note).
 _STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...], str], ...]] = {
     "pretrain": (
-        ("Loss, nats a token", (("training", ("loss",)), ("validation", ("eval_loss",))), ""),
+        ("Loss, nats per token", (("training", ("loss",)), ("validation", ("eval_loss",))), ""),
         ("Bits per byte, validation", (("validation", ("eval_bits_per_byte", "bits_per_byte")),), ""),
     ),
     "sft": (
-        ("Loss, nats a token", (("training", ("loss",)), ("validation", ("eval_loss",))), "Answers only."),
+        ("Loss, nats per token", (("training", ("loss",)), ("validation", ("eval_loss",))), "Answers only."),
         (
             "Token accuracy",
             (("training", ("mean_token_accuracy",)), ("validation", ("eval_mean_token_accuracy",))),
@@ -58,7 +58,7 @@ _STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]
         (
             "Reward-model accuracy",
             (("training", ("accuracy",)), ("validation", ("eval_accuracy",))),
-            "Pairs in which the preferred answer scores higher; 0.5 is chance.",
+            "Share of pairs whose preferred answer scores higher; 0.5 is chance.",
         ),
         ("Loss", (("training", ("loss",)), ("validation", ("eval_loss",))), ""),
     ),
@@ -66,19 +66,19 @@ _STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]
         (
             "What PPO maximises",
             (("score", ("objective/scores",)), ("score minus KL penalty", ("objective/rlhf_reward",))),
-            "Scores as normalised for training.",
+            "Scores are normalised as in training.",
         ),
-        ("KL from the start, nats an answer", (("KL", ("objective/kl", "kl")),), ""),
-        ("Entropy, nats a token", (("entropy", ("policy/entropy_avg", "entropy")),), ""),
+        ("KL to the initial policy, nats per answer", (("KL", ("objective/kl", "kl")),), ""),
+        ("Entropy, nats per token", (("entropy", ("policy/entropy_avg", "entropy")),), ""),
         ("Answer length, tokens", (("mean", ("completions/mean_length",)),), ""),
     ),
     "grpo": (
-        ("Reward", (("training", ("reward",)), ("validation", ("eval_reward",))), "Correctness alone."),
-        ("Entropy, nats a token", (("entropy", ("entropy",)),), ""),
+        ("Reward", (("training", ("reward",)), ("validation", ("eval_reward",))), "Correctness only."),
+        ("Entropy, nats per token", (("entropy", ("entropy",)),), ""),
         (
             "Answer length, tokens",
             (("mean", ("completions/mean_length",)), ("validation", ("eval_completions/mean_length",))),
-            "No reward mentions length.",
+            "The reward does not depend on length.",
         ),
     ),
 }
@@ -87,18 +87,18 @@ _KL_KEYS = ("objective/kl", "kl")
 
 
 def charts_of(run: Run) -> list[Chart]:
-    """Every chart for which the run logged at least two points, in the order of training."""
+    """Return every chart for which the run logged at least two points, in the order of training."""
     charts: list[Chart] = []
     for stage in run.stages.values():
-        role = stage.name.partition("_")[2]
-        if role == "ppo":
+        kind = stage_kind(stage.name)
+        if kind == "ppo":
             title, keys = _scores(stage)
             series = [Series(name, logged(stage, key)) for name, key in keys.items()]
             charts.extend(_chart(stage.name, title, "training steps", series, ""))
-        for title, lines, note in _STEP_CHARTS.get(role, ()):
+        for title, lines, note in _STEP_CHARTS.get(kind, ()):
             series = [Series(name, _first_logged(stage, keys)) for name, keys in lines]
             charts.extend(_chart(stage.name, title, "training steps", series, note))
-        if role == "ppo":
+        if kind == "ppo":
             charts.extend(_against_kl(stage))
     return charts
 
@@ -116,22 +116,26 @@ def _chart(stage: str, title: str, x_label: str, series: Sequence[Series], note:
 
 
 def _against_kl(stage: Stage) -> list[Chart]:
-    """The reward model's score and the annotators' hidden taste, each over the distance from the start."""
+    """Return the reward model's score and the annotators' hidden taste, each over the KL to the initial policy."""
     charts = []
     title, scores = _scores(stage)
     tastes = {name: key for name, key in _reward_means(stage).items() if "taste" in name}
     wanted = [
-        (f"{title} against KL", scores, "What PPO is given."),
-        ("Hidden taste against KL", tastes, "What it is not shown: rising with the score, it is not gamed."),
+        (f"{title} against KL", scores, "The reward that PPO sees."),
+        (
+            "Hidden taste against KL",
+            tastes,
+            "PPO does not see it. If it rises with the score, the reward model is not gamed.",
+        ),
     ]
     for title, keys, note in wanted:
         series = [Series(name, _over_kl(stage, key), dots=True) for name, key in keys.items()]
-        charts.extend(_chart(stage.name, title, "KL, nats an answer", series, note))
+        charts.extend(_chart(stage.name, title, "KL, nats per answer", series, note))
     return charts
 
 
 def _scores(stage: Stage) -> tuple[str, dict[str, str]]:
-    """What PPO is rewarded by, before weights: what it is called, and the key of each reward's mean by its name."""
+    """Return what PPO's rewards are called, and the logged key of each one's mean (before weighting) by its name."""
     rewards = {name: key for name, key in _reward_means(stage).items() if "taste" not in name}
     if len(rewards) > 1:
         return "Rewards", rewards
@@ -139,7 +143,7 @@ def _scores(stage: Stage) -> tuple[str, dict[str, str]]:
 
 
 def _reward_means(stage: Stage) -> dict[str, str]:
-    """The key of each reward's mean, as it is logged in training, by the reward's name."""
+    """Return the key of each reward's mean, as logged in training, by the reward's name."""
     keys = {key for record in stage.history for key in record}
     found = (re.fullmatch(r"(?:eval_)?rewards/(.+)/mean", key) for key in keys)
     names = sorted({match.group(1) for match in found if match})
@@ -155,7 +159,7 @@ def _over_kl(stage: Stage, key: str) -> Points:
 
 
 def overlay(runs: Sequence[Run]) -> list[Chart]:
-    """The charts of several runs as one: of each run the validation line, or else the first."""
+    """Return the charts with one line per run: its validation line, or else its first."""
     merged: dict[tuple[str, str], Chart] = {}
     for run in runs:
         for chart in charts_of(run):
@@ -168,5 +172,5 @@ def overlay(runs: Sequence[Run]) -> list[Chart]:
 
 
 def heading(chart: Chart) -> str:
-    """The chart's full title, for people who hear it: stage and what is drawn."""
+    """Return the chart's full title for screen readers: the stage and what is drawn."""
     return f"{stage_info(chart.stage).title}: {chart.title}"

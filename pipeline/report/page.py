@@ -129,7 +129,8 @@ def facts(summary: dict[str, Any]) -> list[str]:
 def _answers(run: Run) -> list[dict[str, Any]]:
     """Return each prompt with the answer of every stage that answers, None where a stage was not asked."""
     given = {
-        stage.name: {str(item["prompt"]): str(item["answer"]) for item in stage.answers} for stage in run.answering
+        stage.name: {str(item["prompt"]): str(item["answer"]).strip(" \n") for item in stage.answers}
+        for stage in run.answering
     }
     prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
     return [
@@ -158,7 +159,7 @@ def _traces(run: Run) -> dict[str, Any]:
                 "sides": [
                     {
                         "stage": name,
-                        "text": str(side["answer"]) if side else None,
+                        "text": str(side["answer"]).strip(" \n") if side else None,
                         "correct": bool(side["correct"]) if "correct" in side else None,
                     }
                     for name, side in sides

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn by plain Python. Colours come from the page's style sheet, through classes."""
+"""Charts as inline SVG, in plain Python. Their colours come from the page's style sheet, through classes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,11 @@ from pipeline.report.text import magnitude, number, signed
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
 MOST_POINTS = 60
-"""A noisier line is drawn faintly, with the means of this many stretches over it."""
+"""A line with more points is drawn faintly, with the means of this many segments over it."""
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) in [low, high], at most `most` + 1 of them.
-
-    Args:
-        low: start of the axis.
-        high: end of the axis, above `low`.
-        most: how many steps at most.
-    """
+    """Return round numbers in [low, high], 1, 2 or 5 times a power of ten apart, at most `most` + 1 of them."""
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
@@ -40,7 +34,7 @@ def _label(value: float, step: float) -> str:
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest value, moved apart where nothing could be told between them."""
+    """Return the lowest and the highest value, moved apart if they are too close to draw."""
     low, high = min(values), max(values)
     size = max(abs(low), abs(high))
     if high - low > max(1e-9 * size, 1e-12):
@@ -52,19 +46,19 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
     low, high = _span(values)
     pad = (high - low) * 0.05
-    # A quantity that is never negative starts at 0 if that does not waste half of the chart.
+    # The axis of a quantity that is never negative starts at 0, unless that wastes half of the chart.
     return (0.0 if 0 <= low < (high - low) else low - pad), high + pad
 
 
 def _means(points: Points) -> Points:
-    """`points` as means of at most `MOST_POINTS` stretches of equal count."""
+    """Average `points` over at most `MOST_POINTS` segments of equally many points."""
     size = math.ceil(len(points) / MOST_POINTS)
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
 class _Axes:
-    """Maps values to the drawing's units."""
+    """Map values to the units of the drawing."""
 
     def __init__(self, series: Sequence[Series]) -> None:
         self.x_low, self.x_high = _span([x for line in series for x, _ in line.points])
@@ -81,7 +75,7 @@ class _Axes:
 
 
 def line_chart(chart: Chart) -> Markup:
-    """The chart as an `<svg>` with a title and a description in words."""
+    """Draw the chart as an `<svg>` with a title and a description in words."""
     axes = _Axes(chart.series)
     parts = [_grid(axes, chart.x_label)]
     for index, line in enumerate(chart.series):
@@ -146,13 +140,13 @@ def _figure(width: int, height: int, title: str, description: str, body: str, cs
 
 
 def interval_bar(change: Estimate, reach: float, verdict: str, title: str) -> Markup:
-    """A dot and its 95% interval on an axis from -`reach` to `reach`, with 0 marked.
+    """Draw a dot and its 95% interval on an axis from -`reach` to `reach`, with 0 marked.
 
     Args:
-        change: the difference.
-        reach: half of the axis, in the metric's unit, above 0.
+        change: The difference.
+        reach: Half of the axis in the unit of the metric, above 0.
         verdict: "better", "worse" or "same", which the style sheet colours.
-        title: what it shows, in words.
+        title: What is shown, in words.
     """
     width, height = 160, 18
 
@@ -171,7 +165,7 @@ def interval_bar(change: Estimate, reach: float, verdict: str, title: str) -> Ma
 
 
 def share_bar(value: float, low: float | None, high: float | None) -> Markup:
-    """A share between 0 and 1 as a bar with its interval; decoration of a number that stands beside it."""
+    """Draw a share between 0 and 1 as a bar with its interval, to decorate the number beside it."""
     width, height = 80, 6
 
     def place(share: float) -> float:

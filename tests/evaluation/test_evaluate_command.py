@@ -10,6 +10,7 @@ import pytest
 import small_model
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from pipeline.__main__ import main
@@ -70,7 +71,7 @@ def evaluate(run, stage, *options):
     return result, [json.loads(line) for line in lines]
 
 
-def test_everything_that_can_be_measured_is(run, capsys):
+def test_all_metrics_are_measured(run, capsys):
     small_model.save_model(run / "2_sft", seed=1)
     result, examples = evaluate(run, "0_random")
     metrics = result["metrics"]
@@ -107,18 +108,18 @@ def test_the_same_evaluation_twice_gives_the_same_files(run):
     assert {**first, "seconds": 0} == {**second, "seconds": 0} and examples == again
 
 
-def test_no_opponent_no_win_rate(run):
+def test_without_an_opponent_there_is_no_win_rate(run):
     result, _ = evaluate(run, "0_random")
     assert "win_rate" not in result["metrics"] and "pass@1" in result["metrics"]
 
 
-def test_limit_takes_at_most_so_many_rows(run):
+def test_limit_is_the_largest_number_of_examples(run):
     result, _ = evaluate(run, "0_random", "--limit", "2")
     assert result["metrics"]["instruction_accuracy"]["n"] == 2
     assert result["metrics"]["bits_per_byte"]["n"] == 2
 
 
-def test_a_choice_of_rows_holds_every_kind():
+def test_a_subsample_contains_every_kind():
     alternating = [{"kind": "ab"[i % 2]} for i in range(100)]
     sorted_by_kind = [{"kind": "ab"[i // 50]} for i in range(100)]
     for rows in (alternating, sorted_by_kind):
@@ -177,7 +178,7 @@ def test_a_reward_model_is_measured_on_pairs(run):
             "chosen": assistant("A cat. " * (i % 3 + 1)),
             "rejected": assistant(f"No {i}."),
             "kind": "question",
-            "taste_chosen": float(i % 2) if i else 0.4,  # nobody minds which of the first pair
+            "taste_chosen": float(i % 2) if i else 0.4,  # the annotators are indifferent about the first pair
             "taste_rejected": 0.5,
         }
         for i in range(8)
@@ -203,7 +204,7 @@ def test_a_reward_model_is_measured_on_pairs(run):
     assert result["answers"] == []
 
 
-def test_a_reward_model_is_no_opponent(run, capsys):
+def test_a_reward_model_cannot_be_the_opponent(run, capsys):
     write_reward_model(run)
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", str(run), "--stage", "0_random", "--against", "3_reward"])
@@ -228,7 +229,7 @@ def test_an_adapter_of_a_reward_model_is_measured_as_the_two_together(run):
 
 
 def text_pairs():
-    """Pairs as people might hand them in: text, and no more than there has to be."""
+    """Pairs as people might supply them: text, without any column that is not needed."""
     return [{"prompt": f"Question {i}?", "chosen": "A cat. " * (i % 3 + 1), "rejected": f"No {i}."} for i in range(8)]
 
 
@@ -264,6 +265,11 @@ def test_pairs_in_any_format_measure_the_same(run):
         (["RUN", "--stage", "5_more"], "--stage: 5_more: is not the directory of a model; choose from: 0_random"),
         (["RUN", "--stage", "../RUN/0_random"], "--stage: ../RUN/0_random: is not the directory of a model"),
         (["RUN", "--stage", "0_random", "--against", "5_more"], "--against: 5_more: is not the directory of a model"),
+        (["RUN", "--stage", ".."], "--stage: ..: is not the directory of a model"),
+        (["RUN", "--stage", "."], "--stage: .: is not the directory of a model"),
+        (["RUN", "--stage", ""], "--stage: : is not the directory of a model"),
+        (["RUN", "--stage", "0_random", "--samples", "100000000"], "--samples: 100000000: must be at most 1000"),
+        (["RUN", "--stage", "0_random", "--samples", "-1"], "--samples: -1: must be a number of at least 1"),
         (["RUN", "--stage", "0_random", "--limit", "0"], "--limit: 0: must be a number of at least 1"),
         (["RUN", "--stage", "0_random", "--samples", "0"], "--samples: 0: must be a number of at least 1"),
         (
@@ -272,17 +278,80 @@ def test_pairs_in_any_format_measure_the_same(run):
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(run, capsys, options, message):
+def test_mistakes_are_refused_in_one_line(run, capsys, options, message):
     with pytest.raises(SystemExit) as exit_:
         folder = str(run) if options[0] == "RUN" else options[0]
         main(["evaluate", folder, *[option.replace("DATA", f"{run}/data") for option in options[1:]]])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    told = [line for line in error.splitlines() if line and "examples/s" not in line]
-    assert len(told) == 1 and told[0].startswith(message)
+    lines = [line for line in error.splitlines() if line and "examples/s" not in line]
+    assert len(lines) == 1 and lines[0].startswith(message)
 
 
-def test_damaged_data_are_told(run, capsys):
+def refusal(capsys, run, *options):
+    """The one line that `evaluate` of 0_random ends with."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", str(run), "--stage", "0_random", *options])
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.startswith(("--", "RUN"))]
+    assert not (run / "evaluations").is_dir() and "bits_per_byte" not in captured.out
+    return line
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_model_without_one_of_its_weights_is_refused(run, capsys):
+    change_weights(run / "0_random", lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
+    line = refusal(capsys, run)
+    assert line.startswith("--stage: ") and "lacks the weights model.layers.0.mlp.up_proj.weight" in line
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_diverged_is_refused(run, capsys, value):
+    change_weights(run / "0_random", lambda weights: weights["model.norm.weight"].fill_(value))
+    assert "not finite numbers (model.norm.weight)" in refusal(capsys, run)
+
+
+def test_an_opponent_that_diverged_is_refused(run, capsys):
+    small_model.save_model(run / "2_sft", seed=1)
+    change_weights(run / "2_sft", lambda weights: weights["model.norm.weight"].fill_(math.nan))
+    line = refusal(capsys, run)
+    assert line.startswith("--against: ") and "not finite numbers" in line
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run, capsys):
+    tokenizer = small_model.tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(run / "0_random")
+    assert "its tokenizer" in refusal(capsys, run)
+
+
+def test_a_file_in_the_place_of_the_evaluations_is_refused(run, capsys):
+    (run / "evaluations").write_text("")
+    assert "evaluations: is not a directory" in refusal(capsys, run)
+
+
+def test_a_run_that_cannot_be_written_to_is_refused(run, capsys, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    line = refusal(capsys, run)
+    assert line.startswith("RUN: ") and "no permission to write" in line
+
+
+def test_data_without_a_column_are_refused(run, capsys):
+    shutil.rmtree(run / "data" / "pretrain")
+    write_split(run / "data" / "pretrain", [{"story": "A cat."}])
+    assert "lacks the column text" in refusal(capsys, run)
+
+
+def test_damaged_data_are_refused(run, capsys):
     (run / "data" / "pretrain" / "test.parquet").write_bytes(b"PAR1")
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", str(run), "--stage", "0_random"])

@@ -102,3 +102,4 @@ def test_hostile_file_names_and_notes_stay_text(short_run: Path, tmp_path: Path)
     page = (run / "report" / "index.html").read_text(encoding="utf-8")
     for tag in ("<b>run", "<img", "<script", "<i>"):
         assert tag not in page
+    assert not set(page) & {"\u202e", "\u200b", "\x00", "\x1b"}
