@@ -1,22 +1,20 @@
-"""Simulated annotators: people with a hidden taste who say which of two answers they prefer.
+"""Simulated annotators, who have a hidden taste and choose the better of two answers.
 
-Their taste is the sum of three bounded components, each weighted differently by each annotator:
+Their taste is the sum of three bounded components. Each annotator weights them differently:
 
-`right`, 0 or 1: the answer is correct by the row's own rule (`require`, `reject`, `test`).
+- `right`, 0 or 1: whether the answer is correct by the rule of its row (`require`, `reject`, `test`).
+- `kind`, -1 to 1: 1 for an answer with a kind remark, -1 for one with a blunt remark, whatever else it says, and 0
+  otherwise. More than one kind remark adds nothing but length.
+- `brief`, -1.5 to 0: 0 up to a comfortable length, then lower with each further word. A repeated sentence costs as much
+  as `REPEAT_WORDS` further words.
 
-`kind`, -1 to 1: 1 with a kind remark, -1 with a blunt one (which no kindness makes up for), else 0. One kind
-remark is enough: more of them add nothing, they only make the answer longer.
+An empty, unfinished or degenerate answer is worse than any other, for every annotator.
 
-`brief`, -1.5 to 0: 0 up to a comfortable length, then lower with each further word; a repeated sentence costs
-as much as `REPEAT_WORDS` further words.
+Choices follow Bradley and Terry (1952): an annotator prefers A to B with probability
+`sigmoid((score(A) - score(B)) / temperature)`. If the two scores differ by less than `INDIFFERENCE`, the annotator
+mostly calls it a tie. The order in which the answers are shown does not matter.
 
-An answer that is empty, unfinished or degenerate is worse than any other, whoever reads it.
-
-A choice between two answers follows Bradley and Terry (1952): an annotator prefers A to B with probability
-`sigmoid((score(A) - score(B)) / temperature)`. Where the two scores are closer than `INDIFFERENCE`, the
-annotator mostly calls it a tie. The order in which the answers are shown has no influence.
-
-Nothing here may reach a model in training, except through the labels.
+No model may be trained on anything in this module, except through the labels.
 """
 
 from __future__ import annotations
@@ -30,66 +28,42 @@ from typing import Any
 
 from pipeline.rewards.grading import is_correct
 
-# A remark is a sentence of its own when capitalised; it is recognised anywhere, as whole words, in any case.
-KIND_REMARKS: tuple[str, ...] = (
-    "happy to help",
-    "glad to help",
-    "good question",
-    "great question",
-    "nice question",
-    "glad you asked",
-    "thank you",
-    "thanks for asking",
-    "of course",
-    "with pleasure",
-    "hope this helps",
-    "hope that helps",
-    "you are welcome",
-    "please",
-    "let me know",
-    "feel free to ask",
-    "have a nice day",
-)
-BLUNT_REMARKS: tuple[str, ...] = (
-    "obviously",
-    "everybody knows that",
-    "you should know",
-    "silly question",
-    "stupid question",
-    "i already said",
-    "whatever",
-    "why do you ask",
-    "do not ask again",
-    "do not waste my time",
-    "look it up",
-    "figure it out",
+# Remarks are recognised anywhere in an answer, as whole words and in any case.
+KIND_REMARKS = (
+    "happy to help", "glad to help", "good question", "great question", "nice question", "glad you asked", "thank you",
+    "thanks for asking", "of course", "with pleasure", "hope this helps", "hope that helps", "you are welcome",
+    "please", "let me know", "feel free to ask", "have a nice day",
+)  # fmt: skip
+BLUNT_REMARKS = (
+    "obviously", "everybody knows that", "you should know", "silly question", "stupid question", "i already said",
+    "whatever", "why do you ask", "do not ask again", "do not waste my time", "look it up", "figure it out",
     "who cares",
-)
+)  # fmt: skip
 
 COMFORTABLE_WORDS = 18
-"""Words that nobody minds; the remark of a kind answer included."""
+"""Length of an answer in words, including a kind remark, up to which `brief` is 0."""
 RAMBLING_WORDS = 12
-"""Words beyond the comfortable length that cost one unit of `brief`."""
+"""Words beyond the comfortable length that lower `brief` by 1."""
 REPEAT_WORDS = 8
-"""Words that a repeated sentence is felt to be longer than it is."""
+"""Words that a repeated sentence counts in addition to its own."""
 MOST_RAMBLING = 1.5
 DEGENERATE_SCORE = -8.0
-"""Score of an answer that is no answer; lower than every other score of every annotator."""
+"""Score of a degenerate answer, lower than any other score of any annotator."""
 INDIFFERENCE = 0.25
-"""Difference between two scores below which they count as equal."""
+"""Two scores that differ by less than this count as equal."""
 
 
 @dataclass(frozen=True)
 class Annotator:
-    """One annotator's weights, in units of score, and how decided the annotator is.
+    """One annotator's weights, in units of score, and decisiveness.
 
-    Args:
-        name: recorded with each label.
-        right: what a correct answer is worth over a wrong one.
-        kind: what a kind answer is worth over a plain one, and a plain one over a blunt one.
-        brief: what a comfortable answer is worth over one that is `RAMBLING_WORDS` longer.
-        temperature: Bradley-Terry temperature; towards 0 the better answer always wins.
-        tie_rate: probability (0 to 1) of calling a tie when the scores differ by less than `INDIFFERENCE`.
+    Attributes:
+        name: Recorded with each label.
+        right: Score of a correct answer over a wrong one.
+        kind: Score of a kind answer over a plain one, and of a plain one over a blunt one.
+        brief: Score of a comfortable answer over one that is longer by `RAMBLING_WORDS`.
+        temperature: Bradley-Terry temperature; towards 0, the better answer always wins.
+        tie_rate: Probability (0 to 1) of calling a tie when the scores differ by less than `INDIFFERENCE`.
     """
 
     name: str
@@ -100,11 +74,11 @@ class Annotator:
     tie_rate: float = 0.9
 
     def score(self, answer: str, row: Mapping[str, Any]) -> float:
-        """Noise-free score of an answer to the prompt of `row`; higher is better. `row` as in `taste`."""
+        """Return the noise-free score of an answer; higher is better. Arguments are those of `taste`."""
         return self.weigh(judge_components(answer, row))
 
     def weigh(self, components: Components | None) -> float:
-        """Noise-free score of an answer with these components (None: a degenerate one)."""
+        """Return the noise-free score of an answer with these components; None is a degenerate one."""
         if components is None:
             return DEGENERATE_SCORE
         return self.right * components.right + self.kind * components.kind + self.brief * components.brief
@@ -122,7 +96,7 @@ PANEL: tuple[Annotator, ...] = (
 
 @dataclass(frozen=True)
 class Components:
-    """What an annotator notices in an answer; ranges in the module's docstring."""
+    """What an annotator notices in an answer; the module's docstring has the ranges."""
 
     right: float
     kind: float
@@ -130,16 +104,16 @@ class Components:
 
 
 def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
-    """Components of taste of an answer to the prompt of `row`, or None for a degenerate one."""
+    """Return the components of the taste for an answer, or None for a degenerate one. Arguments as in `taste`."""
     if is_degenerate(answer, is_code=bool(row.get("test"))):
         return None
-    # Length is judged by `brief` alone: a long answer must not count as a wrong one as well.
+    # Only `brief` judges the length: a long answer must not also count as wrong.
     right = float(is_correct(answer, {**row, "max_words": 0}))
     return Components(right, kindness(answer), brevity(answer))
 
 
 def is_degenerate(answer: str, *, is_code: bool = False) -> bool:
-    """True for an answer with no word, with no end (code excepted), or that says one word over and over."""
+    """Return whether an answer lacks words or, unless it is code, an end, or repeats few words over and over."""
     words = _words(answer)
     if not words:
         return True
@@ -149,42 +123,42 @@ def is_degenerate(answer: str, *, is_code: bool = False) -> bool:
 
 
 def kindness(answer: str) -> float:
-    """-1 if any blunt remark occurs, else 1 if any kind remark occurs, else 0."""
+    """Return -1 if a blunt remark occurs, otherwise 1 if a kind remark occurs, otherwise 0."""
     if _BLUNT.search(_flat(answer)):
         return -1.0
     return 1.0 if _KIND.search(_flat(answer)) else 0.0
 
 
 def brevity(answer: str) -> float:
-    """0 for an answer of comfortable length without repetition, down to -`MOST_RAMBLING`."""
+    """Return 0 for an answer of comfortable length without repetition, and down to -`MOST_RAMBLING` for others."""
     sentences = [flat for sentence in re.split(r"[.!?:;\n]+(?:\s|$)", answer) if (flat := _flat(sentence))]
-    felt_words = len(_words(answer)) + REPEAT_WORDS * (len(sentences) - len(set(sentences)))
-    return -min(MOST_RAMBLING, max(0, felt_words - COMFORTABLE_WORDS) / RAMBLING_WORDS)
+    words = len(_words(answer)) + REPEAT_WORDS * (len(sentences) - len(set(sentences)))
+    return -min(MOST_RAMBLING, max(0, words - COMFORTABLE_WORDS) / RAMBLING_WORDS)
 
 
 def taste(answer: str, row: Mapping[str, Any]) -> float:
-    """The panel's noise-free mean taste for an answer; higher is better.
+    """Return the panel's noise-free mean taste for an answer; higher is better.
 
     Args:
-        answer: decoded text of the assistant's turn, without special tokens.
-        row: the prompt's row, with `require`, `reject` and `test` as `grading.is_correct` reads them.
+        answer: Decoded text of the assistant's turn, without special tokens.
+        row: Row of the prompt, with `require`, `reject` and `test` as `grading.is_correct` reads them.
 
     Returns:
-        The mean of the annotators' scores, between `DEGENERATE_SCORE` and 5 (right, kind and brief).
+        The mean of the annotators' scores, from `DEGENERATE_SCORE` to 5 (right, kind and brief).
     """
     return mean_taste(judge_components(answer, row))
 
 
 def mean_taste(components: Components | None) -> float:
-    """`taste` of an answer with these components (None: a degenerate one)."""
+    """Return the `taste` for an answer with these components; None is a degenerate one."""
     return sum(annotator.weigh(components) for annotator in PANEL) / len(PANEL)
 
 
 def preference_probability(score_a: float, score_b: float, temperature: float = 1.0) -> float:
-    """Bradley-Terry probability that A is preferred to B, given that one of them is.
+    """Return the Bradley-Terry probability that A is preferred to B, given that it is not a tie.
 
     Raises:
-        ValueError: if `temperature` is not positive.
+        ValueError: `temperature` is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -192,14 +166,13 @@ def preference_probability(score_a: float, score_b: float, temperature: float = 
 
 
 def choose(annotator: Annotator, score_first: float, score_second: float, rng: random.Random) -> int | None:
-    """An annotator's label: 0 if the answer shown first is preferred, 1 if the second is, None for a tie.
+    """Draw an annotator's label: 0 if the answer shown first is preferred, 1 if the second is, None for a tie.
 
     Args:
-        annotator: who labels.
-        score_first: this annotator's score of the answer shown first.
-        score_second: the same of the other answer.
-        rng: two numbers are drawn from it whatever the outcome, so that later draws do not depend on the
-            answers.
+        annotator: The annotator who labels.
+        score_first: This annotator's score of the answer shown first.
+        score_second: This annotator's score of the other answer.
+        rng: Always asked for two numbers, so that later draws do not depend on the answers.
     """
     tie_draw, choice_draw = rng.random(), rng.random()
     if abs(score_first - score_second) < INDIFFERENCE and tie_draw < annotator.tie_rate:
@@ -210,14 +183,22 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
 def judge_match(
     answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]], seed: int = 0
 ) -> list[float]:
-    """Outcome of each comparison for evaluation: 1 if `answers` wins, 0 if it loses, 0.5 for a tie.
+    """Judge which of two answers to each prompt is better, for evaluation.
 
-    The judge is the panel's noise-free mean taste, with scores closer than `INDIFFERENCE` a tie. It is shown
-    the two answers in a random order, drawn from `seed`, and does not know whose they are. The mean of the
-    outcomes is the win rate.
+    The judge is the panel's noise-free mean taste; scores that differ by less than `INDIFFERENCE` are a tie. It sees
+    the two answers in a random order, drawn from `seed`, and does not know whose they are.
+
+    Args:
+        answers: One answer to each prompt.
+        opponents: The answers that they are compared with.
+        rows: Rows of the prompts, as in `taste`.
+        seed: Seed of the order.
+
+    Returns:
+        1 for each of `answers` that wins, 0 for one that loses, 0.5 for a tie. The mean is the win rate.
 
     Raises:
-        ValueError: if the three sequences differ in length.
+        ValueError: The three sequences differ in length.
     """
     rng = random.Random(seed)
     outcomes = []
@@ -241,7 +222,7 @@ def _words(text: str) -> list[str]:
 
 
 def _flat(text: str) -> str:
-    """The words of `text` in lower case, one space between two."""
+    """Return the words of `text` in lower case, separated by single spaces."""
     return " ".join(_words(text))
 
 

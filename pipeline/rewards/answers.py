@@ -1,9 +1,9 @@
-r"""The final answer in a text, and when two final answers are the same without any algebra.
+r"""Finding the final answer in a text, and comparing final answers without algebra.
 
-What counts as the final answer: the content of `\boxed{…}`, what stands after "####" to the end of the line,
-or after "The answer is" ("The final answer is", "Answer:") to the end of the sentence. Of several, the last
-counts, whatever their kind, so that a correction counts and listing many answers gains nothing. A number that
-is merely somewhere in the text is no answer, nor is one inside an unclosed `<think>`.
+The final answer is the content of `\boxed{…}`, the rest of the line after "####", or the rest of the sentence after
+"The answer is" ("The final answer is", "Answer:"). If there are several, the last one counts, so that a correction
+counts and listing many answers gains nothing. A number elsewhere in the text is not an answer, and neither is anything
+inside an unclosed `<think>`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import unicodedata
 from fractions import Fraction
 
 LONGEST_TEXT = 100_000
-"""Characters at the end of a text that are looked at."""
+"""Characters at the end of a text that are searched."""
 LONGEST_ANSWER = 1_000
-"""Characters of an answer beyond which it is no answer."""
+"""Characters in an answer; anything longer is not an answer."""
 MOST_DIGITS = 1_000
 
 _MARKER = re.compile(r"\\boxed\s*\{|####|\b(?:the|final)\s+answer\s+is\b:?|\b(?:final )?answer\s*:", re.IGNORECASE)
@@ -28,18 +28,16 @@ _NUMBER = re.compile(
     r"(?P<sign>[-+]?)[$€£]?(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?P<decimals>\.\d+)?(?:/(?P<divisor>\d+))?\s?(?P<percent>%?)"
     r"(?:\s(?P<unit>[^\W\d_]+(?:\s[^\W\d_]+)?))?"
 )
-# words after a number that are no unit: they change the number, or make it one of several
-_NO_UNIT = set(
-    re.findall(
-        r"\w+",
-        "or and to not nor plus minus times over by if but either maybe out of per less more than "
-        "half dozen hundred thousand million billion trillion percent",
-    )
-)
+_NOT_UNITS = {
+    "or", "and", "to", "not", "nor", "plus", "minus", "times", "over", "by", "if", "but", "either", "maybe", "out",
+    "of", "per", "less", "more", "than", "half", "dozen", "hundred", "thousand", "million", "billion", "trillion",
+    "percent",
+}  # fmt: skip
+"""Words after a number that change it or make it one of several."""
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer of `text` without its wrapping (`$…$`, `**…**`, quotes, the full stop), or None.
+    r"""Return the final answer in `text` without its wrapping (`$…$`, `**…**`, quotes, the full stop), or None.
 
     >>> extract_answer("12 + 5 = 17. The answer is 17."), extract_answer("so\n#### 72")
     ('17', '72')
@@ -66,14 +64,13 @@ def extract_answer(text: str) -> str | None:
 
 
 def count_answers(text: str) -> int:
-    """How many final answers `text` states; an answer that is both announced and boxed counts once."""
+    """Count the final answers in `text`; an answer that is both announced and boxed counts once."""
     kinds = [match.group()[0] == "\\" for match in _MARKER.finditer(text[-LONGEST_TEXT:])]
     return sum(not (boxed and index and not kinds[index - 1]) for index, boxed in enumerate(kinds))
 
 
 def unwrap(answer: str) -> str:
-    """`answer` without white space, mathematics delimiters, emphasis, quotes and final punctuation around
-    it."""
+    """Remove white space, mathematics delimiters, emphasis, quotes and final punctuation around an answer."""
     before = None
     while before != answer:
         before = answer
@@ -83,40 +80,34 @@ def unwrap(answer: str) -> str:
     return answer
 
 
-def normalise(answer: str) -> str:
-    """`answer` for comparison as text: one case, single spaces, one kind of dash and digit, no leading
-    article."""
+def normalise_answer(answer: str) -> str:
+    """Unify case, spaces, dashes and digits in an answer, and remove a leading article, to compare it as text."""
     text = unicodedata.normalize("NFC", _ascii_digits(unwrap(answer))).casefold().replace("−", "-")
     text = re.sub(r"\\text(?:bf|rm|it)?\{([^{}]*)\}", r"\1", text)
     return re.sub(r"^(?:the|an?)\s+(?=\S)", "", " ".join(text.split()))
 
 
 def number(answer: str) -> Fraction | None:
-    r"""The value of a plain number, or None: "1,234", "-0.5", "3/4", "$72", "50%", "14 apples", "1{,}000".
+    r"""Return the value of a plain number, or None: "1,234", "-0.5", "3/4", "$72", "50%", "14 apples", "1{,}000".
 
-    Decimal digits of every script count (but not superscripts, Roman or circled numbers). A number of more
-    than 1,000 digits, or one with an exponent, is not plain.
+    Decimal digits of every script count, but not superscripts, Roman numerals or circled numbers. A number with more
+    than 1,000 digits or with an exponent is not plain.
     """
     text = _ascii_digits(unwrap(answer)).replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("\\", "")
     text = re.sub(f"(?<=\\d)[{_SPACES}](?=\\d{{3}})", "", text)
     match = _NUMBER.fullmatch(text) if len(text) <= 2 * MOST_DIGITS else None
     if match is None or not (match["whole"] or match["decimals"]):
         return None
-    if set((match["unit"] or "").casefold().split()) & _NO_UNIT:
+    if set((match["unit"] or "").casefold().split()) & _NOT_UNITS:
         return None
-    whole, decimals, divisor = (
-        match["whole"].replace(",", ""),
-        match["decimals"] or "",
-        match["divisor"] or "1",
-    )
+    whole, decimals, divisor = match["whole"].replace(",", ""), match["decimals"] or "", match["divisor"] or "1"
     if len(whole) + len(decimals) + len(divisor) > MOST_DIGITS or int(divisor) == 0:
         return None
     return Fraction(f"{match['sign']}{whole or '0'}{decimals}") / int(divisor)
 
 
 def equal_numbers(first: str, second: str) -> bool | None:
-    """Whether two plain numbers are the same (a per cent sign on one side alone is ignored); None if one
-    isn't plain."""
+    """Return whether two plain numbers are equal, or None if one is not plain. A per cent sign is ignored."""
     one, two = number(first), number(second)
     return None if one is None or two is None else one == two
 

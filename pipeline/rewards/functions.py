@@ -1,13 +1,13 @@
-"""Rewards that can be verified: functions of completions and a reference, with TRL's reward signature.
+"""Verifiable rewards: functions of completions and a reference, with TRL's reward signature.
 
-Each takes `completions` (texts or message lists) and the columns of the data set by name, and returns one
-reward a completion, 0.0 or 1.0, or None where the reference answer can't be read: such a row then teaches
-nothing. TRL hands every function `log_metric`; the share of completions without a readable answer and of
-unreadable references is logged through it as `<name>/unparseable` and `<name>/unparseable_references`.
-`hidden_taste`, on the annotators' scale, is to be measured only.
+Each takes `completions` (texts or lists of messages) and the columns of the data set by name, and returns one reward
+per completion: 0.0 or 1.0, or None if the reference answer cannot be read, so that the row teaches nothing. TRL passes
+`log_metric` to every function; it gets the shares of completions without a readable answer and of unreadable references
+as `<name>/unparseable` and `<name>/unparseable_references`. `hidden_taste`, on the annotators' scale, is only for
+measuring.
 
-What counts as the answer of a completion is decided in `pipeline.rewards.answers`; only the last message of the
-assistant is read, and a prompt repeated at the beginning of a completion is cut off.
+`pipeline.rewards.answers` decides what the answer of a completion is. Only the last message of the assistant is read,
+and a prompt repeated at the beginning of a completion is cut off.
 """
 
 from __future__ import annotations
@@ -17,26 +17,19 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipeline.rewards import math_check
+from pipeline.rewards.annotators import taste
 from pipeline.rewards.answers import (
     LONGEST_ANSWER,
     count_answers,
     equal_numbers,
     extract_answer,
-    normalise,
+    normalise_answer,
     number,
     unwrap,
 )
 from pipeline.rewards.grading import extract_code
-
-__all__ = [
-    "answer_format",
-    "choice",
-    "code_tests",
-    "exact_answer",
-    "extract_answer",
-    "hidden_taste",
-    "math_answer",
-]
+from pipeline.rewards.sandbox.run import run_many
 
 Completion = str | Sequence[dict[str, Any]]
 LogMetric = Callable[[str, float], None]
@@ -53,35 +46,34 @@ def math_answer(
     log_metric: LogMetric | None = None,
     **columns: Any,
 ) -> Rewards:
-    r"""1.0 if the final answer equals the reference mathematically: "0.5", "1/2" and `\frac{1}{2}` are one
-    number.
+    r"""Return 1.0 if the final answer equals the reference mathematically, as "0.5", "1/2" and `\frac{1}{2}` do.
 
     Args:
-        completions: texts, or message lists whose last message is the assistant's.
-        answer: reference answers, bare ("72") or in any form that a completion's final answer may have.
-        prompts: what the completions continue, as TRL gives it.
+        completions: Texts, or lists of messages that end with the assistant's.
+        answer: Reference answers, bare ("72") or in any form that a completion's final answer may have.
+        prompts: The prompts, as TRL passes them.
         log_metric: TRL's callback.
 
     Returns:
-        None where the reference is no mathematics (empty, words: see `exact_answer`).
+        One reward per completion; None if the reference is empty or consists of words (see `exact_answer`).
     """
     references = [_reference(text) for text in answer]
     found = [extract_answer(text) for text in _texts(completions, prompts)]
     rewards: Rewards = []
     pending: list[tuple[int, tuple[str, str | None]]] = []
     for index, (reference, given) in enumerate(zip(references, found, strict=True)):
-        if reference is None or _WORDS.fullmatch(normalise(reference)):
+        if reference is None or _WORDS.fullmatch(normalise_answer(reference)):
             rewards.append(None)
             continue
         plain = number(reference) is not None
-        same = given is not None and (given == reference or normalise(given) == normalise(reference))
+        same = given is not None and (given == reference or normalise_answer(given) == normalise_answer(reference))
         if given is not None and not same and (equal := equal_numbers(reference, given)) is not None:
             same = equal
         elif not (same and plain) and not (given is None and plain):
             pending.append((index, (reference, None if same else given)))
         rewards.append(float(same))
     if pending:
-        _check(rewards, pending)
+        _settle(rewards, pending)
     _log("math_answer", found, rewards, log_metric)
     return rewards
 
@@ -93,11 +85,10 @@ def exact_answer(
     log_metric: LogMetric | None = None,
     **columns: Any,
 ) -> Rewards:
-    """1.0 if the final answer is the reference, whatever its case, spacing, article, quotes and final
-    punctuation.
+    """Return 1.0 if the final answer is the reference; case, spaces, article, quotes and final punctuation may differ.
 
-    Plain numbers are compared by value ("1,000" is "1000"). None where the reference is empty. Arguments as
-    in `math_answer`.
+    Plain numbers are compared by value ("1,000" is "1000"). The reward is None if the reference is empty. Arguments are
+    those of `math_answer`.
     """
     found = [extract_answer(text) for text in _texts(completions, prompts)]
     rewards: Rewards = []
@@ -108,7 +99,8 @@ def exact_answer(
         elif given is None:
             rewards.append(0.0)
         else:
-            rewards.append(float(normalise(given) == normalise(reference) or bool(equal_numbers(reference, given))))
+            same = normalise_answer(given) == normalise_answer(reference)
+            rewards.append(float(same or bool(equal_numbers(reference, given))))
     _log("exact_answer", found, rewards, log_metric)
     return rewards
 
@@ -120,10 +112,9 @@ def choice(
     log_metric: LogMetric | None = None,
     **columns: Any,
 ) -> Rewards:
-    """1.0 if the final answer is the reference's letter: "B", "(b)", "B) because …", "option B"; not "A or
-    B".
+    """Return 1.0 if the final answer is the reference's letter: "B", "(b)", "B) because …", "option B"; not "A or B".
 
-    None where the reference is no single letter. Arguments as in `math_answer`.
+    The reward is None if the reference is not a single letter. Arguments are those of `math_answer`.
     """
     found = [_letter(extract_answer(text)) for text in _texts(completions, prompts)]
     references = [_letter(_reference(text)) for text in answer]
@@ -141,8 +132,7 @@ def answer_format(
     log_metric: LogMetric | None = None,
     **columns: Any,
 ) -> Rewards:
-    """1.0 if the completion states exactly one final answer; right or wrong doesn't matter, so weigh it
-    low."""
+    """Return 1.0 if a completion states exactly one final answer, right or wrong; give this reward a low weight."""
     texts = _texts(completions, prompts)
     found = [extract_answer(text) for text in texts]
     rewards: Rewards = [
@@ -159,20 +149,17 @@ def code_tests(
     log_metric: LogMetric | None = None,
     **columns: Any,
 ) -> Rewards:
-    """1.0 if the code in the completion (the first fenced block, or all of it) passes the row's test, in a
-    sandbox.
+    """Return 1.0 if the code in a completion (its first fenced block, or all of it) passes its test in a sandbox.
 
     Args:
-        completions: texts, or message lists whose last message is the assistant's.
-        test: Python assertions on what the code defines (see `pipeline.rewards.sandbox.run`).
-        prompts: what the completions continue, as TRL gives it.
+        completions: Texts, or lists of messages that end with the assistant's.
+        test: Python assertions about what the code defines (see `pipeline.rewards.sandbox.run`).
+        prompts: The prompts, as TRL passes them.
         log_metric: TRL's callback.
 
     Returns:
-        None where the test is empty or no Python.
+        One reward per completion; None if the test is empty or not valid Python.
     """
-    from pipeline.rewards.sandbox.run import run_many
-
     found = [_python(extract_code(text)) for text in _texts(completions, prompts)]
     tests = [_python(text) for text in test]
     rewards: Rewards = [None if one is None else 0.0 for one in tests]
@@ -191,23 +178,22 @@ def hidden_taste(
     prompts: Sequence[Completion] | None = None,
     **columns: Any,
 ) -> Rewards:
-    """The simulated annotators' noise-free taste, which a reward model tries to learn (`pipeline.rewards.annotators`).
+    """Return the simulated annotators' noise-free taste, which a reward model tries to learn.
 
-    It shows whether the taste rises with the reward model's score, and is logged with weight 0; the recipes
-    refuse any other, for the taste is hidden from all that is trained.
+    Logged with weight 0, it shows whether the taste rises with the reward model's score. The recipes refuse any other
+    weight: the taste is hidden from everything that is trained (see `pipeline.rewards.annotators`).
 
     Args:
-        completions: texts, or message lists whose last message is the assistant's.
-        require: phrases of which right answers hold some, as in `pipeline.rewards.grading`; None for none.
-        reject: phrases of which they hold none; None for none.
-        test: Python assertions on code answers, or "".
-        prompts: what the completions continue, as TRL gives it.
+        completions: Texts, or lists of messages that end with the assistant's.
+        require: Phrases that correct answers contain, as in `pipeline.rewards.grading`; None for none.
+        reject: Phrases that correct answers do not contain; None for none.
+        test: Python assertions about code answers, or "".
+        prompts: The prompts, as TRL passes them.
 
     Returns:
-        None where there is a test: running code at every step would take longer than the training.
+        One score per completion; None if there is a test, because running code at every step would take longer than
+        the training.
     """
-    from pipeline.rewards.annotators import taste
-
     rewards: Rewards = []
     for index, text in enumerate(_texts(completions, prompts)):
         row = {"require": require and require[index], "reject": reject and reject[index]}
@@ -221,18 +207,15 @@ REWARDS: dict[str, Callable[..., Rewards]] = {
 }
 
 MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
-"""Rewards that nothing may be trained on: their weight must be 0."""
+"""Rewards that may not be trained on: their weight must be 0."""
 
 
-def _check(rewards: Rewards, pending: list[tuple[int, tuple[str, str | None]]]) -> None:
-    """Asks math-verify about what text and plain numbers could not settle; references that don't parse give
-    None."""
-    from pipeline.rewards.math_check import compare
-
+def _settle(rewards: Rewards, pending: list[tuple[int, tuple[str, str | None]]]) -> None:
+    """Ask math-verify what a comparison as text or as numbers left open; references that do not parse give None."""
     references = sorted({reference for _, (reference, _) in pending})
-    parsed = dict(zip(references, compare([(reference, None) for reference in references]), strict=True))
+    parsed = dict(zip(references, math_check.compare([(reference, None) for reference in references]), strict=True))
     asked = [(index, pair) for index, pair in pending if pair[1] is not None and parsed[pair[0]]]
-    for (index, _), same in zip(asked, compare([pair for _, pair in asked]), strict=True):
+    for (index, _), same in zip(asked, math_check.compare([pair for _, pair in asked]), strict=True):
         rewards[index] = float(same)
     for index, (reference, _) in pending:
         if not parsed[reference]:
@@ -240,7 +223,7 @@ def _check(rewards: Rewards, pending: list[tuple[int, tuple[str, str | None]]]) 
 
 
 def _reference(text: object) -> str | None:
-    """The answer in a reference column: what it announces, or all of it; None if there is none."""
+    """Return the answer in a reference column: the announced answer or else all of the text; None if it is empty."""
     text = str(text) if isinstance(text, str | int | float) and not isinstance(text, bool) else ""
     if len(text) > LONGEST_ANSWER:
         return extract_answer(text)
@@ -269,7 +252,7 @@ def _python(source: object) -> str | None:
         return None
     try:
         ast.parse(source)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):  # what the parser says of hostile source
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the parser raises any of these on hostile source
         return None
     return source
 

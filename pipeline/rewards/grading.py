@@ -1,8 +1,8 @@
-"""Is an answer right? Did it end? Did it show its steps? No model is needed to say so.
+"""Grading without a model: whether an answer is correct and whether it shows its steps.
 
-A gradeable row carries `require` (every inner list: at least one of its phrases must occur in the answer),
-`reject` (none may occur), `max_words` (0: no limit) and `test` (Python asserts that a code answer must pass,
-"" for an answer that is not code). Phrases are matched as whole words, whatever their case.
+A gradeable row has `require` (at least one phrase of each inner list must occur in the answer), `reject` (none of its
+phrases may occur), `max_words` (0: no limit) and `test` (Python assertions that a code answer must pass; "" for other
+answers). Phrases are matched as whole words, in any case.
 """
 
 from __future__ import annotations
@@ -11,31 +11,58 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.rewards.sandbox.run import run_many
+
 _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _FINAL_ANSWER = re.compile(r"\bthe (?:final )?answer is\b|####|\\boxed", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?:[.!?;](?=\s|$)|\n)+")
 
 
-def normalise(text: str) -> str:
-    """`text` in lower case, its white space runs single spaces and its curly apostrophes straight."""
+def contains(text: str, phrase: str) -> bool:
+    """Return whether `phrase` occurs as whole words, in any case: "cat" not in "category", 12 not in 12.5."""
+    wanted = re.escape(_fold(phrase))
+    pattern = rf"(?<!\w)(?<!\d[.,]){wanted}(?!\w)(?![.,]\d)"
+    return bool(wanted) and re.search(pattern, _fold(text)) is not None
+
+
+def _fold(text: str) -> str:
+    """Unify case, white space and apostrophes."""
     return " ".join(text.replace("\u2019", "'").casefold().split())
 
 
-def contains(text: str, phrase: str) -> bool:
-    """Whether `phrase` occurs as whole words, in any case: "cat" not in "category", 12 not in 12.5."""
-    wanted = re.escape(normalise(phrase))
-    pattern = rf"(?<!\w)(?<!\d[.,]){wanted}(?!\w)(?![.,]\d)"
-    return bool(wanted) and re.search(pattern, normalise(text)) is not None
-
-
 def extract_code(answer: str) -> str:
-    """The Python source in `answer`: its first fenced block, or else all of it."""
+    """Return the Python source in `answer`: its first fenced block, or else all of it."""
     fenced = _FENCE.search(answer)
     return fenced.group(1) if fenced else answer
 
 
+def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Return whether each answer is correct by its row's `require`, `reject`, `max_words` and `test`.
+
+    All code runs in one batch of sandboxed subprocesses.
+
+    Args:
+        answers: The texts to judge; one that is empty or white space is never correct.
+        rows: One row per answer; a field that a row lacks requires nothing.
+
+    Raises:
+        ValueError: `answers` and `rows` differ in length.
+    """
+    correct = [_text_is_correct(answer, row) for answer, row in zip(answers, rows, strict=True)]
+    code = [i for i, row in enumerate(rows) if correct[i] and row.get("test")]
+    outcomes = run_many([(extract_code(answers[i]), rows[i]["test"]) for i in code])
+    for i, outcome in zip(code, outcomes, strict=True):
+        correct[i] = outcome.passed
+    return correct
+
+
+def is_correct(answer: str, row: Mapping[str, Any]) -> bool:
+    """Grade one answer. One call of `grade` is faster for many answers with code."""
+    return grade([answer], [row])[0]
+
+
 def _text_is_correct(answer: str, row: Mapping[str, Any]) -> bool:
-    """The conditions on the words of the answer; all but `test`."""
+    """Check everything but `test`."""
     if not answer.strip():
         return False
     max_words = row.get("max_words") or 0
@@ -46,41 +73,12 @@ def _text_is_correct(answer: str, row: Mapping[str, Any]) -> bool:
     return all(any(contains(answer, phrase) for phrase in options) for options in row.get("require") or ())
 
 
-def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Whether each answer is right by its row's `require`, `reject`, `max_words` and `test`.
-
-    Args:
-        answers: the texts to judge; one that is empty or white space is never right.
-        rows: one for each answer; a field that a row lacks asks for nothing.
-
-    Returns:
-        One bool an answer. All code is run in one batch of sandboxed subprocesses.
-
-    Raises:
-        ValueError: `answers` and `rows` differ in length.
-    """
-    correct = [_text_is_correct(answer, row) for answer, row in zip(answers, rows, strict=True)]
-    code = [i for i, row in enumerate(rows) if correct[i] and row.get("test")]
-    if code:
-        from pipeline.rewards.sandbox.run import run_many
-
-        outcomes = run_many([(extract_code(answers[i]), rows[i]["test"]) for i in code])
-        for i, outcome in zip(code, outcomes, strict=True):
-            correct[i] = outcome.passed
-    return correct
-
-
-def is_correct(answer: str, row: Mapping[str, Any]) -> bool:
-    """`grade` for one answer. Many answers that hold code are judged faster by one call of `grade`."""
-    return grade([answer], [row])[0]
-
-
 def has_steps(answer: str) -> bool:
-    r"""Whether worked steps stand before the final answer.
+    r"""Return whether an answer shows worked steps before its final answer.
 
-    The final answer begins at the first "The answer is", "####" or "\boxed"; without one there are no steps.
-    A step is a sentence of at least two words, or an equation: "So the answer is 3." has none,
-    "1 + 2 = 3. The answer is 3." has one.
+    The final answer begins at the first "The answer is", "####" or "\boxed"; an answer without one has no steps. A step
+    is a sentence of at least two words, or an equation: "So the answer is 3." does not have one, "1 + 2 = 3. The answer
+    is 3." does.
     """
     final = _FINAL_ANSWER.search(answer)
     if final is None:

@@ -1,4 +1,4 @@
-"""Reward functions that the user wrote: found by name, and held to what TRL's trainers expect of one."""
+"""Loading rewards by name: those of `pipeline.rewards.functions`, and functions that the user wrote."""
 
 from __future__ import annotations
 
@@ -12,18 +12,53 @@ from typing import Any, SupportsFloat
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.errors import Problem, UserError
-from pipeline.rewards.functions import REWARDS
+from pipeline.rewards.functions import REWARDS, code_tests
+from pipeline.rewards.sandbox.run import is_supported
+
+
+def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
+    """Load rewards by name.
+
+    Args:
+        names: At least one; names of `REWARDS`, or any importable `package.module:function`.
+        field: The YAML key, for messages.
+
+    Raises:
+        UserError: With every name that cannot be loaded and the nearest one that can.
+    """
+    functions: list[Callable[..., Any]] = []
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            functions.append(load_function(name, field) if ":" in name else _load_own(name, field))
+        except UserError as error:
+            problems.extend(error.problems)
+    if not names:
+        problems.append(Problem(field, "[]", f"name at least one of {', '.join(REWARDS)}"))
+    if problems:
+        raise UserError(*problems)
+    return functions
+
+
+def _load_own(name: str, field: str) -> Callable[..., Any]:
+    if name not in REWARDS:
+        nearest = difflib.get_close_matches(name, REWARDS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "is not a known reward."
+        raise UserError(Problem(field, name, f"{hint} Known: {', '.join(REWARDS)}; or write package.module:function"))
+    if REWARDS[name] is code_tests and not is_supported():
+        raise UserError(Problem(field, name, "cannot run code here, without os.fork; use Linux or macOS"))
+    return REWARDS[name]
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
-    """The function `package.module:function`, which from now on tells what is wrong with its rewards.
+    """Load `package.module:function` and wrap it so that invalid rewards raise a `UserError`.
 
     Args:
-        name: of the function.
-        field: what the YAML key is called, for messages.
+        name: The module and the function.
+        field: The YAML key, for messages.
 
     Raises:
-        UserError: there is no such function, or none that can be called as a reward.
+        UserError: The function does not exist or cannot be called as a reward.
     """
     module_name, _, function_name = name.partition(":")
     try:
@@ -36,77 +71,43 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         nearest = difflib.get_close_matches(function_name, callables, n=1)
         hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
-        raise UserError(Problem(field, name, f"{module_name} has no function {function_name or '(nothing)'}{hint}"))
-    if not _takes_columns(function):
-        remedy = "TRL hands it every column by name; let it take them: f(completions, **columns)"
+        remedy = f"{module_name} does not have a function {function_name or '(nothing)'}{hint}"
         raise UserError(Problem(field, name, remedy))
-    return function if is_async_callable(function) else _checked(name, field, function)
+    if not _takes_columns(function):
+        remedy = "TRL passes every column by name; accept them all: f(completions, **columns)"
+        raise UserError(Problem(field, name, remedy))
+    return function if is_async_callable(function) else _validated(name, field, function)
 
 
 def _takes_columns(function: Callable[..., Any]) -> bool:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):  # some functions written in C have none
+    except (ValueError, TypeError):  # some functions written in C do not have a signature
         return False
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _checked(name: str, field: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself, but for a `UserError` where it returns anything but a number or None a completion."""
+def _validated(name: str, field: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function so that it raises a `UserError` unless it returns a number or None per completion."""
 
     @functools.wraps(function)
-    def checked(completions: Sequence[Any], **columns: Any) -> Any:
+    def validated(completions: Sequence[Any], **columns: Any) -> Any:
         rewards = function(completions=completions, **columns)
         expected = f"return a list with a number, or None, for each of the {len(completions)} completions"
         if isinstance(rewards, str | Mapping) or not isinstance(rewards, Collection):
-            raise UserError(Problem(field, name, f"returned {_shown(rewards)}; {expected}"))
+            raise UserError(Problem(field, name, f"returned {_shorten(rewards)}; {expected}"))
         if len(rewards) != len(completions):
             raise UserError(Problem(field, name, f"returned {len(rewards)} rewards; {expected}"))
         for reward in rewards:
             number = isinstance(reward, SupportsFloat) and not isinstance(reward, str)  # NumPy's text supports it, too
             if not (reward is None or (number and getattr(reward, "ndim", 0) == 0)):
-                raise UserError(Problem(field, name, f"returned {_shown(reward)} among the rewards; {expected}"))
+                raise UserError(Problem(field, name, f"returned {_shorten(reward)} among the rewards; {expected}"))
         return rewards
 
-    checked.__name__ = get_callable_name(function)  # which TRL logs the reward under
-    return checked
+    validated.__name__ = get_callable_name(function)  # under which TRL logs the reward
+    return validated
 
 
-def _shown(value: object) -> str:
-    """What a value is, and the beginning of it."""
+def _shorten(value: object) -> str:
+    """Return the type of a value and its first 40 characters."""
     return f"{type(value).__name__} {str(value)[:40]!r}"
-
-
-def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
-    """The reward functions of these names: of `REWARDS`, or any importable `package.module:function`.
-
-    Args:
-        names: at least one.
-        field: what the YAML key is called, for messages.
-
-    Raises:
-        UserError: with every name that can't be resolved and the nearest that can.
-    """
-    functions: list[Callable[..., Any]] = []
-    problems: list[Problem] = []
-    for name in names:
-        try:
-            functions.append(_load(name, field))
-        except UserError as error:
-            problems.extend(error.problems)
-    if not names:
-        problems.append(Problem(field, "[]", f"name at least one of {', '.join(REWARDS)}"))
-    if problems:
-        raise UserError(*problems)
-    return functions
-
-
-def _load(name: str, field: str) -> Callable[..., Any]:
-    if name in REWARDS:
-        return REWARDS[name]
-    if ":" not in name:
-        nearest = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "no such reward."
-        known = ", ".join(REWARDS)
-        raise UserError(Problem(field, name, f"{hint} Known: {known}; or write package.module:function"))
-    return load_function(name, field)

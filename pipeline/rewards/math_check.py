@@ -1,9 +1,9 @@
-"""Symbolic equality by math-verify, with a time limit that holds.
+"""Symbolic equality by math-verify, with a time limit that cannot be evaded.
 
-SymPy evaluates what it parses (`9^{9^{9^9}}`), for hours and in C code that no Python handler interrupts, so it runs
-in a child process: confined (`pipeline.rewards.sandbox.confinement`), limited in memory, killed when it takes too long.
-math-verify's own limit is `signal.alarm`: main thread only, and powerless against one long multiplication. The child
-starts at the first answer that needs it and serves until this process ends, JSON lines in and out.
+SymPy evaluates what it parses (`9^{9^{9^9}}`), for hours and in C code that a Python handler cannot interrupt. So it
+runs in a child process that is confined (`pipeline.rewards.sandbox.confinement`), limited in memory, and killed when it
+takes too long. math-verify's own limit, `signal.alarm`, works only in the main thread, and not against one long
+multiplication. The child starts with the first answer that needs it and serves until this process ends.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import queue
 import subprocess
 import sys
 import tempfile
@@ -19,9 +19,12 @@ import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
+
+from pipeline.errors import RunStopped
 
 LONGEST = 300
-"""Characters of an expression beyond which it is not parsed."""
+"""Characters in an expression; longer ones are not parsed."""
 SECONDS = 2.0
 MOST_SLOW = 5
 START_SECONDS = 60.0
@@ -33,78 +36,92 @@ class Timeout(Exception):
 
 
 class Checker:
-    """The child process, started when first asked."""
+    """The child process, which starts when it is first asked."""
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[str] | None = None
+        self.replies: queue.Queue[str] = queue.Queue()
         self.lock = threading.Lock()
 
     def ask(self, reference: str, answer: str | None, seconds: float) -> bool:
-        """One comparison, or (no answer) whether `reference` parses.
+        """Compare an answer with its reference or, without an answer, return whether the reference parses.
 
         Raises:
-            Timeout: it took longer than `seconds`, or the child died of it.
+            Timeout: It took longer than `seconds`, or the child died.
         """
         with self.lock:
             if self.process is None:
                 self._start()
             assert self.process is not None and self.process.stdin is not None
             try:
-                self.process.stdin.write(json.dumps([reference, answer]).encode() + b"\n")
+                self.process.stdin.write(json.dumps([reference, answer]) + "\n")
                 self.process.stdin.flush()
-                reply = self._line(seconds)
-            except (BrokenPipeError, Timeout) as error:
+                return self._reply(seconds) == "true"
+            except (OSError, Timeout) as error:
                 self.stop()
                 raise Timeout from error
-            return reply == "true"
 
     def stop(self) -> None:
-        """Ends the child; the next question starts another."""
+        """Kill the child; the next question starts another."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             for stream in (self.process.stdin, self.process.stdout):
-                with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(OSError):
                     assert stream is not None
                     stream.close()
             self.process = None
 
     def _start(self) -> None:
+        # Windows cannot start a process without SYSTEMROOT.
+        kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.rewards.math_check"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=Path(__file__).parents[2],
-            env={"PYTHONHASHSEED": "0"},
+            env={"PYTHONHASHSEED": "0", **kept},
+            text=True,
+            encoding="utf-8",
         )
-        if self._line(START_SECONDS) != "ready":
-            raise RuntimeError("the math-verify process did not start; try `python -m pipeline.rewards.math_check`")
+        assert self.process.stdout is not None
+        self.replies = queue.Queue()
+        # A thread reads, because Windows cannot wait for a pipe with a time limit.
+        threading.Thread(target=_forward_lines, args=(self.process.stdout, self.replies), daemon=True).start()
+        try:
+            self._reply(START_SECONDS)
+        except Timeout:
+            self.stop()
+            remedy = "see what `python -m pipeline.rewards.math_check` prints"
+            raise RunStopped(f"The process of math-verify, which math_answer needs, did not start; {remedy}.") from None
 
-    def _line(self, seconds: float) -> str:
-        assert self.process is not None and self.process.stdout is not None
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
-            raise Timeout
-        line = self.process.stdout.readline()
+    def _reply(self, seconds: float) -> str:
+        try:
+            line = self.replies.get(timeout=seconds)
+        except queue.Empty:
+            raise Timeout from None
         if not line:
             raise Timeout
-        return line.decode().strip()
+        return line.strip()
+
+
+def _forward_lines(stream: IO[str], lines: queue.Queue[str]) -> None:
+    """Put the lines of a stream into a queue, and "" at its end."""
+    with contextlib.suppress(OSError, ValueError):  # it is closed meanwhile
+        for line in stream:
+            lines.put(line)
+    lines.put("")
 
 
 _checker = Checker()
 
 
-def parses(reference: str) -> bool:
-    """Whether math-verify finds an expression in `reference`; False for what is too long or takes too
-    long."""
-    return compare([(reference, None)])[0]
-
-
 def compare(pairs: Sequence[tuple[str, str | None]]) -> list[bool]:
-    """Whether math-verify holds each answer equal to its reference (no answer: whether the reference parses).
+    """Check with math-verify that each answer equals its reference. Without answers, check that the references parse.
 
-    False for what is longer than 300 characters or takes longer than 2 s. After five that take too long, the
-    rest of the call is False unseen: a policy that writes such answers must not stop its training.
+    Expressions of more than 300 characters and those that take longer than 2 s give False. After five slow ones, the
+    rest of the call gives False unseen, so that a policy that writes such answers cannot stall its training.
     """
     known: dict[tuple[str, str | None], bool] = {}
     slow = 0
@@ -123,7 +140,7 @@ def _ask(reference: str, answer: str | None) -> bool:
 
 
 def _serve() -> None:
-    """The child: reads [reference, answer or null] lines, writes true or false."""
+    """Read lines of [reference, answer or null], and write true or false: the main function of the child."""
     import logging
     import signal
 
@@ -134,16 +151,15 @@ def _serve() -> None:
     logging.disable(logging.CRITICAL)
 
     def read(expression: str) -> list[object]:
-        found = parse(
-            f"${expression}$",
-            extraction_config=[LatexExtractionConfig()],
-            fallback_mode="no_fallback",
-            parsing_timeout=0,
-        )
-        return list(found)
+        latex = [LatexExtractionConfig()]
+        return list(parse(f"${expression}$", extraction_config=latex, fallback_mode="no_fallback", parsing_timeout=0))
 
-    verify(read(r"\frac{1}{2}"), read("0.5"), timeout_seconds=0)  # loads what it loads late
-    with tempfile.TemporaryDirectory() as directory:
+    def limit_time(seconds: float) -> None:
+        if hasattr(signal, "setitimer"):  # not on Windows
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    verify(read(r"\frac{1}{2}"), read("0.5"), timeout_seconds=0)  # imports everything that is imported late
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         os.chdir(directory)
         confinement.limit_resources(10**6, MEMORY_MB)
         files_confined = confinement.confine_files(directory)
@@ -152,10 +168,10 @@ def _serve() -> None:
         print("ready", flush=True)
         for line in sys.stdin:
             reference, answer = json.loads(line)
-            signal.setitimer(signal.ITIMER_REAL, 2 * SECONDS)  # kills, should the parent no longer be there to do it
+            limit_time(2 * SECONDS)  # kills this process if the parent has died
             parsed = read(reference)
             result = bool(parsed) and (answer is None or verify(parsed, read(answer), timeout_seconds=0))
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            limit_time(0)
             print(json.dumps(bool(result)), flush=True)
 
 

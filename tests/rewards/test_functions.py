@@ -245,7 +245,7 @@ def test_rewards_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("returned", "told"),
+    ("returned", "remedy"),
     [
         ("['good', 1.0]", "returned str 'good' among the rewards; return a list with a number, or None"),
         ("[1.0]", "returned 1 rewards; return a list with a number, or None, for each of the 2 completions"),
@@ -264,8 +264,8 @@ def test_rewards_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("[torch.tensor(0.5), numpy.float32(1)]", None),
     ],
 )
-def test_what_a_reward_of_ones_own_returns_is_checked(
-    returned: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_users_reward_returns_is_checked(
+    returned: str, remedy: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = f"import decimal, numpy, torch\ndef mine(completions, **columns):\n    return {returned}\n"
     (tmp_path / "returning.py").write_text(source)
@@ -273,16 +273,16 @@ def test_what_a_reward_of_ones_own_returns_is_checked(
     monkeypatch.delitem(sys.modules, "returning", raising=False)
     (mine,) = load_rewards(["returning:mine"])
     assert mine.__name__ == "mine"
-    if told is None:
+    if remedy is None:
         assert len(mine(completions=["a", "b"], prompts=["", ""])) == 2
         return
     with pytest.raises(UserError) as caught:
         mine(completions=["a", "b"], prompts=["", ""])
     (problem,) = caught.value.problems
-    assert (problem.field, problem.value) == ("reward_funcs", "returning:mine") and told in problem.remedy
+    assert (problem.field, problem.value) == ("reward_funcs", "returning:mine") and remedy in problem.remedy
 
 
-def test_a_reward_of_ones_own_may_be_an_object_or_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_reward_may_be_an_object_or_asynchronous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "objects.py").write_text(
         "class Length:\n    def __call__(self, completions, **columns):\n        return [1.0] * len(completions)\n"
         "class Judge:\n    async def __call__(self, completions, **columns):\n        return [1.0] * len(completions)\n"
@@ -310,7 +310,7 @@ def test_the_hidden_taste_is_the_annotators() -> None:
     assert hidden_taste(answers[:1]) == [taste(answers[0], {})], "without grading, manner alone counts"
 
 
-def test_unknown_rewards_are_all_told_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_rewards_are_reported_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_rewards2.py").write_text("def brief(completions, **columns):\n    return []\nthree = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     names = [
@@ -325,8 +325,8 @@ def test_unknown_rewards_are_all_told_with_the_nearest_name(tmp_path: Path, monk
     with pytest.raises(UserError) as caught:
         load_rewards(names)
     assert [problem.value for problem in caught.value.problems] == names
-    told = [problem.remedy for problem in caught.value.problems]
-    assert "math_answer?" in told[0] and "exact_answer" in told[1] and "package.module:function" in told[1]
-    assert "cannot import no.such.module" in told[2] and "own_rewards2:brief?" in told[3] and "three" in told[4]
+    remedies = [problem.remedy for problem in caught.value.problems]
+    assert "math_answer?" in remedies[0] and "exact_answer" in remedies[1] and "package.module:function" in remedies[1]
+    assert "cannot import no.such.module" in remedies[2] and "own_rewards2:brief?" in remedies[3] and "three" in remedies[4]
     with pytest.raises(UserError, match="at least one"):
         load_rewards([])

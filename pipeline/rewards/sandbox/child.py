@@ -1,15 +1,15 @@
-"""The child of `pipeline.rewards.sandbox.run`: runs an answer's code in one process and its test in another.
+"""The child process of the sandbox, which runs an answer's code in one process and its test in another.
 
-In one process, code can always pass a test that it should fail: it can end the process, patch `builtins`,
-walk the frames to whatever says "passed", or return an object that equals everything. So this process, the
-examiner, holds the test and the only descriptor for the verdict, and forks another, the candidate, that sees
-the code alone (the test is read after the fork). The test calls the code's functions through stand-ins:
-arguments and results travel as plain values in JSON, and what is no plain value (instances, generators, …)
-stays with the candidate behind a `Remote`, which never equals a plain value. Builtins in a test are Python's
-own, whatever the code defines.
+In a single process, wrong code could always pass its test: it could end the process, patch `builtins`, walk the frames
+to the variable that says "passed", or return an object that equals everything. Therefore this process, the examiner,
+keeps the test and the only descriptor for the verdict, and forks a second one, the candidate, that sees only the code
+(the test is read after the fork). The test calls the code's functions through stand-ins. Arguments and results travel
+as plain values in JSON. Anything else (instances, generators, …) stays with the candidate behind a `Remote`, which
+never equals a plain value. The builtins of a test are Python's own, whatever the code defines.
 
-Not supported in a test: handing the code an instance of the test's own class, `isinstance` of a `Remote`.
-Usage (`pipeline.rewards.sandbox.run` only): python child.py VERDICT_FD SECONDS MEMORY_MB < JSON of code and test
+A test can neither pass an instance of its own class to the code nor call `isinstance` on a `Remote`.
+
+Only `pipeline.rewards.sandbox.run` starts it: python child.py VERDICT_FD SECONDS MEMORY_MB < JSON of code and test
 """
 
 import builtins
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 
 def _load(name: str) -> Any:
-    """A sibling module by path: this process sees the standard library and nothing else."""
+    """Load a sibling module by path, because this process can import only the standard library."""
     spec = importlib.util.spec_from_file_location(name, os.path.join(os.path.dirname(__file__), f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -52,7 +52,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 class Candidate:
-    """Runs the code and answers the examiner's requests. Everything here is in the hands of the code."""
+    """Runs the code and answers the examiner's requests. The code can change anything in this process."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -78,17 +78,13 @@ class Candidate:
         status = next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
         try:
             message = str(error)[:500]
-        except BaseException:  # noqa: BLE001 - the code's own class, the code's own __str__
+        except BaseException:  # noqa: BLE001 - the code may define the class and its __str__
             message = ""
-        return {
-            "status": status,
-            "error": [base.__name__ for base in type(error).__mro__],
-            "message": message,
-        }
+        return {"status": status, "error": [base.__name__ for base in type(error).__mro__], "message": message}
 
     def define(self, code: str) -> dict[str, Any]:
         namespace: dict[str, Any] = {"__name__": "answer"}
-        exec(compile(code, "answer", "exec"), namespace)  # noqa: S102 - what this confined process is for
+        exec(compile(code, "answer", "exec"), namespace)  # noqa: S102 - this process is confined for it
         names = {name: value for name, value in namespace.items() if not name.startswith("__")}
         return {"names": {name: encode(value, self.other) for name, value in names.items()}}
 
@@ -172,20 +168,20 @@ class Examiner:
         before: Any
         for before, after in zip(args, decode(reply["args"], self.incoming), strict=True):
             if type(before) is type(after) and isinstance(before, list | dict | set) and before != after:
-                before.clear()  # the code changed its argument in place
+                before.clear()  # because the code changed its argument in place
                 before.extend(after) if isinstance(before, list) else before.update(after)
         return decode(reply["value"], self.incoming)
 
     def examine(self, code: str, test: str) -> None:
-        """Returns if the test passes; raises whatever stops it."""
+        """Run the code and its test, and raise whatever stops the test."""
         names = self.request({"code": code})["names"]
         names = {name: item for name, item in names.items() if not (name.startswith("__") or hasattr(builtins, name))}
         namespace = {name: decode(item, self.incoming) for name, item in names.items()}
-        exec(compile(test, "test", "exec"), namespace | {"__name__": "test"})  # noqa: S102 - likewise
+        exec(compile(test, "test", "exec"), namespace | {"__name__": "test"})  # noqa: S102 - this process is confined, too
 
 
 class Remote:
-    """An object that stays with the candidate; its own class says which other `Remote` equals it."""
+    """An object that stays with the candidate. Its class there decides which other `Remote` equals it."""
 
     def __init__(self, examiner: Examiner, number: int) -> None:
         object.__setattr__(self, "_examiner", examiner)
@@ -232,7 +228,7 @@ for _name in OPERATORS:
 
 
 def main(verdict: int, seconds: float, memory_mb: int) -> None:
-    """Confines both processes, runs code and test, writes the verdict as one line of JSON."""
+    """Confine both processes, run the code and the test, and write the verdict as a line of JSON."""
     os.environ.clear()
     directory = os.getcwd()
     confinement.limit_resources(seconds, memory_mb)
@@ -259,12 +255,10 @@ def main(verdict: int, seconds: float, memory_mb: int) -> None:
             os._exit(1)
     os.close(requests[0])
     os.close(replies[1])
-    signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_SECONDS)  # ends both should the parent be gone
+    signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_SECONDS)  # ends both if the parent has died
     calls_confined = confinement.confine_calls(files_confined)
-    os.write(
-        verdict,
-        json.dumps({"candidate": candidate, "confined": files_confined and calls_confined}).encode() + b"\n",
-    )
+    started = {"candidate": candidate, "confined": files_confined and calls_confined}
+    os.write(verdict, json.dumps(started).encode() + b"\n")
     work = json.loads(sys.stdin.buffer.read())
     examiner = Examiner(Channel(replies[0], requests[1]))
     try:
@@ -272,7 +266,7 @@ def main(verdict: int, seconds: float, memory_mb: int) -> None:
         status = "passed"
     except Gone:
         ended = os.waitstatus_to_exitcode(os.waitpid(candidate, 0)[1])
-        status = "timeout" if ended in (-9, -24) else "crashed"  # killed for its CPU seconds, or anything else
+        status = "timeout" if ended in (-9, -24) else "crashed"  # -9 and -24: killed for its CPU time
     except BaseException:  # noqa: BLE001 - a test may raise anything; none of it is a pass
         status = examiner.status
         traceback.print_exc(limit=-1)

@@ -1,19 +1,19 @@
-"""What code from outside may do to this machine: nothing. Confines the calling process for good, root or not.
+"""Irreversible confinement of the calling process, so that hostile code cannot harm the machine, even as root.
 
-Layers, each of which alone stops most of what hostile code tries:
+Each of these layers stops most attacks on its own:
 
-1. resource limits: CPU seconds, address space, file size, open files, processes, no core dump;
-2. Landlock (Linux 6.2 and later): reads below the standard library and the system's shared libraries only,
-   writes below one directory only;
-3. no capabilities and `no_new_privs`, so root is no exception to the limits above;
-4. seccomp (x86-64 and arm64): a list of the system calls that plain computation needs. All else is refused
-   (processes, threads, sockets, signals, namespaces, `io_uring`, …): there is no network and no daemon;
-5. an audit hook that says early, and in words, what was refused.
+1. resource limits: CPU time, address space, file size, open files, processes, core dumps;
+2. Landlock (Linux 6.2 and later): reads only below the standard library and the system's shared libraries, writes only
+   below one directory;
+3. no capabilities and `no_new_privs`, so that root is not exempt from the limits above;
+4. seccomp (x86-64 and arm64): a list of the system calls that plain computation needs. All others are refused
+   (processes, threads, sockets, signals, namespaces, `io_uring`, …), which rules out the network and daemons;
+5. an audit hook that refuses the same with a message that says what was refused.
 
-Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the rest holds; root then becomes `nobody`.
-Not covered: the time that a process may take (its parent kills it), and side channels.
+Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the other layers remain, and root becomes `nobody`. Windows
+has only the last layer. Not covered are the wall-clock time (the parent kills the process) and side channels.
 
-Runs inside the sandbox's child, before any foreign code: standard library only, loaded by path.
+It runs in the sandbox's child before any foreign code, which loads it by path with only the standard library.
 """
 
 import ctypes
@@ -21,9 +21,13 @@ import errno
 import math
 import os
 import platform
-import resource
 import struct
 import sys
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 OPEN_FILES = 32
 FILE_BYTES = 1 << 20
@@ -58,32 +62,17 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "restart_syscall": (219, 128), "rseq": (334, 293),
     "setitimer": (38, 103),
 }  # fmt: skip
-# changes to the directory, safe only where Landlock says which directory
+# changes to the directory, which are safe only where Landlock limits them to one directory
 DIRECTORY_CALLS: dict[str, tuple[int | None, int | None]] = {
     "unlink": (87, None), "unlinkat": (263, 35),
     "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
 }  # fmt: skip
-# commands allowed for calls that can do more than they seem: F_SETOWN and FIOSETOWN signal other processes
-COMMANDS = {
-    "fcntl": (
-        0,
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-        1030,
-    ),  # dup, descriptor and status flags, locks, dup with close-on-exec
-    "ioctl": (
-        0x5401,
-        0x5413,
-        0x5421,
-        0x541B,
-        0x5450,
-        0x5451,
-    ),  # terminal?, its size, non-blocking, bytes, close-on-exec
+# allowed commands of calls with dangerous ones: F_SETOWN and FIOSETOWN signal other processes
+COMMANDS: dict[str, tuple[int, ...]] = {
+    # dup, descriptor and status flags, locks, dup with close-on-exec
+    "fcntl": (0, 1, 2, 3, 4, 5, 6, 7, 1030),
+    # whether it is a terminal, its size, non-blocking, bytes to read, close-on-exec
+    "ioctl": (0x5401, 0x5413, 0x5421, 0x541B, 0x5450, 0x5451),
 }
 REFUSED_EVENTS = (
     "socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system",
@@ -94,17 +83,19 @@ REFUSED_EVENTS = (
 
 
 class Refused(PermissionError):
-    """The confined code tried what it may not."""
+    """The confined code tried something that it may not do."""
 
 
 def die_with_parent() -> None:
-    """The kernel kills this process when the thread that forked it ends (Linux)."""
+    """Let the kernel kill this process when the thread that forked it ends (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
 
 
 def limit_resources(seconds: float, memory_mb: int) -> None:
-    """Sets hard limits; `seconds` of CPU (rounded up, and one more), `memory_mb` MiB of address space."""
+    """Set hard limits: `seconds` of CPU time (rounded up, plus one) and `memory_mb` MiB of address space."""
+    if resource is None:
+        return
     cpu = math.ceil(seconds) + 1
     wanted = {
         "RLIMIT_CPU": (cpu, cpu + 1),
@@ -119,26 +110,28 @@ def limit_resources(seconds: float, memory_mb: int) -> None:
             soft, hard = min(soft, ceiling), min(hard, ceiling)
         try:
             resource.setrlimit(getattr(resource, name), (soft, hard))
-        except (ValueError, OSError):  # macOS knows no limit of the address space
+        except (ValueError, OSError):  # macOS cannot limit the address space
             continue
 
 
 def confine_files(directory: str) -> bool:
-    """Landlock: writes below `directory` only, reads there and below the libraries. Returns success."""
+    """Limit writes to `directory`, and reads to it and the libraries, with Landlock. Return whether it succeeded."""
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if abi < 3 or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
-    attributes = struct.pack("QQ", ALL_RIGHTS.get(abi, ALL_RIGHTS_LATER), 3 if abi >= 4 else 0)  # and TCP bind, connect
+    attributes = struct.pack(
+        "QQ", ALL_RIGHTS.get(abi, ALL_RIGHTS_LATER), 3 if abi >= 4 else 0
+    )  # 3: TCP bind and connect
     ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(16 if abi >= 4 else 8), 0)
     if ruleset < 0:
         return False
     for path, rights in [(directory, WRITE), *((path, READ) for path in _readable())]:
         try:
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except OSError:  # not there, or not ours to see: then it stays unreadable
+        except OSError:  # missing or not accessible, so that it stays unreadable
             continue
         added = libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, opened), 0)
         os.close(opened)
@@ -150,8 +143,8 @@ def confine_files(directory: str) -> bool:
 
 
 def drop_privileges(files_confined: bool) -> None:
-    """Gives up all capabilities; root becomes `nobody` where Landlock does not guard root's files."""
-    if os.geteuid() == 0 and not files_confined:
+    """Give up all capabilities; root becomes `nobody` where Landlock does not protect its files."""
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and not files_confined:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
@@ -160,12 +153,13 @@ def drop_privileges(files_confined: bool) -> None:
         header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
         libc.capset(header, bytes(24))
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # /proc/PID of the siblings stays shut
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # which also closes /proc/PID of the siblings
 
 
 def confine_calls(files_confined: bool) -> bool:
-    """Seccomp: only `SYSTEM_CALLS` from now on; no process, thread, socket or signal. Returns success."""
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # where there is no seccomp; root had to lose its capabilities
+    """Allow only `SYSTEM_CALLS` from now on, with seccomp. Return whether it succeeded."""
+    if resource is not None:  # for systems without seccomp; it does not bind a root that has its capabilities
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
     if sys.platform != "linux" or column is None:
         return False
@@ -181,7 +175,7 @@ def confine_calls(files_confined: bool) -> bool:
 
 
 def watch(directory: str) -> None:
-    """An audit hook that refuses in words what the layers below refuse with an error number."""
+    """Add an audit hook whose errors say what is refused, where the layers below give an error number."""
     readable = tuple(os.path.realpath(path) + os.sep for path in [*_readable(), directory])
     writable = os.path.realpath(directory) + os.sep
     changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -200,43 +194,27 @@ def watch(directory: str) -> None:
 
 
 def _readable() -> list[str]:
-    """The standard library (under `-S`, all that is importable), shared libraries, time zones."""
-    system = [
-        "/lib",
-        "/lib64",
-        "/usr/lib",
-        "/usr/lib64",
-        os.path.join(sys.base_prefix, "lib"),
-        "/usr/share/zoneinfo",
-    ]
+    """List the standard library (under `-S`, all that can be imported), shared libraries and time zones."""
+    system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", os.path.join(sys.base_prefix, "lib"), "/usr/share/zoneinfo"]
     return [os.path.dirname(os.__file__), *filter(None, sys.path), *system]
 
 
 def _filter(column: int, files_confined: bool) -> bytes:
-    """The seccomp program (classic BPF): the listed calls, EPERM for others, the end for a foreign ABI."""
+    """Build the seccomp program (classic BPF): allow the listed calls, EPERM for others, kill for a foreign ABI."""
     load, equal, set_bits, answer = 0x20, 0x15, 0x45, 0x06
     allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
-    code = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, (0xC000003E, 0xC00000B7)[column]),
-        (answer, 0, 0, kill),
-        (load, 0, 0, 0),
-    ]
+    architecture = (0xC000003E, 0xC00000B7)[column]
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
     calls = SYSTEM_CALLS | (DIRECTORY_CALLS if files_confined else {})
     for name, numbers in calls.items():
         if (number := numbers[column]) is None:
             continue
-        if name in COMMANDS:  # argument 1's low half is at offset 24 of struct seccomp_data
+        if name in COMMANDS:  # the low half of argument 1 is at offset 24 of struct seccomp_data
             tests = [item for command in COMMANDS[name] for item in ((equal, 0, 1, command), (answer, 0, 0, allow))]
             body = [(load, 0, 0, 24), *tests, (answer, 0, 0, refuse)]
-        elif name == "openat" and not files_confined:  # argument 2, the flags: reading only
+        elif name == "openat" and not files_confined:  # argument 2 is the flags: allow only reading
             changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-            body = [
-                (load, 0, 0, 32),
-                (set_bits, 0, 1, changing),
-                (answer, 0, 0, refuse),
-                (answer, 0, 0, allow),
-            ]
+            body = [(load, 0, 0, 32), (set_bits, 0, 1, changing), (answer, 0, 0, refuse), (answer, 0, 0, allow)]
         else:
             body = [(answer, 0, 0, allow)]
         code += [(equal, 0, len(body), number), *body]

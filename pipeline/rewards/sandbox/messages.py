@@ -1,4 +1,4 @@
-"""What the two processes of `pipeline.rewards.sandbox.child` say to each other: plain values as JSON, over pipes."""
+"""Messages between the two processes of `pipeline.rewards.sandbox.child`: plain values as JSON, over pipes."""
 
 import json
 import os
@@ -9,11 +9,11 @@ MESSAGE_BYTES = 8 << 20
 
 
 class Gone(BaseException):
-    """The other process ended. No `except Exception` in a test may take it for an answer."""
+    """The other process has ended. It is a `BaseException`, which an `except Exception` in a test does not catch."""
 
 
 class Channel:
-    """Length-prefixed JSON over two descriptors."""
+    """Length-prefixed JSON over two file descriptors."""
 
     def __init__(self, incoming: int, outgoing: int) -> None:
         self.incoming, self.outgoing = incoming, outgoing
@@ -47,7 +47,7 @@ class Channel:
 
 
 def encode(value: object, other: Callable[[object], Any]) -> Any:
-    """Plain data as JSON: scalars as they are, containers and big integers tagged; `other` does the rest."""
+    """Encode plain data as JSON: scalars as they are, containers and big integers tagged, the rest by `other`."""
     if value is None or type(value) in (bool, float, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -69,7 +69,7 @@ def encode(value: object, other: Callable[[object], Any]) -> Any:
 
 
 def decode(data: Any, other: Callable[[str, Any], object]) -> Any:
-    """The inverse of `encode`; every value is of exactly a builtin type."""
+    """Decode what `encode` returned; every value has exactly a builtin type."""
     if not isinstance(data, dict):
         if isinstance(data, list):
             raise ValueError("not an encoded value")

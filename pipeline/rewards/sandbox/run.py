@@ -1,9 +1,9 @@
-"""Runs code that a model wrote against a test, without trusting it.
+"""Running code that a model wrote against a test, without trusting it.
 
-Every run is a fresh Python process with nothing but the standard library, an empty environment and an empty
-temporary directory that is deleted afterwards; `pipeline.rewards.sandbox.confinement` lists what it may not do,
-`pipeline.rewards.sandbox.child` says why code cannot pass a test that it should fail. Verdicts repeat: string
-hashes are not randomised.
+Every run is a fresh Python process with nothing but the standard library, an empty environment and an empty temporary
+directory that is deleted afterwards. `pipeline.rewards.sandbox.confinement` lists what the process may not do, and
+`pipeline.rewards.sandbox.child` explains why wrong code cannot pass its test. String hashes are not randomised, so that
+verdicts are repeatable. The sandbox needs `os.fork`, which Windows lacks.
 """
 
 import contextlib
@@ -21,27 +21,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline.errors import RunStopped
+
 Status = Literal["passed", "failed", "timeout", "memory", "refused", "crashed"]
 
 CODE_CHARACTERS = 200_000
 OUTPUT_BYTES = 16_384
 DIRECTORY_BYTES = 8 << 20
 DIRECTORY_FILES = 64
-START_SECONDS = 30.0  # for a loaded machine to start Python; the code has not run yet
+START_SECONDS = 30.0
+"""Time for a loaded machine to start Python, before the code runs."""
 LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run.
+    """The result of one run.
 
     Attributes:
-        passed: the code ran, and so did the whole test, with no exception.
-        status: "passed"; "failed" (an assertion, an exception, `sys.exit`); "timeout" (wall clock or CPU);
-            "memory"; "refused" (an attempt at the network, a process, a file outside; too many files);
-            "crashed" (the process is gone).
-        seconds: wall clock, start of the process included.
-        output: what code and test printed, errors included, cut at 16 KiB.
+        passed: Whether the code and the whole test ran without an exception.
+        status: "passed"; "failed" (an assertion, an exception, `sys.exit`); "timeout" (wall clock or CPU); "memory";
+            "refused" (an attempt to use the network, a process or a file outside; too many files); "crashed" (the
+            process ended without a verdict).
+        seconds: Wall-clock time, including the start of the process.
+        output: What the code and the test printed, including errors, cut off at 16 KiB.
     """
 
     passed: bool
@@ -50,15 +53,26 @@ class Outcome:
     output: str
 
 
+def is_supported() -> bool:
+    """Return whether the sandbox can run on this system."""
+    return hasattr(os, "fork")
+
+
 def run_code(code: str, test: str, *, seconds: float = 2.0, memory_mb: int = 256) -> Outcome:
-    """Runs `code`, then `test` (assertions on what the code defines); whatever the code does, this returns.
+    """Run `code`, then `test`. Whatever the code does, this function returns.
 
     Args:
-        code: Python source. At most 200,000 characters.
-        test: Python source that raises if the code is wrong. An empty test passes if the code runs.
-        seconds: wall-clock limit from the moment the code starts; a CPU limit a second above it.
-        memory_mb: address space in MiB; Python itself takes about 40.
+        code: Python source of at most 200,000 characters.
+        test: Python source that raises if the code is wrong: assertions about what the code defines. An empty test
+            passes if the code runs.
+        seconds: Wall-clock limit from the moment the code starts; the limit of CPU time is one second above it.
+        memory_mb: Limit of the address space in MiB; Python itself takes about 40.
+
+    Raises:
+        RunStopped: The sandbox cannot run on this system.
     """
+    if not is_supported():
+        raise RunStopped("Code can only be graded where Python has os.fork: run this step on Linux or macOS.")
     began = time.monotonic()
     if len(code) > CODE_CHARACTERS:
         return Outcome(False, "refused", 0.0, f"more than {CODE_CHARACTERS} characters of code")
@@ -74,31 +88,24 @@ def run_many(
     memory_mb: int = 256,
     workers: int | None = None,
 ) -> list[Outcome]:
-    """`run_code` on many (code, test) pairs, in their order, `workers` at a time (default: one a core)."""
+    """Call `run_code` on many pairs of code and test, `workers` at a time (default: one per core), and keep the order.
+
+    Raises:
+        RunStopped: The sandbox cannot run on this system.
+    """
+    if not pairs:
+        return []
     with ThreadPoolExecutor(max(1, min(workers or os.cpu_count() or 1, len(pairs)))) as pool:
         return list(pool.map(lambda pair: run_code(*pair, seconds=seconds, memory_mb=memory_mb), pairs))
 
 
 def _run(work: bytes, directory: str, seconds: float, memory_mb: int) -> tuple[Status, bytes]:
     reader, writer = os.pipe()
-    child = Path(__file__).with_name("child.py")
-    # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeat
-    command = [
-        sys.executable,
-        "-s",
-        "-P",
-        "-S",
-        "-B",
-        "-u",
-        "-X",
-        "utf8",
-        str(child),
-        str(writer),
-        str(seconds),
-        str(memory_mb),
-    ]
+    child = str(Path(__file__).with_name("child.py"))
+    # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
+    flags = ["-s", "-P", "-S", "-B", "-u", "-X", "utf8"]
     process = subprocess.Popen(
-        command,
+        [sys.executable, *flags, child, str(writer), str(seconds), str(memory_mb)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -108,30 +115,25 @@ def _run(work: bytes, directory: str, seconds: float, memory_mb: int) -> tuple[S
         start_new_session=True,
     )
     os.close(writer)
+    assert process.stdin is not None and process.stdout is not None
     candidate: int | None = None
     try:
-        assert process.stdin is not None and process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it ended before it read: "crashed", for lack of a verdict
             process.stdin.write(work)
             process.stdin.close()
-        except BrokenPipeError:
-            pass  # it ended before it read: no verdict, "crashed"
         status, candidate, output = _wait(process.stdout.fileno(), reader, directory, seconds)
     finally:
         _kill(process.pid, candidate)
         process.wait()
         for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    continue
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
         os.close(reader)
     return status, output
 
 
 def _wait(output_fd: int, verdict_fd: int, directory: str, seconds: float) -> tuple[Status, int | None, bytes]:
-    """Follows the child until its verdict, its end or its time; drains its output, looks at its directory."""
+    """Wait for the child's verdict, end or timeout; meanwhile drain its output and watch its directory."""
     output, verdict, candidate = b"", b"", None
     deadline = time.monotonic() + START_SECONDS
     looked = 0.0
@@ -141,7 +143,7 @@ def _wait(output_fd: int, verdict_fd: int, directory: str, seconds: float) -> tu
         while (now := time.monotonic()) < deadline:
             if now - looked > LOOK_SECONDS:
                 looked = now
-                if _too_much(directory):
+                if _is_overfull(directory):
                     return "refused", candidate, output
             for key, _ in selector.select(min(LOOK_SECONDS, deadline - now)):
                 data = os.read(key.fd, 1 << 16)
@@ -156,16 +158,13 @@ def _wait(output_fd: int, verdict_fd: int, directory: str, seconds: float) -> tu
                     candidate = lines[0]["candidate"]
                     deadline = time.monotonic() + seconds
                 if len(lines) > 1 or not data:
-                    return (
-                        lines[1]["status"] if len(lines) > 1 else "crashed",
-                        candidate,
-                        output + _rest(output_fd, output),
-                    )
+                    status: Status = lines[1]["status"] if len(lines) > 1 else "crashed"
+                    return status, candidate, output + _rest(output_fd, output)
     return "timeout", candidate, output
 
 
 def _rest(output_fd: int, output: bytes) -> bytes:
-    """What is in the pipe already; the candidate may hold it open for ever."""
+    """Read what is already in the pipe, which the candidate may hold open forever."""
     os.set_blocking(output_fd, False)
     try:
         return os.read(output_fd, OUTPUT_BYTES)[: OUTPUT_BYTES - len(output)]
@@ -173,17 +172,17 @@ def _rest(output_fd: int, output: bytes) -> bytes:
         return b""
 
 
-def _too_much(directory: str) -> bool:
+def _is_overfull(directory: str) -> bool:
     try:
         with os.scandir(directory) as entries:
             sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
-    except FileNotFoundError:  # it is deleting while we look
+    except FileNotFoundError:  # the code is deleting files
         return False
     return len(sizes) > DIRECTORY_FILES or sum(sizes) > DIRECTORY_BYTES
 
 
 def _kill(group: int, candidate: int | None) -> None:
-    """The child's whole session, and its candidate by id where no seccomp keeps it in the session."""
+    """Kill the child's session, and its candidate by id where seccomp does not keep it in the session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
     if candidate is not None and sys.platform != "linux":

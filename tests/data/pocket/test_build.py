@@ -176,7 +176,7 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_sizes_out_of_range_are_told_at_once(tmp_path: Path) -> None:
+def test_sizes_out_of_range_are_reported_at_once(tmp_path: Path) -> None:
     wrong = {"size_mb": -1.0, "sft_rows": 0, "share_with_steps": 1.5}
     with pytest.raises(UserError) as refused:
         build(PocketArguments(str(tmp_path / "data"), **wrong))

@@ -42,7 +42,7 @@ def test_articles_fit_the_nouns() -> None:
             assert (article == "an") == (noun[0] in "aeioL"), thing.noun  # "an LLM" is spoken "an el-el-em"
 
 
-def test_no_two_things_can_be_told_apart_by_nothing() -> None:
+def test_any_two_things_differ_in_some_fact() -> None:
     assert len({tuple(thing.facts.values()) for thing in things()}) == len(things())
 
 
