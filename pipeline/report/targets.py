@@ -83,7 +83,7 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
     if not isinstance(content, list):
         raise UserError(Problem("--targets", file, "must be a list of {stage, metric, at_least or at_most}"))
     problems = [
-        Problem(f"{file}, entry {index}", entry, fault)
+        Problem("--targets", f"{file}, entry {index}", fault)  # not the entry, which aliases can make huge
         for index, entry in enumerate(content, 1)
         if (fault := _validate_entry(entry))
     ]

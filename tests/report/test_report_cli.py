@@ -337,6 +337,8 @@ def test_a_path_that_is_not_a_run_is_refused_in_one_line(
         ("- {stage: 2_sft, metric: stop_rate, atleast: 1}", "unknown field atleast"),
         ("- {stage: 2_sft, metric: stop_rate, at_least: 1, how: much}", "how must be"),
         ("- [", "cannot be read"),
+        ("- &a [*a]", "must be a mapping"),
+        ("\n".join(["- &x0 [1]"] + [f"- &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 12)]), "a mapping"),
     ],
 )
 def test_wrong_targets_are_refused_in_one_line(
@@ -346,8 +348,9 @@ def test_wrong_targets_are_refused_in_one_line(
     with pytest.raises(SystemExit) as stopped:
         report(short_run, "--targets", tmp_path / "targets.yaml", "--output_dir", tmp_path)
     assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert expected in line
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == max(1, text.count("- &x")), "one line per wrong entry"
+    assert all(line.startswith("--targets: ") and expected in line and len(line) < 500 for line in lines)
 
 
 def test_help_imports_neither_torch_nor_jinja() -> None:
