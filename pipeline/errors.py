@@ -1,4 +1,4 @@
-"""What ends a run early: user errors, reported in one line each, and stops whose reason is known.
+"""How a program ends early: user errors, reported in one line each, and stops for a known reason.
 
 While a run is being prepared, from its arguments to its first step, the libraries reject what only they can judge: a
 trainer's constructor raises one error at a time, with a traceback. An error that names a field, or the value that the
@@ -26,18 +26,23 @@ EXIT_INTERRUPTED = 130
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{6,}")
 """A token of the Hub, which no message repeats."""
 
+SHORTEST_NAME = 4
+"""Characters from which on a value in an error message is not a coincidence."""
 
-HUB_UNREACHABLE = "the Hub cannot be reached; check the network, or give a local path"
-"""What is wrong with a name on the Hub while the Hub does not answer."""
+HUB_UNREACHABLE = "is not a local path, and the Hub cannot be reached; check the network, or give a local path"
+"""Remedy for a name on the Hub while the Hub does not answer."""
+
+NETWORK_ERRORS = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout"}
+"""Errors of the Hub's client that come from the network, by the names of their classes."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with what the user gave.
+    """One thing that is wrong with the user's input.
 
-    Args:
+    Attributes:
         field: Argument, YAML key or file that is wrong, as the user writes it.
-        value: What it holds.
+        value: Its value.
         remedy: What to write or do instead, as a phrase.
     """
 
@@ -50,10 +55,10 @@ class Problem:
 
 
 class UserError(Exception):
-    """Everything that is wrong with the user's input, as far as it could be found out together.
+    """Everything that is wrong with the user's input, as far as it could be found together.
 
     Args:
-        *problems: At least one problem, in the order in which they are to be told; each is told once.
+        *problems: At least one problem, in the order of the report; duplicates are dropped.
     """
 
     def __init__(self, *problems: Problem) -> None:
@@ -66,10 +71,10 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """A run that cannot or shall not go on, for a reason that is known and not the input's.
+    """A run that cannot or should not continue, for a known reason that is not its input.
 
     Args:
-        message: What happened and how to go on, for the user.
+        message: What happened and how to resume, for the user.
         exit_code: Exit code of the process.
     """
 
@@ -84,14 +89,15 @@ class RunStopped(Exception):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a
-    traceback. While a run is being prepared, errors of the libraries that speak of a field are the user's, too.
+    """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a traceback.
+
+    While a run is being prepared, errors of the libraries that name a field are user errors as well.
 
     Raises:
-        SystemExit: With code 2 after `UserError` (one line a problem), with its own code after `RunStopped`,
-            with 130 after Ctrl-C.
+        SystemExit: With code 2 after a `UserError` (one line per problem), with its own code after a `RunStopped`, with
+            130 after Ctrl-C.
     """
-    # Several processes of one machine find the same mistakes; one tells them.
+    # Several processes of one machine find the same mistakes; one reports them.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     end_preparation()
     try:
@@ -100,15 +106,13 @@ def exit_on_user_error() -> Iterator[None]:
         except (UserError, RunStopped):
             raise
         except Exception as error:
-            refusal = explain_library_error(error)
-            if refusal is None:
-                raise
-            raise refusal from error
+            if refusal := explain_library_error(error):
+                raise refusal from error
+            raise
     except UserError as error:
         remove_new_directories()
         if first:
-            for problem in error.problems:
-                print(problem, file=sys.stderr)
+            print(*error.problems, sep="\n", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except RunStopped as stop:
         if first or stop.exit_code == 1:
@@ -122,42 +126,38 @@ def exit_on_user_error() -> Iterator[None]:
         end_preparation()
 
 
-SHORTEST_NAME = 4
-"""Characters from which on a value in an error message is not there by chance."""
-
-
 @dataclass(frozen=True)
-class _Run:
+class _Preparation:
     asked: Mapping[str, Any]
     known: frozenset[str]
     missing_directories: tuple[Path, ...]
 
 
-_current: _Run | None = None
+_current: _Preparation | None = None
 
 
 def begin_preparation(asked: Mapping[str, Any], known: Iterable[str], output_dir: str | None) -> None:
-    """A run is being prepared from here on.
+    """Treat errors of the libraries that name a field as user errors, until `end_preparation`.
 
     Args:
-        asked: What the user gave, by field.
+        asked: Values that the user gave, by field.
         known: All fields.
         output_dir: Where the run will write.
     """
     global _current
     path = Path(output_dir or ".").absolute()
     missing = tuple(folder for folder in (path, *path.parents) if not folder.exists())
-    _current = _Run(dict(asked), frozenset(known), missing)
+    _current = _Preparation(dict(asked), frozenset(known), missing)
 
 
 def end_preparation() -> None:
-    """The first step is about to be taken, or the program ends: errors are no longer the input's."""
+    """Treat errors of the libraries as defects again: the first step begins, or the program ends."""
     global _current
     _current = None
 
 
 def explain_library_error(error: Exception) -> UserError | None:
-    """The user's mistake that a library's error tells of; `None` if it is none, or if nothing is being prepared."""
+    """Return the user error behind a library's error; None if it names no field, or no run is being prepared."""
     if _current is None:
         return None
     message = " ".join(str(error).split())
@@ -167,23 +167,21 @@ def explain_library_error(error: Exception) -> UserError | None:
     if name is None:
         others = sorted(other for other in _current.known if "_" in other)
         name = next((other for other in others if re.search(rf"\b{re.escape(other)}\b", message)), None)
-    if name is None:
-        return None
-    return UserError(Problem(name, _current.asked.get(name, "not given"), message))
+    return UserError(Problem(name, _current.asked.get(name, "not given"), message)) if name else None
 
 
 def remove_new_directories() -> None:
-    """Remove the output directory that a constructor has made for a run that is refused."""
+    """Remove the output directory that a constructor has created for a run that is refused."""
     for folder in _current.missing_directories if _current is not None else ():
         with contextlib.suppress(OSError):  # others wrote there meanwhile
             folder.rmdir()
 
 
 def field_named_in(message: str, values: Mapping[str, Any]) -> str | None:
-    """The field that an error message speaks of, by its name or else by its value."""
-    for between in ("_", " "):
+    """Return the field that an error message mentions, by its name or else by its value."""
+    for separator in ("_", " "):
         for name in values:
-            if re.search(rf"\b{re.escape(name.replace('_', between))}\b", message):
+            if re.search(rf"\b{re.escape(name.replace('_', separator))}\b", message):
                 return name
     for name, value in values.items():
         for item in value if isinstance(value, list) else [value]:
@@ -191,3 +189,12 @@ def field_named_in(message: str, values: Mapping[str, Any]) -> str | None:
             if named and re.search(rf"(?<!\w){re.escape(item)}(?!\w)", message, re.IGNORECASE):
                 return name
     return None
+
+
+def is_network_error(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, says that the Hub cannot be reached."""
+    while error is not None:
+        if type(error).__name__ in NETWORK_ERRORS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

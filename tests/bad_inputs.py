@@ -247,7 +247,7 @@ CASES = {
     "too little text": Case(
         "pretrain",
         "--dataset_name {here}/a.txt --eval_strategy no",
-        ("block_size: 64", "fill no block"),
+        ("block_size: 64", "do not fill a block"),
         files={"a.txt": "Hello.\n"},
     ),
     "a batch that drops all": Case(
@@ -261,7 +261,7 @@ CASES = {
     # the model and its tokenizer
     "no model": Case("sft", "--model_name_or_path null", ("model_name_or_path: nothing", "give a Hub id")),
     "a folder without a model": Case(
-        "sft", "--model_name_or_path {inputs}/no-model", ("model_name_or_path:", "holds no model")
+        "sft", "--model_name_or_path {inputs}/no-model", ("model_name_or_path:", "no model can be loaded")
     ),
     "a folder without a tokenizer": Case(
         "pretrain", "--tokenizer_name_or_path {inputs}/no-model", ("tokenizer_name_or_path:", "no tokenizer")
@@ -450,14 +450,14 @@ CASES |= {
     "weights as a pickle": model("pickle", "pickle", "safetensors"),
     "weights of another width": model("wider", "not those of its config.json"),
     "weights of fewer layers": model("deeper", "lacks the weights"),
-    "no configuration": model("no-config", "holds no model"),
+    "no configuration": model("no-config", "no model can be loaded"),
     "a configuration cut off": model("config-cut", "not a valid JSON file"),
     "an unknown kind of model": model("unknown-kind", "foonet"),
     "a tokenizer cut off": model("tokenizer-cut", "no tokenizer"),
     "an encoder": model("encoder", "cannot write"),
     "an adapter as a model": model("adapter", "is an adapter of x", "python -m pipeline merge"),
     "two labels to reward with": model("two-labels", "2 labels", recipe="reward"),
-    "a template that refuses": model("refusing", "refuses a conversation", "too polite"),
+    "a template that refuses": model("refusing", "rejects a conversation", "too polite"),
     # rewards and rollouts
     "one generation": Case("grpo", "--num_generations 1", ("num_generations: 1", "at least 2")),
     "a batch that doesn't divide": Case("grpo", "--per_device_train_batch_size 6", ("num_generations: 4", "divisible")),
@@ -469,7 +469,9 @@ CASES |= {
     "options of generation that are none": Case("grpo", "--generation_kwargs foo", ("generation_kwargs: foo", "JSON")),
     "an unknown cache": Case("grpo", "--cache_implementation foo", ("cache_implementation: foo", "static")),
     "vLLM that isn't installed": Case("grpo", "--use_vllm", ("use_vllm: True", "install")),
-    "a reward that is no function": Case("grpo", "--reward_funcs os:sep", ("reward_funcs: os:sep", "no function")),
+    "a reward that is no function": Case(
+        "grpo", "--reward_funcs os:sep", ("reward_funcs: os:sep", "does not have a function")
+    ),
     "a reward's module that isn't there": Case("grpo", "--reward_funcs nomod:f", ("reward_funcs: nomod:f", "nomod")),
     "a reward that cannot be called": Case("grpo", "--reward_funcs builtins:dict", ("reward_funcs: builtins:dict",)),
     "a reward that takes no columns": Case(

@@ -77,8 +77,8 @@ def open_source(
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     try:
         source = datasets.load_dataset(builder, streaming=streaming, **options)
-    except ConnectionError as error:
-        raise UserError(Problem("dataset_name", name, f"{HUB_UNREACHABLE} ({_first_line(error)})")) from None
+    except ConnectionError:
+        raise UserError(Problem("dataset_name", name, HUB_UNREACHABLE)) from None
     except (DatasetNotFoundError, FileNotFoundError) as error:
         remedy = "is neither a local path nor a public data set on the Hub (log in for a private one)"
         if path.exists():

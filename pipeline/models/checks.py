@@ -1,98 +1,96 @@
-"""Checks of a model and its tokenizer before anything is loaded."""
+"""Checks of a model and its tokenizer before any weights are loaded."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import transformers
+
 from pipeline.errors import Problem
+from pipeline.models.loading import is_reward_model, validate_vocabulary
 
 
 def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool, assistant_only_loss: bool) -> list[Problem]:
-    """A tokenizer that would teach the wrong thing.
+    """Check that a tokenizer has the special tokens and the template that training needs.
 
     Args:
-        tokenizer: `PreTrainedTokenizerBase`.
+        tokenizer: A `PreTrainedTokenizerBase`.
         field: Argument that named it.
-        name: Its value.
+        name: The value of that argument.
         chat: Whether conversations are to be formatted.
         assistant_only_loss: Whether the template must mark what the assistant says.
     """
-    problems = []
+    faults = []
     if tokenizer.pad_token_id is None:
-        problems.append(Problem(field, name, "has no pad token; add one to the tokenizer"))
+        faults.append("has no pad token; add one to the tokenizer")
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
-        remedy = "uses its eos token as pad token, and padding is never learned: the model would not learn to stop"
-        problems.append(Problem(field, name, f"{remedy}; give the tokenizer a pad token of its own"))
+        faults.append("uses its eos token as pad token, so that the model would not learn to stop; add a pad token")
     if tokenizer.eos_token_id is None:
-        problems.append(Problem(field, name, "has no eos token; add one to the tokenizer"))
+        faults.append("has no eos token; add one to the tokenizer")
+    if not chat and tokenizer.bos_token_id is None:
+        faults.append("has no bos token, with which documents begin; add one to the tokenizer")
     if chat and not tokenizer.chat_template:
-        problems.append(Problem(field, name, "has no chat template; use the tokenizer of a chat model or add one"))
+        faults.append("has no chat template; use the tokenizer of a chat model or add one")
     elif chat and assistant_only_loss and "generation" not in str(tokenizer.chat_template):
-        remedy = "its chat template has no {% generation %} mark, which assistant_only_loss needs; add it"
-        problems.append(Problem(field, name, remedy))
-    return problems
+        faults.append("its chat template lacks {% generation %}, which assistant_only_loss needs; add it")
+    return [Problem(field, name, fault) for fault in faults]
 
 
-def check_model(config: Any, tokenizer: Any, args: Any, name: str) -> list[Problem]:
-    """A model that doesn't go with the tokenizer, with the stage or with the lengths.
+def check_model(
+    config: Any, tokenizer: Any | None, name: str, *, reward: bool = False, **lengths: int | None
+) -> list[Problem]:
+    """Check that a model fits the stage, the tokenizer and the lengths, by its configuration.
 
     Args:
         config: The model's `PretrainedConfig`.
-        tokenizer: `PreTrainedTokenizerBase`, or `None` if it could not be loaded.
-        args: Training arguments.
-        name: What named the model.
+        tokenizer: Its `PreTrainedTokenizerBase`, or None if it failed to load.
+        name: The value of `model_name_or_path`.
+        reward: Whether a reward model is trained from it.
+        **lengths: As for `check_lengths`.
     """
-    import transformers  # whose classes take their time, which `--help` has not
-
-    problems = []
-    field = "model_name_or_path"
-    text = config.get_text_config()
-    reward = hasattr(args, "center_rewards_coefficient")
+    faults = []
     architectures = config.architectures or []
     if getattr(config, "is_encoder_decoder", False):
-        problems.append(Problem(field, name, "is an encoder and decoder; give a decoder-only language model"))
-    classifier = any("SequenceClassification" in kind for kind in architectures)
-    if classifier and not reward:
-        problems.append(Problem(field, name, "is a reward model; give a language model"))
+        faults.append("is an encoder and decoder; give a decoder-only language model")
+    if is_reward_model(config):
+        if not reward:
+            faults.append("is a reward model; give a language model")
+        elif config.num_labels != 1:
+            faults.append(f"has {config.num_labels} labels; give a reward model, which has one, or a language model")
     elif architectures and not reward:
-        kind = getattr(transformers, architectures[0], None)  # TRL loads this one
-        if kind is not None and not kind.can_generate():
-            remedy = f"is a {architectures[0]}, which cannot write; give a decoder-only language model"
-            problems.append(Problem(field, name, remedy))
-    if classifier and reward and config.num_labels != 1:
-        remedy = f"has {config.num_labels} labels; give a reward model, which has one, or a language model"
-        problems.append(Problem(field, name, remedy))
-    vocabulary = getattr(text, "vocab_size", None)
-    if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
-        remedy = f"knows {vocabulary} tokens and its tokenizer {len(tokenizer)}; give the tokenizer it was trained with"
-        problems.append(Problem(field, name, remedy))
-    return problems + check_lengths(getattr(text, "max_position_embeddings", None), args)
+        model_class = getattr(transformers, architectures[0], None)  # the one that TRL loads
+        if model_class is not None and not model_class.can_generate():
+            faults.append(f"is a {architectures[0]}, which cannot write; give a decoder-only language model")
+    if tokenizer is not None and (fault := validate_vocabulary(config, tokenizer)):
+        faults.append(fault)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    problems = [Problem("model_name_or_path", name, fault) for fault in faults]
+    return problems + check_lengths(positions, **lengths)
 
 
-def check_lengths(positions: int | None, args: Any) -> list[Problem]:
-    """Sequences longer than the model can see.
+def check_lengths(positions: int | None, **lengths: int | None) -> list[Problem]:
+    """Check that sequences are not longer than the model can see.
 
     Args:
-        positions: `max_position_embeddings` of the model.
-        args: Training arguments.
+        positions: `max_position_embeddings` of the model, if it has any.
+        **lengths: Length in tokens of each field that sets one.
     """
-    problems = []
-    for field in ("block_size", "max_length", "max_completion_length", "max_new_tokens"):
-        value = getattr(args, field, None)
-        if value is not None and positions is not None and value > positions:
-            remedy = f"the model sees {positions} tokens (max_position_embeddings); lower it"
-            problems.append(Problem(field, value, remedy))
-    return problems
+    remedy = f"the model sees {positions} tokens (max_position_embeddings); lower it"
+    return [
+        Problem(field, length, remedy)
+        for field, length in lengths.items()
+        if length is not None and positions is not None and length > positions
+    ]
 
 
 def check_room(field: str, value: int, longest: int, positions: int | None) -> list[Problem]:
-    """Prompts that leave no room for an answer.
+    """Check that prompts leave room for an answer.
 
     Args:
-        field: The longest answer, in tokens.
-        value: Its value.
+        field: Field that sets the length of the longest answer.
+        value: Its value, in tokens.
         longest: Tokens of the longest prompt.
-        positions: `max_position_embeddings` of the model.
+        positions: `max_position_embeddings` of the model, if it has any.
     """
     if positions is None or longest + value <= positions:
         return []

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, is_network_error
 from pipeline.models.weights import ADAPTER, report_missing, validate_file, validate_files
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
@@ -41,7 +41,8 @@ def user_error_for(field: str, name: object, what: str = "model") -> Iterator[No
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(Problem(field, name, f"no {what} can be loaded from it ({reason})")) from None
+        remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
+        raise UserError(Problem(field, name, remedy)) from None
     except Exception as error:  # a damaged tokenizer.json or config.json raises anything
         raise UserError(Problem(field, name, f"no {what} can be loaded from it ({error!r})")) from error
 

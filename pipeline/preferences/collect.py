@@ -99,7 +99,7 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
         raise UserError(*problems)
     prompts = read_prompts(args)
     model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
-    if problems := check_model(model.config, tokenizer, args, args.model_name_or_path):
+    if problems := check_model(model.config, tokenizer, args.model_name_or_path, max_new_tokens=args.max_new_tokens):
         raise UserError(*problems)
     model.to(state.device)
     launch.log_threads()

@@ -44,7 +44,7 @@ class PPORewardArguments:
         },
     )
 
-    def find_problems(
+    def preflight(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
     ) -> list[Problem]:
         """Check the rewards and the critic, as `pipeline.training.inputs.RewardChecks` describes it."""
@@ -77,7 +77,7 @@ class GRPORewardArguments:
         },
     )
 
-    def find_problems(
+    def preflight(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
     ) -> list[Problem]:
         """Check the rewards, as `pipeline.training.inputs.RewardChecks` describes it."""

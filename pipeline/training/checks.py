@@ -1,108 +1,109 @@
-"""What can be told to be wrong with a configuration before anything is trained; every function lists all it
-finds."""
+"""Checks of the training arguments before anything is trained; each function returns all problems that it finds."""
 
 from __future__ import annotations
 
 import math
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
 from transformers.optimization import get_scheduler
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
+from trl import GRPOConfig, ModelConfig
 
 from pipeline.errors import Problem
 
+LORA_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
+"""Layers that PEFT can put a LoRA adapter on."""
 
-def check_lora(
-    model_args: Any, modules: Iterable[str], layers: Iterable[str], parameters: Iterable[str] = ()
-) -> list[Problem]:
-    """LoRA on modules that the model doesn't have, or that have no matrix.
+LIBRARY_ERRORS = (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError, ArithmeticError)
+
+
+def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
+    """Check that the model has the modules that LoRA is to adapt, and that the rank is not above theirs.
 
     Args:
-        model_args: `trl.ModelConfig`.
-        modules: Names of all modules of the model.
-        layers: Names of those that an adapter can be put on.
-        parameters: Names of all its parameters.
+        model_args: The LoRA options.
+        model: The model, on any device.
     """
-    if not getattr(model_args, "use_peft", False):
+    if not model_args.use_peft:
         return []
-    modules, layers = list(modules), list(layers)
-    linear = sorted({end for name in modules if (end := name.rpartition(".")[2]).endswith("_proj")})
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, LORA_LAYERS)}
+    projections = sorted({end for name in modules if (end := name.rpartition(".")[2]).endswith("_proj")})
     problems = []
     for field, names in (
-        ("lora_target_modules", layers),
-        ("lora_modules_to_save", modules),
-        ("lora_target_parameters", list(parameters)),
+        ("lora_target_modules", list(layers)),
+        ("lora_modules_to_save", list(modules)),
+        ("lora_target_parameters", [name for name, _ in model.named_parameters()]),
     ):
-        targets = getattr(model_args, field, None) or []
+        targets = getattr(model_args, field) or []
         if targets in ("all-linear", ["all-linear"]):
             continue
-        if isinstance(targets, str):  # for PEFT a pattern of whole names
+        if isinstance(targets, str):  # which PEFT matches with whole names
             try:
                 missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
             except re.error as error:
                 problems.append(Problem(field, targets, f"is not a regular expression ({error})"))
                 continue
         else:
-            missing = [
-                target for target in targets if not any(name == target or name.endswith("." + target) for name in names)
-            ]
+            missing = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in names)]
         if missing:
-            remedy = f"the model has no such modules; choose from: {', '.join(linear)}, or all-linear"
+            remedy = f"the model has no such modules; choose from: {', '.join(projections)}, or all-linear"
             problems.append(Problem(field, ", ".join(missing), remedy))
+    rank = max((min(layer.weight.shape[:2]) for layer in layers.values()), default=math.inf)
+    if model_args.lora_r > rank:
+        problems.append(
+            Problem("lora_r", model_args.lora_r, f"no matrix of the model has a rank above {rank}; lower it")
+        )
     return problems
 
 
-def check_batches(rows: int | None, args: Any, what: str = "rows") -> list[Problem]:
-    """Batches that leave nothing to train on.
+def check_batches(rows: int | None, args: TrainingArguments, what: str = "rows") -> list[Problem]:
+    """Check that the batches leave something to train on.
 
     Args:
-        rows: Rows of the training data; `None` if unknown (streamed).
+        rows: Rows of the training data; None if unknown (streamed).
         args: Training arguments.
         what: What the rows are called.
     """
     if rows is None:
         return []
     field, needed = "per_device_train_batch_size", 1
-    if getattr(args, "dataloader_drop_last", False):
+    if args.dataloader_drop_last:
         needed = args.per_device_train_batch_size * args.world_size
-    if hasattr(args, "num_generations") and getattr(args, "generation_batch_size", None):
-        # A generation batch holds every prompt `num_generations` times, and an incomplete one is dropped.
-        field, needed = (
-            "generation_batch_size",
-            max(1, args.generation_batch_size // (args.num_generations or 1)),
-        )
+    if isinstance(args, GRPOConfig) and args.generation_batch_size:
+        # A generation batch contains every prompt `num_generations` times, and an incomplete one is dropped.
+        field, needed = "generation_batch_size", max(1, args.generation_batch_size // (args.num_generations or 1))
     if rows >= needed:
         return []
     remedy = f"takes {needed} {what} and the data set has {rows}, so that nothing would be trained on; lower it"
     return [Problem(field, getattr(args, field), remedy)]
 
 
-def check_disk(parameters: int, trainable: int, args: Any) -> list[Problem]:
-    """Less room than the checkpoints and the model will take.
+def check_disk(parameters: int, trainable: int, args: TrainingArguments) -> list[Problem]:
+    """Report a disk with less free space than the checkpoints and the model need.
 
     Args:
         parameters: Weights that are saved with each checkpoint.
-        trainable: Weights that the optimizer keeps two numbers for.
+        trainable: Weights for which the optimizer keeps two numbers each.
         args: Training arguments.
     """
-    if str(args.save_strategy.value) == "no":
+    if args.save_strategy == "no":
         kept = 0
     elif args.save_total_limit:
         kept = args.save_total_limit + 1  # the next one is written before the oldest is deleted
     else:
-        # Without a limit all stay; how many that will be is known if the number of steps is.
+        # Without a limit all are kept, as many as the number of steps says if that is known.
         kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
     optimizer = 0 if args.save_only_model else 8 * trainable
     needed = kept * (4 * parameters + optimizer) + 4 * parameters
@@ -112,29 +113,18 @@ def check_disk(parameters: int, trainable: int, args: Any) -> list[Problem]:
     if needed <= free:
         return []
     remedy = (
-        f"{kept} checkpoints and the model take about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} "
-        "MiB are free; "
+        f"{kept} checkpoints and the model take about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
         "make room, lower save_total_limit or choose another disk"
     )
     return [Problem("output_dir", args.output_dir, remedy)]
 
 
-LIBRARY_ERRORS = (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError)
+def preflight(args: TrainingArguments) -> list[Problem]:
+    """Try what a run will need from its training arguments: optimizer, schedule, packages and the id on the Hub."""
+    return [*_try_optimizer(args), *_try_schedule(args), *_check_packages(args), *_check_hub_id(args)]
 
 
-def rehearse(args: Any) -> list[Problem]:
-    """Make what a run will need from its training arguments, and throw it away.
-
-    Args:
-        args: Any `TrainingArguments`.
-
-    Returns:
-        An optimizer, a schedule or a package that cannot be had, and a Hub id that is none.
-    """
-    return [*_try_optimizer(args), *_try_schedule(args), *_find_packages(args), *_check_hub_id(args)]
-
-
-def _try_optimizer(args: Any) -> list[Problem]:
+def _try_optimizer(args: TrainingArguments) -> list[Problem]:
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
     except LIBRARY_ERRORS as error:
@@ -144,7 +134,7 @@ def _try_optimizer(args: Any) -> list[Problem]:
     return []
 
 
-def _try_schedule(args: Any) -> list[Problem]:
+def _try_schedule(args: TrainingArguments) -> list[Problem]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
     steps = max(args.max_steps, 10)
@@ -163,22 +153,22 @@ def _try_schedule(args: Any) -> list[Problem]:
     return []
 
 
-def _find_packages(args: Any) -> list[Problem]:
-    there = get_available_reporting_integrations()
+def _check_packages(args: TrainingArguments) -> list[Problem]:
+    installed = get_available_reporting_integrations()
     problems = []
     if args.use_liger_kernel and not is_liger_kernel_available():
-        problems.append(Problem("use_liger_kernel", True, "liger-kernel is not installed; leave it out"))
+        problems.append(Problem("use_liger_kernel", True, "liger-kernel is not installed; omit it"))
     for name in args.report_to or []:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             problems.append(Problem("report_to", name, f"no such tracker; choose from: none, {known}"))
-        elif name not in there and name != "flyte":  # of which transformers cannot tell
+        elif name not in installed and name != "flyte":  # which transformers cannot detect
             problems.append(Problem("report_to", name, "is not installed; install it, or write `none`"))
     return problems
 
 
-def _check_hub_id(args: Any) -> list[Problem]:
-    if args.push_to_hub and args.hub_model_id is not None:
+def _check_hub_id(args: TrainingArguments) -> list[Problem]:
+    if args.hub_model_id is not None:
         try:
             validate_repo_id(args.hub_model_id)
         except HFValidationError as error:

@@ -33,14 +33,14 @@ def test_models_and_functions_that_can_be_used(tmp_path: Path) -> None:
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     three = save_reward_model(tmp_path / "three", labels=3)
     args = PPORewardArguments([three, str(tmp_path / "missing")], ["exact_anser"], str(tmp_path / "nothing"))
-    told = [str(problem) for problem in args.find_problems(None, toy.tokenizer(), None)]
+    told = [str(problem) for problem in args.preflight(None, toy.tokenizer(), None)]
     assert len(told) == 4
     assert "3 labels" in told[0] and str(tmp_path / "missing") in told[1] and "exact_answer" in told[2]
     assert told[3].startswith("value_model_path")
 
 
 def test_some_reward_there_must_be() -> None:
-    (problem,) = PPORewardArguments().find_problems(None, None, None)
+    (problem,) = PPORewardArguments().preflight(None, None, None)
     assert "reward_funcs" in str(problem)
 
 

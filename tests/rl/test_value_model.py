@@ -164,7 +164,7 @@ def test_the_recipe_takes_adapters_and_tells_what_is_wrong_with_them(tmp_path: P
     save_adapter(tmp_path)
     adapter = str(tmp_path / "adapter")
     assert check_reward_model(adapter) == check_value_model(adapter, toy.tokenizer()) == []
-    assert PPORewardArguments([adapter], value_model_path=adapter).find_problems(None, toy.tokenizer(), None) == []
+    assert PPORewardArguments([adapter], value_model_path=adapter).preflight(None, toy.tokenizer(), None) == []
 
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     (problem,) = check_reward_model(adapter)
