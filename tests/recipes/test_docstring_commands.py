@@ -1,4 +1,4 @@
-"""The commands in the recipes' docstrings run as they are printed, on folders that are called what they name."""
+"""The commands in the recipes' docstrings run as printed, on small stand-ins for the data and models that they name."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.data.pocket.build import PocketArguments, build
 from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.runner.smoke import OVERRIDES
+from pipeline.runner.steps import KINDS
 
-RECIPES = ("pretrain", "sft", "reward", "ppo", "grpo")
+LAUNCH = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
+TRAINED = ("pretrain", "sft", "reward", "ppo", "grpo")
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Recipe and arguments of every printed command, but for those of the pocket run, which is tested as a whole."""
+    """Kind and arguments of every printed command; the plain pocket runs of trainers are tested with the whole run."""
     found = []
-    for recipe in RECIPES:
-        blocks = re.findall(r"```bash\n(.*?)```", importlib.import_module(f"recipes.{recipe}").__doc__ or "", re.DOTALL)
-        assert blocks
+    for kind, step in KINDS.items():
+        blocks = re.findall(r"```bash\n(.*?)```", importlib.import_module(step.module).__doc__ or "", re.DOTALL)
+        assert blocks, f"{step.module} does not say how to run it"
         for block in blocks:
-            words = shlex.split(block)
-            assert words[:6] == shlex.split(
-                f"accelerate launch --config_file accelerate_config.yaml -m recipes.{recipe}"
-            )
-            if "--output_dir" in words:
-                found.append((recipe, words[6:]))
+            words = shlex.split(block.replace("\\\n", " "))
+            start = [*(LAUNCH if step.launched else ["python"]), "-m", step.module]
+            assert words[: len(start)] == start
+            if kind not in TRAINED or "--output_dir" in words:
+                found.append((kind, words[len(start) :]))
     return found
 
 
@@ -92,14 +94,18 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "argv"), commands(), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_printed_command_takes_a_step(recipe: str, argv: list[str], project: Path, tmp_path: Path) -> None:
-    argv = [word for word in argv if word != "--use_vllm"]  # which takes a GPU
-    argv += shlex.split(f"--max_steps 1 --save_strategy no --eval_strategy no --output_dir {tmp_path / 'out'}")
+@pytest.mark.parametrize(("kind", "argv"), commands(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_printed_command_runs(kind: str, argv: list[str], project: Path, tmp_path: Path) -> None:
+    argv = [word for word in argv if word != "--use_vllm"]  # which needs a GPU
+    if kind in TRAINED:
+        argv += shlex.split("--max_steps 1 --save_strategy no --eval_strategy no")
+    else:
+        argv += [word for name, value in OVERRIDES[kind].items() for word in (f"--{name}", str(value))]
     if "--max_completion_length" in argv:
         argv += ["--max_completion_length", "16"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{project}"}
-    command = [sys.executable, "-m", f"recipes.{recipe}", *argv]
+    command = [sys.executable, "-m", KINDS[kind].module, *argv, "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "out").glob("*model.safetensors"))
+    written = {"data": "README.md", "tokenizer": "tokenizer.json", "preferences": "README.md"}
+    assert list((tmp_path / "out").glob(written.get(kind, "*model.safetensors")))
