@@ -6,13 +6,13 @@ python -m tests.benchmarks.kills --recipe sft --kills 50
 python -m tests.benchmarks.kills --recipe ppo --kills 10 --damage 10
 ```
 
-Trains a miniature of a recipe once undisturbed, as the process that a user starts. Then it trains it again and
-again, each time ended by SIGKILL at random moments and started again by the same command until it finishes, and
-compares the final weights bit for bit. `--damage N` also damages the newest checkpoint after N of the kills:
-cut short, one file deleted, or one bit flipped.
+Trains a miniature of a recipe once undisturbed, in a process as a user starts it. Then it trains the miniature again,
+as often as the kills require: it kills it by SIGKILL at random moments, restarts it by the same command until it
+finishes, and compares the final weights bit for bit. `--damage N` also damages the newest checkpoint after N of the
+kills: a file is truncated or deleted, or one bit is flipped.
 
-The killed processes are forks of this one, which has imported the libraries already: a kill costs two seconds
-instead of ten. Exits with 1 if a run was lost or ended with other weights.
+The killed processes are forks of this one, which has already imported the libraries, so that a kill costs two seconds
+instead of ten. The exit code is 1 if a run was lost or ended with other weights.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ LIBRARIES = (
     "pipeline.training.inputs",
 )
 TRAINS = b"\nbatch "
-"""What the log says right before the first step."""
+"""What is logged right before the first step."""
 
 BEFORE_TRAINING = 0.2
-"""Share of the kills that come before the first step of a process."""
+"""Share of the kills that happen before the first step of a process."""
 
 PART = 0.4
-"""Longest life of a process, as a share of an undisturbed training: so that a run takes several kills."""
+"""Longest life of a process, as a share of an undisturbed training, so that a run takes several kills."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, required=True)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--damage", type=int, default=0, help="kills after which the newest checkpoint is damaged")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a run")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and of the damages")
+    parser.add_argument("--damage", type=int, default=0, help="number of kills after which to damage a checkpoint")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps per run")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of moments and damage")
     args = parser.parse_args()
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
@@ -67,20 +67,20 @@ class Trial:
     """One undisturbed run, and as many others as the kills take.
 
     Args:
-        args: As of `main`.
-        folder: Empty; everything is written there.
+        args: The command line's.
+        folder: An empty folder that everything is written to.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
         self.random = random.Random(args.seed)
         self.kills = self.damages = 0
-        self.passed_over = 0
+        self.skipped = 0
         self.resumed: list[str] = []
         self.startup = self.training = 0.0
 
     def run(self) -> int:
-        """Returns the exit code: 0 if every run ended with the same weights."""
+        """Run everything, and return the exit code: 0 if every run ended with the same weights."""
         self._undisturbed()
         for name in LIBRARIES:
             importlib.import_module(name)
@@ -91,11 +91,11 @@ class Trial:
             problem = self._disturbed(self.folder / f"run-{runs}")
             wrong += problem is not None
             resumed = f"resumed after steps {', '.join(self.resumed)}" if self.resumed else "never resumed"
-            told = problem or "the same weights"
-            print(f"run {runs}: {self.kills - before} kills, {resumed}, {told}", flush=True)
+            outcome = problem or "the same weights"
+            print(f"run {runs}: {self.kills - before} kills, {resumed}, {outcome}", flush=True)
         print(
             f"{self.args.recipe}: {runs} runs, {self.kills} kills, {self.damages} damaged checkpoints "
-            f"({self.passed_over} passed over), {wrong} wrong"
+            f"({self.skipped} skipped), {wrong} wrong"
         )
         return int(wrong > 0)
 
@@ -113,7 +113,7 @@ class Trial:
         print(f"undisturbed: {begun - started:.1f} s to the first step, {self.training:.1f} s of training")
 
     def _disturbed(self, output: Path) -> str | None:
-        """Returns what is wrong with the run, or `None`."""
+        """Train with kills, and return what is wrong with the run, or None."""
         log = output.with_suffix(".log")
         self.resumed = []
         while True:
@@ -126,9 +126,9 @@ class Trial:
             if self.kills < self.args.kills and not _ended(pid):
                 os.kill(pid, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            told = log.read_text(errors="replace")
-            self.passed_over += told.count("is skipped because it is damaged")
-            self.resumed += re.findall(r"^resuming +from .*-(\d+)$", told, re.MULTILINE)
+            text = log.read_text(errors="replace")
+            self.skipped += text.count("is skipped because it is damaged")
+            self.resumed += re.findall(r"^resuming +from .*-(\d+)$", text, re.MULTILINE)
             if code == -signal.SIGKILL:
                 self.kills += 1
                 if self.damages < self.args.damage:
@@ -144,7 +144,7 @@ class Trial:
             return f"OTHER WEIGHTS (the log differs from step {differ} on)"
 
     def _fork(self, output: Path, log: Path) -> int:
-        """Start the recipe in a fork; its id."""
+        """Start the recipe in a fork, and return its process id."""
         log.unlink(missing_ok=True)
         log.touch()
         pid = os.fork()
@@ -160,7 +160,7 @@ class Trial:
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
-        except BaseException:  # noqa: BLE001 - told in the log; a fork must not go on as its parent
+        except BaseException:  # noqa: BLE001 - it is logged; a fork must not continue as its parent
             import traceback
 
             traceback.print_exc()
@@ -178,7 +178,7 @@ class Trial:
         self._wait_until(lambda: time.monotonic() > end or _ended(pid))
 
     def _damage(self, output: Path) -> None:
-        """Damage the newest checkpoint, if there is one."""
+        """Damage the newest checkpoint, if one exists."""
         from pipeline.training.checkpoints import checkpoints
 
         found = checkpoints(output)
@@ -199,7 +199,7 @@ class Trial:
         print(f"  {how} {path.relative_to(output)}", flush=True)
 
     def _command(self, output: Path) -> list[str]:
-        """`-m recipes.NAME` and its options, on small inputs, which are made if they aren't there."""
+        """Return `-m recipes.NAME` with its options, and make its small inputs if they do not exist."""
         recipe, steps = self.args.recipe, ["--max_steps", str(self.args.steps)]
         if recipe in ("pretrain", "sft", "reward"):
             from tests.small_model import recipe_command
@@ -208,7 +208,7 @@ class Trial:
         return [*self._rollout_command(), *steps, "--output_dir", str(output)]
 
     def _rollout_command(self) -> list[str]:
-        """PPO and GRPO, with rollouts that serve several steps, so that kills come in the middle of one."""
+        """Return the command of PPO or GRPO, whose rollouts serve several steps, so that kills interrupt one."""
         from tests.sampling_recipes import write_config
 
         inputs = self.folder / "inputs"
@@ -219,18 +219,18 @@ class Trial:
 
 
 def _ended(pid: int) -> bool:
-    """Whether a child has ended; it can still be waited for."""
+    """Return whether a child has ended; it can still be waited for."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _weights(output: Path) -> dict[str, bytes]:
-    """Every file of final weights, checkpoints left out."""
+    """Read every file of the final weights, without the checkpoints."""
     found = {str(path.relative_to(output)): path for path in output.rglob("*.safetensors")}
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith("checkpoint-")}
 
 
 def _losses(output: Path) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step."""
+    """Return loss and gradient norm of each step."""
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
 

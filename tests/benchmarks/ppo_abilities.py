@@ -5,17 +5,17 @@
 python -m tests.benchmarks.ppo_abilities --run runs/pocket
 ```
 
-Asks both for the same, each time in a process of its own (two, where two are asked for), on two rollouts of the run's
-models, and looks at what came out:
+Asks both for the same, each time in a new process (two for `processes`), on two rollouts of the run's models, and
+examines the result:
 
-- `resume`: interrupted after the first rollout and resumed, does it end with the weights of an undisturbed run?
+- `resume`: does a run resumed after the first rollout end with the weights of an undisturbed run?
 - `processes`: do two processes train together, and save a policy that loads?
-- `critic`: is the critic among what a run leaves, and does it load?
+- `critic`: is the critic saved, and does it load?
 - `clipping`: under SGD with learning rate 1, do policy and critic move by no more than `max_grad_norm`?
-- `evaluation`: does `eval_strategy` lead to measurements on the evaluation prompts?
-- `bf16`: does the policy compute in bfloat16 when told to?
+- `evaluation`: does `eval_strategy` lead to metrics on the evaluation prompts?
+- `bf16`: does the policy compute in bfloat16 with `bf16=True`?
 
-Prints a table, with the reason of every "no", and writes OUTPUT/results.json. About a minute.
+Prints a table with what was observed, and writes OUTPUT/results.json. Takes about a minute.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from tests.benchmarks.ppo_vs_trl import ROOT, build_ours, build_trl, install_trl
 BUILDERS = {"trl": build_trl, "ours": build_ours}
 ROLLOUTS = 2
 CLIP = 1e-3
-"""`max_grad_norm` of the check of clipping."""
+"""`max_grad_norm` in the check of clipping."""
 
 Answer = tuple[bool, str]
-"""Whether it can, and what was seen."""
+"""Whether the trainer is able to, and what was observed."""
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Ask both for everything, and tell."""
+    """Ask both for everything, and print the answers."""
     environment = install_trl(args.output / "environment")
     results: dict[str, dict[str, Any]] = {}
     print(f"{'':12}{'TRL 1.12':10}{'ours':6}")
@@ -71,7 +71,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def ask(args: argparse.Namespace, check: str, trainer: str, environment: Path) -> dict[str, Any]:
-    """The answer of a process, or its last words."""
+    """Return the answer of a process, or its error."""
     folder = args.output / trainer / check
     module = ["-m", "tests.benchmarks.ppo_abilities", "--run", str(args.run.resolve()), "--output", str(folder)]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
@@ -96,7 +96,7 @@ def ask(args: argparse.Namespace, check: str, trainer: str, environment: Path) -
 
 
 def build(args: argparse.Namespace, folder: Path, rollouts: int = ROLLOUTS, **options: Any) -> Any:
-    """A trainer of the kind asked for, of a few rollouts of 16 completions, each trained on once."""
+    """Build the trainer that `args.trainer` names, for a few rollouts of 16 completions, each trained on once."""
     from pipeline import hardware
 
     if hardware.accelerator() is None:
@@ -125,14 +125,14 @@ def networks(trainer: Any) -> dict[str, Any]:
 
 
 def flat(network: Any) -> Any:
-    """All weights in one vector."""
+    """Return all weights in one vector."""
     import torch
 
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
 def resume(args: argparse.Namespace) -> Answer:
-    """In one process: an undisturbed run, and one that goes on from its first checkpoint."""
+    """Compare an undisturbed run with one that resumes from its first checkpoint, in one process."""
     import torch
 
     saving = {"save_strategy": "steps", "save_steps": 1}
@@ -147,7 +147,7 @@ def resume(args: argparse.Namespace) -> Answer:
 
 
 def processes(args: argparse.Namespace) -> Answer:
-    """Run on two processes."""
+    """Train on two processes."""
     trainer = build(args, args.output / "run", ddp_backend="gloo")
     trainer.train()
     trainer.save_model(str(args.output / "run"))
@@ -158,7 +158,7 @@ def processes(args: argparse.Namespace) -> Answer:
 
 
 def critic(args: argparse.Namespace) -> Answer:
-    """Look for the critic's weights in what a run leaves."""
+    """Look for the critic's weights in what a run saves."""
     trainer = build(args, args.output / "run", save_strategy="steps", save_steps=1)
     trainer.train()
     trainer.save_model(str(args.output / "run"))
@@ -172,7 +172,7 @@ def critic(args: argparse.Namespace) -> Answer:
 
 
 def clipping(args: argparse.Namespace) -> Answer:
-    """SGD with learning rate 1 moves the weights by the gradient, as it was clipped."""
+    """Measure the clipped gradient: under SGD with learning rate 1, the weights move by it."""
     trainer = build(
         args, args.output / "run", rollouts=1, optim="sgd", max_grad_norm=CLIP, settings={"learning_rate": 1.0}
     )
@@ -180,11 +180,11 @@ def clipping(args: argparse.Namespace) -> Answer:
     trainer.train()
     moved = {name: float((flat(network) - before[name]).norm()) for name, network in networks(trainer).items()}
     within = all(0 < distance < 1.01 * CLIP for distance in moved.values())
-    return within, f"told {CLIP:g}, " + " and ".join(f"the {name} moved by {moved[name]:.2g}" for name in moved)
+    return within, f"with {CLIP:g}, " + " and ".join(f"the {name} moved by {moved[name]:.2g}" for name in moved)
 
 
 def evaluation(args: argparse.Namespace) -> Answer:
-    """Whether anything was measured on the evaluation prompts."""
+    """Look for metrics on the evaluation prompts."""
     trainer = build(args, args.output / "run", eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8)
     trainer.train()
     measured = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
@@ -193,7 +193,7 @@ def evaluation(args: argparse.Namespace) -> Answer:
 
 
 def bf16(args: argparse.Namespace) -> Answer:
-    """What the policy's layers give while it trains."""
+    """Record the dtype of the policy's layers during training."""
     import torch
 
     trainer = build(args, args.output / "run", rollouts=1, settings={"bf16": True})
@@ -209,7 +209,7 @@ def bf16(args: argparse.Namespace) -> Answer:
 
 
 def loaded(folder: Path, kind: str) -> Any:
-    """A model as anybody would load it."""
+    """Load a model as a user would."""
     import transformers
 
     return getattr(transformers, kind).from_pretrained(folder)

@@ -5,13 +5,12 @@
 python -m tests.benchmarks.ppo_vs_trl --run runs/pocket
 ```
 
-Both train the run's `2_sft` against its `3_reward` on the same prompts, for the same number of episodes and
-PPO epochs, with the same coefficients, batch and learning rate, one after the other on the same machine. TRL
-1.12 is installed into a folder of its own (the last release with a PPO trainer), and shares torch and
-transformers with ours. It ignores `bf16`, so ours runs twice: in float32 too, and as its recipe does on this
-machine, with eager attention. Then each policy answers the held-out prompts, eight times each, and the hidden
-taste of the simulated annotators and the reward model judge the answers; `over_trl` is the difference on the
-same prompts.
+Both train the run's `2_sft` against its `3_reward` on the same prompts, for the same number of episodes and PPO epochs,
+with the same coefficients, batch and learning rate, one after the other on the same machine. TRL 1.12, the last release
+with a PPO trainer, is installed into a separate folder, and shares torch and transformers with ours. It ignores `bf16`,
+so ours runs twice: in float32, and in bf16 with eager attention if the machine computes in bf16. Then each policy
+answers the held-out prompts, eight times each, and the hidden taste of the simulated annotators and the reward model
+judge the answers; `over_trl` is the difference on the same prompts.
 
 Prints a table and writes OUTPUT/results.json.
 """
@@ -33,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 TRL = "trl==1.12.*"
 ANSWERS = 8
-"""Answers sampled to each prompt when a policy is judged."""
+"""Answers sampled for each prompt when a policy is judged."""
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Train each in a process of its own, judge what came out, and tell."""
+    """Train each in a new process, judge the policies, and print the results."""
     from pipeline import hardware
     from pipeline.evaluation.intervals import paired_difference
 
@@ -89,7 +88,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def install_trl(folder: Path) -> Path:
-    """Install TRL 1.12, without what it depends on, into a folder, unless it is there."""
+    """Install TRL 1.12 without its dependencies into a folder, unless it is already installed there."""
     if not (folder / "trl").is_dir():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, "--target", str(folder), TRL], check=True)
@@ -97,14 +96,14 @@ def install_trl(folder: Path) -> Path:
 
 
 def rows(args: argparse.Namespace, split: str) -> Any:
-    """The run's prompts."""
+    """Load the run's prompts."""
     from datasets import Dataset
 
     return Dataset.from_parquet(str(args.run / "data" / "preferences" / f"{split}.parquet"))
 
 
 def load(args: argparse.Namespace, head: str, name: str) -> Any:
-    """One of the run's models, its weights in float32."""
+    """Load one of the run's models, with its weights in float32."""
     import torch
     import transformers
 
@@ -114,7 +113,7 @@ def load(args: argparse.Namespace, head: str, name: str) -> Any:
 
 
 def common(args: argparse.Namespace) -> dict[str, Any]:
-    """What both configurations are told in the same words."""
+    """Return the fields that both configurations have in common."""
     return {
         "output_dir": str(args.output),
         "learning_rate": args.learning_rate,
@@ -137,7 +136,7 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, train: Any) -> None:
-    """Train, and write what it took."""
+    """Train, and write the time and the memory that it took."""
     start = time.perf_counter()
     train()
     seconds = time.perf_counter() - start
@@ -151,7 +150,7 @@ def measure(args: argparse.Namespace, train: Any) -> None:
 
 
 def build_trl(args: argparse.Namespace, **options: Any) -> Any:
-    """TRL 1.12's trainer, as its own example script uses it; `options` are further ones of its configuration."""
+    """Build TRL 1.12's trainer as its own example script does; `options` are further fields of its configuration."""
     from transformers import AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -187,7 +186,7 @@ def build_trl(args: argparse.Namespace, **options: Any) -> Any:
 
 
 def build_ours(args: argparse.Namespace, **options: Any) -> Any:
-    """Ours, from the same weights, with the same loss."""
+    """Build ours, from the same weights, with the same loss."""
     from transformers import AutoTokenizer
 
     from pipeline import hardware
@@ -213,7 +212,7 @@ def build_ours(args: argparse.Namespace, **options: Any) -> Any:
 
 
 def train_trl(args: argparse.Namespace) -> None:
-    """Train TRL's, and save its policy."""
+    """Train TRL's, and save its policy and tokenizer."""
     trainer = build_trl(args)
     measure(args, trainer.train)
     trainer.policy_model.save_pretrained(args.output)
@@ -228,7 +227,7 @@ def train_ours(args: argparse.Namespace) -> None:
 
 
 def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A policy's answers to held-out prompts, several to each, judged by the annotators and by the reward model."""
+    """Let the annotators and the reward model judge a policy's answers to held-out prompts, several for each."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -257,7 +256,7 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     with torch.inference_mode():
         scores = score(reward_model, tokenizer, conversations)
-    # The answers to one prompt are alike; the prompts are what the interval is over.
+    # Answers to the same prompt are similar, so the interval is over prompts.
     tastes = [
         statistics.fmean(taste(answer.text, row) for answer in several)
         for several, row in zip(answers, prompts, strict=True)
@@ -274,7 +273,7 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def half_width(estimate: Any) -> float:
-    """Half the width of an estimate's 95% interval."""
+    """Return half the width of an estimate's 95% interval."""
     return (estimate.high - estimate.low) / 2
 
 
