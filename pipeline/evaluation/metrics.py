@@ -158,7 +158,7 @@ def grade_final_answers(answers: Sequence[str], references: Sequence[str]) -> li
 
 
 class WinRate(evaluate.Metric):
-    """The mean outcome: 1 for a win, 0 for a loss, 0.5 for a tie. The judge sees each pair in random order."""
+    """The mean outcome: 1 for a win, 0 for a loss, 0.5 for a tie."""
 
     def _info(self) -> evaluate.MetricInfo:
         inputs = "predictions: answers; references: the opponent's; rows: what the answers are judged by."
@@ -167,7 +167,7 @@ class WinRate(evaluate.Metric):
     def _compute(
         self, predictions: list[str], references: list[str], rows: Sequence[Mapping[str, Any]], seed: int = 0
     ) -> dict[str, Any]:
-        values = judge_match(predictions, references, rows, seed)
+        values = judge_match(predictions, references, rows)
         return output(intervals.outcome_mean(values, seed), values)
 
 

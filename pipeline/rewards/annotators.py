@@ -180,19 +180,16 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
     return 0 if choice_draw < preference_probability(score_first, score_second, annotator.temperature) else 1
 
 
-def judge_match(
-    answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]], seed: int = 0
-) -> list[float]:
+def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """Judge which of two answers to each prompt is better, for evaluation.
 
-    The judge is the panel's noise-free mean taste; scores that differ by less than `INDIFFERENCE` are a tie. It sees
-    the two answers in a random order, drawn from `seed`, and does not know whose they are.
+    The judge is the panel's noise-free mean taste, which does not depend on the order in which the answers are shown or
+    on whose they are; scores that differ by less than `INDIFFERENCE` are a tie.
 
     Args:
         answers: One answer to each prompt.
         opponents: The answers that they are compared with.
         rows: Rows of the prompts, as in `taste`.
-        seed: Seed of the order.
 
     Returns:
         1 for each of `answers` that wins, 0 for one that loses, 0.5 for a tie. The mean is the win rate.
@@ -200,21 +197,11 @@ def judge_match(
     Raises:
         ValueError: The three sequences differ in length.
     """
-    rng = random.Random(seed)
     outcomes = []
     for answer, opponent, row in zip(answers, opponents, rows, strict=True):
-        swapped = rng.random() < 0.5
-        shown = (opponent, answer) if swapped else (answer, opponent)
-        first_wins = _blind_verdict(*shown, row)
-        outcomes.append(1 - first_wins if swapped else first_wins)
+        difference = taste(answer, row) - taste(opponent, row)
+        outcomes.append(0.5 if abs(difference) < INDIFFERENCE else float(difference > 0))
     return outcomes
-
-
-def _blind_verdict(shown_first: str, shown_second: str, row: Mapping[str, Any]) -> float:
-    difference = taste(shown_first, row) - taste(shown_second, row)
-    if abs(difference) < INDIFFERENCE:
-        return 0.5
-    return 1.0 if difference > 0 else 0.0
 
 
 def _words(text: str) -> list[str]:

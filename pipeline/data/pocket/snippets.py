@@ -25,67 +25,28 @@ class Snippet:
     test: str
 
 
-def _snippet(name: str, task: str, parameter: str, expression: str, cases: list[tuple[object, object]]) -> Snippet:
-    source = f"def {name}({parameter}):\n    return {expression}"
-    test = "\n".join(f"assert {name}({given!r}) == {expected!r}" for given, expected in cases)
-    return Snippet(name, task, source, test)
-
-
-def _add(k: int) -> Snippet:
-    return _snippet(f"add_{k}", f"adds {k} to a number", "x", f"x + {k}", [(5, 5 + k), (-3, k - 3)])
-
-
-def _subtract(k: int) -> Snippet:
-    return _snippet(f"take_{k}", f"takes {k} from a number", "x", f"x - {k}", [(9, 9 - k), (-1, -1 - k)])
-
-
-def _multiply(k: int) -> Snippet:
-    return _snippet(f"times_{k}", f"multiplies a number by {k}", "x", f"x * {k}", [(4, 4 * k), (-2, -2 * k)])
-
-
-def _power(k: int) -> Snippet:
-    return _snippet(f"power_{k}", f"raises a number to the power {k}", "x", f"x ** {k}", [(2, 2**k), (3, 3**k)])
-
-
-def _over(k: int) -> Snippet:
-    return _snippet(f"over_{k}", f"says if a number is over {k}", "x", f"x > {k}", [(k, False), (k + 1, True)])
-
-
-def _under(k: int) -> Snippet:
-    return _snippet(f"under_{k}", f"says if a number is under {k}", "x", f"x < {k}", [(k, False), (k - 1, True)])
-
-
-def _divides(k: int) -> Snippet:
-    task = f"says if {k} divides a number"
-    return _snippet(f"by_{k}", task, "x", f"x % {k} == 0", [(2 * k, True), (2 * k + 1, k == 1)])
-
-
-def _remainder(k: int) -> Snippet:
-    return _snippet(f"rest_{k}", f"gives the rest after division by {k}", "x", f"x % {k}", [(3 * k, 0), (k - 1, k - 1)])
-
-
-def _repeat(k: int) -> Snippet:
-    return _snippet(f"repeat_{k}", f"repeats a text {k} times", "s", f"s * {k}", [("ab", "ab" * k), ("", "")])
-
-
-def _first(k: int) -> Snippet:
-    values = list(range(100))
-    return _snippet(f"first_{k}", f"gives the first {k} items of a list", "a", f"a[:{k}]", [(values, values[:k])])
-
-
-def _last(k: int) -> Snippet:
-    values = list(range(100))
-    return _snippet(f"last_{k}", f"gives the last {k} items of a list", "a", f"a[-{k}:]", [(values, values[-k:])])
-
-
-def _scale(k: int) -> Snippet:
-    task = f"multiplies each item by {k}"
-    return _snippet(f"scale_{k}", task, "a", f"[x * {k} for x in a]", [([1, 2, 5], [k, 2 * k, 5 * k])])
-
-
-FAMILIES: tuple[Callable[[int], Snippet], ...] = (
-    _add, _subtract, _multiply, _power, _over, _under, _divides, _remainder, _repeat, _first, _last, _scale,
-)  # fmt: skip
+LIST = list(range(100))
+FAMILIES: tuple[tuple[str, str, str, str, Callable[[int], list[tuple[object, object]]]], ...] = (
+    ("add_{k}", "adds {k} to a number", "x", "x + {k}", lambda k: [(5, 5 + k), (-3, k - 3)]),
+    ("take_{k}", "takes {k} from a number", "x", "x - {k}", lambda k: [(9, 9 - k), (-1, -1 - k)]),
+    ("times_{k}", "multiplies a number by {k}", "x", "x * {k}", lambda k: [(4, 4 * k), (-2, -2 * k)]),
+    ("power_{k}", "raises a number to the power {k}", "x", "x ** {k}", lambda k: [(2, 2**k), (3, 3**k)]),
+    ("over_{k}", "says if a number is over {k}", "x", "x > {k}", lambda k: [(k, False), (k + 1, True)]),
+    ("under_{k}", "says if a number is under {k}", "x", "x < {k}", lambda k: [(k, False), (k - 1, True)]),
+    ("by_{k}", "says if {k} divides a number", "x", "x % {k} == 0", lambda k: [(2 * k, True), (2 * k + 1, k == 1)]),
+    ("rest_{k}", "gives the rest after division by {k}", "x", "x % {k}", lambda k: [(3 * k, 0), (k - 1, k - 1)]),
+    ("repeat_{k}", "repeats a text {k} times", "s", "s * {k}", lambda k: [("ab", "ab" * k), ("", "")]),
+    ("first_{k}", "gives the first {k} items of a list", "a", "a[:{k}]", lambda k: [(LIST, LIST[:k])]),
+    ("last_{k}", "gives the last {k} items of a list", "a", "a[-{k}:]", lambda k: [(LIST, LIST[-k:])]),
+    (
+        "scale_{k}",
+        "multiplies each item by {k}",
+        "a",
+        "[x * {k} for x in a]",
+        lambda k: [([1, 2, 5], [k, 2 * k, 5 * k])],
+    ),
+)
+"""Name, task, parameter and expression of a function with a constant k, and its cases: pairs of argument and result."""
 REQUESTS: dict[SplitName, tuple[str, ...]] = {
     "train": (
         "Write a function {name} that {task}.",
@@ -115,7 +76,11 @@ def constants(family: int, split: SplitName) -> list[int]:
 def snippet(rng: random.Random, split: SplitName) -> Snippet:
     """Draw a function of a random family with a constant of this split."""
     family = rng.randrange(len(FAMILIES))
-    return FAMILIES[family](rng.choice(constants(family, split)))
+    k = rng.choice(constants(family, split))
+    *templates, make_cases = FAMILIES[family]
+    name, task, parameter, expression = (template.format(k=k) for template in templates)
+    test = "\n".join(f"assert {name}({given!r}) == {expected!r}" for given, expected in make_cases(k))
+    return Snippet(name, task, f"def {name}({parameter}):\n    return {expression}", test)
 
 
 def request(rng: random.Random, split: SplitName, wanted: Snippet) -> str:

@@ -51,6 +51,12 @@ def core(value: str) -> str:
     return re.sub(r"^(?:(?:in|on|at) )?(?:(?:a|an|the) )?", "", value)
 
 
+def read_table(name: str) -> list[dict[str, str]]:
+    """Read a table of this package, with a header and tab-separated columns."""
+    text = files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines(), delimiter="\t"))
+
+
 @cache
 def things() -> tuple[Thing, ...]:
     """Return all things in file order. Of every six, one is held out for validation and one for test.
@@ -58,8 +64,6 @@ def things() -> tuple[Thing, ...]:
     Things without "a" or "an" ("the sun", "rice") stay in training: they are too few for a model to learn from the
     others how to write about them.
     """
-    table = files(__package__).joinpath("things.tsv").read_text(encoding="utf-8")
-    rows = csv.DictReader(table.splitlines(), delimiter="\t")
     held_out: dict[int, SplitName] = {2: "validation", 5: "test"}
     return tuple(
         Thing(
@@ -67,7 +71,7 @@ def things() -> tuple[Thing, ...]:
             facts={name: row[name] for name in ATTRIBUTES},
             split=held_out.get(index % 6, "train") if row["thing"].startswith(("a ", "an ")) else "train",
         )
-        for index, row in enumerate(rows)
+        for index, row in enumerate(read_table("things.tsv"))
     )
 
 
