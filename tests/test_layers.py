@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def test_no_modules_import_each_other() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
+
+
+def test_every_data_file_is_installed() -> None:
+    settings = ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    patterns = {name: text.split(", ") for name, text in settings["options.package_data"].items()}
+    files = [path for top in ("pipeline", "recipes") for path in (ROOT / top).rglob("*") if path.is_file()]
+    for file in files:
+        if file.suffix not in (".py", ".pyc"):
+            package = next(folder for folder in file.parents if (folder / "__init__.py").exists())
+            own = patterns.get(package.name, []) if package.parent == ROOT else []
+            assert any(file in package.glob(pattern) for pattern in [*patterns["*"], *own]), file
 
 
 def test_folders_and_modules_stay_small() -> None:
