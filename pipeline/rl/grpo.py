@@ -18,7 +18,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from pipeline.models.weights import load_renamed_weights
 from pipeline.rl.log_probs import accepts, token_log_probs
 from pipeline.rl.rollouts import EpochSampler, load_rollout, load_state, save_rollout
-from pipeline.training.divergence import stop_on_broken_rewards
+from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
 
 logger = get_logger(__name__)
 
@@ -64,9 +64,10 @@ class GRPOTrainer(TRLGRPOTrainer):
         because of a function that is only measured.
 
         Raises:
-            RunStopped: If a reward is not a number (`pipeline.training.divergence`).
+            RunStopped: If a reward is not a number, or its function fails (`pipeline.training.divergence`).
         """
-        rewards = super()._calculate_rewards(*args, **kwargs)
+        with stop_on_failing_rewards(self):
+            rewards = super()._calculate_rewards(*args, **kwargs)
         stop_on_broken_rewards(self, rewards)
         counted = self.reward_weights.to(rewards.device) != 0
         rewards[rewards[:, counted].isnan().all(dim=1)] = torch.nan

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -91,53 +90,26 @@ def stop_on_broken_rewards(trainer: GRPOTrainer, rewards: torch.Tensor) -> None:
             )
 
 
-def stop_on_failing_rewards(trainer: Trainer) -> None:
-    """Stop a trainer with a short message when one of its reward functions raises an exception or exits.
-
-    Args:
-        trainer: Changed in place, before `train`. Trainers without reward functions are not changed.
-    """
-    functions = getattr(trainer, "reward_funcs", [])
-    for index, function in enumerate(functions):
-        if not isinstance(function, nn.Module):
-            functions[index] = _stopping(trainer, function, trainer.reward_func_names[index])
-
-
-def _stopping(trainer: Trainer, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    from trl.trainer.utils import is_async_callable  # takes seconds, which pretraining does not need
-
-    @contextmanager
-    def stop_on_error() -> Iterator[None]:
-        try:
-            yield
-        except (UserError, RunStopped):
+@contextmanager
+def stop_on_failing_rewards(trainer: GRPOTrainer) -> Iterator[None]:
+    """Stop with a short message if a reward function that is called in the block raises an exception or exits."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        functions = [inspect.unwrap(getattr(function, "func", function)) for function in trainer.reward_funcs]
+        codes = [getattr(function, "__code__", getattr(function.__call__, "__code__", None)) for function in functions]
+        names = dict(zip(codes, trainer.reward_func_names, strict=True))
+        frames = list(traceback.walk_tb(error.__traceback__))
+        called = next((frame.f_code for frame, _ in frames if frame.f_code in names), None)
+        if called is None or isinstance(error, UserError | RunStopped):
             raise
-        except (Exception, SystemExit) as error:
-            logger.debug("The reward %s failed.", name, exc_info=True)
-            own_file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)
-            frames = traceback.extract_tb(error.__traceback__)
-            frame = next((frame for frame in reversed(frames) if frame.filename == own_file), frames[-1])
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise RunStopped(
-                f"The reward {name} raised {reason} ({frame.filename}:{frame.lineno}) in step "
-                f"{trainer.state.global_step + 1}; {last_good(trainer)}. Correct the reward, and start again."
-            ) from error
-
-    if is_async_callable(function):
-
-        @functools.wraps(function)
-        async def stopping_async(**columns: Any) -> Any:
-            with stop_on_error():
-                return await function(**columns)
-
-        return stopping_async
-
-    @functools.wraps(function)
-    def stopping(**columns: Any) -> Any:
-        with stop_on_error():
-            return function(**columns)
-
-    return stopping
+        logger.debug("The reward %s failed.", names[called], exc_info=True)
+        line = [line for frame, line in frames if frame.f_code.co_filename == called.co_filename][-1]
+        raise RunStopped(
+            f"The reward {names[called]} raised {type(error).__name__}: {' '.join(str(error).split())} "
+            f"({called.co_filename}:{line}) in step {trainer.state.global_step + 1}; {last_good(trainer)}. Correct the "
+            "reward, and start again."
+        ) from error
 
 
 def last_good(trainer: Trainer) -> str:

@@ -22,7 +22,7 @@ from pipeline.errors import Problem, RunStopped, UserError, end_preparation
 from pipeline.models.weights import resume_renamed_weights
 from pipeline.training import checkpoints, manifest
 from pipeline.training.callbacks import InterruptCallback, OnTrainBegin, ThroughputCallback
-from pipeline.training.divergence import last_good, stop_on_divergence, stop_on_failing_rewards
+from pipeline.training.divergence import last_good, stop_on_divergence
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,6 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequen
     _name_base_by_absolute_path(trainer.model)
     resume_renamed_weights(trainer)
     stop_on_divergence(trainer)
-    stop_on_failing_rewards(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
     if checkpoint is None and (checkpoint := checkpoints.newest_complete(trainer.args.output_dir)) is not None:
@@ -106,6 +105,10 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
     except SystemExit as error:
         message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
         raise RunStopped(f"{message}; {last_good(trainer)}.") from error
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if bar := getattr(callback, "training_bar", None):  # which would be drawn again below an error
+                bar.close()
 
 
 def _end(trainer: Trainer) -> None:

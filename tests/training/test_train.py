@@ -1,0 +1,132 @@
+"""The end of a run: what ends it early is reported, and what it saves can be used elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from small_model import ROOT, run_recipe
+from transformers import Trainer
+
+from pipeline.errors import Problem, RunStopped, UserError
+from pipeline.training import train
+from pipeline.training.divergence import stop_on_failing_rewards
+from tests import sampling_recipes
+
+REWARD = """
+import sys
+
+calls = 0
+
+
+def failing(completions, **columns):
+    global calls
+    calls += 1
+    if calls > 1:
+        {statement}
+    return [len(completion[0]["content"]) for completion in completions]
+"""
+LINE = REWARD.split("\n").index("        {statement}") + 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "statement", "reason", "more"),
+    [
+        ("grpo", "raise ValueError('two\\nlines')", "ValueError: two lines", []),
+        ("ppo", "sys.exit(0)", "SystemExit: 0", ["--reward_weights", "1", "1"]),
+    ],
+)
+def test_a_reward_that_fails_ends_the_run_with_its_name_its_reason_and_its_line(
+    recipe: str, statement: str, reason: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(REWARD.format(statement=statement))
+    monkeypatch.setitem(sampling_recipes.ENVIRONMENT, "PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
+    options = sampling_recipes.write_config(
+        recipe, tmp_path, reward_funcs=["my_rewards:failing"], save_steps=1, max_steps=8, eval_strategy="no"
+    )
+    done = sampling_recipes.run(f"recipes.{recipe}", *options, *more, "--output_dir", str(tmp_path / "run"))
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"The reward failing raised {reason} ({tmp_path}/my_rewards.py:{LINE}) in step ")
+    assert f"the last good checkpoint is {tmp_path}/run/checkpoint-" in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+class Judge:
+    def __call__(self, completions: Any, **columns: Any) -> Any:
+        raise ValueError("no verdict")
+
+
+async def waiting(completions: Any, **columns: Any) -> Any:
+    return int(completions)
+
+
+def refusing(completions: Any, **columns: Any) -> Any:
+    raise UserError(Problem("reward_funcs", "refusing", "returned nothing"))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: Judge()("x"), "The reward Judge raised ValueError: no verdict "),
+        (lambda: asyncio.run(waiting("x")), "The reward waiting raised ValueError: invalid literal"),
+    ],
+)
+def test_every_kind_of_reward_function_is_found(call: Any, said: str, tmp_path: Path) -> None:
+    functions: list[Any] = [refusing, Judge(), waiting]
+    state, args = SimpleNamespace(global_step=0), SimpleNamespace(output_dir=str(tmp_path))
+    names = ["refusing", "Judge", "waiting"]
+    trainer: Any = SimpleNamespace(reward_funcs=functions, reward_func_names=names, state=state, args=args)
+    with pytest.raises(RunStopped, match=rf"{said}.*{__file__}:\d+\) in step 1"), stop_on_failing_rewards(trainer):
+        call()
+    with pytest.raises(UserError), stop_on_failing_rewards(trainer):
+        refusing("x")
+    with pytest.raises(ZeroDivisionError), stop_on_failing_rewards(trainer):
+        _ = 1 / 0  # outside of the rewards
+
+
+def test_leaving_training_by_sys_exit_is_an_error(tmp_path: Path) -> None:
+    class Leaving:
+        class args:
+            output_dir = str(tmp_path)
+
+        class state:
+            global_step = 3
+
+        callback_handler = SimpleNamespace(callbacks=[])
+
+        def add_callback(self, callback: Any) -> None:
+            pass
+
+        def train(self, resume_from_checkpoint: str | None) -> None:
+            raise SystemExit(0)
+
+    trainer: Trainer = Leaving()  # type: ignore[assignment]
+    with pytest.raises(RunStopped, match=r"sys.exit\(0\) was called .* after step 3; there is no checkpoint") as stop:
+        train._train(trainer, None)
+    assert stop.value.exit_code == 1
+
+
+def test_saved_configurations_enable_the_cache(tmp_path: Path) -> None:
+    done = run_recipe("sft", tmp_path / "inputs", "--output_dir", str(tmp_path / "run"), "--max_steps", "2")
+    assert done.returncode == 0, done.stderr
+    for folder in ("run", "run/checkpoint-2", "inputs/model"):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["use_cache"] is True, folder
+
+
+def test_an_adapter_names_a_local_base_by_its_absolute_path(tmp_path: Path) -> None:
+    inputs = Path(os.path.relpath(tmp_path / "inputs", ROOT))
+    run_recipe("sft", tmp_path / "inputs", "--help")
+    lora = ["--use_peft", "--lora_target_modules", "all-linear", "--max_steps", "2"]
+    named = ["--model_name_or_path", str(inputs / "model"), "--output_dir", str(tmp_path / "run")]
+    done = run_recipe("sft", tmp_path / "inputs", *lora, *named)
+    assert done.returncode == 0, done.stderr
+    for folder in ("run", "run/checkpoint-2"):
+        config = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(tmp_path / "inputs" / "model")
