@@ -10,15 +10,25 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from pipeline.__main__ import main
 
-HINT = "to run the tests of the pages: apt-get install chromium chromium-driver; pip install -e '.[test]'"
+BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+FOUND = {"selenium": find_spec("selenium"), "Chromium": BINARY, "chromedriver": DRIVER}
+MISSING = ", ".join(name for name, found in FOUND.items() if not found)
+HINT = (
+    f"without {MISSING}; to run the tests of the pages: apt-get install chromium chromium-driver; "
+    "pip install -e '.[test]'"
+)
+if MISSING and not os.environ.get("CI"):
+    pytest.skip(HINT, allow_module_level=True)
 
 # Elements that reach out of the window, or whose text is cut, unless they scroll by themselves.
 OVERFLOWING = """
@@ -72,36 +82,17 @@ return faint;
 """
 
 
-def missing(name: str) -> NoReturn:
-    """Skip the tests of the pages, or fail in CI."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is missing; {HINT}")
-
-
-@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
-def test_without_a_browser_tests_are_skipped_but_fail_in_ci(
-    monkeypatch: pytest.MonkeyPatch, ci: str, outcome: type[BaseException]
-) -> None:
-    monkeypatch.setenv("CI", ci)
-    with pytest.raises(outcome, match="Chromium is missing; to run the tests of the pages: apt-get install"):
-        missing("Chromium")
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium with an empty profile."""
-    try:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-    except ImportError:
-        missing("selenium")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    binary = next((found for name in names if (found := shutil.which(name))), None)
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        missing("Chromium" if binary is None else "chromedriver")
+    if MISSING:
+        pytest.fail(HINT, pytrace=False)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
     os.environ |= {"SE_OFFLINE": "true", "SE_AVOID_STATS": "true"}
     options = webdriver.ChromeOptions()
-    options.binary_location = binary
+    options.binary_location = BINARY
     for flag in (
         "--headless",
         "--no-sandbox",
@@ -116,7 +107,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(driver))
+    started = webdriver.Chrome(options=options, service=Service(DRIVER))
     yield started
     started.quit()
 

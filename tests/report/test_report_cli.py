@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -367,6 +368,18 @@ def test_a_report_imports_neither_torch_nor_evaluate(short_run: Path, tmp_path: 
         f" {str(tmp_path)!r}]); print(sorted({{'torch', 'transformers', 'evaluate', 'datasets'}} & set(sys.modules)))"
     )
     assert run_python(code).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(("ci", "code", "outcome"), [("", 5, "1 skipped"), ("true", 1, "1 error")])
+def test_without_a_browser_the_tests_of_the_pages_are_skipped_but_fail_in_ci(
+    tmp_path: Path, ci: str, code: int, outcome: str
+) -> None:
+    file = Path(__file__).with_name("test_report_browser.py")
+    command = [sys.executable, "-m", "pytest", "-ra", "-k", "dark_and_light", str(file)]
+    environment = os.environ | {"CI": ci, "PATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=file.parents[2], env=environment)
+    assert done.returncode == code and outcome in done.stdout, done.stdout
+    assert done.stdout.count("to run the tests of the pages: apt-get install") == 1 + bool(ci)
 
 
 def run_python(code: str) -> str:
