@@ -1,0 +1,74 @@
+"""Every module can be imported where the parts of POSIX that Windows lacks are missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for package in ("pipeline", "recipes")
+    for path in (ROOT / package).rglob("*.py")
+    if path.name != "__main__.py"
+)
+# Other libraries are imported first, because they look at `sys.platform` only when they are imported.
+WITHOUT_POSIX = """
+import importlib, json, os, signal, sys, time
+import accelerate, datasets, evaluate, filelock, huggingface_hub, math_verify, numpy, peft, psutil, torch, transformers
+import torch.distributed, transformers.trainer, trl
+from trl import GRPOTrainer, RewardTrainer, SFTTrainer
+
+for name in ("fcntl", "resource", "termios", "pwd", "grp", "pty"):
+    sys.modules[name] = None  # which makes `import` fail
+for module, names in {
+    os: "sched_getaffinity fork killpg geteuid getuid setsid posix_fallocate sysconf wait4 pread pwrite",
+    signal: "SIGKILL SIGALRM alarm setitimer pthread_kill pthread_sigmask",
+    time: "pthread_getcpuclockid",
+}.items():
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+sys.platform = "win32"
+failed = {}
+for name in json.loads(sys.argv[1]):
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        failed[name] = repr(error)
+print(json.dumps(failed))
+"""
+
+
+def test_every_module_is_imported_without_what_windows_lacks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_POSIX, json.dumps(MODULES)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == {}
+
+
+def test_imports_leave_the_garbage_collector_alone() -> None:
+    code = "import gc; before = gc.isenabled(), gc.get_threshold(); import recipes; "
+    code += "assert (gc.isenabled(), gc.get_threshold()) == before"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("arguments", [["--size_mb", "big"], ["--size_mb", "0.1"]])
+def test_the_garbage_collector_works_once_a_recipe_runs(tmp_path: Path, arguments: list[str]) -> None:
+    code = (
+        "import atexit, gc, runpy, sys; atexit.register(lambda: print(gc.isenabled(), file=sys.stderr)); "
+        "name, sys.argv = sys.argv[1], ['-m', *sys.argv[2:]]; import recipes; assert not gc.isenabled(); "
+        "runpy.run_module(name, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "recipes.data", "--output_dir", str(tmp_path / "data"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stderr.splitlines()[-1] == "True", done.stderr
