@@ -140,7 +140,7 @@ def validate_vocabulary(
     known = getattr(config.get_text_config(), "vocab_size", None)
     if known is None or len(tokenizer) <= known:
         return None
-    return f"knows {known} tokens and {whose} {len(tokenizer)}; give the tokenizer it was trained with"
+    return f"knows {known} tokens and {whose} {len(tokenizer)}; give a model and a tokenizer that belong together"
 
 
 def load_model(

@@ -19,8 +19,7 @@ for module, names in {
         delattr(module, name)
 import pipeline.rewards
 for module in pkgutil.walk_packages(pipeline.rewards.__path__, "pipeline.rewards."):
-    if module.name != "pipeline.rewards.sandbox.child":
-        __import__(module.name)
+    __import__(module.name)
 from pipeline.errors import RunStopped, UserError
 from pipeline.rewards.functions import code_tests, exact_answer
 from pipeline.rewards.grading import grade
