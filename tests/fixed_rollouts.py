@@ -1,7 +1,7 @@
 """Run by `tests/recipes/test_sampling_recipes.py`: `python -m tests.fixed_rollouts RECIPE OPTIONS...`.
 
-A recipe as it is, but with completions that depend on the prompt and the step alone, and not on who samples
-them. The gradients of every step, before they are clipped, are left in `seen.pt` in the output directory.
+Runs a recipe, but with completions that depend only on the prompt and the step, and not on the process that samples
+them. The gradients of every step, before clipping, are saved as `seen.pt` in the output directory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests import ppo_toy as toy
 
 
 def fixed_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
-    """Completions of a few of the first words, of which "red" is one, that differ within the group of a prompt."""
+    """Make completions from a few of the first words, with "red" among them, that differ within a group."""
     tokenizer = toy.tokenizer()
     group = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
     prompt_ids, completion_ids = [], []
@@ -34,7 +34,7 @@ def fixed_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
 
 
 def with_fixed_rollouts(kind: type) -> type:
-    """A trainer that samples nothing, and keeps its gradients."""
+    """Return a subclass of a trainer that does not sample, and records its gradients."""
 
     class Fixed(kind):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -56,7 +56,7 @@ def with_fixed_rollouts(kind: type) -> type:
 
 
 def main(recipe: str, argv: list[str]) -> None:
-    log_probs.CPU_ROWS = 2  # several forward passes a backward pass, on two processes as well
+    log_probs.CPU_ROWS = 2  # several forward passes per backward pass, also on two processes
     module, name = (ppo, "PPOTrainer") if recipe == "ppo" else (grpo, "GRPOTrainer")
     setattr(module, name, with_fixed_rollouts(getattr(module, name)))
     main_of_recipe = importlib.import_module(f"recipes.{recipe}").main

@@ -23,18 +23,21 @@ OWN: dict[str, dict[str, Any]] = {
     "ppo": {"reward_model_path": "reward", "num_generations": 1, "reward_normalization": "batch"},
     "grpo": {"num_generations": 2},
 }
-"""Fields of one recipe only."""
+"""Fields that only one recipe has."""
 
 
 def write_config(recipe: str, folder: Path, **changes: Any) -> list[str]:
-    """Save a policy, a reward model and prompts, and a YAML file that names them; returns the option for it.
+    """Save a policy, a reward model, prompts, and a YAML file that names them.
 
     A rollout of 8 completions lasts two optimizer steps, each of two micro-batches.
 
     Args:
         recipe: "ppo" or "grpo".
-        folder: Where to.
-        **changes: Other fields of the file.
+        folder: Where to save them.
+        **changes: Further fields of the file.
+
+    Returns:
+        The options that name the file.
     """
     for name, model in (("policy", toy.policy()), ("reward", toy.reward_model())):
         model.save_pretrained(folder / name)
@@ -62,7 +65,7 @@ def write_config(recipe: str, folder: Path, **changes: Any) -> list[str]:
 
 
 def command(module: str, *arguments: str, processes: int = 1) -> list[str]:
-    """The command line that runs a module, on one process or several."""
+    """Return the command line that runs a module on one process or several."""
     launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
     launch += ["--num_processes", str(processes), "--main_process_port", "0"]
     return [sys.executable, *(launch if processes > 1 else []), "-m", module, *arguments]

@@ -1,4 +1,4 @@
-"""What the recipes that sample read: rewards, prompts and, for GRPO, the answers to them."""
+"""Arguments and inputs of the recipes that sample: rewards, prompts and, for GRPO, the answers to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # these imports take seconds, which `--help` must not
 
 @dataclass
 class PPORewardArguments:
-    """What scores a completion: the sum of all rewards, weighted by `reward_weights` (models first)."""
+    """Rewards and critic of PPO. The score of a completion is the sum of its rewards, weighted by `reward_weights`."""
 
     trains_critic: ClassVar[bool] = True
     """Whether a critic as large as the model is trained and saved beside it."""
@@ -61,7 +61,7 @@ class PPORewardArguments:
 
 @dataclass
 class GRPORewardArguments:
-    """What scores a completion: the sum of all rewards, weighted by `reward_weights`."""
+    """Rewards of GRPO. The score of a completion is the sum of its rewards, weighted by `reward_weights`."""
 
     trains_critic: ClassVar[bool] = False
 

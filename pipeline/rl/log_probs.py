@@ -101,8 +101,8 @@ def over_length_groups(
         autocast: Makes the context of the forward passes, as `Accelerator.autocast` does.
 
     Returns:
-        As many tensors (B, `length`), 0 where a text has no token: a model's output for padding depends on the group,
-        and two such outputs may be far apart.
+        As many tensors (B, `length`), 0 at padding: what a model outputs there depends on the group, and two such
+        outputs may be far apart.
     """
     groups = length_groups(attention_mask, length, batch_size)
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0) if accepts(model, "position_ids") else None

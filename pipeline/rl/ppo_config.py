@@ -34,7 +34,7 @@ class PPOConfig(GRPOConfig):
     Some fields of `GRPOConfig` have another meaning or default. `num_generations` is how many completions are sampled
     for each prompt (1; they are not compared with each other), and `num_iterations` how many PPO epochs are made over
     each rollout (4). `disable_dropout` is True: with dropout, a token's probability ratio is not 1 before the first
-    update. `epsilon` is `cliprange`. The advantage is not relative to a group, so `scale_rewards` has no effect.
+    update. `epsilon` is `cliprange`. The advantage is not relative to a group, so `scale_rewards` is ignored.
     `loss_type` stays "dapo": the sum over the tokens of an optimizer step, divided by the number of tokens that such a
     step has on average in its rollout, however it is split over processes and accumulation.
 

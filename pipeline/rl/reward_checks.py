@@ -89,7 +89,7 @@ def check_reward_model(path: str) -> list[Problem]:
     except UserError as error:
         return [Problem(field, path, fault) for fault in faults] + list(error.problems)
     if not tokenizer.chat_template:
-        faults.append("its tokenizer has no chat template; add one")
+        faults.append("its tokenizer lacks a chat template; add one")
     if fault := validate_vocabulary(config, tokenizer):
         faults.append(fault)
     return [Problem(field, path, fault) for fault in faults]

@@ -110,7 +110,7 @@ def _head(critic: PreTrainedModel) -> tuple[str, nn.Linear]:
         head = getattr(critic, name, None)
         if isinstance(head, nn.Linear):
             return name, head
-    raise ValueError(f"{type(critic).__name__} has no linear head named any of {HEAD_NAMES}")
+    raise ValueError(f"{type(critic).__name__} does not have a linear head named any of {HEAD_NAMES}")
 
 
 def build_value_model(

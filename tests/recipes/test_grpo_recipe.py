@@ -1,4 +1,4 @@
-"""The recipe from the command line: GSM8K's format by YAML alone, several rewards, the control, mistakes."""
+"""The GRPO recipe from the command line: GSM8K's format by YAML alone, several rewards, the control, refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.sampling_recipes import run
 
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
-    """A policy and a file in the format of GSM8K, and the options that name them."""
+    """Save a policy and a file in the format of GSM8K, and return the options that name them."""
     toy.policy().save_pretrained(tmp_path / "policy")
     toy.tokenizer().save_pretrained(tmp_path / "policy")
     with open(tmp_path / "gsm8k.jsonl", "w") as file:

@@ -1,4 +1,4 @@
-"""The recipe from the command line: from files to a policy and a critic; mistakes."""
+"""The PPO recipe from the command line: from files to a policy and a critic; refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.sampling_recipes import run
 
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
-    """A policy, a reward model and prompts on disk, and the options that name them."""
+    """Save a policy, a reward model and prompts, and return the options that name them."""
     for name, model in (("policy", toy.policy()), ("reward", toy.reward_model())):
         model.save_pretrained(tmp_path / name)
         toy.tokenizer().save_pretrained(tmp_path / name)
@@ -69,7 +69,7 @@ def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reward_function_that_returns_no_numbers(options: list[str]) -> None:
+def test_refuses_a_reward_function_that_returns_text(options: list[str]) -> None:
     refused = run("recipes.ppo", *options, "--reward_funcs", "tests.ppo_toy:its_text")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr

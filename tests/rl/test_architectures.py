@@ -1,4 +1,4 @@
-"""PPO trains policies that are no Llamas, resumes them exactly, and its critics load again."""
+"""PPO trains policies of other architectures than Llama, resumes them exactly, and loads their critics again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZES = {**TOKENS, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layer
 GPT = {**TOKENS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt2 (absolute positions, dropout)": GPT2Config(**GPT),
-    "gptj (a body that is not called model, no classifier of tokens)": GPTJConfig(**GPT, rotary_dim=4),
+    "gptj (a body that is not called model, without a token classifier)": GPTJConfig(**GPT, rotary_dim=4),
     "gpt_neox (a head that is renamed)": GPTNeoXConfig(**SIZES),
     "mixtral (experts that are renamed)": MixtralConfig(
         **SIZES, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1
@@ -70,7 +70,7 @@ def test_trains_resumes_exactly_and_loads(kind: str, tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", model(CONFIGS[kind]))
     whole.train()
     ratios = [entry["val/ratio"] for entry in whole.state.log_history if "val/ratio" in entry]
-    assert [ratios[step] for step in (0, 2)] == pytest.approx([1.0, 1.0], abs=1e-4), "of what was just sampled"
+    assert [ratios[step] for step in (0, 2)] == pytest.approx([1.0, 1.0], abs=1e-4), "just after sampling"
     assert not torch.equal(weights(whole.model), weights(model(CONFIGS[kind])))
 
     resumed = trainer(tmp_path / "resumed", model(CONFIGS[kind]))
@@ -111,7 +111,7 @@ def test_any_trainer_resumes_renamed_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [5, 6]}], ids=str
 )
-def test_a_critic_of_a_policy_whose_embeddings_are_adapted(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_adapted_embeddings_of_a_policy_are_merged_into_the_critic(tmp_path: Path, options: dict[str, Any]) -> None:
     adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
     ppo = trainer(tmp_path, toy.policy(), peft_config=adapter)
     body = weights(toy.policy().model)

@@ -1,4 +1,4 @@
-"""What `pipeline.rl.grpo` adds to TRL: exact resumption, cheaper log-probabilities on a CPU, checked inputs."""
+"""What `pipeline.rl.grpo` adds to TRL: exact resumption, cheaper log-probabilities on a CPU, checks of rewards."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def trainer(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> TRLGRPOTrainer:
-    """A run of seven steps, four a rollout, with a checkpoint at every step."""
+    """A run of seven steps, four per rollout, with a checkpoint at every step."""
     run = trainer(tmp_path_factory.mktemp("whole"))
     run.train()
     assert not same_weights(run.model, toy.policy())
@@ -100,7 +100,7 @@ def test_a_reward_that_becomes_infinite_stops_the_run(tmp_path: Path) -> None:
 
 
 def none_or_red(completions: list[Any], **kwargs: Any) -> list[float | None]:
-    """Scores only the completions that begin with one of the later words."""
+    """Score only completions whose first letter comes after g."""
     scores = toy.share_of_red(completions)
     return [s if (c[0]["content"] or "a")[0] > "g" else None for s, c in zip(scores, completions, strict=True)]
 
@@ -110,7 +110,7 @@ def row_number(row: list[int], **kwargs: Any) -> list[float]:
 
 
 def test_a_reward_without_weight_is_logged_and_changes_nothing(tmp_path: Path) -> None:
-    """Nor does it make a score of 0 for completions that nothing else scored."""
+    """It does not give completions that nothing else scored a score of 0 either."""
     runs = []
     for rewards in ([none_or_red], [none_or_red, row_number]):
         weights = [1.0, 0.0][: len(rewards)]
@@ -120,7 +120,7 @@ def test_a_reward_without_weight_is_logged_and_changes_nothing(tmp_path: Path) -
     alone, beside = runs
     assert same_weights(alone.model, beside.model)
     assert not same_weights(alone.model, toy.policy())
-    assert sum("rewards/row_number/mean" in entry for entry in log_of(beside)) == 4, "once a rollout"
+    assert sum("rewards/row_number/mean" in entry for entry in log_of(beside)) == 4, "once per rollout"
 
 
 def test_a_checkpoint_after_the_last_step_of_a_rollout_holds_none_of_it(whole: TRLGRPOTrainer) -> None:

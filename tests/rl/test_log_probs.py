@@ -1,4 +1,4 @@
-"""Texts computed in groups of like length have the values and the gradients that they have in one batch."""
+"""Texts computed in groups of similar length have the same values and gradients as in one batch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ POLICY = toy.policy()
 CRITIC = value_model_from(toy.reward_model())
 torch.manual_seed(0)
 ABSOLUTE = GPT2LMHeadModel(GPT2Config(vocab_size=15, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
-"""Of the kind that learns an embedding for each position."""
+"""A model with a learned embedding for each position."""
 
 Lengths = list[tuple[int, int]]
 lengths = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=9)
-"""Tokens of the prompt and of the completion, which is empty where a truncated one is left out."""
+"""Numbers of tokens of prompt and completion; an empty completion is a truncated one that was masked."""
 
 
 def padded(texts: Lengths) -> tuple[Tensor, Tensor, int]:
-    """Token ids, attention mask, and the columns of the completions."""
+    """Return token ids, attention mask, and the number of columns of the completions."""
     before, after = (max(column) for column in zip(*texts, strict=True))
     after = max(after, 1)
     mask = torch.tensor([[0] * (before - p) + [1] * (p + c) + [0] * (after - c) for p, c in texts])
@@ -59,7 +59,7 @@ def values(ids: Tensor, mask: Tensor, length: int, batch_size: int | None) -> Te
 
 
 def result_and_gradient(model: nn.Module, computed: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """At the tokens that there are, and 0 elsewhere: what a model says of padding differs from group to group."""
+    """Check that the result is 0 at padding, and return it with its gradient."""
     assert not computed[~real].any()
     gradients = torch.autograd.grad(computed.square().sum(), list(model.parameters()), allow_unused=True)
     return computed.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
@@ -85,8 +85,8 @@ def test_groups_change_nothing(model: str, texts: Lengths, rows: int, batch_size
 
 @settings(max_examples=60, deadline=None)
 @given(texts=lengths)
-def test_padding_moves_no_text(texts: Lengths) -> None:
-    """Not even where positions are absolute: each text has the values that it has alone, as when it is sampled."""
+def test_padding_does_not_change_positions(texts: Lengths) -> None:
+    """Even with absolute positions, each text has the values that it has alone, as when it is sampled."""
     ids, mask, length = padded(texts)
     computed = log_probs(ids, mask, length, None, ABSOLUTE)
     for row, (prompt, completion) in enumerate(texts):
@@ -112,7 +112,7 @@ def test_every_token_is_in_one_group(texts: Lengths, rows: int, batch_size: int 
     assert seen.max() == 1 and (seen >= mask).all()
 
 
-def test_a_long_completion_makes_no_padding_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_completion_does_not_pad_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CPU_ROWS", 4)
     shapes = []
 

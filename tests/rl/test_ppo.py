@@ -20,7 +20,7 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 
 
 def trainer(tmp_path: Path, rewards: Any = toy.share_of_red, **changes: Any) -> PPOTrainer:
-    """On the toy world. Arguments of the trainer that are no fields of the configuration are told apart."""
+    """Build a trainer on the toy world. `changes` are arguments of the trainer or fields of its configuration."""
     names = (
         "model",
         "train_dataset",
@@ -59,7 +59,7 @@ BANDIT = {
 
 
 def test_learns_a_bandit(tmp_path: Path) -> None:
-    """Of fifteen arms one pays."""
+    """One of fifteen arms pays."""
     ppo = trainer(tmp_path, is_red, max_steps=80, train_dataset=toy.prompts(64), **BANDIT)
     ppo.train()
     scores = logged(ppo, "objective/scores")
@@ -67,7 +67,7 @@ def test_learns_a_bandit(tmp_path: Path) -> None:
     assert sum(scores[-5:]) / 5 > 0.95
 
 
-def test_kl_holds_the_policy(tmp_path: Path) -> None:
+def test_the_kl_penalty_holds_the_policy(tmp_path: Path) -> None:
     options = BANDIT | {"max_steps": 40, "train_dataset": toy.prompts(64)}
     free = trainer(tmp_path / "free", is_red, **(options | {"kl_coef": 1e-6}))
     held = trainer(tmp_path / "held", is_red, **(options | {"kl_coef": 10.0}))
@@ -78,8 +78,8 @@ def test_kl_holds_the_policy(tmp_path: Path) -> None:
     assert logged(held, "objective/scores")[-1] < 0.5
 
 
-def test_critic_learns_to_foresee(tmp_path: Path) -> None:
-    """The policy stands still; the reward is the prompt's."""
+def test_the_critic_learns_to_predict_the_reward(tmp_path: Path) -> None:
+    """The policy does not change, and the reward depends on the prompt only."""
 
     def by_row(row: list[int], **kwargs: Any) -> list[float]:
         return [float(r % 3) for r in row]
@@ -122,8 +122,8 @@ def test_reward_model_and_function_together(tmp_path: Path, normalization: str) 
         assert scores[0] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_rewards_of_none(tmp_path: Path) -> None:
-    """A completion that no function scores trains nothing; if none is scored, nothing is trained."""
+def test_nothing_is_learned_from_rewards_of_none(tmp_path: Path) -> None:
+    """If a reward function scores no completion, the weights stay the same."""
 
     def none(prompts: list[Any], **kwargs: Any) -> list[None]:
         return [None] * len(prompts)
@@ -155,14 +155,14 @@ def test_the_hidden_taste_is_measured_and_changes_nothing(tmp_path: Path) -> Non
     assert torch.equal(weights(without.value_model), weights(measured.value_model))
     for name in ("loss", "reward", "objective/scores", "objective/kl", "grad_norm", "val/grad_norm"):
         assert logged(without, name) == logged(measured, name)
-    # What the report plots: in each record that has one, also the KL and the reward model's score.
+    # What the report plots: the log has KL and reward in every entry that has the taste.
     tastes = [entry for entry in measured.state.log_history if "rewards/hidden_taste/mean" in entry]
     assert len(tastes) == 2
     assert all({"reward", "objective/kl"} <= set(entry) for entry in tastes)
 
 
 def test_completions_cut_off(tmp_path: Path) -> None:
-    """Without an end of turn the score is less; with `mask_truncated_completions` they train nothing."""
+    """They are penalised by `missing_eos_penalty`, and left out by `mask_truncated_completions`."""
 
     def always(prompts: list[Any], **kwargs: Any) -> list[float]:
         return [1.0] * len(prompts)
@@ -182,7 +182,7 @@ def test_completions_cut_off(tmp_path: Path) -> None:
 
 
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:
-    """One batch of 8 is 8 of 1: same rollouts, same updates."""
+    """One batch of 8 and 8 batches of 1 give the same rollouts and the same updates."""
     runs = []
     for rows in (8, 1):
         ppo = trainer(
@@ -201,7 +201,7 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_several_optimizer_steps_a_rollout(tmp_path: Path) -> None:
-    """16 completions are sampled, and trained on twice, 4 at a time: 8 steps before the next rollout."""
+    """16 completions are trained on twice, 4 at a time, which makes 8 steps until the next rollout."""
     calls = []
 
     def count(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -284,7 +284,7 @@ def tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
 
 
 def test_an_evaluation_counts_every_completion_alike(tmp_path: Path) -> None:
-    """Two data sets, whose last batches are smaller than the others, beside all that was sampled for them."""
+    """With two data sets, whose last batches are smaller than the others. Compare with all that was sampled."""
     ppo = trainer(
         tmp_path, tokens, eval_dataset={"a": toy.prompts(5), "b": toy.prompts(3)}, per_device_eval_batch_size=4
     )
@@ -309,7 +309,7 @@ def test_an_evaluation_counts_every_completion_alike(tmp_path: Path) -> None:
 
 
 def test_completions_that_are_left_out_are_left_out_of_every_mean(tmp_path: Path) -> None:
-    """Scores of those that are cut off enter neither means nor normalisation."""
+    """The scores of truncated completions enter neither means nor normalisation."""
     for normalization in ("none", "batch", "running"):
         ppo = trainer(
             tmp_path,
@@ -336,8 +336,8 @@ def test_completions_that_are_left_out_are_left_out_of_every_mean(tmp_path: Path
         assert ppo._score_moments.count == (left.sum() if normalization == "running" else 0)
 
 
-def test_the_reference_stands_still(tmp_path: Path) -> None:
-    """Whatever is done to the policy's head, in whatever precision its logits are computed."""
+def test_the_reference_does_not_change(tmp_path: Path) -> None:
+    """Whatever is done to the policy's head, and in whatever precision its logits are computed."""
     ids = torch.tensor([[3, 5, 6, 4]])
     for cast in (False, True):
         policy = toy.policy().train()
@@ -349,8 +349,8 @@ def test_the_reference_stands_still(tmp_path: Path) -> None:
         assert torch.equal(ppo.ref_model(input_ids=ids).logits, before)
 
 
-def test_an_optimizer_of_the_users(tmp_path: Path) -> None:
-    """The critic is added to it; a scheduler that was made before would not know that."""
+def test_an_optimizer_of_the_user_gets_the_critic(tmp_path: Path) -> None:
+    """A scheduler that was made before does not know the critic, and is refused."""
 
     def build(value_model: Any, parameters: list[Any], scheduled: bool) -> PPOTrainer:
         optimizer = torch.optim.SGD(parameters, lr=1e-2)
@@ -390,7 +390,7 @@ def test_evaluation_measures_and_disturbs_nothing(tmp_path: Path) -> None:
 
 
 def test_metrics_count_real_tokens_only(tmp_path: Path) -> None:
-    """A batch whose longest completion is longer than the others: the same means as token by token."""
+    """Compare with means computed token by token, in a batch whose completions differ in length."""
     ppo = trainer(tmp_path, max_steps=1, max_completion_length=12, kl_estimator="k3", kl_coef=0.5)
     for parameter in ppo.ref_model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -454,7 +454,7 @@ def test_an_adapter_that_is_trained_on_is_held_to_itself(tmp_path: Path) -> None
     assert abs(logged(ppo, "objective/kl")[1]) > 1e-5
 
 
-def test_what_is_saved_loads(tmp_path: Path) -> None:
+def test_saved_policy_and_critic_load(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, max_steps=1)
     ppo.train()
     ppo.save_model()
@@ -465,7 +465,7 @@ def test_what_is_saved_loads(tmp_path: Path) -> None:
 
 
 def test_text_prompts_and_groups(tmp_path: Path) -> None:
-    """Prompts need not be conversations, nor completions come one a prompt."""
+    """Prompts may be plain text, with several completions for each."""
     texts = Dataset.from_dict({"prompt": ["<user> red <assistant>", "<user> why <assistant>"] * 4})
 
     def length(completions: list[str], **kwargs: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""PPO's arithmetic against the same, written as slow loops over Python floats."""
+"""PPO's arithmetic against the same written as slow loops over Python floats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ unit = st.floats(0, 1, allow_nan=False)
 
 @st.composite
 def batches(draw: st.DrawFn, tensors: int) -> tuple[Masks, list[Rows]]:
-    """A mask of any pattern (padding at the end, tool text in the middle, nothing), and tensors with it."""
+    """Draw a mask of any pattern (padding at the end, tool text in the middle, empty), and tensors of its shape."""
     rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 8))
     mask = draw(st.lists(st.lists(st.integers(0, 1), min_size=length, max_size=length), min_size=rows, max_size=rows))
     row = st.lists(number, min_size=length, max_size=length)
@@ -39,7 +39,7 @@ def assert_equal(got: Tensor, expected: Rows) -> None:
 def reference_advantages(
     rewards: list[float], values: list[float], mask: list[int], gamma: float, lam: float
 ) -> tuple[list[float], list[float]]:
-    """The sum of all later TD errors, each discounted by how many real tokens later it is."""
+    """Sum all later TD errors, each discounted by how many unmasked tokens later it is."""
     real = [t for t in range(len(mask)) if mask[t]]
     advantages, returns = [0.0] * len(mask), [0.0] * len(mask)
     for place, t in enumerate(real):
@@ -66,7 +66,7 @@ def test_advantages_and_returns(batch: tuple[Masks, list[Rows]], gamma: float, l
 
 @settings(max_examples=100, deadline=None)
 @given(batches(2))
-def test_nothing_under_the_mask_counts(batch: tuple[Masks, list[Rows]]) -> None:
+def test_masked_tokens_do_not_count(batch: tuple[Masks, list[Rows]]) -> None:
     mask_rows, (first, second) = batch
     mask, values = torch.tensor(mask_rows), tensor(first)
     garbage = torch.where(mask > 0, values, 1000.0 + tensor(second))
@@ -121,7 +121,7 @@ def test_whitening_over_processes_is_whitening_of_all(batch: tuple[Masks, list[R
     whole = ppo_math.masked_whiten(x, mask)
 
     def sums() -> list[Tensor]:
-        """What each reduction over the two processes gives, in order."""
+        """Return the results of the reductions over both processes, in order."""
         total = sum(torch.stack([(p * m).sum(), m.sum().double()]) for p, m in parts)
         mean = total[0] / total[1].clamp(min=1)
         squares = sum(((p - mean) ** 2 * m).sum() for p, m in parts)

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed ends as one that was not: policy, critic and optimizer, bit for bit."""
+"""A resumed run ends like an uninterrupted one: policy, critic and optimizer, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.rollouts import load_state
 from tests import ppo_toy as toy
 
-# A rollout of 8 lasts 4 optimizer steps (2 a PPO epoch, 2 epochs); the 16 prompts last two rollouts.
+# A rollout of 8 lasts 4 optimizer steps (2 per PPO epoch, 2 epochs); the 16 prompts last two rollouts.
 STEPS = 18
 
 
@@ -44,7 +44,7 @@ def trainer(output_dir: Path, **changes: Any) -> PPOTrainer:
 
 
 def everything(trainer: PPOTrainer) -> list[torch.Tensor]:
-    """Weights of both networks and all that the optimizer remembers of them."""
+    """Return the weights of both networks and the state of the optimizer."""
     parameters = [*trainer.model.parameters(), *trainer.value_model.parameters()]
     memory = [torch.as_tensor(x) for state in trainer.optimizer.state_dict()["state"].values() for x in state.values()]
     return [x.detach() for x in parameters] + memory

@@ -1,4 +1,4 @@
-"""What rewards may come from, and what is refused."""
+"""Which rewards are accepted, and which are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def save_reward_model(folder: Path, labels: int = 1, tokenizer: bool = True) -> 
     return str(folder)
 
 
-def test_models_and_functions_that_can_be_used(tmp_path: Path) -> None:
+def test_accepts_models_and_functions_that_can_be_used(tmp_path: Path) -> None:
     path = save_reward_model(tmp_path)
     train = Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
     assert check_rewards([path], ["math_answer", "tests.ppo_toy:share_of_red"], None, train) == []
@@ -30,16 +30,16 @@ def test_models_and_functions_that_can_be_used(tmp_path: Path) -> None:
     assert check_value_model(path, toy.tokenizer()) == []
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_everything_wrong_is_reported_together(tmp_path: Path) -> None:
     three = save_reward_model(tmp_path / "three", labels=3)
     args = PPORewardArguments([three, str(tmp_path / "missing")], ["exact_anser"], str(tmp_path / "nothing"))
-    told = [str(problem) for problem in args.preflight(None, toy.tokenizer(), None)]
-    assert len(told) == 4
-    assert "3 labels" in told[0] and str(tmp_path / "missing") in told[1] and "exact_answer" in told[2]
-    assert told[3].startswith("value_model_path")
+    reported = [str(problem) for problem in args.preflight(None, toy.tokenizer(), None)]
+    assert len(reported) == 4
+    assert "3 labels" in reported[0] and str(tmp_path / "missing") in reported[1] and "exact_answer" in reported[2]
+    assert reported[3].startswith("value_model_path")
 
 
-def test_some_reward_there_must_be() -> None:
+def test_a_run_without_any_reward_is_refused() -> None:
     (problem,) = PPORewardArguments().preflight(None, None, None)
     assert "reward_funcs" in str(problem)
 
@@ -52,8 +52,8 @@ def test_a_reward_model_needs_a_tokenizer_that_fits_it_and_formats_conversations
     other.add_tokens(["yellow"])
     other.chat_template = None
     other.save_pretrained(path)
-    told = [problem.remedy for problem in check_reward_model(path)]
-    assert len(told) == 2 and "chat template" in told[0] and "15 tokens and its tokenizer 16" in told[1]
+    template, vocabulary = (problem.remedy for problem in check_reward_model(path))
+    assert "chat template" in template and "15 tokens and its tokenizer 16" in vocabulary
 
 
 def test_a_critic_needs_the_tokens_of_the_policy(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_weights_that_are_damaged_or_of_another_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("functions", "weights", "told"),
+    ("functions", "weights", "reported"),
     [
         (["math_answer"], [1.0, 1.0], "one weight for each of the 1"),
         (["math_answer", "choice"], [0.0, 0.0], "all weights are 0"),
@@ -93,7 +93,7 @@ def test_weights_that_are_damaged_or_of_another_model(tmp_path: Path) -> None:
         ([], None, "at least one"),
     ],
 )
-def test_weights_and_columns_that_do_not_fit(functions: list[str], weights: list[float] | None, told: str) -> None:
+def test_weights_and_columns_that_do_not_fit(functions: list[str], weights: list[float] | None, reported: str) -> None:
     train = Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
     (problem,) = check_rewards([], functions, weights, train)
-    assert told in problem.remedy
+    assert reported in problem.remedy

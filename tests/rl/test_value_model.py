@@ -1,4 +1,4 @@
-"""Where the critic of PPO comes from, and what it says at first."""
+"""What the critic of PPO is made from, and what it estimates at first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDS = torch.tensor([[3, 5, 6, 4, 7, 2]])
 
 
 def trainer(tmp_path: Path, rewards: list[Any], **given: Any) -> PPOTrainer:
-    """The rewards that are no functions read the toy's words."""
+    """Build a trainer; rewards that are models use the toy tokenizer."""
     given.setdefault("model", toy.policy())
     return PPOTrainer(
         reward_funcs=rewards,
@@ -42,7 +42,7 @@ def _is_model(reward: Any) -> bool:
     return isinstance(reward, torch.nn.Module)
 
 
-def says_at_the_end(critic: PreTrainedModel) -> float:
+def estimate_at_the_end(critic: PreTrainedModel) -> float:
     with torch.no_grad():
         return float(critic(input_ids=IDS).logits[0, -1])
 
@@ -53,11 +53,7 @@ def reward_of(model: PreTrainedModel) -> float:
 
 
 def save_adapter(folder: Path) -> float:
-    """A reward model that is an adapter of a language model, as `RewardTrainer` leaves it.
-
-    Returns:
-        What it says.
-    """
+    """Save a reward model that is an adapter of a language model, as `RewardTrainer` does, and return its reward."""
     toy.policy().save_pretrained(folder / "base")
     toy.tokenizer().save_pretrained(folder / "adapter")
     model = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
@@ -72,31 +68,31 @@ def save_adapter(folder: Path) -> float:
 
 
 @pytest.mark.parametrize("first", ["reward model", "function"])
-def test_a_copy_of_the_first_reward_model(tmp_path: Path, first: str) -> None:
+def test_the_default_is_a_copy_of_the_first_reward_model(tmp_path: Path, first: str) -> None:
     rewards = [toy.reward_model(), toy.share_of_red]
     ppo = trainer(tmp_path, rewards if first == "reward model" else rewards[::-1])
-    assert says_at_the_end(ppo.value_model) == pytest.approx(reward_of(rewards[0]), abs=1e-6)
+    assert estimate_at_the_end(ppo.value_model) == pytest.approx(reward_of(rewards[0]), abs=1e-6)
     assert reward_of(rewards[0]) != 0.0
 
 
-def test_a_copy_of_the_policy_expects_nothing(tmp_path: Path) -> None:
+def test_a_copy_of_the_policy_estimates_zero(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, [toy.share_of_red])
     assert torch.equal(ppo.value_model.model.norm.weight, ppo.model.model.norm.weight)
     assert torch.equal(ppo.value_model.model.embed_tokens.weight, ppo.model.model.embed_tokens.weight)
     assert not ppo.value_model.score.weight.any()
 
 
-def test_a_critic_is_trained_itself(tmp_path: Path) -> None:
+def test_a_given_critic_is_itself_trained(tmp_path: Path) -> None:
     critic = AutoModelForTokenClassification.from_config(toy.llama_config(num_labels=1))
     assert trainer(tmp_path, [toy.reward_model()], value_model=critic).value_model is critic
     critic.save_pretrained(tmp_path / "critic")
     loaded = trainer(tmp_path, [toy.reward_model()], value_model=str(tmp_path / "critic")).value_model
-    assert says_at_the_end(loaded) == pytest.approx(says_at_the_end(critic), abs=1e-6)
+    assert estimate_at_the_end(loaded) == pytest.approx(estimate_at_the_end(critic), abs=1e-6)
 
 
 @pytest.mark.parametrize("given", ["model", "path"])
 @pytest.mark.parametrize("source", ["reward model", "policy"])
-def test_what_is_no_critic_is_copied(tmp_path: Path, source: str, given: str) -> None:
+def test_any_other_given_model_is_copied(tmp_path: Path, source: str, given: str) -> None:
     model = toy.reward_model(5) if source == "reward model" else toy.policy(5)
     model.save_pretrained(tmp_path / "model")
     value_model = model if given == "model" else str(tmp_path / "model")
@@ -104,11 +100,11 @@ def test_what_is_no_critic_is_copied(tmp_path: Path, source: str, given: str) ->
     assert critic is not model
     assert torch.equal(critic.model.norm.weight, model.model.norm.weight)
     expected = reward_of(model) if source == "reward model" else 0.0
-    assert says_at_the_end(critic) == pytest.approx(expected, abs=1e-6)
+    assert estimate_at_the_end(critic) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_heads_of_other_architectures_are_found(tmp_path: Path) -> None:
-    """GPT-2's reward model calls its head "score", its critic "classifier"."""
+    """GPT-2's reward model calls its head "score"; its token classifier, "classifier"."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=15, n_positions=32, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)
     policy = GPT2LMHeadModel(config)
@@ -116,7 +112,7 @@ def test_the_heads_of_other_architectures_are_found(tmp_path: Path) -> None:
     reward_model = GPT2ForSequenceClassification(config)
     reward_model.save_pretrained(tmp_path / "reward")
     ppo = trainer(tmp_path, [toy.share_of_red], model=policy, value_model=str(tmp_path / "reward"))
-    assert says_at_the_end(ppo.value_model) == pytest.approx(reward_of(reward_model), abs=1e-6)
+    assert estimate_at_the_end(ppo.value_model) == pytest.approx(reward_of(reward_model), abs=1e-6)
 
 
 @pytest.mark.parametrize("given", ["reward", "value model"])
@@ -128,12 +124,12 @@ def test_an_adapter_is_merged_into_the_copy(tmp_path: Path, given: str) -> None:
         assert reward_of(ppo.reward_funcs[0]) == pytest.approx(expected, abs=1e-5)
     else:
         ppo = trainer(tmp_path, [toy.share_of_red], value_model=adapter)
-    assert says_at_the_end(ppo.value_model) == pytest.approx(expected, abs=1e-5)
+    assert estimate_at_the_end(ppo.value_model) == pytest.approx(expected, abs=1e-5)
     assert not any("lora" in name for name, _ in ppo.value_model.named_parameters())
     ppo.train()
 
 
-def test_an_adapter_that_the_policy_has_is_merged_into_the_copy(tmp_path: Path) -> None:
+def test_an_adapter_of_the_policy_is_merged_into_the_copy(tmp_path: Path) -> None:
     policy = get_peft_model(toy.policy(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     layer = policy.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_B["default"].weight.data.normal_()
@@ -160,7 +156,7 @@ def test_several_labels_are_refused(tmp_path: Path, kind: Any) -> None:
         trainer(tmp_path, [toy.share_of_red], value_model=kind.from_config(toy.llama_config(num_labels=3)))
 
 
-def test_the_recipe_takes_adapters_and_tells_what_is_wrong_with_them(tmp_path: Path) -> None:
+def test_the_recipe_accepts_adapters_and_refuses_broken_ones(tmp_path: Path) -> None:
     save_adapter(tmp_path)
     adapter = str(tmp_path / "adapter")
     assert check_reward_model(adapter) == check_value_model(adapter, toy.tokenizer()) == []
