@@ -11,9 +11,11 @@ Each of these layers stops most attacks on its own:
 5. an audit hook that refuses the same with a message that says what was refused.
 
 Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the other layers remain, and root becomes `nobody`. Windows
-has only the last layer. Not covered are the wall-clock time (the parent kills the process) and side channels.
+has none of them: the sandbox refuses to run there, and `pipeline.rewards.math_check` has only its time limit. Not
+covered are the wall-clock time (the parent kills the process) and side channels.
 
-It runs in the sandbox's child before any foreign code, which loads it by path with only the standard library.
+The sandbox's child loads this module by path and calls it before any foreign code, so it imports only the standard
+library.
 """
 
 import ctypes
