@@ -1,0 +1,144 @@
+"""README and the other pages: their Python runs, their commands are accepted, and the files that they name exist."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib import import_module
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+from small_model import ROOT, conversation, save_model, save_tokenizer, write_lines
+from test_layers import LAYERS
+from transformers import AutoModelForSequenceClassification
+
+from pipeline.__main__ import COMMANDS, build_parser, main
+from pipeline.config.parser import argument_types, parse
+
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "recipes/accelerate/README.md")]
+MODULES = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("tests/benchmarks/*.py")]
+STAND_INS = {
+    " [RUN …]": "",
+    "RUN": "runs/x",
+    "RECIPES": "recipes/pocket",
+    "recipes/NAME": "recipes/pocket",
+    "…": "x.txt",
+}
+STAND_INS |= {"ADAPTER": "runs/x/2_sft", "DIR": "runs/x/merged", "--config FILE": "--config recipes/pocket/2_sft.yaml"}
+CHECKED = re.compile(r"(python -m |accelerate launch |pip install |pytest|\.ci/run)")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def code_spans(path: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def commands() -> list[str]:
+    """Every command that a page prints, or a module's docstring on a line of its own."""
+    texts = [
+        line for path in PAGES for block in blocks(path, "bash") for line in block.replace("\\\n", " ").split("\n")
+    ]
+    texts += [span for path in PAGES for span in code_spans(path)]
+    for path in MODULES:
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        texts += docstring.replace("\\\n", " ").split("\n")
+    found = [part.strip() for text in texts for part in text.partition("  #")[0].split("&&")]
+    return sorted({command for command in found if CHECKED.match(command) and " " in command})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_printed_command_is_accepted(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("recipes", "accelerate_config.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    for placeholder, value in STAND_INS.items():
+        command = command.replace(placeholder, value)
+    words = shlex.split(command)
+    if words[:3] == ["python", "-m", "pipeline"] and words[4:] == []:  # the name of a subcommand
+        assert words[3] in COMMANDS
+    elif words[:3] == ["python", "-m", "pipeline"]:
+        try:
+            args = build_parser(words[3:]).parse_args(words[3:])
+        except SystemExit as stop:  # --help
+            assert stop.code == 0, capsys.readouterr().err
+            return
+        assert args.command != "run" or main([*words[3:], "--dry-run"]) == 0
+    elif words[:2] == ["accelerate", "launch"] or words[2:3] == ["pipeline.runner.launcher"]:
+        args = launch_command_parser().parse_args(words[2 if words[0] == "accelerate" else 3 :])
+        assert args.module and Path(args.config_file).is_file()
+        check_recipe(args.training_script, args.training_script_args)
+    elif words[0] == "python" and words[2].startswith("recipes."):
+        check_recipe(words[2], words[3:])
+    elif words[0] == "python" and words[2].startswith("tests.benchmarks."):
+        shown = subprocess.run([sys.executable, *words[1:3], "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+        assert all(word in shown.stdout for word in words if word.startswith("--"))
+    elif words[:2] == ["pip", "install"]:
+        settings = ConfigParser()
+        settings.read(ROOT / "setup.cfg")
+        assert all(extra in settings["options.extras_require"] for extra in re.findall(r"\[(\w+)\]", command))
+    elif words[0] == "pytest":
+        assert "slow" not in command or "slow:" in (ROOT / "setup.cfg").read_text()
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+    else:
+        assert words[:3] == ["python", "-m", "venv"], "a command that nothing here checks"
+
+
+def check_recipe(module: str, argv: list[str]) -> None:
+    """Parse the recipe's arguments as it would, without looking at what they name."""
+    if "--help" not in argv:
+        parse(*argument_types(import_module(module).main), argv=[*argv, "--output_dir", "runs/x/out"])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_files_and_modules_that_a_page_names_exist(path: Path) -> None:
+    links = re.findall(r"\]\(([\w./-]+)\)", path.read_text(encoding="utf-8"))
+    spans = [span for span in code_spans(path) if "NAME" not in span]
+    for name in [*links, *(span for span in spans if re.fullmatch(r"(pipeline|recipes|tests|\.ci)/[\w./-]*", span))]:
+        assert (ROOT / name).exists(), name
+    for name in (span for span in spans if re.fullmatch(r"(pipeline|recipes|tests)\.[\w.]+", span)):
+        resolve_name(name)
+
+
+def test_contributing_draws_the_house_as_it_is() -> None:
+    tree, layers = (block.splitlines() for block in blocks(ROOT / "CONTRIBUTING.md", "")[:2])
+    drawn = {line.split()[0] for line in tree if re.match(r"  \S", line)}
+    found = {path.name + "/" * path.is_dir() for path in (ROOT / "pipeline").iterdir()}
+    assert drawn == found - {"__init__.py", "__pycache__/"}
+    assert [set(line.split()) for line in layers] == LAYERS
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["this machine", "a CPU without bf16"])
+def test_the_python_in_the_readme_runs(tmp_path: Path, bf16: bool) -> None:
+    model = tmp_path / "runs/pocket/2_sft"
+    save_model(model)
+    torch.manual_seed(0)
+    judge = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    judge.save_pretrained(tmp_path / "runs/pocket/3_reward")
+    save_tokenizer(tmp_path / "runs/pocket/3_reward")
+    data = tmp_path / "runs/pocket/data"
+    data.mkdir()
+    write_lines(data / "prompts.jsonl", [{"prompt": conversation(f"What is {i}?", "")[:1]} for i in range(8)])
+    split = "  - split: train\n    path: prompts.jsonl\n"
+    (data / "README.md").write_text(f"---\nconfigs:\n- config_name: preferences\n  data_files:\n{split}---\n")
+    (python,) = blocks(ROOT / "README.md", "python")
+    machine = "" if bf16 else "import torch\ntorch.cpu.get_capabilities = dict\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", machine + python]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "my-ppo").glob("checkpoint-*/model.safetensors"))
