@@ -80,9 +80,7 @@ def below_a_file(path: Path, field: str = "output_dir") -> Problem | None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, either whole or not at all.
 
-    Args:
-        path: The file. Its folder is created if it does not exist; an earlier file is replaced.
-        text: Its content. Lone surrogates, which UTF-8 cannot encode, become question marks.
+    Its folder is created if it does not exist. Lone surrogates, which UTF-8 cannot encode, become question marks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp_file = path.with_name(f".{path.name}.tmp")
@@ -95,11 +93,8 @@ def write_text(path: Path, text: str) -> None:
 def write_folder(path: Path) -> Iterator[Path]:
     """Write a folder, either whole or not at all.
 
-    Args:
-        path: The folder. An earlier one is replaced once the block has ended without an error.
-
     Yields:
-        An empty folder to write to, beside `path`.
+        An empty folder beside `path`, which replaces it once the block has ended without an error.
     """
     tmp_dir = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(tmp_dir, ignore_errors=True)
@@ -112,12 +107,7 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(path: Path, new: Path) -> None:
-    """Rename the folder `new` to `path`, and delete an earlier folder of that name.
-
-    Args:
-        path: The name to give.
-        new: A complete folder on the same file system.
-    """
+    """Rename the folder `new`, on the same file system, to `path`, and delete an earlier folder of that name."""
     trash_dir = new.with_name(f".{path.name}.trash")
     shutil.rmtree(trash_dir, ignore_errors=True)
     if path.exists():
@@ -143,8 +133,8 @@ def fsync(path: Path) -> None:
 def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     """Hold a lock file, and so reserve its folder, until the block or this process ends, however it ends.
 
-    The kernel keeps the lock where the file system supports that. Elsewhere a marker file does, which names its
-    process; `filelock` removes it once that process has died.
+    The kernel keeps the lock where the file system supports that. Elsewhere a marker file names the process that holds
+    it, and `filelock` removes the marker once that process has died.
 
     Args:
         path: The lock file. Its folder is created if it does not exist.
@@ -158,8 +148,7 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
         UserError: If another process still holds the lock, or the folder cannot be written to.
     """
     descriptors: list[int] = []
-    held: BaseFileLock
-    waiting = False
+    holder: int | None = None
 
     def publish(descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
@@ -168,34 +157,32 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
         if os.name == "posix":  # a copy, because filelock closes its own descriptor in forked children
             descriptors.append(os.dup(descriptor))
 
-    def find_holder() -> int | None:
-        return getattr(held, "pid", None) or _read_pid(path)
-
     def give_up() -> bool:
-        nonlocal waiting
-        holder = find_holder()
+        nonlocal holder
+        earlier, holder = holder, getattr(held, "pid", None)
+        with suppress(OSError, ValueError), path.open("rb", buffering=0) as file:
+            file.seek(1)
+            holder = holder or int(file.read(32))
         if orphans_only and (holder is None or psutil.pid_exists(holder)):
             return True
-        if not waiting:
+        if holder != earlier:
             logger.warning("Waiting for process %s, which is writing to %s.", holder, path.parent)
-        waiting = True
         return False
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            held = FileLock(path, LOCK_SECONDS, poll_interval=0.2, on_acquired=publish)
+            held: BaseFileLock = FileLock(path, LOCK_SECONDS, poll_interval=0.2, on_acquired=publish)
             held.acquire(cancel_check=give_up)
         except Timeout:
             raise
         except (OSError, ValueError):  # this file system or platform has no such locks
             held = SoftFileLock(path.with_name(f"{path.name}.pid"), LOCK_SECONDS, poll_interval=0.2)
             held.acquire(cancel_check=give_up)
-    except Timeout as error:
-        remedy = f"process {find_holder()} is writing there; wait for it, stop it, or choose another directory"
-        raise UserError(Problem("output_dir", path.parent, remedy)) from error
     except OSError as error:
         remedy = f"cannot be written to ({error.strerror}); choose another directory"
+        if isinstance(error, Timeout):
+            remedy = f"process {holder} is writing there; wait for it, stop it, or choose another directory"
         raise UserError(Problem("output_dir", path.parent, remedy)) from error
     try:
         yield tuple(descriptors)
@@ -203,10 +190,3 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
         held.release()
         for descriptor in descriptors:
             os.close(descriptor)
-
-
-def _read_pid(path: Path) -> int | None:
-    with suppress(OSError, ValueError), path.open("rb", buffering=0) as file:
-        file.seek(1)
-        return int(file.read(32))
-    return None

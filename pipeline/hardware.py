@@ -67,11 +67,6 @@ def supports(dtype: str) -> bool:
     return dtype == "fp32" or precision().value == dtype
 
 
-def local_processes() -> int:
-    """Return the number of training processes that share this machine."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 @cache
 def cores() -> int:
     """Return the physical cores that this process may use; hardware threads of one core share its matrix units."""
@@ -97,8 +92,8 @@ def threads() -> Choice:
             return Choice(int(value), "OMP_NUM_THREADS")
         if int(value) > 1:
             return Choice(int(value), "num_cpu_threads_per_process of the launch file")
-    share = max(1, cores() // local_processes())
-    return Choice(share, f"{cores()} cores for {local_processes()} process(es)")
+    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return Choice(max(1, cores() // processes), f"{cores()} cores for {processes} process(es)")
 
 
 def _environment_before_launch() -> Mapping[str, str]:

@@ -13,7 +13,6 @@ import torch
 
 from pipeline import hardware
 from pipeline.errors import Problem
-from pipeline.hardware import keep_freed_memory
 
 if TYPE_CHECKING:  # importing them takes seconds, which `--help` does not have
     from transformers import Trainer, TrainingArguments
@@ -37,15 +36,10 @@ def prepare_process() -> None:
     for package in ("pipeline", "recipes"):
         logging.getLogger(package).setLevel(level)
     if hardware.accelerator() is None:
-        prepare_cpu()
+        torch.set_num_threads(hardware.threads().value)
+        hardware.keep_freed_memory()
     die_with_launcher()
     leave_group_of_one()
-
-
-def prepare_cpu() -> None:
-    """Make a process use its share of the cores, and keep the memory that it frees."""
-    torch.set_num_threads(hardware.threads().value)
-    keep_freed_memory()
 
 
 def die_with_launcher() -> None:
@@ -68,16 +62,6 @@ def leave_group_of_one() -> None:
     if os.environ.get("WORLD_SIZE") == "1":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
-
-
-def log_threads() -> None:
-    """Log the number of CPU threads, with its reason."""
-    logger.info("%-11s %s", "threads", describe_threads())
-
-
-def describe_threads() -> str:
-    """Describe the number of CPU threads and its reason."""
-    return f"{torch.get_num_threads()} ({hardware.threads().reason})"
 
 
 def check_launch(args: TrainingArguments) -> list[Problem]:
@@ -113,57 +97,43 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
 
 
 def log_active(trainer: Trainer) -> None:
-    """Log what a trainer runs on: processes, sharding, precision, threads, memory, compilation and batch size.
-
-    Args:
-        trainer: A trainer that is about to train.
-    """
-    for name, value in describe_active(trainer).items():
-        logger.info("%-11s %s", name, value)
-
-
-def describe_active(trainer: Trainer) -> dict[str, str]:
-    """Describe what a trainer runs on, as `log_active` logs it.
-
-    Args:
-        trainer: A trainer that is about to train.
-    """
+    """Log what a trainer that is about to train runs on, and with which precision and batch size."""
     args, accelerator = trainer.args, trainer.accelerator
     device = args.device.type
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    processes = f"{args.world_size} on {name}"
+    processes = f"{args.world_size} on {torch.cuda.get_device_name() if device == 'cuda' else device}"
     if args.world_size > 1:
         processes += f", one group ({torch.distributed.get_backend()})"
+    sharding = "none, every process has the whole model"
     if trainer.is_fsdp_enabled:
         sharding = f"FSDP {getattr(accelerator.state.fsdp_plugin, 'fsdp_version', 1)}"
     elif trainer.is_deepspeed_enabled:
         sharding = f"DeepSpeed ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}"
-    else:
-        sharding = "none, every process has the whole model"
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     best = hardware.precision()
-    if dtype == "fp32":
-        precision = f"fp32 ({best.reason})" if best.value == "fp32" else "fp32 (requested)"
-    else:
-        precision = f"{dtype} mixed ({best.reason if best.value == dtype else 'requested'})"
+    reason = best.reason if best.value == dtype else "requested"
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     batch = (
         f"{sequences} sequences = {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
         f"{args.world_size} process(es)"
     )
-    length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
-    if length:
+    if length := getattr(args, "block_size", None) or getattr(args, "max_length", None):
         batch += f"; {'' if hasattr(args, 'block_size') else 'up to '}{sequences * length:,} tokens"
-    memory = "-"
+    _log("processes", processes)
+    _log("sharding", sharding)
+    _log("precision", f"{dtype}{'' if dtype == 'fp32' else ' mixed'} ({reason})")
+    log_threads()
     if device == "cpu":
-        kept = keep_freed_memory()
-        memory = f"{'kept' if kept.value else 'returned'} when freed ({kept.reason})"
-    return {
-        "processes": processes,
-        "sharding": sharding,
-        "precision": precision,
-        "threads": describe_threads() if device == "cpu" else "-",
-        "memory": memory,
-        "compiled": str(bool(args.torch_compile)),
-        "batch": batch,
-    }
+        kept = hardware.keep_freed_memory()
+        _log("memory", f"{'kept' if kept.value else 'returned'} when freed ({kept.reason})")
+    _log("compiled", str(bool(args.torch_compile)))
+    _log("batch", batch)
+
+
+def log_threads() -> None:
+    """Log the number of CPU threads and its reason, unless there is an accelerator."""
+    if hardware.accelerator() is None:
+        _log("threads", f"{torch.get_num_threads()} ({hardware.threads().reason})")
+
+
+def _log(name: str, value: str) -> None:
+    logger.info("%-11s %s", name, value)

@@ -16,7 +16,7 @@ FAULTS = """
 import resource, torch
 from pipeline import launch
 from pipeline.hardware import keep_freed_memory
-launch.prepare_cpu()
+launch.prepare_process()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.ones(4, 1 << 20).exp()

@@ -44,57 +44,49 @@ def check_launch_file(path: str) -> Problem | None:
     return None
 
 
-def exit_code_of(error: BaseException) -> int | None:
-    """Return the exit code of the process that failed first, or None for an error of the launcher itself."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    if isinstance(error, ChildFailedError):
-        return exit_code(error.get_first_failure()[1].exitcode)
-    if isinstance(error, subprocess.CalledProcessError):
-        return exit_code(error.returncode)
-    return 128 + int(error.sigval) if isinstance(error, SignalException) else None
-
-
-def prepare_agent() -> None:
-    """Silence torch's agent, which repeats the program's message, and give the processes time to save."""
-    for name in ("agent.server.api", "multiprocessing.api"):
-        logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
-    os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SAVE_SECONDS))
-
-
 def install_exit_hook() -> Any:
-    """Install a hook that ends a launcher of the project's modules as `main` does; torch calls this in every launcher.
+    """Make a launcher of the project's modules end with their exit code; torch calls this in every launcher.
 
     Returns:
-        A rendezvous handler, because torch expects one; it refuses to work.
+        A rendezvous handler, which torch expects; it refuses to work.
     """
     modules = [value for option, value in pairwise(sys.argv) if option in ("-m", "--module")]
     if modules and modules[0].split(".")[0] in ("pipeline", "recipes"):
-        prepare_agent()
-        sys.excepthook = _exit_with_code
+        _end_with_program()
     return _refuse
-
-
-def _exit_with_code(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if (code := exit_code_of(error)) is None:
-        sys.__excepthook__(kind, error, trace)
-    else:
-        sys.exit(code)
 
 
 def _refuse(parameters: Any) -> Any:
     raise ValueError("fourstage is not a rendezvous backend; choose another one, such as c10d")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Launch as `accelerate launch` does.
+def _end_with_program() -> None:
+    """Exit with the program's code, without the messages of torch's agent, and give the program time to save."""
+    for name in ("agent.server.api", "multiprocessing.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SAVE_SECONDS))
+    sys.excepthook = _exit
 
-    Args:
-        argv: Arguments of `accelerate launch`. Default: those of this process.
+
+def _exit(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Exit with the code of the process that failed first; print the errors of the launcher itself as usual."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if isinstance(error, ChildFailedError):
+        sys.exit(exit_code(error.get_first_failure()[1].exitcode))
+    if isinstance(error, subprocess.CalledProcessError):
+        sys.exit(exit_code(error.returncode))
+    if isinstance(error, SignalException):
+        sys.exit(128 + int(error.sigval))
+    sys.__excepthook__(kind, error, trace)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Launch as `accelerate launch` does; `argv` are its arguments, by default those of this process.
 
     Returns:
-        The exit code of the process that failed first; 0 if all succeeded; 128 + n if signal n ended them.
+        0, or 2 for a broken launch file. If the launched program fails, an error that becomes its exit code is raised.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
@@ -102,13 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.config_file and (problem := check_launch_file(args.config_file)):
         print(problem, file=sys.stderr)
         return EXIT_USER_ERROR
-    prepare_agent()
-    try:
-        launch_command(args)
-    except Exception as error:
-        if (code := exit_code_of(error)) is None:
-            raise
-        return code
+    _end_with_program()
+    launch_command(args)
     return 0
 
 

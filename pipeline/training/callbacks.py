@@ -21,18 +21,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class OnTrainBegin(TrainerCallback):
-    """Call a function when training begins.
-
-    Args:
-        function: Called with what the trainer passes to callbacks by name, such as `train_dataloader`.
-    """
+    """Call a function when training begins, with what trainers pass to callbacks by name."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Call the function."""
         self.function(**kwargs)
 

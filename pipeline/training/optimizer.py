@@ -1,10 +1,10 @@
-"""Optimizers that treat matrices, embeddings and the rest differently, for any `Trainer`.
+"""Optimizers that treat matrices, embeddings and other parameters differently, for any `Trainer`.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of each matrix. torch's
-implementation takes matrices only, so embeddings and norms go to AdamW.
+implementation accepts only matrices, so AdamW updates embeddings and norms.
 
-Embeddings want a learning rate of their own: AdamW moves each number by about the learning rate, whatever its size, and
-a row that tuning never shows (the name of a thing that no instruction mentions) is then moved as far as all others.
+Embeddings can have a learning rate of their own: AdamW moves each number by about the learning rate, whatever its size,
+so the embedding of a token that never occurs in the tuning data moves as far as all others.
 """
 
 from __future__ import annotations
@@ -21,64 +21,43 @@ from pipeline.errors import Problem, UserError
 
 @dataclass
 class OptimizerArguments:
-    """Which optimizer steps what. As they stand, the trainer's own optimizer (`optim`) steps everything alike.
+    """Optimizers per kind of parameter. By default, the trainer's own optimizer (`optim`) updates all parameters.
 
-    Args:
-        use_muon (`bool`, defaults to `False`): Muon for the matrices inside the transformer blocks, and AdamW with
-            `learning_rate` for embeddings, output layer, norms and biases.
-        muon_learning_rate (`float`, defaults to 0.02): Muon's learning rate, on the schedule of `learning_rate`. It is
-            the spectral norm of an update (of a matrix with no more rows than columns).
-        embedding_learning_rate (`float`, *optional*): learning rate of the embeddings and the output layer, on the
-            same schedule; `learning_rate` if not given. If given, AdamW steps them.
+    Attributes:
+        use_muon: Use Muon for the matrices of the transformer blocks, and AdamW with `learning_rate` for embeddings,
+            output layer, norms and biases.
+        muon_learning_rate: Learning rate of Muon, on the schedule of `learning_rate`. It is the spectral norm of an
+            update of a matrix that does not have more rows than columns.
+        embedding_learning_rate: Learning rate of embeddings and output layer, on the same schedule; AdamW updates them
+            if it is given. Default: `learning_rate`.
     """
 
     use_muon: bool = field(
-        default=False, metadata={"help": "Muon for the matrices of the blocks, AdamW for everything else."}
+        default=False, metadata={"help": "Use Muon for the matrices of the blocks, and AdamW for everything else."}
     )
     muon_learning_rate: float = field(
-        default=0.02,
-        metadata={"help": "Learning rate of the matrices; learning_rate is that of everything else."},
+        default=0.02, metadata={"help": "Learning rate of Muon; learning_rate is that of everything else."}
     )
     embedding_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of embeddings and output layer; learning_rate if not given."},
+        default=None, metadata={"help": "Learning rate of embeddings and output layer (default: learning_rate)."}
     )
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's `Muon` and `AdamW` behind one `step`, one list of parameter groups and one state.
+    """torch's `Muon` and `AdamW` with one `step`, one list of parameter groups and one state."""
 
-    Args:
-        matrices (`list[torch.nn.Parameter]`): two-dimensional parameters, stepped by Muon.
-        others (`list[dict]`): parameter groups, stepped by AdamW, without weight decay.
-        muon_lr (`float`): learning rate of the matrices.
-        lr (`float`): learning rate of the groups that have none of their own.
-        weight_decay (`float`): decoupled weight decay of the matrices.
-        betas (`tuple[float, float]`), eps (`float`): AdamW's.
-    """
-
-    def __init__(
-        self,
-        matrices: list[torch.nn.Parameter],
-        others: list[dict[str, Any]],
-        muon_lr: float,
-        lr: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
-        self._muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)
-        self._adamw = torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps)
-        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], defaults={})
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self._muon, self._adamw = muon, adamw
+        super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of both optimizers."""
+        """Take one step with both optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Loading a checkpoint replaces groups and state, so the parts are pointed at them anew.
+        # Loading a checkpoint replaces groups and state, so both optimizers get the current ones.
         for part, groups in ((self._muon, self.param_groups[:1]), (self._adamw, self.param_groups[1:])):
             part.param_groups, part.state = groups, self.state
             part.step()
@@ -94,17 +73,20 @@ def build(
     betas: tuple[float, float],
     eps: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer for `model`, with weight decay for the matrices of its blocks only.
+    """Build the optimizer of a model, with weight decay only for the matrices of its blocks.
 
     Args:
-        model: the trained model; what needs no gradient is left out.
-        muon_lr: learning rate of Muon for the matrices of the blocks; AdamW with `lr` steps them if `None`.
-        lr: learning rate of everything else.
-        embedding_lr: learning rate of embeddings and output layer; `lr` if `None`.
-        weight_decay, betas, eps: as of torch's optimizers.
+        model: The model to train. Parameters that do not require gradients are left out.
+        muon_lr: Learning rate of Muon for the matrices of the blocks. If None, AdamW with `lr` updates them.
+        lr: Learning rate of everything else.
+        embedding_lr: Learning rate of embeddings and output layer. If None, `lr`.
+        weight_decay: As for torch's optimizers.
+        betas: As for AdamW.
+        eps: As for AdamW.
 
     Raises:
-        UserError: If there is nothing that an argument is about (with LoRA, say, which trains no embeddings).
+        UserError: If the model does not train any parameters of the kind that an argument sets, as with LoRA, which
+            does not train embeddings.
     """
     tables = {
         id(parameter)
@@ -117,25 +99,26 @@ def build(
     embeddings = [p for p in trained if id(p) in tables]
     vectors = [p for p in trained if p.ndim != 2 and id(p) not in tables]
     if embedding_lr is not None and not embeddings:
-        remedy = "no embeddings are trained; leave it out"
-        raise UserError(Problem("embedding_learning_rate", embedding_lr, remedy))
+        raise UserError(Problem("embedding_learning_rate", embedding_lr, "embeddings are not trained; leave it out"))
     groups: list[dict[str, Any]] = [
         {"params": embeddings, "lr": lr if embedding_lr is None else embedding_lr},
         {"params": vectors, "lr": lr},
     ]
     others = [group for group in groups if group["params"]]
     if muon_lr is None:
-        blocks = {"params": matrices, "lr": lr, "weight_decay": weight_decay}
-        return torch.optim.AdamW([blocks, *others], lr=lr, weight_decay=0.0, betas=betas, eps=eps)
-    if not matrices or not others:
+        others.insert(0, {"params": matrices, "lr": lr, "weight_decay": weight_decay})
+    elif not matrices or not others:
         raise UserError(Problem("use_muon", True, "needs both matrices and other parameters to train; set it to false"))
-    return MuonWithAdamW(matrices, others, muon_lr, lr, weight_decay, betas, eps)
+    adamw = torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps)
+    if muon_lr is None:
+        return adamw
+    return MuonWithAdamW(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay), adamw)
 
 
 def optimizer_cls_and_kwargs(
     args: TrainingArguments, optimizer_args: OptimizerArguments
 ) -> tuple[Any, dict[str, Any]] | None:
-    """What a `Trainer` takes under this name: a factory of the optimizer, or `None` for the one `args.optim` names."""
+    """Return the argument of this name for a `Trainer`; None selects the optimizer that `args.optim` names."""
     if not optimizer_args.use_muon and optimizer_args.embedding_learning_rate is None:
         return None
     settings = {

@@ -1,4 +1,4 @@
-"""What pretraining adds to transformers' `Trainer`: its configuration, and bits per byte."""
+"""Pretraining with transformers' `Trainer`: its arguments, compilation, and bits per byte."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ from pipeline.training.callbacks import training_flops_per_token
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""Label of a token that no loss is taken of (the convention of torch's cross entropy)."""
+"""Label of tokens that the loss ignores, by the convention of torch's cross entropy."""
 
 
 @dataclass
 class PretrainConfig(TrainingArguments):
-    """Arguments of pretraining: transformers' own, and how documents become blocks."""
+    """Arguments of transformers' `Trainer`, and the length of the blocks that documents are packed into."""
 
     block_size: int = field(
-        default=512,
-        metadata={"help": "Tokens of a training sequence, which packed documents fill to the last one."},
+        default=512, metadata={"help": "Tokens per training sequence, filled completely by packed documents."}
     )
     torch_compile: bool | None = field(
-        default=None,
-        metadata={"help": "Compile the model; if not given, where that pays for a run of this length."},
+        default=None, metadata={"help": "Compile the model (default: if that makes a run of this length shorter)."}
     )
     include_num_input_tokens_seen: str | bool = field(
         default="all", metadata={"help": "Count tokens, for the speed in the logs."}
@@ -38,15 +36,15 @@ class PretrainConfig(TrainingArguments):
 
 
 def compile_if_it_pays(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
-    """Decide `args.torch_compile`, if the user did not, from the machine and the length of the run; log why.
+    """Set `args.torch_compile` from the machine and the length of the run, unless the user has set it; log the reason.
 
     Args:
         args: Changed in place.
-        model: Tells the cost of a token.
-        train_dataset: Blocks; if it has no length, `args.max_steps` tells the length of the run.
+        model: Determines the cost of a token.
+        train_dataset: Blocks. If it does not have a length, `args.max_steps` is the length of the run.
     """
     if args.torch_compile is not None:
-        logger.info("torch.compile: %s (asked for)", args.torch_compile)
+        logger.info("torch.compile: %s (requested)", args.torch_compile)
         return
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.max_steps
     if args.max_steps <= 0 and isinstance(train_dataset, Sized):
@@ -59,32 +57,32 @@ def compile_if_it_pays(args: PretrainConfig, model: PreTrainedModel, train_datas
 
 
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Loss of each sequence, so that an evaluation need not keep the logits.
+    """Return the loss of each sequence, so that an evaluation does not keep the logits.
 
     Args:
-        logits: `(batch, length, vocabulary)`.
-        labels: `(batch, length)`, not shifted; `IGNORED` where no loss is taken.
+        logits: Logits of shape (batch, length, vocabulary).
+        labels: Labels of shape (batch, length), not shifted; `IGNORED` for tokens without a loss.
 
     Returns:
-        `(batch,)`, summed over tokens, in nats.
+        Losses of shape (batch,), summed over tokens, in nats.
     """
     losses = [
         torch.nn.functional.cross_entropy(
             row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum"
-        )  # row by row: a copy of all logits in float32 would be the largest tensor of the run
+        )  # row by row, because a copy of all logits in float32 would be the largest tensor of the run
         for row, label in zip(logits, labels, strict=True)
     ]
     return torch.stack(losses)
 
 
 def bits_per_byte(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Make the metric of held-out text: what the model needs to encode it, whatever the tokenizer.
+    """Return a metric of held-out text: the bits that the model needs to encode a byte, whatever the tokenizer.
 
     Args:
-        tokenizer: Tells the bytes of a token.
+        tokenizer: Decodes tokens, to count their bytes.
 
     Returns:
-        A `compute_metrics` for a trainer whose `preprocess_logits_for_metrics` is `sequence_losses`.
+        A `compute_metrics` function for a trainer whose `preprocess_logits_for_metrics` is `sequence_losses`.
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
