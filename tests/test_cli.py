@@ -1,4 +1,4 @@
-"""`python -m pipeline`: its help is light, and its mistakes are told in one line."""
+"""`python -m pipeline`: its help imports little, and mistakes are reported in one line."""
 
 import json
 import subprocess
@@ -31,8 +31,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    told = capsys.readouterr().out
-    assert all(command in told for command in COMMANDS)
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
@@ -52,5 +52,5 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stop:
         main(["run", "recipes/nowhere", "--config_file", str(ROOT / "accelerate_config.yaml")])
     assert stop.value.code == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told == ["recipe: recipes/nowhere: does not exist; give a folder with files such as 2_sft.yaml"]
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == ["recipe: recipes/nowhere: does not exist; give a folder with files such as 2_sft.yaml"]

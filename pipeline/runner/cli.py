@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipeline.runner.launcher import check_launch_file, exit_code
 from pipeline.runner.plan import Plan, read_plan
 from pipeline.runner.processes import run
 from pipeline.runner.records import Decision, RunRecord, clear, decide
-from pipeline.runner.steps import REPORT, Step, check_steps, find_step, printable
+from pipeline.runner.steps import REPORT, Step, check_steps, find_step
 
 LAUNCH_FILE = "accelerate_config.yaml"
 MOST_PROCESSES = 16
@@ -33,31 +34,17 @@ MOST_PROCESSES = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run` to `parser`."""
     parser.add_argument("recipe", type=Path, help="folder of YAML files, such as recipes/pocket")
-    parser.add_argument(
-        "--from",
-        dest="start",
-        metavar="STEP",
-        help="run this step and all after it, even if they have finished; the steps it needs must have finished",
-    )
+    meaning = "run this step and all after it, even if they have finished; the steps it needs must have finished"
+    parser.add_argument("--from", dest="start", metavar="STEP", help=meaning)
     parser.add_argument("--until", metavar="STEP", help="stop after this step, its evaluation and the report")
-    parser.add_argument(
-        "--force",
-        nargs="*",
-        metavar="STEP",
-        help="run these steps and those that need them, even if they have finished (default: all steps from --from on)",
-    )
+    meaning = "run these steps and those that need them, even if they have finished (default: all, from --from on)"
+    parser.add_argument("--force", nargs="*", metavar="STEP", help=meaning)
     parser.add_argument("--dry-run", action="store_true", help="print which steps would run and why; write nothing")
     parser.add_argument("--seed", type=int, help="seed of every step (default: the seeds in the YAML files)")
     parser.add_argument("--output_dir", type=Path, help="directory of the run (default: the one in the YAML files)")
     parser.add_argument("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
-    parser.add_argument(
-        "--config_file", default=LAUNCH_FILE, help=f"launch file of accelerate (default: {LAUNCH_FILE})"
-    )
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        help="try the recipes: every stage takes two steps on a miniature, in <directory of the run>-smoke",
-    )
+    parser.add_argument("--config_file", default=LAUNCH_FILE, help="launch file of accelerate (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="two steps of every stage on a miniature, in <run>-smoke")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -180,7 +167,7 @@ def _launch(args: argparse.Namespace) -> list[str]:
 
 
 def _shown(step: Step, args: argparse.Namespace) -> str:
-    return printable(step.command(_launch(args)))
+    return shlex.join(step.command(_launch(args)))
 
 
 def _again(args: argparse.Namespace) -> str:
@@ -195,7 +182,7 @@ def _again(args: argparse.Namespace) -> str:
     ):
         if value is not None:
             command += [flag, str(value)]
-    return printable([*command, "--smoke"] if args.smoke else command)
+    return shlex.join([*command, "--smoke"] if args.smoke else command)
 
 
 def say(line: str) -> None:

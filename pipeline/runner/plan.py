@@ -71,7 +71,8 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
             planned.append(_evaluation(step, planned, run_dir, seed, smoke))
     editable = {step.name: step.output for step in steps if KINDS[step.kind].editable}
     planned = [replace(s, data={need: editable[need] for need in s.needs if need in editable}) for s in planned]
-    planned.append(_report(planned, run_dir))
+    names = tuple(step.name for step in planned)
+    planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
     if problems := [problem for step in planned if (problem := _check_path(step.output))]:
         raise UserError(*problems)
     seeds = [values["seed"] for _, values in configurations.values() if isinstance(values.get("seed"), int)]
@@ -286,8 +287,3 @@ def _evaluation(step: Step, before: Sequence[Step], run_dir: Path, seed: int | N
         values=overrides,
         needs=tuple(dict.fromkeys([*shared, step.name])),
     )
-
-
-def _report(before: Sequence[Step], run_dir: Path) -> Step:
-    needs = tuple(step.name for step in before)
-    return Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=needs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,11 +125,6 @@ def find_step(steps: Iterable[Step], name: str, field: str) -> Step:
 def _short(name: str) -> str:
     """`2_sft` -> `sft`, `evaluate_2_sft` -> `evaluate_sft`."""
     return re.sub(r"^(evaluate_)?\d+_", r"\1", name)
-
-
-def printable(command: Sequence[str]) -> str:
-    """Return the command as typed in a shell."""
-    return shlex.join(command)
 
 
 def check_steps(steps: Iterable[Step]) -> list[Problem]:

@@ -68,7 +68,7 @@ def test_saved_and_loaded_it_scores_as_it_did(
     model, folder = trained
     loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     found = scores(loaded, folder, batches, side)
-    assert found.std() > 1e-3, "they are told apart"
+    assert found.std() > 1e-3, "the scores differ"
     assert torch.equal(found, scores(model, folder, batches, side))
     torch.testing.assert_close(found, scores(loaded, folder, TOGETHER, "right"), atol=TOLERANCE, rtol=0)
 
@@ -91,10 +91,10 @@ def test_it_learned_which_answer_is_preferred(trained: tuple[PreTrainedModel, Pa
     assert better > worse
 
 
-def test_pairs_too_long_to_be_learned_from_are_told(tmp_path: Path) -> None:
+def test_pairs_that_are_too_long_are_reported(tmp_path: Path) -> None:
     done = run_recipe(
         "reward", tmp_path, "--max_length", "30", "--max_steps", "1", "--output_dir", str(tmp_path / "out")
     )
     assert done.returncode == 0, done.stderr
-    told = re.search(r"max_length 30: (\d+) of the first (\d+) pairs are longer", done.stderr)
-    assert told and 0 < int(told[1]) < int(told[2])
+    logged = re.search(r"max_length 30: (\d+) of the first (\d+) pairs are longer", done.stderr)
+    assert logged and 0 < int(logged[1]) < int(logged[2])
