@@ -85,7 +85,10 @@ def test_refuses_a_reward_function_that_returns_text(options: list[str]) -> None
         (["--reward_weights", "1", "--dataset_train_split", "trian"], ["each of the 2 rewards", "trian"]),
         (["--reward_funcs", "code_tests", "--max_completion_length", "61"], ["no column test", "takes 5 of the 64"]),
         (["--reward_funcs", "hidden_taste"], ["weight 0"]),
-        (["--value_model_path", "{tmp}/prompts.jsonl", "--model_name_or_path", "{tmp}"], ["value_model_path", "holds"]),
+        (
+            ["--value_model_path", "{tmp}/prompts.jsonl", "--model_name_or_path", "{tmp}"],
+            ["value_model_path", "model_name_or_path", "no model can be loaded"],
+        ),
         (["--use_peft", "--lora_target_modules", "qkv", "--value_model_path", "{tmp}/no"], ["qkv", "value_model_path"]),
         (["--lr_scheduler_type", "cosine_with_min_lr", "--reward_funcs", "os:getcwd"], ["min_lr", "**columns"]),
         (["--per_device_train_batch_size", "32"], ["generation_batch_size", "takes 32 rows"]),
