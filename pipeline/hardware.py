@@ -106,11 +106,7 @@ def _environment_before_launch() -> Mapping[str, str]:
 
 
 def compilation(flops: float) -> Choice:
-    """Return whether `torch.compile` makes a training run of the given size shorter.
-
-    Args:
-        flops: Floating-point operations of the whole run, in this process.
-    """
+    """Return whether `torch.compile` makes a training run of `flops` in this process shorter."""
     if accelerator() is None and not (shutil.which("g++") or shutil.which("clang++")):
         return Choice(False, "no C++ compiler found")
     if accelerator() == "mps":

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from types import TracebackType
-from typing import Any
 
 from pipeline.errors import EXIT_USER_ERROR, Problem
 
@@ -44,20 +43,15 @@ def check_launch_file(path: str) -> Problem | None:
     return None
 
 
-def install_exit_hook() -> Any:
+def install_exit_hook() -> None:
     """Make a launcher of the project's modules end with their exit code; torch calls this in every launcher.
 
     Returns:
-        A rendezvous handler, which torch expects; it refuses to work.
+        None, where torch expects a rendezvous handler.
     """
     modules = [value for option, value in pairwise(sys.argv) if option in ("-m", "--module")]
     if modules and modules[0].split(".")[0] in ("pipeline", "recipes"):
         _end_with_program()
-    return _refuse
-
-
-def _refuse(parameters: Any) -> Any:
-    raise ValueError("fourstage is not a rendezvous backend; choose another one, such as c10d")
 
 
 def _end_with_program() -> None:

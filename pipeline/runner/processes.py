@@ -51,11 +51,10 @@ def run(
         elif os.name == "posix":  # Windows sends Ctrl-C to the child as well
             process.send_signal(number)
 
-    options: dict[str, Any] = {}
-    if os.name == "posix":
-        options = {"process_group": 0, "pass_fds": descriptors}
-    if sys.platform == "linux":
-        options["preexec_fn"] = _end_with_parent
+    options: dict[str, Any] = {"process_group": 0, "pass_fds": descriptors} if os.name == "posix" else {}
+    if sys.platform == "linux":  # the kernel sends the child SIGTERM, so that it saves, when the runner dies
+        prctl = ctypes.CDLL(None).prctl
+        options["preexec_fn"] = lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     before = {number: signal.signal(number, forward_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         process = subprocess.Popen(command, env={**DEFAULTS, **environment}, stdin=subprocess.DEVNULL, **options)
@@ -66,14 +65,6 @@ def run(
         for number, handler in before.items():
             signal.signal(number, handler)
     return code, received[0] if received else None
-
-
-if sys.platform == "linux":
-    _prctl = ctypes.CDLL(None).prctl
-
-    def _end_with_parent() -> None:
-        """Make the kernel send SIGTERM to the child, so that it saves, when the runner dies."""
-        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _kill_tree(pid: int) -> None:

@@ -34,6 +34,11 @@ logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
 
+SIZES = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "num_labels",
+)  # fmt: skip
+
 DISK_IS_FULL = 2**23
 """Free bytes below which a failed write is put down to a full disk. Files are written in pieces, and the last piece,
 which did not fit, is what remained free."""
@@ -77,14 +82,7 @@ def make_checkpoints_atomic(trainer: Trainer) -> None:
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
-    """Find the checkpoint to resume from; damaged ones are skipped with a warning.
-
-    Args:
-        output_dir: Output directory of a run; it need not exist.
-
-    Returns:
-        The complete checkpoint with the highest step, or None.
-    """
+    """Return the complete checkpoint with the highest step, or None; damaged ones are skipped with a warning."""
     for checkpoint in reversed(checkpoints(output_dir)):
         damage = validate_checkpoint(checkpoint)
         if damage is None:
@@ -96,22 +94,17 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 def check_architecture(checkpoint: Path, config: Any) -> None:
     """Reject a checkpoint of another model, whose weights would be loaded only in part.
 
-    Args:
-        checkpoint: Directory of a checkpoint. Adapters pass, because they do not contain a model configuration.
-        config: The model's `PretrainedConfig`.
+    Adapters pass, because their checkpoints do not contain a model configuration.
 
     Raises:
         UserError: If the model type or a size differs.
     """
     path = checkpoint / "config.json"
-    if not path.exists():
-        return
-    saved, present = json.loads(path.read_text(encoding="utf-8")), config.to_dict()
-    names = ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    names += ["num_key_value_heads", "vocab_size", "num_labels"]
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    present = config.to_dict()
     changed = [
         f"{name} {saved[name]} instead of {present[name]}"
-        for name in names
+        for name in SIZES
         if name in saved and name in present and saved[name] != present[name]
     ]
     if changed:
@@ -226,12 +219,7 @@ def _update_state(trainer: Trainer) -> None:
 
 
 def evaluate_if_missed(trainer: Trainer) -> None:
-    """Run the evaluation that a kill prevented after the checkpoint that a run resumes from.
-
-    Args:
-        trainer: Its state is that of the checkpoint. Nothing is done if an evaluation was not due, or if its result
-            is in the state already.
-    """
+    """Run the evaluation that a kill prevented after the checkpoint that a trainer has resumed from."""
     state = trainer.state
     manifest = _checkpoint_of(trainer, state.global_step) / MANIFEST
     if state.global_step == 0 or not manifest.exists():
@@ -246,14 +234,10 @@ def evaluate_if_missed(trainer: Trainer) -> None:
 
 
 def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
-    """Load a checkpoint of the last step, after which nothing remains to be trained.
+    """Load the model and the state of a complete checkpoint if it is of the last step.
 
     transformers would resume from it with one more step, so that a run killed between its last checkpoint and its end
     would differ from an undisturbed one.
-
-    Args:
-        trainer: Its model and state are changed if the checkpoint is of the last step.
-        checkpoint: A complete checkpoint.
 
     Returns:
         Whether the checkpoint was of the last step. Always False for models that are loaded after sharding (FSDP,

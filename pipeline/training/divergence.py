@@ -28,9 +28,6 @@ def stop_on_divergence(trainer: Trainer) -> None:
     """Stop a trainer at the first loss that is NaN or infinite, before its gradient is applied.
 
     transformers replaces such losses in its logs by an average (`logging_nan_inf_filter`), and continues to train.
-
-    Args:
-        trainer: Changed in place, before `train`.
     """
     fetched: deque[list[int]] = deque()
     step = trainer.training_step

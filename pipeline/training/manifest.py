@@ -14,14 +14,7 @@ STATE = "trainer_state.json"
 
 
 def validate_checkpoint(checkpoint: Path) -> str | None:
-    """Compare a checkpoint with its manifest.
-
-    Args:
-        checkpoint: Directory of the checkpoint.
-
-    Returns:
-        The first damage found, or None.
-    """
+    """Compare a checkpoint with its manifest, and return the first damage found, or None."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -65,12 +58,7 @@ def write_manifest(checkpoint: Path, step: int, evaluation_due: bool) -> None:
 
 
 def replace_state(checkpoint: Path, new: Path) -> None:
-    """Replace the trainer's state in a checkpoint, which an evaluation of the same step changes.
-
-    Args:
-        checkpoint: A complete checkpoint.
-        new: File with the new state, in the same directory.
-    """
+    """Replace the trainer's state in a complete checkpoint by the file `new`, which lies in the same directory."""
     fsync(new)
     content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     # Both states are valid until the new file has replaced the old one.

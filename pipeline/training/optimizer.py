@@ -80,13 +80,10 @@ def build(
         muon_lr: Learning rate of Muon for the matrices of the blocks. If None, AdamW with `lr` updates them.
         lr: Learning rate of everything else.
         embedding_lr: Learning rate of embeddings and output layer. If None, `lr`.
-        weight_decay: As for torch's optimizers.
-        betas: As for AdamW.
-        eps: As for AdamW.
+        weight_decay, betas, eps: As for torch's optimizers.
 
     Raises:
-        UserError: If the model does not train any parameters of the kind that an argument sets, as with LoRA, which
-            does not train embeddings.
+        UserError: If an argument is about parameters that are not trained, such as embeddings with LoRA.
     """
     tables = {
         id(parameter)

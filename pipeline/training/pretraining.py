@@ -36,13 +36,7 @@ class PretrainConfig(TrainingArguments):
 
 
 def compile_if_it_pays(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
-    """Set `args.torch_compile` from the machine and the length of the run, unless the user has set it; log the reason.
-
-    Args:
-        args: Changed in place.
-        model: Determines the cost of a token.
-        train_dataset: Blocks. If it does not have a length, `args.max_steps` is the length of the run.
-    """
+    """Set `args.torch_compile` by the machine and the length of the run, unless the user has set it; log the reason."""
     if args.torch_compile is not None:
         logger.info("torch.compile: %s (requested)", args.torch_compile)
         return
@@ -78,11 +72,7 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def bits_per_byte(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return a metric of held-out text: the bits that the model needs to encode a byte, whatever the tokenizer.
 
-    Args:
-        tokenizer: Decodes tokens, to count their bytes.
-
-    Returns:
-        A `compute_metrics` function for a trainer whose `preprocess_logits_for_metrics` is `sequence_losses`.
+    It is a `compute_metrics` function for a trainer whose `preprocess_logits_for_metrics` is `sequence_losses`.
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:

@@ -28,11 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
-    """Return the callbacks of every recipe's trainer, which log the speed and the time left.
-
-    Args:
-        args: The recipe's training arguments. If they have a sequence length, the trainer is made to count tokens.
-    """
+    """Return the callbacks of every recipe's trainer; `args` are changed to count tokens if they set a length."""
     length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
     if length:
         args.include_num_input_tokens_seen = "all"
@@ -133,13 +129,10 @@ def _name_base_by_absolute_path(model: Any) -> None:
 
 
 def drop_incomplete_batches(trainer: Trainer) -> None:
-    """Leave out the rows of each epoch that do not fill a whole batch; shuffling leaves out others every time.
+    """Leave out the rows of each epoch that do not fill a whole batch, unless there is not a single whole batch.
 
     Accelerate would repeat rows to give every process a batch, so that training on two processes would differ from
     training on one. `dataloader_drop_last` does the same, but also drops rows from evaluations.
-
-    Args:
-        trainer: Changed in place, before `train`. Data that do not fill a single batch are not changed.
     """
     args, dataset = trainer.args, trainer.train_dataset
     get_train_dataloader = trainer.get_train_dataloader
@@ -157,12 +150,7 @@ def drop_incomplete_batches(trainer: Trainer) -> None:
 
 
 def save_final(trainer: Trainer, *arguments: Any) -> None:
-    """Save the trained model, its tokenizer and its card beside the checkpoints, and push them if asked to.
-
-    Args:
-        trainer: A trainer that has finished.
-        *arguments: As for `train_and_save`.
-    """
+    """Save the trained model, its tokenizer and its card beside the checkpoints, and push them if asked to."""
     args = trainer.args
     output_dir = Path(args.output_dir)
     tmp_dir = output_dir / checkpoints.UNFINISHED
