@@ -111,6 +111,8 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable
     for step in chosen:
         if step.name != REPORT:
             yield step, decisions[step.name]
+    if not measured and chosen == (steps[-1],):
+        raise UserError(Problem("--from", args.start, "no stage has been evaluated yet; start at an earlier step"))
     if measured:
         due = any(decisions[step.name].action != "skip" for step in chosen if step.name != REPORT)
         yield steps[-1], decide(steps[-1:], record, {REPORT} if due or REPORT in forced else set())[REPORT]

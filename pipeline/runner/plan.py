@@ -11,7 +11,6 @@ from typing import Any
 
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError
-from pipeline.files import below_a_file
 from pipeline.runner.smoke import smoke_overrides
 from pipeline.runner.steps import KINDS, REPORT, Step
 
@@ -163,7 +162,8 @@ def _check_path(path: Path) -> Problem | None:
             return Problem("output_dir", path, "is a dangling symlink; create its target")
     except (OSError, ValueError) as error:
         return Problem("output_dir", path, f"cannot be used ({error}); choose another directory")
-    return below_a_file(path)
+    file = next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None)
+    return Problem("output_dir", path, f"{file} is not a directory; choose another one") if file else None
 
 
 def _step(name: str, kind: str, path: Path, values: Mapping[str, Any], seed: int | None, smoke: bool) -> Step:
