@@ -1,4 +1,4 @@
-"""Memory that is freed and needed again is not fetched from the kernel again."""
+"""Memory that is freed and needed again is not requested from the kernel again."""
 
 from __future__ import annotations
 

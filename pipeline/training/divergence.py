@@ -112,4 +112,4 @@ def stop_on_failing_rewards(trainer: GRPOTrainer) -> Iterator[None]:
 def last_good(trainer: Trainer) -> str:
     """Name the checkpoint to resume from, as part of a message."""
     last = newest_complete(trainer.args.output_dir)
-    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    return f"the last good checkpoint is {last}" if last else "the run has saved no checkpoint yet"

@@ -107,7 +107,7 @@ def test_evaluation_runs_after_the_checkpoint_of_its_step_and_is_recorded_in_it(
 
 
 @pytest.mark.parametrize("killed_at", ["save_pretrained", "manifest", "rename", "evaluation", "step"])
-def test_a_run_stopped_anywhere_goes_on_to_the_same_weights(
+def test_a_run_stopped_anywhere_ends_with_the_same_weights(
     tmp_path: Path, killed_at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = make_trainer(tmp_path / "whole")
@@ -175,7 +175,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     finished: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert newest_complete(folder) == folder / "checkpoint-12", "the damaged one was replaced"
 
 
-def test_nothing_to_go_on_from(tmp_path: Path) -> None:
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
     assert newest_complete(tmp_path / "missing") is None
     (tmp_path / "checkpoint-best").mkdir()
     assert newest_complete(tmp_path) is None
@@ -234,7 +234,7 @@ def test_the_best_checkpoint_stays_and_is_loaded(tmp_path: Path) -> None:
     assert validate_checkpoint(tmp_path / "checkpoint-6") is None
 
 
-def test_a_loss_that_is_no_number_stops_before_it_is_learned(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_stops_before_it_is_learned(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, bad=17, save_steps=1)
     stop_on_divergence(trainer)
     with pytest.raises(RunStopped) as stopped:

@@ -44,13 +44,13 @@ def test_a_disk_that_fills_up_costs_one_checkpoint(small_disk: Path, tmp_path: P
         filler = small_disk / "filler"
         with filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - LEFT)
-        told = process.communicate()[1]
+        errors = process.communicate()[1]
     assert process.returncode == 1
-    assert "Traceback" not in told
+    assert "Traceback" not in errors
     last = newest_complete(run)
     assert last is not None
-    message = told.strip().split("\n")[-1]
-    assert "could not be written" in message and "the disk is full" in message, told
+    message = errors.strip().split("\n")[-1]
+    assert "could not be written" in message and "the disk is full" in message, errors
     assert f"resumes from {last}" in message
     assert not (run / ".unfinished").exists(), "what was written of it is gone"
 

@@ -1,4 +1,4 @@
-"""Matrices, embeddings and the rest: each group steps as torch's optimizers would; checkpoints forget nothing."""
+"""Matrices, embeddings and the rest: each group is updated as by torch's optimizers, and checkpoints keep the state."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_frozen_parameters_are_left_alone() -> None:
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in trained.named_parameters() if name in frozen)
 
 
-def test_a_restored_optimizer_goes_on_bit_by_bit() -> None:
+def test_a_restored_optimizer_continues_bit_by_bit() -> None:
     tokens = [ids for ids, _ in zip(batches(), range(6), strict=False)]
     whole = model()
     optimizer = build(whole, **SETTINGS)
@@ -175,7 +175,7 @@ def test_a_model_with_nothing_for_one_of_the_two_is_refused(layer: torch.nn.Modu
 
 
 def train(folder: Path, resume: bool = False) -> tuple[LlamaForCausalLM, Trainer, int]:
-    """Trains to step 8 with a checkpoint after every fourth; tells how many batches that took, too."""
+    """Train to step 8 with a checkpoint after every fourth; return the number of batches as well."""
     args = TrainingArguments(
         str(folder),
         max_steps=8,

@@ -108,7 +108,9 @@ def test_leaving_training_by_sys_exit_is_an_error(tmp_path: Path) -> None:
             raise SystemExit(0)
 
     trainer: Trainer = Leaving()  # type: ignore[assignment]
-    with pytest.raises(RunStopped, match=r"sys.exit\(0\) was called .* after step 3; there is no checkpoint") as stop:
+    with pytest.raises(
+        RunStopped, match=r"sys.exit\(0\) was called .* after step 3; the run has saved no checkpoint yet"
+    ) as stop:
         train._train(trainer, None)
     assert stop.value.exit_code == 1
 
