@@ -61,13 +61,22 @@ def its_text(completions: list[Any], **kwargs: Any) -> list[Any]:
 
 
 def fails(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Raise an exception, as a reward with a bug does."""
-    raise LookupError("an index is missing")
+    """Raise an exception in training, as a reward with a bug that one completion does not show."""
+    if len(completions) > 1:
+        raise LookupError("an index is missing")
+    return [0.0]
 
 
 def exits(completions: list[Any], **kwargs: Any) -> list[float]:
-    """End the process as if all were well."""
-    sys.exit(0)
+    """End the process in training as if all were well."""
+    if len(completions) > 1:
+        sys.exit(0)
+    return [0.0]
+
+
+def always_fails(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Raise an exception whatever the completion."""
+    raise LookupError("an index is missing")
 
 
 def config(output_dir: Any, **changes: Any) -> PPOConfig:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainerState
+from trl.trainer.utils import is_async_callable
 
 from pipeline.data.columns import Split, column_names
 from pipeline.errors import Problem, UserError
@@ -62,7 +64,8 @@ def check_rewards(
             remedy = f"{name} is only for measuring and must not be trained on; give it the weight 0"
             problems.append(Problem("reward_weights", weights[index] if weights else "nothing", remedy))
         if train is not None:
-            problems += _check_columns(name, function, column_names(train))
+            missing = _check_columns(name, function, column_names(train))
+            problems += missing or (_try_reward(name, function, next(iter(train))) if ":" in name else [])
     return problems
 
 
@@ -136,3 +139,28 @@ def _check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]
     hint = " (set answer_column)" if missing == ["answer"] else ""
     remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: {', '.join(columns)}"
     return [Problem("reward_funcs", name, remedy)]
+
+
+def _try_reward(name: str, reward: Callable[..., Any], row: Mapping[str, Any]) -> list[Problem]:
+    """Call the user's reward function once, as TRL will, so that one that fails is found before training."""
+    if is_async_callable(reward):
+        return []
+    columns = {column: [value] for column, value in row.items() if column != "prompt"}
+    completion = [{"role": "assistant", "content": "The answer is 1."}]
+    ignore = {"log_extra": lambda *_: None, "log_metric": lambda *_: None}
+    try:
+        reward(
+            prompts=[row["prompt"]],
+            completions=[completion],
+            completion_ids=[[0]],
+            trainer_state=TrainerState(),
+            **ignore,
+            **columns,
+        )
+    except UserError as error:
+        return list(error.problems)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may raise anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        return [Problem("reward_funcs", name, f"{reason} when it was tried on one completion; correct it")]
+    return []

@@ -97,3 +97,14 @@ def test_weights_and_columns_that_do_not_fit(functions: list[str], weights: list
     train = Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
     (problem,) = check_rewards([], functions, weights, train)
     assert reported in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("function", "reported"),
+    [("always_fails", "raised LookupError: an index is missing"), ("its_text", "returned str")],
+)
+def test_a_function_is_tried_before_training(function: str, reported: str) -> None:
+    train = Dataset.from_list([{"prompt": [{"role": "user", "content": "why"}], "answer": "b"}])
+    (problem,) = check_rewards([], [f"tests.ppo_toy:{function}"], None, train)
+    assert problem.field == "reward_funcs" and reported in problem.remedy
+    assert function != "always_fails" or "ppo_toy.py:" in problem.remedy
