@@ -1,3 +1,3 @@
-"""The library behind the recipes, and the command `python -m pipeline`."""
+"""The library that the recipes use, and the command `python -m pipeline`."""
 
 __version__ = "0.1.0"

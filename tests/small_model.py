@@ -66,7 +66,7 @@ def write_text(path: Path, lines: int = 2000) -> str:
 
 
 def recipe_command(recipe: str, folder: Path, *more: str) -> list[str]:
-    """Command line of a recipe on small inputs, which are made in `folder` if they aren't there."""
+    """Command line of a recipe on small inputs, which are created in `folder` if they are missing."""
     folder.mkdir(exist_ok=True)
     model, words = folder / "model", folder / "tokenizer"
     if not model.exists():
