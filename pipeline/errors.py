@@ -26,10 +26,15 @@ EXIT_INTERRUPTED = 130
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{6,}")
 """A token of the Hub, which no message repeats."""
 
+LONGEST_VALUE = 300
+"""Characters of a value that a message repeats."""
+
 SHORTEST_NAME = 4
 """Characters from which on a value in an error message is not a coincidence."""
 
-HUB_UNREACHABLE = "is not a local path, and the Hub cannot be reached; check the network, or give a local path"
+HUB_UNREACHABLE = (
+    "is not a local path, and the Hub cannot be reached; check the network (and HF_HUB_OFFLINE) or give a local path"
+)
 """Remedy for a name on the Hub while the Hub does not answer."""
 
 NETWORK_ERRORS = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout"}
@@ -51,7 +56,9 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return TOKEN.sub("hf_***", " ".join(f"{self.field}: {self.value}: {self.remedy}".split()))
+        value = str(self.value)
+        value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
+        return TOKEN.sub("hf_***", " ".join(f"{self.field}: {value}: {self.remedy}".split()))
 
 
 class UserError(Exception):

@@ -77,6 +77,11 @@ def below_a_file(path: Path, field: str = "output_dir") -> Problem | None:
     return Problem(field, path, f"{file} is a file; choose a directory") if file else None
 
 
+def is_missing_path(name: str) -> bool:
+    """Return whether a name is that of a file or folder that does not exist, rather than an id on the Hub."""
+    return not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, either whole or not at all.
 

@@ -113,7 +113,7 @@ CASES = {
     "learning rate that is no number": Case("sft", "--learning_rate nan", ("learning_rate: nan", "above 0")),
     "no steps": Case("sft", "--max_steps 0", ("max_steps: 0", "at least 1")),
     "no epochs": Case("sft", "--num_train_epochs 0", ("num_train_epochs: 0", "above 0")),
-    "empty batch": Case("sft", "--per_device_train_batch_size 0", ("per_device_train_batch_size: 0", "at least 1")),
+    "empty batch": Case("sft", "--per_device_train_batch_size 0", ("per_device_train_batch_size: 0", "between 1")),
     "no accumulation": Case("sft", "--gradient_accumulation_steps 0", ("gradient_accumulation_steps: 0",)),
     "never saved": Case("sft", "--save_steps 0", ("save_steps: 0", "above 0")),
     "no checkpoint kept": Case("sft", "--save_total_limit 0", ("save_total_limit: 0", "at least 1")),
@@ -314,8 +314,8 @@ CASES = {
         ("resume_from_checkpoint:", "is damaged"),
         files={"c/trainer_state.json": "{"},
     ),
-    "a file as output": Case("sft", "--output_dir {inputs}/text.txt", ("output_dir:", "is a file")),
-    "below a file": Case("sft", "--output_dir {inputs}/text.txt/run", ("output_dir:", "is a file")),
+    "a file as output": Case("sft", "--output_dir {inputs}/text.txt", ("output_dir:", "is not a directory")),
+    "below a file": Case("sft", "--output_dir {inputs}/text.txt/run", ("output_dir:", "is not a directory")),
 }
 
 
@@ -510,4 +510,88 @@ CASES |= {
     "a checkpoint that is none": Case(
         "sft", "--resume_from_checkpoint {inputs}/model", ("resume_from_checkpoint:", "is not a checkpoint")
     ),
+}
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{earlier}'] * 8)}]\n"
+    for earlier, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+CASES |= {
+    # YAML
+    "an alias bomb": Case("sft", "", ("--config:", "line 5", "10,000 values"), BOMB),
+    "an alias of itself": Case("sft", "", ("--config:", "line 1", "alias inside"), "seed: &a [*a]\n"),
+    "nested too deep": Case("sft", "", ("--config:", "nested more than 20"), f"seed: {'[' * 5000}{']' * 5000}\n"),
+    "a date that cannot be": Case("sft", "", ("--config:", "month"), "max_steps: 2026-99-99\n"),
+    "a date for a number": Case("sft", "", ("max_steps:", "a whole number"), "max_steps: 2026-01-01\n"),
+    "a number of 5000 digits": Case("sft", "", ("--config:", "digits"), f"max_steps: {'9' * 5000}\n"),
+    "a number of 400 digits": Case("sft", "", ("max_steps: 999", "..."), f"max_steps: {'9' * 400}\n"),
+    "a NUL character": Case("sft", "", ("run_name:", "NUL"), 'run_name: "a\\0b"\n'),
+    "a device as YAML": Case("sft", "--config /dev/zero", ("--config: /dev/zero", "not a regular file")),
+    "true for a number": Case("sft", "", ("max_steps: True", "a whole number"), "max_steps: true\n"),
+    "a list for a name": Case("sft", "", ("dataset_name: ['a', 'b']", "text"), "dataset_name: [a, b]\n"),
+    # values
+    "a LoRA rank above every matrix": Case("sft", "--use_peft --lora_r 100000000", ("lora_r: 100000000", "above 32")),
+    "a warm-up that does not end": Case("sft", "--warmup_steps 1000", ("warmup_steps: 1000", "max_steps (8)")),
+    "an empty name": Case("sft", "--run_name=", ("run_name: ''", "is empty")),
+    "padding to a negative multiple": Case("sft", "--pad_to_multiple_of -1", ("pad_to_multiple_of: -1", "between 1")),
+    "a learning rate of 1000": Case("sft", "--learning_rate 1000", ("learning_rate: 1000.0", "at most 100")),
+    "evaluated at the start, without evaluation": Case(
+        "sft", "--eval_strategy no --eval_on_start", ("eval_on_start: True", "needs an eval_strategy")
+    ),
+    "an unknown option of checkpointing": Case(
+        "sft",
+        '--gradient_checkpointing_kwargs {{"foo":1}}',
+        ("gradient_checkpointing_kwargs:", "no option foo", "use_reentrant"),
+    ),
+    "an unknown compiler": Case(
+        "sft", "--torch_compile --torch_compile_backend foo", ("torch_compile_backend: foo", "inductor")
+    ),
+    "offloading to the CPU, on a CPU": Case(
+        "sft", "--activation_offloading", ("activation_offloading: True", "only a")
+    ),
+    "options of a model that the recipe sets": Case(
+        "sft", '--model_init_kwargs {{"revision":"x"}}', ("model_init_kwargs:", "replaced by model_revision")
+    ),
+    "an unknown option of generation": Case(
+        "grpo", '--generation_kwargs {{"foo":1}}', ("generation_kwargs:", "no option foo")
+    ),
+    "a negative temperature of generation": Case(
+        "grpo", '--generation_kwargs {{"temperature":-1}}', ("generation_kwargs:", "temperature must be", "above 0")
+    ),
+    "columns removed that rewards read": Case(
+        "grpo", "--remove_unused_columns", ("remove_unused_columns: True", "rewards read")
+    ),
+    "an unknown aggregation": Case(
+        "grpo", "--multi_objective_aggregation foo", ("multi_objective_aggregation: foo", "normalize_then_sum")
+    ),
+    "only the wrong one of two fields": Case("grpo", "--num_generations x", ("num_generations: 'x'", "a whole number")),
+    # the data
+    "a pattern that another file matches": Case(
+        "sft",
+        "--dataset_name {here}/a[1].jsonl",
+        ("messages_column:", "choose from: right"),
+        files={"a[1].jsonl": rows({"right": 1}), "a1.jsonl": rows(GOOD)},
+    ),
+    "a folder that is a pattern": Case(
+        "sft", "--dataset_name {here}/a[1]", ("dataset_name:", "rename it"), files={"a[1]/x.jsonl": rows(GOOD)}
+    ),
+    "a device as data": Case("sft", "--dataset_name /dev/zero", ("dataset_name:", "neither a file nor a folder")),
+    "ragged rows": data("pretrain", "text,b\n1,2\n3,4,5\n", "a.csv", "cannot be read", file="a.csv"),
+    "JSON nested too deep": data("sft", "[" * 10**5 + "]" * 10**5, "line 1", "not valid JSON"),
+    # models
+    "a path without a folder": Case(
+        "sft", "--model_name_or_path runs/none/2_sft", ("model_name_or_path:", "there is no such folder")
+    ),
+    "no attention heads": model("no-heads", "no model can be loaded"),
+    "no layers": model("no-layers", "has 0 layers"),
+    "architectures that are text": model("architecture-text", "not a list of names"),
+    "an unknown architecture": model("architecture-unknown", "unknown architecture, FooForCausalLM"),
+    "quantised weights": model("quantised", "quantised training is not supported"),
+    "weights that are NaN": model("nan", "not finite numbers"),
+    "generation options that cannot be saved": model("generation", "temperature"),
+    "a template that divides by zero": model("dividing", "rejects a conversation", "division by zero"),
+    # the output directory
+    "the root": Case("sft", "--output_dir /", ("output_dir: /", "root of the file system")),
+    "below a link to nothing": Case("sft", "--output_dir {inputs}/dangling/run", ("output_dir:", "dangling symlink")),
 }

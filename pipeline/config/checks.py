@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from huggingface_hub import get_token
 
 from pipeline import hardware
@@ -23,8 +24,9 @@ def _at_least(low: float) -> Range:
     return lambda value: low <= value < LARGEST, f"must be a number of at least {low:g}, below 2^53"
 
 
-def _above(low: float) -> Range:
-    return lambda value: low < value < LARGEST, f"must be a number above {low:g}, below 2^53"
+def _above(low: float, high: float = LARGEST) -> Range:
+    bound = f"at most {high:,}" if high < LARGEST else "below 2^53"
+    return lambda value: low < value <= high, f"must be a number above {low:g}, {bound}"
 
 
 def _between(low: float, high: float) -> Range:
@@ -42,7 +44,7 @@ RANGES: dict[str, Range] = {
         "block_size max_length samples_per_prompt": _at_least(2),
         "dataset_num_proc": _between(1, 1024),
         "dataloader_num_workers": _between(0, 1024),
-        "dataloader_prefetch_factor pad_to_multiple_of": _at_least(1),
+        "dataloader_prefetch_factor pad_to_multiple_of": _between(1, 1 << 16),
         "validation_share": _between(0, 0.5),
         "size_mb": _above(0),
         # Models
@@ -53,9 +55,12 @@ RANGES: dict[str, Range] = {
         "lora_r": _at_least(1),
         "lora_alpha": _above(0),
         # Training
-        "learning_rate muon_learning_rate embedding_learning_rate num_train_epochs adam_epsilon": _above(0),
-        "logging_steps eval_steps save_steps neftune_noise_alpha": _above(0),
-        "per_device_train_batch_size per_device_eval_batch_size batch_size gradient_accumulation_steps": _at_least(1),
+        "learning_rate muon_learning_rate embedding_learning_rate": _above(0, 100),
+        "value_learning_rate weight_decay": _between(0, 100),
+        "num_train_epochs logging_steps eval_steps save_steps neftune_noise_alpha": _above(0),
+        "adam_epsilon": _above(0, 1),
+        "per_device_train_batch_size per_device_eval_batch_size batch_size": _between(1, 1 << 24),
+        "gradient_accumulation_steps num_generations num_generations_eval num_iterations": _between(1, 1 << 24),
         "save_total_limit eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb": _at_least(1),
         "ddp_timeout": _between(1, 10**9),  # seconds; more overflow a timedelta
         "warmup_ratio": _between(0, 1),
@@ -67,9 +72,10 @@ RANGES: dict[str, Range] = {
         "max_steps": (lambda value: value == -1 or 1 <= value < LARGEST, "must be at least 1, or -1 for no limit"),
         "local_rank": _at_least(-1),
         # Rollouts
-        "num_generations num_generations_eval num_iterations steps_per_generation generation_batch_size": _at_least(1),
+        "steps_per_generation generation_batch_size": _between(1, 1 << 24),
         "max_completion_length max_new_tokens ref_model_sync_steps": _at_least(1),
-        "temperature repetition_penalty epsilon epsilon_high delta cliprange cliprange_value": _above(0),
+        "temperature repetition_penalty": _above(0, 100),
+        "epsilon epsilon_high delta cliprange cliprange_value": _above(0),
         "sapo_temperature_neg sapo_temperature_pos vllm_server_timeout": _above(0),
         "top_p top_entropy_quantile vllm_gpu_memory_utilization": (
             lambda value: 0 < value <= 1,
@@ -85,18 +91,33 @@ RANGES: dict[str, Range] = {
 """Values that make sense, of fields of any argument dataclass (of every item of a list)."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "lora_task_type": ("CAUSAL_LM", "SEQ_CLS"),
+    "pad_to_multiple_of": ("auto", "none"),  # or a number
 }
 """Fields that accept any text when they are parsed, and fail on most of it only once training has begun."""
 
 ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
+    "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "luspo", "sapo", "vespo"),
     "scale_rewards": ("group", "batch", "none"),
     "importance_sampling_level": ("token", "sequence"),
     "vllm_mode": ("server", "colocate"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
 """Such fields of `GRPOConfig`; other dataclasses have fields of the same names with other values."""
+
+UNSUPPORTED = {
+    "trust_remote_code": "code from the Hub is never run here",
+    "load_in_8bit": "quantised training is not supported",
+    "load_in_4bit": "quantised training is not supported",
+    "model_init_kwargs": "is replaced by model_revision, attn_implementation and dtype",
+}
+"""Fields of the libraries' dataclasses that the recipes do not offer, and why."""
+
+CHECKPOINT_OPTIONS = {"use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state"}
+"""Options of `torch.utils.checkpoint.checkpoint`."""
 
 MAY_BE_EMPTY = ("debug", "system_prompt")
 """Text fields for which the empty string is a value."""
@@ -168,13 +189,14 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
             problems.append(Problem(name, True, remedy))
     if asked.get("bf16") and asked.get("fp16"):
         problems.append(Problem("bf16", True, "excludes fp16; choose one"))
-    if asked.get("use_cpu") is False and hardware.accelerator() is None:
-        problems.append(Problem("use_cpu", False, "this machine has only a CPU; omit it"))
-    if asked.get("trust_remote_code"):
-        problems.append(Problem("trust_remote_code", True, "code from the Hub is never run here; omit it"))
-    for name in ("load_in_8bit", "load_in_4bit"):
+    if hardware.accelerator() is None:
+        needed = {"use_cpu": False, "activation_offloading": True, "use_transformers_paged": True}
+        for name, value in needed.items():
+            if asked.get(name) is value:
+                problems.append(Problem(name, value, "needs an accelerator, and this machine has only a CPU; omit it"))
+    for name, why in UNSUPPORTED.items():
         if asked.get(name):
-            problems.append(Problem(name, True, "quantised training is not supported; omit it"))
+            problems.append(Problem(name, asked[name], f"{why}; omit it"))
     if asked.get("push_to_hub") and get_token() is None:
         problems.append(Problem("push_to_hub", True, "needs a token: log in with `hf auth login`, or set HF_TOKEN"))
     return problems
@@ -208,6 +230,14 @@ def check_together(
     if (name := values.get("resume_from_checkpoint")) and (fault := _validate_checkpoint(Path(str(name)))):
         remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
         problems.append(Problem("resume_from_checkpoint", name, remedy))
+    options = values.get("gradient_checkpointing_kwargs")
+    if isinstance(options, dict) and (unknown := set(options) - CHECKPOINT_OPTIONS):
+        remedy = (
+            f"there is no option {', '.join(sorted(unknown))}; choose from: {', '.join(sorted(CHECKPOINT_OPTIONS))}"
+        )
+        problems.append(Problem("gradient_checkpointing_kwargs", options, remedy))
+    if values.get("eval_on_start") and values.get("eval_strategy") == "no":
+        problems.append(Problem("eval_on_start", True, "needs an eval_strategy other than no; omit it"))
     if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
         problems.append(Problem("dataloader_persistent_workers", True, "needs dataloader_num_workers; omit it"))
     return problems

@@ -113,10 +113,13 @@ def read_command_line(
             value = rest.pop(0)
         problems.append(unknown_field(name[2:].replace("-", "_"), value, hints))
     given = {name: value for name, value in vars(namespace).items() if name in hints}
-    # `null`, as in YAML, takes back what the file says; argparse reads it as text.
-    optional = {name for name in given if type(None) in get_args(hints[name])}
-    nulls = {name for name in optional if given[name] in ("null", ["null"])}
-    return {name: None if name in nulls else value for name, value in given.items()}, problems
+    for name, value in given.items():  # of unions, argparse reads every value as text
+        options = get_args(hints[name])
+        if type(None) in options and value in ("null", ["null"]):  # which takes back what the file says
+            given[name] = None
+        elif int in options and isinstance(value, str) and value.lstrip("-").isdecimal():
+            given[name] = int(value)
+    return given, problems
 
 
 def _values_at(arguments: list[str], position: int) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from pipeline.errors import Problem
-from pipeline.files import below_a_file, unwritable, write_text
+from pipeline.files import unwritable, write_text
 
 RECORD = "arguments.json"
 """The resolved arguments of the run that a directory belongs to."""
@@ -71,9 +71,13 @@ def _check_path(path: Path) -> Problem | None:
         return Problem("output_dir", path, f"is not a valid path ({error}); choose another one")
     if path.resolve() == Path(path.resolve().anchor):
         return Problem("output_dir", path, "is the root of the file system; choose another directory")
-    if path.is_symlink() and not path.exists():
-        return Problem("output_dir", path, "is a dangling symlink; create its target")
-    return below_a_file(path) or unwritable(path, (path, *path.absolute().parents))
+    parts = (path.absolute(), *path.absolute().parents)
+    nearest = next(part for part in parts if os.path.lexists(part))
+    if not nearest.is_dir():
+        dangling = nearest.is_symlink() and not nearest.exists()
+        what = "a dangling symlink; create its target" if dangling else "not a directory; choose another path"
+        return Problem("output_dir", path, f"{nearest} is {what}")
+    return unwritable(path, parts)
 
 
 def _check_inputs(path: Path, present: Mapping[str, Any]) -> str | None:

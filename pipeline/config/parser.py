@@ -78,10 +78,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     if asked.get("hub_token"):
         # As an argument it would be written to disk with all the others.
         os.environ["HF_TOKEN"] = asked.pop("hub_token")
-    wrong = _check_each(asked, hints, dataclass_types)
-    problems += wrong
-    # A field that is reported is left out from here on, and its default is not judged.
-    reported = {problem.field for problem in wrong}
+    problems += _check_each(asked, hints, dataclass_types)
+    reported = dict.fromkeys(problem.field for problem in problems)
     kept = {name: value for name, value in asked.items() if name not in reported}
     machine = {
         name: choice.value
@@ -89,8 +87,14 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         if name in hints and name not in kept and SAME_SETTING.get(name) not in asked
     }
     built, refused = _build(dataclass_types, machine, kept)
-    if unreadable:  # what is missing is in the file
-        refused = [problem for problem in refused if problem.remedy != REQUIRED]
+    refused = [
+        problem
+        for problem in refused
+        if not (unreadable and problem.remedy == REQUIRED)  # what is missing is in the file
+        # What was left out, because it is reported already, has its default, which is not to be judged.
+        and problem.field not in reported
+        and field_named_in(problem.remedy, reported) is None
+    ]
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
     problems += refused + checks.check_together(built, reported, from_command_line)
     problems += launch.check_launch(training) if training is not None else []

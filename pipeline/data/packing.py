@@ -97,14 +97,15 @@ class PackedRows:
 
         Args:
             examples: `input_ids`, `labels` (default: all tokens) and `seq_lengths`, the lengths of a row's
-                conversations.
+                conversations (default: the row is one, as in an evaluation that is not packed).
 
         Returns:
             `input_ids`, `labels` and `position_ids`, each `(batch, longest row)`.
         """
         ids = [torch.tensor(example["input_ids"]) for example in examples]
         labels = [torch.tensor(example.get("labels", example["input_ids"])) for example in examples]
-        positions = [torch.cat([torch.arange(length) for length in example["seq_lengths"]]) for example in examples]
+        lengths = [example.get("seq_lengths", [len(example["input_ids"])]) for example in examples]
+        positions = [torch.cat([torch.arange(length) for length in row]) for row in lengths]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),

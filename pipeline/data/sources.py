@@ -20,7 +20,7 @@ from datasets import DatasetDict, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError
-from pipeline.files import unwritable
+from pipeline.files import is_missing_path, unwritable
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _choose_builder(name: str, path: Path, config: str | None) -> tuple[str, dic
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
     suffix = suffixes[-1] if suffixes else ""
     if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in {*BUILDERS, *COMPRESSIONS}:
+        if is_missing_path(name) or path.suffix in {*BUILDERS, *COMPRESSIONS}:
             raise refuse("there is no such file or folder; correct the path")
         return name, {"name": config}
     if not path.is_file():

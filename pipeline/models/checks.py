@@ -9,6 +9,9 @@ import transformers
 from pipeline.errors import Problem
 from pipeline.models.loading import is_reward_model, validate_vocabulary
 
+MOST_LAYERS = 4096
+"""Layers from which on a configuration is certainly wrong; building such a model would take hours."""
+
 
 def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool, assistant_only_loss: bool) -> list[Problem]:
     """Check that a tokenizer has the special tokens and the template that training needs.
@@ -36,6 +39,19 @@ def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool, assistant
     return [Problem(field, name, fault) for fault in faults]
 
 
+def validate_config(config: Any) -> str | None:
+    """Return what is wrong with the configuration of any model that is to be trained, or None."""
+    architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        return f"`architectures` in its config.json is {architectures!r}, not a list of names; correct it"
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not 1 <= layers <= MOST_LAYERS:
+        return f"has {layers} layers by its config.json; correct it"
+    if getattr(config, "quantization_config", None):
+        return "is quantised, and quantised training is not supported; give the original weights"
+    return None
+
+
 def check_model(
     config: Any, tokenizer: Any | None, name: str, *, reward: bool = False, **lengths: int | None
 ) -> list[Problem]:
@@ -59,7 +75,9 @@ def check_model(
             faults.append(f"has {config.num_labels} labels; give a reward model, which has one, or a language model")
     elif architectures and not reward:
         model_class = getattr(transformers, architectures[0], None)  # the one that TRL loads
-        if model_class is not None and not model_class.can_generate():
+        if model_class is None:
+            faults.append(f"its config.json names an unknown architecture, {architectures[0]}; correct it")
+        elif not model_class.can_generate():
             faults.append(f"is a {architectures[0]}, which cannot write; give a decoder-only language model")
     if tokenizer is not None and (fault := validate_vocabulary(config, tokenizer)):
         faults.append(fault)

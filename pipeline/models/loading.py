@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, is_network_error
+from pipeline.files import is_missing_path
 from pipeline.models.weights import ADAPTER, report_missing, validate_file, validate_files
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
@@ -40,7 +42,7 @@ def user_error_for(field: str, name: object, what: str = "model") -> Iterator[No
     except (UserError, MemoryError):
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = "there is no such folder" if is_missing_path(str(name)) else shorten(str(error), 250)
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
         raise UserError(Problem(field, name, remedy)) from None
     except Exception as error:  # a damaged tokenizer.json or config.json raises anything
@@ -170,15 +172,15 @@ def load_model(
             fault = validate_vocabulary(config, tokenizer) or validate_weights(name, config, model_class)
         if fault is None:
             model, loaded = model_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
-            fault = report_missing(loaded["missing_keys"]) or find_non_finite(model)
+            fault = report_missing(loaded["missing_keys"]) or find_non_finite(model.named_parameters())
     if fault is not None:
         raise UserError(Problem(field, name, fault))
     return model, tokenizer
 
 
-def find_non_finite(model: PreTrainedModel) -> str | None:
-    """Return what is wrong with a model that has NaN or infinite weights, as a run that diverged leaves it, or None."""
-    for name, weight in model.named_parameters():
+def find_non_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Return what is wrong with weights that are NaN or infinite, as a run that diverged leaves them, or None."""
+    for name, weight in weights:
         if weight.is_floating_point() and weight.element_size() > 1 and not torch.isfinite(weight).all():
             return f"its weights are not finite numbers ({name}); train it again"
     return None

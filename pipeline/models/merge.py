@@ -84,7 +84,7 @@ def _merge(adapter: Path, base: str, output_dir: Path) -> None:
         with user_error_for("adapter", adapter):
             model = model_class.from_pretrained(str(adapter), dtype="auto", **({"num_labels": 1} if reward else {}))
             merged = model.merge_and_unload(safe_merge=True)
-        fault = find_non_finite(merged)
+        fault = find_non_finite(merged.named_parameters())
     if fault is not None:
         raise UserError(Problem("adapter", adapter, fault))
     with write_folder(output_dir) as folder:

@@ -6,13 +6,14 @@ Importing this module does not import torch, so that the report reads headers in
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import Trainer
 
@@ -38,6 +39,13 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
         SafetensorError, OSError: A file cannot be read.
     """
     return {name: shape for file in _weight_files(folder) for name, shape in read_shapes(file).items()}
+
+
+def stored_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the names and values of all weights in a folder, one at a time."""
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
 
 
 def validate_file(file: Path) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -20,12 +20,16 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, ModelConfig
 
+from pipeline.config.checks import check_ranges
 from pipeline.errors import Problem
 
 LORA_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
 """Layers that PEFT can put a LoRA adapter on."""
 
-LIBRARY_ERRORS = (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError, ArithmeticError)
+LIBRARY_ERRORS = (
+    ValueError, TypeError, LookupError, ImportError, AttributeError, RuntimeError, ArithmeticError, AssertionError
+)  # fmt: skip
+"""What the libraries raise for options and configurations that they cannot use."""
 
 
 def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
@@ -120,8 +124,9 @@ def check_disk(parameters: int, trainable: int, args: TrainingArguments) -> list
 
 
 def preflight(args: TrainingArguments) -> list[Problem]:
-    """Try what a run will need from its training arguments: optimizer, schedule, packages and the id on the Hub."""
-    return [*_try_optimizer(args), *_try_schedule(args), *_check_packages(args), *_check_hub_id(args)]
+    """Try what a run needs from its training arguments: optimizer, schedule, packages, generation, id on the Hub."""
+    rollouts = _check_rollouts(args) if isinstance(args, GRPOConfig) else []
+    return [*_try_optimizer(args), *_try_schedule(args), *_check_packages(args), *rollouts, *_check_hub_id(args)]
 
 
 def _try_optimizer(args: TrainingArguments) -> list[Problem]:
@@ -164,6 +169,17 @@ def _check_packages(args: TrainingArguments) -> list[Problem]:
             problems.append(Problem("report_to", name, f"no such tracker; choose from: none, {known}"))
         elif name not in installed and name != "flyte":  # which transformers cannot detect
             problems.append(Problem("report_to", name, "is not installed; install it, or write `none`"))
+    return problems
+
+
+def _check_rollouts(args: GRPOConfig) -> list[Problem]:
+    options, problems = args.generation_kwargs or {}, []
+    if unknown := [name for name in options if not hasattr(GenerationConfig(), name)]:
+        problems.append(Problem("generation_kwargs", options, f"there is no option {', '.join(unknown)}; correct it"))
+    for problem in check_ranges(options):
+        problems.append(Problem("generation_kwargs", options, f"{problem.field} {problem.remedy}"))
+    if args.remove_unused_columns:
+        problems.append(Problem("remove_unused_columns", True, "would remove the columns that rewards read; omit it"))
     return problems
 
 

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
@@ -23,10 +24,10 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
-from pipeline.models.checks import check_lengths, check_model, check_room, check_tokenizer
+from pipeline.models.checks import check_lengths, check_model, check_room, check_tokenizer, validate_config
 from pipeline.models.llama import LlamaArguments, build_model
-from pipeline.models.loading import base_of, is_reward_model, load_tokenizer, user_error_for
-from pipeline.models.weights import validate_files
+from pipeline.models.loading import base_of, find_non_finite, is_reward_model, load_tokenizer, user_error_for
+from pipeline.models.weights import stored_weights, validate_files
 from pipeline.training import checks
 from pipeline.training.pretraining import PretrainConfig
 
@@ -195,7 +196,12 @@ def _load_config(model_args: ModelConfig) -> Any:
         if base := base_of(name):
             remedy = f"is an adapter of {base}; merge them with `python -m pipeline merge` and give the result"
             raise UserError(Problem("model_name_or_path", name, remedy))
-        return AutoConfig.from_pretrained(name, revision=model_args.model_revision or "main")
+        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision or "main")
+        if (Path(name) / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(name).validate(strict=True)  # as saving the model will
+    if fault := validate_config(config):
+        raise UserError(Problem("model_name_or_path", name, fault))
+    return config
 
 
 def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig, critic: bool) -> list[Problem]:
@@ -208,12 +214,13 @@ def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig
     try:
         with torch.device("meta"):
             model = model_class.from_config(config, attn_implementation=attention)
-    except (*checks.LIBRARY_ERRORS, LookupError) as error:
+    except checks.LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())
         if attention is not None and type(config) in model_class._model_mapping:
             return [Problem("attn_implementation", attention, f"{reason}; omit it, or use sdpa or eager")]
         return [Problem("model_name_or_path", name, f"its {config.model_type} model cannot be built ({reason[:200]})")]
-    fault = validate_files(Path(name), model) if Path(name).is_dir() else None
+    folder = Path(name)
+    fault = (validate_files(folder, model) or find_non_finite(stored_weights(folder))) if folder.is_dir() else None
     problems = [Problem("model_name_or_path", name, fault)] if fault else []
     size = model.num_parameters()
     trained = round(0.05 * size) if model_args.use_peft else size  # adapters are smaller, by their rank and targets

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 import pytest
 from bad_inputs import CASES, GOOD, rows
+from safetensors.torch import load_file, save_file
 from small_model import recipe_command, run_recipe, tokenizer, write_lines
 from transformers import AutoModelForSequenceClassification
 
@@ -74,17 +75,33 @@ def save_odd_models(folder: Path) -> None:
     damaged("deeper", lambda path: change_json(path / "config.json", num_hidden_layers=3))
     damaged("encoder", lambda path: change_json(path / "config.json", architectures=["BertForMaskedLM"]))
     damaged("adapter", make_adapter)
+    damaged("no-heads", lambda path: change_json(path / "config.json", num_attention_heads=0))
+    damaged("no-layers", lambda path: change_json(path / "config.json", num_hidden_layers=0))
+    damaged("architecture-text", lambda path: change_json(path / "config.json", architectures="LlamaForCausalLM"))
+    damaged("architecture-unknown", lambda path: change_json(path / "config.json", architectures=["FooForCausalLM"]))
+    damaged("quantised", lambda path: change_json(path / "config.json", quantization_config={"quant_method": "gptq"}))
+    damaged("nan", lambda path: fill_with_nan(path / "model.safetensors"))
+    damaged("generation", lambda path: (path / "generation_config.json").write_text('{"temperature": -1}'))
+    variant("dividing", lambda words: setattr(words, "chat_template", f"{MARKS}{{{{ 1 / 0 }}}}"))
+    (folder / "dangling").symlink_to(folder / "nowhere")
     variant("refusing", lambda words: setattr(words, "chat_template", REFUSING))
     AutoModelForSequenceClassification.from_pretrained(words, num_labels=2).save_pretrained(folder / "two-labels")
     tokenizer().save_pretrained(folder / "two-labels")
     (folder / "prompts.jsonl").write_text(rows({"prompt": "What?", "answer": "That."}) * 40)
 
 
-REFUSING = "{% generation %}{% endgeneration %}{{ raise_exception('too polite') }}"
+MARKS = "{% generation %}{% endgeneration %}"
+REFUSING = MARKS + "{{ raise_exception('too polite') }}"
 
 
 def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def fill_with_nan(path: Path) -> None:
+    weights = load_file(path)
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def make_adapter(path: Path) -> None:

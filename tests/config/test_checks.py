@@ -1,0 +1,49 @@
+"""Values that no field of a number or of a text accepts, by the dataclasses of every recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from typing import Any, get_type_hints
+
+import pytest
+
+from pipeline.config.checks import MAY_BE_EMPTY
+from pipeline.config.parser import argument_types, check_values
+
+RECIPES = ("data", "tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "grpo")
+TYPES = {kind for name in RECIPES for kind in argument_types(importlib.import_module(f"recipes.{name}").main)}
+FIELDS = sorted(
+    {(item.name, kind) for kind in TYPES for item in dataclasses.fields(kind) if item.init},
+    key=lambda pair: (pair[0], pair[1].__name__),
+)
+
+
+def is_refused(name: str, kind: type, value: Any) -> bool:
+    return [problem.field for problem in check_values({name: value}, [kind])] == [name]
+
+
+def of_type(*types: type) -> list[Any]:
+    """Fields whose type is, or contains, one of `types`, and no mapping."""
+    found = []
+    for name, kind in FIELDS:
+        hint = str(get_type_hints(kind)[name])
+        if "dict" not in hint and any(item.__name__ in hint for item in types):
+            found.append(pytest.param(name, kind, id=f"{kind.__name__}.{name}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "kind"), of_type(int, float))
+def test_a_number_is_finite_and_not_astronomical_and_not_of_another_type(name: str, kind: type) -> None:
+    for value in (math.nan, math.inf, -math.inf, True, {"a": 1}, [[1]]):
+        assert is_refused(name, kind, value), value
+    if name != "reward_weights":
+        assert is_refused(name, kind, -2)
+        assert is_refused(name, kind, 10**30)
+
+
+@pytest.mark.parametrize(("name", "kind"), of_type(str))
+def test_a_text_is_not_empty_and_does_not_contain_nul(name: str, kind: type) -> None:
+    assert is_refused(name, kind, "a\0b")
+    assert is_refused(name, kind, "") or name in MAY_BE_EMPTY

@@ -1,0 +1,35 @@
+"""Where data cannot be read from, and why; files that are damaged are in test_bad_input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pytest
+from huggingface_hub import constants
+from small_model import write_lines
+
+from pipeline.data.sources import open_source
+from pipeline.errors import UserError
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"dataset_name: nobody/nothing: .*the Hub cannot be reached; check the network"):
+        open_source("nobody/nothing")
+
+
+def test_a_cache_that_cannot_be_written_is_not_the_fault_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
+    with pytest.raises(UserError, match=r"HF_HOME: .*is not writable; set HF_HOME"):
+        open_source(write_lines(tmp_path / "a.jsonl", [{"text": "a"}]))
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl"])
+def test_a_name_is_not_a_pattern(tmp_path: Path, name: str) -> None:
+    for file in (name, "a1.jsonl", "ab.jsonl"):
+        write_lines(tmp_path / file, [{"text": file}])
+    assert open_source(str(tmp_path / name))["train"]["text"][:] == [name]
