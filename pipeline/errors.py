@@ -26,6 +26,12 @@ EXIT_INTERRUPTED = 130
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{6,}")
 """A token of the Hub, which no message repeats."""
 
+LIBRARY_ERRORS = (
+    ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError, OSError, ArithmeticError,
+    AssertionError,
+)  # fmt: skip
+"""What the libraries raise for options and configurations that they cannot use."""
+
 LONGEST_VALUE = 300
 """Characters of a value that a message repeats."""
 

@@ -82,7 +82,7 @@ CASES = {
         ("dataset_name:", "row 0", "leaves nothing to answer"),
         files={"a.jsonl": rows({"prompt": GOOD["messages"], "completion": "This."})},
     ),
-    "an assistant that nobody asked": Case(
+    "an assistant without a question": Case(
         "sft",
         "--dataset_name {here}/a.jsonl",
         ("dataset_name:", "row 0", "there is no prompt"),

@@ -32,9 +32,9 @@ def test_a_field_that_is_spoken_of_is_named(
 
 
 def test_what_speaks_of_no_field_keeps_its_traceback() -> None:
-    with pytest.raises(ValueError, match="nobody knows"), exit_on_user_error():
+    with pytest.raises(ValueError, match="something else is wrong"), exit_on_user_error():
         begin_preparation({"optim": "galore"}, ["optim"], None)
-        raise ValueError("nobody knows")
+        raise ValueError("something else is wrong")
 
 
 def test_after_the_first_step_an_error_is_not_the_input_s() -> None:

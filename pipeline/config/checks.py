@@ -128,11 +128,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
-    """Return the numbers that make no sense.
-
-    Args:
-        values: Values by field; other types, and None, are left to the dataclass.
-    """
+    """Return the numbers that make no sense; other types, and None, are left to the dataclass."""
     problems = []
     for name, value in values.items():
         numbers = [item for item in _items(value) if isinstance(item, int | float) and not isinstance(item, bool)]
@@ -176,11 +172,7 @@ def _check_mapping(name: str, text: str) -> list[Problem]:
 
 
 def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
-    """Return the options that this machine lacks, or that the recipes do not offer.
-
-    Args:
-        asked: Values that the user gave, by field.
-    """
+    """Return the options, of those that the user gave, that this machine lacks or that the recipes do not offer."""
     problems = []
     best = hardware.precision()
     for name, dtype in (("bf16", "bf16"), ("fp16", "fp16"), ("fp16_full_eval", "fp16")):

@@ -40,11 +40,10 @@ def take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
     Returns:
         The content of the file, empty without one, and what is wrong with it.
     """
-    paths: list[str] = []
-    for position in reversed([i for i, text in enumerate(arguments) if text.partition("=")[0] == "--config"]):
-        values = _values_at(arguments, position)[:1]
-        paths.insert(0, values[0] if values else "")
-        del arguments[position : position + (1 if "=" in arguments[position] else 1 + len(values))]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", nargs="?", const="", default=[])
+    found, arguments[:] = parser.parse_known_args(arguments)
+    paths: list[str] = found.config
     if not paths:
         return {}, []
     if "" in paths:

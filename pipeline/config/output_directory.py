@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from pipeline.errors import Problem
-from pipeline.files import unwritable, write_text
+from pipeline.files import check_directory, write_text
 
 RECORD = "arguments.json"
 """The resolved arguments of the run that a directory belongs to."""
@@ -55,29 +55,13 @@ def check_output_directory(arguments: Iterable[Any]) -> list[Problem]:
     if output_dir is None:
         return []
     path, present = Path(output_dir), to_record(items)
-    if problem := _check_path(path):
+    if problem := check_directory(path):
         return [problem]
+    if path.resolve() == Path(path.resolve().anchor):
+        return [Problem("output_dir", path, "is the root of the file system; choose another directory")]
     if remedy := _check_inputs(path, present) or _check_earlier_run(path, present):
         return [Problem("output_dir", output_dir, remedy)]
     return []
-
-
-def _check_path(path: Path) -> Problem | None:
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        return Problem("output_dir", path, f"is not a valid path ({error}); choose another one")
-    if path.resolve() == Path(path.resolve().anchor):
-        return Problem("output_dir", path, "is the root of the file system; choose another directory")
-    parts = (path.absolute(), *path.absolute().parents)
-    nearest = next(part for part in parts if os.path.lexists(part))
-    if not nearest.is_dir():
-        dangling = nearest.is_symlink() and not nearest.exists()
-        what = "a dangling symlink; create its target" if dangling else "not a directory; choose another path"
-        return Problem("output_dir", path, f"{nearest} is {what}")
-    return unwritable(path, parts)
 
 
 def _check_inputs(path: Path, present: Mapping[str, Any]) -> str | None:

@@ -15,16 +15,12 @@ from pipeline import hardware, launch
 from pipeline.config import checks, output_directory
 from pipeline.config.command_line import Parser, read_command_line, take_config, unknown_field
 from pipeline.config.yaml_file import convert
-from pipeline.errors import Problem, UserError, begin_preparation, field_named_in
+from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, begin_preparation, field_named_in
 
 REQUIRED = "is required"
 
 SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
 """Fields that the machine decides, and another field by which the user may have decided the same."""
-
-
-REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, ImportError, OSError, ArithmeticError)
-"""What dataclasses raise for arguments that they reject."""
 
 
 class RefusedArguments(UserError):
@@ -114,12 +110,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 
 
 def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> list[Problem]:
-    """Check each value of a YAML file alone, without the files that they name and without their combination.
-
-    Args:
-        config: Content of the file.
-        dataclass_types: As for `parse`.
-    """
+    """Check each value of a YAML file (`config`) alone: neither the files that they name nor their combination."""
     hints = _hints(*dataclass_types)
     config = {name: value for name, value in config.items() if name != "env"}
     values, problems = _read_values(config, hints, Parser(dataclass_types))
@@ -128,11 +119,7 @@ def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> l
 
 def _check_each(asked: Mapping[str, Any], hints: Mapping[str, Any], types: Iterable[type]) -> list[Problem]:
     rollouts = any(issubclass(kind, GRPOConfig) for kind in types)
-    return [
-        *checks.check_ranges(asked),
-        *checks.check_text(asked, hints, rollouts),
-        *checks.check_supported(asked),
-    ]
+    return checks.check_ranges(asked) + checks.check_text(asked, hints, rollouts) + checks.check_supported(asked)
 
 
 def _hints(*dataclass_types: Any) -> dict[str, Any]:
@@ -187,29 +174,16 @@ def _build(
     messages: set[str] = set()  # one that is repeated about another field adds nothing
     for kind in dataclass_types:
         own = {name: value for name, value in {**machine, **asked}.items() if name in _hints(kind)}
-        missing = [
-            item.name
-            for item in dataclasses.fields(kind)
-            if item.init
-            and item.name not in own
-            and item.default is dataclasses.MISSING
-            and item.default_factory is dataclasses.MISSING
+        required = [
+            item.name for item in dataclasses.fields(kind) if item.init and item.default is item.default_factory
         ]
+        missing = [name for name in required if name not in own]  # without a default, both are MISSING
         problems += [Problem(name, "nothing", REQUIRED) for name in missing]
         while not missing:
             try:
                 built.append(kind(**own))
                 break
-            except (
-                UserError,
-                ValueError,
-                TypeError,
-                LookupError,
-                RuntimeError,
-                ImportError,
-                OSError,
-                ArithmeticError,
-            ) as error:
+            except (UserError, *LIBRARY_ERRORS) as error:
                 refused = _refused(error, kind, own, () if problems else asked)
                 message = str(error)
             fields = [problem.field for problem in refused if problem.field in own]

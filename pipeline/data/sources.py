@@ -24,17 +24,14 @@ from pipeline.files import is_missing_path, unwritable
 
 logger = logging.getLogger(__name__)
 
-BUILDERS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "text",
-    ".md": "text",
-    ".arrow": "arrow",
+SUFFIXES = {
+    "parquet": ".parquet",
+    "json": ".jsonl .ndjson .json",
+    "csv": ".csv .tsv",
+    "text": ".txt .md",
+    "arrow": ".arrow",
 }
+BUILDERS = {suffix: builder for builder, suffixes in SUFFIXES.items() for suffix in suffixes.split()}
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import logging
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -30,8 +35,28 @@ from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, is_network_erro
 from pipeline.files import is_missing_path
 from pipeline.models.weights import ADAPTER, report_missing, validate_file, validate_files
 
+logger = logging.getLogger(__name__)
+
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
+
+
+def skip_unreachable_hub(seconds: float = 3.0) -> None:
+    """Put the Hub's client into offline mode if the Hub does not answer, because it retries each request for 20 s.
+
+    Files in the cache still load.
+
+    Args:
+        seconds: How long to wait for an answer.
+    """
+    hub = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return
+    try:
+        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), seconds).close()
+    except OSError as error:
+        logger.warning("The Hub cannot be reached (%s): only local files and its cache are used.", error)
+        constants.HF_HUB_OFFLINE = True
 
 
 @contextmanager

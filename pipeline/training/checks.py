@@ -21,15 +21,10 @@ from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, ModelConfig
 
 from pipeline.config.checks import check_ranges
-from pipeline.errors import Problem
+from pipeline.errors import LIBRARY_ERRORS, Problem
 
 LORA_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
 """Layers that PEFT can put a LoRA adapter on."""
-
-LIBRARY_ERRORS = (
-    ValueError, TypeError, LookupError, ImportError, AttributeError, RuntimeError, ArithmeticError, AssertionError
-)  # fmt: skip
-"""What the libraries raise for options and configurations that they cannot use."""
 
 
 def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:

@@ -23,10 +23,17 @@ from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split
 from pipeline.data.splits import load_splits
-from pipeline.errors import Problem, UserError
+from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.models.checks import check_lengths, check_model, check_room, check_tokenizer, validate_config
 from pipeline.models.llama import LlamaArguments, build_model
-from pipeline.models.loading import base_of, find_non_finite, is_reward_model, load_tokenizer, user_error_for
+from pipeline.models.loading import (
+    base_of,
+    find_non_finite,
+    is_reward_model,
+    load_tokenizer,
+    skip_unreachable_hub,
+    user_error_for,
+)
 from pipeline.models.weights import stored_weights, validate_files
 from pipeline.training import checks
 from pipeline.training.pretraining import PretrainConfig
@@ -48,8 +55,6 @@ KINDS: dict[type, tuple[Kind, str]] = {
     GRPOConfig: ("prompt", "max_completion_length"),
 }
 """What the data of a stage contain, and the field that limits the length of its sequences, by training arguments."""
-
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
 
 
 @runtime_checkable
@@ -98,8 +103,10 @@ def load_inputs(
     length = {field: getattr(training_args, field, None) for other, field in KINDS.values() if other == kind}
     pretrained = model_args if isinstance(model_args, ModelConfig) else None
     name = pretrained.model_name_or_path if pretrained else None
-    config = attempt(lambda: _load_config(pretrained)) if pretrained else None
     own, tokenizer = data_args.tokenizer_name_or_path, None
+    if any(given and not Path(given).exists() for given in (name, own, data_args.dataset_name)):
+        skip_unreachable_hub()
+    config = attempt(lambda: _load_config(pretrained)) if pretrained else None
     named_by = "tokenizer_name_or_path" if own or not name else "model_name_or_path"
     if own is not None or config is not None or pretrained is None:
         revision = pretrained.model_revision if pretrained and not own else None
@@ -128,7 +135,7 @@ def load_inputs(
                 for split in splits if kind == "preference" else splits[:1]:
                     if split is not None:
                         problems += _check_tokens(kind, split, tokenizer, training_args, positions)
-            except TEMPLATE_ERRORS as error:
+            except (TemplateError, *LIBRARY_ERRORS) as error:
                 remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
                 problems.append(Problem(named_by, own or name, remedy))
     if reward_args is not None:
@@ -169,7 +176,7 @@ def preflight_inputs(arguments: Sequence[Any], types: Sequence[type]) -> list[Pr
             load_splits(data_args, kind, evaluation=False)
     except UserError as error:
         problems += error.problems
-    except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError):
+    except LIBRARY_ERRORS:
         pass  # a consequence of what is known to be wrong
     return problems
 
@@ -214,7 +221,7 @@ def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig
     try:
         with torch.device("meta"):
             model = model_class.from_config(config, attn_implementation=attention)
-    except checks.LIBRARY_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())
         if attention is not None and type(config) in model_class._model_mapping:
             return [Problem("attn_implementation", attention, f"{reason}; omit it, or use sdpa or eager")]

@@ -111,15 +111,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     test = write(tmp_path / "test.jsonl", {"question": FOX, "answer": "x"}, {"question": "Who else?", "answer": "y"})
     clean = write(tmp_path / "clean.jsonl", {"text": "Nothing in common"})
     assert command.main(["check-overlap", "--train", train, "--test", test]) == 1
-    told = capsys.readouterr().out
-    assert "1 of 2 rows (50.00%)" in told and "test row 0, training row 0: the quick brown fox" in told
+    printed = capsys.readouterr().out
+    assert "1 of 2 rows (50.00%)" in printed and "test row 0, training row 0: the quick brown fox" in printed
     assert command.main(["check-overlap", "--train", train, "--test", test, "--max_share", "0.5"]) == 0
     assert command.main(["check-overlap", "--train", clean, "--test", test]) == 0
     assert command.main(["check-overlap", "--train", clean, train, "--test", clean, test]) == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--train", "none.jsonl"], "none.jsonl"),
         (["--train", "{train}::validation"], "choose from: train"),
@@ -130,7 +130,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ],
 )
 def test_mistakes_of_the_user(
-    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {
         "train": write(tmp_path / "train.jsonl", {"text": FOX}),
@@ -140,7 +140,7 @@ def test_mistakes_of_the_user(
         command.main(["check-overlap", "--test", names["train"], *(word.format(**names) for word in arguments)])
     assert stopped.value.code == 2
     messages = [line for line in capsys.readouterr().err.splitlines() if "examples/s]" not in line]
-    assert len(list(filter(None, messages))) == 1 and told in "".join(messages)
+    assert len(list(filter(None, messages))) == 1 and message in "".join(messages)
 
 
 def test_arguments_have_defaults() -> None:

@@ -112,9 +112,9 @@ def test_prompts_keep_the_columns_that_rewards_read(tmp_path: Path) -> None:
     assert train[0] == {**rows[0], "answer": "5"}
 
 
-@pytest.mark.parametrize("told_twice", [{"prompt": "Q"}, {}])
-def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, told_twice: dict[str, str]) -> None:
-    rows = [{"chosen": conversation("Q", "good"), "rejected": conversation("Q", "bad"), **told_twice}]
+@pytest.mark.parametrize("repeated", [{"prompt": "Q"}, {}])
+def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, repeated: dict[str, str]) -> None:
+    rows = [{"chosen": conversation("Q", "good"), "rejected": conversation("Q", "bad"), **repeated}]
     train, _ = load_splits(DataArguments(write(tmp_path, "parquet", rows)), "preference", evaluation=False)
     assert train[0] == {
         "prompt": [{"role": "user", "content": "Q"}],
@@ -124,7 +124,7 @@ def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, told_twice: di
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_pairs_that_say_nothing_are_left_out_and_told(
+def test_pairs_without_information_are_left_out_with_a_warning(
     tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pairs = [{"prompt": "What?", "chosen": f"That {i}.", "rejected": "No.", "margin": i / 2} for i in range(6)]

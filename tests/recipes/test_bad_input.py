@@ -6,18 +6,21 @@ import importlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 from bad_inputs import CASES, GOOD, rows
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from small_model import recipe_command, run_recipe, tokenizer, write_lines
 from transformers import AutoModelForSequenceClassification
 
 from pipeline import hardware
 from pipeline.config.parser import parse
+from pipeline.models import loading
 from pipeline.training.entry import run
 
 
@@ -173,7 +176,9 @@ def test_it_is_refused_in_one_line_with_nothing_written(
     assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == files
 
 
-def test_all_that_is_wrong_is_told_at_once(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_that_is_wrong_is_reported_at_once(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("max_steps: ten\nlearning_rat: 1\neval_strategy: often\nmax_length: 9999\n")
     argv = [
@@ -193,7 +198,7 @@ def test_all_that_is_wrong_is_told_at_once(inputs: Path, tmp_path: Path, capsys:
     assert fields == {*wrong, "lora_target_modules", "output_dir"}
 
 
-def test_a_full_disk_is_told_before(
+def test_a_full_disk_is_reported_before_training(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)  # type: ignore[attr-defined]
@@ -215,7 +220,7 @@ def test_a_directory_that_may_not_be_written(inputs: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("streaming", ["--dataset_streaming", ""])
-def test_a_bad_row_is_told_with_its_number_streamed_or_not(
+def test_a_bad_row_is_reported_with_its_number_streamed_or_not(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], streaming: str
 ) -> None:
     path = write_lines(tmp_path / "a.jsonl", [GOOD] * 5 + [{"messages": []}])
@@ -224,14 +229,27 @@ def test_a_bad_row_is_told_with_its_number_streamed_or_not(
     assert len(lines) == 1 and "row 5" in lines[0]
 
 
-def test_the_process_says_it_too(inputs: Path, tmp_path: Path) -> None:
+def test_a_hub_that_does_not_answer_is_reported_without_delay(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "getproxies", dict)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    argv = recipe_command("sft", inputs, "--output_dir", str(tmp_path / "output"), "--model_name_or_path", "some/model")
+    started = time.monotonic()
+    (line,) = refuse("sft", argv[2:], capsys)
+    assert line.startswith("model_name_or_path: some/model:") and "the Hub cannot be reached" in line
+    assert time.monotonic() - started < 10
+
+
+def test_the_process_ends_with_the_message(inputs: Path, tmp_path: Path) -> None:
     result = run_recipe("sft", inputs, "--output_dir", str(tmp_path / "output"), "--max_lenght", "9")
     assert result.returncode == 2
     assert result.stderr.strip().split("\n")[-1] == "max_lenght: 9: unknown field; did you mean `max_length`?"
     assert not (tmp_path / "output").exists()
 
 
-def test_a_token_is_not_told_nor_written(
+def test_a_token_is_neither_printed_nor_written(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
