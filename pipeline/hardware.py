@@ -16,7 +16,7 @@ import psutil
 import torch
 
 COMPILATION_PAYS_AFTER = 120.0
-"""Seconds of estimated training from which `torch.compile` makes up for its warm-up of about half a minute."""
+"""Seconds of estimated training above which `torch.compile` makes up for its warm-up of about half a minute."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ def training_defaults() -> dict[str, Choice]:
     return defaults
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 NEVER_TRIM = 2**31 - 1
 """Bytes that must be free at the end of the heap before they are returned: the maximum that `mallopt` accepts."""
 LARGEST_KEPT = (2**30, 2**25)
-"""Size in bytes from which blocks are requested from and returned to the kernel. Older releases reject the first."""
+"""Bytes above which blocks come from the kernel and go back to it; the second is for releases that reject the first."""
 OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 """Variables by which users configure the allocator themselves."""
 

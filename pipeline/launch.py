@@ -14,7 +14,7 @@ import torch
 from pipeline import hardware
 from pipeline.errors import Problem
 
-if TYPE_CHECKING:  # importing them takes seconds, which `--help` does not have
+if TYPE_CHECKING:  # importing them takes seconds, too long for `--help`
     from transformers import Trainer, TrainingArguments
 
 logger = logging.getLogger(__name__)

@@ -94,7 +94,7 @@ def _check_earlier_run(path: Path, present: Mapping[str, Any]) -> str | None:
     ]
     if not changed:
         return None
-    return f"contains a run of another configuration ({'; '.join(changed)}); choose another directory or delete it"
+    return f"contains a run with other settings ({'; '.join(changed)}); choose another directory or delete it"
 
 
 def expand(field: str, value: Any) -> Any:
@@ -118,7 +118,7 @@ def claim(args: TrainingArguments) -> None:
 
 
 def to_record(arguments: Iterable[Any]) -> dict[str, Any]:
-    """Return resolved argument dataclasses as one mapping, as JSON holds it, without tokens."""
+    """Return resolved argument dataclasses as one mapping, as JSON represents it, without tokens."""
     values = {field.name: getattr(item, field.name) for item in arguments for field in dataclasses.fields(item)}
     plain = {name: value for name, value in values.items() if not name.endswith("_token")}
     return json.loads(json.dumps(plain, sort_keys=True, default=str))

@@ -14,10 +14,10 @@ import yaml
 from pipeline.errors import Problem, UserError
 
 MAX_BYTES = 1 << 20
-"""Size from which on a file is certainly not a recipe's."""
+"""A file of this size or more is certainly not a recipe's."""
 
 MAX_NODES, MAX_DEPTH = 10_000, 20
-"""Values in a file, with every alias expanded, and how deep they may be nested."""
+"""Limits on the values in a file, with every alias expanded, and on their nesting."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,13 +70,13 @@ def read_yaml(path: str) -> dict[str, Any]:
     """Read a recipe's YAML file.
 
     Args:
-        path: File that holds one mapping from field names to values.
+        path: File that contains one mapping from field names to values.
 
     Returns:
         The mapping.
 
     Raises:
-        UserError: If the file cannot be read, is not valid YAML, or does not hold a mapping.
+        UserError: If the file cannot be read, is not valid YAML, or does not contain a mapping.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not path.startswith("/dev/fd/"):
@@ -112,11 +112,11 @@ def describe_type(hint: Any) -> str:
     if get_origin(hint) is list:
         return f"a list, each item {describe_type(get_args(hint)[0])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
-    return names.get(get_origin(hint) or hint, "of another type")
+    return names.get(get_origin(hint) or hint, "of a different type")
 
 
 def _options(union: Any) -> list[Any]:
-    """Members of a union without `None`, and without `str` where it only admits the names of an enumeration."""
+    """Return the members of a union, without `None` and without `str` where that only stands for an enumeration."""
     members = [member for member in get_args(union) if member is not type(None)]
     named = any(isinstance(member, type) and issubclass(member, Enum) for member in members)
     return [member for member in members if not (named and member is str)]
@@ -126,7 +126,7 @@ def convert(value: Any, hint: Any) -> Any:
     """Convert a value from YAML to the type of its field (1 to 1.0, one item to a list of one).
 
     Raises:
-        TypeError: If it is of another type.
+        TypeError: If it has a different type.
     """
     origin = get_origin(hint) or hint
     number = isinstance(value, int | float) and not isinstance(value, bool)

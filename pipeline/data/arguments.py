@@ -13,7 +13,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Id on the Hugging Face Hub, or a local file or folder: a data set repository, Parquet, JSONL, "
-            "JSON, CSV or text, also compressed (.gz)."
+            "JSON, CSV or text, optionally compressed (.gz)."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
@@ -29,8 +29,8 @@ class DataArguments:
             "for instance): every 20th row for 0.05."
         },
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows, the first ones."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows, the first ones."})
     text_column: str = field(default="text", metadata={"help": "Column of the documents (pretraining)."})
     messages_column: str = field(
         default="messages", metadata={"help": "Column of the conversations: a list of {role, content}."}
@@ -43,7 +43,7 @@ class DataArguments:
         metadata={"help": "Column of the answers to `prompt_column`, for data without conversations."},
     )
     answer_column: str = field(
-        default="answer", metadata={"help": "Column of the reference answers, with which rewards compare."}
+        default="answer", metadata={"help": "Column of the reference answers that rewards compare with."}
     )
     answer_pattern: str | None = field(
         default=None,

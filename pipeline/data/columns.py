@@ -41,7 +41,7 @@ def column_names(split: Split) -> list[str]:
 
 
 def place_of(split: Split, args: DataArguments) -> str:
-    """Return data set and split, for messages."""
+    """Name the data set and the split, for messages."""
     return f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
 
 
@@ -72,7 +72,7 @@ def standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
 
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
     features = {name: FEATURES[name] for name in kept if name in FEATURES}
-    if kind == "prompt":  # whose other columns stay, for rewards
+    if kind == "prompt":  # the other columns stay, for rewards
         kept += columns
         features = (
             {name: split.features[name] for name in columns if name not in features} | features
@@ -140,7 +140,7 @@ def _require(columns: list[str], **expected: str) -> None:
 
 
 def _conversation_converter(args: DataArguments, columns: list[str]) -> Callable[[Row], dict[str, Any]]:
-    """Read conversations, or make them of a prompt and a completion column (by default also `question`, `answer`)."""
+    """Return what reads conversations, or joins a prompt and a completion (by default also `question` and `answer`)."""
     pairs = [(args.prompt_column, args.completion_column), ("question", "answer"), ("prompt", "completion")]
     found = [(p, c) for p, c in pairs if c is not None and p in columns and c in columns]
     if args.completion_column is None and args.messages_column in columns:

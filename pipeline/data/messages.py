@@ -81,7 +81,7 @@ def read_pair(
         `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the row has it.
 
     Raises:
-        ShapeError: If the row has another shape.
+        ShapeError: If the row has a different shape.
     """
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get(prompt_column) is not None:

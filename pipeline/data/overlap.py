@@ -93,7 +93,7 @@ class NgramIndex:
         return added
 
     def find(self, text: str) -> Iterator[tuple[int, str]]:
-        """Yield hash and words of each indexed n-gram that a text contains, in order, shorter indexed texts last."""
+        """Yield the hash and words of each indexed n-gram in a text, in order, shorter indexed texts last."""
         tokens = words(text)
         for size, indexed in self._hashes.items():
             if not indexed.isdisjoint(map(hash, ngrams(tokens, size))):

@@ -1,4 +1,4 @@
-"""The splits of a data set that a stage trains on and is evaluated on meanwhile."""
+"""The splits of a data set that a stage trains on, and is evaluated on during training."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def load_splits(args: DataArguments, kind: Kind, evaluation: bool) -> tuple[Spli
         The training split, and the evaluation split or None. Iterable data sets if `args.dataset_streaming`.
 
     Raises:
-        UserError: If the data set, a split or a column does not exist, a split is empty, or a row has another shape.
+        UserError: If the data set, a split or a column does not exist, a split is empty, or a row is malformed.
     """
     source = open_source(args.dataset_name, args.dataset_config, args.dataset_streaming)
     try:
         train, test = _divide(source, args, kind, evaluation)
-    except UnicodeDecodeError as error:  # of a file that was only opened so far
+    except UnicodeDecodeError as error:  # the rows are read only now
         raise UserError(*locate_error(Path(str(args.dataset_name)), error)) from None
     if isinstance(train, IterableDataset):
         # Trainers shuffle only what has a length. The order depends on the epoch and on nothing else.

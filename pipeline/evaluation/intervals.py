@@ -61,7 +61,7 @@ class Estimate:
         """Read what `to_json` returns. Of a damaged entry, whatever is valid is kept.
 
         Raises:
-            ValueError: The "value" of `entry` is missing or not a finite number.
+            ValueError: If the "value" of `entry` is missing or not a finite number.
         """
         entry = entry if isinstance(entry, dict) else {}
         value, n, interval, kinds = (entry.get(key) for key in ("value", "n", "ci95", "by_kind"))

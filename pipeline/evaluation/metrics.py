@@ -1,4 +1,4 @@
-"""The metrics of language models, and how each is measured on held-out data; those of reward models: `reward_model`.
+"""The metrics of language models, and how each is measured on held-out data; see `reward_model` for reward models.
 
 To add a metric, write its class and record it in the function of the data that it needs; then describe it (label,
 meaning, better direction, digits) in `metric_info.METRICS`.
@@ -138,7 +138,7 @@ def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
     1 - (1 - correct / n)^k, is too low on average.
 
     Raises:
-        ValueError: Not 1 <= k <= n, or not 0 <= correct <= n.
+        ValueError: Unless 1 <= k <= n and 0 <= correct <= n.
     """
     if not (1 <= k <= n and 0 <= correct <= n):
         raise ValueError(f"pass@{k} of {correct} right out of {n} samples")
@@ -246,7 +246,7 @@ def measure_match(
 ) -> None:
     """Record `win_rate`: answers of both models, sampled at temperature 1 and judged by the annotators.
 
-    The opponent samples with another seed, so that a model against itself does not tie every time.
+    The opponent samples with a different seed, so that a model against itself does not tie every time.
     """
     prompts = [row["prompt"] for row in rows]
     ours = [c[0].text for c in chat.sample(prompts, temperature=1.0, seed=2 * seed)]

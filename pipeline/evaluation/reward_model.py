@@ -1,4 +1,4 @@
-"""The metrics of reward models: does the answer that people prefer score higher, and how sure may one be of it?"""
+"""The metrics of reward models: whether the preferred answers score higher, and how well the scores are calibrated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def score(
 ) -> list[float]:
     """Return the model's score of each conversation, which ends with the assistant's answer.
 
-    Conversations are scored one at a time: in a batch, matrix products sum in another order, so the last bits of a
+    Conversations are scored one at a time: in a batch, matrix products sum in a different order, so the last bits of a
     score would depend on the rest of the batch and on its padding.
     """
     model.eval()

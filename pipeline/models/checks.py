@@ -10,7 +10,7 @@ from pipeline.errors import Problem
 from pipeline.models.loading import is_reward_model, validate_vocabulary
 
 MOST_LAYERS = 4096
-"""Layers from which on a configuration is certainly wrong; building such a model would take hours."""
+"""A configuration with more layers is certainly wrong; building such a model would take hours."""
 
 
 def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool, assistant_only_loss: bool) -> list[Problem]:
@@ -46,7 +46,7 @@ def validate_config(config: Any) -> str | None:
         return f"`architectures` in its config.json is {architectures!r}, not a list of names; correct it"
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not 1 <= layers <= MOST_LAYERS:
-        return f"has {layers} layers by its config.json; correct it"
+        return f"its config.json asks for {layers} layers; correct it"
     if getattr(config, "quantization_config", None):
         return "is quantised, and quantised training is not supported; give the original weights"
     return None
@@ -67,7 +67,7 @@ def check_model(
     faults = []
     architectures = config.architectures or []
     if getattr(config, "is_encoder_decoder", False):
-        faults.append("is an encoder and decoder; give a decoder-only language model")
+        faults.append("is an encoder-decoder model; give a decoder-only language model")
     if is_reward_model(config):
         if not reward:
             faults.append("is a reward model; give a language model")
@@ -78,7 +78,7 @@ def check_model(
         if model_class is None:
             faults.append(f"its config.json names an unknown architecture, {architectures[0]}; correct it")
         elif not model_class.can_generate():
-            faults.append(f"is a {architectures[0]}, which cannot write; give a decoder-only language model")
+            faults.append(f"is a {architectures[0]}, which cannot generate text; give a decoder-only language model")
     if tokenizer is not None and (fault := validate_vocabulary(config, tokenizer)):
         faults.append(fault)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -36,9 +36,9 @@ class LlamaArguments:
     rope_theta: float = field(default=10_000.0, metadata={"help": "Base of the rotary embedding."})
     attention_bias: bool = field(
         default=False,
-        metadata={"help": "Biases of the attention projections (as in Qwen2); small models learn to copy earlier."},
+        metadata={"help": "Add biases to the attention projections, as in Qwen2: small models learn to copy earlier."},
     )
-    tie_word_embeddings: bool = field(default=True, metadata={"help": "One matrix for reading and predicting tokens."})
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "Share the input and output embeddings."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the random weights."})
 
 
@@ -73,7 +73,7 @@ def build_model(args: LlamaArguments, tokenizer: PreTrainedTokenizerBase, seed: 
         seed: The same seed gives the same weights; the global random state does not change.
 
     Raises:
-        UserError: The sizes are out of range or do not fit together.
+        UserError: If the sizes are out of range or do not fit together.
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM

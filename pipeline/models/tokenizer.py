@@ -31,8 +31,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 class TokenizerArguments:
     """The tokenizer to train, and where it is saved."""
 
-    output_dir: str = field(metadata={"help": "Folder that AutoTokenizer.from_pretrained will read."})
-    vocab_size: int = field(default=2048, metadata={"help": "Most tokens, including the special ones and 256 bytes."})
+    output_dir: str = field(metadata={"help": "Folder to write, for AutoTokenizer.from_pretrained."})
+    vocab_size: int = field(default=2048, metadata={"help": "Maximum size, including special tokens and 256 bytes."})
     algorithm: Literal["bpe", "character"] = field(
         default="bpe",
         metadata={"help": "bpe merges bytes into frequent pieces of words, character into single characters."},
@@ -58,7 +58,7 @@ def train_tokenizer(
         The tokenizer, with a chat template and distinct pad, bos and eos tokens.
 
     Raises:
-        UserError: `vocab_size` is too small for the bytes and the special tokens.
+        UserError: If `vocab_size` is too small for the bytes and the special tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

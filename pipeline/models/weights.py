@@ -1,6 +1,6 @@
 """The weight files of a model: what their headers say, and resuming from files that use older names for the weights.
 
-Importing this module does not import torch, so that the report reads headers in no time.
+This module does not import torch, which takes seconds and which the report does not need to read headers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
     """Return the shape of each weight in a safetensors file, from its header.
 
     Raises:
-        SafetensorError, OSError: The file cannot be read.
+        SafetensorError, OSError: If the file cannot be read.
     """
     with safe_open(file, framework="np") as weights:
         return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
@@ -36,7 +36,7 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
     """Return the shapes of all weights in a folder, by their names in the files; empty if there are none.
 
     Raises:
-        SafetensorError, OSError: A file cannot be read.
+        SafetensorError, OSError: If a file cannot be read.
     """
     return {name: shape for file in _weight_files(folder) for name, shape in read_shapes(file).items()}
 
@@ -84,7 +84,7 @@ def validate_files(folder: Path, model: Any) -> str | None:
         first = f"{other[0]} has the shape {shapes[other[0]]} instead of {wanted[other[0]]}"
         return f"its weights are not those of its config.json ({first}); copy the model again"
     if type(model).__name__ not in (model.config.architectures or []) or not set(shapes) <= set(wanted):
-        return None  # saved from another class or under older names, so that missing weights cannot be recognised
+        return None  # saved from a different class or under older names, so that missing weights cannot be recognised
     return report_missing(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
 
 

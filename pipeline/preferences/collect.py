@@ -9,7 +9,7 @@ and in TRL's preference format with explicit prompts, one Parquet file per split
 - `taste_chosen`, `taste_rejected`: the noise-free taste, in the test split only and null elsewhere. It is for
   evaluation; no model may train on it.
 
-TRL's format does not know ties: a pair that its annotator calls a tie is dropped, and counted in README.md. The pairs
+TRL's format cannot represent ties: a pair that its annotator calls a tie is dropped and counted in README.md. The pairs
 of a split come from the prompts of that split. A prompt that also occurs in a held-out split is not used for training.
 """
 
@@ -42,7 +42,7 @@ from pipeline.preferences import files
 from pipeline.preferences.files import SPLITS, Counts
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
 
-logger = logging.getLogger("pipeline.preferences.collect")  # as a launched module its `__name__` is "__main__"
+logger = logging.getLogger("pipeline.preferences.collect")  # `__name__` is "__main__" if launched
 
 
 @dataclass
@@ -50,7 +50,7 @@ class PreferenceArguments:
     """The model, the prompts, the sampling and the output.
 
     Raises:
-        UserError: A number is out of its range.
+        UserError: If a number is out of range.
     """
 
     model_name_or_path: str = field(
@@ -66,7 +66,7 @@ class PreferenceArguments:
     )
     samples_per_prompt: int = field(default=3, metadata={"help": "Answers sampled for each prompt."})
     pairs_per_prompt: int = field(
-        default=2, metadata={"help": "Most pairs compared for each prompt; identical answers do not make a pair."}
+        default=2, metadata={"help": "Maximum pairs compared for each prompt; identical answers do not form a pair."}
     )
     max_prompts: int | None = field(default=None, metadata={"help": "Training prompts to use (default: all)."})
     max_eval_prompts: int | None = field(
@@ -76,7 +76,7 @@ class PreferenceArguments:
     min_p: float = field(
         default=0.0, metadata={"help": "Never sample tokens less probable than this share of the most probable one."}
     )
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Maximum length of an answer, in tokens."})
     batch_size: int = field(default=384, metadata={"help": "Answers sampled at once by each process."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling and of the annotators."})
 
@@ -92,7 +92,7 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
         What became of the answers of each split, the same on every process.
 
     Raises:
-        UserError: The model, the prompts or the output folder cannot be used, or there are no pairs to train on.
+        UserError: If the model, the prompts or the output folder cannot be used, or there are no pairs to train on.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
     if problems := check_replaceable(args.output_dir, files.FILES, files.TITLE, args.dataset_name):
@@ -107,7 +107,7 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, Counts] = {}
     for number, (name, rows) in enumerate(prompts.items()):
-        # The seeds of the splits are so far apart that those of their batches never meet.
+        # The seeds of the splits are so far apart that the seeds of their batches never coincide.
         answers = sample_answers(model, tokenizer, encoded[name], args, seed=(3 * args.seed + number) * 1_000_000)
         splits[name], counts[name] = label_answers(
             rows,
@@ -132,7 +132,7 @@ def read_prompts(args: PreferenceArguments) -> dict[str, list[dict[str, Any]]]:
     """Read the prompts of each existing split in random order, at most as many as asked for.
 
     Raises:
-        UserError: The data set cannot be read, or lacks the split `train` or the column of prompts.
+        UserError: If the data set cannot be read, or lacks the split `train` or the column of prompts.
     """
     source = DataArguments(
         dataset_name=args.dataset_name, dataset_config=args.dataset_config, prompt_column=args.prompt_column
@@ -164,7 +164,7 @@ def encode(
     """Return the token ids of the prompts of each split.
 
     Raises:
-        UserError: The chat template refuses a prompt, or a prompt does not leave room for `max_new_tokens`.
+        UserError: If the chat template refuses a prompt, or a prompt does not leave room for `max_new_tokens`.
     """
     try:
         encoded = {name: encode_prompts(tokenizer, [row["prompt"] for row in rows]) for name, rows in prompts.items()}
@@ -228,7 +228,7 @@ def label_answers(
     Args:
         rows: Rows of the prompts: `prompt`, and `kind`, `require`, `reject` and `test` where they exist.
         answers: The answers to each prompt; empty and repeated ones are dropped.
-        pairs_per_prompt: Most pairs compared per prompt.
+        pairs_per_prompt: Maximum number of pairs compared per prompt.
         seed: Seed of the pairs, annotators, order and noise. Every row has a generator of its own, so that the answers
             to one prompt do not influence the labels of another.
         keep_taste: Whether to keep the noise-free taste; its columns are None otherwise.

@@ -111,7 +111,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Load every run.
 
     Raises:
-        UserError: A path is not a run, or has neither an evaluation nor a training log; all such paths are named.
+        UserError: If a path is not a run, or has neither an evaluation nor a training log; all such paths are named.
     """
     problems = []
     runs = []
@@ -166,7 +166,7 @@ def _set_machine(run: Run) -> None:
     run.commit = shown["commit"] if isinstance(shown.get("commit"), str) else None
     if others := [name for name, found in facts.items() if found != shown]:
         keys = [key for key in MACHINE_KEYS if any(facts[name].get(key) != shown.get(key) for name in others)]
-        differing = f"{', '.join(others)} ran with other {' and '.join(keys)} than {last}"
+        differing = f"{', '.join(others)} ran with different {' and '.join(keys)} from {last}"
         run.notes.append(f"{run.path / 'run.json'}: {differing}; the report shows those of {last}")
 
 

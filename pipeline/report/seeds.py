@@ -23,7 +23,7 @@ Spread = dict[str, Any]
 
 
 def spread(runs: Sequence[Mapping[Any, float]], order: Callable[[Any], Any]) -> dict[Any, Spread]:
-    """Return mean and spread of each figure over the runs that have it; `sd` (n - 1) is None for a single run.
+    """Return the mean and the spread of each figure over the runs that have it; `sd` (n - 1) is None for a single run.
 
     Args:
         runs: The figures of each run by name.

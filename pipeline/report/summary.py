@@ -68,7 +68,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def seconds(run: Run) -> dict[str, float]:
-    """Return the seconds of each step by the manifest; for a stage that it lacks, those of training, by its log."""
+    """Return the seconds of each step from the manifest; for a stage that it lacks, those of training from its log."""
     # The report cannot know how long it takes itself.
     found = {name: finite(step.get("seconds")) for name, step in run.steps.items() if name != "report"}
     taken = {name: value for name, value in found.items() if value is not None}
@@ -80,7 +80,7 @@ def seconds(run: Run) -> dict[str, float]:
 
 
 def evaluation_seconds(run: Run, stage: str, taken: Mapping[str, float]) -> float | None:
-    """Return how long the stage's evaluation took: by the manifest (`taken`), or else by its own clock."""
+    """Return how long the stage's evaluation took: `taken` from the manifest, or else what it measured itself."""
     return taken.get(EVALUATE + stage, run.stages[stage].evaluation_seconds)
 
 

@@ -131,7 +131,7 @@ def _gain(item: Difference, reach: float) -> dict[str, Any]:
 
 
 def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
-    """Return time, tokens and operations of each step; the evaluation of a stage is in the row of the stage."""
+    """Return the time, tokens and operations of each step; the evaluation of a stage is in the row of the stage."""
     taken = seconds(run)
     measuring = {name: evaluation_seconds(run, name, taken) for name in run.stages}
     steps = {name: value for name, value in taken.items() if not name.startswith(EVALUATE)}

@@ -71,7 +71,7 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
         path: The file. Default: the targets of recipes/pocket.
 
     Raises:
-        UserError: Entries are wrong; all of them are named.
+        UserError: If entries are wrong; all of them are named.
     """
     import yaml
 

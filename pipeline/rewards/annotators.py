@@ -158,7 +158,7 @@ def preference_probability(score_a: float, score_b: float, temperature: float = 
     """Return the Bradley-Terry probability that A is preferred to B, given that it is not a tie.
 
     Raises:
-        ValueError: `temperature` is not positive.
+        ValueError: If `temperature` is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -172,7 +172,7 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
         annotator: The annotator who labels.
         score_first: This annotator's score of the answer shown first.
         score_second: This annotator's score of the other answer.
-        rng: Always asked for two numbers, so that later draws do not depend on the answers.
+        rng: Two numbers are always drawn, so that later draws do not depend on the answers.
     """
     tie_draw, choice_draw = rng.random(), rng.random()
     if abs(score_first - score_second) < INDIFFERENCE and tie_draw < annotator.tie_rate:
@@ -195,7 +195,7 @@ def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence
         1 for each of `answers` that wins, 0 for one that loses, 0.5 for a tie. The mean is the win rate.
 
     Raises:
-        ValueError: The three sequences differ in length.
+        ValueError: If the three sequences differ in length.
     """
     outcomes = []
     for answer, opponent, row in zip(answers, opponents, rows, strict=True):

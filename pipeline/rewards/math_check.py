@@ -47,7 +47,7 @@ class Checker:
         """Compare an answer with its reference or, without an answer, return whether the reference parses.
 
         Raises:
-            Timeout: It took longer than `seconds`, or the child died.
+            Timeout: If it took longer than `seconds`, or the child died.
         """
         with self.lock:
             if self.process is None:
@@ -158,7 +158,7 @@ def _serve() -> None:
         if hasattr(signal, "setitimer"):  # not on Windows
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    verify(read(r"\frac{1}{2}"), read("0.5"), timeout_seconds=0)  # imports everything that is imported late
+    verify(read(r"\frac{1}{2}"), read("0.5"), timeout_seconds=0)  # triggers the deferred imports
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         os.chdir(directory)
         confinement.limit_resources(10**6, MEMORY_MB)

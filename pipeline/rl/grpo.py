@@ -23,7 +23,7 @@ from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing
 logger = get_logger(__name__)
 
 LARGEST_LOGITS = 1 << 26
-"""Most logits, in elements, that are computed in one tensor on a CPU (256 MiB in float32)."""
+"""Maximum number of logits in one tensor on a CPU (256 MiB in float32)."""
 
 
 class GRPOTrainer(TRLGRPOTrainer):
@@ -32,11 +32,11 @@ class GRPOTrainer(TRLGRPOTrainer):
     TRL samples anew after a resume, although a rollout may serve several steps (`steps_per_generation` above
     `gradient_accumulation_steps`, or `num_iterations` above 1), and it starts a later epoch of prompts in the order of
     the first. Here, a checkpoint contains what is left of the rollout, one file per process, and the order of an epoch
-    depends only on its number. With another number of processes or other batch sizes, the rollout cannot be used and
+    depends only on its number. With a different number of processes or batch size, the rollout cannot be used and
     is sampled anew, as by TRL.
 
     Evaluation, which samples too, uses its own random numbers. Its metrics are among those that `evaluate` returns,
-    under the prefix of their data set. Each completion counts alike, also those of a last batch that is not full.
+    under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
 
     A reward function with weight 0 is measured and logged without any other effect, for completions that another
     reward function has scored.
@@ -153,7 +153,7 @@ class GRPOTrainer(TRLGRPOTrainer):
         load_renamed_weights(self, checkpoint)
 
     def _rollout_layout(self) -> dict[str, int]:
-        """Sizes that determine how a rollout is split; a resumed run must use the same ones."""
+        """Return the sizes that determine how a rollout is split; a resumed run must use the same ones."""
         names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
         return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
 
@@ -168,7 +168,7 @@ class GRPOTrainer(TRLGRPOTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         steps_per_rollout = self.args.steps_per_generation * self.num_iterations
-        in_use = self._step % steps_per_rollout != 0  # otherwise the next step samples another
+        in_use = self._step % steps_per_rollout != 0  # otherwise the next step samples a new one
         batches = (self._buffered_inputs or []) if in_use else []
         os.makedirs(output_dir, exist_ok=True)
         save_rollout(_rollout_file(output_dir, self.accelerator.process_index), batches, self._rollout_state())

@@ -144,7 +144,7 @@ class PPOTrainer(GRPOTrainer):
     # ---- The rollout
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Keep the parent's rewards, which it turns into group-relative advantages and forgets."""
+        """Keep the parent's rewards, which it turns into group-relative advantages and discards."""
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self._rewards_per_func
 
@@ -152,7 +152,7 @@ class PPOTrainer(GRPOTrainer):
         """Let the parent sample and score, then replace its advantages (B,) by PPO's (B, T)."""
         mode = "train" if self.model.training else "eval"
         batch = super()._generate_and_score_completions(inputs)
-        self._metrics[mode].pop("frac_reward_zero_std", None)  # is about groups
+        self._metrics[mode].pop("frac_reward_zero_std", None)  # PPO does not have groups
 
         mask = _sampled_tokens(batch)
         ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
@@ -197,7 +197,7 @@ class PPOTrainer(GRPOTrainer):
             ended: (B,), whether it ended with an end of turn.
             mode: "train" or "eval".
         """
-        rewards = self._rewards_per_func  # of all processes
+        rewards = self._rewards_per_func  # from all processes
         all_scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         all_scored = ~rewards.isnan().all(dim=1) & self.accelerator.gather(trained)
         running = self.args.reward_normalization == "running"

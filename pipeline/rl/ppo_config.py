@@ -31,7 +31,7 @@ def _option(default: Any, help: str, **metadata: Any) -> Any:
 class PPOConfig(GRPOConfig):
     """Configuration of `PPOTrainer`: `GRPOConfig` and the fields below, each described by its `help`.
 
-    Some fields of `GRPOConfig` have another meaning or default. `num_generations` is how many completions are sampled
+    Some fields of `GRPOConfig` differ in meaning or default. `num_generations` is how many completions are sampled
     for each prompt (1; they are not compared with each other), and `num_iterations` how many PPO epochs are made over
     each rollout (4). `disable_dropout` is True: with dropout, a token's probability ratio is not 1 before the first
     update. `epsilon` is `cliprange`. The advantage is not relative to a group, so `scale_rewards` is ignored.
@@ -103,7 +103,7 @@ class PPOConfig(GRPOConfig):
             self.num_generations, self.num_generations_eval = given
 
     def _fit_to_machine(self) -> None:
-        """Choose precision and device for this machine, as far as they are not set, and log why."""
+        """Choose precision and device for this machine unless they are set, and log why."""
         precision = ("bf16", "fp16") if self.bf16 is None and not self.fp16 else ()
         for name, choice in hardware.training_defaults().items():
             unset = name in precision or (name in ("use_cpu", "ddp_backend") and not getattr(self, name))

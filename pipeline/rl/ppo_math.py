@@ -163,7 +163,7 @@ class Moments:
     m2: float = 0.0
 
     def update(self, x: Tensor) -> None:
-        """Include more scores: `x` of shape (N,), without NaN; N may be 0."""
+        """Add scores: `x` of shape (N,), without NaN; N may be 0."""
         if x.numel() == 0:
             return
         x = x.cpu().double()  # not every accelerator has float64

@@ -70,9 +70,9 @@ def check_rewards(
 
 
 def check_reward_model(path: str) -> list[Problem]:
-    """Check that a reward model, by path or Hub id, gives a single score, can read a conversation and has its weights.
+    """Check that a reward model, by path or Hub id, gives a single score, has a chat template and has all weights.
 
-    It may have another tokenizer than the policy, because it is given text.
+    Its tokenizer may differ from the policy's, because it is given text.
     """
     field = "reward_model_path"
     try:
@@ -99,7 +99,7 @@ def check_reward_model(path: str) -> list[Problem]:
 
 
 def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Problem]:
-    """Check that a critic, by path or Hub id, has one label, its weights, and the policy's tokens, which it is given.
+    """Check that a critic, by path or Hub id, has one label, all of its weights, and the policy's vocabulary.
 
     `tokenizer` is the policy's, or None if it failed to load.
     """

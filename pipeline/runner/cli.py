@@ -28,7 +28,7 @@ from pipeline.runner.steps import REPORT, Step, check_steps, find_step
 
 LAUNCH_FILE = "accelerate_config.yaml"
 MOST_PROCESSES = 16
-"""Processes of a training step on a machine with fewer cores than this; a greater number would exhaust its memory."""
+"""Limit on the processes of a training step, unless the machine has more cores: they would exhaust its memory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable[tuple[Step, Decision]]:
-    """Decide about every step between `--from` and `--until`, in order."""
+    """Decide what to do about each step between `--from` and `--until`, in order."""
     steps = plan.steps
     first = 0 if args.start is None else steps.index(find_step(steps, args.start, "--from"))
     last = len(steps) - 1
@@ -163,7 +163,7 @@ def _run_all(
 
 
 def _launch(args: argparse.Namespace) -> list[str]:
-    """Arguments of `accelerate launch`."""
+    """Return the arguments of `accelerate launch`."""
     several = ["--num_processes", str(args.num_processes)] if args.num_processes > 1 else []
     return ["--config_file", args.config_file, *several]
 
@@ -173,7 +173,7 @@ def _shown(step: Step, args: argparse.Namespace) -> str:
 
 
 def _again(args: argparse.Namespace) -> str:
-    """The command that resumes this run. --from and --force are left out, because they would repeat finished steps."""
+    """Return the command that resumes this run, without --from and --force, which would repeat finished steps."""
     command = ["python", "-m", "pipeline", "run", str(args.recipe)]
     for flag, value in (
         ("--until", args.until),
@@ -188,5 +188,5 @@ def _again(args: argparse.Namespace) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line of the runner's own at once, because the steps write to the same terminal."""
+    """Print a line of the runner and flush it, because the steps write to the same terminal."""
     print(line, flush=True)

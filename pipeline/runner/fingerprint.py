@@ -16,7 +16,7 @@ SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
-    """Hash a mapping, whatever the order of its keys. A value that JSON cannot hold counts by its text.
+    """Hash a mapping, whatever the order of its keys. A value that JSON cannot represent counts as its text.
 
     Returns:
         64 hexadecimal digits.
@@ -34,7 +34,7 @@ def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint_path(path: Path) -> str:
-    """Hash a file, or all files in a folder: their content; for large or unreadable ones, their size and time.
+    """Hash the content of a file or of all files in a folder; for large or unreadable ones, their size and time.
 
     Returns:
         64 hexadecimal digits.

@@ -37,7 +37,7 @@ def check_launch_file(path: str) -> Problem | None:
 
     try:
         load_config_from_file(path)
-    except Exception as error:  # noqa: BLE001 - each kind of mistake raises another one
+    except Exception as error:  # noqa: BLE001 - each kind of mistake raises a different error
         reason = " ".join(str(error).split())
         return Problem("--config_file", path, f"is not a launch file of accelerate ({reason}); correct it")
     return None

@@ -37,7 +37,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _accelerators() -> str:
-    """NVIDIA GPUs by the names that the driver gives them, such as "2 x NVIDIA H100"; torch takes seconds to import."""
+    """Return the NVIDIA GPUs as the driver names them, such as "2 x NVIDIA H100"; importing torch takes seconds."""
     names: Counter[str] = Counter()
     for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -65,7 +65,7 @@ def commit() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in this file's folder, or None if it fails."""
+    """Return the output of git in this file's folder, or None if it fails."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

@@ -1,4 +1,4 @@
-"""Running a step as a child process: signals are forwarded, it may save, and it does not outlive the runner."""
+"""Run a step as a child process that receives the runner's signals, can save, and does not outlive the runner."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class RunRecord:
         return steps
 
     def is_finished(self, name: str) -> bool:
-        """Return whether the step has been run to its end."""
+        """Return whether the step has finished."""
         return bool(self.steps.get(name, {}).get("finished_at"))
 
     def inputs(self, step: Step) -> dict[str, str]:
@@ -82,12 +82,12 @@ class RunRecord:
         return {need: self.steps[need]["id"] for need in step.needs if self.is_finished(need)}
 
     def update(self, **facts: Any) -> None:
-        """Write facts about the whole run."""
+        """Record facts about the whole run."""
         self.content.update(facts)
         self._write()
 
     def start(self, step: Step, decision: Decision, command: str) -> None:
-        """Write that a step starts or resumes, with `command` as typed in a shell."""
+        """Record that a step starts or resumes, with `command` as typed in a shell."""
         before = self.steps.get(step.name, {}) if decision.action == "resume" else {}
         self.steps[step.name] = {
             "id": before.get("id") or secrets.token_hex(8),
@@ -104,7 +104,7 @@ class RunRecord:
         self._write()
 
     def stop(self, step: Step, seconds: float, finished: bool) -> None:
-        """Write that a step has ended, after `seconds` more. A step that has `finished` is not run again."""
+        """Record that a step has ended, after `seconds` more. A step that has `finished` is not run again."""
         entry = self.steps[step.name]
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["finished_at"] = _now() if finished else None
@@ -115,7 +115,7 @@ class RunRecord:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether this is what `RunRecord.start` wrote for a step."""
+    """Return whether this is what `RunRecord.start` wrote for a step."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("id"), str)
@@ -129,7 +129,7 @@ def _now() -> str:
 
 
 def decide(steps: Sequence[Step], record: RunRecord, forced: Collection[str]) -> dict[str, Decision]:
-    """Decide about every step. Where its code lives makes no difference: modules may move and be renamed.
+    """Decide what to do about each step. Moving or renaming the modules of a step does not make it due.
 
     Args:
         steps: Each after all that it needs.
@@ -163,7 +163,7 @@ def _judge(
     decisions: Mapping[str, Decision],
     data: Mapping[str, str],
 ) -> tuple[Literal["skip", "start", "resume"], str]:
-    """Action and reason for a step whose fingerprint is `current`, given the decisions about the steps before it."""
+    """Return what to do about a step whose fingerprint is `current`, and why; `decisions` are those before it."""
     entry = record.steps.get(step.name)
     if entry is None:
         return "start", "has not run yet"
@@ -174,7 +174,7 @@ def _judge(
     if again := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
         return "start", f"depends on {', '.join(again)}"
     if entry.get("inputs") != record.inputs(step):
-        return "start", "what it was made from has been made again"
+        return "start", "its inputs have been made again"
     if edited := [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]:
         return "start", f"the data of {', '.join(edited)} were changed"
     if entry.get("fingerprint") != current:
@@ -187,18 +187,18 @@ def _judge(
 
 
 def _recorded_values(step: Step) -> dict[str, Any]:
-    """The step's settings as they are read back from `run.json`."""
+    """Return the step's settings as they are read back from `run.json`."""
     values: dict[str, Any] = json.loads(json.dumps(without_secrets(step.values), default=str))
     return values
 
 
 def _fingerprints(folders: Mapping[str, Path]) -> dict[str, str]:
-    """Fingerprints of folders, by the same names."""
+    """Return the fingerprints of folders, by the same names."""
     return {name: fingerprint_path(folder) for name, folder in folders.items()}
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The settings that differ, as `field: before -> now`; "" if none do."""
+    """Return the settings that differ, as `field: before -> now`; "" if none do."""
     fields = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return ", ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in fields)
 

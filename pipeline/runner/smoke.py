@@ -21,7 +21,7 @@ TRAINING: Mapping[str, Any] = {
 
 ROLLOUTS: Mapping[str, Any] = {
     **TRAINING,
-    "per_device_train_batch_size": 4,  # four completions on each process and step
+    "per_device_train_batch_size": 4,  # four completions per process and step
     "max_completion_length": 16,
 }
 MODEL: Mapping[str, Any] = {

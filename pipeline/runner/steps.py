@@ -119,11 +119,11 @@ def find_step(steps: Iterable[Step], name: str, field: str) -> Step:
             return found[0]
         if found:
             raise UserError(Problem(field, name, f"choose one of {', '.join(step.name for step in found)}"))
-    raise UserError(Problem(field, name, f"no such step; there are {', '.join(step.name for step in steps)}"))
+    raise UserError(Problem(field, name, f"no such step; choose from: {', '.join(step.name for step in steps)}"))
 
 
 def _short(name: str) -> str:
-    """`2_sft` -> `sft`, `evaluate_2_sft` -> `evaluate_sft`."""
+    """Shorten a name: `2_sft` -> `sft`, `evaluate_2_sft` -> `evaluate_sft`."""
     return re.sub(r"^(evaluate_)?\d+_", r"\1", name)
 
 
@@ -140,7 +140,7 @@ def check_steps(steps: Iterable[Step]) -> list[Problem]:
 
     problems = []
     for step in steps:
-        if step.kind not in KINDS or step.kind == "random":  # which reads the file of the pretraining
+        if step.kind not in KINDS or step.kind == "random":  # it shares the file of pretraining
             continue
         types = argument_types(resolve_name(f"{KINDS[step.kind].module}:main"))
         found = check_values(step.values, types) if types else []

@@ -40,7 +40,7 @@ SIZES = (
 )  # fmt: skip
 
 DISK_IS_FULL = 2**23
-"""Free bytes below which a failed write is put down to a full disk. Files are written in pieces, and the last piece,
+"""Free bytes below which a failed write is attributed to a full disk. Files are written in pieces, and the last piece,
 which did not fit, is what remained free."""
 
 
@@ -92,7 +92,7 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 
 
 def check_architecture(checkpoint: Path, config: Any) -> None:
-    """Reject a checkpoint of another model, whose weights would be loaded only in part.
+    """Reject a checkpoint of a different model, whose weights would be loaded only in part.
 
     Adapters pass, because their checkpoints do not contain a model configuration.
 
@@ -108,7 +108,7 @@ def check_architecture(checkpoint: Path, config: Any) -> None:
         if name in saved and name in present and saved[name] != present[name]
     ]
     if changed:
-        remedy = f"is of another architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
+        remedy = f"has a different architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
 
 

@@ -27,11 +27,11 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         try:
             arguments = parse(*argument_types(main), argv=argv)
         except RefusedArguments as refusal:
-            from pipeline.training.inputs import preflight_inputs  # imports take seconds, which `--help` does not have
+            from pipeline.training.inputs import preflight_inputs  # importing it takes seconds, too long for `--help`
 
             reported = {problem.field for problem in refusal.problems}
             more = [p for p in preflight_inputs(refusal.built, refusal.types) if p.field not in reported]
             raise UserError(*refusal.problems, *more) from None
         finally:
-            gc.enable()  # which `recipes/__init__.py` disables while the modules of a recipe are imported
+            gc.enable()  # `recipes/__init__.py` disables it while the modules of a recipe are imported
         main(*arguments)

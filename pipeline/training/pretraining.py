@@ -36,7 +36,7 @@ class PretrainConfig(TrainingArguments):
 
 
 def compile_if_it_pays(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
-    """Set `args.torch_compile` by the machine and the length of the run, unless the user has set it; log the reason."""
+    """Set `args.torch_compile` for this machine and length of the run unless the user has set it; log the reason."""
     if args.torch_compile is not None:
         logger.info("torch.compile: %s (requested)", args.torch_compile)
         return

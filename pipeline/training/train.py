@@ -103,7 +103,7 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
         raise RunStopped(f"{message}; {last_good(trainer)}.") from error
     finally:
         for callback in trainer.callback_handler.callbacks:
-            if bar := getattr(callback, "training_bar", None):  # which would be drawn again below an error
+            if bar := getattr(callback, "training_bar", None):  # it would be drawn again below an error
                 bar.close()
 
 
@@ -129,7 +129,7 @@ def _name_base_by_absolute_path(model: Any) -> None:
 
 
 def drop_incomplete_batches(trainer: Trainer) -> None:
-    """Leave out the rows of each epoch that do not fill a whole batch, unless there is not a single whole batch.
+    """Leave out the rows of each epoch that do not fill a whole batch, unless that would leave none.
 
     Accelerate would repeat rows to give every process a batch, so that training on two processes would differ from
     training on one. `dataloader_drop_last` does the same, but also drops rows from evaluations.

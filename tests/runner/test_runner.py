@@ -305,9 +305,9 @@ def test_tokens_are_not_written_to_disk(folder: Path, run: Runner) -> None:
     [
         (
             ["--until", "5_dpo"],
-            "--until: 5_dpo: no such step; there are 0_data, 0_random, 1_pretrain, 2_sft, 3_reward",
+            "--until: 5_dpo: no such step; choose from: 0_data, 0_random, 1_pretrain, 2_sft, 3_reward",
         ),
-        (["--force", "stf"], "--force: stf: no such step; there are"),
+        (["--force", "stf"], "--force: stf: no such step; choose from:"),
         (["--from", "3_reward", "--until", "2_sft"], "--from: 3_reward: comes after --until 2_sft"),
         (["--until", ""], "--until: : no such step"),
         (["--from", "/"], "--from: /: no such step"),

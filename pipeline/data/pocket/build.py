@@ -133,7 +133,7 @@ def build(args: PocketArguments) -> None:
     contains a shorter row whole, is left out as it is generated, so that memory stays constant.
 
     Raises:
-        UserError: `output_dir` contains other files, or a size is out of range.
+        UserError: If `output_dir` contains other files, or a size is out of range.
     """
     if problems := check_arguments(args):
         raise UserError(*problems)
