@@ -36,7 +36,7 @@ def check_replaceable(
         Why the directory cannot be replaced: it is a file, contains other files or the input, or is not writable.
     """
     path = Path(output_dir)
-    if problem := below_a_file(path):
+    if problem := check_directory(path):
         return [problem]
     if read is not None and Path(read).exists() and path.resolve().is_relative_to(Path(read).resolve()):
         return [Problem("output_dir", output_dir, "is, or lies in, what dataset_name names; choose another folder")]
@@ -44,7 +44,8 @@ def check_replaceable(
         return [Problem("output_dir", output_dir, "is the current directory, which cannot be replaced; name another")]
     if path.exists() and not (path.is_dir() and _is_own(path, set(own), title)):
         return [Problem("output_dir", output_dir, "holds other files; give a new or an empty folder")]
-    problem = unwritable(output_dir, path.absolute().parents)
+    # The folder itself is replaced, for which its parent must be writable.
+    problem = check_directory(path.absolute().parent)
     return [problem] if problem else []
 
 
@@ -57,24 +58,34 @@ def _is_own(folder: Path, own: set[str], title: str) -> bool:
     return not found or not title or (card.is_file() and title in card.read_text(encoding="utf-8", errors="replace"))
 
 
-def unwritable(output_dir: str | Path, folders: Iterable[Path]) -> Problem | None:
-    """Report an output directory if the first existing one of `folders` cannot be written to.
+def check_directory(path: str | Path, field: str = "output_dir") -> Problem | None:
+    """Report a directory that cannot be created, or written to.
 
     It tries to write, because not every file system honours its permissions.
+
+    Args:
+        path: The directory; it need not exist.
+        field: Argument that named it, for messages.
     """
-    nearest = next(folder for folder in folders if folder.exists())
+    path = Path(path)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        return Problem(field, path, f"is not a valid path ({getattr(error, 'strerror', error)}); choose another one")
+    nearest = next(part for part in (path, *path.parents) if os.path.lexists(part))
+    where = "" if nearest == path else f"{nearest} "
+    if nearest.is_symlink() and not nearest.exists():
+        return Problem(field, path, f"{where}is a dangling symlink; create its target")
+    if not nearest.is_dir():
+        return Problem(field, path, f"{where}is not a directory; choose another one")
     try:
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except OSError as error:
         remedy = f"no permission to write to {nearest} ({error.strerror}); choose another directory"
-        return Problem("output_dir", output_dir, remedy)
+        return Problem(field, path, remedy)
     return None
-
-
-def below_a_file(path: Path, field: str = "output_dir") -> Problem | None:
-    """Report a directory that cannot be created because a part of its path is a file."""
-    file = next((part for part in (path, *path.parents) if part.is_file()), None)
-    return Problem(field, path, f"{file} is a file; choose a directory") if file else None
 
 
 def is_missing_path(name: str) -> bool:

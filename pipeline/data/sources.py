@@ -20,7 +20,7 @@ from datasets import DatasetDict, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError
-from pipeline.files import is_missing_path, unwritable
+from pipeline.files import check_directory, is_missing_path
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,9 @@ def open_source(
     elif config is not None:
         # A recipe's data set was replaced on the command line, but its configuration was not.
         logger.info("dataset_config %s is ignored: plain files do not have configurations", config)
-    if problem := _check_cache():
-        raise UserError(problem)
+    if check_directory(cache := Path(datasets.config.HF_DATASETS_CACHE)):  # `datasets` converts every file into it
+        remedy = "this cache of data sets is not writable; set HF_HOME to a writable directory"
+        raise UserError(Problem("HF_HOME", cache, remedy))
     # It logs the traceback of a file that cannot be parsed, which is reported below in one line.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     try:
@@ -144,14 +145,6 @@ def _cache_of_folder(path: Path) -> str:
 
 def _join_lines(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
     return {"text": ["".join(line if line.endswith("\n") else line + "\n" for line in batch["text"])]}
-
-
-def _check_cache() -> Problem | None:
-    """Return the problem of a cache that is not writable: `datasets` converts every file into it."""
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    if unwritable(cache, (cache, *cache.absolute().parents)):
-        return Problem("HF_HOME", cache, "this cache of data sets is not writable; set HF_HOME to a writable directory")
-    return None
 
 
 def _check_config(builder: str, config: str | None) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import measure_pairs
-from pipeline.files import unwritable
+from pipeline.files import check_directory
 from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
 
 
@@ -29,10 +27,8 @@ def check_run(run: Path) -> None:
     if not run.is_dir():
         raise UserError(Problem("RUN", run, "does not exist or is not a directory; give the directory of a run"))
     folder = run / "evaluations"
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(Problem("RUN", folder, "is not a directory; move it away, evaluations are written there"))
-    if problem := unwritable(folder, (folder, run)):
-        raise UserError(replace(problem, field="RUN"))
+    if problem := check_directory(folder, "RUN"):
+        raise UserError(problem)
 
 
 def check_stage(run: Path, stage: str, option: str) -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import Problem, UserError
-from pipeline.files import below_a_file, unwritable, write_folder
+from pipeline.files import check_directory, write_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +57,8 @@ def _read_base(adapter: Path) -> str:
 def _check_output_dir(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         raise UserError(Problem("--output_dir", path, "is not empty; name a new directory"))
-    if problem := below_a_file(path) or unwritable(path, path.absolute().parents):
-        raise UserError(replace(problem, field="--output_dir"))
+    if problem := check_directory(path, "--output_dir"):
+        raise UserError(problem)
 
 
 def _merge(adapter: Path, base: str, output_dir: Path) -> None:

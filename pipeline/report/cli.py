@@ -40,10 +40,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: A run does not exist or is empty, the targets cannot be read, or the report cannot be written.
     """
-    from dataclasses import replace
-
     from pipeline.errors import UserError
-    from pipeline.files import below_a_file, unwritable
+    from pipeline.files import check_directory
     from pipeline.report.differences import differences
     from pipeline.report.load import load_runs
     from pipeline.report.page import write_report
@@ -60,9 +58,8 @@ def main(args: argparse.Namespace) -> int:
     targets = load_targets(args.targets)
     runs = load_runs(paths)
     for directory in directories:
-        problem = below_a_file(directory) or unwritable(directory, (directory, *directory.absolute().parents))
-        if problem:
-            raise UserError(replace(problem, field="--output_dir" if args.output_dir else "RUN"))
+        if problem := check_directory(directory, "--output_dir" if args.output_dir else "RUN"):
+            raise UserError(problem)
     for run in runs:
         for note in run.notes:
             print(note, file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError
+from pipeline.files import check_directory
 from pipeline.runner.smoke import smoke_overrides
 from pipeline.runner.steps import KINDS, REPORT, Step
 
@@ -72,7 +73,7 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     planned = [replace(s, data={need: editable[need] for need in s.needs if need in editable}) for s in planned]
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
-    if problems := [problem for step in planned if (problem := _check_path(step.output))]:
+    if problems := [problem for step in planned if (problem := check_directory(step.output))]:
         raise UserError(*problems)
     seeds = [values["seed"] for _, values in configurations.values() if isinstance(values.get("seed"), int)]
     return Plan(tuple(planned), run_dir, seed if seed is not None else next(iter(seeds), None))
@@ -141,7 +142,7 @@ def _common_home(folder: Path, configurations: Mapping[str, tuple[Path, Mapping[
 
 def _check_run_dir(run_dir: Path, folder: Path) -> None:
     """Refuse a directory that contains more than a run, or that cannot be created."""
-    if problem := _check_path(run_dir):
+    if problem := check_directory(run_dir):
         raise UserError(problem)
     real = Path(os.path.realpath(run_dir))
     project = Path(__file__).parents[2]
@@ -151,19 +152,6 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
             raise UserError(Problem("output_dir", run_dir, remedy))
     if folder.resolve() == real:
         raise UserError(Problem("output_dir", run_dir, "is the recipe folder; choose another directory"))
-
-
-def _check_path(path: Path) -> Problem | None:
-    """Report a path that neither is a directory nor can become one."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        if path.is_symlink():
-            return Problem("output_dir", path, "is a dangling symlink; create its target")
-    except (OSError, ValueError) as error:
-        return Problem("output_dir", path, f"cannot be used ({error}); choose another directory")
-    file = next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None)
-    return Problem("output_dir", path, f"{file} is not a directory; choose another one") if file else None
 
 
 def _step(name: str, kind: str, path: Path, values: Mapping[str, Any], seed: int | None, smoke: bool) -> Step:

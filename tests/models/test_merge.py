@@ -145,7 +145,7 @@ def test_a_directory_below_a_file_is_refused(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit) as stop:
         main(["merge", str(adapter), "--output_dir", str(adapter / "adapter_config.json" / "merged")])
     assert stop.value.code == 2
-    assert "adapter_config.json is a file" in capsys.readouterr().err
+    assert "adapter_config.json is not a directory" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,7 +202,8 @@ def test_a_place_that_cannot_be_written_to_is_refused(
     short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], several: bool
 ) -> None:
     (tmp_path / "file").write_text("")
-    for place, expected in ((tmp_path / "file" / "more", "is a file"), (Path("/proc/report"), "no permission")):
+    below_a_file = tmp_path / "file" / "more"
+    for place, expected in ((below_a_file, "is not a directory"), (Path("/proc/report"), "no permission")):
         with pytest.raises(SystemExit) as stopped:
             report(*[short_run] * (2 if several else 1), "--output_dir", place)
         assert stopped.value.code == 2

@@ -320,16 +320,16 @@ def test_tokens_are_not_written_to_disk(folder: Path, run: Runner) -> None:
         (["--output_dir", ".."], "output_dir: ..: is or contains the current directory"),
         (["--output_dir", str(ROOT)], f"output_dir: {ROOT}: is or contains the project itself"),
         (["--output_dir", "recipe"], "output_dir: recipe: is the recipe folder"),
-        (["--output_dir", "recipe/2_sft.yaml"], "output_dir: recipe/2_sft.yaml: recipe/2_sft.yaml is not a directory"),
+        (["--output_dir", "recipe/2_sft.yaml"], "output_dir: recipe/2_sft.yaml: is not a directory"),
         (
             ["--output_dir", "recipe/2_sft.yaml/r"],
             "output_dir: recipe/2_sft.yaml/r: recipe/2_sft.yaml is not a directory",
         ),
         (["--output_dir", "/dev/null/r"], "output_dir: /dev/null/r: /dev/null is not a directory"),
         (["--from", "report"], "--from: report: no stage has been evaluated yet"),
-        (["--output_dir", "loop/r"], "output_dir: loop/r: cannot be used"),
+        (["--output_dir", "loop/r"], "output_dir: loop/r: is not a valid path"),
         (["--output_dir", "dangling"], "output_dir: dangling: is a dangling symlink"),
-        (["--output_dir", "r" * 280], f"output_dir: {'r' * 280}: cannot be used"),
+        (["--output_dir", "r" * 280], f"output_dir: {'r' * 280}: is not a valid path"),
         (["--config_file", "no.yaml"], "--config_file: no.yaml: no such file"),
         (["--seed", "-1"], "--seed: -1: must be between 0 and 4294967295"),
         (["--config_file", "recipe/2_sft.yaml"], "--config_file: recipe/2_sft.yaml: is not a launch file"),
@@ -462,7 +462,7 @@ def test_a_file_where_a_step_writes_is_refused_before_the_first_step(
         main(["run", "recipe"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(
-        f"output_dir: runs/r/{name}: runs/r/{name} is not a directory; choose another one\n"
+        f"output_dir: runs/r/{name}: is not a directory; choose another one\n"
     )
 
 
