@@ -36,7 +36,7 @@ LONGEST_VALUE = 300
 """Characters of a value that a message repeats."""
 
 SHORTEST_NAME = 4
-"""Characters from which on a value in an error message is not a coincidence."""
+"""Characters that a value must have so that finding it in an error message is not a coincidence."""
 
 HUB_UNREACHABLE = (
     "is not a local path, and the Hub cannot be reached; check the network (and HF_HUB_OFFLINE) or give a local path"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from trl import TrlParser
 
-from pipeline.config.yaml_file import describe_type, read_yaml
+from pipeline.config.yaml_file import describe_type, read_yaml, unknown_field
 from pipeline.errors import Problem, UserError
 
 
@@ -23,7 +22,7 @@ class Parser(TrlParser):
     def __init__(self, dataclass_types: Iterable[Any]) -> None:
         # Abbreviations (`--learn 1`) are off: the next release may give them another meaning.
         super().__init__(dataclass_types, allow_abbrev=False, exit_on_error=False)
-        if not dataclass_types:  # for which TRL leaves the attribute out
+        if not dataclass_types:  # TRL then leaves the attribute out
             self.dataclass_types: list[Any] = []
         self.option_choices = {action.dest: list(action.choices) for action in self._actions if action.choices}
 
@@ -54,13 +53,6 @@ def take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
         return read_yaml(paths[0]), []
     except UserError as error:
         return {}, list(error.problems)
-
-
-def unknown_field(name: str, value: object, known: Iterable[str]) -> Problem:
-    """Return the problem of a field that no dataclass has, with the nearest name as a suggestion."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    remedy = f"unknown field; did you mean `{nearest[0]}`?" if nearest else "unknown field; see --help for those known"
-    return Problem(name, value, remedy)
 
 
 def read_command_line(
@@ -112,9 +104,9 @@ def read_command_line(
             value = rest.pop(0)
         problems.append(unknown_field(name[2:].replace("-", "_"), value, hints))
     given = {name: value for name, value in vars(namespace).items() if name in hints}
-    for name, value in given.items():  # of unions, argparse reads every value as text
+    for name, value in given.items():  # argparse reads the value of a union as text
         options = get_args(hints[name])
-        if type(None) in options and value in ("null", ["null"]):  # which takes back what the file says
+        if type(None) in options and value in ("null", ["null"]):  # this unsets a field of the file
             given[name] = None
         elif int in options and isinstance(value, str) and value.lstrip("-").isdecimal():
             given[name] = int(value)

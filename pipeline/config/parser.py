@@ -13,14 +13,14 @@ from trl import GRPOConfig
 
 from pipeline import hardware, launch
 from pipeline.config import checks, output_directory
-from pipeline.config.command_line import Parser, read_command_line, take_config, unknown_field
-from pipeline.config.yaml_file import convert
+from pipeline.config.command_line import Parser, read_command_line, take_config
+from pipeline.config.yaml_file import convert, unknown_field
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, begin_preparation, field_named_in
 
 REQUIRED = "is required"
 
 SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
-"""Fields that the machine decides, and another field by which the user may have decided the same."""
+"""Fields whose defaults depend on the machine, and the field with which the user may have set the same thing."""
 
 
 class RefusedArguments(UserError):
@@ -28,7 +28,7 @@ class RefusedArguments(UserError):
 
     Args:
         problems: What is wrong with the YAML file and the command line.
-        built: The dataclasses that could be built in spite of that; empty if the YAML file could not be read.
+        built: The dataclasses that could be built nevertheless; empty if the YAML file could not be read.
         types: All dataclasses of the recipe.
     """
 
@@ -86,8 +86,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     refused = [
         problem
         for problem in refused
-        if not (unreadable and problem.remedy == REQUIRED)  # what is missing is in the file
-        # What was left out, because it is reported already, has its default, which is not to be judged.
+        if not (unreadable and problem.remedy == REQUIRED)  # the field may be in that file
+        # A field that is already reported was left out, and its default is not to be judged.
         and problem.field not in reported
         and field_named_in(problem.remedy, reported) is None
     ]
@@ -171,7 +171,7 @@ def _build(
     """Instantiate the dataclasses; also return what their own validation rejects, in its own words."""
     built: list[Any] = []
     problems: list[Problem] = []
-    messages: set[str] = set()  # one that is repeated about another field adds nothing
+    messages: set[str] = set()  # one that is repeated for a further field adds nothing
     for kind in dataclass_types:
         own = {name: value for name, value in {**machine, **asked}.items() if name in _hints(kind)}
         required = [
@@ -194,12 +194,12 @@ def _build(
             if not fields:
                 break
             for name in fields:
-                del own[name]  # to find out what else is wrong
+                del own[name]  # and try again, to find what else is wrong
     return built, problems
 
 
 def _refused(error: Exception, kind: Any, own: Mapping[str, Any], asked: Iterable[str]) -> Sequence[Problem]:
-    """Return what a dataclass rejects: as it lists it, or else its message, under the field that this names."""
+    """Return the problems that a dataclass lists, or else its message as the problem of the field that it mentions."""
     listed = error if isinstance(error, UserError) else error.__cause__
     if isinstance(listed, UserError):
         return listed.problems

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import types
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -99,6 +101,13 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(Problem("--config", path, "must consist of `field: value` lines")) from None
     return content
+
+
+def unknown_field(name: str, value: object, known: Iterable[str]) -> Problem:
+    """Return the problem of a field that no dataclass has, with the nearest name as a suggestion."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    remedy = f"unknown field; did you mean `{nearest[0]}`?" if nearest else "unknown field; see --help for those known"
+    return Problem(name, value, remedy)
 
 
 def describe_type(hint: Any) -> str:

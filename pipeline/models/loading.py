@@ -83,7 +83,7 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
         revision: Branch, tag or commit on the Hub. Default: "main".
 
     Raises:
-        UserError: The tokenizer cannot be loaded.
+        UserError: If the tokenizer cannot be loaded.
     """
     if not name:
         raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
@@ -117,7 +117,7 @@ def load_config(name: str) -> PreTrainedConfig:
         name: A folder or an id on the Hub.
 
     Raises:
-        OSError, ValueError: There is none.
+        OSError, ValueError: If there is none.
     """
     base = base_of(name)
     config = AutoConfig.from_pretrained(base or name)
@@ -182,7 +182,7 @@ def load_model(
         dtype: Default: that of the weights.
 
     Raises:
-        UserError: The model or its tokenizer cannot be loaded, weights are missing or not finite, or the tokenizer
+        UserError: If the model or its tokenizer cannot be loaded, weights are missing or not finite, or the tokenizer
             has no chat template or more tokens than the model.
     """
     tokenizer = load_tokenizer(name, field)

@@ -48,7 +48,7 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
         targets = getattr(model_args, field) or []
         if targets in ("all-linear", ["all-linear"]):
             continue
-        if isinstance(targets, str):  # which PEFT matches with whole names
+        if isinstance(targets, str):  # PEFT matches it with whole names
             try:
                 missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
             except re.error as error:
@@ -162,7 +162,7 @@ def _check_packages(args: TrainingArguments) -> list[Problem]:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             problems.append(Problem("report_to", name, f"no such tracker; choose from: none, {known}"))
-        elif name not in installed and name != "flyte":  # which transformers cannot detect
+        elif name not in installed and name != "flyte":  # transformers cannot detect it
             problems.append(Problem("report_to", name, "is not installed; install it, or write `none`"))
     return problems
 

@@ -48,7 +48,7 @@ ROWS_MEASURED = 1000
 ROWS_MEASURED_OF_STREAM = 100
 """The same for a stream, whose rows are read over the network."""
 
-KINDS: dict[type, tuple[Kind, str]] = {
+CONTENTS: dict[type, tuple[Kind, str]] = {
     PretrainConfig: ("text", "block_size"),
     SFTConfig: ("conversation", "max_length"),
     RewardConfig: ("preference", "max_length"),
@@ -59,7 +59,7 @@ KINDS: dict[type, tuple[Kind, str]] = {
 
 @runtime_checkable
 class RewardChecks(Protocol):
-    """Arguments that say what is rewarded: see `pipeline.rl.arguments`."""
+    """Arguments that define the rewards: see `pipeline.rl.arguments`."""
 
     trains_critic: ClassVar[bool]
 
@@ -100,7 +100,7 @@ def load_inputs(
             problems.extend(error.problems)
             return None
 
-    length = {field: getattr(training_args, field, None) for other, field in KINDS.values() if other == kind}
+    length = {field: getattr(training_args, field, None) for other, field in CONTENTS.values() if other == kind}
     pretrained = model_args if isinstance(model_args, ModelConfig) else None
     name = pretrained.model_name_or_path if pretrained else None
     own, tokenizer = data_args.tokenizer_name_or_path, None
@@ -154,13 +154,13 @@ def preflight_inputs(arguments: Sequence[Any], types: Sequence[type]) -> list[Pr
         types: All of its argument dataclasses.
 
     Returns:
-        What is wrong with its data, its model and its rewards besides.
+        The problems of its data, its model and its rewards.
     """
 
     def find(kind: Any) -> Any:
         return next((item for item in arguments if isinstance(item, kind)), None)
 
-    kind = next((KINDS[stage][0] for stage in KINDS if any(issubclass(other, stage) for other in types)), None)
+    kind = next((CONTENTS[stage][0] for stage in CONTENTS if any(issubclass(other, stage) for other in types)), None)
     data_args, training_args = find(DataArguments), find(TrainingArguments)
     model_args, reward_args = find((ModelConfig, LlamaArguments)), find(RewardChecks)
     if kind is None or data_args is None:
@@ -171,13 +171,13 @@ def preflight_inputs(arguments: Sequence[Any], types: Sequence[type]) -> list[Pr
             load_inputs(kind, data_args, training_args, model_args, reward_args)
         else:
             problems = reward_args.preflight(training_args, None, None) if reward_args else []
-            if training_args is None:  # which contain the weights
+            if training_args is None:  # without them, the weights are unknown
                 problems = [problem for problem in problems if problem.field != "reward_weights"]
             load_splits(data_args, kind, evaluation=False)
     except UserError as error:
         problems += error.problems
     except LIBRARY_ERRORS:
-        pass  # a consequence of what is known to be wrong
+        pass  # a consequence of a known problem
     return problems
 
 
@@ -205,7 +205,7 @@ def _load_config(model_args: ModelConfig) -> Any:
             raise UserError(Problem("model_name_or_path", name, remedy))
         config = AutoConfig.from_pretrained(name, revision=model_args.model_revision or "main")
         if (Path(name) / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(name).validate(strict=True)  # as saving the model will
+            GenerationConfig.from_pretrained(name).validate(strict=True)  # saving the model does this too
     if fault := validate_config(config):
         raise UserError(Problem("model_name_or_path", name, fault))
     return config
@@ -231,14 +231,14 @@ def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig
     problems = [Problem("model_name_or_path", name, fault)] if fault else []
     size = model.num_parameters()
     trained = round(0.05 * size) if model_args.use_peft else size  # adapters are smaller, by their rank and targets
-    trained += size if critic else 0  # which is trained and saved in full
+    trained += size if critic else 0  # a critic is trained and saved in full
     return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args)
 
 
 def _check_tokens(
     kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any, positions: int | None
 ) -> list[Problem]:
-    """Check that rows leave room, by a look at the beginning of the data."""
+    """Check that the first rows fit into the lengths that the arguments set, and fill at least one batch."""
     number = min(ROWS_MEASURED, len(split)) if isinstance(split, Dataset) else ROWS_MEASURED_OF_STREAM
     rows = list(split.take(number))
 
@@ -268,12 +268,12 @@ def _check_tokens(
         ]
         shortest = min((count(prompt, True) for prompt in prompts), default=0)
         if shortest >= args.max_length:
-            remedy = f"every prompt is longer (the shortest has {shortest} tokens): no answer would be left; raise it"
+            remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left; raise it"
             return [Problem("max_length", args.max_length, remedy)]
         return []
     sizes = [max(count(row["prompt"] + row[answer]) for answer in ("chosen", "rejected")) for row in rows]
     if min(sizes) > args.max_length:
-        remedy = f"every pair is longer (the shortest has {min(sizes)} tokens) and would be dropped; raise it"
+        remedy = f"every pair is longer ({min(sizes)} tokens at least) and would be dropped; raise it"
         return [Problem("max_length", args.max_length, remedy)]
     if longer := sum(size > args.max_length for size in sizes):
         logger.warning(
