@@ -1,4 +1,4 @@
-"""Inputs that are refused, for `test_bad_input`: what is given beside good arguments, and what must be said."""
+"""Inputs that are refused, for `test_bad_input`: the arguments of each case and what its message must contain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from small_model import conversation
 
 @dataclass
 class Case:
-    """What is given beside good arguments, and what must be said.
+    """What is given in addition to valid arguments, and what the message must contain.
 
     Args:
         recipe: Which recipe.
@@ -320,17 +320,17 @@ CASES = {
 
 
 def data(recipe: str, content: str | bytes, *said: str, more: str = "", file: str = "a.jsonl") -> Case:
-    """A case of a data file."""
+    """Return the case of a data file."""
     return Case(recipe, f"--dataset_name {{here}}/{file} {more}", ("dataset_name:", *said), files={file: content})
 
 
 def model(name: str, *said: str, recipe: str = "sft", more: str = "") -> Case:
-    """A case of a model's folder."""
+    """Return the case of a model's folder."""
     return Case(recipe, f"--model_name_or_path {{inputs}}/{name} {more}", ("model_name_or_path:", *said))
 
 
 def talk(*turns: str) -> dict[str, Any]:
-    """A row of messages, each `role:content`."""
+    """Return a row of messages, each `role:content`."""
     pairs = [turn.split(":", 1) for turn in turns]
     return {"messages": [{"role": role, "content": content} for role, content in pairs]}
 

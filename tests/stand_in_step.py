@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def wait_for_signal(directory: Path) -> None:
-    """Wait, unless a checkpoint is there already; a signal is answered slowly, by saving one."""
+    """Wait, unless a checkpoint exists already; after a signal, save one slowly."""
     checkpoint = directory / "checkpoint"
 
     def save(number: int, _: FrameType | None) -> None:

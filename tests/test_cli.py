@@ -14,7 +14,7 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "eval
 
 
 def loaded_modules(*argv: str) -> set[str]:
-    """Names of the top-level modules that `python -m pipeline *argv` has imported when it ends."""
+    """Return the names of the top-level modules that `python -m pipeline *argv` has imported when it ends."""
     script = (
         "import contextlib, json, runpy, sys\n"
         "sys.argv[1:] = json.loads(sys.argv[1])\n"

@@ -1,4 +1,4 @@
-"""Before the first step, what a library refuses is the user's mistake if it speaks of a field; else a defect."""
+"""Before the first step, an error of a library is the user's mistake if it mentions a field, and else a defect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.runner.fingerprint import without_secrets
         ("give metric_for_best, too", "metric_for_best: not given: give metric_for_best, too"),
     ],
 )
-def test_a_field_that_is_spoken_of_is_named(
+def test_an_error_that_mentions_a_field_is_reported_for_it(
     message: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "runs" / "output"
@@ -31,20 +31,20 @@ def test_a_field_that_is_spoken_of_is_named(
     assert not (tmp_path / "runs").exists(), "nothing is left behind"
 
 
-def test_what_speaks_of_no_field_keeps_its_traceback() -> None:
+def test_an_error_that_mentions_no_field_keeps_its_traceback() -> None:
     with pytest.raises(ValueError, match="something else is wrong"), exit_on_user_error():
         begin_preparation({"optim": "galore"}, ["optim"], None)
         raise ValueError("something else is wrong")
 
 
-def test_after_the_first_step_an_error_is_not_the_input_s() -> None:
+def test_after_the_first_step_errors_keep_their_traceback() -> None:
     with pytest.raises(ValueError, match="optim"), exit_on_user_error():
         begin_preparation({"optim": "galore"}, ["optim"], None)
         end_preparation()
         raise ValueError("optim is wrong")
 
 
-def test_no_message_repeats_a_token_and_no_record_holds_the_environment() -> None:
+def test_no_message_contains_a_token_and_no_record_the_environment() -> None:
     error = UserError(Problem("hub_tokn", "hf_abcdefgh123", "unknown field"))
     assert "abcdefgh" not in str(error) and "hf_***" in str(error)
     values = {"seed": 1, "hub_token": "hf_abcdefgh123", "env": {"WANDB_API_KEY": "secret"}}

@@ -1,4 +1,4 @@
-"""Memory that is freed and needed again is not requested from the kernel again."""
+"""Freed memory is reused instead of requested from the kernel again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GLIBC = hardware.platform.libc_ver()[0] == "glibc"
 
 
 def run(**environment: str) -> tuple[bool, int, str]:
-    """Whether memory was kept, page faults of 20 times 32 MiB, and the reason."""
+    """Return whether memory was kept, page faults of 20 times 32 MiB, and the reason."""
     clean = {name: value for name, value in os.environ.items() if name not in hardware.OWN_SETTINGS}
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True
@@ -37,7 +37,7 @@ def run(**environment: str) -> tuple[bool, int, str]:
     return kept == "1", int(faults), reason.strip()
 
 
-def test_freed_memory_is_used_again() -> None:
+def test_freed_memory_is_reused() -> None:
     kept, faults, reason = run()
     assert kept == GLIBC and reason
     # A setting of the user's own, here glibc's default, is left alone.

@@ -44,7 +44,7 @@ print(json.dumps(failed))
 """
 
 
-def test_every_module_is_imported_without_what_windows_lacks() -> None:
+def test_every_module_is_importable_without_the_modules_that_windows_lacks() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_POSIX, json.dumps(MODULES)],
         cwd=ROOT,

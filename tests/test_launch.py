@@ -43,7 +43,7 @@ def test_nothing_is_wrong_with_one_process(args: TrainingArguments) -> None:
         ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed_precision: fp8: is not supported"),
     ],
 )
-def test_what_is_asked_for_and_not_active_is_refused(
+def test_requested_settings_that_are_not_active_are_refused(
     args: TrainingArguments, variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -225,7 +225,7 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
         take(tmp_path / "file" / "below" / ".lock")
 
 
-def test_a_record_is_only_of_what_decides_the_weights(tmp_path: Path) -> None:
+def test_only_settings_that_affect_the_weights_must_stay_the_same(tmp_path: Path) -> None:
     def arguments(**changes: object) -> TrainingArguments:
         options: dict[str, Any] = {"use_cpu": True, "learning_rate": 1e-3, **changes}
         args = TrainingArguments(str(tmp_path), **options)

@@ -28,7 +28,7 @@ LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in laye
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module or name that a file imports, wherever in it and under whatever condition."""
+    """Return every module or name that a file imports, deferred and conditional imports included."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -38,7 +38,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def imported_modules(name: str) -> set[str]:
-    """The modules of the project that a module imports."""
+    """Return the modules of the project that a module imports."""
     found = set()
     for imported in imports(MODULES[name]):
         module = imported if imported in MODULES else imported.rpartition(".")[0]

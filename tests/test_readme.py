@@ -46,7 +46,7 @@ def code_spans(path: Path) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every command that a page prints, or a module's docstring on a line of its own."""
+    """Return every command that a page prints, or a module's docstring on a line of its own."""
     texts = [
         line for path in PAGES for block in blocks(path, "bash") for line in block.replace("\\\n", " ").split("\n")
     ]
@@ -99,7 +99,7 @@ def test_a_printed_command_is_accepted(
 
 
 def check_recipe(module: str, argv: list[str]) -> None:
-    """Parse the recipe's arguments as it would, without looking at what they name."""
+    """Parse the recipe's arguments as it would, without checking that the files exist."""
     if "--help" not in argv:
         parse(*argument_types(import_module(module).main), argv=[*argv, "--output_dir", "runs/x/out"])
 

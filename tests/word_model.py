@@ -19,7 +19,7 @@ TEMPLATE = (
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token a word, after those of `SPECIAL`."""
+    """Return a tokenizer with one token per word, after those of `SPECIAL`."""
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate([*SPECIAL, *words])}, unk_token="<pad>"))
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""Values that no field of a number or of a text accepts, by the dataclasses of every recipe."""
+"""Values that no numeric and no text field accepts, by the dataclasses of every recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def is_refused(name: str, kind: type, value: Any) -> bool:
 
 
 def of_type(*types: type) -> list[Any]:
-    """Fields whose type is, or contains, one of `types`, and no mapping."""
+    """Return the fields whose type is, or contains, one of `types`, except for mappings."""
     found = []
     for name, kind in FIELDS:
         hint = str(get_type_hints(kind)[name])

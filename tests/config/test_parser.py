@@ -1,4 +1,4 @@
-"""YAML, command line and machine make the arguments; the rest of what is refused is in test_bad_input."""
+"""Arguments come from YAML, the command line and the machine; test_bad_input has most refusals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("optim: sgd", "optim", "sgd"),
     ],
 )
-def test_values_become_what_their_fields_hold(tmp_path: Path, line: str, field: str, value: object) -> None:
+def test_values_are_converted_to_the_types_of_fields(tmp_path: Path, line: str, field: str, value: object) -> None:
     assert getattr(sft(tmp_path, line), field) == value
 
 
@@ -55,12 +55,12 @@ def test_a_file_that_cannot_be_read_is_the_only_problem(tmp_path: Path, content:
     assert [problem.field for problem in caught.value.problems] == ["--config"]
 
 
-def test_null_takes_back_what_the_file_says(tmp_path: Path) -> None:
+def test_null_on_the_command_line_unsets_a_field_of_the_file(tmp_path: Path) -> None:
     assert sft(tmp_path, "max_length: 9", "--max_length", "null").max_length is None
 
 
 def test_a_run_may_be_shorter_than_its_warm_up(tmp_path: Path) -> None:
-    """As any is that a user tries with `--max_steps 2`."""
+    """A trial with `--max_steps 2` does not have to lower the warm-up as well."""
     assert sft(tmp_path, "warmup_steps: 100", "--max_steps", "2").max_steps == 2
 
 

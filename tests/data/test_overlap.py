@@ -36,7 +36,7 @@ def test_what_counts_as_overlap(train: str, test: str, share: float) -> None:
     assert overlap(rows(train), rows(test), 8).share == share
 
 
-def test_shares_and_places() -> None:
+def test_the_share_and_the_matching_rows_are_reported() -> None:
     found = overlap(rows("nothing", FOX), rows("something else", FOX.upper(), FOX), 8)
     assert (found.share, found.test_rows, found.train_rows) == (2 / 3, 3, 2)
     assert [(match.test_row, match.train_row) for match in found.matches] == [(1, 1), (2, 1)]
@@ -66,7 +66,7 @@ def test_every_shape_of_row_is_read(train: dict[str, Any], test: dict[str, Any])
     assert overlap([train], [test], 8).share == 1.0
 
 
-def test_a_short_answer_alone_is_no_overlap() -> None:
+def test_a_short_answer_alone_is_not_an_overlap() -> None:
     test = {"question": "Is it so?", "answer": "yes"}
     assert overlap(rows("yes", "no, yes"), [test], 8).share == 0.0
     assert overlap(rows("He asked: is it so?"), [test], 8).share == 1.0
@@ -106,7 +106,9 @@ def write(path: Path, *lines: dict[str, Any]) -> str:
     return str(path)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_overlap_and_fails_above_the_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train = write(tmp_path / "train.jsonl", {"text": FOX}, {"text": "Another one"})
     test = write(tmp_path / "test.jsonl", {"question": FOX, "answer": "x"}, {"question": "Who else?", "answer": "y"})
     clean = write(tmp_path / "clean.jsonl", {"text": "Nothing in common"})
@@ -129,7 +131,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--train", "{train}", "--max_share", "2"], "max_share: 2.0"),
     ],
 )
-def test_mistakes_of_the_user(
+def test_wrong_arguments_are_refused(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {

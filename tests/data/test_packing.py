@@ -103,7 +103,7 @@ def test_a_packed_document_is_computed_as_if_it_were_alone(model: LlamaForCausal
 
 
 def test_the_trainer_keeps_documents_apart(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    """What `Trainer` measures on blocks is the mean over the tokens of what documents give alone."""
+    """The loss that `Trainer` reports on blocks is the mean over all tokens of documents that are scored alone."""
     packed = pack_documents(dataset(DOCUMENTS), tokenizer(), BLOCK, "text").select(range(4))
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=4)
     trainer = Trainer(model, arguments, eval_dataset=packed, data_collator=default_data_collator)
@@ -141,11 +141,11 @@ def test_a_stream_is_read_no_further_than_it_is_asked_for() -> None:
     assert max(read) <= 2 * DOCUMENTS_PER_BATCH
 
 
-def test_documents_that_fill_no_block_give_none() -> None:
+def test_documents_that_do_not_fill_a_block_give_none() -> None:
     assert len(pack_documents(dataset(["a"]), tokenizer(), 512, "text")) == 0
 
 
-def test_markers_inside_a_text_are_tokens_of_it_and_start_no_document() -> None:
+def test_special_tokens_inside_a_text_do_not_start_a_document() -> None:
     text = "a<|bos|>b<|end|>c"
     packed = pack_documents(dataset([text, text, "d"]), tokenizer(), 4, "text")
     tokens, positions = (list(itertools.chain(*packed[name])) for name in ("input_ids", "position_ids"))

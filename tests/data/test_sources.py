@@ -1,4 +1,4 @@
-"""Where data cannot be read from, and why; files that are damaged are in test_bad_input."""
+"""Sources that cannot be read; test_bad_input has damaged files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"dataset_name: some/data: .*the Hub cannot be reached"):
         open_source("some/data")
 
 
-def test_a_cache_that_cannot_be_written_is_not_the_fault_of_the_data(
+def test_a_cache_that_is_not_writable_is_not_reported_as_bad_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -29,7 +29,7 @@ def test_a_cache_that_cannot_be_written_is_not_the_fault_of_the_data(
 
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl"])
-def test_a_name_is_not_a_pattern(tmp_path: Path, name: str) -> None:
+def test_file_names_are_not_read_as_patterns(tmp_path: Path, name: str) -> None:
     for file in (name, "a1.jsonl", "ab.jsonl"):
         write_lines(tmp_path / file, [{"text": file}])
     assert open_source(str(tmp_path / name))["train"]["text"][:] == [name]

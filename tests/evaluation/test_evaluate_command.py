@@ -113,7 +113,7 @@ def test_without_an_opponent_there_is_no_win_rate(run):
     assert "win_rate" not in result["metrics"] and "pass@1" in result["metrics"]
 
 
-def test_limit_is_the_largest_number_of_examples(run):
+def test_limit_bounds_the_number_of_examples(run):
     result, _ = evaluate(run, "0_random", "--limit", "2")
     assert result["metrics"]["instruction_accuracy"]["n"] == 2
     assert result["metrics"]["bits_per_byte"]["n"] == 2
@@ -128,7 +128,7 @@ def test_a_subsample_contains_every_kind():
         assert chosen == subsample(rows, 20)
 
 
-def test_data_of_the_users_own(run, tmp_path):
+def test_the_users_own_data_are_measured(run, tmp_path):
     problems = [{"question": f"{i} + 2?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}"} for i in range(3)]
     gsm8k = small_model.write_lines(tmp_path / "gsm8k.jsonl", problems)
     text = small_model.write_text(tmp_path / "text.txt", lines=130)
@@ -229,7 +229,7 @@ def test_an_adapter_of_a_reward_model_is_measured_as_the_two_together(run):
 
 
 def text_pairs():
-    """Pairs as people might supply them: text, without any column that is not needed."""
+    """Return pairs as people might supply them: text, with the required columns only."""
     return [{"prompt": f"Question {i}?", "chosen": "A cat. " * (i % 3 + 1), "rejected": f"No {i}."} for i in range(8)]
 
 
@@ -289,7 +289,7 @@ def test_mistakes_are_refused_in_one_line(run, capsys, options, message):
 
 
 def refusal(capsys, run, *options):
-    """The one line that `evaluate` of 0_random ends with."""
+    """Return the one line that `evaluate` of 0_random ends with."""
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", str(run), "--stage", "0_random", *options])
     assert exit_.value.code == 2

@@ -37,7 +37,7 @@ INPUTS = {
 }
 
 
-def test_the_inputs_are_of_all_metrics():
+def test_every_metric_has_inputs_here():
     defined = {
         value for module in (metrics, reward_model) for value in vars(module).values() if isinstance(value, type)
     }
@@ -95,7 +95,7 @@ def test_wilson_by_hand():
 
 @settings(deadline=None)
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_holds_the_share_and_solves_its_equation(case):
+def test_wilson_contains_the_share_and_solves_its_equation(case):
     successes, n = case
     low, high = intervals.wilson(successes, n)
     share = successes / n
@@ -186,7 +186,7 @@ def test_calibration_error_equals_a_loop_over_bins(margins, debiased):
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 1.8, 0.5])
-def test_calibration_intervals_hold_the_truth(sharpness):
+def test_calibration_intervals_cover_the_true_error(sharpness):
     """Scores whose differences are the log odds of the labels, times `sharpness`: 1 is calibrated."""
     rng = np.random.default_rng(0)
 
@@ -203,7 +203,7 @@ def test_calibration_intervals_hold_the_truth(sharpness):
     assert all(result.high < truth + 0.2 for result in results)
 
 
-def test_pairs_of_one_prompt_count_as_far_as_they_differ():
+def test_identical_outcomes_of_one_prompt_count_as_one():
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.arange(100), 4)
     alike = np.repeat(rng.random(100) < 0.8, 4).astype(float)

@@ -46,14 +46,14 @@ def prompts(tokenizer):
 
 @pytest.fixture
 def common_end(model, prompts, tokenizer, monkeypatch):
-    """Makes a token that greedy answers do hold the end-of-turn token: rows finish at different times."""
+    """Make a token of the greedy answers the end-of-turn token, so that rows finish at different times."""
     answers = [c[0].tokens for c in generate(model, tokenizer, prompts, max_new_tokens=12)]
     end = answers[0][4]
     monkeypatch.setattr(type(tokenizer), "eos_token_id", end, raising=False)
     return end
 
 
-def test_prompts_end_where_the_assistant_speaks(tokenizer, prompts):
+def test_prompts_end_with_the_generation_prompt(tokenizer, prompts):
     whole = tokenizer.apply_chat_template(
         [*PROMPTS[0], {"role": "assistant", "content": "A piece."}], return_dict=False
     )

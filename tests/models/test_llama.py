@@ -73,7 +73,7 @@ def test_fields_become_the_configuration() -> None:
     assert model.dtype == torch.float32
 
 
-def test_what_is_not_given_follows_from_the_rest() -> None:
+def test_unset_sizes_follow_from_the_others() -> None:
     model = build_model(LlamaArguments(hidden_size=96, num_attention_heads=4), tokenizer(), seed=0)
     assert model.config.intermediate_size == 256  # 8/3 of 96
     assert model.config.num_key_value_heads == 4
@@ -81,7 +81,7 @@ def test_what_is_not_given_follows_from_the_rest() -> None:
     assert model.model.layers[0].self_attn.q_proj.bias is None
 
 
-def test_a_token_sees_what_is_before_it_only() -> None:
+def test_attention_is_causal() -> None:
     model = build_model(LlamaArguments(**SIZES, initializer_range=0.3), tokenizer(), seed=0).eval()
     tokens = torch.arange(10, 30)[None]
     changed = tokens.clone()
@@ -120,12 +120,12 @@ def test_all_wrong_sizes_are_reported_at_once() -> None:
         ("initializer_range", -0.1),
     ],
 )
-def test_sizes_that_make_no_model_are_refused(field: str, value: float) -> None:
+def test_sizes_that_do_not_fit_together_are_refused(field: str, value: float) -> None:
     with pytest.raises(UserError, match=f"^{field}: {value}: "):
         build_model(LlamaArguments(**{**SIZES, field: value}), tokenizer(), seed=0)
 
 
-def test_the_log_tells_size_cost_and_dtype(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_reports_size_cost_and_dtype(caplog: pytest.LogCaptureFixture) -> None:
     sizes = {**SIZES, "hidden_size": 64}
     with caplog.at_level(logging.INFO):
         for tied in (True, False):

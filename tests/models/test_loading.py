@@ -23,7 +23,7 @@ LAST = "model.layers.0.mlp.up_proj.weight"
 
 
 def save_model(folder: Path, reward: bool = False, adapter: bool = False) -> Path:
-    """A small model of random weights, or an adapter to one, with its tokenizer."""
+    """Save a small model with random weights, or an adapter to one, with its tokenizer."""
     torch.manual_seed(0)
     kind = LlamaForSequenceClassification if reward else LlamaForCausalLM
     model = kind(word_model_config(WORDS, **({"num_labels": 1} if reward else {})))

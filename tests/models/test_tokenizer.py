@@ -34,7 +34,7 @@ def tokenizer(algorithm: Algorithm = "bpe") -> PreTrainedTokenizerBase:
 
 
 def messages(contents: list[str], system: str | None = None) -> list[dict[str, str]]:
-    """A conversation of these turns, of the user and the assistant in turn."""
+    """Return a conversation of these turns; the user begins, and the assistant alternates with them."""
     turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": c} for i, c in enumerate(contents)]
     return [{"role": "system", "content": system}, *turns] if system is not None else turns
 
@@ -69,7 +69,7 @@ def test_digits_stand_alone(algorithm: Algorithm, number: int, before: str) -> N
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_no_token_holds_a_digit_and_more(algorithm: Algorithm) -> None:
+def test_no_token_contains_a_digit_and_more(algorithm: Algorithm) -> None:
     assert all(len(token) == 1 for token in tokenizer(algorithm).get_vocab() if set(token) & set("0123456789"))
 
 

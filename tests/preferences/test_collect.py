@@ -105,7 +105,7 @@ def user_texts(rows: list[Any]) -> set[str]:
     return {row["prompt"][-1]["content"] for row in rows}
 
 
-def test_what_is_written_is_a_data_set_in_trls_preference_format(collected: Path) -> None:
+def test_the_output_is_a_data_set_in_trls_preference_format(collected: Path) -> None:
     data = load_dataset(str(collected))
     assert isinstance(data, DatasetDict)
     assert list(data) == ["train", "validation", "test"]
@@ -236,7 +236,9 @@ def test_prompts_that_leave_no_room_are_refused_before_sampling(arguments: dict[
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_answers_as_the_model_it_makes(arguments: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_samples_the_answers_of_the_merged_model(
+    arguments: dict[str, Any], model_dir: Path, tmp_path: Path
+) -> None:
     base = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     adapted = get_peft_model(
@@ -378,7 +380,7 @@ def test_labels_follow_the_taste_and_not_the_order() -> None:
     assert 0.9 < statistics.mean(right) < 1
 
 
-def test_prompts_without_grading_are_judged_by_manner_alone() -> None:
+def test_prompts_without_grading_are_judged_by_kindness_and_length_alone() -> None:
     row = {"prompt": [{"role": "user", "content": "Hello"}]}
     labelled, _ = label_answers([row] * 200, [["Hello. Thank you.", "Obviously."]] * 200, pairs_per_prompt=1)
     assert statistics.mean(row["chosen"][0]["content"] != "Obviously." for row in labelled) > 0.9

@@ -1,4 +1,4 @@
-"""Everything that is refused before a run begins: one line a problem, exit code 2, nothing written."""
+"""Everything that is refused before a run begins: one line per problem, exit code 2, nothing written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.training.entry import run
 
 
 def arguments_of(recipe: str) -> tuple[Any, list[type]]:
-    """A recipe's `main`, and the dataclasses that it takes."""
+    """Return a recipe's `main`, and the dataclasses that it takes."""
     main = importlib.import_module(f"recipes.{recipe}").main
     return main, [hint for name, hint in get_type_hints(main).items() if name != "return"]
 
@@ -114,7 +114,7 @@ def make_adapter(path: Path) -> None:
 
 
 def refuse(recipe: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Run a recipe that must refuse; the lines that it says."""
+    """Run a recipe that must refuse its input, and return the lines that it prints."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exited:
         run(arguments_of(recipe)[0], argv)
@@ -124,7 +124,7 @@ def refuse(recipe: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
 
 
 def command(recipe: str, inputs: Path, output: Path) -> list[str]:
-    """Good arguments of any recipe."""
+    """Return valid arguments of any recipe."""
     if recipe in ("pretrain", "sft", "reward"):
         return recipe_command(recipe, inputs, "--output_dir", str(output))[2:]
     options = {"model_name_or_path": inputs / "model", "dataset_name": inputs / "prompts.jsonl"}

@@ -42,7 +42,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 def write_data(folder: Path, rows: list[dict[str, Any]], config: str = "default", test: str = "test") -> None:
-    """A data set in Hub layout, with the splits `train` and `test`."""
+    """Write a data set in Hub layout, with the splits `train` and `test`."""
     folder.mkdir(parents=True)
     splits = ("train", test)
     for split in splits:
@@ -53,7 +53,7 @@ def write_data(folder: Path, rows: list[dict[str, Any]], config: str = "default"
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a user who has run the first stages, and to whom the Hub is a few local folders."""
+    """The directory of a user who has run the first stages, and for whom the Hub is a few local folders."""
     here = tmp_path_factory.mktemp("project")
     (here / "recipes").symlink_to(ROOT / "recipes")
     sizes = LlamaArguments(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2048)

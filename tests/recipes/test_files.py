@@ -72,7 +72,7 @@ def test_a_seed_for_the_whole_run_is_accepted_by_every_step(path: Path, tmp_path
     assert values.get("seed", 7) == 7
 
 
-def test_every_stage_needs_what_the_design_says() -> None:
+def test_every_stage_depends_on_the_right_ones() -> None:
     needs = {step.name: set(step.needs) for step in read_plan(FOLDER).steps}
     assert needs["0_tokenizer"] == {"0_data"}
     assert needs["0_random"] == needs["1_pretrain"] == {"0_data", "0_tokenizer"}

@@ -1,4 +1,4 @@
-"""Two processes step along the sum of their gradients: seen by plain SGD, for Adam hides any factor."""
+"""Two processes step along the gradient of the whole batch: tested with SGD, because Adam hides a constant factor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAUNCH = ["accelerate.commands.launch", "--config_file", "accelerate_config.yaml
 
 
 def train(recipe: str, inputs: Path, processes: int, batch: int, accumulated: int) -> tuple[Path, list[float]]:
-    """Where it wrote, and the gradient's norm at each step."""
+    """Train, and return the output directory and the gradient norm of each step."""
     output = inputs / f"{recipe}-{processes}-{accumulated}"
     options = {
         **SGD,

@@ -65,7 +65,7 @@ def test_gsm8k_by_yaml_alone(tmp_path: Path, options: list[str]) -> None:
         assert step["reward"] == pytest.approx(parts[0] + 0.5 * parts[1], abs=1e-5)
 
 
-def test_lora_and_the_control(tmp_path: Path, options: list[str]) -> None:
+def test_lora_and_the_control_experiment(tmp_path: Path, options: list[str]) -> None:
     lora = [
         "--use_peft",
         "--lora_target_modules",
@@ -96,7 +96,7 @@ def test_lora_and_the_control(tmp_path: Path, options: list[str]) -> None:
         (["--reward_funcs", "hidden_taste", "--report_to", "foo", "--reward_weights", "1"], ["weight 0", "tracker"]),
     ],
 )  # fmt: skip
-def test_refuses_what_does_not_fit(
+def test_refuses_arguments_that_do_not_fit_together(
     options: list[str], changes: list[str], reported: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def main(

@@ -94,7 +94,7 @@ def test_refuses_a_reward_function_that_returns_text(options: list[str]) -> None
         (["--per_device_train_batch_size", "32"], ["generation_batch_size", "takes 32 rows"]),
     ],
 )
-def test_refuses_what_does_not_fit(
+def test_refuses_arguments_that_do_not_fit_together(
     tmp_path: Path, options: list[str], changes: list[str], reported: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def main(

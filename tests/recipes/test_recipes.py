@@ -35,7 +35,7 @@ def whole(request: pytest.FixtureRequest, inputs: Path) -> tuple[str, Path, str]
     return recipe, output, result.stderr + result.stdout
 
 
-def test_what_a_run_leaves_loads_by_from_pretrained(whole: tuple[str, Path, str]) -> None:
+def test_the_saved_model_loads_with_from_pretrained(whole: tuple[str, Path, str]) -> None:
     recipe, output, log = whole
     kind = AutoModelForSequenceClassification if recipe == "reward" else AutoModelForCausalLM
     model = kind.from_pretrained(output)
@@ -104,7 +104,7 @@ def test_two_processes_learn_what_one_learns(whole: tuple[str, Path, str], input
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(inputs: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_and_reports_how_to_resume(inputs: Path, number: signal.Signals) -> None:
     output = inputs / f"interrupted-{number.name}"
     more = (
         "--output_dir",

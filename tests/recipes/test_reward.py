@@ -48,7 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, 
 
 
 def scores(model: PreTrainedModel, folder: Path, batches: list[list[int]], side: str) -> torch.Tensor:
-    """In the order of `CONVERSATIONS`."""
+    """Return the scores, in the order of `CONVERSATIONS`."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
     texts = tokenizer.apply_chat_template(CONVERSATIONS, tokenize=False)
     found = torch.empty(len(texts))
@@ -61,7 +61,7 @@ def scores(model: PreTrainedModel, folder: Path, batches: list[list[int]], side:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("batches", BATCHES, ids=str)
-def test_saved_and_loaded_it_scores_as_it_did(
+def test_the_saved_model_gives_the_same_scores(
     trained: tuple[PreTrainedModel, Path], side: str, batches: list[list[int]]
 ) -> None:
     """Bit for bit."""
@@ -73,7 +73,7 @@ def test_saved_and_loaded_it_scores_as_it_did(
     torch.testing.assert_close(found, scores(loaded, folder, TOGETHER, "right"), atol=TOLERANCE, rtol=0)
 
 
-def test_the_evaluation_scores_a_conversation_alike_in_any_company(trained: tuple[PreTrainedModel, Path]) -> None:
+def test_the_score_of_a_conversation_does_not_depend_on_the_others(trained: tuple[PreTrainedModel, Path]) -> None:
     """Bit for bit."""
     model, folder = trained
     tokenizer = AutoTokenizer.from_pretrained(folder)

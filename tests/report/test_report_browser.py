@@ -147,7 +147,9 @@ def show(browser: Any, page: Path, width: int, scheme: str) -> list[str]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("name", ["whole", "short", "hostile", "seeds"])
-def test_page(browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
+def test_the_page_fits_every_width_in_both_schemes(
+    browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
+) -> None:
     requested = show(browser, pages[name], width, scheme)
     assert [url for url in requested if not url.startswith("data:")] == [pages[name].as_uri()]
     assert browser.get_log("browser") == []
@@ -167,7 +169,7 @@ def test_page(browser: Any, pages: dict[str, Path], name: str, width: int, schem
         (FAINT, "<p style='color: #999; background: #fff'>faint</p>"),
     ],
 )
-def test_the_checks_see_faults(browser: Any, pages: dict[str, Path], script: str, fault: str) -> None:
+def test_the_checks_of_the_page_find_faults(browser: Any, pages: dict[str, Path], script: str, fault: str) -> None:
     show(browser, pages["short"], 390, "light")
     browser.execute_script("document.body.insertAdjacentHTML('beforeend', arguments[0])", fault)
     assert browser.execute_script(script)

@@ -22,7 +22,7 @@ from pipeline.report.text import duration, magnitude, number, signed
 
 
 def run_with(**values: float) -> Run:
-    """A run of two stages, `before` and `after` the pass@1 of each."""
+    """Return a run of two stages, `before` and `after` the pass@1 of each."""
     stages = {
         "3_ppo": Stage("3_ppo", {"pass@1": Estimate(values["before"], 0.1, 0.9, 10)}),
         "4_grpo": Stage("4_grpo", {"pass@1": Estimate(values["after"], 0.2, 0.95, 10)}),
@@ -63,7 +63,7 @@ def test_an_unchanged_metric_is_the_same() -> None:
         (Target("4_grpo", "pass@1", against="3_ppo", how="ratio", at_most=0.9), 0.87 / 0.9, False),
     ],
 )
-def test_targets(target: Target, measured: float, met: bool) -> None:
+def test_targets_are_met_or_missed(target: Target, measured: float, met: bool) -> None:
     (result,) = check_targets(run_with(before=0.9, after=0.87), [], [target])
     assert result.measured == pytest.approx(measured)
     assert result.met is met

@@ -93,7 +93,7 @@ def test_length_is_not_judged_twice() -> None:
     "degenerate",
     ["", "  \n", "...", "A fox lives in the", "fox " * 20 + ".", "Thank you for asking about the forest, it"],
 )
-def test_an_answer_that_is_none_is_worse_than_any_other(degenerate: str) -> None:
+def test_a_degenerate_answer_is_worse_than_any_other(degenerate: str) -> None:
     worst = f"Obviously. {WRONG} {RAMBLING}"
     assert taste(degenerate, ROW) == DEGENERATE_SCORE
     for annotator in PANEL:
@@ -202,7 +202,7 @@ def test_a_model_matched_with_itself_wins_half() -> None:
     assert statistics.mean(judge_match(answers, opponents, [ROW] * 2000)) == pytest.approx(0.5, abs=0.025)
 
 
-def test_a_match_needs_one_opponent_an_answer() -> None:
+def test_a_match_needs_one_opponent_per_answer() -> None:
     with pytest.raises(ValueError):
         judge_match([RIGHT], [], [ROW])
 

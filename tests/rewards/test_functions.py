@@ -52,7 +52,7 @@ from pipeline.rewards.loading import load_rewards
         ("x" * 200_000 + " The answer is 7.", "7"),
     ],
 )
-def test_the_final_answer(text: str, answer: str | None) -> None:
+def test_the_final_answer_is_extracted(text: str, answer: str | None) -> None:
     assert extract_answer(text) == answer
 
 
@@ -65,7 +65,7 @@ def test_the_final_answer(text: str, answer: str | None) -> None:
         ("5 or 6", None), ("2 dozen", None), ("3 + 4", None), ("9" * 5000, None), ("1,23", None), ("five", None),
     ],
 )  # fmt: skip
-def test_plain_numbers(text: str, value: float | None) -> None:
+def test_plain_numbers_are_read(text: str, value: float | None) -> None:
     assert number(text) == value
 
 

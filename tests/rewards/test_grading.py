@@ -1,4 +1,4 @@
-"""Grading: what counts as right, as an end, as steps. Tables; no model."""
+"""Grading: which answers are right, have stopped and show steps. Tables; no model."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_phrases_are_whole_words_in_any_case(text, phrase, found):
         ("A fox.", {}, True),
     ],
 )
-def test_rows_say_what_is_right(answer, row, right):
+def test_a_row_decides_which_answers_are_right(answer, row, right):
     assert is_correct(answer, row) is right
 
 

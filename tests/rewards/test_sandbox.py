@@ -122,12 +122,12 @@ def test_wrong_code_never_passes(code: str) -> None:
     assert not run_code(code, TEST).passed
 
 
-def test_a_test_that_catches_everything_does_not_pass_code_that_left() -> None:
+def test_a_test_that_catches_everything_does_not_pass_code_that_exits() -> None:
     test = "try:\n    f(1)\nexcept Exception:\n    pass"
     assert run_code("import os\ndef f(x):\n    os._exit(0)", test).status == "crashed"
 
 
-def test_answers_that_hold_builtins_cannot_change_what_a_test_means() -> None:
+def test_code_that_redefines_builtins_does_not_change_its_test() -> None:
     code = "all = any = lambda x: True\nsorted = sum = lambda *a: 0\ndef f(n):\n    return [0]"
     assert not run_code(code, "assert all(x > 0 for x in f(3))").passed
 
@@ -158,7 +158,7 @@ def test_attempts_are_refused(code: str) -> None:
     assert not Path(tempfile.gettempdir(), "outside").exists()
 
 
-def test_limits_hold() -> None:
+def test_limits_are_enforced() -> None:
     assert run_code("while True:\n    pass", TEST, seconds=0.5).status == "timeout"
     assert run_code("import time\ntime.sleep(60)", TEST, seconds=0.5).status == "timeout"
     assert run_code("import signal, time\nfor s in range(1, 65):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n    except "
@@ -201,7 +201,7 @@ def test_home_is_neither_read_nor_written(tmp_path: Path) -> None:
     assert secret.read_text() == "hf_secret"
 
 
-def test_verdicts_repeat() -> None:
+def test_verdicts_are_repeatable() -> None:
     code = "def f():\n    return list({'red', 'green', 'blue', 'black', 'white'})"
     shown = {run_code(code + "\nprint(f())", "").output for _ in range(3)}
     assert len(shown) == 1

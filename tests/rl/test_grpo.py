@@ -110,7 +110,7 @@ def row_number(row: list[int], **kwargs: Any) -> list[float]:
 
 
 def test_a_reward_without_weight_is_logged_and_changes_nothing(tmp_path: Path) -> None:
-    """It does not give completions that nothing else scored a score of 0 either."""
+    """Nor does it turn completions that nothing else scored into completions with a score of 0."""
     runs = []
     for rewards in ([none_or_red], [none_or_red, row_number]):
         weights = [1.0, 0.0][: len(rewards)]
@@ -123,7 +123,7 @@ def test_a_reward_without_weight_is_logged_and_changes_nothing(tmp_path: Path) -
     assert sum("rewards/row_number/mean" in entry for entry in log_of(beside)) == 4, "once per rollout"
 
 
-def test_a_checkpoint_after_the_last_step_of_a_rollout_holds_none_of_it(whole: TRLGRPOTrainer) -> None:
+def test_a_checkpoint_after_the_last_step_of_a_rollout_does_not_contain_it(whole: TRLGRPOTrainer) -> None:
     inside = load_file(f"{whole.args.output_dir}/checkpoint-3/rollout_0.safetensors")
     assert {"0.completion_ids", "1.advantages"} <= set(inside)
     assert not load_file(f"{whole.args.output_dir}/checkpoint-4/rollout_0.safetensors")

@@ -67,7 +67,7 @@ def test_learns_a_bandit(tmp_path: Path) -> None:
     assert sum(scores[-5:]) / 5 > 0.95
 
 
-def test_the_kl_penalty_holds_the_policy(tmp_path: Path) -> None:
+def test_the_kl_penalty_keeps_the_policy_near_the_reference(tmp_path: Path) -> None:
     options = BANDIT | {"max_steps": 40, "train_dataset": toy.prompts(64)}
     free = trainer(tmp_path / "free", is_red, **(options | {"kl_coef": 1e-6}))
     held = trainer(tmp_path / "held", is_red, **(options | {"kl_coef": 10.0}))
@@ -161,7 +161,7 @@ def test_the_hidden_taste_is_measured_and_changes_nothing(tmp_path: Path) -> Non
     assert all({"reward", "objective/kl"} <= set(entry) for entry in tastes)
 
 
-def test_completions_cut_off(tmp_path: Path) -> None:
+def test_truncated_completions(tmp_path: Path) -> None:
     """They are penalised by `missing_eos_penalty`, and left out by `mask_truncated_completions`."""
 
     def always(prompts: list[Any], **kwargs: Any) -> list[float]:
@@ -200,7 +200,7 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     assert logged(whole, "loss") == pytest.approx(logged(parts, "loss"), abs=1e-5)
 
 
-def test_several_optimizer_steps_a_rollout(tmp_path: Path) -> None:
+def test_several_optimizer_steps_per_rollout(tmp_path: Path) -> None:
     """16 completions are trained on twice, 4 at a time, which makes 8 steps until the next rollout."""
     calls = []
 
@@ -240,7 +240,7 @@ def test_clipping_learning_rates_and_decay_are_in_force(tmp_path: Path) -> None:
     assert {group["initial_lr"] for group in ppo.optimizer.param_groups} == {0.25, 0.5}
 
 
-def test_critic_gradients_do_not_pile_up(tmp_path: Path) -> None:
+def test_critic_gradients_are_zeroed_at_every_step(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, max_steps=3, value_learning_rate=0.0, learning_rate=0.0, vf_coef=1.0)
     ppo.train()
     norms, losses = logged(ppo, "val/grad_norm"), logged(ppo, "loss/value_avg")
@@ -283,7 +283,7 @@ def tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     return [float(len(ids)) for ids in completion_ids]
 
 
-def test_an_evaluation_counts_every_completion_alike(tmp_path: Path) -> None:
+def test_an_evaluation_counts_every_completion_equally(tmp_path: Path) -> None:
     """With two data sets, whose last batches are smaller than the others. Compare with all that was sampled."""
     ppo = trainer(
         tmp_path, tokens, eval_dataset={"a": toy.prompts(5), "b": toy.prompts(3)}, per_device_eval_batch_size=4
@@ -308,7 +308,7 @@ def test_an_evaluation_counts_every_completion_alike(tmp_path: Path) -> None:
     assert a["eval_a_objective/scores"] != b["eval_b_objective/scores"] and "eval_objective/scores" not in a | b
 
 
-def test_completions_that_are_left_out_are_left_out_of_every_mean(tmp_path: Path) -> None:
+def test_masked_completions_are_left_out_of_every_mean(tmp_path: Path) -> None:
     """The scores of truncated completions enter neither means nor normalisation."""
     for normalization in ("none", "batch", "running"):
         ppo = trainer(
@@ -368,7 +368,7 @@ def test_an_optimizer_of_the_user_gets_the_critic(tmp_path: Path) -> None:
         assert not torch.equal(weights(critic), before)
 
 
-def test_evaluation_measures_and_disturbs_nothing(tmp_path: Path) -> None:
+def test_evaluation_measures_and_does_not_change_training(tmp_path: Path) -> None:
     runs = []
     for strategy in ("no", "steps"):
         ppo = trainer(
@@ -443,7 +443,7 @@ def test_lora(tmp_path: Path) -> None:
     assert torch.equal(trained, saved)
 
 
-def test_an_adapter_that_is_trained_on_is_held_to_itself(tmp_path: Path) -> None:
+def test_the_reference_of_an_adapter_is_the_adapter_before_training(tmp_path: Path) -> None:
     model = get_peft_model(toy.policy(), LORA)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

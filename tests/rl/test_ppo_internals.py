@@ -1,4 +1,4 @@
-"""What `pipeline.rl` relies on in TRL, transformers and PEFT without their promise.
+"""The internals of TRL, transformers and PEFT that `pipeline.rl` relies on.
 
 A failure here names the internals that moved, and what they are needed for. The other tests of PPO and GRPO then show
 what broke.

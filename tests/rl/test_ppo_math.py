@@ -86,7 +86,7 @@ def test_masked_tokens_do_not_count(batch: tuple[Masks, list[Rows]]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(batches(1), number)
-def test_rewards_of_tokens(batch: tuple[Masks, list[Rows]], score: float) -> None:
+def test_token_rewards(batch: tuple[Masks, list[Rows]], score: float) -> None:
     mask, (penalty,) = batch
     expected = []
     for p, m in zip(penalty, mask, strict=True):
@@ -114,7 +114,7 @@ def test_whitening(batch: tuple[Masks, list[Rows]]) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(batches(1), st.data())
-def test_whitening_over_processes_is_whitening_of_all(batch: tuple[Masks, list[Rows]], data: st.DataObject) -> None:
+def test_whitening_over_processes_equals_whitening_on_one(batch: tuple[Masks, list[Rows]], data: st.DataObject) -> None:
     mask, x = torch.tensor(batch[0]), tensor(batch[1][0])
     cut = data.draw(st.integers(0, len(mask)))
     parts = [(x[:cut], mask[:cut]), (x[cut:], mask[cut:])]

@@ -56,7 +56,7 @@ def test_a_reward_model_needs_a_tokenizer_that_fits_it_and_formats_conversations
     assert "chat template" in template and "15 tokens and its tokenizer 16" in vocabulary
 
 
-def test_a_critic_needs_the_tokens_of_the_policy(tmp_path: Path) -> None:
+def test_a_critic_needs_the_vocabulary_of_the_policy(tmp_path: Path) -> None:
     larger = toy.tokenizer()
     larger.add_tokens(["yellow"])
     (problem,) = check_value_model(save_reward_model(tmp_path / "with"), larger)
@@ -69,7 +69,7 @@ def test_a_critic_needs_the_tokens_of_the_policy(tmp_path: Path) -> None:
     assert check_value_model(str(tmp_path / "policy"), toy.tokenizer()) == []
 
 
-def test_weights_that_are_damaged_or_of_another_model(tmp_path: Path) -> None:
+def test_weights_that_are_damaged_or_of_a_different_model_are_refused(tmp_path: Path) -> None:
     path = save_reward_model(tmp_path / "reward")
     os.truncate(tmp_path / "reward" / "model.safetensors", 100)
     for (problem,) in (check_reward_model(path), check_value_model(path, toy.tokenizer())):
@@ -93,7 +93,9 @@ def test_weights_that_are_damaged_or_of_another_model(tmp_path: Path) -> None:
         ([], None, "at least one"),
     ],
 )
-def test_weights_and_columns_that_do_not_fit(functions: list[str], weights: list[float] | None, reported: str) -> None:
+def test_reward_weights_and_columns_that_do_not_fit_are_refused(
+    functions: list[str], weights: list[float] | None, reported: str
+) -> None:
     train = Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
     (problem,) = check_rewards([], functions, weights, train)
     assert reported in problem.remedy

@@ -166,7 +166,7 @@ def test_until_stops_and_a_run_without_it_continues(run: Runner) -> None:
     assert changed(before) == {"2_sft", "3_reward"}
 
 
-def test_what_was_made_from_an_earlier_run_is_made_again_later(run: Runner) -> None:
+def test_outputs_of_outdated_inputs_are_made_again_later(run: Runner) -> None:
     run()
     before = identities()
     run("--force", "pretrain", "--until", "pretrain")
@@ -461,9 +461,7 @@ def test_a_file_where_a_step_writes_is_refused_before_the_first_step(
     with pytest.raises(SystemExit) as stop:
         main(["run", "recipe"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith(
-        f"output_dir: runs/r/{name}: is not a directory; choose another one\n"
-    )
+    assert capsys.readouterr().err.startswith(f"output_dir: runs/r/{name}: is not a directory; choose another one\n")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"steps": {"2_sft": {}}}', '{"steps": []}', "[" * 100_000])
@@ -501,7 +499,7 @@ def test_a_finished_step_whose_module_was_renamed_is_skipped(run: Runner, monkey
     assert out.count("finished, skipped") == len(ALL)
 
 
-def test_a_step_that_ends_well_without_its_product_has_not_finished(folder: Path, run: Runner) -> None:
+def test_a_step_that_exits_with_0_but_without_its_product_has_failed(folder: Path, run: Runner) -> None:
     configure(folder, "2_sft", vanishes=True)
     code, out, _ = run()
     assert code == 1

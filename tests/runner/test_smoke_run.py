@@ -1,4 +1,4 @@
-"""The whole of it: one command from nothing to the report, in miniature, and a second one that finds all done."""
+"""The whole project in miniature: one command runs everything up to the report, a second one finds nothing to do."""
 
 from __future__ import annotations
 

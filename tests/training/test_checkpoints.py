@@ -70,7 +70,7 @@ def names(folder: Path) -> list[str]:
 
 
 class At(TrainerCallback):
-    """Does something at one event of one step."""
+    """Do something at one event of one step."""
 
     def __init__(self, event: str, step: int, action: Any) -> None:
         def handle(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None
     check_architecture(tmp_path / "an adapter", LlamaConfig())
 
 
-def test_the_last_good_one_outlives_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_good_checkpoint_survives_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, save_total_limit=1)
     save = trainer._save_optimizer_and_scheduler
 
@@ -234,7 +234,7 @@ def test_the_best_checkpoint_stays_and_is_loaded(tmp_path: Path) -> None:
     assert validate_checkpoint(tmp_path / "checkpoint-6") is None
 
 
-def test_a_loss_that_is_not_a_number_stops_before_it_is_learned(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, bad=17, save_steps=1)
     stop_on_divergence(trainer)
     with pytest.raises(RunStopped) as stopped:

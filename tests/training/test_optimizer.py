@@ -111,7 +111,7 @@ def test_without_muon_weight_decay_is_for_the_matrices_of_the_blocks() -> None:
     assert len(decayed) == 1 and all(name.endswith("_proj.weight") for name in decayed[0])
 
 
-def test_a_rate_for_embeddings_that_are_not_trained_is_refused() -> None:
+def test_a_learning_rate_for_embeddings_that_are_not_trained_is_refused() -> None:
     trained = model()
     trained.model.embed_tokens.requires_grad_(False)
     with pytest.raises(UserError, match="embedding_learning_rate"):
@@ -127,7 +127,7 @@ def test_frozen_parameters_are_left_alone() -> None:
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in trained.named_parameters() if name in frozen)
 
 
-def test_a_restored_optimizer_continues_bit_by_bit() -> None:
+def test_a_restored_optimizer_continues_bit_for_bit() -> None:
     tokens = [ids for ids, _ in zip(batches(), range(6), strict=False)]
     whole = model()
     optimizer = build(whole, **SETTINGS)
@@ -205,7 +205,7 @@ def train(folder: Path, resume: bool = False) -> tuple[LlamaForCausalLM, Trainer
     return trained, trainer, len(batches_seen)
 
 
-def test_a_trainer_resumes_with_it_bit_by_bit(tmp_path: Path) -> None:
+def test_a_trainer_resumes_with_it_bit_for_bit(tmp_path: Path) -> None:
     whole, trainer, _ = train(tmp_path)
     optimizer = trainer.optimizer.optimizer  # inside accelerate's wrapper
     assert isinstance(optimizer, MuonWithAdamW)

@@ -1,4 +1,4 @@
-"""The end of a run: what ends it early is reported, and what it saves can be used elsewhere."""
+"""The end of a run: why it ended early is reported, and the saved model works elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One small data set for all tests of what it holds."""
+"""One small data set for all tests of its content."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rows(data: Path) -> Callable[[str, str], list[dict[str, Any]]]:
-    """Reads a split of a config."""
+    """Return a function that reads a split of a config."""
     return lambda config, split: pq.read_table(data / config / f"{split}.parquet").to_pylist()

@@ -63,7 +63,7 @@ SOLVERS = {
 
 
 def kind_of(text: str) -> str:
-    """The kind of a problem, from its last sentence."""
+    """Return the kind of a problem, from its last sentence."""
     question = re.findall(r"[^.?]+\?", text)[-1].strip()
     if question.startswith("What does "):
         return "logic"
@@ -103,7 +103,7 @@ def test_an_answer_about_something_else_is_graded_wrong(rows: Rows) -> None:
         assert not grade([""], [row])[0]
 
 
-def test_a_grade_needs_more_than_the_question_or_the_story(rows: Rows) -> None:
+def test_repeating_the_question_or_the_story_is_graded_wrong(rows: Rows) -> None:
     few = [row for row in rows("sft", "test") if row["kind"] in ("question", "summary")]
     right = grade([asked(row) for row in few], few)
     assert sum(right) <= len(few) // 50, [row for row, fine in zip(few, right, strict=True) if fine][:3]
@@ -150,14 +150,14 @@ def test_problems_in_conversations_are_answered_right_with_right_steps(rows: Row
     assert 0.2 < worked[True] / worked.total() < 0.4, worked  # 0.3 were asked for
 
 
-def test_one_answer_is_not_right_everywhere(rows: Rows) -> None:
+def test_no_answer_is_right_for_most_problems(rows: Rows) -> None:
     for kind in SOLVERS:
         answers = Counter(row["answer"] for row in rows("reasoning", "test") if row["kind"] == kind)
         most = 0.65 if kind == "logic" else 0.4  # there are two answers only: yes and no
         assert answers.most_common(1)[0][1] / answers.total() < most, (kind, answers)
 
 
-def test_nobody_trains_on_questions_about_held_out_things(rows: Rows) -> None:
+def test_training_rows_do_not_ask_about_held_out_things(rows: Rows) -> None:
     held_out = [thing for name in ("validation", "test") for thing in things_of(name)]
     for config in ("sft", "preferences"):
         for row in rows(config, "train"):

@@ -51,7 +51,7 @@ build(PocketArguments(sys.argv[1], **json.loads(sys.argv[2])))
 """
 
 
-def test_the_same_bytes_whatever_the_process_and_its_hash_seed(tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_process_or_its_hash_seed(tmp_path: Path) -> None:
     build(PocketArguments(str(tmp_path / "here"), **SMALL))
     flags = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
     commands = {
@@ -101,7 +101,7 @@ def test_load_dataset_reads_every_config(data: Path, tmp_path: Path, config: str
     assert set(splits["train"]["kind"]) == KINDS[config]
 
 
-def test_what_cannot_be_learned_from_is_not_there(rows: Rows) -> None:
+def test_texts_are_not_empty_stripped_and_without_placeholders(rows: Rows) -> None:
     for config in CONFIGS:
         for split in SPLITS:
             for row in rows(config, split):

@@ -15,7 +15,7 @@ N = 8
 
 
 def words(row: dict[str, Any]) -> list[str]:
-    """Lower-cased words of all that a model may see of a row."""
+    """Return the lower-cased words of all that a model may see of a row."""
     text = (
         row["text"]
         if "text" in row
@@ -33,13 +33,13 @@ def grams(rows: Iterable[list[str]], lengths: Iterable[int]) -> Grams:
 
 
 def overlap(held_out: list[list[str]], training: Grams) -> Grams:
-    """Runs of `N` words of held-out rows, or whole shorter rows, that are in training rows."""
+    """Return the runs of `N` words of held-out rows, or whole shorter rows, that are in training rows."""
     return {run for tokens in held_out for run in runs(tokens, min(N, len(tokens)))} & training
 
 
 @pytest.fixture(scope="module")
 def training(rows: Rows) -> Grams:
-    """Runs of `N` words of the training rows of all configs, and of fewer for short held-out rows."""
+    """Return the runs of `N` words of the training rows of all configs, and of fewer for short held-out rows."""
     held_out = [row for config in CONFIGS for split in ("validation", "test") for row in rows(config, split)]
     lengths = {min(N, len(words(row))) for row in held_out}
     return grams((words(row) for config in CONFIGS for row in rows(config, "train")), lengths)
@@ -56,7 +56,7 @@ def test_no_training_row_of_any_config_contains_part_of_a_held_out_row(
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_check_finds_what_is_planted(rows: Rows, training: Grams, config: str) -> None:
+def test_the_check_finds_a_planted_overlap(rows: Rows, training: Grams, config: str) -> None:
     held_out = [words(row) for row in rows(config, "test")]
     victim = max(held_out, key=len)
     planted = ["so", *victim[-N:], "and", "more"]

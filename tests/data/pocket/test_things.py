@@ -1,4 +1,4 @@
-"""The world: enough things, enough ways to speak of each, and what counts as wrong is never right."""
+"""The world: enough things and phrasings, and no answer that counts as wrong is right."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipeline.data.pocket.things import ATTRIBUTES, SPLITS, Thing, core, things,
 
 
 def as_words(text: str) -> str:
-    """A text in lower case without punctuation, so that ` w ` is in it if the word `w` is."""
+    """Return a text in lower case without punctuation, which contains ` w ` if it contains the word `w`."""
     return f" {' '.join(re.sub(r'[^a-z0-9 ]', ' ', text.lower()).split())} "
 
 
 def truths(thing: Thing) -> list[str]:
-    """Everything that documents and answers say of a thing, in every phrasing."""
+    """Return everything that documents and answers say of a thing, in every phrasing."""
     stated = [fill(template, thing, name) for name in ATTRIBUTES for template in STATEMENTS[name]]
     return [*stated, *(answer(thing, aspect) for aspect in ("definition", *ATTRIBUTES))]
 
