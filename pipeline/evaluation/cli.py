@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer_column", default="answer", help="its column of answers (default: answer)")
     parser.add_argument("--answer_pattern", help="regular expression that finds the final answer in that column")
     parser.add_argument("--config", help="configuration of --text or --reasoning, if the data set has several")
+    parser.add_argument("--allow_unconfined_code", action="store_true", help="grade code even where it is not confined")
     parser.add_argument("--split", help="its split (default: test; all of a plain file)")
 
 
@@ -51,7 +52,9 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.evaluation.held_out import read_held_out
     from pipeline.evaluation.results import format_table, write_result
     from pipeline.evaluation.stage import check_opponent, check_run, check_stage, evaluate_stage
+    from pipeline.rewards.sandbox import run as sandbox
 
+    sandbox.allow_unconfined = args.allow_unconfined_code
     run = Path(args.run)
     problems = check_ranges(vars(args))
     if args.samples > MOST_SAMPLES:

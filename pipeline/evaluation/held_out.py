@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,9 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import ShapeError, is_informative, read_pair
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
+from pipeline.rewards.sandbox.run import find_fault
+
+logger = logging.getLogger(__name__)
 
 Example = dict[str, Any]
 """A row of a test split, with its index in the split as `id`."""
@@ -94,15 +98,23 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
     pairs = subsample(_read_split(run / "3_preferences"), most["pairs"])
     found = HeldOut(
         texts=subsample(texts, most["texts"]),
-        instructions=subsample(instructions, most["instructions"]),
+        instructions=subsample(runnable(instructions), most["instructions"]),
         problems=subsample(problems, most["problems"]),
-        prompts=subsample(_read_split(data / "preferences", "prompt"), most["prompts"]),
+        prompts=subsample(runnable(_read_split(data / "preferences", "prompt")), most["prompts"]),
         pairs=_conversational(pairs),
     )
     if not any((found.texts, found.instructions, found.problems, found.prompts, found.pairs)):
         remedy = "does not contain a test split of pretrain, sft, reasoning or preferences; use --text or --reasoning"
         raise UserError(Problem("RUN", data, remedy))
     return found
+
+
+def runnable(rows: Sequence[Example]) -> list[Example]:
+    """Leave out rows whose answers are code, with one line in the log, where code cannot be graded."""
+    if any(row.get("test") for row in rows) and (fault := find_fault()):
+        logger.warning("answers that are code are left out: %s", fault)
+        return [row for row in rows if not row.get("test")]
+    return list(rows)
 
 
 def _read_split(folder: Path, *columns: str) -> list[Example]:

@@ -158,15 +158,15 @@ def code_tests(
         log_metric: TRL's callback.
 
     Returns:
-        One reward per completion; None if the test is empty or not valid Python.
+        One reward per completion; None if the test is empty or not valid Python, or the machine too busy to tell.
     """
     found = [_python(extract_code(text)) for text in _texts(completions, prompts)]
     tests = [_python(text) for text in test]
     rewards: Rewards = [None if one is None else 0.0 for one in tests]
+    _log("code_tests", found, rewards, log_metric)
     work = [(i, code, one) for i, (code, one) in enumerate(zip(found, tests, strict=True)) if code and one]
     for (index, _, _), outcome in zip(work, run_many([(code, one) for _, code, one in work]), strict=True):
-        rewards[index] = float(outcome.passed)
-    _log("code_tests", found, rewards, log_metric)
+        rewards[index] = None if outcome.status == "busy" else float(outcome.passed)
     return rewards
 
 

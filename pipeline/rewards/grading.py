@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.errors import RunStopped
 from pipeline.rewards.sandbox.run import run_many
 
 _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -47,10 +48,13 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
 
     Raises:
         ValueError: `answers` and `rows` differ in length.
+        RunStopped: Code cannot be run here, or the machine is too busy for it.
     """
     correct = [_text_is_correct(answer, row) for answer, row in zip(answers, rows, strict=True)]
     code = [i for i, row in enumerate(rows) if correct[i] and row.get("test")]
     outcomes = run_many([(extract_code(answers[i]), rows[i]["test"]) for i in code])
+    if any(outcome.status == "busy" for outcome in outcomes):
+        raise RunStopped("The machine is too busy to judge the code of answers: run this step again.")
     for i, outcome in zip(code, outcomes, strict=True):
         correct[i] = outcome.passed
     return correct

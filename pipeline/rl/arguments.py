@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # these imports take seconds, which `--help` must not
 
     from pipeline.data.columns import Split
 
+UNCONFINED_HELP = "Let code_tests run code even where the kernel cannot confine it to the sandbox."
+
 
 @dataclass
 class PPORewardArguments:
@@ -43,13 +45,16 @@ class PPORewardArguments:
             "reward model that has the policy's vocabulary, or else the policy."
         },
     )
+    allow_unconfined_code: bool = field(default=False, metadata={"help": UNCONFINED_HELP})
 
     def preflight(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
     ) -> list[Problem]:
         """Check the rewards and the critic, as `pipeline.training.inputs.RewardChecks` describes it."""
+        from pipeline.rewards.sandbox import run as sandbox
         from pipeline.rl.reward_checks import check_rewards, check_value_model
 
+        sandbox.allow_unconfined = self.allow_unconfined_code
         models, functions = self.reward_model_path or [], self.reward_funcs or []
         if not models and not functions:
             return [Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs")]
@@ -76,6 +81,7 @@ class GRPORewardArguments:
             "not get better."
         },
     )
+    allow_unconfined_code: bool = field(default=False, metadata={"help": UNCONFINED_HELP})
 
     def preflight(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
@@ -84,8 +90,10 @@ class GRPORewardArguments:
         from datasets import Dataset
 
         from pipeline.data.columns import column_names
+        from pipeline.rewards.sandbox import run as sandbox
         from pipeline.rl.reward_checks import check_rewards
 
+        sandbox.allow_unconfined = self.allow_unconfined_code
         problems = check_rewards([], self.reward_funcs, getattr(training_args, "reward_weights", None), train)
         shuffles = self.shuffle_answers and train is not None
         if shuffles and not (isinstance(train, Dataset) and "answer" in column_names(train)):

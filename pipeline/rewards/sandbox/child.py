@@ -2,53 +2,48 @@
 
 In a single process, wrong code could always pass its test: it could end the process, patch `builtins`, walk the frames
 to the variable that says "passed", or return an object that equals everything. Therefore this process, the examiner,
-keeps the test and the only descriptor for the verdict, and forks a second one, the candidate, that sees only the code
-(the test is read after the fork). The test calls the code's functions through stand-ins. Arguments and results travel
-as plain values in JSON. Anything else (instances, generators, …) stays with the candidate behind a `Remote`, which
-never equals a plain value. The builtins of a test are Python's own, whatever the code defines.
+keeps the test and the only descriptor for the verdict, and forks a second one, the candidate, that sees only the code.
+The test is read after the fork, as is the token that each line of the verdict begins with. The test calls the code's
+functions through stand-ins. Arguments and results travel as plain values in JSON. Anything else (instances, generators,
+…) stays with the candidate behind a `Remote`. The builtins and the modules of a test are Python's own, whatever the
+code defines; what else a test judges with, it must define or import.
 
-A test can neither pass an instance of its own class to the code nor call `isinstance` on a `Remote`.
+A test can neither pass an instance of its own class to the code nor call `isinstance` on a `Remote`. A list, dict or
+set that the code changes in place changes in the test only if the call returns None, so that the code cannot edit what
+its result is compared with.
 
-Only `pipeline.rewards.sandbox.run` starts it: python child.py VERDICT_FD SECONDS MEMORY_MB < JSON of code and test
+Only `pipeline.rewards.sandbox.run` starts it: python child.py VERDICT_FD SECONDS MEMORY_MB ALLOW_UNCONFINED < JSON
 """
 
 import builtins
-import importlib.util
+import importlib
 import json
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+sys.path.insert(0, os.path.abspath(os.path.join(__file__, *[os.pardir] * 4)))
+from pipeline.rewards.sandbox import confinement  # found by that path; all else is the standard library
+from pipeline.rewards.sandbox.messages import Channel, Gone, decode, encode
 
-def _load(name: str) -> Any:
-    """Load a sibling module by path, because this process can import only the standard library."""
-    spec = importlib.util.spec_from_file_location(name, os.path.join(os.path.dirname(__file__), f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+del sys.path[0]
 
-
-if TYPE_CHECKING:
-    from pipeline.rewards.sandbox import confinement
-    from pipeline.rewards.sandbox.messages import Channel, Gone, decode, encode
-else:
-    confinement, _messages = _load("confinement"), _load("messages")
-    Channel, Gone, decode, encode = _messages.Channel, _messages.Gone, _messages.decode, _messages.encode
-
-GRACE_SECONDS = 5.0
-OPERATORS = (
-    "len", "getitem", "setitem", "delitem", "contains", "next", "add", "sub", "mul", "truediv", "floordiv",
-    "mod", "pow", "neg", "abs", "and", "or", "xor", "lt", "le", "gt", "ge", "int", "float", "index",
-    "enter", "exit", "radd", "rsub", "rmul", "matmul", "invert", "reversed",
+VERDICT = 3
+MOST_SECONDS = 90  # ends both processes if the parent has died
+PLAIN_TYPES = (int, float, complex, str, bytes, list, tuple, dict, set)
+OPERATORS = ("getitem", "setitem", "delitem", "enter", "exit", "str", "repr", "hash")
+CONVERSIONS = ("iter", "next", "reversed", "len", "neg", "abs", "invert", "int", "float", "index")
+COMPARISONS = ("lt", "le", "gt", "ge")
+ARITHMETIC = (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul",
+    "radd", "rsub", "rmul", "rtruediv",
 )  # fmt: skip
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    "get": getattr, "set": setattr, "iter": iter, "bool": bool, "str": str, "repr": repr, "hash": hash,
-}  # fmt: skip
+OPERATIONS: dict[str, Callable[..., Any]] = {"get": getattr, "set": setattr, "__iter__": iter}
 
 
 class Candidate:
@@ -95,13 +90,12 @@ class Candidate:
         operation = request["operation"]
         if operation == "call":
             value = target(*args, **named)
-        elif operation.startswith("__"):
-            method = getattr(type(target), operation, None)
-            if method is None:
-                raise TypeError(f"{type(target).__name__} has no {operation}")
+        elif operation in OPERATIONS:
+            value = OPERATIONS[operation](target, *args)
+        elif method := getattr(type(target), operation, None):
             value = method(target, *args)
         else:
-            value = OPERATIONS[operation](target, *args)
+            raise TypeError(f"{type(target).__name__} has no {operation}")
         return {"value": encode(value, self.other), "args": encode(args, self.other)}
 
     def serve(self) -> None:
@@ -135,13 +129,15 @@ class Examiner:
         raise TypeError(f"a test cannot pass a {type(value).__name__} to the code")
 
     def incoming(self, kind: str, content: Any) -> object:
-        if kind == "kept":
-            return Remote(self, int(content))
+        if kind != "kept":
+            raise ValueError(f"not a value: {kind}")
+        return Remote(self, int(content))
+
+    def named(self, kind: str, content: Any) -> object:
+        """Decode what a name of the code refers to, which may also be a module or a class of exceptions."""
         if kind == "module" and content.partition(".")[0] in sys.stdlib_module_names:
             return importlib.import_module(content)
-        if kind == "exception":
-            return self.exception(content)
-        raise ValueError(f"unknown kind of value {kind}")
+        return self.exception(content) if kind == "exception" else self.incoming(kind, content)
 
     def exception(self, names: list[str]) -> type:
         known = getattr(builtins, names[0], None) or self.exceptions.get(names[0])
@@ -159,7 +155,10 @@ class Examiner:
         if "error" in reply:
             if reply["status"] in ("memory", "refused"):
                 self.status = reply["status"]
-            raise self.exception(reply["error"])(reply["message"])
+            kind = self.exception(reply["error"])
+            if issubclass(kind, StopIteration) and message.get("operation") != "__next__":
+                kind = RuntimeError  # as in a generator: it would end a loop of the test
+            raise kind(reply["message"])
         return reply
 
     def ask(self, target: int, operation: str, *args: object, **named: object) -> Any:
@@ -167,103 +166,126 @@ class Examiner:
         reply = self.request({"target": target, "operation": operation, **sent})
         before: Any
         for before, after in zip(args, decode(reply["args"], self.incoming), strict=True):
-            if type(before) is type(after) and isinstance(before, list | dict | set) and before != after:
+            changeable = reply["value"] is None and isinstance(before, list | dict | set)
+            if changeable and type(before) is type(after) and before != after:
                 before.clear()  # because the code changed its argument in place
                 before.extend(after) if isinstance(before, list) else before.update(after)
-        return decode(reply["value"], self.incoming)
+        return decode(reply["value"], self.named if operation == "get" else self.incoming)
 
     def examine(self, code: str, test: str) -> None:
         """Run the code and its test, and raise whatever stops the test."""
         names = self.request({"code": code})["names"]
         names = {name: item for name, item in names.items() if not (name.startswith("__") or hasattr(builtins, name))}
-        namespace = {name: decode(item, self.incoming) for name, item in names.items()}
+        namespace = {name: decode(item, self.named) for name, item in names.items()}
+        for name in (
+            sys.stdlib_module_names & namespace.keys()
+        ):  # `math.isclose` is Python's, even if `math` is the code's
+            used = re.findall(rf"\b{name}\.(\w+)", test)
+            if used and all(hasattr(importlib.import_module(name), attribute) for attribute in used):
+                namespace[name] = importlib.import_module(name)
         exec(compile(test, "test", "exec"), namespace | {"__name__": "test"})  # noqa: S102 - this process is confined, too
+        if self.channel.gone:  # the test has caught it
+            raise Gone
 
 
 class Remote:
-    """An object that stays with the candidate. Its class there decides which other `Remote` equals it."""
+    """An object that stays with the candidate, which must not decide what the test asks about plain values.
+
+    It never equals a plain value and is not ordered with one; `in` compares its items. The result of arithmetic with a
+    plain value must be an object (`_mixed`), which no operator turns into a plain value. An object is true or false by
+    its length, once the test has used an attribute that plain values lack (`_known`). Methods and attributes are the
+    code's own, and its class compares two objects.
+    """
 
     def __init__(self, examiner: Examiner, number: int) -> None:
-        object.__setattr__(self, "_examiner", examiner)
-        object.__setattr__(self, "_number", number)
+        for name, value in {"_examiner": examiner, "_number": number, "_mixed": False, "_known": False}.items():
+            object.__setattr__(self, name, value)
 
     def _ask(self, operation: str, *args: object, **named: object) -> Any:
-        get = object.__getattribute__
-        return get(self, "_examiner").ask(get(self, "_number"), operation, *args, **named)
+        return self._examiner.ask(self._number, operation, *args, **named)
 
     def __call__(self, *args: object, **named: object) -> Any:
         return self._ask("call", *args, **named)
 
     def __getattr__(self, name: str) -> Any:
+        plain = any(hasattr(kind, name) for kind in PLAIN_TYPES)
+        if plain and (self._mixed or name.startswith(("is", "starts", "ends"))):
+            raise _refusal(name)
+        object.__setattr__(self, "_known", self._known or not plain)
         return self._ask("get", name)
 
     def __setattr__(self, name: str, value: object) -> None:
         self._ask("set", name, value)
 
-    def __iter__(self) -> Any:
-        return self._ask("iter")
+    def __contains__(self, value: object) -> bool:
+        return value in list(self)  # type: ignore[call-overload]
 
     def __bool__(self) -> bool:
-        return self._ask("bool") is True
-
-    def __str__(self) -> str:
-        return str(self._ask("str"))
-
-    def __repr__(self) -> str:
-        return str(self._ask("repr"))
-
-    def __hash__(self) -> int:
-        return int(self._ask("hash"))
+        if not self._known:
+            raise _refusal("__bool__")
+        return len(self) > 0  # type: ignore[arg-type]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Remote) and self._ask("__eq__", other) is True
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    return lambda self, *args: Remote._ask(self, name, *args)
+def _refusal(name: str) -> TypeError:
+    return TypeError(f"the sandbox lets no object decide {name} for a plain value; return a plain value")
 
 
-for _name in OPERATORS:
-    setattr(Remote, f"__{_name}__", _operator(f"__{_name}__"))
+def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:
+    def operate(self: Remote, *args: object) -> Any:
+        plain = not all(isinstance(operand, Remote) for operand in args)
+        if (kind is COMPARISONS and plain) or (kind is CONVERSIONS and self._mixed):
+            raise _refusal(name)
+        result = self._ask(name, *args)
+        if kind is ARITHMETIC and (plain or any(operand._mixed for operand in (self, *args))):  # type: ignore[attr-defined]
+            if not isinstance(result, Remote):
+                raise _refusal(name)
+            object.__setattr__(result, "_mixed", True)
+        return result
+
+    return operate
 
 
-def main(verdict: int, seconds: float, memory_mb: int) -> None:
-    """Confine both processes, run the code and the test, and write the verdict as a line of JSON."""
+for _kind in (OPERATORS, CONVERSIONS, COMPARISONS, ARITHMETIC):
+    for _name in _kind:
+        setattr(Remote, f"__{_name}__", _operator(f"__{_name}__", _kind))
+
+
+def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -> None:
+    """Confine both processes, run the code and the test, and write two lines: the candidate's id, and the verdict."""
     os.environ.clear()
+    os.dup2(verdict, VERDICT)
+    os.closerange(VERDICT + 1, 1 << 16)
     directory = os.getcwd()
     confinement.limit_resources(seconds, memory_mb)
     files_confined = confinement.confine_files(directory)
     confinement.drop_privileges(files_confined)
-    requests, replies = os.pipe(), os.pipe()
+    requests, replies = os.pipe(), os.pipe()  # descriptors 4 and 5, 6 and 7
     candidate = os.fork()
     if candidate == 0:
-        nothing = os.pipe()
-        os.close(nothing[1])
-        os.dup2(nothing[0], 0)
-        for descriptor in range(3, confinement.OPEN_FILES):
-            if descriptor not in (requests[0], replies[1]):
-                try:
-                    os.close(descriptor)
-                except OSError:
-                    continue
+        for old, new in ((os.pipe()[0], 0), (requests[0], 3), (replies[1], 4)):
+            os.dup2(old, new)
+        os.closerange(5, 1 << 16)
         confinement.die_with_parent()
         confinement.confine_calls(files_confined)
         confinement.watch(directory)
         try:
-            Candidate(Channel(requests[0], replies[1])).serve()
+            Candidate(Channel(3, 4)).serve()
         finally:
             os._exit(1)
     os.close(requests[0])
     os.close(replies[1])
-    signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_SECONDS)  # ends both if the parent has died
-    calls_confined = confinement.confine_calls(files_confined)
-    started = {"candidate": candidate, "confined": files_confined and calls_confined}
-    os.write(verdict, json.dumps(started).encode() + b"\n")
+    signal.setitimer(signal.ITIMER_REAL, seconds + MOST_SECONDS)
+    confined = confinement.confine_calls(files_confined) and files_confined
     work = json.loads(sys.stdin.buffer.read())
+    os.write(VERDICT, f"{work['token']} {candidate}\n".encode())
     examiner = Examiner(Channel(replies[0], requests[1]))
     try:
-        examiner.examine(work["code"], work["test"])
-        status = "passed"
+        if confined or allow_unconfined:
+            examiner.examine(work["code"], work["test"])
+        status = "passed" if confined or allow_unconfined else "unconfined"
     except Gone:
         ended = os.waitstatus_to_exitcode(os.waitpid(candidate, 0)[1])
         status = "timeout" if ended in (-9, -24) else "crashed"  # -9 and -24: killed for its CPU time
@@ -272,8 +294,8 @@ def main(verdict: int, seconds: float, memory_mb: int) -> None:
         traceback.print_exc(limit=-1)
         sys.stderr.flush()
     sys.stdout.flush()
-    os.write(verdict, json.dumps({"status": status}).encode() + b"\n")
+    os.write(VERDICT, f"{work['token']} {status}\n".encode())
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1")

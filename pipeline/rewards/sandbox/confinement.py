@@ -3,21 +3,23 @@
 Each of these layers stops most attacks on its own:
 
 1. resource limits: CPU time, address space, file size, open files, processes, core dumps;
-2. Landlock (Linux 6.2 and later): reads only below the standard library and the system's shared libraries, writes only
+2. Landlock (Linux 5.13 and later): reads only below the standard library and the system's shared libraries, writes only
    below one directory;
 3. no capabilities and `no_new_privs`, so that root is not exempt from the limits above;
 4. seccomp (x86-64 and arm64): a list of the system calls that plain computation needs. All others are refused
    (processes, threads, sockets, signals, namespaces, `io_uring`, …), which rules out the network and daemons;
 5. an audit hook that refuses the same with a message that says what was refused.
 
-Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the other layers remain, and root becomes `nobody`. Windows
-has none of them: the sandbox refuses to run there, and `pipeline.rewards.math_check` has only its time limit. Not
+Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the other layers remain, and without Landlock root becomes
+`nobody`; the sandbox runs there only if the user allows it. Windows has none of them: the sandbox refuses to run there,
+and `pipeline.rewards.math_check` has only its time limit. Not
 covered are the wall-clock time (the parent kills the process) and side channels.
 
 The sandbox's child loads this module by path and calls it before any foreign code, so it imports only the standard
 library.
 """
 
+import contextlib
 import ctypes
 import errno
 import math
@@ -41,7 +43,7 @@ CAPABILITY_VERSION_3 = 0x20080522
 # make regular file 1<<8, truncate 1<<14 (ABI 3)
 READ = 1 << 2 | 1 << 3
 WRITE = READ | 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14
-ALL_RIGHTS = {3: (1 << 15) - 1, 4: (1 << 15) - 1}
+ALL_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1}
 ALL_RIGHTS_LATER = (1 << 16) - 1  # ABI 5: ioctl on devices too
 
 # name: (x86-64, arm64) from the kernel's asm/unistd.h; None where the architecture has no such call
@@ -110,10 +112,13 @@ def limit_resources(seconds: float, memory_mb: int) -> None:
         ceiling = resource.getrlimit(getattr(resource, name))[1]
         if ceiling != resource.RLIM_INFINITY:
             soft, hard = min(soft, ceiling), min(hard, ceiling)
-        try:
+        with contextlib.suppress(ValueError, OSError):  # macOS cannot limit the address space
             resource.setrlimit(getattr(resource, name), (soft, hard))
-        except (ValueError, OSError):  # macOS cannot limit the address space
-            continue
+
+
+def landlock_abi(libc: ctypes.CDLL) -> int:
+    """Return the version of the kernel's Landlock; below 1 where it is missing or switched off."""
+    return int(libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
 
 
 def confine_files(directory: str) -> bool:
@@ -121,12 +126,11 @@ def confine_files(directory: str) -> bool:
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
-    abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
-    if abi < 3 or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+    abi = landlock_abi(libc)
+    if abi < 1 or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
-    attributes = struct.pack(
-        "QQ", ALL_RIGHTS.get(abi, ALL_RIGHTS_LATER), 3 if abi >= 4 else 0
-    )  # 3: TCP bind and connect
+    all_rights = ALL_RIGHTS.get(abi, ALL_RIGHTS_LATER)
+    attributes = struct.pack("QQ", all_rights, 3 if abi >= 4 else 0)  # 3: TCP bind and connect
     ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(16 if abi >= 4 else 8), 0)
     if ruleset < 0:
         return False
@@ -135,7 +139,7 @@ def confine_files(directory: str) -> bool:
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:  # missing or not accessible, so that it stays unreadable
             continue
-        added = libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, opened), 0)
+        added = libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights & all_rights, opened), 0)
         os.close(opened)
         if added:
             return False
@@ -145,8 +149,9 @@ def confine_files(directory: str) -> bool:
 
 
 def drop_privileges(files_confined: bool) -> None:
-    """Give up all capabilities; root becomes `nobody` where Landlock does not protect its files."""
+    """Give up all capabilities; root becomes `nobody`, who gets the working directory, where Landlock is missing."""
     if hasattr(os, "geteuid") and os.geteuid() == 0 and not files_confined:
+        os.chown(".", 65534, 65534)
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
@@ -203,8 +208,9 @@ def _readable() -> list[str]:
 
 def _filter(column: int, files_confined: bool) -> bytes:
     """Build the seccomp program (classic BPF): allow the listed calls, EPERM for others, kill for a foreign ABI."""
-    load, equal, set_bits, answer = 0x20, 0x15, 0x45, 0x06
+    load, equal, set_bits, keep_bits, answer = 0x20, 0x15, 0x45, 0x54, 0x06
     allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
+    refused = (answer, 0, 0, refuse)
     architecture = (0xC000003E, 0xC00000B7)[column]
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
     calls = SYSTEM_CALLS | (DIRECTORY_CALLS if files_confined else {})
@@ -213,11 +219,14 @@ def _filter(column: int, files_confined: bool) -> bytes:
             continue
         if name in COMMANDS:  # the low half of argument 1 is at offset 24 of struct seccomp_data
             tests = [item for command in COMMANDS[name] for item in ((equal, 0, 1, command), (answer, 0, 0, allow))]
-            body = [(load, 0, 0, 24), *tests, (answer, 0, 0, refuse)]
+            body = [(load, 0, 0, 24), *tests, refused]
         elif name == "openat" and not files_confined:  # argument 2 is the flags: allow only reading
             changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-            body = [(load, 0, 0, 32), (set_bits, 0, 1, changing), (answer, 0, 0, refuse), (answer, 0, 0, allow)]
+            body = [(load, 0, 0, 32), (set_bits, 0, 1, changing), refused, (answer, 0, 0, allow)]
+        elif name == "openat":  # Landlock before ABI 3 does not know truncation, nor any an open without access mode
+            tests = [item for flags in (os.O_TRUNC, 3, os.O_TRUNC | 3) for item in ((equal, 0, 1, flags), refused)]
+            body = [(load, 0, 0, 32), (keep_bits, 0, 0, os.O_TRUNC | 3), *tests, (answer, 0, 0, allow)]
         else:
             body = [(answer, 0, 0, allow)]
         code += [(equal, 0, len(body), number), *body]
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, (answer, 0, 0, refuse)])
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, refused])

@@ -12,11 +12,25 @@ class Gone(BaseException):
     """The other process has ended. It is a `BaseException`, which an `except Exception` in a test does not catch."""
 
 
+class NaN(float):
+    """NaN as the code's value: it cannot be ordered, because `not nan > 8` is true, and arithmetic keeps it."""
+
+    def _refuse(self, *args: Any) -> Any:
+        raise TypeError("the sandbox does not order NaN")
+
+    def _keep(self, *args: Any) -> Any:
+        return self
+
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _keep
+    __abs__ = __neg__ = __round__ = _keep
+
+
 class Channel:
     """Length-prefixed JSON over two file descriptors."""
 
     def __init__(self, incoming: int, outgoing: int) -> None:
-        self.incoming, self.outgoing = incoming, outgoing
+        self.incoming, self.outgoing, self.gone = incoming, outgoing, False
 
     def send(self, message: dict[str, Any]) -> None:
         text = json.dumps(message).encode()
@@ -25,6 +39,7 @@ class Channel:
             while data:
                 data = data[os.write(self.outgoing, data) :]
         except BrokenPipeError as error:
+            self.gone = True
             raise Gone from error
 
     def receive(self) -> dict[str, Any]:
@@ -41,6 +56,7 @@ class Channel:
         while len(data) < size:
             part = os.read(self.incoming, min(size - len(data), 1 << 16))
             if not part:
+                self.gone = True
                 raise Gone
             data += part
         return data
@@ -55,6 +71,8 @@ def encode(value: object, other: Callable[[object], Any]) -> Any:
         return number if abs(number) < 1 << 62 else {"int": hex(number)}
     if isinstance(value, str):
         return str.__str__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
     if type(value) is complex:
@@ -73,7 +91,7 @@ def decode(data: Any, other: Callable[[str, Any], object]) -> Any:
     if not isinstance(data, dict):
         if isinstance(data, list):
             raise ValueError("not an encoded value")
-        return data
+        return NaN("nan") if data != data else data
     ((kind, content),) = data.items()
     if kind == "int":
         return int(content, 16)

@@ -3,12 +3,14 @@
 Every run is a fresh Python process with nothing but the standard library, an empty environment and an empty temporary
 directory that is deleted afterwards. `pipeline.rewards.sandbox.confinement` lists what the process may not do, and
 `pipeline.rewards.sandbox.child` explains why wrong code cannot pass its test. String hashes are not randomised, so that
-verdicts are repeatable. The sandbox needs `os.fork`, which Windows lacks.
+verdicts are repeatable. The sandbox needs `os.fork`, which Windows lacks, and runs code that the kernel cannot confine
+only where `allow_unconfined` is set: `find_fault` reports what is missing on this machine.
 """
 
 import contextlib
 import json
 import os
+import secrets
 import selectors
 import signal
 import subprocess
@@ -18,20 +20,41 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from pipeline import hardware
 from pipeline.errors import RunStopped
 
-Status = Literal["passed", "failed", "timeout", "memory", "refused", "crashed"]
+Status = Literal["passed", "failed", "timeout", "memory", "refused", "crashed", "busy", "unconfined"]
+
+allow_unconfined = False
+"""Whether code may also run where the kernel does not confine it: the user's `allow_unconfined_code`."""
+CHILD = Path(__file__).with_name("child.py")
 
 CODE_CHARACTERS = 200_000
 OUTPUT_BYTES = 16_384
 DIRECTORY_BYTES = 8 << 20
 DIRECTORY_FILES = 64
-START_SECONDS = 30.0
-"""Time for a loaded machine to start Python, before the code runs."""
+PATIENCE_SECONDS = 30.0
+"""Wall-clock time for a loaded machine to start Python, and then again to run the code."""
 LOOK_SECONDS = 0.05
+RIGHT = "import collections, itertools, json, math, random, re\ndef f(xs):\n    return sorted(xs)"
+PROBE = """
+import os, socket
+assert f([2, 1]) == [1, 2]
+for promise, attempt in {
+    "read files (Landlock is missing; Linux 5.13 and later have it)": lambda: os.listdir("/"),
+    "use the network (seccomp is missing; Linux has it)": lambda: socket.socket().close(),
+    "signal processes": lambda: os.kill(os.getppid(), 0),
+}.items():
+    try:
+        attempt()
+        print(promise)
+    except OSError:
+        pass
+"""
 
 
 @dataclass(frozen=True)
@@ -40,9 +63,9 @@ class Outcome:
 
     Attributes:
         passed: Whether the code and the whole test ran without an exception.
-        status: "passed"; "failed" (an assertion, an exception, `sys.exit`); "timeout" (wall clock or CPU); "memory";
-            "refused" (an attempt to use the network, a process or a file outside; too many files); "crashed" (the
-            process ended without a verdict).
+        status: "passed"; "failed" (an assertion, an exception, `sys.exit`); "timeout"; "memory"; "refused" (an attempt
+            to use the network, a process or a file outside; too many files); "crashed" (the process ended without a
+            verdict); "busy" (the machine was too busy to give the code its time).
         seconds: Wall-clock time, including the start of the process.
         output: What the code and the test printed, including errors, cut off at 16 KiB.
     """
@@ -53,9 +76,23 @@ class Outcome:
     output: str
 
 
-def is_supported() -> bool:
-    """Return whether the sandbox can run on this system."""
-    return hasattr(os, "fork")
+def find_fault() -> str | None:
+    """Return in one line why code cannot be graded on this machine, or None if it can; a test of the sandbox."""
+    return _find_fault(allow_unconfined)
+
+
+@cache
+def _find_fault(allowed: bool) -> str | None:
+    if not hasattr(os, "fork"):
+        return "cannot run code here, without os.fork; use Linux or macOS"
+    outcome = _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True)
+    lines = outcome.output.strip().splitlines()
+    if not outcome.passed:
+        reason = lines[-1] if lines else outcome.status
+        return f"right code fails here ({reason}); every user must be able to read {sys.base_prefix}"
+    if lines and not allowed:
+        return f"code could {' and '.join(lines)}; use another machine, or accept it with allow_unconfined_code"
+    return None
 
 
 def run_code(code: str, test: str, *, seconds: float = 2.0, memory_mb: int = 256) -> Outcome:
@@ -65,87 +102,94 @@ def run_code(code: str, test: str, *, seconds: float = 2.0, memory_mb: int = 256
         code: Python source of at most 200,000 characters.
         test: Python source that raises if the code is wrong: assertions about what the code defines. An empty test
             passes if the code runs.
-        seconds: Wall-clock limit from the moment the code starts; the limit of CPU time is one second above it.
+        seconds: Time limit from the moment the code starts, without the time in which it waits for a core.
         memory_mb: Limit of the address space in MiB; Python itself takes about 40.
 
     Raises:
-        RunStopped: The sandbox cannot run on this system.
+        RunStopped: Code cannot be graded here, see `find_fault`.
     """
-    if not is_supported():
-        raise RunStopped("Code can only be graded where Python has os.fork: run this step on Linux or macOS.")
-    began = time.monotonic()
+    if fault := find_fault():
+        raise RunStopped(f"code_tests: {fault}")
     if len(code) > CODE_CHARACTERS:
         return Outcome(False, "refused", 0.0, f"more than {CODE_CHARACTERS} characters of code")
-    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory:
-        status, output = _run(json.dumps({"code": code, "test": test}).encode(), directory, seconds, memory_mb)
-    return Outcome(status == "passed", status, time.monotonic() - began, output.decode(errors="replace"))
+    outcome = _run(code, test, seconds, memory_mb, unconfined=allow_unconfined)
+    if outcome.status == "unconfined":
+        raise RunStopped("code_tests: the kernel does not confine code here")
+    return outcome
 
 
 def run_many(
-    pairs: Sequence[tuple[str, str]],
-    *,
-    seconds: float = 2.0,
-    memory_mb: int = 256,
-    workers: int | None = None,
+    pairs: Sequence[tuple[str, str]], *, seconds: float = 2.0, memory_mb: int = 256, workers: int | None = None
 ) -> list[Outcome]:
-    """Call `run_code` on many pairs of code and test, `workers` at a time (default: one per core), and keep the order.
+    """Call `run_code` on pairs of code and test, in order, `workers` at a time (default: this rank's share of cores).
 
     Raises:
-        RunStopped: The sandbox cannot run on this system.
+        RunStopped: As in `run_code`.
     """
     if not pairs:
         return []
-    with ThreadPoolExecutor(max(1, min(workers or os.cpu_count() or 1, len(pairs)))) as pool:
+    find_fault()  # once, not in every thread
+    workers = workers or hardware.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with ThreadPoolExecutor(max(1, min(workers, len(pairs)))) as pool:
         return list(pool.map(lambda pair: run_code(*pair, seconds=seconds, memory_mb=memory_mb), pairs))
 
 
-def _run(work: bytes, directory: str, seconds: float, memory_mb: int) -> tuple[Status, bytes]:
-    reader, writer = os.pipe()
-    child = str(Path(__file__).with_name("child.py"))
+def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
+    began = time.monotonic()
+    token = secrets.token_hex(16)
     # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
     flags = ["-s", "-P", "-S", "-B", "-u", "-X", "utf8"]
-    process = subprocess.Popen(
-        [sys.executable, *flags, child, str(writer), str(seconds), str(memory_mb)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=(writer,),
-        cwd=directory,
-        env={"PYTHONHASHSEED": "0"},
-        start_new_session=True,
-    )
-    os.close(writer)
-    assert process.stdin is not None and process.stdout is not None
-    candidate: int | None = None
-    try:
-        with contextlib.suppress(BrokenPipeError):  # it ended before it read: "crashed", for lack of a verdict
-            process.stdin.write(work)
-            process.stdin.close()
-        status, candidate, output = _wait(process.stdout.fileno(), reader, directory, seconds)
-    finally:
-        _kill(process.pid, candidate)
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-        os.close(reader)
-    return status, output
+    with (
+        tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory,
+        tempfile.TemporaryFile() as work,
+    ):
+        work.write(json.dumps({"code": code, "test": test, "token": token}).encode())
+        work.seek(0)
+        reader, writer = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, *flags, str(CHILD), *map(str, (writer, seconds, memory_mb, int(unconfined)))],
+            stdin=work,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(writer,),
+            cwd=directory,
+            env={"PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
+        os.close(writer)
+        candidate: int | None = None
+        assert process.stdout is not None
+        try:
+            descriptors = process.stdout.fileno(), reader
+            status, candidate, output = _wait(process.pid, descriptors, token.encode(), directory, seconds)
+        finally:
+            _kill(process.pid, candidate)
+            process.wait()
+            process.stdout.close()
+            os.close(reader)
+    return Outcome(status == "passed", status, time.monotonic() - began, output.decode(errors="replace"))
 
 
-def _wait(output_fd: int, verdict_fd: int, directory: str, seconds: float) -> tuple[Status, int | None, bytes]:
+def _wait(
+    examiner: int, descriptors: tuple[int, int], token: bytes, directory: str, seconds: float
+) -> tuple[Status, int | None, bytes]:
     """Wait for the child's verdict, end or timeout; meanwhile drain its output and watch its directory."""
+    output_fd = descriptors[0]
+    os.set_blocking(output_fd, False)
     output, verdict, candidate = b"", b"", None
-    deadline = time.monotonic() + START_SECONDS
-    looked = 0.0
+    began, looked, waited = time.monotonic(), 0.0, 0.0
     with selectors.DefaultSelector() as selector:
-        selector.register(output_fd, selectors.EVENT_READ)
-        selector.register(verdict_fd, selectors.EVENT_READ)
-        while (now := time.monotonic()) < deadline:
+        for descriptor in descriptors:
+            selector.register(descriptor, selectors.EVENT_READ)
+        while (now := time.monotonic()) < began + PATIENCE_SECONDS + seconds:
             if now - looked > LOOK_SECONDS:
                 looked = now
                 if _is_overfull(directory):
                     return "refused", candidate, output
-            for key, _ in selector.select(min(LOOK_SECONDS, deadline - now)):
+                elapsed = now - began
+                if candidate and elapsed > seconds + _waited(examiner, candidate, elapsed) - waited:
+                    return "timeout", candidate, output
+            for key, _ in selector.select(LOOK_SECONDS):
                 data = os.read(key.fd, 1 << 16)
                 if key.fd == output_fd:
                     output = (output + data)[:OUTPUT_BYTES]
@@ -153,23 +197,29 @@ def _wait(output_fd: int, verdict_fd: int, directory: str, seconds: float) -> tu
                         selector.unregister(output_fd)
                     continue
                 verdict += data
-                lines = [json.loads(line) for line in verdict.split(b"\n")[:-1]]
+                lines = [line.partition(b" ") for line in verdict.split(b"\n")[:-1]]
+                if any(line[0] != token for line in lines):
+                    return "crashed", candidate, output
                 if lines and candidate is None:
-                    candidate = lines[0]["candidate"]
-                    deadline = time.monotonic() + seconds
+                    candidate, began = int(lines[0][2]), time.monotonic()
+                    waited = _waited(examiner, candidate, 0.0)
                 if len(lines) > 1 or not data:
-                    status: Status = lines[1]["status"] if len(lines) > 1 else "crashed"
-                    return status, candidate, output + _rest(output_fd, output)
-    return "timeout", candidate, output
+                    status: Any = lines[1][2].decode() if len(lines) > 1 else "crashed"
+                    with contextlib.suppress(BlockingIOError):  # the candidate may hold the pipe open forever
+                        output += os.read(output_fd, OUTPUT_BYTES)
+                    return status, candidate, output[:OUTPUT_BYTES]
+    return "busy", candidate, output
 
 
-def _rest(output_fd: int, output: bytes) -> bytes:
-    """Read what is already in the pipe, which the candidate may hold open forever."""
-    os.set_blocking(output_fd, False)
+def _waited(examiner: int, candidate: int, elapsed: float) -> float:
+    """Return how long both processes, which run by turns, waited for a core; elsewhere than on Linux an estimate."""
     try:
-        return os.read(output_fd, OUTPUT_BYTES)[: OUTPUT_BYTES - len(output)]
-    except BlockingIOError:
-        return b""
+        found = [Path(f"/proc/{pid}/schedstat").read_text().split() for pid in (examiner, candidate)]
+        if all(int(slices) for _, _, slices in found):
+            return sum(int(nanoseconds) for _, nanoseconds, _ in found) / 1e9
+    except (OSError, ValueError):
+        pass  # not Linux, or the processes have just ended
+    return elapsed * (1 - 1 / max(1.0, os.getloadavg()[0] / hardware.cores()))
 
 
 def _is_overfull(directory: str) -> bool:
