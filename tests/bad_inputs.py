@@ -454,7 +454,7 @@ CASES |= {
     "a configuration cut off": model("config-cut", "not a valid JSON file"),
     "an unknown kind of model": model("unknown-kind", "foonet"),
     "a tokenizer cut off": model("tokenizer-cut", "no tokenizer"),
-    "an encoder": model("encoder", "cannot write"),
+    "an encoder": model("encoder", "cannot generate text"),
     "an adapter as a model": model("adapter", "is an adapter of x", "python -m pipeline merge"),
     "two labels to reward with": model("two-labels", "2 labels", recipe="reward"),
     "a template that refuses": model("refusing", "rejects a conversation", "too polite"),
@@ -584,7 +584,7 @@ CASES |= {
         "sft", "--model_name_or_path runs/none/2_sft", ("model_name_or_path:", "there is no such folder")
     ),
     "no attention heads": model("no-heads", "no model can be loaded"),
-    "no layers": model("no-layers", "has 0 layers"),
+    "no layers": model("no-layers", "0 layers"),
     "architectures that are text": model("architecture-text", "not a list of names"),
     "an unknown architecture": model("architecture-unknown", "unknown architecture, FooForCausalLM"),
     "quantised weights": model("quantised", "quantised training is not supported"),

@@ -99,7 +99,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """Fields that accept any text when they are parsed, and fail on most of it only once training has begun."""
 
 ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
-    "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "luspo", "sapo", "vespo"),
     "scale_rewards": ("group", "batch", "none"),
     "importance_sampling_level": ("token", "sequence"),
@@ -224,9 +223,8 @@ def check_together(
         problems.append(Problem("resume_from_checkpoint", name, remedy))
     options = values.get("gradient_checkpointing_kwargs")
     if isinstance(options, dict) and (unknown := set(options) - CHECKPOINT_OPTIONS):
-        remedy = (
-            f"there is no option {', '.join(sorted(unknown))}; choose from: {', '.join(sorted(CHECKPOINT_OPTIONS))}"
-        )
+        known = ", ".join(sorted(CHECKPOINT_OPTIONS))
+        remedy = f"there is no option {', '.join(sorted(unknown))}; choose from: {known}"
         problems.append(Problem("gradient_checkpointing_kwargs", options, remedy))
     if values.get("eval_on_start") and values.get("eval_strategy") == "no":
         problems.append(Problem("eval_on_start", True, "needs an eval_strategy other than no; omit it"))
