@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 AGAINST = "2_sft"
-MOST_SAMPLES = 1000
+MAX_SAMPLES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +57,8 @@ def main(args: argparse.Namespace) -> int:
     sandbox.allow_unconfined = args.allow_unconfined_code
     run = Path(args.run)
     problems = check_ranges(vars(args))
-    if args.samples > MOST_SAMPLES:
-        problems.append(Problem("samples", args.samples, f"must be at most {MOST_SAMPLES}"))
+    if args.samples > MAX_SAMPLES:
+        problems.append(Problem("samples", args.samples, f"must be at most {MAX_SAMPLES}"))
     if problems:
         raise UserError(*(replace(problem, field=f"--{problem.field}") for problem in problems))
     check_run(run)

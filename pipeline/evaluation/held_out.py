@@ -17,14 +17,14 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import ShapeError, is_informative, read_pair
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
-from pipeline.rewards.sandbox.run import find_fault
+from pipeline.rewards.sandbox.run import validate_sandbox
 
 logger = logging.getLogger(__name__)
 
 Example = dict[str, Any]
 """A row of a test split, with its index in the split as `id`."""
 
-MOST_EXAMPLES = {"texts": 400, "instructions": 400, "problems": 300, "prompts": 200, "pairs": 1000}
+MAX_EXAMPLES = {"texts": 400, "instructions": 400, "problems": 300, "prompts": 200, "pairs": 1000}
 """Largest number of examples used: intervals a few hundredths wide, in seconds of CPU time."""
 
 RULE_COLUMNS = ("require", "reject", "max_words", "test")
@@ -86,7 +86,7 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
         UserError: There is nothing to measure on, or a data set cannot be read.
     """
     data = run / "data"
-    most = {name: min(n, args.limit or n) for name, n in MOST_EXAMPLES.items()}
+    most = {name: min(n, args.limit or n) for name, n in MAX_EXAMPLES.items()}
     texts = _read_named(args, "text", "text") if args.text else _read_split(data / "pretrain", "text")
     problems = (
         _read_named(args, "reasoning", "prompt")
@@ -98,10 +98,10 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
     pairs = subsample(_read_split(run / "3_preferences"), most["pairs"])
     found = HeldOut(
         texts=subsample(texts, most["texts"]),
-        instructions=subsample(runnable(instructions), most["instructions"]),
+        instructions=subsample(drop_ungradable(instructions), most["instructions"]),
         problems=subsample(problems, most["problems"]),
-        prompts=subsample(runnable(_read_split(data / "preferences", "prompt")), most["prompts"]),
-        pairs=_conversational(pairs),
+        prompts=subsample(drop_ungradable(_read_split(data / "preferences", "prompt")), most["prompts"]),
+        pairs=_to_messages(pairs),
     )
     if not any((found.texts, found.instructions, found.problems, found.prompts, found.pairs)):
         remedy = "does not contain a test split of pretrain, sft, reasoning or preferences; use --text or --reasoning"
@@ -109,9 +109,9 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
     return found
 
 
-def runnable(rows: Sequence[Example]) -> list[Example]:
+def drop_ungradable(rows: Sequence[Example]) -> list[Example]:
     """Leave out rows whose answers are code, with one line in the log, where code cannot be graded."""
-    if any(row.get("test") for row in rows) and (fault := find_fault()):
+    if any(row.get("test") for row in rows) and (fault := validate_sandbox()):
         logger.warning("answers that are code are left out: %s", fault)
         return [row for row in rows if not row.get("test")]
     return list(rows)
@@ -131,7 +131,7 @@ def _read_split(folder: Path, *columns: str) -> list[Example]:
     return _with_ids(table.to_pylist())
 
 
-def _conversational(pairs: Sequence[Example]) -> list[Example]:
+def _to_messages(pairs: Sequence[Example]) -> list[Example]:
     """Convert pairs in any format of TRL's to messages; pairs without a preference are dropped."""
     standard = []
     for row in pairs:

@@ -28,7 +28,7 @@ from pipeline.rewards.answers import number
 from pipeline.rewards.functions import exact_answer, math_answer
 from pipeline.rewards.grading import grade, has_steps
 
-MOST_SAMPLED_PROBLEMS = 64
+MAX_SAMPLED_PROBLEMS = 64
 """Problems to which several answers are sampled: eight samples each cost more than all greedy answers together."""
 
 NUMBER, STRING = datasets.Value("float64"), datasets.Value("string")
@@ -217,7 +217,7 @@ def measure_problems(
 ) -> None:
     """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled` and `pass@k` (k = `samples`).
 
-    At most `MOST_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1.
+    At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1.
     """
     completions = chat.greedy([row["prompt"] for row in rows])
     references = [row["answer"] for row in rows]
@@ -231,7 +231,7 @@ def measure_problems(
             trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row["answer"]}
             result.traces.append({**trace, "answer": text, "correct": bool(value)})
 
-    some = subsample(rows, MOST_SAMPLED_PROBLEMS)
+    some = subsample(rows, MAX_SAMPLED_PROBLEMS)
     sampled = chat.sample([row["prompt"] for row in some], samples=samples, temperature=1.0, seed=seed)
     predictions = [[completion.text for completion in completions] for completions in sampled]
     references = [row["answer"] for row in some]

@@ -9,7 +9,7 @@ import transformers
 from pipeline.errors import Problem
 from pipeline.models.loading import is_reward_model, validate_vocabulary
 
-MOST_LAYERS = 4096
+MAX_LAYERS = 4096
 """A configuration with more layers is certainly wrong; building such a model would take hours."""
 
 
@@ -45,7 +45,7 @@ def validate_config(config: Any) -> str | None:
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         return f"`architectures` in its config.json is {architectures!r}, not a list of names; correct it"
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if not 1 <= layers <= MOST_LAYERS:
+    if not 1 <= layers <= MAX_LAYERS:
         return f"its config.json asks for {layers} layers; correct it"
     if getattr(config, "quantization_config", None):
         return "is quantised, and quantised training is not supported; give the original weights"

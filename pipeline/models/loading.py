@@ -33,7 +33,7 @@ from trl import ModelConfig
 
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, is_network_error
 from pipeline.files import is_missing_path
-from pipeline.models.weights import ADAPTER, report_missing, validate_file, validate_files
+from pipeline.models.weights import ADAPTER, validate_complete, validate_file, validate_files
 
 logger = logging.getLogger(__name__)
 
@@ -197,13 +197,13 @@ def load_model(
             fault = validate_vocabulary(config, tokenizer) or validate_weights(name, config, model_class)
         if fault is None:
             model, loaded = model_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
-            fault = report_missing(loaded["missing_keys"]) or find_non_finite(model.named_parameters())
+            fault = validate_complete(loaded["missing_keys"]) or validate_finite(model.named_parameters())
     if fault is not None:
         raise UserError(Problem(field, name, fault))
     return model, tokenizer
 
 
-def find_non_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+def validate_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """Return what is wrong with weights that are NaN or infinite, as a run that diverged leaves them, or None."""
     for name, weight in weights:
         if weight.is_floating_point() and weight.element_size() > 1 and not torch.isfinite(weight).all():

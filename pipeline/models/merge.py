@@ -65,11 +65,11 @@ def _merge(adapter: Path, base: str, output_dir: Path) -> None:
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
     from pipeline.models.loading import (
-        find_non_finite,
         is_reward_model,
         load_config,
         load_tokenizer,
         user_error_for,
+        validate_finite,
         validate_weights,
     )
 
@@ -83,7 +83,7 @@ def _merge(adapter: Path, base: str, output_dir: Path) -> None:
         with user_error_for("adapter", adapter):
             model = model_class.from_pretrained(str(adapter), dtype="auto", **({"num_labels": 1} if reward else {}))
             merged = model.merge_and_unload(safe_merge=True)
-        fault = find_non_finite(merged.named_parameters())
+        fault = validate_finite(merged.named_parameters())
     if fault is not None:
         raise UserError(Problem("adapter", adapter, fault))
     with write_folder(output_dir) as folder:

@@ -85,10 +85,10 @@ def validate_files(folder: Path, model: Any) -> str | None:
         return f"its weights are not those of its config.json ({first}); copy the model again"
     if type(model).__name__ not in (model.config.architectures or []) or not set(shapes) <= set(wanted):
         return None  # saved from a different class or under older names, so that missing weights cannot be recognised
-    return report_missing(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
+    return validate_complete(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
 
 
-def report_missing(names: Collection[str]) -> str | None:
+def validate_complete(names: Collection[str]) -> str | None:
     """Return what is wrong with a model that lacks these weights, and what to do; None if there are none."""
     return f"lacks the weights {', '.join(sorted(names)[:3])}; copy the model again" if names else None
 

@@ -94,7 +94,7 @@ def page_content(
         "traces": _traces(run),
         "charts": draw(charts_of(run)),
         "costs": costs(run, summary),
-        "made": made(run, summary),
+        "made": provenance(run, summary),
     }
 
 
@@ -184,7 +184,7 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     return [{"stage": stage, "title": stage_info(stage).title, "charts": drawn} for stage, drawn in groups.items()]
 
 
-def made(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
+def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Return seed, commit, model, hardware and versions as lists of (name, value)."""
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
     boxes = {

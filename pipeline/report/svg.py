@@ -13,7 +13,7 @@ from pipeline.report.text import magnitude, number, signed
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
-MOST_POINTS = 60
+MAX_POINTS = 60
 """A line with more points is drawn faintly, with the means of this many segments over it."""
 
 
@@ -51,8 +51,8 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _means(points: Points) -> Points:
-    """Average `points` over at most `MOST_POINTS` segments of equally many points."""
-    size = math.ceil(len(points) / MOST_POINTS)
+    """Average `points` over at most `MAX_POINTS` segments of equally many points."""
+    size = math.ceil(len(points) / MAX_POINTS)
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
@@ -114,7 +114,7 @@ def _line(axes: _Axes, line: Series, index: int) -> str:
         )
     parts = []
     points = line.points
-    if len(points) > MOST_POINTS:
+    if len(points) > MAX_POINTS:
         parts.append(f'<path class="raw {css}" d="{axes.path(points)}"/>')
         points = _means(points)
     parts.append(f'<path class="line {css}" d="{axes.path(points)}"/>')

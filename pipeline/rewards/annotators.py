@@ -46,7 +46,7 @@ RAMBLING_WORDS = 12
 """Words beyond the comfortable length that lower `brief` by 1."""
 REPEAT_WORDS = 8
 """Words that a repeated sentence counts in addition to its own."""
-MOST_RAMBLING = 1.5
+MAX_RAMBLING = 1.5
 DEGENERATE_SCORE = -8.0
 """Score of a degenerate answer, lower than any other score of any annotator."""
 INDIFFERENCE = 0.25
@@ -130,10 +130,10 @@ def kindness(answer: str) -> float:
 
 
 def brevity(answer: str) -> float:
-    """Return 0 for an answer of comfortable length without repetition, and down to -`MOST_RAMBLING` for others."""
+    """Return 0 for an answer of comfortable length without repetition, and down to -`MAX_RAMBLING` for others."""
     sentences = [flat for sentence in re.split(r"[.!?:;\n]+(?:\s|$)", answer) if (flat := _flat(sentence))]
     words = len(_words(answer)) + REPEAT_WORDS * (len(sentences) - len(set(sentences)))
-    return -min(MOST_RAMBLING, max(0, words - COMFORTABLE_WORDS) / RAMBLING_WORDS)
+    return -min(MAX_RAMBLING, max(0, words - COMFORTABLE_WORDS) / RAMBLING_WORDS)
 
 
 def taste(answer: str, row: Mapping[str, Any]) -> float:

@@ -12,11 +12,11 @@ import re
 import unicodedata
 from fractions import Fraction
 
-LONGEST_TEXT = 100_000
+MAX_TEXT_LENGTH = 100_000
 """Characters at the end of a text that are searched."""
-LONGEST_ANSWER = 1_000
+MAX_ANSWER_LENGTH = 1_000
 """Characters in an answer; anything longer is not an answer."""
-MOST_DIGITS = 1_000
+MAX_DIGITS = 1_000
 
 _MARKER = re.compile(r"\\boxed\s*\{|####|\b(?:the|final)\s+answer\s+is\b:?|\b(?:final )?answer\s*:", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_\"'”’)])|\n")
@@ -42,7 +42,7 @@ def extract_answer(text: str) -> str | None:
     >>> extract_answer("12 + 5 = 17. The answer is 17."), extract_answer("so\n#### 72")
     ('17', '72')
     """
-    text = text[-LONGEST_TEXT:]
+    text = text[-MAX_TEXT_LENGTH:]
     if "</think>" in text:
         text = text.rpartition("</think>")[2]
     elif "<think>" in text:
@@ -58,14 +58,14 @@ def extract_answer(text: str) -> str | None:
         answer = rest.strip().partition("\n")[0]
     else:
         answer = _SENTENCE_END.split(rest.lstrip(" :\t\n"), maxsplit=1)[0]
-    if answer is None or len(answer) > LONGEST_ANSWER:
+    if answer is None or len(answer) > MAX_ANSWER_LENGTH:
         return None
     return unwrap(answer) or None
 
 
 def count_answers(text: str) -> int:
     """Count the final answers in `text`; an answer that is both announced and boxed counts once."""
-    kinds = [match.group()[0] == "\\" for match in _MARKER.finditer(text[-LONGEST_TEXT:])]
+    kinds = [match.group()[0] == "\\" for match in _MARKER.finditer(text[-MAX_TEXT_LENGTH:])]
     return sum(not (boxed and index and not kinds[index - 1]) for index, boxed in enumerate(kinds))
 
 
@@ -95,13 +95,13 @@ def number(answer: str) -> Fraction | None:
     """
     text = _ascii_digits(unwrap(answer)).replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("\\", "")
     text = re.sub(f"(?<=\\d)[{_SPACES}](?=\\d{{3}})", "", text)
-    match = _NUMBER.fullmatch(text) if len(text) <= 2 * MOST_DIGITS else None
+    match = _NUMBER.fullmatch(text) if len(text) <= 2 * MAX_DIGITS else None
     if match is None or not (match["whole"] or match["decimals"]):
         return None
     if set((match["unit"] or "").casefold().split()) & _NOT_UNITS:
         return None
     whole, decimals, divisor = match["whole"].replace(",", ""), match["decimals"] or "", match["divisor"] or "1"
-    if len(whole) + len(decimals) + len(divisor) > MOST_DIGITS or int(divisor) == 0:
+    if len(whole) + len(decimals) + len(divisor) > MAX_DIGITS or int(divisor) == 0:
         return None
     return Fraction(f"{match['sign']}{whole or '0'}{decimals}") / int(divisor)
 
@@ -114,7 +114,7 @@ def equal_numbers(first: str, second: str) -> bool | None:
 
 def _balanced(rest: str) -> str | None:
     depth = 1
-    for index, character in enumerate(rest[: LONGEST_ANSWER + 1]):
+    for index, character in enumerate(rest[: MAX_ANSWER_LENGTH + 1]):
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return rest[:index]

@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.rewards import math_check
 from pipeline.rewards.annotators import taste
 from pipeline.rewards.answers import (
-    LONGEST_ANSWER,
+    MAX_ANSWER_LENGTH,
     count_answers,
     equal_numbers,
     extract_answer,
@@ -225,7 +225,7 @@ def _settle(rewards: Rewards, pending: list[tuple[int, tuple[str, str | None]]])
 def _reference(text: object) -> str | None:
     """Return the answer in a reference column: the announced answer or else all of the text; None if it is empty."""
     text = str(text) if isinstance(text, str | int | float) and not isinstance(text, bool) else ""
-    if len(text) > LONGEST_ANSWER:
+    if len(text) > MAX_ANSWER_LENGTH:
         return extract_answer(text)
     return extract_answer(text) or unwrap(text) or None
 

@@ -13,7 +13,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.errors import Problem, UserError
 from pipeline.rewards.functions import REWARDS, code_tests
-from pipeline.rewards.sandbox.run import find_fault
+from pipeline.rewards.sandbox.run import validate_sandbox
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
@@ -45,7 +45,7 @@ def _load_own(name: str, field: str) -> Callable[..., Any]:
         nearest = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "is not a known reward."
         raise UserError(Problem(field, name, f"{hint} Known: {', '.join(REWARDS)}; or write package.module:function"))
-    if REWARDS[name] is code_tests and (fault := find_fault()):
+    if REWARDS[name] is code_tests and (fault := validate_sandbox()):
         raise UserError(Problem(field, name, fault))
     return REWARDS[name]
 

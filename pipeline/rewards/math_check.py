@@ -23,10 +23,10 @@ from typing import IO
 
 from pipeline.errors import RunStopped
 
-LONGEST = 300
+MAX_LENGTH = 300
 """Characters in an expression; longer ones are not parsed."""
 SECONDS = 2.0
-MOST_SLOW = 5
+MAX_SLOW = 5
 START_SECONDS = 60.0
 MEMORY_MB = 2048
 
@@ -127,7 +127,7 @@ def compare(pairs: Sequence[tuple[str, str | None]]) -> list[bool]:
     slow = 0
     for pair in dict.fromkeys(pairs):
         try:
-            known[pair] = slow < MOST_SLOW and _ask(*pair)
+            known[pair] = slow < MAX_SLOW and _ask(*pair)
         except Timeout:
             slow += 1
             known[pair] = False
@@ -136,7 +136,7 @@ def compare(pairs: Sequence[tuple[str, str | None]]) -> list[bool]:
 
 @lru_cache(maxsize=65_536)
 def _ask(reference: str, answer: str | None) -> bool:
-    return len(reference) <= LONGEST and len(answer or "") <= LONGEST and _checker.ask(reference, answer, SECONDS)
+    return len(reference) <= MAX_LENGTH and len(answer or "") <= MAX_LENGTH and _checker.ask(reference, answer, SECONDS)
 
 
 def _serve() -> None:

@@ -16,13 +16,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from pipeline.models.weights import load_renamed_weights
-from pipeline.rl.log_probs import accepts, token_log_probs
-from pipeline.rl.rollouts import EpochSampler, load_rollout, load_state, save_rollout
+from pipeline.rl.log_probs import accepts_argument, token_log_probs
+from pipeline.rl.rollouts import EpochSampler, load_rollout, load_rollout_state, save_rollout
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
 
 logger = get_logger(__name__)
 
-LARGEST_LOGITS = 1 << 26
+MAX_LOGITS = 1 << 26
 """Maximum number of logits in one tensor on a CPU (256 MiB in float32)."""
 
 
@@ -86,9 +86,9 @@ class GRPOTrainer(TRLGRPOTrainer):
         """On a CPU, compute logits for the completion only: TRL's tiles save memory, but take several times as long."""
         rows = batch_size or len(input_ids)
         size = rows * logits_to_keep * self.model.config.get_text_config().vocab_size
-        plain = input_ids.device.type == "cpu" and size <= LARGEST_LOGITS
+        plain = input_ids.device.type == "cpu" and size <= MAX_LOGITS
         asked = any(value is not None and value is not False for value in others.values())
-        if not plain or asked or not accepts(model, "logits_to_keep"):
+        if not plain or asked or not accepts_argument(model, "logits_to_keep"):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
@@ -178,11 +178,11 @@ class GRPOTrainer(TRLGRPOTrainer):
         if checkpoint is None or not os.path.isfile(_rollout_file(checkpoint, 0)):
             return
         # The first process's file decides for all: if some sampled anew and others did not, they would wait forever.
-        state = load_state(_rollout_file(checkpoint, 0))
+        state = load_rollout_state(_rollout_file(checkpoint, 0))
         if state.get("layout") == self._rollout_layout():
             own = _rollout_file(checkpoint, self.accelerator.process_index)
             self._buffered_inputs = load_rollout(own, self.accelerator.device) or None
-            state = load_state(own)
+            state = load_rollout_state(own)
         else:
             logger.warning("%s: its rollout is sampled anew: it was split by %s", checkpoint, state.get("layout"))
             state["step"] = self.state.global_step * self.args.gradient_accumulation_steps

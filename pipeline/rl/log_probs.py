@@ -105,7 +105,7 @@ def over_length_groups(
         outputs may be far apart.
     """
     groups = length_groups(attention_mask, length, batch_size)
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0) if accepts(model, "position_ids") else None
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0) if accepts_argument(model, "position_ids") else None
     parts = []
     with autocast():  # once, so that the weights are cast once
         for group in groups:
@@ -119,7 +119,7 @@ def over_length_groups(
     return tuple(torch.cat(several)[place] for several in zip(*parts, strict=True))
 
 
-def accepts(model: nn.Module, argument: str) -> bool:
+def accepts_argument(model: nn.Module, argument: str) -> bool:
     """Return whether the forward method of a model, wrapped or not, has an argument of this name."""
     model = extract_model_from_parallel(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -31,7 +31,7 @@ def save_rollout(path: str, batches: Sequence[dict[str, Tensor | None]], state: 
     safetensors.torch.save_file(tensors, path, metadata={"state": json.dumps(state)})
 
 
-def load_state(path: str) -> dict[str, Any]:
+def load_rollout_state(path: str) -> dict[str, Any]:
     """Read the state that `save_rollout` wrote, without the micro-batches."""
     with safetensors.safe_open(path, framework="pt") as file:
         state: dict[str, Any] = json.loads(file.metadata()["state"])

@@ -27,7 +27,7 @@ from pipeline.runner.records import Decision, RunRecord, clear, decide
 from pipeline.runner.steps import REPORT, Step, check_steps, find_step
 
 LAUNCH_FILE = "accelerate_config.yaml"
-MOST_PROCESSES = 16
+MAX_PROCESSES = 16
 """Limit on the processes of a training step, unless the machine has more cores: they would exhaust its memory."""
 
 
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         UserError: If the recipe folder or an argument is wrong, or another run is writing to the same directory.
     """
     problems = []
-    most = max(os.cpu_count() or 1, MOST_PROCESSES)
+    most = max(os.cpu_count() or 1, MAX_PROCESSES)
     if not 1 <= args.num_processes <= most:
         problems.append(Problem("--num_processes", args.num_processes, f"must be between 1 and {most} on this machine"))
     if not os.path.isfile(args.config_file):
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
             verb = {"skip": "skip", "start": "run", "resume": "resume"}[decision.action]
             print(f"{verb} {step.name}: {decision.reason}")
             if decision.action != "skip":
-                print(f"    {_shown(step, args)}")
+                print(f"    {_command_line(step, args)}")
         return 0
     with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
@@ -140,14 +140,14 @@ def _run_all(
         if decision.action == "start" and step.name in record.steps:
             for path in clear(step.leftovers):
                 say(f"removed {path}")
-        say(f"$ {_shown(step, args)}")
-        record.start(step, decision, _shown(step, args))
+        say(f"$ {_command_line(step, args)}")
+        record.start(step, decision, _command_line(step, args))
         started = time.monotonic()
-        code, received = run(step.executable(_launch(args)), os.environ, descriptors)
+        code, received = run(step.executable(_launch_options(args)), os.environ, descriptors)
         complete = code == 0 and step.is_complete
         record.stop(step, time.monotonic() - started, finished=complete)
         if received is not None:
-            say(f"{step.name} was stopped by {received.name}; to resume: {_again(args)}")
+            say(f"{step.name} was stopped by {received.name}; to resume: {_resume_command(args)}")
             return 128 + int(received)
         if code != 0:
             code = exit_code(code)
@@ -162,17 +162,17 @@ def _run_all(
     return 0
 
 
-def _launch(args: argparse.Namespace) -> list[str]:
+def _launch_options(args: argparse.Namespace) -> list[str]:
     """Return the arguments of `accelerate launch`."""
     several = ["--num_processes", str(args.num_processes)] if args.num_processes > 1 else []
     return ["--config_file", args.config_file, *several]
 
 
-def _shown(step: Step, args: argparse.Namespace) -> str:
-    return shlex.join(step.command(_launch(args)))
+def _command_line(step: Step, args: argparse.Namespace) -> str:
+    return shlex.join(step.command(_launch_options(args)))
 
 
-def _again(args: argparse.Namespace) -> str:
+def _resume_command(args: argparse.Namespace) -> str:
     """Return the command that resumes this run, without --from and --force, which would repeat finished steps."""
     command = ["python", "-m", "pipeline", "run", str(args.recipe)]
     for flag, value in (

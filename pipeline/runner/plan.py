@@ -191,7 +191,7 @@ def _paths(value: Any) -> Iterable[str]:
             yield from _paths(item)
 
 
-def _inside(text: str, directory: Path) -> Path | None:
+def _relative_to(text: str, directory: Path) -> Path | None:
     """The path `text` relative to `directory`, or None if it lies elsewhere."""
     try:
         return Path(text).relative_to(directory)
@@ -206,7 +206,7 @@ def _connect(steps: Sequence[Step], home: Path) -> list[Step]:
         needs, files = [], []
         for key, value in step.values.items():
             for text in () if key == "output_dir" else _paths(value):
-                inner = _inside(text, home)
+                inner = _relative_to(text, home)
                 if inner is None and _names_file(key, text):
                     files.append(Path(text))
                 if inner is None or not inner.parts:
@@ -239,7 +239,7 @@ def _move(step: Step, home: Path, run_dir: Path) -> Step:
         return step
 
     def move(text: str) -> str:
-        inner = _inside(text, home)
+        inner = _relative_to(text, home)
         return text if inner is None else str(run_dir / inner)
 
     overrides: dict[str, Any] = {}

@@ -28,11 +28,11 @@ from pipeline.models.checks import check_lengths, check_model, check_room, check
 from pipeline.models.llama import LlamaArguments, build_model
 from pipeline.models.loading import (
     base_of,
-    find_non_finite,
     is_reward_model,
     load_tokenizer,
     skip_unreachable_hub,
     user_error_for,
+    validate_finite,
 )
 from pipeline.models.weights import stored_weights, validate_files
 from pipeline.training import checks
@@ -227,7 +227,7 @@ def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig
             return [Problem("attn_implementation", attention, f"{reason}; omit it, or use sdpa or eager")]
         return [Problem("model_name_or_path", name, f"its {config.model_type} model cannot be built ({reason[:200]})")]
     folder = Path(name)
-    fault = (validate_files(folder, model) or find_non_finite(stored_weights(folder))) if folder.is_dir() else None
+    fault = (validate_files(folder, model) or validate_finite(stored_weights(folder))) if folder.is_dir() else None
     problems = [Problem("model_name_or_path", name, fault)] if fault else []
     size = model.num_parameters()
     trained = round(0.05 * size) if model_args.use_peft else size  # adapters are smaller, by their rank and targets

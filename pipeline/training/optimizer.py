@@ -64,7 +64,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
 
-def build(
+def build_optimizer(
     model: torch.nn.Module,
     muon_lr: float | None,
     lr: float,
@@ -126,4 +126,4 @@ def optimizer_cls_and_kwargs(
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
     }
-    return (lambda: build), settings
+    return (lambda: build_optimizer), settings

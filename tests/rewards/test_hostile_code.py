@@ -16,7 +16,7 @@ import pytest
 
 from pipeline import hardware
 from pipeline.errors import RunStopped, UserError
-from pipeline.evaluation.held_out import runnable
+from pipeline.evaluation.held_out import drop_ungradable
 from pipeline.rewards.functions import code_tests
 from pipeline.rewards.grading import grade
 from pipeline.rewards.loading import load_rewards
@@ -280,10 +280,10 @@ def without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         child.write_text(CHILD.format(child=str(run.CHILD), missing=missing))
         monkeypatch.setattr(run, "CHILD", child)
         monkeypatch.setattr(run, "allow_unconfined", False)
-        run._find_fault.cache_clear()
+        run._validate_sandbox.cache_clear()
 
     yield take_away
-    run._find_fault.cache_clear()
+    run._validate_sandbox.cache_clear()
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -301,12 +301,12 @@ def test_where_a_layer_is_missing_code_runs_only_if_the_user_allows_it(
     with pytest.raises(RunStopped, match=promise):
         grade([harm], [{"test": TEST}])
     rows = [{"test": TEST, "id": 0}, {"test": "", "id": 1}, {"id": 2}]
-    assert runnable(rows) == rows[1:]
+    assert drop_ungradable(rows) == rows[1:]
     assert run._run(RIGHT, TEST, 2, 256, unconfined=False).status == "unconfined"
 
     run.allow_unconfined = True
     load_rewards(["code_tests"])
-    assert runnable(rows) == rows
+    assert drop_ungradable(rows) == rows
     assert code_tests([RIGHT, "def f(x):\n    return x"], [TEST] * 2) == [1.0, 0.0]
     # What needs no kernel to refuse: forgeries. What the kernel would refuse, the audit hook still does.
     outcomes = attack(PROGRAMS, hostile_place)
@@ -336,7 +336,7 @@ def test_older_versions_of_landlock_confine_files_too(
     abi: int, without: Callable[[str], None], hostile_place: dict[str, str]
 ) -> None:
     without(f"confinement.landlock_abi = lambda libc: {abi}\nconfinement.watch = lambda directory: None")
-    if run.find_fault():
+    if run.validate_sandbox():
         pytest.skip("this kernel has no Landlock or no seccomp")
     stays = Path(textwrap.__file__).stat().st_size
     programs = {name: code for name, code in PROGRAMS.items() if any(word in name for word in ("file", "truncates"))}

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 
 from pipeline.rl.ppo import PPOTrainer
-from pipeline.rl.rollouts import load_state
+from pipeline.rl.rollouts import load_rollout_state
 from tests import ppo_toy as toy
 
 # A rollout of 8 lasts 4 optimizer steps (2 per PPO epoch, 2 epochs); the 16 prompts last two rollouts.
@@ -115,7 +115,7 @@ def test_a_rollout_that_does_not_fit_is_sampled_anew(tmp_path: Path, caplog: pyt
     """A checkpoint from the middle of a rollout, of a run with other batches. The scores so far are kept."""
     trainer(tmp_path, max_steps=3).train()
     checkpoint = tmp_path / "checkpoint-3"
-    moments = load_state(str(checkpoint / "rollout_0.safetensors"))["moments"]
+    moments = load_rollout_state(str(checkpoint / "rollout_0.safetensors"))["moments"]
     # Twice the rows and half the accumulation, as with twice the processes.
     resumed = trainer(tmp_path, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=1)
     resumed.train(resume_from_checkpoint=str(checkpoint))

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from pipeline.errors import UserError
 from pipeline.models.llama import LlamaArguments, build_model
-from pipeline.training.optimizer import MuonWithAdamW, OptimizerArguments, build, optimizer_cls_and_kwargs
+from pipeline.training.optimizer import MuonWithAdamW, OptimizerArguments, build_optimizer, optimizer_cls_and_kwargs
 
 SETTINGS = {"muon_lr": 0.03, "lr": 0.01, "embedding_lr": None, "weight_decay": 0.1, "betas": (0.9, 0.98), "eps": 1e-8}
 
@@ -67,7 +67,7 @@ def test_steps_are_those_of_torchs_optimizers_on_the_same_split(tied: bool) -> N
     adamw = torch.optim.AdamW([p for _, p in rest], lr=0.01, weight_decay=0.0, betas=(0.9, 0.98), eps=1e-8)
     tokens = [ids for ids, _ in zip(batches(), range(4), strict=False)]
     before = copy.deepcopy(one)
-    optimizer = build(one, **SETTINGS)
+    optimizer = build_optimizer(one, **SETTINGS)
     steps(one, [optimizer], tokens[:1])
     steps(reference, [muon, adamw], tokens[:1])
     assert equal(one, reference) and not equal(one, before)
@@ -79,7 +79,7 @@ def test_steps_are_those_of_torchs_optimizers_on_the_same_split(tied: bool) -> N
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_of_the_blocks_go_to_muon_and_everything_else_to_adamw(tied: bool) -> None:
     trained = model(tied)
-    optimizer = build(trained, **SETTINGS)
+    optimizer = build_optimizer(trained, **SETTINGS)
     matrices, tables, vectors = (names(trained, group) for group in optimizer.param_groups)
     others = tables | vectors
     assert matrices and all(name.startswith("model.layers.") and name.endswith("_proj.weight") for name in matrices)
@@ -94,7 +94,7 @@ def test_embeddings_have_a_learning_rate_of_their_own_with_either_optimizer() ->
     for muon_lr in (0.03, None):
         trained = model(tied=False)
         before = copy.deepcopy(trained.state_dict())
-        optimizer = build(trained, **{**SETTINGS, "muon_lr": muon_lr, "embedding_lr": 1e-4})
+        optimizer = build_optimizer(trained, **{**SETTINGS, "muon_lr": muon_lr, "embedding_lr": 1e-4})
         steps(trained, [optimizer], [next(batches())])
         moved = {name: (p - before[name]).abs().max().item() for name, p in trained.named_parameters()}
         assert moved["lm_head.weight"] == pytest.approx(1e-4, rel=0.01), "AdamW's first step is the learning rate"
@@ -105,7 +105,7 @@ def test_embeddings_have_a_learning_rate_of_their_own_with_either_optimizer() ->
 
 def test_without_muon_weight_decay_is_for_the_matrices_of_the_blocks() -> None:
     trained = model()
-    optimizer = build(trained, **{**SETTINGS, "muon_lr": None, "embedding_lr": 1e-4})
+    optimizer = build_optimizer(trained, **{**SETTINGS, "muon_lr": None, "embedding_lr": 1e-4})
     assert isinstance(optimizer, torch.optim.AdamW)
     decayed = [names(trained, group) for group in optimizer.param_groups if group["weight_decay"]]
     assert len(decayed) == 1 and all(name.endswith("_proj.weight") for name in decayed[0])
@@ -115,7 +115,7 @@ def test_a_learning_rate_for_embeddings_that_are_not_trained_is_refused() -> Non
     trained = model()
     trained.model.embed_tokens.requires_grad_(False)
     with pytest.raises(UserError, match="embedding_learning_rate"):
-        build(trained, **{**SETTINGS, "embedding_lr": 1e-4})
+        build_optimizer(trained, **{**SETTINGS, "embedding_lr": 1e-4})
 
 
 def test_frozen_parameters_are_left_alone() -> None:
@@ -123,30 +123,30 @@ def test_frozen_parameters_are_left_alone() -> None:
     frozen = {name: p.clone() for name, p in trained.named_parameters() if "layers.0" in name}
     for name, parameter in trained.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    steps(trained, [build(trained, **SETTINGS)], [next(batches())])
+    steps(trained, [build_optimizer(trained, **SETTINGS)], [next(batches())])
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in trained.named_parameters() if name in frozen)
 
 
 def test_a_restored_optimizer_continues_bit_for_bit() -> None:
     tokens = [ids for ids, _ in zip(batches(), range(6), strict=False)]
     whole = model()
-    optimizer = build(whole, **SETTINGS)
+    optimizer = build_optimizer(whole, **SETTINGS)
     steps(whole, [optimizer], tokens[:3])
     saved = io.BytesIO()
     torch.save(optimizer.state_dict(), saved)
     saved.seek(0)
     resumed = copy.deepcopy(whole)
-    restored = build(resumed, **SETTINGS)
+    restored = build_optimizer(resumed, **SETTINGS)
     restored.load_state_dict(torch.load(saved, weights_only=True))
     fresh = copy.deepcopy(whole)
-    for trained, own in ((whole, optimizer), (resumed, restored), (fresh, build(fresh, **SETTINGS))):
+    for trained, own in ((whole, optimizer), (resumed, restored), (fresh, build_optimizer(fresh, **SETTINGS))):
         steps(trained, [own], tokens[3:])
     assert equal(whole, resumed)
     assert not equal(whole, fresh), "the state matters"
 
 
 def test_a_schedule_scales_all_learning_rates() -> None:
-    optimizer = build(model(), **SETTINGS)
+    optimizer = build_optimizer(model(), **SETTINGS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     optimizer.step()
     schedule.step()
@@ -155,7 +155,7 @@ def test_a_schedule_scales_all_learning_rates() -> None:
 
 def test_a_closure_computes_the_loss() -> None:
     trained = model()
-    optimizer = build(trained, **SETTINGS)
+    optimizer = build_optimizer(trained, **SETTINGS)
     ids = next(batches())
 
     def closure() -> float:
@@ -171,7 +171,7 @@ def test_a_closure_computes_the_loss() -> None:
 @pytest.mark.parametrize("layer", [torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4)], ids=["matrix", "vector"])
 def test_a_model_with_nothing_for_one_of_the_two_is_refused(layer: torch.nn.Module) -> None:
     with pytest.raises(UserError, match="use_muon"):
-        build(torch.nn.Sequential(layer), **SETTINGS)
+        build_optimizer(torch.nn.Sequential(layer), **SETTINGS)
 
 
 def train(folder: Path, resume: bool = False) -> tuple[LlamaForCausalLM, Trainer, int]:

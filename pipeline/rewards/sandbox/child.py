@@ -34,7 +34,7 @@ from pipeline.rewards.sandbox.messages import Channel, Gone, decode, encode
 del sys.path[0]
 
 VERDICT = 3
-MOST_SECONDS = 90  # ends both processes if the parent has died
+MAX_SECONDS = 90  # ends both processes if the parent has died
 PLAIN_TYPES = (int, float, complex, str, bytes, list, tuple, dict, set)
 OPERATORS = ("getitem", "setitem", "delitem", "enter", "exit", "str", "repr", "hash")
 CONVERSIONS = ("iter", "next", "reversed", "len", "neg", "abs", "invert", "int", "float", "index")
@@ -277,7 +277,7 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
             os._exit(1)
     os.close(requests[0])
     os.close(replies[1])
-    signal.setitimer(signal.ITIMER_REAL, seconds + MOST_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds + MAX_SECONDS)
     confined = confinement.confine_calls(files_confined) and files_confined
     work = json.loads(sys.stdin.buffer.read())
     os.write(VERDICT, f"{work['token']} {candidate}\n".encode())

@@ -4,7 +4,7 @@ Every run is a fresh Python process with nothing but the standard library, an em
 directory that is deleted afterwards. `pipeline.rewards.sandbox.confinement` lists what the process may not do, and
 `pipeline.rewards.sandbox.child` explains why wrong code cannot pass its test. String hashes are not randomised, so that
 verdicts are repeatable. The sandbox needs `os.fork`, which Windows lacks, and runs code that the kernel cannot confine
-only where `allow_unconfined` is set: `find_fault` reports what is missing on this machine.
+only where `allow_unconfined` is set: `validate_sandbox` reports what is missing on this machine.
 """
 
 import contextlib
@@ -76,13 +76,13 @@ class Outcome:
     output: str
 
 
-def find_fault() -> str | None:
+def validate_sandbox() -> str | None:
     """Return in one line why code cannot be graded on this machine, or None if it can; a test of the sandbox."""
-    return _find_fault(allow_unconfined)
+    return _validate_sandbox(allow_unconfined)
 
 
 @cache
-def _find_fault(allowed: bool) -> str | None:
+def _validate_sandbox(allowed: bool) -> str | None:
     if not hasattr(os, "fork"):
         return "cannot run code here, without os.fork; use Linux or macOS"
     outcome = _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True)
@@ -106,9 +106,9 @@ def run_code(code: str, test: str, *, seconds: float = 2.0, memory_mb: int = 256
         memory_mb: Limit of the address space in MiB; Python itself takes about 40.
 
     Raises:
-        RunStopped: Code cannot be graded here, see `find_fault`.
+        RunStopped: Code cannot be graded here, see `validate_sandbox`.
     """
-    if fault := find_fault():
+    if fault := validate_sandbox():
         raise RunStopped(f"code_tests: {fault}")
     if len(code) > CODE_CHARACTERS:
         return Outcome(False, "refused", 0.0, f"more than {CODE_CHARACTERS} characters of code")
@@ -128,7 +128,7 @@ def run_many(
     """
     if not pairs:
         return []
-    find_fault()  # once, not in every thread
+    validate_sandbox()  # once, not in every thread
     workers = workers or hardware.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(max(1, min(workers, len(pairs)))) as pool:
         return list(pool.map(lambda pair: run_code(*pair, seconds=seconds, memory_mb=memory_mb), pairs))
