@@ -7,9 +7,10 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NoReturn
 
-from pipeline.errors import EXIT_USER_ERROR, exit_on_user_error
+from pipeline.errors import EXIT_USER_ERROR, Problem, UserError, exit_on_user_error
 
 COMMANDS = {
     "run": ("pipeline.runner.cli", "run every step of a recipe folder, in order"),
@@ -48,7 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser(argv).parse_args(argv)
     with exit_on_user_error():
-        return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
+        for option, value in pairwise(argv):
+            if not value.strip() or "\0" in value:
+                remedy = "is empty or contains a NUL character; give another value, or omit it"
+                raise UserError(Problem(option, repr(value), remedy))
+        try:
+            return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise UserError(Problem("file", error.filename, f"{error.strerror}; correct it and try again")) from error
     return EXIT_USER_ERROR
 
 

@@ -111,7 +111,7 @@ def exit_on_user_error() -> Iterator[None]:
             130 after Ctrl-C.
     """
     # Several processes of one machine find the same mistakes; one reports them.
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
     end_preparation()
     try:
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline import hardware
-from pipeline.errors import Problem
+from pipeline.errors import Problem, UserError
 
 if TYPE_CHECKING:  # importing them takes seconds, too long for `--help`
     from transformers import Trainer, TrainingArguments
@@ -25,7 +25,11 @@ def prepare_process() -> None:
 
     Telemetry is disabled unless `HF_HUB_DISABLE_TELEMETRY=0` is set, a CPU is prepared, only the first process logs to
     stderr, and the process ends with its launcher.
+
+    Raises:
+        UserError: If the variables of a process group are not those that a launcher sets.
     """
+    check_group()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import constants
 
@@ -40,6 +44,24 @@ def prepare_process() -> None:
         hardware.keep_freed_memory()
     die_with_launcher()
     leave_group_of_one()
+
+
+def check_group() -> None:
+    """Check the variables that describe the process group.
+
+    Raises:
+        UserError: If one is not a number, or if some are missing, so that the process would wait for others for ever.
+    """
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    remedy = "is set by `accelerate launch`, to a whole number; unset it"
+    problems = [Problem(name, repr(text), remedy) for name, text in given.items() if not text.lstrip("-").isdecimal()]
+    if not problems and int(given.get("WORLD_SIZE", "1")) > 1 and len(given) < len(names):
+        missing = ", ".join(name for name in names if name not in given)
+        remedy = f"is set without {missing}; use `accelerate launch`, or unset it"
+        problems.append(Problem("WORLD_SIZE", given["WORLD_SIZE"], remedy))
+    if problems:
+        raise UserError(*problems)
 
 
 def die_with_launcher() -> None:

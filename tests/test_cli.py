@@ -54,3 +54,31 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
     assert stop.value.code == 2
     shown = capsys.readouterr().err.splitlines()
     assert shown == ["recipe: recipes/nowhere: does not exist; give a folder with files such as 2_sft.yaml"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["report", "RUN", "--output_dir", ""],
+        ["report", "a\0b"],
+        ["evaluate", "RUN", "--stage", " "],
+        ["merge", "ADAPTER", "--output_dir", ""],
+    ],
+)
+def test_an_empty_argument_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"{argv[-2]}: {argv[-1]!r}: is empty or contains a NUL character; " + (
+        "give another value, or omit it\n"
+    )
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.runner.cli.main", lambda _: (tmp_path / "a" / "b").write_text(""))
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipes/pocket"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"file: {tmp_path}/a/b: No such file or directory; correct it and try again\n"

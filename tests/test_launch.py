@@ -51,6 +51,26 @@ def test_requested_settings_that_are_not_active_are_refused(
     assert str(problem).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE: 'many': is set by `accelerate launch`"),
+        ({"LOCAL_RANK": "x", "RANK": ""}, "RANK: '': is set by `accelerate launch`"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "WORLD_SIZE: 2: is set without RANK"),
+    ],
+)
+def test_a_group_that_cannot_form_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as refusal:
+        launch.check_group()
+    assert str(refusal.value).startswith(expected)
+
+
 def test_a_group_of_one_is_left_and_a_group_of_two_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for size, left in (("1", True), ("2", False)):
         monkeypatch.setenv("WORLD_SIZE", size)

@@ -6,7 +6,6 @@ one problem are not eight problems. The bootstrap is seeded, so the same values 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -18,6 +17,8 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 TAILS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
 """Quantiles at which a percentile interval ends."""
+LARGEST = 1e100
+"""Bound of every figure; with larger ones, differences and squares would overflow."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,14 @@ class Estimate:
 
 
 def finite(value: object) -> float | None:
-    """Return `value` as a float, or None if it is not a finite number."""
+    """Return `value` as a float, or None if it is not a finite number that others can be compared with."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         result = float(value)
     except OverflowError:
         return None
-    return result if math.isfinite(result) else None
+    return result if abs(result) < LARGEST else None
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:

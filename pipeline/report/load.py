@@ -208,6 +208,7 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
+        check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         notes.append(_one_line(f"{path}: cannot be read, left out: {error}"))
@@ -224,6 +225,7 @@ def _read_outcomes(path: Path, notes: list[str]) -> dict[str, Outcomes]:
         return outcomes
     damaged = 0
     try:
+        check_regular(path)
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         notes.append(_one_line(f"{path}: cannot be read, left out: {error}"))
@@ -255,11 +257,18 @@ def _count_parameters(directory: Path, notes: list[str]) -> int | None:
     total = 0
     for file in files:
         try:
+            check_regular(file)
             total += sum(math.prod(shape) for shape in read_shapes(file).values())
         except (OSError, SafetensorError) as error:
             notes.append(_one_line(f"{file}: its header cannot be read, parameters left out: {error}"))
             return None
     return total if files else None
+
+
+def check_regular(path: Path) -> None:
+    """Raise an `OSError` for what is not a file: reading a pipe, for instance, would wait for ever."""
+    if not path.is_file():
+        raise OSError("is not a file")
 
 
 def _records(content: object, required: tuple[str, ...]) -> list[dict[str, Any]]:

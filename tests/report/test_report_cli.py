@@ -387,3 +387,13 @@ def run_python(code: str) -> str:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     return done.stdout.strip()
+
+
+def test_what_is_not_a_file_is_not_read(short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(short_run, tmp_path / "run")
+    for name in ("run.json", "2_sft/model.safetensors", "evaluations/2_sft.jsonl"):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+    assert report(run) == 0
+    notes = capsys.readouterr().err
+    assert [notes.count(f"{run / name}:") for name in ("run.json", "2_sft/model.safetensors")] == [1, 1]
