@@ -39,11 +39,11 @@ def check_replaceable(
     if problem := check_directory(path):
         return [problem]
     if read is not None and Path(read).exists() and path.resolve().is_relative_to(Path(read).resolve()):
-        return [Problem("output_dir", output_dir, "is, or lies in, what dataset_name names; choose another folder")]
+        return [Problem("output_dir", output_dir, "is or lies inside the folder of dataset_name; choose another one")]
     if path.resolve() == Path.cwd():
         return [Problem("output_dir", output_dir, "is the current directory, which cannot be replaced; name another")]
     if path.exists() and not (path.is_dir() and _is_own(path, set(own), title)):
-        return [Problem("output_dir", output_dir, "holds other files; give a new or an empty folder")]
+        return [Problem("output_dir", output_dir, "contains other files; give a new or an empty folder")]
     # The folder itself is replaced, for which its parent must be writable.
     problem = check_directory(path.absolute().parent)
     return [problem] if problem else []

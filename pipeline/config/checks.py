@@ -17,7 +17,7 @@ from pipeline.errors import Problem
 Range = tuple[Callable[[Any], bool], str]
 
 LARGEST = 2**53
-"""Bound of every number: the largest below which floating point keeps whole numbers apart."""
+"""Upper bound of every number: up to it, floats represent every whole number."""
 
 
 def _at_least(low: float) -> Range:
@@ -88,7 +88,7 @@ RANGES: dict[str, Range] = {
     }.items()
     for name in names.split()
 }
-"""Values that make sense, of fields of any argument dataclass (of every item of a list)."""
+"""Sensible values of fields, whatever their dataclass; of a list, every item must have one."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
@@ -96,7 +96,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lora_task_type": ("CAUSAL_LM", "SEQ_CLS"),
     "pad_to_multiple_of": ("auto", "none"),  # or a number
 }
-"""Fields that accept any text when they are parsed, and fail on most of it only once training has begun."""
+"""Fields that accept any text when they are parsed, and fail on most values only once training has begun."""
 
 ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "luspo", "sapo", "vespo"),
@@ -116,7 +116,7 @@ UNSUPPORTED = {
 """Fields of the libraries' dataclasses that the recipes do not offer, and why."""
 
 CHECKPOINT_OPTIONS = {"use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state"}
-"""Options of `torch.utils.checkpoint.checkpoint`."""
+"""Options of `torch.utils.checkpoint.checkpoint`, for activation checkpointing."""
 
 MAY_BE_EMPTY = ("debug", "system_prompt")
 """Text fields for which the empty string is a value."""
@@ -127,7 +127,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
-    """Return the numbers that make no sense; other types, and None, are left to the dataclass."""
+    """Return the numbers that are out of range; other types, and None, are left to the dataclass."""
     problems = []
     for name, value in values.items():
         numbers = [item for item in _items(value) if isinstance(item, int | float) and not isinstance(item, bool)]
@@ -138,7 +138,7 @@ def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: bool) -> list[Problem]:
-    """Return the text that is empty, that is not one of the choices, or that stands where a mapping is expected.
+    """Return the text that is empty, that is not one of the choices, or that is given for a mapping.
 
     Args:
         asked: Values that the user gave, by field.
@@ -171,7 +171,7 @@ def _check_mapping(name: str, text: str) -> list[Problem]:
 
 
 def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
-    """Return the options, of those that the user gave, that this machine lacks or that the recipes do not offer."""
+    """Return the given options that this machine or the recipes do not support."""
     problems = []
     best = hardware.precision()
     for name, dtype in (("bf16", "bf16"), ("fp16", "fp16"), ("fp16_full_eval", "fp16")):
@@ -218,13 +218,13 @@ def check_together(
             if values.get(field):
                 remedy = f"LoRA does not train embeddings; omit it, or set it to {unset}"
                 problems.append(Problem(field, values[field], remedy))
-    if (name := values.get("resume_from_checkpoint")) and (fault := _validate_checkpoint(Path(str(name)))):
+    if (name := values.get("resume_from_checkpoint")) and (fault := _validate_checkpoint_folder(Path(str(name)))):
         remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
         problems.append(Problem("resume_from_checkpoint", name, remedy))
     options = values.get("gradient_checkpointing_kwargs")
     if isinstance(options, dict) and (unknown := set(options) - CHECKPOINT_OPTIONS):
         known = ", ".join(sorted(CHECKPOINT_OPTIONS))
-        remedy = f"there is no option {', '.join(sorted(unknown))}; choose from: {known}"
+        remedy = f"unknown option {', '.join(sorted(unknown))}; choose from: {known}"
         problems.append(Problem("gradient_checkpointing_kwargs", options, remedy))
     if values.get("eval_on_start") and values.get("eval_strategy") == "no":
         problems.append(Problem("eval_on_start", True, "needs an eval_strategy other than no; omit it"))
@@ -233,7 +233,7 @@ def check_together(
     return problems
 
 
-def _validate_checkpoint(path: Path) -> str | None:
+def _validate_checkpoint_folder(path: Path) -> str | None:
     """Return what is wrong with the folder of a checkpoint, or None."""
     if not path.is_dir():
         return "is not a directory"

@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     """Evaluate the stage, write both files and print the metrics. Returns the exit code.
 
     Raises:
-        UserError: The run, the stage or a data set cannot be used.
+        UserError: If the run, the stage or a data set cannot be used.
     """
     from dataclasses import replace
     from pathlib import Path

@@ -83,7 +83,7 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
         args: The arguments of `pipeline.evaluation.cli`.
 
     Raises:
-        UserError: There is nothing to measure on, or a data set cannot be read.
+        UserError: If there is nothing to measure on, or a data set cannot be read.
     """
     data = run / "data"
     most = {name: min(n, args.limit or n) for name, n in MAX_EXAMPLES.items()}

@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
         Exit code 0. What could not be read is printed to stderr, one line each, and is in the report.
 
     Raises:
-        UserError: A run does not exist or is empty, the targets cannot be read, or the report cannot be written.
+        UserError: If a run does not exist or is empty, the targets cannot be read, or the report cannot be written.
     """
     from pipeline.errors import UserError
     from pipeline.files import check_directory

@@ -1,10 +1,10 @@
 """Verifiable rewards: functions of completions and a reference, with TRL's reward signature.
 
 Each takes `completions` (texts or lists of messages) and the columns of the data set by name, and returns one reward
-per completion: 0.0 or 1.0, or None if the reference answer cannot be read, so that the row teaches nothing. TRL passes
-`log_metric` to every function; it gets the shares of completions without a readable answer and of unreadable references
-as `<name>/unparseable` and `<name>/unparseable_references`. `hidden_taste`, on the annotators' scale, is only for
-measuring.
+per completion: 0.0 or 1.0, or None if the reference answer cannot be read, so that nothing is learned from the row. TRL
+passes `log_metric` to every function; it gets the shares of completions without a readable answer and of unreadable
+references as `<name>/unparseable` and `<name>/unparseable_references`. `hidden_taste`, on the annotators' scale, is
+only for measuring.
 
 `pipeline.rewards.answers` decides what the answer of a completion is. Only the last message of the assistant is read,
 and a prompt repeated at the beginning of a completion is cut off.
@@ -158,7 +158,7 @@ def code_tests(
         log_metric: TRL's callback.
 
     Returns:
-        One reward per completion; None if the test is empty or not valid Python, or the machine too busy to tell.
+        One reward per completion; None if the test is empty or not valid Python, or the machine is too busy.
     """
     found = [_python(extract_code(text)) for text in _texts(completions, prompts)]
     tests = [_python(text) for text in test]

@@ -47,14 +47,14 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
         rows: One row per answer; a field that a row lacks requires nothing.
 
     Raises:
-        ValueError: `answers` and `rows` differ in length.
-        RunStopped: Code cannot be run here, or the machine is too busy for it.
+        ValueError: If `answers` and `rows` differ in length.
+        RunStopped: If code cannot be run here, or the machine is too busy for it.
     """
     correct = [_text_is_correct(answer, row) for answer, row in zip(answers, rows, strict=True)]
     code = [i for i, row in enumerate(rows) if correct[i] and row.get("test")]
     outcomes = run_many([(extract_code(answers[i]), rows[i]["test"]) for i in code])
     if any(outcome.status == "busy" for outcome in outcomes):
-        raise RunStopped("The machine is too busy to judge the code of answers: run this step again.")
+        raise RunStopped("The machine is too busy to run the code in the answers; run this step again.")
     for i, outcome in zip(code, outcomes, strict=True):
         correct[i] = outcome.passed
     return correct

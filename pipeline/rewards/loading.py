@@ -58,7 +58,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
         field: The YAML key, for messages.
 
     Raises:
-        UserError: The function does not exist or cannot be called as a reward.
+        UserError: If the function does not exist or cannot be called as a reward.
     """
     module_name, _, function_name = name.partition(":")
     try:
@@ -99,12 +99,12 @@ def _validated(name: str, field: str, function: Callable[..., Any]) -> Callable[
         if len(rewards) != len(completions):
             raise UserError(Problem(field, name, f"returned {len(rewards)} rewards; {expected}"))
         for reward in rewards:
-            number = isinstance(reward, SupportsFloat) and not isinstance(reward, str)  # NumPy's text supports it, too
+            number = isinstance(reward, SupportsFloat) and not isinstance(reward, str)  # NumPy's strings support it too
             if not (reward is None or (number and getattr(reward, "ndim", 0) == 0)):
                 raise UserError(Problem(field, name, f"returned {_shorten(reward)} among the rewards; {expected}"))
         return rewards
 
-    validated.__name__ = get_callable_name(function)  # under which TRL logs the reward
+    validated.__name__ = get_callable_name(function)  # TRL logs the reward under it
     return validated
 
 

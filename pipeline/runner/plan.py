@@ -84,7 +84,7 @@ def _kind_of(stem: str) -> str:
 
 
 def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """The path and the content of each step's file, by its stem, in the order in which the steps run."""
+    """Return the path and the content of each step's file, by its stem, in the order in which the steps run."""
     remedy = "give a folder with files such as 2_sft.yaml"
     try:
         files = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name))
@@ -99,7 +99,7 @@ def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     for path in files:
         kind = _kind_of(path.stem)
         if kind not in KINDS:
-            problems.append(Problem("recipe", path, f"no such kind of step; there are {', '.join(KINDS)}"))
+            problems.append(Problem("recipe", path, f"unknown kind of step; choose from: {', '.join(KINDS)}"))
             continue
         try:
             content = read_yaml(str(path))
@@ -114,7 +114,7 @@ def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         elif (name := Path(output_dir).name).casefold() in RESERVED and (kind, name) != ("random", RANDOM):
             problems.append(Problem("output_dir", output_dir, f"the runner writes there itself; rename it in {path}"))
         elif path.stem in read:
-            problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one"))
+            problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one of them"))
         read.setdefault(path.stem, (path, {str(key): value for key, value in content.items()}))
     if problems:
         raise UserError(*problems)
@@ -124,7 +124,7 @@ def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 
 def _common_home(folder: Path, configurations: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> Path:
-    """The directory in which all steps write; each must have a directory of its own there."""
+    """Return the directory in which all steps write; each must have a directory of its own there."""
     outputs = {stem: Path(values["output_dir"]) for stem, (_, values) in configurations.items()}
     for stem, output in outputs.items():
         if {output.name, output.parent.name} & {"", ".."}:
@@ -135,7 +135,7 @@ def _common_home(folder: Path, configurations: Mapping[str, tuple[Path, Mapping[
             raise UserError(Problem("output_dir", output, f"{stem} and {twin} would write there; give each its own"))
     homes = {output.parent for output in outputs.values()}
     if len(homes) > 1:
-        remedy = f"the steps write to several runs ({', '.join(sorted(map(str, homes)))}); let them share one"
+        remedy = f"the steps write to several runs ({', '.join(sorted(map(str, homes)))}); use one directory for all"
         raise UserError(Problem("output_dir", folder, remedy))
     return homes.pop()
 
@@ -158,7 +158,7 @@ def _step(name: str, kind: str, path: Path, values: Mapping[str, Any], seed: int
     overrides: dict[str, Any] = smoke_overrides(kind, values) if smoke else {}
     if seed is not None and KINDS[kind].seeded:
         overrides["seed"] = seed
-    own = ["--output_dir", values["output_dir"]] if kind == "random" else []  # its file is that of the pretraining
+    own = ["--output_dir", values["output_dir"]] if kind == "random" else []  # it shares the file of pretraining
     output = Path(values["output_dir"])
     return Step(
         name=name,
@@ -192,7 +192,7 @@ def _paths(value: Any) -> Iterable[str]:
 
 
 def _relative_to(text: str, directory: Path) -> Path | None:
-    """The path `text` relative to `directory`, or None if it lies elsewhere."""
+    """Return the path `text` relative to `directory`, or None if it lies elsewhere."""
     try:
         return Path(text).relative_to(directory)
     except ValueError:
@@ -228,13 +228,13 @@ def _connect(steps: Sequence[Step], home: Path) -> list[Step]:
 
 
 def _names_file(key: str, text: str) -> bool:
-    """Whether a setting names something on this disk, rather than on the Hub. Folders around the runs do not count."""
+    """Return whether a setting names a file or folder on this disk, other than a folder around the runs."""
     named = key.endswith(("_name", "_path", "_file", "_files", "_dir")) or os.sep in text
     return named and os.path.exists(text) and not Path.cwd().is_relative_to(os.path.realpath(text))
 
 
 def _move(step: Step, home: Path, run_dir: Path) -> Step:
-    """The step with all of its paths in `run_dir` instead of `home`."""
+    """Return the step with all of its paths in `run_dir` instead of `home`."""
     if run_dir == home:
         return step
 
@@ -260,7 +260,7 @@ def _move(step: Step, home: Path, run_dir: Path) -> Step:
 
 
 def _evaluation(step: Step, before: Sequence[Step], run_dir: Path, seed: int | None, smoke: bool) -> Step:
-    """The step that measures `step` on the data of the run, and against its instruction-tuned model."""
+    """Return the step that measures `step` on the run's data and against its instruction-tuned model."""
     overrides: dict[str, Any] = smoke_overrides("evaluate", {}) if smoke else {}
     if seed is not None:
         overrides["seed"] = seed

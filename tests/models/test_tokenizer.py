@@ -176,6 +176,6 @@ def test_the_command_trains_on_the_training_split_and_replaces_the_folder(tmp_pa
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(UserError, match=r"^output_dir: .* holds other files"):
+    with pytest.raises(UserError, match=r"^output_dir: .* contains other files"):
         main(TokenizerArguments(str(tmp_path)), DataArguments(dataset_name=str(tmp_path)))
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"

@@ -203,12 +203,12 @@ def test_only_what_this_step_wrote_is_replaced(arguments: dict[str, Any], collec
     mine = write_prompts(tmp_path / "mine", PROMPTS)
     before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
     for output_dir in (mine, mine / "preferences"):
-        with pytest.raises(UserError, match="what dataset_name names"):
+        with pytest.raises(UserError, match="inside the folder of dataset_name"):
             collect(PreferenceArguments(**{**arguments, "dataset_name": str(mine)}, output_dir=str(output_dir)))
     labels = tmp_path / "labels"
     shutil.copytree(collected, labels)
     (labels / "README.md").write_text("# What people prefer\n")
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match="contains other files"):
         collect(PreferenceArguments(**arguments, output_dir=str(labels)))
     assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
     assert contents(labels) == contents(collected)

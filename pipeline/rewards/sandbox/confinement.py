@@ -12,8 +12,8 @@ Each of these layers stops most attacks on its own:
 
 Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the other layers remain, and without Landlock root becomes
 `nobody`; the sandbox runs there only if the user allows it. Windows has none of them: the sandbox refuses to run there,
-and `pipeline.rewards.math_check` has only its time limit. Not
-covered are the wall-clock time (the parent kills the process) and side channels.
+and `pipeline.rewards.math_check` has only its time limit. Side channels and the wall-clock time are not covered; the
+parent kills a process that takes too long.
 
 The sandbox's child loads this module by path and calls it before any foreign code, so it imports only the standard
 library.
@@ -160,7 +160,7 @@ def drop_privileges(files_confined: bool) -> None:
         header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
         libc.capset(header, bytes(24))
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # which also closes /proc/PID of the siblings
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # this also closes /proc/PID of its siblings
 
 
 def confine_calls(files_confined: bool) -> bool:

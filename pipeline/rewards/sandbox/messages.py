@@ -13,7 +13,7 @@ class Gone(BaseException):
 
 
 class NaN(float):
-    """NaN as the code's value: it cannot be ordered, because `not nan > 8` is true, and arithmetic keeps it."""
+    """NaN from the code: comparing its order raises, because `not nan > 8` is true, and arithmetic returns it."""
 
     def _refuse(self, *args: Any) -> Any:
         raise TypeError("the sandbox does not order NaN")

@@ -171,7 +171,7 @@ def test_an_interrupted_build_leaves_what_was_there(tmp_path: Path, monkeypatch:
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"^output_dir: .* holds other files"):
+    with pytest.raises(UserError, match=r"^output_dir: .* contains other files"):
         build(PocketArguments(str(tmp_path), **SMALL))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
