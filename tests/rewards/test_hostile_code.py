@@ -101,6 +101,8 @@ OBJECTS = {
     "a generator": "import itertools\ndef f(x):\n    yield -1",
     "a module": "import math\ndef f(x):\n    return math",
     "a class of exceptions": "def f(x):\n    return ValueError",
+    "is an exception itself": "class f(Exception):\n    pass",
+    "is an exception of Python's": "f = KeyError",
     "ends the loop of the test": "def f(x):\n    raise StopIteration",
     "NaN": "def f(x):\n    return float('nan')",
     "edits what it is compared with": "def f(x):\n    if isinstance(x, list):\n        x.clear()\n        return []\n    return None",

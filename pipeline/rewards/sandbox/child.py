@@ -28,7 +28,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 sys.path.insert(0, os.path.abspath(os.path.join(__file__, *[os.pardir] * 4)))
-from pipeline.rewards.sandbox import confinement  # found by that path; all else is the standard library
+from pipeline.rewards.sandbox import confinement  # found on that path; everything else is from the standard library
 from pipeline.rewards.sandbox.messages import Channel, Gone, decode, encode
 
 del sys.path[0]
@@ -144,7 +144,7 @@ class Examiner:
         if isinstance(known, type) and issubclass(known, BaseException):
             return known
         base = self.exception(names[1:]) if len(names) > 1 else Exception
-        return self.exceptions.setdefault(names[0], type(names[0], (base,), {}))
+        return self.exceptions.setdefault(names[0], type(names[0], (base,), {"__bool__": _was_raised}))
 
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
         self.channel.send(message)
@@ -172,19 +172,22 @@ class Examiner:
                 before.extend(after) if isinstance(before, list) else before.update(after)
         return decode(reply["value"], self.named if operation == "get" else self.incoming)
 
+    @staticmethod
+    def may_define(name: str, item: Any) -> bool:
+        """Return whether the code may give the test this name: not a builtin's, nor a name for another exception."""
+        renamed = isinstance(item, dict) and item.get("exception", [name])[0] != name
+        return not (renamed or name.startswith("__") or hasattr(builtins, name))
+
     def examine(self, code: str, test: str) -> None:
         """Run the code and its test, and raise whatever stops the test."""
-        names = self.request({"code": code})["names"]
-        names = {name: item for name, item in names.items() if not (name.startswith("__") or hasattr(builtins, name))}
-        namespace = {name: decode(item, self.named) for name, item in names.items()}
-        for name in (
-            sys.stdlib_module_names & namespace.keys()
-        ):  # `math.isclose` is Python's, even if `math` is the code's
+        names = self.request({"code": code})["names"].items()
+        namespace = {name: decode(item, self.named) for name, item in names if self.may_define(name, item)}
+        for name in sys.stdlib_module_names & namespace.keys():  # so that `math.isclose` is Python's
             used = re.findall(rf"\b{name}\.(\w+)", test)
             if used and all(hasattr(importlib.import_module(name), attribute) for attribute in used):
                 namespace[name] = importlib.import_module(name)
         exec(compile(test, "test", "exec"), namespace | {"__name__": "test"})  # noqa: S102 - this process is confined, too
-        if self.channel.gone:  # the test has caught it
+        if self.channel.gone:  # even if the test has caught it
             raise Gone
 
 
@@ -229,8 +232,14 @@ class Remote:
         return isinstance(other, Remote) and self._ask("__eq__", other) is True
 
 
+def _was_raised(error: BaseException) -> bool:
+    if error.__traceback__ is None:  # an object like any other, if the test has only called its class
+        raise _refusal("__bool__")
+    return True
+
+
 def _refusal(name: str) -> TypeError:
-    return TypeError(f"the sandbox lets no object decide {name} for a plain value; return a plain value")
+    return TypeError(f"an object must not decide {name} for a plain value; return a plain value")
 
 
 def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:

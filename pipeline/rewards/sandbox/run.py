@@ -45,8 +45,8 @@ PROBE = """
 import os, socket
 assert f([2, 1]) == [1, 2]
 for promise, attempt in {
-    "read files (Landlock is missing; Linux 5.13 and later have it)": lambda: os.listdir("/"),
-    "use the network (seccomp is missing; Linux has it)": lambda: socket.socket().close(),
+    "read files (Landlock is missing)": lambda: os.listdir("/"),
+    "use the network (seccomp is missing)": socket.socket,
     "signal processes": lambda: os.kill(os.getppid(), 0),
 }.items():
     try:
@@ -91,7 +91,7 @@ def _validate_sandbox(allowed: bool) -> str | None:
         reason = lines[-1] if lines else outcome.status
         return f"right code fails here ({reason}); every user must be able to read {sys.base_prefix}"
     if lines and not allowed:
-        return f"code could {' and '.join(lines)}; use another machine, or accept it with allow_unconfined_code"
+        return f"code could {' and '.join(lines)}; use Linux 5.13 or later, or accept it with allow_unconfined_code"
     return None
 
 
@@ -106,7 +106,7 @@ def run_code(code: str, test: str, *, seconds: float = 2.0, memory_mb: int = 256
         memory_mb: Limit of the address space in MiB; Python itself takes about 40.
 
     Raises:
-        RunStopped: Code cannot be graded here, see `validate_sandbox`.
+        RunStopped: If code cannot be graded here, see `validate_sandbox`.
     """
     if fault := validate_sandbox():
         raise RunStopped(f"code_tests: {fault}")
