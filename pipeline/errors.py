@@ -30,7 +30,7 @@ LIBRARY_ERRORS = (
     ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError, OSError, ArithmeticError,
     AssertionError,
 )  # fmt: skip
-"""What the libraries raise for options and configurations that they cannot use."""
+"""Exceptions that the libraries raise for options and configurations that they cannot use."""
 
 LONGEST_VALUE = 300
 """Characters of a value that a message repeats."""
@@ -191,7 +191,7 @@ def remove_new_directories() -> None:
 
 
 def field_named_in(message: str, values: Mapping[str, Any]) -> str | None:
-    """Return the field that an error message mentions, by its name or else by its value."""
+    """Return the field that an error message mentions, by its name or by its value."""
     for separator in ("_", " "):
         for name in values:
             if re.search(rf"\b{re.escape(name.replace('_', separator))}\b", message):

@@ -1,4 +1,4 @@
-"""What users read, copy and edit: one short module for each stage, and a folder of YAML files for each scale."""
+"""The part that users read, copy and edit: a short module for each stage, and a folder of YAML files for each scale."""
 
 import gc
 import sys

@@ -199,7 +199,7 @@ def _build(
 
 
 def _refused(error: Exception, kind: Any, own: Mapping[str, Any], asked: Iterable[str]) -> Sequence[Problem]:
-    """Return the problems that a dataclass lists, or else its message as the problem of the field that it mentions."""
+    """Return the problems that a dataclass lists, or its message as the problem of the field that it mentions."""
     listed = error if isinstance(error, UserError) else error.__cause__
     if isinstance(listed, UserError):
         return listed.problems

@@ -1,4 +1,4 @@
-"""YAML files: reading them, and converting their values to the types of the fields that they set."""
+"""Read YAML files, and convert their values to the types of the fields that they set."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ Messages = list[dict[str, str]]
 
 
 class ShapeError(ValueError):
-    """What is wrong with one row."""
+    """A row does not have the expected shape; the message says how."""
 
 
 def read_messages(value: object, column: str, system_prompt: str | None = None) -> Messages:

@@ -39,7 +39,7 @@ LINES_PER_DOCUMENT = 64
 """Consecutive lines of a plain text file that make one document: enough to fill a packed block."""
 
 UNREADABLE = (OSError, EOFError, ValueError, TypeError, RuntimeError, zlib.error, lzma.LZMAError, yaml.YAMLError)
-"""What the libraries raise for files that do not contain what their names say."""
+"""Exceptions that the libraries raise for files whose content does not match their names."""
 
 
 def open_source(

@@ -1,4 +1,4 @@
-"""What a stage is measured on: the test splits of the run's data, or data that the user names; and fixed prompts."""
+"""The data that stages are measured on: the run's test splits or data that the user names, and fixed prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation writes to disk and prints."""
+"""The results of an evaluation: the files that it writes, and the table that it prints."""
 
 from __future__ import annotations
 

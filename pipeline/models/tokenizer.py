@@ -1,4 +1,4 @@
-"""Training a tokenizer on the pretraining documents, and saving it as an ordinary fast tokenizer.
+"""Train a tokenizer on the pretraining documents, and save it as an ordinary fast tokenizer.
 
 It works on bytes, so that any Unicode string round-trips. It splits numbers into digits, so that arithmetic can be
 learned. It reserves the chat tokens before any training, so that no later stage changes the vocabulary.

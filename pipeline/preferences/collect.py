@@ -129,7 +129,7 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
 
 
 def read_prompts(args: PreferenceArguments) -> dict[str, list[dict[str, Any]]]:
-    """Read the prompts of each existing split in random order, at most as many as asked for.
+    """Read the prompts of each existing split in random order, at most as many as requested.
 
     Raises:
         UserError: If the data set cannot be read, or lacks the split `train` or the column of prompts.

@@ -38,7 +38,7 @@ them.
 
 @dataclass
 class Counts:
-    """What became of the answers to the prompts of one split.
+    """Counts of the prompts, answers and pairs of one split.
 
     Attributes:
         prompts: Prompts sampled from.

@@ -159,7 +159,7 @@ def _over_kl(stage: Stage, key: str) -> Points:
 
 
 def overlay(runs: Sequence[Run]) -> list[Chart]:
-    """Return the charts with one line per run: its validation line, or else its first."""
+    """Return the charts with one line per run: its validation line if it has one, otherwise its first."""
     merged: dict[tuple[str, str], Chart] = {}
     for run in runs:
         for chart in charts_of(run):

@@ -1,4 +1,4 @@
-"""What each stage gained, and what it cost the earlier abilities, measured on the same examples."""
+"""The gains of each stage, and its costs to earlier abilities, measured on the same examples."""
 
 from __future__ import annotations
 

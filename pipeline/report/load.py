@@ -25,12 +25,12 @@ Outcomes = dict[str, tuple[float, float, str]]
 """Example id -> (value, weight, kind)."""
 
 MACHINE_KEYS = ("hardware", "versions", "commit")
-"""What the entry of a step in run.json says about where it ran."""
+"""Keys of a step's entry in run.json that describe where it ran."""
 
 
 @dataclass
 class Stage:
-    """What a stage left on disk.
+    """A stage, as read from the files that it left.
 
     Attributes:
         name: Directory name, such as "2_sft".
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The label, or else the name of the directory."""
+        """The label if there is one, otherwise the name of the directory."""
         return self.label or self.path.resolve().name
 
     @property
@@ -192,7 +192,7 @@ def _load_stage(run: Path, name: str, notes: list[str]) -> Stage:
 
 
 def _newest_state(directory: Path) -> Path:
-    """Return trainer_state.json of the stage, or else of its newest checkpoint."""
+    """Return trainer_state.json of the stage, or that of its newest checkpoint."""
     found = [file for file in directory.glob("checkpoint-*/trainer_state.json") if _step(file) >= 0]
     direct = directory / "trainer_state.json"
     return direct if direct.exists() or not found else max(found, key=_step)

@@ -80,7 +80,7 @@ def seconds(run: Run) -> dict[str, float]:
 
 
 def evaluation_seconds(run: Run, stage: str, taken: Mapping[str, float]) -> float | None:
-    """Return how long the stage's evaluation took: `taken` from the manifest, or else what it measured itself."""
+    """Return how long the stage's evaluation took: `taken` from the manifest, or what it measured itself."""
     return taken.get(EVALUATE + stage, run.stages[stage].evaluation_seconds)
 
 

@@ -13,7 +13,7 @@ SHOWN_CHARACTERS = 700
 """Longer texts are cut when they are shown; the files on disk keep all of them."""
 
 _LINK = re.compile(r"(https?|ftp|www)([:.])", re.IGNORECASE)
-"""What GitHub turns into a link."""
+"""Addresses that GitHub turns into links."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 
 

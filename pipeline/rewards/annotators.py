@@ -96,7 +96,7 @@ PANEL: tuple[Annotator, ...] = (
 
 @dataclass(frozen=True)
 class Components:
-    """What an annotator notices in an answer; the module's docstring has the ranges."""
+    """The properties of an answer that annotators judge; the module's docstring has the ranges."""
 
     right: float
     kind: float

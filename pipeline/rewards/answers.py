@@ -1,4 +1,4 @@
-r"""Finding the final answer in a text, and comparing final answers without algebra.
+r"""Find the final answer in a text, and compare final answers without algebra.
 
 The final answer is the content of `\boxed{…}`, the rest of the line after "####", or the rest of the sentence after
 "The answer is" ("The final answer is", "Answer:"). If there are several, the last one counts, so that a correction

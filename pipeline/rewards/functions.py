@@ -223,7 +223,7 @@ def _settle(rewards: Rewards, pending: list[tuple[int, tuple[str, str | None]]])
 
 
 def _reference(text: object) -> str | None:
-    """Return the answer in a reference column: the announced answer or else all of the text; None if it is empty."""
+    """Return the answer in a reference column: the announced answer, or all of the text; None if it is empty."""
     text = str(text) if isinstance(text, str | int | float) and not isinstance(text, bool) else ""
     if len(text) > MAX_ANSWER_LENGTH:
         return extract_answer(text)

@@ -32,7 +32,7 @@ def _fold(text: str) -> str:
 
 
 def extract_code(answer: str) -> str:
-    """Return the Python source in `answer`: its first fenced block, or else all of it."""
+    """Return the Python source in `answer`: its first fenced block, or all of it."""
     fenced = _FENCE.search(answer)
     return fenced.group(1) if fenced else answer
 

@@ -1,4 +1,4 @@
-"""Loading rewards by name: those of `pipeline.rewards.functions`, and functions that the user wrote."""
+"""Load rewards by name: those of `pipeline.rewards.functions`, and functions that the user wrote."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class PPORewardArguments:
         default=None,
         metadata={
             "help": "What the critic starts from: a critic, a reward model or a language model. Default: the first "
-            "reward model that has the policy's vocabulary, or else the policy."
+            "reward model that has the policy's vocabulary, otherwise the policy."
         },
     )
     allow_unconfined_code: bool = field(default=False, metadata={"help": UNCONFINED_HELP})

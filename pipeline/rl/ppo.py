@@ -76,7 +76,7 @@ class PPOTrainer(GRPOTrainer):
         processing_class: The tokenizer. Default: the model's.
         value_model: The critic: a token classification model with one label, which is itself trained; a reward model or
             a causal language model, which is copied; or a path or Hub id of any of these. Default: a copy of the first
-            reward model that has the policy's vocabulary, or else of the policy.
+            reward model that has the policy's vocabulary, otherwise of the policy.
         peft_config: Train an adapter instead of the policy's own weights. The critic is trained in full.
         **kwargs: Any other argument of `GRPOTrainer`. The critic's parameters are added to an optimizer in
             `optimizers`. A scheduler beside it must know them: add those of `value_model` before you make it.

@@ -1,4 +1,4 @@
-"""What `PPOTrainer` logs, under the names of TRL's former `PPOTrainer`.
+"""The metrics that `PPOTrainer` logs, under the names of TRL's former `PPOTrainer`.
 
 Means are over completions or over unmasked tokens, of all processes. Each statistic is first summed, so that the sums
 of several batches and processes can be added up before they are divided. `pipeline.rl.ppo_math` defines the notation.

@@ -35,7 +35,7 @@ VALUE_MODEL_FOLDER = "value_model"
 """Subfolder of a checkpoint or an output directory that contains the critic."""
 
 HEAD_NAMES = ("score", "classifier")
-"""What transformers calls the linear head of its classifiers."""
+"""Names of the linear head in transformers' classifiers."""
 
 # ---- Making a critic
 

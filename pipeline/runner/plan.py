@@ -1,4 +1,4 @@
-"""Reading a recipe folder: the steps of its YAML files, and those that follow from them."""
+"""Read a recipe folder: the steps of its YAML files, and those that follow from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has done so far (`run.json`), and which of its steps are due."""
+"""The record of what a run has done (`run.json`), and which of its steps are due."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.runner.steps import Step
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do about a step.
+    """A decision about a step.
 
     Attributes:
         action: "skip" it, "start" it from the beginning, or "resume" it from what it has saved.

@@ -18,11 +18,11 @@ REPORT = "report"
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file named `<number>_<kind>.yaml` runs.
+    """A kind of step, which a file named `<number>_<kind>.yaml` configures.
 
     Attributes:
         module: Module to run with `python -m`.
-        launched: Whether it runs under `accelerate launch`, on as many processes as asked for.
+        launched: Whether it runs under `accelerate launch`, on the requested number of processes.
         measured: Whether it writes a model, which is then evaluated.
         seeded: Whether it draws random numbers and takes a seed.
         editable: Whether it writes data, which people may correct by hand.

@@ -36,7 +36,7 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
 
 
 def train_and_save(trainer: Trainer, *arguments: Any) -> None:
-    """Train from the latest checkpoint, save the model with tokenizer and card, and push it if asked to.
+    """Train from the latest checkpoint, save the model with tokenizer and card, and push it if requested.
 
     The run logs the hardware and settings in use, writes only complete checkpoints, saves and stops on SIGINT and
     SIGTERM, and stops at a loss that is not a number. Other runs cannot write to the output directory meanwhile.
@@ -150,7 +150,7 @@ def drop_incomplete_batches(trainer: Trainer) -> None:
 
 
 def save_final(trainer: Trainer, *arguments: Any) -> None:
-    """Save the trained model, its tokenizer and its card beside the checkpoints, and push them if asked to."""
+    """Save the trained model, its tokenizer and its card beside the checkpoints, and push them if requested."""
     args = trainer.args
     output_dir = Path(args.output_dir)
     tmp_dir = output_dir / checkpoints.UNFINISHED

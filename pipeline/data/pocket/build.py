@@ -1,4 +1,4 @@
-"""Writing the pocket data set as a Hub data set repository: a card with configs, and one Parquet file per split."""
+"""Write the pocket data set as a Hub data set repository: a card with configs, and one Parquet file per split."""
 
 import logging
 import random

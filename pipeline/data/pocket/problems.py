@@ -119,7 +119,7 @@ GENERATORS: dict[Callable[[random.Random, SplitName], WordProblem], int] = {
     counting: 2,
     logic: 3,
 }
-"""The kinds of problems and how often each is drawn: more often those that take longer to learn."""
+"""The kinds of problems and how often each is drawn; those that take longer to learn are drawn more often."""
 
 
 def draw(rng: random.Random, split: SplitName) -> WordProblem:

@@ -1,4 +1,4 @@
-"""Running code that a model wrote against a test, without trusting it.
+"""Run code that a model wrote against a test, without trusting it.
 
 Every run is a fresh Python process with nothing but the standard library, an empty environment and an empty temporary
 directory that is deleted afterwards. `pipeline.rewards.sandbox.confinement` lists what the process may not do, and
