@@ -454,6 +454,7 @@ CASES |= {
     "a configuration cut off": model("config-cut", "not a valid JSON file"),
     "an unknown kind of model": model("unknown-kind", "foonet"),
     "a tokenizer cut off": model("tokenizer-cut", "no tokenizer"),
+    "a template that writes nothing": model("silent", "makes no tokens"),
     "an encoder": model("encoder", "cannot generate text"),
     "an adapter as a model": model("adapter", "is an adapter of x", "python -m pipeline merge"),
     "two labels to reward with": model("two-labels", "2 labels", recipe="reward"),
@@ -542,7 +543,7 @@ CASES |= {
     "an unknown option of checkpointing": Case(
         "sft",
         '--gradient_checkpointing_kwargs {{"foo":1}}',
-        ("gradient_checkpointing_kwargs:", "no option foo", "use_reentrant"),
+        ("gradient_checkpointing_kwargs:", "unknown option foo", "use_reentrant"),
     ),
     "an unknown compiler": Case(
         "sft", "--torch_compile --torch_compile_backend foo", ("torch_compile_backend: foo", "inductor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import measure_pairs
 from pipeline.files import check_directory
+from pipeline.models.checks import check_lengths
 from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
 
 
@@ -86,8 +88,8 @@ def evaluate_stage(
     with user_error_for("--stage", run / stage):
         rewards = is_reward_model(load_config(str(run / stage)))
     if rewards:
+        model, tokenizer = load_model(str(run / stage), "--stage", reward=True, dtype=torch.float32)
         if held_out.pairs:
-            model, tokenizer = load_model(str(run / stage), "--stage", reward=True, dtype=torch.float32)
             measure_pairs(result, _place(model), tokenizer, held_out.pairs, seed)
     else:
         chat = load_chat_model(run / stage, "--stage", max_new_tokens)
@@ -117,6 +119,9 @@ def holds_model(path: Path) -> bool:
 def load_chat_model(path: Path, option: str, max_new_tokens: int) -> metrics.ChatModel:
     """Load the language model in `path`, which `option` names, in float32 on the accelerator if there is one."""
     model, tokenizer = load_model(str(path), option, dtype=torch.float32)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if problems := check_lengths(positions, max_new_tokens=max_new_tokens):
+        raise UserError(*(replace(problem, field=f"--{problem.field}") for problem in problems))
     return metrics.ChatModel(_place(model), tokenizer, max_new_tokens)
 
 

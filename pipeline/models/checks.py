@@ -9,9 +9,6 @@ import transformers
 from pipeline.errors import Problem
 from pipeline.models.loading import is_reward_model, validate_vocabulary
 
-MAX_LAYERS = 4096
-"""A configuration with more layers is certainly wrong; building such a model would take hours."""
-
 
 def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool, assistant_only_loss: bool) -> list[Problem]:
     """Check that a tokenizer has the special tokens and the template that training needs.
@@ -39,19 +36,6 @@ def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool, assistant
     return [Problem(field, name, fault) for fault in faults]
 
 
-def validate_config(config: Any) -> str | None:
-    """Return what is wrong with the configuration of any model that is to be trained, or None."""
-    architectures = config.architectures or []
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        return f"`architectures` in its config.json is {architectures!r}, not a list of names; correct it"
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if not 1 <= layers <= MAX_LAYERS:
-        return f"its config.json asks for {layers} layers; correct it"
-    if getattr(config, "quantization_config", None):
-        return "is quantised, and quantised training is not supported; give the original weights"
-    return None
-
-
 def check_model(
     config: Any, tokenizer: Any | None, name: str, *, reward: bool = False, **lengths: int | None
 ) -> list[Problem]:
@@ -66,6 +50,8 @@ def check_model(
     """
     faults = []
     architectures = config.architectures or []
+    if getattr(config, "quantization_config", None):
+        faults.append("is quantised, and quantised training is not supported; give the original weights")
     if getattr(config, "is_encoder_decoder", False):
         faults.append("is an encoder-decoder model; give a decoder-only language model")
     if is_reward_model(config):

@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+import transformers
 from huggingface_hub import constants
+from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -24,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,11 +34,14 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
-from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, is_network_error
+from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import is_missing_path
-from pipeline.models.weights import ADAPTER, validate_complete, validate_file, validate_files
+from pipeline.models.weights import ADAPTER, stored_weights, validate_complete, validate_file, validate_files
 
 logger = logging.getLogger(__name__)
+
+MAX_LAYERS = 4096
+"""A configuration with more layers is certainly wrong; building such a model would take hours."""
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
@@ -71,7 +77,8 @@ def user_error_for(field: str, name: object, what: str = "model") -> Iterator[No
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
         raise UserError(Problem(field, name, remedy)) from None
     except Exception as error:  # a damaged tokenizer.json or config.json raises anything
-        raise UserError(Problem(field, name, f"no {what} can be loaded from it ({error!r})")) from error
+        remedy = f"no {what} can be loaded from it ({shorten(repr(error), 250)})"
+        raise UserError(Problem(field, name, remedy)) from error
 
 
 def load_tokenizer(name: str | None, field: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -88,7 +95,9 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
     if not name:
         raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
     with user_error_for(field, name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        tokenizer("Hello")  # fails if a setting in its files is of the wrong type
+        return tokenizer
 
 
 def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
@@ -107,7 +116,7 @@ def base_of(name: str) -> str | None:
     return PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
-def load_config(name: str) -> PreTrainedConfig:
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Load the configuration of a model, or that of an adapter's base model.
 
     The configuration of an adapter that is a classifier says so in `architectures`, and has one label, as
@@ -115,12 +124,21 @@ def load_config(name: str) -> PreTrainedConfig:
 
     Args:
         name: A folder or an id on the Hub.
+        revision: Branch, tag or commit on the Hub. Default: "main".
 
     Raises:
-        OSError, ValueError: If there is none.
+        OSError, ValueError: There is none, or it cannot be that of a model.
     """
     base = base_of(name)
-    config = AutoConfig.from_pretrained(base or name)
+    config = AutoConfig.from_pretrained(base or name, revision=revision or "main")
+    architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(item, str) for item in architectures):
+        raise ValueError(f"`architectures` in its config.json is {architectures!r}, not a list of names")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not 1 <= layers <= MAX_LAYERS:
+        raise ValueError(f"its config.json asks for {layers} layers")
+    if (Path(base or name) / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(base or name).validate(strict=True)  # saving the model does this too
     task = PeftConfig.from_pretrained(name).task_type if base else None
     if task in ARCHITECTURES:
         config.num_labels = 1
@@ -136,7 +154,7 @@ def is_reward_model(config: PreTrainedConfig) -> bool:
 def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
     """Check a local model's weights, or an adapter's and its base model's, against what they are for.
 
-    Only the headers of the files are read. A model on the Hub is checked by its configuration alone.
+    A model on the Hub is checked by its configuration alone.
 
     Args:
         name: A folder or an id on the Hub.
@@ -151,12 +169,19 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
         if fault := validate_file(folder / ADAPTER):
             return fault
         folder, config, model_class = Path(base), AutoConfig.from_pretrained(base), AutoModelForCausalLM
+    # The files are those of the class that saved them: a reward model may start from a language model.
+    saved_by = getattr(transformers, (config.architectures or [""])[0], None) or model_class
     try:
         with torch.device("meta"):
-            model = model_class.from_config(config)
-    except ValueError:
-        return f"is a {config.model_type} model, which cannot be used here"
-    fault = validate_files(folder, model) if folder.is_dir() else None
+            model_class.from_config(config)
+            model = saved_by._from_config(config) if hasattr(saved_by, "_from_config") else saved_by.from_config(config)
+    except LIBRARY_ERRORS as error:
+        if isinstance(error, ValueError) and type(config) not in getattr(model_class, "_model_mapping", ()):
+            return f"is a {config.model_type} model, which cannot be used here"
+        return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
+    fault = None
+    if folder.is_dir():
+        fault = validate_files(folder, model) or validate_finite(stored_weights(folder))
     return f"its base model {base}: {fault}" if base and fault else fault
 
 
@@ -183,7 +208,7 @@ def load_model(
 
     Raises:
         UserError: If the model or its tokenizer cannot be loaded, weights are missing or not finite, or the tokenizer
-            has no chat template or more tokens than the model.
+            has more tokens than the model, no end-of-text token or no chat template that works.
     """
     tokenizer = load_tokenizer(name, field)
     model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
@@ -191,16 +216,44 @@ def load_model(
         config = load_config(name)
         if is_reward_model(config) and not reward:
             fault: str | None = "is a reward model; give a language model"
-        elif not tokenizer.chat_template:
-            fault = "its tokenizer has no chat template; give a model tuned on conversations"
+        elif is_reward_model(config) and config.num_labels != 1:
+            fault = f"has {config.num_labels} labels; give a reward model, which has one"
         else:
-            fault = validate_vocabulary(config, tokenizer) or validate_weights(name, config, model_class)
+            fault = validate_chat(tokenizer) or validate_vocabulary(config, tokenizer)
+        fault = fault or validate_weights(name, config, model_class)
         if fault is None:
-            model, loaded = model_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+            with _without_table():
+                model, loaded = model_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
             fault = validate_complete(loaded["missing_keys"]) or validate_finite(model.named_parameters())
     if fault is not None:
         raise UserError(Problem(field, name, fault))
     return model, tokenizer
+
+
+def validate_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what is wrong with a tokenizer that is to format conversations, or None."""
+    if not tokenizer.chat_template:
+        return "its tokenizer has no chat template; give a model tuned on conversations"
+    if tokenizer.eos_token_id is None:
+        return "its tokenizer has no eos token, with which answers end; add one"
+    try:
+        if tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], return_dict=False):
+            return None
+        reason = "it makes no tokens of a question"
+    except (TemplateError, *LIBRARY_ERRORS) as error:
+        reason = str(error)
+    return f"its chat template does not work ({reason}); correct it"
+
+
+@contextmanager
+def _without_table() -> Iterator[None]:
+    """Keep transformers from logging a table of missing weights, which are reported in one line."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def validate_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 
 from pipeline.errors import Problem, UserError
@@ -80,7 +81,8 @@ def _merge(adapter: Path, base: str, output_dir: Path) -> None:
     model_class = AutoPeftModelForSequenceClassification if reward else AutoPeftModelForCausalLM
     fault = validate_weights(str(adapter), config, model_class)
     if fault is None:
-        with user_error_for("adapter", adapter):
+        with user_error_for("adapter", adapter), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             model = model_class.from_pretrained(str(adapter), dtype="auto", **({"num_labels": 1} if reward else {}))
             merged = model.merge_and_unload(safe_merge=True)
         fault = validate_finite(merged.named_parameters())

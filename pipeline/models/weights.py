@@ -95,12 +95,12 @@ def validate_complete(names: Collection[str]) -> str | None:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return [path for path in [folder / WEIGHTS] if path.exists()]
+        return [path for path in [folder / WEIGHTS] if path.is_file()]  # no pipe, which would be waited for
     try:
         names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-    return [folder / name for name in sorted(set(names))]
 
 
 def load_renamed_weights(trainer: Trainer, folder: str | Path) -> None:

@@ -11,10 +11,8 @@ import torch
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GenerationConfig,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
@@ -24,17 +22,17 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split
 from pipeline.data.splits import load_splits
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
-from pipeline.models.checks import check_lengths, check_model, check_room, check_tokenizer, validate_config
+from pipeline.models.checks import check_lengths, check_model, check_room, check_tokenizer
 from pipeline.models.llama import LlamaArguments, build_model
 from pipeline.models.loading import (
     base_of,
     is_reward_model,
+    load_config,
     load_tokenizer,
     skip_unreachable_hub,
     user_error_for,
-    validate_finite,
+    validate_weights,
 )
-from pipeline.models.weights import stored_weights, validate_files
 from pipeline.training import checks
 from pipeline.training.pretraining import PretrainConfig
 
@@ -122,8 +120,9 @@ def load_inputs(
             made = attempt(lambda: build_model(model_args, tokenizer, 0)) if tokenizer is not None else None
         problems += checks.check_disk(made.num_parameters(), made.num_parameters(), training_args) if made else []
     elif config is not None:
-        problems += check_model(config, tokenizer, str(name), reward=kind == "preference", **length)
-        if not getattr(config, "is_encoder_decoder", False):
+        faults = check_model(config, tokenizer, str(name), reward=kind == "preference", **length)
+        problems += faults
+        if all(fault.field in length for fault in faults):
             critic = reward_args is not None and reward_args.trains_critic
             problems += _check_weights(config, training_args, pretrained, critic)
     if splits is not None:
@@ -203,12 +202,7 @@ def _load_config(model_args: ModelConfig) -> Any:
         if base := base_of(name):
             remedy = f"is an adapter of {base}; merge them with `python -m pipeline merge` and give the result"
             raise UserError(Problem("model_name_or_path", name, remedy))
-        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision or "main")
-        if (Path(name) / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(name).validate(strict=True)  # saving the model does this too
-    if fault := validate_config(config):
-        raise UserError(Problem("model_name_or_path", name, fault))
-    return config
+        return load_config(name, model_args.model_revision)
 
 
 def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig, critic: bool) -> list[Problem]:
@@ -226,8 +220,7 @@ def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig
         if attention is not None and type(config) in model_class._model_mapping:
             return [Problem("attn_implementation", attention, f"{reason}; omit it, or use sdpa or eager")]
         return [Problem("model_name_or_path", name, f"its {config.model_type} model cannot be built ({reason[:200]})")]
-    folder = Path(name)
-    fault = (validate_files(folder, model) or validate_finite(stored_weights(folder))) if folder.is_dir() else None
+    fault = validate_weights(name, config, model_class)
     problems = [Problem("model_name_or_path", name, fault)] if fault else []
     size = model.num_parameters()
     trained = round(0.05 * size) if model_args.use_peft else size  # adapters are smaller, by their rank and targets
@@ -246,6 +239,8 @@ def _check_tokens(
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
         )
+        if not encoded["input_ids"]:
+            raise ValueError("it makes no tokens of it")
         return len(encoded["input_ids"])
 
     if kind == "text":

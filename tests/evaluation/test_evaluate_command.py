@@ -267,7 +267,8 @@ def test_pairs_in_any_format_measure_the_same(run):
         (["RUN", "--stage", "0_random", "--against", "5_more"], "--against: 5_more: is not the directory of a model"),
         (["RUN", "--stage", ".."], "--stage: ..: is not the directory of a model"),
         (["RUN", "--stage", "."], "--stage: .: is not the directory of a model"),
-        (["RUN", "--stage", ""], "--stage: : is not the directory of a model"),
+        (["RUN", "--stage", "0_random", "--max_new_tokens", "999"], "--max_new_tokens: 999: the model sees 256 tokens"),
+        (["RUN", "--stage", ""], "--stage: '': is empty"),
         (["RUN", "--stage", "0_random", "--samples", "100000000"], "--samples: 100000000: must be at most 1000"),
         (["RUN", "--stage", "0_random", "--samples", "-1"], "--samples: -1: must be a number of at least 1"),
         (["RUN", "--stage", "0_random", "--limit", "0"], "--limit: 0: must be a number of at least 1"),
@@ -284,7 +285,7 @@ def test_mistakes_are_refused_in_one_line(run, capsys, options, message):
         main(["evaluate", folder, *[option.replace("DATA", f"{run}/data") for option in options[1:]]])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line and "examples/s" not in line]
+    lines = [line for line in error.splitlines() if line and "examples/s" not in line and "Loading" not in line]
     assert len(lines) == 1 and lines[0].startswith(message)
 
 
@@ -329,6 +330,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run, capsys):
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(run / "0_random")
     assert "its tokenizer" in refusal(capsys, run)
+
+
+def test_a_reward_model_is_checked_even_without_pairs(run, capsys):
+    write_reward_model(run)
+    weights = load_file(run / "3_reward" / "model.safetensors")
+    weights["score.weight"].fill_(math.nan)
+    save_file(weights, run / "3_reward" / "model.safetensors", {"format": "pt"})
+    assert "not finite numbers (score.weight)" in refusal(capsys, run, "--stage", "3_reward")
 
 
 def test_a_file_in_the_place_of_the_evaluations_is_refused(run, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,6 +95,63 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "chat template" in refusal(folder)
     (folder / "tokenizer.json").write_text("{}")
     assert "no tokenizer can be loaded" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('too polite') }}", "too polite"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages.first.second }}", "has no attribute"),
+        ("{% for message in messages %}{{ message", "unexpected"),
+        ("{% if false %}never{% endif %}", "makes no tokens"),
+    ],
+)
+def test_a_template_that_does_not_work_is_refused(tmp_path: Path, template: str, said: str) -> None:
+    folder = save_model(tmp_path / "model")
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    message = refusal(folder)
+    assert "its chat template does not work" in message and said in message
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("config.json", {"num_hidden_layers": 10**7}, "10000000 layers"),
+        ("config.json", {"architectures": [5]}, "`architectures`"),
+        ("config.json", {"pad_token_id": 10**6}, "cannot be built"),
+        ("generation_config.json", {"max_new_tokens": -4}, "max_new_tokens"),
+        ("tokenizer_config.json", {"model_max_length": "long"}, "no tokenizer can be loaded"),
+        ("tokenizer_config.json", {"eos_token": None}, "no eos token"),
+    ],
+)
+def test_settings_of_a_model_that_cannot_be_are_refused(
+    tmp_path: Path, file: str, changes: dict[str, object], said: str
+) -> None:
+    folder = save_model(tmp_path / "model")
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert said in refusal(folder)
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 5}}', None])
+def test_files_that_are_not_weights_are_refused(tmp_path: Path, index: str | None) -> None:
+    folder = save_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    if index is None:
+        os.mkfifo(folder / "model.safetensors")
+    else:
+        (folder / "model.safetensors.index.json").write_text(index)
+    assert "does not contain weights" in refusal(folder)
+
+
+def test_a_reward_model_with_two_labels_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", reward=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_labels": 2}))
+    assert "has 2 labels" in refusal(folder, reward=True)
 
 
 def test_the_wrong_kind_of_model_is_refused(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def save_odd_models(folder: Path) -> None:
     damaged("generation", lambda path: (path / "generation_config.json").write_text('{"temperature": -1}'))
     variant("dividing", lambda words: setattr(words, "chat_template", f"{MARKS}{{{{ 1 / 0 }}}}"))
     (folder / "dangling").symlink_to(folder / "nowhere")
+    variant("silent", lambda words: setattr(words, "chat_template", SILENT))
     variant("refusing", lambda words: setattr(words, "chat_template", REFUSING))
     AutoModelForSequenceClassification.from_pretrained(words, num_labels=2).save_pretrained(folder / "two-labels")
     tokenizer().save_pretrained(folder / "two-labels")
@@ -94,6 +95,7 @@ def save_odd_models(folder: Path) -> None:
 
 
 MARKS = "{% generation %}{% endgeneration %}"
+SILENT = "{% generation %}{% endgeneration %}"
 REFUSING = MARKS + "{{ raise_exception('too polite') }}"
 
 
