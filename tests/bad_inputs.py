@@ -224,6 +224,18 @@ CASES = {
         ("dataset_name:", "row 0", "margin is None"),
         files={"a.jsonl": rows({"prompt": "What?", "chosen": "That.", "rejected": "No.", "margin": None})},
     ),
+    "an infinite margin": Case(
+        "reward",
+        "--dataset_name {here}/a.jsonl",
+        ("dataset_name:", "row 0", "margin is inf"),
+        files={"a.jsonl": rows({"prompt": "What?", "chosen": "That.", "rejected": "No.", "margin": float("inf")})},
+    ),
+    "a group of the pattern that finds nothing": Case(
+        "grpo",
+        "--dataset_name {here}/a.jsonl --answer_pattern (z)?That",
+        ("dataset_name:", "row 0", "finds nothing"),
+        files={"a.jsonl": rows({"prompt": "What?", "answer": "That."}) * 8},
+    ),
     "scores centred by no number": Case(
         "reward", "--center_rewards_coefficient nan", ("center_rewards_coefficient: nan", "at least 0")
     ),
@@ -278,9 +290,9 @@ CASES = {
         "sft", "--model_name_or_path {inputs}/more-words", ("model_name_or_path:", "knows", "tokens")
     ),
     "blocks beyond the positions": Case(
-        "pretrain", "--block_size 512 --max_position_embeddings 256", ("block_size: 512", "sees 256 tokens")
+        "pretrain", "--block_size 512 --max_position_embeddings 256", ("block_size: 512", "context is 256 tokens")
     ),
-    "sequences beyond the positions": Case("sft", "--max_length 512", ("max_length: 512", "sees 256 tokens")),
+    "sequences beyond the positions": Case("sft", "--max_length 512", ("max_length: 512", "context is 256 tokens")),
     "LoRA on nothing": Case(
         "sft", "--use_peft --lora_target_modules qkv", ("lora_target_modules: qkv", "choose from", "q_proj")
     ),

@@ -62,7 +62,7 @@ class Overlap:
 
     @property
     def share(self) -> float:
-        """Overlapping test examples / all of them (0.0 without any)."""
+        """Share of the test examples that overlap; 0.0 without test examples."""
         return len(self.matches) / self.test_rows if self.test_rows else 0.0
 
 

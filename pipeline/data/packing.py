@@ -30,8 +30,8 @@ IGNORED = -100
 def pack_documents(dataset: Split, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str) -> Split:
     """Pack documents into blocks of `block_size` tokens, in the order of the data set.
 
-    Each document is `bos + text + eos`. The first token of a document is not a label, since nothing that it may see
-    could predict it. A document cut by the end of a block continues in the next one as if it began there.
+    Each document is `bos + text + eos`. The first token of a document is not a label, because no token
+    before it is visible. A document cut by the end of a block continues in the next one as if it began there.
 
     Args:
         dataset: Documents; a streamed data set stays streamed, in constant memory.
@@ -111,6 +111,6 @@ class PackedRows:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
             "position_ids": pad_sequence(positions, batch_first=True, padding_value=0),
         }
-        # Nothing that the first token of a conversation may see could predict it.
+        # The first token of a conversation has no context that could predict it.
         batch["labels"][batch["position_ids"] == 0] = IGNORED
         return batch

@@ -43,7 +43,7 @@ def document_losses(
     windows.sort(key=lambda window: len(window[1]))
     losses = [0.0] * len(texts)
     while windows:
-        # The longest window left sets the width of the batch, and so how many windows fit.
+        # The longest remaining window determines the width of the batch, and so how many fit.
         width = len(windows[-1][1])
         batch = [windows.pop() for _ in range(min(len(windows), max(1, batch_tokens // width)))]
         ids = torch.tensor([w + [pad] * (width - len(w)) for _, w in batch], device=model.device)

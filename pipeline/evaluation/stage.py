@@ -24,7 +24,7 @@ def check_run(run: Path) -> None:
     """Check, before anything is loaded, that RUN exists and RUN/evaluations can be written.
 
     Raises:
-        UserError: It does not, or cannot.
+        UserError: If RUN does not exist, or the evaluations cannot be written.
     """
     if not run.is_dir():
         raise UserError(Problem("RUN", run, "does not exist or is not a directory; give the directory of a run"))
@@ -37,7 +37,7 @@ def check_stage(run: Path, stage: str, option: str) -> None:
     """Check that RUN/STAGE, which `option` names, contains a model.
 
     Raises:
-        UserError: It does not.
+        UserError: If it does not.
     """
     if stage == ".." or Path(stage).name != stage or not holds_model(run / stage):
         found = sorted(path.name for path in run.iterdir() if holds_model(path))
@@ -49,7 +49,7 @@ def check_opponent(run: Path, stage: str) -> None:
     """Check that RUN/STAGE, if it contains a model, can be an opponent in the win rate.
 
     Raises:
-        UserError: It is a reward model.
+        UserError: If it is a reward model.
     """
     with user_error_for("--against", stage):
         rewards = holds_model(run / stage) and is_reward_model(load_config(str(run / stage)))
@@ -79,7 +79,7 @@ def evaluate_stage(
         seed: Seed of the sampled answers and of the intervals.
 
     Raises:
-        UserError: A model is broken, or does not fit its tokenizer.
+        UserError: If a model is broken, or does not fit its tokenizer.
     """
     began = time.perf_counter()
     launch.prepare_process()

@@ -73,13 +73,13 @@ def check_model(
 
 
 def check_lengths(positions: int | None, **lengths: int | None) -> list[Problem]:
-    """Check that sequences are not longer than the model can see.
+    """Check that sequences fit into the context of the model.
 
     Args:
         positions: `max_position_embeddings` of the model, if it has any.
         **lengths: Length in tokens of each field that sets one.
     """
-    remedy = f"the model sees {positions} tokens (max_position_embeddings); lower it"
+    remedy = f"the model's context is {positions} tokens (max_position_embeddings); lower it"
     return [
         Problem(field, length, remedy)
         for field, length in lengths.items()
@@ -99,7 +99,7 @@ def check_room(field: str, value: int, longest: int, positions: int | None) -> l
     if positions is None or longest + value <= positions:
         return []
     remedy = (
-        f"the longest prompt takes {longest} of the {positions} tokens that the model sees (max_position_embeddings), "
+        f"the longest prompt takes {longest} of the model's {positions} tokens of context (max_position_embeddings), "
         f"which leaves {max(0, positions - longest)}; lower it or shorten prompts"
     )
     return [Problem(field, value, remedy)]

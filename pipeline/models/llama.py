@@ -32,7 +32,7 @@ class LlamaArguments:
     num_key_value_heads: int | None = field(
         default=None, metadata={"help": "Key and value heads (default: as many as query heads)."}
     )
-    max_position_embeddings: int = field(default=512, metadata={"help": "Tokens that the model can see."})
+    max_position_embeddings: int = field(default=512, metadata={"help": "Maximum context length, in tokens."})
     rope_theta: float = field(default=10_000.0, metadata={"help": "Base of the rotary embedding."})
     attention_bias: bool = field(
         default=False,

@@ -101,7 +101,7 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
 
 
 def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
-    """Return what TRL's own scripts pass to `from_pretrained`, except for code from the Hub."""
+    """Return the keyword arguments that TRL's scripts pass to `from_pretrained`, without `trust_remote_code`."""
     return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
         Exit code 0.
 
     Raises:
-        UserError: The adapter or its base model cannot be loaded, or the output directory is not empty or not writable.
+        UserError: If the adapter or its base model cannot be loaded, or the output directory is not empty or writable.
     """
     base = _read_base(args.adapter)
     _check_output_dir(args.output_dir)
@@ -77,7 +77,7 @@ def _merge(adapter: Path, base: str, output_dir: Path) -> None:
     tokenizer = load_tokenizer(str(adapter), "adapter")
     with user_error_for("adapter", base, "base model"):
         config = load_config(str(adapter))
-    reward = is_reward_model(config)  # with one output
+    reward = is_reward_model(config)
     model_class = AutoPeftModelForSequenceClassification if reward else AutoPeftModelForCausalLM
     fault = validate_weights(str(adapter), config, model_class)
     if fault is None:

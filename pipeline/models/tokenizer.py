@@ -37,7 +37,7 @@ class TokenizerArguments:
         default="bpe",
         metadata={"help": "bpe merges bytes into frequent pieces of words, character into single characters."},
     )
-    model_max_length: int = field(default=512, metadata={"help": "Tokens that the model to be trained can see."})
+    model_max_length: int = field(default=512, metadata={"help": "Context length of the model to train, in tokens."})
 
 
 def train_tokenizer(

@@ -60,7 +60,7 @@ def validate_file(file: Path) -> str | None:
 
 
 def validate_files(folder: Path, model: Any) -> str | None:
-    """Compare the weight files of a folder with the model that they are for.
+    """Compare the weight files of a folder with the weights that a model expects.
 
     transformers would fill missing weights with random numbers and log a table.
 

@@ -72,7 +72,7 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def reason_to_stop(self, state: TrainerState, output_dir: str) -> RunStopped | None:
-        """Return how to end a run whose training was stopped early by a signal.
+        """Return the error that ends a run whose training was stopped early by a signal.
 
         Returns:
             An error with exit code 128 + the signal's number. None if a signal did not arrive before the last step.

@@ -28,7 +28,7 @@ LORA_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Co
 
 
 def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
-    """Check that the model has the modules that LoRA is to adapt, and that the rank is not above theirs.
+    """Check that the modules that LoRA adapts exist, and that its rank does not exceed theirs.
 
     Args:
         model_args: The LoRA options.

@@ -267,7 +267,10 @@ def test_pairs_in_any_format_measure_the_same(run):
         (["RUN", "--stage", "0_random", "--against", "5_more"], "--against: 5_more: is not the directory of a model"),
         (["RUN", "--stage", ".."], "--stage: ..: is not the directory of a model"),
         (["RUN", "--stage", "."], "--stage: .: is not the directory of a model"),
-        (["RUN", "--stage", "0_random", "--max_new_tokens", "999"], "--max_new_tokens: 999: the model sees 256 tokens"),
+        (
+            ["RUN", "--stage", "0_random", "--max_new_tokens", "999"],
+            "--max_new_tokens: 999: the model's context is 256 tokens",
+        ),
         (["RUN", "--stage", ""], "--stage: '': is empty"),
         (["RUN", "--stage", "0_random", "--samples", "100000000"], "--samples: 100000000: must be at most 1000"),
         (["RUN", "--stage", "0_random", "--samples", "-1"], "--samples: -1: must be a number of at least 1"),
@@ -367,3 +370,28 @@ def test_damaged_data_are_refused(run, capsys):
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert "test.parquet: cannot be read" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "said"),
+    [
+        ("pretrain", {"text": None}, "text is None"),
+        ("pretrain", {"text": " "}, "text is ' '"),
+        ("sft", {"messages": None}, "messages is None"),
+        ("sft", {"messages": user("Alone?")}, "do not end with an answer"),
+        ("sft", {"messages": [{"role": "robot", "content": "?"}]}, "role 'robot'"),
+        ("sft", {"require": ["cat"]}, "require is ['cat'], not a list of lists"),
+        ("sft", {"reject": "dog"}, "reject is 'dog'"),
+        ("sft", {"max_words": "nine"}, "max_words is 'nine'"),
+        ("reasoning", {"prompt": None}, "prompt is None"),
+        ("reasoning", {"answer": None}, "answer is None"),
+        ("preferences", {"prompt": assistant("No question.")}, "ends with the role assistant"),
+        ("preferences", {"test": 5}, "test is 5"),
+    ],
+)
+def test_a_row_that_cannot_be_measured_is_refused(run, capsys, split, changes, said):
+    path = run / "data" / split / "test.parquet"
+    row = {**pq.read_table(path).to_pylist()[0], **changes}
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    line = refusal(capsys, run)
+    assert line.startswith(f"RUN: {path}, row 0: ") and said in line
