@@ -32,6 +32,11 @@ FEATURES = {"text": Value("string"), "answer": Value("string"), "margin": Value(
     ("messages", "prompt", "chosen", "rejected"), MESSAGES
 )
 
+RESERVED = (
+    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "image", "images",
+)  # fmt: skip
+"""Columns of prompts that are left out: trainers pass arguments of these names to rewards, or read images in them."""
+
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
 
@@ -73,11 +78,9 @@ def standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
     features = {name: FEATURES[name] for name in kept if name in FEATURES}
     if kind == "prompt":  # the other columns stay, for rewards
-        kept += columns
+        kept += [column for column in columns if column not in RESERVED]
         features = (
-            {name: split.features[name] for name in columns if name not in features} | features
-            if split.features
-            else {}
+            {name: split.features[name] for name in kept if name not in features} | features if split.features else {}
         )
     removed = [column for column in columns if column not in kept]
     standard = split.map(
@@ -190,6 +193,8 @@ def _prompt_converter(args: DataArguments, columns: list[str]) -> Callable[[Row]
         match = (pattern or GSM8K_ANSWER).search(answer)
         if match:
             answer = match.group(1) if match.re.groups else match.group(0)
+            if answer is None:
+                raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(row[args.answer_column])}")
         elif pattern is not None:
             raise ShapeError(f"answer_pattern does not occur in {shorten(answer)}")
         return {"prompt": messages, "answer": answer.strip()}

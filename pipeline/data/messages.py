@@ -7,6 +7,9 @@ from typing import Any
 
 Messages = list[dict[str, str]]
 
+MAX_MARGIN = 1e6
+"""Bound of how much better an answer may be than another; the loss would not be finite with an infinite one."""
+
 
 class ShapeError(ValueError):
     """A row does not have the expected shape; the message says how."""
@@ -103,7 +106,7 @@ def read_pair(
     }
     if "margin" not in row:
         return pair
-    if not isinstance(row["margin"], int | float):
+    if not isinstance(row["margin"], int | float) or not abs(row["margin"]) < MAX_MARGIN:
         raise ShapeError(f"margin is {shorten(row['margin'])}, not a number")
     return {**pair, "margin": float(row["margin"])}
 

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.messages import ShapeError, is_informative, read_pair
+from pipeline.data.messages import ShapeError, is_informative, read_messages, read_pair, read_prompt, shorten
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
+from pipeline.rewards.grading import validate_rule
 from pipeline.rewards.sandbox.run import validate_sandbox
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class HeldOut:
 
 
 def subsample(rows: Sequence[Example], most: int) -> list[Example]:
-    """Return at most `most` rows in their order, drawn at random, but the same ones every time.
+    """Return at most `most` rows, drawn with a fixed seed and kept in their order.
 
     Neither the first rows nor every n-th one would do: data sets are sorted by kind, or their kinds alternate.
     """
@@ -125,10 +126,40 @@ def _read_split(folder: Path, *columns: str) -> list[Example]:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(Problem("RUN", path, f"cannot be read ({reason}); make the data again")) from None
+        raise UserError(Problem("RUN", path, f"cannot be read ({reason}); generate the data again")) from None
     if missing := [column for column in columns if column not in table.column_names]:
-        raise UserError(Problem("RUN", path, f"lacks the column {missing[0]}; make the data again"))
-    return _with_ids(table.to_pylist())
+        raise UserError(Problem("RUN", path, f"lacks the column {missing[0]}; generate the data again"))
+    rows = _with_ids(table.to_pylist())
+    for row in rows:
+        try:
+            _standardise(row, *columns)
+        except ShapeError as error:
+            remedy = f"{error}; correct or remove that row"
+            raise UserError(Problem("RUN", f"{path}, row {row['id']}", remedy)) from None
+    return rows
+
+
+def _standardise(row: Example, *columns: str) -> None:
+    """Check the columns of a row, and convert them to the types that the metrics expect.
+
+    Raises:
+        ShapeError: If a column does not contain what its name says.
+    """
+    for column in {"text", "answer"}.intersection(columns):
+        if row[column] is None or not str(row[column]).strip():
+            raise ShapeError(f"{column} is {shorten(row[column])}, not text")
+        row[column] = str(row[column])
+    if "prompt" in columns:
+        row["prompt"] = read_prompt(row["prompt"], "prompt")
+    if "messages" in columns:
+        row["messages"] = read_messages(row["messages"], "messages")
+        if len(row["messages"]) < 2 or row["messages"][-1]["role"] != "assistant":
+            raise ShapeError("messages do not end with an answer of the assistant")
+    if set(RULE_COLUMNS) & set(row):
+        if fault := validate_rule(row):
+            raise ShapeError(fault)
+        defaults = {"require": [], "reject": [], "max_words": 0, "test": ""}
+        row.update({column: row.get(column) or defaults[column] for column in RULE_COLUMNS})
 
 
 def _to_messages(pairs: Sequence[Example]) -> list[Example]:
@@ -140,6 +171,10 @@ def _to_messages(pairs: Sequence[Example]) -> list[Example]:
         except (ShapeError, KeyError) as error:
             remedy = f"row {row['id']} is not a pair ({error}); correct it"
             raise UserError(Problem("RUN", "3_preferences/test.parquet", remedy)) from None
+        for column in ("taste_chosen", "taste_rejected"):
+            if not isinstance(row.get(column, 0.0), int | float | None):
+                remedy = f"row {row['id']}: {column} is {shorten(row[column])}, not a number; correct it"
+                raise UserError(Problem("RUN", "3_preferences/test.parquet", remedy))
         if is_informative(pair):
             standard.append({**row, **pair})
     return standard

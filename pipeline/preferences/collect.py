@@ -41,6 +41,7 @@ from pipeline.models.loading import load_model
 from pipeline.preferences import files
 from pipeline.preferences.files import SPLITS, Counts
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
+from pipeline.rewards.grading import validate_rule
 
 logger = logging.getLogger("pipeline.preferences.collect")  # `__name__` is "__main__" if launched
 
@@ -152,6 +153,9 @@ def read_prompts(args: PreferenceArguments) -> dict[str, list[dict[str, Any]]]:
         random.Random(f"{args.seed}/{name}").shuffle(kept)
         most = args.max_prompts if name == "train" else args.max_eval_prompts
         prompts[name] = split.select(kept[:most]).to_list()
+        for row in prompts[name]:
+            if fault := validate_rule(row):
+                raise UserError(Problem("dataset_name", args.dataset_name, f"in a row of {name}, {fault}; correct it"))
     return {name: prompts[name] for name in SPLITS if name in prompts}
 
 

@@ -19,6 +19,22 @@ _FINAL_ANSWER = re.compile(r"\bthe (?:final )?answer is\b|####|\\boxed", re.IGNO
 _SENTENCE_END = re.compile(r"(?:[.!?;](?=\s|$)|\n)+")
 
 
+def validate_rule(row: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with how a row is graded, or None."""
+
+    def are_phrases(value: object) -> bool:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+    require = row.get("require") or []
+    if not (isinstance(require, list) and all(map(are_phrases, require))):
+        return f"require is {require!r:.60}, not a list of lists of phrases"
+    if not are_phrases(row.get("reject") or []):
+        return f"reject is {row['reject']!r:.60}, not a list of phrases"
+    if not isinstance(row.get("max_words") or 0, int):
+        return f"max_words is {row['max_words']!r:.60}, not a whole number"
+    return None if isinstance(row.get("test") or "", str) else f"test is {row['test']!r:.60}, not Python code"
+
+
 def contains(text: str, phrase: str) -> bool:
     """Return whether `phrase` occurs as whole words, in any case: "cat" not in "category", 12 not in 12.5."""
     wanted = re.escape(_fold(phrase))

@@ -112,6 +112,13 @@ def test_prompts_keep_the_columns_that_rewards_read(tmp_path: Path) -> None:
     assert train[0] == {**rows[0], "answer": "5"}
 
 
+def test_columns_of_prompts_with_the_names_of_trainers_arguments_are_left_out(tmp_path: Path) -> None:
+    row = {"prompt": "What?", "answer": "That.", "completions": "mine", "images": ["a.png"], "level": 1}
+    path = write_lines(tmp_path / "a.jsonl", [row] * 4)
+    train, _ = load_splits(DataArguments(dataset_name=path), "prompt", evaluation=False)
+    assert set(train.column_names) == {"prompt", "answer", "level"}
+
+
 @pytest.mark.parametrize("repeated", [{"prompt": "Q"}, {}])
 def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, repeated: dict[str, str]) -> None:
     rows = [{"chosen": conversation("Q", "good"), "rejected": conversation("Q", "bad"), **repeated}]

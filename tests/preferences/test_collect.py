@@ -310,7 +310,9 @@ def test_a_model_that_cannot_answer_is_refused(arguments: dict[str, Any], model_
     config = json.loads((model_dir / "config.json").read_text())
     judge = {**config, "architectures": ["LlamaForSequenceClassification"]}
     (tmp_path / "judge" / "config.json").write_text(json.dumps(judge))
-    (tmp_path / "rude" / "chat_template.jinja").write_text("{{ raise_exception('too polite') }}")
+    (tmp_path / "rude" / "chat_template.jinja").write_text(
+        "{% if messages[0].content != 'Hello' %}{{ raise_exception('too polite') }}{% endif %}Hello"
+    )
     assert "is a reward model" in refused("judge")
     assert "refuses a prompt of the data (too polite)" in refused("rude")
     assert "max_new_tokens: 9999" in refused("small", max_new_tokens=9999)
