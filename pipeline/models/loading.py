@@ -127,7 +127,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         revision: Branch, tag or commit on the Hub. Default: "main".
 
     Raises:
-        OSError, ValueError: There is none, or it cannot be that of a model.
+        OSError, ValueError: If there is none, or it cannot be that of a model.
     """
     base = base_of(name)
     config = AutoConfig.from_pretrained(base or name, revision=revision or "main")

@@ -1,4 +1,4 @@
-"""Load what a run has written: its manifest, its evaluations, its training logs, the shapes of its weights.
+"""Load what a run has written: its record (run.json), its evaluations, its training logs, the shapes of its weights.
 
 Everything that can be read is reported: a missing file is a stage that was not run, a damaged one becomes a note of one
 line.
@@ -67,7 +67,7 @@ class Run:
 
     Attributes:
         path: The directory.
-        manifest: The content of its run.json.
+        record: The content of its run.json.
         hardware: The machine of the last training step, {} if it was not recorded.
         versions: Its packages, {} if they were not recorded.
         commit: Its commit of this project, None if it was not recorded.
@@ -77,7 +77,7 @@ class Run:
     """
 
     path: Path
-    manifest: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None
@@ -93,7 +93,7 @@ class Run:
     @property
     def steps(self) -> dict[str, dict[str, Any]]:
         """The entries of the steps in run.json, by name."""
-        return {name: step for name, step in _mapping(self.manifest.get("steps")).items() if isinstance(step, dict)}
+        return {name: step for name, step in _mapping(self.record.get("steps")).items() if isinstance(step, dict)}
 
     @property
     def answering(self) -> list[Stage]:
@@ -137,7 +137,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 def load_run(path: Path) -> Run:
     """Load the run in the directory `path`; what cannot be read goes into its `notes`."""
     run = Run(path)
-    run.manifest = _read_object(path / "run.json", run.notes)
+    run.record = _read_object(path / "run.json", run.notes)
     _set_machine(run)
     names = {file.stem for file in path.glob("evaluations/*.json")}
     names |= {file.parent.name for file in path.glob("[0-9]*_*/config.json")}
@@ -158,7 +158,7 @@ def _set_machine(run: Run) -> None:
     trained = [name for name in facts if stage_kind(name) in STAGES and stage_info(name).trained]
     last = max(trained or facts, key=lambda name: str(run.steps[name].get("finished_at") or ""), default=None)
     if last is None:  # older runs have one record for all steps
-        whole = {"commit": run.manifest.get("git_commit"), **run.manifest}
+        whole = {"commit": run.record.get("git_commit"), **run.record}
         shown = {key: whole.get(key) for key in MACHINE_KEYS}
     else:
         shown = facts[last]

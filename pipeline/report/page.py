@@ -191,7 +191,7 @@ def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
         "Run": {
             "seed": summary["seed"],
             "commit": summary["commit"] or "unknown",
-            "recipe": run.manifest.get("recipe"),
+            "recipe": run.record.get("recipe"),
             **{key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")},
         },
         "Hardware": summary["hardware"] or {"machine": "unknown"},

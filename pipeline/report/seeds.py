@@ -71,7 +71,7 @@ def write_seeds(
     times = spread(taken, step_order)
     results = [check_targets(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
     summary = {
-        "runs": [{"run": run.name, "seed": run.manifest.get("seed"), "commit": run.commit} for run in runs],
+        "runs": [{"run": run.name, "seed": run.record.get("seed"), "commit": run.commit} for run in runs],
         "stages": stages,
         "differences": changes,
         "seconds": times,
@@ -111,7 +111,7 @@ def write_seeds(
 
 def label(run: Run) -> str:
     """Return the run's name and seed."""
-    seed = run.manifest.get("seed")
+    seed = run.record.get("seed")
     return run.name if seed is None else f"{run.name} (seed {seed})"
 
 

@@ -39,7 +39,7 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         "seconds": seconds(run),
         "hardware": run.hardware,
         "versions": run.versions,
-        "seed": run.manifest.get("seed"),
+        "seed": run.record.get("seed"),
         "commit": run.commit,
         "parameters": {name: stage.parameters for name, stage in run.stages.items() if stage.parameters},
         "tokens": {name: round(tokens) for name, (tokens, _) in costs.items() if tokens},
@@ -68,7 +68,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def seconds(run: Run) -> dict[str, float]:
-    """Return the seconds of each step from the manifest; for a stage that it lacks, those of training from its log."""
+    """Return the seconds of each step from the record; for a stage that it lacks, those of training from its log."""
     # The report cannot know how long it takes itself.
     found = {name: finite(step.get("seconds")) for name, step in run.steps.items() if name != "report"}
     taken = {name: value for name, value in found.items() if value is not None}
@@ -80,7 +80,7 @@ def seconds(run: Run) -> dict[str, float]:
 
 
 def evaluation_seconds(run: Run, stage: str, taken: Mapping[str, float]) -> float | None:
-    """Return how long the stage's evaluation took: `taken` from the manifest, or what it measured itself."""
+    """Return how long the stage's evaluation took: `taken` from the record, or what it measured itself."""
     return taken.get(EVALUATE + stage, run.stages[stage].evaluation_seconds)
 
 

@@ -111,8 +111,8 @@ def _validate_entry(entry: object) -> str:
 
 def is_pocket(run: Run) -> bool:
     """Return whether the targets of recipes/pocket apply: not to a miniature, nor to another recipe."""
-    recipe = run.manifest.get("recipe")
-    return not run.manifest.get("smoke") and (not isinstance(recipe, str) or Path(recipe).name == "pocket")
+    recipe = run.record.get("recipe")
+    return not run.record.get("smoke") and (not isinstance(recipe, str) or Path(recipe).name == "pocket")
 
 
 def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> list[TargetResult]:

@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.files import replace_folder
 from pipeline.training.callbacks import OnTrainBegin
-from pipeline.training.manifest import MANIFEST, STATE, replace_state, validate_checkpoint, write_manifest
+from pipeline.training.checkpoint_manifest import MANIFEST, STATE, replace_state, validate_checkpoint, write_manifest
 
 logger = logging.getLogger(__name__)
 

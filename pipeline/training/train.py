@@ -20,8 +20,9 @@ from pipeline import files, launch
 from pipeline.config import output_directory
 from pipeline.errors import Problem, RunStopped, UserError, end_preparation
 from pipeline.models.weights import resume_renamed_weights
-from pipeline.training import checkpoints, manifest
+from pipeline.training import checkpoints
 from pipeline.training.callbacks import InterruptCallback, OnTrainBegin, ThroughputCallback
+from pipeline.training.checkpoint_manifest import MANIFEST, STATE, validate_checkpoint
 from pipeline.training.divergence import last_good, stop_on_divergence
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
     checkpoint = Path(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     if checkpoint is not None:
         # A checkpoint that another program wrote does not have a manifest.
-        if (checkpoint / manifest.MANIFEST).exists() and (damage := manifest.validate_checkpoint(checkpoint)):
+        if (checkpoint / MANIFEST).exists() and (damage := validate_checkpoint(checkpoint)):
             raise UserError(Problem("resume_from_checkpoint", checkpoint, f"is damaged: {damage}"))
         checkpoints.check_architecture(checkpoint, trainer.model.config)
     first = trainer.is_world_process_zero()
@@ -165,7 +166,7 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
                 os.replace(path, output_dir / path.name)
-            trainer.state.save_to_json(str(output_dir / manifest.STATE))
+            trainer.state.save_to_json(str(output_dir / STATE))
             trainer.create_model_card(tags=["fourstage"], **_card_dataset(trainer, arguments))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunStopped(

@@ -223,7 +223,7 @@ def write_run(
     }
     known = {name: value + rng.random() for name, value in steps.items() if name[0] not in "34" or stages == STAGES}
     known |= {f"evaluate_{name}": 9.0 + rng.random() for name in stages} | {"report": 5.0}
-    manifest = {
+    record = {
         "steps": {name: {"fingerprint": "f", "command": ["x"], "seconds": value} for name, value in known.items()},
         "seed": seed,
         "recipe": "recipes/pocket",
@@ -236,7 +236,7 @@ def write_run(
         },
         "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.24.0", "trl": "1.16.0"},
     }
-    (path / "run.json").write_text(json.dumps(manifest))
+    (path / "run.json").write_text(json.dumps(record))
     for stage in stages:
         metrics, lines = _evaluate(stage, rng, examples)
         speaks = stage != "3_reward"

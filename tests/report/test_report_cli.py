@@ -136,8 +136,8 @@ def test_a_figure_that_falls_short_is_a_warning(whole_run: Path, tmp_path: Path)
 def test_only_a_full_run_of_pocket_has_its_targets(short_run: Path, tmp_path: Path, change: dict[str, object]) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
-    manifest = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(manifest | change))
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | change))
     report(run)
     assert read_json(run / "report" / "metrics.json")["promises"] == []
 
@@ -153,12 +153,12 @@ def test_own_targets(short_run: Path, tmp_path: Path, option: str) -> None:
 
 def rewrite_steps(run: Path, change: Any) -> None:
     """Change run.json: no facts about the whole run, and `change(name, entry)` for each step."""
-    manifest = json.loads((run / "run.json").read_text())
+    record = json.loads((run / "run.json").read_text())
     for key in ("hardware", "versions", "commit"):
-        del manifest[key]
-    for name, entry in manifest["steps"].items():
+        del record[key]
+    for name, entry in record["steps"].items():
         change(name, entry)
-    (run / "run.json").write_text(json.dumps(manifest))
+    (run / "run.json").write_text(json.dumps(record))
 
 
 def test_the_machine_is_that_of_the_last_training_step(

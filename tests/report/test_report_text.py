@@ -89,14 +89,14 @@ def test_hostile_file_names_and_notes_stay_text(short_run: Path, tmp_path: Path)
 
     run = tmp_path / "<b>run<img src=x>"
     shutil.copytree(short_run, run)
-    manifest = json.loads((run / "run.json").read_text())
-    manifest |= {
+    record = json.loads((run / "run.json").read_text())
+    record |= {
         "seed": HOSTILE,
         "commit": HOSTILE,
         "hardware": {HOSTILE: HOSTILE},
         "versions": {"x": HOSTILE},
     }
-    (run / "run.json").write_text(json.dumps(manifest))
+    (run / "run.json").write_text(json.dumps(record))
     (run / "evaluations" / "<i>.json").write_text("broken")
     main(["report", str(run)])
     page = (run / "report" / "index.html").read_text(encoding="utf-8")

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArgument
 
 import pipeline.training.checkpoints as module
 from pipeline.errors import RunStopped, UserError
+from pipeline.training.checkpoint_manifest import validate_checkpoint
 from pipeline.training.checkpoints import check_architecture, checkpoints, make_checkpoints_atomic, newest_complete
 from pipeline.training.divergence import stop_on_divergence
-from pipeline.training.manifest import validate_checkpoint
 
 
 class Line(torch.nn.Module):
