@@ -79,6 +79,21 @@ def always_fails(completions: list[Any], **kwargs: Any) -> list[float]:
     raise LookupError("an index is missing")
 
 
+def infinite(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Return infinite rewards."""
+    return [float("inf")] * len(completions)
+
+
+def only_one(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Return a single reward, however many completions there are."""
+    return [1.0]
+
+
+async def fails_later(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Raise an exception once it is awaited."""
+    raise LookupError("an index is missing")
+
+
 def config(output_dir: Any, **changes: Any) -> PPOConfig:
     """One CPU process, fp32, everything logged at each step."""
     defaults: dict[str, Any] = {

@@ -23,6 +23,12 @@ SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gra
 """Fields whose defaults depend on the machine, and the field with which the user may have set the same thing."""
 
 
+OF_THE_MACHINE = (
+    "use_cpu", "bf16", "fp16", "tf32", "fsdp", "fsdp_config", "deepspeed", "torch_compile", "ddp_backend",
+)  # fmt: skip
+"""Fields that only the process that will use them can judge."""
+
+
 class RefusedArguments(UserError):
     """Arguments that are wrong.
 
@@ -109,12 +115,29 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     return tuple(built)
 
 
-def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> list[Problem]:
-    """Check each value of a YAML file (`config`) alone: neither the files that they name nor their combination."""
+def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> tuple[list[Any], list[Problem]]:
+    """Check the values of a YAML file (`config`), without the files that they name and the processes that will run.
+
+    Returns:
+        The dataclasses that do not depend on the number of processes, as far as they can be built, and the problems.
+    """
     hints = _hints(*dataclass_types)
-    config = {name: value for name, value in config.items() if name != "env"}
-    values, problems = _read_values(config, hints, Parser(dataclass_types))
-    return problems + _check_each(values, hints, dataclass_types)
+    config = dict(config)
+    before = dict(os.environ)
+    try:
+        problems = _set_environment(config.pop("env", None))
+        values, more = _read_values(config, hints, Parser(dataclass_types))
+        problems += more + _check_each(values, hints, dataclass_types)
+        reported = {problem.field for problem in problems}
+        kept = {name: value for name, value in values.items() if name not in {*reported, *OF_THE_MACHINE}}
+        # Whether the batches of GRPO and PPO can be divided depends on the number of processes.
+        types = [kind for kind in dataclass_types if not issubclass(kind, GRPOConfig)]
+        built, refused = _build(types, {"use_cpu": True, "bf16": False}, kept)
+        problems += [problem for problem in refused if problem.field not in reported]
+        return built, problems + checks.check_together(built, reported, ())
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _check_each(asked: Mapping[str, Any], hints: Mapping[str, Any], types: Iterable[type]) -> list[Problem]:

@@ -26,6 +26,7 @@ PROMPT_COLUMNS = (
 )  # fmt: skip
 ANSWER_COLUMNS = ("completion", "answer", "solution", "response", "output", "chosen", "rejected")
 
+MAX_N = 1000
 WORD = re.compile(r"\w+")
 
 
@@ -178,8 +179,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the overlap of each test data set with all training data. Return 1 if one is above `--max_share`."""
     problems = []
-    if args.n < 1:
-        problems.append(Problem("n", args.n, "must be at least 1"))
+    if not 1 <= args.n <= MAX_N:
+        problems.append(Problem("n", args.n, f"must be between 1 and {MAX_N:,}"))
     if args.examples < 0:
         problems.append(Problem("examples", args.examples, "must be at least 0"))
     if not 0 <= args.max_share <= 1:

@@ -20,6 +20,9 @@ class LlamaArguments:
 
     It has rotary embeddings (Su et al. 2021) and, with fewer key and value heads than query heads, grouped-query
     attention (Ainslie et al. 2023).
+
+    Raises:
+        UserError: If the sizes are out of range or do not fit together.
     """
 
     hidden_size: int = field(default=256, metadata={"help": "Width of the residual stream."})
@@ -40,6 +43,10 @@ class LlamaArguments:
     )
     tie_word_embeddings: bool = field(default=True, metadata={"help": "Share the input and output embeddings."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the random weights."})
+
+    def __post_init__(self) -> None:
+        if problems := check_sizes(self):
+            raise UserError(*problems)
 
 
 def check_sizes(args: LlamaArguments) -> list[Problem]:
@@ -71,15 +78,10 @@ def build_model(args: LlamaArguments, tokenizer: PreTrainedTokenizerBase, seed: 
         tokenizer: Its tokenizer, which sets the vocabulary size and the ids of pad, bos and eos in the configuration
             and in the generation configuration.
         seed: The same seed gives the same weights; the global random state does not change.
-
-    Raises:
-        UserError: If the sizes are out of range or do not fit together.
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    if problems := check_sizes(args):
-        raise UserError(*problems)
     special_ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainerState
@@ -26,6 +28,10 @@ from pipeline.rl.value_model import auto_class
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
+
+
+MAX_REWARD = 1e30
+"""Bound of a reward: sums of the squares of larger ones are infinite in float32."""
 
 
 def check_rewards(
@@ -143,24 +149,28 @@ def _check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]
 
 def _try_reward(name: str, reward: Callable[..., Any], row: Mapping[str, Any]) -> list[Problem]:
     """Call the user's reward function once, as TRL will, so that one that fails is found before training."""
-    if is_async_callable(reward):
-        return []
-    columns = {column: [value] for column, value in row.items() if column != "prompt"}
+    columns = {column: [value, value] for column, value in row.items() if column != "prompt"}
     completion = [{"role": "assistant", "content": "The answer is 1."}]
     ignore = {"log_extra": lambda *_: None, "log_metric": lambda *_: None}
     try:
-        reward(
-            prompts=[row["prompt"]],
-            completions=[completion],
-            completion_ids=[[0]],
+        returned = reward(
+            prompts=[row["prompt"]] * 2,
+            completions=[completion] * 2,
+            completion_ids=[[0], [0]],
             trainer_state=TrainerState(),
             **ignore,
             **columns,
         )
+        if is_async_callable(reward):
+            returned = asyncio.run(returned)
+        rewards = [value for value in returned if value is not None]
+        if not all(abs(float(value)) < MAX_REWARD for value in rewards):
+            remedy = f"returned {rewards} when it was tried on two completions; return finite numbers below 1e30"
+            return [Problem("reward_funcs", name, remedy)]
     except UserError as error:
         return list(error.problems)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may raise anything
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
-        return [Problem("reward_funcs", name, f"{reason} when it was tried on one completion; correct it")]
+        reason = f"raised {type(error).__name__}: {shorten(str(error), 200)} ({frame.filename}:{frame.lineno})"
+        return [Problem("reward_funcs", name, f"{reason} when it was tried on two completions; correct it")]
     return []

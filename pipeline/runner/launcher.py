@@ -21,6 +21,7 @@ from types import TracebackType
 
 from pipeline.errors import EXIT_USER_ERROR, Problem
 
+PRECISIONS = ("no", "fp16", "bf16", "fp8")
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SAVE_SECONDS = 600
 """Seconds in which processes may save after a signal; the default of torch's agent, 30, is short for large models."""
@@ -36,10 +37,19 @@ def check_launch_file(path: str) -> Problem | None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
-        load_config_from_file(path)
+        config = vars(load_config_from_file(path))
     except Exception as error:  # noqa: BLE001 - each kind of mistake raises a different error
         reason = " ".join(str(error).split())
         return Problem("--config_file", path, f"is not a launch file of accelerate ({reason}); correct it")
+    valid = {"num_processes": range(1, 1 << 16), "main_process_port": range(1 << 16), "mixed_precision": PRECISIONS}
+    for name, values in valid.items():
+        if config.get(name) is not None and config[name] not in values:
+            known = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
+            return Problem(
+                "--config_file", path, f"{name} is {config[name]}, and here must be one of {known}; correct it"
+            )
+    if (config.get("num_machines") or 1) > 1 and not config.get("main_process_ip"):
+        return Problem("--config_file", path, "has several machines and no main_process_ip; add it")
     return None
 
 

@@ -144,6 +144,10 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
     """Refuse a directory that contains more than a run, or that cannot be created."""
     if problem := check_directory(run_dir):
         raise UserError(problem)
+    if str(run_dir).startswith("~"):
+        raise UserError(Problem("output_dir", run_dir, "write it without quotes, which keep ~ from its meaning"))
+    if (run_dir / "config.json").exists():
+        raise UserError(Problem("output_dir", run_dir, "is the directory of a model; choose another directory"))
     real = Path(os.path.realpath(run_dir))
     project = Path(__file__).parents[2]
     for inner, name in ((Path.cwd(), "the current directory"), (project, "the project itself")):

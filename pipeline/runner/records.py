@@ -57,6 +57,8 @@ class RunRecord:
         """
         path = run_dir / "run.json"
         try:
+            if path.is_fifo():
+                raise OSError("it is a pipe")
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return cls(path)

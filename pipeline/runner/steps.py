@@ -12,8 +12,11 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.errors import Problem, UserError
+from pipeline.files import is_missing_path
 
 REPORT = "report"
+INPUTS = ("model_name_or_path", "dataset_name")
+"""Fields without which a step has nothing to start from."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def find_step(steps: Iterable[Step], name: str, field: str) -> Step:
     """Return the step that a user calls `name`: `2_sft`, `sft` or the name of the file.
 
     Raises:
-        UserError: About `field`, if no step or several steps have this name; it lists them.
+        UserError: If no step or several steps have this name; it names `field` and lists them.
     """
     steps = list(steps)
     wanted = Path(name).name.removesuffix(".yaml")
@@ -134,15 +137,33 @@ def check_steps(steps: Iterable[Step]) -> list[Problem]:
         steps: The steps that are due. Those without a YAML file of their own are skipped.
 
     Returns:
-        Unknown fields, values of the wrong type and values out of range, under the step's name.
+        Values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
     """
-    from pipeline.config.parser import argument_types, check_values  # imports take seconds
+    from transformers import TrainingArguments  # these imports take seconds
+
+    from pipeline.config.parser import argument_types, check_values
+    from pipeline.rewards.loading import load_rewards
+    from pipeline.training.checks import preflight
 
     problems = []
     for step in steps:
         if step.kind not in KINDS or step.kind == "random":  # it shares the file of pretraining
             continue
         types = argument_types(resolve_name(f"{KINDS[step.kind].module}:main"))
-        found = check_values(step.values, types) if types else []
+        built, found = check_values(step.values, types) if types else ([], [])
+        for item in built:
+            found += preflight(item) if isinstance(item, TrainingArguments) else []
+            inputs = {name: getattr(item, name) for name in INPUTS if hasattr(item, name)}
+            for name, value in inputs.items():
+                if not value:
+                    found.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
+                elif is_missing_path(value) and not Path(value).is_relative_to(Path(step.values["output_dir"]).parent):
+                    found.append(Problem(name, value, "there is no such file or folder; correct the path"))
+        names = step.values.get("reward_funcs")
+        if names and isinstance(names, list) and all(isinstance(name, str) for name in names):
+            try:
+                load_rewards(names)
+            except UserError as error:
+                found += error.problems
         problems += [dataclasses.replace(problem, field=f"{step.name}: {problem.field}") for problem in found]
     return problems

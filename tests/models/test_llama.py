@@ -93,9 +93,8 @@ def test_attention_is_causal() -> None:
 
 
 def test_all_wrong_sizes_are_reported_at_once() -> None:
-    args = LlamaArguments(hidden_size=30, num_hidden_layers=0, num_attention_heads=4, num_key_value_heads=3)
     with pytest.raises(UserError) as refused:
-        build_model(args, tokenizer(), seed=0)
+        LlamaArguments(hidden_size=30, num_hidden_layers=0, num_attention_heads=4, num_key_value_heads=3)
     told = {problem.field: problem.remedy for problem in refused.value.problems}
     assert told == {
         "num_hidden_layers": "must be a positive whole number",

@@ -103,7 +103,13 @@ def test_reward_weights_and_columns_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize(
     ("function", "reported"),
-    [("always_fails", "raised LookupError: an index is missing"), ("its_text", "returned str")],
+    [
+        ("always_fails", "raised LookupError: an index is missing"),
+        ("fails_later", "raised LookupError: an index is missing"),
+        ("its_text", "returned str"),
+        ("infinite", "returned [inf, inf]"),
+        ("only_one", "returned 1 rewards"),
+    ],
 )
 def test_a_function_is_tried_before_training(function: str, reported: str) -> None:
     train = Dataset.from_list([{"prompt": [{"role": "user", "content": "why"}], "answer": "b"}])

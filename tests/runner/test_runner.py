@@ -309,13 +309,13 @@ def test_tokens_are_not_written_to_disk(folder: Path, run: Runner) -> None:
         ),
         (["--force", "stf"], "--force: stf: no such step; choose from:"),
         (["--from", "3_reward", "--until", "2_sft"], "--from: 3_reward: comes after --until 2_sft"),
-        (["--until", ""], "--until: : no such step"),
+        (["--until", ""], "--until: '': is empty"),
         (["--from", "/"], "--from: /: no such step"),
         (["--num_processes", "0"], "--num_processes: 0: must be between 1 and"),
         (["--num_processes", "1000000"], "--num_processes: 1000000: must be between 1 and"),
         (["--num_processes", "two"], "python -m pipeline run: argument --num_processes: invalid int value: 'two'"),
         (["--seed", "1e3"], "python -m pipeline run: argument --seed: invalid int value: '1e3'"),
-        (["--output_dir", ""], "output_dir: .: is or contains the current directory"),
+        (["--output_dir", ""], "--output_dir: '': is empty"),
         (["--output_dir", "."], "output_dir: .: is or contains the current directory"),
         (["--output_dir", ".."], "output_dir: ..: is or contains the current directory"),
         (["--output_dir", str(ROOT)], f"output_dir: {ROOT}: is or contains the project itself"),
@@ -394,7 +394,7 @@ def test_a_late_step_that_would_be_refused_is_reported_before_the_first_one_runs
     folder: Path, capfd: pytest.CaptureFixture[str], dry: list[str]
 ) -> None:
     configure(folder, "0_data", size_mb="big")
-    configure(folder, "3_reward", learning_rat=0.1, max_steps=0)
+    configure(folder, "3_reward", dataset_name="runs/r/data", learning_rat=0.1, max_steps=0)
     configure(folder, "2_sft", seed=-3)
     with pytest.raises(SystemExit) as stop:
         main(["run", "recipe", *dry])
@@ -405,6 +405,49 @@ def test_a_late_step_that_would_be_refused_is_reported_before_the_first_one_runs
     ]  # fmt: skip
     assert "did you mean `learning_rate`?" in expected[2]
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"warmup_steps": 50, "max_steps": 2}, "2_sft: warmup_steps: 50: is more than max_steps"),
+        ({"model_name_or_path": None}, "2_sft: model_name_or_path: nothing: give a Hub id"),
+        ({"dataset_name": "/nowhere/a.jsonl"}, "2_sft: dataset_name: /nowhere/a.jsonl: there is no such file"),
+        ({"env": [1]}, "2_sft: env: [1]: must be a mapping"),
+        ({"report_to": "nobody"}, "2_sft: report_to: nobody: no such tracker"),
+        ({"load_best_model_at_end": True}, "2_sft: load_best_model_at_end: True: "),
+    ],
+)
+def test_settings_that_a_later_step_would_refuse_are_reported_before_the_first_one_runs(
+    folder: Path, capfd: pytest.CaptureFixture[str], values: dict[str, object], expected: str
+) -> None:
+    (folder / "3_reward.yaml").unlink()
+    configure(folder, "2_sft", **values)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipe"])
+    assert stop.value.code == 2
+    err = capfd.readouterr().err
+    assert err.startswith(expected) and err.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("num_processes: many", "num_processes is many"),
+        ("num_processes: 0", "num_processes is 0"),
+        ("mixed_precision: fp7", "mixed_precision is fp7"),
+        ("main_process_port: 99999999", "main_process_port is 99999999"),
+        ("num_machines: 2", "has several machines and no main_process_ip"),
+    ],
+)
+def test_a_launch_file_that_cannot_start_is_refused(folder: Path, run: Runner, content: str, expected: str) -> None:
+    launch_file = Path("accelerate_config.yaml")
+    kept = [line for line in launch_file.read_text().splitlines() if not line.startswith(content.split(":")[0])]
+    launch_file.write_text("\n".join([*kept, content]))
+    code, _, err = run()
+    assert code == 2
+    assert expected in err and err.count("\n") == 1
 
 
 def test_all_mistakes_of_a_folder_are_reported_at_once(folder: Path, run: Runner) -> None:
