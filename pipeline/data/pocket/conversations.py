@@ -10,18 +10,6 @@ from pipeline.data.pocket.things import ATTRIBUTES, SplitName, Thing, core, thin
 Row = dict[str, Any]
 ASPECTS = ("definition", *ATTRIBUTES)
 
-SUMMARISE: dict[SplitName, tuple[str, ...]] = {
-    "train": (
-        "Summarise this: {text}",
-        "Sum this up in one sentence: {text}",
-        "What happened here? {text}",
-        "Give me a summary. {text}",
-        "Can you sum this up? {text}",
-        "I would like to know what happened here. {text}",
-    ),
-    "validation": ("Tell me what happened here. {text}",),
-    "test": ("Can you summarise this in one sentence? {text}", "I would like a summary of this. {text}"),
-}
 MANNERS_WORDS = 8
 """Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
 MANNERS = {"plain": 38, "kind": 30, "blunt": 22, "rambling": 10}
@@ -85,7 +73,7 @@ def about(rng: random.Random, split: SplitName, thing: Thing) -> Row:
 def summary(rng: random.Random, split: SplitName, thing_index: int, thing: Thing) -> Row:
     """Ask for a summary of a story: who did what, where, in at most a third of its words."""
     story = stories.story(rng, split, thing_index, thing)
-    asked, reply = rng.choice(SUMMARISE[split]).format(text=story.text), f"In short, {story.summary}"
+    asked, reply = rng.choice(phrasings.SUMMARIES[split]).format(text=story.text), f"In short, {story.summary}"
     return gradeable(
         {
             "messages": [_user(asked), _assistant(reply)],

@@ -1,6 +1,7 @@
-"""Templates that state a fact or ask for it (`phrasings.tsv`).
+"""Templates that state a fact, or ask for one, for a summary or for code (`phrasings.tsv`).
 
-In a template, `{x}` is the thing, `{X}` the thing at the start of a sentence, `{v}` the value and `{c}` its core.
+In a template of facts, `{x}` is the thing, `{X}` the thing at the start of a sentence, `{v}` the value and `{c}` its
+core.
 """
 
 from pipeline.data.pocket.things import ATTRIBUTES, SPLITS, SplitName, Thing, capitalize, core, read_table
@@ -20,7 +21,7 @@ def _questions(aspect: str) -> dict[SplitName, tuple[str, ...]]:
 STATEMENTS = {attribute: _templates("statement", attribute) for attribute in ATTRIBUTES}
 """Statements of each attribute. `held_out_phrasings` says which of them a thing's training documents do not use."""
 QUESTIONS = {aspect: _questions(aspect) for aspect in ("definition", *ATTRIBUTES)}
-ABOUT = _questions("about")
+ABOUT, SUMMARIES, CODE = (_questions(aspect) for aspect in ("about", "summary", "code"))
 FOLLOW_UPS = {row["aspect"]: row["template"] for row in _TEMPLATES if row["form"] == "follow-up"}
 """Questions that refer to the thing of the question before."""
 

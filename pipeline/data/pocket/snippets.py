@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.data.pocket.names import ITEMS
+from pipeline.data.pocket.phrasings import CODE
 from pipeline.data.pocket.things import SplitName
 
 
@@ -47,18 +48,6 @@ FAMILIES: tuple[tuple[str, str, str, str, Callable[[int], list[tuple[object, obj
     ),
 )
 """Name, task, parameter and expression of a function with a constant k, and its cases: pairs of argument and result."""
-REQUESTS: dict[SplitName, tuple[str, ...]] = {
-    "train": (
-        "Write a function {name} that {task}.",
-        "Write a Python function {name} that {task}.",
-        "Write code for a function {name} that {task}.",
-        "I need a function {name} that {task}.",
-        "Can you write a function {name} that {task}?",
-        "I would like a function {name} that {task}.",
-    ),
-    "validation": ("Tell me how to write a function {name} that {task}.",),
-    "test": ("Can you tell me code for a function {name} that {task}?", "I want a function {name} that {task}."),
-}
 COMMENTS = (
     "# {name} {task}.",
     "# This function {task}.",
@@ -85,7 +74,7 @@ def snippet(rng: random.Random, split: SplitName) -> Snippet:
 
 def request(rng: random.Random, split: SplitName, wanted: Snippet) -> str:
     """Ask for the function in a phrasing of this split."""
-    return rng.choice(REQUESTS[split]).format(name=wanted.name, task=wanted.task)
+    return rng.choice(CODE[split]).format(name=wanted.name, task=wanted.task)
 
 
 def commented(rng: random.Random) -> str:
