@@ -151,14 +151,8 @@ def code_tests(
 ) -> Rewards:
     """Return 1.0 if the code in a completion (its first fenced block, or all of it) passes its test in a sandbox.
 
-    Args:
-        completions: Texts, or lists of messages that end with the assistant's.
-        test: Python assertions about what the code defines (see `pipeline.rewards.sandbox.run`).
-        prompts: The prompts, as TRL passes them.
-        log_metric: TRL's callback.
-
-    Returns:
-        One reward per completion; None if the test is empty or not valid Python, or the machine is too busy.
+    `test` has Python assertions about what the code defines (see `pipeline.rewards.sandbox.run`). The reward is None if
+    they are empty or not valid Python, or if the machine is too busy. Other arguments are those of `math_answer`.
     """
     found = [_python(extract_code(text)) for text in _texts(completions, prompts)]
     tests = [_python(text) for text in test]
@@ -183,16 +177,8 @@ def hidden_taste(
     Logged with weight 0, it shows whether the taste rises with the reward model's score. The recipes refuse any other
     weight: the taste is hidden from everything that is trained (see `pipeline.rewards.annotators`).
 
-    Args:
-        completions: Texts, or lists of messages that end with the assistant's.
-        require: Phrases that correct answers contain, as in `pipeline.rewards.grading`; None for none.
-        reject: Phrases that correct answers do not contain; None for none.
-        test: Python assertions about code answers, or "".
-        prompts: The prompts, as TRL passes them.
-
-    Returns:
-        One score per completion; None if there is a test, because running code at every step would take longer than
-        the training.
+    `require`, `reject` and `test` are the columns that `pipeline.rewards.grading` describes. The score is None if there
+    is a test, because running code at every step would take longer than the training.
     """
     rewards: Rewards = []
     for index, text in enumerate(_texts(completions, prompts)):
