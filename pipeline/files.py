@@ -90,7 +90,7 @@ def check_directory(path: str | Path, field: str = "output_dir") -> Problem | No
 
 def is_missing_path(name: str) -> bool:
     """Return whether a name is that of a file or folder that does not exist, rather than an id on the Hub."""
-    return not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1)
+    return not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1)
 
 
 def write_text(path: Path, text: str) -> None:

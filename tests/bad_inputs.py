@@ -356,6 +356,11 @@ CASES |= {
     "two documents": Case("sft", "", ("--config:", "line 2", "document"), "seed: 1\n---\nseed: 2\n"),
     "a Python object": Case("sft", "", ("--config:", "not valid YAML"), "seed: !!python/name:os.system\n"),
     "an undefined alias": Case("sft", "", ("--config:", "alias"), "seed: *x\n"),
+    "environment that is nested": Case("sft", "", ("env: 'A'", "cannot be set"), "env: {A: [1]}\n"),
+    "environment without a name": Case("sft", "", ("env: ''", "cannot be set"), "env: {'': 1}\n"),
+    "a name of a model that is too long": Case(
+        "sft", "--model_name_or_path " + "x" * 300, ("model_name_or_path: xxx", "no model can be loaded")
+    ),
     "environment that is a list": Case("sft", "", ("env: [1]", "mapping"), "env: [1]\n"),
     "two files": Case("sft", "--config {here}/a --config {here}/b", ("--config:", "only one file")),
     "text for a switch": Case("sft", "", ("bf16: 'maybe'", "true or false"), "bf16: maybe\n"),

@@ -46,7 +46,7 @@ RANGES: dict[str, Range] = {
         "dataloader_num_workers": _between(0, 1024),
         "dataloader_prefetch_factor pad_to_multiple_of": _between(1, 1 << 16),
         "validation_share": _between(0, 0.5),
-        "size_mb": _above(0),
+        "size_mb": _above(0, 1e6),
         # Models
         "hidden_size intermediate_size max_position_embeddings model_max_length": _between(1, 1 << 24),
         "num_hidden_layers num_attention_heads num_key_value_heads": _between(1, 4096),
@@ -206,7 +206,7 @@ def check_together(
     values = {name: getattr(item, name) for item in arguments for name in vars(item)}
     problems = []
     steps, warmup = values.get("max_steps", 0), values.get("warmup_steps", 0)
-    if values.get("dataset_streaming") and steps <= 0 and "max_steps" not in reported:
+    if values.get("dataset_streaming") and "max_steps" in values and steps <= 0 and "max_steps" not in reported:
         problems.append(Problem("max_steps", steps, "must be given: a stream has no length"))
     # A trial, `--max_steps 2`, does not have to lower the file's warm-up as well.
     if warmup > steps > 0 and not ("max_steps" in on_command_line and "warmup_steps" not in on_command_line):

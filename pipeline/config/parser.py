@@ -158,8 +158,10 @@ def _set_environment(variables: Any) -> list[Problem]:
     problems = []
     for name, value in (variables or {}).items():
         try:
+            if not isinstance(value, str | int | float):
+                raise ValueError(f"its value is {value}, not text or a number")
             os.environ.setdefault(str(name), str(value))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problems.append(Problem("env", repr(name), f"cannot be set ({error}); correct it"))
     return problems
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -102,7 +103,8 @@ def load_inputs(
     pretrained = model_args if isinstance(model_args, ModelConfig) else None
     name = pretrained.model_name_or_path if pretrained else None
     own, tokenizer = data_args.tokenizer_name_or_path, None
-    if any(given and not Path(given).exists() for given in (name, own, data_args.dataset_name)):
+    rewards = [*(getattr(reward_args, "reward_model_path", None) or []), getattr(reward_args, "value_model_path", None)]
+    if any(given and not os.path.exists(given) for given in (name, own, data_args.dataset_name, *rewards)):
         skip_unreachable_hub()
     config = attempt(lambda: _load_config(pretrained)) if pretrained else None
     named_by = "tokenizer_name_or_path" if own or not name else "model_name_or_path"
