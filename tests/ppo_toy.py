@@ -61,15 +61,15 @@ def its_text(completions: list[Any], **kwargs: Any) -> list[Any]:
 
 
 def fails(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Raise an exception in training, as a reward with a bug that one completion does not show."""
-    if len(completions) > 1:
+    """Raise an exception in training, as a reward with a bug that two completions do not show."""
+    if len(completions) > 2:
         raise LookupError("an index is missing")
     return [0.0]
 
 
 def exits(completions: list[Any], **kwargs: Any) -> list[float]:
     """End the process in training as if all were well."""
-    if len(completions) > 1:
+    if len(completions) > 2:
         sys.exit(0)
     return [0.0]
 
