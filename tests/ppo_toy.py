@@ -64,14 +64,14 @@ def fails(completions: list[Any], **kwargs: Any) -> list[float]:
     """Raise an exception in training, as a reward with a bug that two completions do not show."""
     if len(completions) > 2:
         raise LookupError("an index is missing")
-    return [0.0]
+    return [0.0] * len(completions)
 
 
 def exits(completions: list[Any], **kwargs: Any) -> list[float]:
     """End the process in training as if all were well."""
     if len(completions) > 2:
         sys.exit(0)
-    return [0.0]
+    return [0.0] * len(completions)
 
 
 def always_fails(completions: list[Any], **kwargs: Any) -> list[float]:
