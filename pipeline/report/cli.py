@@ -17,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `report` to `parser`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, for instance runs/pocket")
     parser.add_argument(
-        "--output_dir",
-        help="where to write (default: RUN/report; for several runs report/seeds in the first one)",
+        "--output_dir", help="where to write (default: RUN/report; for several runs report/seeds in the first one)"
     )
     parser.add_argument(
         "--targets",
@@ -29,13 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the report of every run in `args.runs` and, for several, the one that compares them.
+    """Write the report of every run in `args.runs` and, for several, the one that compares them. Return 0.
 
-    Args:
-        args: `runs` (list of str), `output_dir` (str or None), `targets` (str or None).
-
-    Returns:
-        Exit code 0. What could not be read is printed to stderr, one line each, and is in the report.
+    What could not be read is printed to stderr, one line each, and is in the report.
 
     Raises:
         UserError: If a run does not exist or is empty, the targets cannot be read, or the report cannot be written.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.report.labels import stage_info, stage_kind
+from pipeline.report.labels import stage_kind
 from pipeline.report.load import Run, Stage, logged
 
 Points = list[tuple[float, float]]
@@ -48,11 +48,7 @@ _STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]
     ),
     "sft": (
         ("Loss, nats per token", (("training", ("loss",)), ("validation", ("eval_loss",))), "Answers only."),
-        (
-            "Token accuracy",
-            (("training", ("mean_token_accuracy",)), ("validation", ("eval_mean_token_accuracy",))),
-            "",
-        ),
+        ("Token accuracy", (("training", ("mean_token_accuracy",)), ("validation", ("eval_mean_token_accuracy",))), ""),
     ),
     "reward": (
         (
@@ -82,8 +78,6 @@ _STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]
         ),
     ),
 }
-
-_KL_KEYS = ("objective/kl", "kl")
 
 
 def charts_of(run: Run) -> list[Chart]:
@@ -120,17 +114,11 @@ def _against_kl(stage: Stage) -> list[Chart]:
     charts = []
     title, scores = _scores(stage)
     tastes = {name: key for name, key in _reward_means(stage).items() if "taste" in name}
-    wanted = [
-        (f"{title} against KL", scores, "The reward that PPO sees."),
-        (
-            "Hidden taste against KL",
-            tastes,
-            "PPO does not see it. If it rises with the score, the reward model is not gamed.",
-        ),
-    ]
+    hidden = "PPO does not see it. If it rises with the score, the reward model is not gamed."
+    wanted = [(title, scores, "The reward that PPO sees."), ("Hidden taste", tastes, hidden)]
     for title, keys, note in wanted:
         series = [Series(name, _over_kl(stage, key), dots=True) for name, key in keys.items()]
-        charts.extend(_chart(stage.name, title, "KL, nats per answer", series, note))
+        charts.extend(_chart(stage.name, f"{title} against KL", "KL, nats per answer", series, note))
     return charts
 
 
@@ -152,7 +140,7 @@ def _reward_means(stage: Stage) -> dict[str, str]:
 
 def _over_kl(stage: Stage, key: str) -> Points:
     for prefix in ("", "eval_"):
-        for kl in _KL_KEYS:
+        for kl in ("objective/kl", "kl"):
             if len(points := logged(stage, prefix + key, prefix + kl)) > 1:
                 return points
     return []
@@ -164,13 +152,6 @@ def overlay(runs: Sequence[Run]) -> list[Chart]:
     for run in runs:
         for chart in charts_of(run):
             chosen = next((line for line in chart.series if line.name == "validation"), chart.series[0])
-            line = replace(chosen, name=run.name)
-            key = (chart.stage, chart.title)
-            base = merged.get(key) or replace(chart, series=())
-            merged[key] = replace(base, series=(*base.series, line))
+            base = merged.setdefault((chart.stage, chart.title), replace(chart, series=()))
+            merged[chart.stage, chart.title] = replace(base, series=(*base.series, replace(chosen, name=run.name)))
     return list(merged.values())
-
-
-def heading(chart: Chart) -> str:
-    """Return the chart's full title for screen readers: the stage and what is drawn."""
-    return f"{stage_info(chart.stage).title}: {chart.title}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -64,13 +63,7 @@ def _between(before: Stage, stage: Stage) -> list[Difference]:
 
 
 def paired(before: Outcomes, after: Outcomes, by_kind: bool = False) -> Estimate | None:
-    """Return the weighted mean difference on shared examples, None if there are none.
-
-    Args:
-        before: Example id -> (value, weight, kind) of the earlier stage.
-        after: The same of the later stage.
-        by_kind: Whether to add the difference for each kind of example.
-    """
+    """Return the weighted mean difference on shared examples (also for each kind of them), None if there are none."""
     shared = [key for key in before if key in after]
     weights = [after[key][1] for key in shared]
     if sum(weights) <= 0:
@@ -89,11 +82,3 @@ def _verdict(metric: str, change: Estimate) -> Literal["better", "worse", "same"
     if not better or change.low is None or change.high is None or change.low <= 0 <= change.high:
         return "same"
     return "better" if (change.value > 0) == (better == "up") else "worse"
-
-
-def by_stage(found: Sequence[Difference]) -> Mapping[str, list[Difference]]:
-    """Group the differences by the later stage, in order."""
-    groups: dict[str, list[Difference]] = {}
-    for difference in found:
-        groups.setdefault(difference.stage, []).append(difference)
-    return groups

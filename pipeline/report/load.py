@@ -237,8 +237,7 @@ def _read_outcomes(path: Path, notes: list[str]) -> dict[str, Outcomes]:
             record = json.loads(line)
             metric, key, value = record["metric"], str(record["id"]), finite(record["value"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            damaged += 1
-            continue
+            value = None
         if value is None or not isinstance(metric, str):
             damaged += 1
             continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.report.curves import Chart, charts_of
 from pipeline.report.differences import Difference
 from pipeline.report.labels import stage_info
 from pipeline.report.load import Run
-from pipeline.report.summary import summarise, write_json
+from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, figures, gains, show_targets, tiles
 from pipeline.report.targets import Target, TargetResult, check_targets
@@ -22,32 +23,19 @@ from pipeline.report.text import code, duration, magnitude, markdown, visible
 
 
 def write_report(run: Run, found: Sequence[Difference], targets: Sequence[Target], directory: Path) -> Path:
-    """Write index.html, metrics.json and report.md of a run.
-
-    Args:
-        run: The run.
-        found: Its paired differences.
-        targets: Its targets; those of stages that were not run are left out.
-        directory: Where to write; created if it does not exist.
-
-    Returns:
-        The path of index.html.
-    """
+    """Write index.html, metrics.json and report.md of a run. Return the path of the first."""
     results = check_targets(run, found, targets)
     summary = summarise(run, found, results)
     return write_files(directory, "report", summary, page_content(run, found, results, summary))
 
 
 def write_files(directory: Path, template: str, summary: dict[str, Any], content: dict[str, Any]) -> Path:
-    """Write metrics.json from `summary`, and report.md and index.html from `content`. Returns the path of the latter.
+    """Write `summary` to metrics.json, and `content` to report.md and index.html. Return the path of the latter.
 
-    Args:
-        directory: Where to write.
-        template: Name of the templates, without ".html.jinja" and ".md.jinja".
-        summary: The content of metrics.json.
-        content: What the templates show.
+    The names of the templates are `template` and ".html.jinja" or ".md.jinja".
     """
-    write_json(directory / "metrics.json", summary)
+    # JSON that every parser reads: without NaN.
+    write_text(directory / "metrics.json", json.dumps(summary, indent=1, allow_nan=False, default=str) + "\n")
     write_text(directory / "report.md", render(f"{template}.md.jinja", content))
     write_text(directory / "index.html", render(f"{template}.html.jinja", content))
     return directory / "index.html"
@@ -56,10 +44,11 @@ def write_files(directory: Path, template: str, summary: dict[str, Any], content
 def render(template: str, content: dict[str, Any]) -> str:
     """Fill in a template. Every string in `content` that is not `Markup` is made visible and escaped."""
     is_page = template.endswith(".html.jinja")
+    show = visible if is_page else markdown
     environment = Environment(
         loader=PackageLoader("pipeline.report", "templates"),
         autoescape=is_page,
-        finalize=_shown_as(visible if is_page else markdown),
+        finalize=lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -67,10 +56,6 @@ def render(template: str, content: dict[str, Any]) -> str:
     )
     environment.filters |= {"code": code, "markdown": lambda text, limit: Markup(markdown(text, limit))}
     return environment.get_template(template).render(content)
-
-
-def _shown_as(show: Callable[[str], str]) -> Callable[[Any], Any]:
-    return lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def page_content(
@@ -134,10 +119,7 @@ def _answers(run: Run) -> list[dict[str, Any]]:
     }
     prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
     return [
-        {
-            "prompt": prompt,
-            "answers": [{"stage": stage, "text": answers.get(prompt)} for stage, answers in given.items()],
-        }
+        {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
         for prompt in prompts
     ]
 
@@ -173,14 +155,9 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     """Return the charts as SVG, grouped by stage."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for chart in charts:
-        groups.setdefault(chart.stage, []).append(
-            {
-                "title": chart.title,
-                "note": chart.note,
-                "legend": [line.name for line in chart.series],
-                "svg": line_chart(chart),
-            }
-        )
+        legend = [line.name for line in chart.series]
+        shown = {"title": chart.title, "note": chart.note, "legend": legend, "svg": line_chart(chart)}
+        groups.setdefault(chart.stage, []).append(shown)
     return [{"stage": stage, "title": stage_info(stage).title, "charts": drawn} for stage, drawn in groups.items()]
 
 

@@ -23,12 +23,7 @@ Spread = dict[str, Any]
 
 
 def spread(runs: Sequence[Mapping[Any, float]], order: Callable[[Any], Any]) -> dict[Any, Spread]:
-    """Return the mean and the spread of each figure over the runs that have it; `sd` (n - 1) is None for a single run.
-
-    Args:
-        runs: The figures of each run by name.
-        order: Sort key of the names.
-    """
+    """Return the spread of each figure over the runs that have it, by name; `sd` (n - 1) is None for a single run."""
     import pandas  # type: ignore[import-untyped]  # takes a third of a second
 
     names = sorted({name for figures in runs for name in figures}, key=order)
@@ -52,16 +47,13 @@ def spread(runs: Sequence[Mapping[Any, float]], order: Callable[[Any], Any]) -> 
 def write_seeds(
     runs: Sequence[Run], found: Sequence[Sequence[Difference]], targets: Sequence[Target], directory: Path
 ) -> Path:
-    """Write index.html, metrics.json and report.md over several runs.
+    """Write index.html, metrics.json and report.md over several runs. Return the path of the first.
 
     Args:
         runs: At least two runs.
         found: The paired differences of each.
         targets: The targets of each run.
         directory: Where to write.
-
-    Returns:
-        The path of index.html.
     """
     stages = _by_stage(
         [{(name, m): x.value for name, stage in run.stages.items() for m, x in stage.metrics.items()} for run in runs]
@@ -83,6 +75,7 @@ def write_seeds(
         "notes": [note for run in runs for note in run.notes],
     }
     together = spread([{"together": sum(run.values())} if run else {} for run in taken], str)
+    rows = [_row(name, item, duration, duration) for name, item in {**times, **together}.items()]
     content = {
         "name": f"{len(runs)} runs",
         "headline": f"{len(runs)} runs: mean and spread",
@@ -97,13 +90,7 @@ def write_seeds(
         "figures": _groups(stages, number),
         "changes": _groups(changes, signed),
         "charts": draw(overlay(runs)),
-        "times": [
-            {
-                "title": "All steps",
-                "stage": "",
-                "rows": [_row(name, item, duration, duration) for name, item in {**times, **together}.items()],
-            }
-        ],
+        "times": [{"title": "All steps", "stage": "", "rows": rows}],
         "paths": [str(run.path / "report" / "index.html") for run in runs],
     }
     return write_files(directory, "seeds", summary, content)

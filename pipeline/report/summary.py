@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.intervals import finite
-from pipeline.files import write_text
 from pipeline.report.differences import Difference
 from pipeline.report.labels import EVALUATE
 from pipeline.report.load import Run, Stage, last_logged
@@ -17,11 +14,6 @@ from pipeline.report.targets import TargetResult
 
 def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetResult]) -> dict[str, Any]:
     """Return the content of metrics.json.
-
-    Args:
-        run: The run.
-        found: Its paired differences.
-        results: Its targets.
 
     Returns:
         `stages` (stage -> metric -> `{"value", "ci95", "n"}`, and `by_kind` where there are kinds), `seconds` (step ->
@@ -60,11 +52,6 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         ],
         "notes": list(run.notes),
     }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as JSON that every parser reads (without NaN), whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
 
 
 def seconds(run: Run) -> dict[str, float]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 from pipeline.evaluation.intervals import Estimate
-from pipeline.report.curves import Chart, Points, Series, heading
+from pipeline.report.curves import Chart, Points, Series
+from pipeline.report.labels import stage_info
 from pipeline.report.text import magnitude, number, signed
 
 WIDTH, HEIGHT = 360, 210
@@ -77,10 +78,9 @@ class _Axes:
 def line_chart(chart: Chart) -> Markup:
     """Draw the chart as an `<svg>` with a title and a description in words."""
     axes = _Axes(chart.series)
-    parts = [_grid(axes, chart.x_label)]
-    for index, line in enumerate(chart.series):
-        parts.append(_line(axes, line, index))
-    return _figure(WIDTH, HEIGHT, heading(chart), _in_words(chart), "".join(parts), "chart")
+    lines = [_line(axes, line, index) for index, line in enumerate(chart.series)]
+    title = f"{stage_info(chart.stage).title}: {chart.title}"
+    return _figure(WIDTH, HEIGHT, title, _in_words(chart), "".join([_grid(axes, chart.x_label), *lines]), "chart")
 
 
 def _grid(axes: _Axes, x_label: str) -> str:
@@ -98,8 +98,7 @@ def _grid(axes: _Axes, x_label: str) -> str:
         x = axes.x(value)
         anchor = "end" if x > WIDTH - RIGHT - 8 else "middle"
         parts.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
-        label = _label(value, x_step)
-        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="{anchor}">{label}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="{anchor}">{_label(value, x_step)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
@@ -140,14 +139,7 @@ def _figure(width: int, height: int, title: str, description: str, body: str, cs
 
 
 def interval_bar(change: Estimate, reach: float, verdict: str, title: str) -> Markup:
-    """Draw a dot and its 95% interval on an axis from -`reach` to `reach`, with 0 marked.
-
-    Args:
-        change: The difference.
-        reach: Half of the axis in the unit of the metric, above 0.
-        verdict: "better", "worse" or "same", which the style sheet colours.
-        title: What is shown, in words.
-    """
+    """Draw a dot and its 95% interval on an axis from -`reach` to `reach`, with 0 marked, coloured by `verdict`."""
     width, height = 160, 18
 
     def place(value: float) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
-from pipeline.report.differences import Difference, by_stage
+from pipeline.report.differences import Difference
 from pipeline.report.labels import EVALUATE, stage_info, step_order
 from pipeline.report.load import Run, Stage
 from pipeline.report.summary import evaluation_seconds, seconds
@@ -90,7 +91,8 @@ def _meaning(meaning: str, estimates: Sequence[Estimate | None]) -> str:
 def gains(found: Sequence[Difference]) -> list[dict[str, Any]]:
     """Return the paired differences grouped by the later stage, each with a bar on the axis of its stage."""
     groups = []
-    for stage, rows in by_stage(found).items():
+    for stage, changes in groupby(found, key=lambda item: item.stage):
+        rows = list(changes)
         reach = max(max(map(abs, _ends(item.change))) / _unit(item) for item in rows) or 1.0
         relative = any(_unit(item) != 1 for item in rows)
         groups.append(

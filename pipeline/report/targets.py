@@ -65,10 +65,7 @@ class TargetResult:
 
 
 def load_targets(path: str | Path | None = None) -> list[Target]:
-    """Load a YAML file of targets: a list of mappings with the fields of `Target`.
-
-    Args:
-        path: The file. Default: the targets of recipes/pocket.
+    """Load a YAML file of targets, by default those of recipes/pocket: a list of mappings with the fields of `Target`.
 
     Raises:
         UserError: If entries are wrong; all of them are named.
@@ -116,17 +113,10 @@ def is_pocket(run: Run) -> bool:
 
 
 def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> list[TargetResult]:
-    """Compare the run's figures with the targets, in order; targets whose figures were not measured are left out.
-
-    Args:
-        run: The run.
-        found: Its paired differences.
-        targets: The targets.
-    """
+    """Compare the run's figures with the targets, in order; targets whose figures were not measured are left out."""
     results = []
     for target in targets:
-        measured = _measured(run, found, target)
-        if measured is None:
+        if (measured := _measured(run, found, target)) is None:
             continue
         met = (target.at_least is None or measured >= target.at_least - ROUNDING) and (
             target.at_most is None or measured <= target.at_most + ROUNDING
