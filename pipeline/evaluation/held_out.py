@@ -79,21 +79,16 @@ def subsample(rows: Sequence[Example], most: int) -> list[Example]:
 def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
     """Read the test splits in RUN/data and RUN/3_preferences, and what `--text` and `--reasoning` name.
 
-    Args:
-        run: The run directory.
-        args: The arguments of `pipeline.evaluation.cli`.
-
     Raises:
         UserError: If there is nothing to measure on, or a data set cannot be read.
     """
     data = run / "data"
     most = {name: min(n, args.limit or n) for name, n in MAX_EXAMPLES.items()}
     texts = _read_named(args, "text", "text") if args.text else _read_split(data / "pretrain", "text")
-    problems = (
-        _read_named(args, "reasoning", "prompt")
-        if args.reasoning
-        else _read_split(data / "reasoning", "prompt", "answer")
-    )
+    if args.reasoning:
+        problems = _read_named(args, "reasoning", "prompt")
+    else:
+        problems = _read_split(data / "reasoning", "prompt", "answer")
     # Problems have metrics of their own, which compare final answers instead of looking for words.
     instructions = [row for row in _read_split(data / "sft", "messages", *RULE_COLUMNS) if row["kind"] != "reasoning"]
     pairs = subsample(_read_split(run / "3_preferences"), most["pairs"])
@@ -168,13 +163,12 @@ def _to_messages(pairs: Sequence[Example]) -> list[Example]:
     for row in pairs:
         try:
             pair = read_pair(row)
+            for column in ("taste_chosen", "taste_rejected"):
+                if not isinstance(row.get(column, 0.0), int | float | None):
+                    raise ShapeError(f"{column} is {shorten(row[column])}, not a number")
         except (ShapeError, KeyError) as error:
-            remedy = f"row {row['id']} is not a pair ({error}); correct it"
+            remedy = f"row {row['id']} is not a valid pair ({error}); correct it"
             raise UserError(Problem("RUN", "3_preferences/test.parquet", remedy)) from None
-        for column in ("taste_chosen", "taste_rejected"):
-            if not isinstance(row.get(column, 0.0), int | float | None):
-                remedy = f"row {row['id']}: {column} is {shorten(row[column])}, not a number; correct it"
-                raise UserError(Problem("RUN", "3_preferences/test.parquet", remedy))
         if is_informative(pair):
             standard.append({**row, **pair})
     return standard

@@ -65,17 +65,17 @@ class Estimate:
             ValueError: If the "value" of `entry` is missing or not a finite number.
         """
         entry = entry if isinstance(entry, dict) else {}
-        value, n, interval, kinds = (entry.get(key) for key in ("value", "n", "ci95", "by_kind"))
-        if (number := finite(value)) is None:
+        interval, kinds = entry.get("ci95"), entry.get("by_kind")
+        value, count = finite(entry.get("value")), finite(entry.get("n"))
+        if value is None:
             raise ValueError('no number under "value"')
         low, high = map(finite, interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
-        count = finite(n)
         known = {
             kind: cls.from_json(inner)
             for kind, inner in (kinds if isinstance(kinds, dict) else {}).items()
             if isinstance(inner, dict) and finite(inner.get("value")) is not None
         }
-        return cls(number, low, high, None if count is None else int(count), known)
+        return cls(value, low, high, None if count is None else int(count), known)
 
 
 def finite(value: object) -> float | None:
@@ -202,16 +202,13 @@ def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> E
 def resample(
     function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0, resamples: int = 500
 ) -> np.ndarray:
-    """Compute a statistic of rows on bootstrap samples of their units.
+    """Compute a statistic of rows on bootstrap samples of their units, and return it for each sample.
 
     Args:
         function: Returns the statistic of the rows with the given indices, in which a row may occur several times.
         units: The unit of each row.
         seed: Seed of the resampling.
         resamples: Number of bootstrap samples.
-
-    Returns:
-        The statistic of each sample, shape (resamples,).
     """
     number = _numbered(units)
     by_unit = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])

@@ -25,7 +25,7 @@ def document_losses(
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
+        tokenizer: A tokenizer with a bos or an eos token.
         texts: Documents of any length.
         context: Window length in tokens, including the first token, which is not predicted.
         batch_tokens: Tokens per batch, padding included.

@@ -72,13 +72,8 @@ def calibration_error(
     """Estimate the root of `squared_calibration_error`, between 0 and about 0.5, with a bootstrap interval.
 
     A bootstrap sample varies about the sample as the sample varies about the truth, chance included. So the interval is
-    the spread of the plain estimate about its own mean, moved to the debiased one.
-
-    Args:
-        margins: As for `squared_calibration_error`.
-        agrees: As for `squared_calibration_error`.
-        units: The prompt of each pair.
-        seed: Seed of the resampling.
+    the spread of the plain estimate about its own mean, moved to the debiased one. The resampled `units` are the
+    prompts of the pairs.
     """
     squared = squared_calibration_error(margins, agrees)
     resampled = intervals.resample(
@@ -101,11 +96,7 @@ class RewardAccuracy(evaluate.Metric):
         return info(self, inputs, predictions=NUMBER, references=NUMBER)
 
     def _compute(
-        self,
-        predictions: list[float],
-        references: list[float],
-        units: Sequence[Hashable] | None = None,
-        seed: int = 0,
+        self, predictions: list[float], references: list[float], units: Sequence[Hashable] | None = None, seed: int = 0
     ) -> dict[str, Any]:
         units = range(len(predictions)) if units is None else units
         margins = np.subtract(predictions, references)
@@ -132,7 +123,7 @@ def measure_pairs(
     Args:
         result: Where the metrics are recorded.
         model: A sequence classifier with one label.
-        tokenizer: Its tokenizer, with a chat template.
+        tokenizer: A tokenizer with a chat template.
         pairs: `prompt`, `chosen`, `rejected`, and `taste_chosen` and `taste_rejected` if they are known.
         seed: Seed of the intervals.
     """

@@ -28,8 +28,7 @@ def check_run(run: Path) -> None:
     """
     if not run.is_dir():
         raise UserError(Problem("RUN", run, "does not exist or is not a directory; give the directory of a run"))
-    folder = run / "evaluations"
-    if problem := check_directory(folder, "RUN"):
+    if problem := check_directory(run / "evaluations", "RUN"):
         raise UserError(problem)
 
 

@@ -111,11 +111,7 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
         # The seeds of the splits are so far apart that the seeds of their batches never coincide.
         answers = sample_answers(model, tokenizer, encoded[name], args, seed=(3 * args.seed + number) * 1_000_000)
         splits[name], counts[name] = label_answers(
-            rows,
-            answers,
-            pairs_per_prompt=args.pairs_per_prompt,
-            seed=f"{args.seed}/{name}",
-            keep_taste=name == "test",
+            rows, answers, pairs_per_prompt=args.pairs_per_prompt, seed=f"{args.seed}/{name}", keep_taste=name == "test"
         )
         logger.info("%-11s %s", name, counts[name])
     if not splits["train"]:

@@ -68,10 +68,7 @@ class Counts:
 
 
 def write(
-    output_dir: Path,
-    splits: Mapping[str, Sequence[Mapping[str, Any]]],
-    counts: Mapping[str, Counts],
-    origin: str,
+    output_dir: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], counts: Mapping[str, Counts], origin: str
 ) -> None:
     """Write a data set, either whole or not at all.
 
