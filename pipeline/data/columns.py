@@ -79,13 +79,11 @@ def standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
     features = {name: FEATURES[name] for name in kept if name in FEATURES}
     if kind == "prompt":  # the other columns stay, for rewards
         kept += [column for column in columns if column not in RESERVED]
-        features = (
-            {name: split.features[name] for name in kept if name not in features} | features if split.features else {}
-        )
+        others = {name: split.features[name] for name in kept if name not in features} if split.features else {}
+        features = others | features if split.features else {}
     removed = [column for column in columns if column not in kept]
-    standard = split.map(
-        checked, with_indices=True, remove_columns=removed, features=Features(features) if features else None
-    )
+    known = Features(features) if features else None
+    standard = split.map(checked, with_indices=True, remove_columns=removed, features=known)
     return _keep_informative(standard, place) if kind == "preference" else standard
 
 
@@ -104,13 +102,8 @@ def _converter(
     _require(columns, chosen_column="chosen", rejected_column="rejected")
     if args.prompt_column not in columns and isinstance(next(iter(split))["chosen"], str):
         _require(columns, prompt_column=args.prompt_column)
-    margins = ["margin"] if "margin" in columns else []
-    return lambda row: read_pair(row, args.prompt_column, args.system_prompt), [
-        "prompt",
-        "chosen",
-        "rejected",
-        *margins,
-    ]
+    made = ["prompt", "chosen", "rejected", *(["margin"] if "margin" in columns else [])]
+    return lambda row: read_pair(row, args.prompt_column, args.system_prompt), made
 
 
 def _keep_informative(pairs: Split, place: str) -> Split:

@@ -21,8 +21,7 @@ from typing import Any
 from pipeline.errors import Problem, UserError
 
 PROMPT_COLUMNS = (
-    "messages", "prompt", "question", "problem", "instruction", "input", "passage", "text", "document",
-    "content",
+    "messages", "prompt", "question", "problem", "instruction", "input", "passage", "text", "document", "content",
 )  # fmt: skip
 ANSWER_COLUMNS = ("completion", "answer", "solution", "response", "output", "chosen", "rejected")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,11 +47,7 @@ def pack_documents(dataset: Split, tokenizer: PreTrainedTokenizerBase, block_siz
         encoded = tokenizer(batch[text_column], add_special_tokens=False, return_attention_mask=False)["input_ids"]
         documents = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded]
         input_ids = list(chain.from_iterable(documents))
-        starts = set()
-        position = 0
-        for document in documents:
-            starts.add(position)
-            position += len(document)
+        starts = {0, *accumulate(map(len, documents))}
         blocks: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "labels": []}
         for begin in range(0, len(input_ids) - block_size + 1, block_size):
             block = input_ids[begin : begin + block_size]

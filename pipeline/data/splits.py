@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
@@ -75,14 +74,8 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
         rows = range(len(only))
         held_out = rows[::period]
         return only.select([row for row in rows if row not in held_out]), only.select(held_out)
-
-    def is_held_out(_: dict[str, Any], index: int) -> bool:
-        return index % period == 0
-
-    def is_kept(_: dict[str, Any], index: int) -> bool:
-        return index % period != 0
-
-    return only.filter(is_kept, with_indices=True), only.filter(is_held_out, with_indices=True)
+    kept = only.filter(lambda _, index: index % period != 0, with_indices=True)
+    return kept, only.filter(lambda _, index: index % period == 0, with_indices=True)
 
 
 def _check_splits(names: list[str], args: DataArguments, evaluation: bool) -> None:
