@@ -81,7 +81,9 @@ def check_directory(path: str | Path, field: str = "output_dir") -> Problem | No
     if not nearest.is_dir():
         return Problem(field, path, f"{where}is not a directory; choose another one")
     try:
+        before = nearest.stat()
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
+        os.utime(nearest, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had been written
     except OSError as error:
         remedy = f"no permission to write to {nearest} ({error.strerror}); choose another directory"
         return Problem(field, path, remedy)

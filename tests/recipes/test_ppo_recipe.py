@@ -83,7 +83,10 @@ def test_refuses_a_reward_function_that_returns_text(options: list[str]) -> None
         (["--lam", "2", "--reward_funcs", "exact_anser"], ["lam: 2.0", "exact_answer"]),
         (["--reward_model_path", "{tmp}/policy"], ["has 2 labels"]),
         (["--reward_weights", "1", "--dataset_train_split", "trian"], ["each of the 2 rewards", "trian"]),
-        (["--reward_funcs", "code_tests", "--max_completion_length", "61"], ["no column test", "takes 5 of the 64"]),
+        (
+            ["--reward_funcs", "code_tests", "--max_completion_length", "61"],
+            ["no column test", "takes 5 of the model's 64"],
+        ),
         (["--reward_funcs", "hidden_taste"], ["weight 0"]),
         (
             ["--value_model_path", "{tmp}/prompts.jsonl", "--model_name_or_path", "{tmp}"],

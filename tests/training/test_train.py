@@ -27,7 +27,7 @@ calls = 0
 def failing(completions, **columns):
     global calls
     calls += 1
-    if calls > 1:
+    if calls > 2:  # the first call is a trial before training
         {statement}
     return [len(completion[0]["content"]) for completion in completions]
 """
