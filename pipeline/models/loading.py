@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 MAX_LAYERS = 4096
 """A configuration with more layers is certainly wrong; building such a model would take hours."""
 
+MAX_READ_BYTES = 4 << 30
+"""Size of weight files up to which they are read before training, to find numbers that are not finite."""
+
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
 
@@ -181,7 +184,10 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
         return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
     fault = None
     if folder.is_dir():
-        fault = validate_files(folder, model) or validate_finite(stored_weights(folder))
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        fault = validate_files(folder, model)
+        if fault is None and size <= MAX_READ_BYTES:
+            fault = validate_finite(stored_weights(folder))
     return f"its base model {base}: {fault}" if base and fault else fault
 
 

@@ -23,6 +23,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split
 from pipeline.data.splits import load_splits
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
+from pipeline.files import is_missing_path
 from pipeline.models.checks import check_lengths, check_model, check_room, check_tokenizer
 from pipeline.models.llama import LlamaArguments, build_model
 from pipeline.models.loading import (
@@ -104,7 +105,8 @@ def load_inputs(
     name = pretrained.model_name_or_path if pretrained else None
     own, tokenizer = data_args.tokenizer_name_or_path, None
     rewards = [*(getattr(reward_args, "reward_model_path", None) or []), getattr(reward_args, "value_model_path", None)]
-    if any(given and not os.path.exists(given) for given in (name, own, data_args.dataset_name, *rewards)):
+    names = filter(None, (name, own, data_args.dataset_name, *rewards))
+    if not all(os.path.exists(given) or is_missing_path(given) for given in names):
         skip_unreachable_hub()
     config = attempt(lambda: _load_config(pretrained)) if pretrained else None
     named_by = "tokenizer_name_or_path" if own or not name else "model_name_or_path"
