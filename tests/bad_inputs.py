@@ -418,7 +418,7 @@ CASES |= {
     ),
     "a LoRA task": Case("sft", "--use_peft --lora_task_type FOO", ("lora_task_type: FOO", "CAUSAL_LM")),
     "LoRA saving nothing": Case(
-        "sft", "--use_peft --lora_modules_to_save foo", ("lora_modules_to_save: foo", "no such modules")
+        "sft", "--use_peft --lora_modules_to_save foo", ("lora_modules_to_save: foo", "not have such modules")
     ),
     # the data
     "bytes that are no text": data("sft", b"\0" * 1000, "a.jsonl"),

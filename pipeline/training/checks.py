@@ -57,7 +57,7 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
         else:
             missing = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in names)]
         if missing:
-            remedy = f"the model has no such modules; choose from: {', '.join(projections)}, or all-linear"
+            remedy = f"the model does not have such modules; choose from: {', '.join(projections)}, or all-linear"
             problems.append(Problem(field, ", ".join(missing), remedy))
     rank = max((min(layer.weight.shape[:2]) for layer in layers.values()), default=math.inf)
     if model_args.lora_r > rank:
