@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS: list[set[str]] = [
+LAYERS = [
     {"errors", "hardware"},
     {"files", "launch"},
     {"config", "data", "models", "rewards"},
