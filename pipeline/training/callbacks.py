@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,18 +17,20 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from pipeline import hardware
 from pipeline.errors import RunStopped
 
+if TYPE_CHECKING:  # importing it takes seconds, too long for `--help`
+    from transformers import Trainer
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class OnTrainBegin(TrainerCallback):
+def call_on_train_begin(trainer: Trainer, function: Callable[..., None]) -> None:
     """Call a function when training begins, with what trainers pass to callbacks by name."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
+    class OnTrainBegin(TrainerCallback):  # a class of its own, because transformers warns of two callbacks of one class
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            function(**kwargs)
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Call the function."""
-        self.function(**kwargs)
+    trainer.add_callback(OnTrainBegin())
 
 
 class InterruptCallback(TrainerCallback):

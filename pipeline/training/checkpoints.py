@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.files import replace_folder
-from pipeline.training.callbacks import OnTrainBegin
+from pipeline.training.callbacks import call_on_train_begin
 from pipeline.training.checkpoint_manifest import MANIFEST, STATE, replace_state, validate_checkpoint, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def make_checkpoints_atomic(trainer: Trainer) -> None:
 
     trainer._save_checkpoint = save_checkpoint
     trainer._maybe_log_save_evaluate = save_before_evaluating
-    trainer.add_callback(OnTrainBegin(lambda **_: evaluate_if_missed(trainer)))
+    call_on_train_begin(trainer, lambda **_: evaluate_if_missed(trainer))
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from pipeline.errors import RunStopped, UserError
-from pipeline.training.callbacks import OnTrainBegin
+from pipeline.training.callbacks import call_on_train_begin
 from pipeline.training.checkpoints import newest_complete
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def stop_on_divergence(trainer: Trainer) -> None:
             )
         return loss
 
-    trainer.add_callback(OnTrainBegin(record_rows))
+    call_on_train_begin(trainer, record_rows)
     trainer.training_step = checked_step
 
 

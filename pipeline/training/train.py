@@ -21,7 +21,7 @@ from pipeline.config import output_directory
 from pipeline.errors import Problem, RunStopped, UserError, end_preparation
 from pipeline.models.weights import resume_renamed_weights
 from pipeline.training import checkpoints
-from pipeline.training.callbacks import InterruptCallback, OnTrainBegin, ThroughputCallback
+from pipeline.training.callbacks import InterruptCallback, ThroughputCallback, call_on_train_begin
 from pipeline.training.checkpoint_manifest import MANIFEST, STATE, validate_checkpoint
 from pipeline.training.divergence import last_good, stop_on_divergence
 
@@ -90,7 +90,7 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequen
 
 
 def _train(trainer: Trainer, checkpoint: Path | None) -> None:
-    trainer.add_callback(OnTrainBegin(lambda **_: end_preparation()))
+    call_on_train_begin(trainer, lambda **_: end_preparation())
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyError as error:
