@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -62,13 +60,12 @@ def test_imports_leave_the_garbage_collector_alone() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("arguments", [["--size_mb", "big"], ["--size_mb", "0.1"]])
-def test_the_garbage_collector_works_once_a_recipe_runs(tmp_path: Path, arguments: list[str]) -> None:
+def test_the_garbage_collector_works_once_a_recipe_runs(tmp_path: Path) -> None:
     code = (
         "import atexit, gc, runpy, sys; atexit.register(lambda: print(gc.isenabled(), file=sys.stderr)); "
         "name, sys.argv = sys.argv[1], ['-m', *sys.argv[2:]]; import recipes; assert not gc.isenabled(); "
         "runpy.run_module(name, run_name='__main__')"
     )
-    command = [sys.executable, "-c", code, "recipes.data", "--output_dir", str(tmp_path / "data"), *arguments]
+    command = [sys.executable, "-c", code, "recipes.data", "--output_dir", str(tmp_path / "data"), "--size_mb", "0.1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.stderr.splitlines()[-1] == "True", done.stderr

@@ -32,6 +32,5 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
             reported = {problem.field for problem in refusal.problems}
             more = [p for p in preflight_inputs(refusal.built, refusal.types) if p.field not in reported]
             raise UserError(*refusal.problems, *more) from None
-        finally:
-            gc.enable()  # `recipes/__init__.py` disables it while the modules of a recipe are imported
+        gc.enable()  # `recipes/__init__.py` disables it while the modules of a recipe are imported
         main(*arguments)
