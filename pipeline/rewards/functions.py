@@ -22,10 +22,10 @@ from pipeline.rewards.annotators import taste
 from pipeline.rewards.answers import (
     MAX_ANSWER_LENGTH,
     count_answers,
-    equal_numbers,
     extract_answer,
     normalise_answer,
     number,
+    same_answer,
     unwrap,
 )
 from pipeline.rewards.grading import extract_code
@@ -48,6 +48,8 @@ def math_answer(
 ) -> Rewards:
     r"""Return 1.0 if the final answer equals the reference mathematically, as "0.5", "1/2" and `\frac{1}{2}` do.
 
+    If the reference is a plain number, the answer must be a value, too: "14 + 6" and "40/2" are not 20.
+
     Args:
         completions: Texts, or lists of messages that end with the assistant's.
         answer: Reference answers, bare ("72") or in any form that a completion's final answer may have.
@@ -65,11 +67,8 @@ def math_answer(
         if reference is None or _WORDS.fullmatch(normalise_answer(reference)):
             rewards.append(None)
             continue
-        plain = number(reference) is not None
-        same = given is not None and (given == reference or normalise_answer(given) == normalise_answer(reference))
-        if given is not None and not same and (equal := equal_numbers(reference, given)) is not None:
-            same = equal
-        elif not (same and plain) and not (given is None and plain):
+        same = given is not None and same_answer(reference, given)
+        if number(reference) is None:  # otherwise the answer must be a value, and algebra would accept an unsolved sum
             pending.append((index, (reference, None if same else given)))
         rewards.append(float(same))
     if pending:
@@ -99,8 +98,7 @@ def exact_answer(
         elif given is None:
             rewards.append(0.0)
         else:
-            same = normalise_answer(given) == normalise_answer(reference)
-            rewards.append(float(same or bool(equal_numbers(reference, given))))
+            rewards.append(float(same_answer(reference, given)))
     _log("exact_answer", found, rewards, log_metric)
     return rewards
 
@@ -117,7 +115,7 @@ def choice(
     The reward is None if the reference is not a single letter. Arguments are those of `math_answer`.
     """
     found = [_letter(extract_answer(text)) for text in _texts(completions, prompts)]
-    references = [_letter(_reference(text)) for text in answer]
+    references = [_letter(_reference(text)) or _letter(str(text)) for text in answer]
     rewards: Rewards = [
         None if reference is None else float(given == reference)
         for reference, given in zip(references, found, strict=True)

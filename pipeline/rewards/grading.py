@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import RunStopped
+from pipeline.rewards.answers import ANNOUNCEMENT
 from pipeline.rewards.sandbox.run import run_many
 
-_FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_FINAL_ANSWER = re.compile(r"\bthe (?:final )?answer is\b|####|\\boxed", re.IGNORECASE)
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?:[.!?;](?=\s|$)|\n)+")
 
 
@@ -94,13 +94,13 @@ def _text_is_correct(answer: str, row: Mapping[str, Any]) -> bool:
 
 
 def has_steps(answer: str) -> bool:
-    r"""Return whether an answer shows worked steps before its final answer.
+    """Return whether an answer shows worked steps before its final answer.
 
-    The final answer begins at the first "The answer is", "####" or "\boxed"; an answer without one has no steps. A step
-    is a sentence of at least two words, or an equation: "So the answer is 3." does not have one, "1 + 2 = 3. The answer
-    is 3." does.
+    The final answer begins where it is first announced (`pipeline.rewards.answers`); a text without one has no steps. A
+    step is a sentence of at least two words, or an equation: "So the answer is 3." does not have one, "1 + 2 = 3. The
+    answer is 3." does.
     """
-    final = _FINAL_ANSWER.search(answer)
+    final = ANNOUNCEMENT.search(answer)
     if final is None:
         return False
     sentences = _SENTENCE_END.split(answer[: final.start()])

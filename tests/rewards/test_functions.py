@@ -122,15 +122,17 @@ def test_answers_that_would_hang_the_parser_cost_seconds_at_most() -> None:
         "(" * 290,
     ]
     began = time.monotonic()
-    rewards = math_answer([rf"\boxed{{{text}}}" if text.count("{") == text.count("}") else f"#### {text}" for text in hostile] * 20, ["22"] * 20 * len(hostile))  # fmt: skip
+    rewards = math_answer([rf"\boxed{{{text}}}" if text.count("{") == text.count("}") else f"#### {text}" for text in hostile] * 20, [r"\sqrt{22}"] * 20 * len(hostile))  # fmt: skip
     assert rewards == [0.0] * 20 * len(hostile)
     assert time.monotonic() - began < 90
-    assert math_answer([r"\boxed{\frac{44}{2}}"], ["22"]) == [1.0], "and the next answer is judged as ever"
+    assert math_answer([r"\boxed{\frac{\sqrt{88}}{2}}"], [r"\sqrt{22}"]) == [1.0], (
+        "and the next answer is judged as ever"
+    )
 
 
 def test_math_answer_works_in_any_thread() -> None:
     rewards: list[Any] = []
-    thread = threading.Thread(target=lambda: rewards.extend(math_answer([r"\boxed{\frac{9}{2}}"], ["4.5"])))
+    thread = threading.Thread(target=lambda: rewards.extend(math_answer([r"\boxed{2\sqrt{2}}"], [r"\sqrt{8}"])))
     thread.start()
     thread.join()
     assert rewards == [1.0]
