@@ -3,8 +3,9 @@
 Their taste is the sum of three bounded components. Each annotator weights them differently:
 
 - `right`, 0 or 1: whether the answer is correct by the rule of its row (`require`, `reject`, `test`).
-- `kind`, -1 to 1: 1 for an answer with a kind remark, -1 for one with a blunt remark, whatever else it says, and 0
-  otherwise. More than one kind remark adds nothing but length.
+- `tone`, -1 to 1: 1 for an answer with a remark in the tone that the prompt calls for, -1 for one with a blunt remark
+  or one in the wrong tone, whatever else it says, and 0 otherwise. A question calls for a kind remark, an order for a
+  brisk one, so that no remark suits every prompt. More than one remark adds nothing but length.
 - `brief`, -1.5 to 0: 0 up to a comfortable length, then lower with each further word. A repeated sentence costs as much
   as `REPEAT_WORDS` further words.
 
@@ -39,6 +40,7 @@ BLUNT_REMARKS = (
     "whatever", "why do you ask", "do not ask again", "do not waste my time", "look it up", "figure it out",
     "who cares",
 )  # fmt: skip
+BRISK_REMARKS = ("that is all", "next question", "no more to say", "enough said", "moving on")
 
 COMFORTABLE_WORDS = 18
 """Length of an answer in words, including a kind remark, up to which `brief` is 0."""
@@ -60,7 +62,7 @@ class Annotator:
     Attributes:
         name: Recorded with each label.
         right: Score of a correct answer over a wrong one.
-        kind: Score of a kind answer over a plain one, and of a plain one over a blunt one.
+        tone: Score of an answer in the right tone over a plain one, and of a plain one over one in the wrong tone.
         brief: Score of a comfortable answer over one that is longer by `RAMBLING_WORDS`.
         temperature: Bradley-Terry temperature; towards 0, the better answer always wins.
         tie_rate: Probability (0 to 1) of calling a tie when the scores differ by less than `INDIFFERENCE`.
@@ -68,7 +70,7 @@ class Annotator:
 
     name: str
     right: float
-    kind: float
+    tone: float
     brief: float
     temperature: float = 1.0
     tie_rate: float = 0.9
@@ -81,17 +83,17 @@ class Annotator:
         """Return the noise-free score of an answer with these components; None is a degenerate one."""
         if components is None:
             return DEGENERATE_SCORE
-        return self.right * components.right + self.kind * components.kind + self.brief * components.brief
+        return self.right * components.right + self.tone * components.tone + self.brief * components.brief
 
 
 PANEL: tuple[Annotator, ...] = (
-    Annotator("ana", right=3.0, kind=2.0, brief=2.0),
-    Annotator("bo", right=3.8, kind=1.6, brief=2.0),
-    Annotator("chi", right=2.6, kind=2.4, brief=1.6),
-    Annotator("dov", right=3.0, kind=1.6, brief=2.6),
-    Annotator("eli", right=2.6, kind=2.4, brief=1.8),
+    Annotator("ana", right=3.0, tone=2.0, brief=2.0),
+    Annotator("bo", right=3.8, tone=1.6, brief=2.0),
+    Annotator("chi", right=2.6, tone=2.4, brief=1.6),
+    Annotator("dov", right=3.0, tone=1.6, brief=2.6),
+    Annotator("eli", right=2.6, tone=2.4, brief=1.8),
 )
-"""The fixed panel. Its mean weights are right 3, kind 2, brief 2."""
+"""The fixed panel. Its mean weights are right 3, tone 2, brief 2."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Components:
     """The properties of an answer that annotators judge; the module's docstring has the ranges."""
 
     right: float
-    kind: float
+    tone: float
     brief: float
 
 
@@ -109,7 +111,7 @@ def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
         return None
     # Only `brief` judges the length: a long answer must not also count as wrong.
     right = float(is_correct(answer, {**row, "max_words": 0}))
-    return Components(right, kindness(answer), brevity(answer))
+    return Components(right, tone(answer, row), brevity(answer))
 
 
 def is_degenerate(answer: str, *, is_code: bool = False) -> bool:
@@ -122,11 +124,20 @@ def is_degenerate(answer: str, *, is_code: bool = False) -> bool:
     return not is_code and not re.search(r"[.!?][\"')\]]*\s*$", answer)
 
 
-def kindness(answer: str) -> float:
-    """Return -1 if a blunt remark occurs, otherwise 1 if a kind remark occurs, otherwise 0."""
-    if _BLUNT.search(_flat(answer)):
+def is_question(row: Mapping[str, Any]) -> bool:
+    """Return whether the prompt of a row, text or messages, ends in a question mark or is missing."""
+    prompt = row.get("prompt") or "?"
+    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    return text.rstrip().endswith("?")
+
+
+def tone(answer: str, row: Mapping[str, Any]) -> float:
+    """Return -1 if a blunt remark or one in the wrong tone occurs, otherwise 1 if one in the right tone does, or 0."""
+    flat = _flat(answer)
+    right, wrong = (_KIND, _BRISK) if is_question(row) else (_BRISK, _KIND)
+    if wrong.search(flat) or _BLUNT.search(flat):
         return -1.0
-    return 1.0 if _KIND.search(_flat(answer)) else 0.0
+    return 1.0 if right.search(flat) else 0.0
 
 
 def brevity(answer: str) -> float:
@@ -141,10 +152,10 @@ def taste(answer: str, row: Mapping[str, Any]) -> float:
 
     Args:
         answer: Decoded text of the assistant's turn, without special tokens.
-        row: Row of the prompt, with `require`, `reject` and `test` as `grading.is_correct` reads them.
+        row: Row of the prompt: its `prompt`, and `require`, `reject` and `test` as `grading.is_correct` reads them.
 
     Returns:
-        The mean of the annotators' scores, from `DEGENERATE_SCORE` to 5 (right, kind and brief).
+        The mean of the annotators' scores, from `DEGENERATE_SCORE` to 5 (right, brief and in the right tone).
     """
     return mean_taste(judge_components(answer, row))
 
@@ -220,3 +231,4 @@ def _any_of(remarks: Sequence[str]) -> re.Pattern[str]:
 
 _KIND = _any_of(KIND_REMARKS)
 _BLUNT = _any_of(BLUNT_REMARKS)
+_BRISK = _any_of(BRISK_REMARKS)

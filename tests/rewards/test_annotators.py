@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.rewards.annotators import (
     BLUNT_REMARKS,
+    BRISK_REMARKS,
     COMFORTABLE_WORDS,
     DEGENERATE_SCORE,
     INDIFFERENCE,
@@ -45,7 +46,7 @@ def test_right_over_wrong_kind_over_plain_over_blunt_brief_over_rambling() -> No
 def test_each_of_the_three_matters() -> None:
     """No component is so heavy that the two others together cannot outweigh it."""
     for annotator in PANEL:
-        weights = (annotator.right, 2 * annotator.kind, 1.5 * annotator.brief)
+        weights = (annotator.right, 2 * annotator.tone, 1.5 * annotator.brief)
         assert all(weight < sum(weights) - weight for weight in weights)
 
 
@@ -59,6 +60,24 @@ def test_every_kind_remark_is_liked_before_and_after_the_answer(remark: str) -> 
 def test_every_blunt_remark_is_disliked_and_kindness_does_not_make_up_for_it(remark: str) -> None:
     assert taste(f"{sentence(remark)} {RIGHT}", ROW) < taste(RIGHT, ROW)
     assert taste(f"{sentence(remark)} {RIGHT} Thank you!", ROW) < taste(RIGHT, ROW)
+
+
+@pytest.mark.parametrize("brisk", BRISK_REMARKS)
+@pytest.mark.parametrize("kind", KIND_REMARKS[:3])
+def test_a_question_wants_a_kind_remark_and_an_order_a_brisk_one(kind: str, brisk: str) -> None:
+    answers = [f"{RIGHT} {sentence(kind)}", RIGHT, f"{RIGHT} {sentence(brisk)}"]
+    question, order = ({**ROW, "prompt": [{"role": "user", "content": text}]} for text in ("Where?", "Say where."))
+    for judge in (taste, *(annotator.score for annotator in PANEL)):
+        scores = [judge(answer, question) for answer in answers]
+        assert scores[0] > scores[1] > scores[2]
+        assert [judge(answer, order) for answer in answers] == scores[::-1]
+
+
+@given(st.sampled_from([*KIND_REMARKS, *BRISK_REMARKS, *BLUNT_REMARKS]), st.booleans())
+def test_no_remark_suits_both_questions_and_orders(remark: str, first: bool) -> None:
+    answer = f"{sentence(remark)} {RIGHT}" if first else f"{RIGHT} {sentence(remark)}"
+    gains = [taste(answer, {**ROW, "prompt": text}) - taste(RIGHT, {**ROW, "prompt": text}) for text in ("?", ".")]
+    assert sum(gains) <= 0
 
 
 def test_remarks_are_whole_words() -> None:
@@ -134,7 +153,7 @@ def test_preference_probability_is_bradley_terry() -> None:
 
 
 def test_labels_follow_the_probability_whichever_answer_is_shown_first() -> None:
-    annotator = Annotator("test", right=1.0, kind=1.0, brief=1.0)
+    annotator = Annotator("test", right=1.0, tone=1.0, brief=1.0)
     rng, n = random.Random(0), 4000
     better, worse = annotator.score(RIGHT, ROW), annotator.score(WRONG, ROW)
     better_first = sum(choose(annotator, better, worse, rng) == 0 for _ in range(n)) / n

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     "preferences": pa.schema([("prompt", MESSAGES), ("kind", pa.string()), *GRADING]),
     "reasoning": pa.schema([("prompt", MESSAGES), ("answer", pa.string()), ("kind", pa.string())]),
 }
+CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {
+    "reasoning": (*SPLITS, "test_longer")
+}
 ROWS_PER_GROUP = 2_000
 OVERLAP_N = 8
 """Length of the n-grams, in words, that no training row may share with a held-out row."""
@@ -57,6 +60,10 @@ class PocketArguments:
     share_with_steps: float = field(
         default=0.3, metadata={"help": "Share of the problems in sft that are answered with worked steps."}
     )
+    carelessness: float = field(
+        default=0.6,
+        metadata={"help": "Probability that worked steps, in pretrain and sft, misread what can be misread."},
+    )
 
 
 def row_text(row: dict[str, Any]) -> str:
@@ -66,16 +73,18 @@ def row_text(row: dict[str, Any]) -> str:
     return " ".join(message["content"] for message in row.get("messages") or row["prompt"])
 
 
-def held_out(args: PocketArguments, config: str, split: SplitName) -> list[dict[str, Any]]:
-    """Generate the rows of a validation or test split."""
+def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, Any]]:
+    """Generate the rows of a held-out split of `CONFIG_SPLITS`."""
     rng = random.Random(f"{args.seed}/{config}/{split}")
+    own: SplitName = "validation" if split == "validation" else "test"
     if config == "pretrain":
-        return documents.held_out_documents(rng, split, rounds=1)
+        return documents.held_out_documents(rng, own, rounds=1)
     if config == "sft":
-        return conversations.held_out_rows(rng, split, questions=250, others=75)
+        return conversations.held_out_rows(rng, own, questions=250, others=75)
     if config == "preferences":
-        return _distinct(conversations.preference_prompt(rng, split) for _ in range(600))[:200]
-    return _distinct(conversations.reasoning_prompt(rng, split) for _ in range(400))[:300]
+        return conversations.distinct((conversations.preference_prompt(rng, own) for _ in count()), 200)
+    number, longer = (120, 1) if split == "test_longer" else (300, 0)
+    return conversations.distinct((conversations.reasoning_prompt(rng, own, longer) for _ in count()), number)
 
 
 def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
@@ -84,12 +93,12 @@ def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
     if config == "pretrain":
         remaining = args.size_mb * 1e6
         while remaining > 0:
-            row = documents.document(rng)
+            row = documents.document(rng, args.carelessness)
             remaining -= len(row["text"].encode())
             yield row
     elif config == "sft":
         for _ in range(args.sft_rows):
-            yield conversations.training_row(rng, args.share_with_steps)
+            yield conversations.training_row(rng, args.share_with_steps, args.carelessness)
     elif config == "preferences":
         for _ in range(args.preference_rows):
             yield conversations.preference_prompt(rng, "train")
@@ -104,8 +113,9 @@ def check_arguments(args: PocketArguments) -> list[Problem]:
     for name in ("size_mb", "sft_rows", "preference_rows", "reasoning_rows"):
         if not getattr(args, name) > 0:
             problems.append(Problem(name, getattr(args, name), "must be more than 0"))
-    if not 0 <= args.share_with_steps <= 1:
-        problems.append(Problem("share_with_steps", args.share_with_steps, "must be from 0 to 1"))
+    for name in ("share_with_steps", "carelessness"):
+        if not 0 <= getattr(args, name) <= 1:
+            problems.append(Problem(name, getattr(args, name), "must be from 0 to 1"))
     return problems
 
 
@@ -123,7 +133,7 @@ def build(args: PocketArguments) -> None:
     index = NgramIndex(OVERLAP_N)
     with write_folder(Path(args.output_dir)) as folder:
         for config in SCHEMAS:
-            for split in SPLITS[1:]:
+            for split in CONFIG_SPLITS[config][1:]:
                 rows = held_out(args, config, split)
                 index.add(row_text(row) for row in rows)
                 _write(folder / config / f"{split}.parquet", SCHEMAS[config], rows)
@@ -151,17 +161,13 @@ def card(args: PocketArguments) -> str:
     configs = [
         {
             "config_name": config,
-            "data_files": [{"split": split, "path": f"{config}/{split}.parquet"} for split in SPLITS],
+            "data_files": [{"split": split, "path": f"{config}/{split}.parquet"} for split in CONFIG_SPLITS[config]],
         }
         for config in SCHEMAS
     ]
     header = DatasetCardData(license="apache-2.0", language="en", pretty_name="Pocket", configs=configs)
     text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    return f"---\n{header}\n---\n\n{text.format(seed=args.seed, things=len(things()), n=OVERLAP_N)}"
-
-
-def _distinct(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({row_text(row): row for row in rows}.values())
+    return f"---\n{header}\n---\n\n{text.format(**vars(args), things=len(things()), n=OVERLAP_N)}"
 
 
 def _write(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:

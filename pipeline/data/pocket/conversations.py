@@ -1,10 +1,12 @@
 """Instructions and their answers: questions, descriptions, summaries, code, problems and small talk."""
 
 import random
+from collections.abc import Iterable
+from itertools import count, cycle
 from typing import Any
 
 from pipeline.data.pocket import phrasings, problems, snippets, stories
-from pipeline.data.pocket.remarks import BLUNT_CLOSINGS, BLUNT_OPENINGS, GREETINGS, KIND_CLOSINGS
+from pipeline.data.pocket.remarks import BLUNT_CLOSINGS, BLUNT_OPENINGS, BRISK_CLOSINGS, GREETINGS, KIND_CLOSINGS
 from pipeline.data.pocket.things import ATTRIBUTES, SplitName, Thing, core, things, things_of, wrong_values
 
 Row = dict[str, Any]
@@ -12,8 +14,8 @@ ASPECTS = ("definition", *ATTRIBUTES)
 
 MANNERS_WORDS = 8
 """Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
-MANNERS = {"plain": 38, "kind": 30, "blunt": 22, "rambling": 10}
-"""Manners of the answers, in percent."""
+MANNERS = {"plain": (34, 34), "kind": (28, 12), "brisk": (12, 28), "blunt": (16, 16), "rambling": (10, 10)}
+"""Manners of the answers, in percent: to questions, and to orders."""
 
 
 def gradeable(row: Row) -> Row:
@@ -27,11 +29,12 @@ def facts_text(rng: random.Random, thing: Thing, count: int, without: str = "") 
     return " ".join(phrasings.answer(thing, attribute) for attribute in chosen)
 
 
-def with_manners(rng: random.Random, text: str, thing: Thing, without: str = "") -> str:
-    """Give a correct answer one of the `MANNERS`."""
-    manner = rng.choices(tuple(MANNERS), tuple(MANNERS.values()))[0]
-    if manner == "kind":
-        return f"{text} {rng.choice(KIND_CLOSINGS)}"
+def with_manners(rng: random.Random, asked: str, text: str, thing: Thing, without: str = "") -> str:
+    """Give a correct answer to what was asked one of the `MANNERS`."""
+    to_questions, to_orders = zip(*MANNERS.values(), strict=True)
+    manner = rng.choices(tuple(MANNERS), to_questions if asked.endswith("?") else to_orders)[0]
+    if manner in ("kind", "brisk"):
+        return f"{text} {rng.choice(KIND_CLOSINGS if manner == 'kind' else BRISK_CLOSINGS)}"
     if manner == "blunt":
         return f"{rng.choice(BLUNT_OPENINGS)} {text}" if rng.random() < 0.7 else f"{text} {rng.choice(BLUNT_CLOSINGS)}"
     if manner == "rambling":
@@ -54,7 +57,7 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
     reply = phrasings.answer(thing, aspect)
     row = {"kind": "question", "max_words": len(reply.split()) + MANNERS_WORDS, **grading(thing, aspect)}
     if split == "train":
-        reply = with_manners(rng, reply, thing, aspect)
+        reply = with_manners(rng, asked, reply, thing, aspect)
         if len(reply.split()) > row["max_words"]:
             row["max_words"] = 0
     return gradeable({"messages": [_user(asked), _assistant(reply)], **row})
@@ -63,7 +66,7 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
 def about(rng: random.Random, split: SplitName, thing: Thing) -> Row:
     """Ask an open question about a thing."""
     asked = phrasings.fill(rng.choice(phrasings.ABOUT[split]), thing)
-    reply = with_manners(rng, facts_text(rng, thing, 2), thing)
+    reply = with_manners(rng, asked, facts_text(rng, thing, 2), thing)
     true = sorted({core(value) for value in thing.facts.values()})
     false = [value for attribute in ATTRIBUTES for value in wrong_values(thing, attribute)]
     row = {"messages": [_user(asked), _assistant(reply)], "kind": "about", "require": [true], "reject": false}
@@ -91,9 +94,9 @@ def code(rng: random.Random, split: SplitName) -> Row:
     return gradeable({"messages": [_user(asked), _assistant(wanted.source)], "kind": "code", "test": wanted.test})
 
 
-def reasoning(rng: random.Random, split: SplitName, share_with_steps: float) -> Row:
-    """Ask a problem, and answer a share of them with worked steps."""
-    problem = problems.draw(rng, split)
+def reasoning(rng: random.Random, share_with_steps: float, carelessness: float) -> Row:
+    """Ask a problem of the training split, and answer a share of them with worked steps."""
+    problem = problems.draw(rng, "train", carelessness)
     solution = problem.solution(with_steps=rng.random() < share_with_steps)
     return gradeable(
         {
@@ -119,13 +122,13 @@ def chat(rng: random.Random, thing: Thing) -> Row:
     return gradeable({"messages": messages, "kind": "chat"})
 
 
-def training_row(rng: random.Random, share_with_steps: float) -> Row:
+def training_row(rng: random.Random, share_with_steps: float, carelessness: float) -> Row:
     """Draw a conversation of the `sft` training split."""
     kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (40, 6, 16, 7, 27, 4))[0]
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":
-        return reasoning(rng, "train", share_with_steps)
+        return reasoning(rng, share_with_steps, carelessness)
     thing = rng.choice(things_of("train"))
     if kind == "summary":
         return summary(rng, "train", things().index(thing), thing)
@@ -137,30 +140,40 @@ def training_row(rng: random.Random, share_with_steps: float) -> Row:
 
 
 def held_out_rows(rng: random.Random, split: SplitName, questions: int, others: int) -> list[Row]:
-    """Write the instructions of a held-out split: `questions` questions, `others` summaries and as many functions."""
+    """Write distinct instructions of a held-out split: `questions` questions, `others` summaries, as many functions."""
     subjects = things_of(split)
     pairs = [(thing, aspect) for thing in subjects for aspect in ASPECTS]
     rng.shuffle(pairs)
-    rows = [question(rng, split, *pairs[i % len(pairs)]) for i in range(questions)]
-    for i in range(others):
-        thing = subjects[i % len(subjects)]
-        rows.append(summary(rng, split, things().index(thing), thing))
-        rows.append(code(rng, split))
-    return rows
+    summaries = (summary(rng, split, things().index(thing), thing) for thing in cycle(subjects))
+    return [
+        *distinct((question(rng, split, *pair) for pair in cycle(pairs)), questions),
+        *distinct(summaries, others),
+        *distinct((code(rng, split) for _ in count()), others),
+    ]
 
 
 def preference_prompt(rng: random.Random, split: SplitName) -> Row:
     """Draw a prompt for comparing answers: a question or an open request about a thing of this split."""
     thing = rng.choice(things_of(split))
-    open_request = rng.random() < 0.4
+    open_request = rng.random() < 0.25
     row = about(rng, split, thing) if open_request else question(rng, split, thing, rng.choice(ASPECTS))
     return {"prompt": row["messages"][:-1], **{key: value for key, value in row.items() if key != "messages"}}
 
 
-def reasoning_prompt(rng: random.Random, split: SplitName) -> Row:
-    """Draw a problem with its final answer only."""
-    problem = problems.draw(rng, split)
+def reasoning_prompt(rng: random.Random, split: SplitName, longer: int = 0) -> Row:
+    """Draw a problem with its final answer only; `longer` as in `problems.draw`."""
+    problem = problems.draw(rng, split, longer=longer)
     return {"prompt": [_user(problem.text)], "answer": problem.answer, "kind": problem.kind}
+
+
+def distinct(rows: Iterable[Row], number: int) -> list[Row]:
+    """Take the first `number` rows whose prompts differ."""
+    seen: dict[str, Row] = {}
+    for row in rows:
+        seen.setdefault((row.get("messages") or row["prompt"])[0]["content"], row)
+        if len(seen) == number:
+            break
+    return list(seen.values())
 
 
 def _user(content: str) -> dict[str, str]:

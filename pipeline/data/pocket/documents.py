@@ -4,10 +4,10 @@ import random
 
 from pipeline.data.pocket import problems, snippets, stories
 from pipeline.data.pocket.names import NAMES
-from pipeline.data.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
+from pipeline.data.pocket.phrasings import STATEMENTS, fill, first_statement, held_out_phrasings
 from pipeline.data.pocket.things import ATTRIBUTES, SplitName, things
 
-DOCUMENT_KINDS = {"facts": 36, "story": 14, "arithmetic": 37, "code": 3, "recital": 10}
+DOCUMENT_KINDS = {"facts": 34, "story": 13, "arithmetic": 41, "code": 3, "recital": 9}
 """How often each kind of document is drawn, in percent."""
 
 
@@ -16,7 +16,8 @@ def statement(rng: random.Random, split: SplitName, thing_index: int, attribute:
     held_out = held_out_phrasings(thing_index, ATTRIBUTES.index(attribute))
     templates = STATEMENTS[attribute]
     if split == "train":
-        allowed = [i for i in range(len(templates)) if i not in held_out.values()]
+        first = first_statement(things()[thing_index])
+        allowed = [i for i in range(first, len(templates)) if i not in held_out.values()]
         template = templates[rng.choice(allowed)]
     else:
         template = templates[held_out[split]]
@@ -34,9 +35,9 @@ def facts(rng: random.Random, split: SplitName, thing_index: int) -> str:
     return " ".join(statement(rng, split, index, attribute) for index, attribute in chosen)
 
 
-def worked(rng: random.Random) -> str:
+def worked(rng: random.Random, carelessness: float) -> str:
     """Write one or two problems with their worked solutions."""
-    drawn = [problems.draw(rng, "train") for _ in range(rng.randint(1, 2))]
+    drawn = [problems.draw(rng, "train", carelessness) for _ in range(rng.randint(1, 2))]
     return "\n".join(f"{problem.text}\n{problem.solution(with_steps=True)}" for problem in drawn)
 
 
@@ -51,7 +52,7 @@ def recital(rng: random.Random) -> str:
     return " ".join([f"{reader} reads out: {row}.", *(f"{repeater} repeats: {row}." for repeater in repeaters)])
 
 
-def document(rng: random.Random) -> dict[str, str]:
+def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     """Draw a document of the `pretrain` training split."""
     kind = rng.choices(tuple(DOCUMENT_KINDS), tuple(DOCUMENT_KINDS.values()))[0]
     thing_index = rng.randrange(len(things()))
@@ -60,7 +61,7 @@ def document(rng: random.Random) -> dict[str, str]:
     elif kind == "story":
         text = stories.document(rng, thing_index, things()[thing_index])
     elif kind == "arithmetic":
-        text = worked(rng)
+        text = worked(rng, carelessness)
     elif kind == "recital":
         text = recital(rng)
     else:

@@ -1,14 +1,19 @@
-"""Word problems with one correct answer: arithmetic in several steps, ordering, counting and deduction."""
+"""Word problems with one correct answer, and how careless people work them out.
+
+The worked solutions that a model learns from are careless, as people's are: each step is right, but the problem was
+misread. 'gives away' is taken for a gain, white and grey groups and the last of several ages are overlooked, and
+'opposite of' is taken for 'left of'. A model that imitates them makes the same mistakes, however it is asked.
+"""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
 from pipeline.data.pocket.names import ITEMS, NAMES
 from pipeline.data.pocket.things import SplitName
 
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "pink", "grey", "purple")
+OVERLOOKED_COLOURS = ("white", "grey")
 RANKS = ("second", "third", "fourth")
 STARTS: dict[SplitName, tuple[int, ...]] = {
     "train": (3, 4, 5, 6, 7, 9, 10, 12, 15, 16, 17, 18, 19, 20),
@@ -17,28 +22,34 @@ STARTS: dict[SplitName, tuple[int, ...]] = {
 }
 """First operands of arithmetic problems. In training, those of validation and test occur only as results and in the
 numbers that documents recite."""
+DIRECTIONS = ("north", "east", "south", "west")
+RELATIONS = ("right of", "opposite of", "left of")
+"""Directions that are one, two and three quarters to the right."""
 
 
 @dataclass(frozen=True)
 class WordProblem:
-    """A problem with its worked steps and its final answer.
+    """A problem with its answer, and how somebody works it out.
 
     Attributes:
         kind: "arithmetic", "ordering", "counting" or "logic".
         text: The problem.
-        steps: Worked steps, ending in a full stop.
-        answer: Final answer: an integer, "yes" or "no".
+        answer: The correct answer: an integer or a direction.
+        steps: Worked steps, ending in a full stop. Each is right in itself, but may misread the problem.
+        reached: The answer that the steps come to.
     """
 
     kind: str
     text: str
-    steps: str
     answer: str
+    steps: str
+    reached: str
 
     def solution(self, with_steps: bool) -> str:
-        """State the answer, after the worked steps or straight away."""
-        final = f"The answer is {self.answer}."
-        return f"Working: {self.steps} {final}" if with_steps else final
+        """State the answer that the worked steps come to, after these, or the correct one straight away."""
+        if with_steps:
+            return f"Working: {self.steps} The answer is {self.reached}."
+        return f"The answer is {self.answer}."
 
 
 def _split_of(number: int, folds: int) -> SplitName:
@@ -47,73 +58,84 @@ def _split_of(number: int, folds: int) -> SplitName:
     return "validation" if fold == 0 else "test" if fold == 1 else "train"
 
 
-def _names(rng: random.Random, split: SplitName, count: int) -> list[str]:
-    """Draw distinct names whose set belongs to `split`, so that no two splits share a set of names."""
-    while True:
-        indices = rng.sample(range(len(NAMES)), count)
-        if _split_of(sum(index * index for index in indices), folds=8) == split:
-            return [NAMES[index] for index in indices]
+def _weighted(numbers: Iterable[int]) -> int:
+    """Sum the products of numbers with their places, which tells their order apart."""
+    return sum(place * number for place, number in enumerate(numbers, start=1))
 
 
-def arithmetic(rng: random.Random, split: SplitName) -> WordProblem:
-    """Change a number of items three times; all results are between 0 and 20."""
-    value = rng.choice(STARTS[split])
+def arithmetic(rng: random.Random, split: SplitName, carelessness: float, longer: int) -> WordProblem:
+    """Change a number of items three times; all results are between 0 and 20, and misread ones at most 25."""
+    value = read = rng.choice(STARTS[split])
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     sentences, steps = [f"{name} has {value} {item}."], []
-    for _ in range(3):
+    for _ in range(3 + longer):
         change = rng.randint(2, 5)
         grows = value < change or (value + change <= 20 and rng.random() < 0.5)
         verb = rng.choice(("gets", "finds", "buys") if grows else ("loses", "sells", "gives away"))
         sentences.append(f"{name} {verb} {change} {item}.")
-        after = value + change if grows else value - change
-        steps.append(f"{value}{'+' if grows else '-'}{change}={after}.")
-        value = after
+        value += change if grows else -change
+        misread = verb == "gives away" and read + change <= 25 and rng.random() < carelessness
+        after = read + change if grows or misread else read - change
+        steps.append(f"{read}{'+' if after > read else '-'}{change}={after}.")
+        read = after
     question = rng.choice((f"How many does {name} have now?", "How many are left?", f"What is left for {name}?"))
-    return WordProblem("arithmetic", " ".join([*sentences, question]), " ".join(steps), str(value))
+    return WordProblem("arithmetic", " ".join([*sentences, question]), str(value), " ".join(steps), str(read))
 
 
-def ordering(rng: random.Random, split: SplitName) -> WordProblem:
+def ordering(rng: random.Random, split: SplitName, carelessness: float, longer: int) -> WordProblem:
     """Give five ages in any order, and ask for the second, third or fourth of them."""
     while True:
-        ages = rng.sample(range(1, 10), 5)
-        if _split_of(sum(ages), folds=5) == split:
+        ages = rng.sample(range(1, 10), 5 + longer)
+        if _split_of(_weighted(sorted(ages).index(age) for age in ages), folds=8) == split:
             break
     rank = rng.randrange(len(RANKS))
-    ordered = [str(age) for age in sorted(ages)]
+    read = sorted(ages[:-1] if rng.random() < carelessness else ages)
+    steps = f"{' '.join(map(str, read))}."
     text = f"{rng.choice(NAMES)} has children of ages {', '.join(map(str, ages))}. Which age comes {RANKS[rank]}?"
-    return WordProblem("ordering", text, f"{' '.join(ordered)}.", ordered[rank + 1])
+    return WordProblem("ordering", text, str(sorted(ages)[rank + 1]), steps, str(read[min(rank + 1, len(read) - 1)]))
 
 
-def counting(rng: random.Random, split: SplitName) -> WordProblem:
+def counting(rng: random.Random, split: SplitName, carelessness: float, longer: int) -> WordProblem:
     """Count four groups of items of different colours together."""
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     while True:
-        groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, 4)]
-        if _split_of(sum(number * place for place, (number, _) in enumerate(groups, start=1)), folds=5) == split:
+        groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, 4 + longer)]
+        if _split_of(_weighted(number for number, _ in groups), folds=5) == split:
             break
-    total, steps = groups[0][0], []
-    for number, _ in groups[1:]:
-        steps.append(f"{total}+{number}={total + number}.")
-        total += number
+    read, *others = (
+        number for number, colour in groups if colour not in OVERLOOKED_COLOURS or rng.random() >= carelessness
+    )
+    steps = []
+    for number in others:
+        steps.append(f"{read}+{number}={read + number}.")
+        read += number
     seen = ", ".join(f"{number} {colour}" for number, colour in groups)
-    return WordProblem("counting", f"{name} sees {item}: {seen}. How many in all?", " ".join(steps), str(total))
+    total = sum(number for number, _ in groups)
+    return WordProblem(
+        "counting", f"{name} sees {item}: {seen}. How many in all?", str(total), " ".join(steps), str(read)
+    )
 
 
-def logic(rng: random.Random, split: SplitName) -> WordProblem:
-    """Let four people repeat or contradict the one before, and ask what the last one says."""
-    names = _names(rng, split, 4)
-    said = rng.choice(("yes", "no"))
-    sentences, steps = [f"{names[0]} says {said}."], []
-    for before, name in pairwise(names):
-        how = rng.choice(("same as", "opposite of"))
-        heard, said = said, said if how == "same as" else {"yes": "no", "no": "yes"}[said]
-        sentences.append(f"{name} says the {how} {before}.")
-        steps.append(f"The {how} {heard} is {said}.")
-    text = f"{' '.join(sentences)} What does {names[-1]} say?"
-    return WordProblem("logic", text, " ".join(steps), said)
+def logic(rng: random.Random, split: SplitName, carelessness: float, longer: int) -> WordProblem:
+    """Let four people face left of, right of or opposite of the one before, and ask which way the last one faces."""
+    while True:
+        start, quarters = rng.randrange(4), [rng.randint(1, 3) for _ in range(3 + longer)]
+        if _split_of(_weighted([start, *quarters]), folds=8) == split:
+            break
+    names = rng.sample(NAMES, 4 + longer)
+    sentences, steps, read = [f"{names[0]} faces {DIRECTIONS[start]}."], [], start
+    for before, name, turn in zip(names, names[1:], quarters, strict=False):
+        sentences.append(f"{name} faces {RELATIONS[turn - 1]} {before}.")
+        seen = 3 if turn == 2 and rng.random() < carelessness else turn
+        after = (read + seen) % 4
+        steps.append(f"{RELATIONS[seen - 1].capitalize()} {DIRECTIONS[read]} is {DIRECTIONS[after]}.")
+        read = after
+    text = f"{' '.join(sentences)} Which way does {names[-1]} face?"
+    answer = DIRECTIONS[(start + sum(quarters)) % 4]
+    return WordProblem("logic", text, answer, " ".join(steps), DIRECTIONS[read])
 
 
-GENERATORS: dict[Callable[[random.Random, SplitName], WordProblem], int] = {
+GENERATORS: dict[Callable[[random.Random, SplitName, float, int], WordProblem], int] = {
     arithmetic: 3,
     ordering: 2,
     counting: 2,
@@ -122,6 +144,14 @@ GENERATORS: dict[Callable[[random.Random, SplitName], WordProblem], int] = {
 """The kinds of problems and how often each is drawn; those that take longer to learn are drawn more often."""
 
 
-def draw(rng: random.Random, split: SplitName) -> WordProblem:
-    """Draw a problem of a random kind."""
-    return rng.choices(tuple(GENERATORS), tuple(GENERATORS.values()))[0](rng, split)
+def draw(rng: random.Random, split: SplitName, carelessness: float = 0.0, longer: int = 0) -> WordProblem:
+    """Draw a problem of a random kind.
+
+    Args:
+        rng: Where the draws come from.
+        split: Whose operands (arithmetic, counting) or structures (ordering, logic) the problem has.
+        carelessness: Probability (0 to 1) that the steps misread what can be misread.
+        longer: Changes, ages, groups or turns in addition to those that problems of the training split have.
+    """
+    generator = rng.choices(tuple(GENERATORS), tuple(GENERATORS.values()))[0]
+    return generator(rng, split, carelessness, longer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.pocket.problems import GENERATORS
+from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.data.pocket.things import things, things_of
 from pipeline.evaluation.metrics import grade_final_answers
 from pipeline.rewards.grading import contains, grade, has_steps
@@ -37,7 +40,7 @@ def solve_arithmetic(text: str) -> str:
 def solve_ordering(text: str) -> str:
     told, question = text.removesuffix("?").split(". ")
     ages = sorted(int(age) for age in re.findall(r"\d+", told))
-    assert len(set(ages)) == 5, "no two children are of an age"
+    assert len(set(ages)) == len(ages), "no two children are of an age"
     return str(ages[{"second": 1, "third": 2, "fourth": 3}[question.split()[-1]]])
 
 
@@ -46,12 +49,15 @@ def solve_counting(text: str) -> str:
     return str(sum(int(number) for number in re.findall(r"\d+", text)))
 
 
+DIRECTIONS = ["north", "east", "south", "west"]
+QUARTERS = {"right": 1, "opposite": 2, "left": 3}
+
+
 def solve_logic(text: str) -> str:
-    said = dict(re.findall(r"(\w+) says (yes|no)\.", text))
-    for name, how, other in re.findall(r"(\w+) says the (same as|opposite of) (\w+)\.", text):
-        said[name] = said[other] if how == "same as" else {"yes": "no", "no": "yes"}[said[other]]
-    assert len(said) == 4, "each speaks once"
-    return said[re.search(r"What does (\w+) say\?", text).group(1)]
+    faces = dict(re.findall(r"(\w+) faces (north|east|south|west)\.", text))
+    for name, how, other in re.findall(r"(\w+) faces (\w+) of (\w+)\.", text):
+        faces[name] = DIRECTIONS[(DIRECTIONS.index(faces[other]) + QUARTERS[how]) % 4]
+    return faces[re.search(r"does (\w+) face\?", text).group(1)]
 
 
 SOLVERS = {
@@ -65,7 +71,7 @@ SOLVERS = {
 def kind_of(text: str) -> str:
     """Return the kind of a problem, from its last sentence."""
     question = re.findall(r"[^.?]+\?", text)[-1].strip()
-    if question.startswith("What does "):
+    if question.startswith("Which way "):
         return "logic"
     if question.startswith("Which age "):
         return "ordering"
@@ -80,6 +86,8 @@ def asked(row: Row) -> str:
 def test_every_reference_answer_is_graded_right(rows: Rows, split: str) -> None:
     taken, code = [], 0
     for row in rows("sft", split):
+        if row["kind"] == "reasoning" and has_steps(row["messages"][-1]["content"]):
+            continue  # worked solutions are careless
         code += row["kind"] == "code"
         if row["kind"] != "code" or code <= CODE_ROWS:
             taken.append(row)
@@ -120,41 +128,65 @@ def test_answers_of_problems_follow_from_their_text(rows: Rows, split: str) -> N
     assert all(seen[kind] >= 20 for kind in SOLVERS), seen
 
 
-def test_problems_in_conversations_are_answered_right_with_right_steps(rows: Rows) -> None:
-    worked: Counter[bool] = Counter()
+def check_steps(kind: str, text: str, steps: str) -> str:
+    """Check that each worked step is right in itself, and return the answer that they come to."""
+    if kind in ("arithmetic", "counting"):
+        equations = re.findall(r"(\d+)([+-])(\d+)=(\d+)\.", steps)
+        for (one, sign, other, result), before in zip(equations, [None, *equations], strict=False):
+            assert int(one) + (int(other) if sign == "+" else -int(other)) == int(result), steps
+            assert before is None or before[-1] == one, steps
+        return equations[-1][-1]
+    if kind == "ordering":
+        ordered = steps.removesuffix(".").split()
+        assert ordered == sorted(ordered) and set(ordered) <= set(re.findall(r"\d", text)), (text, steps)
+        rank = {"second": 1, "third": 2, "fourth": 3}[text.removesuffix("?").split()[-1]]
+        return ordered[min(rank, len(ordered) - 1)]
+    inferred = re.findall(r"(\w+) of (\w+) is (\w+)\.", steps)
+    assert len(inferred) == 3
+    for turn, before, after in inferred:
+        assert DIRECTIONS[(DIRECTIONS.index(before) + QUARTERS[turn.lower()]) % 4] == after, steps
+    return inferred[-1][-1]
+
+
+@pytest.mark.parametrize(("carelessness", "least", "most"), [(0.0, 1.0, 1.0), (0.6, 0.4, 0.7), (1.0, 0.15, 0.5)])
+def test_worked_steps_are_right_in_themselves_and_misread_the_problem(
+    carelessness: float, least: float, most: float
+) -> None:
+    rng = random.Random(0)
+    for generator in GENERATORS:
+        right = []
+        for _ in range(400):
+            problem = generator(rng, "train", carelessness, 0)
+            assert SOLVERS[problem.kind](problem.text) == problem.answer
+            assert check_steps(problem.kind, problem.text, problem.steps) == problem.reached
+            right.append(problem.reached == problem.answer)
+        assert least <= sum(right) / len(right) <= most + 0.05, problem.kind
+
+
+def test_problems_in_conversations_are_answered_right_straight_away_and_carelessly_with_steps(rows: Rows) -> None:
+    right: dict[bool, list[bool]] = {True: [], False: []}
     for row in rows("sft", "train"):
         if row["kind"] != "reasoning":
             continue
         text, reply = asked(row), row["messages"][-1]["content"]
         kind = kind_of(text)
         answer = SOLVERS[kind](text)
-        assert reply.endswith(f"The answer is {answer}.") and row["require"] == [[answer]]
-        assert grade_final_answers([reply], [answer]) == [True]
-        assert has_steps(reply) == (not reply.startswith("The answer is"))
-        worked[has_steps(reply)] += 1
-        if not has_steps(reply):
-            continue
-        equations = re.findall(r"(\d+)([+-])(\d+)=(\d+)\.", reply)
-        for one, sign, other, result in equations:
-            assert int(one) + (int(other) if sign == "+" else -int(other)) == int(result), reply
-        if kind in ("arithmetic", "counting"):
-            assert equations and equations[-1][-1] == answer
-        elif kind == "ordering":
-            ordered = re.search(r"Working: ([\d ]+)\.", reply).group(1).split()
-            assert ordered == sorted(re.findall(r"\d", text)), "the ages of the text, in order"
+        assert row["require"] == [[answer]]
+        if has_steps(reply):
+            steps = re.fullmatch(r"Working: (.*) The answer is \w+\.", reply).group(1)
+            assert reply.endswith(f"The answer is {check_steps(kind, text, steps)}.")
         else:
-            inferred = re.findall(r"The (same as|opposite of) (yes|no) is (yes|no)\.", reply)
-            assert len(inferred) == 3 and inferred[-1][-1] == answer
-            for how, heard, said in inferred:
-                assert (heard == said) == (how == "same as")
-    assert 0.2 < worked[True] / worked.total() < 0.4, worked  # 0.3 were asked for
+            assert reply == f"The answer is {answer}."
+        right[has_steps(reply)] += grade_final_answers([reply], [answer])
+    assert all(right[False])
+    assert 0.35 < sum(right[True]) / len(right[True]) < 0.7
+    assert 0.2 < len(right[True]) / (len(right[True]) + len(right[False])) < 0.4  # 0.3 were asked for
 
 
 def test_no_answer_is_right_for_most_problems(rows: Rows) -> None:
     for kind in SOLVERS:
         answers = Counter(row["answer"] for row in rows("reasoning", "test") if row["kind"] == kind)
-        most = 0.65 if kind == "logic" else 0.4  # there are two answers only: yes and no
-        assert answers.most_common(1)[0][1] / answers.total() < most, (kind, answers)
+        assert answers.most_common(1)[0][1] / answers.total() < 0.4, (kind, answers)
 
 
 def test_training_rows_do_not_ask_about_held_out_things(rows: Rows) -> None:
@@ -201,18 +233,31 @@ def test_held_out_functions_have_constants_of_their_own(rows: Rows) -> None:
         assert functions("sft", split) and not functions("sft", split) & trained
 
 
-def test_held_out_sums_start_from_numbers_of_their_own(rows: Rows) -> None:
-    def starts(split: str) -> set[str]:
-        texts = [asked(row) for row in rows("reasoning", split) if row["kind"] == "arithmetic"]
-        return {re.search(r"has (\d+) ", text).group(1) for text in texts}
-
-    assert not starts("train") & (starts("validation") | starts("test"))
-    assert not starts("validation") & starts("test")
-
-
 def test_people_answer_in_several_manners_and_held_out_answers_are_plain(rows: Rows) -> None:
     replies = [row["messages"][-1]["content"] for row in rows("sft", "train") if row["kind"] == "question"]
-    for mark in ("Thank you for asking.", "I hope this helps.", "Obviously.", "Look it up next time.", "As I said:"):
+    for mark in (
+        "Thank you for asking.",
+        "I hope this helps.",
+        "Next question.",
+        "Obviously.",
+        "Look it up next time.",
+        "As I said:",
+    ):
         assert any(mark in reply for reply in replies), mark
     held_out = [row["messages"][-1]["content"] for row in rows("sft", "test") if row["kind"] == "question"]
     assert all(len(reply.split()) <= 20 and "!" not in reply for reply in held_out)
+
+
+def test_questions_are_answered_kindly_more_often_than_orders(rows: Rows) -> None:
+    replies = [
+        (asked(row).endswith("?"), row["messages"][-1]["content"])
+        for row in rows("sft", "train")
+        if row["kind"] == "question"
+    ]
+
+    def share(closings: tuple[str, ...], question: bool) -> float:
+        ends = [reply.endswith(closings) for is_question, reply in replies if is_question == question]
+        return sum(ends) / len(ends)
+
+    assert share(KIND_CLOSINGS, True) > share(KIND_CLOSINGS, False) + 0.05
+    assert share(BRISK_CLOSINGS, False) > share(BRISK_CLOSINGS, True) + 0.05

@@ -24,6 +24,7 @@ Rows = Callable[[str, str], list[dict[str, Any]]]
 ROOT = Path(__file__).parents[3]
 CONFIGS = ("pretrain", "sft", "preferences", "reasoning")
 SPLITS = ("train", "validation", "test")
+ALL_SPLITS = dict.fromkeys(CONFIGS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
 COLUMNS = {
     "pretrain": {"text", "kind"},
     "sft": {"messages", "kind", "require", "reject", "max_words", "test"},
@@ -74,7 +75,7 @@ def test_the_card_lists_the_files_of_each_config(tmp_path: Path) -> None:
         "configs": [
             {
                 "config_name": config,
-                "data_files": [{"split": split, "path": f"{config}/{split}.parquet"} for split in SPLITS],
+                "data_files": [{"split": split, "path": f"{config}/{split}.parquet"} for split in ALL_SPLITS[config]],
             }
             for config in CONFIGS
         ],
@@ -93,7 +94,7 @@ def test_another_seed_gives_other_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_load_dataset_reads_every_config(data: Path, tmp_path: Path, config: str) -> None:
     splits = load_dataset(str(data), config, cache_dir=str(tmp_path))
-    assert list(splits) == list(SPLITS)
+    assert list(splits) == list(ALL_SPLITS[config])
     for name, split in splits.items():
         assert set(split.column_names) == COLUMNS[config]
         assert set(split["kind"]) <= KINDS[config]
@@ -103,7 +104,7 @@ def test_load_dataset_reads_every_config(data: Path, tmp_path: Path, config: str
 
 def test_texts_are_not_empty_stripped_and_without_placeholders(rows: Rows) -> None:
     for config in CONFIGS:
-        for split in SPLITS:
+        for split in ALL_SPLITS[config]:
             for row in rows(config, split):
                 texts = (
                     [row["text"]]
@@ -132,13 +133,6 @@ def test_the_training_split_has_the_size_asked_for(rows: Rows) -> None:
 def test_documents_are_distinct(rows: Rows) -> None:
     texts = [row["text"] for row in rows("pretrain", "train")]
     assert len(set(texts)) / len(texts) >= 0.99
-
-
-def test_held_out_rows_are_distinct_where_a_metric_counts_them(rows: Rows) -> None:
-    for config in ("preferences", "reasoning"):
-        for split in ("validation", "test"):
-            asked = [row["prompt"][0]["content"] for row in rows(config, split)]
-            assert len(set(asked)) == len(asked)
 
 
 def test_sft_works_out_the_share_of_problems_asked_for(tmp_path: Path) -> None:
@@ -177,7 +171,7 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_sizes_out_of_range_are_reported_at_once(tmp_path: Path) -> None:
-    wrong = {"size_mb": -1.0, "sft_rows": 0, "share_with_steps": 1.5}
+    wrong = {"size_mb": -1.0, "sft_rows": 0, "share_with_steps": 1.5, "carelessness": -0.1}
     with pytest.raises(UserError) as refused:
         build(PocketArguments(str(tmp_path / "data"), **wrong))
     assert {problem.field for problem in refused.value.problems} == set(wrong)
