@@ -84,6 +84,16 @@ def infinite(completions: list[Any], **kwargs: Any) -> list[float]:
     return [float("inf")] * len(completions)
 
 
+def not_a_number(completions: list[Any], **kwargs: Any) -> list[float]:
+    """A reward function that divides nothing by nothing."""
+    return [float("nan")] * len(completions)
+
+
+async def not_a_number_later(completions: list[Any], **kwargs: Any) -> list[float]:
+    """The same, asynchronous."""
+    return not_a_number(completions)
+
+
 def only_one(completions: list[Any], **kwargs: Any) -> list[float]:
     """Return a single reward, however many completions there are."""
     return [1.0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, SupportsFloat
 
@@ -14,6 +16,9 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 from pipeline.errors import Problem, UserError
 from pipeline.rewards.functions import REWARDS, code_tests
 from pipeline.rewards.sandbox.run import validate_sandbox
+
+TRAINERS_OWN = ("trainer_state", "environments", "log_extra", "log_metric")
+"""Arguments of reward functions that are objects of the trainer, not data."""
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
@@ -51,7 +56,7 @@ def _load_own(name: str, field: str) -> Callable[..., Any]:
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
-    """Load `package.module:function` and wrap it so that invalid rewards raise a `UserError`.
+    """Load `package.module:function` and guard it with `guard_reward`.
 
     Args:
         name: The module and the function.
@@ -76,7 +81,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     if not _takes_columns(function):
         remedy = "TRL passes every column by name; accept them all: f(completions, **columns)"
         raise UserError(Problem(field, name, remedy))
-    return function if is_async_callable(function) else _validated(name, field, function)
+    return guard_reward(function, name, field)
 
 
 def _takes_columns(function: Callable[..., Any]) -> bool:
@@ -87,25 +92,58 @@ def _takes_columns(function: Callable[..., Any]) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _validated(name: str, field: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that it raises a `UserError` unless it returns a number or None per completion."""
+def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_funcs") -> Callable[..., Any]:
+    """Give a reward function its own copy of all data, and raise a `UserError` for rewards that cannot be used.
 
-    @functools.wraps(function)
-    def validated(completions: Sequence[Any], **columns: Any) -> Any:
-        rewards = function(completions=completions, **columns)
-        expected = f"return a list with a number, or None, for each of the {len(completions)} completions"
-        if isinstance(rewards, str | Mapping) or not isinstance(rewards, Collection):
-            raise UserError(Problem(field, name, f"returned {_shorten(rewards)}; {expected}"))
-        if len(rewards) != len(completions):
-            raise UserError(Problem(field, name, f"returned {len(rewards)} rewards; {expected}"))
-        for reward in rewards:
-            number = isinstance(reward, SupportsFloat) and not isinstance(reward, str)  # NumPy's strings support it too
-            if not (reward is None or (number and getattr(reward, "ndim", 0) == 0)):
-                raise UserError(Problem(field, name, f"returned {_shorten(reward)} among the rewards; {expected}"))
-        return rewards
+    TRL passes the same lists to every function, so that one that edits them would change what the next one judges.
 
-    validated.__name__ = get_callable_name(function)  # TRL logs the reward under it
-    return validated
+    Args:
+        function: A reward function, which may be asynchronous, or a callable object. If it is one of `REWARDS`, which
+            edit nothing, or already guarded, it is returned as it is.
+        name: Its name, for messages.
+        field: The YAML key, for messages.
+    """
+    if function in REWARDS.values() or "is_guarded" in getattr(function, "__dict__", ()):
+        return function
+
+    def own(columns: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value if key in TRAINERS_OWN else copy.deepcopy(value) for key, value in columns.items()}
+
+    guarded: Callable[..., Any]
+    if is_async_callable(function):
+
+        @functools.wraps(function)
+        async def guarded(completions: Sequence[Any], **columns: Any) -> Any:
+            rewards = await function(**own({"completions": completions, **columns}))
+            return _validated(rewards, len(completions), name, field)
+
+    else:
+
+        @functools.wraps(function)
+        def guarded(completions: Sequence[Any], **columns: Any) -> Any:
+            rewards = function(**own({"completions": completions, **columns}))
+            return _validated(rewards, len(completions), name, field)
+
+    guarded.__name__ = get_callable_name(function)  # TRL logs the reward under it
+    guarded.__dict__["is_guarded"] = True
+    return guarded
+
+
+def _validated(rewards: Any, count: int, name: str, field: str) -> Any:
+    """Return `rewards` if they are a number or None for each of `count` completions; raise a `UserError` otherwise."""
+    expected = f"return a list with a number, or None, for each of the {count} completions"
+    if isinstance(rewards, str | Mapping) or not isinstance(rewards, Collection):
+        raise UserError(Problem(field, name, f"returned {_shorten(rewards)}; {expected}"))
+    if len(rewards) != count:
+        raise UserError(Problem(field, name, f"returned {len(rewards)} rewards; {expected}"))
+    for row, reward in enumerate(rewards):
+        number = isinstance(reward, SupportsFloat) and not isinstance(reward, str)  # NumPy's strings support it too
+        if not (reward is None or (number and getattr(reward, "ndim", 0) == 0)):
+            raise UserError(Problem(field, name, f"returned {_shorten(reward)} among the rewards; {expected}"))
+        if reward is not None and math.isnan(reward):
+            remedy = f"returned {reward} for completion {row} of {count}, counted from 0; return a number, or None"
+            raise UserError(Problem(field, name, f"{remedy} for no opinion"))
+    return rewards
 
 
 def _shorten(value: object) -> str:

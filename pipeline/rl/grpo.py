@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from pipeline.models.weights import load_renamed_weights
+from pipeline.rewards.loading import guard_reward
 from pipeline.rl.log_probs import accepts_argument, token_log_probs
 from pipeline.rl.rollouts import EpochSampler, load_rollout, load_rollout_state, save_rollout
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
@@ -39,8 +40,15 @@ class GRPOTrainer(TRLGRPOTrainer):
     under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
 
     A reward function with weight 0 is measured and logged without any other effect, for completions that another
-    reward function has scored.
+    reward function has scored. Every reward function gets its own copy of completions and columns.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reward_funcs: list[Any] = [
+            function if isinstance(function, nn.Module) else guard_reward(function, name)
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
 
     # ---- The rollout
 

@@ -89,16 +89,19 @@ def stop_on_broken_rewards(trainer: GRPOTrainer, rewards: torch.Tensor) -> None:
 
 @contextmanager
 def stop_on_failing_rewards(trainer: GRPOTrainer) -> Iterator[None]:
-    """Stop with a short message if a reward function that is called in the block raises an exception or exits."""
+    """Stop with a short message if a reward function called in the block fails or returns something unusable."""
     try:
         yield
+    except UserError as error:  # of one process, perhaps, and only the first process reports a `UserError`
+        where = f"in step {trainer.state.global_step + 1}; {last_good(trainer)}"
+        raise RunStopped(f"{error} ({where}. Correct the reward, and start again.)") from error
     except (Exception, SystemExit) as error:
         functions = [inspect.unwrap(getattr(function, "func", function)) for function in trainer.reward_funcs]
         codes = [getattr(function, "__code__", getattr(function.__call__, "__code__", None)) for function in functions]
         names = dict(zip(codes, trainer.reward_func_names, strict=True))
         frames = list(traceback.walk_tb(error.__traceback__))
         called = next((frame.f_code for frame, _ in frames if frame.f_code in names), None)
-        if called is None or isinstance(error, UserError | RunStopped):
+        if called is None or isinstance(error, RunStopped):
             raise
         logger.debug("The reward %s failed.", names[called], exc_info=True)
         line = [line for frame, line in frames if frame.f_code.co_filename == called.co_filename][-1]
