@@ -1,4 +1,4 @@
-"""Estimates with 95% confidence intervals: Wilson's for proportions, the bootstrap for everything else.
+"""Estimates with 95% confidence intervals: Wilson's for proportions, Student's over seeds, otherwise the bootstrap's.
 
 The sampling unit is the problem, the document or the prompt, never the sample, the token or the pair: eight samples of
 one problem are not eight problems. The bootstrap is seeded, so the same values always give the same interval.
@@ -6,9 +6,11 @@ one problem are not eight problems. The bootstrap is seeded, so the same values 
 
 from __future__ import annotations
 
+import math
+from bisect import bisect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -233,3 +235,48 @@ def paired_difference(before: Mapping[Hashable, float], after: Mapping[Hashable,
     """
     shared = [key for key in before if key in after]
     return mean([after[key] - before[key] for key in shared], seed=seed)
+
+
+def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
+    """Estimate the mean of a figure over runs that differ in their seed.
+
+    The interval is Student's over the runs' values, which vary with the training and with the test rows. A few runs can
+    agree by chance, so neither end is nearer to the mean than in the widest of the runs' own intervals. Those are over
+    rows and do not shrink with the number of runs, because seeds often share their test rows.
+
+    Args:
+        runs: The figure of each run. That of a single run is returned as it is: its interval is over rows only.
+        lowest: The smallest value that the figure can have.
+        highest: The largest one.
+
+    Returns:
+        The estimate, whose `n` is the number of runs if there are several.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    n, value = len(runs), fmean(run.value for run in runs)
+    half = student_t(n - 1) * stdev(run.value for run in runs) / n**0.5
+    below = max([half, *(run.value - run.low for run in runs if run.low is not None)])
+    above = max([half, *(run.high - run.value for run in runs if run.high is not None)])
+    return Estimate(value, max(value - below, lowest), min(value + above, highest), n)
+
+
+def student_t(degrees: int) -> float:
+    """Return half the width of Student's interval in standard errors (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+
+    Args:
+        degrees: Degrees of freedom, at least 1.
+    """
+    odd, steps = degrees % 2, 10**9
+    unit = math.pi / 2 / steps
+
+    def covered(step: int) -> float:
+        """Return the probability that |t| < sqrt(degrees) * tan(step * unit)."""
+        sine, cosine = math.sin(step * unit), math.cos(step * unit)
+        term, total = cosine if odd else 1.0, 0.0
+        for power in range(odd, degrees - 1, 2):
+            total += term
+            term *= cosine**2 * (power + 1) / (power + 2)
+        return (step * unit + sine * total) * 2 / math.pi if odd else sine * total
+
+    return degrees**0.5 * math.tan(unit * bisect(range(steps), CONFIDENCE, key=covered))
