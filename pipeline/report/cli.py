@@ -2,6 +2,7 @@
 
     python -m pipeline report runs/pocket
     python -m pipeline report runs/seed0 runs/seed1 runs/seed2 --output_dir runs/report
+    python -m pipeline report runs/pocket --seeds 0 1 2
 
 Needs neither a model nor an accelerator: it reads what training and evaluation have written.
 """
@@ -16,8 +17,11 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `report` to `parser`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, for instance runs/pocket")
+    meaning = "report over RUN/seed0, RUN/seed1 and so on (default: over all of them, if RUN is not a run itself)"
+    parser.add_argument("--seeds", nargs="+", metavar="N", help=meaning)
     parser.add_argument(
-        "--output_dir", help="where to write (default: RUN/report; for several runs report/seeds in the first one)"
+        "--output_dir",
+        help="where to write (default: RUN/report; for several runs that are named, report/seeds in the first one)",
     )
     parser.add_argument(
         "--targets",
@@ -40,14 +44,19 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.report.differences import differences
     from pipeline.report.load import load_runs
     from pipeline.report.page import write_report
-    from pipeline.report.seeds import write_seeds
+    from pipeline.report.seeds import find_seeds, write_seeds
     from pipeline.report.targets import is_pocket, load_targets
 
-    several = len(args.runs) > 1
-    paths = [Path(run) for run in args.runs]
+    named = [Path(run) for run in args.runs]
+    if args.seeds:
+        paths = [path / f"seed{seed}" for path in named for seed in args.seeds]
+    else:
+        paths = [run for path in named for run in find_seeds(path)]
+    several = paths != named or len(paths) > 1
     directories = [path / "report" for path in paths]
     if several:
-        directories.append(Path(args.output_dir) if args.output_dir else directories[0] / "seeds")
+        own = named[0] / "report" if paths[0] != named[0] else directories[0] / "seeds"
+        directories.append(Path(args.output_dir) if args.output_dir else own)
     elif args.output_dir:
         directories = [Path(args.output_dir)]
     targets = load_targets(args.targets)

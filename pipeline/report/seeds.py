@@ -1,46 +1,68 @@
-"""The report over several runs of one recipe, usually under several seeds: mean and spread."""
+"""The report over several runs of one recipe, usually under several seeds: mean, spread and interval."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
-from pipeline.evaluation.metric_info import metric_info, metric_order
+from pipeline.evaluation.intervals import Estimate, over_seeds
+from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
 from pipeline.report.curves import overlay
 from pipeline.report.differences import Difference
 from pipeline.report.labels import stage_info, stage_order, step_order
 from pipeline.report.load import Run
 from pipeline.report.page import draw, write_files
-from pipeline.report.summary import seconds
+from pipeline.report.summary import summarise
 from pipeline.report.tables import show_targets
 from pipeline.report.targets import Target, check_targets
 from pipeline.report.text import duration, number, signed
 
+SEVERAL = (
+    "Each run counts once. The 95% interval is Student's over the runs, and never narrower than the widest of their own "
+    "intervals over test rows. The standard deviation is between runs (n − 1)."
+)
+ONE = "The intervals are over the test rows of the only run. How much training varies is not known."
+"""How to read the figures of several runs, and of one."""
+
 Spread = dict[str, Any]
-"""`mean`, `sd`, `min`, `max`, `n` and `values`, the last with None for a run that lacks the figure."""
+"""`mean`, `sd`, `ci95`, `min`, `max`, `n` (runs) and `values`, the last with None for a run that lacks the figure."""
 
 
-def spread(runs: Sequence[Mapping[Any, float]], order: Callable[[Any], Any]) -> dict[Any, Spread]:
-    """Return the spread of each figure over the runs that have it, by name; `sd` (n - 1) is None for a single run."""
-    import pandas  # type: ignore[import-untyped]  # takes a third of a second
+def find_seeds(path: Path) -> list[Path]:
+    """Return the runs that `pipeline run --seeds` made in a folder, ordered by seed; the folder, if it is a run itself."""
+    if (path / "run.json").exists() or (path / "evaluations").exists():
+        return [path]
+    seeds = [(int(match[1]), run) for run in path.glob("seed*") if (match := re.fullmatch(r"seed(\d+)", run.name))]
+    return [run for _, run in sorted(seeds)] or [path]
 
-    names = sorted({name for figures in runs for name in figures}, key=order)
-    if not names:
-        return {}
-    frame = pandas.DataFrame([[figures.get(name) for figures in runs] for name in names], dtype=float)
-    found = frame.agg(["mean", "std", "min", "max", "count"], axis=1).to_dict("records")
+
+def spread(runs: Sequence[Estimate | None], lowest: float = -math.inf, highest: float = math.inf) -> Spread:
+    """Return the spread of a figure over the runs that have it, at least one; `over_seeds` describes the interval.
+
+    Args:
+        runs: The figure of each run, None for a run that lacks it.
+        lowest: The smallest value that the figure can have.
+        highest: The largest one.
+
+    Returns:
+        The spread; `sd` (n - 1) is None for a single run.
+    """
+    found = [run for run in runs if run is not None]
+    values = [run.value for run in found]
+    mean = over_seeds(found, lowest, highest)
     return {
-        name: {
-            "mean": row["mean"],
-            "sd": row["std"] if row["count"] > 1 else None,
-            "min": row["min"],
-            "max": row["max"],
-            "n": int(row["count"]),
-            "values": [figures.get(name) for figures in runs],
-        }
-        for name, row in zip(names, found, strict=True)
+        "mean": mean.value,
+        "sd": stdev(values) if len(values) > 1 else None,
+        "ci95": mean.to_json()["ci95"],
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+        "values": [None if run is None else run.value for run in runs],
     }
 
 
@@ -50,35 +72,36 @@ def write_seeds(
     """Write index.html, metrics.json and report.md over several runs. Return the path of the first.
 
     Args:
-        runs: At least two runs.
+        runs: At least one run.
         found: The paired differences of each.
         targets: The targets of each run.
         directory: Where to write.
     """
-    stages = _by_stage(
-        [{(name, m): x.value for name, stage in run.stages.items() for m, x in stage.metrics.items()} for run in runs]
-    )
-    changes = _by_stage([{(item.stage, item.metric): item.change.value for item in of_run} for of_run in found])
-    taken = [seconds(run) for run in runs]
-    times = spread(taken, step_order)
     results = [check_targets(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
+    each = [summarise(*of_run) for of_run in zip(runs, found, results, strict=True)]
+    stages = _spreads([of_run["stages"] for of_run in each])
+    baselines = _spreads([of_run.get("baselines", {}) for of_run in each])
+    changes = _spreads([_by_stage(of_run["differences"]) for of_run in each], lowest=-1.0)
+    taken = [of_run["seconds"] for of_run in each]
+    times = _spread_of_seconds(taken)
     summary = {
         "runs": [{"run": run.name, "seed": run.record.get("seed"), "commit": run.commit} for run in runs],
         "stages": stages,
+        "baselines": baselines,
         "differences": changes,
         "seconds": times,
         "promises": [
-            {"run": run.name, "promise": str(item.target), "measured": item.measured, "kept": item.met}
-            for run, of_run in zip(runs, results, strict=True)
-            for item in of_run
+            {"run": run.name, **item} for run, of_run in zip(runs, each, strict=True) for item in of_run["promises"]
         ],
         "notes": [note for run in runs for note in run.notes],
     }
-    together = spread([{"together": sum(run.values())} if run else {} for run in taken], str)
+    together = _spread_of_seconds([{"together": sum(of_run.values())} if of_run else {} for of_run in taken])
     rows = [_row(name, item, duration, duration) for name, item in {**times, **together}.items()]
+    name = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
     content = {
-        "name": f"{len(runs)} runs",
-        "headline": f"{len(runs)} runs: mean and spread",
+        "name": name,
+        "headline": f"{name}: mean and spread",
+        "how": SEVERAL if len(runs) > 1 else ONE,
         "facts": [label(run) for run in runs],
         "names": [run.name for run in runs],
         "targets": [
@@ -87,7 +110,7 @@ def write_seeds(
             for shown in show_targets(of_run, prefix=f"{label(run)}: ")
         ],
         "notes": summary["notes"],
-        "figures": _groups(stages, number),
+        "figures": _groups(stages, number) + _groups(baselines, number),
         "changes": _groups(changes, signed),
         "charts": draw(overlay(runs)),
         "times": [{"title": "All steps", "stage": "", "rows": rows}],
@@ -102,24 +125,50 @@ def label(run: Run) -> str:
     return run.name if seed is None else f"{run.name} (seed {seed})"
 
 
-def _by_stage(runs: Sequence[Mapping[tuple[str, str], float]]) -> dict[str, dict[str, Spread]]:
-    """Return the spread of figures named (stage, metric), as stage -> metric -> spread."""
-    result: dict[str, dict[str, Spread]] = {}
-    spreads = spread(runs, lambda name: (stage_order(name[0]), metric_order(name[1])))
-    for (stage, metric), figures in spreads.items():
-        result.setdefault(stage, {})[metric] = figures
+def _by_stage(differences: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the differences in metrics.json as stage -> metric -> estimate."""
+    result: dict[str, dict[str, Any]] = {}
+    for item in differences:
+        result.setdefault(item["stage"], {})[item["metric"]] = item
     return result
 
 
-def _groups(stages: Mapping[str, Mapping[str, Spread]], show: Callable[..., str]) -> list[dict[str, Any]]:
+def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.0) -> dict[str, dict[str, Any]]:
+    """Return the spread of each figure of metrics.json, as group -> name -> spread; of texts, each run's own.
+
+    Args:
+        runs: The figures of each run, as group -> name -> estimate or text.
+        lowest: The smallest value that the figure of a share can have.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for group in sorted({group for run in runs for group in run}, key=stage_order):
+        figures = [run.get(group, {}) for run in runs]
+        result[group] = {}
+        for name in sorted({name for of_run in figures for name in of_run}, key=metric_order):
+            values = [of_run.get(name) for of_run in figures]
+            if any(isinstance(value, str) for value in values):
+                result[group][name] = values
+                continue
+            bounds = (lowest, 1.0) if is_share(name) else ()
+            result[group][name] = spread([value and Estimate.from_json(value) for value in values], *bounds)
+    return result
+
+
+def _spread_of_seconds(runs: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
+    steps = sorted({step for run in runs for step in run}, key=step_order)
+    return {step: spread([Estimate(run[step]) if step in run else None for run in runs], lowest=0.0) for step in steps}
+
+
+def _groups(stages: Mapping[str, Mapping[str, Any]], show: Callable[..., str]) -> list[dict[str, Any]]:
     """Return the rows of each stage, with figures as text by `show`."""
     groups = []
     for stage, metrics in stages.items():
         rows = []
         for metric, figures in metrics.items():
-            info = metric_info(metric)
-            row = _row(info.label, figures, partial(show, digits=info.digits), partial(number, digits=info.digits))
-            rows.append({**row, "aim": metric in stage_info(stage).aims})
+            if isinstance(figures, dict):
+                info = metric_info(metric)
+                row = _row(info.label, figures, partial(show, digits=info.digits), partial(number, digits=info.digits))
+                rows.append({**row, "aim": metric in stage_info(stage).aims})
         groups.append({"title": stage_info(stage).title, "stage": stage, "rows": rows})
     return groups
 
@@ -129,8 +178,7 @@ def _row(name: str, figures: Spread, show: Callable[..., str], show_sd: Callable
         "label": name,
         "aim": False,
         "mean": show(figures["mean"]),
+        "range": " to ".join(map(show, figures["ci95"] or ())),
         "sd": show_sd(figures["sd"]),
-        "lowest": show(figures["min"]),
-        "highest": show(figures["max"]),
         "values": [show(value) for value in figures["values"]],
     }

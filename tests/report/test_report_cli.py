@@ -211,7 +211,7 @@ def test_a_place_that_cannot_be_written_to_is_refused(
         assert line.startswith(f"--output_dir: {place}: ") and expected in line
 
 
-def test_markdown_has_every_table_of_the_page(whole_run: Path, short_run: Path, tmp_path: Path) -> None:
+def test_markdown_has_every_table_of_the_page(whole_run: Path, tmp_path: Path) -> None:
     report(whole_run, "--output_dir", tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     summary = read_json(tmp_path / "metrics.json")
@@ -222,40 +222,6 @@ def test_markdown_has_every_table_of_the_page(whole_run: Path, short_run: Path, 
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, "each row has as many cells"
     assert "| Stop rate | 0.000 (0.000 to 0.025) |" in text and "**" in tables[0][2]
     assert "| The answer is 34. ✗ | 27 \\+ 16 = 43." in text
-    report(whole_run, short_run, "--output_dir", tmp_path)
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| stage | metric | mean | standard deviation | pocket | short |" in text
-    assert "| `4_grpo` | Step rate | +1.000 | – | +1.000 | – |" in text
-
-
-def test_several_runs_give_mean_and_spread(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / f"seed{seed}", seed, UNTIL_SFT) for seed in (0, 1, 2)]
-    assert report(*runs) == 0
-    directory = runs[0] / "report" / "seeds"
-    summary = read_json(directory / "metrics.json")
-    entry = summary["stages"]["2_sft"]["pass@1"]
-    single = [read_json(run / "report" / "metrics.json")["stages"]["2_sft"]["pass@1"]["value"] for run in runs]
-    assert entry["values"] == single
-    assert entry["mean"] == pytest.approx(sum(single) / 3)
-    assert entry["min"] == min(single) and entry["max"] == max(single) and entry["n"] == 3
-    assert entry["sd"] == pytest.approx((sum((x - entry["mean"]) ** 2 for x in single) / 2) ** 0.5)
-    assert [run["seed"] for run in summary["runs"]] == [0, 1, 2]
-    assert "seed2" in (directory / "index.html").read_text(encoding="utf-8")
-    assert "seed2" in (directory / "report.md").read_text(encoding="utf-8")
-
-
-def test_runs_that_stopped_at_different_stages(whole_run: Path, short_run: Path, tmp_path: Path) -> None:
-    assert report(whole_run, short_run, "--output_dir", tmp_path) == 0
-    entry = read_json(tmp_path / "metrics.json")["stages"]["4_grpo"]["pass@1"]
-    assert entry["n"] == 1 and entry["sd"] is None and entry["values"][1] is None
-
-
-def test_runs_of_the_same_name_are_called_by_their_paths(short_run: Path, tmp_path: Path) -> None:
-    runs = [tmp_path / place / "pocket" for place in ("a", "b")]
-    for run in runs:
-        shutil.copytree(short_run, run)
-    report(*runs, "--output_dir", tmp_path)
-    assert [run["run"] for run in read_json(tmp_path / "metrics.json")["runs"]] == [str(run) for run in runs]
 
 
 def test_the_same_run_gives_the_same_report(short_run: Path, tmp_path: Path) -> None:
