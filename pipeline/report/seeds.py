@@ -23,8 +23,8 @@ from pipeline.report.targets import Target, check_targets
 from pipeline.report.text import duration, number, signed
 
 SEVERAL = (
-    "Each run counts once. The 95% interval is Student's over the runs, and never narrower than the widest of their own "
-    "intervals over test rows. The standard deviation is between runs (n − 1)."
+    "Each run counts once. The 95% interval is Student's over the runs, and never narrower than the widest of the "
+    "runs' own intervals over test rows. The standard deviation is between runs (n − 1)."
 )
 ONE = "The intervals are over the test rows of the only run. How much training varies is not known."
 """How to read the figures of several runs, and of one."""
@@ -34,7 +34,7 @@ Spread = dict[str, Any]
 
 
 def find_seeds(path: Path) -> list[Path]:
-    """Return the runs that `pipeline run --seeds` made in a folder, ordered by seed; the folder, if it is a run itself."""
+    """Return the runs that `run --seeds` made in a folder, ordered by seed; the folder, if it is a run itself."""
     if (path / "run.json").exists() or (path / "evaluations").exists():
         return [path]
     seeds = [(int(match[1]), run) for run in path.glob("seed*") if (match := re.fullmatch(r"seed(\d+)", run.name))]

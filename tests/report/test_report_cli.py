@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import STAGES, UNTIL_SFT, write_run
+from fake_run import STAGES, UNTIL_SFT
 
 from pipeline.__main__ import main
 
