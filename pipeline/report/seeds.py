@@ -81,7 +81,7 @@ def write_seeds(
     each = [summarise(*of_run) for of_run in zip(runs, found, results, strict=True)]
     stages = _spreads([of_run["stages"] for of_run in each])
     baselines = _spreads([of_run.get("baselines", {}) for of_run in each])
-    changes = _spreads([_by_stage(of_run["differences"]) for of_run in each], lowest=-1.0)
+    changes = _spreads([_by_stage(of_run) for of_run in each], lowest=-1.0)
     taken = [of_run["seconds"] for of_run in each]
     times = _spread_of_seconds(taken)
     summary = {
@@ -125,11 +125,13 @@ def label(run: Run) -> str:
     return run.name if seed is None else f"{run.name} (seed {seed})"
 
 
-def _by_stage(differences: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the differences in metrics.json as stage -> metric -> estimate."""
+def _by_stage(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the differences in metrics.json by stage, or by `<stage> - <baseline>`, and then by metric."""
     result: dict[str, dict[str, Any]] = {}
-    for item in differences:
-        result.setdefault(item["stage"], {})[item["metric"]] = item
+    for item in summary["differences"]:
+        is_baseline = item["before"] in summary.get("baselines", {})
+        group = f"{item['stage']} - {item['before']}" if is_baseline else item["stage"]
+        result.setdefault(group, {})[item["metric"]] = item
     return result
 
 
@@ -160,16 +162,16 @@ def _spread_of_seconds(runs: Sequence[Mapping[str, float]]) -> dict[str, Spread]
 
 
 def _groups(stages: Mapping[str, Mapping[str, Any]], show: Callable[..., str]) -> list[dict[str, Any]]:
-    """Return the rows of each stage, with figures as text by `show`."""
+    """Return the rows of each stage or baseline, with figures as text by `show`."""
     groups = []
-    for stage, metrics in stages.items():
-        rows = []
+    for group, metrics in stages.items():
+        stage, rows = group.partition(" - ")[0], []
         for metric, figures in metrics.items():
             if isinstance(figures, dict):
                 info = metric_info(metric)
                 row = _row(info.label, figures, partial(show, digits=info.digits), partial(number, digits=info.digits))
                 rows.append({**row, "aim": metric in stage_info(stage).aims})
-        groups.append({"title": stage_info(stage).title, "stage": stage, "rows": rows})
+        groups.append({"title": stage_info(stage).title, "stage": group, "rows": rows})
     return groups
 
 

@@ -3,15 +3,21 @@
     python -m pipeline run recipes/pocket
     python -m pipeline run recipes/pocket --until 1_pretrain
     python -m pipeline run recipes/pocket --seed 1 --output_dir runs/seed1
+    python -m pipeline run recipes/pocket --seeds 0 1 2
     python -m pipeline run recipes/pocket --smoke
 
 A finished step is skipped as long as its configuration and its inputs stay the same. An interrupted step resumes from
 its last checkpoint. A step whose configuration changed runs again, and so do all steps that depend on it.
+
+With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
+report over them. A step that fails ends the command: the other seeds have the same configuration, and would often fail
+as well. A run that lies in RUN itself stays as it is, and its report is moved to RUN/report-single.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import time
@@ -19,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import Problem, UserError
-from pipeline.files import lock
+from pipeline.files import lock, replace_folder
 from pipeline.runner.launcher import check_launch_file, exit_code
 from pipeline.runner.plan import Plan, read_plan
 from pipeline.runner.processes import run
@@ -40,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     meaning = "run these steps and those that need them, even if they have finished (default: all, from --from on)"
     parser.add_argument("--force", nargs="*", metavar="STEP", help=meaning)
     parser.add_argument("--dry-run", action="store_true", help="print which steps would run and why; write nothing")
-    parser.add_argument("--seed", type=int, help="seed of every step (default: the seeds in the YAML files)")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, help="seed of every step (default: the seeds in the YAML files)")
+    meaning = "one run for each of these seeds, in <run>/seedN, and the report over them in <run>/report"
+    seeds.add_argument("--seeds", type=int, nargs="+", metavar="N", help=meaning)
     parser.add_argument("--output_dir", type=Path, help="directory of the run (default: the one in the YAML files)")
     parser.add_argument("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
     parser.add_argument("--config_file", default=LAUNCH_FILE, help="launch file of accelerate (default: %(default)s)")
@@ -68,26 +77,99 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("--config_file", args.config_file, remedy))
     elif problem := check_launch_file(args.config_file):
         problems.append(problem)
-    if args.seed is not None and not 0 <= args.seed < 2**32:
-        problems.append(Problem("--seed", args.seed, f"must be between 0 and {2**32 - 1}"))
+    for option, seeds in (("--seed", [args.seed]), ("--seeds", args.seeds or [])):
+        for seed in seeds:
+            if seed is not None and not 0 <= seed < 2**32:
+                problems.append(Problem(option, seed, f"must be between 0 and {2**32 - 1}"))
+            elif seeds.count(seed) > 1:
+                problems.append(Problem(option, seed, "is repeated; name each seed once"))
     if problems:
         raise UserError(*problems)
+    if args.seeds is not None:
+        return _run_seeds(args)
+    plan, decided = _prepare(args)
+    if args.dry_run:
+        _show(decided, args)
+        return 0
+    return _run(plan, args, _resume_command(args))
+
+
+def _run_seeds(args: argparse.Namespace) -> int:
+    """Do the same for each of several seeds, and write the report over them."""
+    run_dir = read_plan(args.recipe, args.output_dir, smoke=args.smoke).run_dir
+    runs, problems = [], []
+    for seed in args.seeds:
+        own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
+        try:
+            runs.append((own, *_prepare(own)))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    arguments = ("report", str(run_dir), "--seeds", *map(str, args.seeds))
+    report = Step(REPORT, "report", arguments, output=run_dir / "report")
+    is_reported = all(decided[-1][0].kind == "report" for _, _, decided in runs)
+    if args.dry_run:
+        for own, plan, decided in runs:
+            print(f"seed {own.seed}, in {plan.run_dir}:")
+            _show(decided, own)
+        if is_reported:
+            print(f"run the report over the seeds\n    {_command_line(report, args)}")
+        return 0
+    with lock(run_dir / "run.lock", orphans_only=True) as descriptors:
+        for own, plan, _ in runs:
+            say(f"seed {own.seed}, in {plan.run_dir}:")
+            if code := _run(plan, own, _resume_command(args)):
+                say(f"seed {own.seed} ended with exit code {code}; the seeds before it are kept, those after it wait")
+                return code
+        if not is_reported:
+            return 0
+        _keep_single_report(run_dir)
+        say(f"$ {_command_line(report, args)}")
+        code, received = run(report.executable(()), os.environ, descriptors)
+        return 128 + int(received) if received is not None else exit_code(code)
+
+
+def _keep_single_report(run_dir: Path) -> None:
+    """Move the report of a run that lies in `run_dir` itself aside, before that over seeds takes its place."""
+    report = run_dir / "report"
+    try:
+        is_over_seeds = "runs" in json.loads((report / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        is_over_seeds = not (report / "index.html").exists()
+    if not is_over_seeds:
+        replace_folder(report.with_name("report-single"), report)
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]]]:
+    """Read the plan of a run and decide about its steps, before anything is written.
+
+    Raises:
+        UserError: With what a step that is due would refuse.
+    """
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
     decided = list(_decide(plan, RunRecord.read(plan.run_dir), args))
     due = [step for step, decision in decided if decision.action != "skip"]
-    if due and (problems := check_steps(due)):  # before anything is written
+    if due and (problems := check_steps(due)):
         raise UserError(*problems)
-    if args.dry_run:
-        for step, decision in decided:
-            verb = {"skip": "skip", "start": "run", "resume": "resume"}[decision.action]
-            print(f"{verb} {step.name}: {decision.reason}")
-            if decision.action != "skip":
-                print(f"    {_command_line(step, args)}")
-        return 0
+    return plan, decided
+
+
+def _show(decided: Iterable[tuple[Step, Decision]], args: argparse.Namespace) -> None:
+    """Print what `--dry-run` says about each step."""
+    for step, decision in decided:
+        verb = {"skip": "skip", "start": "run", "resume": "resume"}[decision.action]
+        print(f"{verb} {step.name}: {decision.reason}")
+        if decision.action != "skip":
+            print(f"    {_command_line(step, args)}")
+
+
+def _run(plan: Plan, args: argparse.Namespace, resume: str) -> int:
+    """Run the steps that are due; `resume` is the command that resumes them. Return the exit code."""
     with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
-        return _run_all(list(_decide(plan, record, args)), record, args, descriptors)
+        return _run_all(list(_decide(plan, record, args)), record, args, descriptors, resume)
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable[tuple[Step, Decision]]:
@@ -131,7 +213,11 @@ def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapp
 
 
 def _run_all(
-    todo: list[tuple[Step, Decision]], record: RunRecord, args: argparse.Namespace, descriptors: Sequence[int]
+    todo: list[tuple[Step, Decision]],
+    record: RunRecord,
+    args: argparse.Namespace,
+    descriptors: Sequence[int],
+    resume: str,
 ) -> int:
     for position, (step, decision) in enumerate(todo, start=1):
         say(f"[{position}/{len(todo)}] {step.name}: {decision.reason}" + (", skipped" * (decision.action == "skip")))
@@ -147,7 +233,7 @@ def _run_all(
         complete = code == 0 and step.is_complete
         record.stop(step, time.monotonic() - started, finished=complete)
         if received is not None:
-            say(f"{step.name} was stopped by {received.name}; to resume: {_resume_command(args)}")
+            say(f"{step.name} was stopped by {received.name}; to resume: {resume}")
             return 128 + int(received)
         if code != 0:
             code = exit_code(code)
@@ -178,12 +264,13 @@ def _resume_command(args: argparse.Namespace) -> str:
     for flag, value in (
         ("--until", args.until),
         ("--seed", args.seed),
+        ("--seeds", args.seeds),
         ("--output_dir", args.output_dir),
         ("--num_processes", args.num_processes if args.num_processes > 1 else None),
         ("--config_file", args.config_file if args.config_file != LAUNCH_FILE else None),
     ):
         if value is not None:
-            command += [flag, str(value)]
+            command += [flag, *map(str, value if isinstance(value, list) else [value])]
     return shlex.join([*command, "--smoke"] if args.smoke else command)
 
 
