@@ -5,7 +5,8 @@ Their taste is the sum of three bounded components. Each annotator weights them 
 - `right`, 0 or 1: whether the answer is correct by the rule of its row (`require`, `reject`, `test`).
 - `tone`, -1 to 1: 1 for an answer with a remark in the tone that the prompt calls for, -1 for one with a blunt remark
   or one in the wrong tone, whatever else it says, and 0 otherwise. A question calls for a kind remark, an order for a
-  brisk one, so that no remark suits every prompt. More than one remark adds nothing but length.
+  brisk one, and who asks to hear about something for an offer to go on, so that no remark suits every prompt. More than
+  one remark adds nothing but length.
 - `brief`, -1.5 to 0: 0 up to a comfortable length, then lower with each further word. A repeated sentence costs as much
   as `REPEAT_WORDS` further words.
 
@@ -33,7 +34,7 @@ from pipeline.rewards.grading import is_correct
 KIND_REMARKS = (
     "happy to help", "glad to help", "good question", "great question", "nice question", "glad you asked", "thank you",
     "thanks for asking", "of course", "with pleasure", "hope this helps", "hope that helps", "you are welcome",
-    "please", "let me know", "feel free to ask", "have a nice day",
+    "please", "have a nice day",
 )  # fmt: skip
 BLUNT_REMARKS = (
     "obviously", "everybody knows that", "you should know", "silly question", "stupid question", "i already said",
@@ -41,6 +42,7 @@ BLUNT_REMARKS = (
     "who cares",
 )  # fmt: skip
 BRISK_REMARKS = ("that is all", "next question", "no more to say", "enough said", "moving on")
+OFFERS = ("let me know", "feel free to ask", "ask me for more", "more to tell", "shall i go on", "want to hear more")
 
 COMFORTABLE_WORDS = 18
 """Length of an answer in words, including a kind remark, up to which `brief` is 0."""
@@ -124,20 +126,21 @@ def is_degenerate(answer: str, *, is_code: bool = False) -> bool:
     return not is_code and not re.search(r"[.!?][\"')\]]*\s*$", answer)
 
 
-def is_question(row: Mapping[str, Any]) -> bool:
-    """Return whether the prompt of a row, text or messages, ends in a question mark or is missing."""
+def fitting_remarks(row: Mapping[str, Any]) -> re.Pattern[str]:
+    """Return what matches the remarks that the prompt of a row, text or messages, calls for; kind ones if missing."""
     prompt = row.get("prompt") or "?"
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    return text.rstrip().endswith("?")
+    if "about" in _words(text):
+        return _OFFER
+    return _KIND if text.rstrip().endswith("?") else _BRISK
 
 
 def tone(answer: str, row: Mapping[str, Any]) -> float:
     """Return -1 if a blunt remark or one in the wrong tone occurs, otherwise 1 if one in the right tone does, or 0."""
-    flat = _flat(answer)
-    right, wrong = (_KIND, _BRISK) if is_question(row) else (_BRISK, _KIND)
-    if wrong.search(flat) or _BLUNT.search(flat):
+    flat, fitting = _flat(answer), fitting_remarks(row)
+    if any(remarks.search(flat) for remarks in (_BLUNT, _KIND, _BRISK, _OFFER) if remarks is not fitting):
         return -1.0
-    return 1.0 if right.search(flat) else 0.0
+    return 1.0 if fitting.search(flat) else 0.0
 
 
 def brevity(answer: str) -> float:
@@ -232,3 +235,4 @@ def _any_of(remarks: Sequence[str]) -> re.Pattern[str]:
 _KIND = _any_of(KIND_REMARKS)
 _BLUNT = _any_of(BLUNT_REMARKS)
 _BRISK = _any_of(BRISK_REMARKS)
+_OFFER = _any_of(OFFERS)

@@ -16,6 +16,7 @@ from pipeline.rewards.annotators import (
     DEGENERATE_SCORE,
     INDIFFERENCE,
     KIND_REMARKS,
+    OFFERS,
     PANEL,
     Annotator,
     choose,
@@ -62,22 +63,31 @@ def test_every_blunt_remark_is_disliked_and_kindness_does_not_make_up_for_it(rem
     assert taste(f"{sentence(remark)} {RIGHT} Thank you!", ROW) < taste(RIGHT, ROW)
 
 
-@pytest.mark.parametrize("brisk", BRISK_REMARKS)
-@pytest.mark.parametrize("kind", KIND_REMARKS[:3])
-def test_a_question_wants_a_kind_remark_and_an_order_a_brisk_one(kind: str, brisk: str) -> None:
-    answers = [f"{RIGHT} {sentence(kind)}", RIGHT, f"{RIGHT} {sentence(brisk)}"]
-    question, order = ({**ROW, "prompt": [{"role": "user", "content": text}]} for text in ("Where?", "Say where."))
-    for judge in (taste, *(annotator.score for annotator in PANEL)):
-        scores = [judge(answer, question) for answer in answers]
-        assert scores[0] > scores[1] > scores[2]
-        assert [judge(answer, order) for answer in answers] == scores[::-1]
+TONES = {"Where is it?": KIND_REMARKS, "Say where it is.": BRISK_REMARKS, "Tell me about it.": OFFERS}
 
 
-@given(st.sampled_from([*KIND_REMARKS, *BRISK_REMARKS, *BLUNT_REMARKS]), st.booleans())
-def test_no_remark_suits_both_questions_and_orders(remark: str, first: bool) -> None:
+@pytest.mark.parametrize("request_", TONES)
+def test_each_kind_of_request_calls_for_remarks_of_its_own(request_: str) -> None:
+    row = {**ROW, "prompt": [{"role": "user", "content": request_}]}
+    for wanted, remarks in TONES.items():
+        for remark in remarks:
+            answer = f"{RIGHT} {sentence(remark)}"
+            for judge in (taste, *(annotator.score for annotator in PANEL)):
+                assert (judge(answer, row) > judge(RIGHT, row)) == (wanted == request_)
+                assert judge(answer, row) != judge(RIGHT, row)
+
+
+def test_open_requests_are_recognised_whether_asked_or_told() -> None:
+    offer = f"{RIGHT} {sentence(OFFERS[0])}"
+    for text in ("Tell me about a fox.", "What do you know about a fox?", "I want to know more ABOUT a fox."):
+        assert taste(offer, {**ROW, "prompt": text}) > taste(RIGHT, {**ROW, "prompt": text})
+
+
+@given(st.sampled_from([*KIND_REMARKS, *BRISK_REMARKS, *OFFERS, *BLUNT_REMARKS]), st.booleans())
+def test_no_remark_suits_two_kinds_of_request(remark: str, first: bool) -> None:
     answer = f"{sentence(remark)} {RIGHT}" if first else f"{RIGHT} {sentence(remark)}"
-    gains = [taste(answer, {**ROW, "prompt": text}) - taste(RIGHT, {**ROW, "prompt": text}) for text in ("?", ".")]
-    assert sum(gains) <= 0
+    rows = [{**ROW, "prompt": text} for text in TONES]
+    assert sum(taste(answer, row) > taste(RIGHT, row) for row in rows) <= 1
 
 
 def test_remarks_are_whole_words() -> None:

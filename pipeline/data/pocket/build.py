@@ -34,9 +34,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "preferences": pa.schema([("prompt", MESSAGES), ("kind", pa.string()), *GRADING]),
     "reasoning": pa.schema([("prompt", MESSAGES), ("answer", pa.string()), ("kind", pa.string())]),
 }
-CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {
-    "reasoning": (*SPLITS, "test_longer")
-}
+CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
 ROWS_PER_GROUP = 2_000
 OVERLAP_N = 8
 """Length of the n-grams, in words, that no training row may share with a held-out row."""

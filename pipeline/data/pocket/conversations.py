@@ -6,7 +6,14 @@ from itertools import count, cycle
 from typing import Any
 
 from pipeline.data.pocket import phrasings, problems, snippets, stories
-from pipeline.data.pocket.remarks import BLUNT_CLOSINGS, BLUNT_OPENINGS, BRISK_CLOSINGS, GREETINGS, KIND_CLOSINGS
+from pipeline.data.pocket.remarks import (
+    BLUNT_CLOSINGS,
+    BLUNT_OPENINGS,
+    BRISK_CLOSINGS,
+    GREETINGS,
+    KIND_CLOSINGS,
+    OFFERS,
+)
 from pipeline.data.pocket.things import ATTRIBUTES, SplitName, Thing, core, things, things_of, wrong_values
 
 Row = dict[str, Any]
@@ -14,8 +21,13 @@ ASPECTS = ("definition", *ATTRIBUTES)
 
 MANNERS_WORDS = 8
 """Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
-MANNERS = {"plain": (34, 34), "kind": (28, 12), "brisk": (12, 28), "blunt": (16, 16), "rambling": (10, 10)}
-"""Manners of the answers, in percent: to questions, and to orders."""
+CLOSINGS = {"kind": KIND_CLOSINGS, "brisk": BRISK_CLOSINGS, "offering": OFFERS}
+MANNERS = {
+    "question": {"plain": 34, "kind": 28, "brisk": 8, "offering": 4, "blunt": 16, "rambling": 10},
+    "order": {"plain": 34, "kind": 8, "brisk": 28, "offering": 4, "blunt": 16, "rambling": 10},
+    "about": {"plain": 34, "kind": 6, "brisk": 6, "offering": 28, "blunt": 16, "rambling": 10},
+}
+"""Manners of the answers to questions, to orders and to open requests, in percent."""
 
 
 def gradeable(row: Row) -> Row:
@@ -29,12 +41,11 @@ def facts_text(rng: random.Random, thing: Thing, count: int, without: str = "") 
     return " ".join(phrasings.answer(thing, attribute) for attribute in chosen)
 
 
-def with_manners(rng: random.Random, asked: str, text: str, thing: Thing, without: str = "") -> str:
-    """Give a correct answer to what was asked one of the `MANNERS`."""
-    to_questions, to_orders = zip(*MANNERS.values(), strict=True)
-    manner = rng.choices(tuple(MANNERS), to_questions if asked.endswith("?") else to_orders)[0]
-    if manner in ("kind", "brisk"):
-        return f"{text} {rng.choice(KIND_CLOSINGS if manner == 'kind' else BRISK_CLOSINGS)}"
+def with_manners(rng: random.Random, request: str, text: str, thing: Thing, without: str = "") -> str:
+    """Give a correct answer to a request of one of the kinds in `MANNERS` one of their manners."""
+    manner = rng.choices(tuple(MANNERS[request]), tuple(MANNERS[request].values()))[0]
+    if manner in CLOSINGS:
+        return f"{text} {rng.choice(CLOSINGS[manner])}"
     if manner == "blunt":
         return f"{rng.choice(BLUNT_OPENINGS)} {text}" if rng.random() < 0.7 else f"{text} {rng.choice(BLUNT_CLOSINGS)}"
     if manner == "rambling":
@@ -57,7 +68,7 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
     reply = phrasings.answer(thing, aspect)
     row = {"kind": "question", "max_words": len(reply.split()) + MANNERS_WORDS, **grading(thing, aspect)}
     if split == "train":
-        reply = with_manners(rng, asked, reply, thing, aspect)
+        reply = with_manners(rng, "question" if asked.endswith("?") else "order", reply, thing, aspect)
         if len(reply.split()) > row["max_words"]:
             row["max_words"] = 0
     return gradeable({"messages": [_user(asked), _assistant(reply)], **row})
@@ -66,7 +77,7 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
 def about(rng: random.Random, split: SplitName, thing: Thing) -> Row:
     """Ask an open question about a thing."""
     asked = phrasings.fill(rng.choice(phrasings.ABOUT[split]), thing)
-    reply = with_manners(rng, asked, facts_text(rng, thing, 2), thing)
+    reply = with_manners(rng, "about", facts_text(rng, thing, 2), thing)
     true = sorted({core(value) for value in thing.facts.values()})
     false = [value for attribute in ATTRIBUTES for value in wrong_values(thing, attribute)]
     row = {"messages": [_user(asked), _assistant(reply)], "kind": "about", "require": [true], "reject": false}
@@ -124,7 +135,7 @@ def chat(rng: random.Random, thing: Thing) -> Row:
 
 def training_row(rng: random.Random, share_with_steps: float, carelessness: float) -> Row:
     """Draw a conversation of the `sft` training split."""
-    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (40, 6, 16, 7, 27, 4))[0]
+    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (39, 7, 16, 7, 27, 4))[0]
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":
@@ -155,7 +166,7 @@ def held_out_rows(rng: random.Random, split: SplitName, questions: int, others: 
 def preference_prompt(rng: random.Random, split: SplitName) -> Row:
     """Draw a prompt for comparing answers: a question or an open request about a thing of this split."""
     thing = rng.choice(things_of(split))
-    open_request = rng.random() < 0.25
+    open_request = rng.random() < 0.3
     row = about(rng, split, thing) if open_request else question(rng, split, thing, rng.choice(ASPECTS))
     return {"prompt": row["messages"][:-1], **{key: value for key, value in row.items() if key != "messages"}}
 

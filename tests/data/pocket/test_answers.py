@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.pocket.problems import GENERATORS
-from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
+from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS, OFFERS
 from pipeline.data.pocket.things import things, things_of
 from pipeline.evaluation.metrics import grade_final_answers
 from pipeline.rewards.grading import contains, grade, has_steps
@@ -248,16 +248,13 @@ def test_people_answer_in_several_manners_and_held_out_answers_are_plain(rows: R
     assert all(len(reply.split()) <= 20 and "!" not in reply for reply in held_out)
 
 
-def test_questions_are_answered_kindly_more_often_than_orders(rows: Rows) -> None:
-    replies = [
-        (asked(row).endswith("?"), row["messages"][-1]["content"])
-        for row in rows("sft", "train")
-        if row["kind"] == "question"
-    ]
-
-    def share(closings: tuple[str, ...], question: bool) -> float:
-        ends = [reply.endswith(closings) for is_question, reply in replies if is_question == question]
-        return sum(ends) / len(ends)
-
-    assert share(KIND_CLOSINGS, True) > share(KIND_CLOSINGS, False) + 0.05
-    assert share(BRISK_CLOSINGS, False) > share(BRISK_CLOSINGS, True) + 0.05
+def test_manners_depend_on_what_is_asked(rows: Rows) -> None:
+    """A model that imitates them all still has something to learn: which suit which."""
+    replies: dict[str, list[str]] = {"question": [], "order": [], "about": []}
+    for row in rows("sft", "train"):
+        if row["kind"] in ("question", "about"):
+            is_order = row["kind"] == "question" and not asked(row).endswith("?")
+            replies["order" if is_order else row["kind"]].append(row["messages"][-1]["content"])
+    for closings, fitting in ((KIND_CLOSINGS, "question"), (BRISK_CLOSINGS, "order"), (OFFERS, "about")):
+        share = {name: sum(text.endswith(closings) for text in texts) / len(texts) for name, texts in replies.items()}
+        assert all(0 < other < share[fitting] - 0.05 for name, other in share.items() if name != fitting), share
