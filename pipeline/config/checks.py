@@ -81,7 +81,7 @@ RANGES: dict[str, Range] = {
             lambda value: 0 < value <= 1,
             "must be above 0 and at most 1",
         ),
-        "gamma lam ref_model_mixup_alpha": _between(0, 1),
+        "gamma lam value_lam ref_model_mixup_alpha": _between(0, 1),
         "vllm_server_port vllm_group_port": _between(1, 65535),
         "vllm_tensor_parallel_size vllm_max_model_length": _at_least(1),
         "reward_weights": (math.isfinite, "must be numbers"),
@@ -205,13 +205,18 @@ def check_together(
     """
     values = {name: getattr(item, name) for item in arguments for name in vars(item)}
     problems = []
-    steps, warmup = values.get("max_steps", 0), values.get("warmup_steps", 0)
+    steps = values.get("max_steps", 0)
     if values.get("dataset_streaming") and "max_steps" in values and steps <= 0 and "max_steps" not in reported:
         problems.append(Problem("max_steps", steps, "must be given: a stream has no length"))
     # A trial, `--max_steps 2`, does not have to lower the file's warm-up as well.
-    if warmup > steps > 0 and not ("max_steps" in on_command_line and "warmup_steps" not in on_command_line):
-        remedy = f"is more than max_steps ({steps}), and the learning rate would never be reached; lower it"
-        problems.append(Problem("warmup_steps", f"{warmup:g}", remedy))
+    never = {
+        "warmup_steps": "the learning rate would never be reached",
+        "value_warmup_steps": "the policy never trained",
+    }
+    for field, result in never.items():
+        warmup = values.get(field, 0)
+        if warmup > steps > 0 and not ("max_steps" in on_command_line and field not in on_command_line):
+            problems.append(Problem(field, f"{warmup:g}", f"is more than max_steps ({steps}), and {result}; lower it"))
     layers = f"{values.get('lora_target_modules')} {values.get('lora_modules_to_save')}"
     if values.get("use_peft") and "embed" not in layers and "lm_head" not in layers:
         for field, unset in (("use_muon", "false"), ("embedding_learning_rate", "null")):

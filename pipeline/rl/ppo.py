@@ -54,11 +54,12 @@ class PPOTrainer(GRPOTrainer):
     Each rollout, of `generation_batch_size` completions, is sampled, scored and given advantages once, and then trained
     on `num_iterations` times, in optimizer steps of `per_device_train_batch_size x gradient_accumulation_steps x
     processes` completions. Policy and critic are two networks stepped by one optimizer: one loss, one schedule, each
-    with its own learning rate and its own gradient norm, clipped to `max_grad_norm` separately.
+    with its own learning rate and its own gradient norm, clipped to `max_grad_norm` separately. In the first
+    `value_warmup_steps` steps the policy has no gradients: nothing of it changes, its state in the optimizer included.
 
     The score of a completion belongs to its last token. A completion that was cut off at `max_completion_length` is
-    scored like any other, unless `missing_eos_penalty` or `mask_truncated_completions` is set. Nothing is learned from
-    a completion for which every reward function returns None.
+    scored as it stands, without an end of turn, unless `missing_eos_penalty` or `mask_truncated_completions` is set.
+    Nothing is learned from a completion for which every reward function returns None.
 
     The critic is saved as `value_model/` in `output_dir` and in every checkpoint. A checkpoint also contains the
     rollout that is being trained on, so that a resumed run continues with it: on one CPU process, bit for bit.
@@ -170,17 +171,18 @@ class PPOTrainer(GRPOTrainer):
                     self.model, ids, attention_mask, length, size
                 )
             logps = batch["old_per_token_logps"]
-            kl = None
+            ref_logps, penalty = None, torch.zeros_like(logps)
             if args.kl_coef > 0:
                 ref_logps = self._reference_logps(ids, attention_mask, length, size)
-                kl = ppo_math.kl_estimate(logps, ref_logps, args.kl_estimator)
+                penalty = args.kl_coef * ppo_math.kl_estimate(logps, ref_logps, args.kl_estimator)
             values = self._values(ids, attention_mask, length, size)
 
-        penalty = torch.zeros_like(logps) if kl is None else args.kl_coef * kl
         rewards = ppo_math.token_rewards(scores, penalty, mask)
         advantages, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.lam)
+        if args.value_lam is not None:
+            _, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.value_lam)
         self._rollout_sums = self._rollout_sums + rollout_sums(
-            scores, scored, kl, args.kl_coef, logps, advantages, returns, ended, mask
+            scores, scored, penalty, logps, ref_logps, values, returns, ended, mask
         )
         if mode == "train":
             self._log_rollouts()
@@ -233,7 +235,9 @@ class PPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Add the value loss to the parent's policy loss."""
-        policy_loss = super()._compute_loss(model, inputs)
+        trains_policy = self.state.global_step >= self.args.value_warmup_steps
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
+            policy_loss = super()._compute_loss(model, inputs)
         logps, entropies, _ = self._latest_logps
         mask = _sampled_tokens(inputs)
         values = self._values(*_whole_texts(inputs), mask.shape[1])

@@ -22,6 +22,11 @@ FIXED = {
 }
 """Options of `GRPOConfig` for which PPO is defined with one value only."""
 
+K3_IS_NO_PENALTY = (
+    "hardly penalises as a part of the reward: near the reference, its gradient vanishes (it is that of the KL minus "
+    "that of the reverse KL); use k1. k3 is logged as objective/kl_k3"
+)
+
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
@@ -56,11 +61,15 @@ class PPOConfig(GRPOConfig):
     )
     kl_estimator: str = _option(
         "k1",
-        "Estimator of the KL at a token: k1 (the log ratio) or k3 (never negative, less variance). Both are unbiased.",
+        "Estimator of the KL at a token in the penalty: k1, the log ratio. k3 is refused, because it hardly penalises "
+        "there; `objective/kl_k3` logs it.",
         choices=["k1", "k3"],
     )
     gamma: float = _option(1.0, "Discount per token, in [0, 1].")
     lam: float = _option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
+    value_lam: float | None = _option(
+        None, "The same for the returns that the critic learns, such as 1 for the rewards themselves. Default: `lam`."
+    )
     cliprange: float = _option(
         0.2, "How far the probability ratio of a token may move from 1 in the updates of one rollout."
     )
@@ -72,6 +81,11 @@ class PPOConfig(GRPOConfig):
     vf_coef: float = _option(0.1, "Weight of the value loss beside the policy loss.")
     value_learning_rate: float | None = _option(
         None, "Peak learning rate of the critic, on the policy's schedule. Default: `learning_rate`."
+    )
+    value_warmup_steps: int = _option(
+        0,
+        "Train the critic alone in the first so many optimizer steps. The schedule of both learning rates begins with "
+        "them: a warm-up of the policy's has to be longer.",
     )
     whiten_advantages: bool = _option(
         True, "Give the advantages of each rollout, over all processes, mean 0 and variance 1."
@@ -130,8 +144,10 @@ class PPOConfig(GRPOConfig):
             refuse(name, "makes rollouts of a single completion; raise it to 2 or more")
         if self.num_generations is None:
             refuse("num_generations", "must be set")
-        if self.kl_estimator not in ("k1", "k3"):
-            refuse("kl_estimator", "must be k1 or k3")
+        if self.kl_estimator == "k3":
+            refuse("kl_estimator", K3_IS_NO_PENALTY)
+        elif self.kl_estimator != "k1":
+            refuse("kl_estimator", "must be k1")
         if self.reward_normalization not in ("none", "batch", "running"):
             refuse("reward_normalization", "must be none, batch or running")
         if self.beta != 0.0:

@@ -6,7 +6,8 @@ of several batches and processes can be added up before they are divided. `pipel
 Of each rollout, as it was sampled (`rollout_means`):
 
 - `objective/scores`: Score of a completion, normalised and penalised.
-- `objective/kl`: KL to the reference, in nats per completion. Only with a reference.
+- `objective/kl`, `objective/kl_k3`: KL to the reference, in nats per completion, by the estimators of
+  `ppo_math.kl_estimate`. Only with a reference.
 - `objective/non_score_reward`: KL penalty of a completion, as a reward.
 - `objective/rlhf_reward`: Score and KL penalty together.
 - `objective/entropy`: Negative log-probability of a completion, in nats.
@@ -28,9 +29,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.rl.ppo_math import clipped_policy_loss
+from pipeline.rl.ppo_math import clipped_policy_loss, kl_estimate
 
-PER_COMPLETION = ("objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores")
+KL = ("objective/kl", "objective/kl_k3")
+PER_COMPLETION = ("objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores", *KL)
 PER_TOKEN = (
     "policy/approxkl_avg",
     "policy/clipfrac_avg",
@@ -46,10 +48,10 @@ PER_TOKEN = (
 def rollout_sums(
     scores: Tensor,
     scored: Tensor,
-    kl: Tensor | None,
-    kl_coef: float,
+    penalty: Tensor,
     logps: Tensor,
-    advantages: Tensor,
+    ref_logps: Tensor | None,
+    values: Tensor,
     returns: Tensor,
     ended: Tensor,
     mask: Tensor,
@@ -59,10 +61,10 @@ def rollout_sums(
     Args:
         scores: Scores, normalised and penalised.
         scored: (B,) boolean, False for a completion that nothing is learned from.
-        kl: KL at each token, in nats; None without a reference.
-        kl_coef: Reward subtracted per nat.
+        penalty: Reward subtracted at each token for its KL.
         logps: Log-probabilities under the policy that sampled the tokens.
-        advantages: Advantages before whitening.
+        ref_logps: The same under the reference; None without one.
+        values: The critic's estimates.
         returns: Returns.
         ended: (B,) boolean, whether a completion ended with an end of turn.
         mask: The mask.
@@ -70,13 +72,13 @@ def rollout_sums(
     Returns:
         One sum for each statistic, in float64 where the device has it.
     """
-    kl_total = torch.zeros_like(scores) if kl is None else (kl * mask).sum(1)
-    penalty = kl_coef * kl_total
-    per_completion = (-(logps * mask).sum(1), -penalty, scores - penalty, scores, kl_total, torch.ones_like(scores))
-    # The critic's error is the advantage: return minus estimate.
+    compared = logps if ref_logps is None else ref_logps
+    kls = [(kl_estimate(logps, compared, estimator) * mask).sum(1) for estimator in ("k1", "k3")]
+    total = (penalty * mask).sum(1)
+    per_completion = (-(logps * mask).sum(1), -total, scores - total, scores, *kls, torch.ones_like(scores))
     exact = torch.float32 if scores.device.type == "mps" else torch.float64
-    returns, advantages = returns.to(exact), advantages.to(exact)
-    per_token = (returns, returns.square(), advantages.square(), torch.ones_like(returns))
+    returns, values = returns.to(exact), values.to(exact)
+    per_token = (returns, returns.square(), (returns - values).square(), torch.ones_like(returns))
     sums = [(x.to(exact) * scored).sum() for x in per_completion]
     sums += [(x * mask).sum() for x in per_token]
     return torch.stack([*sums, (ended & scored).sum().to(exact)])
@@ -92,10 +94,9 @@ def rollout_means(sums: Tensor, with_kl: bool) -> dict[str, float]:
     *totals, completions, returns, squares, errors, tokens, ended = sums.tolist()
     metrics = {
         name: total / completions if completions else float("nan")
-        for name, total in zip((*PER_COMPLETION, "objective/kl"), totals, strict=True)
+        for name, total in zip(PER_COMPLETION, totals, strict=True)
+        if with_kl or name not in KL
     }
-    if not with_kl:
-        del metrics["objective/kl"]
     tokens = max(tokens, 1.0)
     spread = squares / tokens - (returns / tokens) ** 2
     metrics["val/explained_variance"] = 1 - errors / tokens / max(spread, 1e-8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,49 @@ def test_the_critic_learns_to_predict_the_reward(tmp_path: Path) -> None:
     assert losses[-1] < 0.1 * losses[0]
     assert logged(ppo, "val/explained_variance")[-1] > 0.8
     assert torch.equal(before, weights(ppo.model))
+
+
+def test_the_critic_alone_is_trained_at_first(tmp_path: Path) -> None:
+    """Then the policy learns as if its training began there: without decay, and without steps in its optimizer."""
+    ppo = trainer(tmp_path, value_warmup_steps=2, max_steps=3, weight_decay=0.5, learning_rate=1e-2)
+    seen = []
+    original = ppo.training_step
+
+    def step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((weights(ppo.model), weights(ppo.value_model)))
+        return original(*args, **kwargs)
+
+    ppo.training_step = step
+    ppo.train()
+    seen.append((weights(ppo.model), weights(ppo.value_model)))
+    policies, critics = zip(*seen, strict=True)
+    assert [not torch.equal(a, b) for a, b in pairwise(policies)] == [False, False, True]
+    assert [not torch.equal(a, b) for a, b in pairwise(critics)] == [True, True, True]
+    for network, expected in ((ppo.model, 1), (ppo.value_model, 3)):
+        steps = {int(ppo.optimizer.state[parameter]["step"]) for parameter in network.parameters()}
+        assert steps == {expected}
+
+
+def test_the_critic_has_its_own_lambda(tmp_path: Path) -> None:
+    """With 1, it learns the rewards that really follow; the advantages stay those of `lam`."""
+    batches, originals = [], []
+    for value_lam in (None, 1.0):
+        options = {"lam": 0.5, "value_lam": value_lam, "kl_coef": 0.0, "whiten_advantages": False}
+        ppo = trainer(tmp_path, toy.share_of_red, max_steps=1, value_model=toy.reward_model(), **options)
+        originals.append(ppo._generate_and_score_completions)
+        ppo._generate_and_score_completions = lambda inputs: batches.append(originals[-1](inputs)) or batches[-1]
+        ppo.train()
+        batch, mask = batches[-1], batches[-1]["completion_mask"]
+        error = ((batch["returns"] - batch["old_values"]) * mask).double().square().sum() / mask.sum()
+        returns = batch["returns"][mask > 0].double()
+        explained = 1 - error / (returns.square().mean() - returns.mean().square())
+        assert logged(ppo, "val/explained_variance")[0] == pytest.approx(float(explained), rel=1e-4)
+    same, own = batches
+    mask = same["completion_mask"]
+    assert torch.equal(same["advantages"], own["advantages"])
+    torch.testing.assert_close(same["returns"], (same["advantages"] + same["old_values"]) * mask)
+    assert own["returns"].max() > 0
+    torch.testing.assert_close(own["returns"], own["returns"][:, :1] * mask, msg="the score, at each token")
 
 
 @pytest.mark.parametrize("normalization", ["none", "batch", "running"])
@@ -391,7 +435,7 @@ def test_evaluation_measures_and_does_not_change_training(tmp_path: Path) -> Non
 
 def test_metrics_count_real_tokens_only(tmp_path: Path) -> None:
     """Compare with means computed token by token, in a batch whose completions differ in length."""
-    ppo = trainer(tmp_path, max_steps=1, max_completion_length=12, kl_estimator="k3", kl_coef=0.5)
+    ppo = trainer(tmp_path, max_steps=1, max_completion_length=12, kl_coef=0.5)
     for parameter in ppo.ref_model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     seen = {}
@@ -406,7 +450,7 @@ def test_metrics_count_real_tokens_only(tmp_path: Path) -> None:
     before.load_state_dict(ppo.model.state_dict())
     ppo.train()
 
-    kls, entropies = [], []
+    kls, k3s, entropies = [], [], []
     for i in range(len(seen["completion_ids"])):
         prompt = seen["prompt_ids"][i][seen["prompt_mask"][i] > 0]
         completion = seen["completion_ids"][i][seen["completion_mask"][i] > 0]
@@ -414,10 +458,12 @@ def test_metrics_count_real_tokens_only(tmp_path: Path) -> None:
         with torch.no_grad():
             logits = [m(input_ids=text[None]).logits[0, len(prompt) - 1 : -1] for m in (before, ppo.ref_model)]
         ours, theirs = (x.log_softmax(-1).gather(1, completion[:, None])[:, 0] for x in logits)
-        kls.append(((theirs - ours).exp() - 1 - (theirs - ours)).sum().item())
+        kls.append((ours - theirs).sum().item())
+        k3s.append(((theirs - ours).exp() - 1 - (theirs - ours)).sum().item())
         entropies.append(-(logits[0].softmax(-1) * logits[0].log_softmax(-1)).sum(-1))
     assert len({len(x) for x in entropies}) > 1
     assert logged(ppo, "objective/kl")[0] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
+    assert logged(ppo, "objective/kl_k3")[0] == pytest.approx(sum(k3s) / len(k3s), rel=1e-3)
     assert logged(ppo, "objective/non_score_reward")[0] == pytest.approx(-0.5 * sum(kls) / len(kls), rel=1e-3)
     assert logged(ppo, "policy/entropy_avg")[0] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
 

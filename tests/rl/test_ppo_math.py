@@ -170,6 +170,24 @@ def test_kl_estimators_are_unbiased(estimator: ppo_math.KLEstimator) -> None:
     assert estimator == "k1" or (estimates >= 0).all()
 
 
+def test_as_a_reward_k3_does_not_pull_the_policy_back() -> None:
+    """Near the reference, the policy gradient of k1 is that of the KL, and k3's is of a higher order."""
+    reference = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64).log()
+    logits = (reference + torch.tensor([0.01, -0.01, 0.0])).requires_grad_()
+
+    def gradient(estimator: ppo_math.KLEstimator | None) -> Tensor:
+        logps = logits.log_softmax(0)
+        if estimator is None:
+            loss = (logps.exp() * (logps - reference)).sum()
+        else:
+            reward = ppo_math.kl_estimate(logps, reference, estimator).detach()
+            loss = (logps.exp().detach() * reward * logps).sum()
+        return torch.autograd.grad(loss, logits)[0]
+
+    torch.testing.assert_close(gradient("k1"), gradient(None))
+    assert gradient("k3").norm() < 0.02 * gradient("k1").norm()
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.floats(-100, 100), max_size=6), min_size=1, max_size=6))
 def test_moments_are_those_of_everything_seen(parts: list[list[float]]) -> None:

@@ -74,6 +74,11 @@ def test_resumes_anywhere(tmp_path: Path) -> None:
     assert_resumes_exactly(tmp_path, [1, 2, 4, 6, 8, 11, 16])
 
 
+def test_resumes_while_the_critic_warms_up_and_afterwards(tmp_path: Path) -> None:
+    """The warm-up ends in the middle of a rollout."""
+    assert_resumes_exactly(tmp_path, [2, 5, 6], max_steps=9, value_warmup_steps=5, value_lam=1.0)
+
+
 def test_resumes_after_evaluations(tmp_path: Path) -> None:
     assert_resumes_exactly(
         tmp_path, [3], max_steps=6, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=3
