@@ -1,7 +1,8 @@
 """`python -m pipeline evaluate RUN --stage 2_sft`: measure one stage on the held-out data of the run.
 
 Writes RUN/evaluations/STAGE.json (metrics, answers to ten fixed prompts, traces) and STAGE.jsonl (one line per example,
-from which the report computes paired differences between stages). Other data can be given by options alone:
+from which the report computes paired differences between stages). The stage that others are compared with also gets
+the baselines of `pipeline.evaluation.baselines`. Other data can be given by options alone:
 
     python -m pipeline evaluate RUN --stage 1_pretrain --text shakespeare.txt
     python -m pipeline evaluate RUN --stage 4_grpo --reasoning gsm8k-test.jsonl --prompt_column question \\
@@ -33,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt_column", default="prompt", help="its column of problems (default: prompt)")
     parser.add_argument("--answer_column", default="answer", help="its column of answers (default: answer)")
     parser.add_argument("--answer_pattern", help="regular expression that finds the final answer in that column")
+    parser.add_argument(
+        "--prefix",
+        help="begin the answers of --against with this text for the baseline `elicited` (default: 'Working:', if "
+        "answers of the run's sft data begin so; otherwise the baseline is left out)",
+    )
     parser.add_argument("--config", help="configuration of --text or --reasoning, if the data set has several")
     parser.add_argument("--allow_unconfined_code", action="store_true", help="grade code even where it is not confined")
     parser.add_argument("--split", help="its split (default: test; all of a plain file)")

@@ -35,10 +35,17 @@ METRICS: dict[str, MetricInfo] = {
     "reward_accuracy_noise_free": MetricInfo(
         "Reward accuracy, noise-free", "held-out pairs, against the annotators' taste without noise"
     ),
-    "win_rate": MetricInfo("Win rate", "against 2_sft, judged by the annotators, who do not know which is which"),
+    "win_rate": MetricInfo("Win rate", "sampled, against 2_sft, judged by annotators who do not know which is which"),
+    "win_rate_greedy": MetricInfo("Win rate, greedy", "the same prompts, greedy answers of both"),
+    "last_sentence_share": MetricInfo(
+        "Same last sentence", "answers to these prompts that end in the most frequent last sentence", "down"
+    ),
+    "last_sentence_share_greedy": MetricInfo("Same last sentence, greedy", "the same for greedy answers", "down"),
     "pass@1": MetricInfo("pass@1", "held-out reasoning problems, greedy answers"),
+    "pass@1_longer": MetricInfo("pass@1, longer problems", "problems longer than any in training, greedy answers"),
     "pass@1_sampled": MetricInfo("pass@1, sampled", "the same problems, mean over sampled answers"),
     "pass@8": MetricInfo("pass@8", "at least one of eight samples is right (unbiased estimate)"),
+    "maj@8": MetricInfo("maj@8", "the most frequent answer of eight samples is right (ties: the first drawn)"),
     "step_rate": MetricInfo("Step rate", "greedy answers that show worked steps", ""),
     "mean_length": MetricInfo("Answer length", "tokens per answer to an instruction", "", 1, share=False),
     "reasoning_length": MetricInfo("Reasoning length", "tokens per greedy answer to a problem", "", 1, share=False),

@@ -1,4 +1,4 @@
-"""The metrics of language models, and how each is measured on held-out data; see `reward_model` for reward models.
+"""The metrics of language models, and how each is measured on held-out data; see also `matches` and `reward_model`.
 
 To add a metric, write its class and record it in the function of the data that it needs; then describe it (label,
 meaning, better direction, digits) in `metric_info.METRICS`.
@@ -10,7 +10,7 @@ The classes work offline, unlike `evaluate.load("accuracy")`. `compute` returns 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,7 @@ from pipeline.evaluation.held_out import FIXED_PROMPTS, RULE_COLUMNS, Example, s
 from pipeline.evaluation.likelihood import document_losses
 from pipeline.evaluation.results import StageResult
 from pipeline.models.generation import Completion, encode_prompts, generate, stopped
-from pipeline.rewards.annotators import judge_match
-from pipeline.rewards.answers import number
+from pipeline.rewards.answers import extract_answer, normalise_answer, number
 from pipeline.rewards.functions import exact_answer, math_answer
 from pipeline.rewards.grading import grade, has_steps
 
@@ -131,6 +130,33 @@ class PassAtK(evaluate.Metric):
         return output(intervals.outcome_mean(values, seed), values)
 
 
+class MajorityVote(evaluate.Metric):
+    """The share of problems whose most frequent final answer, among the samples, is right.
+
+    Equal numbers are one answer. Samples without a final answer do not vote. Of answers with equally many votes, the
+    one that was drawn first counts.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        inputs = "predictions: sampled answers to each problem; references: final answers."
+        citation = "Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171"
+        return info(self, inputs, citation, predictions=datasets.List(STRING), references=STRING)
+
+    def _compute(self, predictions: list[list[str]], references: list[str]) -> dict[str, Any]:
+        values = list(map(float, grade_final_answers([elect(answers) for answers in predictions], references)))
+        return output(intervals.proportion(values), values)
+
+
+def elect(answers: Sequence[str]) -> str:
+    """Return the first of `answers` with the most frequent final answer, "" if none has one."""
+    ballots: dict[Any, list[str]] = {}
+    for answer in answers:
+        if (final := extract_answer(answer)) is not None:
+            value = number(final)
+            ballots.setdefault(normalise_answer(final) if value is None else value, []).append(answer)
+    return max(ballots.values(), key=len)[0] if ballots else ""
+
+
 def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
     """Return the unbiased estimate of pass@k from `n` samples, of which `correct` are right (Chen et al. 2021, eq. 1).
 
@@ -155,20 +181,6 @@ def grade_final_answers(answers: Sequence[str], references: Sequence[str]) -> li
         for i, reward in zip(formulas, rewards, strict=True):
             correct[i] = reward == 1.0
     return correct
-
-
-class WinRate(evaluate.Metric):
-    """The mean outcome: 1 for a win, 0 for a loss, 0.5 for a tie."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        inputs = "predictions: answers; references: the opponent's; rows: what the answers are judged by."
-        return info(self, inputs, predictions=STRING, references=STRING)
-
-    def _compute(
-        self, predictions: list[str], references: list[str], rows: Sequence[Mapping[str, Any]], seed: int = 0
-    ) -> dict[str, Any]:
-        values = judge_match(predictions, references, rows)
-        return output(intervals.outcome_mean(values, seed), values)
 
 
 @dataclass(frozen=True)
@@ -215,18 +227,17 @@ def measure_instructions(result: StageResult, chat: ChatModel, rows: Sequence[Ex
 def measure_problems(
     result: StageResult, chat: ChatModel, rows: Sequence[Example], samples: int, seed: int = 0
 ) -> None:
-    """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled` and `pass@k` (k = `samples`).
+    """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, and `pass@k` and `maj@k` for
+    k = `samples`.
 
     At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1.
     """
     completions = chat.greedy([row["prompt"] for row in rows])
-    references = [row["answer"] for row in rows]
     answers = [completion.text for completion in completions]
-    greedy = PassAtK().compute(predictions=[[text] for text in answers], references=references, k=1)
-    result.record("pass@1", greedy, rows, extras=[{"answer": text} for text in answers])
+    values = record_greedy(result, "pass@1", answers, rows)
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
     _record_lengths(result, "reasoning_length", completions, rows, seed)
-    for row, text, value in zip(rows, answers, greedy["values"], strict=True):
+    for row, text, value in zip(rows, answers, values, strict=True):
         if all(trace["kind"] != row["kind"] for trace in result.traces):
             trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row["answer"]}
             result.traces.append({**trace, "answer": text, "correct": bool(value)})
@@ -239,21 +250,24 @@ def measure_problems(
     for k, name in names.items():
         estimate = PassAtK().compute(predictions=predictions, references=references, k=k, seed=seed)
         result.record(name, estimate, some)
+    if samples > 1:
+        votes = MajorityVote().compute(predictions=predictions, references=references)
+        result.record(f"maj@{samples}", votes, some)
 
 
-def measure_match(
-    result: StageResult, chat: ChatModel, opponent: ChatModel, rows: Sequence[Example], seed: int = 0
-) -> None:
-    """Record `win_rate`: answers of both models, sampled at temperature 1 and judged by the annotators.
+def measure_longer(result: StageResult, chat: ChatModel, rows: Sequence[Example]) -> None:
+    """Record `pass@1_longer`: greedy answers to problems that are longer than those of the training split."""
+    answers = [completion.text for completion in chat.greedy([row["prompt"] for row in rows])]
+    record_greedy(result, "pass@1_longer", answers, rows)
 
-    The opponent samples with a different seed, so that a model against itself does not tie every time.
-    """
-    prompts = [row["prompt"] for row in rows]
-    ours = [c[0].text for c in chat.sample(prompts, temperature=1.0, seed=2 * seed)]
-    theirs = [c[0].text for c in opponent.sample(prompts, temperature=1.0, seed=2 * seed + 1)]
-    wins = WinRate().compute(predictions=ours, references=theirs, rows=rows, seed=seed)
-    extras = [{"answer": a, "opponent": b} for a, b in zip(ours, theirs, strict=True)]
-    result.record("win_rate", wins, rows, extras=extras)
+
+def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: Sequence[Example]) -> list[float]:
+    """Record under `name` how many of the answers, one to each problem, are right. Returns 1 or 0 for each."""
+    references = [row["answer"] for row in rows]
+    greedy = PassAtK().compute(predictions=[[text] for text in answers], references=references, k=1)
+    result.record(name, greedy, rows, extras=[{"answer": text} for text in answers])
+    values: list[float] = greedy["values"]
+    return values
 
 
 def answer_fixed_prompts(result: StageResult, chat: ChatModel) -> None:

@@ -22,6 +22,7 @@ class StageResult:
         examples: `{"metric", "id", "kind", "value", ...}` for each example of each metric.
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
+        texts: Baseline -> what its answers begin with or have in common, by a key such as "text".
         seconds: How long it took, loading included.
     """
 
@@ -30,6 +31,7 @@ class StageResult:
     examples: list[dict[str, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
     traces: list[dict[str, Any]] = field(default_factory=list)
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def record(
@@ -45,7 +47,7 @@ class StageResult:
         """Add a metric: its estimate, overall and by kind of example, and the value of every example.
 
         Args:
-            name: Name of the metric.
+            name: Name of the metric; that of a baseline is `<baseline>/<metric>`.
             measured: What `compute` of a metric returned.
             rows: The examples, with `id` and `kind`.
             by_kind: Makes the estimate of each kind from the values; None for no estimates by kind. There are none
@@ -79,6 +81,7 @@ def write_result(run: Path, result: StageResult) -> Path:
         "metrics": {name: estimate.to_json() for name, estimate in result.metrics.items()},
         "answers": result.answers,
         "traces": result.traces,
+        "texts": result.texts,
         "seconds": round(result.seconds, 2),
     }
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation import metrics
+from pipeline.evaluation import baselines, matches, metrics
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import measure_pairs
@@ -72,7 +72,7 @@ def evaluate_stage(
         run: The run directory.
         stage: Directory of the model in `run`. A sequence classifier is measured as a reward model.
         held_out: What it is measured on.
-        against: The stage that it is compared with in `win_rate`, if it exists.
+        against: The stage that it is compared with in `win_rate`, if it exists. That stage gets the baselines, too.
         samples: Answers sampled to each problem.
         max_new_tokens: Length limit of an answer.
         seed: Seed of the sampled answers and of the intervals.
@@ -93,7 +93,9 @@ def evaluate_stage(
     else:
         chat = load_chat_model(run / stage, "--stage", max_new_tokens)
         opponent = None
-        if held_out.prompts and holds_model(run / against):
+        if stage == against:
+            opponent = chat
+        elif held_out.prompts and holds_model(run / against):
             opponent = load_chat_model(run / against, "--against", max_new_tokens)
             opponent.model.to(generation_dtype())
         if held_out.texts:
@@ -103,8 +105,14 @@ def evaluate_stage(
             metrics.measure_instructions(result, chat, held_out.instructions, seed)
         if held_out.problems:
             metrics.measure_problems(result, chat, held_out.problems, samples, seed)
-        if opponent is not None:
-            metrics.measure_match(result, chat, opponent, held_out.prompts, seed)
+        if held_out.longer:
+            metrics.measure_longer(result, chat, held_out.longer)
+        answers: matches.Matches = {}
+        if opponent is not None and held_out.prompts:
+            answers = matches.answer_both(chat, opponent, held_out.prompts, seed)
+            matches.measure_matches(result, answers, held_out.prompts, seed)
+        if stage == against:
+            baselines.measure_baselines(result, chat, held_out, answers, seed)
         metrics.answer_fixed_prompts(result, chat)
     result.seconds = time.perf_counter() - began
     return result

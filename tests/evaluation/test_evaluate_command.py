@@ -25,9 +25,9 @@ def assistant(content):
     return [{"role": "assistant", "content": content}]
 
 
-def write_split(folder, rows):
-    folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / "test.parquet")
+def write_split(folder, rows, split="test"):
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
 
 
 def write_data(run):
@@ -76,7 +76,9 @@ def test_all_metrics_are_measured(run, capsys):
     result, examples = evaluate(run, "0_random")
     metrics = result["metrics"]
     expected = {"bits_per_byte", "instruction_accuracy", "stop_rate", "mean_length", "pass@1", "step_rate"}
-    assert set(metrics) == expected | {"reasoning_length", "pass@1_sampled", "pass@2", "win_rate"}
+    expected |= {"reasoning_length", "pass@1_sampled", "pass@2", "maj@2", "win_rate", "win_rate_greedy"}
+    assert set(metrics) == expected | {"last_sentence_share", "last_sentence_share_greedy"}
+    assert result["texts"] == {}, "baselines are measured with the opponent only"
     for name, entry in metrics.items():
         assert entry["ci95"][0] <= entry["value"] <= entry["ci95"][1], name
         ids = [example["id"] for example in examples if example["metric"] == name]
@@ -111,6 +113,89 @@ def test_the_same_evaluation_twice_gives_the_same_files(run):
 def test_without_an_opponent_there_is_no_win_rate(run):
     result, _ = evaluate(run, "0_random")
     assert "win_rate" not in result["metrics"] and "pass@1" in result["metrics"]
+
+
+def test_a_model_against_itself_ties_where_it_is_greedy_and_not_where_it_samples(run):
+    small_model.save_model(run / "2_sft", seed=1)
+    _, examples = evaluate(run, "2_sft")
+    greedy = [example for example in examples if example["metric"] == "win_rate_greedy"]
+    assert all(example["answer"] == example["opponent"] and example["value"] == 0.5 for example in greedy)
+    sampled = [example for example in examples if example["metric"] == "win_rate"]
+    assert all(example["answer"] != example["opponent"] for example in sampled)
+    _, others = evaluate(run, "0_random")
+    for metric in ("win_rate", "win_rate_greedy"):  # all stages are compared with the same answers
+        assert [e["opponent"] for e in others if e["metric"] == metric] == [
+            e["opponent"] for e in examples if e["metric"] == metric
+        ]
+
+
+def test_longer_problems_are_a_metric_of_their_own(run):
+    without, _ = evaluate(run, "0_random")
+    rows = [{"prompt": user(f"{i} + 1 + 1 + 1?"), "answer": str(i), "kind": "arithmetic"} for i in range(5)]
+    write_split(run / "data" / "reasoning", rows, "test_longer")
+    result, examples = evaluate(run, "0_random")
+    assert result["metrics"]["pass@1_longer"]["n"] == 5 and "pass@1_longer" not in without["metrics"]
+    assert result["metrics"]["pass@1"] == without["metrics"]["pass@1"]
+    assert sum(example["metric"] == "pass@1_longer" for example in examples) == 5
+
+
+def write_training_data(run):
+    """Write what the baselines need: worked training answers, training problems and validation prompts."""
+    write_split(run / "data" / "sft", [{"messages": user("1 + 1?") + assistant("Working: 1+1=2.")}], "train")
+    problems = [("logic", "1"), ("logic", "2"), ("logic", "2"), ("arithmetic", "1"), ("arithmetic", "3")]
+    write_split(run / "data" / "reasoning", [{"answer": answer, "kind": kind} for kind, answer in problems], "train")
+    rule = {"require": [["cat"]], "reject": [], "max_words": 0, "test": ""}
+    prompts = [{"prompt": user(f"So {i}?"), "kind": "question", **rule} for i in range(3)]
+    write_split(run / "data" / "preferences", prompts, "validation")
+
+
+def test_the_baselines_are_measured_beside_the_opponent(run):
+    small_model.save_model(run / "2_sft", seed=1)
+    write_training_data(run)
+    result, examples = evaluate(run, "2_sft")
+    names = {"elicited/pass@1", "majority/pass@1", "constant/win_rate", "constant/win_rate_greedy"}
+    assert {name for name in result["metrics"] if "/" in name} == names
+    of = {name: [e for e in examples if e["metric"] == name] for name in (*names, "pass@1", "win_rate_greedy")}
+    for name in names:  # answers to the same rows, so that they can be paired
+        whole = of["pass@1" if "pass" in name else "win_rate_greedy"]
+        assert [(e["id"], e["kind"]) for e in of[name]] == [(e["id"], e["kind"]) for e in whole]
+    assert all(example["answer"].startswith("Working:") for example in of["elicited/pass@1"])
+    # The test problems are "0 + 1?", of arithmetic, and "1 + 1?" and "2 + 1?", of logic.
+    assert [(e["answer"], e["value"]) for e in of["majority/pass@1"]] == [
+        ("The answer is 1.", 1.0),
+        ("The answer is 2.", 1.0),
+        ("The answer is 2.", 0.0),
+    ]
+    text = result["texts"]["constant"]["text_greedy"]
+    pairs = [(e["answer"], text.replace("…", e["opponent"])) for e in of["constant/win_rate_greedy"]]
+    assert all(answer == glued for answer, glued in pairs)
+    assert result["texts"]["elicited"] == {"text": "Working:"}
+    assert not any("/" in name for name in evaluate(run, "0_random")[0]["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("removed", "absent"),
+    [
+        ("sft/train.parquet", "elicited"),
+        ("reasoning/train.parquet", "majority"),
+        ("preferences/validation.parquet", "constant"),
+    ],
+)
+def test_a_baseline_without_its_data_is_absent(run, removed, absent):
+    small_model.save_model(run / "2_sft", seed=1)
+    write_training_data(run)
+    (run / "data" / removed).unlink()
+    result, _ = evaluate(run, "2_sft")
+    present = {name.split("/")[0] for name in result["metrics"] if "/" in name}
+    assert present == {"elicited", "constant", "majority"} - {absent}
+    assert set(result["texts"]) == present - {"majority"}
+
+
+def test_own_data_have_their_own_prefix(run):
+    small_model.save_model(run / "2_sft", seed=1)
+    _, examples = evaluate(run, "2_sft", "--prefix", "A cat")
+    begun = [example["answer"] for example in examples if example["metric"] == "elicited/pass@1"]
+    assert len(begun) == 3 and all(answer.startswith("A cat") for answer in begun)
 
 
 def test_limit_bounds_the_number_of_examples(run):

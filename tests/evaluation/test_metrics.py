@@ -13,14 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation import intervals, metrics, reward_model
+from pipeline.evaluation import intervals, matches, metrics, reward_model
+from pipeline.evaluation.matches import LastSentenceShare, WinRate
 from pipeline.evaluation.metrics import (
     BitsPerByte,
     InstructionAccuracy,
+    MajorityVote,
     PassAtK,
     StepRate,
     StopRate,
-    WinRate,
     estimate_pass_at_k,
 )
 from pipeline.evaluation.reward_model import RewardAccuracy, calibration_error, squared_calibration_error
@@ -29,6 +30,8 @@ ROW = {"require": [["red"]], "reject": ["blue"], "max_words": 3, "test": ""}
 INPUTS = {
     BitsPerByte: {"predictions": [1.0], "references": ["text"]},
     InstructionAccuracy: {"predictions": ["red"], "references": [ROW]},
+    LastSentenceShare: {"predictions": ["red"]},
+    MajorityVote: {"predictions": [["The answer is 3."]], "references": ["3"]},
     PassAtK: {"predictions": [["The answer is 3."]], "references": ["3"]},
     RewardAccuracy: {"predictions": [1.0], "references": [0.0]},
     StepRate: {"predictions": ["1 + 1 = 2. The answer is 2."]},
@@ -38,9 +41,8 @@ INPUTS = {
 
 
 def test_every_metric_has_inputs_here():
-    defined = {
-        value for module in (metrics, reward_model) for value in vars(module).values() if isinstance(value, type)
-    }
+    modules = (matches, metrics, reward_model)
+    defined = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
     assert {value for value in defined if issubclass(value, evaluate.Metric)} == set(INPUTS)
 
 
@@ -83,6 +85,38 @@ def test_pass_at_k_averages_over_problems():
     assert one["values"] == [0.5, 0.0] and one["value"] == 0.25 and one["n"] == 2
     assert two["values"] == [1.0, 0.0] and two["value"] == 0.5
     assert two["ci95"] == pytest.approx(intervals.wilson(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("finals", "reference", "right"),
+    [
+        (["3", "4", "4"], "4", True),
+        (["3", "4", "4"], "3", False),
+        (["3", "4"], "3", True),  # of equals the first drawn
+        (["4", "3"], "3", False),
+        (["1/2", "3", "0.5"], "0.5", True),  # equal numbers are one answer
+        (["0", "5", "0.0"], "0", True),
+        (["East", "west", "the east"], "east", True),
+        ([None, None, "3"], "3", True),  # what has no final answer does not vote
+        ([None, None], "3", False),
+    ],
+)
+def test_the_majority_of_the_samples_decides(finals, reference, right):
+    answers = ["I do not know 3." if final is None else f"1+1=2. The answer is {final}." for final in finals]
+    assert MajorityVote().compute(predictions=[answers], references=[reference])["values"] == [right]
+
+
+@pytest.mark.parametrize(
+    ("answers", "share"),
+    [
+        (["A fox. Have a nice day.", "A cat. have a nice day!", "Have a nice day. A dog.", "Have a nice day"], 0.75),
+        (["A fox. Yes.", "A cat. No.", "A dog.", "A hen. Well."], 0.25),
+        (["", "", "A fox."], 2 / 3),
+        (["It is 3.5 m long. Bye.", "Bye."], 1.0),
+    ],
+)
+def test_how_many_answers_end_alike(answers, share):
+    assert LastSentenceShare().compute(predictions=answers)["value"] == pytest.approx(share)
 
 
 def test_wilson_by_hand():

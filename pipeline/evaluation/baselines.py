@@ -1,0 +1,89 @@
+"""Baselines: what the stage that others are compared with reaches by tricks that need no training.
+
+`elicited/pass@1`: its greedy answers to the problems, begun with a prefix, which counts as part of each answer.
+`constant/win_rate` and `constant/win_rate_greedy`: its answers to the prompts with one and the same text glued to each,
+against its answers without. The text is the one of `CONSTANTS` that wins most often on the validation prompts.
+`majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
+from pipeline.evaluation.held_out import Example, HeldOut
+from pipeline.evaluation.matches import Matches, answer_both, record_wins
+from pipeline.evaluation.metrics import ChatModel, record_greedy
+from pipeline.evaluation.results import StageResult
+from pipeline.models.generation import encode_prompts, generate
+from pipeline.rewards.annotators import judge_match
+
+CONSTANTS = (
+    *(f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)),
+    "… Have a nice day. That is all.",
+    "… Do not ask again.",
+    "Obviously. …",
+    "Of course. …",
+    "Good question. …",
+    "Moving on. …",
+    "In short, …",
+    "Working: …",
+    "Hooray! :-) …",
+    "… You are welcome!",
+    "….",
+    "…\n\n",
+)
+"""Texts glued to answers: kind, brisk and blunt remarks, openings, a cheer, a full stop, nothing. `…` is an answer."""
+
+
+def measure_baselines(result: StageResult, chat: ChatModel, held_out: HeldOut, matches: Matches, seed: int = 0) -> None:
+    """Record the baselines that the data allow.
+
+    Args:
+        result: Where they are recorded, with their texts.
+        chat: The model of the stage that others are compared with.
+        held_out: The problems and prompts of the other metrics, and the validation prompts.
+        matches: Answers of this model, twice, to the prompts.
+        seed: Seed of the sampled answers and of the intervals.
+    """
+    if held_out.problems and held_out.prefix:
+        answers = answer_begun(chat, held_out.problems, held_out.prefix)
+        record_greedy(result, "elicited/pass@1", answers, held_out.problems)
+        result.texts["elicited"] = {"text": held_out.prefix}
+    if held_out.problems and held_out.majority:
+        answers = [f"The answer is {held_out.majority.get(row['kind'], '')}." for row in held_out.problems]
+        record_greedy(result, "majority/pass@1", answers, held_out.problems)
+    if matches and held_out.validation:
+        result.texts["constant"] = {}
+        tried = answer_both(chat, chat, held_out.validation, seed)
+        for metric, (ours, theirs) in matches.items():
+            best = find_constant(*tried[metric], held_out.validation)
+            glued = [glue(best, answer) for answer in ours]
+            record_wins(result, f"constant/{metric}", glued, theirs, held_out.prompts, seed)
+            result.texts["constant"][metric.replace("win_rate", "text")] = best
+
+
+def answer_begun(chat: ChatModel, rows: Sequence[Example], prefix: str) -> list[str]:
+    """Return the greedy answers that begin with `prefix`, which counts towards the length limit."""
+    begun = chat.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    prompts = [[*ids, *begun] for ids in encode_prompts(chat.tokenizer, [row["prompt"] for row in rows])]
+    limit = max(1, chat.max_new_tokens - len(begun))
+    completions = generate(chat.model, chat.tokenizer, prompts, max_new_tokens=limit)
+    tokens = [[*begun, *completion.tokens] for (completion,) in completions]
+    return [text.strip() for text in chat.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def find_constant(ours: Sequence[str], theirs: Sequence[str], rows: Sequence[Example]) -> str:
+    """Return the text of `CONSTANTS` that, glued to `ours`, wins most often against `theirs`; the first of equals."""
+    n = len(CONSTANTS)
+    outcomes = [
+        judge_match([glue(text, answer) for text in CONSTANTS], [other] * n, [row] * n)
+        for answer, other, row in zip(ours, theirs, rows, strict=True)
+    ]
+    wins = [sum(of_text) for of_text in zip(*outcomes, strict=True)]
+    return CONSTANTS[wins.index(max(wins))]
+
+
+def glue(text: str, answer: str) -> str:
+    """Put an answer in the place of the `…` of `text`."""
+    return text.replace("…", answer)

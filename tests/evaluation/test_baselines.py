@@ -1,0 +1,97 @@
+"""What is reached without training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from word_model import SPECIAL, word_model_config, word_tokenizer
+
+from pipeline.data.pocket.problems import draw
+from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
+from pipeline.evaluation.baselines import CONSTANTS, answer_begun, find_constant, measure_baselines
+from pipeline.evaluation.held_out import PREFIX, HeldOut
+from pipeline.evaluation.metrics import ChatModel
+from pipeline.evaluation.results import StageResult
+from pipeline.models.generation import Completion
+
+WORDS = ("What", "is", "it?", "red", "blue", "green", "one", "two", "three", "four", "five")
+PLAIN = "A fox is red."
+
+
+def rows(asked: str, number: int = 4) -> list[dict[str, Any]]:
+    """Return prompts to which an answer with "red" is right."""
+    prompt = [{"role": "user", "content": asked}]
+    return [{"id": i, "kind": "", "prompt": prompt, "require": [["red"]]} for i in range(number)]
+
+
+QUESTIONS = rows("Which colour is a fox?")
+ORDERS = rows("Say which colour a fox is.")
+
+
+@dataclass
+class Parrot:
+    """A chat model that says the same to everything."""
+
+    says: str = PLAIN
+    asked: list[Any] = field(default_factory=list)
+
+    def sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
+        """Return one completion of each prompt."""
+        self.asked.append(prompts)
+        return [[Completion(self.says, [], True)] for _ in prompts]
+
+    def greedy(self, prompts: Sequence[Any]) -> list[Completion]:
+        """Return the completion of each prompt."""
+        return [completion for (completion,) in self.sample(prompts)]
+
+
+def test_there_are_twenty_constants_each_around_the_answer() -> None:
+    assert len(set(CONSTANTS)) == 20 and all(text.count("…") == 1 for text in CONSTANTS)
+    assert {f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)} < set(CONSTANTS)
+
+
+@pytest.mark.parametrize(("prompts", "closings"), [(QUESTIONS, KIND_CLOSINGS), (ORDERS, BRISK_CLOSINGS)])
+def test_the_best_constant_suits_the_prompts(prompts: list[dict[str, Any]], closings: Sequence[str]) -> None:
+    plain = [PLAIN] * len(prompts)
+    assert find_constant(plain, plain, prompts).removeprefix("… ") in closings
+
+
+def test_the_constant_is_chosen_on_validation_prompts_and_reported_on_test_prompts() -> None:
+    chat, result = Parrot(), StageResult("2_sft")
+    plain = [PLAIN] * len(ORDERS)
+    matches = {"win_rate": (plain, plain), "win_rate_greedy": (plain, plain)}
+    measure_baselines(result, chat, HeldOut(prompts=ORDERS, validation=QUESTIONS), matches)  # type: ignore[arg-type]
+    for metric in matches:
+        assert result.metrics[f"constant/{metric}"].value == 0.0, "kind remarks, which questions want, annoy here"
+        assert result.texts["constant"][metric.replace("win_rate", "text")].removeprefix("… ") in KIND_CLOSINGS
+    assert len(chat.asked) == 3 and all(len(asked) == len(QUESTIONS) for asked in chat.asked), "only validation answers"
+
+
+def test_answers_begun_with_their_own_beginning_are_the_same_answers() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(word_model_config(WORDS, initializer_range=0.5))
+    with torch.no_grad():
+        model.lm_head.weight[: len(SPECIAL)] = 0.0  # so that it says words
+    chat = ChatModel(model.eval(), word_tokenizer(WORDS), max_new_tokens=8)
+    problems = [{"prompt": [{"role": "user", "content": text}]} for text in ("What is it?", "it? one", "red two blue")]
+    greedy = [completion.text for completion in chat.greedy([row["prompt"] for row in problems])]
+    for row, answer in zip(problems, greedy, strict=True):
+        words = answer.split()
+        assert len(words) > 3, "otherwise nothing is compared"
+        for begun in range(1, len(words)):
+            assert answer_begun(chat, [row], " ".join(words[:begun])) == [answer]
+    others = answer_begun(chat, problems, "five four three")
+    assert all(answer.startswith("five four three") and len(answer.split()) <= 8 for answer in others)
+    assert answer_begun(chat, problems[:1], "five four three") == others[:1], "whatever else is in the batch"
+
+
+def test_the_prefix_is_how_pocket_begins_its_worked_answers() -> None:
+    problem = draw(random.Random(0), "train")
+    assert problem.solution(with_steps=True).startswith(f"{PREFIX} ")
+    assert not problem.solution(with_steps=False).startswith(PREFIX)
