@@ -17,7 +17,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 
 from pipeline.models.weights import load_renamed_weights
 from pipeline.rewards.loading import guard_reward
-from pipeline.rl.log_probs import accepts_argument, token_log_probs
+from pipeline.rl.log_probs import accepts_argument, token_log_probs, with_positions
 from pipeline.rl.rollouts import EpochSampler, load_rollout, load_rollout_state, save_rollout
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
 
@@ -91,14 +91,19 @@ class GRPOTrainer(TRLGRPOTrainer):
         compute_entropy: bool = False,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """On a CPU, compute logits for the completion only: TRL's tiles save memory, but take several times as long."""
+        """On a CPU, compute logits for the completion only: TRL's tiles save memory, but take several times as long.
+
+        Either way, positions are counted from each text's first token, as during sampling. TRL counts the padding, too,
+        which changes what a model with learned positions computes.
+        """
         rows = batch_size or len(input_ids)
         size = rows * logits_to_keep * self.model.config.get_text_config().vocab_size
         plain = input_ids.device.type == "cpu" and size <= MAX_LOGITS
         asked = any(value is not None and value is not False for value in others.values())
         if not plain or asked or not accepts_argument(model, "logits_to_keep"):
+            positioned = model if self._is_vlm else with_positions(model)
             return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
+                positioned, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
         log_probs, entropies = token_log_probs(
             model,

@@ -105,7 +105,7 @@ def over_length_groups(
         outputs may be far apart.
     """
     groups = length_groups(attention_mask, length, batch_size)
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0) if accepts_argument(model, "position_ids") else None
+    positions = text_positions(attention_mask) if accepts_argument(model, "position_ids") else None
     parts = []
     with autocast():  # once, so that the weights are cast once
         for group in groups:
@@ -117,6 +117,18 @@ def over_length_groups(
             parts.append([pad(part, (0, length - group.length)) for part in computed])
     place = torch.cat([group.rows for group in groups]).argsort()
     return tuple(torch.cat(several)[place] for several in zip(*parts, strict=True))
+
+
+def text_positions(attention_mask: Tensor) -> Tensor:
+    """Return the positions (B, L) of tokens in their texts, of which `attention_mask` (B, L) leaves out the padding."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def with_positions(model: nn.Module) -> Callable[..., Any]:
+    """Return a function that calls a model, wrapped or not, with the positions of its inputs if it accepts them."""
+    if not accepts_argument(model, "position_ids"):
+        return model
+    return lambda **inputs: model(position_ids=text_positions(inputs["attention_mask"]), **inputs)
 
 
 def accepts_argument(model: nn.Module, argument: str) -> bool:
