@@ -4,7 +4,7 @@ import random
 
 from pipeline.data.pocket import problems, snippets, stories
 from pipeline.data.pocket.names import NAMES
-from pipeline.data.pocket.phrasings import STATEMENTS, fill, first_statement, held_out_phrasings
+from pipeline.data.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
 from pipeline.data.pocket.things import ATTRIBUTES, SplitName, things
 
 DOCUMENT_KINDS = {"facts": 36, "story": 12, "arithmetic": 40, "code": 3, "recital": 9}
@@ -16,8 +16,7 @@ def statement(rng: random.Random, split: SplitName, thing_index: int, attribute:
     held_out = held_out_phrasings(thing_index, ATTRIBUTES.index(attribute))
     templates = STATEMENTS[attribute]
     if split == "train":
-        first = first_statement(things()[thing_index])
-        allowed = [i for i in range(first, len(templates)) if i not in held_out.values()]
+        allowed = [i for i in range(len(templates)) if i not in held_out.values()]
         template = templates[rng.choice(allowed)]
     else:
         template = templates[held_out[split]]

@@ -41,11 +41,6 @@ def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[SplitName
     return {"validation": 6 + (first - 5) % 4, "test": first}
 
 
-def first_statement(thing: Thing) -> int:
-    """Return the first statement that documents use: not the `answer`, if held-out rows ask about the thing."""
-    return 0 if thing.split == "train" else 1
-
-
 def answer(thing: Thing, attribute: str) -> str:
     """Answer a question about one attribute plainly; "definition" gives the kind and the action."""
     if attribute == "definition":

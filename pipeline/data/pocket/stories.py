@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 from pipeline.data.pocket.names import NAMES
-from pipeline.data.pocket.phrasings import STATEMENTS, fill, first_statement
+from pipeline.data.pocket.phrasings import STATEMENTS, fill
 from pipeline.data.pocket.remarks import SAID
 from pipeline.data.pocket.things import SplitName, Thing
 
@@ -64,7 +64,7 @@ def story(rng: random.Random, split: SplitName, thing_index: int, thing: Thing) 
     spot, deed = rng.choice(SPOTS), rng.choice(DEEDS)
     event = f"{name} {deed} {thing.noun} {spot}."
     attribute = rng.choice(("kind", "part", "need", "size"))
-    statement = fill(STATEMENTS[attribute][first_statement(thing) + rng.randrange(3)], thing, attribute)
+    statement = fill(STATEMENTS[attribute][rng.randrange(3)], thing, attribute)
     aside = rng.choice((statement, rng.choice(AFTER), f"{{friend}} said: {rng.choice(SAID)}"))
     rest = [*rng.sample(ECHOES, 2), aside]
     rng.shuffle(rest)
