@@ -181,6 +181,7 @@ def hidden_taste(
     rewards: Rewards = []
     for index, text in enumerate(_texts(completions, prompts)):
         row = {"require": require and require[index], "reject": reject and reject[index]}
+        row["prompt"] = prompts and prompts[index]
         rewards.append(None if test is not None and test[index] else taste(text, row))
     return rewards
 

@@ -310,6 +310,9 @@ def test_the_hidden_taste_is_the_annotators() -> None:
     messages = [[{"role": "assistant", "content": answer}] for answer in answers]
     assert hidden_taste(messages, **columns, kind=["question"] * 4) == expected
     assert len(set(expected)) == 4
+    told = [[{"role": "user", "content": "Say where it lives."}]] * 4
+    assert hidden_taste(messages, **columns, prompts=told)[1] == taste(answers[1], {**rows[1], "prompt": told[1]})
+    assert hidden_taste(messages, **columns, prompts=told)[1] < expected[1], "an order wants no thanks"
     assert hidden_taste(answers[:1]) == [taste(answers[0], {})], "without grading, manner alone counts"
 
 
