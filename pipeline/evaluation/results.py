@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ class StageResult:
     Attributes:
         stage: Directory name, such as "2_sft".
         metrics: Metric -> estimate.
-        examples: `{"metric", "id", "kind", "value", ...}` for each example of each metric.
+        examples: `{"metric", "id", "row", "kind", "value", ...}` for each example of each metric; `row` is a hash of
+            its content.
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
         texts: Baseline -> what its answers begin with or have in common, by a key such as "text".
@@ -67,8 +69,9 @@ class StageResult:
         low, high = measured["ci95"]
         self.metrics[name] = Estimate(measured["value"], low, high, measured["n"], kinds)
         for row, value, extra in zip(rows, values, extras or [{}] * len(rows), strict=True):
-            example = {"metric": name, "id": row["id"], "kind": row["kind"], "value": float(value), **extra}
-            self.examples.append(example)
+            content = json.dumps(row, sort_keys=True, default=str).encode()
+            example = {"metric": name, "id": row["id"], "row": hashlib.sha256(content).hexdigest()[:16]}
+            self.examples.append({**example, "kind": row["kind"], "value": float(value), **extra})
 
 
 def write_result(run: Path, result: StageResult) -> Path:
