@@ -97,7 +97,8 @@ def main(args: argparse.Namespace) -> int:
 def _run_seeds(args: argparse.Namespace) -> int:
     """Do the same for each of several seeds, and write the report over them."""
     run_dir = read_plan(args.recipe, args.output_dir, smoke=args.smoke).run_dir
-    runs, problems = [], []
+    problems: list[Problem] = []
+    runs = []
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
         try:
