@@ -6,13 +6,14 @@ python -m tests.benchmarks.ppo_vs_trl --run runs/pocket
 ```
 
 Both train the run's `2_sft` against its `3_reward` on the same prompts, for the same number of episodes and PPO epochs,
-with the same coefficients, batch and learning rate, one after the other on the same machine. TRL 1.12, the last release
-with a PPO trainer, is installed into a separate folder, and shares torch and transformers with ours. It ignores `bf16`,
-so ours runs twice: in float32, and in bf16 with eager attention if the machine computes in bf16. Then each policy
-answers the held-out prompts, eight times each, and the hidden taste of the simulated annotators and the reward model
-judge the answers; `over_trl` is the difference on the same prompts.
+with the same coefficients, batch and learning rate, one after the other on the same machine, under each of five seeds.
+TRL 1.12, the last release with a PPO trainer, is installed into a separate folder, and shares torch and transformers
+with ours. It ignores `bf16`, so ours runs twice: in float32, and in bf16 with eager attention if the machine computes
+in bf16. Then each policy answers the held-out prompts, eight times each, and the hidden taste of the simulated
+annotators and the reward model judge the answers; `over_trl` is the difference in taste on the same prompts.
 
-Prints a table and writes OUTPUT/results.json.
+Prints the means over the seeds with half of their 95% intervals (Student's, and never narrower than over the prompts),
+and writes OUTPUT/results.json.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def main() -> None:
     add("--learning_rate", type=float, default=1e-4)
     add("--kl_coef", type=float, default=0.05)
     add("--max_completion_length", type=int, default=64)
-    add("--seed", type=int, default=0)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="each trains all policies once")
+    add("--seed", type=int, help=argparse.SUPPRESS)
     add("--train", choices=["trl", "ours"], help=argparse.SUPPRESS)
     add("--bf16", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -57,34 +59,71 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Train each in a new process, judge the policies, and print the results."""
+    """Train and judge under each seed, and print the results."""
     from pipeline import hardware
-    from pipeline.evaluation.intervals import paired_difference
+    from pipeline.report.seeds import spread
 
     environment = install_trl(args.output / "environment")
     contestants = {"TRL 1.12 float32": ("trl", False), "ours float32": ("ours", False)}
     if hardware.precision().value == "bf16":
         contestants["ours bf16"] = ("ours", True)
-    results = {"2_sft": judge(args, args.run / "2_sft")}
-    for name, (trainer, bf16) in contestants.items():
-        folder = args.output / name.replace(" ", "_")
-        command = [sys.executable, "-m", "tests.benchmarks.ppo_vs_trl", *sys.argv[1:], "--train", trainer]
-        command += ["--output", str(folder), *(["--bf16"] if bf16 else [])]
-        path = [str(environment)] if trainer == "trl" else []
-        variables = os.environ | {"PYTHONPATH": os.pathsep.join([*path, str(ROOT)])}
-        subprocess.run(command, check=True, cwd=ROOT, env=variables)
-        measured = json.loads((folder / "measured.json").read_text())
-        results[name] = judge(args, folder) | measured
-    tastes = {name: dict(enumerate(row.pop("tastes"))) for name, row in results.items()}
-    for name, own in tastes.items():
-        over = paired_difference(tastes["TRL 1.12 float32"], own)
-        results[name] |= {"over_trl": over.value, "over_trl_error": half_width(over)}
+    runs = []
+    for seed in args.seeds:
+        own = argparse.Namespace(**vars(args) | {"seed": seed, "output": args.output / f"seed{seed}"})
+        runs.append(train_and_judge(own, contestants, environment))
+    results = {
+        name: {column: spread([run[name][column] for run in runs]) for column in runs[0][name]} for name in runs[0]
+    }
     content = {"arguments": vars(args), "results": results}
     (args.output / "results.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
     columns = list(results["ours float32"])
-    print(f"{'':18}" + "".join(f"{column:>20}" for column in columns))
+    print(f"{'':18}" + "".join(f"{column:>22}" for column in columns))
     for name, row in results.items():
-        print(f"{name:18}" + "".join(f"{row.get(column, math.nan):20.3f}" for column in columns))
+        print(
+            f"{name:18}" + "".join(f"{format_spread(row[column]) if column in row else '':>22}" for column in columns)
+        )
+
+
+def format_spread(figures: dict[str, Any]) -> str:
+    """Format a mean and half of its interval, if it has one."""
+    half = f" ± {(figures['ci95'][1] - figures['ci95'][0]) / 2:.3f}" if figures["ci95"] else ""
+    return f"{figures['mean']:.3f}{half}"
+
+
+def train_and_judge(
+    args: argparse.Namespace, contestants: dict[str, tuple[str, bool]], environment: Path
+) -> dict[str, dict[str, Any]]:
+    """Train each contestant in a new process, and judge the policies. Return their figures with intervals, by name.
+
+    Args:
+        args: The arguments, with the `seed` and its `output`.
+        contestants: Name -> the trainer, and whether it computes in bf16.
+        environment: Folder with TRL 1.12.
+    """
+    from pipeline.evaluation.intervals import Estimate, mean, paired_difference
+
+    figures: dict[str, dict[str, Any]] = {}
+    tastes: dict[str, dict[Any, float]] = {}
+    for name, (trainer, bf16) in {"2_sft": ("", False), **contestants}.items():
+        folder = args.output / name.replace(" ", "_") if trainer else args.run / name
+        measured = {}
+        if trainer:
+            command = [sys.executable, "-m", "tests.benchmarks.ppo_vs_trl", *sys.argv[1:], "--train", trainer]
+            command += ["--seed", str(args.seed), "--output", str(folder), *(["--bf16"] if bf16 else [])]
+            path = [str(environment)] if trainer == "trl" else []
+            variables = os.environ | {"PYTHONPATH": os.pathsep.join([*path, str(ROOT)])}
+            subprocess.run(command, check=True, cwd=ROOT, env=variables)
+            measured = json.loads((folder / "measured.json").read_text())
+        judged = judge(args, folder)
+        tastes[name] = dict(enumerate(judged.pop("tastes")))
+        plain = {column: Estimate(value) for column, value in (judged | measured).items()}
+        # Answers to the same prompt are similar, so the interval is over prompts.
+        figures[name] = {"taste": mean(list(tastes[name].values())), **plain}
+    for name, own in figures.items():
+        own["over_trl"] = paired_difference(tastes["TRL 1.12 float32"], tastes[name])
+        if speed := own.get("episodes_per_second"):
+            own["speedup"] = Estimate(speed.value / figures["TRL 1.12 float32"]["episodes_per_second"].value)
+    return figures
 
 
 def install_trl(folder: Path) -> Path:
@@ -231,7 +270,6 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pipeline.evaluation.intervals import mean
     from pipeline.evaluation.reward_model import score
     from pipeline.models.generation import encode_prompts, generate
     from pipeline.rewards.annotators import taste
@@ -256,25 +294,17 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     with torch.inference_mode():
         scores = score(reward_model, tokenizer, conversations)
-    # Answers to the same prompt are similar, so the interval is over prompts.
     tastes = [
         statistics.fmean(taste(answer.text, row) for answer in several)
         for several, row in zip(answers, prompts, strict=True)
     ]
     lengths = [len(answer.tokens) for several in answers for answer in several]
     return {
-        "taste": statistics.fmean(tastes),
-        "taste_error": half_width(mean(tastes)),
         "score": statistics.fmean(scores),
         "length": statistics.fmean(lengths),
         "answers": len(lengths),
         "tastes": tastes,
     }
-
-
-def half_width(estimate: Any) -> float:
-    """Return half the width of an estimate's 95% interval."""
-    return (estimate.high - estimate.low) / 2
 
 
 if __name__ == "__main__":
