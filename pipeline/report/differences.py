@@ -13,11 +13,11 @@ from pipeline.report.load import Outcomes, Run, Stage
 
 @dataclass(frozen=True)
 class Difference:
-    """How much a metric changed from one stage to the next.
+    """How much a metric changed from one stage to the next, or from a baseline to a stage.
 
     Attributes:
         stage: The later stage.
-        before: The earlier one.
+        before: The earlier one, or the baseline.
         metric: Name of the metric.
         change: Later minus earlier on the examples that both answered.
         was: The metric before.
@@ -37,7 +37,10 @@ class Difference:
 
 
 def differences(run: Run) -> list[Difference]:
-    """Return every paired difference between a stage and the one that it started from, aims first."""
+    """Return every paired difference between a stage and the one that it started from, aims first.
+
+    The aims of a stage are also compared with the baselines.
+    """
     found: list[Difference] = []
     before: Stage | None = None
     for stage in run.stages.values():
@@ -45,6 +48,8 @@ def differences(run: Run) -> list[Difference]:
             continue
         if before is not None:
             found.extend(_between(before, stage))
+        for baseline in run.baselines.values():
+            found.extend(item for item in _between(baseline, stage) if item.aim)
         before = stage
     return found
 
@@ -57,7 +62,7 @@ def _between(before: Stage, stage: Stage) -> list[Difference]:
         was, now = before.metrics[metric], stage.metrics[metric]
         change = paired(before.outcomes.get(metric, {}), stage.outcomes.get(metric, {}), by_kind=bool(now.by_kind))
         if change is not None:
-            aim, verdict = metric in aims, _verdict(metric, change)
+            aim, verdict = metric in aims, judge(metric, change)
             rows.append(Difference(stage.name, before.name, metric, change, was.value, now.value, aim, verdict))
     return rows
 
@@ -77,7 +82,8 @@ def paired(before: Outcomes, after: Outcomes, by_kind: bool = False) -> Estimate
     return replace(whole, by_kind=parts)
 
 
-def _verdict(metric: str, change: Estimate) -> Literal["better", "worse", "same"]:
+def judge(metric: str, change: Estimate) -> Literal["better", "worse", "same"]:
+    """Return whether a change is for the better; "same" if its interval contains 0 or neither direction is better."""
     better = metric_info(metric).better
     if not better or change.low is None or change.high is None or change.low <= 0 <= change.high:
         return "same"

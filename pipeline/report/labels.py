@@ -28,9 +28,16 @@ STAGES: dict[str, StageInfo] = {
     "pretrain": StageInfo("Pretraining", ("bits_per_byte",)),
     "sft": StageInfo("Instruction tuning", ("instruction_accuracy", "stop_rate")),
     "reward": StageInfo("Reward model", ("reward_accuracy", "reward_accuracy_noise_free"), generates=False),
-    "ppo": StageInfo("Preference tuning (PPO)", ("win_rate",)),
+    "ppo": StageInfo("Preference tuning (PPO)", ("win_rate", "win_rate_greedy")),
     "grpo": StageInfo("Reasoning (GRPO)", ("pass@1", "pass@1_sampled", "pass@8", "step_rate")),
 }
+
+BASELINES: dict[str, str] = {
+    "elicited": "2_sft, begun with",
+    "constant": "2_sft, always with",
+    "majority": "Most frequent training answer of each kind",
+}
+"""Titles of the baselines, which their texts continue."""
 
 EVALUATE = "evaluate_"
 """Prefix of the steps that evaluate a stage."""

@@ -22,7 +22,7 @@ from pipeline.models.weights import read_shapes
 from pipeline.report.labels import STAGES, stage_info, stage_kind, stage_order
 
 Outcomes = dict[str, tuple[float, float, str]]
-"""Example id -> (value, weight, kind)."""
+"""Example id, followed by the hash of the example's content -> (value, weight, kind)."""
 
 MACHINE_KEYS = ("hardware", "versions", "commit")
 """Keys of a step's entry in run.json that describe where it ran."""
@@ -38,6 +38,7 @@ class Stage:
         outcomes: Metric -> outcome of each example.
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
+        texts: What the answers of a baseline begin with or have in common, by a key such as "text".
         evaluation_seconds: How long the evaluation took.
         state: The content of trainer_state.json, with the logged values in `log_history`.
         config: The model's config.json.
@@ -49,6 +50,7 @@ class Stage:
     outcomes: dict[str, Outcomes] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
     traces: list[dict[str, Any]] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
     evaluation_seconds: float | None = None
     state: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Run:
         versions: Its packages, {} if they were not recorded.
         commit: Its commit of this project, None if it was not recorded.
         stages: The stages by name, in the order of training.
+        baselines: What is reached without training, by the names in `pipeline.evaluation.baselines`.
         notes: What could not be read, and steps that ran elsewhere; one line each.
         label: What the run is called, if not by the name of its directory.
     """
@@ -82,6 +85,7 @@ class Run:
     versions: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None
     stages: dict[str, Stage] = field(default_factory=dict)
+    baselines: dict[str, Stage] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     label: str = ""
 
@@ -144,7 +148,7 @@ def load_run(path: Path) -> Run:
     names |= {file.parent.name for file in path.glob("[0-9]*_*/trainer_state.json")}
     names |= {file.parent.parent.name for file in path.glob("[0-9]*_*/checkpoint-*/trainer_state.json")}
     for name in sorted(names, key=stage_order):
-        run.stages[name] = _load_stage(path, name, run.notes)
+        run.stages[name] = _load_stage(run, name)
     return run
 
 
@@ -170,21 +174,32 @@ def _set_machine(run: Run) -> None:
         run.notes.append(f"{run.path / 'run.json'}: {differing}; the report shows those of {last}")
 
 
-def _load_stage(run: Path, name: str, notes: list[str]) -> Stage:
-    stage = Stage(name)
-    evaluation = run / "evaluations" / f"{name}.json"
+def _load_stage(run: Run, name: str) -> Stage:
+    """Load a stage, and the baselines that were measured with it: their figures are named `<baseline>/<metric>`."""
+    stage, notes = Stage(name), run.notes
+
+    def owner(figure: str) -> tuple[Stage, str]:
+        baseline, _, metric = figure.rpartition("/")
+        return run.baselines.setdefault(baseline, Stage(baseline)) if baseline else stage, metric
+
+    evaluation = run.path / "evaluations" / f"{name}.json"
     content = _read_object(evaluation, notes)
-    for metric, entry in _mapping(content.get("metrics")).items():
+    for figure, entry in _mapping(content.get("metrics")).items():
+        of, metric = owner(figure)
         try:
-            stage.metrics[metric] = Estimate.from_json(entry)
+            of.metrics[metric] = Estimate.from_json(entry)
         except ValueError as error:
             if entry is not None:
-                notes.append(f"{evaluation}: {metric}: {error}; left out")
+                notes.append(f"{evaluation}: {figure}: {error}; left out")
+    for baseline, texts in _mapping(content.get("texts")).items():
+        owner(f"{baseline}/")[0].texts = {key: text for key, text in _mapping(texts).items() if isinstance(text, str)}
     stage.answers = _records(content.get("answers"), ("prompt", "answer"))
     stage.traces = _records(content.get("traces"), ("kind", "problem", "answer"))
     stage.evaluation_seconds = finite(content.get("seconds"))
-    stage.outcomes = _read_outcomes(evaluation.with_suffix(".jsonl"), notes)
-    directory = run / name
+    for figure, outcomes in _read_outcomes(evaluation.with_suffix(".jsonl"), notes).items():
+        of, metric = owner(figure)
+        of.outcomes[metric] = outcomes
+    directory = run.path / name
     stage.state = _read_object(_newest_state(directory), notes)
     stage.config = _read_object(directory / "config.json", notes)
     stage.parameters = _count_parameters(directory, notes)
@@ -235,7 +250,7 @@ def _read_outcomes(path: Path, notes: list[str]) -> dict[str, Outcomes]:
             continue
         try:
             record = json.loads(line)
-            metric, key, value = record["metric"], str(record["id"]), finite(record["value"])
+            metric, key, value = record["metric"], f"{record['id']} {record.get('row', '')}", finite(record["value"])
         except (ValueError, KeyError, TypeError, RecursionError):
             value = None
         if value is None or not isinstance(metric, str):
@@ -288,6 +303,19 @@ def logged(stage: Stage, key: str, x: str = "step") -> list[tuple[float, float]]
 def last_logged(stage: Stage, key: str) -> float | None:
     """Return the last finite value that the stage logged under `key`, None if there is none."""
     return next((v for record in reversed(stage.history) if (v := finite(record.get(key))) is not None), None)
+
+
+def alarms(run: Run) -> list[dict[str, Any]]:
+    """Return `{"stage", "step", "what", "value"}` for each alarm that the trainers logged as `alarm/<what>`."""
+    return [
+        {"stage": stage.name, "step": int(step), "what": key.removeprefix("alarm/"), "value": value}
+        for stage in run.stages.values()
+        for record in stage.history
+        for key in record
+        if key.startswith("alarm/")
+        and (step := finite(record.get("step"))) is not None
+        and (value := finite(record[key])) is not None
+    ]
 
 
 def _one_line(text: str) -> str:

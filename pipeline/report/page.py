@@ -19,7 +19,7 @@ from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, figures, gains, show_targets, tiles
 from pipeline.report.targets import Target, TargetResult, check_targets
-from pipeline.report.text import code, duration, magnitude, markdown, visible
+from pipeline.report.text import code, duration, magnitude, markdown, number, visible
 
 
 def write_report(run: Run, found: Sequence[Difference], targets: Sequence[Target], directory: Path) -> Path:
@@ -69,10 +69,14 @@ def page_content(
         "path": str(run.path),
         "tiles": tiles(run),
         "targets": show_targets(results),
+        "alarms": [
+            f"{item['stage']}, step {item['step']}: {item['what']} ({number(item['value'])})"
+            for item in summary["alarms"]
+        ],
         "notes": run.notes,
         "table": figures(run, by_kind=False),
         "kinds": figures(run, by_kind=True),
-        "gains": gains(found),
+        "gains": gains(run, found),
         "answering": [stage.name for stage in run.answering],
         "answers": _answers(run),
         "silent": [name for name, stage in run.stages.items() if stage.metrics and not stage_info(name).generates],

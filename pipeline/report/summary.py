@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.evaluation.intervals import finite
 from pipeline.report.differences import Difference
 from pipeline.report.labels import EVALUATE
-from pipeline.report.load import Run, Stage, last_logged
+from pipeline.report.load import Run, Stage, alarms, last_logged
 from pipeline.report.targets import TargetResult
 
 
@@ -16,9 +16,10 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
     """Return the content of metrics.json.
 
     Returns:
-        `stages` (stage -> metric -> `{"value", "ci95", "n"}`, and `by_kind` where there are kinds), `seconds` (step ->
-        seconds), `hardware`, `versions` and `commit` of the last training step, `seed`, `run`, `parameters`, `tokens`
-        and `flops` (by stage), `differences`, `promises` (the targets) and `notes`.
+        `stages` (stage -> metric -> `{"value", "ci95", "n"}`, and `by_kind` where there are kinds), `baselines` (the
+        same, and their texts), `alarms` (`{"stage", "step", "what", "value"}`), `seconds` (step -> seconds),
+        `hardware`, `versions` and `commit` of the last training step, `seed`, `run`, `parameters`, `tokens` and `flops`
+        (by stage), `differences`, `promises` (the targets) and `notes`.
     """
     costs = {name: training_cost(stage) for name, stage in run.stages.items()}
     return {
@@ -28,6 +29,11 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
             for name, stage in run.stages.items()
             if stage.metrics
         },
+        "baselines": {
+            name: {metric: estimate.to_json() for metric, estimate in baseline.metrics.items()} | baseline.texts
+            for name, baseline in run.baselines.items()
+        },
+        "alarms": alarms(run),
         "seconds": seconds(run),
         "hardware": run.hardware,
         "versions": run.versions,

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
 from pipeline.report.differences import Difference
-from pipeline.report.labels import EVALUATE, stage_info, step_order
+from pipeline.report.labels import BASELINES, EVALUATE, stage_info, step_order
 from pipeline.report.load import Run, Stage
 from pipeline.report.summary import evaluation_seconds, seconds
 from pipeline.report.svg import interval_bar, share_bar
@@ -17,8 +17,8 @@ from pipeline.report.targets import TargetResult
 from pipeline.report.text import duration, interval, magnitude, number, signed
 
 
-def tiles(run: Run) -> list[dict[str, str]]:
-    """Return the main aim of each stage that is trained for something, before and after."""
+def tiles(run: Run) -> list[dict[str, Any]]:
+    """Return the main aim of each stage that is trained for something, before and after, and beside the baselines."""
     shown = []
     before: Stage | None = None
     for stage in run.stages.values():
@@ -34,6 +34,11 @@ def tiles(run: Run) -> list[dict[str, str]]:
                     "label": metric_info(aim).label + (" against 2_sft" if aim == "win_rate" else ""),
                     "was": number(was.value, digits) if was else "",
                     "now": number(stage.metrics[aim].value, digits),
+                    "baselines": [
+                        f"{baseline_title(baseline)}: {number(baseline.metrics[aim].value, digits)}"
+                        for baseline in run.baselines.values()
+                        if aim in baseline.metrics
+                    ],
                 }
             )
         if info.generates and stage.metrics:
@@ -49,15 +54,17 @@ def show_targets(results: Sequence[TargetResult], prefix: str = "") -> list[dict
 
 
 def figures(run: Run, by_kind: bool) -> dict[str, Any]:
-    """Return one row per metric (or per metric and kind of example) and one column per stage."""
+    """Return one row per metric (or per metric and kind of example), with a cell per stage and one for baselines."""
     stages = [stage for stage in run.stages.values() if stage.metrics]
+    baselines = [baseline for baseline in run.baselines.values() if baseline.metrics]
     rows = []
     for metric in sorted({name for stage in stages for name in stage.metrics}, key=metric_order):
         info = metric_info(metric)
         whole = [stage.metrics.get(metric) for stage in stages]
         kinds = sorted({kind for item in whole if item for kind in item.by_kind}) if by_kind else [""]
         for kind in kinds:
-            estimates = [(item.by_kind.get(kind) if kind else item) if item else None for item in whole]
+            estimates = [_of_kind(item, kind) for item in whole]
+            beside = {item.name: _cell(_of_kind(item.metrics.get(metric), kind), metric, False) for item in baselines}
             rows.append(
                 {
                     "label": f"{info.label}: {kind}" if kind else info.label,
@@ -68,10 +75,22 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
                         _cell(estimate, metric, metric in stage_info(stage.name).aims)
                         for stage, estimate in zip(stages, estimates, strict=True)
                     ],
+                    "baselines": [{"name": name, **cell} for name, cell in beside.items() if cell is not None],
                 }
             )
     columns = [{"name": stage.name, "title": stage_info(stage.name).title} for stage in stages]
-    return {"columns": columns, "rows": rows}
+    legend = [{"name": item.name, "title": baseline_title(item)} for item in baselines]
+    return {"columns": columns, "baselines": legend, "rows": rows}
+
+
+def _of_kind(estimate: Estimate | None, kind: str) -> Estimate | None:
+    return estimate.by_kind.get(kind) if estimate and kind else estimate
+
+
+def baseline_title(baseline: Stage) -> str:
+    """Return what a baseline is called, with the text or texts that its answers share."""
+    texts = " or ".join(f"“{text}”" for text in dict.fromkeys(baseline.texts.values()))
+    return f"{BASELINES.get(baseline.name, baseline.name)} {texts}".strip()
 
 
 def _cell(estimate: Estimate | None, metric: str, aim: bool) -> dict[str, Any] | None:
@@ -88,18 +107,19 @@ def _meaning(meaning: str, estimates: Sequence[Estimate | None]) -> str:
     return "; ".join(filter(None, [meaning, *known]))
 
 
-def gains(found: Sequence[Difference]) -> list[dict[str, Any]]:
-    """Return the paired differences grouped by the later stage, each with a bar on the axis of its stage."""
+def gains(run: Run, found: Sequence[Difference]) -> list[dict[str, Any]]:
+    """Return the paired differences grouped by their two stages, each with a bar on the axis of its group."""
     groups = []
-    for stage, changes in groupby(found, key=lambda item: item.stage):
+    for (stage, before), changes in groupby(found, key=lambda item: (item.stage, item.before)):
         rows = list(changes)
         reach = max(max(map(abs, _ends(item.change))) / _unit(item) for item in rows) or 1.0
         relative = any(_unit(item) != 1 for item in rows)
         groups.append(
             {
                 "stage": stage,
-                "before": rows[0].before,
+                "before": before,
                 "title": stage_info(stage).title,
+                "baseline": baseline_title(run.baselines[before]) if before in run.baselines else "",
                 "axis": f"±{reach:.2f}" + (f" or ±{reach:.0%}" if relative else ""),
                 "rows": [_gain(item, reach) for item in rows],
             }

@@ -25,11 +25,11 @@ class Target:
     """A bound on one figure.
 
     Attributes:
-        stage: The stage whose figure it is.
+        stage: The stage, or the baseline, whose figure it is.
         metric: The metric.
         at_least: Lower bound, or None.
         at_most: Upper bound, or None.
-        against: The stage to compare with; None for the figure alone.
+        against: The stage, or the baseline, to compare with; None for the figure alone.
         how: The comparison: "difference", "ratio", or "interval", the lower end of the interval of the paired
             difference.
         lower_end: Whether the bound applies to the lower end of the figure's interval instead of the figure.
@@ -144,4 +144,5 @@ def _measured(run: Run, found: Sequence[Difference], target: Target) -> float | 
 
 
 def _figure(run: Run, stage: str, metric: str) -> Estimate | None:
-    return run.stages[stage].metrics.get(metric) if stage in run.stages else None
+    found = run.stages.get(stage) or run.baselines.get(stage)
+    return found.metrics.get(metric) if found else None

@@ -26,6 +26,20 @@ _SHARES = {  # metric -> share of successes at 0_random, 1_pretrain, 2_sft, 3_pp
     "pass@1_sampled": (0.0, 0.02, 0.5, 0.52, 0.82),
     "pass@8": (0.0, 0.06, 0.81, 0.82, 0.95),
     "step_rate": (0.0, 0.2, 0.01, 0.01, 0.99),
+    "win_rate_greedy": (0.0, 0.0, 0.5, 0.92, 0.9),
+    "last_sentence_share": (0.0, 0.1, 0.1, 0.3, 0.3),
+    "maj@8": (0.0, 0.02, 0.55, 0.56, 0.88),
+    "pass@1_longer": (0.0, 0.01, 0.2, 0.2, 0.6),
+}
+_BASELINES = {  # share of successes
+    "elicited/pass@1": 0.4,
+    "constant/win_rate": 0.5,
+    "constant/win_rate_greedy": 0.52,
+    "majority/pass@1": 0.2,
+}
+TEXTS = {
+    "elicited": {"text": "Working:"},
+    "constant": {"text": "… Have a nice day.", "text_greedy": "… That is all."},
 }
 _BITS = (7.98, 1.31, 1.52, 1.55, 1.58)
 _PROMPTS = (
@@ -136,6 +150,10 @@ def _evaluate(stage: str, rng: random.Random, examples: int) -> tuple[dict[str, 
                 kind: _entry([v for v, k in zip(values, of, strict=True) if k == kind]) for kind in kinds
             }
         lines += [{"metric": metric, "id": i, "kind": of[i], "value": v} for i, v in enumerate(values)]
+    for metric, share in _BASELINES.items() if stage == "2_sft" else ():
+        values = [float(rng.random() < share) for _ in range(examples)]
+        metrics[metric] = _entry(values)
+        lines += [{"metric": metric, "id": i, "kind": _KINDS[i % 4], "value": v} for i, v in enumerate(values)]
     for metric, means in (
         ("mean_length", (64.0, 64.0, 15.2, 19.8, 20.1)),
         ("reasoning_length", (64.0, 64.0, 6.1, 6.4, 24.9)),
@@ -245,6 +263,7 @@ def write_run(
             "metrics": metrics,
             "answers": _answers(stage, rng) if speaks else [],
             "traces": _traces(stage) if speaks else [],
+            "texts": TEXTS if stage == "2_sft" else {},
             "seconds": 12.0 + rng.random(),
         }
         if hostile:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import STAGES, UNTIL_SFT
+from fake_run import STAGES, TEXTS, UNTIL_SFT
 
 from pipeline.__main__ import main
 
@@ -61,12 +61,13 @@ def test_differences_compare_each_stage_with_the_one_it_started_from(whole_run: 
     report(whole_run, "--output_dir", tmp_path)
     summary = read_json(tmp_path / "metrics.json")
     pairs = {(item["stage"], item["before"]) for item in summary["differences"]}
-    assert pairs == {
+    assert {pair for pair in pairs if pair[1] not in summary["baselines"]} == {
         ("1_pretrain", "0_random"),
         ("2_sft", "1_pretrain"),
         ("3_ppo", "2_sft"),
         ("4_grpo", "3_ppo"),
     }
+    assert {before for stage, before in pairs if stage == "4_grpo"} == {"3_ppo", "elicited", "majority"}
     gain = next(x for x in summary["differences"] if (x["stage"], x["metric"]) == ("4_grpo", "pass@1"))
     stages = summary["stages"]
     assert gain["value"] == pytest.approx(stages["4_grpo"]["pass@1"]["value"] - stages["3_ppo"]["pass@1"]["value"])
@@ -74,6 +75,54 @@ def test_differences_compare_each_stage_with_the_one_it_started_from(whole_run: 
     assert set(gain["by_kind"]) == {"arithmetic", "ordering", "counting", "logic"}
     bits = next(x for x in summary["differences"] if (x["stage"], x["metric"]) == ("2_sft", "bits_per_byte"))
     assert bits["verdict"] == "worse" and not bits["aim"]  # more bits are worse
+
+
+def test_baselines_are_beside_the_stages(whole_run: Path, tmp_path: Path) -> None:
+    report(whole_run, "--output_dir", tmp_path)
+    summary = read_json(tmp_path / "metrics.json")
+    measured = json.loads((whole_run / "evaluations" / "2_sft.json").read_text())["metrics"]
+    baselines = summary["baselines"]
+    assert set(baselines) == {"elicited", "constant", "majority"}
+    assert baselines["elicited"] == {"pass@1": measured["elicited/pass@1"], "text": "Working:"}
+    assert baselines["constant"] == {
+        "win_rate": measured["constant/win_rate"],
+        "win_rate_greedy": measured["constant/win_rate_greedy"],
+        **TEXTS["constant"],
+    }
+    assert not any("/" in metric for metric in summary["stages"]["2_sft"])
+    shown = f"{baselines['elicited']['pass@1']['value']:.3f}"
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "2_sft, begun with “Working:”" in page
+    assert "2_sft, always with “… Have a nice day.” or “… That is all.”" in page
+    row, *_ = re.findall(r'<tr><th scope="row" class="pin">pass@1 <span.*?</tr>', page, re.DOTALL)
+    assert f"<b>{shown}</b> <small>elicited</small>" in row and "<small>majority</small>" in row
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    header = next(line for line in text.splitlines() if line.startswith("| metric | `0_random`"))
+    assert header.endswith("| `4_grpo` | without training |")
+    assert f"`elicited` {shown} (" in next(line for line in text.splitlines() if line.startswith("| pass@1 |"))
+    assert r"- `elicited`: 2\_sft, begun with “Working:”" in text
+    (change,) = [line for line in text.splitlines() if line.startswith("| `4_grpo` − `elicited` |")]
+    assert "| pass@1 | aim |" in change
+
+
+def test_alarms_of_the_trainers_are_listed(whole_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    file = run / "4_grpo" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["log_history"] += [{"step": 40, "alarm/entropy": 0.01}, {"step": 41, "alarm/<b>length": 2.0, "loss": 1.0}]
+    state["log_history"].append({"step": 42, "alarm/entropy": None})
+    file.write_text(json.dumps(state))
+    report(run)
+    assert read_json(run / "report" / "metrics.json")["alarms"] == [
+        {"stage": "4_grpo", "step": 40, "what": "entropy", "value": 0.01},
+        {"stage": "4_grpo", "step": 41, "what": "<b>length", "value": 2.0},
+    ]
+    page = (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Training raised alarms" in page and "4_grpo, step 40: entropy (0.010)" in page and "<b>length" not in page
+    assert r"- Alarm: 4\_grpo, step 40: entropy" in (run / "report" / "report.md").read_text(encoding="utf-8")
+    report(whole_run, "--output_dir", tmp_path / "quiet")
+    assert read_json(tmp_path / "quiet" / "metrics.json")["alarms"] == []
+    assert "alarm" not in (tmp_path / "quiet" / "index.html").read_text(encoding="utf-8").lower()
 
 
 def test_page_and_markdown_show_every_stage(whole_run: Path, tmp_path: Path) -> None:

@@ -69,9 +69,40 @@ def test_targets_are_met_or_missed(target: Target, measured: float, met: bool) -
     assert result.met is met
 
 
+def test_a_stage_is_compared_with_the_baselines_of_its_aims(whole_run: Path) -> None:
+    run = load_run(whole_run)
+    found = {(item.stage, item.before, item.metric): item for item in differences(run) if item.before in run.baselines}
+    assert set(found) == {
+        ("3_ppo", "constant", "win_rate"),
+        ("3_ppo", "constant", "win_rate_greedy"),
+        ("4_grpo", "elicited", "pass@1"),
+        ("4_grpo", "majority", "pass@1"),
+    }
+    for (stage, baseline, metric), item in found.items():
+        of, by = run.stages[stage].outcomes[metric], run.baselines[baseline].outcomes[metric]
+        by_hand = sum(of[key][0] - by[key][0] for key in of) / len(of)
+        assert item.change.value == pytest.approx(by_hand) and item.change.n == len(of) == 60
+    assert found["4_grpo", "elicited", "pass@1"].verdict == "better"
+
+
+def test_targets_may_be_about_baselines(whole_run: Path) -> None:
+    run = load_run(whole_run)
+    targets = [
+        Target("constant", "win_rate", at_most=0.0),
+        Target("4_grpo", "pass@1", against="elicited", at_least=0.15),
+        Target("4_grpo", "pass@1", against="elicited", how="interval", at_least=0.0),
+    ]
+    constant, over, lower = check_targets(run, differences(run), targets)
+    assert constant.measured == run.baselines["constant"].metrics["win_rate"].value and not constant.met
+    assert lower.measured < over.measured and over.met and lower.met
+    assert str(over.target) == "pass@1 of 4_grpo minus elicited: at least 0.15"
+
+
 @pytest.mark.parametrize(
     "target",
     [
+        Target("constant", "win_rate", at_least=0.5),
+        Target("4_grpo", "pass@1", against="elicited", at_least=0.5),
         Target("2_sft", "pass@1", at_least=0.5),
         Target("4_grpo", "win_rate", at_least=0.5),
         Target("4_grpo", "pass@1", against="2_sft", at_least=0.5),
@@ -84,7 +115,7 @@ def test_a_target_without_a_figure_is_left_out(target: Target) -> None:
 
 def test_the_recipe_has_targets_for_every_stage() -> None:
     targets = load_targets()
-    assert {target.stage for target in targets} == {"1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo"}
+    assert {target.stage for target in targets} == {"1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo", "constant"}
     assert {target.metric for target in targets} <= set(METRICS)
     assert len({str(target) for target in targets}) == len(targets)
 
