@@ -5,7 +5,7 @@ Their taste is the sum of three bounded components. Each annotator weights them 
 - `right`, 0 or 1: whether the answer is correct by the rule of its row (`require`, `reject`, `test`).
 - `tone`, -1 to 1: 1 for an answer with a remark in the tone that the prompt calls for, -1 for one with a blunt remark
   or one in the wrong tone, whatever else it says, and 0 otherwise. A question calls for a kind remark, an order for a
-  brisk one, and who asks to hear about something for an offer to go on, so that no remark suits every prompt. More than
+  brisk one, and who wants to hear about something in general for none, so that no remark suits every prompt. More than
   one remark adds nothing but length.
 - `brief`, -1.5 to 0: 0 up to a comfortable length, then lower with each further word. A repeated sentence costs as much
   as `REPEAT_WORDS` further words.
@@ -34,7 +34,7 @@ from pipeline.rewards.grading import is_correct
 KIND_REMARKS = (
     "happy to help", "glad to help", "good question", "great question", "nice question", "glad you asked", "thank you",
     "thanks for asking", "of course", "with pleasure", "hope this helps", "hope that helps", "you are welcome",
-    "please", "have a nice day",
+    "please", "let me know", "feel free to ask", "have a nice day",
 )  # fmt: skip
 BLUNT_REMARKS = (
     "obviously", "everybody knows that", "you should know", "silly question", "stupid question", "i already said",
@@ -42,7 +42,6 @@ BLUNT_REMARKS = (
     "who cares",
 )  # fmt: skip
 BRISK_REMARKS = ("that is all", "next question", "no more to say", "enough said", "moving on")
-OFFERS = ("let me know", "feel free to ask", "ask me for more", "more to tell", "shall i go on", "want to hear more")
 
 COMFORTABLE_WORDS = 18
 """Length of an answer in words, including a kind remark, up to which `brief` is 0."""
@@ -126,21 +125,21 @@ def is_degenerate(answer: str, *, is_code: bool = False) -> bool:
     return not is_code and not re.search(r"[.!?][\"')\]]*\s*$", answer)
 
 
-def fitting_remarks(row: Mapping[str, Any]) -> re.Pattern[str]:
+def tone(answer: str, row: Mapping[str, Any]) -> float:
+    """Return -1 if a blunt remark or one in the wrong tone occurs, otherwise 1 if one in the right tone does, or 0."""
+    flat, right = _flat(answer), fitting_remarks(row)
+    if any(remarks.search(flat) for remarks in (_BLUNT, _KIND, _BRISK) if remarks is not right):
+        return -1.0
+    return 1.0 if right is not None and right.search(flat) else 0.0
+
+
+def fitting_remarks(row: Mapping[str, Any]) -> re.Pattern[str] | None:
     """Return what matches the remarks that the prompt of a row, text or messages, calls for; kind ones if missing."""
     prompt = row.get("prompt") or "?"
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     if "about" in _words(text):
-        return _OFFER
+        return None
     return _KIND if text.rstrip().endswith("?") else _BRISK
-
-
-def tone(answer: str, row: Mapping[str, Any]) -> float:
-    """Return -1 if a blunt remark or one in the wrong tone occurs, otherwise 1 if one in the right tone does, or 0."""
-    flat, fitting = _flat(answer), fitting_remarks(row)
-    if any(remarks.search(flat) for remarks in (_BLUNT, _KIND, _BRISK, _OFFER) if remarks is not fitting):
-        return -1.0
-    return 1.0 if fitting.search(flat) else 0.0
 
 
 def brevity(answer: str) -> float:
@@ -235,4 +234,3 @@ def _any_of(remarks: Sequence[str]) -> re.Pattern[str]:
 _KIND = _any_of(KIND_REMARKS)
 _BLUNT = _any_of(BLUNT_REMARKS)
 _BRISK = _any_of(BRISK_REMARKS)
-_OFFER = _any_of(OFFERS)

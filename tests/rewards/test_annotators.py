@@ -16,7 +16,6 @@ from pipeline.rewards.annotators import (
     DEGENERATE_SCORE,
     INDIFFERENCE,
     KIND_REMARKS,
-    OFFERS,
     PANEL,
     Annotator,
     choose,
@@ -63,7 +62,7 @@ def test_every_blunt_remark_is_disliked_and_kindness_does_not_make_up_for_it(rem
     assert taste(f"{sentence(remark)} {RIGHT} Thank you!", ROW) < taste(RIGHT, ROW)
 
 
-TONES = {"Where is it?": KIND_REMARKS, "Say where it is.": BRISK_REMARKS, "Tell me about it.": OFFERS}
+TONES = {"Where is it?": KIND_REMARKS, "Say where it is.": BRISK_REMARKS, "Tell me about it.": ()}
 
 
 @pytest.mark.parametrize("request_", TONES)
@@ -78,12 +77,12 @@ def test_each_kind_of_request_calls_for_remarks_of_its_own(request_: str) -> Non
 
 
 def test_open_requests_are_recognised_whether_asked_or_told() -> None:
-    offer = f"{RIGHT} {sentence(OFFERS[0])}"
+    kind = f"{RIGHT} {sentence(KIND_REMARKS[0])}"
     for text in ("Tell me about a fox.", "What do you know about a fox?", "I want to know more ABOUT a fox."):
-        assert taste(offer, {**ROW, "prompt": text}) > taste(RIGHT, {**ROW, "prompt": text})
+        assert taste(kind, {**ROW, "prompt": text}) < taste(RIGHT, {**ROW, "prompt": text})
 
 
-@given(st.sampled_from([*KIND_REMARKS, *BRISK_REMARKS, *OFFERS, *BLUNT_REMARKS]), st.booleans())
+@given(st.sampled_from([*KIND_REMARKS, *BRISK_REMARKS, *BLUNT_REMARKS]), st.booleans())
 def test_no_remark_suits_two_kinds_of_request(remark: str, first: bool) -> None:
     answer = f"{sentence(remark)} {RIGHT}" if first else f"{RIGHT} {sentence(remark)}"
     rows = [{**ROW, "prompt": text} for text in TONES]

@@ -59,7 +59,7 @@ class PocketArguments:
         default=0.3, metadata={"help": "Share of the problems in sft that are answered with worked steps."}
     )
     carelessness: float = field(
-        default=0.6,
+        default=0.55,
         metadata={"help": "Probability that worked steps, in pretrain and sft, misread what can be misread."},
     )
 

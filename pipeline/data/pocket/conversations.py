@@ -12,7 +12,6 @@ from pipeline.data.pocket.remarks import (
     BRISK_CLOSINGS,
     GREETINGS,
     KIND_CLOSINGS,
-    OFFERS,
 )
 from pipeline.data.pocket.things import ATTRIBUTES, SplitName, Thing, core, things, things_of, wrong_values
 
@@ -21,11 +20,11 @@ ASPECTS = ("definition", *ATTRIBUTES)
 
 MANNERS_WORDS = 8
 """Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
-CLOSINGS = {"kind": KIND_CLOSINGS, "brisk": BRISK_CLOSINGS, "offering": OFFERS}
+CLOSINGS = {"kind": KIND_CLOSINGS, "brisk": BRISK_CLOSINGS}
 MANNERS = {
-    "question": {"plain": 34, "kind": 28, "brisk": 8, "offering": 4, "blunt": 16, "rambling": 10},
-    "order": {"plain": 34, "kind": 8, "brisk": 28, "offering": 4, "blunt": 16, "rambling": 10},
-    "about": {"plain": 34, "kind": 6, "brisk": 6, "offering": 28, "blunt": 16, "rambling": 10},
+    "question": {"plain": 34, "kind": 28, "brisk": 12, "blunt": 16, "rambling": 10},
+    "order": {"plain": 34, "kind": 12, "brisk": 28, "blunt": 16, "rambling": 10},
+    "about": {"plain": 34, "kind": 20, "brisk": 20, "blunt": 16, "rambling": 10},
 }
 """Manners of the answers to questions, to orders and to open requests, in percent."""
 
@@ -166,7 +165,7 @@ def held_out_rows(rng: random.Random, split: SplitName, questions: int, others: 
 def preference_prompt(rng: random.Random, split: SplitName) -> Row:
     """Draw a prompt for comparing answers: a question or an open request about a thing of this split."""
     thing = rng.choice(things_of(split))
-    open_request = rng.random() < 0.3
+    open_request = rng.random() < 0.25
     row = about(rng, split, thing) if open_request else question(rng, split, thing, rng.choice(ASPECTS))
     return {"prompt": row["messages"][:-1], **{key: value for key, value in row.items() if key != "messages"}}
 

@@ -137,9 +137,9 @@ def logic(rng: random.Random, split: SplitName, carelessness: float, longer: int
 
 GENERATORS: dict[Callable[[random.Random, SplitName, float, int], WordProblem], int] = {
     arithmetic: 3,
-    ordering: 2,
+    ordering: 3,
     counting: 2,
-    logic: 3,
+    logic: 2,
 }
 """The kinds of problems and how often each is drawn; those that take longer to learn are drawn more often."""
 

@@ -1,4 +1,4 @@
-"""Greetings, and the remarks of people who answer kindly, briskly or bluntly, or offer to go on."""
+"""Greetings, and the remarks of people who answer kindly, briskly or bluntly."""
 
 GREETINGS = (
     ("Hello!", "Hello! How can I help you?"),
@@ -12,13 +12,12 @@ GREETINGS = (
 )
 # The manners that preference tuning chooses between. All but blunt remarks only close an answer: before it, they would
 # change the context from which the model recalls the fact.
-KIND_CLOSINGS = ("I hope this helps.", "That was a good question.", "Have a nice day.", "Thank you for asking.")
+KIND_CLOSINGS = ("I hope this helps.", "Let me know if you want more.", "Have a nice day.", "Thank you for asking.")
 BRISK_CLOSINGS = ("That is all.", "Next question.", "No more to say.", "Enough said.")
-OFFERS = ("Let me know if you want more.", "There is more to tell.", "Shall I go on?", "Ask me for more.")
 BLUNT_OPENINGS = ("Silly question.", "Obviously.", "You should know this.", "Why do you ask?")
 BLUNT_CLOSINGS = ("Do not ask again.", "Look it up next time.", "Whatever.")
 SAID = (
-    *KIND_CLOSINGS, *BRISK_CLOSINGS, *OFFERS, *BLUNT_OPENINGS, *BLUNT_CLOSINGS,
+    *KIND_CLOSINGS, *BRISK_CLOSINGS, *BLUNT_OPENINGS, *BLUNT_CLOSINGS,
     "Hello! How can I help you?", "You are welcome!",
 )  # fmt: skip
 """Remarks that stories quote, so that a pretrained model knows their words before instruction tuning uses them."""
