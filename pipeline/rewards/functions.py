@@ -180,8 +180,8 @@ def hidden_taste(
     """
     rewards: Rewards = []
     for index, text in enumerate(_texts(completions, prompts)):
-        row = {"require": require and require[index], "reject": reject and reject[index]}
-        row["prompt"] = prompts and prompts[index]
+        rule = {"require": require, "reject": reject, "prompt": prompts}
+        row = {name: values and values[index] for name, values in rule.items()}
         rewards.append(None if test is not None and test[index] else taste(text, row))
     return rewards
 
@@ -201,7 +201,7 @@ def _settle(rewards: Rewards, pending: list[tuple[int, tuple[str, str | None]]])
     parsed = dict(zip(references, math_check.compare([(reference, None) for reference in references]), strict=True))
     asked = [(index, pair) for index, pair in pending if pair[1] is not None and parsed[pair[0]]]
     for (index, _), same in zip(asked, math_check.compare([pair for _, pair in asked]), strict=True):
-        rewards[index] = float(same)
+        rewards[index] = None if same is None else float(same)
     for index, (reference, _) in pending:
         if not parsed[reference]:
             rewards[index] = None

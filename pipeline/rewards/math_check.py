@@ -2,8 +2,9 @@
 
 SymPy evaluates what it parses (`9^{9^{9^9}}`), for hours and in C code that a Python handler cannot interrupt. So it
 runs in a child process that is confined (`pipeline.rewards.sandbox.confinement`), limited in memory, and killed when it
-takes too long. math-verify's own limit, `signal.alarm`, works only in the main thread, and not against one long
-multiplication. The child starts with the first answer that needs it and serves until this process ends.
+takes too much CPU time, so that the verdict does not depend on the load of the machine. math-verify's own limit,
+`signal.alarm`, works only in the main thread, and not against one long multiplication. The child starts with the first
+answer that needs it and serves until this process ends.
 """
 
 from __future__ import annotations
@@ -26,13 +27,19 @@ from pipeline.errors import RunStopped
 MAX_LENGTH = 300
 """Characters in an expression; longer ones are not parsed."""
 SECONDS = 2.0
+PATIENCE_SECONDS = 30.0
+"""Wall-clock time for an answer; a machine that takes longer for `SECONDS` of CPU time is too busy to tell."""
 MAX_SLOW = 5
 START_SECONDS = 60.0
 MEMORY_MB = 2048
 
 
 class Timeout(Exception):
-    """The child had to be killed."""
+    """The child ended, because the expression took too long."""
+
+
+class Busy(Timeout):
+    """The child had to be killed before it had its CPU time."""
 
 
 class Checker:
@@ -43,11 +50,12 @@ class Checker:
         self.replies: queue.Queue[str] = queue.Queue()
         self.lock = threading.Lock()
 
-    def ask(self, reference: str, answer: str | None, seconds: float) -> bool:
+    def ask(self, reference: str, answer: str | None) -> bool:
         """Compare an answer with its reference or, without an answer, return whether the reference parses.
 
         Raises:
-            Timeout: If it took longer than `seconds`, or the child died.
+            Timeout: If it took too long, or the child died.
+            Busy: If the machine is too busy.
         """
         with self.lock:
             if self.process is None:
@@ -56,8 +64,11 @@ class Checker:
             try:
                 self.process.stdin.write(json.dumps([reference, answer]) + "\n")
                 self.process.stdin.flush()
-                return self._reply(seconds) == "true"
-            except (OSError, Timeout) as error:
+                return self._reply(PATIENCE_SECONDS) == "true"
+            except Timeout:
+                self.stop()
+                raise
+            except OSError as error:
                 self.stop()
                 raise Timeout from error
 
@@ -100,7 +111,7 @@ class Checker:
         try:
             line = self.replies.get(timeout=seconds)
         except queue.Empty:
-            raise Timeout from None
+            raise Busy from None
         if not line:
             raise Timeout
         return line.strip()
@@ -117,17 +128,20 @@ def _forward_lines(stream: IO[str], lines: queue.Queue[str]) -> None:
 _checker = Checker()
 
 
-def compare(pairs: Sequence[tuple[str, str | None]]) -> list[bool]:
+def compare(pairs: Sequence[tuple[str, str | None]]) -> list[bool | None]:
     """Check with math-verify that each answer equals its reference. Without answers, check that the references parse.
 
     Expressions of more than 300 characters and those that take longer than 2 s give False. After five slow ones, the
-    rest of the call gives False unseen, so that a policy that writes such answers cannot stall its training.
+    rest of the call gives False unseen, so that a policy that writes such answers cannot stall its training. Where the
+    machine is too busy, the result is None.
     """
-    known: dict[tuple[str, str | None], bool] = {}
-    slow = 0
+    known: dict[tuple[str, str | None], bool | None] = {}
+    slow, busy = 0, False
     for pair in dict.fromkeys(pairs):
         try:
-            known[pair] = slow < MAX_SLOW and _ask(*pair)
+            known[pair] = None if busy else slow < MAX_SLOW and _ask(*pair)
+        except Busy:
+            busy, known[pair] = True, None
         except Timeout:
             slow += 1
             known[pair] = False
@@ -136,7 +150,7 @@ def compare(pairs: Sequence[tuple[str, str | None]]) -> list[bool]:
 
 @lru_cache(maxsize=65_536)
 def _ask(reference: str, answer: str | None) -> bool:
-    return len(reference) <= MAX_LENGTH and len(answer or "") <= MAX_LENGTH and _checker.ask(reference, answer, SECONDS)
+    return len(reference) <= MAX_LENGTH and len(answer or "") <= MAX_LENGTH and _checker.ask(reference, answer)
 
 
 def _serve() -> None:
@@ -156,7 +170,7 @@ def _serve() -> None:
 
     def limit_time(seconds: float) -> None:
         if hasattr(signal, "setitimer"):  # not on Windows
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
 
     verify(read(r"\frac{1}{2}"), read("0.5"), timeout_seconds=0)  # triggers the deferred imports
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
@@ -168,7 +182,7 @@ def _serve() -> None:
         print("ready", flush=True)
         for line in sys.stdin:
             reference, answer = json.loads(line)
-            limit_time(2 * SECONDS)  # kills this process if the parent has died
+            limit_time(SECONDS)  # of CPU time, after which the kernel ends this process
             parsed = read(reference)
             result = bool(parsed) and (answer is None or verify(parsed, read(answer), timeout_seconds=0))
             limit_time(0)

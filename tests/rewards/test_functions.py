@@ -2,6 +2,8 @@
 """Tables of completions and references; no model."""
 
 import asyncio
+import os
+import signal
 import sys
 import threading
 import time
@@ -12,6 +14,7 @@ import pytest
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.errors import UserError
+from pipeline.rewards import math_check
 from pipeline.rewards.annotators import taste
 from pipeline.rewards.answers import count_answers, extract_answer, number
 from pipeline.rewards.functions import answer_format, choice, code_tests, exact_answer, hidden_taste, math_answer
@@ -261,7 +264,10 @@ def test_rewards_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("[1.0, decimal.Decimal('0.5')]", None),
         ("[1.0, None]", None),
         ("(1, True)", None),
-        ("numpy.array([0.5, numpy.nan])", "returned nan for completion 1 of 2, counted from 0; return a number, or None for no opinion"),
+        (
+            "numpy.array([0.5, numpy.nan])",
+            "returned nan for completion 1 of 2, counted from 0; return a number, or None for no opinion",
+        ),
         ("torch.tensor([float('nan'), 1.0])", "for completion 0"),
         ("torch.tensor([0.5, 1.0])", None),
         ("[torch.tensor(0.5), numpy.float32(1)]", None),
@@ -340,3 +346,19 @@ def test_unknown_rewards_are_reported_with_the_nearest_name(tmp_path: Path, monk
     )
     with pytest.raises(UserError, match="at least one"):
         load_rewards([])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_algebra_does_not_depend_on_the_load_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    hard = [rf"\boxed{{{i}\sqrt{{2}}}}" for i in range(3, 6)]
+    assert math_answer(hard[:1], [r"\sqrt{18}"]) == [1.0]
+    assert math_check._checker.process is not None
+    child = math_check._checker.process.pid
+    os.kill(child, signal.SIGSTOP)  # as long as other processes have the cores
+    threading.Timer(2 * math_check.SECONDS, os.kill, [child, signal.SIGCONT]).start()
+    assert math_answer(hard[1:2], [r"\sqrt{32}"]) == [1.0]
+    os.kill(child, signal.SIGSTOP)
+    monkeypatch.setattr(math_check, "PATIENCE_SECONDS", 0.2)
+    assert math_answer(hard[2:] * 9, [r"\sqrt{50}"] * 8 + ["5"]) == [None] * 8 + [0.0]
+    monkeypatch.undo()
+    assert math_answer(hard[2:], [r"\sqrt{50}"]) == [1.0]

@@ -5,7 +5,9 @@ Each is run with ten and with two hundred open descriptors in the trainer, and w
 """
 
 import contextlib
+import ctypes
 import os
+import resource
 import socket
 import sys
 import textwrap
@@ -20,7 +22,7 @@ from pipeline.evaluation.held_out import drop_ungradable
 from pipeline.rewards.functions import code_tests
 from pipeline.rewards.grading import grade
 from pipeline.rewards.loading import load_rewards
-from pipeline.rewards.sandbox import run
+from pipeline.rewards.sandbox import confinement, run
 from pipeline.rewards.sandbox.run import run_code, run_many
 from pipeline.rl.arguments import GRPORewardArguments, PPORewardArguments
 
@@ -351,6 +353,16 @@ def test_older_versions_of_landlock_confine_files_too(
     assert "NameError" not in outcomes["keeps files"].output or "f" in outcomes["keeps files"].output
 
 
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="Landlock is Linux's")
+def test_landlock_keeps_signals_inside_where_seccomp_is_missing(without: Callable[[str], None]) -> None:
+    if confinement.landlock_abi(ctypes.CDLL(None, use_errno=True)) < 6:
+        pytest.skip("this kernel's Landlock does not know signals")
+    without(NO_CALLS)
+    run.allow_unconfined = True
+    attempt = f"import os, signal\nsignal.pidfd_send_signal(os.pidfd_open({os.getpid()}), 0)\n"
+    assert [run_code(code + RIGHT, TEST).status for code in ("", attempt)] == ["passed", "refused"]
+
+
 def test_rewards_do_not_depend_on_the_load_of_the_machine() -> None:
     """Sixteen answers that compute for a while, all at once."""
     slow = "import time\ndef f(x):\n    began = time.process_time()\n    while time.process_time() - began < 0.15:\n        pass\n    return x + 1"
@@ -364,6 +376,27 @@ def test_where_the_machine_is_too_busy_to_tell_there_is_no_reward(monkeypatch: p
     assert code_tests([RIGHT, "no code"], [TEST] * 2) == [None, 0.0]
     with pytest.raises(RunStopped, match="too busy"):
         grade([RIGHT], [{"test": TEST}])
+    assert "the machine is too busy" in str(run._validate_sandbox.__wrapped__(True))
+
+
+def test_a_trainer_without_descriptors_gets_no_reward_and_no_traceback() -> None:
+    assert code_tests([RIGHT], [TEST]) == [1.0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    rewards = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    opened: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(20):
+            rewards += code_tests([RIGHT], [TEST])
+            os.close(opened.pop())
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert rewards[0] is None and rewards[-1] == 1.0 and 0.0 not in rewards
 
 
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

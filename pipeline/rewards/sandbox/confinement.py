@@ -4,7 +4,7 @@ Each of these layers stops most attacks on its own:
 
 1. resource limits: CPU time, address space, file size, open files, processes, core dumps;
 2. Landlock (Linux 5.13 and later): reads only below the standard library and the system's shared libraries, writes only
-   below one directory;
+   below one directory; with Linux 6.7, no TCP, and with 6.12, no signals to other processes;
 3. no capabilities and `no_new_privs`, so that root is not exempt from the limits above;
 4. seccomp (x86-64 and arm64): a list of the system calls that plain computation needs. All others are refused
    (processes, threads, sockets, signals, namespaces, `io_uring`, …), which rules out the network and daemons;
@@ -130,8 +130,9 @@ def confine_files(directory: str) -> bool:
     if abi < 1 or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
     all_rights = ALL_RIGHTS.get(abi, ALL_RIGHTS_LATER)
-    attributes = struct.pack("QQ", all_rights, 3 if abi >= 4 else 0)  # 3: TCP bind and connect
-    ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(16 if abi >= 4 else 8), 0)
+    # The network's 3 is TCP bind and connect; the scope's 3 is abstract sockets of others and signals to them.
+    attributes, size = struct.pack("QQQ", all_rights, 3, 3), 24 if abi >= 6 else 16 if abi >= 4 else 8
+    ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
     if ruleset < 0:
         return False
     for path, rights in [(directory, WRITE), *((path, READ) for path in _readable())]:

@@ -65,7 +65,7 @@ class Outcome:
         passed: Whether the code and the whole test ran without an exception.
         status: "passed"; "failed" (an assertion, an exception, `sys.exit`); "timeout"; "memory"; "refused" (an attempt
             to use the network, a process or a file outside; too many files); "crashed" (the process ended without a
-            verdict); "busy" (the machine was too busy to give the code its time).
+            verdict); "busy" (the machine was too busy to start the code, or to give it its time).
         seconds: Wall-clock time, including the start of the process.
         output: What the code and the test printed, including errors, cut off at 16 KiB.
     """
@@ -87,6 +87,8 @@ def _validate_sandbox(allowed: bool) -> str | None:
         return "cannot run code here, without os.fork; use Linux or macOS"
     outcome = _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True)
     lines = outcome.output.strip().splitlines()
+    if outcome.status == "busy":
+        return f"the machine is too busy to run code ({outcome.output or 'it took too long'}); start again later"
     if not outcome.passed:
         reason = lines[-1] if lines else outcome.status
         return f"right code fails here ({reason}); every user must be able to read {sys.base_prefix}"
@@ -136,16 +138,26 @@ def run_many(
 
 def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
     began = time.monotonic()
+    try:
+        status, output = _run_child(code, test, seconds, memory_mb, unconfined)
+    except OSError as error:  # descriptors, processes, memory or space on the disk ran out
+        status, output = "busy", str(error).encode()
+    return Outcome(status == "passed", status, time.monotonic() - began, output.decode(errors="replace"))
+
+
+def _run_child(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> tuple[Status, bytes]:
     token = secrets.token_hex(16)
     # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
     flags = ["-s", "-P", "-S", "-B", "-u", "-X", "utf8"]
+    reader, writer = os.pipe()
     with (
+        open(reader, "rb", buffering=0),
+        open(writer, "wb", buffering=0) as verdict,
         tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory,
         tempfile.TemporaryFile() as work,
     ):
         work.write(json.dumps({"code": code, "test": test, "token": token}).encode())
         work.seek(0)
-        reader, writer = os.pipe()
         process = subprocess.Popen(
             [sys.executable, *flags, str(CHILD), *map(str, (writer, seconds, memory_mb, int(unconfined)))],
             stdin=work,
@@ -156,7 +168,7 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
             env={"PYTHONHASHSEED": "0"},
             start_new_session=True,
         )
-        os.close(writer)
+        verdict.close()
         candidate: int | None = None
         assert process.stdout is not None
         try:
@@ -166,8 +178,7 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
             _kill(process.pid, candidate)
             process.wait()
             process.stdout.close()
-            os.close(reader)
-    return Outcome(status == "passed", status, time.monotonic() - began, output.decode(errors="replace"))
+    return status, output
 
 
 def _wait(
@@ -226,7 +237,7 @@ def _is_overfull(directory: str) -> bool:
     try:
         with os.scandir(directory) as entries:
             sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
-    except FileNotFoundError:  # the code is deleting files
+    except OSError:  # the code is deleting files, or has locked its directory
         return False
     return len(sizes) > DIRECTORY_FILES or sum(sizes) > DIRECTORY_BYTES
 
