@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline {run,evaluate,report,check-overlap,merge}`.
+"""The command line: `python -m pipeline {run,evaluate,report,compare,check-overlap,merge}`.
 
 Only the standard library and the module of the chosen subcommand are imported, so that `--help` is instant.
 """
@@ -16,6 +16,7 @@ COMMANDS = {
     "run": ("pipeline.runner.cli", "run every step of a recipe folder, in order"),
     "evaluate": ("pipeline.evaluation.cli", "measure one stage on the held-out data"),
     "report": ("pipeline.report.cli", "write the report of a run: index.html and metrics.json"),
+    "compare": ("pipeline.report.compare", "compare runs of two recipes, paired by seed and by test row"),
     "check-overlap": ("pipeline.data.overlap", "look for test examples inside the training data"),
     "merge": ("pipeline.models.merge", "merge a LoRA adapter into its base model"),
 }

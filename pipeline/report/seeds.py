@@ -18,7 +18,7 @@ from pipeline.report.labels import stage_info, stage_order, step_order
 from pipeline.report.load import Run
 from pipeline.report.page import draw, write_files
 from pipeline.report.summary import summarise
-from pipeline.report.tables import show_targets
+from pipeline.report.tables import baseline_title, show_targets
 from pipeline.report.targets import Target, check_targets
 from pipeline.report.text import duration, number, signed
 
@@ -80,7 +80,7 @@ def write_seeds(
     results = [check_targets(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
     each = [summarise(*of_run) for of_run in zip(runs, found, results, strict=True)]
     stages = _spreads([of_run["stages"] for of_run in each])
-    baselines = _spreads([of_run.get("baselines", {}) for of_run in each])
+    baselines = _spreads([of_run["baselines"] for of_run in each])
     changes = _spreads([_by_stage(of_run) for of_run in each], lowest=-1.0)
     taken = [of_run["seconds"] for of_run in each]
     times = _spread_of_seconds(taken)
@@ -90,13 +90,18 @@ def write_seeds(
         "baselines": baselines,
         "differences": changes,
         "seconds": times,
-        "promises": [
-            {"run": run.name, **item} for run, of_run in zip(runs, each, strict=True) for item in of_run["promises"]
-        ],
+        **{
+            kind: [{"run": run.name, **item} for run, of_run in zip(runs, each, strict=True) for item in of_run[kind]]
+            for kind in ("promises", "alarms")
+        },
         "notes": [note for run in runs for note in run.notes],
     }
     together = _spread_of_seconds([{"together": sum(of_run.values())} if of_run else {} for of_run in taken])
     rows = [_row(name, item, duration, duration) for name, item in {**times, **together}.items()]
+    titles = {
+        group: " / ".join(dict.fromkeys(baseline_title(run.baselines[group]) for run in runs if group in run.baselines))
+        for group in baselines
+    }
     name = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
     content = {
         "name": name,
@@ -110,7 +115,7 @@ def write_seeds(
             for shown in show_targets(of_run, prefix=f"{label(run)}: ")
         ],
         "notes": summary["notes"],
-        "figures": _groups(stages, number) + _groups(baselines, number),
+        "figures": _groups(stages, number) + _groups(baselines, number, titles),
         "changes": _groups(changes, signed),
         "charts": draw(overlay(runs)),
         "times": [{"title": "All steps", "stage": "", "rows": rows}],
@@ -129,7 +134,7 @@ def _by_stage(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the differences in metrics.json by stage, or by `<stage> - <baseline>`, and then by metric."""
     result: dict[str, dict[str, Any]] = {}
     for item in summary["differences"]:
-        is_baseline = item["before"] in summary.get("baselines", {})
+        is_baseline = item["before"] in summary["baselines"]
         group = f"{item['stage']} - {item['before']}" if is_baseline else item["stage"]
         result.setdefault(group, {})[item["metric"]] = item
     return result
@@ -161,8 +166,10 @@ def _spread_of_seconds(runs: Sequence[Mapping[str, float]]) -> dict[str, Spread]
     return {step: spread([Estimate(run[step]) if step in run else None for run in runs], lowest=0.0) for step in steps}
 
 
-def _groups(stages: Mapping[str, Mapping[str, Any]], show: Callable[..., str]) -> list[dict[str, Any]]:
-    """Return the rows of each stage or baseline, with figures as text by `show`."""
+def _groups(
+    stages: Mapping[str, Mapping[str, Any]], show: Callable[..., str], titles: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Return the rows of each stage or baseline, with figures as text by `show`; `titles` are those of baselines."""
     groups = []
     for group, metrics in stages.items():
         stage, rows = group.partition(" - ")[0], []
@@ -171,7 +178,7 @@ def _groups(stages: Mapping[str, Mapping[str, Any]], show: Callable[..., str]) -
                 info = metric_info(metric)
                 row = _row(info.label, figures, partial(show, digits=info.digits), partial(number, digits=info.digits))
                 rows.append({**row, "aim": metric in stage_info(stage).aims})
-        groups.append({"title": stage_info(stage).title, "stage": group, "rows": rows})
+        groups.append({"title": (titles or {}).get(group) or stage_info(stage).title, "stage": group, "rows": rows})
     return groups
 
 

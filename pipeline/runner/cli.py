@@ -121,7 +121,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
         for own, plan, _ in runs:
             say(f"seed {own.seed}, in {plan.run_dir}:")
             if code := _run(plan, own, _resume_command(args)):
-                say(f"seed {own.seed} ended with exit code {code}; the seeds before it are kept, those after it wait")
+                say(f"seed {own.seed} ended with exit code {code}; the others are left as they are")
                 return code
         if not is_reported:
             return 0

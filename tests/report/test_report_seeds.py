@@ -120,3 +120,27 @@ def test_a_figure_without_intervals_has_students() -> None:
     figures = spread([Estimate(2.0), None, Estimate(4.0)])
     assert figures["ci95"] == pytest.approx([3 - 12.7062, 3 + 12.7062], abs=1e-3)
     assert figures["values"] == [2.0, None, 4.0] and figures["n"] == 2
+
+
+def test_baselines_and_differences_to_them_are_spread_as_well(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"seed{seed}", seed) for seed in (0, 1)]
+    assert report(*runs, "--output_dir", tmp_path / "report") == 0
+    summary = read_metrics(tmp_path / "report")
+    single = [read_metrics(run / "report") for run in runs]
+    for name, figures in single[0]["baselines"].items():
+        for metric, entry in figures.items():
+            values = [of_run["baselines"][name][metric] for of_run in single]
+            if isinstance(entry, str):
+                assert summary["baselines"][name][metric] == values
+            else:
+                assert summary["baselines"][name][metric]["values"] == [value["value"] for value in values]
+                assert summary["baselines"][name][metric]["ci95"][0] >= 0
+    gains = [
+        next(x for x in of_run["differences"] if (x["stage"], x["before"], x["metric"]) == ("4_grpo", before, "pass@1"))
+        for before in ("3_ppo", "elicited")
+        for of_run in single
+    ]
+    values = [gain["value"] for gain in gains]
+    assert summary["differences"]["4_grpo"]["pass@1"]["values"] == values[:2]
+    assert summary["differences"]["4_grpo - elicited"]["pass@1"]["values"] == values[2:]
+    assert "4_grpo - elicited" in (tmp_path / "report" / "report.md").read_text()

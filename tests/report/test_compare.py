@@ -1,0 +1,237 @@
+"""`python -m pipeline compare`, on runs whose differences are known."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_run import write_run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.__main__ import main
+from pipeline.evaluation.intervals import outcome_mean
+from pipeline.report.compare import compare, pair_by_seed
+from pipeline.report.load import load_runs
+
+ROWS = 200
+
+
+def make_run(path: Path, seed: int | None, outcomes: Iterable[float], stage: str = "2_sft") -> Path:
+    """Write a run with one figure, `pass@1` of `stage`."""
+    (path / "evaluations").mkdir(parents=True, exist_ok=True)
+    (path / "run.json").write_text(json.dumps({"seed": seed, "steps": {}}))
+    values = [float(value) for value in outcomes]
+    lines = [{"metric": "pass@1", "id": i, "kind": "ab"[i % 2], "value": value} for i, value in enumerate(values)]
+    (path / "evaluations" / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = {"pass@1": outcome_mean(values).to_json()}
+    (path / "evaluations" / f"{stage}.json").write_text(json.dumps({"metrics": metrics}))
+    return path
+
+
+def coins(seed: int, share: float = 0.5) -> list[float]:
+    rng = random.Random(seed)
+    return [float(rng.random() < share) for _ in range(ROWS)]
+
+
+def shifted(values: list[float], share: float) -> list[float]:
+    """Turn so many of the wrong answers right that the share of right ones rises by `share`."""
+    wrong = [i for i, value in enumerate(values) if not value][: round(share * len(values))]
+    return [1.0 if i in wrong else value for i, value in enumerate(values)]
+
+
+Compare = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture
+def run_compare(capsys: pytest.CaptureFixture[str]) -> Compare:
+    """Run the command; returns its exit code, the JSON on stdout ({} if there is none) and stderr."""
+
+    def run(*argv: object) -> tuple[int, dict[str, Any], str]:
+        try:
+            code = main(["compare", *map(str, argv)])
+        except SystemExit as stop:
+            code = int(str(stop.code))
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if out.startswith("{") else {}, err
+
+    return run
+
+
+def change(a: list[Path], b: list[Path]) -> Any:
+    """Return the estimate of the difference of the runs of `make_run`."""
+    pairs, problems = pair_by_seed(load_runs(a), load_runs(b))
+    assert not problems
+    return compare(pairs)["2_sft"]["pass@1"]
+
+
+def test_a_shift_is_found(tmp_path: Path, run_compare: Compare) -> None:
+    for seed in range(3):
+        before = coins(seed)
+        make_run(tmp_path / "b" / f"seed{seed}", seed, before)
+        make_run(tmp_path / "a" / f"seed{seed}", seed, shifted(before, 0.2))
+    code, found, err = run_compare(tmp_path / "a", "--against", tmp_path / "b")
+    assert code == 0
+    entry = found["2_sft"]["pass@1"]
+    assert set(entry) == {"value", "ci95", "n"} and entry["n"] == 3
+    assert entry["value"] == pytest.approx(0.2)
+    # The shift is the same for each seed, so the interval is that over the rows.
+    assert entry["ci95"] == pytest.approx(
+        [0.2 - 1.96 * (0.16 / ROWS) ** 0.5, 0.2 + 1.96 * (0.16 / ROWS) ** 0.5], abs=0.01
+    )
+    assert "+0.200" in err and "better" in err
+    _, found, err = run_compare(tmp_path / "b", "--against", tmp_path / "a")
+    assert found["2_sft"]["pass@1"]["value"] == pytest.approx(-0.2)
+    assert "−0.200" in err and "worse" in err
+
+
+def test_a_run_against_itself_has_no_difference(whole_run: Path, run_compare: Compare) -> None:
+    code, found, err = run_compare(whole_run, "--against", whole_run)
+    assert code == 0
+    assert set(found) >= {"0_random", "1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo"}
+    for stage, metrics in found.items():
+        for entry in metrics.values():
+            assert entry["value"] == 0 and entry["ci95"][0] <= 0 <= entry["ci95"][1]
+            assert stage == "3_reward" or entry["ci95"] == [0, 0], "paired by row"
+    assert "better" not in err.replace("better or worse by chance", "")
+
+
+def test_one_seed_has_the_paired_interval_over_rows(tmp_path: Path) -> None:
+    before = coins(0)
+    a, b = make_run(tmp_path / "a", 0, shifted(before, 0.1)), make_run(tmp_path / "b", 0, before)
+    found = change([a], [b])
+    assert found.value == pytest.approx(0.1) and found.n == ROWS
+    half = 1.96 * (0.09 / ROWS) ** 0.5
+    assert (found.low, found.high) == pytest.approx((0.1 - half, 0.1 + half), abs=0.01)
+
+
+def test_seeds_that_differ_widen_the_interval(tmp_path: Path) -> None:
+    before = coins(0)
+    pairs = [
+        (
+            make_run(tmp_path / f"a{seed}", seed, shifted(before, gain)),
+            make_run(tmp_path / f"b{seed}", seed, before),
+        )
+        for seed, gain in enumerate((0.0, 0.2, 0.1))
+    ]
+    found = change([a for a, _ in pairs], [b for _, b in reversed(pairs)])
+    half = 4.3027 * 0.1 / 3**0.5
+    assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-4)
+
+
+def test_without_a_difference_the_interval_contains_0(tmp_path: Path) -> None:
+    """The model answers each row right with the same probability under both recipes; seeds vary in both."""
+    rng = np.random.default_rng(0)
+    contained = 0
+    for trial in range(60):
+        chance = rng.beta(1, 1, ROWS)
+        runs: dict[str, list[Path]] = {"a": [], "b": []}
+        for side, made in runs.items():
+            for seed in range(3):
+                of_seed = np.clip(chance + rng.normal(0, 0.03), 0, 1)
+                made.append(make_run(tmp_path / f"{trial}{side}{seed}", seed, rng.random(ROWS) < of_seed))
+        found = change(runs["a"], runs["b"])
+        contained += found.low <= 0 <= found.high
+    assert contained >= 55
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**6), st.integers(1, 3), st.floats(0, 0.4))
+def test_swapping_the_sides_turns_the_sign(tmp_path: Path, seed: int, seeds: int, gain: float) -> None:
+    a = [make_run(tmp_path / f"a{i}", i, shifted(coins(seed + i), gain)) for i in range(seeds)]
+    b = [make_run(tmp_path / f"b{i}", i, coins(seed + i + 10)) for i in range(seeds)]
+    there, back = change(a, b), change(b, a)
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low), abs=0.01)
+    assert -1 <= there.low <= there.value <= there.high <= 1
+    means = [
+        np.mean([shifted(coins(seed + i), gain) for i in range(seeds)]),
+        np.mean([coins(seed + i + 10) for i in range(seeds)]),
+    ]
+    assert there.value == pytest.approx(means[0] - means[1])
+
+
+def test_all_that_does_not_fit_is_refused_at_once_and_nothing_written(tmp_path: Path, run_compare: Compare) -> None:
+    a = [make_run(tmp_path / "a" / f"seed{seed}", seed, coins(seed)) for seed in (0, 1, 2)]
+    b = [make_run(tmp_path / "b" / f"seed{seed}", seed, coins(seed)) for seed in (1, 2, 3)]
+    twin = make_run(tmp_path / "twin", 0, coins(0))
+    make_run(b[0], 1, coins(1)[:-1])
+    make_run(b[1], 2, [*coins(2), 1.0])
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run_compare(*a, twin, "--against", tmp_path / "b", "--output", tmp_path / "a")
+    assert code == 2
+    assert [line.split(";")[0] for line in err.splitlines()] == [
+        f"--output: {tmp_path / 'a'}: is a directory",
+        f"A: {twin}: has seed 0, as {a[0]} has",
+        f"A: {twin}: has seed 0, and no run on the other side has",
+        f"--against: {b[2]}: has seed 3, and no run on the other side has",
+        f"--against: {b[0]}: was measured on other test rows than {a[1]} (pass@1 of 2_sft)",
+        f"--against: {b[1]}: was measured on other test rows than {a[2]} (pass@1 of 2_sft)",
+    ]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_rows_with_the_same_number_and_another_content_are_other_rows(tmp_path: Path, run_compare: Compare) -> None:
+    for side, offset in (("a", 1), ("b", 2)):
+        run = make_run(tmp_path / side, 0, coins(0))
+        file = run / "evaluations" / "2_sft.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({**line, "row": f"{line['id'] * offset:x}"}) + "\n" for line in lines))
+    code, _, err = run_compare(tmp_path / "a", "--against", tmp_path / "b")
+    assert code == 2 and "was measured on other test rows" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["RUN"], "the following arguments are required: --against"),
+        (["RUN", "--against", "missing"], "RUN: missing: no such directory"),
+        (["RUN", "--against", "OTHER"], "--against: OTHER: has no figure that RUN has"),
+        (["RUN", "--against", "RUN", "--output", "RUN"], "--output: RUN: is a directory"),
+        (["RUN", "--against", "RUN", "--output", "RUN/run.json/x"], "--output: RUN/run.json: is not a directory"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_compare: Compare, argv: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("RUN"), 0, coins(0))
+    make_run(Path("OTHER"), 0, coins(0), stage="4_grpo")
+    code, found, err = run_compare(*argv)
+    assert code == 2 and not found
+    assert expected in err and err.count("\n") == 1
+
+
+def test_the_json_goes_to_a_file_and_the_table_to_stdout(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_run(tmp_path / "other", seed=0, examples=60)
+    output = tmp_path / "new" / "difference.json"
+    assert main(["compare", str(whole_run), "--against", str(other), "--output", str(output)]) == 0
+    out, err = capsys.readouterr()
+    assert set(json.loads(output.read_text())["4_grpo"]) >= {"pass@1", "win_rate", "bits_per_byte"}
+    assert "Instruction accuracy" in out and not err
+
+
+def test_figures_that_a_run_lacks_are_named(whole_run: Path, tmp_path: Path, run_compare: Compare) -> None:
+    partial = shutil.copytree(whole_run, tmp_path / "partial")
+    (partial / "evaluations" / "4_grpo.json").unlink()
+    code, found, err = run_compare(whole_run, "--against", partial)
+    assert code == 0 and "4_grpo" not in found and "3_ppo" in found
+    assert "Left out, because not every run has them: bits_per_byte of 4_grpo" in err
+
+
+def test_reward_models_are_compared_on_pairs_of_their_own(tmp_path: Path, run_compare: Compare) -> None:
+    """Each run samples its own pairs of answers, whose number and kinds differ."""
+    a, b = write_run(tmp_path / "a", examples=60), write_run(tmp_path / "b", examples=60)
+    file = b / "evaluations" / "3_reward.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-5]))
+    code, found, _ = run_compare(a, "--against", b)
+    assert code == 0
+    low, high = found["3_reward"]["reward_margin"]["ci95"]
+    assert (low, high) == pytest.approx((-0.2 * 2**0.5, 0.2 * 2**0.5))
