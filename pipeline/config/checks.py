@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,8 +114,53 @@ UNSUPPORTED = {
     "load_in_8bit": "quantised training is not supported",
     "load_in_4bit": "quantised training is not supported",
     "model_init_kwargs": "is replaced by model_revision, attn_implementation and dtype",
+    "dataset_text_field": "is replaced by messages_column",
+    "do_train": "every recipe trains",
+    "do_predict": "is replaced by `python -m pipeline evaluate`",
+    "max_tool_calling_iterations": "models do not call tools here",
+    **dict.fromkeys(
+        (
+            "use_transformers_continuous_batching",
+            "use_transformers_paged",
+            "transformers_continuous_batching_config",
+        ),
+        "TRL casts the trained weights themselves to bf16 for continuous batching, which loses small updates",
+    ),
 }
 """Fields of the libraries' dataclasses that the recipes do not offer, and why."""
+
+UNUSED_IN_ROLLOUTS: dict[str, str] = {
+    name: why
+    for names, why in {
+        "label_names label_smoothing_factor": "completions do not have labels",
+        "prediction_loss_only include_for_metrics batch_eval_metrics": "an evaluation does not collect predictions",
+        "data_seed train_sampling_strategy length_column_name": "seed alone determines the order of the prompts",
+        "average_tokens_across_devices": "loss_type says what the loss is divided by",
+        "include_num_input_tokens_seen": "tokens are always counted",
+        "log_multimodal": "the data are text",
+    }.items()
+    for name in names.split()
+}
+"""Fields of `TrainingArguments` and `GRPOConfig` that have no effect on GRPO and PPO, and why."""
+
+SWITCHES: dict[str, tuple[str, Any]] = {
+    name: (switch, on)
+    for names, switch, on in (
+        ("muon_learning_rate", "use_muon", True),
+        ("lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters", "use_peft", True),
+        ("lora_modules_to_save use_rslora use_dora", "use_peft", True),
+        ("ref_model_mixup_alpha ref_model_sync_steps", "sync_ref_model", True),
+        ("entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target", "use_adaptive_entropy", True),
+        ("num_completions_to_print log_unique_prompts", "log_completions", True),
+        ("sapo_temperature_neg sapo_temperature_pos", "loss_type", "sapo"),
+        ("vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", "loss_type", "vespo"),
+    )
+    for name in names.split()
+}
+"""Fields that have an effect only if another field, the first in their pair, has the value beside it."""
+
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""The values of `optim` that name the optimizer which updates what Muon does not."""
 
 CHECKPOINT_OPTIONS = {"use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state"}
 """Options of `torch.utils.checkpoint.checkpoint`, for activation checkpointing."""
@@ -188,9 +235,32 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
     for name, why in UNSUPPORTED.items():
         if asked.get(name):
             problems.append(Problem(name, asked[name], f"{why}; omit it"))
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in CHOICES["torch_compile_backend"]:
+        remedy = f"must be one of {', '.join(CHOICES['torch_compile_backend'])}"
+        problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, remedy))
     if asked.get("push_to_hub") and get_token() is None:
         problems.append(Problem("push_to_hub", True, "needs a token: log in with `hf auth login`, or set HF_TOKEN"))
     return problems
+
+
+def check_unused(given: Mapping[str, Any], kind: type, unused: Mapping[str, str]) -> list[Problem]:
+    """Return the fields of a dataclass that would have no effect, and are given with another value than the default.
+
+    Args:
+        given: Values by field.
+        kind: The dataclass.
+        unused: Fields without effect, and why they have none.
+    """
+    defaults = {
+        item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        for item in dataclasses.fields(kind)
+    }
+    return [
+        Problem(name, given[name], f"has no effect: {why}; omit it")
+        for name, why in unused.items()
+        if name in given and given[name] != defaults[name]
+    ]
 
 
 def check_together(
@@ -217,6 +287,18 @@ def check_together(
         warmup = values.get(field, 0)
         if warmup > steps > 0 and not ("max_steps" in on_command_line and field not in on_command_line):
             problems.append(Problem(field, f"{warmup:g}", f"is more than max_steps ({steps}), and {result}; lower it"))
+    defaults = {name: getattr(type(item), name, None) for item in arguments for name in vars(item)}
+    for field, (switch, on) in SWITCHES.items():
+        # `--use_peft false` does not have to remove the file's LoRA options as well.
+        excused = (switch in on_command_line and field not in on_command_line) or switch in reported
+        if values.get(field) != defaults.get(field) and values.get(switch) != on and not excused:
+            remedy = f"has no effect unless {switch} is {str(on).lower()}; set that, or omit it"
+            problems.append(Problem(field, values[field], remedy))
+    if own := [name for name in ("use_muon", "embedding_learning_rate") if values.get(name)]:
+        remedy = f"has no effect with {' and '.join(own)}, which come with AdamW; omit one of them"
+        for field in ("optim", "optim_args", "optim_target_modules"):
+            if (value := values.get(field)) and value not in ADAMW:
+                problems.append(Problem(field, getattr(value, "value", value), remedy))
     layers = f"{values.get('lora_target_modules')} {values.get('lora_modules_to_save')}"
     if values.get("use_peft") and "embed" not in layers and "lm_head" not in layers:
         for field, unset in (("use_muon", "false"), ("embedding_learning_rate", "null")):
@@ -231,8 +313,9 @@ def check_together(
         known = ", ".join(sorted(CHECKPOINT_OPTIONS))
         remedy = f"unknown option {', '.join(sorted(unknown))}; choose from: {known}"
         problems.append(Problem("gradient_checkpointing_kwargs", options, remedy))
-    if values.get("eval_on_start") and values.get("eval_strategy") == "no":
-        problems.append(Problem("eval_on_start", True, "needs an eval_strategy other than no; omit it"))
+    for field in ("eval_on_start", "do_eval"):
+        if values.get(field) and values.get("eval_strategy") == "no":
+            problems.append(Problem(field, True, "needs an eval_strategy other than no; omit it"))
     if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
         problems.append(Problem("dataloader_persistent_workers", True, "needs dataloader_num_workers; omit it"))
     return problems

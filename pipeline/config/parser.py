@@ -141,8 +141,12 @@ def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> t
 
 
 def _check_each(asked: Mapping[str, Any], hints: Mapping[str, Any], types: Iterable[type]) -> list[Problem]:
-    rollouts = any(issubclass(kind, GRPOConfig) for kind in types)
-    return checks.check_ranges(asked) + checks.check_text(asked, hints, rollouts) + checks.check_supported(asked)
+    """Check each value by itself, and return the first problem of each field."""
+    rollouts = [kind for kind in types if issubclass(kind, GRPOConfig)]
+    problems = checks.check_ranges(asked) + checks.check_text(asked, hints, bool(rollouts))
+    problems += checks.check_supported(asked)
+    problems += [p for kind in rollouts for p in checks.check_unused(asked, kind, checks.UNUSED_IN_ROLLOUTS)]
+    return list({problem.field: problem for problem in reversed(problems)}.values())[::-1]
 
 
 def _hints(*dataclass_types: Any) -> dict[str, Any]:

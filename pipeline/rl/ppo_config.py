@@ -10,17 +10,26 @@ from typing import Any
 from trl import GRPOConfig
 
 from pipeline import hardware
-from pipeline.config.checks import check_ranges
+from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unused
 from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-FIXED = {
-    "loss_type": "dapo",
-    "importance_sampling_level": "token",
-    "multi_objective_aggregation": "sum_then_normalize",
+UNUSED = UNUSED_IN_ROLLOUTS | {
+    name: why
+    for names, why in {
+        "beta use_bias_correction_kl": "PPO's KL penalty is part of the reward, set kl_coef",
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": "PPO's reference does not change",
+        "epsilon_high": "PPO clips on both sides alike, set cliprange",
+        "scale_rewards": "PPO's advantages are not relative to a group, see whiten_advantages",
+        "loss_type importance_sampling_level multi_objective_aggregation": "PPO has one loss",
+        "sapo_temperature_neg sapo_temperature_pos": "PPO has one loss",
+        "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg": "PPO has one loss",
+        "fsdp fsdp_config deepspeed": "the critic cannot be sharded, use DDP",
+    }.items()
+    for name in names.split()
 }
-"""Options of `GRPOConfig` for which PPO is defined with one value only."""
+"""Options of `GRPOConfig` that PPO does not use, and why; it refuses any value but their default."""
 
 K3_IS_NO_PENALTY = (
     "hardly penalises as a part of the reward: near the reference, its gradient vanishes (it is that of the KL minus "
@@ -39,7 +48,7 @@ class PPOConfig(GRPOConfig):
     Some fields of `GRPOConfig` differ in meaning or default. `num_generations` is how many completions are sampled
     for each prompt (1; they are not compared with each other), and `num_iterations` how many PPO epochs are made over
     each rollout (4). `disable_dropout` is True: with dropout, a token's probability ratio is not 1 before the first
-    update. `epsilon` is `cliprange`. The advantage is not relative to a group, so `scale_rewards` is ignored.
+    update. `epsilon` is `cliprange`. Options without effect are refused (`UNUSED`).
     `loss_type` stays "dapo": the sum over the tokens of an optimizer step, divided by the number of tokens that such a
     step has on average in its rollout, however it is split over processes and accumulation.
 
@@ -134,7 +143,7 @@ class PPOConfig(GRPOConfig):
     def _check(self) -> None:
         """Raise `ValueError` for all fields that are wrong, in one message."""
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
-        wrong = check_ranges(own)
+        wrong = check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED)
 
         def refuse(name: str, remedy: str) -> None:
             wrong.append(Problem(name, getattr(self, name), remedy))
@@ -150,17 +159,8 @@ class PPOConfig(GRPOConfig):
             refuse("kl_estimator", "must be k1")
         if self.reward_normalization not in ("none", "batch", "running"):
             refuse("reward_normalization", "must be none, batch or running")
-        if self.beta != 0.0:
-            refuse("beta", "must be 0: PPO's KL penalty is part of the reward, set kl_coef")
-        if self.sync_ref_model:
-            refuse("sync_ref_model", "must be False: PPO's reference does not change")
         if self.epsilon not in (GRPOConfig.epsilon, self.cliprange):
             refuse("epsilon", "must be unset: set cliprange")
-        if self.epsilon_high is not None:
-            refuse("epsilon_high", "must be unset: set cliprange")
-        for name, value in FIXED.items():
-            if getattr(self, name) != value:
-                refuse(name, f"must be {value}, its default")
         if wrong:
             problems = UserError(*wrong)
             raise ValueError(str(problems)) from problems
