@@ -67,12 +67,12 @@ def main(args: argparse.Namespace) -> int:
         runs = load_runs([path for side in sides for path in side])
     except UserError as error:
         raise UserError(*problems, *error.problems) from None
-    for note in (note for run in runs for note in run.notes):
-        print(note, file=sys.stderr)
     pairs, unpaired = pair_by_seed(runs[: len(sides[0])], runs[len(sides[0]) :])
     problems += [*unpaired, *check_rows(pairs)]
     if problems:
         raise UserError(*problems)
+    for note in (note for run in runs for note in run.notes):
+        print(note, file=sys.stderr)
     changes = compare(pairs)
     entries = {stage: {name: change.to_json() for name, change in of.items()} for stage, of in changes.items()}
     text = json.dumps(entries, indent=1, allow_nan=False) + "\n"
