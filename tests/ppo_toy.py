@@ -42,6 +42,18 @@ def reward_model(seed: int = 1) -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(llama_config(num_labels=1))
 
 
+def end_detector() -> LlamaForSequenceClassification:
+    """A reward model that gives 1 to texts whose last token is the end of turn, and 0 to others."""
+    model = reward_model()
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()  # what is left is the embedding of the token, scaled to a root mean square of 1
+        model.model.embed_tokens.weight.copy_(torch.eye(15, 16))
+        model.score.weight.zero_()
+        model.score.weight[0, tokenizer().eos_token_id] = 16**-0.5
+    return model
+
+
 def prompts(rows: int = 16) -> Dataset:
     """Questions of one to three words, so that padding matters."""
     return Dataset.from_list(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 
 from pipeline.models.weights import load_renamed_weights
 from pipeline.rewards.loading import guard_reward
+from pipeline.rl.alarms import CollapseAlarms
 from pipeline.rl.log_probs import accepts_argument, token_log_probs, with_positions
 from pipeline.rl.rollouts import EpochSampler, load_rollout, load_rollout_state, save_rollout
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
@@ -40,11 +42,16 @@ class GRPOTrainer(TRLGRPOTrainer):
     under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
 
     A reward function with weight 0 is measured and logged without any other effect, for completions that another
-    reward function has scored. Every reward function gets its own copy of completions and columns.
+    reward function has scored. Every reward function gets its own copy of completions and columns. A reward model reads
+    a completion that was cut off as it stands, without the end of turn that its chat template adds.
+
+    The collapse of the policy is named in the log (`pipeline.rl.alarms`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        judges = zip(self.reward_funcs, self.reward_weights.tolist(), strict=True)
+        self.add_callback(CollapseAlarms(checked=not any(w and isinstance(f, nn.Module) for f, w in judges)))
         self.reward_funcs: list[Any] = [
             function if isinstance(function, nn.Module) else guard_reward(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
@@ -65,7 +72,9 @@ class GRPOTrainer(TRLGRPOTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _calculate_rewards(
+        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
+    ) -> Tensor:
         """Return the rewards (completions of all processes, functions).
 
         A completion that no function with a weight scored gets no score at all. TRL would take it as scored with 0
@@ -74,11 +83,20 @@ class GRPOTrainer(TRLGRPOTrainer):
         Raises:
             RunStopped: If a reward is not a number, or its function fails (`pipeline.training.divergence`).
         """
-        with stop_on_failing_rewards(self):
-            rewards = super()._calculate_rewards(*args, **kwargs)
+        ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
+        tokenizers = self.reward_processing_classes
+        self.reward_processing_classes: list[Any] = [TextsAsTheyStand(tokenizer, ended) for tokenizer in tokenizers]
+        try:
+            with stop_on_failing_rewards(self):
+                rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_processing_classes = tokenizers
         stop_on_broken_rewards(self, rewards)
-        counted = self.reward_weights.to(rewards.device) != 0
-        rewards[rewards[:, counted].isnan().all(dim=1)] = torch.nan
+        weights = self.reward_weights.to(rewards.device)
+        rewards[rewards[:, weights != 0].isnan().all(dim=1)] = torch.nan
+        if self.model.training:
+            totals = (rewards * weights).nansum(dim=1)[~rewards.isnan().all(dim=1)].tolist()
+            self._metrics["train"]["reward_max"].append(max(totals, default=math.nan))
         return rewards
 
     def _get_per_token_logps_and_entropies(
@@ -200,6 +218,29 @@ class GRPOTrainer(TRLGRPOTrainer):
             logger.warning("%s: its rollout is sampled anew: it was split by %s", checkpoint, state.get("layout"))
             state["step"] = self.state.global_step * self.args.gradient_accumulation_steps
         self._restore_rollout_state(state)
+
+
+class TextsAsTheyStand:
+    """The tokenizer of a reward model, which renders conversations without an end of turn if the policy did not end it.
+
+    Args:
+        tokenizer: The tokenizer; None for a reward function, which does not use it.
+        ended: Whether the policy ended its turn, for each conversation in the order of rendering.
+    """
+
+    def __init__(self, tokenizer: Any, ended: Iterable[bool]) -> None:
+        self.tokenizer, self.ended = tokenizer, iter(ended)
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Render a conversation, and leave out what the template adds after a content that was cut off."""
+        text = self.tokenizer.apply_chat_template(messages, **options)
+        if next(self.ended):
+            return text
+        marked = self.tokenizer.apply_chat_template([*messages[:-1], {**messages[-1], "content": "MARK"}], **options)
+        return text.removesuffix(marked.rpartition("MARK")[2])
+
+    def __call__(self, **options: Any) -> Any:
+        return self.tokenizer(**options)
 
 
 def _rollout_file(checkpoint: str, process: int) -> str:

@@ -14,7 +14,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 
 from pipeline.errors import RunStopped
 from pipeline.rl.arguments import shuffle_answers
-from pipeline.rl.grpo import GRPOTrainer
+from pipeline.rl.grpo import GRPOTrainer, TextsAsTheyStand
 from tests import ppo_toy as toy
 
 
@@ -97,6 +97,30 @@ def test_a_reward_that_becomes_infinite_stops_the_run(tmp_path: Path) -> None:
     run = trainer(tmp_path, rewards=grows)
     with pytest.raises(RunStopped, match=r"reward grows was inf for 4 of 8 completions in step 5; "):
         run.train()
+
+
+def test_a_reward_model_reads_a_cut_off_completion_as_it_stands(tmp_path: Path) -> None:
+    """Though the chat template of the reward model would add an end of turn."""
+    options: dict[str, Any] = {"num_iterations": 1, "steps_per_generation": 8, "max_completion_length": 3}
+    run = trainer(tmp_path, rewards=[toy.end_detector()], reward_tokenizers=[toy.tokenizer()], **options)
+    run.generation_config.suppress_tokens = [0]  # padding, which TRL counts as an end
+    run.train()
+    entries = [entry for entry in log_of(run) if "reward" in entry]
+    assert 0 < entries[0]["reward"] < 1
+    for entry in entries:
+        assert entry["reward"] == pytest.approx(1 - entry["completions/clipped_ratio"], abs=1e-4)
+
+
+@pytest.mark.parametrize("words", ["red green", "", "red  ", "red <end> MARK"])
+def test_only_the_end_that_the_template_adds_is_left_out(words: str) -> None:
+    messages = [{"role": "user", "content": "MARK one"}, {"role": "assistant", "content": words}]
+    end = "<|im_end|>\n"
+    rendered = "<|user|>MARK one<|im_end|>\n<|assistant|>" + words
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>\n{% endfor %}"
+    texts = TextsAsTheyStand(tokenizer, [True, False])
+    assert texts.apply_chat_template(messages, tokenize=False) == rendered + end
+    assert texts.apply_chat_template(messages, tokenize=False) == rendered
 
 
 def none_or_red(completions: list[Any], **kwargs: Any) -> list[float | None]:

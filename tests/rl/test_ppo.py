@@ -205,6 +205,15 @@ def test_the_hidden_taste_is_measured_and_changes_nothing(tmp_path: Path) -> Non
     assert all({"reward", "objective/kl"} <= set(entry) for entry in tastes)
 
 
+def test_a_reward_model_reads_a_truncated_completion_as_it_stands(tmp_path: Path) -> None:
+    judge = {"rewards": toy.end_detector(), "reward_processing_classes": toy.tokenizer()}
+    ppo = trainer(tmp_path, **judge, max_steps=1, max_completion_length=3, per_device_train_batch_size=16)
+    ppo.train()
+    ended = logged(ppo, "val/num_eos_tokens")[0]
+    assert 0 < ended < 16
+    assert logged(ppo, "objective/scores")[0] == pytest.approx(ended / 16, abs=1e-4)
+
+
 def test_truncated_completions(tmp_path: Path) -> None:
     """They are penalised by `missing_eos_penalty`, and left out by `mask_truncated_completions`."""
 
