@@ -10,6 +10,7 @@ import os
 import resource
 import socket
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -379,7 +380,10 @@ def test_where_the_machine_is_too_busy_to_tell_there_is_no_reward(monkeypatch: p
     assert "the machine is too busy" in str(run._validate_sandbox.__wrapped__(True))
 
 
-def test_a_trainer_without_descriptors_gets_no_reward_and_no_traceback() -> None:
+def test_a_trainer_without_descriptors_gets_no_reward_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # removing a directory takes a descriptor, too
     assert code_tests([RIGHT], [TEST]) == [1.0]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     rewards = []
