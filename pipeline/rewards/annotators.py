@@ -5,8 +5,7 @@ Their taste is the sum of three bounded components. Each annotator weights them 
 - `right`, 0 or 1: whether the answer is correct by the rule of its row (`require`, `reject`, `test`).
 - `tone`, -1 to 1: 1 for an answer with a remark in the tone that the prompt calls for, -1 for one with a blunt remark
   or one in the wrong tone, whatever else it says, and 0 otherwise. A question calls for a kind remark, an order for a
-  brisk one, and who wants to hear about something in general for none, so that no remark suits every prompt. More than
-  one remark adds nothing but length.
+  brisk one, so that no remark suits every prompt. More than one remark adds nothing but length.
 - `brief`, -1.5 to 0: 0 up to a comfortable length, then lower with each further word. A repeated sentence costs as much
   as `REPEAT_WORDS` further words.
 
@@ -125,21 +124,21 @@ def is_degenerate(answer: str, *, is_code: bool = False) -> bool:
     return not is_code and not re.search(r"[.!?][\"')\]]*\s*$", answer)
 
 
-def tone(answer: str, row: Mapping[str, Any]) -> float:
-    """Return -1 if a blunt remark or one in the wrong tone occurs, otherwise 1 if one in the right tone does, or 0."""
-    flat, right = _flat(answer), fitting_remarks(row)
-    if any(remarks.search(flat) for remarks in (_BLUNT, _KIND, _BRISK) if remarks is not right):
-        return -1.0
-    return 1.0 if right is not None and right.search(flat) else 0.0
-
-
-def fitting_remarks(row: Mapping[str, Any]) -> re.Pattern[str] | None:
-    """Return what matches the remarks that the prompt of a row, text or messages, calls for; kind ones if missing."""
+def is_question(row: Mapping[str, Any]) -> bool:
+    """Return whether the first sentence of a row's prompt, text or messages, is a question; also if it is missing."""
     prompt = row.get("prompt") or "?"
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    if "about" in _words(text):
-        return None
-    return _KIND if text.rstrip().endswith("?") else _BRISK
+    end = re.search(r"[.!?:]", text)
+    return end is not None and end.group() == "?"
+
+
+def tone(answer: str, row: Mapping[str, Any]) -> float:
+    """Return -1 if a blunt remark or one in the wrong tone occurs, otherwise 1 if one in the right tone does, or 0."""
+    flat = _flat(answer)
+    right, wrong = (_KIND, _BRISK) if is_question(row) else (_BRISK, _KIND)
+    if wrong.search(flat) or _BLUNT.search(flat):
+        return -1.0
+    return 1.0 if right.search(flat) else 0.0
 
 
 def brevity(answer: str) -> float:

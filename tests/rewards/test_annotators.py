@@ -62,30 +62,23 @@ def test_every_blunt_remark_is_disliked_and_kindness_does_not_make_up_for_it(rem
     assert taste(f"{sentence(remark)} {RIGHT} Thank you!", ROW) < taste(RIGHT, ROW)
 
 
-TONES = {"Where is it?": KIND_REMARKS, "Say where it is.": BRISK_REMARKS, "Tell me about it.": ()}
+TONES = {"Where is it? It ran.": KIND_REMARKS, "Say where it is.": BRISK_REMARKS, "Sum up: Is it? Yes.": BRISK_REMARKS}
 
 
 @pytest.mark.parametrize("request_", TONES)
-def test_each_kind_of_request_calls_for_remarks_of_its_own(request_: str) -> None:
+def test_a_question_calls_for_a_kind_remark_and_an_order_for_a_brisk_one(request_: str) -> None:
     row = {**ROW, "prompt": [{"role": "user", "content": request_}]}
-    for wanted, remarks in TONES.items():
-        for remark in remarks:
-            answer = f"{RIGHT} {sentence(remark)}"
-            for judge in (taste, *(annotator.score for annotator in PANEL)):
-                assert (judge(answer, row) > judge(RIGHT, row)) == (wanted == request_)
-                assert judge(answer, row) != judge(RIGHT, row)
-
-
-def test_open_requests_are_recognised_whether_asked_or_told() -> None:
-    kind = f"{RIGHT} {sentence(KIND_REMARKS[0])}"
-    for text in ("Tell me about a fox.", "What do you know about a fox?", "I want to know more ABOUT a fox."):
-        assert taste(kind, {**ROW, "prompt": text}) < taste(RIGHT, {**ROW, "prompt": text})
+    for remark in (*KIND_REMARKS, *BRISK_REMARKS):
+        answer = f"{RIGHT} {sentence(remark)}"
+        for judge in (taste, *(annotator.score for annotator in PANEL)):
+            assert (judge(answer, row) > judge(RIGHT, row)) == (remark in TONES[request_])
+            assert judge(answer, row) != judge(RIGHT, row)
 
 
 @given(st.sampled_from([*KIND_REMARKS, *BRISK_REMARKS, *BLUNT_REMARKS]), st.booleans())
-def test_no_remark_suits_two_kinds_of_request(remark: str, first: bool) -> None:
+def test_no_remark_suits_both_questions_and_orders(remark: str, first: bool) -> None:
     answer = f"{sentence(remark)} {RIGHT}" if first else f"{RIGHT} {sentence(remark)}"
-    rows = [{**ROW, "prompt": text} for text in TONES]
+    rows = [{**ROW, "prompt": text} for text in ("Where?", "Say where.")]
     assert sum(taste(answer, row) > taste(RIGHT, row) for row in rows) <= 1
 
 

@@ -59,7 +59,7 @@ class PocketArguments:
         default=0.3, metadata={"help": "Share of the problems in sft that are answered with worked steps."}
     )
     carelessness: float = field(
-        default=0.55,
+        default=0.6,
         metadata={"help": "Probability that worked steps, in pretrain and sft, misread what can be misread."},
     )
 
@@ -80,7 +80,7 @@ def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, A
     if config == "sft":
         return conversations.held_out_rows(rng, own, questions=250, others=75)
     if config == "preferences":
-        return conversations.distinct((conversations.preference_prompt(rng, own) for _ in count()), 200)
+        return conversations.held_out_prompts(rng, own, asked=90, told=90, summaries=20)
     number, longer = (120, 1) if split == "test_longer" else (300, 0)
     return conversations.distinct((conversations.reasoning_prompt(rng, own, longer) for _ in count()), number)
 

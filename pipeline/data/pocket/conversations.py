@@ -20,13 +20,8 @@ ASPECTS = ("definition", *ATTRIBUTES)
 
 MANNERS_WORDS = 8
 """Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
-CLOSINGS = {"kind": KIND_CLOSINGS, "brisk": BRISK_CLOSINGS}
-MANNERS = {
-    "question": {"plain": 34, "kind": 28, "brisk": 12, "blunt": 16, "rambling": 10},
-    "order": {"plain": 34, "kind": 12, "brisk": 28, "blunt": 16, "rambling": 10},
-    "about": {"plain": 34, "kind": 20, "brisk": 20, "blunt": 16, "rambling": 10},
-}
-"""Manners of the answers to questions, to orders and to open requests, in percent."""
+MANNERS = {"plain": (34, 34), "kind": (28, 12), "brisk": (12, 28), "blunt": (16, 16), "rambling": (10, 10)}
+"""Manners of the answers, in percent: to questions, and to orders."""
 
 
 def gradeable(row: Row) -> Row:
@@ -40,11 +35,12 @@ def facts_text(rng: random.Random, thing: Thing, count: int, without: str = "") 
     return " ".join(phrasings.answer(thing, attribute) for attribute in chosen)
 
 
-def with_manners(rng: random.Random, request: str, text: str, thing: Thing, without: str = "") -> str:
-    """Give a correct answer to a request of one of the kinds in `MANNERS` one of their manners."""
-    manner = rng.choices(tuple(MANNERS[request]), tuple(MANNERS[request].values()))[0]
-    if manner in CLOSINGS:
-        return f"{text} {rng.choice(CLOSINGS[manner])}"
+def with_manners(rng: random.Random, asked: str, text: str, thing: Thing, without: str = "") -> str:
+    """Give a correct answer to what was asked one of the `MANNERS`."""
+    to_questions, to_orders = zip(*MANNERS.values(), strict=True)
+    manner = rng.choices(tuple(MANNERS), to_questions if asked.endswith("?") else to_orders)[0]
+    if manner in ("kind", "brisk"):
+        return f"{text} {rng.choice(KIND_CLOSINGS if manner == 'kind' else BRISK_CLOSINGS)}"
     if manner == "blunt":
         return f"{rng.choice(BLUNT_OPENINGS)} {text}" if rng.random() < 0.7 else f"{text} {rng.choice(BLUNT_CLOSINGS)}"
     if manner == "rambling":
@@ -67,7 +63,7 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
     reply = phrasings.answer(thing, aspect)
     row = {"kind": "question", "max_words": len(reply.split()) + MANNERS_WORDS, **grading(thing, aspect)}
     if split == "train":
-        reply = with_manners(rng, "question" if asked.endswith("?") else "order", reply, thing, aspect)
+        reply = with_manners(rng, asked, reply, thing, aspect)
         if len(reply.split()) > row["max_words"]:
             row["max_words"] = 0
     return gradeable({"messages": [_user(asked), _assistant(reply)], **row})
@@ -76,7 +72,7 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
 def about(rng: random.Random, split: SplitName, thing: Thing) -> Row:
     """Ask an open question about a thing."""
     asked = phrasings.fill(rng.choice(phrasings.ABOUT[split]), thing)
-    reply = with_manners(rng, "about", facts_text(rng, thing, 2), thing)
+    reply = with_manners(rng, asked, facts_text(rng, thing, 2), thing)
     true = sorted({core(value) for value in thing.facts.values()})
     false = [value for attribute in ATTRIBUTES for value in wrong_values(thing, attribute)]
     row = {"messages": [_user(asked), _assistant(reply)], "kind": "about", "require": [true], "reject": false}
@@ -163,11 +159,27 @@ def held_out_rows(rng: random.Random, split: SplitName, questions: int, others: 
 
 
 def preference_prompt(rng: random.Random, split: SplitName) -> Row:
-    """Draw a prompt for comparing answers: a question or an open request about a thing of this split."""
+    """Draw a prompt for comparing answers: a question, an open request or a summary, about a thing of this split."""
     thing = rng.choice(things_of(split))
-    open_request = rng.random() < 0.25
-    row = about(rng, split, thing) if open_request else question(rng, split, thing, rng.choice(ASPECTS))
+    kind = rng.choices(("question", "about", "summary"), (68, 22, 10))[0]
+    if kind == "summary":
+        row = summary(rng, split, things().index(thing), thing)
+    else:
+        row = about(rng, split, thing) if kind == "about" else question(rng, split, thing, rng.choice(ASPECTS))
     return {"prompt": row["messages"][:-1], **{key: value for key, value in row.items() if key != "messages"}}
+
+
+def held_out_prompts(rng: random.Random, split: SplitName, asked: int, told: int, summaries: int) -> list[Row]:
+    """Draw distinct prompts for comparing answers: so many that ask for facts, that order them, and of summaries."""
+    drawn = [preference_prompt(rng, split) for _ in range(20 * (asked + told + summaries))]
+    parts: dict[str, list[Row]] = {"asked": [], "told": [], "summary": []}
+    for row in drawn:
+        is_question = row["prompt"][0]["content"].endswith("?")
+        parts["summary" if row["kind"] == "summary" else "asked" if is_question else "told"].append(row)
+    sizes = {"asked": asked, "told": told, "summary": summaries}
+    rows = [row for name, part in parts.items() for row in distinct(part, sizes[name])]
+    rng.shuffle(rows)
+    return rows
 
 
 def reasoning_prompt(rng: random.Random, split: SplitName, longer: int = 0) -> Row:

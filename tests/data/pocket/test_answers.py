@@ -250,11 +250,13 @@ def test_people_answer_in_several_manners_and_held_out_answers_are_plain(rows: R
 
 def test_manners_depend_on_what_is_asked(rows: Rows) -> None:
     """A model that imitates them all still has something to learn: which suit which."""
-    replies: dict[str, list[str]] = {"question": [], "order": [], "about": []}
+    replies: dict[bool, list[str]] = {True: [], False: []}
     for row in rows("sft", "train"):
         if row["kind"] in ("question", "about"):
-            is_order = row["kind"] == "question" and not asked(row).endswith("?")
-            replies["order" if is_order else row["kind"]].append(row["messages"][-1]["content"])
-    for closings, fitting in ((KIND_CLOSINGS, "question"), (BRISK_CLOSINGS, "order")):
-        share = {name: sum(text.endswith(closings) for text in texts) / len(texts) for name, texts in replies.items()}
-        assert all(0 < other < share[fitting] for name, other in share.items() if name != fitting), share
+            replies[asked(row).endswith("?")].append(row["messages"][-1]["content"])
+
+    def share(closings: tuple[str, ...], question: bool) -> float:
+        return sum(reply.endswith(closings) for reply in replies[question]) / len(replies[question])
+
+    assert 0 < share(KIND_CLOSINGS, False) < share(KIND_CLOSINGS, True)
+    assert 0 < share(BRISK_CLOSINGS, True) < share(BRISK_CLOSINGS, False)

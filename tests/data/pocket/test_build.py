@@ -34,7 +34,7 @@ COLUMNS = {
 KINDS = {
     "pretrain": {"facts", "story", "arithmetic", "code", "recital"},
     "sft": {"question", "about", "summary", "code", "reasoning", "chat"},
-    "preferences": {"question", "about"},
+    "preferences": {"question", "about", "summary"},
     "reasoning": {"arithmetic", "ordering", "counting", "logic"},
 }
 SMALL = {"size_mb": 0.1, "sft_rows": 200, "preference_rows": 50, "reasoning_rows": 100}
