@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -20,11 +21,28 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, ModelConfig
 
-from pipeline.config.checks import check_ranges
 from pipeline.errors import LIBRARY_ERRORS, Problem
 
 LORA_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
 """Layers that PEFT can put a LoRA adapter on."""
+
+
+UNSEEN = "log-probabilities in training are computed with temperature alone, as if nothing else changed sampling"
+
+UNFILTERED = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+"""Fields of `GRPOConfig` that change what is sampled, and the values with which they do not."""
+
+NEUTRAL = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory")
+"""Options of generation that do not change the distribution that tokens are drawn from, nor where they end."""
+
+SET_BY_TRL = (
+    "temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "max_new_tokens", "max_length",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+"""Options of generation that TRL sets, whatever the model's generation_config.json says."""
+
+TEMPLATE_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+"""What TRL passes to chat templates itself."""
 
 
 def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
@@ -65,6 +83,24 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
             Problem("lora_r", model_args.lora_r, f"no matrix of the model has a rank above {rank}; lower it")
         )
     return problems
+
+
+def check_generation_config(name: str, revision: str | None) -> list[Problem]:
+    """Report options in a policy's generation_config.json by which tokens are sampled otherwise than training assumes.
+
+    Args:
+        name: A folder or an id on the Hub.
+        revision: Branch, tag or commit on the Hub. Default: "main".
+    """
+    try:
+        saved = GenerationConfig.from_pretrained(name, revision=revision or "main").to_diff_dict()
+    except OSError:  # it is optional
+        return []
+    known = (*NEUTRAL, *SET_BY_TRL, "transformers_version", "_from_model_config")
+    if others := {option: value for option, value in saved.items() if option not in known}:
+        remedy = f"its generation_config.json sets {others}, but {UNSEEN}; remove that from the file"
+        return [Problem("model_name_or_path", name, remedy)]
+    return []
 
 
 def check_batches(rows: int | None, args: TrainingArguments, what: str = "rows") -> list[Problem]:
@@ -168,13 +204,30 @@ def _check_packages(args: TrainingArguments) -> list[Problem]:
 
 
 def _check_rollouts(args: GRPOConfig) -> list[Problem]:
-    options, problems = args.generation_kwargs or {}, []
-    if unknown := [name for name in options if not hasattr(GenerationConfig(), name)]:
-        problems.append(Problem("generation_kwargs", options, f"there is no option {', '.join(unknown)}; correct it"))
-    for problem in check_ranges(options):
-        problems.append(Problem("generation_kwargs", options, f"{problem.field} {problem.remedy}"))
+    problems = []
     if args.remove_unused_columns:
         problems.append(Problem("remove_unused_columns", True, "would remove the columns that rewards read; omit it"))
+    if taken := TEMPLATE_ARGUMENTS.intersection(options := args.chat_template_kwargs or {}):
+        remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL sets them; leave them out"
+        problems.append(Problem("chat_template_kwargs", options, remedy))
+    # vLLM's probabilities are those after all filters, and the loss is corrected by them.
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        return problems
+    for name, neutral in UNFILTERED.items():
+        if (value := getattr(args, name)) not in neutral:
+            problems.append(Problem(name, value, f"{UNSEEN}; omit it"))
+    options = args.generation_kwargs or {}
+    if unknown := [name for name in options if not hasattr(GenerationConfig(), name)]:
+        remedy = f"there is no option {', '.join(unknown)}; correct it"
+        problems.append(Problem("generation_kwargs", options, remedy))
+    elif others := [name for name in options if name not in NEUTRAL]:
+        remedy = f"{UNSEEN}; leave out {', '.join(others)}, or set temperature and max_completion_length themselves"
+        problems.append(Problem("generation_kwargs", options, remedy))
+    else:
+        try:
+            GenerationConfig(**options).validate(strict=True)
+        except LIBRARY_ERRORS as error:
+            problems.append(Problem("generation_kwargs", options, str(error)))
     return problems
 
 
