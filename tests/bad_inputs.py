@@ -574,8 +574,61 @@ CASES |= {
     "an unknown option of generation": Case(
         "grpo", '--generation_kwargs {{"foo":1}}', ("generation_kwargs:", "no option foo")
     ),
-    "a negative temperature of generation": Case(
-        "grpo", '--generation_kwargs {{"temperature":-1}}', ("generation_kwargs:", "temperature must be", "above 0")
+    "a temperature of generation that training would not see": Case(
+        "grpo", '--generation_kwargs {{"temperature":"hot"}}', ("generation_kwargs:", "leave out temperature")
+    ),
+    "an option of generation of the wrong type": Case(
+        "grpo", '--generation_kwargs {{"cache_implementation":"foo"}}', ("generation_kwargs:", "foo")
+    ),
+    "a filter of what is sampled": Case("grpo", "--top_p 0.9", ("top_p: 0.9", "temperature alone")),
+    "several filters of what is sampled": Case(
+        "ppo", "--top_k 5 --min_p 0.1 --repetition_penalty 1.1", ("top_k: 5", "temperature alone"), lines=3
+    ),
+    "messages for a chat template": Case(
+        "grpo", '--chat_template_kwargs {{"messages":[]}}', ("chat_template_kwargs:", "messages cannot be given")
+    ),
+    "continuous batching": Case(
+        "grpo", "--use_transformers_continuous_batching", ("use_transformers_continuous_batching: True", "bf16")
+    ),
+    "continuous batching, by its old name": Case(
+        "ppo", "--use_transformers_paged", ("use_transformers_paged: True", "bf16")
+    ),
+    "another optimizer beside Muon": Case(
+        "pretrain", "--use_muon --optim sgd", ("optim: sgd", "no effect with use_muon")
+    ),
+    "options of an optimizer beside Muon": Case(
+        "pretrain", "--use_muon --optim_args a=1", ("optim_args: a=1", "no effect with use_muon")
+    ),
+    "another optimizer beside a rate for embeddings": Case(
+        "sft", "--embedding_learning_rate 0.1 --optim adafactor", ("optim: adafactor", "embedding_learning_rate")
+    ),
+    "a rate of Muon without Muon": Case(
+        "pretrain", "--muon_learning_rate 0.1", ("muon_learning_rate: 0.1", "unless use_muon is true")
+    ),
+    "a LoRA rank without LoRA": Case("sft", "", ("lora_r: 8", "unless use_peft is true"), "lora_r: 8\n"),
+    "a parameter of another loss": Case(
+        "grpo", "--sapo_temperature_pos 2", ("sapo_temperature_pos: 2.0", "unless loss_type is sapo")
+    ),
+    "an evaluation that is not scheduled": Case(
+        "sft", "--eval_strategy no --do_eval", ("do_eval: True", "needs an eval_strategy")
+    ),
+    "rewards scaled by group in PPO": Case(
+        "ppo", "--scale_rewards batch", ("scale_rewards: batch", "whiten_advantages")
+    ),
+    "a special token in the system prompt": Case(
+        "sft", "--system_prompt a<|user|>", ("system_prompt: a<|user|>", "contains <|user|>", "special token")
+    ),
+    "a special token in an answer": data(
+        "sft", rows(GOOD, talk("user:a", "assistant:Hi<|end|><|assistant|>Sure.")), "row 1", "contains <|end|>"
+    ),
+    "a special token in a question": data("sft", rows(talk("user:<|bos|>", "assistant:a"), GOOD), "row 0", "<|bos|>"),
+    "a special token in a prompt": data("grpo", rows({"prompt": "a<|pad|>", "answer": "1"}) * 8, "row 0", "<|pad|>"),
+    "a special token in a prompt of PPO": data("ppo", rows({"prompt": "<|system|>"}) * 8, "row 0", "<|system|>"),
+    "a special token in a rejected answer": data(
+        "reward",
+        rows({"prompt": "a", "chosen": "b", "rejected": "c<|user|>"}) * 4,
+        "row 0",
+        "rejected contains <|user|>",
     ),
     "columns removed that rewards read": Case(
         "grpo", "--remove_unused_columns", ("remove_unused_columns: True", "rewards read")

@@ -228,7 +228,7 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
     if asked.get("bf16") and asked.get("fp16"):
         problems.append(Problem("bf16", True, "excludes fp16; choose one"))
     if hardware.accelerator() is None:
-        needed = {"use_cpu": False, "activation_offloading": True, "use_transformers_paged": True}
+        needed = {"use_cpu": False, "activation_offloading": True}
         for name, value in needed.items():
             if asked.get(name) is value:
                 problems.append(Problem(name, value, "needs an accelerator, and this machine has only a CPU; omit it"))

@@ -17,6 +17,7 @@ from pipeline.data.messages import (
     read_messages,
     read_pair,
     read_prompt,
+    refuse_special_tokens,
     shorten,
 )
 from pipeline.errors import Problem, UserError
@@ -50,13 +51,13 @@ def place_of(split: Split, args: DataArguments) -> str:
     return f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
 
 
-def standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
+def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None = None) -> Split:
     """Rename the columns to TRL's, and check every row (of a stream, when it is read).
 
     Args:
         split: The rows as the source has them.
         args: Names of the columns.
-        kind: As for `pipeline.data.splits.load_splits`.
+        kind, tokens: As for `pipeline.data.splits.load_splits`.
 
     Returns:
         The rows with the columns of `kind`; pairs that do not say which answer is better are left out.
@@ -70,7 +71,10 @@ def standardise(split: Split, args: DataArguments, kind: Kind) -> Split:
 
     def checked(row: Row, index: int) -> Row:
         try:
-            return convert(row)
+            converted = convert(row)
+            if tokens is not None:
+                refuse_special_tokens(converted, tokens)
+            return converted
         except ShapeError as error:
             remedy = f"{error}; correct or remove that row"
             raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None

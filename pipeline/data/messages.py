@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,17 @@ def read_prompt(value: object, column: str, system_prompt: str | None = None) ->
     if messages[-1]["role"] == "assistant":
         raise ShapeError(f"{column} ends with the role assistant, which leaves nothing to answer")
     return messages
+
+
+def refuse_special_tokens(row: Mapping[str, Any], tokens: re.Pattern[str]) -> None:
+    """Raise `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens.
+
+    Chat templates write a conversation as one text, in which the tokenizer cannot tell them from the template's own.
+    """
+    for column in ("messages", "prompt", "chosen", "rejected"):
+        for message in row.get(column) or ():
+            if found := tokens.search(message["content"]):
+                raise ShapeError(f"{column} contains {found.group()}, which the tokenizer reads as a special token")
 
 
 def answer_message(value: object, column: str) -> dict[str, str]:

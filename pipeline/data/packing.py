@@ -44,7 +44,12 @@ def pack_documents(dataset: Split, tokenizer: PreTrainedTokenizerBase, block_siz
     """
 
     def pack(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(batch[text_column], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        encoded = tokenizer(
+            batch[text_column],
+            add_special_tokens=False,
+            split_special_tokens=True,  # a document that spells one must not end there
+            return_attention_mask=False,
+        )["input_ids"]
         documents = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded]
         input_ids = list(chain.from_iterable(documents))
         starts = {0, *accumulate(map(len, documents))}
@@ -70,11 +75,12 @@ def use_padded_packing(trainer: SFTTrainer) -> None:
     core, training takes 1.7 times as long as with padded rows.
 
     Args:
-        trainer: Changed in place, before `train`; left alone if it does not pack or uses FlashAttention.
+        trainer: Changed in place, before `train`; left alone if it does not pack, if it uses FlashAttention, or if it
+            pads to a multiple.
     """
     attention = trainer.model.config._attn_implementation or ""
     packs = trainer.args.packing and trainer.args.packing_strategy != "wrapped"
-    if packs and "flash" not in attention:
+    if packs and "flash" not in attention and not trainer.args.pad_to_multiple_of:
         trainer.data_collator = PackedRows(trainer.processing_class.pad_token_id)
 
 

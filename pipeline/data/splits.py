@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -18,7 +19,9 @@ SHUFFLE_BUFFER = 1000
 """Rows among which a stream is shuffled."""
 
 
-def load_splits(args: DataArguments, kind: Kind, evaluation: bool) -> tuple[Split, Split | None]:
+def load_splits(
+    args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None = None
+) -> tuple[Split, Split | None]:
     """Load the training split of a data set and, if wanted, its evaluation split.
 
     Args:
@@ -30,6 +33,8 @@ def load_splits(args: DataArguments, kind: Kind, evaluation: bool) -> tuple[Spli
             `"preference"`: `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the data have it.
             `"prompt"`: `prompt`, a list of messages, `answer` if the data have it, and all other columns, for rewards.
         evaluation: Whether the evaluation split is wanted.
+        tokens: Special tokens of the tokenizer (`pipeline.models.tokenizer.special_tokens`), which no message may
+            contain as text. Default: any text is accepted.
 
     Returns:
         The training split, and the evaluation split or None. Iterable data sets if `args.dataset_streaming`.
@@ -39,7 +44,7 @@ def load_splits(args: DataArguments, kind: Kind, evaluation: bool) -> tuple[Spli
     """
     source = open_source(args.dataset_name, args.dataset_config, args.dataset_streaming)
     try:
-        train, test = _divide(source, args, kind, evaluation)
+        train, test = _divide(source, args, kind, evaluation, tokens)
     except UnicodeDecodeError as error:  # the rows are read only now
         raise UserError(*locate_error(Path(str(args.dataset_name)), error)) from None
     if isinstance(train, IterableDataset):
@@ -49,18 +54,22 @@ def load_splits(args: DataArguments, kind: Kind, evaluation: bool) -> tuple[Spli
 
 
 def _divide(
-    source: DatasetDict | IterableDatasetDict, args: DataArguments, kind: Kind, evaluation: bool
+    source: DatasetDict | IterableDatasetDict,
+    args: DataArguments,
+    kind: Kind,
+    evaluation: bool,
+    tokens: re.Pattern[str] | None,
 ) -> tuple[Split, Split | None]:
     """Return both splits, with standard columns and limited to the samples asked for."""
     train, test = args.dataset_train_split, args.dataset_test_split
     if evaluation and list(source) == [train] and train != test and args.validation_share > 0:
         # The rows are checked before they are divided, so that errors give their numbers in the file.
-        kept, held_out = _hold_out(standardise(source[train], args, kind), args)
+        kept, held_out = _hold_out(standardise(source[train], args, kind, tokens), args)
         return _limit(kept, args, "max_train_samples"), _limit(held_out, args, "max_eval_samples")
     _check_splits(list(source), args, evaluation)
     first = _limit(source[train], args, "max_train_samples")
     second = _limit(source[test], args, "max_eval_samples") if evaluation else None
-    return standardise(first, args, kind), second and standardise(second, args, kind)
+    return standardise(first, args, kind, tokens), second and standardise(second, args, kind, tokens)
 
 
 def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:

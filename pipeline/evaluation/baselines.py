@@ -65,7 +65,7 @@ def measure_baselines(result: StageResult, chat: ChatModel, held_out: HeldOut, m
 
 def answer_begun(chat: ChatModel, rows: Sequence[Example], prefix: str) -> list[str]:
     """Return the greedy answers that begin with `prefix`, which counts towards the length limit."""
-    begun = chat.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    begun = chat.tokenizer(prefix, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     prompts = [[*ids, *begun] for ids in encode_prompts(chat.tokenizer, [row["prompt"] for row in rows])]
     limit = max(1, chat.max_new_tokens - len(begun))
     completions = generate(chat.model, chat.tokenizer, prompts, max_new_tokens=limit)

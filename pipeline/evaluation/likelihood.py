@@ -33,7 +33,8 @@ def document_losses(
     model.eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
-    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    encoded = [tokenizer(text, **options)["input_ids"] for text in texts]
     step = context - 1
     windows = [
         (document, [start, *ids[offset : offset + step]])

@@ -15,6 +15,7 @@ from pipeline.evaluation import intervals
 from pipeline.evaluation.held_out import Example
 from pipeline.evaluation.metrics import NUMBER, info, output
 from pipeline.evaluation.results import StageResult
+from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.rewards.annotators import INDIFFERENCE
 
 BINS = 10
@@ -31,9 +32,9 @@ def score(
     score would depend on the rest of the batch and on its padding.
     """
     model.eval()
-    scores = []
+    tokens, scores = special_tokens(tokenizer), []
     for conversation in conversations:
-        ids = tokenizer.apply_chat_template(list(conversation), return_dict=False)
+        ids = tokenizer.apply_chat_template(as_text(conversation, tokens), return_dict=False)
         scores.append(float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0]))
     return scores
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, MinPLogitsWarper, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.tokenizer import as_text, special_tokens
+
 Messages = Sequence[dict[str, str]]
 
 
@@ -34,8 +36,10 @@ class Completion:
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) -> list[list[int]]:
     """Return the token ids of each conversation, followed by the generation prompt."""
+    tokens = special_tokens(tokenizer)
     return [
-        tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False) for prompt in prompts
+        tokenizer.apply_chat_template(as_text(prompt, tokens), add_generation_prompt=True, return_dict=False)
+        for prompt in prompts
     ]
 
 

@@ -6,17 +6,18 @@ learned. It reserves the chat tokens before any training, so that no later stage
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import Problem, UserError
 from pipeline.files import write_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 """Padding, the start of a document or conversation, and the end of a document or turn (the end-of-sequence token)."""
@@ -96,6 +97,28 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return a pattern of the texts that a tokenizer encodes as special tokens, wherever they occur."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")  # never matches
+
+
+def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> list[dict[str, Any]]:
+    """Break the special tokens that messages spell by a space, so that only the chat template writes any.
+
+    Chat templates write a conversation as one text, in which the tokenizer cannot tell them from the template's own.
+    (`apply_chat_template(sanitize_control_tokens=True)` fails for tokenizers that know them as words, too.)
+
+    Args:
+        messages: Messages with a content.
+        tokens: From `special_tokens`.
+    """
+    return [
+        {**m, "content": tokens.sub(lambda spelled: f"{spelled[0][0]} {spelled[0][1:]}", m["content"])}
+        for m in messages
+    ]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:

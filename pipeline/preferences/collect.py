@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,8 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import check_replaceable
 from pipeline.models.checks import check_model, check_room
 from pipeline.models.generation import encode_prompts, generate
-from pipeline.models.loading import load_model
+from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.tokenizer import special_tokens
 from pipeline.preferences import files
 from pipeline.preferences.files import SPLITS, Counts
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
@@ -98,7 +100,8 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     state = PartialState(cpu=hardware.accelerator() is None)
     if problems := check_replaceable(args.output_dir, files.FILES, files.TITLE, args.dataset_name):
         raise UserError(*problems)
-    prompts = read_prompts(args)
+    tokens = special_tokens(load_tokenizer(args.model_name_or_path, "model_name_or_path"))
+    prompts = read_prompts(args, tokens)
     model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
     if problems := check_model(model.config, tokenizer, args.model_name_or_path, max_new_tokens=args.max_new_tokens):
         raise UserError(*problems)
@@ -125,8 +128,10 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     return counts
 
 
-def read_prompts(args: PreferenceArguments) -> dict[str, list[dict[str, Any]]]:
+def read_prompts(args: PreferenceArguments, tokens: re.Pattern[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Read the prompts of each existing split in random order, at most as many as requested.
+
+    `tokens` are the special tokens, which no prompt may contain as text, as for `load_splits`.
 
     Raises:
         UserError: If the data set cannot be read, or lacks the split `train` or the column of prompts.
@@ -140,7 +145,7 @@ def read_prompts(args: PreferenceArguments) -> dict[str, list[dict[str, Any]]]:
     for name in reversed(SPLITS):  # held-out splits first, so that training leaves their prompts out
         if name not in available and name != "train":
             continue
-        split, _ = load_splits(replace(source, dataset_train_split=name), "prompt", evaluation=False)
+        split, _ = load_splits(replace(source, dataset_train_split=name), "prompt", False, tokens)
         texts = [str(prompt) for prompt in split["prompt"]]
         kept = [index for index, text in enumerate(texts) if text not in held_out]
         if len(kept) < len(texts):
@@ -192,9 +197,11 @@ def sample_answers(
     outcome where two tokens are almost equally probable.)
 
     Returns:
-        The answers to each of `prompts`, on every process.
+        The answers to each of `prompts`, on every process. One that spells a special token, piece by piece, is empty:
+        no stage would take it as data.
     """
     state = PartialState()
+    tokens = special_tokens(tokenizer)
     size = max(1, args.batch_size // args.samples_per_prompt)
     sampled: list[tuple[int, list[list[str]]]] = []
     for number, start in enumerate(range(0, len(prompts), size)):
@@ -211,7 +218,8 @@ def sample_answers(
             seed=seed + number,
             batch_size=args.batch_size,
         )
-        sampled.append((start, [[completion.text for completion in answers] for answers in completions]))
+        texts = [[c.text if tokens.search(c.text) is None else "" for c in answers] for answers in completions]
+        sampled.append((start, texts))
     return [answers for _, batch in sorted(gather_object(sampled)) for answers in batch]
 
 

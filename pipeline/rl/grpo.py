@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer as TRLGRPOTrainer
 
+from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.models.weights import load_renamed_weights
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
@@ -223,6 +225,8 @@ class GRPOTrainer(TRLGRPOTrainer):
 class TextsAsTheyStand:
     """The tokenizer of a reward model, which renders conversations without an end of turn if the policy did not end it.
 
+    A completion that spells a special token, piece by piece, is encoded as text, so that it cannot forge a turn.
+
     Args:
         tokenizer: The tokenizer; None for a reward function, which does not use it.
         ended: Whether the policy ended its turn, for each conversation in the order of rendering.
@@ -230,9 +234,11 @@ class TextsAsTheyStand:
 
     def __init__(self, tokenizer: Any, ended: Iterable[bool]) -> None:
         self.tokenizer, self.ended = tokenizer, iter(ended)
+        self.tokens = special_tokens(tokenizer) if tokenizer is not None else re.compile("")
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
         """Render a conversation, and leave out what the template adds after a content that was cut off."""
+        messages = as_text(messages, self.tokens)
         text = self.tokenizer.apply_chat_template(messages, **options)
         if next(self.ended):
             return text

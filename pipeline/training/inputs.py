@@ -35,6 +35,7 @@ from pipeline.models.loading import (
     user_error_for,
     validate_weights,
 )
+from pipeline.models.tokenizer import special_tokens
 from pipeline.training import checks
 from pipeline.training.pretraining import PretrainConfig
 
@@ -113,7 +114,12 @@ def load_inputs(
     if own is not None or config is not None or pretrained is None:
         revision = pretrained.model_revision if pretrained and not own else None
         tokenizer = attempt(lambda: load_tokenizer(own or name, named_by, revision))
-    splits = attempt(lambda: load_splits(data_args, kind, training_args.eval_strategy != "no"))
+    tokens = special_tokens(tokenizer) if tokenizer is not None and kind != "text" else None
+    if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
+        remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
+        problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
+        tokens = None  # every row would be refused because of it
+    splits = attempt(lambda: load_splits(data_args, kind, training_args.eval_strategy != "no", tokens))
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
         marks = bool(getattr(training_args, "assistant_only_loss", False))
@@ -126,6 +132,7 @@ def load_inputs(
     elif config is not None:
         faults = check_model(config, tokenizer, str(name), reward=kind == "preference", **length)
         problems += faults
+        problems += checks.check_generation_config(str(name), pretrained.model_revision) if kind == "prompt" else []
         if all(fault.field in length for fault in faults):
             critic = reward_args is not None and reward_args.trains_critic
             problems += _check_weights(config, training_args, pretrained, critic)
@@ -250,7 +257,8 @@ def _check_tokens(
     if kind == "text":
         if not isinstance(split, Dataset) or len(rows) < len(split):
             return []  # a thousand documents fill enough blocks
-        tokens = sum(len(tokenizer(row["text"], add_special_tokens=False)["input_ids"]) + 2 for row in rows)
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        tokens = sum(len(tokenizer(row["text"], **options)["input_ids"]) + 2 for row in rows)
         if tokens >= args.block_size:
             return checks.check_batches(tokens // args.block_size, args, what="blocks")
         remedy = f"the training data have only {tokens} tokens, which do not fill a block; lower it or give more text"

@@ -145,10 +145,12 @@ def test_documents_that_do_not_fill_a_block_give_none() -> None:
     assert len(pack_documents(dataset(["a"]), tokenizer(), 512, "text")) == 0
 
 
-def test_special_tokens_inside_a_text_do_not_start_a_document() -> None:
-    text = "a<|bos|>b<|end|>c"
+def test_special_tokens_inside_a_text_are_text() -> None:
+    text = "a<|bos|>b<|end|>c<|assistant|>"
     packed = pack_documents(dataset([text, text, "d"]), tokenizer(), 4, "text")
     tokens, positions = (list(itertools.chain(*packed[name])) for name in ("input_ids", "position_ids"))
-    length = len(tokenizer().encode(text, add_special_tokens=False)) + 2
+    length = tokens.index(tokenizer().eos_token_id) + 1
+    assert tokenizer().decode(tokens[1 : length - 1]) == text
+    assert set(tokenizer().all_special_ids).isdisjoint(tokens[1 : length - 1])
     starts = [i for i, position in enumerate(positions) if position == 0]
     assert set(starts) == {*range(0, len(tokens), 4), 0, length, 2 * length} & set(range(len(tokens)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from small_model import conversation, write_lines
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
+from pipeline.errors import UserError
 
 ROWS = [{"text": f"Document {i}.", "kind": "fact"} for i in range(40)]
 QUESTIONS = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(40)]
@@ -152,3 +154,13 @@ def test_a_stream_is_shuffled_the_same_way_each_time_and_anew_each_epoch(tmp_pat
         orders.append([row["text"] for row in train])
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) == sorted(row["text"] for row in ROWS)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_special_token_in_a_message_is_refused_by_its_row(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"messages": conversation("Q", "A" if i != 7 else "A<end>")} for i in range(9)]
+    args = DataArguments(write(tmp_path, "jsonl", rows), dataset_streaming=streaming)
+    for tokens in (None, re.compile("<start>")):
+        assert len(list(load_splits(args, "conversation", False, tokens)[0])) == 9
+    with pytest.raises(UserError, match="row 7: messages contains <end>"):
+        list(load_splits(args, "conversation", False, re.compile("<start>|<end>"))[0])

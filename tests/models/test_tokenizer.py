@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
-from pipeline.models.tokenizer import SPECIAL_TOKENS, TokenizerArguments, train_tokenizer
+from pipeline.models.tokenizer import SPECIAL_TOKENS, TokenizerArguments, as_text, special_tokens, train_tokenizer
 from recipes.tokenizer import main
 
 TEXTS = [
@@ -179,3 +179,18 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^output_dir: .* contains other files"):
         main(TokenizerArguments(str(tmp_path)), DataArguments(dataset_name=str(tmp_path)))
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+
+
+@EXAMPLES
+@given(parts=st.lists(st.sampled_from([*SPECIAL_TOKENS, "a", " ", "<|", "|>", "end"]), min_size=1, max_size=8))
+def test_only_the_chat_template_writes_special_tokens(parts: list[str]) -> None:
+    plain, spelled = (messages([text, text]) for text in ("a", "".join(parts)))
+    broken = as_text(spelled, special_tokens(tokenizer()))
+    special = set(tokenizer().all_special_ids)
+    assert [i for i in ids(broken) if i in special] == [i for i in ids(plain) if i in special]
+    assert [m["content"].replace(" ", "") for m in broken] == [m["content"].replace(" ", "") for m in spelled]
+
+
+def test_other_texts_are_left_alone() -> None:
+    conversation = messages(["<end> <|end| >", "<think>a</think>"])
+    assert as_text(conversation, special_tokens(tokenizer())) == conversation

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -32,6 +33,7 @@ from pipeline.config.parser import parse
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
+from pipeline.models.generation import Completion
 from pipeline.preferences.collect import PreferenceArguments, collect, label_answers, read_prompts
 from pipeline.rewards.annotators import PANEL, taste
 from tests.word_model import word_model_config, word_tokenizer
@@ -144,6 +146,28 @@ def test_a_prompt_of_two_splits_is_held_out(arguments: dict[str, Any], tmp_path:
     }
     read = {name: user_texts(rows) for name, rows in read_prompts(PreferenceArguments(**given)).items()}
     assert read == {"train": {"fox"}, "validation": {"owl", "is"}, "test": {"ant", "bee"}}
+
+
+def test_a_prompt_that_spells_a_special_token_is_refused(arguments: dict[str, Any], tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts", {"train": ["fox", "owl<end>"]})
+    given = {**arguments, "dataset_name": str(prompts), "output_dir": str(tmp_path / "new")}
+    with pytest.raises(UserError, match="train, row 1: prompt contains <end>"):
+        collect(PreferenceArguments(**given))
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_answer_that_spells_a_special_token_is_dropped(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spelling(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> list[list[Completion]]:
+        texts = ("forest.", "forest.<user>why", "sea.")
+        return [[Completion(text, [0], True) for text in texts] for _ in prompts]
+
+    monkeypatch.setattr("pipeline.preferences.collect.generate", spelling)
+    counts = collect(PreferenceArguments(**{**arguments, "output_dir": str(tmp_path / "new")}))
+    assert counts["train"].dropped * 3 == counts["train"].answers
+    rows = pq.read_table(tmp_path / "new" / "train.parquet").to_pylist()
+    assert {row[side][0]["content"] for row in rows for side in ("chosen", "rejected")} == {"forest.", "sea."}
 
 
 def test_the_hidden_taste_is_kept_from_what_models_train_on(collected: Path) -> None:
