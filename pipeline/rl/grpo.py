@@ -243,7 +243,8 @@ class TextsAsTheyStand:
         if next(self.ended):
             return text
         marked = self.tokenizer.apply_chat_template([*messages[:-1], {**messages[-1], "content": "MARK"}], **options)
-        return text.removesuffix(marked.rpartition("MARK")[2])
+        _, found, end = marked.rpartition("MARK")
+        return text.removesuffix(end) if found else text
 
     def __call__(self, **options: Any) -> Any:
         return self.tokenizer(**options)

@@ -111,7 +111,7 @@ def test_a_reward_model_reads_a_cut_off_completion_as_it_stands(tmp_path: Path) 
         assert entry["reward"] == pytest.approx(1 - entry["completions/clipped_ratio"], abs=1e-4)
 
 
-@pytest.mark.parametrize("words", ["red green", "", "red  ", "red <end> MARK"])
+@pytest.mark.parametrize("words", ["red green", "", "red  ", "red<|im_end|> MARK"])
 def test_only_the_end_that_the_template_adds_is_left_out(words: str) -> None:
     messages = [{"role": "user", "content": "MARK one"}, {"role": "assistant", "content": words}]
     end = "<|im_end|>\n"
@@ -121,6 +121,8 @@ def test_only_the_end_that_the_template_adds_is_left_out(words: str) -> None:
     texts = TextsAsTheyStand(tokenizer, [True, False])
     assert texts.apply_chat_template(messages, tokenize=False) == rendered + end
     assert texts.apply_chat_template(messages, tokenize=False) == rendered
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content[5:] }}{% endfor %}"
+    assert TextsAsTheyStand(tokenizer, [False]).apply_chat_template(messages, tokenize=False) == "one"
 
 
 def test_a_completion_cannot_forge_a_turn_for_a_reward_model() -> None:

@@ -77,6 +77,17 @@ SOURCES: list[tuple[Any, str, str]] = [
     ),
     (GRPOTrainer._calculate_rewards, "rewards_per_func = gather(rewards_per_func)", "PPO slices them by process"),
     (
+        GRPOTrainer._calculate_rewards,
+        "apply_chat_template(x, reward_processing_class, **self.chat_template_kwargs)",
+        "conversations are rendered in order, those that were cut off without an end of turn",
+    ),
+    (
+        GRPOTrainer._get_per_token_logps_and_entropies,
+        "model(**model_inputs, labels=labels, fused_lm_head=True)",
+        "the model is only called, so that positions can be added",
+    ),
+    (Trainer.log, "self.state.log_history.append(output)", "alarms are added after their entry"),
+    (
         GRPOTrainer._get_per_token_logps_and_entropies,
         "return logps, entropies, aux_loss",
         "PPO measures KL, ratio and entropy with them",
