@@ -138,6 +138,7 @@ UNUSED_IN_ROLLOUTS: dict[str, str] = {
         "average_tokens_across_devices": "loss_type says what the loss is divided by",
         "include_num_input_tokens_seen": "tokens are always counted",
         "log_multimodal": "the data are text",
+        "local_rank": "the launcher numbers the processes",
     }.items()
     for name in names.split()
 }
