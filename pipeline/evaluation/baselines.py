@@ -1,6 +1,6 @@
 """Baselines: what the stage that others are compared with reaches by tricks that need no training.
 
-`elicited/pass@1`: its greedy answers to the problems, begun with a prefix, which counts as part of each answer.
+`elicited/pass@1`: its greedy answers to the problems, begun with "Working:", which counts as part of each.
 `constant/win_rate` and `constant/win_rate_greedy`: its answers to the prompts with one and the same text glued to each,
 against its answers without. The text is the one of `CONSTANTS` that wins most often on the validation prompts.
 `majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.data.pocket.problems import WORKING
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.evaluation.held_out import Example, HeldOut
 from pipeline.evaluation.matches import Matches, answer_both, record_wins
@@ -27,7 +28,7 @@ CONSTANTS = (
     "Good question. …",
     "Moving on. …",
     "In short, …",
-    "Working: …",
+    f"{WORKING} …",
     "Hooray! :-) …",
     "… You are welcome!",
     "….",
@@ -46,10 +47,10 @@ def measure_baselines(result: StageResult, chat: ChatModel, held_out: HeldOut, m
         matches: Answers of this model, twice, to the prompts.
         seed: Seed of the sampled answers and of the intervals.
     """
-    if held_out.problems and held_out.prefix:
-        answers = answer_begun(chat, held_out.problems, held_out.prefix)
+    if held_out.problems:
+        answers = answer_begun(chat, held_out.problems, WORKING)
         record_greedy(result, "elicited/pass@1", answers, held_out.problems)
-        result.texts["elicited"] = {"text": held_out.prefix}
+        result.texts["elicited"] = {"text": WORKING}
     if held_out.problems and held_out.majority:
         answers = [f"The answer is {held_out.majority.get(row['kind'], '')}." for row in held_out.problems]
         record_greedy(result, "majority/pass@1", answers, held_out.problems)

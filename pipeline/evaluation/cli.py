@@ -34,11 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt_column", default="prompt", help="its column of problems (default: prompt)")
     parser.add_argument("--answer_column", default="answer", help="its column of answers (default: answer)")
     parser.add_argument("--answer_pattern", help="regular expression that finds the final answer in that column")
-    parser.add_argument(
-        "--prefix",
-        help="begin the answers of --against with this text for the baseline `elicited` (default: 'Working:', if "
-        "answers of the run's sft data begin so; otherwise the baseline is left out)",
-    )
     parser.add_argument("--config", help="configuration of --text or --reasoning, if the data set has several")
     parser.add_argument("--allow_unconfined_code", action="store_true", help="grade code even where it is not confined")
     parser.add_argument("--split", help="its split (default: test; all of a plain file)")

@@ -32,11 +32,6 @@ MAX_EXAMPLES = {"texts": 400, "instructions": 400, "problems": 300, "longer": 15
 RULE_COLUMNS = ("require", "reject", "max_words", "test")
 """Columns by which an answer to an instruction is graded, see `pipeline.rewards.grading`."""
 
-PREFIX = "Working:"
-"""What the worked answers of pocket's sft split begin with."""
-PREFIX_ROWS = 2000
-"""Rows of the sft training split among which an answer with that beginning is looked for."""
-
 FIXED_PROMPTS: tuple[str, ...] = (
     "What is an LLM?",
     "Can you explain what a fox is?",
@@ -63,7 +58,6 @@ class HeldOut:
         problems: `prompt`, `answer` and `kind`, for pass@k.
         longer: Problems that are longer than those of the training split.
         majority: Most frequent answer of each kind of problem in the training split.
-        prefix: What the answers to the problems are begun with, for the baseline `elicited`.
         prompts: `prompt`, `kind` and how they are graded, for the win rate.
         validation: Prompts of the validation split whose answers are not code, for the baseline `constant`.
         pairs: `prompt`, `chosen` and `rejected`, for reward models.
@@ -74,7 +68,6 @@ class HeldOut:
     problems: list[Example] = field(default_factory=list)
     longer: list[Example] = field(default_factory=list)
     majority: dict[str, str] = field(default_factory=dict)
-    prefix: str = ""
     prompts: list[Example] = field(default_factory=list)
     validation: list[Example] = field(default_factory=list)
     pairs: list[Example] = field(default_factory=list)
@@ -99,14 +92,10 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
     data = run / "data"
     most = {name: min(n, args.limit or n) for name, n in MAX_EXAMPLES.items()}
     texts = _read_named(args, "text", "text") if args.text else _read_split(data / "pretrain", "text")
-    longer: list[Example] = []
-    majority: dict[str, str] = {}
+    splits = ("test", "test_longer", "train")
+    problems, longer, train = (_read_split(data / "reasoning", "prompt", "answer", split=split) for split in splits)
     if args.reasoning:
-        problems = _read_named(args, "reasoning", "prompt")
-    else:
-        problems = _read_split(data / "reasoning", "prompt", "answer")
-        longer = _read_split(data / "reasoning", "prompt", "answer", split="test_longer")
-        majority = _most_frequent_answers(data / "reasoning" / "train.parquet")
+        problems, longer, train = _read_named(args, "reasoning", "prompt"), [], []
     # Problems have metrics of their own, which compare final answers instead of looking for words.
     instructions = [row for row in _read_split(data / "sft", "messages", *RULE_COLUMNS) if row["kind"] != "reasoning"]
     validation = [row for row in _read_split(data / "preferences", "prompt", split="validation") if not row.get("test")]
@@ -116,8 +105,7 @@ def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
         instructions=subsample(drop_ungradable(instructions), most["instructions"]),
         problems=subsample(problems, most["problems"]),
         longer=subsample(longer, most["longer"]),
-        majority=majority,
-        prefix=_default_prefix(data / "sft" / "train.parquet") if args.prefix is None else args.prefix,
+        majority=_most_frequent_answers(train),
         prompts=subsample(drop_ungradable(_read_split(data / "preferences", "prompt")), most["prompts"]),
         validation=subsample(validation, most["prompts"]),
         pairs=_to_messages(pairs),
@@ -136,37 +124,23 @@ def drop_ungradable(rows: Sequence[Example]) -> list[Example]:
     return list(rows)
 
 
-def _most_frequent_answers(path: Path) -> dict[str, str]:
-    """Return the most frequent answer to each kind of problem in a training split, {} if there is none."""
+def _most_frequent_answers(problems: Iterable[Example]) -> dict[str, str]:
+    """Return the most frequent answer to each kind of problem."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    if path.is_file():
-        for row in _read_table(path, ["answer", "kind"]).to_pylist():
-            counts[row.get("kind") or ""][str(row.get("answer"))] += 1
+    for row in problems:
+        counts[row["kind"]][row["answer"]] += 1
     return {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()}
-
-
-def _default_prefix(path: Path) -> str:
-    """Return `PREFIX` if the training answers at `path` teach it, otherwise ""."""
-    if not path.is_file():
-        return ""
-    rows = _read_table(path, ["messages"]).slice(0, PREFIX_ROWS).to_pylist()
-    begun = (message["content"].startswith(PREFIX) for row in rows for message in row.get("messages") or ())
-    return PREFIX if any(begun) else ""
-
-
-def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=columns)
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(Problem("RUN", path, f"cannot be read ({reason}); generate the data again")) from None
 
 
 def _read_split(folder: Path, *columns: str, split: str = "test") -> list[Example]:
     path = folder / f"{split}.parquet"
     if not path.is_file():
         return []
-    table = _read_table(path)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(Problem("RUN", path, f"cannot be read ({reason}); generate the data again")) from None
     if missing := [column for column in columns if column not in table.column_names]:
         raise UserError(Problem("RUN", path, f"lacks the column {missing[0]}; generate the data again"))
     rows = _with_ids(table.to_pylist())

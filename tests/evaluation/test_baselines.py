@@ -12,10 +12,10 @@ import torch
 from transformers import LlamaForCausalLM
 from word_model import SPECIAL, word_model_config, word_tokenizer
 
-from pipeline.data.pocket.problems import draw
+from pipeline.data.pocket.problems import WORKING, draw
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.evaluation.baselines import CONSTANTS, answer_begun, find_constant, measure_baselines
-from pipeline.evaluation.held_out import PREFIX, HeldOut
+from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import ChatModel
 from pipeline.evaluation.results import StageResult
 from pipeline.models.generation import Completion
@@ -91,7 +91,7 @@ def test_answers_begun_with_their_own_beginning_are_the_same_answers() -> None:
     assert answer_begun(chat, problems[:1], "five four three") == others[:1], "whatever else is in the batch"
 
 
-def test_the_prefix_is_how_pocket_begins_its_worked_answers() -> None:
+def test_worked_answers_begin_as_the_elicited_ones_do() -> None:
     problem = draw(random.Random(0), "train")
-    assert problem.solution(with_steps=True).startswith(f"{PREFIX} ")
-    assert not problem.solution(with_steps=False).startswith(PREFIX)
+    assert problem.solution(with_steps=True).startswith(f"{WORKING} ")
+    assert not problem.solution(with_steps=False).startswith(WORKING)

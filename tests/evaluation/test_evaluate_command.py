@@ -140,10 +140,10 @@ def test_longer_problems_are_a_metric_of_their_own(run):
 
 
 def write_training_data(run):
-    """Write what the baselines need: worked training answers, training problems and validation prompts."""
-    write_split(run / "data" / "sft", [{"messages": user("1 + 1?") + assistant("Working: 1+1=2.")}], "train")
+    """Write what the baselines need: training problems and validation prompts."""
     problems = [("logic", "1"), ("logic", "2"), ("logic", "2"), ("arithmetic", "1"), ("arithmetic", "3")]
-    write_split(run / "data" / "reasoning", [{"answer": answer, "kind": kind} for kind, answer in problems], "train")
+    rows = [{"prompt": user("1 + 1?"), "answer": answer, "kind": kind} for kind, answer in problems]
+    write_split(run / "data" / "reasoning", rows, "train")
     rule = {"require": [["cat"]], "reject": [], "max_words": 0, "test": ""}
     prompts = [{"prompt": user(f"So {i}?"), "kind": "question", **rule} for i in range(3)]
     write_split(run / "data" / "preferences", prompts, "validation")
@@ -176,9 +176,9 @@ def test_the_baselines_are_measured_beside_the_opponent(run):
 @pytest.mark.parametrize(
     ("removed", "absent"),
     [
-        ("sft/train.parquet", "elicited"),
-        ("reasoning/train.parquet", "majority"),
-        ("preferences/validation.parquet", "constant"),
+        ("reasoning/test.parquet", {"elicited", "majority"}),
+        ("reasoning/train.parquet", {"majority"}),
+        ("preferences/validation.parquet", {"constant"}),
     ],
 )
 def test_a_baseline_without_its_data_is_absent(run, removed, absent):
@@ -187,15 +187,8 @@ def test_a_baseline_without_its_data_is_absent(run, removed, absent):
     (run / "data" / removed).unlink()
     result, _ = evaluate(run, "2_sft")
     present = {name.split("/")[0] for name in result["metrics"] if "/" in name}
-    assert present == {"elicited", "constant", "majority"} - {absent}
+    assert present == {"elicited", "constant", "majority"} - absent
     assert set(result["texts"]) == present - {"majority"}
-
-
-def test_own_data_have_their_own_prefix(run):
-    small_model.save_model(run / "2_sft", seed=1)
-    _, examples = evaluate(run, "2_sft", "--prefix", "A cat")
-    begun = [example["answer"] for example in examples if example["metric"] == "elicited/pass@1"]
-    assert len(begun) == 3 and all(answer.startswith("A cat") for answer in begun)
 
 
 def test_limit_bounds_the_number_of_examples(run):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pipeline.data.pocket.names import ITEMS, NAMES
 from pipeline.data.pocket.things import SplitName
 
+WORKING = "Working:"
+"""What worked solutions begin with."""
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "pink", "grey", "purple")
 OVERLOOKED_COLOURS = ("white", "grey")
 RANKS = ("second", "third", "fourth")
@@ -48,7 +50,7 @@ class WordProblem:
     def solution(self, with_steps: bool) -> str:
         """State the answer that the worked steps come to, after these, or the correct one straight away."""
         if with_steps:
-            return f"Working: {self.steps} The answer is {self.reached}."
+            return f"{WORKING} {self.steps} The answer is {self.reached}."
         return f"The answer is {self.answer}."
 
 
