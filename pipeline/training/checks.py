@@ -32,7 +32,10 @@ UNSEEN = "log-probabilities in training are computed with temperature alone, as 
 UNFILTERED = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 """Fields of `GRPOConfig` that change what is sampled, and the values with which they do not."""
 
-NEUTRAL = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory")
+NEUTRAL = (
+    "use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory",
+    "output_attentions", "output_hidden_states",
+)  # fmt: skip
 """Options of generation that do not change the distribution that tokens are drawn from, nor where they end."""
 
 SET_BY_TRL = (
