@@ -7,9 +7,9 @@ one problem are not eight problems. The bootstrap is seeded, so the same values 
 from __future__ import annotations
 
 import math
-from bisect import bisect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
@@ -225,18 +225,6 @@ def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable]
     return Estimate(function(np.arange(len(units))), low, high, len(units))
 
 
-def paired_difference(before: Mapping[Hashable, float], after: Mapping[Hashable, float], seed: int = 0) -> Estimate:
-    """Estimate how much the mean rose on the same examples: mean(after - before), bootstrapped over the examples.
-
-    Args:
-        before: Example id -> value in the earlier measurement.
-        after: Example id -> value in the later one. Examples that only one of the two has are left out.
-        seed: Seed of the bootstrap.
-    """
-    shared = [key for key in before if key in after]
-    return mean([after[key] - before[key] for key in shared], seed=seed)
-
-
 def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
     """Estimate the mean of a figure over runs that differ in their seed.
 
@@ -261,22 +249,13 @@ def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: flo
     return Estimate(value, max(value - below, lowest), min(value + above, highest), n)
 
 
+@cache
 def student_t(degrees: int) -> float:
-    """Return half the width of Student's interval in standard errors (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """Return half the width of Student's interval in standard errors, with at least one degree of freedom.
 
-    Args:
-        degrees: Degrees of freedom, at least 1.
+    The density of t = sqrt(degrees) * tan(angle), as one of the angle, is proportional to cos(angle)^(degrees - 1).
     """
-    odd, steps = degrees % 2, 10**9
-    unit = math.pi / 2 / steps
-
-    def covered(step: int) -> float:
-        """Return the probability that |t| < sqrt(degrees) * tan(step * unit)."""
-        sine, cosine = math.sin(step * unit), math.cos(step * unit)
-        term, total = cosine if odd else 1.0, 0.0
-        for power in range(odd, degrees - 1, 2):
-            total += term
-            term *= cosine**2 * (power + 1) / (power + 2)
-        return (step * unit + sine * total) * 2 / math.pi if odd else sine * total
-
-    return degrees**0.5 * math.tan(unit * bisect(range(steps), CONFIDENCE, key=covered))
+    edges = np.linspace(0, np.pi / 2, 100_001)
+    covered = np.cumsum(np.cos((edges[:-1] + edges[1:]) / 2) ** (degrees - 1))
+    angle = np.interp(CONFIDENCE, covered / covered[-1], edges[1:])
+    return float(degrees**0.5 * np.tan(angle))

@@ -100,10 +100,10 @@ def train_and_judge(
         contestants: Name -> the trainer, and whether it computes in bf16.
         environment: Folder with TRL 1.12.
     """
-    from pipeline.evaluation.intervals import Estimate, mean, paired_difference
+    from pipeline.evaluation.intervals import Estimate, mean
 
     figures: dict[str, dict[str, Any]] = {}
-    tastes: dict[str, dict[Any, float]] = {}
+    tastes: dict[str, list[float]] = {}
     for name, (trainer, bf16) in {"2_sft": ("", False), **contestants}.items():
         folder = args.output / name.replace(" ", "_") if trainer else args.run / name
         measured = {}
@@ -115,12 +115,13 @@ def train_and_judge(
             subprocess.run(command, check=True, cwd=ROOT, env=variables)
             measured = json.loads((folder / "measured.json").read_text())
         judged = judge(args, folder)
-        tastes[name] = dict(enumerate(judged.pop("tastes")))
+        tastes[name] = judged.pop("tastes")
         plain = {column: Estimate(value) for column, value in (judged | measured).items()}
         # Answers to the same prompt are similar, so the interval is over prompts.
-        figures[name] = {"taste": mean(list(tastes[name].values())), **plain}
+        figures[name] = {"taste": mean(tastes[name]), **plain}
     for name, own in figures.items():
-        own["over_trl"] = paired_difference(tastes["TRL 1.12 float32"], tastes[name])
+        pairs = zip(tastes[name], tastes["TRL 1.12 float32"], strict=True)
+        own["over_trl"] = mean([taste - other for taste, other in pairs])
         if speed := own.get("episodes_per_second"):
             own["speedup"] = Estimate(speed.value / figures["TRL 1.12 float32"]["episodes_per_second"].value)
     return figures

@@ -158,14 +158,6 @@ def test_bootstrap_of_one_unit_has_no_width():
     assert intervals.bootstrap([3.0], [2.0]) == (1.5, 1.5)
 
 
-def test_paired_differences_use_shared_examples_only():
-    before = {1: 0.0, 2: 1.0, 3: 0.0, 9: 1.0}
-    after = {1: 1.0, 2: 1.0, 3: 1.0, 8: 0.0}
-    result = intervals.paired_difference(before, after)
-    assert result.n == 3 and result.value == pytest.approx(2 / 3)
-    assert result.low <= result.value <= result.high
-
-
 def test_bits_per_byte_weighs_by_bytes():
     texts = ["ab", "é"]  # two bytes each
     result = BitsPerByte().compute(predictions=[math.log(2) * 8, math.log(2) * 2], references=texts)
@@ -293,7 +285,6 @@ def test_every_interval_contains_its_estimate(rows):
         intervals.outcome_mean(binary, units=units),
         intervals.ratio(values, weights),
         intervals.ratio(values, [*weights[1:], 0] if len(weights) > 1 else weights),
-        intervals.paired_difference(dict(enumerate(binary)), dict(enumerate(values))),
     ):
         assert contains_its_value(estimate)
     assert contains_its_value(intervals.statistic(lambda index: float(np.median(array[index])), units))
