@@ -195,6 +195,7 @@ SOURCES = [
     (f"{GRPO}._generate", '["completions/clipped_ratio"]', "an alarm reads it"),
     (f"{GRPO}._compute_loss", '["entropy"]', "an alarm reads it"),
     (f"{GRPO}._compute_loss", '["kl"]', "an alarm reads it"),
+    (f"{TRAINER}.log", "self.state.log_history.append(output)", "alarms are added after their entry"),
     (f"{GRPO}.log", "self._metrics[mode].items()", "means of an evaluation are taken out of them, weighted"),
     # Packed conversations
     (
@@ -221,6 +222,7 @@ SOURCES = [
 
 # Attributes of classes and of small objects.
 ATTRIBUTES = {
+    "transformers:GenerationConfig._get_default_generation_params": "options of a model's file without effect",
     "transformers:PreTrainedModel._from_config": "models are built without weights, to be checked",
     "transformers:PreTrainedModel._tied_weights_keys": "weights that a file may lack",
     "transformers:AutoModelForCausalLM._model_mapping": "whether a model can be loaded as a language model",

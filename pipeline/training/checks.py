@@ -32,10 +32,7 @@ UNSEEN = "log-probabilities in training are computed with temperature alone, as 
 UNFILTERED = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 """Fields of `GRPOConfig` that change what is sampled, and the values with which they do not."""
 
-NEUTRAL = (
-    "use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory",
-    "output_attentions", "output_hidden_states",
-)  # fmt: skip
+NEUTRAL = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory")
 """Options of generation that do not change the distribution that tokens are drawn from, nor where they end."""
 
 SET_BY_TRL = (
@@ -96,11 +93,13 @@ def check_generation_config(name: str, revision: str | None) -> list[Problem]:
         revision: Branch, tag or commit on the Hub. Default: "main".
     """
     try:
-        saved = GenerationConfig.from_pretrained(name, revision=revision or "main").to_diff_dict()
+        file = GenerationConfig.from_pretrained(name, revision=revision or "main")
     except OSError:  # it is optional
         return []
     known = (*NEUTRAL, *SET_BY_TRL, "transformers_version", "_from_model_config")
-    if others := {option: value for option, value in saved.items() if option not in known}:
+    neutral = file._get_default_generation_params()
+    saved = {option: value for option, value in file.to_diff_dict().items() if option not in known and value}
+    if others := {option: value for option, value in saved.items() if value != neutral.get(option)}:
         remedy = f"its generation_config.json sets {others}, but {UNSEEN}; remove that from the file"
         return [Problem("model_name_or_path", name, remedy)]
     return []

@@ -42,6 +42,7 @@ def test_vllm_corrects_what_training_does_not_see() -> None:
     [
         ({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True}, []),
         ({"eos_token_id": [1, 2], "pad_token_id": 3, "max_length": 100}, []),
+        ({"output_attentions": False, "num_beams": 1, "typical_p": 1.0, "min_length": 0, "do_sample": True}, []),
         ({"no_repeat_ngram_size": 3, "do_sample": True}, ["no_repeat_ngram_size"]),
         ({"min_p": 0.1, "suppress_tokens": [5], "do_sample": True}, ["min_p", "suppress_tokens"]),
     ],
