@@ -10,14 +10,13 @@ A finished step is skipped as long as its configuration and its inputs stay the 
 its last checkpoint. A step whose configuration changed runs again, and so do all steps that depend on it.
 
 With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
-report over them. A step that fails ends the command: the other seeds have the same configuration, and would often fail
-as well. A run that lies in RUN itself stays as it is, and its report is moved to RUN/report-single.
+report over them, also in the place of that of a run in RUN itself. A step that fails ends the command: the other seeds
+have the same configuration, and would often fail as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import time
@@ -25,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import Problem, UserError
-from pipeline.files import lock, replace_folder
+from pipeline.files import lock
 from pipeline.runner.launcher import check_launch_file, exit_code
 from pipeline.runner.plan import Plan, read_plan
 from pipeline.runner.processes import run
@@ -85,17 +84,18 @@ def main(args: argparse.Namespace) -> int:
                 problems.append(Problem(option, seed, "is repeated; name each seed once"))
     if problems:
         raise UserError(*problems)
+    args.resume = _resume_command(args)
     if args.seeds is not None:
         return _run_seeds(args)
     plan, decided = _prepare(args)
     if args.dry_run:
         _show(decided, args)
         return 0
-    return _run(plan, args, _resume_command(args))
+    return _run(plan, args)
 
 
 def _run_seeds(args: argparse.Namespace) -> int:
-    """Do the same for each of several seeds, and write the report over them."""
+    """Run, or with `--dry-run` print, the steps of each seed and the report over them. Return the exit code."""
     run_dir = read_plan(args.recipe, args.output_dir, smoke=args.smoke).run_dir
     problems: list[Problem] = []
     runs = []
@@ -120,26 +120,14 @@ def _run_seeds(args: argparse.Namespace) -> int:
     with lock(run_dir / "run.lock", orphans_only=True) as descriptors:
         for own, plan, _ in runs:
             say(f"seed {own.seed}, in {plan.run_dir}:")
-            if code := _run(plan, own, _resume_command(args)):
+            if code := _run(plan, own):
                 say(f"seed {own.seed} ended with exit code {code}; the others are left as they are")
                 return code
         if not is_reported:
             return 0
-        _keep_single_report(run_dir)
         say(f"$ {_command_line(report, args)}")
         code, received = run(report.executable(()), os.environ, descriptors)
         return 128 + int(received) if received is not None else exit_code(code)
-
-
-def _keep_single_report(run_dir: Path) -> None:
-    """Move the report of a run that lies in `run_dir` itself aside, before that over seeds takes its place."""
-    report = run_dir / "report"
-    try:
-        is_over_seeds = "runs" in json.loads((report / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        is_over_seeds = not (report / "index.html").exists()
-    if not is_over_seeds:
-        replace_folder(report.with_name("report-single"), report)
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]]]:
@@ -157,7 +145,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]
 
 
 def _show(decided: Iterable[tuple[Step, Decision]], args: argparse.Namespace) -> None:
-    """Print what `--dry-run` says about each step."""
+    """Print the decision about each step, and the command of one that is due."""
     for step, decision in decided:
         verb = {"skip": "skip", "start": "run", "resume": "resume"}[decision.action]
         print(f"{verb} {step.name}: {decision.reason}")
@@ -165,12 +153,12 @@ def _show(decided: Iterable[tuple[Step, Decision]], args: argparse.Namespace) ->
             print(f"    {_command_line(step, args)}")
 
 
-def _run(plan: Plan, args: argparse.Namespace, resume: str) -> int:
-    """Run the steps that are due; `resume` is the command that resumes them. Return the exit code."""
+def _run(plan: Plan, args: argparse.Namespace) -> int:
+    """Run the steps that are due. Return the exit code."""
     with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
-        return _run_all(list(_decide(plan, record, args)), record, args, descriptors, resume)
+        return _run_all(list(_decide(plan, record, args)), record, args, descriptors)
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable[tuple[Step, Decision]]:
@@ -214,11 +202,7 @@ def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapp
 
 
 def _run_all(
-    todo: list[tuple[Step, Decision]],
-    record: RunRecord,
-    args: argparse.Namespace,
-    descriptors: Sequence[int],
-    resume: str,
+    todo: list[tuple[Step, Decision]], record: RunRecord, args: argparse.Namespace, descriptors: Sequence[int]
 ) -> int:
     for position, (step, decision) in enumerate(todo, start=1):
         say(f"[{position}/{len(todo)}] {step.name}: {decision.reason}" + (", skipped" * (decision.action == "skip")))
@@ -234,7 +218,7 @@ def _run_all(
         complete = code == 0 and step.is_complete
         record.stop(step, time.monotonic() - started, finished=complete)
         if received is not None:
-            say(f"{step.name} was stopped by {received.name}; to resume: {resume}")
+            say(f"{step.name} was stopped by {received.name}; to resume: {args.resume}")
             return 128 + int(received)
         if code != 0:
             code = exit_code(code)
