@@ -609,6 +609,11 @@ CASES |= {
     "a parameter of another loss": Case(
         "grpo", "--sapo_temperature_pos 2", ("sapo_temperature_pos: 2.0", "unless loss_type is sapo")
     ),
+    "a loss on completions, of which conversations have none": Case(
+        "sft", "--completion_only_loss", ("completion_only_loss: True", "use assistant_only_loss")
+    ),
+    "a column for TRL": Case("sft", "--dataset_text_field a", ("dataset_text_field: a", "messages_column")),
+    "a step that every recipe takes": Case("sft", "--do_train", ("do_train: True", "every recipe trains")),
     "an evaluation that is not scheduled": Case(
         "sft", "--eval_strategy no --do_eval", ("do_eval: True", "needs an eval_strategy")
     ),

@@ -115,6 +115,7 @@ UNSUPPORTED = {
     "load_in_4bit": "quantised training is not supported",
     "model_init_kwargs": "is replaced by model_revision, attn_implementation and dtype",
     "dataset_text_field": "is replaced by messages_column",
+    "completion_only_loss": "has no effect on conversations, use assistant_only_loss",
     "do_train": "every recipe trains",
     "do_predict": "is replaced by `python -m pipeline evaluate`",
     "max_tool_calling_iterations": "models do not call tools here",

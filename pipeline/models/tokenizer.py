@@ -101,7 +101,7 @@ def train_tokenizer(
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return a pattern of the texts that a tokenizer encodes as special tokens, wherever they occur."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")  # never matches
 
 
