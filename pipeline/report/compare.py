@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 ROW = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
 """A line of the table."""
-SHOWN = 3
-"""How many of the figures that differ in their rows a message names."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,10 +109,9 @@ def check_rows(pairs: Pairs) -> list[Problem]:
     for run, other in pairs:
         ours, theirs = _figures(run), _figures(other)
         shared = [name for name in ours if name in theirs]
-        unequal = [" of ".join(name[::-1]) for name in shared if _rows(ours, *name) != _rows(theirs, *name)]
+        unequal = [f"{name[1]} of {name[0]}" for name in shared if _rows(ours, *name) != _rows(theirs, *name)]
         if unequal:
-            names = ", ".join(unequal[:SHOWN]) + (f" and {len(unequal) - SHOWN} more" if unequal[SHOWN:] else "")
-            remedy = f"was measured on other test rows than {run.path} ({names}); evaluate both on the same data"
+            remedy = f"was measured on other test rows than {run.path} ({unequal[0]}); evaluate both on the same data"
             problems.append(Problem("--against", other.path, remedy))
         if not shared:
             remedy = f"has no figure that {run.path} has; evaluate the same stages"
@@ -144,10 +141,9 @@ def _figures(run: Run) -> Figures:
     }
 
 
-def _rows(figures: Figures, stage: str, metric: str) -> dict[str, tuple[float, str]]:
-    """Return the weight and kind of each test row of a metric; of reward models none, which have pairs of their own."""
-    outcomes = figures[stage, metric].outcomes.get(metric, {}) if stage_info(stage).generates else {}
-    return {row: (weight, kind) for row, (_, weight, kind) in outcomes.items()}
+def _rows(figures: Figures, stage: str, metric: str) -> set[str]:
+    """Return the test rows of a metric; of reward models none, because each run has pairs of its own."""
+    return set(figures[stage, metric].outcomes.get(metric, ())) if stage_info(stage).generates else set()
 
 
 def _difference(metric: str, own: Stage, other: Stage) -> Estimate:

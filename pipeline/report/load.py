@@ -310,11 +310,8 @@ def alarms(run: Run) -> list[dict[str, Any]]:
     return [
         {"stage": stage.name, "step": int(step), "what": key.removeprefix("alarm/"), "value": value}
         for stage in run.stages.values()
-        for record in stage.history
-        for key in record
-        if key.startswith("alarm/")
-        and (step := finite(record.get("step"))) is not None
-        and (value := finite(record[key])) is not None
+        for key in dict.fromkeys(key for record in stage.history for key in record if key.startswith("alarm/"))
+        for step, value in logged(stage, key)
     ]
 
 

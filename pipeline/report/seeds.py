@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,7 +29,7 @@ ONE = "The intervals are over the test rows of the only run. How much training v
 """How to read the figures of several runs, and of one."""
 
 Spread = dict[str, Any]
-"""`mean`, `sd`, `ci95`, `min`, `max`, `n` (runs) and `values`, the last with None for a run that lacks the figure."""
+"""`mean`, `sd` (n - 1; None for one run), `ci95`, `min`, `max`, `n` (runs) and `values` (None where a run lacks it)."""
 
 
 def find_seeds(path: Path) -> list[Path]:
@@ -41,20 +40,16 @@ def find_seeds(path: Path) -> list[Path]:
     return [run for _, run in sorted(seeds)] or [path]
 
 
-def spread(runs: Sequence[Estimate | None], lowest: float = -math.inf, highest: float = math.inf) -> Spread:
-    """Return the spread of a figure over the runs that have it, at least one; `over_seeds` describes the interval.
+def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
+    """Return the spread of a figure over the runs that have it, at least one.
 
     Args:
         runs: The figure of each run, None for a run that lacks it.
-        lowest: The smallest value that the figure can have.
-        highest: The largest one.
-
-    Returns:
-        The spread; `sd` (n - 1) is None for a single run.
+        bounds: The smallest and the largest value that the figure can have, as for `over_seeds`.
     """
     found = [run for run in runs if run is not None]
     values = [run.value for run in found]
-    mean = over_seeds(found, lowest, highest)
+    mean = over_seeds(found, *bounds)
     return {
         "mean": mean.value,
         "sd": stdev(values) if len(values) > 1 else None,
@@ -163,7 +158,7 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
 
 def _spread_of_seconds(runs: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
     steps = sorted({step for run in runs for step in run}, key=step_order)
-    return {step: spread([Estimate(run[step]) if step in run else None for run in runs], lowest=0.0) for step in steps}
+    return {step: spread([Estimate(run[step]) if step in run else None for run in runs], 0.0) for step in steps}
 
 
 def _groups(

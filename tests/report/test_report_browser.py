@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_run import write_run
 
 from pipeline.__main__ import main
 
@@ -116,16 +117,21 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def pages(
     whole_run: Path, short_run: Path, hostile_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The page of a whole run, of a part of one, of a hostile one and of all three together."""
+    """The page of a whole run, of a part of one, of a hostile one, and of these three and a slow one together."""
     directory = tmp_path_factory.mktemp("pages")
+    slow_run = write_run(directory / "runs" / "slow", seed=5)
+    record = json.loads((slow_run / "run.json").read_text())
+    for step in record["steps"].values():
+        step["seconds"] *= 500  # hours, whose interval is the longest text of its table
+    (slow_run / "run.json").write_text(json.dumps(record))
     for name, runs in {
         "whole": [whole_run],
         "short": [short_run],
         "hostile": [hostile_run],
-        "seeds": [whole_run, short_run, hostile_run],
+        "seeds": [whole_run, short_run, hostile_run, slow_run],
     }.items():
         main(["report", *map(str, runs), "--output_dir", str(directory / name)])
-    return {path.name: path / "index.html" for path in directory.iterdir()}
+    return {path.parent.name: path for path in directory.glob("*/index.html")}
 
 
 def show(browser: Any, page: Path, width: int, scheme: str) -> list[str]:
