@@ -40,40 +40,40 @@ class Chart:
     note: str = ""
 
 
-# Kind of stage -> charts as (title, ((name of the line, keys tried in order), ...), note).
-_STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...], str], ...]] = {
+# Kind of stage -> charts as (title, ((name of the line, logged key), ...), note).
+_STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, str], ...], str], ...]] = {
     "pretrain": (
-        ("Loss, nats per token", (("training", ("loss",)), ("validation", ("eval_loss",))), ""),
-        ("Bits per byte, validation", (("validation", ("eval_bits_per_byte", "bits_per_byte")),), ""),
+        ("Loss, nats per token", (("training", "loss"), ("validation", "eval_loss")), ""),
+        ("Bits per byte, validation", (("validation", "eval_bits_per_byte"),), ""),
     ),
     "sft": (
-        ("Loss, nats per token", (("training", ("loss",)), ("validation", ("eval_loss",))), "Answers only."),
-        ("Token accuracy", (("training", ("mean_token_accuracy",)), ("validation", ("eval_mean_token_accuracy",))), ""),
+        ("Loss, nats per token", (("training", "loss"), ("validation", "eval_loss")), "Answers only."),
+        ("Token accuracy", (("training", "mean_token_accuracy"), ("validation", "eval_mean_token_accuracy")), ""),
     ),
     "reward": (
         (
             "Reward-model accuracy",
-            (("training", ("accuracy",)), ("validation", ("eval_accuracy",))),
+            (("training", "accuracy"), ("validation", "eval_accuracy")),
             "Share of pairs whose preferred answer scores higher; 0.5 is chance.",
         ),
-        ("Loss", (("training", ("loss",)), ("validation", ("eval_loss",))), ""),
+        ("Loss", (("training", "loss"), ("validation", "eval_loss")), ""),
     ),
     "ppo": (
         (
             "What PPO maximises",
-            (("score", ("objective/scores",)), ("score minus KL penalty", ("objective/rlhf_reward",))),
+            (("score", "objective/scores"), ("score minus KL penalty", "objective/rlhf_reward")),
             "Scores are normalised as in training.",
         ),
-        ("KL to the initial policy, nats per answer", (("KL", ("objective/kl", "kl")),), ""),
-        ("Entropy, nats per token", (("entropy", ("policy/entropy_avg", "entropy")),), ""),
-        ("Answer length, tokens", (("mean", ("completions/mean_length",)),), ""),
+        ("KL to the initial policy, nats per answer", (("KL", "objective/kl"),), ""),
+        ("Entropy, nats per token", (("entropy", "policy/entropy_avg"),), ""),
+        ("Answer length, tokens", (("mean", "completions/mean_length"),), ""),
     ),
     "grpo": (
-        ("Reward", (("training", ("reward",)), ("validation", ("eval_reward",))), "Correctness only."),
-        ("Entropy, nats per token", (("entropy", ("entropy",)),), ""),
+        ("Reward", (("training", "reward"), ("validation", "eval_reward")), "Correctness only."),
+        ("Entropy, nats per token", (("entropy", "entropy"),), ""),
         (
             "Answer length, tokens",
-            (("mean", ("completions/mean_length",)), ("validation", ("eval_completions/mean_length",))),
+            (("mean", "completions/mean_length"), ("validation", "eval_completions/mean_length")),
             "The reward does not depend on length.",
         ),
     ),
@@ -90,18 +90,11 @@ def charts_of(run: Run) -> list[Chart]:
             series = [Series(name, logged(stage, key)) for name, key in keys.items()]
             charts.extend(_chart(stage.name, title, "training steps", series, ""))
         for title, lines, note in _STEP_CHARTS.get(kind, ()):
-            series = [Series(name, _first_logged(stage, keys)) for name, keys in lines]
+            series = [Series(name, logged(stage, key)) for name, key in lines]
             charts.extend(_chart(stage.name, title, "training steps", series, note))
         if kind == "ppo":
             charts.extend(_against_kl(stage))
     return charts
-
-
-def _first_logged(stage: Stage, keys: Sequence[str]) -> Points:
-    for key in keys:
-        if points := logged(stage, key):
-            return points
-    return []
 
 
 def _chart(stage: str, title: str, x_label: str, series: Sequence[Series], note: str) -> list[Chart]:
@@ -140,9 +133,8 @@ def _reward_means(stage: Stage) -> dict[str, str]:
 
 def _over_kl(stage: Stage, key: str) -> Points:
     for prefix in ("", "eval_"):
-        for kl in ("objective/kl", "kl"):
-            if len(points := logged(stage, prefix + key, prefix + kl)) > 1:
-                return points
+        if len(points := logged(stage, prefix + key, f"{prefix}objective/kl")) > 1:
+            return points
     return []
 
 

@@ -11,6 +11,9 @@ from pipeline.report.labels import EVALUATE
 from pipeline.report.load import Run, Stage, alarms, last_logged
 from pipeline.report.targets import TargetResult
 
+NAMED = ("stage", "before", "metric", "aim", "verdict")
+"""What an entry of `differences` says about the change that it gives."""
+
 
 def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetResult]) -> dict[str, Any]:
     """Return the content of metrics.json.
@@ -42,17 +45,7 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         "parameters": {name: stage.parameters for name, stage in run.stages.items() if stage.parameters},
         "tokens": {name: round(tokens) for name, (tokens, _) in costs.items() if tokens},
         "flops": {name: flops for name, (_, flops) in costs.items() if flops},
-        "differences": [
-            {
-                "stage": item.stage,
-                "before": item.before,
-                "metric": item.metric,
-                "aim": item.aim,
-                "verdict": item.verdict,
-                **item.change.to_json(),
-            }
-            for item in found
-        ],
+        "differences": [{name: getattr(item, name) for name in NAMED} | item.change.to_json() for item in found],
         "promises": [
             {"promise": str(result.target), "measured": result.measured, "kept": result.met} for result in results
         ],

@@ -167,13 +167,7 @@ def mean_taste(components: Components | None) -> float:
 
 
 def preference_probability(score_a: float, score_b: float, temperature: float = 1.0) -> float:
-    """Return the Bradley-Terry probability that A is preferred to B, given that it is not a tie.
-
-    Raises:
-        ValueError: If `temperature` is not positive.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    """Return the Bradley-Terry probability that A is preferred to B, given that it is not a tie."""
     return 0.5 * (1 + math.tanh((score_a - score_b) / temperature / 2))
 
 

@@ -90,15 +90,10 @@ def exact_answer(
     those of `math_answer`.
     """
     found = [extract_answer(text) for text in _texts(completions, prompts)]
-    rewards: Rewards = []
-    for text, given in zip(answer, found, strict=True):
-        reference = _reference(text)
-        if reference is None:
-            rewards.append(None)
-        elif given is None:
-            rewards.append(0.0)
-        else:
-            rewards.append(float(same_answer(reference, given)))
+    rewards: Rewards = [
+        None if reference is None else float(given is not None and same_answer(reference, given))
+        for reference, given in zip(map(_reference, answer), found, strict=True)
+    ]
     _log("exact_answer", found, rewards, log_metric)
     return rewards
 

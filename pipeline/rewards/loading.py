@@ -106,7 +106,7 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     if function in REWARDS.values() or "is_guarded" in getattr(function, "__dict__", ()):
         return function
 
-    def own(columns: Mapping[str, Any]) -> dict[str, Any]:
+    def copied(columns: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value if key in TRAINERS_OWN else copy.deepcopy(value) for key, value in columns.items()}
 
     guarded: Callable[..., Any]
@@ -114,14 +114,14 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
 
         @functools.wraps(function)
         async def guarded(completions: Sequence[Any], **columns: Any) -> Any:
-            rewards = await function(**own({"completions": completions, **columns}))
+            rewards = await function(**copied({"completions": completions, **columns}))
             return _validated(rewards, len(completions), name, field)
 
     else:
 
         @functools.wraps(function)
         def guarded(completions: Sequence[Any], **columns: Any) -> Any:
-            rewards = function(**own({"completions": completions, **columns}))
+            rewards = function(**copied({"completions": completions, **columns}))
             return _validated(rewards, len(completions), name, field)
 
     guarded.__name__ = get_callable_name(function)  # TRL logs the reward under it

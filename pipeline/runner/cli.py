@@ -76,12 +76,12 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("--config_file", args.config_file, remedy))
     elif problem := check_launch_file(args.config_file):
         problems.append(problem)
-    for option, seeds in (("--seed", [args.seed]), ("--seeds", args.seeds or [])):
-        for seed in seeds:
-            if seed is not None and not 0 <= seed < 2**32:
-                problems.append(Problem(option, seed, f"must be between 0 and {2**32 - 1}"))
-            elif seeds.count(seed) > 1:
-                problems.append(Problem(option, seed, "is repeated; name each seed once"))
+    option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            problems.append(Problem(option, seed, f"must be between 0 and {2**32 - 1}"))
+        elif seeds.count(seed) > 1:
+            problems.append(Problem(option, seed, "is repeated; name each seed once"))
     if problems:
         raise UserError(*problems)
     args.resume = _resume_command(args)
