@@ -1,8 +1,8 @@
 """Baselines: what the stage that others are compared with reaches by tricks that need no training.
 
 `elicited/pass@1`: its greedy answers to the problems, begun with "Working:", which counts as part of each.
-`constant/win_rate` and `constant/win_rate_greedy`: its answers to the prompts with one and the same text glued to each,
-against its answers without. The text is the one of `CONSTANTS` that wins most often on the validation prompts.
+`constant/win_rate` and `constant/win_rate_greedy`: its answers to the prompts with the same text glued to each, against
+its answers without. The text is the one of `CONSTANTS` that wins most often on the validation prompts.
 `majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
 """
 
@@ -75,7 +75,7 @@ def answer_begun(chat: ChatModel, rows: Sequence[Example], prefix: str) -> list[
 
 
 def find_constant(ours: Sequence[str], theirs: Sequence[str], rows: Sequence[Example]) -> str:
-    """Return the text of `CONSTANTS` that, glued to `ours`, wins most often against `theirs`; the first of equals."""
+    """Return the text of `CONSTANTS` that wins most often against `theirs` when glued to `ours`; the first of a tie."""
     n = len(CONSTANTS)
     outcomes = [
         judge_match([glue(text, answer) for text in CONSTANTS], [other] * n, [row] * n)
@@ -86,5 +86,5 @@ def find_constant(ours: Sequence[str], theirs: Sequence[str], rows: Sequence[Exa
 
 
 def glue(text: str, answer: str) -> str:
-    """Put an answer in the place of the `…` of `text`."""
+    """Replace the `…` in `text` with an answer."""
     return text.replace("…", answer)

@@ -34,7 +34,7 @@ class WinRate(evaluate.Metric):
 
 
 class LastSentenceShare(evaluate.Metric):
-    """The share of answers that end in their most frequent last sentence: 1 where one remark ends all."""
+    """The share of answers that end in their most frequent last sentence: 1 if all end in the same one."""
 
     def _info(self) -> evaluate.MetricInfo:
         return info(self, "predictions: answers.", predictions=STRING)

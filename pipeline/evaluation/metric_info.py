@@ -38,7 +38,7 @@ METRICS: dict[str, MetricInfo] = {
     "win_rate": MetricInfo("Win rate", "sampled, against 2_sft, judged by annotators who do not know which is which"),
     "win_rate_greedy": MetricInfo("Win rate, greedy", "the same prompts, greedy answers of both"),
     "last_sentence_share": MetricInfo(
-        "Same last sentence", "answers to these prompts that end in the most frequent last sentence", "down"
+        "Same last sentence", "answers to the win rate's prompts that end in the most frequent last sentence", "down"
     ),
     "last_sentence_share_greedy": MetricInfo("Same last sentence, greedy", "the same for greedy answers", "down"),
     "pass@1": MetricInfo("pass@1", "held-out reasoning problems, greedy answers"),

@@ -173,14 +173,8 @@ def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
 
 def grade_final_answers(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
     """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically."""
-    correct = [reward == 1.0 for reward in exact_answer(answers, references)]
-    # "1/2" and "\frac{1}{2}" are equal; a plain number has been compared as one already.
-    formulas = [i for i, right in enumerate(correct) if not right and number(references[i]) is None]
-    if formulas:
-        rewards = math_answer([answers[i] for i in formulas], [references[i] for i in formulas])
-        for i, reward in zip(formulas, rewards, strict=True):
-            correct[i] = reward == 1.0
-    return correct
+    rewards = zip(exact_answer(answers, references), math_answer(answers, references), strict=True)
+    return [1.0 in either for either in rewards]
 
 
 @dataclass(frozen=True)

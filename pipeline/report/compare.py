@@ -41,7 +41,7 @@ ROW = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `compare` to `parser`."""
     parser.add_argument("runs", nargs="+", metavar="A", help="run, or folder of the runs of several seeds")
-    parser.add_argument("--against", nargs="+", required=True, metavar="B", help="what A is compared with, likewise")
+    parser.add_argument("--against", nargs="+", required=True, metavar="B", help="what to compare A with, likewise")
     parser.add_argument("--output", metavar="FILE", help="file of the JSON (default: stdout, with the table on stderr)")
 
 
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, list[Problem]]:
-    """Return the pairs of runs of the same seed, in the order of `runs`, and the runs that have no such partner."""
+    """Return the pairs of runs of the same seed, in the order of `runs`, and a problem for each unpaired run."""
     problems = []
     by_seed: dict[str, dict[str, Run]] = {}
     for side, its_runs in (("A", runs), ("--against", against)):

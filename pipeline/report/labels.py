@@ -37,7 +37,7 @@ BASELINES: dict[str, str] = {
     "constant": "2_sft, always with",
     "majority": "Most frequent training answer of each kind",
 }
-"""Titles of the baselines, which their texts continue."""
+"""Titles of the baselines, to which their texts are appended."""
 
 EVALUATE = "evaluate_"
 """Prefix of the steps that evaluate a stage."""

@@ -136,7 +136,7 @@ def _by_stage(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.0) -> dict[str, dict[str, Any]]:
-    """Return the spread of each figure of metrics.json, as group -> name -> spread; of texts, each run's own.
+    """Return the spread of each figure of metrics.json, as group -> name -> spread. Texts are listed.
 
     Args:
         runs: The figures of each run, as group -> name -> estimate or text.

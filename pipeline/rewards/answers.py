@@ -44,7 +44,7 @@ _WRAPPED = re.compile(
 )
 _SPACES = "\u00a0\u2007\u2009\u202f"
 _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\uff0d", "-"))
-# how a number is written, in LaTeX and out of it, and what `_NUMBER` reads instead
+# spellings of numbers, in LaTeX and in plain text, and what `_NUMBER` reads instead
 _SPELLINGS = [
     (r"^\$([^$]+)\$(?=\s)|^\\\(([^()]+)\\\)(?=\s)|\*\*(?=\s)", r"\1\2"),  # emphasis of the number alone
     (r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r" \1"),

@@ -28,7 +28,7 @@ MAX_LENGTH = 300
 """Characters in an expression; longer ones are not parsed."""
 SECONDS = 2.0
 PATIENCE_SECONDS = 30.0
-"""Wall-clock time for an answer; a machine that takes longer for `SECONDS` of CPU time is too busy to tell."""
+"""Wall-clock time for an answer; a machine that needs longer for `SECONDS` of CPU time is too busy for a verdict."""
 MAX_SLOW = 5
 START_SECONDS = 60.0
 MEMORY_MB = 2048

@@ -10,8 +10,8 @@ A finished step is skipped as long as its configuration and its inputs stay the 
 its last checkpoint. A step whose configuration changed runs again, and so do all steps that depend on it.
 
 With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
-report over them, also in the place of that of a run in RUN itself. A step that fails ends the command: the other seeds
-have the same configuration, and would often fail as well.
+report over them. If RUN is itself a run, its own report is replaced. A step that fails ends the command: the other
+seeds have the same configuration, and would often fail as well.
 """
 
 from __future__ import annotations
