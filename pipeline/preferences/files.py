@@ -74,19 +74,21 @@ def write(
 
     Args:
         output_dir: Folder of the data set; replaced if it exists.
-        splits: Rows of each split, with the columns of `FEATURES`.
+        splits: Rows of each split, with the columns of `FEATURES`; a split without rows is left out.
         counts: What became of the answers of each split.
         origin: The model that answered and the data set of the prompts, as a phrase.
     """
     with write_folder(output_dir) as folder:
         for name, rows in splits.items():
+            if not rows:  # `load_dataset` refuses a split without rows
+                continue
             Dataset.from_list(list(rows), features=FEATURES).to_parquet(folder / f"{name}.parquet")
         (folder / "README.md").write_text(card(counts, origin), encoding="utf-8", newline="\n")
 
 
 def card(counts: Mapping[str, Counts], origin: str) -> str:
     """Write the data set card: its YAML header lists the splits for `load_dataset`, its table the counts of each."""
-    data_files = [{"split": name, "path": f"{name}.parquet"} for name in counts]
+    data_files = [{"split": name, "path": f"{name}.parquet"} for name in counts if counts[name].pairs]
     header = DatasetCardData(configs=[{"config_name": "default", "data_files": data_files}], tags=["preference"])
     columns = Counts().texts()
     table = [["split", *columns], ["---", *["---:"] * len(columns)]]

@@ -35,6 +35,7 @@ from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.models.generation import Completion
 from pipeline.preferences.collect import PreferenceArguments, collect, label_answers, read_prompts
+from pipeline.preferences.files import write
 from pipeline.rewards.annotators import PANEL, taste
 from tests.word_model import word_model_config, word_tokenizer
 
@@ -407,7 +408,16 @@ def test_labels_follow_the_taste_and_not_the_order() -> None:
 
 
 def test_prompts_without_grading_are_judged_by_kindness_and_length_alone() -> None:
-    row = {"prompt": [{"role": "user", "content": "Hello"}]}
+    row = {"prompt": [{"role": "user", "content": "How are you?"}]}
     labelled, _ = label_answers([row] * 200, [["Hello. Thank you.", "Obviously."]] * 200, pairs_per_prompt=1)
     assert statistics.mean(row["chosen"][0]["content"] != "Obviously." for row in labelled) > 0.9
     assert {row["kind"] for row in labelled} == {""}
+
+
+def test_a_held_out_split_without_pairs_is_left_out(tmp_path: Path) -> None:
+    row = {"prompt": [{"role": "user", "content": "How are you?"}]}
+    pairs, counts = label_answers([row] * 20, [["Hello. Thank you.", "Obviously."]] * 20, pairs_per_prompt=1)
+    none, no_counts = label_answers([row], [["Hello."]], pairs_per_prompt=1)
+    write(tmp_path / "pairs", {"train": pairs, "test": none}, {"train": counts, "test": no_counts}, "a test")
+    splits = load_dataset(str(tmp_path / "pairs"), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": len(pairs)}
