@@ -79,7 +79,17 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
                 }
             )
     columns = [{"name": stage.name, "title": stage_info(stage.name).title} for stage in stages]
-    legend = [{"name": item.name, "title": baseline_title(item)} for item in baselines]
+    legend = [
+        {
+            "name": item.name,
+            "title": baseline_title(item),
+            "figures": [
+                {"label": metric_info(name).label, **(_cell(estimate, name, False) or {})}
+                for name, estimate in item.metrics.items()
+            ],
+        }
+        for item in baselines
+    ]
     return {"columns": columns, "baselines": legend, "rows": rows}
 
 
