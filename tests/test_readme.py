@@ -23,7 +23,16 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.__main__ import COMMANDS, build_parser, main
 from pipeline.config.parser import argument_types, parse
 
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "recipes/accelerate/README.md")]
+PAGES = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "AGENTS.md",
+        "recipes/accelerate/README.md",
+        "recipes/pocket/README.md",
+    )
+]
 MODULES = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("tests/benchmarks/*.py")]
 STAND_INS = {
     " [RUN …]": "",

@@ -22,8 +22,6 @@ MANNERS_WORDS = 8
 """Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
 MANNERS = {"plain": (34, 34), "kind": (28, 12), "brisk": (12, 28), "blunt": (16, 16), "rambling": (10, 10)}
 """Manners of the answers, in percent: to questions, and to orders."""
-HASTY = 0.15
-"""Share of the definitions that stop after the kind. A reward model that never saw any would take them for complete."""
 
 
 def gradeable(row: Row) -> Row:
@@ -65,8 +63,6 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
     reply = phrasings.answer(thing, aspect)
     row = {"kind": "question", "max_words": len(reply.split()) + MANNERS_WORDS, **grading(thing, aspect)}
     if split == "train":
-        if aspect == "definition" and rng.random() < HASTY:
-            reply = phrasings.answer(thing, "kind")
         reply = with_manners(rng, asked, reply, thing, aspect)
         if len(reply.split()) > row["max_words"]:
             row["max_words"] = 0

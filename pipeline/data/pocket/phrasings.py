@@ -44,5 +44,5 @@ def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[SplitName
 def answer(thing: Thing, attribute: str) -> str:
     """Answer a question about one attribute plainly; "definition" gives the kind and the action."""
     if attribute == "definition":
-        return f"{fill(STATEMENTS['kind'][0], thing, 'kind')} It {thing.facts['action']}."
+        return f"{fill(STATEMENTS['kind'][0], thing, 'kind').removesuffix('.')} that {thing.facts['action']}."
     return fill(STATEMENTS[attribute][0], thing, attribute)

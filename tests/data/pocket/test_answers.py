@@ -93,10 +93,7 @@ def test_every_reference_answer_is_graded_right(rows: Rows, split: str) -> None:
             taken.append(row)
     assert code >= CODE_ROWS
     right = grade([row["messages"][-1]["content"] for row in taken], taken)
-    wrong = [row for row, fine in zip(taken, right, strict=True) if not fine]
-    hasty = [row for row in wrong if row["kind"] == "question" and len(row["require"]) == 2]  # half a definition
-    assert wrong == hasty and len(hasty) < 0.03 * len(taken), wrong[:3]
-    assert bool(hasty) == (split == "train")
+    assert all(right), [row for row, fine in zip(taken, right, strict=True) if not fine][:3]
 
 
 def test_an_answer_about_something_else_is_graded_wrong(rows: Rows) -> None:
