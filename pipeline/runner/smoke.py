@@ -37,7 +37,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "random": MODEL,
     "pretrain": {**MODEL, **TRAINING, "max_train_samples": 512},
     "sft": TRAINING,
-    "preferences": {"max_prompts": 8, "max_eval_prompts": 4, "max_new_tokens": 16},
+    "preferences": {"max_prompts": 64, "max_eval_prompts": 32, "max_new_tokens": 16},  # nine in ten pairs are ties
     "reward": TRAINING,
     "ppo": ROLLOUTS,
     "grpo": {**ROLLOUTS, "num_generations": 4},
