@@ -153,7 +153,7 @@ def draw(rng: random.Random, split: SplitName, carelessness: float = 0.0, longer
         rng: Where the draws come from.
         split: Whose operands (arithmetic, counting) or structures (ordering, logic) the problem has.
         carelessness: Probability (0 to 1) that the steps misread what can be misread.
-        longer: Changes, ages, groups or turns in addition to those that problems of the training split have.
+        longer: Changes, ages, groups or people in addition to those that problems of the training split have.
     """
     generator = rng.choices(tuple(GENERATORS), tuple(GENERATORS.values()))[0]
     return generator(rng, split, carelessness, longer)
