@@ -24,7 +24,7 @@ DEFAULTS = {
 
 
 def run(
-    command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]
+    command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], output: int | None = None
 ) -> tuple[int, signal.Signals | None]:
     """Run a command until it ends.
 
@@ -35,6 +35,7 @@ def run(
         command: Program and arguments.
         environment: Environment of the child, to which `DEFAULTS` are added.
         descriptors: File descriptors that the child inherits, to hold the lock on the run directory as well.
+        output: File descriptor to which the child's stdout and stderr go; by default to those of the runner.
 
     Returns:
         The child's return code, as `subprocess` defines it, and the first signal that the runner received, if any.
@@ -51,13 +52,15 @@ def run(
         elif os.name == "posix":  # Windows sends Ctrl-C to the child as well
             process.send_signal(number)
 
-    options: dict[str, Any] = {"process_group": 0, "pass_fds": descriptors} if os.name == "posix" else {}
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+    if os.name == "posix":
+        options |= {"process_group": 0, "pass_fds": descriptors}
     if sys.platform == "linux":  # the kernel sends the child SIGTERM, so that it saves, when the runner dies
         prctl = ctypes.CDLL(None).prctl
         options["preexec_fn"] = lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     before = {number: signal.signal(number, forward_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        process = subprocess.Popen(command, env={**DEFAULTS, **environment}, stdin=subprocess.DEVNULL, **options)
+        process = subprocess.Popen(command, env={**DEFAULTS, **environment}, **options)
         if received:  # between installing the handlers and starting the child
             process.send_signal(received[0])
         code = process.wait()
