@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ def prepare_process() -> None:
     """Prepare a process before it builds its training arguments.
 
     Telemetry is disabled unless `HF_HUB_DISABLE_TELEMETRY=0` is set, a CPU is prepared, only the first process logs to
-    stderr, and the process ends with its launcher.
+    stderr, the libraries' bars and announcements of their own changes are off, and the process ends with its launcher.
 
     Raises:
         UserError: If the variables of a process group are not those that a launcher sets.
@@ -39,11 +40,26 @@ def prepare_process() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     for package in ("pipeline", "recipes"):
         logging.getLogger(package).setLevel(level)
+    quiet_libraries()
     if hardware.accelerator() is None:
         torch.set_num_threads(hardware.threads().value)
         hardware.keep_freed_memory()
     die_with_launcher()
     leave_group_of_one()
+
+
+def quiet_libraries() -> None:
+    """Switch off what libraries print that a user can do nothing about; bars of downloads stay."""
+    import datasets
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    datasets.disable_progress_bars()
+    shows_downloads = not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # those of the Hub as well
+    if shows_downloads:
+        enable_progress_bars()
 
 
 def check_group() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "hardware"},
+    {"errors", "hardware", "progress"},
     {"files", "launch"},
     {"config", "data", "models", "rewards"},
     {"preferences"},

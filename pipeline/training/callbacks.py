@@ -1,7 +1,8 @@
-"""Callbacks of every trainer: an interrupt finishes the step and saves; logs include the speed and the time left."""
+"""Callbacks of every trainer: an interrupt finishes the step and saves; logs are lines with speed and time left."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,11 +17,16 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from pipeline import hardware
 from pipeline.errors import RunStopped
+from pipeline.progress import duration, report_progress
 
 if TYPE_CHECKING:  # importing it takes seconds, too long for `--help`
     from transformers import Trainer
 
+logger = logging.getLogger(__name__)
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHOWN = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")
+"""Metrics in the line of a log; all of them are in `trainer_state.json`."""
 
 
 def call_on_train_begin(trainer: Trainer, function: Callable[..., None]) -> None:
@@ -56,6 +62,7 @@ class InterruptCallback(TrainerCallback):
             sys.stderr.fileno() if not sys.stderr.closed else 2,
             f"\n{self.received.name}: saving after this step; repeat to stop without saving.\n".encode(),
         )
+        report_progress(stopping=self.received.name)
 
     def restore(self) -> None:
         """Restore the earlier signal handlers."""
@@ -159,3 +166,41 @@ class ThroughputCallback(TrainerCallback):
             entry.update(figures)
             # TRL counts a batch of packed rows as a single row; `num_input_tokens_seen` is right.
             entry.pop("num_tokens", None)
+
+
+class ReportCallback(TrainerCallback):
+    """Log a line for each log of the trainer instead of a dictionary, and report every step to the runner."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Report where training begins, which is later than at 0 if it resumes."""
+        report_progress(done=state.global_step, total=state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Report the step."""
+        report_progress(done=state.global_step, total=state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log the main figures of `logs`, to which `ThroughputCallback` has added its own."""
+        logs = logs or {}
+        names = [name for name in logs if name.removeprefix("eval_") in SHOWN]
+        if names and state.is_world_process_zero:
+            figures = [f"{name.replace('_', ' ')} {logs[name]:.4g}" for name in names]
+            if "learning_rate" in logs:
+                figures.append(f"learning rate {logs['learning_rate']:.2e}")
+            if "tokens_per_second" in logs:
+                figures.append(f"{logs['tokens_per_second']:,} tokens/s")
+            if logs.get("eta_seconds"):
+                figures.append(f"{duration(logs['eta_seconds'])} left")
+            step = str(state.global_step).rjust(len(str(state.max_steps)))
+            logger.info("step %s/%d: %s", step, state.max_steps, ", ".join(figures))
+        shown = ("loss", "reward", "tokens_per_second")
+        report_progress(**{name: logs[name] for name in shown if name in logs})

@@ -14,14 +14,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pipeline import files, launch
 from pipeline.config import output_directory
 from pipeline.errors import Problem, RunStopped, UserError, end_preparation
 from pipeline.models.weights import resume_renamed_weights
 from pipeline.training import checkpoints
-from pipeline.training.callbacks import InterruptCallback, ThroughputCallback, call_on_train_begin
+from pipeline.training.callbacks import InterruptCallback, ReportCallback, ThroughputCallback, call_on_train_begin
 from pipeline.training.checkpoint_manifest import MANIFEST, STATE, validate_checkpoint
 from pipeline.training.divergence import last_good, stop_on_divergence
 
@@ -74,6 +74,9 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequen
     stop_on_divergence(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
+    for callback in (PrinterCallback, ProgressCallback):  # dictionaries and bars
+        trainer.remove_callback(callback)
+    trainer.add_callback(ReportCallback())
     if checkpoint is None and (checkpoint := checkpoints.newest_complete(trainer.args.output_dir)) is not None:
         checkpoints.check_architecture(checkpoint, trainer.model.config)
     if checkpoint is not None:
@@ -84,6 +87,7 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequen
     stop = interrupts.reason_to_stop(trainer.state, str(trainer.args.output_dir))
     if stop is None:
         save_final(trainer, *arguments)
+        logger.info("%-11s in %s", "saved", trainer.args.output_dir)
     _end(trainer)
     if stop is not None:
         raise stop
@@ -102,10 +106,6 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
     except SystemExit as error:
         message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
         raise RunStopped(f"{message}; {last_good(trainer)}.") from error
-    finally:
-        for callback in trainer.callback_handler.callbacks:
-            if bar := getattr(callback, "training_bar", None):  # it would be drawn again below an error
-                bar.close()
 
 
 def _end(trainer: Trainer) -> None:
