@@ -1,7 +1,8 @@
 """Optimizers that treat matrices, embeddings and other parameters differently, for any `Trainer`.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of each matrix. torch's
-implementation accepts only matrices, so AdamW updates embeddings and norms.
+implementation accepts only matrices, so AdamW updates embeddings and norms. It also takes the matrices one by one; here
+those of one shape are orthogonalised together, because small matrices do not keep the cores busy.
 
 Embeddings can have a learning rate of their own: AdamW moves each number by about the learning rate, whatever its size,
 so the embedding of a token that never occurs in the tuning data moves as far as all others.
@@ -9,14 +10,20 @@ so the embedding of a token that never occurs in the tuning data moves as far as
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainingArguments
 
 from pipeline.errors import Problem, UserError
+
+NUMBERS_AT_ONCE = 2**22
+"""Size of a stack of matrices that are orthogonalised together. Larger ones use all cores anyway, and take memory."""
 
 
 @dataclass
@@ -43,10 +50,57 @@ class OptimizerArguments:
     )
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's `Muon` and `AdamW` with one `step`, one list of parameter groups and one state."""
+class Muon(torch.optim.Muon):
+    """torch's `Muon`, orthogonalising matrices of one shape together; the state and the updates are the same."""
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step."""
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            momenta: list[Tensor] = []
+            self._init_group(group, params, grads, momenta)
+            if not params:
+                continue
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            stacks: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for param, update in zip(params, updates, strict=True):
+                # Tall matrices are transposed, so that products of their short sides are multiplied.
+                tall = update.shape[0] > update.shape[1]
+                pair = (param.mT, update.mT) if tall else (param, update)
+                stacks[pair[1].shape, tall, param.device].append(pair)
+            for (shape, tall, _), pairs in stacks.items():
+                lr = group["lr"] * (math.sqrt(shape[1] / shape[0]) if tall else 1)
+                size = max(1, NUMBERS_AT_ONCE // shape.numel())
+                for begin in range(0, len(pairs), size):
+                    some, raw = zip(*pairs[begin : begin + size], strict=True)
+                    steps = orthogonalize(torch.stack(raw), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                    torch._foreach_add_(some, steps.unbind(), alpha=-lr)
+
+
+def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Replace the singular values of matrices by numbers near 1, with Newton-Schulz iterations in bfloat16.
+
+    Args:
+        matrices: Shape (matrices, rows, columns), with at least as many columns as rows.
+        coefficients, steps, eps: As for `torch.optim.Muon`.
+    """
+    a, b, c = coefficients
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`Muon` and torch's `AdamW` with one `step`, one list of parameter groups and one state."""
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self._muon, self._adamw = muon, adamw
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
 
@@ -109,7 +163,7 @@ def build_optimizer(
     adamw = torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps)
     if muon_lr is None:
         return adamw
-    return MuonWithAdamW(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay), adamw)
+    return MuonWithAdamW(Muon(matrices, lr=muon_lr, weight_decay=weight_decay), adamw)
 
 
 def optimizer_cls_and_kwargs(

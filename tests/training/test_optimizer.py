@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from pipeline.errors import UserError
 from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.training import optimizer as optimizer_module
 from pipeline.training.optimizer import MuonWithAdamW, OptimizerArguments, build_optimizer, optimizer_cls_and_kwargs
 
 SETTINGS = {"muon_lr": 0.03, "lr": 0.01, "embedding_lr": None, "weight_decay": 0.1, "betas": (0.9, 0.98), "eps": 1e-8}
@@ -53,6 +54,11 @@ def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
+def difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max((x - y).abs().max().item() for x, y in pairs)
+
+
 def names(trained: LlamaForCausalLM, group: dict) -> set[str]:
     chosen = {id(parameter) for parameter in group["params"]}
     return {name for name, parameter in trained.named_parameters() if id(parameter) in chosen}
@@ -70,10 +76,19 @@ def test_steps_are_those_of_torchs_optimizers_on_the_same_split(tied: bool) -> N
     optimizer = build_optimizer(one, **SETTINGS)
     steps(one, [optimizer], tokens[:1])
     steps(reference, [muon, adamw], tokens[:1])
-    assert equal(one, reference) and not equal(one, before)
+    # Products of stacked matrices may be rounded differently, by a fraction of an update.
+    assert difference(one, reference) < 0.001 and difference(one, before) > 0.009
     steps(one, [optimizer], tokens[1:])
     steps(reference, [muon, adamw], tokens[1:])
-    assert equal(one, reference)
+    assert difference(one, reference) < 0.002
+
+
+def test_large_matrices_are_orthogonalized_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, alone = model(), model()
+    for trained in (together, alone):
+        steps(trained, [build_optimizer(trained, **SETTINGS)], [next(batches())])
+        monkeypatch.setattr(optimizer_module, "NUMBERS_AT_ONCE", 1)
+    assert difference(together, alone) < 0.001
 
 
 @pytest.mark.parametrize("tied", [True, False])
