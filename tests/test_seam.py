@@ -26,6 +26,7 @@ TRAINER = "transformers.trainer:Trainer"
 # Names that are imported from modules inside the libraries.
 IMPORTS = {
     "accelerate.commands.config.config_args:load_config_from_file": "launch files are checked",
+    "accelerate.commands.launch:_validate_launch_command": "a fork gets the environment that a launch would set",
     "accelerate.commands.launch:launch_command": "the runner launches with it",
     "accelerate.commands.launch:launch_command_parser": "the runner launches with it",
     "accelerate.logging:get_logger": "one process logs",
@@ -33,6 +34,8 @@ IMPORTS = {
     "accelerate.utils:extract_model_from_parallel": "a wrapped model's forward is inspected",
     "accelerate.utils:gather_object": "answers of all processes are collected",
     "accelerate.utils:is_peft_model": "PPO's reference of an adapter is the base model",
+    "accelerate.utils:prepare_multi_gpu_env": "a fork gets the environment that a launch would set",
+    "accelerate.utils:prepare_simple_launcher_cmd_env": "a fork gets the environment that a launch would set",
     "peft.tuners.tuners_utils:BaseTunerLayer": "adapters are merged into a critic",
     "peft.utils.other:AuxiliaryTrainingWrapper": "adapters are merged into a critic",
     "transformers.integrations.integration_utils:INTEGRATION_TO_CALLBACK": "the values of report_to",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,12 @@ PRECISIONS = ("no", "fp16", "bf16", "fp8")
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SAVE_SECONDS = 600
 """Seconds in which processes may save after a signal; the default of torch's agent, 30, is short for large models."""
+
+BEYOND_ONE_PROCESS = (
+    "cpu", "debug", "enable_cpu_affinity", "log_dir", "mpirun_hostfile", "tpu", "use_cpu", "use_deepspeed", "use_fsdp",
+    "use_megatron_lm", "use_parallelism_config",
+)  # fmt: skip
+"""Arguments of `accelerate launch` that change more than the environment of one process."""
 
 
 def exit_code(code: int) -> int:
@@ -86,8 +93,12 @@ def _exit(kind: type[BaseException], error: BaseException, trace: TracebackType 
     sys.__excepthook__(kind, error, trace)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
     """Launch as `accelerate launch` does; `argv` are its arguments, by default those of this process.
+
+    Args:
+        argv: Arguments of `accelerate launch`.
+        forked: Whether this process was forked to run the program, which it does itself if a single one is asked for.
 
     Returns:
         0, or 2 for a broken launch file. If the launched program fails, an error that becomes its exit code is raised.
@@ -98,9 +109,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.config_file and (problem := check_launch_file(args.config_file)):
         print(problem, file=sys.stderr)
         return EXIT_USER_ERROR
+    if forked and (environment := _single_process(argv)) is not None:
+        os.environ.update(environment)
+        sys.argv = [args.training_script, *args.training_script_args]
+        runpy.run_module(args.training_script, run_name="__main__", alter_sys=True)
+        return 0
     _end_with_program()
     launch_command(args)
     return 0
+
+
+def _single_process(argv: Sequence[str] | None) -> dict[str, str] | None:
+    """Return the environment of the process that would be launched; None unless it is one module on this machine."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    if not args.module or args.num_processes != 1 or (args.num_machines or 1) > 1 or args.gpu_ids != "all":
+        return None
+    if args.mixed_precision == "fp8" or any(getattr(args, name, None) for name in BEYOND_ONE_PROCESS):
+        return None
+    if not args.multi_gpu:
+        return prepare_simple_launcher_cmd_env(args)[1]
+    return prepare_multi_gpu_env(args) | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
 if __name__ == "__main__":

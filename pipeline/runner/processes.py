@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -12,19 +11,15 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-
-DEFAULTS = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",  # for TRL and the Hub client
-    "DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # tokenizers warn when a process that used threads forks
-    "PYTHONUNBUFFERED": "1",
-}
-"""Environment variables of a step, unless the user has set them."""
+from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess, signal_with_parent
 
 
 def run(
-    command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], output: int | None = None
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    descriptors: Sequence[int],
+    output: int | None = None,
+    warm: WarmProcess | None = None,
 ) -> tuple[int, signal.Signals | None]:
     """Run a command until it ends.
 
@@ -36,12 +31,13 @@ def run(
         environment: Environment of the child, to which `DEFAULTS` are added.
         descriptors: File descriptors that the child inherits, to hold the lock on the run directory as well.
         output: File descriptor to which the child's stdout and stderr go; by default to those of the runner.
+        warm: Process from which the command is forked, if that is possible; by default it is a new process.
 
     Returns:
         The child's return code, as `subprocess` defines it, and the first signal that the runner received, if any.
     """
     received: list[signal.Signals] = []
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | Fork | None = None
 
     def forward_signal(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number))
@@ -55,12 +51,14 @@ def run(
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
     if os.name == "posix":
         options |= {"process_group": 0, "pass_fds": descriptors}
-    if sys.platform == "linux":  # the kernel sends the child SIGTERM, so that it saves, when the runner dies
-        prctl = ctypes.CDLL(None).prctl
-        options["preexec_fn"] = lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform == "linux":
+        options["preexec_fn"] = signal_with_parent(signal.SIGTERM)  # it saves when the runner dies
+    environment = {**DEFAULTS, **environment}
     before = {number: signal.signal(number, forward_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        process = subprocess.Popen(command, env={**DEFAULTS, **environment}, **options)
+        process = warm.fork(command, environment, descriptors, output) if warm is not None else None
+        if process is None:
+            process = subprocess.Popen(command, env=environment, **options)
         if received:  # between installing the handlers and starting the child
             process.send_signal(received[0])
         code = process.wait()

@@ -1,0 +1,222 @@
+"""A warm process: it has imported the libraries, and the steps of a run are forked from it.
+
+Importing torch, transformers and TRL takes longer than many a step. The runner starts this module, which imports them
+once and forks for each step. The fork takes over the environment and the output that a new process would have, and runs
+the step's module as `python -m` would.
+
+Forking is safe only while nothing else runs in the process. So the warm process never computes, which would start the
+threads of OpenMP, and it ends if there is an accelerator, whose driver does not survive a fork, or a thread of Python.
+The runner then starts each step as a new process, as it does on other systems than Linux.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pkgutil import resolve_name
+from types import TracebackType
+
+from pipeline.errors import RunStopped
+from pipeline.runner import launcher
+
+DEFAULTS = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # for TRL and the Hub client
+    "DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # tokenizers warn when a process that used threads forks
+    "PYTHONUNBUFFERED": "1",
+}
+"""Environment variables of a step, unless the user has set them."""
+
+PRELOADED = (
+    "accelerate.commands.launch",
+    "pipeline.evaluation.stage",
+    "pipeline.preferences.collect",
+    "pipeline.report.page",
+    "pipeline.rl.grpo",
+    "pipeline.rl.ppo",
+    "pipeline.training.train",
+    "recipes",
+    "trl:RewardTrainer",
+    "trl:SFTTrainer",
+)
+"""What the steps import, as `pkgutil.resolve_name` takes it."""
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+MAX_DESCRIPTORS = 16
+"""File descriptors that a step takes over at most."""
+
+
+class Fork:
+    """A step that was forked from the warm process; as much of `subprocess.Popen` as the runner needs.
+
+    Attributes:
+        pid: Its process id.
+    """
+
+    def __init__(self, pid: int, handle: int, channel: socket.socket) -> None:
+        self.pid = pid
+        self._handle = handle
+        self._channel = channel
+
+    def send_signal(self, number: int) -> None:
+        """Send the step a signal."""
+        signal.pidfd_send_signal(self._handle, number)
+
+    def wait(self) -> int:
+        """Wait until the step has ended. Return its code as `subprocess` defines it.
+
+        If the warm process dies, the kernel sends its step SIGTERM; the code is then -SIGTERM, whatever the step did.
+        """
+        code = _receive(self._channel)
+        select.select([self._handle], [], [])
+        os.close(self._handle)
+        return int(code or -signal.SIGTERM)
+
+
+class WarmProcess:
+    """The runner's side of a warm process, which ends with this context.
+
+    Args:
+        environment: Environment of the process, to which the defaults of a step are added.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno()), *PRELOADED],
+                env={**DEFAULTS, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,
+                preexec_fn=signal_with_parent(signal.SIGKILL),
+            )
+        self._is_ready: bool | None = None
+
+    def __enter__(self) -> WarmProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()
+        self._process.kill()
+        self._process.wait()
+
+    def fork(
+        self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], output: int | None
+    ) -> Fork | None:
+        """Run a command as `pipeline.runner.processes.run` does, in a fork.
+
+        Returns:
+            The step; None if a new process has to run it.
+
+        Raises:
+            RunStopped: If the warm process dies meanwhile.
+        """
+        if list(command[:2]) != [sys.executable, "-m"]:
+            return None
+        if self._is_ready is None:
+            self._is_ready = bool(_receive(self._channel))
+        if not self._is_ready:
+            return None
+        streams = (1, 2) if output is None else (output, output)
+        with tempfile.TemporaryFile("w+") as request:
+            json.dump([command[2:], dict(environment)], request)
+            request.flush()
+            try:
+                socket.send_fds(self._channel, [b"fork"], [request.fileno(), *streams, *descriptors])
+            except OSError:  # it has ended since
+                self._is_ready = False
+                return None
+        pid, handles, *_ = socket.recv_fds(self._channel, 32, 1)
+        if not pid:
+            raise RunStopped("The process that steps are forked from has died; run the command again.")
+        return Fork(int(pid), handles[0], self._channel)
+
+
+def signal_with_parent(number: signal.Signals) -> Callable[[], object]:
+    """Return a function by which a new process on Linux makes the kernel signal it when its parent dies."""
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(PR_SET_PDEATHSIG, number)
+
+
+def _receive(channel: socket.socket) -> bytes:
+    """Return the next message, or nothing if the other side has ended."""
+    try:
+        return channel.recv(32)
+    except ConnectionError:
+        return b""
+
+
+def serve(channel: socket.socket) -> list[str]:
+    """Fork once for each request. Returns in the fork, with the module of the step and its arguments."""
+    channel.send(b"ready")
+    parent = os.getpid()
+    signal_step = signal_with_parent(signal.SIGTERM)
+    while True:
+        message, descriptors, *_ = socket.recv_fds(channel, 32, MAX_DESCRIPTORS)
+        if not message:
+            sys.exit()
+        pid = os.fork()
+        if pid == 0:
+            break
+        for descriptor in descriptors:  # the locks among them would otherwise outlive the step
+            os.close(descriptor)
+        handle = os.pidfd_open(pid)
+        socket.send_fds(channel, [b"%d" % pid], [handle])
+        os.close(handle)
+        channel.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    channel.close()
+    os.setpgid(0, 0)
+    signal_step()
+    if os.getppid() != parent:  # it died before the kernel was asked to say so
+        os.kill(os.getpid(), signal.SIGTERM)
+    request, out, err, *_ = descriptors
+    for source, target in ((out, 1), (err, 2)):
+        os.dup2(source, target)
+        os.close(source)
+    with open(request) as file:
+        file.seek(0)
+        command, environment = json.load(file)
+    os.environ.clear()
+    os.environ.update(environment)
+    return list(command)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Import `argv[1:]`, then fork a step for each request on the socket `argv[0]`, and run it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the runner may have been started with it ignored
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.disable()
+    for name in argv[1:]:
+        resolve_name(name)
+    torch = sys.modules.get("torch")
+    if threading.active_count() > 1 or (torch is not None and torch.accelerator.is_available()):
+        return 1
+    gc.collect()
+    gc.freeze()  # collections in the forks do not touch, and thereby copy, what was imported
+    module, *arguments = serve(socket.socket(fileno=int(argv[0])))
+    gc.enable()
+    if module == launcher.__name__:
+        return launcher.main(arguments, forked=True)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
