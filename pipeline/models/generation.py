@@ -1,22 +1,59 @@
-"""Batched generation: completions of many prompts in few forward passes.
+"""The sampler: completions of many prompts in few forward passes, for evaluation, preferences and rollouts.
 
 This is a loop over `model(..., cache=...)`, because `model.generate` keeps finished rows in the batch until the slowest
-is done, encodes a prompt again for each of its samples, and runs a chain of logits processors at each step. Greedy
-output equals that of `model.generate` for each prompt alone.
+is done, encodes a prompt again for each of its samples, copies the cache for each token, and draws a random number for
+each token of the vocabulary. Greedy output equals that of `model.generate` for each prompt alone, and samples follow
+the same distribution.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, MinPLogitsWarper, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
 
 from pipeline.models.tokenizer import as_text, special_tokens
 
 Messages = Sequence[dict[str, str]]
+
+PROCESSORS: dict[str, tuple[Any, Any]] = {
+    "repetition_penalty": (RepetitionPenaltyLogitsProcessor, 1.0),
+    "suppress_tokens": (SuppressTokensLogitsProcessor, None),
+    "temperature": (TemperatureLogitsWarper, 1.0),
+    "top_k": (TopKLogitsWarper, 0),
+    "top_p": (TopPLogitsWarper, 1.0),
+    "min_p": (MinPLogitsWarper, 0.0),
+}
+"""Settings that change logits, in the order in which `model.generate` applies them, and the value that is neutral."""
+
+ALSO_WHEN_GREEDY = ("repetition_penalty", "suppress_tokens")
+
+OTHER_SETTINGS = (
+    "do_sample", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id",
+    "disable_compile", "transformers_version",
+)  # fmt: skip
+"""Settings that `sample` honours as well, or that cannot change what it returns."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +80,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Message
     ]
 
 
+def unsupported_settings(config: GenerationConfig) -> dict[str, Any]:
+    """Return the settings, with their values, that `model.generate` honours and `sample` does not."""
+    defaults = config._get_default_generation_params()
+    known = (*PROCESSORS, *OTHER_SETTINGS)
+    saved = {name: value for name, value in config.to_diff_dict().items() if name not in known and value}
+    return {name: value for name, value in saved.items() if value != defaults.get(name)}
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -57,8 +102,8 @@ def generate(
 ) -> list[list[Completion]]:
     """Complete each prompt `samples` times.
 
-    Prompts are sorted by length, so that batches contain little padding, and padded on the left. The same arguments on
-    the same machine give the same result.
+    Prompts are sorted by length, so that batches contain little padding. The same arguments on the same machine give
+    the same result.
 
     Args:
         model: A causal language model, on its device and in its dtype.
@@ -75,83 +120,165 @@ def generate(
         `samples` completions for each prompt, in the order of `prompts`.
     """
     model.eval()
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id)
+    if temperature > 0:
+        config.update(do_sample=True, temperature=temperature, min_p=min_p)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generator = torch.Generator(device=model.device).manual_seed(seed)
     completions: list[list[Completion]] = [[] for _ in prompts]
     rows = max(1, batch_size // samples)
     for start in range(0, len(order), rows):
-        chosen = order[start : start + rows]
-        batch = [prompts[i] for i in chosen]
-        tokens = _generate_batch(model, tokenizer, batch, max_new_tokens, samples, temperature, min_p, generator)
+        chosen = [i for i in order[start : start + rows] for _ in range(samples)]
+        tokens = sample(model, [prompts[i] for i in chosen], config, generator)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for row, (ids, text) in enumerate(zip(tokens, texts, strict=True)):
-            completion = Completion(text.strip(), ids, stopped(ids, tokenizer.eos_token_id))
-            completions[chosen[row // samples]].append(completion)
+        for i, ids, text in zip(chosen, tokens, texts, strict=True):
+            completions[i].append(Completion(text.strip(), ids, stopped(ids, tokenizer.eos_token_id)))
     return completions
 
 
 @torch.inference_mode()
-def _generate_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+def sample(
+    model: PreTrainedModel | PeftModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    samples: int,
-    temperature: float,
-    min_p: float,
-    generator: torch.Generator,
+    config: GenerationConfig,
+    generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Generate ids, returned without padding; the `samples` sequences of one prompt are adjacent."""
-    device = model.device
-    width = max(len(prompt) for prompt in prompts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    logits = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-        logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-        positions = positions.repeat_interleave(samples, 0)
-    position = positions[:, -1:]
+    """Complete each prompt once, all of them in one batch.
 
-    sequences: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
-    active = list(range(len(sequences)))  # index of the sequence in each row of the batch
-    finished = torch.zeros(len(active), dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
-        token = _next_token(logits, temperature, min_p, generator)
-        for sequence, done, value in zip(active, finished.tolist(), token.tolist(), strict=True):
-            if not done:
-                sequences[sequence].append(value)
-        finished |= token == tokenizer.eos_token_id
-        if step == max_new_tokens - 1 or bool(finished.all()):
+    Equal prompts are encoded once. Under autocast, weights are cast for each forward pass unless the caller has entered
+    it before: it then keeps a copy of them until the caller leaves it.
+
+    Args:
+        model: A causal language model in evaluation mode, on its device.
+        prompts: Token ids, at least one each.
+        config: `max_new_tokens`, `eos_token_id` (one or several, or None), `do_sample` and the settings of
+            `PROCESSORS`. Others have no effect (`unsupported_settings`), and what is unset is off.
+        generator: Random numbers, one for each token. Default: the global ones of the model's device.
+
+    Returns:
+        The ids of each completion, including the end-of-turn token if the model generated one.
+    """
+    device, limit = model.device, config.max_new_tokens
+    ends = torch.tensor(_listed(config.eos_token_id), dtype=torch.long, device=device)
+    process = _processors(config, device)
+    distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    width = max(map(len, distinct))
+    # Padded with tokens of its own, a prompt does not teach a repetition penalty anything else.
+    ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in distinct], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    accepted = [name for name in ("position_ids", "logits_to_keep") if accepts_argument(model, name)]
+
+    def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        inputs = {"input_ids": ids, "attention_mask": mask} | {name: optional[name] for name in accepted}
+        logits: Tensor = model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
+        return logits
+
+    logits = last_logits(ids, mask, positions)
+    rows = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+    cache.reorder_cache(rows)
+    ids, mask, logits, position = ids[rows], pad(mask[rows], (0, limit), value=1), logits[rows], positions[rows, -1:]
+
+    completions = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
+    active = torch.arange(len(prompts), device=device)  # which completion each row of the batch belongs to
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(limit):
+        if process:
+            logits = process(torch.cat([ids[active], completions[active, :step]], dim=1), logits)
+        token = _draw(logits, generator) if config.do_sample else logits.argmax(-1)
+        completions[active, step] = token
+        finished |= torch.isin(token, ends)
+        if step == limit - 1 or bool(finished.all()):
             break
         # Dropping rows copies the cache, which pays once an eighth of the batch has finished.
         if int(finished.sum()) * 8 >= len(active):
-            keep = (~finished).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            token, mask, position, finished = token[keep], mask[keep], position[keep], finished[keep]
-            active = [active[row] for row in keep.tolist()]
+            kept = (~finished).nonzero()[:, 0]
+            cache.reorder_cache(kept)
+            active, finished, token, mask, position = (x[kept] for x in (active, finished, token, mask, position))
         position = position + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        inputs = {"input_ids": token[:, None], "attention_mask": mask, "position_ids": position}
-        logits = model(**inputs, cache=cache, use_cache=True).logits[:, -1]
-    return sequences
+        logits = last_logits(token[:, None], mask[:, : width + step + 1], position)
+    ended = torch.isin(completions, ends)
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, limit).tolist()
+    return [row[:length] for row, length in zip(completions.tolist(), lengths, strict=True)]
 
 
-def _next_token(logits: torch.Tensor, temperature: float, min_p: float, generator: torch.Generator) -> torch.Tensor:
-    """Choose ids, shape (rows,), from `logits` of shape (rows, vocabulary)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if min_p > 0:
-        logits = MinPLogitsWarper(min_p)(None, logits)
-    cumulative = torch.softmax(logits, dim=-1).cumsum(-1)
-    # Inverse transform sampling: one random number per row, where `torch.multinomial` draws one per token.
-    draw = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, draw, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+def _listed(tokens: int | Sequence[int] | None) -> list[int]:
+    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
+
+
+def _processors(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
+    """Return what changes the logits."""
+    processors = LogitsProcessorList()
+    for name, (kind, neutral) in PROCESSORS.items():
+        value = getattr(config, name)
+        if value is None or value == neutral or not (config.do_sample or name in ALSO_WHEN_GREEDY):
+            continue
+        on_device = {"device": device} if "device" in inspect.signature(kind).parameters else {}
+        processors.append(kind(value, **on_device))
+    return processors
+
+
+def accepts_argument(model: nn.Module, argument: str) -> bool:
+    """Return whether the forward method of a model, wrapped or not, has an argument of this name."""
+    model = extract_model_from_parallel(model)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return argument in inspect.signature(model.forward).parameters
+
+
+def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Sample ids, shape (rows,), from `logits` of shape (rows, vocabulary).
+
+    This is inverse transform sampling: one random number per row, where `torch.multinomial` draws one per token. Sums
+    are in float64, where the device has it, so that improbable tokens of a large vocabulary are not lost.
+    """
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = torch.softmax(logits, dim=-1).cumsum(-1, dtype=dtype)
+    # Above 0 and at most 1, so that no token of probability 0 is ever the first to reach it.
+    share = 1 - torch.rand(len(logits), 1, generator=generator, dtype=dtype, device=logits.device)
+    return torch.searchsorted(cumulative, share * cumulative[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+class GrowingLayer(DynamicLayer):
+    """The cache of a layer, with room for more tokens, where transformers' copies all of it for each token."""
+
+    room = 64
+    """Tokens by which the memory grows."""
+
+    memory: list[Tensor]
+    """Of keys and of values, which are the used part of it."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values behind the others, and return all of them."""
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        if start == 0 or stop > self.memory[0].shape[-2]:
+            size = -(-stop // self.room) * self.room
+            new = (key_states, value_states)
+            grown = [states.new_empty(*states.shape[:-2], size, states.shape[-1]) for states in new]
+            if start > 0:
+                for memory, states in zip(grown, (self.keys, self.values), strict=True):
+                    memory[..., :start, :] = states
+            self.memory, self.device, self.is_initialized = grown, key_states.device, True
+        for memory, states in zip(self.memory, (key_states, value_states), strict=True):
+            memory[..., start:stop, :] = states
+        return self._use(stop)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order, any of them several times."""
+        stop = self.get_seq_length()
+        if stop == 0:
+            return
+        self.memory = [memory.index_select(0, beam_idx) for memory in self.memory]
+        self._use(stop)
+
+    def _use(self, stop: int) -> tuple[Tensor, Tensor]:
+        """Make the first `stop` tokens the keys and values."""
+        self.keys, self.values = keys, values = [memory[..., :stop, :] for memory in self.memory]
+        return keys, values
 
 
 def stopped(tokens: Iterable[int], eos_token_id: int | Collection[int]) -> bool:

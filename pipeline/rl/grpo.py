@@ -3,6 +3,7 @@ CPUs. `pipeline.rl.ppo` builds on it, too."""
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -12,16 +13,20 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
+from transformers import GenerationConfig
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer as TRLGRPOTrainer
+from trl.extras.profiling import profiling_context
 
+from pipeline.models.generation import accepts_argument, sample, unsupported_settings
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.models.weights import load_renamed_weights
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
-from pipeline.rl.log_probs import accepts_argument, token_log_probs, with_positions
+from pipeline.rl.log_probs import token_log_probs, with_positions
 from pipeline.rl.rollouts import EpochSampler, load_rollout, load_rollout_state, save_rollout
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
 
@@ -73,6 +78,36 @@ class GRPOTrainer(TRLGRPOTrainer):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Sample with `pipeline.models.generation.sample`, without dropout, where it can do what is asked."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        config = self._sampling_config(model)
+        if config is None:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        training = model.training
+        model.eval()
+        try:
+            with profiling_context(self, "sample"), self.accelerator.autocast():  # once, so that weights are cast once
+                return sample(model, prompt_ids, config), None
+        finally:
+            model.train(training)
+
+    def _sampling_config(self, model: Any) -> GenerationConfig | None:
+        """Return the settings for `sample`, or None if TRL has to sample.
+
+        TRL does for vLLM, continuous batching, models that see, sharded weights (FSDP, DeepSpeed), adapters that are
+        part of the prompt, and settings that `sample` does not have.
+        """
+        if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm:
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            return None
+        config = copy.deepcopy(self.generation_config)
+        config.update(**model.generation_config.to_dict(), defaults_only=True)  # as `model.generate` does
+        return None if unsupported_settings(config) else config
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]

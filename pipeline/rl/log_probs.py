@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import pad
+
+from pipeline.models.generation import accepts_argument
 
 CPU_ROWS = 16
 """Texts in a group on a CPU, enough to keep it busy. An accelerator takes all of them at once."""
@@ -129,13 +128,6 @@ def with_positions(model: nn.Module) -> Callable[..., Any]:
     if not accepts_argument(model, "position_ids"):
         return model
     return lambda **inputs: model(position_ids=text_positions(inputs["attention_mask"]), **inputs)
-
-
-def accepts_argument(model: nn.Module, argument: str) -> bool:
-    """Return whether the forward method of a model, wrapped or not, has an argument of this name."""
-    model = extract_model_from_parallel(model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
-    return argument in inspect.signature(model.forward).parameters
 
 
 def length_groups(attention_mask: Tensor, length: int, batch_size: int | None) -> list[LengthGroup]:
