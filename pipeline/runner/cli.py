@@ -17,19 +17,24 @@ seeds have the same configuration, and would often fail as well.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import Problem, UserError
 from pipeline.files import lock
+from pipeline.runner.console import RunConsole, say, show_checks
 from pipeline.runner.launcher import check_launch_file, exit_code
 from pipeline.runner.plan import Plan, read_plan
 from pipeline.runner.processes import run
-from pipeline.runner.records import Decision, RunRecord, clear, decide
+from pipeline.runner.records import Decision, RunRecord, clear, decide, measured_seconds
+from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, check_steps, find_step
+from pipeline.runner.warm import WarmProcess
 
 LAUNCH_FILE = "accelerate_config.yaml"
 MAX_PROCESSES = 16
@@ -52,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, help="directory of the run (default: the one in the YAML files)")
     parser.add_argument("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
     parser.add_argument("--config_file", default=LAUNCH_FILE, help="launch file of accelerate (default: %(default)s)")
+    meaning = "start each step as a new process, instead of forking it from one that has imported the libraries"
+    parser.add_argument("--no-fork", action="store_true", help=meaning)
+    meaning = "print a line for each event, as without a terminal, instead of a live view"
+    parser.add_argument("--plain", action="store_true", help=meaning)
+    parser.add_argument("--verbose", action="store_true", help="print all that the steps print, which is in <run>/logs")
     parser.add_argument("--smoke", action="store_true", help="two steps of every stage on a miniature, in <run>-smoke")
 
 
@@ -67,6 +77,22 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If the recipe folder or an argument is wrong, or another run is writing to the same directory.
     """
+    with show_checks(args):
+        _check(args)
+    args.resume = _resume_command(args)
+    forks = sys.platform == "linux" and args.num_processes == 1 and not args.no_fork and not args.dry_run
+    with WarmProcess(os.environ) if forks else contextlib.nullcontext() as args.warm:  # it imports during the checks
+        if args.seeds is not None:
+            return _run_seeds(args)
+        plan, decided = _prepare(args)
+        if args.dry_run:
+            _show(decided, args)
+            return 0
+        return _run(plan, args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse arguments that are wrong by themselves."""
     problems = []
     most = max(os.cpu_count() or 1, MAX_PROCESSES)
     if not 1 <= args.num_processes <= most:
@@ -84,14 +110,6 @@ def main(args: argparse.Namespace) -> int:
             problems.append(Problem(option, seed, "is repeated; name each seed once"))
     if problems:
         raise UserError(*problems)
-    args.resume = _resume_command(args)
-    if args.seeds is not None:
-        return _run_seeds(args)
-    plan, decided = _prepare(args)
-    if args.dry_run:
-        _show(decided, args)
-        return 0
-    return _run(plan, args)
 
 
 def _run_seeds(args: argparse.Namespace) -> int:
@@ -126,7 +144,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
         if not is_reported:
             return 0
         say(f"$ {_command_line(report, args)}")
-        code, received = run(report.executable(()), os.environ, descriptors)
+        code, received = run(report.executable(()), os.environ, descriptors, warm=args.warm)
         return 128 + int(received) if received is not None else exit_code(code)
 
 
@@ -139,7 +157,9 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
     decided = list(_decide(plan, RunRecord.read(plan.run_dir), args))
     due = [step for step, decision in decided if decision.action != "skip"]
-    if due and (problems := check_steps(due)):
+    with show_checks(args):
+        problems = check_steps(due) if due else []
+    if problems:
         raise UserError(*problems)
     return plan, decided
 
@@ -158,7 +178,16 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
-        return _run_all(list(_decide(plan, record, args)), record, args, descriptors)
+        todo = list(_decide(plan, record, args))
+        measured = measured_seconds(plan.run_dir, str(args.recipe), args.smoke)
+        seed = "" if plan.seed is None else f", seed {plan.seed}"
+        state = RunState(plan.run_dir, plan.steps, todo, measured)
+        with RunConsole(f"{args.recipe}{seed}, in {plan.run_dir}", state, args) as console:
+            code = _run_all(todo, record, console, args, descriptors)
+    report = next((step.product for step, _ in todo if step.kind == "report"), None)
+    if code == 0 and report is not None and report.exists():
+        say(f"report: {report}")
+    return code
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable[tuple[Step, Decision]]:
@@ -202,34 +231,44 @@ def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapp
 
 
 def _run_all(
-    todo: list[tuple[Step, Decision]], record: RunRecord, args: argparse.Namespace, descriptors: Sequence[int]
+    todo: list[tuple[Step, Decision]],
+    record: RunRecord,
+    console: RunConsole,
+    args: argparse.Namespace,
+    descriptors: Sequence[int],
 ) -> int:
     for position, (step, decision) in enumerate(todo, start=1):
-        say(f"[{position}/{len(todo)}] {step.name}: {decision.reason}" + (", skipped" * (decision.action == "skip")))
-        if decision.action == "skip":
+        skips = decision.action == "skip"
+        console.event(f"[{position}/{len(todo)}] {step.name}: {decision.reason}" + ", skipped" * skips)
+        if skips:
             continue
         if decision.action == "start" and step.name in record.steps:
             for path in clear(step.leftovers):
-                say(f"removed {path}")
-        say(f"$ {_command_line(step, args)}")
-        record.start(step, decision, _command_line(step, args))
+                console.event(f"removed {path}")
+        command = _command_line(step, args)
+        console.event(f"$ {command}")
+        record.start(step, decision, command)
         started = time.monotonic()
-        code, received = run(step.executable(_launch_options(args)), os.environ, descriptors)
+        with console.step(step, command, resumes=decision.action == "resume") as (output, variables):
+            executable = step.executable(_launch_options(args))
+            code, received = run(executable, os.environ | variables, descriptors, output, args.warm)
+        seconds = time.monotonic() - started
         complete = code == 0 and step.is_complete
-        record.stop(step, time.monotonic() - started, finished=complete)
+        record.stop(step, seconds, finished=complete)
+        code = exit_code(code)
+        if complete and received is None:
+            console.finish(step, seconds)
+            continue
         if received is not None:
-            say(f"{step.name} was stopped by {received.name}; to resume: {args.resume}")
+            kept = console.state.kept(step, code)
+            stopped = f"{step.name} was stopped by {received.name}; to resume: {args.resume}"
+            console.stop(step, seconds, 0, kept, stopped)
             return 128 + int(received)
-        if code != 0:
-            code = exit_code(code)
-            say(f"{step.name} failed with exit code {code}; the steps before it are kept")
-            return code
-        if not complete:
-            say(f"{step.name} failed: it ended without writing {step.product}; the steps before it are kept")
-            return 1
-    report = next((step.product for step, _ in todo if step.kind == "report"), None)
-    if report is not None and report.exists():
-        say(f"report: {report}")
+        failed = f"failed with exit code {code}" if code else f"failed: it ended without writing {step.product}"
+        resume = f"to go on from there: {args.resume}"
+        console.stop(step, seconds, code or 1, f"{step.name} {failed}; the steps before it are kept", resume)
+        return code or 1
+    console.conclude()
     return 0
 
 
@@ -257,8 +296,3 @@ def _resume_command(args: argparse.Namespace) -> str:
         if value is not None:
             command += [flag, *map(str, value if isinstance(value, list) else [value])]
     return shlex.join([*command, "--smoke"] if args.smoke else command)
-
-
-def say(line: str) -> None:
-    """Print a line of the runner and flush it, because the steps write to the same terminal."""
-    print(line, flush=True)

@@ -73,7 +73,8 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     planned = [replace(s, data={need: editable[need] for need in s.needs if need in editable}) for s in planned]
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
-    if problems := [problem for step in planned if (problem := check_directory(step.output))]:
+    folders = [*(step.output for step in planned), run_dir / "logs"]
+    if problems := [problem for folder in folders if (problem := check_directory(folder))]:
         raise UserError(*problems)
     seeds = [values["seed"] for _, values in configurations.values() if isinstance(values.get("seed"), int)]
     return Plan(tuple(planned), run_dir, seed if seed is not None else next(iter(seeds), None))

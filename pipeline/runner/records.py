@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -114,6 +115,17 @@ class RunRecord:
 
     def _write(self) -> None:
         write_text(self.path, json.dumps(self.content, indent=1) + "\n")
+
+
+def measured_seconds(run_dir: Path, recipe: str, smoke: bool) -> dict[str, float]:
+    """Return the seconds of each step that finished in this run or, failing that, in a run of this recipe beside it."""
+    seconds: dict[str, float] = {}
+    for path in [*sorted(run_dir.parent.glob("*/run.json")), run_dir / "run.json"]:
+        with contextlib.suppress(UserError):
+            record = RunRecord.read(path.parent)
+            if (record.content.get("recipe"), record.content.get("smoke")) == (recipe, smoke):
+                seconds |= {name: entry["seconds"] for name, entry in record.steps.items() if record.is_finished(name)}
+    return seconds
 
 
 def _is_entry(entry: Any) -> bool:

@@ -25,29 +25,34 @@ class Kind:
 
     Attributes:
         module: Module to run with `python -m`.
+        seconds: Time that it takes in recipes/pocket. Before a run has times of its own, its time left is estimated
+            from these proportions.
         launched: Whether it runs under `accelerate launch`, on the requested number of processes.
         measured: Whether it writes a model, which is then evaluated.
         seeded: Whether it draws random numbers and takes a seed.
         editable: Whether it writes data, which people may correct by hand.
+        figure: Metric by which the stage is judged, if it is measured.
     """
 
     module: str
+    seconds: float
     launched: bool = False
     measured: bool = False
     seeded: bool = True
     editable: bool = False
+    figure: str = ""
 
 
 KINDS = {
-    "data": Kind("recipes.data", editable=True),
-    "tokenizer": Kind("recipes.tokenizer", seeded=False),
-    "random": Kind("recipes.untrained", measured=True),
-    "pretrain": Kind("recipes.pretrain", launched=True, measured=True),
-    "sft": Kind("recipes.sft", launched=True, measured=True),
-    "preferences": Kind("recipes.preferences", launched=True, editable=True),
-    "reward": Kind("recipes.reward", launched=True, measured=True),
-    "ppo": Kind("recipes.ppo", launched=True, measured=True),
-    "grpo": Kind("recipes.grpo", launched=True, measured=True),
+    "data": Kind("recipes.data", 5, editable=True),
+    "tokenizer": Kind("recipes.tokenizer", 3, seeded=False),
+    "random": Kind("recipes.untrained", 1, measured=True, figure="bits_per_byte"),
+    "pretrain": Kind("recipes.pretrain", 65, launched=True, measured=True, figure="bits_per_byte"),
+    "sft": Kind("recipes.sft", 35, launched=True, measured=True, figure="instruction_accuracy"),
+    "preferences": Kind("recipes.preferences", 15, launched=True, editable=True),
+    "reward": Kind("recipes.reward", 20, launched=True, measured=True, figure="reward_accuracy"),
+    "ppo": Kind("recipes.ppo", 25, launched=True, measured=True, figure="win_rate"),
+    "grpo": Kind("recipes.grpo", 45, launched=True, measured=True, figure="pass@1"),
 }
 """Steps of the same number run in this order."""
 
@@ -81,6 +86,11 @@ class Step:
     needs: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     data: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def usual_seconds(self) -> float:
+        """Time that it takes in recipes/pocket."""
+        return KINDS[self.kind].seconds if self.kind in KINDS else 5.0
 
     @property
     def product(self) -> Path:

@@ -1,0 +1,238 @@
+"""What a person sees of a run: a live view of its stages in a terminal, and anywhere else a line for each event."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.errors import EXIT_USER_ERROR
+from pipeline.evaluation.metric_info import metric_info
+from pipeline.progress import VARIABLE, duration
+from pipeline.runner.run_state import RunState, Stage
+from pipeline.runner.steps import KINDS, Step
+
+REFRESH_SECONDS = 0.25
+PROGRESS_SECONDS = 10
+"""Without a live view, progress is printed at each quarter of a step, but not more often than this."""
+LAST_LINES = 20
+"""Lines of a failed step's output that are shown. What refuses its input (exit code 2) is shown as a whole."""
+
+MARKS = {
+    "waiting": (" ", " ", "dim"),
+    "running": ("▸", ">", "bold cyan"),
+    "done": ("✓", "+", "green"),
+    "kept": ("=", "=", "dim"),
+    "stopped": ("✗", "x", "bold red"),
+}
+"""Status of a stage -> its mark, the mark in ASCII, and its style."""
+
+
+def is_live(args: argparse.Namespace) -> bool:
+    """Return whether stdout is a terminal to draw on, and neither an option nor the environment asks for lines."""
+    plain = os.environ.get("TERM") == "dumb" or os.environ.get("CI") or os.environ.get("NO_COLOR")
+    return sys.stdout.isatty() and not (plain or args.plain or args.verbose)
+
+
+class RunConsole:
+    """The view of one run; a context manager, within which its steps run one after the other.
+
+    Args:
+        title: First line of the live view.
+        state: What is known about the run.
+        args: The command's options.
+    """
+
+    def __init__(self, title: str, state: RunState, args: argparse.Namespace) -> None:
+        self.title, self.state = title, state
+        self._is_verbose = args.verbose
+        self._began = time.monotonic()
+        self._printed = (0.0, 0)  # when the running step's progress was printed, and up to which quarter
+        self._log_begin = 0  # where the running step's part of its log begins
+        self._console = Console(highlight=False)
+        live = Live(console=self._console, get_renderable=self._view, auto_refresh=False)
+        self._live = live if is_live(args) else None
+
+    def __enter__(self) -> RunConsole:
+        if self._live is not None:
+            self._live.start(refresh=True)
+            # The cursor is hidden until `close`. While a step runs, `processes.run` handles the signal instead.
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the live view, whose last state stays on the screen."""
+        if self._live is not None and self._live.is_started:
+            self._live.stop()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def event(self, line: str) -> None:
+        """Print an event that the live view shows by itself."""
+        if self._live is None:
+            say(line)
+
+    def log(self, step: Step) -> Path:
+        """Return the file to which everything goes that the step prints."""
+        return self.state.run_dir / "logs" / f"{step.name}.log"
+
+    @contextlib.contextmanager
+    def step(self, step: Step, command: str, resumes: bool) -> Iterator[tuple[int, dict[str, str]]]:
+        """Show a step while it runs.
+
+        Yields:
+            A descriptor for its output, and environment variables by which it reports its progress.
+        """
+        log, reports = self.log(step), self.log(step).with_suffix(".progress")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        reports.write_bytes(b"")
+        self.state.start(step)
+        self._printed = time.monotonic(), 0
+        with (
+            log.open("ab" if resumes else "wb", buffering=0) as output,
+            log.open(encoding="utf-8", errors="replace") as printed,
+            reports.open(encoding="utf-8") as reported,
+        ):
+            output.write(f"$ {command}\n".encode())
+            self._log_begin = printed.seek(0, os.SEEK_END)
+            ended = threading.Event()
+
+            def watch() -> None:
+                while not ended.wait(REFRESH_SECONDS):
+                    self._update(reported, printed)
+
+            watcher = threading.Thread(target=watch, daemon=True)
+            watcher.start()
+            try:
+                yield output.fileno(), {VARIABLE: str(reports.absolute())}
+            finally:
+                ended.set()
+                watcher.join()
+                self._update(reported, printed)
+                reports.unlink(missing_ok=True)
+
+    def finish(self, step: Step, seconds: float) -> None:
+        """Show that a step has finished, and what its stage has reached."""
+        stage = self.state.end(step, seconds, finished=True)
+        reached = f"{stage.name}: {stage.figure}, {duration(stage.seconds)}"
+        self.event(f"    {reached if stage.figure else f'done in {duration(seconds)}'}")
+        self._refresh()
+
+    def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
+        """End the view, because a step was stopped or failed with exit code `code`, and print `messages`.
+
+        Of a step that failed, the last lines of its output are shown as well, and where all of it is.
+        """
+        self.state.end(step, seconds, finished=False)
+        self._refresh()
+        self.close()
+        if code and not self._is_verbose:
+            with self.log(step).open(encoding="utf-8", errors="replace") as file:
+                file.seek(self._log_begin)
+                lines = file.read().splitlines()
+            print(*lines[0 if code == EXIT_USER_ERROR else -LAST_LINES :], sep="\n", file=sys.stderr, flush=True)
+        for message in [*messages, f"its whole output: {self.log(step)}"] if code else messages:
+            say(message)
+
+    def conclude(self) -> None:
+        """End the view of a run that went through, and print the key figures of its stages."""
+        self._refresh()
+        self.close()
+        kinds = self.state.kinds
+        metrics = list(dict.fromkeys(filter(None, (KINDS[kind].figure for kind in kinds.values()))))
+        table = Table("", box=None, pad_edge=False, header_style="")
+        for metric in metrics:
+            table.add_column(metric_info(metric).label, justify="right")
+        for name, kind in kinds.items():
+            values = [(self.state.value(name, metric), metric == KINDS[kind].figure) for metric in metrics]
+            if any(value for value, _ in values):
+                table.add_row(name, *(Text(value, "bold" if own and self._live else "") for value, own in values))
+        if self.state.taken:
+            if table.row_count:
+                self._console.print("", table, "", sep="\n")
+            say(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
+
+    def _update(self, reported: IO[str], printed: IO[str]) -> None:
+        """Take in what the running step has reported and printed since the last time."""
+        for line in reported:
+            with contextlib.suppress(ValueError, TypeError, LookupError):  # half a line
+                self.state.progress.update(json.loads(line))
+        facts = self.state.progress.facts
+        if self._is_verbose:
+            print(printed.read(), end="", flush=True)
+        elif self._live is None and facts.get("total"):
+            when, quarter = time.monotonic(), 4 * facts["done"] // facts["total"]
+            if self._printed[1] < quarter < 4 and when - self._printed[0] >= PROGRESS_SECONDS:
+                self._printed = when, quarter
+                say(f"    {', '.join(self.state.status())}")
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._live is not None and self._live.is_started:
+            self._live.refresh()
+
+    def _view(self) -> RenderableType:
+        """Return what the live view shows now."""
+        stages = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        stages.add_column(width=1)
+        stages.add_column(no_wrap=True)
+        stages.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        stages.add_column(justify="right", no_wrap=True)
+        for stage in self.state.stages.values():
+            mark, ascii_mark, style = MARKS[stage.status]
+            shown = mark if self._console.encoding.startswith("utf") else ascii_mark
+            stages.add_row(Text(shown, style), Text(stage.name, style if style == "dim" else ""), *self._line(stage))
+        lines: list[RenderableType] = [Text(self.title, "bold"), stages]
+        if (step := self.state.running) is not None:
+            left = self.state.seconds_left()
+            so_far = f"{duration(time.monotonic() - self._began)} so far"
+            lines.append(Text(so_far if left is None else f"{so_far}, about {duration(left)} left"))
+            lines.append(Text(f"output: {self.log(step)}", "dim", overflow="fold"))
+            if number := self.state.progress.facts.get("stopping"):
+                notice = f"{number}: {step.name} saves after this step of training; Ctrl-C again stops it at once"
+                lines.append(Text(notice, "yellow"))
+        return Group(*lines)
+
+    def _line(self, stage: Stage) -> tuple[RenderableType, Text]:
+        """Return what is shown after the name of a stage: what it does or has reached, and a time."""
+        if stage.status == "waiting":
+            return Text(stage.note, "dim"), Text("")
+        if stage.status != "running":
+            return Text(stage.figure), Text("kept" if stage.status == "kept" else duration(stage.seconds), "dim")
+        progress, step = self.state.progress, self.state.running
+        total = progress.facts.get("total")
+        line = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True)
+        text = "  ".join(["measuring"] * (step is not None and step.kind == "evaluate") + [str(progress)])
+        line.add_row(ProgressBar(total, progress.facts.get("done", 0), pulse=not total), text)
+        left = progress.left
+        shown = duration(stage.seconds + progress.elapsed) if left is None else f"{duration(left)} left"
+        return line, Text(shown)
+
+
+def show_checks(args: argparse.Namespace) -> AbstractContextManager[object]:
+    """Show in a live view that the steps are being checked, which takes seconds."""
+    return Console().status(f"Checking the steps of {args.recipe}") if is_live(args) else contextlib.nullcontext()
+
+
+def say(line: str) -> None:
+    """Print a line and flush it, so that a log file is up to date."""
+    print(line, flush=True)

@@ -1,0 +1,199 @@
+"""What is known about a run while it goes on: its stages, what they have reached, and the time that is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.evaluation.metric_info import metric_info
+from pipeline.progress import duration
+from pipeline.runner.records import Decision
+from pipeline.runner.steps import KINDS, Step
+
+
+@dataclass
+class Stage:
+    """A step of the recipe and, if it writes a model, the evaluation after it.
+
+    Attributes:
+        name: Name of the step.
+        note: Why it is due; "" if it has never run.
+        seconds: Time that its steps took in this run.
+        figure: What it has reached, once it is measured.
+    """
+
+    name: str
+    note: str = ""
+    status: Literal["waiting", "running", "done", "kept", "stopped"] = "kept"
+    seconds: float = 0.0
+    figure: str = ""
+
+
+@dataclass
+class Progress:
+    """What the running step has reported, and when.
+
+    Attributes:
+        began: When the step began; times are those of `time.monotonic`.
+        facts: The last value of each fact, see `pipeline.progress`.
+        first: When the first units were reported, and how many.
+        last: The same of the last ones.
+    """
+
+    began: float = field(default_factory=time.monotonic)
+    facts: dict[str, Any] = field(default_factory=dict)
+    first: tuple[float, int] = (0.0, 0)
+    last: tuple[float, int] = (0.0, 0)
+
+    def update(self, facts: Mapping[str, Any]) -> None:
+        """Take in a report."""
+        if "done" in facts:
+            self.last = (time.monotonic(), facts["done"])
+            if facts["total"] != self.facts.get("total") or facts["done"] < self.first[1]:
+                self.first = self.last
+        self.facts.update(facts)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the step began."""
+        return time.monotonic() - self.began
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that the step still takes at its own speed; None until it has one."""
+        units = self.last[1] - self.first[1]
+        if not units:
+            return None
+        whole = (self.last[0] - self.first[0]) / units * (self.facts["total"] - self.facts["done"])
+        return max(whole - (time.monotonic() - self.last[0]), 0.0)
+
+    def __str__(self) -> str:
+        shown = [f"{self.facts['done']:,}/{self.facts['total']:,}"] if "done" in self.facts else []
+        shown += [f"{name} {self.facts[name]:.3g}" for name in ("reward", "loss") if name in self.facts][:1]
+        if "tokens_per_second" in self.facts:
+            shown.append(f"{self.facts['tokens_per_second']:,} tokens/s")
+        return "  ".join(shown)
+
+
+class RunState:
+    """The state of one run.
+
+    Args:
+        run_dir: Directory of the run.
+        steps: All of its steps, in order.
+        todo: Those that this command goes through, and what it does about each.
+        measured: Seconds of the steps in an earlier run, by name.
+
+    Attributes:
+        stages: The stages that this command goes through, by the names of their directories.
+        running: The step that is running.
+        progress: What it has reported.
+        taken: Seconds of the steps that have finished, by name.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        steps: Sequence[Step],
+        todo: Sequence[tuple[Step, Decision]],
+        measured: Mapping[str, float],
+    ) -> None:
+        self.run_dir = run_dir
+        self.kinds = {stage_name(step): step.kind for step in steps if step.kind in KINDS and KINDS[step.kind].measured}
+        self.stages: dict[str, Stage] = {}
+        for step, decision in todo:
+            directory = stage_name(step)
+            stage = self.stages.setdefault(directory, Stage(directory if step.kind == "evaluate" else step.name))
+            if decision.action == "skip":
+                stage.figure = self.figure(directory)
+            elif stage.status == "kept":
+                stage.status = "waiting"
+                stage.note = "" if decision.reason == "has not run yet" else decision.reason
+        self.due = [step for step, decision in todo if decision.action != "skip"]
+        self.running: Step | None = None
+        self.progress = Progress()
+        self.taken: dict[str, float] = {}
+        self._resumed = {step.name for step, decision in todo if decision.action == "resume"}
+        self._is_guess = not measured
+        self.expected = {step.name: measured.get(step.name, step.usual_seconds) for step in self.due}
+
+    def start(self, step: Step) -> None:
+        """Note that a step begins."""
+        self.running, self.progress = step, Progress()
+        self.stages[stage_name(step)].status = "running"
+
+    def end(self, step: Step, seconds: float, finished: bool) -> Stage:
+        """Note that a step has ended after `seconds`. Return its stage."""
+        stage = self.stages[stage_name(step)]
+        stage.seconds += seconds
+        self.running = None
+        if finished:
+            self.taken[step.name] = seconds
+            stage.figure = self.figure(stage_name(step)) if step.kind == "evaluate" else ""
+            if all(other.name in self.taken for other in self.due if stage_name(other) == stage_name(step)):
+                stage.status = "done"
+        else:
+            stage.status = "stopped"
+        return stage
+
+    def seconds_left(self) -> float | None:
+        """Return the time that the run still takes: what the steps took before, at the speed of this run.
+
+        Returns:
+            Seconds; None if nothing is known, neither of an earlier run nor of this one.
+        """
+        taken = {name: seconds for name, seconds in self.taken.items() if name not in self._resumed}
+        running = self.running.name if self.running is not None else ""
+        left = self.progress.left if running else None
+        if left is not None and running not in self._resumed:
+            taken[running] = self.progress.elapsed + left
+        before = sum(self.expected[name] for name in taken)
+        if not before and self._is_guess:
+            return None
+        speed = sum(taken.values()) / before if before else 1.0
+        if running and left is None:
+            left = max(speed * self.expected[running] - self.progress.elapsed, 0.0)
+        to_come = (self.expected[step.name] for step in self.due if step.name not in (*self.taken, running))
+        return (left or 0.0) + speed * sum(to_come)
+
+    def value(self, stage: str, metric: str) -> str:
+        """Return a figure of a stage's evaluation as text, "" if it has none."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            content = json.loads((self.run_dir / "evaluations" / f"{stage}.json").read_text(encoding="utf-8"))
+            return f"{content['metrics'][metric]['value']:.{metric_info(metric).digits}f}"
+        return ""
+
+    def figure(self, stage: str) -> str:
+        """Return the main figure of a stage, after that of the stage before it: "win rate 0.507 -> 0.772"."""
+        metric = KINDS[self.kinds[stage]].figure if stage in self.kinds else ""
+        names = list(self.kinds)[: list(self.kinds).index(stage) + 1] if metric else []
+        values = list(filter(None, (self.value(name, metric) for name in names)))
+        label = metric_info(metric).label
+        return f"{label[:1].lower()}{label[1:]} {' -> '.join(values[-2:])}" if values else ""
+
+    def kept(self, step: Step, code: int) -> str:
+        """Return what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""
+        facts = self.progress.facts
+        if code == 0:
+            return f"kept: {step.name}, which has finished, and the steps before it"
+        if facts.get("stopping") and code < 128 + signal.SIGKILL:
+            return f"kept: {step.name} up to {facts['done']} of {facts['total']}, and the steps before it"
+        return f"kept: the steps before it, and what {step.name} has saved earlier, if anything"
+
+    def status(self) -> list[str]:
+        """Return how far the running step is, and the time that is left."""
+        left, of_run = self.progress.left, self.seconds_left()
+        shown = str(self.progress).split("  ")
+        shown += [f"{duration(left)} left"] if left is not None else []
+        return shown + ([f"{duration(of_run)} left of the run"] if of_run is not None else [])
+
+
+def stage_name(step: Step) -> str:
+    """Return the directory of the stage that a step belongs to: "2_sft" for `evaluate_2_sft`."""
+    return step.product.stem if step.kind == "evaluate" else step.output.name
