@@ -105,6 +105,13 @@ def _environment_before_launch() -> Mapping[str, str]:
         return {}
 
 
+def attention() -> Choice:
+    """Return the attention to train with, or None to leave the choice to transformers."""
+    if accelerator() is not None:
+        return Choice(None, "accelerators have kernels that skip what is masked")
+    return Choice("blockwise", "kernels for CPUs also compute what documents do not see of each other")
+
+
 def compilation(flops: float) -> Choice:
     """Return whether `torch.compile` makes a training run of `flops` in this process shorter."""
     if accelerator() is None and not (shutil.which("g++") or shutil.which("clang++")):

@@ -40,7 +40,7 @@ def main(
     from pipeline.models.llama import build_model, log_model
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
-    from pipeline.training.pretraining import bits_per_byte, compile_if_it_pays, sequence_losses
+    from pipeline.training.pretraining import adapt_to_machine, bits_per_byte, sequence_losses
     from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, *documents = load_inputs("text", data_args, training_args, model_args)
@@ -49,7 +49,7 @@ def main(
     train_dataset, eval_dataset = (
         split and pack_documents(split, tokenizer, training_args.block_size, "text") for split in documents
     )
-    compile_if_it_pays(training_args, model, train_dataset)
+    adapt_to_machine(training_args, model, train_dataset)
     trainer = Trainer(
         model=model,
         args=training_args,

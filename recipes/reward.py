@@ -33,6 +33,7 @@ def main(
 ) -> None:
     from trl import RewardTrainer, get_peft_config
 
+    from pipeline.models.attention import choose_attention
     from pipeline.models.loading import model_init_kwargs
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
@@ -51,6 +52,7 @@ def main(
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
+    choose_attention(trainer.model, model_args.attn_implementation)
     train_and_save(trainer, data_args, model_args, optimizer_args)
 
 

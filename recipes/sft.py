@@ -38,6 +38,7 @@ def main(
     from trl import SFTTrainer, get_peft_config
 
     from pipeline.data.packing import use_padded_packing
+    from pipeline.models.attention import choose_attention
     from pipeline.models.loading import model_init_kwargs
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
@@ -56,6 +57,7 @@ def main(
         callbacks=run_callbacks(training_args),
     )
     use_padded_packing(trainer)
+    choose_attention(trainer.model, model_args.attn_implementation)
     train_and_save(trainer, data_args, model_args, optimizer_args)
 
 

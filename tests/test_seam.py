@@ -41,6 +41,7 @@ IMPORTS = {
     "transformers.cache_utils:DynamicLayer": "rollouts write into a cache that does not copy itself for each token",
     "transformers.integrations.integration_utils:INTEGRATION_TO_CALLBACK": "the values of report_to",
     "transformers.integrations.integration_utils:get_available_reporting_integrations": "the values of report_to",
+    "transformers.masking_utils:sdpa_mask": "blockwise attention cuts the mask that it returns",
     "transformers.modeling_layers:GenericForTokenClassification": "critics of any architecture",
     "transformers.models.auto.modeling_auto:MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "critics that transformers has",
     "transformers.optimization:get_scheduler": "schedules are tried before training",

@@ -12,6 +12,7 @@ import torch
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from pipeline import hardware
+from pipeline.models.attention import choose_attention
 from pipeline.training.callbacks import training_flops_per_token
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,15 @@ class PretrainConfig(TrainingArguments):
     )
 
 
-def compile_if_it_pays(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
-    """Set `args.torch_compile` for this machine and length of the run unless the user has set it; log the reason."""
+def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
+    """Choose the attention, and `args.torch_compile` unless the user has set it; log the reasons.
+
+    Args:
+        args: Changed in place.
+        model: Changed in place.
+        train_dataset: Its length is that of the run if `args.max_steps` is not given.
+    """
+    choose_attention(model)
     if args.torch_compile is not None:
         logger.info("torch.compile: %s (requested)", args.torch_compile)
         return
