@@ -206,7 +206,7 @@ def main(argv: Sequence[str]) -> int:
         resolve_name(name)
     torch = sys.modules.get("torch")
     if threading.active_count() > 1 or (torch is not None and torch.accelerator.is_available()):
-        return 1
+        os._exit(1)  # at once, without waiting for threads
     gc.collect()
     gc.freeze()  # collections in the forks do not touch, and thereby copy, what was imported
     module, *arguments = serve(socket.socket(fileno=int(argv[0])))

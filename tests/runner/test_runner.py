@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pipeline.__main__ import main
-from pipeline.runner import steps
+from pipeline.runner import steps, warm
 from pipeline.runner.plan import read_plan
 
 TESTS = Path(__file__).parents[1]
@@ -35,10 +35,11 @@ RECIPE = {
 DRIVER = """
 import sys
 from dataclasses import replace
-from pipeline.runner import steps
+from pipeline.runner import steps, warm
 from pipeline.__main__ import main
 for name, kind in steps.KINDS.items():
     steps.KINDS[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
+warm.PRELOADED = ()
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -62,6 +63,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in steps.KINDS.items():
         stand_in = replace(kind, module="stand_in_step", launched=False, measured=False)
         monkeypatch.setitem(steps.KINDS, name, stand_in)
+    monkeypatch.setattr(warm, "PRELOADED", ())  # the stand-in imports none of it
 
 
 @pytest.fixture
@@ -568,12 +570,12 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture
-def waiting(folder: Path) -> Iterator[subprocess.Popen[str]]:
+@pytest.fixture(params=[[], ["--no-fork"]], ids=["fork", "new process"])
+def waiting(request: pytest.FixtureRequest, folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A run whose `2_sft` is running."""
     configure(folder, "2_sft", waits=True)
     process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, "run", "recipe"],
+        [sys.executable, "-c", DRIVER, "run", "recipe", *request.param],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

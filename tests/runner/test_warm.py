@@ -1,0 +1,243 @@
+"""Steps that are forked from a warm process behave as new processes do; each test of `run` is made both ways."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.runner import warm as warm_module
+from pipeline.runner.processes import run
+from pipeline.runner.warm import WarmProcess
+
+ROOT = Path(__file__).parents[2]
+
+Step = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(params=["new process", "fork"])
+def warm(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[WarmProcess | None]:
+    """A warm process that has imported nothing, which is quick, or None."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(warm_module, "PRELOADED", ())
+    if request.param == "new process":
+        yield None
+        return
+    if sys.platform != "linux":
+        pytest.skip("forks are made on Linux only")
+    with WarmProcess(os.environ) as process:
+        yield process
+
+
+@pytest.fixture
+def step(warm: WarmProcess | None) -> Step:
+    """Run the code as a module; returns its return code and what it wrote to stdout and stderr."""
+
+    def step(code: str, *arguments: str, **variables: str) -> tuple[int, str]:
+        Path("stand_in.py").write_text(code)
+        with Path("log").open("w") as log:
+            command = [sys.executable, "-m", "stand_in", *arguments]
+            returned, received = run(command, os.environ | variables, (), log.fileno(), warm)
+        assert received is None
+        return returned, Path("log").read_text()
+
+    return step
+
+
+def is_forked(process: psutil.Process) -> bool:
+    return "pipeline.runner.warm" in process.cmdline()
+
+
+@pytest.mark.parametrize(
+    ("code", "returned", "last"),
+    [
+        ("print('done')", 0, "done"),
+        ("import sys; sys.exit(3)", 3, ""),
+        ("import sys; sys.exit('the message')", 1, "the message"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+        ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt"),
+        ("import os; os._exit(4)", 4, ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+        ("import atexit; atexit.register(print, 'at the end')", 0, "at the end"),
+    ],
+)
+def test_a_step_ends_with_its_own_code_and_message(step: Step, code: str, returned: int, last: str) -> None:
+    got, log = step(code)
+    assert (got, log.strip().split("\n")[-1]) == (returned, last)
+
+
+def test_a_step_sees_what_a_new_process_would(step: Step) -> None:
+    code = """
+import gc, os, signal, sys, threading
+assert __name__ == "__main__" and sys.modules["__main__"].__file__ == __file__
+assert sys.argv == [__file__, "--a", "b c"] and sys.path[0] == os.getcwd()
+assert os.environ["OWN"] == "\\u00e4\\n" and "GONE" not in os.environ and os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+assert sys.stdin.read() == "" and os.getpgid(0) == os.getpid() and gc.isenabled()
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+assert threading.active_count() == 1 and threading.current_thread() is threading.main_thread()
+print("out"); print("err", file=sys.stderr); os.system("echo child")
+"""
+    os.environ["GONE"] = "1"
+    del os.environ["GONE"]
+    assert step(code, "--a", "b c", OWN="\u00e4\n") == (0, "out\nerr\nchild\n")
+
+
+def test_steps_leave_each_other_alone(step: Step) -> None:
+    leaves = "import os, sys, string; os.environ['LEFT'] = sys.left = string.left = '1'; os.chdir('/')"
+    assert step(leaves) == (0, "")
+    assert step("import os, sys, string; print(os.getcwd() == '/', 'LEFT' in os.environ, hasattr(sys, 'left'))") == (
+        0,
+        "False False False\n",
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_step_holds_the_locks_of_its_runner_and_nothing_holds_them_after_it(warm: WarmProcess | None) -> None:
+    import fcntl
+
+    Path("stand_in.py").write_text("""
+import os
+assert os.path.abspath("lock") in [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+""")
+    with Path("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run([sys.executable, "-m", "stand_in"], os.environ, (lock.fileno(),), warm=warm) == (0, None)
+    with Path("lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+RUNNER = """
+import os, sys
+from pipeline.runner import warm
+from pipeline.runner.processes import run
+warm.PRELOADED = ()
+command = [sys.executable, "-m", "stand_in"]
+if sys.argv[1] == "fork":
+    with warm.WarmProcess(os.environ) as process:
+        print(*run(command, os.environ, (), warm=process), flush=True)
+        print(*run([sys.executable, "-m", "next"], os.environ, (), warm=process), flush=True)
+else:
+    print(*run(command, os.environ, ()))
+"""
+SAVES = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+def save(number, _):
+    time.sleep(0.5)
+    Path("saved").write_text(str(number))
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+sleep = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+Path("descendant").write_text(str(sleep.pid))
+Path("pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+IGNORES = SAVES.replace("time.sleep(0.5)", "Path('signalled').touch(); time.sleep(60)")
+
+
+def wait_for(name: str) -> int:
+    deadline = time.monotonic() + 60
+    while not Path(name).exists() or not Path(name).read_text():
+        assert time.monotonic() < deadline, name
+        time.sleep(0.02)
+    return int(Path(name).read_text())
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(params=["new process", "fork"])
+def runner(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start a runner of the code, as a program of its own, and wait until the step runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    started = []
+
+    def start(code: str) -> subprocess.Popen[str]:
+        Path("stand_in.py").write_text(code)
+        Path("next.py").write_text("print('the next step')")
+        command = [sys.executable, "-c", RUNNER, request.param]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        assert is_forked(psutil.Process(wait_for("pid"))) == (request.param == "fork")
+        return started[0]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+    for name in ("pid", "descendant"):
+        if Path(name).exists() and psutil.pid_exists(pid := wait_for(name)):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_reaches_the_step_once_which_saves(
+    runner: Callable[[str], subprocess.Popen[str]], number: signal.Signals
+) -> None:
+    process = runner(SAVES)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert out.startswith(f"{128 + number} {number!r}") or out.startswith(f"{128 + number} {number.value}")
+    assert wait_for("saved") == number
+
+
+def test_the_second_signal_kills_the_step_and_its_descendants(runner: Callable[[str], subprocess.Popen[str]]) -> None:
+    process = runner(IGNORES)
+    process.send_signal(signal.SIGINT)
+    while not Path("signalled").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert out.startswith(f"{-signal.SIGKILL} ")
+    wait_until_gone(wait_for("descendant"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a child that its parent has died")
+def test_a_killed_runners_step_saves(runner: Callable[[str], subprocess.Popen[str]]) -> None:
+    process = runner(SAVES)
+    process.kill()
+    assert wait_for("saved") == signal.SIGTERM
+    wait_until_gone(wait_for("pid"))
+
+
+@pytest.mark.parametrize("runner", ["fork"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_warm_processs_step_saves_and_has_failed_and_the_next_one_is_a_new_process(
+    runner: Callable[[str], subprocess.Popen[str]], number: signal.Signals
+) -> None:
+    process = runner(SAVES)
+    psutil.Process(wait_for("pid")).parent().send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert wait_for("saved") == signal.SIGTERM
+    assert out.split("\n")[:3] == [f"{-signal.SIGTERM} None", "the next step", "0 None"]
+
+
+@pytest.mark.parametrize("preloaded", ["no_such_module", "starts_a_thread"])
+def test_where_a_fork_is_not_possible_the_step_is_a_new_process(
+    preloaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("starts_a_thread.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()"
+    )
+    Path("stand_in.py").write_text("import psutil, sys\nsys.exit('pipeline.runner.warm' in psutil.Process().cmdline())")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(warm_module, "PRELOADED", (preloaded,))
+    with WarmProcess(os.environ) as warm:
+        assert run([sys.executable, "-m", "stand_in"], os.environ, (), warm=warm) == (0, None)
