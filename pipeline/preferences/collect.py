@@ -42,6 +42,7 @@ from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.tokenizer import special_tokens
 from pipeline.preferences import files
 from pipeline.preferences.files import SPLITS, Counts
+from pipeline.progress import report_progress
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
 from pipeline.rewards.grading import validate_rule
 
@@ -110,9 +111,12 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     encoded = encode(model, tokenizer, prompts, args)
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, Counts] = {}
+    total, done = sum(map(len, encoded.values())), 0
     for number, (name, rows) in enumerate(prompts.items()):
         # The seeds of the splits are so far apart that the seeds of their batches never coincide.
-        answers = sample_answers(model, tokenizer, encoded[name], args, seed=(3 * args.seed + number) * 1_000_000)
+        seed = (3 * args.seed + number) * 1_000_000
+        answers = sample_answers(model, tokenizer, encoded[name], args, seed, progress=(done, total))
+        done += len(rows)
         splits[name], counts[name] = label_answers(
             rows, answers, pairs_per_prompt=args.pairs_per_prompt, seed=f"{args.seed}/{name}", keep_taste=name == "test"
         )
@@ -189,12 +193,21 @@ def sample_answers(
     prompts: Sequence[list[int]],
     args: PreferenceArguments,
     seed: int,
+    progress: tuple[int, int] = (0, 0),
 ) -> list[list[str]]:
     """Sample `args.samples_per_prompt` answers to each prompt.
 
     Processes take turns at the batches, and each batch has its own seed, so that the number of processes changes
     nothing as long as each has as many threads. (Other numbers of threads change the order of sums, and with it the
     outcome where two tokens are almost equally probable.)
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompts: Token ids.
+        args: Settings.
+        seed: Seed of the first batch.
+        progress: Prompts answered before, and those of all splits, to report.
 
     Returns:
         The answers to each of `prompts`, on every process. One that spells a special token, piece by piece, is empty:
@@ -207,6 +220,7 @@ def sample_answers(
     for number, start in enumerate(range(0, len(prompts), size)):
         if number % state.num_processes != state.process_index:
             continue
+        report_progress(done=progress[0] + start, total=progress[1])
         completions = generate(
             model,
             tokenizer,

@@ -260,9 +260,8 @@ def _run_all(
             console.finish(step, seconds)
             continue
         if received is not None:
-            kept = console.state.kept(step, code)
-            stopped = f"{step.name} was stopped by {received.name}; to resume: {args.resume}"
-            console.stop(step, seconds, 0, kept, stopped)
+            stopped = f"{step.name} was stopped by {received.name}; kept: {console.state.kept(step, code)}"
+            console.stop(step, seconds, 0, stopped, f"to resume: {args.resume}")
             return 128 + int(received)
         failed = f"failed with exit code {code}" if code else f"failed: it ended without writing {step.product}"
         resume = f"to go on from there: {args.resume}"

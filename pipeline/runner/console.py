@@ -201,7 +201,7 @@ class RunConsole:
             stages.add_row(Text(shown, style), Text(stage.name, style if style == "dim" else ""), *self._line(stage))
         lines: list[RenderableType] = [Text(self.title, "bold"), stages]
         if (step := self.state.running) is not None:
-            left = self.state.seconds_left()
+            left = self.state.seconds_left()[1]
             so_far = f"{duration(time.monotonic() - self._began)} so far"
             lines.append(Text(so_far if left is None else f"{so_far}, about {duration(left)} left"))
             lines.append(Text(f"output: {self.log(step)}", "dim", overflow="fold"))
@@ -217,15 +217,16 @@ class RunConsole:
         if stage.status != "running":
             return Text(stage.figure), Text("kept" if stage.status == "kept" else duration(stage.seconds), "dim")
         progress, step = self.state.progress, self.state.running
-        total = progress.facts.get("total")
+        left = self.state.seconds_left()[0]
+        done, total = progress.facts.get("done", 0), progress.facts.get("total")
+        if not total and left:
+            done, total = progress.elapsed, progress.elapsed + left
         line = Table.grid(padding=(0, 2, 0, 0), expand=True)
         line.add_column(ratio=1)
         line.add_column(no_wrap=True)
         text = "  ".join(["measuring"] * (step is not None and step.kind == "evaluate") + [str(progress)])
-        line.add_row(ProgressBar(total, progress.facts.get("done", 0), pulse=not total), text)
-        left = progress.left
-        shown = duration(stage.seconds + progress.elapsed) if left is None else f"{duration(left)} left"
-        return line, Text(shown)
+        line.add_row(ProgressBar(total, done, pulse=not total), text)
+        return line, Text(f"{duration(left)} left" if left else duration(stage.seconds + progress.elapsed))
 
 
 def show_checks(args: argparse.Namespace) -> AbstractContextManager[object]:

@@ -142,25 +142,27 @@ class RunState:
             stage.status = "stopped"
         return stage
 
-    def seconds_left(self) -> float | None:
-        """Return the time that the run still takes: what the steps took before, at the speed of this run.
+    def seconds_left(self) -> tuple[float | None, float | None]:
+        """Return the time that the running step and the whole run still take.
+
+        The step's comes from what it reports. All else takes what it took before, at the speed of this run.
 
         Returns:
-            Seconds; None if nothing is known, neither of an earlier run nor of this one.
+            Seconds of the step and of the run; None as long as nothing is known, neither of an earlier run nor of this.
         """
-        taken = {name: seconds for name, seconds in self.taken.items() if name not in self._resumed}
         running = self.running.name if self.running is not None else ""
         left = self.progress.left if running else None
+        taken = {name: seconds for name, seconds in self.taken.items() if name not in self._resumed}
         if left is not None and running not in self._resumed:
             taken[running] = self.progress.elapsed + left
         before = sum(self.expected[name] for name in taken)
         if not before and self._is_guess:
-            return None
+            return left, None
         speed = sum(taken.values()) / before if before else 1.0
-        if running and left is None:
+        if running and left is None and not self._is_guess:
             left = max(speed * self.expected[running] - self.progress.elapsed, 0.0)
-        to_come = (self.expected[step.name] for step in self.due if step.name not in (*self.taken, running))
-        return (left or 0.0) + speed * sum(to_come)
+        due = (self.expected[step.name] for step in self.due if step.name not in (*self.taken, running))
+        return left, (left or 0.0) + speed * sum(due)
 
     def value(self, stage: str, metric: str) -> str:
         """Return a figure of a stage's evaluation as text, "" if it has none."""
@@ -173,22 +175,24 @@ class RunState:
         """Return the main figure of a stage, after that of the stage before it: "win rate 0.507 -> 0.772"."""
         metric = KINDS[self.kinds[stage]].figure if stage in self.kinds else ""
         names = list(self.kinds)[: list(self.kinds).index(stage) + 1] if metric else []
-        values = list(filter(None, (self.value(name, metric) for name in names)))
+        *before, own = (self.value(name, metric) for name in names) if names else [""]
         label = metric_info(metric).label
-        return f"{label[:1].lower()}{label[1:]} {' -> '.join(values[-2:])}" if values else ""
+        shown = " -> ".join([*list(filter(None, before))[-1:], own])
+        return f"{label[:1].lower()}{label[1:]} {shown}" if own else ""
 
     def kept(self, step: Step, code: int) -> str:
         """Return what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""
         facts = self.progress.facts
         if code == 0:
-            return f"kept: {step.name}, which has finished, and the steps before it"
-        if facts.get("stopping") and code < 128 + signal.SIGKILL:
-            return f"kept: {step.name} up to {facts['done']} of {facts['total']}, and the steps before it"
-        return f"kept: the steps before it, and what {step.name} has saved earlier, if anything"
+            return f"{step.name}, which has finished, and the steps before it"
+        if facts.get("stopping") and code != 128 + signal.SIGKILL:
+            return f"{step.name} up to {facts['done']} of {facts['total']}, and the steps before it"
+        trains = step.kind in self.kinds.values() and step.launched
+        return f"the steps before it{', and its last checkpoint' if trains and 'done' in facts else ''}"
 
     def status(self) -> list[str]:
         """Return how far the running step is, and the time that is left."""
-        left, of_run = self.progress.left, self.seconds_left()
+        left, of_run = self.seconds_left()
         shown = str(self.progress).split("  ")
         shown += [f"{duration(left)} left"] if left is not None else []
         return shown + ([f"{duration(of_run)} left of the run"] if of_run is not None else [])
