@@ -41,6 +41,7 @@ def main(
     from pipeline.models.attention import choose_attention
     from pipeline.models.loading import model_init_kwargs
     from pipeline.training.inputs import load_inputs
+    from pipeline.training.labelled_head import project_labelled_positions
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
     from pipeline.training.train import run_callbacks, train_and_save
 
@@ -57,6 +58,7 @@ def main(
         callbacks=run_callbacks(training_args),
     )
     use_padded_packing(trainer)
+    project_labelled_positions(trainer)
     choose_attention(trainer.model, model_args.attn_implementation)
     train_and_save(trainer, data_args, model_args, optimizer_args)
 

@@ -53,6 +53,7 @@ IMPORTS = {
     "transformers.utils.peft_utils:find_adapter_config_file": "adapters are told from models",
     "transformers.utils:is_liger_kernel_available": "use_liger_kernel is checked",
     "trl.extras.profiling:profiling_context": "sampling is timed as TRL times it",
+    "trl.trainer.utils:FusedCausalLMOutput": "SFTTrainer takes its log-probabilities and metrics from one",
     "trl.trainer.utils:add_fused_lm_head": "gives PPO's reference its head",
     "trl.trainer.utils:disable_dropout_in_model": "called on the critic",
     "trl.trainer.utils:get_callable_name": "rewards are logged under it",
@@ -204,6 +205,7 @@ SOURCES = [
     (f"{GRPO}._compute_loss", '["kl"]', "an alarm reads it"),
     (f"{TRAINER}.log", "self.state.log_history.append(output)", "alarms are added after their entry"),
     (f"{GRPO}.log", "self._metrics[mode].items()", "means of an evaluation are taken out of them, weighted"),
+    ("trl:SFTTrainer.compute_loss", "outputs = model(**inputs, fused_lm_head=True)", "our head is called by it"),
     # Packed conversations
     (
         "trl.trainer.sft_trainer:DataCollatorForLanguageModeling",

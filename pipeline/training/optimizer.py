@@ -57,17 +57,15 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take one step."""
         for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            momenta: list[Tensor] = []
-            self._init_group(group, params, grads, momenta)
-            if not params:
-                continue
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             stacks: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for param, update in zip(params, updates, strict=True):
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(param.grad)
+                momentum = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
+                update = param.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
                 # Tall matrices are transposed, so that products of their short sides are multiplied.
                 tall = update.shape[0] > update.shape[1]
                 pair = (param.mT, update.mT) if tall else (param, update)
@@ -78,7 +76,8 @@ class Muon(torch.optim.Muon):
                 for begin in range(0, len(pairs), size):
                     some, raw = zip(*pairs[begin : begin + size], strict=True)
                     steps = orthogonalize(torch.stack(raw), group["ns_coefficients"], group["ns_steps"], group["eps"])
-                    torch._foreach_add_(some, steps.unbind(), alpha=-lr)
+                    for param, step in zip(some, steps, strict=True):
+                        param.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-lr)
 
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -1,0 +1,79 @@
+"""The output layer of instruction tuning on a CPU: applied only to the positions that have a label.
+
+TRL's fused head does so where Triton exists. On a CPU it projects all positions, prompts and padding included, in tiles
+that the backward pass computes again in float32, which takes three times as long as projecting them in one piece.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from pipeline import hardware
+
+LOGITS = 2**27
+"""Logits of a batch above which TRL's head, which needs less memory, is used."""
+
+TRANSFORMATIONS = (
+    "final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier",
+    "output_router_logits",
+)  # fmt: skip
+"""Fields of a configuration that ask for more than a projection."""
+
+
+def project_labelled_positions(trainer: SFTTrainer) -> None:
+    """Make an `SFTTrainer` that trains on a CPU project only positions with labels.
+
+    Args:
+        trainer: Changed in place, before `train`; left alone if its model does more to the logits than projecting.
+    """
+    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    config = model.config.get_text_config()
+    if hardware.accelerator() is not None or any(getattr(config, name, None) for name in TRANSFORMATIONS):
+        return
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def forward_labelled(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None or labels.numel() * config.vocab_size > LOGITS:
+            return forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        return labelled_log_probs(model, labels, *args, **kwargs)
+
+    model.forward = forward_labelled
+
+
+def labelled_log_probs(model: PreTrainedModel, labels: Tensor, *args: Any, **kwargs: Any) -> FusedCausalLMOutput:
+    """Return what TRL's fused head returns for `SFTTrainer`.
+
+    Args:
+        model: A causal language model.
+        labels: Shape (batch, length), not shifted; -100 for tokens without a loss.
+        *args, **kwargs: Inputs of its backbone.
+    """
+    hidden = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
+    labels = labels[:, 1:]
+    mask = labels != -100
+    places = mask.flatten().nonzero().squeeze(1)
+    logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, places)).float()
+    targets = labels.flatten()[places].unsqueeze(1)
+    all_log_probs = logits.log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+        is_top1 = logits.argmax(-1, keepdim=True) == targets
+
+    def placed(scores: Tensor) -> Tensor:
+        return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+
+    return FusedCausalLMOutput(
+        log_probs=placed(all_log_probs.gather(-1, targets)),
+        entropy=placed(entropy),
+        is_top1=placed(is_top1),
+        label_mask=mask,
+    )
