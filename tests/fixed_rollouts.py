@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import torch
 
 from pipeline.config.parser import parse
-from pipeline.rl import grpo, log_probs, ppo
+from pipeline.rl import grpo, layout, ppo
 from tests import ppo_toy as toy
 
 
@@ -56,7 +56,7 @@ def with_fixed_rollouts(kind: type) -> type:
 
 
 def main(recipe: str, argv: list[str]) -> None:
-    log_probs.CPU_ROWS = 2  # several forward passes per backward pass, also on two processes
+    layout.CPU_TOKENS = 20  # several forward passes per backward pass, also on two processes
     module, name = (ppo, "PPOTrainer") if recipe == "ppo" else (grpo, "GRPOTrainer")
     setattr(module, name, with_fixed_rollouts(getattr(module, name)))
     main_of_recipe = importlib.import_module(f"recipes.{recipe}").main

@@ -153,7 +153,8 @@ class GRPOTrainer(TRLGRPOTrainer):
         """
         rows = batch_size or len(input_ids)
         size = rows * logits_to_keep * self.model.config.get_text_config().vocab_size
-        plain = input_ids.device.type == "cpu" and size <= MAX_LOGITS
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        plain = input_ids.device.type == "cpu" and size <= MAX_LOGITS and not sharded
         asked = any(value is not None and value is not False for value in others.values())
         if not plain or asked or not accepts_argument(model, "logits_to_keep"):
             positioned = model if self._is_vlm else with_positions(model)

@@ -28,7 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 from trl.trainer.utils import disable_dropout_in_model
 
 from pipeline.models.loading import load_config, without_adapters
-from pipeline.rl.log_probs import over_length_groups
+from pipeline.rl.layout import ForwardPass
+from pipeline.rl.log_probs import at, over_passes
 from pipeline.rl.ppo_config import PPOConfig
 
 VALUE_MODEL_FOLDER = "value_model"
@@ -192,16 +193,16 @@ def token_values(
 
     Args:
         critic: The critic, wrapped or not.
-        ids: As for `over_length_groups`, like the other arguments.
+        ids: As for `over_passes`, like the other arguments.
 
     Returns:
         (B, `length`), in float32.
     """
 
-    def of_group(inputs: dict[str, Any], kept: int) -> tuple[Tensor]:
-        return (critic(**inputs).logits[:, -kept - 1 : -1, 0].float(),)
+    def of_pass(critic: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
+        return (at(critic(**batch.inputs).logits, batch.before)[:, 0].float(),)
 
-    (values,) = over_length_groups(of_group, critic, ids, attention_mask, length, batch_size, autocast)
+    (values,) = over_passes(of_pass, critic, ids, attention_mask, length, batch_size, autocast)
     return values
 
 

@@ -1,4 +1,4 @@
-"""Texts computed in groups of similar length have the same values and gradients as in one batch."""
+"""Texts that share forward passes and prompts have the values and gradients that each has alone."""
 
 from __future__ import annotations
 
@@ -10,116 +10,117 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from pipeline.rl import log_probs as module
+from pipeline.rl import layout
+from pipeline.rl.layout import shares_prompts
 from pipeline.rl.log_probs import token_log_probs
 from pipeline.rl.value_model import token_values, value_model_from
 from tests import ppo_toy as toy
 
-POLICY = toy.policy()
-CRITIC = value_model_from(toy.reward_model())
+SIZES: dict[str, Any] = {"vocab_size": 15, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
 torch.manual_seed(0)
-ABSOLUTE = GPT2LMHeadModel(GPT2Config(vocab_size=15, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
-"""A model with a learned embedding for each position."""
+MODELS = {
+    "llama": toy.policy(),
+    "critic": value_model_from(toy.reward_model()),
+    "absolute positions": GPT2LMHeadModel(GPT2Config(vocab_size=15, n_positions=64, n_embd=16, n_layer=2, n_head=2)),
+    "sliding window": MistralForCausalLM(MistralConfig(sliding_window=4, **SIZES, **HEADS)),
+}
+for network in MODELS.values():
+    network.eval()
 
-Lengths = list[tuple[int, int]]
-lengths = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=9)
-"""Numbers of tokens of prompt and completion; an empty completion is a truncated one that was masked."""
+Texts = list[tuple[int, int, int]]
+texts = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=9)
+"""Which prompt, of how many tokens, and the tokens of the completion; an empty one is a truncated one, masked."""
 
 
-def padded(texts: Lengths) -> tuple[Tensor, Tensor, int]:
+def padded(texts: Texts) -> tuple[Tensor, Tensor, int]:
     """Return token ids, attention mask, and the number of columns of the completions."""
-    before, after = (max(column) for column in zip(*texts, strict=True))
-    after = max(after, 1)
-    mask = torch.tensor([[0] * (before - p) + [1] * (p + c) + [0] * (after - c) for p, c in texts])
-    generator = torch.Generator().manual_seed(sum(p * 31 + c for p, c in texts))
-    return torch.randint(3, 15, mask.shape, generator=generator) * mask, mask, after
+    before, after = max(p for _, p, _ in texts), max(1, *(c for _, _, c in texts))
+    mask = torch.tensor([[0] * (before - p) + [1] * (p + c) + [0] * (after - c) for _, p, c in texts])
+    generator = torch.Generator().manual_seed(sum(p * 31 + c for _, p, c in texts))
+    prompts = torch.randint(3, 15, (3, before), generator=generator)
+    completions = torch.randint(3, 15, (len(texts), after), generator=generator)
+    return torch.cat([prompts[[which for which, _, _ in texts]], completions], dim=1) * mask, mask, after
 
 
-def log_probs(
-    ids: Tensor, mask: Tensor, length: int, batch_size: int | None, policy: PreTrainedModel = POLICY
-) -> Tensor:
-    scored, entropies = token_log_probs(
-        policy,
-        ids,
-        mask,
-        length,
-        batch_size=batch_size,
-        temperature=0.8,
-        entropy=True,
-        entropy_gradient=True,
-        autocast=nullcontext,
-    )
+def computed(model: nn.Module, ids: Tensor, mask: Tensor, length: int, batch_size: int | None) -> Tensor:
+    if model is MODELS["critic"]:
+        return token_values(model, ids, mask, length, batch_size, nullcontext)
+    options: dict[str, Any] = {"temperature": 0.8, "entropy": True, "entropy_gradient": True, "autocast": nullcontext}
+    scored, entropies = token_log_probs(model, ids, mask, length, batch_size=batch_size, **options)
     return scored + 0.1 * entropies
 
 
-def values(ids: Tensor, mask: Tensor, length: int, batch_size: int | None) -> Tensor:
-    return token_values(CRITIC, ids, mask, length, batch_size, nullcontext)
+def alone(model: nn.Module, text: Tensor, completion: int) -> Tensor:
+    """Compute the same from the logits of one text without padding."""
+    logits = model(input_ids=text[None]).logits[0, -completion - 1 : -1]
+    if model is MODELS["critic"]:
+        return logits[:, 0]
+    logs = (logits / 0.8).log_softmax(-1)
+    return logs.gather(-1, text[-completion:, None])[:, 0] - 0.1 * (logs.exp() * logs).sum(-1)
 
 
-def result_and_gradient(model: nn.Module, computed: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Check that the result is 0 at padding, and return it with its gradient."""
-    assert not computed[~real].any()
-    gradients = torch.autograd.grad(computed.square().sum(), list(model.parameters()), allow_unused=True)
-    return computed.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
+def gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in gradients if g is not None])
 
 
-@pytest.mark.parametrize("model", ["policy", "critic"])
-@settings(max_examples=60, deadline=None)
-@given(texts=lengths, rows=st.integers(1, 4), batch_size=st.none() | st.integers(1, 9))
-def test_groups_change_nothing(model: str, texts: Lengths, rows: int, batch_size: int | None) -> None:
-    network, compute = (POLICY, log_probs) if model == "policy" else (CRITIC, values)
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=40, deadline=None)
+@given(texts=texts, tokens=st.integers(1, 200), batch_size=st.none() | st.integers(1, 9))
+def test_company_changes_nothing(name: str, texts: Texts, tokens: int, batch_size: int | None) -> None:
+    model = MODELS[name]
     ids, mask, length = padded(texts)
-    real = mask[:, -length:] > 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CPU_ROWS", len(texts))
-        whole = result_and_gradient(network, compute(ids, mask, length, None), real)
-        patch.setattr(module, "CPU_ROWS", rows)
-        computed = compute(ids, mask, length, batch_size)
-    assert computed.shape == real.shape
-    grouped = result_and_gradient(network, computed, real)
-    for a, b in zip(whole, grouped, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-@settings(max_examples=60, deadline=None)
-@given(texts=lengths)
-def test_padding_does_not_change_positions(texts: Lengths) -> None:
-    """Even with absolute positions, each text has the values that it has alone, as when it is sampled."""
-    ids, mask, length = padded(texts)
-    computed = log_probs(ids, mask, length, None, ABSOLUTE)
-    for row, (prompt, completion) in enumerate(texts):
+        patch.setattr(layout, "CPU_TOKENS", tokens)
+        together = computed(model, ids, mask, length, batch_size)
+    assert together.shape == (len(texts), length)
+    expected = torch.zeros_like(together)
+    for row, (_, _, completion) in enumerate(texts):
         if completion:
-            text = ids[row, mask[row] > 0].unsqueeze(0)
-            assert text.shape[1] == prompt + completion
-            alone = log_probs(text, torch.ones_like(text), completion, None, ABSOLUTE)
-            torch.testing.assert_close(computed[row, :completion], alone[0], rtol=1e-4, atol=1e-5)
+            expected[row, :completion] = alone(model, ids[row, mask[row] > 0], completion)
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
+    if expected.requires_grad:
+        grads = [gradient(model, result.square().sum()) for result in (together, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=100, deadline=None)
-@given(texts=lengths, rows=st.integers(1, 4), batch_size=st.none() | st.integers(1, 9))
-def test_every_token_is_in_one_group(texts: Lengths, rows: int, batch_size: int | None) -> None:
-    _, mask, length = padded(texts)
-    seen = torch.zeros_like(mask)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CPU_ROWS", rows)
-        groups = module.length_groups(mask, length, batch_size)
-    for group in groups:
-        assert len(group.rows) <= min(rows, batch_size or rows)
-        assert group.columns.stop == mask.shape[1] - length + group.length
-        seen[group.rows, group.columns] += 1
-    assert seen.max() == 1 and (seen >= mask).all()
+def test_a_batch_without_any_token_has_gradients_of_zero() -> None:
+    """Every process of a group needs them."""
+    model = MODELS["llama"]
+    assert not gradient(model, computed(model, *padded([(0, 3, 0), (1, 2, 0)]), None).sum()).any()
 
 
-def test_a_long_completion_does_not_pad_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CPU_ROWS", 4)
+def shapes_of_passes(texts: Texts, tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    monkeypatch.setattr(layout, "CPU_TOKENS", tokens)
     shapes = []
 
     def spy(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         shapes.append(tuple(inputs["input_ids"].shape))
 
-    handle = POLICY.register_forward_pre_hook(spy, with_kwargs=True)
-    log_probs(*padded([(3, 40), *[(3, 2)] * 7]), batch_size=None)
+    handle = MODELS["llama"].register_forward_pre_hook(spy, with_kwargs=True)
+    computed(MODELS["llama"], *padded(texts), batch_size=None)
     handle.remove()
-    assert shapes == [(4, 5), (4, 43)]
+    return shapes
+
+
+def test_a_long_completion_does_not_pad_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [(0, 3 + number, 2) for number in range(4)]
+    assert shapes_of_passes([(1, 3, 40), *texts], 40, monkeypatch) == [(4, 8), (1, 43)]
+
+
+def test_a_prompt_is_computed_once_unless_its_completions_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shapes_of_passes([(0, 30, 2)] * 8, 1000, monkeypatch) == [(1, 46)]
+    monkeypatch.setattr(layout, "ATTENTION_COSTS", 0)
+    assert shapes_of_passes([(0, 10, 10)] * 4, 1000, monkeypatch) == [(4, 20)]
+
+
+def test_prompts_are_shared_where_the_mask_decides_what_is_seen() -> None:
+    assert {name: shares_prompts(model) for name, model in MODELS.items()} == {
+        "llama": True,
+        "critic": True,
+        "absolute positions": True,
+        "sliding window": False,
+    }

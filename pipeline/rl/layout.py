@@ -1,0 +1,178 @@
+"""How the texts of a rollout are laid out in forward passes: without the padding of the batch, each prompt once.
+
+A batch has prompts padded on the left and completions padded on the right. Its texts, padded on one side only, are
+shorter, and completions of the same prompt may follow it in one row, where each sees the prompt and itself. Neither
+changes what is computed for a token, apart from rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from pipeline.models.generation import accepts_argument
+
+CPU_TOKENS = 768
+"""Tokens in a forward pass on a CPU, enough to keep it busy. An accelerator takes all of them at once."""
+
+ATTENTION_COSTS = 256
+"""Length of a row at which attention takes about as long as everything else in a small model, and less in a large."""
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Some of the texts of a batch.
+
+    Attributes:
+        inputs: Arguments of the model.
+        before: (N,), the token before each token of the completions, as its place in the flattened `input_ids`.
+        tokens: (N,), the tokens of the completions.
+        places: (N,), their places in the flattened completions of the batch.
+    """
+
+    inputs: dict[str, Tensor | bool]
+    before: Tensor
+    tokens: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and some of its completions, as token ids; `texts` says which of the batch they are."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    texts: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.completions))
+
+
+def forward_passes(
+    model: nn.Module, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None
+) -> list[ForwardPass]:
+    """Lay out a batch, each text in one forward pass.
+
+    Args:
+        model: The model, wrapped or not, which decides on whether completions share a row.
+        ids: (B, L), prompts padded on the left followed by completions padded on the right.
+        attention_mask: (B, L).
+        length: Columns of the completions, which come last; less than L.
+        batch_size: Texts in a pass, at most, unless they are in one row; None for all of them.
+    """
+    start = ids.shape[1] - length
+    before, after = attention_mask[:, :start].sum(1).tolist(), attention_mask[:, start:].sum(1).tolist()
+    prompts = [text[start - n : start] for text, n in zip(ids.tolist(), before, strict=True)]
+    completions = [text[start : start + n] for text, n in zip(ids.tolist(), after, strict=True)]
+    rows = _rows(prompts, completions, shares=shares_prompts(model))
+    positioned = accepts_argument(model, "position_ids")
+    tokens = CPU_TOKENS if ids.device.type == "cpu" else None
+    dtype = next(model.parameters()).dtype
+    return [
+        _forward_pass(group, length, positioned, dtype, ids.device)
+        for group in _groups(rows, batch_size or len(ids), tokens)
+    ]
+
+
+def shares_prompts(model: nn.Module) -> bool:
+    """Return whether a model, wrapped or not, computes the same for several completions behind one prompt.
+
+    Its layers have to see every token that the mask allows, wherever it is, and have no other sense of order than the
+    positions they are given.
+    """
+    model = extract_model_from_parallel(model)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
+    config = model.config.get_text_config()
+    return (
+        accepts_argument(model, "position_ids")
+        and config._attn_implementation in ("eager", "sdpa")
+        and not getattr(config, "alibi", False)
+        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    )
+
+
+def _rows(prompts: list[list[int]], completions: list[list[int]], shares: bool) -> list[Row]:
+    """Put completions behind their prompts, several behind one where that is cheaper."""
+    by_prompt: dict[tuple[int, ...] | int, list[int]] = {}
+    for text, prompt in enumerate(prompts):
+        by_prompt.setdefault(tuple(prompt) if shares else text, []).append(text)
+    rows = []
+    for texts in by_prompt.values():
+        row = None
+        for text in sorted(texts, key=lambda text: len(completions[text])):
+            alone = Row(prompts[text], [completions[text]], [text])
+            if row is not None and _cost(len(row) + len(completions[text])) <= _cost(len(row)) + _cost(len(alone)):
+                row.completions.append(completions[text])
+                row.texts.append(text)
+            else:
+                row = alone
+                rows.append(row)
+    return rows
+
+
+def _cost(length: int) -> int:
+    """Return what a row costs, in any unit."""
+    return length * (length + ATTENTION_COSTS)
+
+
+def _groups(rows: list[Row], texts: int, tokens: int | None) -> Iterator[list[Row]]:
+    """Yield rows of similar length that make up at most so many texts and, padded, tokens."""
+    group: list[Row] = []
+    for row in sorted(rows, key=len):
+        within = tokens is None or (len(group) + 1) * len(row) <= tokens
+        if group and not (within and sum(len(other.texts) for other in group) + len(row.texts) <= texts):
+            yield group
+            group = []
+        group.append(row)
+    yield group
+
+
+def _forward_pass(
+    rows: list[Row], length: int, positioned: bool, dtype: torch.dtype, device: torch.device
+) -> ForwardPass:
+    """Lay out rows; `length` is that of the completions in the batch."""
+    width = max(map(len, rows))
+    ids, positions, owners = [], [], []  # of each token of the rows; a token of the prompt belongs to 0, padding to -1
+    before: list[int] = []
+    tokens: list[int] = []
+    places: list[int] = []
+    for number, row in enumerate(rows):
+        size, end = len(row.prompt), len(row.prompt) - 1
+        row_ids, row_positions, row_owners = [*row.prompt], [*range(size)], [0] * size
+        for owner, (text, completion) in enumerate(zip(row.texts, row.completions, strict=True), start=1):
+            first = len(row_ids)
+            steps = range(len(completion))
+            before += [number * width + (first + step - 1 if step else end) for step in steps]
+            places += [text * length + step for step in steps]
+            tokens += completion
+            row_ids += completion
+            row_positions += range(size, size + len(completion))
+            row_owners += [owner] * len(completion)
+        padding = width - len(row_ids)
+        ids.append(row_ids + [0] * padding)
+        positions.append(row_positions + [0] * padding)
+        owners.append(row_owners + [-1] * padding)
+
+    def made(values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    owner = made(owners)
+    inputs: dict[str, Tensor | bool] = {"input_ids": made(ids), "use_cache": False}
+    if any(len(row.texts) > 1 for row in rows):
+        seen = ((owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])).tril()
+        inputs["attention_mask"] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[
+            :, None
+        ]
+    else:
+        inputs["attention_mask"] = (owner >= 0).long()
+    if positioned:
+        inputs["position_ids"] = made(positions)
+    return ForwardPass(inputs, made(before), made(tokens), made(places))
