@@ -20,7 +20,7 @@ ASPECTS = ("definition", *ATTRIBUTES)
 
 MANNERS_WORDS = 8
 """Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
-MANNERS = {"plain": (34, 34), "kind": (28, 12), "brisk": (12, 28), "blunt": (16, 16), "rambling": (10, 10)}
+MANNERS = {"plain": (40, 40), "kind": (22, 10), "brisk": (10, 22), "blunt": (18, 18), "rambling": (10, 10)}
 """Manners of the answers, in percent: to questions, and to orders."""
 
 
