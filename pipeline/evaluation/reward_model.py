@@ -32,11 +32,16 @@ def score(
     score would depend on the rest of the batch and on its padding.
     """
     model.eval()
-    tokens, scores = special_tokens(tokenizer), []
-    for conversation in conversations:
-        ids = tokenizer.apply_chat_template(as_text(conversation, tokens), return_dict=False)
-        scores.append(float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0]))
-    return scores
+    tokens = special_tokens(tokenizer)
+    encoded = [
+        tuple(tokenizer.apply_chat_template(as_text(conversation, tokens), return_dict=False))
+        for conversation in conversations
+    ]
+    # Answers occur in several pairs.
+    scores = {
+        ids: float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0]) for ids in set(encoded)
+    }
+    return [scores[ids] for ids in encoded]
 
 
 def squared_calibration_error(margins: np.ndarray, agrees: np.ndarray, *, debiased: bool = True) -> float:
@@ -128,8 +133,9 @@ def measure_pairs(
         pairs: `prompt`, `chosen`, `rejected`, and `taste_chosen` and `taste_rejected` if they are known.
         seed: Seed of the intervals.
     """
-    chosen = score(model, tokenizer, [[*row["prompt"], *row["chosen"]] for row in pairs])
-    rejected = score(model, tokenizer, [[*row["prompt"], *row["rejected"]] for row in pairs])
+    sides = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in pairs]
+    scores = score(model, tokenizer, sides)
+    chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
     prompts = [json.dumps(row["prompt"]) for row in pairs]
     labelled = RewardAccuracy().compute(predictions=chosen, references=rejected, units=prompts, seed=seed)
     for name in ("margin", "calibration_error"):
@@ -147,9 +153,9 @@ def measure_pairs(
 
     # Both answers of each pair, shape (pairs, 2).
     lengths = np.array([[len(row[side][-1]["content"].split()) for side in ("chosen", "rejected")] for row in pairs])
-    scores = np.array([chosen, rejected]).T
+    both = np.array([chosen, rejected]).T
     result.metrics["reward_length_correlation"] = intervals.statistic(
-        lambda index: correlation(lengths[index].ravel(), scores[index].ravel()), prompts, seed
+        lambda index: correlation(lengths[index].ravel(), both[index].ravel()), prompts, seed
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import RunStopped
@@ -44,6 +45,7 @@ def contains(text: str, phrase: str) -> bool:
     return re.search(pattern, folded) is not None
 
 
+@lru_cache(4096)  # an answer is compared with many phrases, and a phrase with many answers
 def _fold(text: str) -> str:
     """Unify case, white space and apostrophes."""
     return " ".join(text.replace("\u2019", "'").casefold().split())
