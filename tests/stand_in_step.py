@@ -2,7 +2,8 @@
 
 `python -m stand_in_step --config FILE [--output_dir DIR] …` appends a line to `ran.txt` in its output folder.
 `fails: N` makes it exit with code N the first time; `waits: true` makes it wait for a signal, save and end;
-`vanishes: true` makes it delete its output folder and end with code 0.
+`vanishes: true` makes it delete its output folder and end with code 0. `prints: N` makes it print N lines, and
+`reports: N` makes it report N units of progress, one every tenth of a second.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from types import FrameType
 
 import yaml
 
+from pipeline.progress import report_progress
+
 
 def main() -> int:
     parser = argparse.ArgumentParser()
@@ -27,6 +30,11 @@ def main() -> int:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "ran.txt").open("a") as file:
         file.write(" ".join(f"{key}={value}" for key, value in sorted(settings.items())) + "\n")
+    for number in range(settings.get("prints", 0)):
+        print(f"line {number}", flush=True)
+    for number in range(settings.get("reports", -1) + 1):
+        report_progress(done=number, total=settings["reports"], loss=0.5)
+        time.sleep(0.1)
     if settings.get("fails") and not (directory / "recovered").exists():
         (directory / "recovered").touch()
         print("the step's own message", file=sys.stderr)

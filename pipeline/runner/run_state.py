@@ -46,7 +46,7 @@ class Progress:
         last: The same of the last ones.
     """
 
-    began: float = field(default_factory=time.monotonic)
+    began: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
     first: tuple[float, int] = (0.0, 0)
     last: tuple[float, int] = (0.0, 0)
@@ -125,7 +125,7 @@ class RunState:
 
     def start(self, step: Step) -> None:
         """Note that a step begins."""
-        self.running, self.progress = step, Progress()
+        self.running, self.progress = step, Progress(time.monotonic())
         self.stages[stage_name(step)].status = "running"
 
     def end(self, step: Step, seconds: float, finished: bool) -> Stage:

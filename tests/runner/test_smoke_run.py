@@ -30,6 +30,7 @@ def test_one_command_runs_every_stage_and_a_second_one_does_nothing(tmp_path: Pa
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     for command in ("python -m recipes.data", "-m recipes.pretrain", "-m recipes.grpo", "-m pipeline report"):
         assert f"{command} " in first.stdout, "each command is printed"
+    assert len((first.stdout + first.stderr).splitlines()) < 80 and "\r" not in first.stdout + first.stderr
 
     metrics = json.loads((output / "report" / "metrics.json").read_text())
     assert set(metrics["stages"]) == set(MEASURED)

@@ -1,0 +1,360 @@
+"""What a person sees of a run: in a terminal, whose screen is rebuilt from what is written to it, and elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyte
+import pytest
+import yaml
+
+from pipeline.progress import VARIABLE, duration, report_progress
+from pipeline.runner.console import is_live
+from pipeline.runner.records import Decision
+from pipeline.runner.run_state import RunState
+from pipeline.runner.steps import Step
+
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+# Runs the command line with every step replaced by the stand-in, which is not evaluated.
+DRIVER = """
+import sys
+from dataclasses import replace
+from pipeline.runner import console, steps, warm
+from pipeline.__main__ import main
+for name, kind in steps.KINDS.items():
+    steps.KINDS[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
+warm.PRELOADED = ()
+console.PROGRESS_SECONDS = 0
+sys.exit(main(["run", "recipe", *sys.argv[1:]]))
+"""
+STAGES = ("0_data", "0_random", "1_pretrain", "2_sft")
+CLEAN = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR", "TERM")}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recipe folder `recipe` in the current directory; the run lies in `runs/r`."""
+    monkeypatch.chdir(tmp_path)
+    Path("accelerate_config.yaml").write_text((ROOT / "accelerate_config.yaml").read_text())
+    configure("0_data", output_dir="runs/r/data")
+    configure("1_pretrain", output_dir="runs/r/1_pretrain", dataset_name="runs/r/data")
+    configure("2_sft", output_dir="runs/r/2_sft", model_name_or_path="runs/r/1_pretrain", dataset_name="runs/r/data")
+    return tmp_path
+
+
+def configure(name: str, **values: object) -> None:
+    """Change fields of a step's YAML file."""
+    path = Path("recipe", f"{name}.yaml")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump({**(yaml.safe_load(path.read_text()) if path.exists() else {}), **values}))
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**CLEAN, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "PYTHONIOENCODING": "utf-8", **more}
+
+
+@dataclass
+class Terminal:
+    """A run in a pseudo-terminal.
+
+    Attributes:
+        process: The run.
+        screen: What its user sees.
+        written: All that was written to the terminal.
+    """
+
+    process: subprocess.Popen[bytes]
+    screen: pyte.Screen
+    descriptor: int
+    written: bytes = b""
+    _reader: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        stream = pyte.ByteStream(self.screen)
+        while True:
+            try:
+                data = os.read(self.descriptor, 65536)
+            except OSError:  # the run has ended
+                return
+            self.written += data
+            stream.feed(data)
+
+    def lines(self) -> list[str]:
+        """Return the lines on the screen, without the empty ones."""
+        return [line.rstrip() for line in self.screen.display if line.strip()]
+
+    def wait_for(self, pattern: str) -> None:
+        """Wait until something is on the screen."""
+        deadline = time.monotonic() + 60
+        while not re.search(pattern, "\n".join(self.lines())):
+            assert time.monotonic() < deadline and self.process.poll() is None, "\n".join(self.lines())
+            time.sleep(0.02)
+
+    def end(self) -> int:
+        """Wait until the run has ended. Return its exit code."""
+        code = self.process.wait(timeout=60)
+        self._reader.join(timeout=10)
+        os.close(self.descriptor)
+        return code
+
+
+def terminal(*arguments: str, columns: int = 80, rows: int = 40) -> Terminal:
+    """Start a run in a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches the run
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(TERM="xterm-256color"),
+        preexec_fn=take_terminal,
+    )
+    os.close(theirs)
+    return Terminal(process, pyte.Screen(columns, rows), ours)
+
+
+def in_pipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", DRIVER, *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+
+
+def widest(written: bytes) -> int:
+    """Return the length of the longest line that was written, without control sequences."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    return max(map(len, re.split(r"[\r\n]+", text)))
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_a_terminal_shows_the_stages_and_nothing_is_left_over(columns: int) -> None:
+    configure("2_sft", prints=100, reports=20)
+    run = terminal(columns=columns)
+    run.wait_for(r"▸  2_sft .* ([5-9]|1\d)/20  loss 0\.5 .* left\n.* so far, about .* left\n")
+    assert "output: runs/r/logs/2_sft.log" in run.lines()
+    assert run.screen.cursor.hidden
+    assert run.end() == 0
+    assert run.lines()[0] == "recipe, in runs/r"
+    assert [line.split()[:2] for line in run.lines()[1:-1]] == [["✓", name] for name in STAGES]
+    assert re.fullmatch(r"4 steps in \d+ s", run.lines()[-1])
+    assert widest(run.written) <= columns
+    assert not run.screen.cursor.hidden
+    again = terminal(columns=columns)
+    assert again.end() == 0
+    assert [line.split() for line in again.lines()[1:]] == [["=", name, "kept"] for name in STAGES]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_what_is_kept_and_how_to_go_on(number: signal.Signals) -> None:
+    configure("2_sft", waits=True)
+    run = terminal()
+    run.wait_for("▸  2_sft")
+    while not Path("runs/r/2_sft/pid").exists():
+        time.sleep(0.02)
+    if number == signal.SIGINT:
+        os.write(run.descriptor, b"\x03")
+    else:
+        run.process.send_signal(number)
+    assert run.end() == 128 + number
+    assert run.lines()[-2:] == [
+        f"2_sft was stopped by {number.name}; kept: the steps before it",
+        "to resume: python -m pipeline run recipe",
+    ]
+    assert run.lines()[4].startswith("✗  2_sft") and len(run.lines()) == 7
+    assert not run.screen.cursor.hidden
+    again = terminal()
+    again.wait_for("✓  2_sft")
+    assert again.end() == 0
+    assert [line.split()[0] for line in again.lines()[1:5]] == ["=", "=", "=", "✓"]
+
+
+@pytest.mark.parametrize(("code", "shown"), [(7, 20), (2, 51)])
+def test_a_failed_step_shows_its_last_lines_and_a_refusal_all(code: int, shown: int) -> None:
+    configure("2_sft", prints=50, fails=code)
+    run = terminal(rows=80)
+    assert run.end() == code
+    lines = run.lines()
+    assert lines[4].startswith("✗  2_sft")
+    assert lines[5 : 5 + shown] == [*(f"line {number}" for number in range(50)), "the step's own message"][-shown:]
+    assert lines[-3] == f"2_sft failed with exit code {code}; the steps before it are kept"
+    assert lines[-1] == "its whole output: runs/r/logs/2_sft.log"
+    assert not run.screen.cursor.hidden
+
+
+def test_a_plain_terminal_shows_what_a_pipe_does() -> None:
+    run = terminal("--plain", columns=160)
+    assert run.end() == 0
+    assert b"\x1b" not in run.written and b"\r" not in run.written.replace(b"\r\n", b"\n")
+    expected = [line for _ in STAGES for line in (": has not run yet", "$ python -m stand_in_step", "    done in")]
+    assert len(run.lines()) == len(expected) + 1
+    assert all(part in line for part, line in zip(expected, run.lines(), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("variables", "options", "live"),
+    [
+        ({}, {}, True),
+        ({"TERM": "dumb"}, {}, False),
+        ({"CI": "true"}, {}, False),
+        ({"NO_COLOR": "1"}, {}, False),
+        ({"NO_COLOR": ""}, {}, True),
+        ({}, {"plain": True}, False),
+        ({}, {"verbose": True}, False),
+    ],
+)
+def test_where_the_view_is_live(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], options: dict[str, bool], live: bool
+) -> None:
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm", **variables}.items():
+        monkeypatch.setenv(name, value)
+    args = argparse.Namespace(**{"plain": False, "verbose": False, **options})
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert is_live(args) is live
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert not is_live(args)
+
+
+def test_a_pipe_gets_a_line_for_each_quarter_of_a_step() -> None:
+    configure("2_sft", reports=40)
+    out = in_pipe().stdout
+    done = [int(found) for found in re.findall(r"^    (\d+)/40, loss 0.5, .* left of the run$", out, re.MULTILINE)]
+    quarters = [4 * shown // 40 for shown in done]
+    assert len(quarters) >= 2 and quarters == sorted({1, 2, 3} & set(quarters)), "each at most once"
+    assert "\r" not in out and "\x1b" not in out
+
+
+def test_a_resumed_step_appends_to_its_log_and_a_new_start_replaces_it() -> None:
+    log = Path("runs/r/logs/2_sft.log")
+    configure("2_sft", fails=7)
+    in_pipe()
+    first = log.read_text()
+    assert first == "$ python -m stand_in_step --config recipe/2_sft.yaml\nthe step's own message\n"
+    in_pipe()
+    assert log.read_text() == first + first.splitlines()[0] + "\n"
+    configure("2_sft", prints=1, fails=0)
+    in_pipe()
+    assert log.read_text() == first.splitlines()[0] + "\nline 0\n"
+    assert sorted(path.name for path in log.parent.iterdir()) == sorted(f"{name}.log" for name in STAGES)
+
+
+def test_verbose_prints_all_output_once_as_well() -> None:
+    configure("1_pretrain", prints=30)
+    configure("2_sft", fails=7)
+    done = in_pipe("--verbose")
+    assert [line for line in done.stdout.splitlines() if line.startswith("line ")] == [
+        f"line {n}" for n in range(30)
+    ] * 2
+    assert (done.stdout + done.stderr).count("the step's own message") == 1
+    assert Path("runs/r/logs/1_pretrain.log").read_text().count("line ") == 30
+
+
+def test_a_file_where_the_logs_belong_is_refused_before_anything_is_written() -> None:
+    Path("runs/r").mkdir(parents=True)
+    Path("runs/r/logs").touch()
+    done = in_pipe()
+    assert done.returncode == 2 and done.stderr.startswith("output_dir: runs/r/logs: is not a directory")
+    assert [path.name for path in Path("runs/r").iterdir()] == ["logs"]
+
+
+STEPS = [
+    Step(name, kind, (), Path("runs/r", name), leftovers=(Path(f"runs/r/evaluations/{name}.json"),))
+    for name, kind in (("0_random", "random"), ("1_pretrain", "pretrain"), ("2_sft", "sft"), ("3_ppo", "ppo"))
+]
+TODO = [(step, Decision("start", "has not run yet", "")) for step in STEPS]
+
+
+def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
+    Path("runs/r/evaluations").mkdir(parents=True)
+    figures = {
+        "0_random": {"bits_per_byte": 2.6438, "instruction_accuracy": 0.0},
+        "1_pretrain": {"bits_per_byte": 0.194, "instruction_accuracy": 0.02},
+        "2_sft": {"instruction_accuracy": 0.93},
+    }
+    for name, values in figures.items():
+        metrics = {metric: {"value": value} for metric, value in values.items()}
+        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
+    Path("runs/r/evaluations/3_ppo.json").write_text("{")
+    state = RunState(Path("runs/r"), STEPS, TODO, {})
+    assert state.figure("0_random") == "bits per byte 2.644"
+    assert state.figure("1_pretrain") == "bits per byte 2.644 -> 0.194"
+    assert state.figure("2_sft") == "instruction accuracy 0.020 -> 0.930"
+    assert state.figure("3_ppo") == ""
+
+
+def test_the_time_left_is_that_of_an_earlier_run_at_the_speed_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    measured = {"0_random": 2.0, "1_pretrain": 10.0, "2_sft": 20.0, "3_ppo": 40.0}
+    state = RunState(Path("runs/r"), STEPS, TODO, measured)
+    assert state.seconds_left() == (None, 72.0)
+    state.start(STEPS[0])
+    state.end(STEPS[0], 4.0, finished=True)
+    assert state.seconds_left()[1] == 140.0, "half as fast as before"
+    state.start(STEPS[1])
+    state.progress.update({"done": 0, "total": 100})
+    now = 10.0
+    state.progress.update({"done": 25, "total": 100})
+    left, of_run = state.seconds_left()
+    assert left == 30.0
+    assert of_run == pytest.approx(30 + 60 * 44 / 12)
+    assert RunState(Path("runs/r"), STEPS, TODO, {}).seconds_left() == (None, None), "nothing is known yet"
+
+
+def test_a_resumed_step_goes_at_the_speed_of_its_new_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    state = RunState(Path("runs/r"), STEPS, [(STEPS[0], Decision("resume", "was interrupted", ""))], {})
+    state.start(STEPS[0])
+    state.progress.update({"done": 80, "total": 100})
+    now = 5.0
+    state.progress.update({"done": 90, "total": 100})
+    assert state.seconds_left()[0] == 5.0
+
+
+def test_only_the_first_process_reports_and_one_without_a_runner_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = tmp_path / "reports"
+    monkeypatch.delenv("RANK", raising=False)
+    report_progress(done=1, total=2)
+    monkeypatch.setenv(VARIABLE, str(reports))
+    report_progress(done=1, total=2)
+    assert not reports.exists(), "the runner has gone"
+    reports.touch()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        report_progress(done=1, total=2, reward=0.5)
+    assert [json.loads(line) for line in reports.read_text().splitlines()] == [{"done": 1, "total": 2, "reward": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.4, "0 s"), (48.2, "48 s"), (59.7, "1:00"), (77, "1:17"), (725, "12:05"), (7500, "2:05:00")],
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
