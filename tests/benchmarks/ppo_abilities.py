@@ -31,7 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.ppo_vs_trl import ROOT, build_ours, build_trl, install_trl
+from tests.benchmarks.ppo_vs_trl import build_ours, build_trl, install_trl
+from tests.benchmarks.side_by_side import ROOT
 
 BUILDERS = {"trl": build_trl, "ours": build_ours}
 ROLLOUTS = 2

@@ -10,7 +10,8 @@ with the same coefficients, batch and learning rate, one after the other on the 
 TRL 1.12, the last release with a PPO trainer, is installed into a separate folder, and shares torch and transformers
 with ours. It ignores `bf16`, so ours runs twice: in float32, and in bf16 with eager attention if the machine computes
 in bf16. Then each policy answers the held-out prompts, eight times each, and the hidden taste of the simulated
-annotators and the reward model judge the answers; `over_trl` is the difference in taste on the same prompts.
+annotators and the reward model judge the answers; `over_trl` is the difference in taste on the same prompts, and
+`speedup` the ratio of episodes a second.
 
 Prints the means over the seeds with half of their 95% intervals (Student's, and never narrower than over the prompts),
 and writes OUTPUT/results.json.
@@ -19,112 +20,43 @@ and writes OUTPUT/results.json.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.side_by_side import Contest, answers, compare, load, measure, parse, rows
+
 TRL = "trl==1.12.*"
-ANSWERS = 8
-"""Answers sampled for each prompt when a policy is judged."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/pocket"), help="run with 2_sft, 3_reward and data")
-    add("--output", type=Path, default=Path("runs/benchmarks/ppo_vs_trl"))
-    add("--episodes", type=int, default=2048, help="completions to train on")
-    add("--batch_size", type=int, default=64, help="completions in a rollout, and in an optimizer step")
-    add("--epochs", type=int, default=4, help="PPO epochs over a rollout")
-    add("--learning_rate", type=float, default=1e-4)
-    add("--kl_coef", type=float, default=0.05)
-    add("--max_completion_length", type=int, default=64)
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="each trains all policies once")
-    add("--seed", type=int, help=argparse.SUPPRESS)
-    add("--train", choices=["trl", "ours"], help=argparse.SUPPRESS)
-    add("--bf16", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(
+        __doc__,
+        "ppo_vs_trl",
+        episodes=(2048, "completions to train on"),
+        batch_size=(64, "completions in a rollout, and in an optimizer step"),
+        epochs=(4, "PPO epochs over a rollout"),
+        learning_rate=(1e-4, "learning rate"),
+        kl_coef=(0.05, "weight of the KL penalty"),
+    )
     if args.train:
         {"trl": train_trl, "ours": train_ours}[args.train](args)
-    else:
-        compare(args)
-
-
-def compare(args: argparse.Namespace) -> None:
-    """Train and judge under each seed, and print the results."""
+        return
     from pipeline import hardware
-    from pipeline.report.seeds import spread
 
-    environment = install_trl(args.output / "environment")
     contestants = {"TRL 1.12 float32": ("trl", False), "ours float32": ("ours", False)}
     if hardware.precision().value == "bf16":
         contestants["ours bf16"] = ("ours", True)
-    runs = []
-    for seed in args.seeds:
-        own = argparse.Namespace(**vars(args) | {"seed": seed, "output": args.output / f"seed{seed}"})
-        runs.append(train_and_judge(own, contestants, environment))
-    results = {
-        name: {column: spread([run[name][column] for run in runs]) for column in runs[0][name]} for name in runs[0]
-    }
-    content = {"arguments": vars(args), "results": results}
-    (args.output / "results.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
-    columns = list(results["ours float32"])
-    print(f"{'':18}" + "".join(f"{column:>22}" for column in columns))
-    for name, row in results.items():
-        print(
-            f"{name:18}" + "".join(f"{format_spread(row[column]) if column in row else '':>22}" for column in columns)
-        )
-
-
-def format_spread(figures: dict[str, Any]) -> str:
-    """Format a mean and half of its interval, if it has one."""
-    half = f" ± {(figures['ci95'][1] - figures['ci95'][0]) / 2:.3f}" if figures["ci95"] else ""
-    return f"{figures['mean']:.3f}{half}"
-
-
-def train_and_judge(
-    args: argparse.Namespace, contestants: dict[str, tuple[str, bool]], environment: Path
-) -> dict[str, dict[str, Any]]:
-    """Train each contestant in a new process, and judge the policies. Return their figures with intervals, by name.
-
-    Args:
-        args: The arguments, with the `seed` and its `output`.
-        contestants: Name -> the trainer, and whether it computes in bf16.
-        environment: Folder with TRL 1.12.
-    """
-    from pipeline.evaluation.intervals import Estimate, mean
-
-    figures: dict[str, dict[str, Any]] = {}
-    tastes: dict[str, list[float]] = {}
-    for name, (trainer, bf16) in {"2_sft": ("", False), **contestants}.items():
-        folder = args.output / name.replace(" ", "_") if trainer else args.run / name
-        measured = {}
-        if trainer:
-            command = [sys.executable, "-m", "tests.benchmarks.ppo_vs_trl", *sys.argv[1:], "--train", trainer]
-            command += ["--seed", str(args.seed), "--output", str(folder), *(["--bf16"] if bf16 else [])]
-            path = [str(environment)] if trainer == "trl" else []
-            variables = os.environ | {"PYTHONPATH": os.pathsep.join([*path, str(ROOT)])}
-            subprocess.run(command, check=True, cwd=ROOT, env=variables)
-            measured = json.loads((folder / "measured.json").read_text())
-        judged = judge(args, folder)
-        tastes[name] = judged.pop("tastes")
-        plain = {column: Estimate(value) for column, value in (judged | measured).items()}
-        # Answers to the same prompt are similar, so the interval is over prompts.
-        figures[name] = {"taste": mean(tastes[name]), **plain}
-    for name, own in figures.items():
-        pairs = zip(tastes[name], tastes["TRL 1.12 float32"], strict=True)
-        own["over_trl"] = mean([taste - other for taste, other in pairs])
-        if speed := own.get("episodes_per_second"):
-            own["speedup"] = Estimate(speed.value / figures["TRL 1.12 float32"]["episodes_per_second"].value)
-    return figures
+    environments = {"trl": install_trl(args.output / "environment")}
+    compare(
+        args,
+        Contest(
+            "tests.benchmarks.ppo_vs_trl", "2_sft", "episodes_per_second", "taste", judge, contestants, environments
+        ),
+    )
 
 
 def install_trl(folder: Path) -> Path:
@@ -133,23 +65,6 @@ def install_trl(folder: Path) -> Path:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, "--target", str(folder), TRL], check=True)
     return folder.resolve()
-
-
-def rows(args: argparse.Namespace, split: str) -> Any:
-    """Load the run's prompts."""
-    from datasets import Dataset
-
-    return Dataset.from_parquet(str(args.run / "data" / "preferences" / f"{split}.parquet"))
-
-
-def load(args: argparse.Namespace, head: str, name: str) -> Any:
-    """Load one of the run's models, with its weights in float32."""
-    import torch
-    import transformers
-
-    model = getattr(transformers, head)
-    attention = {"attn_implementation": "eager"} if args.bf16 else {}
-    return model.from_pretrained(args.run / name, dtype=torch.float32, **attention)
 
 
 def common(args: argparse.Namespace) -> dict[str, Any]:
@@ -175,20 +90,6 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure(args: argparse.Namespace, train: Any) -> None:
-    """Train, and write the time and the memory that it took."""
-    start = time.perf_counter()
-    train()
-    seconds = time.perf_counter() - start
-    measured = {
-        "seconds": seconds,
-        "episodes_per_second": args.episodes / seconds,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts in KiB
-    }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "measured.json").write_text(json.dumps(measured) + "\n")
-
-
 def build_trl(args: argparse.Namespace, **options: Any) -> Any:
     """Build TRL 1.12's trainer as its own example script does; `options` are further fields of its configuration."""
     from transformers import AutoTokenizer
@@ -200,7 +101,7 @@ def build_trl(args: argparse.Namespace, **options: Any) -> Any:
         text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
-    prompts, held_out = rows(args, "train"), rows(args, "validation")
+    prompts, held_out = rows(args, "preferences", "train"), rows(args, "preferences", "validation")
     return PPOTrainer(
         args=PPOConfig(
             **common(args)
@@ -245,8 +146,8 @@ def build_ours(args: argparse.Namespace, **options: Any) -> Any:
             }
             | options
         ),
-        rows(args, "train"),
-        rows(args, "validation").select(range(8)),
+        rows(args, "preferences", "train"),
+        rows(args, "preferences", "validation").select(range(8)),
         processing_class=AutoTokenizer.from_pretrained(args.run / "2_sft"),
     )
 
@@ -254,7 +155,7 @@ def build_ours(args: argparse.Namespace, **options: Any) -> Any:
 def train_trl(args: argparse.Namespace) -> None:
     """Train TRL's, and save its policy and tokenizer."""
     trainer = build_trl(args)
-    measure(args, trainer.train)
+    measure(args, args.episodes, trainer.train)
     trainer.policy_model.save_pretrained(args.output)
     trainer.processing_class.save_pretrained(args.output)
 
@@ -262,49 +163,37 @@ def train_trl(args: argparse.Namespace) -> None:
 def train_ours(args: argparse.Namespace) -> None:
     """Train and save ours."""
     trainer = build_ours(args)
-    measure(args, trainer.train)
+    measure(args, args.episodes, trainer.train)
     trainer.save_model()
 
 
-def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Let the annotators and the reward model judge a policy's answers to held-out prompts, several for each."""
+def judge(args: argparse.Namespace, folder: Path) -> tuple[list[float], dict[str, float]]:
+    """Return the annotators' taste for each held-out prompt, and the reward model's mean score of the answers."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from pipeline.evaluation.reward_model import score
-    from pipeline.models.generation import encode_prompts, generate
     from pipeline.rewards.annotators import taste
 
-    prompts = list(rows(args, "validation")) + list(rows(args, "test"))
-    tokenizer = AutoTokenizer.from_pretrained(args.run / "2_sft")
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [row for split in ("validation", "test") for row in rows(args, "preferences", split)]
     reward_model = load(args, "AutoModelForSequenceClassification", "3_reward").eval()
-    answers = generate(
-        policy,
-        tokenizer,
-        encode_prompts(tokenizer, [row["prompt"] for row in prompts]),
-        max_new_tokens=args.max_completion_length,
-        samples=ANSWERS,
-        temperature=1.0,
-        seed=args.seed,
-    )
+    given = answers(args, folder, prompts)
     conversations = [
         [*row["prompt"], {"role": "assistant", "content": answer.text}]
-        for row, several in zip(prompts, answers, strict=True)
+        for row, several in zip(prompts, given, strict=True)
         for answer in several
     ]
     with torch.inference_mode():
-        scores = score(reward_model, tokenizer, conversations)
+        scores = score(reward_model, AutoTokenizer.from_pretrained(args.run / "2_sft"), conversations)
     tastes = [
         statistics.fmean(taste(answer.text, row) for answer in several)
-        for several, row in zip(answers, prompts, strict=True)
+        for several, row in zip(given, prompts, strict=True)
     ]
-    lengths = [len(answer.tokens) for several in answers for answer in several]
-    return {
+    lengths = [len(answer.tokens) for several in given for answer in several]
+    return tastes, {
         "score": statistics.fmean(scores),
         "length": statistics.fmean(lengths),
         "answers": len(lengths),
-        "tastes": tastes,
     }
 
 
