@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,9 @@ def collected(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactor
 
 
 def contents(path: Path) -> dict[str, list[Any]]:
-    return {name: split.to_list() for name, split in load_dataset(str(path)).items()}
+    """Read a data set without the cache, in which datasets does not notice that a folder with a card was replaced."""
+    with tempfile.TemporaryDirectory() as cache:
+        return {name: split.to_list() for name, split in load_dataset(str(path), cache_dir=cache).items()}
 
 
 def user_texts(rows: list[Any]) -> set[str]:
@@ -195,7 +198,7 @@ def test_the_card_counts_what_was_dropped(collected: Path) -> None:
     assert int(counts["prompts"]) == len(PROMPTS["train"])
     assert int(counts["answers"]) == 3 * int(counts["prompts"])
     assert int(counts["compared"]) == int(counts["ties"]) + int(counts["pairs"])
-    assert int(counts["pairs"]) == len(load_dataset(str(collected), split="train"))
+    assert int(counts["pairs"]) == len(contents(collected)["train"])
 
 
 def test_the_same_seed_gives_the_same_pairs(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:
