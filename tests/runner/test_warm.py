@@ -1,6 +1,8 @@
 """Steps that are forked from a warm process behave as new processes do; each test of `run` is made both ways."""
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -226,6 +228,61 @@ def test_a_killed_warm_processs_step_saves_and_has_failed_and_the_next_one_is_a_
     out, _ = process.communicate(timeout=60)
     assert wait_for("saved") == signal.SIGTERM
     assert out.split("\n")[:3] == [f"{-signal.SIGTERM} None", "the next step", "0 None"]
+
+
+COMPUTES = """
+import multiprocessing, torch
+from pipeline.rewards.grading import grade
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    a = torch.randn(300, 300)
+    print((a @ a).sum().item(), torch.nn.functional.scaled_dot_product_attention(*a.view(3, 4, 25, 300)).sum().item())
+    loader = torch.utils.data.DataLoader(torch.arange(8.0), batch_size=4, num_workers=2)
+    print([batch.tolist() for batch in loader])
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.map(len, ["ab"]))
+    row = {"test": "assert f(2) == 3"}
+    print(grade(["def f(x): return x + 1", "def f(x): return x", "while True: pass"], [row] * 3))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are made on Linux only")
+def test_a_fork_computes_grades_code_and_starts_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("stand_in.py").write_text(COMPUTES)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(warm_module, "PRELOADED", ("datasets", "torch:nn", "pipeline.rewards.grading"))
+    command = [sys.executable, "-m", "stand_in"]
+    with Path("new").open("w") as new:
+        assert run(command, os.environ, (), new.fileno()) == (0, None)
+    with WarmProcess(os.environ) as warm:
+        for name in ("fork", "second"):
+            with Path(name).open("w") as log:
+                assert run(command, os.environ, (), log.fileno(), warm) == (0, None)
+    assert Path("new").read_text().endswith("[True, False, False]\n")
+    assert Path("fork").read_text() == Path("second").read_text() == Path("new").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are made on Linux only")
+def test_a_run_equals_the_same_steps_typed_by_hand(tmp_path: Path) -> None:
+    """Every weight, pair, answer and figure, bit for bit."""
+    command = [sys.executable, "-m", "pipeline", "run", "recipes/pocket", "--smoke", "--until", "3_preferences"]
+    subprocess.run([*command, "--output_dir", str(tmp_path / "run")], cwd=ROOT, check=True, capture_output=True)
+    start = {
+        "python": [sys.executable],
+        "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+    }
+    for step in json.loads((tmp_path / "run" / "run.json").read_text())["steps"].values():
+        program, *arguments = shlex.split(step["command"].replace(str(tmp_path / "run"), str(tmp_path / "typed")))
+        subprocess.run([*start[program], *arguments], cwd=ROOT, check=True, capture_output=True)
+    paths = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")]
+    compared = [path for path in paths if path.suffix in (".safetensors", ".jsonl", ".parquet")]
+    assert {"1_pretrain", "2_sft", "3_preferences", "evaluations"} <= {path.parts[0] for path in compared}
+    for path in compared:
+        assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "typed" / path).read_bytes(), path
 
 
 @pytest.mark.parametrize("preloaded", ["no_such_module", "starts_a_thread"])
