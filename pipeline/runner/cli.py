@@ -9,6 +9,9 @@
 A finished step is skipped as long as its configuration and its inputs stay the same. An interrupted step resumes from
 its last checkpoint. A step whose configuration changed runs again, and so do all steps that depend on it.
 
+A terminal shows a live view of the stages; anything else, and a terminal with `--plain`, gets a line for each event.
+All that the steps print is in <run>/logs; `--verbose` prints it as well.
+
 With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
 report over them. If RUN is itself a run, its own report is replaced. A step that fails ends the command: the other
 seeds have the same configuration, and would often fail as well.
@@ -164,13 +167,15 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]
     return plan, decided
 
 
-def _show(decided: Iterable[tuple[Step, Decision]], args: argparse.Namespace) -> None:
+def _show(decided: Sequence[tuple[Step, Decision]], args: argparse.Namespace) -> None:
     """Print the decision about each step, and the command of one that is due."""
     for step, decision in decided:
         verb = {"skip": "skip", "start": "run", "resume": "resume"}[decision.action]
         print(f"{verb} {step.name}: {decision.reason}")
         if decision.action != "skip":
             print(f"    {_command_line(step, args)}")
+    due = [decision for _, decision in decided if decision.action != "skip"]
+    print(f"{len(due)} of {len(decided)} steps would run; nothing was written")
 
 
 def _run(plan: Plan, args: argparse.Namespace) -> int:
@@ -260,8 +265,9 @@ def _run_all(
             console.finish(step, seconds)
             continue
         if received is not None:
-            stopped = f"{step.name} was stopped by {received.name}; kept: {console.state.kept(step, code)}"
-            console.stop(step, seconds, 0, stopped, f"to resume: {args.resume}")
+            stopped = f"{step.name} was stopped by {received.name}"
+            kept = f"kept: {console.state.kept(step, code)}"
+            console.stop(step, seconds, 0, stopped, kept, f"to resume: {args.resume}")
             return 128 + int(received)
         failed = f"failed with exit code {code}" if code else f"failed: it ended without writing {step.product}"
         resume = f"to go on from there: {args.resume}"

@@ -206,7 +206,7 @@ class RunConsole:
             lines.append(Text(so_far if left is None else f"{so_far}, about {duration(left)} left"))
             lines.append(Text(f"output: {self.log(step)}", "dim", overflow="fold"))
             if number := self.state.progress.facts.get("stopping"):
-                notice = f"{number}: {step.name} saves after this step of training; Ctrl-C again stops it at once"
+                notice = f"{number}: {step.name} saves after this update; Ctrl-C again stops at once"
                 lines.append(Text(notice, "yellow"))
         return Group(*lines)
 
@@ -215,7 +215,8 @@ class RunConsole:
         if stage.status == "waiting":
             return Text(stage.note, "dim"), Text("")
         if stage.status != "running":
-            return Text(stage.figure), Text("kept" if stage.status == "kept" else duration(stage.seconds), "dim")
+            reached = str(self.state.progress) if stage.status == "stopped" else stage.figure
+            return Text(reached), Text("kept" if stage.status == "kept" else duration(stage.seconds), "dim")
         progress, step = self.state.progress, self.state.running
         left = self.state.seconds_left()[0]
         done, total = progress.facts.get("done", 0), progress.facts.get("total")

@@ -42,12 +42,14 @@ class Progress:
     Attributes:
         began: When the step began; times are those of `time.monotonic`.
         facts: The last value of each fact, see `pipeline.progress`.
-        first: When the first units were reported, and how many.
+        begin: Units that were done at the first report.
+        first: When the next units were reported, and how many; until then, models are compiled.
         last: The same of the last ones.
     """
 
     began: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
+    begin: int = 0
     first: tuple[float, int] = (0.0, 0)
     last: tuple[float, int] = (0.0, 0)
 
@@ -55,7 +57,9 @@ class Progress:
         """Take in a report."""
         if "done" in facts:
             self.last = (time.monotonic(), facts["done"])
-            if facts["total"] != self.facts.get("total") or facts["done"] < self.first[1]:
+            if facts["total"] != self.facts.get("total"):
+                self.begin = facts["done"]
+            if self.first[1] <= self.begin:
                 self.first = self.last
         self.facts.update(facts)
 

@@ -594,7 +594,7 @@ def test_a_signal_reaches_the_step_which_may_save(
     out, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 128 + number
     assert Path("runs/r/2_sft/checkpoint").read_text() == str(int(number))
-    assert f"2_sft was stopped by {number.name}; kept: the steps before it\n" in out
+    assert f"2_sft was stopped by {number.name}\nkept: the steps before it\n" in out
     assert "to resume: python -m pipeline run recipe\n" in out
     assert "Traceback" not in err
     code, out, _ = run()
