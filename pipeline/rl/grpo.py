@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.extras.profiling import profiling_context
@@ -26,6 +26,7 @@ from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.models.weights import load_renamed_weights
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
+from pipeline.rl.layout import split_by_length
 from pipeline.rl.log_probs import token_log_probs, with_positions
 from pipeline.rl.rollouts import EpochSampler, load_rollout, load_rollout_state, save_rollout
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
@@ -59,6 +60,9 @@ class GRPOTrainer(TRLGRPOTrainer):
         super().__init__(*args, **kwargs)
         judges = zip(self.reward_funcs, self.reward_weights.tolist(), strict=True)
         self.add_callback(CollapseAlarms(checked=not any(w and isinstance(f, nn.Module) for f, w in judges)))
+        for function in self.reward_funcs:
+            if isinstance(function, PreTrainedModel):
+                split_by_length(function)
         self.reward_funcs: list[Any] = [
             function if isinstance(function, nn.Module) else guard_reward(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)

@@ -7,8 +7,10 @@ changes what is computed for a token, apart from rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -21,6 +23,9 @@ from pipeline.models.generation import accepts_argument
 
 CPU_TOKENS = 768
 """Tokens in a forward pass on a CPU, enough to keep it busy. An accelerator takes all of them at once."""
+
+CLASSIFIED_TOGETHER = 16
+"""Texts that a reward model computes together on a CPU."""
 
 ATTENTION_COSTS = 256
 """Length of a row at which attention takes about as long as everything else in a small model, and less in a large."""
@@ -71,9 +76,10 @@ def forward_passes(
     before, after = attention_mask[:, :start].sum(1).tolist(), attention_mask[:, start:].sum(1).tolist()
     prompts = [text[start - n : start] for text, n in zip(ids.tolist(), before, strict=True)]
     completions = [text[start : start + n] for text, n in zip(ids.tolist(), after, strict=True)]
-    rows = _rows(prompts, completions, shares=shares_prompts(model))
-    positioned = accepts_argument(model, "position_ids")
     tokens = CPU_TOKENS if ids.device.type == "cpu" else None
+    # Rows differ more in length where prompts are shared, which does not pay in one pass of all of them.
+    rows = _rows(prompts, completions, shares=tokens is not None and shares_prompts(model))
+    positioned = accepts_argument(model, "position_ids")
     dtype = next(model.parameters()).dtype
     return [
         _forward_pass(group, length, positioned, dtype, ids.device)
@@ -97,6 +103,27 @@ def shares_prompts(model: nn.Module) -> bool:
         and not getattr(config, "alibi", False)
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     )
+
+
+def split_by_length(model: nn.Module) -> None:
+    """Make a sequence classifier on a CPU compute texts of similar length together.
+
+    Its batches, padded on the right, are then computed without most of their padding.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def in_groups(**inputs: Tensor) -> SimpleNamespace:
+        lengths = inputs["attention_mask"].sum(1)
+        order = lengths.argsort(stable=True)
+        parts = []
+        for rows in order.split(CLASSIFIED_TOGETHER):
+            longest = int(lengths[rows].max())
+            parts.append(forward(**{name: tensor[rows, :longest] for name, tensor in inputs.items()}).logits)
+        return SimpleNamespace(logits=torch.cat(parts)[order.argsort()])
+
+    if next(model.parameters()).device.type == "cpu":
+        model.forward = in_groups
 
 
 def _rows(prompts: list[list[int]], completions: list[list[int]], shares: bool) -> list[Row]:
