@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -40,10 +41,11 @@ def pack_documents(dataset: Split, tokenizer: PreTrainedTokenizerBase, block_siz
         text_column: Column of the text. All columns are replaced.
 
     Returns:
-        The same kind of data set, with `input_ids`, `position_ids` and `labels`, lists of `block_size` integers.
+        The same kind of data set, with `input_ids`, `position_ids` and `labels`: `block_size` integers, in a list or (of a
+        stream) in an array.
     """
 
-    def pack(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+    def pack(batch: dict[str, list[Any]]) -> dict[str, np.ndarray]:
         encoded = tokenizer(
             batch[text_column],
             add_special_tokens=False,
@@ -51,18 +53,17 @@ def pack_documents(dataset: Split, tokenizer: PreTrainedTokenizerBase, block_siz
             return_attention_mask=False,
         )["input_ids"]
         documents = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded]
-        input_ids = list(chain.from_iterable(documents))
-        starts = {0, *accumulate(map(len, documents))}
-        blocks: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "labels": []}
-        for begin in range(0, len(input_ids) - block_size + 1, block_size):
-            block = input_ids[begin : begin + block_size]
-            positions: list[int] = []
-            for offset in range(block_size):
-                positions.append(0 if begin + offset in starts or not positions else positions[-1] + 1)
-            blocks["input_ids"].append(block)
-            blocks["position_ids"].append(positions)
-            blocks["labels"].append([IGNORED if p == 0 else token for p, token in zip(positions, block, strict=True)])
-        return blocks
+        lengths = np.array([len(document) for document in documents])
+        input_ids = np.fromiter(chain.from_iterable(documents), np.int64)[: lengths.sum() // block_size * block_size]
+        places = np.arange(len(input_ids))
+        in_document = places - np.repeat(lengths.cumsum() - lengths, lengths)[: len(places)]
+        positions = np.minimum(in_document, places % block_size)
+        blocks = {
+            "input_ids": input_ids,
+            "position_ids": positions,
+            "labels": np.where(positions == 0, IGNORED, input_ids),
+        }
+        return {name: column.reshape(-1, block_size) for name, column in blocks.items()}
 
     return dataset.map(pack, batched=True, batch_size=DOCUMENTS_PER_BATCH, remove_columns=column_names(dataset))
 

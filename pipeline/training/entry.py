@@ -33,4 +33,5 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
             more = [p for p in preflight_inputs(refusal.built, refusal.types) if p.field not in reported]
             raise UserError(*refusal.problems, *more) from None
         gc.enable()  # `recipes/__init__.py` disables it while the modules of a recipe are imported
+        gc.freeze()  # they live as long as the process: without this, each collection looks through a million objects
         main(*arguments)
