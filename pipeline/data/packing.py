@@ -41,8 +41,8 @@ def pack_documents(dataset: Split, tokenizer: PreTrainedTokenizerBase, block_siz
         text_column: Column of the text. All columns are replaced.
 
     Returns:
-        The same kind of data set, with `input_ids`, `position_ids` and `labels`: `block_size` integers, in a list or (of a
-        stream) in an array.
+        The same kind of data set, with `input_ids`, `position_ids` and `labels`: lists of `block_size` integers, or
+        arrays in a stream.
     """
 
     def pack(batch: dict[str, list[Any]]) -> dict[str, np.ndarray]:
