@@ -100,18 +100,21 @@ class GRPOTrainer(TRLGRPOTrainer):
     def _sampling_config(self, model: Any) -> GenerationConfig | None:
         """Return the settings for `sample`, or None if TRL has to sample.
 
-        TRL does for vLLM, continuous batching, models that see, sharded weights (FSDP, DeepSpeed), adapters that are
-        part of the prompt, and settings that `sample` does not have.
+        TRL does for vLLM, continuous batching, models that see, weights that are not `_whole_and_bare`, and settings
+        that `sample` does not have.
         """
-        if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm:
-            return None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return None
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._whole_and_bare:
             return None
         config = copy.deepcopy(self.generation_config)
         config.update(**model.generation_config.to_dict(), defaults_only=True)  # as `model.generate` does
         return None if unsupported_settings(config) else config
+
+    @property
+    def _whole_and_bare(self) -> bool:
+        """Whether the weights are not sharded (FSDP, DeepSpeed), and no adapter puts tokens before the prompt."""
+        model = self.model
+        prefixed = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prefixed)
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
@@ -157,8 +160,7 @@ class GRPOTrainer(TRLGRPOTrainer):
         """
         rows = batch_size or len(input_ids)
         size = rows * logits_to_keep * self.model.config.get_text_config().vocab_size
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        plain = input_ids.device.type == "cpu" and size <= MAX_LOGITS and not sharded
+        plain = input_ids.device.type == "cpu" and size <= MAX_LOGITS and self._whole_and_bare
         asked = any(value is not None and value is not False for value in others.values())
         if not plain or asked or not accepts_argument(model, "logits_to_keep"):
             positioned = model if self._is_vlm else with_positions(model)

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -93,10 +92,7 @@ def shares_prompts(model: nn.Module) -> bool:
     Its layers have to see every token that the mask allows, wherever it is, and have no other sense of order than the
     positions they are given.
     """
-    model = extract_model_from_parallel(model)
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return False
-    config = model.config.get_text_config()
+    config = extract_model_from_parallel(model).config.get_text_config()
     return (
         accepts_argument(model, "position_ids")
         and config._attn_implementation in ("eager", "sdpa")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -24,6 +25,7 @@ def trainer(
     prompts: int = 16,
     rewards: Any = toy.share_of_red,
     reward_tokenizers: Any = None,
+    peft_config: PeftConfig | None = None,
     **changes: Any,
 ) -> TRLGRPOTrainer:
     settings: dict[str, Any] = {
@@ -40,6 +42,7 @@ def trainer(
         eval_dataset=toy.prompts(4),
         processing_class=toy.tokenizer(),
         reward_processing_classes=reward_tokenizers,
+        peft_config=peft_config,
     )
 
 
@@ -197,6 +200,38 @@ def test_log_probabilities_and_gradients_are_trls(tmp_path: Path, batch_size: in
     torch.testing.assert_close(ours, logps)
     torch.testing.assert_close(our_entropies, entropies)
     torch.testing.assert_close(our_gradients, gradients)
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 1}, {"generation_kwargs": {"num_beams": 2, "top_k": 1}}], ids=str)
+def test_settings_of_sampling_are_honoured_by_our_sampler_or_by_trls(tmp_path: Path, setting: dict[str, Any]) -> None:
+    run = trainer(tmp_path, **setting)
+    completions, _ = run._generate_single_turn([[5, 6], [9]] * 4, None, {}, 4)
+    assert completions == completions[:2] * 4
+    completions, _ = trainer(tmp_path)._generate_single_turn([[5, 6], [9]] * 4, None, {}, 4)
+    assert completions != completions[:2] * 4
+
+
+def test_sampling_repeats_with_the_random_state_and_leaves_the_model_in_training_mode(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.model.train()
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(run._generate_single_turn([[5, 6], [9]] * 4, None, {}, 4)[0])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(module.training for module in run.model.modules())
+
+
+@pytest.mark.parametrize("adapter", [LoraConfig(r=2), PromptTuningConfig(num_virtual_tokens=3)], ids=["lora", "prompt"])
+def test_adapters_of_any_kind_train(tmp_path: Path, adapter: PeftConfig) -> None:
+    adapter.task_type = "CAUSAL_LM"
+    run = trainer(tmp_path, peft_config=adapter)
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    run.train()
+    ratios = [entry["clip_ratio/region_mean"] for entry in log_of(run)]
+    assert ratios[0] == ratios[4] == 0, "in the first step of a rollout"
+    moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and all("lora" in name or "prompt" in name for name in moved)
 
 
 def test_shuffled_answers_are_the_same_answers() -> None:
