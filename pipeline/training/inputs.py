@@ -22,6 +22,7 @@ from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split
 from pipeline.data.splits import load_splits
+from pipeline.data.tokenized import add_tokens
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.files import is_missing_path
 from pipeline.models.checks import check_lengths, check_model, check_room, check_tokenizer
@@ -87,7 +88,7 @@ def load_inputs(
         reward_args: What is rewarded, if anything is.
 
     Returns:
-        The tokenizer, the training split, and the evaluation split or None.
+        The tokenizer, the training split, and the evaluation split or None; see `add_tokens` for their columns.
 
     Raises:
         UserError: With everything that is wrong.
@@ -120,10 +121,10 @@ def load_inputs(
         problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
         tokens = None  # every row would be refused because of it
     splits = attempt(lambda: load_splits(data_args, kind, training_args.eval_strategy != "no", tokens))
+    answers_only = bool(getattr(training_args, "assistant_only_loss", False))
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
-        marks = bool(getattr(training_args, "assistant_only_loss", False))
-        problems += check_tokenizer(tokenizer, named_by, own or str(name), kind != "text", marks)
+        problems += check_tokenizer(tokenizer, named_by, own or str(name), kind != "text", answers_only)
     if pretrained is None:
         problems += check_lengths(model_args.max_position_embeddings, **length)
         with torch.device("meta"):
@@ -153,7 +154,8 @@ def load_inputs(
     problems += checks.preflight(training_args)
     if problems or tokenizer is None or splits is None:
         raise UserError(*problems)
-    return tokenizer, *splits
+    train, held_out = (split and add_tokens(split, kind, tokenizer, answers_only) for split in splits)
+    return tokenizer, train, held_out
 
 
 def preflight_inputs(arguments: Sequence[Any], types: Sequence[type]) -> list[Problem]:

@@ -64,9 +64,10 @@ def scores(model: PreTrainedModel, folder: Path, batches: list[list[int]], side:
 def test_the_saved_model_gives_the_same_scores(
     trained: tuple[PreTrainedModel, Path], side: str, batches: list[list[int]]
 ) -> None:
-    """Bit for bit."""
+    """Bit for bit, with the attention that the model was trained with."""
     model, folder = trained
-    loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    attention = model.config._attn_implementation
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=attention).eval()
     found = scores(loaded, folder, batches, side)
     assert found.std() > 1e-3, "the scores differ"
     assert torch.equal(found, scores(model, folder, batches, side))

@@ -1,0 +1,63 @@
+"""Tokens made a thousand rows at a time are those that TRL's trainers make of each row."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from small_model import conversation, save_model, tokenizer
+from transformers import AutoModelForSequenceClassification
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from pipeline.data.tokenized import add_tokens
+from pipeline.errors import UserError
+
+CONVERSATIONS = [conversation(f"What is {i}?", f"It is {i * 7}.") for i in range(6)]
+CONVERSATIONS[2] += conversation("And then?", "Nothing.")
+PAIRS = {
+    "prompt": [row[:1] for row in CONVERSATIONS],
+    "chosen": [row[1:2] for row in CONVERSATIONS],
+    "rejected": [[{"role": "assistant", "content": "What?"}] for _ in CONVERSATIONS],
+}
+
+
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_conversations_become_what_sft_trainer_makes_of_them(tmp_path: Path, answers_only: bool) -> None:
+    raw = Dataset.from_dict({"messages": CONVERSATIONS})
+    args = SFTConfig(
+        str(tmp_path / "output"),
+        use_cpu=True,
+        bf16=False,
+        max_length=96,
+        packing=True,
+        assistant_only_loss=answers_only,
+        report_to="none",
+    )
+    model = save_model(tmp_path / "model")
+    prepared = [
+        SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer()).train_dataset
+        for rows in (raw, add_tokens(raw, "conversation", tokenizer(), answers_only))
+    ]
+    assert prepared[0][:] == prepared[1][:]
+    assert any(label == -100 for row in prepared[0]["labels"] for label in row) == answers_only
+
+
+def test_pairs_become_what_reward_trainer_makes_of_them(tmp_path: Path) -> None:
+    raw = Dataset.from_dict(PAIRS)
+    args = RewardConfig(str(tmp_path / "output"), use_cpu=True, bf16=False, max_length=96, report_to="none")
+    model = AutoModelForSequenceClassification.from_pretrained(save_model(tmp_path / "model"), num_labels=1)
+    prepared = [
+        RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer()).train_dataset
+        for rows in (raw, add_tokens(raw, "preference", tokenizer()))
+    ]
+    for side in ("chosen_ids", "rejected_ids"):
+        assert prepared[0][:][side] == prepared[1][:][side]
+
+
+def test_a_template_that_marks_no_answer_is_refused() -> None:
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    with pytest.raises(UserError, match="assistant_only_loss"):
+        add_tokens(Dataset.from_dict({"messages": CONVERSATIONS}), "conversation", words, True)
