@@ -30,7 +30,7 @@ from pathlib import Path
 
 from pipeline.errors import Problem, UserError
 from pipeline.files import lock
-from pipeline.runner.console import RunConsole, say, show_checks
+from pipeline.runner.console import RunConsole, is_live, say, show_checks
 from pipeline.runner.launcher import check_launch_file, exit_code
 from pipeline.runner.plan import Plan, read_plan
 from pipeline.runner.processes import run
@@ -140,7 +140,8 @@ def _run_seeds(args: argparse.Namespace) -> int:
         return 0
     with lock(run_dir / "run.lock", orphans_only=True) as descriptors:
         for own, plan, _ in runs:
-            say(f"seed {own.seed}, in {plan.run_dir}:")
+            if not is_live(args):
+                say(f"seed {own.seed}, in {plan.run_dir}:")
             if code := _run(plan, own):
                 say(f"seed {own.seed} ended with exit code {code}; the others are left as they are")
                 return code
@@ -186,6 +187,8 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         todo = list(_decide(plan, record, args))
         measured = measured_seconds(plan.run_dir, str(args.recipe), args.smoke)
         seed = "" if plan.seed is None else f", seed {plan.seed}"
+        if args.seeds is not None:
+            seed += f" of {', '.join(map(str, args.seeds))}"
         state = RunState(plan.run_dir, plan.steps, todo, measured)
         with RunConsole(f"{args.recipe}{seed}, in {plan.run_dir}", state, args) as console:
             code = _run_all(todo, record, console, args, descriptors)

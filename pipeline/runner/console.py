@@ -168,6 +168,8 @@ class RunConsole:
             if table.row_count:
                 self._console.print("", table, "", sep="\n")
             say(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
+        else:
+            say("nothing to do: all steps had finished")
 
     def _update(self, reported: IO[str], printed: IO[str]) -> None:
         """Take in what the running step has reported and printed since the last time."""

@@ -189,10 +189,10 @@ class RunState:
         facts = self.progress.facts
         if code == 0:
             return f"{step.name}, which has finished, and the steps before it"
-        if facts.get("stopping") and code != 128 + signal.SIGKILL:
+        if "stopping" in facts and code == 128 + signal.Signals[facts["stopping"]]:
             return f"{step.name} up to {facts['done']} of {facts['total']}, and the steps before it"
         trains = step.kind in self.kinds.values() and step.launched
-        return f"the steps before it{', and its last checkpoint' if trains and 'done' in facts else ''}"
+        return f"the steps before it{', and its last checkpoint, if any' if trains and 'done' in facts else ''}"
 
     def status(self) -> list[str]:
         """Return how far the running step is, and the time that is left."""

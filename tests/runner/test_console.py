@@ -164,7 +164,8 @@ def test_a_terminal_shows_the_stages_and_nothing_is_left_over(columns: int) -> N
     assert not run.screen.cursor.hidden
     again = terminal(columns=columns)
     assert again.end() == 0
-    assert [line.split() for line in again.lines()[1:]] == [["=", name, "kept"] for name in STAGES]
+    assert [line.split() for line in again.lines()[1:-1]] == [["=", name, "kept"] for name in STAGES]
+    assert again.lines()[-1] == "nothing to do: all steps had finished"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -283,7 +284,7 @@ def test_a_file_where_the_logs_belong_is_refused_before_anything_is_written() ->
 
 
 STEPS = [
-    Step(name, kind, (), Path("runs/r", name), leftovers=(Path(f"runs/r/evaluations/{name}.json"),))
+    Step(name, kind, (), Path("runs/r", name), launched=True)
     for name, kind in (("0_random", "random"), ("1_pretrain", "pretrain"), ("2_sft", "sft"), ("3_ppo", "ppo"))
 ]
 TODO = [(step, Decision("start", "has not run yet", "")) for step in STEPS]
@@ -337,6 +338,18 @@ def test_a_resumed_step_goes_at_the_speed_of_its_new_part(monkeypatch: pytest.Mo
     now = 5.0
     state.progress.update({"done": 90, "total": 100})
     assert state.seconds_left()[0] == 5.0
+
+
+def test_what_is_kept_of_a_stopped_run() -> None:
+    state = RunState(Path("runs/r"), STEPS, TODO, {})
+    state.start(STEPS[2])
+    assert state.kept(STEPS[2], 130) == "the steps before it"
+    state.progress.update({"done": 120, "total": 296})
+    assert state.kept(STEPS[2], 137) == "the steps before it, and its last checkpoint, if any"
+    state.progress.update({"stopping": "SIGINT"})
+    assert state.kept(STEPS[2], 130) == "2_sft up to 120 of 296, and the steps before it"
+    assert state.kept(STEPS[2], 137) == "the steps before it, and its last checkpoint, if any"
+    assert state.kept(STEPS[2], 0) == "2_sft, which has finished, and the steps before it"
 
 
 def test_only_the_first_process_reports_and_one_without_a_runner_does_nothing(
