@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess, signal_with_parent
+from pipeline.runner.warm import Fork, WarmProcess, add_defaults, signal_with_parent
 
 
 def run(
@@ -53,7 +53,7 @@ def run(
         options |= {"process_group": 0, "pass_fds": descriptors}
     if sys.platform == "linux":
         options["preexec_fn"] = signal_with_parent(signal.SIGTERM)  # it saves when the runner dies
-    environment = {**DEFAULTS, **environment}
+    environment = add_defaults(environment)
     before = {number: signal.signal(number, forward_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         process = warm.fork(command, environment, descriptors, output) if warm is not None else None
