@@ -100,10 +100,12 @@ class GRPOTrainer(TRLGRPOTrainer):
     def _sampling_config(self, model: Any) -> GenerationConfig | None:
         """Return the settings for `sample`, or None if TRL has to sample.
 
-        TRL does for vLLM, continuous batching, models that see, weights that are not `_whole_and_bare`, and settings
-        that `sample` does not have.
+        TRL does for vLLM, continuous batching, models that see, weights that are not `_whole_and_bare`, models that do
+        not take positions (Mamba, for one), and settings that `sample` does not have.
         """
         if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._whole_and_bare:
+            return None
+        if not accepts_argument(model, "position_ids"):
             return None
         config = copy.deepcopy(self.generation_config)
         config.update(**model.generation_config.to_dict(), defaults_only=True)  # as `model.generate` does

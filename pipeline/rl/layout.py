@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -96,27 +96,28 @@ def shares_prompts(model: nn.Module) -> bool:
     return (
         accepts_argument(model, "position_ids")
         and config._attn_implementation in ("eager", "sdpa")
-        and not getattr(config, "alibi", False)
+        and not getattr(config, "alibi", False)  # distances as they are in the row
+        and not hasattr(config, "window_size")  # GPT-Neo masks by itself
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     )
 
 
 def split_by_length(model: nn.Module) -> None:
-    """Make a sequence classifier on a CPU compute texts of similar length together.
-
-    Its batches, padded on the right, are then computed without most of their padding.
-    """
+    """Make a sequence classifier on a CPU compute texts of similar length together, without most of their padding."""
     forward = model.forward
 
     @functools.wraps(forward)
-    def in_groups(**inputs: Tensor) -> SimpleNamespace:
-        lengths = inputs["attention_mask"].sum(1)
-        order = lengths.argsort(stable=True)
-        parts = []
+    def in_groups(*args: Any, **inputs: Any) -> Any:
+        if args or "attention_mask" not in inputs:
+            return forward(*args, **inputs)
+        mask = inputs["attention_mask"]
+        ends = mask.shape[1] - mask.flip(1).argmax(1)
+        order = ends.argsort(stable=True)
+        outputs = []
         for rows in order.split(CLASSIFIED_TOGETHER):
-            longest = int(lengths[rows].max())
-            parts.append(forward(**{name: tensor[rows, :longest] for name, tensor in inputs.items()}).logits)
-        return SimpleNamespace(logits=torch.cat(parts)[order.argsort()])
+            group = {name: tensor[rows, : int(ends[rows].max())] for name, tensor in inputs.items()}
+            outputs.append(forward(**group))
+        return type(outputs[0])(logits=torch.cat([output.logits for output in outputs])[order.argsort()])
 
     if next(model.parameters()).device.type == "cpu":
         model.forward = in_groups
