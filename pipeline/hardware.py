@@ -15,8 +15,12 @@ from typing import Any
 import psutil
 import torch
 
-COMPILATION_PAYS_AFTER = 120.0
-"""Seconds of estimated training above which `torch.compile` makes up for its warm-up of about half a minute."""
+COMPILATION_PAYS_AFTER = 180.0
+"""Seconds of estimated training above which `torch.compile`, which saves a tenth, makes up for its warm-up."""
+
+FLOPS_PER_CORE, FLOPS_OF_ACCELERATOR = 7.5e10, 4e13
+"""Speed of training a small model, by which the length of a run is estimated: cores with AMX or AVX512-BF16 reach 6e10
+to 9e10. Nothing is measured, so that every start of the same run makes the same choice."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,16 @@ def attention() -> Choice:
 
 
 def compilation(flops: float) -> Choice:
-    """Return whether `torch.compile` makes a training run of `flops` in this process shorter."""
+    """Return whether `torch.compile` makes a training run shorter.
+
+    Args:
+        flops: Floating-point operations of this process.
+    """
     if accelerator() is None and not (shutil.which("g++") or shutil.which("clang++")):
         return Choice(False, "no C++ compiler found")
     if accelerator() == "mps":
         return Choice(False, "not well supported on mps")
-    seconds = flops / (0.25 * matmul_peak(precision().value))
+    seconds = flops / (FLOPS_OF_ACCELERATOR if accelerator() else FLOPS_PER_CORE * threads().value)
     if seconds < COMPILATION_PAYS_AFTER:
         return Choice(False, f"about {seconds:.0f} s of training would not make up for the compilation")
     return Choice(True, f"about {seconds:.0f} s of training make up for the compilation")

@@ -1,4 +1,4 @@
-"""Freed memory is reused instead of requested from the kernel again."""
+"""Freed memory is reused instead of requested from the kernel again, and compilation is for long runs."""
 
 from __future__ import annotations
 
@@ -56,3 +56,13 @@ def test_an_allocator_that_refuses_is_left_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: Refusing())
     choice = hardware.keep_freed_memory.__wrapped__()
     assert choice.value is False and choice.reason
+
+
+def test_compilation_is_for_long_runs_with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "accelerator", lambda: None)
+    monkeypatch.setattr(hardware, "threads", lambda: hardware.Choice(2, ""))
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: "/usr/bin/g++")
+    # Pocket's pretraining, and ten times that
+    assert not hardware.compilation(1e13).value and hardware.compilation(1e14).value
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
+    assert not hardware.compilation(1e14).value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 
@@ -45,6 +46,9 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
         train_dataset: Its length is that of the run if `args.max_steps` is not given.
     """
     choose_attention(model)
+    # A layer is compiled once for all layers, in less time than the model as a whole, which would be compiled again
+    # because the blocks of attention differ from batch to batch.
+    os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
     if args.torch_compile is not None:
         logger.info("torch.compile: %s (requested)", args.torch_compile)
         return
