@@ -1,5 +1,5 @@
-"""TRL's `GRPOTrainer` with exact resumption, evaluation without side effects, and log-probabilities that are cheap on
-CPUs. `pipeline.rl.ppo` builds on it, too."""
+"""TRL's `GRPOTrainer` with exact resumption, evaluation without side effects, a faster sampler and, on CPUs, cheaper
+log-probabilities. `pipeline.rl.ppo` builds on it, too."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ class GRPOTrainer(TRLGRPOTrainer):
     A reward function with weight 0 is measured and logged without any other effect, for completions that another
     reward function has scored. Every reward function gets its own copy of completions and columns. A reward model reads
     a completion that was cut off as it stands, without the end of turn that its chat template adds.
+
+    Without vLLM, completions are sampled by `pipeline.models.generation.sample`, from the global random numbers, which
+    checkpoints contain. TRL samples where that cannot (`_sampling_config`).
 
     The collapse of the policy is named in the log (`pipeline.rl.alarms`).
     """
