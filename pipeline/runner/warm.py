@@ -219,6 +219,7 @@ def main(argv: Sequence[str]) -> int:
     torch = sys.modules.get("torch")
     if threading.active_count() > 1 or (torch is not None and torch.accelerator.is_available()):
         os._exit(1)  # at once, without waiting for threads
+    os.close(os.pidfd_open(os.getpid()))  # kernels before 5.3 cannot
     gc.collect()
     gc.freeze()  # collections in the forks do not touch, and thereby copy, what was imported
     module, *arguments = serve(socket.socket(fileno=int(argv[0])))

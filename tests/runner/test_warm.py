@@ -295,6 +295,40 @@ def test_a_run_equals_the_same_steps_typed_by_hand(tmp_path: Path) -> None:
         assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "typed" / path).read_bytes(), path
 
 
+LAUNCHED = """
+import os, psutil
+forked = "pipeline.runner.warm" in psutil.Process().cmdline()
+names = [n for n in os.environ if n.startswith("ACCELERATE_")] + ["OMP_NUM_THREADS", "RANK", "LOCAL_RANK", "WORLD_SIZE"]
+print(forked, {name: os.environ.get(name) for name in sorted(names)})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are made on Linux only")
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [((), 1), (("--mixed_precision", "bf16"), 1), (("--num_processes", "2"), 2), (("--debug",), 1)],
+)
+def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
+    options: tuple[str, ...], processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("stand_in.py").write_text(LAUNCHED)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(warm_module, "PRELOADED", ())
+    launch = ["-m", "pipeline.runner.launcher", "--config_file", str(ROOT / "accelerate_config.yaml"), *options]
+    with WarmProcess(os.environ) as process:
+        for name, warm in (("new", None), ("fork", process)):
+            with Path(name).open("w") as log:
+                assert run([sys.executable, *launch, "-m", "stand_in"], os.environ, (), log.fileno(), warm) == (0, None)
+    new, fork = (
+        sorted(line for line in Path(name).read_text().split("\n") if line.startswith(("True ", "False ")))
+        for name in ("new", "fork")
+    )
+    assert len(new) == len(fork) == processes
+    forks = options not in (("--num_processes", "2"), ("--debug",))
+    assert [line.partition(" ") for line in fork] == [(str(forks), " ", line.partition(" ")[2]) for line in new]
+
+
 @pytest.mark.parametrize("preloaded", ["no_such_module", "starts_a_thread"])
 def test_where_a_fork_is_not_possible_the_step_is_a_new_process(
     preloaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
