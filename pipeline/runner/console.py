@@ -34,19 +34,21 @@ LAST_LINES = 20
 """Lines of a failed step's output that are shown. What refuses its input (exit code 2) is shown as a whole."""
 
 MARKS = {
-    "waiting": (" ", " ", "dim"),
-    "running": ("▸", ">", "bold cyan"),
-    "done": ("✓", "+", "green"),
-    "kept": ("=", "=", "dim"),
-    "stopped": ("✗", "x", "bold red"),
+    "waiting": (" ", "dim"),
+    "running": ("▸", "bold cyan"),
+    "done": ("✓", "green"),
+    "kept": ("=", "dim"),
+    "stopped": ("✗", "bold red"),
 }
-"""Status of a stage -> its mark, the mark in ASCII, and its style."""
+"""Status of a stage -> its mark and style."""
 
 
 def is_live(args: argparse.Namespace) -> bool:
     """Return whether stdout is a terminal to draw on, and neither an option nor the environment asks for lines."""
-    plain = os.environ.get("TERM") == "dumb" or os.environ.get("CI") or os.environ.get("NO_COLOR")
-    return sys.stdout.isatty() and not (plain or args.plain or args.verbose)
+    plain = os.environ.get("CI") or os.environ.get("NO_COLOR") or args.plain or args.verbose
+    console = Console()
+    # With FORCE_COLOR, a pipe is interactive for rich. It draws with characters that only UTF has.
+    return sys.stdout.isatty() and console.is_interactive and console.encoding.startswith("utf") and not plain
 
 
 class RunConsole:
@@ -198,9 +200,8 @@ class RunConsole:
         stages.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         stages.add_column(justify="right", no_wrap=True)
         for stage in self.state.stages.values():
-            mark, ascii_mark, style = MARKS[stage.status]
-            shown = mark if self._console.encoding.startswith("utf") else ascii_mark
-            stages.add_row(Text(shown, style), Text(stage.name, style if style == "dim" else ""), *self._line(stage))
+            mark, style = MARKS[stage.status]
+            stages.add_row(Text(mark, style), Text(stage.name, style if style == "dim" else ""), *self._line(stage))
         lines: list[RenderableType] = [Text(self.title, "bold"), stages]
         if (step := self.state.running) is not None:
             left = self.state.seconds_left()[1]

@@ -44,15 +44,15 @@ class Kind:
 
 
 KINDS = {
-    "data": Kind("recipes.data", 5, editable=True),
-    "tokenizer": Kind("recipes.tokenizer", 3, seeded=False),
+    "data": Kind("recipes.data", 6, editable=True),
+    "tokenizer": Kind("recipes.tokenizer", 2, seeded=False),
     "random": Kind("recipes.untrained", 1, measured=True, figure="bits_per_byte"),
-    "pretrain": Kind("recipes.pretrain", 65, launched=True, measured=True, figure="bits_per_byte"),
+    "pretrain": Kind("recipes.pretrain", 80, launched=True, measured=True, figure="bits_per_byte"),
     "sft": Kind("recipes.sft", 35, launched=True, measured=True, figure="instruction_accuracy"),
-    "preferences": Kind("recipes.preferences", 15, launched=True, editable=True),
-    "reward": Kind("recipes.reward", 20, launched=True, measured=True, figure="reward_accuracy"),
+    "preferences": Kind("recipes.preferences", 25, launched=True, editable=True),
+    "reward": Kind("recipes.reward", 25, launched=True, measured=True, figure="reward_accuracy"),
     "ppo": Kind("recipes.ppo", 25, launched=True, measured=True, figure="win_rate"),
-    "grpo": Kind("recipes.grpo", 45, launched=True, measured=True, figure="pass@1"),
+    "grpo": Kind("recipes.grpo", 30, launched=True, measured=True, figure="pass@1"),
 }
 """Steps of the same number run in this order."""
 
@@ -90,7 +90,7 @@ class Step:
     @property
     def usual_seconds(self) -> float:
         """Time that it takes in recipes/pocket."""
-        return KINDS[self.kind].seconds if self.kind in KINDS else 5.0
+        return KINDS[self.kind].seconds if self.kind in KINDS else 7.0
 
     @property
     def product(self) -> Path:

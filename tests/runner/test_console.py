@@ -44,6 +44,7 @@ sys.exit(main(["run", "recipe", *sys.argv[1:]]))
 """
 STAGES = ("0_data", "0_random", "1_pretrain", "2_sft")
 CLEAN = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR", "TERM")}
+CLEAN["PYTHONIOENCODING"] = "utf-8"
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def configure(name: str, **values: object) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**CLEAN, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "PYTHONIOENCODING": "utf-8", **more}
+    return {**CLEAN, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", **more}
 
 
 @dataclass
@@ -206,6 +207,13 @@ def test_a_failed_step_shows_its_last_lines_and_a_refusal_all(code: int, shown: 
     assert not run.screen.cursor.hidden
 
 
+def test_a_terminal_without_unicode_shows_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CLEAN, "PYTHONIOENCODING", "ascii")
+    run = terminal()
+    assert run.end() == 0
+    assert b"\x1b" not in run.written and "[4/4] 2_sft: has not run yet" in run.lines()
+
+
 def test_a_plain_terminal_shows_what_a_pipe_does() -> None:
     run = terminal("--plain", columns=160)
     assert run.end() == 0
@@ -220,6 +228,7 @@ def test_a_plain_terminal_shows_what_a_pipe_does() -> None:
     [
         ({}, {}, True),
         ({"TERM": "dumb"}, {}, False),
+        ({"TERM": "unknown"}, {}, False),
         ({"CI": "true"}, {}, False),
         ({"NO_COLOR": "1"}, {}, False),
         ({"NO_COLOR": ""}, {}, True),
@@ -238,6 +247,7 @@ def test_where_the_view_is_live(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert is_live(args) is live
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
     assert not is_live(args)
 
 
