@@ -95,6 +95,7 @@ class RunState:
         measured: Seconds of the steps in an earlier run, by name.
 
     Attributes:
+        kinds: The kind of each measured stage up to the last one of `todo`; later ones may be out of date.
         stages: The stages that this command goes through, by the names of their directories.
         running: The step that is running.
         progress: What it has reported.
@@ -109,7 +110,10 @@ class RunState:
         measured: Mapping[str, float],
     ) -> None:
         self.run_dir = run_dir
-        self.kinds = {stage_name(step): step.kind for step in steps if step.kind in KINDS and KINDS[step.kind].measured}
+        chosen = {step.name for step, _ in todo if step.kind != "report"}
+        last = max((index for index, step in enumerate(steps) if step.name in chosen), default=len(steps))
+        measured_steps = [step for step in steps[: last + 1] if step.kind in KINDS and KINDS[step.kind].measured]
+        self.kinds = {stage_name(step): step.kind for step in measured_steps}
         self.stages: dict[str, Stage] = {}
         for step, decision in todo:
             directory = stage_name(step)

@@ -316,6 +316,7 @@ def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
     assert state.figure("1_pretrain") == "bits per byte 2.644 -> 0.194"
     assert state.figure("2_sft") == "instruction accuracy 0.020 -> 0.930"
     assert state.figure("3_ppo") == ""
+    assert list(RunState(Path("runs/r"), STEPS, TODO[:2], {}).kinds) == ["0_random", "1_pretrain"]
 
 
 def test_the_time_left_is_that_of_an_earlier_run_at_the_speed_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
