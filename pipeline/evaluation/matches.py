@@ -46,15 +46,19 @@ class LastSentenceShare(evaluate.Metric):
         return output(intervals.proportion(values), values)
 
 
-def answer_both(chat: ChatModel, opponent: ChatModel, rows: Sequence[Example], seed: int = 0) -> Matches:
-    """Answer the prompts by both models, at temperature 1 and greedily.
+def answer_both(
+    chat: ChatModel, opponent: ChatModel | Mapping[str, list[str]], rows: Sequence[Example], seed: int = 0
+) -> Matches:
+    """Answer the prompts by both models, at temperature 1 and greedily; the opponent's answers may be given.
 
     The opponent samples with a different seed, so that a model against itself does not tie every time.
     """
     prompts = [row["prompt"] for row in rows]
     ours = [c[0].text for c in chat.sample(prompts, temperature=1.0, seed=2 * seed)]
-    theirs = [c[0].text for c in opponent.sample(prompts, temperature=1.0, seed=2 * seed + 1)]
     greedy = [completion.text for completion in chat.greedy(prompts)]
+    if isinstance(opponent, Mapping):
+        return {"win_rate": (ours, opponent["win_rate"]), "win_rate_greedy": (greedy, opponent["win_rate_greedy"])}
+    theirs = [c[0].text for c in opponent.sample(prompts, temperature=1.0, seed=2 * seed + 1)]
     other = greedy if opponent is chat else [completion.text for completion in opponent.greedy(prompts)]
     return {"win_rate": (ours, theirs), "win_rate_greedy": (greedy, other)}
 

@@ -25,6 +25,7 @@ class StageResult:
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
         texts: Baseline -> what its answers begin with or have in common, by a key such as "text".
+        opponent: What its answers in the win rates depend on, if others are compared with it; see `opponent`.
         seconds: How long it took, loading included.
     """
 
@@ -34,6 +35,7 @@ class StageResult:
     answers: list[dict[str, Any]] = field(default_factory=list)
     traces: list[dict[str, Any]] = field(default_factory=list)
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
+    opponent: str = ""
     seconds: float = 0.0
 
     def record(
@@ -85,6 +87,7 @@ def write_result(run: Path, result: StageResult) -> Path:
         "answers": result.answers,
         "traces": result.traces,
         "texts": result.texts,
+        "opponent": result.opponent,
         "seconds": round(result.seconds, 2),
     }
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")

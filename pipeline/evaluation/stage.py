@@ -13,6 +13,7 @@ from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation import baselines, matches, metrics
 from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.opponent import fingerprint, saved_answers
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import measure_pairs
 from pipeline.files import check_directory
@@ -92,12 +93,15 @@ def evaluate_stage(
             measure_pairs(result, _place(model), tokenizer, held_out.pairs, seed)
     else:
         chat = load_chat_model(run / stage, "--stage", max_new_tokens)
-        opponent = None
-        if stage == against:
-            opponent = chat
-        elif held_out.prompts and holds_model(run / against):
-            opponent = load_chat_model(run / against, "--against", max_new_tokens)
-            opponent.model.to(generation_dtype())
+        opponent: metrics.ChatModel | dict[str, list[str]] | None = None
+        if held_out.prompts and holds_model(run / against):
+            settings = {"seed": seed, "max_new_tokens": max_new_tokens, "dtype": generation_dtype()}
+            answered = fingerprint(run / against, held_out.prompts, device=hardware.accelerator(), **settings)
+            if stage == against:
+                opponent, result.opponent = chat, answered
+            elif (opponent := saved_answers(run, against, answered)) is None:
+                opponent = load_chat_model(run / against, "--against", max_new_tokens)
+                opponent.model.to(generation_dtype())
         if held_out.texts:
             metrics.measure_texts(result, chat, held_out.texts, seed)
         chat.model.to(generation_dtype())
@@ -108,7 +112,7 @@ def evaluate_stage(
         if held_out.longer:
             metrics.measure_longer(result, chat, held_out.longer)
         answers: matches.Matches = {}
-        if opponent is not None and held_out.prompts:
+        if opponent is not None:
             answers = matches.answer_both(chat, opponent, held_out.prompts, seed)
             matches.measure_matches(result, answers, held_out.prompts, seed)
         if stage == against:

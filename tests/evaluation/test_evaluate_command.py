@@ -129,6 +129,25 @@ def test_a_model_against_itself_ties_where_it_is_greedy_and_not_where_it_samples
         ]
 
 
+def test_the_opponents_answers_are_used_again_unless_something_that_they_depend_on_has_changed(run):
+    small_model.save_model(run / "2_sft", seed=1)
+
+    def opponents(*options):
+        return [e["opponent"] for e in evaluate(run, "0_random", *options)[1] if e["metric"].startswith("win_rate")]
+
+    made, other_seed = opponents(), opponents("--seed", "5")
+    evaluate(run, "2_sft")
+    assert opponents() == made
+    path = run / "evaluations" / "2_sft.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "opponent": "saved"}) + "\n" for line in lines))
+    assert set(opponents()) == {"saved"}
+    assert opponents("--seed", "5") == other_seed
+    assert "saved" not in opponents("--max_new_tokens", "5")
+    small_model.save_model(run / "2_sft", seed=2)
+    assert len(changed := opponents()) == len(made) and changed != made and "saved" not in changed
+
+
 def test_longer_problems_are_a_metric_of_their_own(run):
     without, _ = evaluate(run, "0_random")
     rows = [{"prompt": user(f"{i} + 1 + 1 + 1?"), "answer": str(i), "kind": "arithmetic"} for i in range(5)]
