@@ -43,8 +43,8 @@ def worked(rng: random.Random, carelessness: float) -> str:
 def recital(rng: random.Random) -> str:
     """Write numbers that somebody reads out and others repeat.
 
-    Small models are slow to learn to copy tokens to places where they have never seen them, such as a held-out
-    operand. Other documents require it of one token in fifty, recitals of every second one.
+    Small models are slow to learn to copy tokens to places where they have never seen them, such as the
+    start of a sum. Other documents require it of one token in fifty, recitals of every second one.
     """
     reader, *repeaters = rng.sample(NAMES, 3)
     row = " ".join(str(number) for number in rng.sample(range(2, 26), rng.randint(3, 6)))

@@ -17,13 +17,6 @@ WORKING = "Working:"
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "pink", "grey", "purple")
 OVERLOOKED_COLOURS = ("white", "grey")
 RANKS = ("second", "third", "fourth")
-STARTS: dict[SplitName, tuple[int, ...]] = {
-    "train": (3, 4, 5, 6, 7, 9, 10, 12, 15, 16, 17, 18, 19, 20),
-    "validation": (8, 13),
-    "test": (11, 14),
-}
-"""First operands of arithmetic problems. In training, those of validation and test occur only as results and in the
-numbers that documents recite."""
 DIRECTIONS = ("north", "east", "south", "west")
 RELATIONS = ("right of", "opposite of", "left of")
 """Directions that are one, two and three quarters to the right."""
@@ -65,20 +58,29 @@ def _weighted(numbers: Iterable[int]) -> int:
     return sum(place * number for place, number in enumerate(numbers, start=1))
 
 
+def _change(rng: random.Random, value: int) -> int:
+    """Draw by how much a number of items grows (above 0) or shrinks, so that it stays between 0 and 20."""
+    change = rng.randint(2, 5)
+    return change if value < change or (value + change <= 20 and rng.random() < 0.5) else -change
+
+
 def arithmetic(rng: random.Random, split: SplitName, carelessness: float, longer: int) -> WordProblem:
     """Change a number of items three times; all results are between 0 and 20, and misread ones at most 25."""
-    value = read = rng.choice(STARTS[split])
+    while True:
+        value = read = rng.randint(3, 20)
+        change = _change(rng, value)
+        if _split_of(_weighted((value, change)), folds=7) == split:
+            break
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     sentences, steps = [f"{name} has {value} {item}."], []
-    for _ in range(3 + longer):
-        change = rng.randint(2, 5)
-        grows = value < change or (value + change <= 20 and rng.random() < 0.5)
-        verb = rng.choice(("gets", "finds", "buys") if grows else ("loses", "sells", "gives away"))
-        sentences.append(f"{name} {verb} {change} {item}.")
-        value += change if grows else -change
-        misread = verb == "gives away" and read + change <= 25 and rng.random() < carelessness
-        after = read + change if grows or misread else read - change
-        steps.append(f"{read}{'+' if after > read else '-'}{change}={after}.")
+    for place in range(3 + longer):
+        change = _change(rng, value) if place else change
+        verb = rng.choice(("gets", "finds", "buys") if change > 0 else ("loses", "sells", "gives away"))
+        sentences.append(f"{name} {verb} {abs(change)} {item}.")
+        value += change
+        misread = verb == "gives away" and read + abs(change) <= 25 and rng.random() < carelessness
+        after = read + (abs(change) if misread else change)
+        steps.append(f"{read}{'+' if after > read else '-'}{abs(change)}={after}.")
         read = after
     question = rng.choice((f"How many does {name} have now?", "How many are left?", f"What is left for {name}?"))
     return WordProblem("arithmetic", " ".join([*sentences, question]), str(value), " ".join(steps), str(read))

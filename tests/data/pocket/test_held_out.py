@@ -28,7 +28,8 @@ def structure(row: Row) -> tuple[str, ...]:
         return tuple(re.findall(r"faces (\w+)", text))
     numbers = re.findall(r"\d+", text)
     if row["kind"] == "arithmetic":
-        return tuple(numbers[:1])  # the operand that it starts from
+        grows = re.search(r"gets|finds|buys|loses|sells|gives", text)[0] in ("gets", "finds", "buys")
+        return (numbers[0], "+" if grows else "-", numbers[1])  # the first operation
     if row["kind"] == "ordering":
         return tuple(str(sorted(map(int, numbers)).index(int(number))) for number in numbers)
     return tuple(numbers)
