@@ -52,6 +52,7 @@ IMPORTS = {
     "transformers.trainer_utils:SaveStrategy": "checkpoints are written before evaluations",
     "transformers.utils.peft_utils:find_adapter_config_file": "adapters are told from models",
     "transformers.utils:is_liger_kernel_available": "use_liger_kernel is checked",
+    "transformers.utils:logging": "its bars are switched off",
     "trl.extras.profiling:profiling_context": "sampling is timed as TRL times it",
     "trl.trainer.utils:FusedCausalLMOutput": "SFTTrainer takes its log-probabilities and metrics from one",
     "trl.trainer.utils:add_fused_lm_head": "gives PPO's reference its head",

@@ -118,7 +118,7 @@ class RunConsole:
 
             def watch() -> None:
                 while not ended.wait(REFRESH_SECONDS):
-                    self._update(reported, printed)
+                    self._take_in(reported, printed)
 
             watcher = threading.Thread(target=watch, daemon=True)
             watcher.start()
@@ -127,7 +127,7 @@ class RunConsole:
             finally:
                 ended.set()
                 watcher.join()
-                self._update(reported, printed)
+                self._take_in(reported, printed)
                 reports.unlink(missing_ok=True)
 
     def finish(self, step: Step, seconds: float) -> None:
@@ -173,7 +173,7 @@ class RunConsole:
         else:
             say("nothing to do: all steps had finished")
 
-    def _update(self, reported: IO[str], printed: IO[str]) -> None:
+    def _take_in(self, reported: IO[str], printed: IO[str]) -> None:
         """Take in what the running step has reported and printed since the last time."""
         for line in reported:
             with contextlib.suppress(ValueError, TypeError, LookupError):  # half a line
