@@ -12,8 +12,8 @@ import transformers
 
 from pipeline.evaluation.held_out import Example
 
-SUFFIXES = (".json", ".jinja", ".safetensors")
-"""Files of a model that its answers depend on."""
+FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja", "*.safetensors")
+"""Files of a model that its answers depend on; records of its training lie beside them."""
 
 
 def fingerprint(model: Path, rows: Sequence[Example], **settings: object) -> str:
@@ -25,10 +25,9 @@ def fingerprint(model: Path, rows: Sequence[Example], **settings: object) -> str
         return ""
     software = [torch.__version__, transformers.__version__, torch.get_num_threads()]
     digest = hashlib.sha256(json.dumps([software, settings, rows], sort_keys=True, default=str).encode())
-    for path in sorted(model.iterdir()):
-        if path.suffix in SUFFIXES:
-            with path.open("rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    for path in sorted({path for pattern in FILES for path in model.glob(pattern)}):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
