@@ -37,7 +37,8 @@ DEFAULTS = {
     "PYTHONUNBUFFERED": "1",
     # How often a thread of OpenMP looks for work before it sleeps. By default it looks for milliseconds: on a busy
     # machine a training step took 21 times as long as on an idle one, and with this number 8 times. On an idle one it
-    # costs nothing; 1000, or OMP_WAIT_POLICY=PASSIVE, make training up to a sixth slower and generation a quarter to a half.
+    # costs nothing; 1000, or OMP_WAIT_POLICY=PASSIVE, make training up to a sixth slower and generation a quarter to a
+    # half.
     "GOMP_SPINCOUNT": "10000",
 }
 """Environment variables of a step, unless the user has set them."""
