@@ -20,7 +20,7 @@ ASPECTS = ("definition", *ATTRIBUTES)
 
 MANNERS_WORDS = 8
 """Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
-MANNERS = {"plain": (40, 40), "kind": (22, 10), "brisk": (10, 22), "blunt": (18, 18), "rambling": (10, 10)}
+MANNERS = {"plain": (42, 42), "kind": (26, 8), "brisk": (8, 26), "blunt": (16, 16), "rambling": (8, 8)}
 """Manners of the answers, in percent: to questions, and to orders."""
 
 
