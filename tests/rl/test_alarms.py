@@ -144,34 +144,29 @@ def run(kind: str, reward: Any, path: Path, checkpoint: Path | None = None, **ch
 
 
 @pytest.mark.parametrize(
-    ("kind", "reward", "changes", "expected"),
+    ("kind", "reward", "changes", "first"),
     [
         ("grpo", tokens, {}, "length_at_limit"),
         ("grpo", fewest, {}, "length_near_zero"),
         ("grpo", the_same, {"max_steps": 6}, "reward_spread"),
         ("ppo", tokens, {"kl_coef": 0.0}, "length_at_limit"),
         ("ppo", half_red, {"max_steps": 80, "learning_rate": 3e-2}, "kl"),
-        (
-            "ppo",
-            half_red,
-            {
-                "kl_coef": 0.0,
-                "max_steps": 120,
-                "learning_rate": 3e-2,
-                "max_completion_length": 4,
-                "missing_eos_penalty": 1.0,
-            },
-            "entropy",
-        ),
         ("grpo", toy.share_of_red, {"max_steps": 6, "learning_rate": 1e-3}, None),
         ("ppo", toy.share_of_red, {"max_steps": 6, "learning_rate": 1e-3}, None),
     ],
 )
 def test_a_run_that_collapses_raises_its_alarm(
-    kind: str, reward: Any, changes: dict[str, Any], expected: str | None, tmp_path: Path
+    kind: str, reward: Any, changes: dict[str, Any], first: str | None, tmp_path: Path
 ) -> None:
-    alarms = [name for name, _ in run(kind, reward, tmp_path, **changes)]
-    assert expected in alarms if expected else not alarms, alarms  # which of several comes first is a matter of luck
+    alarms = run(kind, reward, tmp_path, **changes)
+    assert (alarms[0][0] if alarms else None) == first, alarms
+
+
+def test_a_policy_that_no_longer_explores_raises_the_alarm_of_entropy(tmp_path: Path) -> None:
+    """Answers of one word are short as well, so that other alarms may come first."""
+    changes = {"kl_coef": 0.0, "max_steps": 120, "learning_rate": 3e-2, "max_completion_length": 4}
+    alarms = run("ppo", half_red, tmp_path, missing_eos_penalty=1.0, **changes)
+    assert "entropy" in [name for name, _ in alarms], alarms
 
 
 def test_a_resumed_run_raises_the_alarms_of_an_uninterrupted_one(tmp_path: Path) -> None:
