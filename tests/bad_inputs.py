@@ -266,7 +266,7 @@ CASES = {
         "sft",
         "--dataset_name {here}/a.jsonl --dataloader_drop_last --eval_strategy no",
         ("per_device_train_batch_size: 4", "has 2"),
-        files={"a.jsonl": rows(GOOD, GOOD)},
+        files={"a.jsonl": rows(GOOD, GOOD, GOOD)},
     ),
     "prompts that leave no room": Case("sft", "--max_length 4", ("max_length: 4", "no answer would be left")),
     "pairs that all are too long": Case("reward", "--max_length 4", ("max_length: 4", "would be dropped")),

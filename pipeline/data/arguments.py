@@ -25,8 +25,8 @@ class DataArguments:
     validation_share: float = field(
         default=0.05,
         metadata={
-            "help": "Share of the rows held out for evaluation if the data set has a single split (a plain file, "
-            "for instance): every 20th row for 0.05."
+            "help": "Share of the rows held out for evaluation, and never trained on, if the data set has a single "
+            "split (a plain file, for instance): every 20th row for 0.05. With 0, all rows are trained on."
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows, the first ones."})

@@ -26,7 +26,8 @@ def load_splits(
 
     Args:
         args: Names of the data set, its splits and its columns. If the data set has a single split (a plain file, for
-            instance), every `1 / validation_share`-th row is held out for evaluation.
+            instance), every `1 / validation_share`-th row is held out, whether or not the evaluation split is wanted:
+            the finished model is measured on these rows as well.
         kind: Content of the rows, and the columns that are returned:
             `"text"`: `text`, a document.
             `"conversation"`: `messages`, which end with the assistant's; also made of a question and an answer column.
@@ -62,10 +63,12 @@ def _divide(
 ) -> tuple[Split, Split | None]:
     """Return both splits, with standard columns and limited to the samples asked for."""
     train, test = args.dataset_train_split, args.dataset_test_split
-    if evaluation and list(source) == [train] and train != test and args.validation_share > 0:
+    single = list(source) == [train] and train != test and args.validation_share > 0
+    if single and (evaluation or not isinstance(source[train], Dataset) or len(source[train]) > 1):
         # The rows are checked before they are divided, so that errors give their numbers in the file.
         kept, held_out = _hold_out(standardise(source[train], args, kind, tokens), args)
-        return _limit(kept, args, "max_train_samples"), _limit(held_out, args, "max_eval_samples")
+        second = _limit(held_out, args, "max_eval_samples") if evaluation else None
+        return _limit(kept, args, "max_train_samples"), second
     _check_splits(list(source), args, evaluation)
     first = _limit(source[train], args, "max_train_samples")
     second = _limit(source[test], args, "max_eval_samples") if evaluation else None

@@ -202,6 +202,7 @@ def _read_named(args: argparse.Namespace, name_option: str, kind: Any) -> list[E
         dataset_config=args.config,
         dataset_test_split=args.split or "test",
         max_train_samples=None if whole_file else 1,
+        validation_share=0.0,
         text_column=args.text_column,
         prompt_column=args.prompt_column,
         answer_column=args.answer_column,

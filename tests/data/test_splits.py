@@ -40,6 +40,11 @@ def write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def all_of(path: str, **columns: Any) -> DataArguments:
+    """Arguments under which no row of a single split is held out."""
+    return DataArguments(path, validation_share=0.0, **columns)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "parquet"])
 def test_files_of_every_kind_streamed_or_not(tmp_path: Path, kind: str, streaming: bool) -> None:
@@ -56,11 +61,25 @@ def test_files_of_every_kind_streamed_or_not(tmp_path: Path, kind: str, streamin
 def test_a_text_file_loses_no_character(tmp_path: Path, streaming: bool) -> None:
     text = "".join(f"Line {i}\n\n  indented é\n" for i in range(100))
     (tmp_path / "a.txt").write_text(text)
-    train, _ = load_splits(DataArguments(str(tmp_path / "a.txt")), "text", evaluation=False)
+    train, _ = load_splits(all_of(str(tmp_path / "a.txt")), "text", evaluation=False)
     assert "".join(row["text"] for row in train) == text
     train, test = load_splits(DataArguments(str(tmp_path), dataset_streaming=streaming), "text", evaluation=True)
     assert test is not None
     assert sum(len(row["text"]) for split in (train, test) for row in split) == len(text)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_rows_that_are_held_out_do_not_depend_on_whether_training_evaluates(
+    tmp_path: Path, streaming: bool
+) -> None:
+    args = DataArguments(write(tmp_path, "jsonl", ROWS), dataset_streaming=streaming, validation_share=0.1)
+    train, none = load_splits(args, "text", evaluation=False)
+    trained, held_out = load_splits(args, "text", evaluation=True)
+    assert none is None and held_out is not None
+    assert [row["text"] for row in train] == [row["text"] for row in trained]
+    assert {row["text"] for row in held_out} == {row["text"] for row in ROWS[::10]}
+    one = DataArguments(write_lines(tmp_path / "one.jsonl", ROWS[:1]))
+    assert len(list(load_splits(one, "text", evaluation=False)[0])) == 1, "too few to hold any out"
 
 
 def hub_folder(folder: Path) -> Path:
@@ -82,14 +101,14 @@ def test_a_folder_in_hub_layout_by_configuration_and_split(tmp_path: Path) -> No
 
 
 def test_a_configuration_left_behind_by_a_replaced_data_set_does_no_harm(tmp_path: Path) -> None:
-    train, _ = load_splits(DataArguments(write(tmp_path, "jsonl", ROWS), "pretrain"), "text", evaluation=False)
+    train, _ = load_splits(all_of(write(tmp_path, "jsonl", ROWS), dataset_config="pretrain"), "text", evaluation=False)
     assert len(train) == 40
 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_questions_and_answers_become_conversations(tmp_path: Path, named: bool) -> None:
     columns = {"prompt_column": "question", "completion_column": "answer"} if named else {}
-    args = DataArguments(write(tmp_path, "jsonl", QUESTIONS), system_prompt="Add.", **columns)
+    args = all_of(write(tmp_path, "jsonl", QUESTIONS), system_prompt="Add.", **columns)
     train, _ = load_splits(args, "conversation", evaluation=False)
     assert train.column_names == ["messages"]
     assert train[0]["messages"] == [
@@ -102,7 +121,7 @@ def test_questions_and_answers_become_conversations(tmp_path: Path, named: bool)
     ("pattern", "answer"), [(None, "1"), (r"= (\d+)", "1"), (r"#### \d+", "#### 1"), (r"^\d", "0")]
 )
 def test_questions_become_prompts_with_the_final_answer(tmp_path: Path, pattern: str | None, answer: str) -> None:
-    args = DataArguments(write(tmp_path, "jsonl", QUESTIONS), answer_pattern=pattern)
+    args = all_of(write(tmp_path, "jsonl", QUESTIONS), answer_pattern=pattern)
     train, _ = load_splits(args, "prompt", evaluation=False)
     assert train[0]["prompt"] == [{"role": "user", "content": "0 + 1?"}]
     assert train[0]["answer"] == answer
@@ -110,21 +129,21 @@ def test_questions_become_prompts_with_the_final_answer(tmp_path: Path, pattern:
 
 def test_prompts_keep_the_columns_that_rewards_read(tmp_path: Path) -> None:
     rows = [{"prompt": conversation("Q", "A")[:1], "answer": 5, "kind": "sum", "require": [["a"], ["b"]]}] * 2
-    train, _ = load_splits(DataArguments(write(tmp_path, "parquet", rows)), "prompt", evaluation=False)
+    train, _ = load_splits(all_of(write(tmp_path, "parquet", rows)), "prompt", evaluation=False)
     assert train[0] == {**rows[0], "answer": "5"}
 
 
 def test_columns_of_prompts_with_the_names_of_trainers_arguments_are_left_out(tmp_path: Path) -> None:
     row = {"prompt": "What?", "answer": "That.", "completions": "mine", "images": ["a.png"], "level": 1}
     path = write_lines(tmp_path / "a.jsonl", [row] * 4)
-    train, _ = load_splits(DataArguments(dataset_name=path), "prompt", evaluation=False)
+    train, _ = load_splits(all_of(path), "prompt", evaluation=False)
     assert set(train.column_names) == {"prompt", "answer", "level"}
 
 
 @pytest.mark.parametrize("repeated", [{"prompt": "Q"}, {}])
 def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, repeated: dict[str, str]) -> None:
     rows = [{"chosen": conversation("Q", "good"), "rejected": conversation("Q", "bad"), **repeated}]
-    train, _ = load_splits(DataArguments(write(tmp_path, "parquet", rows)), "preference", evaluation=False)
+    train, _ = load_splits(all_of(write(tmp_path, "parquet", rows)), "preference", evaluation=False)
     assert train[0] == {
         "prompt": [{"role": "user", "content": "Q"}],
         "chosen": [{"role": "assistant", "content": "good"}],
@@ -138,7 +157,7 @@ def test_pairs_without_information_are_left_out_with_a_warning(
 ) -> None:
     pairs = [{"prompt": "What?", "chosen": f"That {i}.", "rejected": "No.", "margin": i / 2} for i in range(6)]
     pairs[1]["rejected"], pairs[4]["chosen"] = "That 1. ", " "
-    args = DataArguments(write(tmp_path, "jsonl", pairs), dataset_streaming=streaming)
+    args = all_of(write(tmp_path, "jsonl", pairs), dataset_streaming=streaming)
     train, _ = load_splits(args, "preference", evaluation=False)
     assert sorted(row["margin"] for row in train) == [0.0, 1.0, 1.5, 2.5]  # TRL's loss subtracts it
     if not streaming:
@@ -146,7 +165,7 @@ def test_pairs_without_information_are_left_out_with_a_warning(
 
 
 def test_a_stream_is_shuffled_the_same_way_each_time_and_anew_each_epoch(tmp_path: Path) -> None:
-    args = DataArguments(write(tmp_path, "jsonl", ROWS), dataset_streaming=True)
+    args = all_of(write(tmp_path, "jsonl", ROWS), dataset_streaming=True)
     orders = []
     for epoch in (0, 0, 1):
         train, _ = load_splits(args, "text", evaluation=False)
@@ -159,7 +178,7 @@ def test_a_stream_is_shuffled_the_same_way_each_time_and_anew_each_epoch(tmp_pat
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_special_token_in_a_message_is_refused_by_its_row(tmp_path: Path, streaming: bool) -> None:
     rows = [{"messages": conversation("Q", "A" if i != 7 else "A<end>")} for i in range(9)]
-    args = DataArguments(write(tmp_path, "jsonl", rows), dataset_streaming=streaming)
+    args = all_of(write(tmp_path, "jsonl", rows), dataset_streaming=streaming)
     for tokens in (None, re.compile("<start>")):
         assert len(list(load_splits(args, "conversation", False, tokens)[0])) == 9
     with pytest.raises(UserError, match="row 7: messages contains <end>"):
