@@ -234,6 +234,7 @@ SOURCES = [
 ATTRIBUTES = {
     "transformers:GenerationConfig._get_default_generation_params": "options of a model's file without effect",
     "transformers:PreTrainedModel._from_config": "models are built without weights, to be checked",
+    "transformers:PreTrainedModel._can_compile_fullgraph": "whether the cache may have room for more tokens",
     "transformers:PreTrainedModel._tied_weights_keys": "weights that a file may lack",
     "transformers:AutoModelForCausalLM._model_mapping": "whether a model can be loaded as a language model",
     "transformers:PreTrainedConfig._attn_implementation": "packed rows are padded unless FlashAttention reads them",

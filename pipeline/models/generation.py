@@ -9,7 +9,8 @@ the same distribution.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from pipeline.models.attention import BLOCKWISE
 from pipeline.models.tokenizer import as_text, special_tokens
 
 Messages = Sequence[dict[str, str]]
@@ -169,7 +171,10 @@ def sample(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
     cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    room = 1
+    if _unwrap(model)._can_compile_fullgraph:  # knows caches that have room
+        room = GrowingLayer.room
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     accepted = [name for name in ("position_ids", "logits_to_keep") if accepts_argument(model, name)]
 
     def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -181,26 +186,28 @@ def sample(
     logits = last_logits(ids, mask, positions)
     rows = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     cache.reorder_cache(rows)
-    ids, mask, logits, position = ids[rows], pad(mask[rows], (0, limit), value=1), logits[rows], positions[rows, -1:]
+    ids, mask, logits, position = ids[rows], pad(mask[rows], (0, limit + room)), logits[rows], positions[rows, -1:]
 
     completions = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
     active = torch.arange(len(prompts), device=device)  # which completion each row of the batch belongs to
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(limit):
-        if process:
-            logits = process(torch.cat([ids[active], completions[active, :step]], dim=1), logits)
-        token = _draw(logits, generator) if config.do_sample else logits.argmax(-1)
-        completions[active, step] = token
-        finished |= torch.isin(token, ends)
-        if step == limit - 1 or bool(finished.all()):
-            break
-        # Dropping rows copies the cache, which pays once an eighth of the batch has finished.
-        if int(finished.sum()) * 8 >= len(active):
-            kept = (~finished).nonzero()[:, 0]
-            cache.reorder_cache(kept)
-            active, finished, token, mask, position = (x[kept] for x in (active, finished, token, mask, position))
-        position = position + 1
-        logits = last_logits(token[:, None], mask[:, : width + step + 1], position)
+    with _attention_for_single_tokens(model):
+        for step in range(limit):
+            if process:
+                logits = process(torch.cat([ids[active], completions[active, :step]], dim=1), logits)
+            token = _draw(logits, generator) if config.do_sample else logits.argmax(-1)
+            completions[active, step] = token
+            finished |= torch.isin(token, ends)
+            if step == limit - 1 or bool(finished.all()):
+                break
+            # Dropping rows copies the cache, which pays once an eighth of the batch has finished.
+            if int(finished.sum()) * 8 >= len(active):
+                kept = (~finished).nonzero()[:, 0]
+                cache.reorder_cache(kept)
+                active, finished, token, mask, position = (x[kept] for x in (active, finished, token, mask, position))
+            position = position + 1
+            mask[:, width + step] = 1
+            logits = last_logits(token[:, None], mask[:, : round_up(width + step + 1, room)], position)
     ended = torch.isin(completions, ends)
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, limit).tolist()
     return [row[:length] for row, length in zip(completions.tolist(), lengths, strict=True)]
@@ -224,9 +231,28 @@ def _processors(config: GenerationConfig, device: torch.device) -> LogitsProcess
 
 def accepts_argument(model: nn.Module, argument: str) -> bool:
     """Return whether the forward method of a model, wrapped or not, has an argument of this name."""
+    return argument in inspect.signature(_unwrap(model).forward).parameters
+
+
+def _unwrap(model: nn.Module) -> Any:
+    """Return the model itself, where it is wrapped for several processes or for an adapter."""
     model = extract_model_from_parallel(model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
-    return argument in inspect.signature(model.forward).parameters
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def _attention_for_single_tokens(model: nn.Module) -> Iterator[None]:
+    """On a CPU, compute attention by plain products, which are faster than torch's kernel where queries are single."""
+    model = _unwrap(model)
+    kept = model.config.get_text_config()._attn_implementation
+    if model.device.type != "cpu" or kept not in ("sdpa", BLOCKWISE):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(kept)
 
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -243,42 +269,46 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class GrowingLayer(DynamicLayer):
-    """The cache of a layer, with room for more tokens, where transformers' copies all of it for each token."""
+    """The cache of a layer, with room for more tokens, where transformers' copies all of it for each token.
 
-    room = 64
+    Attention gets the room as well, whose tokens the mask hides, as in a static cache: kernels that need contiguous
+    inputs would otherwise copy the used part for each token.
+    """
+
+    room = 16
     """Tokens by which the memory grows."""
 
-    memory: list[Tensor]
-    """Of keys and of values, which are the used part of it."""
+    length = 0
+    """Tokens in use."""
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens in use."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of keys that attention gets together with `query_length` new tokens, and their offset."""
+        return (round_up(self.length + query_length, self.room) if self.length else query_length), 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values behind the others, and return all of them."""
-        start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
-        if start == 0 or stop > self.memory[0].shape[-2]:
-            size = -(-stop // self.room) * self.room
-            new = (key_states, value_states)
-            grown = [states.new_empty(*states.shape[:-2], size, states.shape[-1]) for states in new]
+        """Write the new keys and values behind the others; return them with the room, or the first ones alone."""
+        start, new = self.length, (key_states, value_states)
+        self.length = stop = start + key_states.shape[-2]
+        if start == 0 or stop > self.keys.shape[-2]:
+            size = round_up(stop, self.room)
+            grown = [states.new_zeros(*states.shape[:-2], size, states.shape[-1]) for states in new]
             if start > 0:
                 for memory, states in zip(grown, (self.keys, self.values), strict=True):
-                    memory[..., :start, :] = states
-            self.memory, self.device, self.is_initialized = grown, key_states.device, True
-        for memory, states in zip(self.memory, (key_states, value_states), strict=True):
+                    memory[..., :start, :] = states[..., :start, :]
+            self.keys, self.values = grown
+            self.device, self.is_initialized = key_states.device, True
+        for memory, states in zip((self.keys, self.values), new, strict=True):
             memory[..., start:stop, :] = states
-        return self._use(stop)
+        return (self.keys, self.values) if start > 0 else new
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these rows, in this order, any of them several times."""
-        stop = self.get_seq_length()
-        if stop == 0:
-            return
-        self.memory = [memory.index_select(0, beam_idx) for memory in self.memory]
-        self._use(stop)
 
-    def _use(self, stop: int) -> tuple[Tensor, Tensor]:
-        """Make the first `stop` tokens the keys and values."""
-        self.keys, self.values = keys, values = [memory[..., :stop, :] for memory in self.memory]
-        return keys, values
+def round_up(length: int, multiple: int) -> int:
+    """Return the smallest multiple that is at least `length`."""
+    return -(-length // multiple) * multiple
 
 
 def stopped(tokens: Iterable[int], eos_token_id: int | Collection[int]) -> bool:

@@ -64,13 +64,14 @@ def test_prompts_end_with_the_generation_prompt(tokenizer, prompts):
 def test_greedy_answers_equal_those_of_transformers_for_each_prompt_alone(
     model, tokenizer, prompts, common_end, batch_size
 ):
-    batched = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size)
+    batched = generate(model, tokenizer, prompts, max_new_tokens=40, batch_size=batch_size)
+    assert model.config._attn_implementation == "sdpa"  # as before
     lengths = set()
     for prompt, (completion,) in zip(prompts, batched, strict=True):
         alone = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=12,
+            max_new_tokens=40,
             do_sample=False,
             eos_token_id=common_end,
         )[0, len(prompt) :].tolist()

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GenerationConfig, GPT2Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    PreTrainedModel,
+)
 
 from pipeline.models.generation import sample, unsupported_settings
 from tests import ppo_toy as toy
@@ -18,6 +26,10 @@ SIZES: dict[str, Any] = {"vocab_size": 15, "pad_token_id": 0, "bos_token_id": 1,
 ARCHITECTURES = {
     "llama": toy.llama_config(),
     "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **SIZES),
+    "distances in place of positions": BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SIZES),
+    "masks of its own": GPTNeoConfig(
+        hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=3, **SIZES
+    ),
     "sliding windows": Gemma3TextConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         head_dim=8, sliding_window=3, layer_types=["sliding_attention", "full_attention"], **SIZES,
