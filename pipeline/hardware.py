@@ -71,6 +71,11 @@ def supports(dtype: str) -> bool:
     return dtype == "fp32" or precision().value == dtype
 
 
+def sampling_dtype() -> torch.dtype:
+    """Return bfloat16 where it is fast. Losses, whose small differences matter, are measured in float32."""
+    return torch.bfloat16 if precision().value == "bf16" else torch.float32
+
+
 @cache
 def cores() -> int:
     """Return the physical cores that this process may use; hardware threads of one core share its matrix units."""

@@ -95,16 +95,16 @@ def evaluate_stage(
         chat = load_chat_model(run / stage, "--stage", max_new_tokens)
         opponent: metrics.ChatModel | dict[str, list[str]] | None = None
         if held_out.prompts and holds_model(run / against):
-            settings = {"seed": seed, "max_new_tokens": max_new_tokens, "dtype": generation_dtype()}
+            settings = {"seed": seed, "max_new_tokens": max_new_tokens, "dtype": hardware.sampling_dtype()}
             answered = fingerprint(run / against, held_out.prompts, device=hardware.accelerator(), **settings)
             if stage == against:
                 opponent, result.opponent = chat, answered
             elif (opponent := saved_answers(run, against, answered)) is None:
                 opponent = load_chat_model(run / against, "--against", max_new_tokens)
-                opponent.model.to(generation_dtype())
+                opponent.model.to(hardware.sampling_dtype())
         if held_out.texts:
             metrics.measure_texts(result, chat, held_out.texts, seed)
-        chat.model.to(generation_dtype())
+        chat.model.to(hardware.sampling_dtype())
         if held_out.instructions:
             metrics.measure_instructions(result, chat, held_out.instructions, seed)
         if held_out.problems:
@@ -134,11 +134,6 @@ def load_chat_model(path: Path, option: str, max_new_tokens: int) -> metrics.Cha
     if problems := check_lengths(positions, max_new_tokens=max_new_tokens):
         raise UserError(*(replace(problem, field=f"--{problem.field}") for problem in problems))
     return metrics.ChatModel(_place(model), tokenizer, max_new_tokens)
-
-
-def generation_dtype() -> torch.dtype:
-    """Return bfloat16 where it is fast. Losses, whose small differences matter, are measured in float32."""
-    return torch.bfloat16 if hardware.precision().value == "bf16" else torch.float32
 
 
 def _place(model: PreTrainedModel) -> PreTrainedModel:
