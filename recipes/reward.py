@@ -34,6 +34,7 @@ def main(
     from trl import RewardTrainer, get_peft_config
 
     from pipeline.models.attention import choose_attention
+    from pipeline.models.grouping import group_by_length
     from pipeline.models.loading import model_init_kwargs
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
@@ -52,6 +53,7 @@ def main(
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
+    group_by_length(trainer.model)
     choose_attention(trainer.model, model_args.attn_implementation)
     train_and_save(trainer, data_args, model_args, optimizer_args)
 

@@ -22,11 +22,11 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.extras.profiling import profiling_context
 
 from pipeline.models.generation import accepts_argument, sample, unsupported_settings
+from pipeline.models.grouping import group_by_length
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.models.weights import load_renamed_weights
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
-from pipeline.rl.layout import split_by_length
 from pipeline.rl.log_probs import token_log_probs, with_positions
 from pipeline.rl.rollouts import EpochSampler, load_rollout, load_rollout_state, save_rollout
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
@@ -65,7 +65,7 @@ class GRPOTrainer(TRLGRPOTrainer):
         self.add_callback(CollapseAlarms(checked=not any(w and isinstance(f, nn.Module) for f, w in judges)))
         for function in self.reward_funcs:
             if isinstance(function, PreTrainedModel):
-                split_by_length(function)
+                group_by_length(function)
         self.reward_funcs: list[Any] = [
             function if isinstance(function, nn.Module) else guard_reward(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)

@@ -7,10 +7,8 @@ changes what is computed for a token, apart from rounding.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -22,9 +20,6 @@ from pipeline.models.generation import accepts_argument
 
 CPU_TOKENS = 768
 """Tokens in a forward pass on a CPU, enough to keep it busy. An accelerator takes all of them at once."""
-
-CLASSIFIED_TOGETHER = 16
-"""Texts that a reward model computes together on a CPU."""
 
 ATTENTION_COSTS = 256
 """Length of a row at which attention takes about as long as everything else in a small model, and less in a large."""
@@ -100,27 +95,6 @@ def shares_prompts(model: nn.Module) -> bool:
         and not hasattr(config, "window_size")  # GPT-Neo masks by itself
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     )
-
-
-def split_by_length(model: nn.Module) -> None:
-    """Make a sequence classifier on a CPU compute texts of similar length together, without most of their padding."""
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def in_groups(*args: Any, **inputs: Any) -> Any:
-        if args or "attention_mask" not in inputs:
-            return forward(*args, **inputs)
-        mask = inputs["attention_mask"]
-        ends = mask.shape[1] - mask.flip(1).argmax(1)
-        order = ends.argsort(stable=True)
-        outputs = []
-        for rows in order.split(CLASSIFIED_TOGETHER):
-            group = {name: tensor[rows, : int(ends[rows].max())] for name, tensor in inputs.items()}
-            outputs.append(forward(**group))
-        return type(outputs[0])(logits=torch.cat([output.logits for output in outputs])[order.argsort()])
-
-    if next(model.parameters()).device.type == "cpu":
-        model.forward = in_groups
 
 
 def _rows(prompts: list[list[int]], completions: list[list[int]], shares: bool) -> list[Row]:

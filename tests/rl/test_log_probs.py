@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from pipeline.rl import layout
-from pipeline.rl.layout import shares_prompts, split_by_length
+from pipeline.rl.layout import shares_prompts
 from pipeline.rl.log_probs import token_log_probs
 from pipeline.rl.value_model import token_values, value_model_from
 from tests import ppo_toy as toy
@@ -124,18 +124,3 @@ def test_prompts_are_shared_where_the_mask_decides_what_is_seen() -> None:
         "absolute positions": True,
         "sliding window": False,
     }
-
-
-def test_a_reward_model_scores_texts_of_similar_length_together() -> None:
-    """With the scores that they have in one batch."""
-    judge, split = toy.reward_model().eval(), toy.reward_model().eval()
-    lengths = torch.randint(1, 30, (50,), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(30) < lengths[:, None]).long()
-    ids = torch.randint(3, 15, mask.shape, generator=torch.Generator().manual_seed(1)) * mask
-    tokens = []
-    split.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
-    split_by_length(split)
-    with torch.inference_mode():
-        expected = judge(input_ids=ids, attention_mask=mask).logits
-        torch.testing.assert_close(split(input_ids=ids, attention_mask=mask).logits, expected)
-    assert sum(tokens) < 1.3 * lengths.sum() < 0.8 * ids.numel()
