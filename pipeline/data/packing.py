@@ -6,6 +6,7 @@ mask) transformers builds a block-diagonal causal mask.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.data.columns import Split, column_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from trl import SFTTrainer
+    from trl import SFTConfig, SFTTrainer
+
+logger = logging.getLogger(__name__)
 
 DOCUMENTS_PER_BATCH = 10_000
 """Documents packed together. The rest of a batch that does not fill a block is dropped: one block in about 10 MB."""
@@ -66,6 +70,26 @@ def pack_documents(dataset: Split, tokenizer: PreTrainedTokenizerBase, block_siz
         return {name: column.reshape(-1, block_size) for name, column in blocks.items()}
 
     return dataset.map(pack, batched=True, batch_size=DOCUMENTS_PER_BATCH, remove_columns=column_names(dataset))
+
+
+def log_truncated(dataset: Split, args: SFTConfig) -> None:
+    """Log how many tokenized conversations exceed `max_length`: those lose their end, and with it the eos token.
+
+    Nothing is logged for a stream, whose rows are tokenized later, and where packing goes on in the next sequence.
+    """
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names or args.max_length is None:
+        return
+    if args.packing and args.packing_strategy != "bfd":
+        return
+    lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
+    longer = sum(length > args.max_length for length in lengths)
+    if longer:
+        end = "beginning" if args.truncation_mode == "keep_end" and not args.packing else "end"
+        logger.warning(
+            "max_length %d: %d of %d conversations are longer (up to %d tokens) and lose their %s; raise it, or the "
+            "model does not learn to stop after long answers.",
+            *(args.max_length, longer, len(lengths), max(lengths), end),
+        )
 
 
 def use_padded_packing(trainer: SFTTrainer) -> None:
