@@ -5,14 +5,13 @@ r"""
 accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config recipes/pocket/3_ppo.yaml
 ```
 
-With LoRA, on another model, with a reward model and a reward function of your own:
+A model of the Hub, with LoRA, with a reward model and a reward function of your own:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config recipes/pocket/3_ppo.yaml \
-    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_target_modules q_proj v_proj \
+accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config recipes/existing-model/3_ppo.yaml \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
     --reward_model_path runs/qwen/3_reward --reward_funcs my_rewards:brevity --reward_weights 1 0.1 \
-    --dataset_name trl-lib/ultrafeedback-prompt --dataset_config null --dataset_test_split test \
-    --max_completion_length 512 --output_dir runs/qwen/3_ppo
+    --output_dir runs/qwen/3_ppo
 ```
 """
 
@@ -32,7 +31,7 @@ def main(
 ) -> None:
     from trl import get_peft_config
 
-    from pipeline.models.loading import model_init_kwargs
+    from pipeline.models.adapters import starting_model
     from pipeline.rl.arguments import load_rl_inputs
     from pipeline.rl.ppo import PPOTrainer
     from pipeline.training.train import run_callbacks, train_and_save
@@ -40,9 +39,8 @@ def main(
     reward_funcs, tokenizer, train_dataset, eval_dataset = load_rl_inputs(
         data_args, reward_args, training_args, model_args
     )
-    training_args.model_init_kwargs = model_init_kwargs(model_args)
     trainer = PPOTrainer(
-        model=model_args.model_name_or_path,
+        model=starting_model(model_args, training_args),
         reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,

@@ -5,19 +5,19 @@ r"""
 accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml
 ```
 
-On your own text, a file or a folder:
+On your own text, a file or a folder, with the tokenizer that `recipes.tokenizer` trains on it:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml \
-    --dataset_name shakespeare.txt --dataset_config null --output_dir runs/shakespeare/1_pretrain
+accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
+    --config recipes/gsm8k-shakespeare/1_pretrain.yaml --dataset_name shakespeare.txt
 ```
 
 On a stream from the Hub:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain --config recipes/pocket/1_pretrain.yaml \
-    --dataset_name roneneldan/TinyStories --dataset_config null --dataset_streaming --max_steps 10000 \
-    --output_dir runs/tinystories/1_pretrain
+accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
+    --config recipes/gsm8k-shakespeare/1_pretrain.yaml \
+    --dataset_name roneneldan/TinyStories --dataset_streaming --max_steps 10000 --output_dir runs/tinystories/1_pretrain
 ```
 """
 

@@ -5,13 +5,11 @@ r"""
 accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/pocket/3_reward.yaml
 ```
 
-From another model, with LoRA, on pairs from the Hub:
+From a model of the Hub, with LoRA, on pairs of the Hub:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/pocket/3_reward.yaml \
-    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft --lora_target_modules all-linear \
-    --embedding_learning_rate null --max_length 1024 \
-    --dataset_name trl-lib/ultrafeedback_binarized --dataset_test_split test --output_dir runs/qwen/3_reward
+accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/existing-model/3_reward.yaml \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --output_dir runs/qwen/3_reward
 ```
 
 The adapter loads with `AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)`, and `recipes.ppo`
@@ -33,18 +31,17 @@ def main(
 ) -> None:
     from trl import RewardTrainer, get_peft_config
 
+    from pipeline.models.adapters import starting_model
     from pipeline.models.attention import choose_attention
     from pipeline.models.grouping import group_by_length
-    from pipeline.models.loading import model_init_kwargs
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
     from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("preference", data_args, training_args, model_args)
-    training_args.model_init_kwargs = model_init_kwargs(model_args)
     model_args.lora_task_type = "SEQ_CLS"  # so that PEFT also trains and saves the score head
     trainer = RewardTrainer(
-        model=model_args.model_name_or_path,
+        model=starting_model(model_args, training_args),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

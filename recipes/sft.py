@@ -5,19 +5,17 @@ r"""
 accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml
 ```
 
-With LoRA, from another model:
+A model of the Hub, with LoRA:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml \
-    --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --use_peft --lora_target_modules all-linear \
-    --learning_rate 2e-4 --embedding_learning_rate null --output_dir runs/smollm/2_sft
+accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/existing-model/2_sft.yaml
 ```
 
-On a data set with question and answer columns:
+Another one, without LoRA, on a data set with question and answer columns:
 
 ```bash
-accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml \
-    --dataset_name openai/gsm8k --dataset_config main --dataset_test_split test \
+accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/existing-model/full/2_sft.yaml \
+    --dataset_name openai/gsm8k --dataset_config main \
     --prompt_column question --completion_column answer --output_dir runs/gsm8k/2_sft
 ```
 """
@@ -37,18 +35,18 @@ def main(
 ) -> None:
     from trl import SFTTrainer, get_peft_config
 
-    from pipeline.data.packing import use_padded_packing
+    from pipeline.data.packing import log_truncated, use_padded_packing
+    from pipeline.models.adapters import starting_model
     from pipeline.models.attention import choose_attention
-    from pipeline.models.loading import model_init_kwargs
     from pipeline.training.inputs import load_inputs
     from pipeline.training.labelled_head import project_labelled_positions
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
     from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("conversation", data_args, training_args, model_args)
-    training_args.model_init_kwargs = model_init_kwargs(model_args)
+    log_truncated(train_dataset, training_args)
     trainer = SFTTrainer(
-        model=model_args.model_name_or_path,
+        model=starting_model(model_args, training_args),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

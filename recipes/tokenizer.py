@@ -4,6 +4,12 @@
 ```bash
 python -m recipes.tokenizer --config recipes/pocket/0_tokenizer.yaml
 ```
+
+On your own text, a file or a folder:
+
+```bash
+python -m recipes.tokenizer --config recipes/gsm8k-shakespeare/0_tokenizer.yaml --dataset_name shakespeare.txt
+```
 """
 
 import logging

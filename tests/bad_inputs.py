@@ -283,9 +283,10 @@ CASES = {
         "--model_name_or_path {inputs}/no-weights-of-a-language-model",
         ("model_name_or_path:", "a reward model"),
     ),
-    "pad that is eos": Case("sft", "--model_name_or_path {inputs}/pad-is-eos", ("model_name_or_path:", "eos token")),
     "no chat template": Case("sft", "--model_name_or_path {inputs}/no-template", ("model_name_or_path:", "template")),
-    "no generation mark": Case("sft", "--model_name_or_path {inputs}/no-marks", ("model_name_or_path:", "generation")),
+    "answers that cannot be found": Case(
+        "sft", "--model_name_or_path {inputs}/no-marks", ("assistant_only_loss: True", "{% generation %}")
+    ),
     "more words than the model": Case(
         "sft", "--model_name_or_path {inputs}/more-words", ("model_name_or_path:", "knows", "tokens")
     ),
@@ -473,7 +474,8 @@ CASES |= {
     "a tokenizer cut off": model("tokenizer-cut", "no tokenizer"),
     "a template that writes nothing": model("silent", "makes no tokens"),
     "an encoder": model("encoder", "cannot generate text"),
-    "an adapter as a model": model("adapter", "is an adapter of x", "python -m pipeline merge"),
+    "an adapter without its base model": model("adapter", "x, the base model of", "is not a local path"),
+    "a learned prompt": model("learned-prompt", "cannot be merged"),
     "two labels to reward with": model("two-labels", "2 labels", recipe="reward"),
     "a template that refuses": model("refusing", "rejects a conversation", "too polite"),
     # rewards and rollouts

@@ -18,7 +18,10 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="validation", metadata={"help": "Split to evaluate on during training."})
+    dataset_test_split: str = field(
+        default="validation",
+        metadata={"help": "Split to evaluate on during training; `test` if there is no `validation`."},
+    )
     dataset_streaming: bool = field(
         default=False, metadata={"help": "Read the data during training, in constant memory."}
     )

@@ -13,6 +13,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import (
     ShapeError,
     answer_message,
+    as_answer,
     is_informative,
     read_messages,
     read_pair,
@@ -66,7 +67,7 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         UserError: If a column does not exist, or a row does not have the expected shape.
     """
     columns = column_names(split)
-    convert, kept = _converter(split, columns, args, kind)
+    convert, kept = converter(split, columns, args, kind)
     place = place_of(split, args)
 
     def checked(row: Row, index: int) -> Row:
@@ -91,7 +92,7 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
     return _keep_informative(standard, place) if kind == "preference" else standard
 
 
-def _converter(
+def converter(
     split: Split, columns: list[str], args: DataArguments, kind: Kind
 ) -> tuple[Callable[[Row], dict[str, Any]], list[str]]:
     """Return the function that converts a row, and the columns that it makes."""
@@ -171,7 +172,9 @@ def _prompt_converter(args: DataArguments, columns: list[str]) -> Callable[[Row]
     prompt = args.prompt_column
     if prompt not in columns and prompt == "prompt" and "question" in columns:
         prompt = "question"
-    _require(columns, prompt_column=prompt)
+    pairs = prompt not in columns and prompt == "prompt" and {"chosen", "rejected"} <= set(columns)
+    if not pairs:
+        _require(columns, prompt_column=prompt)
     if args.answer_pattern is not None or args.answer_column != "answer":
         _require(columns, answer_column=args.answer_column)
     try:
@@ -181,12 +184,15 @@ def _prompt_converter(args: DataArguments, columns: list[str]) -> Callable[[Row]
         raise UserError(Problem("answer_pattern", args.answer_pattern, remedy)) from None
 
     def convert(row: Row) -> dict[str, Any]:
-        messages = read_prompt(row[prompt], prompt, args.system_prompt)
+        if pairs:  # of conversations, which begin with the prompt
+            messages = read_pair(row, prompt, args.system_prompt)["prompt"]
+        else:
+            messages = read_prompt(row[prompt], prompt, args.system_prompt)
         if args.answer_column not in columns:
             return {"prompt": messages}
         if row[args.answer_column] is None:
             raise ShapeError(f"{args.answer_column} is None")
-        answer = str(row[args.answer_column])
+        answer = str(as_answer(row[args.answer_column]))
         match = (pattern or GSM8K_ANSWER).search(answer)
         if match:
             answer = match.group(1) if match.re.groups else match.group(0)

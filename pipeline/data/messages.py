@@ -68,8 +68,16 @@ def refuse_special_tokens(row: Mapping[str, Any], tokens: re.Pattern[str]) -> No
                 raise ShapeError(f"{column} contains {found.group()}, which the tokenizer reads as a special token")
 
 
+def as_answer(value: object) -> object:
+    """Return a number as text: in a CSV file, answers such as 72 are numbers, and 72.0 if some are missing."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def answer_message(value: object, column: str) -> dict[str, str]:
     """Return the assistant's message with the text of a column."""
+    value = as_answer(value)
     if not isinstance(value, str) or not value.strip():
         raise ShapeError(f"{column} is {shorten(value)}, not text")
     return {"role": "assistant", "content": value}
@@ -131,7 +139,7 @@ def is_informative(pair: Mapping[str, Any]) -> bool:
 
 def _read_answer(value: object, prompt: Messages, column: str, system_prompt: str | None) -> dict[str, str]:
     """Return the assistant's message, which may be empty."""
-    if isinstance(value, str):
+    if isinstance(value := as_answer(value), str):
         return {"role": "assistant", "content": value}
     if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], column, system_prompt) == prompt:
         value = value[-1:]  # the answer repeats the prompt

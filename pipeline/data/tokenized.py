@@ -1,19 +1,83 @@
-"""Tokens of conversations and of pairs, a thousand rows at a time; TRL's trainers go through them one by one."""
+"""Tokens of conversations, pairs and prompts, a thousand rows at a time; TRL's trainers go through them one by one."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from pipeline.data.columns import Kind, Split
 from pipeline.data.packing import IGNORED
 from pipeline.errors import Problem, UserError
 
+logger = logging.getLogger(__name__)
+
+PROMPTS_MEASURED, PROMPTS_OF_STREAM = 1000, 100
+"""Prompts that are counted to see whether any is too long; those of a stream are read over the network."""
+
+
+def drop_long_prompts(split: Split, tokenizer: PreTrainedTokenizerBase, length: int, positions: int | None) -> Split:
+    """Leave out prompts that leave no room for an answer; their number is logged.
+
+    Args:
+        split: Rows with the column `prompt`.
+        tokenizer: A tokenizer with a chat template.
+        length: Tokens of the longest answer, `max_completion_length`.
+        positions: `max_position_embeddings` of the model, if it has any.
+
+    Raises:
+        UserError: If none of the first prompts leaves room.
+        ValueError: If the chat template makes no tokens of a prompt.
+    """
+
+    def count(prompts: list[Any]) -> list[int]:
+        encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    first = split.take(min(PROMPTS_MEASURED, len(split)) if isinstance(split, Dataset) else PROMPTS_OF_STREAM)
+    measured = count([row["prompt"] for row in first])
+    if not min(measured):
+        raise ValueError("it makes no tokens of it")
+    if positions is None or (isinstance(split, Dataset) and max(measured) <= positions - length):
+        return split  # tokenizing all of a large data set takes minutes
+    if min(measured) > positions - length:
+        remedy = (
+            f"every prompt takes {min(measured)} tokens or more of the model's context of {positions} "
+            f"(max_position_embeddings), which leaves {max(0, positions - min(measured))}; lower it or shorten prompts"
+        )
+        raise UserError(Problem("max_completion_length", length, remedy))
+    kept = split.filter(
+        lambda prompts: [size <= positions - length for size in count(prompts)], batched=True, input_columns="prompt"
+    )
+    if isinstance(split, Dataset):
+        logger.warning(
+            "%d of %d prompts have more than %d tokens, which leaves no room for an answer, and are left out.",
+            *(len(split) - len(kept), len(split), positions - length),
+        )
+    return kept
+
+
+def template_for_labels(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the chat template with `{% generation %}` around what the assistant says: the tokenizer's own or TRL's.
+
+    None if the tokenizer's has no such marks, and TRL has none with them for it.
+    """
+    if has_generation_markers(own := tokenizer.get_chat_template()):
+        return own
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError:
+        return None
+
 
 def add_tokens(split: Split, kind: Kind, tokenizer: PreTrainedTokenizerBase, answers_only: bool = False) -> Split:
     """Add the columns that TRL's trainers otherwise make of conversations and of pairs; streams are left to them.
+
+    A stream gets them here if only the answers are labels and TRL cannot find them: see `template_for_labels`.
 
     Args:
         split: Rows with the columns of `kind`, which are kept.
@@ -22,26 +86,29 @@ def add_tokens(split: Split, kind: Kind, tokenizer: PreTrainedTokenizerBase, ans
         answers_only: Whether only the assistant's tokens are labels of a conversation.
 
     Raises:
-        UserError: If the chat template marks none of a conversation's tokens as the assistant's.
+        UserError: If the assistant's tokens of a conversation cannot be found.
     """
+    template = template_for_labels(tokenizer) if answers_only else None
 
-    def encode(conversations: list[Any], **options: bool) -> dict[str, list[list[int]]]:
+    def encode(conversations: list[Any], **options: Any) -> dict[str, list[list[int]]]:
         return tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, **options)
 
     def conversations(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        encoded = encode(batch["messages"], return_assistant_tokens_mask=answers_only)
-        ids = encoded["input_ids"]
         if not answers_only:
+            ids = encode(batch["messages"])["input_ids"]
             return {"input_ids": ids, "labels": ids}
+        if template is None:
+            return _label_by_prefixes(batch["messages"], tokenizer)
+        encoded = encode(batch["messages"], chat_template=template, return_assistant_tokens_mask=True)
         masks = encoded["assistant_masks"]
         if not all(map(any, masks)):
             remedy = "the chat template marks no token of a conversation as the assistant's; correct {% generation %}"
             raise UserError(Problem("assistant_only_loss", True, remedy))
         labels = [
             [token if kept else IGNORED for token, kept in zip(row, mask, strict=True)]
-            for row, mask in zip(ids, masks, strict=True)
+            for row, mask in zip(encoded["input_ids"], masks, strict=True)
         ]
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": encoded["input_ids"], "labels": labels}
 
     def pairs(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         def tokens(side: str) -> list[list[int]]:
@@ -51,4 +118,41 @@ def add_tokens(split: Split, kind: Kind, tokenizer: PreTrainedTokenizerBase, ans
         return {f"{side}_ids": tokens(side) for side in ("chosen", "rejected")}
 
     function = {"conversation": conversations, "preference": pairs}.get(kind)
-    return split.map(function, batched=True) if function and isinstance(split, Dataset) else split
+    here = isinstance(split, Dataset) or (answers_only and template is None)
+    return split.map(function, batched=True) if function and here else split
+
+
+def _label_by_prefixes(
+    rows: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[list[int]]]:
+    """Return tokens and labels of conversations under a chat template without marks around what the assistant says.
+
+    An answer begins where the turns before it end, followed by the generation prompt, and it ends with the eos token.
+    """
+    turns = [(row, end) for row, messages in enumerate(rows) for end in _answers(messages)]
+    texts = [rows[row][:end] for row, end in turns]
+
+    def encode(conversations: Sequence[Any], prompt: bool = False) -> list[list[int]]:
+        return tokenizer.apply_chat_template(
+            list(conversations), add_generation_prompt=prompt, tokenize=True, return_dict=True
+        )["input_ids"]
+
+    ids = encode(rows)
+    labels = [[IGNORED] * len(row) for row in ids]
+    for (row, _), before, whole in zip(turns, encode([t[:-1] for t in texts], True), encode(texts), strict=True):
+        answer = whole[len(before) :]
+        if tokenizer.eos_token_id not in answer or ids[row][: len(whole)] != whole or whole[: len(before)] != before:
+            remedy = (
+                "the answers in a conversation cannot be found by the chat template, which neither marks them with "
+                f"{{% generation %}} nor ends each with the eos token ({tokenizer.eos_token}) without a change to the "
+                "turns before it; give a template that does (chat_template_path), or the right eos_token"
+            )
+            raise UserError(Problem("assistant_only_loss", True, remedy))
+        end = len(whole) - answer[::-1].index(tokenizer.eos_token_id)
+        labels[row][len(before) : end] = whole[len(before) : end]
+    return {"input_ids": ids, "labels": labels}
+
+
+def _answers(messages: Sequence[dict[str, str]]) -> list[int]:
+    """Return the numbers of messages up to and including each answer of the assistant."""
+    return [number for number, message in enumerate(messages, start=1) if message["role"] == "assistant"]

@@ -10,7 +10,7 @@ from pipeline.errors import Problem
 from pipeline.models.loading import is_reward_model, validate_vocabulary
 
 
-def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool, assistant_only_loss: bool) -> list[Problem]:
+def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool) -> list[Problem]:
     """Check that a tokenizer has the special tokens and the template that training needs.
 
     Args:
@@ -18,21 +18,14 @@ def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool, assistant
         field: Argument that named it.
         name: The value of that argument.
         chat: Whether conversations are to be formatted.
-        assistant_only_loss: Whether the template must mark what the assistant says.
     """
     faults = []
-    if tokenizer.pad_token_id is None:
-        faults.append("has no pad token; add one to the tokenizer")
-    elif tokenizer.pad_token_id == tokenizer.eos_token_id:
-        faults.append("uses its eos token as pad token, so that the model would not learn to stop; add a pad token")
     if tokenizer.eos_token_id is None:
         faults.append("has no eos token; add one to the tokenizer")
     if not chat and tokenizer.bos_token_id is None:
         faults.append("has no bos token, with which documents begin; add one to the tokenizer")
     if chat and not tokenizer.chat_template:
         faults.append("has no chat template; use the tokenizer of a chat model or add one")
-    elif chat and assistant_only_loss and "generation" not in str(tokenizer.chat_template):
-        faults.append("its chat template lacks {% generation %}, which assistant_only_loss needs; add it")
     return [Problem(field, name, fault) for fault in faults]
 
 

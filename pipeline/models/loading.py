@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import logging
 import socket
 from collections.abc import Iterable, Iterator
@@ -17,9 +17,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from jinja2 import TemplateError
-from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -32,7 +30,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl import ModelConfig
 
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import is_missing_path
@@ -98,25 +95,46 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
     if not name:
         raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
     with user_error_for(field, name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        except (OSError, ValueError):  # adapters on the Hub may come without one
+            if (base := base_of(name, revision)) is None:
+                raise
+            tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer("Hello")  # fails if a setting in its files is of the wrong type
-        return tokenizer
+    separate_pad_token(tokenizer, name)
+    return tokenizer
 
 
-def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
-    """Return the keyword arguments that TRL's scripts pass to `from_pretrained`, without `trust_remote_code`."""
-    return {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
+def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Give a tokenizer a pad token that is not its eos token, which a model would otherwise take for padding.
+
+    Args:
+        tokenizer: Changed in place if it has no pad token or pads with its eos token. The new one is a special token
+            that its chat template does not use; without one, it pads with eos after all, which the trainers here can
+            tell from padding by the lengths of rows.
+        name: Its name, for the log.
+    """
+    eos, pad = tokenizer.eos_token, tokenizer.pad_token
+    if eos is None or pad not in (None, eos):
+        return
+    taken = f"{eos} {tokenizer.bos_token} {tokenizer.chat_template}"
+    turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant")]
+    with contextlib.suppress(TemplateError, *LIBRARY_ERRORS):  # a template that does not work is reported elsewhere
+        taken += tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    free = [token for token in special if token not in taken]
+    free.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
+    tokenizer.pad_token = free[0] if free else eos
+    reason = "it has no pad token" if pad is None else f"{pad} also ends answers"
+    logger.warning("%s: the tokenizer pads with %s, because %s.", name, tokenizer.pad_token, reason)
 
 
-def base_of(name: str) -> str | None:
+def base_of(name: str, revision: str | None = None) -> str | None:
     """Return the base model of a PEFT adapter, or None if `name`, a folder or Hub id, is not an adapter."""
-    if find_adapter_config_file(name) is None:
+    if find_adapter_config_file(name, revision=revision) is None:
         return None
-    return PeftConfig.from_pretrained(name).base_model_name_or_path
+    return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
@@ -132,8 +150,9 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     Raises:
         OSError, ValueError: If there is none, or it cannot be that of a model.
     """
-    base = base_of(name)
-    config = AutoConfig.from_pretrained(base or name, revision=revision or "main")
+    base = base_of(name, revision)
+    adapter = PeftConfig.from_pretrained(name, revision=revision) if base else None
+    config = AutoConfig.from_pretrained(base or name, revision=(adapter.revision if adapter else revision) or "main")
     architectures = config.architectures or []
     if not isinstance(architectures, list) or not all(isinstance(item, str) for item in architectures):
         raise ValueError(f"`architectures` in its config.json is {architectures!r}, not a list of names")
@@ -142,10 +161,9 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         raise ValueError(f"its config.json asks for {layers} layers")
     if (Path(base or name) / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(base or name).validate(strict=True)  # saving the model does this too
-    task = PeftConfig.from_pretrained(name).task_type if base else None
-    if task in ARCHITECTURES:
+    if adapter and adapter.task_type in ARCHITECTURES:
         config.num_labels = 1
-        config.architectures = [ARCHITECTURES[task]]
+        config.architectures = [ARCHITECTURES[adapter.task_type]]
     return config
 
 
@@ -202,7 +220,7 @@ def validate_vocabulary(
 
 
 def load_model(
-    name: str, field: str, *, reward: bool = False, dtype: torch.dtype | None = None
+    name: str, field: str, *, reward: bool = False, dtype: torch.dtype | None = None, chat: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a chat model or a reward model with its tokenizer, and refuse a broken one.
 
@@ -211,6 +229,7 @@ def load_model(
         field: Argument that named it, for messages.
         reward: Whether a reward model is wanted.
         dtype: Default: that of the weights.
+        chat: Whether the tokenizer must be able to format conversations.
 
     Raises:
         UserError: If the model or its tokenizer cannot be loaded, weights are missing or not finite, or the tokenizer
@@ -225,7 +244,7 @@ def load_model(
         elif is_reward_model(config) and config.num_labels != 1:
             fault = f"has {config.num_labels} labels; give a reward model, which has one"
         else:
-            fault = validate_chat(tokenizer) or validate_vocabulary(config, tokenizer)
+            fault = (validate_chat(tokenizer) if chat else None) or validate_vocabulary(config, tokenizer)
         fault = fault or validate_weights(name, config, model_class)
         if fault is None:
             with _without_table():
@@ -268,28 +287,3 @@ def validate_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
         if weight.is_floating_point() and weight.element_size() > 1 and not torch.isfinite(weight).all():
             return f"its weights are not finite numbers ({name}); train it again"
     return None
-
-
-def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return a model itself if it has no adapter; otherwise a copy with its active adapters merged into its weights.
-
-    Args:
-        model: A `PeftModel`, or a model into which transformers has loaded adapters.
-    """
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
-        return model
-    merged = copy.deepcopy(model)
-    adapted: list[str] = []  # prefixes of the layers replaced so far, whose inner modules went with them
-    for name, module in list(merged.named_modules()):
-        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or name.startswith(tuple(adapted)):
-            continue
-        adapted.append(f"{name}.")
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-        else:
-            module.merge()
-            plain = module.get_base_layer()
-        merged.set_submodule(name, plain)
-    return merged

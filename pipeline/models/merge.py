@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from pathlib import Path
 
 from pipeline.errors import Problem, UserError
@@ -63,8 +62,9 @@ def _check_output_dir(path: Path) -> None:
 
 
 def _merge(adapter: Path, base: str, output_dir: Path) -> None:
-    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from pipeline.models.adapters import merge_into_base
     from pipeline.models.loading import (
         is_reward_model,
         load_config,
@@ -78,13 +78,11 @@ def _merge(adapter: Path, base: str, output_dir: Path) -> None:
     with user_error_for("adapter", base, "base model"):
         config = load_config(str(adapter))
     reward = is_reward_model(config)
-    model_class = AutoPeftModelForSequenceClassification if reward else AutoPeftModelForCausalLM
+    model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     fault = validate_weights(str(adapter), config, model_class)
     if fault is None:
-        with user_error_for("adapter", adapter), warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = model_class.from_pretrained(str(adapter), dtype="auto", **({"num_labels": 1} if reward else {}))
-            merged = model.merge_and_unload(safe_merge=True)
+        with user_error_for("adapter", adapter):
+            merged = merge_into_base(str(adapter), reward=reward, dtype="auto")
         fault = validate_finite(merged.named_parameters())
     if fault is not None:
         raise UserError(Problem("adapter", adapter, fault))

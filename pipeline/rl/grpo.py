@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer as TRLGRPOTrainer
+from trl import SyncRefModelCallback
 from trl.extras.profiling import profiling_context
 
+from pipeline.models.adapters import MERGED
 from pipeline.models.generation import accepts_argument, sample, unsupported_settings
 from pipeline.models.grouping import group_by_length
 from pipeline.models.tokenizer import as_text, special_tokens
@@ -28,6 +30,7 @@ from pipeline.models.weights import load_renamed_weights
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
 from pipeline.rl.log_probs import token_log_probs, with_positions
+from pipeline.rl.reference_model import frozen_copy
 from pipeline.rl.rollouts import EpochSampler, load_rollout, load_rollout_state, save_rollout
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
 
@@ -59,8 +62,18 @@ class GRPOTrainer(TRLGRPOTrainer):
     The collapse of the policy is named in the log (`pipeline.rl.alarms`).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> None:
+        merged = args is not None and args.beta != 0 and hasattr(model, MERGED) and not kwargs.get("peft_config")
+        beta, synced = (args.beta, args.sync_ref_model) if merged else (0.0, False)
+        if merged:  # TRL would make the reference by loading the policy's name again, which is that of the base model
+            args.beta, args.sync_ref_model = 0.0, False
+        super().__init__(model, reward_funcs, args, *others, **kwargs)
+        if merged:
+            self.beta = args.beta = beta
+            args.sync_ref_model = synced
+            self._copy_reference()
+            if synced:
+                self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
         judges = zip(self.reward_funcs, self.reward_weights.tolist(), strict=True)
         self.add_callback(CollapseAlarms(checked=not any(w and isinstance(f, nn.Module) for f, w in judges)))
         for function in self.reward_funcs:
@@ -70,6 +83,17 @@ class GRPOTrainer(TRLGRPOTrainer):
             function if isinstance(function, nn.Module) else guard_reward(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
+
+    def _copy_reference(self) -> None:
+        """Make the reference a copy of the policy.
+
+        Raises:
+            ValueError: Under FSDP or DeepSpeed, which would leave the copy unsharded.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("FSDP and DeepSpeed do not shard the reference of a model that was merged in memory")
+        reference = frozen_copy(self.model, self.temperature, self.args.cast_lm_head_to_fp32)
+        self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     # ---- The rollout
 

@@ -35,7 +35,7 @@ from pipeline.rl import ppo_math
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.ppo_metrics import rollout_means, rollout_sums, update_means, update_sums
-from pipeline.rl.reference_model import copy_adapter, frozen_copy, reference_adapter
+from pipeline.rl.reference_model import copy_adapter, reference_adapter
 from pipeline.rl.value_model import (
     VALUE_MODEL_FOLDER,
     add_to_optimizer,
@@ -125,8 +125,7 @@ class PPOTrainer(GRPOTrainer):
             raise ValueError("PPOTrainer runs on one process or under DDP: FSDP and DeepSpeed do not shard its critic")
 
         if args.kl_coef > 0 and not is_peft_model(self.model):
-            reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self._copy_reference()
         critic = build_value_model(
             value_model,
             policy=self.model.get_base_model() if is_peft_model(self.model) else self.model,

@@ -27,7 +27,8 @@ from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 from trl.trainer.utils import disable_dropout_in_model
 
-from pipeline.models.loading import load_config, without_adapters
+from pipeline.models.adapters import without_adapters
+from pipeline.models.loading import load_config
 from pipeline.rl.layout import ForwardPass
 from pipeline.rl.log_probs import at, over_passes
 from pipeline.rl.ppo_config import PPOConfig

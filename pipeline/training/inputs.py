@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from datasets import Dataset
 from jinja2 import TemplateError
+from peft import PeftConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,10 +23,10 @@ from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split
 from pipeline.data.splits import load_splits
-from pipeline.data.tokenized import add_tokens
+from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_labels
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.files import is_missing_path
-from pipeline.models.checks import check_lengths, check_model, check_room, check_tokenizer
+from pipeline.models.checks import check_lengths, check_model, check_tokenizer
 from pipeline.models.llama import LlamaArguments, build_model
 from pipeline.models.loading import (
     base_of,
@@ -124,7 +125,7 @@ def load_inputs(
     answers_only = bool(getattr(training_args, "assistant_only_loss", False))
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
-        problems += check_tokenizer(tokenizer, named_by, own or str(name), kind != "text", answers_only)
+        problems += check_tokenizer(tokenizer, named_by, own or str(name), kind != "text")
     if pretrained is None:
         problems += check_lengths(model_args.max_position_embeddings, **length)
         with torch.device("meta"):
@@ -133,28 +134,37 @@ def load_inputs(
     elif config is not None:
         faults = check_model(config, tokenizer, str(name), reward=kind == "preference", **length)
         problems += faults
-        problems += checks.check_generation_config(str(name), pretrained.model_revision) if kind == "prompt" else []
+        if kind == "prompt":
+            problems += checks.check_generation_config(base_of(str(name)) or str(name), pretrained.model_revision)
         if all(fault.field in length for fault in faults):
             critic = reward_args is not None and reward_args.trains_critic
             problems += _check_weights(config, training_args, pretrained, critic)
     if splits is not None:
-        train = splits[0]
-        problems += checks.check_batches(len(train) if isinstance(train, Dataset) else None, training_args)
         if tokenizer is not None and (kind == "text" or tokenizer.chat_template):
             positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
             try:
+                if kind == "prompt":
+                    limit = training_args.max_completion_length or 0
+                    train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions) for s in splits)
+                    splits = train, held_out
                 for split in splits if kind == "preference" else splits[:1]:
-                    if split is not None:
-                        problems += _check_tokens(kind, split, tokenizer, training_args, positions)
+                    if split is not None and kind != "prompt":
+                        problems += _check_tokens(kind, split, tokenizer, training_args)
+            except UserError as error:
+                problems += error.problems
             except (TemplateError, *LIBRARY_ERRORS) as error:
                 remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
                 problems.append(Problem(named_by, own or name, remedy))
+        rows = len(splits[0]) if isinstance(splits[0], Dataset) else None
+        problems += checks.check_batches(rows, training_args)
     if reward_args is not None:
         problems += reward_args.preflight(training_args, tokenizer, splits[0] if splits else None)
     problems += checks.preflight(training_args)
     if problems or tokenizer is None or splits is None:
         raise UserError(*problems)
     train, held_out = (split and add_tokens(split, kind, tokenizer, answers_only) for split in splits)
+    if answers_only and template_for_labels(tokenizer) is None:
+        training_args.assistant_only_loss = False  # the rows have their labels, and TRL would refuse the template
     return tokenizer, train, held_out
 
 
@@ -194,8 +204,12 @@ def preflight_inputs(arguments: Sequence[Any], types: Sequence[type]) -> list[Pr
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> list[Problem]:
-    """Give the tokenizer the chat template and the pad token of the training arguments, as TRL will."""
-    path, pad = getattr(args, "chat_template_path", None), getattr(args, "pad_token", None)
+    """Give the tokenizer the chat template and the eos token of the training arguments, as TRL will."""
+    path, pad, eos = (getattr(args, name, None) for name in ("chat_template_path", "pad_token", "eos_token"))
+    if eos and eos not in tokenizer.get_vocab():
+        return [Problem("eos_token", eos, "is not found in the vocabulary of the tokenizer; choose another one")]
+    if eos:
+        tokenizer.eos_token = eos
     if pad and pad == tokenizer.eos_token:
         return [Problem("pad_token", pad, "is the tokenizer's eos token; choose another one")]
     if path is None:
@@ -212,9 +226,11 @@ def _load_config(model_args: ModelConfig) -> Any:
     if not name:
         raise UserError(Problem("model_name_or_path", "nothing", "give a Hub id or a folder"))
     with user_error_for("model_name_or_path", name):
-        if base := base_of(name):
-            remedy = f"is an adapter of {base}; merge them with `python -m pipeline merge` and give the result"
+        base = base_of(name, model_args.model_revision)
+        if base and PeftConfig.from_pretrained(name, revision=model_args.model_revision).is_prompt_learning:
+            remedy = "is a learned prompt, which cannot be merged into its base model; give another adapter"
             raise UserError(Problem("model_name_or_path", name, remedy))
+    with user_error_for("model_name_or_path", f"{base}, the base model of {name}" if base else name):
         return load_config(name, model_args.model_revision)
 
 
@@ -241,9 +257,7 @@ def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig
     return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args)
 
 
-def _check_tokens(
-    kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any, positions: int | None
-) -> list[Problem]:
+def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any) -> list[Problem]:
     """Check that the first rows fit into the lengths that the arguments set, and fill at least one batch."""
     number = min(ROWS_MEASURED, len(split)) if isinstance(split, Dataset) else ROWS_MEASURED_OF_STREAM
     rows = list(split.take(number))
@@ -265,9 +279,6 @@ def _check_tokens(
             return checks.check_batches(tokens // args.block_size, args, what="blocks")
         remedy = f"the training data have only {tokens} tokens, which do not fill a block; lower it or give more text"
         return [Problem("block_size", args.block_size, remedy)]
-    if kind == "prompt":
-        longest = max(count(row["prompt"], add_generation_prompt=True) for row in rows)
-        return check_room("max_completion_length", args.max_completion_length or 0, longest, positions)
     if args.max_length is None:
         return []
     if kind == "conversation":

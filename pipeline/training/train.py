@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import inspect
 import logging
@@ -19,6 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from pipeline import files, launch
 from pipeline.config import output_directory
 from pipeline.errors import Problem, RunStopped, UserError, end_preparation
+from pipeline.models.adapters import MERGED
 from pipeline.models.weights import resume_renamed_weights
 from pipeline.training import checkpoints
 from pipeline.training.callbacks import InterruptCallback, ReportCallback, ThroughputCallback, call_on_train_begin
@@ -26,6 +28,9 @@ from pipeline.training.checkpoint_manifest import MANIFEST, STATE, validate_chec
 from pipeline.training.divergence import last_good, stop_on_divergence
 
 logger = logging.getLogger(__name__)
+
+BASE = "base"
+"""Folder, beside an adapter, of the base model that was merged from another adapter."""
 
 
 def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
@@ -69,7 +74,7 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequen
     launch.log_active(trainer)
     drop_incomplete_batches(trainer)
     checkpoints.make_checkpoints_atomic(trainer)
-    _name_base_by_absolute_path(trainer.model)
+    _name_base(trainer)
     resume_renamed_weights(trainer)
     stop_on_divergence(trainer)
     interrupts = InterruptCallback()
@@ -122,10 +127,19 @@ def _end(trainer: Trainer) -> None:
     gc.collect()
 
 
-def _name_base_by_absolute_path(model: Any) -> None:
-    """Make an adapter name a local base model in a way that does not depend on the current directory."""
+def _name_base(trainer: Trainer) -> None:
+    """Make an adapter name its base model so that it loads whatever the current directory is.
+
+    A model that was itself merged from an adapter lies in no folder: it is saved beside the new adapter.
+    """
+    model, base = trainer.model, Path(trainer.args.output_dir).absolute() / BASE
     for config in getattr(model, "peft_config", {}).values():
-        if config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
+        if hasattr(model.get_base_model(), MERGED):
+            if trainer.args.should_save:
+                with files.write_folder(base) as folder, checkpoints.cache_enabled(model):
+                    copy.deepcopy(model).unload().save_pretrained(folder)
+            config.base_model_name_or_path = str(base)
+        elif config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
             config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
 
 

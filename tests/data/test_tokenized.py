@@ -56,8 +56,42 @@ def test_pairs_become_what_reward_trainer_makes_of_them(tmp_path: Path) -> None:
         assert prepared[0][:][side] == prepared[1][:][side]
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_answers_are_found_under_a_template_that_does_not_mark_them(streaming: bool) -> None:
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = CHATML
+    rows = Dataset.from_dict({"messages": CONVERSATIONS})
+    prepared = add_tokens(rows.to_iterable_dataset() if streaming else rows, "conversation", words, True)
+    for row, messages in zip(prepared, CONVERSATIONS, strict=True):
+        assert words.decode(row["input_ids"]) == words.apply_chat_template(messages, tokenize=False)
+        said = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        assert said == [label for label in row["labels"] if label != -100]
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert words.decode(said) == "".join(answer + words.eos_token for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for message in messages %}{{ message['content'] }} {% endfor %}",  # answers do not end
+        CHATML.replace("{% for", "{{ messages | length }}{% for"),  # later turns change earlier ones
+    ],
+)
+def test_a_template_under_which_no_answer_can_be_found_is_refused(template: str) -> None:
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = template
+    with pytest.raises(UserError, match=r"assistant_only_loss.*\{% generation %\}"):
+        add_tokens(Dataset.from_dict({"messages": CONVERSATIONS}), "conversation", words, True)
+
+
 def test_a_template_that_marks_no_answer_is_refused() -> None:
     words = copy.deepcopy(tokenizer())
-    words.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    with pytest.raises(UserError, match="assistant_only_loss"):
+    words.chat_template = CHATML + "{% generation %}{% endgeneration %}"
+    with pytest.raises(UserError, match=r"assistant_only_loss.*marks no token"):
         add_tokens(Dataset.from_dict({"messages": CONVERSATIONS}), "conversation", words, True)

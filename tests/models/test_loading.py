@@ -13,12 +13,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
-from pipeline.models.loading import is_reward_model, load_config, load_model
-from tests.word_model import word_model_config, word_tokenizer
+from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer
+from tests.word_model import TEMPLATE, word_model_config, word_tokenizer
 
 WORDS = ["where", "is", "fox"]
 LAST = "model.layers.0.mlp.up_proj.weight"
@@ -158,6 +160,30 @@ def test_the_wrong_kind_of_model_is_refused(tmp_path: Path) -> None:
     assert "is a reward model" in refusal(save_model(tmp_path / "reward", reward=True))
     assert "lacks the weights score.weight" in refusal(save_model(tmp_path / "model"), reward=True)
     assert "no tokenizer can be loaded" in refusal(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("special", "pad", "chosen"),
+    [
+        (["<end>", "<unk>", "<reserved>"], "<end>", "<unk>"),
+        (["<end>", "<unk>", "<fill_pad>"], "<end>", "<fill_pad>"),
+        (["<end>", "<user>", "<assistant>", "<reserved>"], "<end>", "<reserved>"),  # the template uses the others
+        (["<end>", "<reserved>"], None, "<reserved>"),
+        (["<end>", "<user>", "<assistant>"], "<end>", "<end>"),  # no other is free
+        (["<end>", "<unk>", "<pad>"], "<pad>", "<pad>"),
+    ],
+)
+def test_a_tokenizer_gets_a_pad_token_that_does_not_end_answers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, special: list[str], pad: str | None, chosen: str
+) -> None:
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate([*special, "Hello", "user"])}, unk_token="user"))
+    unknown = "<unk>" if "<unk>" in special else None
+    options = {"eos_token": "<end>", "unk_token": unknown, "pad_token": pad, "chat_template": TEMPLATE}
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=special[1:], **options)
+    words.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path), "tokenizer_name_or_path")
+    assert (loaded.pad_token, loaded.eos_token) == (chosen, "<end>")
+    assert (f"the tokenizer pads with {chosen}, because" in caplog.text) == (pad != "<pad>")
 
 
 def test_headers_are_read_without_torch() -> None:

@@ -49,7 +49,6 @@ def save_odd_models(folder: Path) -> None:
             (folder / name / file).unlink(missing_ok=True)
         changed.save_pretrained(folder / name)
 
-    variant("pad-is-eos", lambda words: setattr(words, "pad_token", words.eos_token))
     variant("no-template", lambda words: setattr(words, "chat_template", None))
     variant(
         "no-marks",
@@ -78,6 +77,8 @@ def save_odd_models(folder: Path) -> None:
     damaged("deeper", lambda path: change_json(path / "config.json", num_hidden_layers=3))
     damaged("encoder", lambda path: change_json(path / "config.json", architectures=["BertForMaskedLM"]))
     damaged("adapter", make_adapter)
+    damaged("learned-prompt", make_adapter)
+    change_json(folder / "learned-prompt" / "adapter_config.json", peft_type="PROMPT_TUNING")
     damaged("no-heads", lambda path: change_json(path / "config.json", num_attention_heads=0))
     damaged("no-layers", lambda path: change_json(path / "config.json", num_hidden_layers=0))
     damaged("architecture-text", lambda path: change_json(path / "config.json", architectures="LlamaForCausalLM"))

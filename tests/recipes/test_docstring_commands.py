@@ -36,7 +36,8 @@ def commands() -> list[tuple[str, list[str]]]:
             words = shlex.split(block.replace("\\\n", " "))
             start = [*(LAUNCH if step.launched else ["python"]), "-m", step.module]
             assert words[: len(start)] == start
-            if kind not in TRAINED or "--output_dir" in words:
+            pocket = any(word.startswith("recipes/pocket/") for word in words)
+            if kind not in TRAINED or "--output_dir" in words or not pocket:
                 found.append((kind, words[len(start) :]))
     return found
 
@@ -63,6 +64,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "runs/pocket/2_sft",
         "runs/pocket/3_ppo",
         "Qwen/Qwen2.5-0.5B-Instruct",
+        "HuggingFaceTB/SmolLM2-135M",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
     ):
         model.save_pretrained(here / name)
@@ -72,7 +74,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         judge = AutoModelForSequenceClassification.from_pretrained(here / "runs/pocket/2_sft", num_labels=1)
         judge.save_pretrained(here / name)
         save_tokenizer(here / name)
-    save_tokenizer(here / "runs/pocket/tokenizer")
+    for run in ("pocket", "gsm8k-shakespeare"):
+        save_tokenizer(here / f"runs/{run}/tokenizer")
     build(
         PocketArguments(
             str(here / "runs/pocket/data"), size_mb=0.2, sft_rows=300, preference_rows=200, reasoning_rows=200
@@ -84,6 +87,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_data(here / "runs/pocket/3_preferences", pairs, test="validation")
     write_data(here / "trl-lib/ultrafeedback_binarized", pairs)
+    write_data(here / "trl-lib/Capybara", [{"messages": pair["chosen"]} for pair in pairs])
     write_data(here / "trl-lib/ultrafeedback-prompt", [{"prompt": pair["chosen"][:1]} for pair in pairs])
     questions = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(80)]
     write_data(here / "openai/gsm8k", questions, "main")

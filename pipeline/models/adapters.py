@@ -1,0 +1,106 @@
+"""LoRA adapters merged into their base models: to train on from them, and to save, copy or measure the two as one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments, set_seed
+from trl import ModelConfig, RewardConfig
+from trl.trainer.utils import create_model_from_path
+
+from pipeline.models.loading import base_of, user_error_for
+
+logger = logging.getLogger(__name__)
+
+MERGED = "merged_adapter"
+"""Attribute of a model that no folder contains: the name of the adapter that was merged into it."""
+
+
+def starting_model(model_args: ModelConfig, training_args: TrainingArguments) -> str | PreTrainedModel:
+    """Return what a trainer of TRL starts from.
+
+    Args:
+        model_args: `model_name_or_path` names a model or an adapter.
+        training_args: The trainer's arguments, which get TRL's `model_init_kwargs`.
+
+    Returns:
+        The name of a model, which TRL loads; or an adapter merged into its base model, as TRL would load that.
+
+    Raises:
+        UserError: If the adapter cannot be merged.
+    """
+    name = str(model_args.model_name_or_path)
+    options = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    base = base_of(name, model_args.model_revision)
+    if base is None:
+        training_args.model_init_kwargs = options
+        return name
+    logger.info("%-11s the adapter %s, merged into %s", "model", name, base)
+    set_seed(training_args.seed)  # the head of a new reward model is random
+    with user_error_for("model_name_or_path", name):
+        return merge_into_base(name, reward=isinstance(training_args, RewardConfig), **options)
+
+
+def merge_into_base(name: str, *, reward: bool = False, revision: str | None = None, **options: Any) -> PreTrainedModel:
+    """Load an adapter and its base model, and merge them.
+
+    Args:
+        name: A folder or an id on the Hub.
+        reward: Whether a reward model is wanted. If the adapter is one of a language model, its head is random.
+        revision: Branch, tag or commit of the adapter on the Hub. Default: "main".
+        **options: For `from_pretrained` of the base model.
+
+    Returns:
+        The model, all of whose weights can be trained.
+
+    Raises:
+        UserWarning: If the adapter lacks weights.
+        ValueError: If merging would make weights that are not finite.
+    """
+    config = PeftConfig.from_pretrained(name, revision=revision)
+    config.task_type = None  # a reward model may start from the adapter of a language model
+    architecture, labels = (AutoModelForSequenceClassification, {"num_labels": 1}) if reward else (None, {})
+    base = create_model_from_path(
+        config.base_model_name_or_path, architecture, revision=config.revision or "main", **labels, **options
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        adapted = PeftModel.from_pretrained(base, name, config=config, revision=revision)
+    model = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+    setattr(model, MERGED, name)
+    return model
+
+
+def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return a model itself if it has no adapter; otherwise a copy with its active adapters merged into its weights.
+
+    Args:
+        model: A `PeftModel`, or a model into which transformers has loaded adapters.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
+        return model
+    merged = copy.deepcopy(model)
+    adapted: list[str] = []  # prefixes of the layers replaced so far, whose inner modules went with them
+    for name, module in list(merged.named_modules()):
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or name.startswith(tuple(adapted)):
+            continue
+        adapted.append(f"{name}.")
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            module.merge()
+            plain = module.get_base_layer()
+        merged.set_submodule(name, plain)
+    return merged

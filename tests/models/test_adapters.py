@@ -1,0 +1,123 @@
+"""A stage may start from an adapter: it trains on the two merged, and what it saves loads as one."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from small_model import conversation, save_model, tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig, SFTTrainer
+
+from pipeline.models.adapters import starting_model
+from pipeline.rl.grpo import GRPOTrainer
+from pipeline.training.train import train_and_save
+
+IDS = torch.arange(10, 30)[None]
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """Save a base model and an adapter whose weights are not zero, and return the adapter's folder."""
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "model"))
+    torch.manual_seed(1)
+    lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    tokenizer().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def options(folder: Path, **more: Any) -> dict[str, Any]:
+    return {"output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, **more}
+
+
+def test_training_starts_from_the_adapter_merged_into_its_base(adapter: Path, tmp_path: Path) -> None:
+    args = SFTConfig(**options(tmp_path / "run"))
+    name = str(adapter.parent / "model")
+    assert starting_model(ModelConfig(model_name_or_path=name), args) == name, "TRL loads a model itself"
+    assert args.model_init_kwargs is not None
+    args = SFTConfig(**options(tmp_path / "run"))
+    model = starting_model(ModelConfig(model_name_or_path=str(adapter)), args)
+    assert isinstance(model, PreTrainedModel) and not isinstance(model, PeftModel)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    expected = logits(AutoPeftModelForCausalLM.from_pretrained(adapter))
+    torch.testing.assert_close(logits(model), expected, **TOLERANCE)
+    assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(name)), expected, atol=1e-3)
+
+
+def test_a_reward_model_starts_from_the_adapter_of_a_language_model(adapter: Path, tmp_path: Path) -> None:
+    models = [
+        starting_model(
+            ModelConfig(model_name_or_path=str(adapter)), RewardConfig(**options(tmp_path / "run", max_length=64))
+        )
+        for _ in range(2)
+    ]
+    merged = starting_model(ModelConfig(model_name_or_path=str(adapter)), SFTConfig(**options(tmp_path / "run")))
+    for name, weight in merged.model.state_dict().items():
+        assert torch.equal(weight, models[0].model.state_dict()[name]), name
+    assert models[0].config.num_labels == 1
+    assert torch.equal(models[0].score.weight, models[1].score.weight), "a resumed run draws the same head"
+
+
+def train(adapter: Path, folder: Path, lora: bool) -> SFTTrainer:
+    """Train two steps from an adapter."""
+    args = SFTConfig(**options(folder, max_length=64, learning_rate=1e-2, max_steps=2, save_steps=1))
+    trainer = SFTTrainer(
+        starting_model(ModelConfig(model_name_or_path=str(adapter)), args),
+        args,
+        train_dataset=Dataset.from_dict({"messages": [conversation(f"What is {i}?", "Four.") for i in range(16)]}),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear") if lora else None,
+    )
+    torch.testing.assert_close(
+        logits(trainer.model), logits(AutoPeftModelForCausalLM.from_pretrained(adapter)), **TOLERANCE
+    )
+    train_and_save(trainer)
+    return trainer
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_what_is_saved_loads_as_what_was_trained_and_a_resumed_run_ends_the_same(
+    adapter: Path, tmp_path: Path, lora: bool
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trained = logits(train(adapter, whole, lora).model)
+    assert not torch.allclose(trained, logits(AutoPeftModelForCausalLM.from_pretrained(adapter)), atol=1e-4)
+    auto = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
+    for folder in (whole, whole / "checkpoint-2"):
+        torch.testing.assert_close(logits(auto.from_pretrained(folder)), trained, **TOLERANCE)
+
+    shutil.copytree(whole / "checkpoint-1", parts / "checkpoint-1")  # as if killed after one step
+    train(adapter, parts, lora)
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (parts / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_the_reference_of_grpo_is_the_merged_model(adapter: Path, tmp_path: Path) -> None:
+    batch = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
+    args = GRPOConfig(**options(tmp_path / "run", beta=0.1, sync_ref_model=True, **batch))
+    trainer = GRPOTrainer(
+        model=starting_model(ModelConfig(model_name_or_path=str(adapter)), args),
+        reward_funcs=lambda completions, **_: [float(len(text[0]["content"])) for text in completions],
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": [conversation("What?", "")[:1]] * 8}),
+        processing_class=copy.deepcopy(tokenizer()),
+    )
+    assert trainer.beta == args.beta == 0.1 and args.sync_ref_model
+    for one, other in zip(trainer.ref_model.parameters(), trainer.model.parameters(), strict=True):
+        assert one is not other and torch.equal(one, other) and not one.requires_grad
+    trainer.train()
+    assert "kl" in trainer.state.log_history[0] or "kl" in trainer._metrics["train"]
