@@ -1,4 +1,4 @@
-"""Each YAML file of a recipe folder is accepted by its recipe, and together they make a run."""
+"""Each YAML file of the recipe folders is accepted by its recipe, and those of a folder make a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from pipeline.runner.plan import read_plan
 from pipeline.runner.smoke import smoke_overrides
 from pipeline.runner.steps import KINDS
 
-FOLDER = ROOT / "recipes" / "pocket"
-FILES = sorted(FOLDER.glob("*.yaml"))
+RECIPES = ROOT / "recipes"
+FOLDER = RECIPES / "pocket"
+FILES = sorted(RECIPES.rglob("[0-9]_*.yaml"))
 
 
 def kind_of(path: Path) -> str:
@@ -30,21 +31,26 @@ def parsed(path: Path, *argv: str) -> dict[str, Any]:
     return {name: value for item in built for name, value in vars(item).items()}
 
 
+def name_of(path: Path) -> str:
+    """Return the name of a file for the list of tests."""
+    return path.relative_to(RECIPES).with_suffix("").as_posix()
+
+
 def test_the_folder_contains_a_file_for_every_stage() -> None:
-    assert {kind_of(path) for path in FILES} == set(KINDS) - {"random"}
+    assert {kind_of(path) for path in FILES if path.parent == FOLDER} == set(KINDS) - {"random"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_file_is_accepted_and_its_values_arrive(path: Path, tmp_path: Path) -> None:
     values = parsed(path, "--output_dir", str(tmp_path / "output"))
     written = yaml.safe_load(path.read_text())
-    assert written.pop("output_dir").startswith("runs/pocket/")
+    assert written.pop("output_dir").startswith(f"runs/{'-'.join(path.relative_to(RECIPES).parent.parts)}/")
     for name in written:
         if name not in ("report_to", "lr_scheduler_kwargs"):  # which transformers turns into other objects
             assert values[name] in (written[name], [written[name]]), name  # one item is a list of one
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_the_smoke_version_of_a_file_is_accepted(path: Path, tmp_path: Path) -> None:
     overrides = smoke_overrides(kind_of(path), yaml.safe_load(path.read_text()))
     flags = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
@@ -55,18 +61,18 @@ def test_the_smoke_version_of_a_file_is_accepted(path: Path, tmp_path: Path) -> 
             assert values[name] == value, name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_the_command_in_a_file_is_the_one_that_the_runner_prints(path: Path) -> None:
     comments = re.findall(r"^# (python -m .*|accelerate launch .*)$", path.read_text(), re.MULTILINE)
     assert len(comments) == 1
-    step = next(step for step in read_plan(FOLDER).steps if step.name == path.stem)
+    step = next(step for step in read_plan(path.parent).steps if step.name == path.stem)
     command = [text.replace(str(ROOT) + "/", "") for text in step.command(["--config_file", "accelerate_config.yaml"])]
     assert shlex.split(comments[0]) == command
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_seed_for_the_whole_run_is_accepted_by_every_step(path: Path, tmp_path: Path) -> None:
-    step = next(step for step in read_plan(FOLDER, tmp_path / "run", seed=7).steps if step.name == path.stem)
+    step = next(step for step in read_plan(path.parent, tmp_path / "run", seed=7).steps if step.name == path.stem)
     _, _, *overrides = step.arguments  # --config FILE
     values = parsed(path, *overrides)
     assert values.get("seed", 7) == 7
@@ -83,8 +89,17 @@ def test_every_stage_depends_on_the_right_ones() -> None:
     assert needs["4_grpo"] == {"0_data", "3_ppo"}
 
 
-def test_blocks_fit_the_positions_that_the_model_knows() -> None:
-    written = {path.stem: yaml.safe_load(path.read_text()) for path in FILES}
+def test_an_existing_model_goes_from_stage_to_stage_whether_or_not_it_has_adapters() -> None:
+    for folder in ("existing-model", "existing-model/full"):
+        needs = {step.name: set(step.needs) for step in read_plan(RECIPES / folder).steps}
+        assert needs["2_sft"] == set(), folder
+        assert needs["3_reward"] == {"2_sft"} and needs["3_ppo"] == {"2_sft", "3_reward"}, folder
+        assert needs["4_grpo"] == {"3_ppo"}, folder
+
+
+@pytest.mark.parametrize("folder", ["pocket", "gsm8k-shakespeare"])
+def test_blocks_fit_the_positions_that_the_model_knows(folder: str) -> None:
+    written = {path.stem: yaml.safe_load(path.read_text()) for path in FILES if path.parent.name == folder}
     positions = written["1_pretrain"]["max_position_embeddings"]
     assert written["1_pretrain"]["block_size"] <= positions
     assert written["2_sft"]["max_length"] <= positions
