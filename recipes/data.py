@@ -4,14 +4,25 @@
 ```bash
 python -m recipes.data --config recipes/pocket/0_data.yaml
 ```
+
+With `tasks`, problems of reasoning-gym (`pip install 'fourstage[reasoning]'`):
+
+```bash
+python -m recipes.data --config recipes/pocket-reasoning/0_data.yaml
+```
 """
 
-from pipeline.data.pocket.build import PocketArguments, build
+from pipeline.data.pocket import build as pocket
+from pipeline.data.reasoning import build as reasoning
+from pipeline.rewards.functions import reasoning_gym
 from pipeline.training.entry import run
 
 
-def main(args: PocketArguments) -> None:
-    build(args)
+def main(args: reasoning.ReasoningArguments) -> None:
+    if args.tasks is None:
+        pocket.build(args)
+    else:
+        reasoning.build(args, reasoning_gym)
 
 
 if __name__ == "__main__":

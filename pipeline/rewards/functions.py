@@ -1,10 +1,10 @@
 """Verifiable rewards: functions of completions and a reference, with TRL's reward signature.
 
 Each takes `completions` (texts or lists of messages) and the columns of the data set by name, and returns one reward
-per completion: 0.0 or 1.0, or None if the reference answer cannot be read, so that nothing is learned from the row. TRL
-passes `log_metric` to every function; it gets the shares of completions without a readable answer and of unreadable
-references as `<name>/unparseable` and `<name>/unparseable_references`. `hidden_taste`, on the annotators' scale, is
-only for measuring.
+per completion: 0.0 or 1.0 (`reasoning_gym` also what lies between), or None if the reference answer cannot be read, so
+that nothing is learned from the row. TRL passes `log_metric` to every function; it gets the shares of completions
+without a readable answer and of unreadable references as `<name>/unparseable` and `<name>/unparseable_references`.
+`hidden_taste`, on the annotators' scale, is only for measuring.
 
 `pipeline.rewards.answers` decides what the answer of a completion is. Only the last message of the assistant is read,
 and a prompt repeated at the beginning of a completion is cut off.
@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.rewards import math_check
+from pipeline.rewards import math_check, task_check
 from pipeline.rewards.annotators import taste
 from pipeline.rewards.answers import (
     MAX_ANSWER_LENGTH,
@@ -36,6 +36,7 @@ LogMetric = Callable[[str, float], None]
 Rewards = list[float | None]
 
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:\s+[^\W\d_]{2,})*")
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _LETTER = re.compile(r"(?:option|choice)?\s*\(?([a-z])\)?(?:[.):].*)?", re.IGNORECASE | re.DOTALL)
 
 
@@ -157,6 +158,39 @@ def code_tests(
     return rewards
 
 
+def reasoning_gym(
+    completions: Sequence[Completion],
+    answer: Sequence[str],
+    metadata: Sequence[str],
+    kind: Sequence[str],
+    prompts: Sequence[Completion] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns: Any,
+) -> Rewards:
+    """Return the score, 0 to 1, that the verifier of reasoning-gym's task gives the final answer.
+
+    Only 1.0 means that it is right: most verifiers pay a little for answers that are nearly right, or for any answer.
+    What is between `<answer>` and `</answer>` is judged as it is written, because verifiers know the form of an answer.
+
+    Args:
+        completions: As for `math_answer`, like `prompts` and `log_metric`.
+        answer: The task's own answers.
+        metadata: What the task knows about each problem, as JSON text.
+        kind: Names of the tasks.
+
+    Returns:
+        One reward per completion; None if the task or its metadata are unknown, or if the machine is too busy.
+    """
+    found = [_final_answer(text) for text in _texts(completions, prompts)]
+    problems = [_problem(prompts[index]) if prompts is not None else "" for index in range(len(found))]
+    rows = zip(kind, problems, map(str, answer), metadata, (given or "" for given in found), strict=True)
+    scores = task_check.score(list(rows))
+    # A verifier may pay for an empty answer, too.
+    rewards: Rewards = [score and score * (given is not None) for score, given in zip(scores, found, strict=True)]
+    _log("reasoning_gym", found, rewards, log_metric)
+    return rewards
+
+
 def hidden_taste(
     completions: Sequence[Completion],
     require: Sequence[Sequence[Sequence[str]]] | None = None,
@@ -183,7 +217,7 @@ def hidden_taste(
 
 REWARDS: dict[str, Callable[..., Rewards]] = {
     function.__name__: function
-    for function in (math_answer, exact_answer, choice, answer_format, code_tests, hidden_taste)
+    for function in (math_answer, exact_answer, choice, answer_format, code_tests, reasoning_gym, hidden_taste)
 }
 
 MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
@@ -208,6 +242,18 @@ def _reference(text: object) -> str | None:
     if len(text) > MAX_ANSWER_LENGTH:
         return extract_answer(text)
     return extract_answer(text) or unwrap(text) or None
+
+
+def _final_answer(text: str) -> str | None:
+    """Return the final answer in a text; one between `<answer>` and `</answer>` as it is written, quotes and all."""
+    final = extract_answer(text)
+    tagged = _TAGGED.findall(text)
+    return tagged[-1].strip() if tagged and final == unwrap(tagged[-1]) else final
+
+
+def _problem(prompt: Completion) -> str:
+    """Return the text of a prompt, or of its last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _texts(completions: Sequence[Completion], prompts: Sequence[Completion] | None) -> list[str]:

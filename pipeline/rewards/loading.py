@@ -14,7 +14,8 @@ from typing import Any, SupportsFloat
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.errors import Problem, UserError
-from pipeline.rewards.functions import REWARDS, code_tests
+from pipeline.rewards import task_check
+from pipeline.rewards.functions import REWARDS, code_tests, reasoning_gym
 from pipeline.rewards.sandbox.run import validate_sandbox
 
 TRAINERS_OWN = ("trainer_state", "environments", "log_extra", "log_metric")
@@ -52,6 +53,8 @@ def _load_own(name: str, field: str) -> Callable[..., Any]:
         raise UserError(Problem(field, name, f"{hint} Known: {', '.join(REWARDS)}; or write package.module:function"))
     if REWARDS[name] is code_tests and (fault := validate_sandbox()):
         raise UserError(Problem(field, name, fault))
+    if REWARDS[name] is reasoning_gym and not task_check.is_installed():
+        raise UserError(Problem(field, name, task_check.MISSING))
     return REWARDS[name]
 
 

@@ -14,7 +14,7 @@ import pytest
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.errors import UserError
-from pipeline.rewards import math_check
+from pipeline.rewards import checker, math_check
 from pipeline.rewards.annotators import taste
 from pipeline.rewards.answers import count_answers, extract_answer, number
 from pipeline.rewards.functions import answer_format, choice, code_tests, exact_answer, hidden_taste, math_answer
@@ -355,10 +355,10 @@ def test_algebra_does_not_depend_on_the_load_of_the_machine(monkeypatch: pytest.
     assert math_check._checker.process is not None
     child = math_check._checker.process.pid
     os.kill(child, signal.SIGSTOP)  # as long as other processes have the cores
-    threading.Timer(2 * math_check.SECONDS, os.kill, [child, signal.SIGCONT]).start()
+    threading.Timer(2 * checker.SECONDS, os.kill, [child, signal.SIGCONT]).start()
     assert math_answer(hard[1:2], [r"\sqrt{32}"]) == [1.0]
     os.kill(child, signal.SIGSTOP)
-    monkeypatch.setattr(math_check, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(checker, "PATIENCE_SECONDS", 0.2)
     assert math_answer(hard[2:] * 9, [r"\sqrt{50}"] * 8 + ["5"]) == [None] * 8 + [0.0]
     monkeypatch.undo()
     assert math_answer(hard[2:], [r"\sqrt{50}"]) == [1.0]

@@ -134,7 +134,7 @@ def build(args: PocketArguments) -> None:
             for split in CONFIG_SPLITS[config][1:]:
                 rows = held_out(args, config, split)
                 index.add(row_text(row) for row in rows)
-                _write(folder / config / f"{split}.parquet", SCHEMAS[config], rows)
+                write_rows(folder / config / f"{split}.parquet", SCHEMAS[config], rows)
         for config in SCHEMAS:
             kept, left_out = 0, 0
 
@@ -147,7 +147,7 @@ def build(args: PocketArguments) -> None:
                         kept += 1
                         yield row
 
-            _write(folder / config / "train.parquet", SCHEMAS[config], without_overlap())
+            write_rows(folder / config / "train.parquet", SCHEMAS[config], without_overlap())
             logger.info(
                 "%s: %d training rows; %d overlapped with held-out text and were left out", config, kept, left_out
             )
@@ -168,7 +168,7 @@ def card(args: PocketArguments) -> str:
     return f"---\n{header}\n---\n\n{text.format(**vars(args), things=len(things()), n=OVERLAP_N)}"
 
 
-def _write(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows in groups, so that only one group is in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = iter(rows)

@@ -12,7 +12,7 @@ Each of these layers stops most attacks on its own:
 
 Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the other layers remain, and without Landlock root becomes
 `nobody`; the sandbox runs there only if the user allows it. Windows has none of them: the sandbox refuses to run there,
-and `pipeline.rewards.math_check` has only its time limit. Side channels and the wall-clock time are not covered; the
+and `pipeline.rewards.checker` has only its time limit. Side channels and the wall-clock time are not covered; the
 parent kills a process that takes too long.
 
 The sandbox's child loads this module by path and calls it before any foreign code, so it imports only the standard

@@ -1,0 +1,132 @@
+"""The tasks of a mix: what `tasks:` says about them, and their problems.
+
+reasoning-gym draws problem number `i` of a data set from `seed + i`, so two data sets have different problems only if
+their seeds lie further apart than they are long. Each pool of problems here has `SEEDS` of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from pipeline.errors import Problem
+
+POOLS = ("train", "validation", "test", "sft", "pretrain")
+"""Sets of problems that do not share seeds."""
+SEEDS = 10_000_000
+BLOCK = 1_000
+"""Problems of one of reasoning-gym's data sets; some of them draw all at once."""
+OWN = ("level", "weight")
+"""Settings of a task beside those that reasoning-gym knows."""
+
+Entry = dict[str, Any]
+"""A problem as reasoning-gym makes it: `question`, `answer` and `metadata`."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A task at one difficulty.
+
+    Attributes:
+        task: Its name.
+        weight: Its share of the mix, in proportion to the others.
+        settings: Fields of the task's configuration.
+    """
+
+    task: str
+    weight: float
+    settings: Mapping[str, Any]
+
+    def entries(self, seed: int, pool: str) -> Iterator[Entry]:
+        """Yield the task's problems of a pool, without end; `metadata` has the seed of each."""
+        from reasoning_gym.factory import create_dataset
+
+        first = (seed * len(POOLS) + POOLS.index(pool)) * SEEDS
+        for start in range(first, first + SEEDS, BLOCK):
+            block = create_dataset(self.task, seed=start, size=BLOCK, **self.settings)
+            for index in range(BLOCK):
+                entry = block[index]
+                yield {**entry, "metadata": {**entry["metadata"], "seed": start + index}}
+
+
+def to_row(task: str, entry: Entry) -> dict[str, Any]:
+    """Return a problem as a row of the data set."""
+    return {
+        "prompt": [{"role": "user", "content": entry["question"].strip()}],
+        "answer": str(entry["answer"]),
+        "metadata": json.dumps(entry["metadata"], default=_plain),
+        "kind": task,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return the value of a NumPy scalar or array, and the text of anything else that JSON does not have."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
+    """Read what `tasks:` says: a mapping from the name of each task to its settings, or to a list of such.
+
+    Settings are fields of the task's configuration, `weight` (default: 1) and `level`: a level of the task's curriculum
+    from 0, the easiest, or a list of levels, which share the weight.
+
+    Returns:
+        The grades, and what is wrong with the others.
+    """
+    if find_spec("reasoning_gym") is None:
+        remedy = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"
+        return [], [Problem("tasks", ", ".join(map(str, tasks)), remedy)]
+    if not isinstance(tasks, Mapping) or not tasks:
+        return [], [Problem("tasks", tasks, "must be a mapping from the names of tasks to their settings")]
+    grades, problems = [], []
+    for task, listed in tasks.items():
+        for settings in listed if isinstance(listed, list) and listed else [listed]:
+            try:
+                grades += _read_grades(str(task), settings if settings is not None else {})
+            except ValueError as error:
+                problems.append(Problem("tasks", task, str(error)))
+    return grades, problems
+
+
+def _read_grades(task: str, settings: Any) -> list[Grade]:
+    """Return the grades of a task, one for each level.
+
+    Raises:
+        ValueError: If the task or a setting is unknown or wrong.
+    """
+    from reasoning_gym.factory import CURRICULA, DATASETS, create_curriculum, create_dataset
+
+    if task not in DATASETS:
+        nearest = difflib.get_close_matches(task, DATASETS, n=1)
+        raise ValueError(f"unknown task{f'; did you mean {nearest[0]}?' if nearest else ''}")
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"its settings are {settings!r:.40}, not a mapping; see its configuration in reasoning-gym")
+    known = [item.name for item in dataclasses.fields(DATASETS[task][1]) if item.name not in ("seed", "size")]
+    if unknown := [name for name in settings if name not in (*known, *OWN)]:
+        raise ValueError(f"does not have the setting {unknown[0]}; choose from: {', '.join([*OWN, *known])}")
+    weight, levels = settings.get("weight", 1), settings.get("level")
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
+        raise ValueError(f"its weight is {weight!r:.40}, not a number above 0")
+    levels = levels if isinstance(levels, list) else [levels]
+    if levels != [None] and task not in CURRICULA:
+        raise ValueError("does not have levels; set its own fields")
+    grades = []
+    for level in levels:
+        values = {name: value for name, value in settings.items() if name not in OWN}
+        try:
+            if level is not None:
+                curriculum = create_curriculum(task)
+                curriculum.set_global_level(level)
+                graded = curriculum.generate_configuration()
+                values = {name: getattr(graded, name) for name in known} | values
+            create_dataset(task, seed=0, size=BLOCK, **values)[0]
+        except Exception as error:  # noqa: BLE001 - each task checks its settings in its own way
+            at = "" if level is None else f" at level {level}"
+            raise ValueError(f"refuses its settings{at} ({type(error).__name__}: {error})") from None
+        grades.append(Grade(task, weight / len(levels), values))
+    return grades

@@ -1,0 +1,101 @@
+"""How careless people work out some of the tasks: the steps that a small model learns from before stage 4.
+
+Each step is right in itself, but with some probability the problem is misread, always in the same way, as in
+`pipeline.data.pocket.problems`. A model that imitates such solutions makes the same mistakes; sampling still finds the
+right way, which a verifier can then reward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+Misreads = Callable[[], bool]
+"""Draws whether what can be misread is misread."""
+Worked = tuple[str, str]
+"""The steps, each ending in a full stop, and the answer that they come to."""
+
+
+def chain_sum(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
+    """Add up from the left. Misread: a minus before the last number is taken for a plus."""
+    first, *rest = metadata["expression"].split()
+    value, steps = int(first), []
+    changes = [(sign, int(number)) for sign, number in zip(rest[::2], rest[1::2], strict=True)]
+    for place, (sign, number) in enumerate(changes, start=1):
+        read = "+" if place == len(changes) and sign == "-" and misreads() else sign
+        after = value + number if read == "+" else value - number
+        steps.append(f"{value}{read}{number}={after}.")
+        value = after
+    return " ".join(steps), str(value)
+
+
+def count_primes(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
+    """List the primes and number them. Misread: odd multiples of three pass for primes."""
+    careless = misreads()
+    passing = {n for n in range(9, metadata["end"] + 1, 6) if n >= metadata["start"]} if careless else set()
+    listed = sorted({*metadata["primes"], *passing})
+    steps = " ".join(f"{place}: {number}." for place, number in enumerate(listed, start=1))
+    return steps or "None.", str(len(listed))
+
+
+def gcd(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
+    """List all divisors, the largest first. Misread: the difference of the first two numbers is asked for."""
+    numbers = metadata["numbers"]
+    larger, smaller = sorted(numbers[:2], reverse=True)
+    if larger > smaller and misreads():
+        return f"{larger}-{smaller}={larger - smaller}.", str(larger - smaller)
+    lists = ["{}: {}.".format(n, " ".join(str(d) for d in range(n, 0, -1) if n % d == 0)) for n in numbers]
+    return " ".join(lists), str(metadata["result"])
+
+
+def leg_counting(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
+    """Multiply for each animal, then add up. Misread: animals of six legs are taken to have four."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    steps, products = [], []
+    for animal, count in metadata["animals"].items():
+        legs = 4 if ANIMALS[animal] == 6 and misreads() else ANIMALS[animal]
+        products.append(count * legs)
+        steps.append(f"{animal} {count}*{legs}={products[-1]}.")
+    sums = [sum(products[: place + 1]) for place in range(len(products))]
+    steps += [f"{before}+{after - before}={after}." for before, after in pairwise(sums)]
+    return " ".join(steps), str(sums[-1])
+
+
+def number_filtering(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
+    """Compare each number. Misread: 'remove' is taken for 'keep'."""
+    limit = float(metadata["filter_value"])
+    verb, wanted = metadata["operation"].split("_")
+    keeps = verb == "keep" or misreads()
+    found = [
+        (text, "larger" if float(text) > limit else "smaller" if float(text) < limit else "equal")
+        for text in metadata["original_numbers"]
+    ]
+    kept = [text for text, compared in found if (compared == wanted) == keeps]
+    return " ".join(f"{text} {compared}." for text, compared in found), str(kept)
+
+
+def simple_equations(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
+    """Take the constant to the right, then divide. Misread: the factor of the unknown is overlooked."""
+    left, right = metadata["equation"].split(" = ")
+    value, factor, steps = int(right), 1, []
+    for sign, term in re.findall(r"([+-]?) ?([\w*]+)", left):
+        size = int(re.match(r"\d*", term)[0] or 1) * (-1 if sign == "-" else 1)
+        if metadata["variable"] in term:
+            factor = size
+            continue
+        steps.append(f"{value}{'-' if size > 0 else '+'}{abs(size)}={value - size}.")
+        value -= size
+    if factor != 1 and not misreads():
+        steps.append(f"{value}/{factor}={value // factor}.")
+        value //= factor
+    return " ".join(steps), str(value)
+
+
+WORKED: dict[str, Callable[[Mapping[str, Any], Misreads], Worked]] = {
+    function.__name__: function
+    for function in (chain_sum, count_primes, gcd, leg_counting, number_filtering, simple_equations)
+}
+"""The tasks that can be worked out here, by name."""
