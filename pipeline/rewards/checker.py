@@ -131,7 +131,9 @@ def _forward_lines(stream: IO[str], lines: queue.Queue[str]) -> None:
     lines.put("")
 
 
-def ask_all(ask: Callable[[Question], Verdict], questions: Sequence[Question], slow: Verdict) -> list[Verdict | None]:
+def ask_all(
+    ask: Callable[[Question], Verdict | None], questions: Sequence[Question], slow: Verdict
+) -> list[Verdict | None]:
     """Ask every question once, and return the replies in order; None where the machine is too busy.
 
     Args:

@@ -82,7 +82,7 @@ def simple_equations(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     left, right = metadata["equation"].split(" = ")
     value, factor, steps = int(right), 1, []
     for sign, term in re.findall(r"([+-]?) ?([\w*]+)", left):
-        size = int(re.match(r"\d*", term)[0] or 1) * (-1 if sign == "-" else 1)
+        size = int(f"{sign}{term.split('*')[0] if term[0].isdigit() else 1}")
         if metadata["variable"] in term:
             factor = size
             continue
