@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline {run,evaluate,report,compare,check-overlap,merge}`.
+"""The command line: `python -m pipeline COMMAND`.
 
 Only the standard library and the module of the chosen subcommand are imported, so that `--help` is instant.
 """
@@ -14,11 +14,14 @@ from pipeline.errors import EXIT_USER_ERROR, Problem, UserError, exit_on_user_er
 
 COMMANDS = {
     "run": ("pipeline.runner.cli", "run every step of a recipe folder, in order"),
+    "status": ("pipeline.runner.status", "show what each step of a run has done, and what is out of date and why"),
+    "copy": ("pipeline.runner.copy_recipe", "copy a recipe that comes with the package to a folder of your own"),
     "evaluate": ("pipeline.evaluation.cli", "measure one stage on the held-out data"),
     "report": ("pipeline.report.cli", "write the report of a run: index.html and metrics.json"),
     "compare": ("pipeline.report.compare", "compare runs of two recipes, paired by seed and by test row"),
     "check-overlap": ("pipeline.data.overlap", "look for test examples inside the training data"),
     "merge": ("pipeline.models.merge", "merge a LoRA adapter into its base model"),
+    "gguf": ("pipeline.models.gguf", "convert a model for llama.cpp"),
 }
 """Subcommand -> module with `add_arguments(parser)` and `main(args)`, and a line for --help."""
 

@@ -147,6 +147,20 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock file `path`; False where the kernel does not keep locks."""
+    try:
+        import fcntl  # not on Windows
+
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        pass
+    return False
+
+
 @contextmanager
 def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     """Hold a lock file, and so reserve its folder, until the block or this process ends, however it ends.

@@ -260,3 +260,8 @@ def test_only_settings_that_affect_the_weights_must_stay_the_same(tmp_path: Path
     )
     (problem,) = output_directory.check_output_directory([arguments(learning_rate=2e-3, seed=1)])
     assert "learning_rate was 0.001 and is 0.002; seed was 42 and is 1" in str(problem)
+    for change in ({"torch_compile": True}, {"max_steps": 10}):  # it has no checkpoint to go on from
+        assert output_directory.check_output_directory([arguments(**change)])
+    default = arguments(weight_decay=0.5, bf16=True)
+    assert "bf16 was False" in str(output_directory.check_output_directory([default])[0])
+    assert "bf16" not in str(output_directory.check_output_directory([default], machine={"bf16"})[0]), "another machine"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from trl import TrlParser
 
+from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import describe_type, read_yaml, unknown_field
 from pipeline.errors import Problem, UserError
 
@@ -30,19 +32,25 @@ class Parser(TrlParser):
         raise argparse.ArgumentError(None, message)
 
 
+def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the values of `--config`, "" for one without a value, and the rest of a command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", nargs="?", const="", default=[])
+    found, rest = parser.parse_known_args(arguments)
+    return found.config, rest
+
+
 def take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
     """Remove `--config PATH` from the command line, and read that file.
 
     Args:
-        arguments: The command line, changed in place.
+        arguments: The command line, changed in place. A path that does not exist may name a file of a recipe that comes
+            with the package.
 
     Returns:
         The content of the file, empty without one, and what is wrong with it.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", nargs="?", const="", default=[])
-    found, arguments[:] = parser.parse_known_args(arguments)
-    paths: list[str] = found.config
+    paths, arguments[:] = split_config(arguments)
     if not paths:
         return {}, []
     if "" in paths:
@@ -50,7 +58,7 @@ def take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
     if len(paths) > 1:
         return {}, [Problem("--config", " and ".join(paths), "only one file is read; name one")]
     try:
-        return read_yaml(paths[0]), []
+        return read_yaml(str(find_shipped(Path(paths[0])))), []
     except UserError as error:
         return {}, list(error.problems)
 

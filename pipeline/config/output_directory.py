@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from pipeline.config.effects import continues, has_effect
+from pipeline.config.recipe_folder import READ
 from pipeline.errors import Problem
 from pipeline.files import check_directory, write_text
 
@@ -21,31 +22,19 @@ RECORD = "arguments.json"
 RESOLVED = "resolved_arguments"
 """Attribute of the training arguments that keeps the record until training starts: trainers change their arguments."""
 
-READ = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path")
-"""Fields that may name a directory which a run reads."""
-
 WRITTEN = (
     "README.md", "config.json", "adapter_config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "trainer_state.json",
 )  # fmt: skip
 """Files that a run overwrites, whoever wrote them."""
 
-WITHOUT_EFFECT = re.compile(
-    r"output_dir|logging_|log_|save_|eval_|hub_|push_|report_to|run_name|project|trackio|disable_tqdm|"
-    r"resume|do_|use_cpu|ddp_|bf16|fp16|tf32|torch_compile|local_rank|"
-    r"dataloader_(num_workers|pin|persistent|prefetch)|"
-    r"load_best_model|metric_for_best|greater_is_better|activation_checkpointing|gradient_checkpointing|"
-    r"include_num_input|skip_memory|debug|dataset_test_split|max_eval_samples"
-)
-"""Prefixes of fields that may change when a run is resumed: where it writes, what it reports, what the machine
-decides."""
 
-
-def check_output_directory(arguments: Iterable[Any]) -> list[Problem]:
+def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = ()) -> list[Problem]:
     """Check, before anything is written, that the run may write to its output directory.
 
     Args:
         arguments: The run's argument dataclasses. Without `TrainingArguments` among them nothing is checked.
+        machine: Fields that the machine decided. A run may be resumed on another one.
 
     Returns:
         Why it may not: it is not writable, it is what the run reads, or it belongs to another run.
@@ -59,7 +48,7 @@ def check_output_directory(arguments: Iterable[Any]) -> list[Problem]:
         return [problem]
     if path.resolve() == Path(path.resolve().anchor):
         return [Problem("output_dir", path, "is the root of the file system; choose another directory")]
-    if remedy := _check_inputs(path, present) or _check_earlier_run(path, present):
+    if remedy := _check_inputs(path, present) or _check_earlier_run(path, present, machine):
         return [Problem("output_dir", output_dir, remedy)]
     return []
 
@@ -77,8 +66,8 @@ def _check_inputs(path: Path, present: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_earlier_run(path: Path, present: Mapping[str, Any]) -> str | None:
-    """Return why a run with the arguments `present` cannot resume what is in `path`, or None."""
+def _check_earlier_run(path: Path, present: Mapping[str, Any], machine: Collection[str]) -> str | None:
+    """Return why a run with the arguments `present` can neither resume nor continue what is in `path`, or None."""
     record = path / RECORD
     if not record.exists():
         found = next((file for file in WRITTEN if (path / file).exists()), None)
@@ -88,13 +77,14 @@ def _check_earlier_run(path: Path, present: Mapping[str, Any]) -> str | None:
     except (OSError, ValueError, TypeError) as error:
         return f"{record} cannot be read ({error}); choose another directory"
     changed = [
-        f"{name} was {earlier.get(name)!r} and is {present.get(name)!r}"
+        name
         for name in sorted(set(earlier) & set(present))  # another release may know other fields
-        if not WITHOUT_EFFECT.match(name) and earlier.get(name) != present.get(name)
+        if earlier[name] != present[name] and name != "output_dir" and name not in machine and has_effect(name, present)
     ]
-    if not changed:
+    if not changed or continues(path, changed, present):
         return None
-    return f"contains a run with other settings ({'; '.join(changed)}); choose another directory or delete it"
+    differences = "; ".join(f"{name} was {earlier[name]!r} and is {present[name]!r}" for name in changed)
+    return f"contains a run with other settings ({differences}); choose another directory or delete it"
 
 
 def expand(field: str, value: Any) -> Any:

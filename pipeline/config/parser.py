@@ -68,7 +68,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     launch.prepare_process()
     parser = Parser(dataclass_types)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    hints = _hints(*dataclass_types)
+    hints = field_types(*dataclass_types)
     config, problems = take_config(arguments)
     unreadable = bool(problems)
     problems += _set_environment(config.pop("env", None))
@@ -100,7 +100,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
     problems += refused + checks.check_together(built, reported, from_command_line)
     problems += launch.check_launch(training) if training is not None else []
-    problems += output_directory.check_output_directory(built)
+    problems += output_directory.check_output_directory(built, machine)
     if problems:
         raise RefusedArguments(problems, [] if unreadable else built, dataclass_types)
     if training is not None:
@@ -121,7 +121,7 @@ def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> t
     Returns:
         The dataclasses that do not depend on the number of processes, as far as they can be built, and the problems.
     """
-    hints = _hints(*dataclass_types)
+    hints = field_types(*dataclass_types)
     config = dict(config)
     before = dict(os.environ)
     try:
@@ -149,8 +149,8 @@ def _check_each(asked: Mapping[str, Any], hints: Mapping[str, Any], types: Itera
     return list({problem.field: problem for problem in reversed(problems)}.values())[::-1]
 
 
-def _hints(*dataclass_types: Any) -> dict[str, Any]:
-    """Return the type of every field, by name."""
+def field_types(*dataclass_types: Any) -> dict[str, Any]:
+    """Return the type of every field of argument dataclasses, by name."""
     resolved = {kind: get_type_hints(kind) for kind in dataclass_types}
     return {item.name: resolved[kind][item.name] for kind in resolved for item in dataclasses.fields(kind) if item.init}
 
@@ -202,7 +202,7 @@ def _build(
     problems: list[Problem] = []
     messages: set[str] = set()  # one that is repeated for a further field adds nothing
     for kind in dataclass_types:
-        own = {name: value for name, value in {**machine, **asked}.items() if name in _hints(kind)}
+        own = {name: value for name, value in {**machine, **asked}.items() if name in field_types(kind)}
         required = [
             item.name for item in dataclasses.fields(kind) if item.init and item.default is item.default_factory
         ]

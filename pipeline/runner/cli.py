@@ -6,8 +6,10 @@
     python -m pipeline run recipes/pocket --seeds 0 1 2
     python -m pipeline run recipes/pocket --smoke
 
-A finished step is skipped as long as its configuration and its inputs stay the same. An interrupted step resumes from
-its last checkpoint. A step whose configuration changed runs again, and so do all steps that depend on it.
+A finished step is skipped as long as what it depends on stays the same: its inputs, and the settings that have an
+effect on its weights. An interrupted step resumes from its last checkpoint. A step whose `max_steps` was raised goes
+on from its last checkpoint. Any other step that changed runs again, and so do all that depend on it. What they wrote
+before is moved to <run>/.trash; only `--force` deletes it.
 
 A terminal shows a live view of the stages; anything else, and a terminal with `--plain`, gets a line for each event.
 All that the steps print is in <run>/logs; `--verbose` prints it as well.
@@ -28,29 +30,30 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
 from pipeline.errors import Problem, UserError
 from pipeline.files import lock
+from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
 from pipeline.runner.launcher import check_launch_file, exit_code
 from pipeline.runner.plan import Plan, read_plan
 from pipeline.runner.processes import run
-from pipeline.runner.records import Decision, RunRecord, clear, decide, measured_seconds
+from pipeline.runner.records import Decision, RunRecord, decide, measured_seconds
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, check_steps, find_step
 from pipeline.runner.warm import WarmProcess
 
-LAUNCH_FILE = "accelerate_config.yaml"
 MAX_PROCESSES = 16
 """Limit on the processes of a training step, unless the machine has more cores: they would exhaust its memory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run` to `parser`."""
-    parser.add_argument("recipe", type=Path, help="folder of YAML files, such as recipes/pocket")
+    parser.add_argument("recipe", type=Path, help="folder of YAML files, or the name of one such as pocket")
     meaning = "run this step and all after it, even if they have finished; the steps it needs must have finished"
     parser.add_argument("--from", dest="start", metavar="STEP", help=meaning)
     parser.add_argument("--until", metavar="STEP", help="stop after this step, its evaluation and the report")
-    meaning = "run these steps and those that need them, even if they have finished (default: all, from --from on)"
+    meaning = "delete what these steps have written (default: all, from --from on), and run them and what needs them"
     parser.add_argument("--force", nargs="*", metavar="STEP", help=meaning)
     parser.add_argument("--dry-run", action="store_true", help="print which steps would run and why; write nothing")
     seeds = parser.add_mutually_exclusive_group()
@@ -82,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     """
     with show_checks(args):
         _check(args)
-    args.resume = _resume_command(args)
+    args.resume = resume_command(args)
     forks = sys.platform == "linux" and args.num_processes == 1 and not args.no_fork and not args.dry_run
     with WarmProcess(os.environ) if forks else contextlib.nullcontext() as args.warm:  # it imports during the checks
         if args.seeds is not None:
@@ -100,10 +103,11 @@ def _check(args: argparse.Namespace) -> None:
     most = max(os.cpu_count() or 1, MAX_PROCESSES)
     if not 1 <= args.num_processes <= most:
         problems.append(Problem("--num_processes", args.num_processes, f"must be between 1 and {most} on this machine"))
-    if not os.path.isfile(args.config_file):
+    launch_file = find_shipped(Path(args.config_file))
+    if not os.path.isfile(launch_file):
         remedy = "no such file; start in the folder that contains it, or name another one"
         problems.append(Problem("--config_file", args.config_file, remedy))
-    elif problem := check_launch_file(args.config_file):
+    elif problem := check_launch_file(str(launch_file)):
         problems.append(problem)
     option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
     for seed in seeds:
@@ -171,8 +175,10 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]
 def _show(decided: Sequence[tuple[Step, Decision]], args: argparse.Namespace) -> None:
     """Print the decision about each step, and the command of one that is due."""
     for step, decision in decided:
-        verb = {"skip": "skip", "start": "run", "resume": "resume"}[decision.action]
+        verb = {"start": "run"}.get(decision.action, decision.action)
         print(f"{verb} {step.name}: {decision.reason}")
+        for path in decision.replaced:
+            print(f"    {'deletes' if decision.deletes else 'moves'} {path}{'' if decision.deletes else ' to .trash'}")
         if decision.action != "skip":
             print(f"    {_command_line(step, args)}")
     due = [decision for _, decision in decided if decision.action != "skip"]
@@ -190,8 +196,11 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         if args.seeds is not None:
             seed += f" of {', '.join(map(str, args.seeds))}"
         state = RunState(plan.run_dir, plan.steps, todo, measured)
+        replaced = trash.new_trash(plan.run_dir)
         with RunConsole(f"{args.recipe}{seed}, in {plan.run_dir}", state, args) as console:
-            code = _run_all(todo, record, console, args, descriptors)
+            code = _run_all(todo, record, replaced, console, args, descriptors)
+    if replaced.exists():
+        say(f"what was there before is in {replaced}; delete that when it is no longer needed")
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if code == 0 and report is not None and report.exists():
         say(f"report: {report}")
@@ -210,9 +219,10 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable
     if first > last:
         raise UserError(Problem("--from", args.start, f"comes after --until {args.until}"))
     forced = {find_step(steps, name, "--force").name for name in args.force or ()}
-    if args.start is not None or args.force == []:
-        forced |= {step.name for step in steps[first:]}
-    decisions = decide(steps, record, forced)
+    from_start = {step.name for step in steps[first:]}
+    if args.force == []:
+        forced |= from_start
+    decisions = decide(steps, record, from_start if args.start is not None else (), forced)
     chosen = steps[first : last + 1]
     _check_needs(steps[:first], chosen, decisions)
     measured = any(step.kind == "evaluate" and (step in chosen or record.is_finished(step.name)) for step in steps)
@@ -223,7 +233,7 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable
         raise UserError(Problem("--from", args.start, "no stage has been evaluated yet; start at an earlier step"))
     if measured:
         due = any(decisions[step.name].action != "skip" for step in chosen if step.name != REPORT)
-        yield steps[-1], decide(steps[-1:], record, {REPORT} if due or REPORT in forced else set())[REPORT]
+        yield steps[-1], decide(steps[-1:], record, {REPORT} if due or REPORT in forced else ())[REPORT]
 
 
 def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapping[str, Decision]) -> None:
@@ -241,6 +251,7 @@ def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapp
 def _run_all(
     todo: list[tuple[Step, Decision]],
     record: RunRecord,
+    replaced: Path,
     console: RunConsole,
     args: argparse.Namespace,
     descriptors: Sequence[int],
@@ -250,14 +261,19 @@ def _run_all(
         console.event(f"[{position}/{len(todo)}] {step.name}: {decision.reason}" + ", skipped" * skips)
         if skips:
             continue
-        if decision.action == "start" and step.name in record.steps:
-            for path in clear(step.leftovers):
-                console.event(f"removed {path}")
+        if decision.deletes:
+            cleared = trash.delete(decision.replaced)
+        elif decision.action == "continue":
+            cleared = trash.move(decision.replaced, replaced, kept="checkpoint-*")
+        else:
+            cleared = trash.move([*decision.replaced, console.log(step)] if decision.replaced else [], replaced)
+        for line in cleared:
+            console.event(line)
         command = _command_line(step, args)
         console.event(f"$ {command}")
         record.start(step, decision, command)
         started = time.monotonic()
-        with console.step(step, command, resumes=decision.action == "resume") as (output, variables):
+        with console.step(step, command, resumes=decision.action != "start") as (output, variables):
             executable = step.executable(_launch_options(args))
             code, received = run(executable, os.environ | variables, descriptors, output, args.warm)
         seconds = time.monotonic() - started
@@ -283,14 +299,14 @@ def _run_all(
 def _launch_options(args: argparse.Namespace) -> list[str]:
     """Return the arguments of `accelerate launch`."""
     several = ["--num_processes", str(args.num_processes)] if args.num_processes > 1 else []
-    return ["--config_file", args.config_file, *several]
+    return ["--config_file", str(find_shipped(Path(args.config_file))), *several]
 
 
 def _command_line(step: Step, args: argparse.Namespace) -> str:
     return shlex.join(step.command(_launch_options(args)))
 
 
-def _resume_command(args: argparse.Namespace) -> str:
+def resume_command(args: argparse.Namespace) -> str:
     """Return the command that resumes this run, without --from and --force, which would repeat finished steps."""
     command = ["python", "-m", "pipeline", "run", str(args.recipe)]
     for flag, value in (

@@ -1,9 +1,8 @@
-"""Fingerprints of configurations and of the files that they name, by which the runner sees what has changed."""
+"""Fingerprints of the files that a step reads, and its settings without secrets, by which the runner sees changes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,6 @@ READ_WHOLE_BYTES = 64 * 2**20
 
 SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
 """Settings that are neither written to disk nor hashed."""
-
-
-def fingerprint(content: Mapping[str, Any]) -> str:
-    """Hash a mapping, whatever the order of its keys. A value that JSON cannot represent counts as its text.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:

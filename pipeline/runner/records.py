@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.config.effects import continues
 from pipeline.errors import Problem, UserError
 from pipeline.files import write_text
-from pipeline.runner.fingerprint import fingerprint, fingerprint_path, without_secrets
+from pipeline.runner.changes import Changes, recorded_values
+from pipeline.runner.fingerprint import fingerprint_path
 from pipeline.runner.machine import describe_machine
 from pipeline.runner.steps import Step
+
+MOST_NAMED = 4
+"""Steps that a reason names at most."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,17 @@ class Decision:
     """A decision about a step.
 
     Attributes:
-        action: "skip" it, "start" it from the beginning, or "resume" it from what it has saved.
+        action: "skip" it, "start" it from the beginning, "resume" it from what it has saved, or "continue" it from its
+            last checkpoint with more steps.
         reason: Why, as a phrase.
-        fingerprint: Hash of its configuration, of the files that it reads and of the steps that it needs.
+        replaced: What it wrote before and will write again; a step that continues keeps its checkpoints.
+        deletes: Whether that is deleted instead of moved to the trash.
     """
 
-    action: Literal["skip", "start", "resume"]
+    action: Literal["skip", "start", "resume", "continue"]
     reason: str
-    fingerprint: str
+    replaced: tuple[Path, ...] = ()
+    deletes: bool = False
 
 
 @dataclass
@@ -40,9 +47,9 @@ class RunRecord:
 
     Its `steps` map the name of each step that was started to an entry with:
 
-    - `id`, which changes whenever the step starts from the beginning; `fingerprint`; `values`, its settings
-    - `inputs`, the `id` of each step that it was made from; `data`, fingerprints of the data that it was made from
-    - `command`; `hardware`, `versions` and `commit` of the machine that ran it; for a resumed step, of its last part
+    - `id`, which changes whenever the step starts from the beginning or continues; `values`, its settings
+    - `inputs`, the `id` of each step that it was made from; `data` and `files`, fingerprints of what it was made from
+    - `command`; `hardware`, `versions` and `commit` of the machine that ran it; if it was resumed, of its last part
     - `seconds`, over all its parts; `started_at`; `finished_at`, null until it has finished
     """
 
@@ -90,14 +97,15 @@ class RunRecord:
         self._write()
 
     def start(self, step: Step, decision: Decision, command: str) -> None:
-        """Record that a step starts or resumes, with `command` as typed in a shell."""
-        before = self.steps.get(step.name, {}) if decision.action == "resume" else {}
+        """Record that a step starts, resumes or continues, with `command` as typed in a shell."""
+        before = {} if decision.action == "start" else self.steps.get(step.name, {})
+        kept = before.get("id") if decision.action == "resume" else None
         self.steps[step.name] = {
-            "id": before.get("id") or secrets.token_hex(8),
-            "fingerprint": decision.fingerprint,
-            "values": _recorded_values(step),
+            "id": kept or secrets.token_hex(8),
+            "values": recorded_values(step),
             "inputs": self.inputs(step),
             "data": _fingerprints(step.data),
+            "files": _fingerprints({str(path): path for path in step.files}),
             "command": command,
             **describe_machine(),
             "seconds": before.get("seconds", 0.0),
@@ -134,7 +142,7 @@ def _is_entry(entry: Any) -> bool:
         isinstance(entry, dict)
         and isinstance(entry.get("id"), str)
         and isinstance(entry.get("seconds"), int | float)
-        and all(isinstance(entry.get(key, {}), dict) for key in ("values", "inputs", "data"))
+        and all(isinstance(entry.get(key, {}), dict) for key in ("values", "inputs", "data", "files"))
     )
 
 
@@ -142,13 +150,16 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def decide(steps: Sequence[Step], record: RunRecord, forced: Collection[str]) -> dict[str, Decision]:
+def decide(
+    steps: Sequence[Step], record: RunRecord, again: Collection[str] = (), forced: Collection[str] = ()
+) -> dict[str, Decision]:
     """Decide what to do about each step. Moving or renaming the modules of a step does not make it due.
 
     Args:
         steps: Each after all that it needs.
         record: What was done before.
-        forced: Names of the steps that run in any case.
+        again: Names of the steps that run even if they have finished.
+        forced: Names of those of which nothing is kept.
 
     Returns:
         The decisions by name.
@@ -156,83 +167,49 @@ def decide(steps: Sequence[Step], record: RunRecord, forced: Collection[str]) ->
     decisions: dict[str, Decision] = {}
     data = _fingerprints({need: folder for step in steps for need, folder in step.data.items()})
     for step in steps:
-        current = fingerprint(
-            {
-                "kind": step.kind,
-                "values": without_secrets(step.values),
-                "files": {str(path): fingerprint_path(path) for path in step.files},
-                "needs": {need: decisions[need].fingerprint for need in step.needs if need in decisions},
-            }
-        )
-        action, reason = _judge(step, current, record, forced, decisions, data)
-        decisions[step.name] = Decision(action, reason, current)
+        decision = _judge(step, record, {*again, *forced}, decisions, data)
+        if step.name in record.steps:
+            written = step.leftovers if decision.action == "start" else ()
+            if decision.action == "continue" and record.is_finished(step.name):
+                written = (step.output,)
+            there = tuple(path for path in written if path.is_file() or (path.is_dir() and any(path.iterdir())))
+            decision = replace(decision, replaced=there, deletes=step.name in forced)
+        decisions[step.name] = decision
     return decisions
 
 
 def _judge(
-    step: Step,
-    current: str,
-    record: RunRecord,
-    forced: Collection[str],
-    decisions: Mapping[str, Decision],
-    data: Mapping[str, str],
-) -> tuple[Literal["skip", "start", "resume"], str]:
-    """Return what to do about a step whose fingerprint is `current`, and why; `decisions` are those before it."""
+    step: Step, record: RunRecord, again: Collection[str], decisions: Mapping[str, Decision], data: Mapping[str, str]
+) -> Decision:
+    """Return what to do about a step; `decisions` are those about the steps before it."""
     entry = record.steps.get(step.name)
     if entry is None:
-        return "start", "has not run yet"
-    if step.name in forced and record.is_finished(step.name):
-        return "start", "finished, but asked to run again"
-    if changes := _changes(entry.get("values", {}), _recorded_values(step)):
-        return "start", f"its configuration changed ({changes})"
-    if again := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
-        return "start", f"depends on {', '.join(again)}"
-    if entry.get("inputs") != record.inputs(step):
-        return "start", "its inputs have been made again"
+        return Decision("start", "has not run yet")
+    if step.name in again and record.is_finished(step.name):
+        return Decision("start", "finished, but asked to run again")
+    changes = Changes.find(step, entry.get("values", {}))
+    is_longer = continues(step.output, changes.effective, step.values)
+    if changes.effective and not is_longer:
+        return Decision("start", f"its configuration changed ({changes})")
+    if due := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
+        others = f" and {len(due) - MOST_NAMED} more" if len(due) > MOST_NAMED else ""
+        return Decision("start", f"depends on {', '.join(due[:MOST_NAMED])}{others}")
+    if {need: run for need, run in entry.get("inputs", {}).items() if need in step.needs} != record.inputs(step):
+        return Decision("start", "its inputs have been made again")
     if edited := [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]:
-        return "start", f"the data of {', '.join(edited)} were changed"
-    if entry.get("fingerprint") != current:
-        return "start", "the files that it reads changed"
+        return Decision("start", f"the data of {', '.join(edited)} were changed")
+    files = {str(path): fingerprint_path(path) for path in step.files}
+    if entry.get("files", files) != files:
+        return Decision("start", "the files that it reads changed")
+    if is_longer:
+        return Decision("continue", f"goes on from its last checkpoint ({changes}), on the schedule of the new total")
     if not record.is_finished(step.name):
-        return "resume", "was interrupted"
+        return Decision("resume", "was interrupted")
     if not step.is_complete:
-        return "start", f"finished, but {step.product} is missing or incomplete"
-    return "skip", "finished"
-
-
-def _recorded_values(step: Step) -> dict[str, Any]:
-    """Return the step's settings as they are read back from `run.json`."""
-    values: dict[str, Any] = json.loads(json.dumps(without_secrets(step.values), default=str))
-    return values
+        return Decision("start", f"finished, but {step.product} is missing or incomplete")
+    return Decision("skip", f"finished; without effect on it: {changes}" if changes.harmless else "finished")
 
 
 def _fingerprints(folders: Mapping[str, Path]) -> dict[str, str]:
-    """Return the fingerprints of folders, by the same names."""
+    """Return the fingerprints of files and folders, by the same names."""
     return {name: fingerprint_path(folder) for name, folder in folders.items()}
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return the settings that differ, as `field: before -> now`; "" if none do."""
-    fields = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return ", ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in fields)
-
-
-def clear(paths: Sequence[Path]) -> Iterator[Path]:
-    """Delete files, and the content of directories.
-
-    Yields:
-        Each path that existed.
-
-    Raises:
-        UserError: If one cannot be deleted.
-    """
-    for path in filter(Path.exists, paths):
-        try:
-            for child in path.iterdir() if path.is_dir() else (path,):
-                if child.is_dir() and not child.is_symlink():
-                    shutil.rmtree(child)
-                else:
-                    child.unlink()
-        except OSError as error:
-            raise UserError(Problem("output_dir", path, f"cannot be removed ({error.strerror}); remove it")) from error
-        yield path

@@ -127,7 +127,7 @@ class RunState:
         self.running: Step | None = None
         self.progress = Progress()
         self.taken: dict[str, float] = {}
-        self._resumed = {step.name for step, decision in todo if decision.action == "resume"}
+        self._resumed = {step.name for step, decision in todo if decision.action in ("resume", "continue")}
         self._is_guess = not measured
         self.expected = {step.name: measured.get(step.name, step.usual_seconds) for step in self.due}
 

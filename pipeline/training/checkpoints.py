@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
@@ -47,14 +48,16 @@ which did not fit, is what remained free."""
 def make_checkpoints_atomic(trainer: Trainer) -> None:
     """Make a trainer's checkpoints complete or absent, and make it save before it evaluates.
 
-    Two methods of this one trainer are wrapped, so that a recipe can use any trainer class of transformers or TRL.
-    Subclasses may override `_save_checkpoint`, provided that they write below `_get_output_dir`.
+    Three methods of this one trainer are wrapped, so that a recipe can use any trainer class of transformers or TRL.
+    Subclasses may override `_save_checkpoint`, provided that they write below `_get_output_dir`. Evaluations leave the
+    random state as it was: when and how often they happen has no effect on the weights.
 
     Args:
         trainer: Changed in place, before `train`.
     """
     save = trainer._save_checkpoint
     log_save_evaluate = trainer._maybe_log_save_evaluate
+    evaluate = trainer._evaluate
     evaluation_due = False
 
     def save_checkpoint(model: Any, trial: Any) -> None:
@@ -72,11 +75,15 @@ def make_checkpoints_atomic(trainer: Trainer) -> None:
         evaluation_due = False
         if not trainer.control.should_training_stop or trainer.state.global_step >= trainer.state.max_steps:
             trainer.control.should_evaluate = True
-            with unchanged_random_state():  # the checkpoint already contains the state
-                log_save_evaluate(*args, **kwargs)
+            log_save_evaluate(*args, **kwargs)
             _update_state(trainer)
 
+    def evaluate_unnoticed(*args: Any, **kwargs: Any) -> dict[str, float]:
+        with unchanged_random_state():
+            return evaluate(*args, **kwargs)
+
     trainer._save_checkpoint = save_checkpoint
+    trainer._evaluate = evaluate_unnoticed
     trainer._maybe_log_save_evaluate = save_before_evaluating
     call_on_train_begin(trainer, lambda **_: evaluate_if_missed(trainer))
 
@@ -227,10 +234,29 @@ def evaluate_if_missed(trainer: Trainer) -> None:
     logged = [entry for entry in state.log_history if entry.get("step") == state.global_step]
     due = json.loads(manifest.read_text(encoding="utf-8")).get("evaluation_due")
     if due and not any("eval_loss" in entry for entry in logged):
-        with unchanged_random_state():
-            metrics = trainer._evaluate(None, None)
-            trainer._determine_best_metric(metrics=metrics, trial=None)
+        metrics = trainer._evaluate(None, None)
+        trainer._determine_best_metric(metrics=metrics, trial=None)
         _update_state(trainer)
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Return the number of steps after which a trainer will end, which depends on the data if it is not given."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return int(steps)
+
+
+def check_length(checkpoint: Path, trainer: Trainer) -> None:
+    """Reject a checkpoint of more steps than the run is to have, from which nothing would be trained.
+
+    Raises:
+        UserError: If it has more.
+    """
+    done, total = TrainerState.load_from_json(str(checkpoint / STATE)).global_step, total_steps(trainer)
+    if done > total:
+        remedy = f"the checkpoint has {done} steps already; raise it, or resume from an earlier checkpoint"
+        raise UserError(Problem("max_steps", total, remedy))
 
 
 def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
@@ -244,7 +270,7 @@ def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
         DeepSpeed).
     """
     state = TrainerState.load_from_json(str(checkpoint / STATE))
-    if state.global_step < state.max_steps or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if state.global_step < total_steps(trainer) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return False
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
@@ -252,6 +278,38 @@ def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
         trainer._load_best_model()
     return True
+
+
+def adopt_present_length(trainer: Trainer, checkpoint: Path) -> None:
+    """Make a run that resumes from `checkpoint` follow its present arguments where they may have changed.
+
+    transformers takes from the checkpoint how often to log, save and evaluate, and the learning rate of the next step,
+    which belongs to the schedule of the total that the checkpoint knows.
+
+    Args:
+        trainer: Changed when its training begins.
+        checkpoint: Where it resumes from.
+    """
+    before = TrainerState.load_from_json(str(checkpoint / STATE)).max_steps
+
+    def adopt(**_: Any) -> None:
+        state, schedule = trainer.state, trainer.lr_scheduler
+        state.compute_steps(trainer.args, state.max_steps)
+        if state.max_steps == before:
+            return
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        if isinstance(schedule, LambdaLR):  # all that do not follow evaluations
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            for group, base, factor in zip(trainer.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
+                group["lr"] = base * factor
+        now = trainer.optimizer.param_groups[0]["lr"]
+        logger.info(
+            "%-11s at step %d, to %d steps instead of %d: the learning-rate schedule is that of the new total, %.2e "
+            "instead of %.2e here",
+            *("continuing", state.global_step, state.max_steps, before, now, rates[0]),
+        )
+
+    call_on_train_begin(trainer, adopt)
 
 
 def _describe_failed_save(trainer: Trainer, error: Exception) -> str:

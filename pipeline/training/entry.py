@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipeline.config.command_line import split_config
 from pipeline.config.parser import RefusedArguments, argument_types, parse
+from pipeline.config.recipe_folder import missing_input
 from pipeline.errors import UserError, exit_on_user_error
 
 
@@ -14,7 +17,7 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Parse the dataclasses in the signature of `main` from the command line, and call it with them.
 
     If arguments are refused, the inputs that the others name are checked as well, so that one message lists everything
-    that is wrong.
+    that is wrong. If an earlier step of the recipe has not run yet, the message is the command that runs it.
 
     Args:
         main: A recipe's function, whose parameters are annotated with argument dataclasses.
@@ -32,6 +35,9 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
             reported = {problem.field for problem in refusal.problems}
             more = [p for p in preflight_inputs(refusal.built, refusal.types) if p.field not in reported]
             raise UserError(*refusal.problems, *more) from None
+        configs, _ = split_config(sys.argv[1:] if argv is None else argv)
+        if configs and (problem := missing_input(arguments, configs[0])):
+            raise UserError(problem)
         gc.enable()  # `recipes/__init__.py` disables it while the modules of a recipe are imported
         gc.freeze()  # they live as long as the process: without this, each collection looks through a million objects
         main(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,3 +151,24 @@ def test_another_configuration_is_refused_and_the_same_one_is_not_trained_twice(
     assert again.returncode == 0, again.stderr
     assert "loss" not in again.stdout + again.stderr
     assert equal(weights(output), trained)
+
+
+@pytest.mark.parametrize("whole", ["pretrain"], indirect=True)  # it is the same for all
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(
+    whole: tuple[str, Path, str], inputs: Path, tmp_path: Path
+) -> None:
+    recipe, output, _ = whole
+    longer = Path(shutil.copytree(output, tmp_path / "longer"))
+    more = ("--max_steps", "11", "--logging_steps", "2", "--output_dir", str(longer))
+    again = run_recipe(recipe, inputs, *FP32, *more)
+    assert again.returncode == 0, again.stderr
+    assert "continuing  at step 8, to 11 steps instead of 8: the learning-rate schedule" in again.stderr
+    assert not equal(weights(longer), weights(output))
+    history = json.loads((longer / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [*range(1, 9), 10]
+    resumed = ("--resume_from_checkpoint", str(output / "checkpoint-8"), "--output_dir", str(tmp_path / "other"))
+    assert run_recipe(recipe, inputs, *FP32, *more, *resumed).returncode == 0
+    assert equal(weights(tmp_path / "other"), weights(longer))
+    fewer = run_recipe(recipe, inputs, *FP32, *resumed, "--max_steps", "7", "--output_dir", str(tmp_path / "fewer"))
+    assert fewer.returncode == 2 and "max_steps: 7: the checkpoint has 8 steps already" in fewer.stderr
+    assert not (tmp_path / "fewer").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,9 +137,126 @@ def test_a_changed_field_runs_its_step_and_what_depends_on_it_again(folder: Path
     configure(folder, "2_sft", num_train_epochs=3)
     _, out, _ = run()
     assert "num_train_epochs: None -> 3" in out
-    assert "removed runs/r/2_sft" in out
     assert not Path("runs/r/2_sft/old.txt").exists()
     assert changed(before) == {"2_sft", "3_reward"}
+
+
+def trashed() -> list[str]:
+    """What lies in the run's trash, without the times at which it came there."""
+    return sorted(str(Path(*path.parts[4:])) for path in Path("runs/r/.trash").rglob("*") if path.is_file())
+
+
+def test_what_a_change_replaces_is_in_the_trash_and_only_force_deletes(folder: Path, run: Runner) -> None:
+    run()
+    Path("runs/r/2_sft/checkpoint-1").mkdir()
+    Path("runs/r/2_sft/checkpoint-1/model").write_text("precious")
+    record = Path("runs/r/run.json").read_bytes()
+    configure(folder, "2_sft", num_train_epochs=3)
+    _, out, _ = run("--dry-run")
+    assert "moves runs/r/2_sft to .trash" in out
+    _, out, _ = run()
+    assert "moved runs/r/2_sft to runs/r/.trash/" in out and "what was there before is in runs/r/.trash/" in out
+    replaced = ["2_sft/checkpoint-1/model", "2_sft/ran.txt", "3_reward/ran.txt"]
+    assert trashed() == [*replaced, "logs/2_sft.log", "logs/3_reward.log", "run.json"]
+    (time,) = Path("runs/r/.trash").iterdir()
+    assert (time / "2_sft/checkpoint-1/model").read_text() == "precious"
+    assert (time / "run.json").read_bytes() == record
+    run("--from", "3_reward")
+    assert len(list(Path("runs/r/.trash").iterdir())) == 2
+    before = trashed()
+    _, out, _ = run("--force", "2_sft")
+    assert "removed runs/r/2_sft" in out
+    assert trashed() == sorted([*before, "3_reward/ran.txt", "logs/3_reward.log", "run.json"]), "3_reward was not named"
+    before = trashed()
+    run("--force")
+    assert trashed() == before
+
+
+def test_a_run_that_is_not_changed_has_no_trash(run: Runner) -> None:
+    run()
+    run()
+    assert not Path("runs/r/.trash").exists()
+
+
+def test_a_step_with_more_steps_continues_and_what_depends_on_it_runs_again(folder: Path, run: Runner) -> None:
+    configure(folder, "2_sft", max_steps=2)
+    run()
+    checkpoint = Path("runs/r/2_sft/checkpoint-2")
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 2, "max_steps": 2}')
+    before = identities()
+    configure(folder, "2_sft", max_steps=5)
+    _, out, _ = run("--until", "2_sft")
+    assert "2_sft: goes on from its last checkpoint (max_steps: 2 -> 5), on the schedule of the new total" in out
+    assert "moved runs/r/2_sft to runs/r/.trash/" in out and ", without checkpoint-*\n" in out
+    assert times()["2_sft"] == 1 and checkpoint.exists() and trashed() == ["2_sft/ran.txt", "run.json"]
+    assert Path("runs/r/logs/2_sft.log").read_text().count("$ ") == 2
+    run()
+    assert changed(before) == {"2_sft", "3_reward"}
+    assert trashed() == ["2_sft/ran.txt", "3_reward/ran.txt", "logs/3_reward.log", "run.json", "run.json"]
+    before = identities()
+    run()
+    assert changed(before) == set()
+
+
+def status(capfd: pytest.CaptureFixture[str], run_dir: str = "runs/r") -> list[str]:
+    """Return the lines of the run's status."""
+    assert main(["status", run_dir]) == 0
+    return capfd.readouterr().out.splitlines()
+
+
+def test_status_of_a_finished_run_and_after_a_change(
+    folder: Path, run: Runner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run()
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+    title, *lines, last = status(capfd)
+    assert title == "runs/r: recipe, seed None" and last == "all steps are done"
+    assert [line.split()[:2] for line in lines] == [[name, "done"] for name in read_names()]
+    configure(folder, "2_sft", num_train_epochs=5)
+    *_, sft, reward, last = status(capfd)
+    assert re.match(r"2_sft +out of date +0 s +its configuration changed \(num_train_epochs: None -> 5\); about", sft)
+    assert re.match(r"3_reward +out of date +0 s +depends on 2_sft; about", reward)
+    assert "3 of 5 steps are done; the rest takes about " in last
+    command = last.partition(": ")[2]
+    assert command == "python -m pipeline run recipe --output_dir runs/r"
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
+    run(*command.split()[5:])
+    assert status(capfd)[-1] == "all steps are done"
+
+
+def read_names() -> list[str]:
+    return [step.name for step in read_plan(Path("recipe")).steps if step.kind != "report"]
+
+
+def test_status_of_a_run_that_was_cut_short(folder: Path, run: Runner, capfd: pytest.CaptureFixture[str]) -> None:
+    configure(folder, "2_sft", fails=7)
+    run("--seed", "3")
+    (checkpoint := Path("runs/r/2_sft/checkpoint-3")).mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3, "max_steps": 4}')
+    *_, sft, reward, last = status(capfd)
+    assert re.match(r"2_sft +cut short +0 s +saved up to step 3 of 4; about", sft)
+    assert re.match(r"3_reward +not run yet +about", reward)
+    assert last.endswith(": python -m pipeline run recipe --seed 3 --output_dir runs/r")
+
+
+def test_status_of_several_seeds_and_of_what_is_not_a_run(run: Runner, capfd: pytest.CaptureFixture[str]) -> None:
+    run("--seeds", "0", "1")
+    assert [line for line in status(capfd) if line.startswith("runs/r")] == [
+        "runs/r/seed0: recipe, seed 0", "runs/r/seed1: recipe, seed 1",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main(["status", "recipe"])
+    assert stop.value.code == 2
+    assert capfd.readouterr().err.startswith("RUN: recipe: does not contain a run")
+
+
+def test_an_untrained_model_does_not_depend_on_how_it_is_trained(folder: Path, run: Runner) -> None:
+    run()
+    before = identities()
+    configure(folder, "1_pretrain", learning_rate=0.002)
+    run()
+    assert changed(before) == {"1_pretrain", "2_sft", "3_reward"}
 
 
 def test_a_changed_input_file_runs_its_step_again(folder: Path, run: Runner) -> None:
@@ -148,7 +266,7 @@ def test_a_changed_input_file_runs_its_step_again(folder: Path, run: Runner) -> 
     before = identities()
     Path("text.txt").write_text("two")
     run()
-    assert changed(before) == {"0_random", "1_pretrain", "2_sft", "3_reward"}
+    assert changed(before) == {"1_pretrain", "2_sft", "3_reward"}
 
 
 def test_comments_and_the_order_of_fields_do_not_matter(folder: Path, run: Runner) -> None:
@@ -218,7 +336,7 @@ def test_data_corrected_by_hand_are_kept_and_what_learned_from_them_runs_again(r
     _, out, _ = run("--dry-run")
     assert "skip 0_data: finished" in out and "run 1_pretrain: the data of 0_data were changed" in out
     run()
-    assert changed(before) == ALL - {"0_data"}
+    assert changed(before) == ALL - {"0_data", "0_random"}
     assert Path("runs/r/data/label.txt").read_text() == "the other one"
     before = identities()
     run()
@@ -486,7 +604,7 @@ def test_all_mistakes_of_a_folder_are_reported_at_once(folder: Path, run: Runner
                 {"output_dir": f"runs/r/{name}"},
                 f"output_dir: runs/r/{name}: the runner writes there itself; rename it in",
             )
-            for name in ("report", "Report", "evaluations", "logs", "0_random", "run.json", "run.lock")
+            for name in ("report", "Report", "evaluations", "logs", "0_random", "run.json", "run.lock", ".trash")
         ),
     ],
 )
@@ -602,7 +720,10 @@ def test_a_signal_reaches_the_step_which_may_save(
     assert "2_sft: was interrupted" in out
 
 
-def test_a_second_run_in_the_same_directory_is_refused(waiting: subprocess.Popen[str], run: Runner) -> None:
+def test_a_second_run_in_the_same_directory_is_refused(
+    waiting: subprocess.Popen[str], run: Runner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert any(re.match("2_sft +running", line) for line in status(capfd))
     code, _, err = run()
     assert code == 2
     assert err.startswith(f"output_dir: runs/r: process {waiting.pid} is writing there")

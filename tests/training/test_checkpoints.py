@@ -15,7 +15,15 @@ from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArgument
 import pipeline.training.checkpoints as module
 from pipeline.errors import RunStopped, UserError
 from pipeline.training.checkpoint_manifest import validate_checkpoint
-from pipeline.training.checkpoints import check_architecture, checkpoints, make_checkpoints_atomic, newest_complete
+from pipeline.training.checkpoints import (
+    adopt_present_length,
+    check_architecture,
+    check_length,
+    checkpoints,
+    make_checkpoints_atomic,
+    newest_complete,
+    restore_finished,
+)
 from pipeline.training.divergence import stop_on_divergence
 
 
@@ -146,6 +154,53 @@ def flip(path: Path) -> None:
     content = bytearray((path / "optimizer.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (path / "optimizer.pt").write_bytes(content)
+
+
+@pytest.mark.parametrize("options", [{"eval_steps": 2}, {"eval_strategy": "no"}, {"eval_on_start": True}], ids=str)
+def test_when_it_is_evaluated_has_no_effect_on_the_weights(tmp_path: Path, options: dict[str, Any]) -> None:
+    one = make_trainer(tmp_path / "one")
+    one.train()
+    other = make_trainer(tmp_path / "other", **options)
+    other.train()
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name])
+
+
+def learning_rates(trainer: Trainer) -> list[float]:
+    """Return the learning rate of each step, whatever was logged."""
+    rates: list[float] = []
+    step = trainer.create_optimizer().step
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = note
+    return rates
+
+
+@pytest.mark.parametrize("more", [{"max_steps": 20}, {"max_steps": -1, "num_train_epochs": 2}], ids=str)
+def test_a_finished_run_goes_on_with_more_steps_on_the_schedule_of_the_new_total(
+    tmp_path: Path, more: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make_trainer(tmp_path / "whole", **more)
+    expected = learning_rates(whole)
+    whole.train()
+    make_trainer(tmp_path / "parts", max_steps=8, save_steps=8).train()
+    again = make_trainer(tmp_path / "parts", **more, save_steps=5)
+    found = learning_rates(again)
+    last = tmp_path / "parts/checkpoint-8"
+    assert not restore_finished(again, last)
+    adopt_present_length(again, last)
+    with caplog.at_level(logging.INFO):
+        again.train(resume_from_checkpoint=str(last))
+    assert len(found) == 12 and found == pytest.approx(expected[8:], rel=1e-12)
+    assert names(tmp_path / "parts") == ["checkpoint-8", "checkpoint-10", "checkpoint-15", "checkpoint-20"]
+    assert "at step 8, to 20 steps instead of 8" in caplog.text
+    finished = make_trainer(tmp_path / "parts", **more)
+    assert restore_finished(finished, tmp_path / "parts/checkpoint-20")
+    with pytest.raises(UserError, match="max_steps: 12: the checkpoint has 20 steps already"):
+        check_length(tmp_path / "parts/checkpoint-20", make_trainer(tmp_path / "less"))
 
 
 DAMAGES: dict[str, Any] = {

@@ -1,0 +1,68 @@
+"""Which settings of a training run have an effect on its weights, and whether it can go on with more steps."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+WITHOUT_EFFECT = re.compile(
+    r"(logging|log|save|eval|hub|push|trackio|ddp)_\w+|report_to|run_name|project|disable_tqdm|do_eval|local_rank|debug|"
+    r"(gradient|activation)_checkpointing\w*|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)|"
+    r"per_device_eval_batch_size|max_eval_samples|dataset_test_split|metric_for_best_model|greater_is_better|"
+    r"prediction_loss_only|include_for_metrics|include_num_input_tokens_seen|batch_eval_metrics|skip_memory_metrics|"
+    r"num_completions_to_print|num_generations_eval|dataset_num_proc|resume_from_checkpoint"
+)
+"""Names of fields that say what is reported, saved, measured or pushed, and when."""
+
+BY_EVALUATION = re.compile(
+    r"eval_\w+|(save|logging)_(steps|strategy)|max_eval_samples|dataset_test_split|metric_for_best_model|"
+    r"greater_is_better|prediction_loss_only"
+)
+"""Those that do have an effect if evaluations choose the weights. `logging_steps` is the default of `eval_steps`, and
+only a checkpoint that was saved can be the best one."""
+
+STEERED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+"""Values of `lr_scheduler_type` that follow the evaluations."""
+
+LENGTH = frozenset({"max_steps", "num_train_epochs"})
+"""Fields that say how long a run trains."""
+
+
+def has_effect(name: str, values: Mapping[str, Any]) -> bool:
+    """Return whether the field `name` of a training run has an effect on the weights, given all its `values`."""
+    if name == "num_train_epochs":
+        return (values.get("max_steps") or -1) <= 0
+    if name == "dataloader_num_workers" and values.get("dataset_streaming"):  # they take turns
+        return True
+    chosen = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") in STEERED_BY_EVALUATION
+    return not WITHOUT_EFFECT.fullmatch(name) or bool(chosen and BY_EVALUATION.fullmatch(name))
+
+
+def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, Any]) -> bool:
+    """Return whether a changed run can go on from what it has saved: it has a checkpoint, and only gets more steps.
+
+    Args:
+        output_dir: Where it has saved.
+        changed: Fields that were changed, of those that have an effect.
+        values: Its present settings.
+    """
+    if not changed or not LENGTH.issuperset(changed) or values.get("save_only_model"):
+        return False
+    state = newest_state(output_dir)
+    if (steps := values.get("max_steps") or -1) > 0:
+        return 0 < state.get("max_steps", 0) < steps
+    return 0 < state.get("num_train_epochs", 0) < (values.get("num_train_epochs") or 0)
+
+
+def newest_state(output_dir: Path) -> dict[str, Any]:
+    """Return the trainer's state in the checkpoint of the most steps that can be read; empty if there is none."""
+    states: list[dict[str, Any]] = []
+    for path in output_dir.glob("checkpoint-*/trainer_state.json"):
+        try:
+            states.append(dict(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):  # a damaged one, which training skips with a warning
+            continue
+    return max(states, key=lambda state: state.get("global_step", 0), default={})

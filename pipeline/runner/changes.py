@@ -1,0 +1,86 @@
+"""What has changed in a step's settings since it ran, and whether that has an effect on what it writes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
+from typing import Any
+
+from pipeline.config.effects import has_effect
+from pipeline.runner.fingerprint import without_secrets
+from pipeline.runner.steps import KINDS, Step
+
+OF_RANDOM_MODEL = ("seed", "tokenizer_name_or_path", "output_dir")
+"""Fields of pretraining that an untrained model depends on, besides its sizes."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The settings that differ, by field: the value before and the present one.
+
+    Attributes:
+        effective: Those with an effect.
+        harmless: Those without one.
+    """
+
+    effective: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    harmless: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, step: Step, before: Mapping[str, Any]) -> Changes:
+        """Compare the settings `before` of a step with its present ones.
+
+        A field that is left out has its default, so that writing the default down is no change.
+        """
+        now = recorded_values(step)
+        pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
+        changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        trains = KINDS[step.kind].measured if step.kind in KINDS else False
+        effective = {name: pair for name, pair in changed.items() if not trains or has_effect(name, now)}
+        if effective and step.kind in KINDS:
+            effective = _with_defaults(step, effective, before, now)
+        return cls(effective, {name: pair for name, pair in changed.items() if name not in effective})
+
+    def __str__(self) -> str:
+        shown = self.effective or self.harmless
+        return ", ".join(f"{name}: {before} -> {now}" for name, (before, now) in shown.items())
+
+
+def _with_defaults(
+    step: Step, changed: Mapping[str, tuple[Any, Any]], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return those of the `changed` fields that still differ once defaults and types are known."""
+    from pipeline import hardware  # these imports take seconds
+    from pipeline.config.output_directory import RECORD
+    from pipeline.config.parser import argument_types, field_types
+    from pipeline.config.yaml_file import convert
+    from pipeline.models.llama import LlamaArguments
+
+    types = argument_types(resolve_name(f"{KINDS[step.kind].module}:main"))
+    hints = field_types(*types)
+    defaults = {item.name: item.default for kind in types for item in dataclasses.fields(kind)}
+    machine = {name: choice.value for name, choice in hardware.training_defaults().items()}
+    ran_with: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # only training records it
+        ran_with = json.loads((step.output / RECORD).read_text(encoding="utf-8"))
+    if step.kind == "random":
+        read = {*OF_RANDOM_MODEL, *(item.name for item in dataclasses.fields(LlamaArguments))}
+        changed = {name: pair for name, pair in changed.items() if name in read}
+
+    def resolve(name: str, values: Mapping[str, Any]) -> Any:
+        with contextlib.suppress(TypeError):  # the step itself will report a wrong type
+            return convert(values.get(name), hints[name]) if name in hints else values.get(name)
+        return values.get(name)
+
+    earlier, present = {**defaults, **ran_with, **before}, {**defaults, **machine, **now}
+    return {name: pair for name, pair in changed.items() if resolve(name, earlier) != resolve(name, present)}
+
+
+def recorded_values(step: Step) -> dict[str, Any]:
+    """Return the step's settings as they are read back from `run.json`."""
+    values: dict[str, Any] = json.loads(json.dumps(without_secrets(step.values), default=str))
+    return values

@@ -1,0 +1,61 @@
+"""`python -m pipeline copy RECIPE FOLDER`: a recipe that comes with the package, as a folder of one's own to change.
+
+    python -m pipeline copy pocket mine
+    python -m pipeline run mine
+
+The copy writes to runs/<name of the folder>, and contains the launch file that its commands name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from pipeline.config.recipe_folder import LAUNCH_FILE, SHIPPED
+from pipeline.errors import Problem, UserError
+from pipeline.files import check_directory, write_text
+from pipeline.runner.plan import read_plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `copy` to `parser`."""
+    parser.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(shipped_recipes())}")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write; it must not exist, or be empty")
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipe folders that come with the package."""
+    return sorted({path.parent.relative_to(SHIPPED).as_posix() for path in SHIPPED.glob("**/[0-9]_*.yaml")})
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the YAML files of a recipe to a folder. Return 0.
+
+    Raises:
+        UserError: If there is no such recipe, or the folder cannot be written or is not empty.
+    """
+    problems = []
+    name = args.recipe.removeprefix(f"{SHIPPED.name}/").rstrip("/")
+    if name not in shipped_recipes():
+        remedy = f"is not a recipe of the package; choose from: {', '.join(shipped_recipes())}"
+        problems.append(Problem("RECIPE", args.recipe, remedy))
+    if problem := check_directory(args.folder, "FOLDER"):
+        problems.append(problem)
+    elif args.folder.exists() and any(args.folder.iterdir()):
+        problems.append(Problem("FOLDER", args.folder, "is not empty; name a new folder"))
+    if problems:
+        raise UserError(*problems)
+    run_dir = f"runs/{args.folder.resolve().name}"
+    renamed = {
+        rf"\b{re.escape(read_plan(SHIPPED / name).run_dir.as_posix())}(?![\w-])": run_dir,
+        rf"\brecipes/{name}(?![\w-])": args.folder.as_posix(),
+        rf"(?<![\w/]){re.escape(LAUNCH_FILE)}": (args.folder / LAUNCH_FILE).as_posix(),
+    }
+    for path in (*sorted((SHIPPED / name).glob("*.yaml")), SHIPPED / "accelerate" / LAUNCH_FILE):
+        text = path.read_text(encoding="utf-8")
+        for pattern, new in renamed.items():
+            text = re.sub(pattern, new.replace("\\", r"\\"), text)
+        write_text(args.folder / path.name, text)
+    print(f"{args.folder}: a copy of {name}, which writes to {run_dir}; python -m pipeline run {args.folder}")
+    return 0

@@ -1,0 +1,75 @@
+"""What a step that starts again wrote before: it is moved to the run's trash, or deleted if the user forces that."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pipeline.errors import Problem, UserError
+
+TRASH = ".trash"
+"""Folder in the directory of a run; each command that moves something there makes a folder in it, named by the time."""
+
+
+def new_trash(run_dir: Path) -> Path:
+    """Return the folder to which a command that starts now moves what it replaces; it is not created yet."""
+    now = datetime.now(UTC).replace(tzinfo=None)
+    return run_dir / TRASH / now.isoformat(timespec="milliseconds").replace(":", "-")
+
+
+def move(paths: Sequence[Path], trash: Path, kept: str = "") -> list[str]:
+    """Move files, and the content of directories, to the same place below `trash`, beside the record of their run.
+
+    Args:
+        paths: Paths in the directory of a run; those that do not exist are left out.
+        trash: As `new_trash` returns it.
+        kept: Pattern of what stays in its directory.
+
+    Returns:
+        What was moved where, one line each.
+
+    Raises:
+        UserError: If something cannot be moved.
+    """
+    run_dir = trash.parents[1]
+    lines = []
+    for path in filter(Path.exists, paths):
+        target = trash / path.relative_to(run_dir)
+        try:
+            if not trash.exists():
+                trash.mkdir(parents=True)
+                shutil.copy2(run_dir / "run.json", trash)
+            (target if path.is_dir() else target.parent).mkdir(parents=True, exist_ok=True)
+            for child in list(path.iterdir()) if path.is_dir() else [path]:  # the folder itself may be a link
+                if not fnmatch(child.name, kept):
+                    shutil.move(child, target / child.name if path.is_dir() else target)
+        except OSError as error:
+            raise UserError(Problem("output_dir", path, f"cannot be moved ({error.strerror}); move it")) from error
+        lines.append(f"moved {path} to {target}" + f", without {kept}" * bool(kept))
+    return lines
+
+
+def delete(paths: Sequence[Path]) -> list[str]:
+    """Delete files, and the content of directories.
+
+    Returns:
+        What was deleted, one line each.
+
+    Raises:
+        UserError: If something cannot be deleted.
+    """
+    lines = []
+    for path in filter(Path.exists, paths):
+        try:
+            for child in list(path.iterdir()) if path.is_dir() else [path]:
+                if child.is_dir() and not child.is_symlink():
+                    shutil.rmtree(child)
+                else:
+                    child.unlink()
+        except OSError as error:
+            raise UserError(Problem("output_dir", path, f"cannot be removed ({error.strerror}); remove it")) from error
+        lines.append(f"removed {path}")
+    return lines

@@ -1,0 +1,200 @@
+"""Which steps of a finished run of recipes/pocket run again after a change of its YAML files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import hardware
+from pipeline.config.effects import has_effect
+from pipeline.runner import records
+from pipeline.runner.plan import read_plan
+from pipeline.runner.records import Decision, RunRecord, decide
+
+POCKET = Path(__file__).parents[2] / "recipes/pocket"
+ORDER = (
+    "0_data", "0_tokenizer", "0_random", "1_pretrain", "2_sft", "3_preferences", "3_reward", "3_ppo", "4_grpo",
+)  # fmt: skip
+AFTER_PRETRAINING = set(ORDER[3:])
+REMOVED = object()
+"""Stands for a field that is removed from the file."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `runs/pocket`, all of whose steps have finished, as far as the runner can see."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(records, "describe_machine", dict)
+        plan = read_plan(POCKET)
+        record = RunRecord.read(plan.run_dir)
+        for step in plan.steps:
+            step.product.parent.mkdir(parents=True, exist_ok=True)
+            if step.kind == "evaluate":
+                step.product.write_text("{}")
+            else:
+                write_model(step.output, step.values)
+            record.start(step, Decision("start", "has not run yet"), "")
+            record.stop(step, 1.0, finished=True)
+    return folder
+
+
+def write_model(output: Path, values: Mapping[str, Any]) -> None:
+    total = values.get("max_steps", 100)
+    checkpoint = output / f"checkpoint-{total}"
+    checkpoint.mkdir(parents=True)
+    state = {"global_step": total, "max_steps": total, "num_train_epochs": 1}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    for name in ("config.json", "model.safetensors", "index.html"):
+        (output / name).touch()
+
+
+@pytest.fixture
+def recipe(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of recipes/pocket to change; the current directory holds its finished run."""
+    monkeypatch.chdir(finished)
+    return Path(shutil.copytree(POCKET, tmp_path / "pocket"))
+
+
+def change(recipe: Path, name: str, values: Mapping[str, Any]) -> None:
+    path = recipe / f"{name}.yaml"
+    content = {**yaml.safe_load(path.read_text()), **values}
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not REMOVED}))
+
+
+def due(recipe: Path) -> dict[str, Decision]:
+    """Return the decisions about the steps that would run."""
+    plan = read_plan(recipe)
+    decisions = decide(plan.steps, RunRecord.read(plan.run_dir))
+    return {name: decision for name, decision in decisions.items() if decision.action != "skip"}
+
+
+def test_nothing_is_due_after_a_whole_run(recipe: Path) -> None:
+    assert due(recipe) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("1_pretrain", {"logging_steps": 25}),
+        ("1_pretrain", {"save_steps": 110}),
+        ("1_pretrain", {"save_total_limit": REMOVED}),
+        ("1_pretrain", {"save_strategy": "epoch"}),
+        ("1_pretrain", {"eval_steps": 110}),
+        ("1_pretrain", {"eval_strategy": "no", "eval_steps": REMOVED}),
+        ("1_pretrain", {"max_eval_samples": 100, "per_device_eval_batch_size": 64}),
+        ("1_pretrain", {"metric_for_best_model": "loss"}),
+        ("1_pretrain", {"adam_beta1": 0.9, "gradient_accumulation_steps": 1}),  # the defaults
+        ("1_pretrain", {"num_train_epochs": 7}),  # max_steps decides
+        ("2_sft", {"report_to": ["tensorboard"], "run_name": "mine"}),
+        ("2_sft", {"hub_model_id": "me/mine", "hub_strategy": "end", "hub_private_repo": True}),
+        ("2_sft", {"push_to_hub": True}),
+        ("2_sft", {"logging_first_step": True, "log_level": "error", "disable_tqdm": True}),
+        ("2_sft", {"gradient_checkpointing": True}),
+        ("2_sft", {"activation_checkpointing": REMOVED}),
+        ("2_sft", {"dataset_num_proc": 4}),
+        ("2_sft", {"dataloader_num_workers": 2, "dataloader_pin_memory": True}),
+        ("3_reward", {"ddp_timeout": 60}),
+        ("3_reward", {"num_train_epochs": 1.0}),
+        ("3_ppo", {"log_completions": True, "num_completions_to_print": 3}),
+        ("4_grpo", {"reward_funcs": "exact_answer"}),  # a list of one
+        ("4_grpo", {"embedding_learning_rate": None, "temperature": 1.0}),
+    ],
+    ids=str,
+)
+def test_a_change_without_effect_on_the_weights_runs_nothing(
+    recipe: Path, name: str, values: Mapping[str, Any]
+) -> None:
+    change(recipe, name, values)
+    assert due(recipe) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("0_data", {"size_mb": 5}, set(ORDER)),
+        ("0_data", {"carelessness": 0.5}, set(ORDER)),
+        ("0_tokenizer", {"vocab_size": 2048}, set(ORDER[1:])),
+        ("1_pretrain", {"hidden_size": 256}, set(ORDER[2:])),
+        ("1_pretrain", {"attention_bias": REMOVED}, set(ORDER[2:])),
+        ("1_pretrain", {"seed": 1}, set(ORDER[2:])),
+        ("1_pretrain", {"learning_rate": 0.011}, AFTER_PRETRAINING),
+        ("1_pretrain", {"max_steps": 600}, AFTER_PRETRAINING),
+        ("1_pretrain", {"torch_compile": True}, AFTER_PRETRAINING),
+        ("1_pretrain", {"load_best_model_at_end": True}, AFTER_PRETRAINING),
+        ("1_pretrain", {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, AFTER_PRETRAINING),
+        ("1_pretrain", {"dataset_config": "other"}, AFTER_PRETRAINING),
+        ("2_sft", {"packing": False}, set(ORDER[4:])),
+        ("2_sft", {"embedding_learning_rate": None}, set(ORDER[4:])),
+        ("2_sft", {"gradient_accumulation_steps": 2}, set(ORDER[4:])),
+        ("2_sft", {"use_peft": True}, set(ORDER[4:])),
+        ("3_preferences", {"temperature": 0.9}, set(ORDER[5:])),
+        ("3_preferences", {"max_eval_prompts": 100}, set(ORDER[5:])),
+        ("3_reward", {"num_train_epochs": 0.5}, set(ORDER[6:])),
+        ("3_ppo", {"kl_coef": 0.2}, set(ORDER[7:])),
+        ("3_ppo", {"reward_weights": [1.0, 0.5]}, set(ORDER[7:])),
+        ("4_grpo", {"num_generations": 4}, {"4_grpo"}),
+        ("4_grpo", {"reward_funcs": ["math_answer"]}, {"4_grpo"}),
+    ],
+    ids=str,
+)
+def test_a_change_with_an_effect_runs_its_step_and_those_that_depend_on_it(
+    recipe: Path, name: str, values: Mapping[str, Any], expected: set[str]
+) -> None:
+    change(recipe, name, values)
+    found = due(recipe)
+    assert {step for step in found if not step.startswith(("evaluate", "report"))} == expected
+    assert {decision.action for decision in found.values()} == {"start"}
+    measured = {f"evaluate_{step}" for step in expected - {"0_data", "0_tokenizer", "3_preferences"}}
+    assert {"report", *measured} <= set(found)
+    assert not any(decision.deletes for decision in found.values())
+
+
+def test_a_field_that_was_not_given_is_compared_with_what_training_recorded(recipe: Path, finished: Path) -> None:
+    chosen = hardware.training_defaults()["bf16"].value
+    record = finished / "runs/pocket/4_grpo/arguments.json"
+    record.write_text(json.dumps({"steps_per_generation": 1, "bf16": chosen}))
+    change(recipe, "4_grpo", {"steps_per_generation": 1, "bf16": chosen})
+    assert due(recipe) == {}
+    change(recipe, "4_grpo", {"steps_per_generation": 2})
+    assert "4_grpo" in due(recipe)
+    change(recipe, "4_grpo", {"steps_per_generation": REMOVED, "bf16": not chosen})
+    assert "4_grpo" in due(recipe), "precision has an effect"
+    record.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("1_pretrain", {"max_steps": 900, "save_steps": 90}), ("3_reward", {"num_train_epochs": 2})]
+)
+def test_more_steps_go_on_from_the_last_checkpoint(recipe: Path, name: str, values: Mapping[str, Any]) -> None:
+    change(recipe, name, values)
+    found = due(recipe)
+    assert found[name].action == "continue"
+    assert all(decision.action == "start" for step, decision in found.items() if step != name)
+    assert f"evaluate_{name}" in found
+    change(recipe, name, {"learning_rate": 0.5})
+    assert due(recipe)[name].action == "start", "another learning rate is not only more steps"
+
+
+def test_without_a_checkpoint_more_steps_begin_again(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    shutil.copytree("runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    for path in Path("runs/pocket/4_grpo").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    change(recipe, "4_grpo", {"max_steps": 900})
+    assert due(recipe)["4_grpo"].action == "start"
+
+
+def test_evaluations_have_an_effect_if_they_choose_the_weights() -> None:
+    for values in ({"load_best_model_at_end": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}):
+        for name in ("eval_steps", "save_steps", "logging_steps", "max_eval_samples", "metric_for_best_model"):
+            assert has_effect(name, values) and not has_effect(name, {})
+        assert not has_effect("save_total_limit", values) and not has_effect("report_to", values)
+    assert has_effect("dataloader_num_workers", {"dataset_streaming": True})

@@ -1,0 +1,113 @@
+"""The evaluations that the runner plans: what they are measured on, what they need, and when they are due."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_model import ROOT
+
+from pipeline.__main__ import main
+from pipeline.evaluation.settings import check
+from pipeline.runner.plan import read_plan
+from pipeline.runner.steps import Step
+
+FILES: dict[str, dict[str, Any]] = {
+    "2_sft": {"dataset_name": "talk.jsonl", "model_name_or_path": "org/base", "max_length": 128},
+    "3_reward": {"dataset_name": "pairs.jsonl", "model_name_or_path": "runs/r/2_sft"},
+    "3_reward_judge": {"dataset_name": "others.jsonl", "model_name_or_path": "runs/r/2_sft"},
+    "3_ppo": {
+        "dataset_name": "talk.jsonl",
+        "model_name_or_path": "runs/r/2_sft",
+        "reward_model_path": "runs/r/3_reward",
+        "max_completion_length": 32,
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("recipe")
+    folder.mkdir()
+    for name, values in FILES.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**values, "output_dir": f"runs/r/{name}"}))
+    for name in ("talk", "pairs", "others", "problems"):
+        Path(f"{name}.jsonl").write_text("{}\n")
+    return folder
+
+
+def evaluations(folder: Path, **options: Any) -> dict[str, Step]:
+    return {step.name: step for step in read_plan(folder, **options).steps if step.kind == "evaluate"}
+
+
+def write_settings(folder: Path, **content: Any) -> None:
+    (folder / "evaluate.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_the_model_that_the_first_stage_starts_from_is_measured_before_it(folder: Path) -> None:
+    names = [step.name for step in read_plan(folder).steps]
+    assert names[:3] == ["evaluate_0_base", "2_sft", "evaluate_2_sft"]
+    base = evaluations(folder)["evaluate_0_base"]
+    assert base.arguments == ("evaluate", "runs/r", "--stage", "0_base")
+    assert base.values["base"] == "org/base" and base.needs == ()
+    assert names.count("evaluate_0_base") == 1
+
+
+def test_every_stage_is_measured_on_the_data_of_all(folder: Path) -> None:
+    steps = evaluations(folder)
+    assert len({str(step.values) for step in steps.values()}) == 1
+    values = steps["evaluate_0_base"].values
+    assert values["instructions"]["dataset_name"] == values["prompts"]["dataset_name"] == "talk.jsonl"
+    assert values["pairs"]["dataset_name"] == "others.jsonl" and values["against"] == "2_sft"
+    assert values["lengths"] == {"instructions": 128, "prompts": 32}
+    assert set(steps["evaluate_3_ppo"].files) == {Path("talk.jsonl"), Path("others.jsonl")}
+
+
+def test_a_file_of_settings_is_part_of_the_recipe(folder: Path) -> None:
+    write_settings(folder, problems="problems.jsonl", judge="runs/r/3_reward_judge", limit=5, max_new_tokens=9)
+    steps = evaluations(folder, smoke=True)
+    assert steps["evaluate_3_ppo"].values["limit"] == 5, "a smoke run keeps what is smaller than its own"
+    assert Path("problems.jsonl") in steps["evaluate_2_sft"].files
+    assert "3_reward_judge" in steps["evaluate_3_ppo"].needs
+    assert "3_reward_judge" not in steps["evaluate_2_sft"].needs, "it is not there yet"
+    assert steps["evaluate_3_ppo"].values["judge"] == "runs/r/3_reward_judge", "wherever the run is written"
+    assert "--max_new_tokens" not in steps["evaluate_3_ppo"].arguments
+
+
+def test_mistakes_in_it_are_refused_before_anything_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_settings(folder, judge="runs/r/3_reward", limt=5, problems={"dataset_name": "nowhere/a.jsonl"})
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "recipe", "--dry-run"])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    for wrong in ("judge: runs/r/3_reward", "limt: 5", "problems: dataset_name: nowhere/a.jsonl"):
+        assert f"evaluate.yaml: {wrong}" in error
+    assert not Path("runs").exists()
+    (folder / "evaluate.yaml").write_text("limit: [")
+    with pytest.raises(SystemExit):
+        main(["run", "recipe", "--dry-run"])
+    assert "evaluate.yaml, line" in capsys.readouterr().err
+
+
+def test_prompts_that_nobody_can_judge_are_refused_before_anything_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("talk.jsonl").write_text('{"prompt": "Ça va ?"}\n' * 3)
+    values = {"dataset_name": "talk.jsonl", "model_name_or_path": "runs/r/2_sft", "output_dir": "runs/r/3_preferences"}
+    (folder / "3_preferences.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit):
+        main(["run", "recipe", "--dry-run"])
+    assert "3_preferences: judge: nothing, for talk.jsonl: its prompts lack" in capsys.readouterr().err
+    (folder / "3_preferences.yaml").write_text(yaml.safe_dump({**values, "judge": "tests.evaluation.own_functions:x"}))
+    with pytest.raises(SystemExit):
+        main(["run", "recipe", "--dry-run"])
+    assert "its prompts lack" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("evaluate.yaml")), ids=lambda path: path.parent.name)
+def test_the_settings_of_a_recipe_are_accepted(path: Path, tmp_path: Path) -> None:
+    steps = evaluations(path.parent, output_dir=tmp_path / "run")
+    assert steps and check(next(iter(steps.values())).values) == []
