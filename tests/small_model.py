@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.llama import LlamaArguments, build_model
@@ -17,6 +18,12 @@ from pipeline.models.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXT = "The cat sat on the mat. A dog is not a cat, and 12 is not 21. A token is a piece of text.\n"
+
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""A chat template that, like those of many models on the Hub, does not mark what the assistant says."""
 
 
 @cache
@@ -58,6 +65,16 @@ def write_pairs(path: Path, number: int = 60) -> str:
         rejected = {"role": "assistant", "content": "I do not know." + " No." * (i % 5)}
         rows.append({"prompt": [prompt], "chosen": [chosen], "rejected": [rejected]})
     return write_lines(path, rows)
+
+
+def write_data(folder: Path, rows: list[dict[str, Any]], config: str = "default", test: str = "test") -> None:
+    """Write a data set in Hub layout, with the splits `train` and `test`."""
+    folder.mkdir(parents=True)
+    splits = ("train", test)
+    for split in splits:
+        Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    files = "".join(f"  - split: {split}\n    path: {split}.parquet\n" for split in splits)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n")
 
 
 def write_text(path: Path, lines: int = 2000) -> str:

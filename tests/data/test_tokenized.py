@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from small_model import conversation, save_model, tokenizer
+from small_model import CHATML, conversation, save_model, tokenizer
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -54,12 +54,6 @@ def test_pairs_become_what_reward_trainer_makes_of_them(tmp_path: Path) -> None:
     ]
     for side in ("chosen_ids", "rejected_ids"):
         assert prepared[0][:][side] == prepared[1][:][side]
-
-
-CHATML = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -9,12 +9,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from small_model import ROOT, conversation, save_tokenizer, tokenizer, write_text
+from small_model import ROOT, conversation, save_tokenizer, tokenizer, write_data, write_text
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.data.pocket.build import PocketArguments, build
@@ -40,16 +38,6 @@ def commands() -> list[tuple[str, list[str]]]:
             if kind not in TRAINED or "--output_dir" in words or not pocket:
                 found.append((kind, words[len(start) :]))
     return found
-
-
-def write_data(folder: Path, rows: list[dict[str, Any]], config: str = "default", test: str = "test") -> None:
-    """Write a data set in Hub layout, with the splits `train` and `test`."""
-    folder.mkdir(parents=True)
-    splits = ("train", test)
-    for split in splits:
-        Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
-    files = "".join(f"  - split: {split}\n    path: {split}.parquet\n" for split in splits)
-    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n")
 
 
 @pytest.fixture(scope="module")
