@@ -62,6 +62,7 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
         if (checkpoint / MANIFEST).exists() and (damage := validate_checkpoint(checkpoint)):
             raise UserError(Problem("resume_from_checkpoint", checkpoint, f"is damaged: {damage}"))
         checkpoints.check_architecture(checkpoint, trainer.model.config)
+        checkpoints.check_length(checkpoint, trainer)
     first = trainer.is_world_process_zero()
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
@@ -87,6 +88,8 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequen
     if checkpoint is not None:
         logger.info("%-11s from %s", "resuming", checkpoint)
     if checkpoint is None or not checkpoints.restore_finished(trainer, checkpoint):
+        if checkpoint is not None:
+            checkpoints.adopt_present_length(trainer, checkpoint)
         _train(trainer, checkpoint)
     interrupts.restore()
     stop = interrupts.reason_to_stop(trainer.state, str(trainer.args.output_dir))
