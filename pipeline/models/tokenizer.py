@@ -17,6 +17,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import write_folder
 
 if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
@@ -61,7 +62,7 @@ def train_tokenizer(
     Raises:
         UserError: If `vocab_size` is too small for the bytes and the special tokens.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     smallest = BYTES + len(SPECIAL_TOKENS)
@@ -70,12 +71,7 @@ def train_tokenizer(
             Problem("vocab_size", vocab_size, f"must be at least {smallest}: 256 bytes and the special tokens")
         )
     tokenizer = Tokenizer(models.BPE())
-    if algorithm == "bpe":
-        split: pre_tokenizers.PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
-    else:
-        split = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=algorithm == "bpe")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.pre_tokenizer = pre_tokenizer(algorithm)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         texts,
@@ -97,6 +93,18 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
+
+
+def pre_tokenizer(algorithm: Literal["bpe", "character"]) -> PreTokenizer:
+    """Return what splits a text before the merges apply: that of SmolLM, or one that splits it into characters."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if algorithm == "bpe":
+        split: PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
+    else:
+        split = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=algorithm == "bpe")
+    return pre_tokenizers.Sequence([split, to_bytes])
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

