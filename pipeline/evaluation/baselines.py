@@ -1,6 +1,6 @@
 """Baselines: what the stage that others are compared with reaches by tricks that need no training.
 
-`elicited/pass@1`: its greedy answers to the problems, begun with "Working:", which counts as part of each.
+`elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") that counts as part of each.
 `constant/win_rate` and `constant/win_rate_greedy`: its answers to the prompts with the same text glued to each, against
 its answers without. The text is the one of `CONSTANTS` that wins most often on the validation prompts.
 `majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
@@ -9,15 +9,18 @@ its answers without. The text is the one of `CONSTANTS` that wins most often on 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipeline.data.pocket.problems import WORKING
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
-from pipeline.evaluation.held_out import Example, HeldOut
+from pipeline.evaluation.chat_model import ChatModel
+from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.matches import Matches, answer_both, record_wins
-from pipeline.evaluation.metrics import ChatModel, record_greedy
+from pipeline.evaluation.metrics import record_greedy
 from pipeline.evaluation.results import StageResult
-from pipeline.models.generation import encode_prompts, generate
-from pipeline.rewards.annotators import judge_match
+from pipeline.evaluation.sources import Example, subsample
+from pipeline.models.generation import encode_prompts
+from pipeline.preferences.judges import ANNOTATORS, Judge
 
 CONSTANTS = (
     *(f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)),
@@ -37,7 +40,16 @@ CONSTANTS = (
 """Texts glued to answers: kind, brisk and blunt remarks, openings, a cheer, a full stop, nothing. `…` is an answer."""
 
 
-def measure_baselines(result: StageResult, chat: ChatModel, held_out: HeldOut, matches: Matches, seed: int = 0) -> None:
+def measure_baselines(
+    result: StageResult,
+    chat: ChatModel,
+    held_out: HeldOut,
+    matches: Matches,
+    seed: int = 0,
+    elicit: str | None = WORKING,
+    judge: Judge = ANNOTATORS,
+    match_tokens: int | None = None,
+) -> None:
     """Record the baselines that the data allow.
 
     Args:
@@ -46,21 +58,28 @@ def measure_baselines(result: StageResult, chat: ChatModel, held_out: HeldOut, m
         held_out: The problems and prompts of the other metrics, and the validation prompts.
         matches: Answers of this model, twice, to the prompts.
         seed: Seed of the sampled answers and of the intervals.
+        elicit: What the answers of `elicited` begin with; None leaves it out.
+        judge: Judge of the matches.
+        match_tokens: Length limit of answers to prompts. Default: that of `chat`, which is for problems.
     """
-    if held_out.problems:
-        answers = answer_begun(chat, held_out.problems, WORKING)
-        record_greedy(result, "elicited/pass@1", answers, held_out.problems)
-        result.texts["elicited"] = {"text": WORKING}
+    grader = held_out.graders.get("problems")
+    if held_out.problems and elicit:
+        answers = answer_begun(chat, held_out.problems, elicit)
+        record_greedy(result, "elicited/pass@1", answers, held_out.problems, grader)
+        result.texts["elicited"] = {"text": elicit}
     if held_out.problems and held_out.majority:
         answers = [f"The answer is {held_out.majority.get(row['kind'], '')}." for row in held_out.problems]
-        record_greedy(result, "majority/pass@1", answers, held_out.problems)
-    if matches and held_out.validation:
+        record_greedy(result, "majority/pass@1", answers, held_out.problems, grader)
+    validation = subsample([row for row in held_out.validation if judge.can_judge(row)], judge.constants)
+    if matches and validation:
+        prompts = [row for row in held_out.prompts if judge.can_judge(row)]
         result.texts["constant"] = {}
-        tried = answer_both(chat, chat, held_out.validation, seed)
+        answering = chat if match_tokens is None else replace(chat, max_new_tokens=match_tokens)
+        tried = answer_both(answering, answering, validation, seed)
         for metric, (ours, theirs) in matches.items():
-            best = find_constant(*tried[metric], held_out.validation)
+            best = find_constant(*tried[metric], validation, judge)
             glued = [glue(best, answer) for answer in ours]
-            record_wins(result, f"constant/{metric}", glued, theirs, held_out.prompts, seed)
+            record_wins(result, f"constant/{metric}", glued, theirs, prompts, seed, judge)
             result.texts["constant"][metric.replace("win_rate", "text")] = best
 
 
@@ -68,20 +87,21 @@ def answer_begun(chat: ChatModel, rows: Sequence[Example], prefix: str) -> list[
     """Return the greedy answers that begin with `prefix`, which counts towards the length limit."""
     begun = chat.tokenizer(prefix, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     prompts = [[*ids, *begun] for ids in encode_prompts(chat.tokenizer, [row["prompt"] for row in rows])]
-    limit = max(1, chat.max_new_tokens - len(begun))
-    completions = generate(chat.model, chat.tokenizer, prompts, max_new_tokens=limit)
+    completions = chat.complete(prompts, max(1, chat.max_new_tokens - len(begun)))
     tokens = [[*begun, *completion.tokens] for (completion,) in completions]
     return [text.strip() for text in chat.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
-def find_constant(ours: Sequence[str], theirs: Sequence[str], rows: Sequence[Example]) -> str:
+def find_constant(
+    ours: Sequence[str], theirs: Sequence[str], rows: Sequence[Example], judge: Judge = ANNOTATORS
+) -> str:
     """Return the text of `CONSTANTS` that wins most often against `theirs` when glued to `ours`; the first of a tie."""
     n = len(CONSTANTS)
     outcomes = [
-        judge_match([glue(text, answer) for text in CONSTANTS], [other] * n, [row] * n)
+        judge.match([glue(text, answer) for text in CONSTANTS], [other] * n, [row] * n)
         for answer, other, row in zip(ours, theirs, rows, strict=True)
     ]
-    wins = [sum(of_text) for of_text in zip(*outcomes, strict=True)]
+    wins = [sum(outcome or 0.0 for outcome in of_text) for of_text in zip(*outcomes, strict=True)]
     return CONSTANTS[wins.index(max(wins))]
 
 

@@ -1,36 +1,36 @@
-"""The data that stages are measured on: the run's test splits or data that the user names, and fixed prompts."""
+"""The rows that stages are measured on, and the prompts that all of them answer."""
 
 from __future__ import annotations
 
-import argparse
+import hashlib
+import json
 import logging
-import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from datasets import Dataset
 
-from pipeline.data.arguments import DataArguments
-from pipeline.data.messages import ShapeError, is_informative, read_messages, read_pair, read_prompt, shorten
-from pipeline.data.splits import load_splits
+from pipeline.data.messages import is_informative
+from pipeline.data.overlap import overlap
 from pipeline.errors import Problem, UserError
-from pipeline.rewards.grading import validate_rule
+from pipeline.evaluation.graders import COMPARED, Grader, load_grader
+from pipeline.evaluation.settings import STAGES_OF, read_json
+from pipeline.evaluation.sources import Example, Part, Reader
 from pipeline.rewards.sandbox.run import validate_sandbox
 
 logger = logging.getLogger(__name__)
 
-Example = dict[str, Any]
-"""A row of a test split, with its index in the split as `id`."""
-
-MAX_EXAMPLES = {"texts": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
+MAX_EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
 """Largest number of examples used: intervals a few hundredths wide, in seconds of CPU time."""
 
-RULE_COLUMNS = ("require", "reject", "max_words", "test")
-"""Columns by which an answer to an instruction is graded, see `pipeline.rewards.grading`."""
+MAX_TRAINING_ROWS = 20_000
+"""Rows that stages train on in which held-out rows and the most frequent answers are looked for."""
+
+OVERLAP_WORDS = 13
+"""Words in a row that a held-out row has in common with one that is trained on only if it is a copy (as for GPT-3)."""
 
 FIXED_PROMPTS: tuple[str, ...] = (
     "What is an LLM?",
@@ -45,22 +45,26 @@ FIXED_PROMPTS: tuple[str, ...] = (
     "Sam has 14 coins. Sam finds 5 coins. Sam sells 3 coins. Sam gets 4 coins. How many are left?",
     "Greta has children of ages 3, 2, 9, 1, 6. Which age comes third?",
 )
-"""Every stage answers these greedily; the answers are in `evaluations/<stage>.json`, in this order."""
+"""Stages answer these greedily in a run that generates its data; otherwise the first of them, and held-out prompts."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Test examples; without data of a kind, its list is empty.
+    """Held-out examples; without data of a kind, its list is empty.
 
     Attributes:
         texts: `text` and `kind`, for bits per byte.
-        instructions: `messages`, `kind` and how they are graded, for instruction accuracy.
+        instructions: `messages`, `kind` and perhaps how they are graded.
         problems: `prompt`, `answer` and `kind`, for pass@k.
         longer: Problems that are longer than those of the training split.
         majority: Most frequent answer of each kind of problem in the training split.
-        prompts: `prompt`, `kind` and how they are graded, for the win rate.
+        prompts: `prompt`, `kind` and perhaps how they are graded, for the win rate.
         validation: Prompts of the validation split whose answers are not code, for the baseline `constant`.
         pairs: `prompt`, `chosen` and `rejected`, for reward models.
+        graders: Graders of `instructions` and `problems`; without one, each instruction says how it is graded.
+        can_vote: Whether samples can vote on the answer to a problem.
+        fixed_prompts: Conversations that every stage answers.
+        suspects: Data that might overlap with what stages train on -> the rows that these train on.
     """
 
     texts: list[Example] = field(default_factory=list)
@@ -71,49 +75,100 @@ class HeldOut:
     prompts: list[Example] = field(default_factory=list)
     validation: list[Example] = field(default_factory=list)
     pairs: list[Example] = field(default_factory=list)
+    graders: Mapping[str, Grader] = field(default_factory=dict)
+    can_vote: bool = True
+    fixed_prompts: Sequence[Sequence[dict[str, str]]] = ()
+    suspects: Mapping[str, Part] = field(default_factory=dict)
+
+    def of(self, key: str) -> list[Example]:
+        """Return the examples of a key of `evaluate.yaml`."""
+        examples: list[Example] = getattr(self, "texts" if key == "text" else key)
+        return examples
 
 
-def subsample(rows: Sequence[Example], most: int) -> list[Example]:
-    """Return at most `most` rows, drawn with a fixed seed and kept in their order.
+def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str], baselines: bool) -> HeldOut:
+    """Read what the settings name.
 
-    Neither the first rows nor every n-th one would do: data sets are sorted by kind, or their kinds alternate.
-    """
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
-
-
-def read_held_out(run: Path, args: argparse.Namespace) -> HeldOut:
-    """Read the test splits in RUN/data and RUN/3_preferences, and what `--text` and `--reasoning` name.
+    Args:
+        run: Directory of the run.
+        settings: From `pipeline.evaluation.settings.complete`, with paths that exist.
+        flags: Data that options name, for messages.
+        baselines: Whether what only baselines need is wanted.
 
     Raises:
         UserError: If there is nothing to measure on, or a data set cannot be read.
     """
-    data = run / "data"
-    most = {name: min(n, args.limit or n) for name, n in MAX_EXAMPLES.items()}
-    texts = _read_named(args, "text", "text") if args.text else _read_split(data / "pretrain", "text")
-    splits = ("test", "test_longer", "train")
-    problems, longer, train = (_read_split(data / "reasoning", "prompt", "answer", split=split) for split in splits)
-    if args.reasoning:
-        problems, longer, train = _read_named(args, "reasoning", "prompt"), [], []
+    reader = Reader(run, settings, flags)
+    limit = settings.get("limit")
+    most = {name: min(n, limit or n) for name, n in MAX_EXAMPLES.items()}
+    parts = {key: part for key in STAGES_OF if (part := reader.find(key)) is not None}
     # Problems have metrics of their own, which compare final answers instead of looking for words.
-    instructions = [row for row in _read_split(data / "sft", "messages", *RULE_COLUMNS) if row["kind"] != "reasoning"]
-    validation = [row for row in _read_split(data / "preferences", "prompt", split="validation") if not row.get("test")]
-    pairs = subsample(_read_split(run / "3_preferences"), most["pairs"])
+    rows = {
+        key: reader.read(key, part, most[key], left_out="reasoning" if key == "instructions" else None)
+        for key, part in parts.items()
+    }
+    graders: dict[str, Grader] = {
+        key: load_grader(grade, f"{key}: grade")
+        for key in ("instructions", "problems")
+        if key in parts and ((grade := parts[key].source.grade) is not None or key == "problems")
+    }
+    longer = reader.find("problems", "test_longer")
     found = HeldOut(
-        texts=subsample(texts, most["texts"]),
-        instructions=subsample(drop_ungradable(instructions), most["instructions"]),
-        problems=subsample(problems, most["problems"]),
-        longer=subsample(longer, most["longer"]),
-        majority=_most_frequent_answers(train),
-        prompts=subsample(drop_ungradable(_read_split(data / "preferences", "prompt")), most["prompts"]),
-        validation=subsample(validation, most["prompts"]),
-        pairs=_to_messages(pairs),
+        texts=[row for row in rows.get("text", ()) if row["text"].strip()],
+        instructions=drop_ungradable(rows.get("instructions", ())),
+        problems=rows.get("problems", []),
+        longer=reader.read("problems", longer, most["longer"]) if longer else [],
+        majority=_most_frequent_answers(reader) if baselines else {},
+        prompts=drop_ungradable(rows.get("prompts", ())),
+        validation=reader.read_validation(most["prompts"]) if baselines else [],
+        pairs=[row for row in rows.get("pairs", ()) if is_informative(row)],
+        graders=graders,
+        can_vote="problems" in parts and parts["problems"].source.grade in COMPARED,
+        fixed_prompts=_fixed_prompts(run, settings, rows),
+        suspects=reader.suspects(parts),
     )
-    if not any((found.texts, found.instructions, found.problems, found.prompts, found.pairs)):
-        remedy = "does not contain a test split of pretrain, sft, reasoning or preferences; use --text or --reasoning"
-        raise UserError(Problem("RUN", data, remedy))
+    if not any(map(found.of, STAGES_OF)) and not settings.get("lm_eval_tasks"):
+        remedy = "there is nothing to measure on: no stage has held-out rows; name data in evaluate.yaml, or use --text"
+        raise UserError(Problem("RUN", run, remedy))
     return found
+
+
+def find_overlaps(held_out: HeldOut, folder: Path) -> dict[str, dict[str, Any]]:
+    """Look for held-out rows in those that stages train on, where both come from one split or the user names the data.
+
+    Args:
+        held_out: The rows.
+        folder: Where the evaluations of other stages are written, whose findings are used again.
+
+    Returns:
+        For each kind of data: the number of `rows`, of those `found`, the number `trained_on` that were looked at, the
+        `n` words in a row that must agree, and a `key` that identifies all of these.
+    """
+    known = [entry for path in sorted(folder.glob("*.json")) for entry in read_json(path).get("overlap", {}).values()]
+    overlaps: dict[str, dict[str, Any]] = {}
+    for key, part in held_out.suspects.items():
+        tests = [_text_of(key, row) for row in held_out.of(key)]
+        size = len(part.data) if isinstance(part.data, Dataset) else None
+        path = Path(str(part.source.dataset_name))
+        state = path.stat().st_mtime_ns if path.exists() else None
+        content = json.dumps([part.place, part.period, size, state, OVERLAP_WORDS, tests], default=str)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        found = next((entry for entry in known if isinstance(entry, dict) and entry.get("key") == digest), None)
+        if found is None:
+            rows = (row for _, row in part.sample(MAX_TRAINING_ROWS))
+            shared = overlap(rows, tests, OVERLAP_WORDS)
+            counts = {"rows": shared.test_rows, "found": len(shared.matches), "trained_on": shared.train_rows}
+            found = {**counts, "n": OVERLAP_WORDS, "key": digest}
+        overlaps[key] = found
+    return overlaps
+
+
+def _text_of(key: str, row: Example) -> dict[str, Any]:
+    """Return what is looked for: a text, or messages without those of the system, which many rows share."""
+    if key == "text":
+        return {"text": row["text"]}
+    messages = row["messages" if key == "instructions" else "prompt"]
+    return {"messages": [message for message in messages if message["role"] != "system"]}
 
 
 def drop_ungradable(rows: Sequence[Example]) -> list[Example]:
@@ -124,102 +179,22 @@ def drop_ungradable(rows: Sequence[Example]) -> list[Example]:
     return list(rows)
 
 
-def _most_frequent_answers(problems: Iterable[Example]) -> dict[str, str]:
-    """Return the most frequent answer to each kind of problem."""
+def _most_frequent_answers(reader: Reader) -> dict[str, str]:
+    """Return the most frequent answer to each kind of problem that a stage trains on."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in problems:
-        counts[row["kind"]][row["answer"]] += 1
+    part = reader.find("problems", trained_on=True) if "problems" not in reader.named else None
+    for row in reader.read("problems", part, MAX_TRAINING_ROWS) if part else ():
+        if row.get("answer"):
+            counts[row["kind"]][row["answer"]] += 1
     return {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()}
 
 
-def _read_split(folder: Path, *columns: str, split: str = "test") -> list[Example]:
-    path = folder / f"{split}.parquet"
-    if not path.is_file():
-        return []
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(Problem("RUN", path, f"cannot be read ({reason}); generate the data again")) from None
-    if missing := [column for column in columns if column not in table.column_names]:
-        raise UserError(Problem("RUN", path, f"lacks the column {missing[0]}; generate the data again"))
-    rows = _with_ids(table.to_pylist())
-    for row in rows:
-        try:
-            _standardise(row, *columns)
-        except ShapeError as error:
-            remedy = f"{error}; correct or remove that row"
-            raise UserError(Problem("RUN", f"{path}, row {row['id']}", remedy)) from None
-    return rows
-
-
-def _standardise(row: Example, *columns: str) -> None:
-    """Check the columns of a row, and convert them to the types that the metrics expect.
-
-    Raises:
-        ShapeError: If a column does not contain what its name says.
-    """
-    for column in {"text", "answer"}.intersection(columns):
-        if row[column] is None or not str(row[column]).strip():
-            raise ShapeError(f"{column} is {shorten(row[column])}, not text")
-        row[column] = str(row[column])
-    if "prompt" in columns:
-        row["prompt"] = read_prompt(row["prompt"], "prompt")
-    if "messages" in columns:
-        row["messages"] = read_messages(row["messages"], "messages")
-        if len(row["messages"]) < 2 or row["messages"][-1]["role"] != "assistant":
-            raise ShapeError("messages do not end with an answer of the assistant")
-    if set(RULE_COLUMNS) & set(row):
-        if fault := validate_rule(row):
-            raise ShapeError(fault)
-        defaults = {"require": [], "reject": [], "max_words": 0, "test": ""}
-        row.update({column: row.get(column) or defaults[column] for column in RULE_COLUMNS})
-
-
-def _to_messages(pairs: Sequence[Example]) -> list[Example]:
-    """Convert pairs in any format of TRL's to messages; pairs without a preference are dropped."""
-    standard = []
-    for row in pairs:
-        try:
-            pair = read_pair(row)
-            for column in ("taste_chosen", "taste_rejected"):
-                if not isinstance(row.get(column, 0.0), int | float | None):
-                    raise ShapeError(f"{column} is {shorten(row[column])}, not a number")
-        except (ShapeError, KeyError) as error:
-            remedy = f"row {row['id']} is not a valid pair ({error}); correct it"
-            raise UserError(Problem("RUN", "3_preferences/test.parquet", remedy)) from None
-        if is_informative(pair):
-            standard.append({**row, **pair})
-    return standard
-
-
-def _read_named(args: argparse.Namespace, name_option: str, kind: Any) -> list[Example]:
-    """Read the data set that an option names: all of a file, unless `--split` is given."""
-    name = getattr(args, name_option)
-    whole_file = args.split is None and Path(name).is_file()
-    wanted = DataArguments(
-        dataset_name=name,
-        dataset_config=args.config,
-        dataset_test_split=args.split or "test",
-        max_train_samples=None if whole_file else 1,
-        validation_share=0.0,
-        text_column=args.text_column,
-        prompt_column=args.prompt_column,
-        answer_column=args.answer_column,
-        answer_pattern=args.answer_pattern,
-    )
-    try:
-        train, test = load_splits(wanted, kind, evaluation=not whole_file)
-    except UserError as error:
-        options = {"dataset_name": name_option, "dataset_config": "config", "dataset_test_split": "split"}
-        problems = [replace(p, field=f"--{options.get(p.field, p.field)}") for p in error.problems]
-        raise UserError(*problems) from error
-    rows = _with_ids((train if whole_file else test) or ())
-    if kind == "prompt" and rows and "answer" not in rows[0]:
-        columns = ", ".join(column for column in rows[0] if column != "id")
-        raise UserError(Problem("--answer_column", args.answer_column, f"does not exist; choose from: {columns}"))
-    return rows
-
-
-def _with_ids(rows: Iterable[Mapping[str, Any]]) -> list[Example]:
-    return [{**row, "kind": row.get("kind") or "", "id": index} for index, row in enumerate(rows)]
+def _fixed_prompts(
+    run: Path, settings: Mapping[str, Any], rows: Mapping[str, Sequence[Example]]
+) -> list[list[dict[str, str]]]:
+    """Return the prompts that the settings name, or those of the data that the run generates, or held-out ones."""
+    own: Sequence[str] = settings.get("fixed_prompts") or (FIXED_PROMPTS if (run / "data").is_dir() else ())
+    held_out = [row["messages"][:-1] for row in rows.get("instructions", ())[:5]]
+    held_out += [row["prompt"] for key in ("problems", "prompts") for row in rows.get(key, ())[:4]]
+    asked = [[{"role": "user", "content": text}] for text in own or FIXED_PROMPTS[:1]]
+    return asked if own else [*asked, *held_out][: len(FIXED_PROMPTS)]

@@ -1,35 +1,53 @@
-"""The metrics of preference: answers of two models to the same prompts, judged by the annotators."""
+"""The metrics of preference: answers of two models to the same prompts, and a judge who says which are better.
+
+The answers of the stage that others are compared with are saved with its evaluation, and used by those of the others.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import evaluate
+import torch
+import transformers
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.held_out import Example
-from pipeline.evaluation.metrics import STRING, ChatModel, info, output
+from pipeline.evaluation.chat_model import ChatModel
+from pipeline.evaluation.metrics import STRING, info, output
 from pipeline.evaluation.results import StageResult
+from pipeline.evaluation.sources import Example
+from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import judge_match
 
 Matches = dict[str, tuple[list[str], list[str]]]
 """`win_rate` (sampled) and `win_rate_greedy` -> answers to the same prompts by a model and by its opponent."""
+
+FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja", "*.safetensors")
+"""Files of a model that its answers depend on; records of its training lie beside them."""
 
 
 class WinRate(evaluate.Metric):
     """The mean outcome: 1 for a win, 0 for a loss, 0.5 for a tie."""
 
     def _info(self) -> evaluate.MetricInfo:
-        inputs = "predictions: answers; references: the opponent's; rows: what the answers are judged by."
+        inputs = "predictions: answers; references: the opponent's; rows: what they answer; outcomes: a judge's."
         return info(self, inputs, predictions=STRING, references=STRING)
 
     def _compute(
-        self, predictions: list[str], references: list[str], rows: Sequence[Mapping[str, Any]], seed: int = 0
+        self,
+        predictions: list[str],
+        references: list[str],
+        rows: Sequence[Mapping[str, Any]],
+        seed: int = 0,
+        outcomes: Sequence[float] | None = None,
     ) -> dict[str, Any]:
-        values = judge_match(predictions, references, rows)
+        values = judge_match(predictions, references, rows) if outcomes is None else outcomes
         return output(intervals.outcome_mean(values, seed), values)
 
 
@@ -63,18 +81,70 @@ def answer_both(
     return {"win_rate": (ours, theirs), "win_rate_greedy": (greedy, other)}
 
 
-def measure_matches(result: StageResult, matches: Matches, rows: Sequence[Example], seed: int = 0) -> None:
-    """Record `win_rate` and `win_rate_greedy`, judged by the annotators, and how many answers end alike in both."""
+def measure_matches(
+    result: StageResult, matches: Matches, rows: Sequence[Example], seed: int = 0, judge: Judge = ANNOTATORS
+) -> None:
+    """Record `win_rate` and `win_rate_greedy`, and how many answers end alike in both."""
     for name, (ours, theirs) in matches.items():
-        record_wins(result, name, ours, theirs, rows, seed)
+        record_wins(result, name, ours, theirs, rows, seed, judge)
         ends = LastSentenceShare().compute(predictions=ours)
         result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=None)
 
 
 def record_wins(
-    result: StageResult, name: str, ours: Sequence[str], theirs: Sequence[str], rows: Sequence[Example], seed: int
+    result: StageResult,
+    name: str,
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    rows: Sequence[Example],
+    seed: int,
+    judge: Judge = ANNOTATORS,
 ) -> None:
-    """Record under `name` how often `ours` win against `theirs`."""
-    wins = WinRate().compute(predictions=ours, references=theirs, rows=rows, seed=seed)
+    """Record under `name` how often `ours` win against `theirs`, of the matches of which the judge has an opinion."""
+    judged = [
+        (answer, other, row, outcome)
+        for answer, other, row, outcome in zip(ours, theirs, rows, judge.match(ours, theirs, rows), strict=True)
+        if outcome is not None
+    ]
+    if len(judged) < len(rows):
+        result.left_out.append(f"{name}: {len(rows) - len(judged)} of {len(rows)} matches have not been judged")
+    if not judged:
+        return
+    ours, theirs, rows, outcomes = map(list, zip(*judged, strict=True))
+    wins = WinRate().compute(predictions=ours, references=theirs, rows=rows, seed=seed, outcomes=outcomes)
     extras = [{"answer": a, "opponent": b} for a, b in zip(ours, theirs, strict=True)]
     result.record(name, wins, rows, extras=extras)
+
+
+def fingerprint(model: Path, rows: Sequence[Example], **settings: object) -> str:
+    """Return a hash of all that the answers of the model in `model` to `rows` depend on on one machine.
+
+    It is empty for an adapter, whose base model may change elsewhere, and for a model that is not on this disk.
+    """
+    if (model / "adapter_config.json").exists() or not model.is_dir():
+        return ""
+    software = [torch.__version__, transformers.__version__, torch.get_num_threads()]
+    digest = hashlib.sha256(json.dumps([software, settings, rows], sort_keys=True, default=str).encode())
+    for path in sorted({path for pattern in FILES for path in model.glob(pattern)}):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[str]] | None:
+    """Return what a stage answered when it was evaluated, by metric; None unless its fingerprint is `wanted`.
+
+    `folder` is that of the evaluations.
+    """
+    path = folder / f"{stage}.json"
+    try:
+        if not wanted or json.loads(path.read_text(encoding="utf-8"))["opponent"] != wanted:
+            return None
+        lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").split("\n")
+        examples = [json.loads(line) for line in lines if line]
+        return {
+            name: [str(example["opponent"]) for example in examples if example["metric"] == name]
+            for name in ("win_rate", "win_rate_greedy")
+        }
+    except (OSError, ValueError, LookupError, TypeError):  # missing, damaged, or of an earlier release
+        return None

@@ -12,7 +12,7 @@ class MetricInfo:
 
     Attributes:
         label: Its name for people.
-        meaning: One line about what is measured.
+        meaning: One line about what is measured; `{against}` and `{judge}` are those of the win rate.
         better: The better direction, "" if neither is.
         digits: Digits after the decimal point.
         share: Whether it lies between 0 and 1.
@@ -30,12 +30,15 @@ METRICS: dict[str, MetricInfo] = {
     "instruction_accuracy": MetricInfo(
         "Instruction accuracy", "held-out questions, summaries and small functions (the code is run)"
     ),
+    "answer_bits_per_byte": MetricInfo(
+        "Bits per byte of answers", "held-out answers, given what they answer", "down", share=False
+    ),
     "stop_rate": MetricInfo("Stop rate", "answers that end before the token limit"),
     "reward_accuracy": MetricInfo("Reward accuracy", "held-out pairs, against the noisy labels"),
     "reward_accuracy_noise_free": MetricInfo(
         "Reward accuracy, noise-free", "held-out pairs, against the annotators' taste without noise"
     ),
-    "win_rate": MetricInfo("Win rate", "sampled, against 2_sft, judged by annotators who do not know which is which"),
+    "win_rate": MetricInfo("Win rate", "sampled, against {against}, judged by {judge}"),
     "win_rate_greedy": MetricInfo("Win rate, greedy", "the same prompts, greedy answers of both"),
     "last_sentence_share": MetricInfo(
         "Same last sentence", "answers to the win rate's prompts that end in the most frequent last sentence", "down"
@@ -59,15 +62,26 @@ METRICS: dict[str, MetricInfo] = {
 }
 """In the order in which they are shown. Other metrics come last, under their own name."""
 
+LM_EVAL_SHARES = ("acc", "exact_match")
+LM_EVAL_DOWN = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+"""How the names of lm-eval's metrics begin that lie between 0 and 1, and of those that are better if lower."""
+
 
 def metric_info(metric: str) -> MetricInfo:
-    """Return how a metric is shown; one that is not in `METRICS` by its name, without a better direction."""
-    return METRICS.get(metric) or MetricInfo(metric.replace("_", " "), "", "")
+    """Return how a metric is shown; one that is not in `METRICS` by its name, without a better direction.
+
+    `TASK:METRIC` is a metric of lm-evaluation-harness.
+    """
+    task, colon, name = metric.partition(":")
+    if colon:
+        better: Literal["up", "down"] = "down" if name.startswith(LM_EVAL_DOWN) else "up"
+        return MetricInfo(f"{task}, {name}", "by lm-eval", better, share=name.startswith(LM_EVAL_SHARES))
+    return METRICS.get(metric) or MetricInfo(metric.replace("_", " "), "", "", share=False)
 
 
 def is_share(metric: str) -> bool:
     """Return whether the metric is known to lie between 0 and 1."""
-    return metric in METRICS and METRICS[metric].share
+    return metric_info(metric).share
 
 
 def metric_order(metric: str) -> tuple[int, str]:

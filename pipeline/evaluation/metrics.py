@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import evaluate
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.held_out import FIXED_PROMPTS, RULE_COLUMNS, Example, subsample
-from pipeline.evaluation.likelihood import document_losses
+from pipeline.evaluation.chat_model import ChatModel
+from pipeline.evaluation.graders import Grader, grade_final_answers
+from pipeline.evaluation.likelihood import answer_losses, document_losses
 from pipeline.evaluation.results import StageResult
-from pipeline.models.generation import Completion, encode_prompts, generate, stopped
+from pipeline.evaluation.sources import Example, subsample
+from pipeline.models.generation import Completion, stopped
 from pipeline.rewards.answers import extract_answer, normalise_answer, number
-from pipeline.rewards.functions import exact_answer, math_answer
-from pipeline.rewards.grading import grade, has_steps
+from pipeline.rewards.grading import RULE_COLUMNS, grade, has_steps, is_gradable
 
 MAX_SAMPLED_PROBLEMS = 64
 """Problems to which several answers are sampled: eight samples each cost more than all greedy answers together."""
@@ -116,16 +115,27 @@ class PassAtK(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        inputs = "predictions: sampled answers to each problem; references: final answers; k."
+        inputs = "predictions: sampled answers to each problem; references: final answers; k; rows, for the grader."
         citation = "Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374"
         return info(self, inputs, citation, predictions=datasets.List(STRING), references=STRING)
 
     def _compute(
-        self, predictions: list[list[str]], references: list[str], k: int = 1, seed: int = 0
+        self,
+        predictions: list[list[str]],
+        references: list[str],
+        k: int = 1,
+        seed: int = 0,
+        grader: Grader | None = None,
+        rows: Sequence[Example] = (),
     ) -> dict[str, Any]:
         flat = [answer for answers in predictions for answer in answers]
-        repeated = [ref for answers, ref in zip(predictions, references, strict=True) for _ in answers]
-        verdicts = iter(grade_final_answers(flat, repeated))
+        if grader is None:
+            repeated = [ref for answers, ref in zip(predictions, references, strict=True) for _ in answers]
+            verdicts = iter(grade_final_answers(flat, repeated))
+        else:
+            verdicts = iter(
+                grader(flat, [row for answers, row in zip(predictions, rows, strict=True) for _ in answers])
+            )
         values = [estimate_pass_at_k(len(answers), sum(next(verdicts) for _ in answers), k) for answers in predictions]
         return output(intervals.outcome_mean(values, seed), values)
 
@@ -142,8 +152,16 @@ class MajorityVote(evaluate.Metric):
         citation = "Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171"
         return info(self, inputs, citation, predictions=datasets.List(STRING), references=STRING)
 
-    def _compute(self, predictions: list[list[str]], references: list[str]) -> dict[str, Any]:
-        values = list(map(float, grade_final_answers([elect(answers) for answers in predictions], references)))
+    def _compute(
+        self,
+        predictions: list[list[str]],
+        references: list[str],
+        grader: Grader | None = None,
+        rows: Sequence[Example] = (),
+    ) -> dict[str, Any]:
+        elected = [elect(answers) for answers in predictions]
+        verdicts = grader(elected, rows) if grader else grade_final_answers(elected, references)
+        values = list(map(float, verdicts))
         return output(intervals.proportion(values), values)
 
 
@@ -171,30 +189,6 @@ def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def grade_final_answers(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
-    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically."""
-    rewards = zip(exact_answer(answers, references), math_answer(answers, references), strict=True)
-    return [1.0 in either for either in rewards]
-
-
-@dataclass(frozen=True)
-class ChatModel:
-    """A language model with its tokenizer and the length limit of its answers in tokens."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    max_new_tokens: int
-
-    def sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
-        """Return the completions of each conversation; `options` as for `generate`."""
-        encoded = encode_prompts(self.tokenizer, prompts)
-        return generate(self.model, self.tokenizer, encoded, max_new_tokens=self.max_new_tokens, **options)
-
-    def greedy(self, prompts: Sequence[Any]) -> list[Completion]:
-        """Return the greedy completion of each conversation."""
-        return [completions[0] for completions in self.sample(prompts)]
-
-
 def measure_texts(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
     """Record `bits_per_byte`; the `weight` of an example is the document's size in bytes."""
     documents = [row["text"] for row in rows]
@@ -205,71 +199,129 @@ def measure_texts(result: StageResult, chat: ChatModel, rows: Sequence[Example],
     result.record("bits_per_byte", bits, rows, by_kind=None, extras=weights)
 
 
-def measure_instructions(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
-    """Record `instruction_accuracy`, `stop_rate` and `mean_length` (tokens) of greedy answers."""
+def measure_answers(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
+    """Record `answer_bits_per_byte` of the held-out answers to instructions that nothing grades."""
+    losses = answer_losses(
+        chat.model, chat.tokenizer, [row["messages"] for row in rows], context=min(chat.positions or 1024, 1024)
+    )
+    scored = [(row, loss / math.log(2), size) for row, (loss, size) in zip(rows, losses, strict=True) if size]
+    if not scored:
+        return
+    kept, bits, sizes = zip(*scored, strict=True)
+    values = [total / size for total, size in zip(bits, sizes, strict=True)]
+    estimate = output(intervals.ratio(bits, sizes, seed), values)
+    result.record("answer_bits_per_byte", estimate, kept, by_kind=None, extras=[{"weight": size} for size in sizes])
+
+
+def measure_instructions(
+    result: StageResult, chat: ChatModel, rows: Sequence[Example], grader: Grader | None = None, seed: int = 0
+) -> None:
+    """Record `instruction_accuracy`, where answers can be graded, `stop_rate` and `mean_length` of greedy answers."""
     completions = chat.greedy([row["messages"][:-1] for row in rows])
-    rules = [{field: row[field] for field in RULE_COLUMNS} for row in rows]
     answers = [completion.text for completion in completions]
-    accuracy = InstructionAccuracy().compute(predictions=answers, references=rules)
-    result.record("instruction_accuracy", accuracy, rows, extras=[{"answer": text} for text in answers])
+    graded = [i for i, row in enumerate(rows) if grader or is_gradable(row)]
+    if graded:
+        some, texts = [rows[i] for i in graded], [answers[i] for i in graded]
+        if grader:
+            values = [float(right) for right in grader(texts, [_as_problem(row) for row in some])]
+            accuracy = output(intervals.proportion(values), values)
+        else:
+            rules = [{column: row[column] for column in RULE_COLUMNS} for row in some]
+            accuracy = InstructionAccuracy().compute(predictions=texts, references=rules)
+        result.record("instruction_accuracy", accuracy, some, extras=[{"answer": text} for text in texts])
+    record_stops(result, chat, completions, rows)
+    _record_lengths(result, "mean_length", completions, rows, seed)
+
+
+def _as_problem(row: Example) -> Example:
+    """Return a conversation as a problem, whose reference is the assistant's message unless the row has an answer."""
+    *prompt, last = row["messages"]
+    return {"answer": last["content"], **row, "prompt": prompt}
+
+
+def record_stops(
+    result: StageResult, chat: ChatModel, completions: Sequence[Completion], rows: Sequence[Example]
+) -> None:
+    """Record `stop_rate`."""
     tokens = [completion.tokens for completion in completions]
     stops = StopRate().compute(predictions=tokens, eos_token_id=chat.tokenizer.eos_token_id)
     result.record("stop_rate", stops, rows)
+
+
+def measure_prompts(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
+    """Record `stop_rate` and `mean_length` of greedy answers to prompts, for data without instructions."""
+    completions = chat.greedy([row["prompt"] for row in rows])
+    record_stops(result, chat, completions, rows)
     _record_lengths(result, "mean_length", completions, rows, seed)
 
 
 def measure_problems(
-    result: StageResult, chat: ChatModel, rows: Sequence[Example], samples: int, seed: int = 0
+    result: StageResult,
+    chat: ChatModel,
+    rows: Sequence[Example],
+    samples: int,
+    seed: int = 0,
+    grader: Grader | None = None,
+    can_vote: bool = True,
 ) -> None:
     """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, and `pass@k` and `maj@k` for
-    k = `samples`.
+    k = `samples`; the stop rate as well if it is not measured on instructions.
 
-    At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1.
+    At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1. Without `can_vote`, `maj@k` is
+    left out.
     """
     completions = chat.greedy([row["prompt"] for row in rows])
     answers = [completion.text for completion in completions]
-    values = record_greedy(result, "pass@1", answers, rows)
+    values = record_greedy(result, "pass@1", answers, rows, grader)
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
     _record_lengths(result, "reasoning_length", completions, rows, seed)
+    if "stop_rate" not in result.metrics:
+        record_stops(result, chat, completions, rows)
     for row, text, value in zip(rows, answers, values, strict=True):
         if all(trace["kind"] != row["kind"] for trace in result.traces):
-            trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row["answer"]}
+            trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row.get("answer") or ""}
             result.traces.append({**trace, "answer": text, "correct": bool(value)})
 
     some = subsample(rows, MAX_SAMPLED_PROBLEMS)
     sampled = chat.sample([row["prompt"] for row in some], samples=samples, temperature=1.0, seed=seed)
     predictions = [[completion.text for completion in completions] for completions in sampled]
-    references = [row["answer"] for row in some]
+    graded: dict[str, Any] = {"references": _references(some), "grader": grader, "rows": some}
     names = {1: "pass@1_sampled"} | ({samples: f"pass@{samples}"} if samples > 1 else {})
     for k, name in names.items():
-        estimate = PassAtK().compute(predictions=predictions, references=references, k=k, seed=seed)
+        estimate = PassAtK().compute(predictions=predictions, k=k, seed=seed, **graded)
         result.record(name, estimate, some)
-    if samples > 1:
-        votes = MajorityVote().compute(predictions=predictions, references=references)
+    if samples > 1 and can_vote:
+        votes = MajorityVote().compute(predictions=predictions, **graded)
         result.record(f"maj@{samples}", votes, some)
 
 
-def measure_longer(result: StageResult, chat: ChatModel, rows: Sequence[Example]) -> None:
+def _references(rows: Sequence[Example]) -> list[str]:
+    return [str(row.get("answer") or "") for row in rows]
+
+
+def measure_longer(result: StageResult, chat: ChatModel, rows: Sequence[Example], grader: Grader | None = None) -> None:
     """Record `pass@1_longer`: greedy answers to problems that are longer than those of the training split."""
     answers = [completion.text for completion in chat.greedy([row["prompt"] for row in rows])]
-    record_greedy(result, "pass@1_longer", answers, rows)
+    record_greedy(result, "pass@1_longer", answers, rows, grader)
 
 
-def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: Sequence[Example]) -> list[float]:
+def record_greedy(
+    result: StageResult, name: str, answers: Sequence[str], rows: Sequence[Example], grader: Grader | None = None
+) -> list[float]:
     """Record under `name` how many of the answers, one to each problem, are right. Returns 1 or 0 for each."""
-    references = [row["answer"] for row in rows]
-    greedy = PassAtK().compute(predictions=[[text] for text in answers], references=references, k=1)
+    greedy = PassAtK().compute(
+        predictions=[[text] for text in answers], references=_references(rows), k=1, grader=grader, rows=rows
+    )
     result.record(name, greedy, rows, extras=[{"answer": text} for text in answers])
     values: list[float] = greedy["values"]
     return values
 
 
-def answer_fixed_prompts(result: StageResult, chat: ChatModel) -> None:
-    """Add the greedy answers to `FIXED_PROMPTS`."""
-    completions = chat.greedy([[{"role": "user", "content": prompt}] for prompt in FIXED_PROMPTS])
+def answer_fixed_prompts(result: StageResult, chat: ChatModel, prompts: Sequence[Sequence[dict[str, str]]]) -> None:
+    """Add the greedy answers to the fixed prompts."""
     result.answers = [
-        {"prompt": prompt, "answer": completion.text}
-        for prompt, completion in zip(FIXED_PROMPTS, completions, strict=True)
+        {"prompt": prompt[-1]["content"], "answer": completion.text}
+        for prompt, completion in zip(prompts, chat.greedy(prompts), strict=True)
     ]
 
 

@@ -25,7 +25,13 @@ class StageResult:
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
         texts: Baseline -> what its answers begin with or have in common, by a key such as "text".
-        opponent: What its answers in the win rates depend on, if others are compared with it; see `opponent`.
+        opponent: What its answers in the win rates depend on, if others are compared with it; see `matches`.
+        against: The stage that it is compared with in the win rates.
+        judge: Who judges the win rates, as reports name it.
+        left_out: What there is no data for, one line each.
+        cut_off: Data -> its `answers`, those `cut off`, and the `limit` in tokens.
+        overlap: Data -> how many of its `rows` are `found` in those that a stage trains on, see `find_overlaps`.
+        settings: How it was measured.
         seconds: How long it took, loading included.
     """
 
@@ -36,6 +42,12 @@ class StageResult:
     traces: list[dict[str, Any]] = field(default_factory=list)
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     opponent: str = ""
+    against: str = ""
+    judge: str = ""
+    left_out: list[str] = field(default_factory=list)
+    cut_off: dict[str, dict[str, int]] = field(default_factory=dict)
+    overlap: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     def record(
@@ -76,18 +88,18 @@ class StageResult:
             self.examples.append({**example, "kind": row["kind"], "value": float(value), **extra})
 
 
-def write_result(run: Path, result: StageResult) -> Path:
-    """Write RUN/evaluations/STAGE.jsonl, then STAGE.json, each whole or not at all. Returns the path of the latter."""
-    path = run / "evaluations" / f"{result.stage}.json"
+WRITTEN = ("answers", "traces", "texts", "opponent", "against", "judge", "left_out", "cut_off", "overlap", "settings")
+
+
+def write_result(folder: Path, result: StageResult) -> Path:
+    """Write STAGE.jsonl, then STAGE.json, each whole or not at all. Returns the path of the latter."""
+    path = folder / f"{result.stage}.json"
     lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in result.examples]
     write_text(path.with_suffix(".jsonl"), "".join(lines))
     content = {
         "stage": result.stage,
         "metrics": {name: estimate.to_json() for name, estimate in result.metrics.items()},
-        "answers": result.answers,
-        "traces": result.traces,
-        "texts": result.texts,
-        "opponent": result.opponent,
+        **{name: getattr(result, name) for name in WRITTEN},
         "seconds": round(result.seconds, 2),
     }
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
@@ -95,9 +107,24 @@ def write_result(run: Path, result: StageResult) -> Path:
 
 
 def format_table(result: StageResult) -> str:
-    """Format the metrics, one per line, with the kinds of examples indented below."""
+    """Format the metrics, one per line, with the kinds of examples indented below, and what else is to be said."""
     lines = [f"{result.stage:<30} {'value':>8}  95% interval         n"]
     for name, estimate in result.metrics.items():
         for label, shown in {name: estimate, **{f"  {kind}": part for kind, part in estimate.by_kind.items()}}.items():
-            lines.append(f"{label:<30} {shown.value:>8.3f}  {shown.low:>7.3f} {shown.high:>7.3f} {shown.n:>10}")
-    return "\n".join(lines)
+            ends = " ".join("       " if end is None else f"{end:>7.3f}" for end in (shown.low, shown.high))
+            lines.append(f"{label:<30} {shown.value:>8.3f}  {ends} {shown.n or '':>10}")
+    return "\n".join([*lines, *remarks(result.cut_off, result.overlap), *result.left_out])
+
+
+def remarks(cut_off: Mapping[str, Mapping[str, int]], overlap: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a line for each kind of data with answers that were cut off, or with rows that are trained on."""
+    lines = [
+        f"{key}: {counts['cut off']} of {counts['answers']} answers were cut off at {counts['limit']} tokens"
+        for key, counts in cut_off.items()
+        if counts.get("cut off")
+    ]
+    return lines + [
+        f"{key}: {found['found']} of {found['rows']} held-out rows share {found['n']} words in a row, or all their "
+        f"words, with the {found['trained_on']} training rows looked at"
+        for key, found in overlap.items()
+    ]

@@ -8,40 +8,17 @@ from typing import Any
 
 import evaluate
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.held_out import Example
 from pipeline.evaluation.metrics import NUMBER, info, output
 from pipeline.evaluation.results import StageResult
-from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.preferences.judges import score
 from pipeline.rewards.annotators import INDIFFERENCE
 
 BINS = 10
 """Bins of confidence between 0.5 and 1."""
-
-
-@torch.inference_mode()
-def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]
-) -> list[float]:
-    """Return the model's score of each conversation, which ends with the assistant's answer.
-
-    Conversations are scored one at a time: in a batch, matrix products sum in a different order, so the last bits of a
-    score would depend on the rest of the batch and on its padding.
-    """
-    model.eval()
-    tokens = special_tokens(tokenizer)
-    encoded = [
-        tuple(tokenizer.apply_chat_template(as_text(conversation, tokens), return_dict=False))
-        for conversation in conversations
-    ]
-    # Answers occur in several pairs.
-    scores = {
-        ids: float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0]) for ids in set(encoded)
-    }
-    return [scores[ids] for ids in encoded]
 
 
 def squared_calibration_error(margins: np.ndarray, agrees: np.ndarray, *, debiased: bool = True) -> float:

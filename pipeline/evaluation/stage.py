@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation import baselines, matches, metrics
-from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.opponent import fingerprint, saved_answers
+from pipeline.evaluation.chat_model import ChatModel
+from pipeline.evaluation.held_out import HeldOut, find_overlaps
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import measure_pairs
+from pipeline.evaluation.settings import BASE, DEFAULT_LENGTH, LENGTHS, VOTES
 from pipeline.files import check_directory
 from pipeline.models.checks import check_lengths
-from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
+from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer, user_error_for
+from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
+from pipeline.preferences.votes import load_votes
+from pipeline.rewards.grading import is_gradable
+
+Settings = Mapping[str, Any]
+
+WITHOUT = {
+    "texts": "bits per byte: left out, no text is held out (`text`)",
+    "instructions": "answers to instructions: left out, no conversations are held out (`instructions`)",
+    "problems": "pass@k: left out, no problems are held out (`problems`)",
+    "prompts": "win rate: left out, no prompts are held out (`prompts`)",
+}
+"""What to say if there is no data of a kind, and the key of evaluate.yaml that names them."""
 
 
 def check_run(run: Path) -> None:
@@ -33,12 +51,19 @@ def check_run(run: Path) -> None:
         raise UserError(problem)
 
 
-def check_stage(run: Path, stage: str, option: str) -> None:
+def model_of(run: Path, stage: str, settings: Settings) -> Path:
+    """Return the directory of a stage's model; that of `0_base` may be anywhere, or on the Hub."""
+    return Path(settings["base"]) if stage == BASE and settings["base"] else run / stage
+
+
+def check_stage(run: Path, stage: str, settings: Settings, option: str) -> None:
     """Check that RUN/STAGE, which `option` names, contains a model.
 
     Raises:
         UserError: If it does not.
     """
+    if model_of(run, stage, settings) != run / stage:
+        return  # loading it gives a better message
     if stage == ".." or Path(stage).name != stage or not holds_model(run / stage):
         found = sorted(path.name for path in run.iterdir() if holds_model(path))
         remedy = f"is not the directory of a model; choose from: {', '.join(found) or 'none, train one first'}"
@@ -57,26 +82,15 @@ def check_opponent(run: Path, stage: str) -> None:
         raise UserError(Problem("--against", stage, "is a reward model, which does not write answers; choose another"))
 
 
-def evaluate_stage(
-    run: Path,
-    stage: str,
-    held_out: HeldOut,
-    *,
-    against: str = "2_sft",
-    samples: int = 8,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-) -> StageResult:
+def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings, folder: Path) -> StageResult:
     """Measure RUN/STAGE. With the same arguments on the same machine, only the seconds differ between two results.
 
     Args:
         run: The run directory.
         stage: Directory of the model in `run`. A sequence classifier is measured as a reward model.
         held_out: What it is measured on.
-        against: The stage that it is compared with in `win_rate`, if it exists. That stage gets the baselines, too.
-        samples: Answers sampled to each problem.
-        max_new_tokens: Length limit of an answer.
-        seed: Seed of the sampled answers and of the intervals.
+        settings: From `pipeline.evaluation.settings.complete`, with paths that exist.
+        folder: Where the evaluations are written; what those of other stages say is used again.
 
     Raises:
         UserError: If a model is broken, or does not fit its tokenizer.
@@ -85,41 +99,131 @@ def evaluate_stage(
     launch.prepare_process()
     launch.log_threads()
     result = StageResult(stage)
-    with user_error_for("--stage", run / stage):
-        rewards = is_reward_model(load_config(str(run / stage)))
+    path = model_of(run, stage, settings)
+    seed = settings.get("seed") or 0
+    with user_error_for("--stage", path):
+        rewards = is_reward_model(load_config(str(path)))
     if rewards:
-        model, tokenizer = load_model(str(run / stage), "--stage", reward=True, dtype=torch.float32)
+        model, tokenizer = load_model(str(path), "--stage", reward=True, dtype=torch.float32)
         if held_out.pairs:
             measure_pairs(result, _place(model), tokenizer, held_out.pairs, seed)
+        else:
+            result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
     else:
-        chat = load_chat_model(run / stage, "--stage", max_new_tokens)
-        opponent: metrics.ChatModel | dict[str, list[str]] | None = None
-        if held_out.prompts and holds_model(run / against):
-            settings = {"seed": seed, "max_new_tokens": max_new_tokens, "dtype": hardware.sampling_dtype()}
-            answered = fingerprint(run / against, held_out.prompts, device=hardware.accelerator(), **settings)
-            if stage == against:
-                opponent, result.opponent = chat, answered
-            elif (opponent := saved_answers(run, against, answered)) is None:
-                opponent = load_chat_model(run / against, "--against", max_new_tokens)
-                opponent.model.to(hardware.sampling_dtype())
-        if held_out.texts:
-            metrics.measure_texts(result, chat, held_out.texts, seed)
-        chat.model.to(hardware.sampling_dtype())
-        if held_out.instructions:
-            metrics.measure_instructions(result, chat, held_out.instructions, seed)
-        if held_out.problems:
-            metrics.measure_problems(result, chat, held_out.problems, samples, seed)
-        if held_out.longer:
-            metrics.measure_longer(result, chat, held_out.longer)
-        answers: matches.Matches = {}
-        if opponent is not None:
-            answers = matches.answer_both(chat, opponent, held_out.prompts, seed)
-            matches.measure_matches(result, answers, held_out.prompts, seed)
-        if stage == against:
-            baselines.measure_baselines(result, chat, held_out, answers, seed)
-        metrics.answer_fixed_prompts(result, chat)
+        try:
+            _measure_language_model(result, run, held_out, settings, folder)
+        except TemplateError as error:
+            remedy = f"its chat template refuses a conversation of the data ({error}); correct one of them"
+            raise UserError(Problem("--stage", path, remedy)) from None
+    result.overlap = find_overlaps(held_out, folder)
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _measure_language_model(
+    result: StageResult, run: Path, held_out: HeldOut, settings: Settings, folder: Path
+) -> None:
+    stage, against, seed = result.stage, settings["against"] or "", settings.get("seed") or 0
+    path = model_of(run, stage, settings)
+    can_chat = bool(load_tokenizer(str(path), "--stage").chat_template)
+    model, tokenizer = load_model(str(path), "--stage", dtype=torch.float32, chat=can_chat)
+    model = _place(model)
+    limits = answer_lengths(model, settings)
+    chats = {key: ChatModel(model, tokenizer, limit) for key, limit in limits.items()}
+    result.left_out += [line for name, line in WITHOUT.items() if not getattr(held_out, name)]
+    if held_out.texts:
+        metrics.measure_texts(result, chats["instructions"], held_out.texts, seed)
+    if settings.get("lm_eval_tasks"):
+        from pipeline.evaluation.harness import measure_tasks  # optional
+
+        measure_tasks(result, chats["instructions"], settings["lm_eval_tasks"], settings.get("limit"), seed)
+    if not can_chat:
+        result.left_out.append("answers: left out, the tokenizer of this stage has no chat template")
+        return
+    judge = _find_judge(result, run, held_out, settings)
+    judged = [row for row in held_out.prompts if judge and judge.can_judge(row)]
+    opponent: ChatModel | dict[str, list[str]] | None = None
+    its_path = model_of(run, against, settings)
+    if judge and judged and against and (its_path != run / against or holds_model(its_path)):
+        result.against, result.judge = against, judge.name
+        answer = {"seed": seed, "max_new_tokens": limits["prompts"], "dtype": hardware.sampling_dtype()}
+        answered = matches.fingerprint(its_path, judged, device=hardware.accelerator(), **answer)
+        if stage == against:
+            opponent, result.opponent = chats["prompts"], answered
+        elif settings.get("judge") == VOTES or (opponent := matches.saved_answers(folder, against, answered)) is None:
+            opponent = load_chat_model(its_path, "--against", limits["prompts"])
+            opponent.model.to(hardware.sampling_dtype())
+    ungraded = [row for row in held_out.instructions if not is_gradable(row)] if not _graded(held_out) else []
+    if ungraded:
+        metrics.measure_answers(result, chats["instructions"], ungraded, seed)
+    model.to(hardware.sampling_dtype())
+    if held_out.instructions:
+        grader = held_out.graders.get("instructions")
+        metrics.measure_instructions(result, chats["instructions"], held_out.instructions, grader, seed)
+    elif held_out.prompts:
+        metrics.measure_prompts(result, chats["prompts"], held_out.prompts, seed)
+    if held_out.problems:
+        grader, chat = held_out.graders["problems"], chats["problems"]
+        metrics.measure_problems(
+            result, chat, held_out.problems, settings["samples"], seed, grader, can_vote=held_out.can_vote
+        )
+    if held_out.longer:
+        metrics.measure_longer(result, chats["problems"], held_out.longer, held_out.graders["problems"])
+    answers: matches.Matches = {}
+    if opponent is not None and judge:
+        answers = matches.answer_both(chats["prompts"], opponent, judged, seed)
+        matches.measure_matches(result, answers, judged, seed, judge)
+    result.cut_off = {
+        key: {**chat.counts, "limit": chat.max_new_tokens} for key, chat in chats.items() if chat.counts["answers"]
+    }
+    if stage == against:
+        chat = replace(chats["problems"], counts=Counter())
+        baselines.measure_baselines(
+            result, chat, held_out, answers, seed, settings["elicit"], judge or ANNOTATORS, limits["prompts"]
+        )
+    metrics.answer_fixed_prompts(result, replace(chats["instructions"], counts=Counter()), held_out.fixed_prompts)
+
+
+def _graded(held_out: HeldOut) -> bool:
+    return "instructions" in held_out.graders
+
+
+def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:
+    """Return the judge of the win rates; None, with a line that says why, if there is none yet."""
+    name = settings.get("judge")
+    if not held_out.prompts:
+        return None
+    if name == VOTES:
+        return load_votes(run / VOTES / f"{result.stage}.jsonl")
+    if name and Path(name).is_relative_to(run) and not holds_model(Path(name)):
+        result.left_out.append(f"win rate: left out, the judge {name} is not trained yet")
+        return None
+    judge = load_judge(name)
+    if not any(map(judge.can_judge, held_out.prompts)):
+        remedy = "name a `judge`, or add the columns by which answers are graded"
+        result.left_out.append(f"win rate: left out, nobody can judge these prompts; {remedy}")
+        return None
+    return judge
+
+
+def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]:
+    """Return the length limit of answers to instructions, problems and prompts, in tokens.
+
+    Raises:
+        UserError: If one that the user gave exceeds the model's context.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    given = settings.get("max_new_tokens")
+    if given:
+        if problems := check_lengths(positions, max_new_tokens=given):
+            raise UserError(*(replace(problem, field=f"--{problem.field}") for problem in problems))
+        return dict.fromkeys(LENGTHS, int(given))
+    from trl import GRPOConfig, SFTConfig
+
+    own = {"max_length": SFTConfig.max_length, "max_completion_length": GRPOConfig.max_completion_length}
+    found: dict[str, int] = {key: length or own[LENGTHS[key]] for key, length in settings["lengths"].items()}
+    other = next(iter(found.values()), DEFAULT_LENGTH)
+    return {key: min(found.get(key, other), positions or 1 << 30) for key in LENGTHS}
 
 
 def holds_model(path: Path) -> bool:
@@ -127,13 +231,10 @@ def holds_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
 
 
-def load_chat_model(path: Path, option: str, max_new_tokens: int) -> metrics.ChatModel:
+def load_chat_model(path: Path, option: str, max_new_tokens: int) -> ChatModel:
     """Load the language model in `path`, which `option` names, in float32 on the accelerator if there is one."""
     model, tokenizer = load_model(str(path), option, dtype=torch.float32)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if problems := check_lengths(positions, max_new_tokens=max_new_tokens):
-        raise UserError(*(replace(problem, field=f"--{problem.field}") for problem in problems))
-    return metrics.ChatModel(_place(model), tokenizer, max_new_tokens)
+    return ChatModel(_place(model), tokenizer, max_new_tokens)
 
 
 def _place(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,10 +1,12 @@
 """Preference data: pairs of answers sampled from a model, each labelled with the preferred one.
 
-The labels come from the simulated annotators of `pipeline.rewards.annotators`. The result is a data set in Hub layout
-and in TRL's preference format with explicit prompts, one Parquet file per split:
+The labels come from the simulated annotators of `pipeline.rewards.annotators`, who tell by the columns of a prompt
+whether an answer is right, or from a judge (`pipeline.preferences.judges`), whose labels have no noise. The result is a
+data set in Hub layout and in TRL's preference format with explicit prompts, one Parquet file per split:
 
 - `prompt`, `chosen`, `rejected`: lists of messages;
-- `annotator`: who labelled the pair, and `first`: "chosen" or "rejected", whichever was shown first;
+- `annotator`: who labelled the pair, "judge" for a judge;
+- `first`: "chosen" or "rejected", whichever was shown first;
 - `kind`: the kind of the prompt ("" if it does not have one);
 - `taste_chosen`, `taste_rejected`: the noise-free taste, in the test split only and null elsewhere. It is for
   evaluation; no model may train on it.
@@ -15,8 +17,8 @@ of a split come from the prompts of that split. A prompt that also occurs in a h
 
 from __future__ import annotations
 
-import itertools
 import logging
+import os
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -42,9 +44,10 @@ from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.tokenizer import special_tokens
 from pipeline.preferences import files
 from pipeline.preferences.files import SPLITS, Counts
+from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
+from pipeline.preferences.labels import label_answers
 from pipeline.progress import report_progress
-from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
-from pipeline.rewards.grading import validate_rule
+from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
 
 logger = logging.getLogger("pipeline.preferences.collect")  # `__name__` is "__main__" if launched
 
@@ -67,6 +70,13 @@ class PreferenceArguments:
     )
     prompt_column: str = field(
         default="prompt", metadata={"help": "Column of the prompts: a list of {role, content}, or a question."}
+    )
+    judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Who labels the pairs: a reward model (folder or Hub id) or package.module:function (default: "
+            "simulated annotators, for prompts with the columns by which they judge: require, reject or test)."
+        },
     )
     samples_per_prompt: int = field(default=3, metadata={"help": "Answers sampled for each prompt."})
     pairs_per_prompt: int = field(
@@ -102,7 +112,8 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     if problems := check_replaceable(args.output_dir, files.FILES, files.TITLE, args.dataset_name):
         raise UserError(*problems)
     tokens = special_tokens(load_tokenizer(args.model_name_or_path, "model_name_or_path"))
-    prompts = read_prompts(args, tokens)
+    judge = load_judge(args.judge)
+    prompts = read_prompts(args, tokens, judge)
     model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
     if problems := check_model(model.config, tokenizer, args.model_name_or_path, max_new_tokens=args.max_new_tokens):
         raise UserError(*problems)
@@ -118,7 +129,12 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
         answers = sample_answers(model, tokenizer, encoded[name], args, seed, progress=(done, total))
         done += len(rows)
         splits[name], counts[name] = label_answers(
-            rows, answers, pairs_per_prompt=args.pairs_per_prompt, seed=f"{args.seed}/{name}", keep_taste=name == "test"
+            rows,
+            answers,
+            pairs_per_prompt=args.pairs_per_prompt,
+            seed=f"{args.seed}/{name}",
+            keep_taste=name == "test",
+            judge=judge,
         )
         logger.info("%-11s %s", name, counts[name])
     if not splits["train"]:
@@ -126,30 +142,44 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
         raise UserError(Problem("temperature", args.temperature, remedy))
     if state.is_main_process:
         sampled_from = f"`{args.model_name_or_path}` at temperature {args.temperature} (min_p {args.min_p})"
-        files.write(Path(args.output_dir), splits, counts, f"{sampled_from}, to prompts of `{args.dataset_name}`")
+        origin = f"{sampled_from}, to prompts of `{args.dataset_name}`"
+        files.write(Path(args.output_dir), splits, counts, origin, judge.name if args.judge else files.ANNOTATORS)
     state.wait_for_everyone()
     state.destroy_process_group()
     return counts
 
 
-def read_prompts(args: PreferenceArguments, tokens: re.Pattern[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+def read_prompts(
+    args: PreferenceArguments, tokens: re.Pattern[str] | None = None, judge: Judge = ANNOTATORS
+) -> dict[str, list[dict[str, Any]]]:
     """Read the prompts of each existing split in random order, at most as many as requested.
 
-    `tokens` are the special tokens, which no prompt may contain as text, as for `load_splits`.
+    Of a data set with a single split, the rows that every stage holds out become the split `validation`.
+
+    Args:
+        args: The data set and the number of prompts.
+        tokens: Special tokens, which no prompt may contain as text, as for `load_splits`.
+        judge: Who labels the answers.
 
     Raises:
-        UserError: If the data set cannot be read, or lacks the split `train` or the column of prompts.
+        UserError: If the data set cannot be read, lacks the split `train` or the column of prompts, or has prompts
+            whose answers the judge cannot judge.
     """
     source = DataArguments(
         dataset_name=args.dataset_name, dataset_config=args.dataset_config, prompt_column=args.prompt_column
     )
-    available = open_source(source.dataset_name, source.dataset_config)
+    available = set(open_source(source.dataset_name, source.dataset_config))
+    divided: dict[str, Any] = {}
+    if available == {"train"}:
+        divided = dict(zip(("train", "validation"), load_splits(source, "prompt", True, tokens), strict=True))
     held_out: set[str] = set()
     prompts: dict[str, list[dict[str, Any]]] = {}
     for name in reversed(SPLITS):  # held-out splits first, so that training leaves their prompts out
-        if name not in available and name != "train":
+        if name not in (available | {"train"} | divided.keys()):
             continue
-        split, _ = load_splits(replace(source, dataset_train_split=name), "prompt", False, tokens)
+        split = divided.get(name)
+        if split is None:
+            split, _ = load_splits(replace(source, dataset_train_split=name), "prompt", False, tokens)
         texts = [str(prompt) for prompt in split["prompt"]]
         kept = [index for index, text in enumerate(texts) if text not in held_out]
         if len(kept) < len(texts):
@@ -161,7 +191,32 @@ def read_prompts(args: PreferenceArguments, tokens: re.Pattern[str] | None = Non
         for row in prompts[name]:
             if fault := validate_rule(row):
                 raise UserError(Problem("dataset_name", args.dataset_name, f"in a row of {name}, {fault}; correct it"))
+        if unknown := sum(not judge.can_judge(row) for row in prompts[name]):
+            raise UserError(
+                _without_judge(args.dataset_name, f"{unknown} of {len(prompts[name])} prompts of {name} lack")
+            )
     return {name: prompts[name] for name in SPLITS if name in prompts}
+
+
+def _without_judge(name: str, lack: str) -> Problem:
+    columns = "the columns by which the annotators judge (require, reject, test), so that any answer would be right"
+    return Problem("judge", f"nothing, for {name}", f"{lack} {columns}; name a reward model or a function")
+
+
+def check_judge(values: Mapping[str, Any]) -> list[Problem]:
+    """Check, before anything is trained, that answers to the prompts of a local data set can be judged, by its columns.
+
+    `values` are the fields of a YAML file.
+    """
+    name = values.get("dataset_name")
+    if values.get("judge") or not isinstance(name, str) or not os.path.exists(name):
+        return []
+    try:
+        splits = open_source(name, values.get("dataset_config"))
+    except UserError:  # the step itself says it better
+        return []
+    columns = {column for split in splits.values() for column in split.column_names}
+    return [] if columns.intersection(RULE_COLUMNS) else [_without_judge(name, "its prompts lack")]
 
 
 def encode(
@@ -235,63 +290,3 @@ def sample_answers(
         texts = [[c.text if tokens.search(c.text) is None else "" for c in answers] for answers in completions]
         sampled.append((start, texts))
     return [answers for _, batch in sorted(gather_object(sampled)) for answers in batch]
-
-
-def label_answers(
-    rows: Sequence[Mapping[str, Any]],
-    answers: Sequence[Sequence[str]],
-    *,
-    pairs_per_prompt: int,
-    seed: int | str = 0,
-    keep_taste: bool = False,
-) -> tuple[list[dict[str, Any]], Counts]:
-    """Let the simulated annotators compare the answers to each prompt.
-
-    Args:
-        rows: Rows of the prompts: `prompt`, and `kind`, `require`, `reject` and `test` where they exist.
-        answers: The answers to each prompt; empty and repeated ones are dropped.
-        pairs_per_prompt: Maximum number of pairs compared per prompt.
-        seed: Seed of the pairs, annotators, order and noise. Every row has a generator of its own, so that the answers
-            to one prompt do not influence the labels of another.
-        keep_taste: Whether to keep the noise-free taste; its columns are None otherwise.
-
-    Returns:
-        The labelled pairs, as rows of the data set to write, and what became of the answers.
-    """
-    labelled: list[dict[str, Any]] = []
-    counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
-    agreements: list[bool] = []
-    for index, (row, candidates) in enumerate(zip(rows, answers, strict=True)):
-        rng = random.Random(f"{seed}/{index}")
-        distinct = list(dict.fromkeys(text for answer in candidates if (text := answer.strip())))
-        counts.dropped += len(candidates) - len(distinct)
-        components = {answer: judge_components(answer, row) for answer in distinct}
-        pairs = list(itertools.combinations(distinct, 2))
-        for pair in rng.sample(pairs, min(pairs_per_prompt, len(pairs))):
-            shown = rng.sample(pair, 2)
-            annotator = rng.choice(PANEL)
-            first, second = (annotator.weigh(components[answer]) for answer in shown)
-            choice = choose(annotator, first, second, rng)
-            counts.compared += 1
-            if choice is None:
-                counts.ties += 1
-                continue
-            chosen, rejected = shown[choice], shown[1 - choice]
-            tastes = mean_taste(components[chosen]), mean_taste(components[rejected])
-            if abs(tastes[0] - tastes[1]) >= INDIFFERENCE:
-                agreements.append(tastes[0] > tastes[1])
-            labelled.append(
-                {
-                    "prompt": row["prompt"],
-                    "chosen": [{"role": "assistant", "content": chosen}],
-                    "rejected": [{"role": "assistant", "content": rejected}],
-                    "annotator": annotator.name,
-                    "first": "chosen" if choice == 0 else "rejected",
-                    "kind": row.get("kind") or "",
-                    "taste_chosen": tastes[0] if keep_taste else None,
-                    "taste_rejected": tastes[1] if keep_taste else None,
-                }
-            )
-    counts.pairs = len(labelled)
-    counts.agreement = sum(agreements) / len(agreements) if agreements else None
-    return labelled, counts

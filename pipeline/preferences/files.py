@@ -27,13 +27,16 @@ TITLE = "# Preferences between two answers"
 CARD = f"""
 {TITLE}
 
-Answers sampled from {{origin}}, compared in pairs by simulated annotators.
+Answers sampled from {{origin}}, compared in pairs by {{judge}}.
 
 `first` says which of the two answers was shown first. Ties are dropped. `taste_chosen` and `taste_rejected` are the
 annotators' taste without the noise. Only the test split has them: they are for evaluation, and no model may train on
 them.
 
 """
+
+
+ANNOTATORS = "simulated annotators"
 
 
 @dataclass
@@ -68,7 +71,11 @@ class Counts:
 
 
 def write(
-    output_dir: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], counts: Mapping[str, Counts], origin: str
+    output_dir: Path,
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    counts: Mapping[str, Counts],
+    origin: str,
+    judge: str = ANNOTATORS,
 ) -> None:
     """Write a data set, either whole or not at all.
 
@@ -77,16 +84,17 @@ def write(
         splits: Rows of each split, with the columns of `FEATURES`; a split without rows is left out.
         counts: What became of the answers of each split.
         origin: The model that answered and the data set of the prompts, as a phrase.
+        judge: Who labelled the pairs, as a phrase.
     """
     with write_folder(output_dir) as folder:
         for name, rows in splits.items():
             if not rows:  # `load_dataset` refuses a split without rows
                 continue
             Dataset.from_list(list(rows), features=FEATURES).to_parquet(folder / f"{name}.parquet")
-        (folder / "README.md").write_text(card(counts, origin), encoding="utf-8", newline="\n")
+        (folder / "README.md").write_text(card(counts, origin, judge), encoding="utf-8", newline="\n")
 
 
-def card(counts: Mapping[str, Counts], origin: str) -> str:
+def card(counts: Mapping[str, Counts], origin: str, judge: str = ANNOTATORS) -> str:
     """Write the data set card: its YAML header lists the splits for `load_dataset`, its table the counts of each."""
     data_files = [{"split": name, "path": f"{name}.parquet"} for name in counts if counts[name].pairs]
     header = DatasetCardData(configs=[{"config_name": "default", "data_files": data_files}], tags=["preference"])
@@ -94,4 +102,4 @@ def card(counts: Mapping[str, Counts], origin: str) -> str:
     table = [["split", *columns], ["---", *["---:"] * len(columns)]]
     table += [[name, *count.texts().values()] for name, count in counts.items()]
     lines = "".join(f"| {' | '.join(row)} |\n" for row in table)
-    return f"---\n{header}\n---\n{CARD.format(origin=origin)}{lines}"
+    return f"---\n{header}\n---\n{CARD.format(origin=origin, judge=judge)}{lines}"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.report.labels import stage_kind
-from pipeline.report.load import Run, Stage, logged
+from pipeline.report.load import Run, Stage
+from pipeline.report.logs import logged
 
 Points = list[tuple[float, float]]
 

@@ -25,24 +25,25 @@ class StageInfo:
 
 STAGES: dict[str, StageInfo] = {
     "random": StageInfo("Random weights", trained=False),
+    "base": StageInfo("The model to start from", trained=False),
     "pretrain": StageInfo("Pretraining", ("bits_per_byte",)),
-    "sft": StageInfo("Instruction tuning", ("instruction_accuracy", "stop_rate")),
+    "sft": StageInfo("Instruction tuning", ("instruction_accuracy", "answer_bits_per_byte", "stop_rate")),
     "reward": StageInfo("Reward model", ("reward_accuracy", "reward_accuracy_noise_free"), generates=False),
     "ppo": StageInfo("Preference tuning (PPO)", ("win_rate", "win_rate_greedy")),
     "grpo": StageInfo("Reasoning (GRPO)", ("pass@1", "pass@1_sampled", "pass@8", "step_rate")),
 }
 
 BASELINES: dict[str, str] = {
-    "elicited": "2_sft, begun with",
-    "constant": "2_sft, always with",
+    "elicited": "{against}, begun with",
+    "constant": "{against}, always with",
     "majority": "Most frequent training answer of each kind",
 }
-"""Titles of the baselines, to which their texts are appended."""
+"""Titles of the baselines, to which their texts are appended; `against` is the stage that others are compared with."""
 
 EVALUATE = "evaluate_"
 """Prefix of the steps that evaluate a stage."""
 
-_ORDER = ("random", "pretrain", "sft", "preferences", "reward", "ppo", "grpo")
+_ORDER = ("random", "base", "pretrain", "sft", "preferences", "reward", "ppo", "grpo")
 """Order of stages with the same number."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from pipeline.report.labels import STAGES, stage_info, stage_kind, stage_order
 
 Outcomes = dict[str, tuple[float, float, str]]
 """Example id, followed by the hash of the example's content -> (value, weight, kind)."""
+
+ANNOTATORS = "annotators who do not know which is which"
+"""The judge of evaluations that do not name one."""
 
 MACHINE_KEYS = ("hardware", "versions", "commit")
 """Keys of a step's entry in run.json that describe where it ran."""
@@ -40,6 +43,11 @@ class Stage:
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
         texts: What the answers of a baseline begin with or have in common, by a key such as "text".
         evaluation_seconds: How long the evaluation took.
+        against: The stage that it is compared with in the win rates.
+        judge: Who judges these.
+        left_out: What there was no data for, one line each.
+        cut_off: Data -> how many answers were cut off, as `pipeline.evaluation.results` has it.
+        overlap: Data -> how many held-out rows are trained on, likewise.
         state: The content of trainer_state.json, with the logged values in `log_history`.
         config: The model's config.json.
         parameters: Number of weights saved, None if there are none.
@@ -52,6 +60,11 @@ class Stage:
     traces: list[dict[str, Any]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     evaluation_seconds: float | None = None
+    against: str = ""
+    judge: str = ""
+    left_out: list[str] = field(default_factory=list)
+    cut_off: dict[str, dict[str, int]] = field(default_factory=dict)
+    overlap: dict[str, dict[str, Any]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     parameters: int | None = None
@@ -75,6 +88,7 @@ class Run:
         commit: Its commit of this project, None if it was not recorded.
         stages: The stages by name, in the order of training.
         baselines: What is reached without training, by the names in `pipeline.evaluation.baselines`.
+        others: Evaluations with a name -> stage -> metric -> estimate: on other data, or with other settings.
         notes: What could not be read, and steps that ran elsewhere; one line each.
         label: What the run is called, if not by the name of its directory.
     """
@@ -86,6 +100,7 @@ class Run:
     commit: str | None = None
     stages: dict[str, Stage] = field(default_factory=dict)
     baselines: dict[str, Stage] = field(default_factory=dict)
+    others: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     label: str = ""
 
@@ -98,6 +113,17 @@ class Run:
     def steps(self) -> dict[str, dict[str, Any]]:
         """The entries of the steps in run.json, by name."""
         return {name: step for name, step in _mapping(self.record.get("steps")).items() if isinstance(step, dict)}
+
+    @property
+    def against(self) -> str:
+        """The stage that others are compared with."""
+        return next((stage.against for stage in self.stages.values() if stage.against), "2_sft")
+
+    @property
+    def judge(self) -> str:
+        """Who judges the win rates."""
+        judges = dict.fromkeys(stage.judge for stage in self.stages.values() if stage.judge)
+        return " or ".join(judges) or ANNOTATORS
 
     @property
     def answering(self) -> list[Stage]:
@@ -149,6 +175,9 @@ def load_run(path: Path) -> Run:
     names |= {file.parent.parent.name for file in path.glob("[0-9]*_*/checkpoint-*/trainer_state.json")}
     for name in sorted(names, key=stage_order):
         run.stages[name] = _load_stage(run, name)
+    for file in sorted(path.glob("evaluations/*/*.json"), key=lambda file: (file.parent.name, *stage_order(file.stem))):
+        content = _read_object(file, run.notes)
+        run.others.setdefault(file.parent.name, {})[file.stem] = dict(_estimates(content, file, run.notes))
     return run
 
 
@@ -184,18 +213,18 @@ def _load_stage(run: Run, name: str) -> Stage:
 
     evaluation = run.path / "evaluations" / f"{name}.json"
     content = _read_object(evaluation, notes)
-    for figure, entry in _mapping(content.get("metrics")).items():
+    for figure, estimate in _estimates(content, evaluation, notes):
         of, metric = owner(figure)
-        try:
-            of.metrics[metric] = Estimate.from_json(entry)
-        except ValueError as error:
-            if entry is not None:
-                notes.append(f"{evaluation}: {figure}: {error}; left out")
+        of.metrics[metric] = estimate
     for baseline, texts in _mapping(content.get("texts")).items():
         owner(f"{baseline}/")[0].texts = {key: text for key, text in _mapping(texts).items() if isinstance(text, str)}
     stage.answers = _records(content.get("answers"), ("prompt", "answer"))
     stage.traces = _records(content.get("traces"), ("kind", "problem", "answer"))
     stage.evaluation_seconds = finite(content.get("seconds"))
+    stage.against, stage.judge = (str(content.get(key) or "") for key in ("against", "judge"))
+    left_out = content.get("left_out")
+    stage.left_out = [str(line) for line in left_out] if isinstance(left_out, list) else []
+    stage.cut_off, stage.overlap = (_counts(content.get(key)) for key in ("cut_off", "overlap"))
     for figure, outcomes in _read_outcomes(evaluation.with_suffix(".jsonl"), notes).items():
         of, metric = owner(figure)
         of.outcomes[metric] = outcomes
@@ -204,6 +233,15 @@ def _load_stage(run: Run, name: str) -> Stage:
     stage.config = _read_object(directory / "config.json", notes)
     stage.parameters = _count_parameters(directory, notes)
     return stage
+
+
+def _estimates(content: dict[str, Any], file: Path, notes: list[str]) -> Iterator[tuple[str, Estimate]]:
+    for figure, entry in _mapping(content.get("metrics")).items():
+        try:
+            yield figure, Estimate.from_json(entry)
+        except ValueError as error:
+            if entry is not None:
+                notes.append(f"{file}: {figure}: {error}; left out")
 
 
 def _newest_state(directory: Path) -> Path:
@@ -294,25 +332,14 @@ def _mapping(content: object) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def logged(stage: Stage, key: str, x: str = "step") -> list[tuple[float, float]]:
-    """Return the points (x, value) at which the stage logged both `key` and `x`, in the order of logging."""
-    points = [(finite(record.get(x)), finite(record.get(key))) for record in stage.history]
-    return [(at, value) for at, value in points if at is not None and value is not None]
-
-
-def last_logged(stage: Stage, key: str) -> float | None:
-    """Return the last finite value that the stage logged under `key`, None if there is none."""
-    return next((v for record in reversed(stage.history) if (v := finite(record.get(key))) is not None), None)
-
-
-def alarms(run: Run) -> list[dict[str, Any]]:
-    """Return `{"stage", "step", "what", "value"}` for each alarm that the trainers logged as `alarm/<what>`."""
-    return [
-        {"stage": stage.name, "step": int(step), "what": key.removeprefix("alarm/"), "value": value}
-        for stage in run.stages.values()
-        for key in dict.fromkeys(key for record in stage.history for key in record if key.startswith("alarm/"))
-        for step, value in logged(stage, key)
-    ]
+def _counts(content: object) -> dict[str, dict[str, Any]]:
+    """Return the counts of each kind of data; those that lack one are left out."""
+    entries = {key: _mapping(entry) for key, entry in _mapping(content).items()}
+    return {
+        key: entry
+        for key, entry in entries.items()
+        if {"answers", "limit"} <= set(entry) or {"rows", "found", "trained_on", "n"} <= set(entry)
+    }
 
 
 def _one_line(text: str) -> str:

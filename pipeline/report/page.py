@@ -17,7 +17,7 @@ from pipeline.report.labels import stage_info
 from pipeline.report.load import Run
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart
-from pipeline.report.tables import costs, figures, gains, show_targets, tiles
+from pipeline.report.tables import costs, figures, gains, others, remarks, show_targets, tiles
 from pipeline.report.targets import Target, TargetResult, check_targets
 from pipeline.report.text import code, duration, magnitude, markdown, number, visible
 
@@ -76,6 +76,8 @@ def page_content(
         "notes": run.notes,
         "table": figures(run, by_kind=False),
         "kinds": figures(run, by_kind=True),
+        "remarks": remarks(run),
+        "others": others(run),
         "gains": gains(run, found),
         "answering": [stage.name for stage in run.answering],
         "answers": _answers(run),

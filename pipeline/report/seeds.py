@@ -94,7 +94,9 @@ def write_seeds(
     together = _spread_of_seconds([{"together": sum(of_run.values())} if of_run else {} for of_run in taken])
     rows = [_row(name, item, duration, duration) for name, item in {**times, **together}.items()]
     titles = {
-        group: " / ".join(dict.fromkeys(baseline_title(run.baselines[group]) for run in runs if group in run.baselines))
+        group: " / ".join(
+            dict.fromkeys(baseline_title(run, run.baselines[group]) for run in runs if group in run.baselines)
+        )
         for group in baselines
     }
     name = f"{len(runs)} runs" if len(runs) > 1 else "1 run"

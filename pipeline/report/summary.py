@@ -8,7 +8,8 @@ from typing import Any
 from pipeline.evaluation.intervals import finite
 from pipeline.report.differences import Difference
 from pipeline.report.labels import EVALUATE
-from pipeline.report.load import Run, Stage, alarms, last_logged
+from pipeline.report.load import Run, Stage
+from pipeline.report.logs import alarms, last_logged
 from pipeline.report.targets import TargetResult
 
 NAMED = ("stage", "before", "metric", "aim", "verdict")
@@ -20,7 +21,8 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
 
     Returns:
         `stages` (stage -> metric -> `{"value", "ci95", "n"}`, and `by_kind` where there are kinds), `baselines` (the
-        same, and their texts), `alarms` (`{"stage", "step", "what", "value"}`), `seconds` (step -> seconds),
+        same, and their texts), `other` (evaluations with a name, by stage), `judge` of the win rates, `left_out`,
+        `cut_off` and `overlap` (by stage), `alarms` (`{"stage", "step", "what", "value"}`), `seconds` (by step),
         `hardware`, `versions` and `commit` of the last training step, `seed`, `run`, `parameters`, `tokens` and `flops`
         (by stage), `differences`, `promises` (the targets) and `notes`.
     """
@@ -35,6 +37,18 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         "baselines": {
             name: {metric: estimate.to_json() for metric, estimate in baseline.metrics.items()} | baseline.texts
             for name, baseline in run.baselines.items()
+        },
+        "other": {
+            name: {
+                stage: {metric: estimate.to_json() for metric, estimate in metrics.items()}
+                for stage, metrics in stages.items()
+            }
+            for name, stages in run.others.items()
+        },
+        "judge": run.judge,
+        **{
+            key: {name: entry for name, stage in run.stages.items() if (entry := getattr(stage, key))}
+            for key in ("left_out", "cut_off", "overlap")
         },
         "alarms": alarms(run),
         "seconds": seconds(run),

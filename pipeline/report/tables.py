@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
+from pipeline.evaluation.results import remarks as said
 from pipeline.report.differences import Difference
 from pipeline.report.labels import BASELINES, EVALUATE, stage_info, step_order
 from pipeline.report.load import Run, Stage
@@ -25,17 +26,17 @@ def tiles(run: Run) -> list[dict[str, Any]]:
         info = stage_info(stage.name)
         aim = next((name for name in info.aims if name in stage.metrics), None)
         if aim is not None:
-            digits = metric_info(aim).digits if aim == "bits_per_byte" else 2
+            digits = 2 if is_share(aim) else metric_info(aim).digits
             # The stage before is often 2_sft itself, which wins half of the time by definition.
             was = before.metrics.get(aim) if before is not None and info.generates and aim != "win_rate" else None
             shown.append(
                 {
                     "stage": info.title,
-                    "label": metric_info(aim).label + (" against 2_sft" if aim == "win_rate" else ""),
+                    "label": metric_info(aim).label + (f" against {run.against}" if aim == "win_rate" else ""),
                     "was": number(was.value, digits) if was else "",
                     "now": number(stage.metrics[aim].value, digits),
                     "baselines": [
-                        f"{baseline_title(baseline)}: {number(baseline.metrics[aim].value, digits)}"
+                        f"{baseline_title(run, baseline)}: {number(baseline.metrics[aim].value, digits)}"
                         for baseline in run.baselines.values()
                         if aim in baseline.metrics
                     ],
@@ -60,6 +61,7 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
     rows = []
     for metric in sorted({name for stage in stages for name in stage.metrics}, key=metric_order):
         info = metric_info(metric)
+        meaning = info.meaning.replace("{against}", run.against).replace("{judge}", run.judge)
         whole = [stage.metrics.get(metric) for stage in stages]
         kinds = sorted({kind for item in whole if item for kind in item.by_kind}) if by_kind else [""]
         for kind in kinds:
@@ -68,7 +70,7 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
             rows.append(
                 {
                     "label": f"{info.label}: {kind}" if kind else info.label,
-                    "meaning": _meaning("" if kind else info.meaning, estimates),
+                    "meaning": _meaning("" if kind else meaning, estimates),
                     "arrow": {"up": "↑", "down": "↓", "": ""}[info.better],
                     "direction": {"up": "higher is better", "down": "lower is better", "": ""}[info.better],
                     "cells": [
@@ -82,7 +84,7 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
     legend = [
         {
             "name": item.name,
-            "title": baseline_title(item),
+            "title": baseline_title(run, item),
             "figures": [
                 {"label": metric_info(name).label, **(_cell(estimate, name, False) or {})}
                 for name, estimate in item.metrics.items()
@@ -97,10 +99,11 @@ def _of_kind(estimate: Estimate | None, kind: str) -> Estimate | None:
     return estimate.by_kind.get(kind) if estimate and kind else estimate
 
 
-def baseline_title(baseline: Stage) -> str:
+def baseline_title(run: Run, baseline: Stage) -> str:
     """Return what a baseline is called, with the text or texts that its answers share."""
     texts = " or ".join(f"“{text}”" for text in dict.fromkeys(baseline.texts.values()))
-    return f"{BASELINES.get(baseline.name, baseline.name)} {texts}".strip()
+    title = BASELINES.get(baseline.name, baseline.name).replace("{against}", run.against)
+    return f"{title} {texts}".strip()
 
 
 def _cell(estimate: Estimate | None, metric: str, aim: bool) -> dict[str, Any] | None:
@@ -117,6 +120,26 @@ def _meaning(meaning: str, estimates: Sequence[Estimate | None]) -> str:
     return "; ".join(filter(None, [meaning, *known]))
 
 
+def remarks(run: Run) -> list[str]:
+    """Return what is to be said about how the stages were measured: what was left out, cut off or trained on."""
+    measured = [stage for stage in run.stages.values() if stage.metrics]
+    lines: dict[str, list[str]] = {}
+    for stage in measured:
+        for line in (*said(stage.cut_off, stage.overlap), *stage.left_out):
+            lines.setdefault(line, []).append(stage.name)
+    return [f"{line} ({', '.join(names)})" for line, names in lines.items()]
+
+
+def others(run: Run) -> list[dict[str, Any]]:
+    """Return the figures of the evaluations with a name."""
+    return [
+        {"name": name, "stage": stage, "label": metric_info(metric).label, **(_cell(estimate, metric, False) or {})}
+        for name, stages in run.others.items()
+        for stage, metrics in stages.items()
+        for metric, estimate in sorted(metrics.items(), key=lambda item: metric_order(item[0]))
+    ]
+
+
 def gains(run: Run, found: Sequence[Difference]) -> list[dict[str, Any]]:
     """Return the paired differences grouped by their two stages, each with a bar on the axis of its group."""
     groups = []
@@ -129,7 +152,7 @@ def gains(run: Run, found: Sequence[Difference]) -> list[dict[str, Any]]:
                 "stage": stage,
                 "before": before,
                 "title": stage_info(stage).title,
-                "baseline": baseline_title(run.baselines[before]) if before in run.baselines else "",
+                "baseline": baseline_title(run, run.baselines[before]) if before in run.baselines else "",
                 "axis": f"±{reach:.2f}" + (f" or ±{reach:.0%}" if relative else ""),
                 "rows": [_gain(item, reach) for item in rows],
             }

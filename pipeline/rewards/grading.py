@@ -20,6 +20,15 @@ _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?:[.!?;](?=\s|$)|\n)+")
 
 
+RULE_COLUMNS = ("require", "reject", "max_words", "test")
+"""Columns by which an answer is graded."""
+
+
+def is_gradable(row: Mapping[str, Any]) -> bool:
+    """Return whether a row says how answers are graded; by a row without a rule, every answer would be right."""
+    return any(row.get(column) for column in RULE_COLUMNS)
+
+
 def validate_rule(row: Mapping[str, Any]) -> str | None:
     """Return what is wrong with how a row is graded, or None."""
 

@@ -9,14 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError
+from pipeline.evaluation.settings import BASE, STAGES_OF, complete, derive
+from pipeline.evaluation.settings import FILE as EVALUATE
 from pipeline.files import check_directory
 from pipeline.runner.smoke import smoke_overrides
 from pipeline.runner.steps import KINDS, REPORT, Step
+from pipeline.runner.trash import TRASH
 
 RANDOM = "0_random"
-RESERVED = ("report", "evaluations", "logs", RANDOM, "run.json", "run.lock")
+UNMEASURED = ("data", "tokenizer", "random")
+"""Kinds of steps whose settings do not say how stages are measured."""
+RESERVED = ("report", "evaluations", "logs", "votes", RANDOM, BASE, "run.json", "run.lock", TRASH)
 """Names in the directory of a run that no step of a recipe may write to."""
 
 
@@ -39,7 +45,8 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     """Read the steps of a recipe folder.
 
     Args:
-        folder: Folder with files named `<number>_<kind>.yaml` or `<number>_<kind>_<anything>.yaml`.
+        folder: Folder with files named `<number>_<kind>.yaml` or `<number>_<kind>_<anything>.yaml`, or the name of one
+            that is installed with the package, such as pocket.
         output_dir: Directory of the run. Default: the one in which the files' `output_dir` lie; for a smoke run,
             that name with `-smoke` appended.
         seed: Seed of every step. Default: each step's own.
@@ -47,11 +54,12 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
 
     Returns:
         The plan: the steps of the files, an untrained model before the first pretraining, the evaluation of
-        every model after it, and the report.
+        every model after it and of one that the first stage starts from, and the report.
 
     Raises:
         UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.
     """
+    folder = find_shipped(folder)
     configurations = _read_folder(folder)
     home = _common_home(folder, configurations)
     run_dir = output_dir or (home.with_name(home.name + "-smoke") if smoke else home)
@@ -64,11 +72,15 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
             steps.append(_step(RANDOM, "random", path, {**values, "output_dir": str(home / RANDOM)}, seed, smoke))
         steps.append(_step(stem, kind, path, values, seed, smoke))
     steps = [_move(step, home, run_dir) for step in _connect(steps, home)]
+    settings = _evaluation_settings(folder, steps, home)
     planned: list[Step] = []
     for step in steps:
+        starts = bool(settings["base"]) and step.values.get("model_name_or_path") == settings["base"]
+        if starts and not any(other.name == f"evaluate_{BASE}" for other in planned):
+            planned.append(_evaluation(BASE, planned, run_dir, settings, seed, smoke))
         planned.append(step)
         if KINDS[step.kind].measured:
-            planned.append(_evaluation(step, planned, run_dir, seed, smoke))
+            planned.append(_evaluation(step.output.name, planned, run_dir, settings, seed, smoke))
     editable = {step.name: step.output for step in steps if KINDS[step.kind].editable}
     planned = [replace(s, data={need: editable[need] for need in s.needs if need in editable}) for s in planned]
     names = tuple(step.name for step in planned)
@@ -210,7 +222,8 @@ def _connect(steps: Sequence[Step], home: Path) -> list[Step]:
     for position, step in enumerate(steps):
         needs, files = [], []
         for key, value in step.values.items():
-            for text in () if key == "output_dir" else _paths(value):
+            unread = key == "output_dir" or (step.kind == "random" and key == "dataset_name")
+            for text in () if unread else _paths(value):
                 inner = _relative_to(text, home)
                 if inner is None and _names_file(key, text):
                     files.append(Path(text))
@@ -264,19 +277,46 @@ def _move(step: Step, home: Path, run_dir: Path) -> Step:
     return replace(step, arguments=(*arguments, *_flags(overrides)), output=output, leftovers=(output,))
 
 
-def _evaluation(step: Step, before: Sequence[Step], run_dir: Path, seed: int | None, smoke: bool) -> Step:
-    """Return the step that measures `step` on the run's data and against its instruction-tuned model."""
-    overrides: dict[str, Any] = smoke_overrides("evaluate", {}) if smoke else {}
+def _evaluation_settings(folder: Path, steps: Iterable[Step], home: Path) -> dict[str, Any]:
+    """Return the settings of all evaluations: evaluate.yaml, completed with what the stages read."""
+    stages = [(step.output.name, step.kind, step.values) for step in steps if step.kind not in UNMEASURED]
+    file = folder / EVALUATE
+    return complete(read_yaml(str(file)) if file.exists() else {}, derive(stages, home))
+
+
+def _evaluation(
+    stage: str, before: Sequence[Step], run_dir: Path, settings: Mapping[str, Any], seed: int | None, smoke: bool
+) -> Step:
+    """Return the step that measures a stage on the run's data and against the stage that others are compared with."""
+    overrides: dict[str, Any] = smoke_overrides("evaluate", settings) if smoke else {}
     if seed is not None:
         overrides["seed"] = seed
-    shared = [other.name for other in before if other.kind in ("data", "preferences", "sft")]
-    results = run_dir / "evaluations" / step.output.name
+    inputs = [settings.get("judge"), *(source["dataset_name"] for source in _sources(settings))]
+    inputs += [settings["base"]] if stage == BASE else []
+    read = {Path(name) for name in inputs if isinstance(name, str)}
+    home = Path(settings["home"])
+    written = [path for path in read if path.is_relative_to(home)]
+    shared = [
+        other.name
+        for other in before
+        if other.kind in ("data", "preferences", "sft")
+        or any(run_dir / path.relative_to(home) == other.output for path in written)
+    ]
+    results = run_dir / "evaluations" / stage
+    own = [step.name for step in before[-1:] if step.output.name == stage]
     return Step(
-        name=f"evaluate_{step.output.name}",
+        name=f"evaluate_{stage}",
         kind="evaluate",
-        arguments=("evaluate", str(run_dir), "--stage", step.output.name, *_flags(overrides)),
+        arguments=("evaluate", str(run_dir), "--stage", stage, *_flags(overrides)),
         output=results.parent,
         leftovers=(results.with_suffix(".json"), results.with_suffix(".jsonl")),
-        values=overrides,
-        needs=tuple(dict.fromkeys([*shared, step.name])),
+        values={**settings, **overrides},
+        needs=tuple(dict.fromkeys([*shared, *own])),
+        files=tuple(sorted(path for path in read - set(written) if _names_file("dataset_name", str(path)))),
     )
+
+
+def _sources(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the data that stages are measured on."""
+    sources = [settings.get(key) for key in STAGES_OF]
+    return [source for source in sources if isinstance(source, Mapping) and "dataset_name" in source]

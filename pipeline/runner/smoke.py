@@ -44,7 +44,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "evaluate": {"limit": 8, "max_new_tokens": 16},
 }
 
-LIMITS = ("size_mb", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows")
+LIMITS = ("size_mb", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
 """Limits, besides the fields that begin with `max_`. A recipe's own value is kept if it is lower."""
 
 

@@ -152,10 +152,19 @@ def check_steps(steps: Iterable[Step]) -> list[Problem]:
     from transformers import TrainingArguments  # these imports take seconds
 
     from pipeline.config.parser import argument_types, check_values
+    from pipeline.evaluation.settings import check
+    from pipeline.preferences.collect import check_judge
     from pipeline.rewards.loading import load_rewards
     from pipeline.training.checks import preflight
 
     problems = []
+    steps = list(steps)
+    for evaluation in [step for step in steps if step.kind == "evaluate"][:1]:  # all have the same settings
+        problems += check(evaluation.values, "evaluate.yaml: ")
+        if isinstance(tasks := evaluation.values.get("lm_eval_tasks"), list):
+            from pipeline.evaluation.harness import check_tasks  # lm-eval takes seconds to list its tasks
+
+            problems += check_tasks(list(map(str, tasks)), "evaluate.yaml: lm_eval_tasks")
     for step in steps:
         if step.kind not in KINDS or step.kind == "random":  # it shares the file of pretraining
             continue
@@ -169,6 +178,7 @@ def check_steps(steps: Iterable[Step]) -> list[Problem]:
                     found.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
                 elif is_missing_path(value) and not Path(value).is_relative_to(Path(step.values["output_dir"]).parent):
                     found.append(Problem(name, value, "there is no such file or folder; correct the path"))
+        found += check_judge(step.values) if step.kind == "preferences" else []
         names = step.values.get("reward_funcs")
         if names and isinstance(names, list) and all(isinstance(name, str) for name in names):
             try:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from pipeline.__main__ import main
-from pipeline.evaluation.held_out import FIXED_PROMPTS, subsample
+from pipeline.evaluation.held_out import FIXED_PROMPTS
+from pipeline.evaluation.sources import subsample
 
 
 def user(content):
@@ -395,7 +396,7 @@ def refusal(capsys, run, *options):
         main(["evaluate", str(run), "--stage", "0_random", *options])
     assert exit_.value.code == 2
     captured = capsys.readouterr()
-    (line,) = [line for line in captured.err.splitlines() if line.startswith(("--", "RUN"))]
+    (line,) = [line for line in captured.err.splitlines() if line.startswith(("--", "RUN", "text: "))]
     assert not (run / "evaluations").is_dir() and "bits_per_byte" not in captured.out
     return line
 
@@ -457,7 +458,14 @@ def test_a_run_that_cannot_be_written_to_is_refused(run, capsys, monkeypatch):
 def test_data_without_a_column_are_refused(run, capsys):
     shutil.rmtree(run / "data" / "pretrain")
     write_split(run / "data" / "pretrain", [{"story": "A cat."}])
-    assert "lacks the column text" in refusal(capsys, run)
+    assert "text: there is no such column; choose from: story" in refusal(capsys, run)
+
+
+def test_documents_without_words_are_left_out(run):
+    path = run / "data" / "pretrain" / "test.parquet"
+    rows = pq.read_table(path).to_pylist()
+    write_split(path.parent, [*rows, {"text": " \n", "kind": "facts"}, {"text": "", "kind": "facts"}])
+    assert evaluate(run, "0_random")[0]["metrics"]["bits_per_byte"]["n"] == len(rows)
 
 
 def test_damaged_data_are_refused(run, capsys):
@@ -473,9 +481,8 @@ def test_damaged_data_are_refused(run, capsys):
     ("split", "changes", "said"),
     [
         ("pretrain", {"text": None}, "text is None"),
-        ("pretrain", {"text": " "}, "text is ' '"),
         ("sft", {"messages": None}, "messages is None"),
-        ("sft", {"messages": user("Alone?")}, "do not end with an answer"),
+        ("sft", {"messages": user("Alone?")}, "ends with the role user"),
         ("sft", {"messages": [{"role": "robot", "content": "?"}]}, "role 'robot'"),
         ("sft", {"require": ["cat"]}, "require is ['cat'], not a list of lists"),
         ("sft", {"reject": "dog"}, "reject is 'dog'"),

@@ -152,6 +152,52 @@ def test_a_prompt_of_two_splits_is_held_out(arguments: dict[str, Any], tmp_path:
     assert read == {"train": {"fox"}, "validation": {"owl", "is"}, "test": {"ant", "bee"}}
 
 
+def write_file(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_prompts_without_grading_are_refused_unless_a_judge_is_named(arguments: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"prompt": f"where is {word}"} for word in WORDS[2:] * 4]
+    given = {**arguments, "dataset_name": write_file(tmp_path / "a.jsonl", rows), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=r"judge: nothing, for .*: 1 of 1 prompts of validation lack the columns"):
+        collect(PreferenceArguments(**given, max_eval_prompts=1))
+    assert not (tmp_path / "out").exists()
+    collect(PreferenceArguments(**given, judge="tests.evaluation.own_functions:longer_answers_win"))
+    for rows in contents(tmp_path / "out").values():
+        for row in rows:
+            chosen, rejected = (len(row[side][0]["content"]) for side in ("chosen", "rejected"))
+            assert chosen > rejected and row["annotator"] == "judge" and row["taste_chosen"] is None
+    assert "compared in pairs by the function tests" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_single_split_is_divided_by_prompts(arguments: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{**ROW, "prompt": f"where is {a} {b}"} for a in WORDS for b in WORDS[:4]]
+    given = {**arguments, "dataset_name": write_file(tmp_path / "a.jsonl", rows), "output_dir": "-"}
+    read = {name: user_texts(split) for name, split in read_prompts(PreferenceArguments(**given)).items()}
+    assert read["validation"] == {rows[0]["prompt"], rows[20]["prompt"], rows[40]["prompt"]}
+    assert read["train"] == {row["prompt"] for row in rows} - read["validation"]
+
+
+def test_a_reward_model_judges(arguments: dict[str, Any], prompts_dir: Path, model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_dir, tmp_path / "judge")
+    torch.manual_seed(1)
+    judge = LlamaForSequenceClassification(word_model_config(WORDS, num_labels=1)).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    given = {**arguments, "dataset_name": str(prompts_dir), "output_dir": str(tmp_path / "out"), "max_prompts": 4}
+    collect(PreferenceArguments(**given, judge=str(tmp_path / "judge")))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "judge")
+    row = contents(tmp_path / "out")["train"][0]
+    scores = []
+    for side in ("chosen", "rejected"):
+        ids = tokenizer.apply_chat_template([*row["prompt"], *row[side]], return_tensors="pt", return_dict=False)
+        with torch.no_grad():
+            scores.append(judge(ids).logits.item())
+    assert scores[0] > scores[1]
+    with pytest.raises(UserError, match=r"judge: .*: is not a reward model"):
+        collect(PreferenceArguments(**given, judge=str(model_dir)))
+
+
 def test_a_prompt_that_spells_a_special_token_is_refused(arguments: dict[str, Any], tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "prompts", {"train": ["fox", "owl<end>"]})
     given = {**arguments, "dataset_name": str(prompts), "output_dir": str(tmp_path / "new")}

@@ -1,0 +1,61 @@
+"""A chat model whose answers are measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.models.generation import Completion, encode_prompts, generate
+
+BATCH = 256
+"""Answers generated at once, fewer if they are long."""
+GROUP = 64
+"""The same of prompts that nearly fill the context."""
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A language model with its tokenizer and the length limit of its answers in tokens.
+
+    `counts` are of the answers so far and, under `"cut off"`, of those that the limit or the context cut off.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
+        """Return the completions of each conversation; `options` as for `generate`."""
+        return self.complete(encode_prompts(self.tokenizer, prompts), self.max_new_tokens, **options)
+
+    def greedy(self, prompts: Sequence[Any]) -> list[Completion]:
+        """Return the greedy completion of each conversation."""
+        return [completions[0] for completions in self.sample(prompts)]
+
+    def complete(self, prompts: Sequence[list[int]], limit: int, **options: Any) -> list[list[Completion]]:
+        """Complete encoded prompts. Those that leave less room than `limit` in the context get shorter answers."""
+        room = [self.positions - len(prompt) if self.positions else limit for prompt in prompts]
+        completions: list[list[Completion]] = [[Completion("", [], False)] * options.get("samples", 1) for _ in prompts]
+        cramped = sorted((i for i, left in enumerate(room) if 0 < left < limit), key=lambda i: room[i])
+        groups = [[i for i, left in enumerate(room) if left >= limit]]
+        groups += [cramped[start : start + GROUP] for start in range(0, len(cramped), GROUP)]
+        for group in filter(None, groups):
+            shortest = min([limit, *(room[i] for i in group)])
+            some = [prompts[i] for i in group]
+            batch = max(1, min(BATCH, BATCH * 512 // (max(map(len, some)) + shortest)))
+            found = generate(self.model, self.tokenizer, some, max_new_tokens=shortest, batch_size=batch, **options)
+            for i, answers in zip(group, found, strict=True):
+                completions[i] = answers
+        self.counts["answers"] += sum(map(len, completions))
+        self.counts["cut off"] += sum(not answer.stopped for answers in completions for answer in answers)
+        return completions
+
+    @property
+    def positions(self) -> int:
+        """The length of the context in tokens, 0 if it is not limited."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0

@@ -1,0 +1,47 @@
+"""Graders, which say whether answers are right: the rewards that training uses, where only a reward of 1 counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pipeline.evaluation.settings import GRADES
+from pipeline.rewards.functions import exact_answer, math_answer
+from pipeline.rewards.loading import load_rewards
+
+Example = Mapping[str, Any]
+Grader = Callable[[Sequence[str], Sequence[Example]], list[bool]]
+"""Answers, and the rows of what they answer -> whether each is right."""
+
+COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
+"""Grades that judge the final answer alone, so that samples can vote on it, by the `answer` of the row."""
+
+
+def grade_final_answers(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically."""
+    rewards = zip(exact_answer(answers, references), math_answer(answers, references), strict=True)
+    return [1.0 in either for either in rewards]
+
+
+def load_grader(grade: str | None, field: str = "grade") -> Grader:
+    """Load a grader by the name that `evaluate.yaml` gives it.
+
+    Args:
+        grade: A key of `GRADES`, a reward, or `package.module:function`. Default: `grade_final_answers`.
+        field: Key that named it, for messages.
+
+    Raises:
+        UserError: If there is no such reward.
+    """
+    if grade is None:
+        return lambda answers, rows: grade_final_answers(answers, [row["answer"] for row in rows])
+    (reward,) = load_rewards([GRADES.get(grade, grade)], field)
+
+    def grade_all(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
+        names = sorted({name for row in rows for name in row} - {"prompt", "prompts", "completions"})
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        completions = [[{"role": "assistant", "content": answer}] for answer in answers]
+        rewards = reward(completions=completions, prompts=[row["prompt"] for row in rows], **columns)
+        return [value == 1.0 for value in rewards]
+
+    return grade_all

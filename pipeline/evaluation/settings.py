@@ -1,0 +1,351 @@
+"""How the stages of a run are measured: `evaluate.yaml`, completed with what the stages themselves read and are set to.
+
+    problems: {dataset_name: gsm8k-test.jsonl, prompt_column: question, grade: math}
+    judge: runs/mine/3_judge
+    limit: 200
+
+The file is optional, and so is each key. Data that it does not name are the held-out rows of the stages' own data sets;
+`null` leaves them out. The runner completes the file before training and records the result with each evaluation in
+`run.json`, where `python -m pipeline evaluate` finds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.yaml_file import read_yaml
+from pipeline.data.arguments import DataArguments
+from pipeline.errors import Problem, UserError
+from pipeline.files import is_missing_path
+
+FILE = "evaluate.yaml"
+"""Name of the file in a recipe folder."""
+BASE = "0_base"
+"""Name under which the model that the first stage starts from is measured, if no stage of the run makes it."""
+VOTES = "votes"
+"""The judge that consists of people's votes."""
+DEFAULT_LENGTH = 64
+"""Tokens of an answer where no stage says how long one may be."""
+
+STAGES_OF = {
+    "text": ("pretrain",),
+    "instructions": ("sft",),
+    "problems": ("grpo",),
+    "prompts": ("ppo", "preferences"),
+    "pairs": ("reward",),
+}
+"""Data that stages are measured on -> kinds of stages whose own data they are by default, the first that there is."""
+LENGTHS = {"instructions": "max_length", "problems": "max_completion_length", "prompts": "max_completion_length"}
+"""The field of that stage that says how long an answer may be."""
+LAYOUT = {"text": "pretrain", "instructions": "sft", "problems": "reasoning", "prompts": "preferences"}
+"""Configurations of the data set that `recipes.data` writes."""
+GRADES = {"exact": "exact_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
+"""Short names of rewards that grade answers."""
+DERIVED = ("home", "trained_on", "lengths", "against", "base", "reward_models")
+"""Keys of completed settings that follow from the stages; `evaluate.yaml` may also set `against`."""
+
+MAX_SAMPLES = 1000
+
+Values = Mapping[str, Any]
+
+
+@dataclass
+class Source(DataArguments):
+    """A data set to measure on.
+
+    By default all rows of its split `test`, `validation`, or its only one; of the only one that a stage trains on, the
+    rows that it holds out.
+    """
+
+    dataset_test_split: str = field(default="", metadata={"help": "Split to measure on."})
+    validation_share: float = field(default=0.0, metadata={"help": "Share of a single split that training holds out."})
+    grade: str | None = field(
+        default=None,
+        metadata={"help": "exact, math, choice, code, another reward, or module:function (default: exact or math)."},
+    )
+
+
+@dataclass
+class EvaluationArguments:
+    """The keys of `evaluate.yaml`. The first five name data, by the fields of `Source` or by `dataset_name` alone."""
+
+    text: dict[str, Any] | str | None = field(default=None, metadata={"help": "Text to predict."})
+    instructions: dict[str, Any] | str | None = field(default=None, metadata={"help": "Conversations, with answers."})
+    problems: dict[str, Any] | str | None = field(default=None, metadata={"help": "Problems, with final answers."})
+    prompts: dict[str, Any] | str | None = field(default=None, metadata={"help": "Prompts of the win rate."})
+    pairs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Pairs, for reward models."})
+    judge: str | None = field(
+        default=None,
+        metadata={"help": "Judge of the win rate: a reward model that PPO does not train on, `votes`, or a function."},
+    )
+    against: str | None = field(default=None, metadata={"help": "Opponent in the win rate (default: the last SFT)."})
+    elicit: str | None = field(default="Working:", metadata={"help": "Beginning of the answers of the elicited row."})
+    fixed_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts that every stage answers."})
+    limit: int | None = field(default=None, metadata={"help": "Examples of each kind of measurement, at most."})
+    samples: int = field(default=8, metadata={"help": "Answers sampled to each problem."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of an answer (default: the stages' max_length, max_completion_length)."}
+    )
+    lm_eval_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-eval."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampled answers and of the intervals."})
+
+
+SOURCE_FIELDS = tuple(item.name for item in fields(Source) if not item.name.startswith(("max_", "tokenizer_")))
+
+
+def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, Any]:
+    """Return what the settings of a run's stages say about how it is measured.
+
+    Args:
+        stages: Name of the directory, kind and settings of each, in order.
+        home: Directory in which they write.
+
+    Returns:
+        The values of `DERIVED`, with paths as the settings have them.
+    """
+    stages = list(stages)
+    last = {kind: (name, values) for name, kind, values in stages}  # the last one of each kind
+    trained_on, lengths = {}, {}
+    for key, kinds in STAGES_OF.items():
+        values = next((last[kind][1] for kind in kinds if kind in last), None)
+        if values and values.get("dataset_name"):
+            trained_on[key] = _own_source(key, values)
+            if key in LENGTHS:
+                lengths[key] = values.get(LENGTHS[key])
+    outputs = {str(home / name) for name, _, _ in stages}
+    models = [values["model_name_or_path"] for _, _, values in stages if values.get("model_name_or_path")]
+    base = models[0] if models and models[0] not in outputs else None
+    return {
+        "home": str(home),
+        "trained_on": trained_on,
+        "lengths": lengths,
+        "against": last["sft"][0] if "sft" in last else BASE if base else None,
+        "base": base,
+        "reward_models": [path for _, kind, values in stages if kind == "ppo" for path in _listed(values)],
+    }
+
+
+def _listed(values: Values) -> list[str]:
+    paths = values.get("reward_model_path") or []
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def _own_source(key: str, values: Values) -> dict[str, Any]:
+    """Return the data set of a stage as a `Source`."""
+    source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
+    source.setdefault("validation_share", DataArguments.validation_share)
+    if source.get("dataset_test_split") == DataArguments.dataset_test_split:
+        del source["dataset_test_split"]  # it is what training is evaluated on; a split `test` is better
+    if key == "problems":
+        rewards = values.get("reward_funcs") or []
+        first = rewards if isinstance(rewards, str) else next(iter(rewards), "")
+        if first not in ("exact_answer", "math_answer", "answer_format", "hidden_taste", ""):
+            source["grade"] = first
+    return source
+
+
+def defaults() -> dict[str, Any]:
+    """Return the values of the keys that do not name data where they are not given."""
+    return {item.name: item.default for item in fields(EvaluationArguments) if item.name not in STAGES_OF}
+
+
+def complete(content: Values, derived: Values, only_named: bool = False) -> dict[str, Any]:
+    """Complete the content of an `evaluate.yaml`.
+
+    Args:
+        content: What it says.
+        derived: From `derive`, or settings that were completed before.
+        only_named: Whether data that it does not name are left out.
+    """
+    own: Values = derived["trained_on"]
+    settings = defaults() | {name: derived[name] for name in DERIVED} | dict(content)
+    settings["against"] = content.get("against") or derived["against"]
+    for key in STAGES_OF:
+        if key in content:
+            settings[key] = _named_source(content[key], own)
+        elif only_named:
+            settings[key] = None
+        elif key in own:
+            settings[key] = own[key]
+    return settings
+
+
+def _named_source(named: Any, own: Values) -> Any:
+    """Return a data set that a key names as a `Source`; if a stage trains on it, with the rows that it holds out."""
+    named = {"dataset_name": named} if isinstance(named, str) else named
+    if not isinstance(named, Mapping):
+        return named
+    identity, shared = ("dataset_name", "dataset_config"), ("validation_share", "dataset_train_split")
+    same: Values = next((one for one in own.values() if all(one.get(name) == named.get(name) for name in identity)), {})
+    return {name: same[name] for name in shared if name in same} | dict(named)
+
+
+def without_derived(settings: Values) -> dict[str, Any]:
+    """Return what `evaluate.yaml` could say of completed settings."""
+    return {key: value for key, value in settings.items() if key not in DERIVED or key == "against"}
+
+
+def move(settings: Values, run: Path) -> dict[str, Any]:
+    """Return the settings with the paths in `home` in the directory `run`."""
+    home = Path(settings["home"])
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: moved(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if isinstance(value, str) and Path(value).is_relative_to(home):
+            return str(run / Path(value).relative_to(home))
+        return value
+
+    if home == run:
+        return dict(settings)
+    return {key: value if key in ("home", "against") else moved(value) for key, value in settings.items()}
+
+
+def recorded(run: Path, stage: str) -> dict[str, Any]:
+    """Return the settings that the runner recorded for the evaluation of RUN/STAGE, or for another one of the run.
+
+    Without a record, they follow from the arguments that the stages left in their directories.
+    """
+    steps: dict[str, Any] = read_json(run / "run.json").get("steps", {})
+    names = [f"evaluate_{stage}", *(name for name in steps if name.startswith("evaluate_"))]
+    found: dict[str, Any] = next((steps[name].get("values", {}) for name in names if name in steps), {})
+    if all(name in found for name in DERIVED):
+        return dict(found)
+    stages = [
+        (path.parent.name, path.parent.name.partition("_")[2].partition("_")[0], read_json(path))
+        for path in sorted(run.glob("[0-9]*_*/arguments.json"))
+    ]
+    outputs = [values["output_dir"] for _, _, values in stages if isinstance(values.get("output_dir"), str)]
+    return complete(found, derive(stages, Path(outputs[0]).parent if outputs else run))
+
+
+def with_layout(settings: Values, run: Path) -> dict[str, Any]:
+    """Add what RUN has and the settings do not mention: data in RUN/data and RUN/3_preferences, and an SFT stage."""
+    found: dict[str, Any] = {
+        key: {"dataset_name": str(run / "data"), "dataset_config": config}
+        for key, config in LAYOUT.items()
+        if (run / "data" / config / "test.parquet").is_file()
+    }
+    if (run / "3_preferences" / "test.parquet").is_file():
+        found["pairs"] = {"dataset_name": str(run / "3_preferences")}
+    against = settings["against"] or max((path.parent.name for path in run.glob("[0-9]*_sft*/*.json")), default=None)
+    return {**found, **settings, "trained_on": found | settings["trained_on"], "against": against}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, {} if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def check(settings: Values, prefix: str = "") -> list[Problem]:
+    """Check completed settings: the keys of `evaluate.yaml`, and what can be seen of its data and its judge.
+
+    Args:
+        settings: From `complete`.
+        prefix: What precedes the field in a message.
+    """
+    from pipeline.config.parser import check_values  # imports transformers and TRL
+    from pipeline.data.sources import BUILDERS, COMPRESSIONS
+    from pipeline.rewards.loading import load_function, load_rewards
+
+    def attempt(load: Callable[[], object]) -> list[Problem]:
+        try:
+            load()
+        except UserError as error:
+            return list(error.problems)
+        return []
+
+    def is_missing(path: str) -> bool:
+        is_file = Path(path).suffix in (*BUILDERS, *COMPRESSIONS) and not Path(path).exists()
+        return (is_file or is_missing_path(path)) and not Path(path).is_relative_to(Path(settings["home"]))
+
+    content = without_derived(settings)
+    _, problems = check_values(content, [EvaluationArguments])
+    if isinstance(samples := content.get("samples"), int) and samples > MAX_SAMPLES:
+        problems.append(Problem("samples", samples, f"must be at most {MAX_SAMPLES}"))
+    for key in STAGES_OF:
+        source = content.get(key)
+        if not isinstance(source, Mapping) or source == settings["trained_on"].get(key):
+            continue  # a stage's own data are checked with the stage
+        _, found = check_values(source, [Source])
+        name, grade = source.get("dataset_name"), source.get("grade")
+        if not isinstance(name, str) or is_missing(name):
+            remedy = "there is no such file or folder; give a Hub id, a file or a folder"
+            found.append(Problem("dataset_name", name, remedy))
+        if isinstance(grade, str):
+            found += attempt(partial(load_rewards, [GRADES.get(grade, grade)], "grade"))
+        problems += [replace(problem, field=f"{key}: {problem.field}") for problem in found]
+    judge = content.get("judge")
+    if isinstance(judge, str) and ":" in judge:
+        problems += attempt(partial(load_function, judge, "judge"))
+    elif judge in settings["reward_models"]:
+        problems.append(Problem("judge", judge, "PPO is trained to please this model; give one that it does not see"))
+    elif isinstance(judge, str) and judge != VOTES and is_missing(judge):
+        problems.append(Problem("judge", judge, "there is no such folder; give a reward model, votes or a function"))
+    return [replace(problem, field=f"{prefix}{problem.field}") for problem in problems]
+
+
+def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the settings of an evaluation by the options of `pipeline.evaluation.cli`, and what is wrong with them.
+
+    Raises:
+        UserError: If the file of `--config` cannot be read.
+    """
+    run, own = Path(args.run), recorded(Path(args.run), args.stage)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    columns = {name: given[name] for name in SOURCE_FIELDS if name in given}
+    columns |= {"dataset_test_split": given["split"]} if "split" in given else {}
+    data = {key: {"dataset_name": given[key], **columns} for key in STAGES_OF if key in given}
+    options = {name: given[name] for name in defaults() if name in given}
+    content = read_yaml(args.config) if args.config else without_derived(own)
+    if args.name and data and not args.config:
+        content = {key: value for key, value in content.items() if key not in STAGES_OF}
+    content = {**content, **data, **options}
+    settings = complete(content, own, only_named=bool(args.name) and any(key in content for key in STAGES_OF))
+    checked = {key: settings.get(key) for key in STAGES_OF if args.config or key in data}
+    problems = check({**dict.fromkeys(STAGES_OF), **_without_data(settings), **checked})
+
+    def as_option(problem: Problem) -> Problem:
+        key, colon, name = problem.field.partition(": ")
+        if colon and key in data:
+            name = {"dataset_name": key, "dataset_test_split": "split"}.get(name, name)
+        elif problem.field not in options:
+            return problem
+        return replace(problem, field=f"--{name or key}")
+
+    problems = [as_option(problem) for problem in problems]
+    if columns and not data:
+        problems.append(Problem(f"--{next(iter(columns))}", next(iter(columns.values())), "name its data set as well"))
+    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
+        problems.append(Problem("--name", args.name, "must be the name of a folder, without a slash or a leading dot"))
+    return settings, problems if args.name else problems + _check_own(run, args.stage, settings)
+
+
+def _without_data(settings: Values) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in STAGES_OF}
+
+
+def _check_own(run: Path, stage: str, settings: Values) -> list[Problem]:
+    """Refuse to replace what the runner measured by what is measured on other data or with other settings."""
+    step = read_json(run / "run.json").get("steps", {}).get(f"evaluate_{stage}", {})
+    saved = read_json(run / "evaluations" / f"{stage}.json").get("settings")
+    if not step.get("finished_at") or not isinstance(saved, dict):
+        return []
+    now = json.loads(json.dumps(without_derived(settings), default=str))
+    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if not changed:
+        return []
+    remedy = f"the run's own figures were measured with another {' and '.join(changed)}; give these a name beside them"
+    return [Problem("--name", "nothing", remedy)]

@@ -1,0 +1,141 @@
+"""Judges, who say which of two answers to a prompt is better: the annotators, a reward model, or a function.
+
+A function is a reward function, `package.module:function`: the answer with the higher reward wins. If it has a
+parameter `opponents`, it judges the pairs itself, and returns 1 for an answer that wins, 0 for one that loses, and 0.5
+for a tie.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline import hardware
+from pipeline.errors import Problem, UserError
+from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
+from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.rewards.annotators import judge_match
+from pipeline.rewards.grading import is_gradable
+from pipeline.rewards.loading import load_function
+
+Row = Mapping[str, Any]
+Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float | None]]
+"""Answers, their opponents and the rows of the prompts -> 1 for a win, 0 for a loss, 0.5 for a tie, None if unknown."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judge.
+
+    Attributes:
+        name: How reports name it.
+        match: Judges answers.
+        needs_rules: Whether it can judge only prompts whose rows say how they are graded.
+        constants: Number of prompts on which it may choose the text of the baseline `constant`; many matches each.
+    """
+
+    name: str
+    match: Match
+    needs_rules: bool = False
+    constants: int = 16
+
+    def can_judge(self, row: Row) -> bool:
+        """Return whether it can judge answers to the prompt of this row."""
+        return not self.needs_rules or is_gradable(row)
+
+
+ANNOTATORS = Judge("annotators who do not know which is which", judge_match, needs_rules=True, constants=1000)
+
+
+def load_judge(name: str | None, field: str = "judge") -> Judge:
+    """Load a judge.
+
+    Args:
+        name: A reward model (folder or Hub id) or `package.module:function`. Default: the annotators.
+        field: Argument that named it, for messages.
+
+    Raises:
+        UserError: If it cannot be loaded, or is not a reward model.
+    """
+    if name is None:
+        return ANNOTATORS
+    if ":" in name:
+        return Judge(f"the function {name}", _judge_by_function(load_function(name, field)))
+    check_reward_model(name, field)
+    model, tokenizer = load_model(name, field, reward=True, dtype=torch.float32)
+    return Judge(f"the reward model {name}", _judge_by_score(model.to(hardware.accelerator() or "cpu"), tokenizer))
+
+
+def check_reward_model(name: str, field: str = "judge") -> None:
+    """Raise a `UserError` unless `name` is a reward model."""
+    with user_error_for(field, name):
+        if is_reward_model(load_config(name)):
+            return
+    raise UserError(Problem(field, name, "is not a reward model; give one, or package.module:function"))
+
+
+def _judge_by_function(function: Callable[..., Any]) -> Match:
+    in_pairs = "opponents" in inspect.signature(function).parameters
+
+    def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
+        names = {name for row in rows for name in row} - {"prompt", "completions", "prompts", "opponents"}
+        columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
+        rewards = function(_as_completions(answers), prompts=[row["prompt"] for row in rows], **columns, **more)
+        return [float(reward or 0.0) for reward in rewards]
+
+    def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
+        if in_pairs:
+            return rate(answers, rows, opponents=_as_completions(opponents))
+        return compare(rate(answers, rows), rate(opponents, rows))
+
+    return match
+
+
+def _as_completions(answers: Sequence[str]) -> list[list[dict[str, str]]]:
+    return [[{"role": "assistant", "content": answer}] for answer in answers]
+
+
+def _judge_by_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Match:
+    def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
+        both = [
+            [*row["prompt"], *answer]
+            for side in (answers, opponents)
+            for row, answer in zip(rows, _as_completions(side), strict=True)
+        ]
+        scores = score(model, tokenizer, both)
+        return compare(scores[: len(answers)], scores[len(answers) :])
+
+    return match
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Return 1 where a score is higher than its opponent's, 0 where it is lower, and 0.5 where they are equal."""
+    return [0.5 if one == other else float(one > other) for one, other in zip(ours, theirs, strict=True)]
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]
+) -> list[float]:
+    """Return the reward model's score of each conversation, which ends with the assistant's answer.
+
+    Conversations are scored one at a time: in a batch, matrix products sum in a different order, so the last bits of a
+    score would depend on the rest of the batch and on its padding. Of one that exceeds the context, the end is scored.
+    """
+    model.eval()
+    tokens = special_tokens(tokenizer)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    encoded = [
+        tuple(tokenizer.apply_chat_template(as_text(conversation, tokens), return_dict=False)[-positions:])
+        for conversation in conversations
+    ]
+    # Answers occur in several pairs.
+    scores = {
+        ids: float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0]) for ids in set(encoded)
+    }
+    return [scores[ids] for ids in encoded]

@@ -1,0 +1,368 @@
+"""Evaluation on the user's own data: what stages train on, what evaluate.yaml names, and judges of one's own."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import small_model
+import torch
+import yaml
+from datasets import Dataset
+from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
+
+from pipeline.__main__ import main
+from pipeline.data.arguments import DataArguments
+from pipeline.data.splits import load_splits
+from pipeline.errors import UserError
+from pipeline.evaluation.settings import check, complete, derive
+from pipeline.evaluation.sources import Part, Source
+
+OWN = "tests.evaluation.own_functions:{}"
+FRENCH = [{"question": f"Combien font {i} et {i + 1} ?", "answer": f"C'est ça.\n#### {2 * i + 1}"} for i in range(60)]
+
+
+def evaluate(run: Path, stage: str, *options: str, name: str = "") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    named = ["--name", name] if name else []
+    assert main(["evaluate", str(run), "--stage", stage, "--samples", "2", *named, *options]) == 0
+    path = run / "evaluations" / name / f"{stage}.json"
+    lines = path.with_suffix(".jsonl").read_text().splitlines()
+    return json.loads(path.read_text()), [json.loads(line) for line in lines]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", *map(str, arguments)])
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def write_stage(run: Path, stage: str, seed: int = 0, **arguments: Any) -> None:
+    """Write a model, and the arguments that a recipe leaves beside it."""
+    small_model.save_model(run / stage, seed)
+    (run / stage / "arguments.json").write_text(json.dumps({"dataset_test_split": "validation", **arguments}))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    if path.name.endswith(".jsonl.gz"):
+        with gzip.open(path, "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        small_model.write_lines(path, rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "jsonl.gz"])
+def test_the_rows_that_a_stage_holds_out_are_measured_without_a_file(tmp_path: Path, kind: str) -> None:
+    run, questions = tmp_path / "run", write_rows(tmp_path / f"questions.{kind}", FRENCH)
+    with gzip.open(tmp_path / "text.txt.gz", "wt") as file:
+        file.writelines(f"Ligne {i} : {small_model.TEXT}" for i in range(64 * 41))
+    write_stage(run, "1_pretrain", dataset_name=str(tmp_path / "text.txt.gz"))
+    columns = {"prompt_column": "question", "completion_column": "answer"}
+    write_stage(run, "2_sft", seed=1, dataset_name=questions, max_length=40, **columns)
+    write_stage(run, "4_grpo", dataset_name=questions, max_completion_length=8, prompt_column="question")
+    result, examples = evaluate(run, "2_sft", "--limit", "50")
+    metrics = result["metrics"]
+    assert {"bits_per_byte", "answer_bits_per_byte", "stop_rate", "mean_length", "pass@1", "maj@2"} <= set(metrics)
+    assert "instruction_accuracy" not in metrics and "win_rate" not in metrics, "nothing grades or judges these rows"
+    ids = {metric: [e["id"] for e in examples if e["metric"] == metric] for metric in metrics}
+    assert ids["bits_per_byte"] == ids["answer_bits_per_byte"] == ids["pass@1"] == [0, 20, 40]
+    assert any(line.startswith("win rate: left out") for line in result["left_out"])
+    assert result["cut_off"]["problems"]["limit"] == 8 and result["cut_off"]["instructions"]["limit"] == 40
+    assert result["overlap"]["problems"]["trained_on"] == 57, "all rows of the file but those that are held out"
+
+
+def test_training_and_evaluation_hold_out_the_same_rows(tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": f"Is {i}?", "chosen": f"It is {i}.", "rejected": "No." if i % 7 else f"It is {i}."}
+        for i in range(60)
+    ]
+    path = write_rows(tmp_path / "pairs.jsonl", pairs)
+    train, held_out = load_splits(DataArguments(path, validation_share=0.1), "preference", evaluation=False)
+    assert held_out is None
+    trained = {row["prompt"][0]["content"] for row in train}
+    run = tmp_path / "run"
+    write_stage(run, "3_reward", dataset_name=path, validation_share=0.1)
+    write_reward_model(run / "3_reward")
+    result, examples = evaluate(run, "3_reward")
+    assert result["metrics"]["reward_accuracy"]["n"] == len(examples) == 6
+    measured = {row["prompt"] for row in pairs} - trained
+    assert (
+        len([text for text in measured if text not in {r["prompt"] for r in pairs if r["chosen"] == r["rejected"]}])
+        == 6
+    )
+
+
+def write_reward_model(folder: Path, seed: int = 0) -> None:
+    if not folder.exists():
+        small_model.save_model(folder, seed)
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    config.architectures = None
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run whose stage 2 can be measured on questions that have answers."""
+    run = tmp_path / "run"
+    questions = write_rows(tmp_path / "questions.jsonl", FRENCH)
+    columns = {"prompt_column": "question", "completion_column": "answer"}
+    write_stage(run, "2_sft", dataset_name=questions, max_length=12, **columns)
+    return run
+
+
+def test_what_a_file_names_is_measured_and_graded_as_it_says(run: Path, tmp_path: Path) -> None:
+    problems = [{"q": f"{i} + 1?", "a": f"{i}", "kind": "sum"} for i in range(5)]
+    content = {
+        "problems": {
+            "dataset_name": write_rows(tmp_path / "problems.jsonl", problems),
+            "prompt_column": "q",
+            "answer_column": "a",
+            "grade": OWN.format("even_answers_are_right"),
+        },
+        "fixed_prompts": ["Ça va ?"],
+        "max_new_tokens": 4,
+        "elicit": "Ainsi",
+    }
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(yaml.safe_dump(content))
+    result, examples = evaluate(run, "2_sft", "--config", str(config), "--max_new_tokens", "3")
+    right = [(e["id"], e["value"]) for e in examples if e["metric"] == "pass@1"]
+    assert right == [(i, float(i % 2 == 0)) for i in range(5)]
+    assert "maj@2" not in result["metrics"], "samples cannot vote on what a function judges"
+    assert [answer["prompt"] for answer in result["answers"]] == ["Ça va ?"]
+    assert result["texts"]["elicited"] == {"text": "Ainsi"}
+    assert {counts["limit"] for counts in result["cut_off"].values()} == {3}, "options override the file"
+    assert "answer_bits_per_byte" in result["metrics"], "what the file does not name is the stages' own"
+
+
+def test_null_leaves_data_out(run: Path, tmp_path: Path) -> None:
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(f"instructions: null\nproblems: {run.parent}/questions.jsonl\n")
+    result, _ = evaluate(run, "2_sft", "--config", str(config), "--limit", "2")
+    assert "mean_length" not in result["metrics"] and "pass@1" in result["metrics"]
+    assert "stop_rate" in result["metrics"], "without instructions, it is that of the problems"
+
+
+def test_other_data_never_replace_the_runs_own_figures(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(run, "2_sft", "--limit", "2")
+    own = (run / "evaluations" / "2_sft.json").read_bytes()
+    record = {"steps": {"evaluate_2_sft": {"finished_at": "today"}}}
+    (run / "run.json").write_text(json.dumps(record))
+    text = small_model.write_text(tmp_path / "shakespeare.txt", lines=70)
+    error = refused(capsys, run, "--stage", "2_sft", "--text", text, "--samples", 2, "--limit", 2)
+    assert error.startswith("--name: nothing: ") and "text" in error
+    result, _ = evaluate(run, "2_sft", "--text", text, name="shakespeare")
+    assert set(result["metrics"]) == {"bits_per_byte"}, "only what was named"
+    assert (run / "evaluations" / "2_sft.json").read_bytes() == own
+    evaluate(run, "2_sft", "--limit", "2")  # as before
+    assert main(["report", str(run)]) == 0
+    summary = json.loads((run / "report" / "metrics.json").read_text())
+    assert summary["other"]["shakespeare"]["2_sft"]["bits_per_byte"] == result["metrics"]["bits_per_byte"]
+    assert "bits_per_byte" not in summary["stages"]["2_sft"]
+    assert summary["cut_off"]["2_sft"]["instructions"]["limit"] == 12
+    report = (run / "report" / "report.md").read_text()
+    assert "`shakespeare`" in report and "were cut off at 12 tokens" in report
+
+
+def test_rows_that_are_trained_on_are_found_once_for_all_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    rows = [{"text": f"{i}: " + " ".join(f"w{i}x{j}" for j in range(30))} for i in range(40)]
+    rows[20]["text"] = rows[3]["text"] + " and more"
+    for number, stage in enumerate(("1_pretrain", "2_sft")):
+        write_stage(run, stage, number)
+    (run / "1_pretrain" / "arguments.json").write_text(
+        json.dumps({"dataset_name": write_rows(tmp_path / "a.jsonl", rows)})
+    )
+    first, _ = evaluate(run, "1_pretrain")
+    assert {**first["overlap"]["text"], "key": ""} == {"rows": 2, "found": 1, "trained_on": 38, "n": 13, "key": ""}
+
+    def look_again(*_: object) -> None:
+        raise AssertionError("it is known")
+
+    monkeypatch.setattr("pipeline.evaluation.held_out.overlap", look_again)
+    assert evaluate(run, "2_sft")[0]["overlap"] == first["overlap"]
+
+
+def test_answers_that_the_context_cuts_off_are_counted_and_not_given_room(run: Path, tmp_path: Path) -> None:
+    long = [{"question": "Pourquoi ? " * n, "answer": "1"} for n in (1, 19, 400)]
+    path = write_rows(tmp_path / "long.jsonl", long)
+    options = ["--problems", path, "--prompt_column", "question", "--max_new_tokens", "60"]
+    result, examples = evaluate(run, "2_sft", *options, name="long")
+    answers = [example["answer"] for example in examples if example["metric"] == "pass@1"]
+    assert len(answers) == 3 and answers[2] == ""
+    tokens = {e["id"]: e["value"] for e in examples if e["metric"] == "reasoning_length"}
+    tokenizer = small_model.tokenizer()
+    for number, row in enumerate(long[:2]):
+        asked = [{"role": "user", "content": row["question"]}]
+        room = 256 - len(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
+        assert 0 < tokens[number] <= min(60, room)
+    assert result["cut_off"]["problems"]["cut off"] >= 3, "one greedy answer and two samples at least"
+
+
+def test_a_stage_without_a_chat_template_is_measured_on_text(run: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(run / "2_sft")
+    tokenizer.chat_template = None
+    (run / "2_sft" / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(run / "2_sft")
+    result, _ = evaluate(run, "2_sft", "--text", small_model.write_text(tmp_path / "text.txt", lines=70))
+    assert set(result["metrics"]) == {"bits_per_byte"}
+    assert "answers: left out, the tokenizer of this stage has no chat template" in result["left_out"]
+
+
+def test_system_messages_are_kept(run: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be kind."},
+                *small_model.conversation(f"{i}?", "Ja, das ist gut."),
+            ]
+        }
+        for i in range(3)
+    ]
+    path = write_rows(tmp_path / "talk.jsonl", rows)
+    with_system, _ = evaluate(run, "2_sft", "--instructions", path, name="with")
+    without = write_rows(tmp_path / "plain.jsonl", [{"messages": row["messages"][1:]} for row in rows])
+    plain, _ = evaluate(run, "2_sft", "--instructions", without, name="without")
+    told, _ = evaluate(run, "2_sft", "--instructions", without, "--system_prompt", "Be kind.", name="told")
+    bits = [one["metrics"]["answer_bits_per_byte"]["value"] for one in (with_system, plain, told)]
+    assert bits[0] == bits[2] != bits[1]
+
+
+def test_a_function_judges_the_win_rate_and_the_report_names_it(run: Path, tmp_path: Path) -> None:
+    write_stage(
+        run, "3_ppo", seed=1, dataset_name=write_rows(tmp_path / "prompts.jsonl", FRENCH), prompt_column="question"
+    )
+    for judge, greedy in (("longer_answers_win", 0.5), ("the_first_wins", 1.0)):
+        name = OWN.format(judge)
+        result, _ = evaluate(run, "2_sft", "--judge", name, "--max_new_tokens", "5")
+        assert result["judge"] == f"the function {name}"
+        assert result["metrics"]["win_rate_greedy"]["value"] == greedy
+        assert main(["report", str(run)]) == 0
+        assert f"judged by the function {name}" in (run / "report" / "index.html").read_text().replace("&#39;", "'")
+
+
+def test_a_reward_model_judges_unless_ppo_is_trained_to_please_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = {"dataset_name": write_rows(tmp_path / "prompts.jsonl", FRENCH), "prompt_column": "question"}
+    write_stage(run, "3_ppo", seed=1, reward_model_path=[str(run / "3_reward")], **prompts)
+    write_reward_model(run / "3_judge", seed=5)
+    result, _ = evaluate(run, "3_ppo", "--judge", str(run / "3_judge"), "--max_new_tokens", "5")
+    assert result["judge"] == f"the reward model {run / '3_judge'}"
+    assert 0 <= result["metrics"]["win_rate"]["value"] <= 1
+    error = refused(capsys, run, "--stage", "3_ppo", "--judge", run / "3_reward")
+    assert error.startswith("--judge: ") and "PPO is trained to please" in error
+    later, _ = evaluate(run, "3_ppo", "--judge", str(run / "9_later"), "--max_new_tokens", "5")
+    assert "win_rate" not in later["metrics"] and any("not trained yet" in line for line in later["left_out"])
+
+
+def test_people_vote_on_the_answers_that_were_written_down_for_them(run: Path, tmp_path: Path) -> None:
+    prompts = {"dataset_name": write_rows(tmp_path / "prompts.jsonl", FRENCH), "prompt_column": "question"}
+    write_stage(run, "3_ppo", seed=1, **prompts)
+    options = ["--judge", "votes", "--max_new_tokens", "5"]
+    result, _ = evaluate(run, "3_ppo", *options)
+    assert "win_rate" not in result["metrics"]
+    votes = run / "votes" / "3_ppo.jsonl"
+    lines = [json.loads(line) for line in votes.read_text().splitlines()]
+    assert lines and all(line["choice"] is None and line["first"] != line["second"] for line in lines)
+    sampled = [
+        (example["answer"], example["opponent"])
+        for example in evaluate(run, "3_ppo", "--judge", OWN.format("the_first_wins"), *options[2:])[1]
+        if example["metric"] == "win_rate"
+    ]
+    for line in lines:  # people prefer what stage 3 says, where they see it
+        pair = line["first"], line["second"]
+        line["choice"] = "first" if pair in sampled else "second" if pair[::-1] in sampled else None
+    last = next(line for line in lines if line["choice"])
+    del lines[lines.index(last)]
+    votes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result, _ = evaluate(run, "3_ppo", *options)
+    assert result["judge"] == "people's votes"
+    assert (result["metrics"]["win_rate"]["value"], result["metrics"]["win_rate"]["n"]) == (1.0, 2)
+    assert "win_rate: 1 of 3 matches have not been judged" in result["left_out"]
+    again = [json.loads(line) for line in votes.read_text().splitlines()]
+    assert {**last, "choice": None} in again, "and it is written down again"
+    votes.write_text('{"prompt": [], "first": "a", "second": "b", "choice": "left"}\n')
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--stage", "3_ppo", *options])
+
+
+def test_only_a_sample_of_a_large_split_is_read() -> None:
+    class Counting(Dataset):
+        read = 0
+
+        def __iter__(self) -> Any:
+            for row in super().__iter__():
+                Counting.read += 1
+                yield row
+
+    data = Dataset.from_dict({"text": [str(i) for i in range(5000)]})
+    held_out = Part(data, Source("a"), "text", "a", period=20)
+    rows = list(held_out.sample(100))
+    assert len(rows) == 100 and all(number % 20 == 0 and row["text"] == str(number) for number, row in rows)
+    trained_on = Part(data, Source("a"), "text", "a", period=20, trained_on=True)
+    assert [number for number, _ in trained_on.sample(10_000)] == [i for i in range(5000) if i % 20]
+    stream = Part(data.to_iterable_dataset(), Source("a"), "text", "a", period=20)
+    assert [number for number, _ in stream.sample(3)] == [0, 20, 40]
+
+
+STAGES = [
+    ("1_pretrain", "pretrain", {"dataset_name": "novel.txt", "block_size": 64}),
+    ("2_sft", "sft", {"dataset_name": "runs/x/data", "dataset_config": "talk", "max_length": 256}),
+    ("2_sft_more", "sft", {"dataset_name": "more.jsonl", "completion_column": "answer", "max_length": 512}),
+    ("3_ppo", "ppo", {"dataset_name": "p.jsonl", "reward_model_path": "runs/x/3_reward", "max_completion_length": 99}),
+    (
+        "4_grpo",
+        "grpo",
+        {"dataset_name": "q.jsonl", "validation_share": 0.1, "reward_funcs": ["choice", "answer_format"]},
+    ),
+]
+
+
+def test_settings_follow_from_the_stages() -> None:
+    settings = complete({"limit": 3, "problems": "q.jsonl", "pairs": None}, derive(STAGES, Path("runs/x")))
+    assert settings["text"] == {"dataset_name": "novel.txt", "validation_share": 0.05}
+    assert settings["instructions"]["dataset_name"] == "more.jsonl", "those of the last stage of instruction tuning"
+    assert settings["against"] == "2_sft_more" and settings["base"] is None
+    assert settings["trained_on"]["problems"]["grade"] == "choice"
+    assert settings["problems"] == {"dataset_name": "q.jsonl", "validation_share": 0.1}, "with the rows held out"
+    assert settings["lengths"] == {"instructions": 512, "problems": None, "prompts": 99}
+    assert settings["reward_models"] == ["runs/x/3_reward"]
+    assert settings["limit"] == 3 and settings["samples"] == 8 and settings["pairs"] is None
+
+
+def test_a_model_that_no_stage_makes_is_the_base() -> None:
+    stages = [("3_ppo", "ppo", {"dataset_name": "p", "model_name_or_path": "org/model"})]
+    stages += [("4_grpo", "grpo", {"dataset_name": "q", "model_name_or_path": "runs/x/3_ppo"})]
+    derived = derive(stages, Path("runs/x"))
+    assert derived["base"] == "org/model" and derived["against"] == "0_base"
+
+
+def test_everything_that_is_wrong_with_a_file_is_said_at_once() -> None:
+    content = {"lmit": 3, "limit": 0, "samples": 5000, "judge": "runs/x/3_reward", "text": "nowhere/a.txt"}
+    content["problems"] = {"dataset_name": "q.jsonl", "prompt_colum": "q", "grade": "exakt"}
+    problems = check(complete(content, derive(STAGES, Path("runs/x"))), "evaluate.yaml: ")
+    assert sorted(problem.field.removeprefix("evaluate.yaml: ") for problem in problems) == [
+        *("judge", "limit", "lmit", "problems: dataset_name", "problems: grade", "problems: prompt_colum"),
+        *("samples", "text: dataset_name"),
+    ]
+    assert all(isinstance(problem.remedy, str) for problem in problems) and UserError(*problems)
