@@ -1,0 +1,202 @@
+"""Tasks of lm-evaluation-harness, which `python -m pipeline evaluate RUN --stage 2_sft --lm_eval_tasks piqa` measures.
+
+They need the extra `[eval]`. A task, a group or a tag is named as `lm-eval ls tasks` lists it, or by the path of a YAML
+file of one's own. It is measured with lm-eval's defaults, so that its command gives the same values:
+
+    lm-eval run --model hf --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa
+
+That is: with as many examples in the prompt as the task's file says, and without a chat template. The metric `acc_norm`
+of the task `piqa` is recorded as `piqa:acc_norm`; where a task extracts answers in several ways, the name of the way
+follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds of examples.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from numbers import Real
+from pathlib import Path
+from statistics import NormalDist, fmean
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard
+
+from pipeline import hardware
+from pipeline.errors import Problem, UserError, is_network_error
+from pipeline.evaluation import intervals
+from pipeline.evaluation.chat_model import ChatModel
+from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.metrics import output
+from pipeline.evaluation.results import StageResult
+from pipeline.files import write_text
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+FIELD = "lm_eval_tasks"
+HEADING = "## Measured by lm-evaluation-harness"
+"""Heading of its figures in a model card."""
+BATCH_SIZE = 8
+"""Requests in a batch on a CPU; on an accelerator, lm-eval finds the largest that fits."""
+
+
+@cache
+def load_index(folders: tuple[Path, ...] = (), own: bool = True) -> TaskManager:
+    """Return lm-eval's index of tasks and groups: of its `own`, which takes seconds to build, and of more folders."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(folders), include_defaults=own)
+
+
+def find_tasks(tasks: Sequence[str]) -> tuple[TaskManager, list[str], list[str]]:
+    """Return the index with the tasks, their names or paths in it, and those that cannot be found.
+
+    A name may have wildcards, as for lm-eval's command.
+    """
+    files = {task: Path(task).resolve() for task in tasks if task.endswith(".yaml") and Path(task).is_file()}
+    # lm-eval opens a task by its path. A group may consist of tasks from its folder and of lm-eval's own.
+    groups = [path for path in files.values() if re.search("^group:", path.read_text(encoding="utf-8"), re.MULTILINE)]
+    index = load_index(tuple(path.parent for path in groups), own=bool(groups) or len(files) < len(tasks))
+    names = {entry.yaml_path: name for name, entry in index.task_index.items()}
+    found = {
+        task: index.match_tasks([task]) if task not in files else [names.get(files[task], str(files[task]))]
+        for task in tasks
+    }
+    return index, [name for matches in found.values() for name in matches], [task for task in tasks if not found[task]]
+
+
+def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
+    """Check that lm-eval is installed and that it knows the tasks; whether their data can be had shows later.
+
+    Args:
+        tasks: Names of tasks, groups and tags, or paths of YAML files.
+        field: The option that names them, for messages.
+    """
+    if tasks and find_spec("lm_eval") is None:
+        return [Problem(field, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
+    unknown = find_tasks(tasks)[2] if tasks else []
+    remedy = "is neither a name that `lm-eval ls tasks` lists nor a YAML file; correct it"
+    return [Problem(field, task, remedy) for task in unknown]
+
+
+def measure_tasks(
+    result: StageResult, chat: ChatModel, tasks: Sequence[str], limit: int | None = None, seed: int = 0
+) -> None:
+    """Record every metric of the tasks.
+
+    A mean over examples is recorded with each of them, and has an interval like the project's own metrics, as have
+    perplexities. Any other figure, such as that of a group, has the interval that follows from lm-eval's standard
+    error, or none where it has none.
+
+    Args:
+        result: Where the metrics are recorded.
+        chat: The model, in the precision in which it is measured.
+        tasks: Tasks that `check_tasks` accepts.
+        limit: Number of examples of each task, the first ones. Default: all.
+        seed: Seed of the intervals.
+
+    Raises:
+        UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    index, found, _ = find_tasks(tasks)
+    batch_size = "auto" if hardware.accelerator() else BATCH_SIZE
+    try:
+        measured = simple_evaluate(
+            HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),
+            tasks=found,
+            task_manager=index,
+            limit=limit,
+            bootstrap_iters=intervals.RESAMPLES,
+        )
+    except Exception as error:  # tasks, their data and their templates raise anything
+        reason = f"lm-eval cannot measure it ({shorten(str(error) or repr(error), 250)})"
+        if is_network_error(error) or isinstance(error, ConnectionError):
+            reason = "its data are not in the cache, and the Hub cannot be reached; check the network (HF_HUB_OFFLINE?)"
+        raise UserError(Problem(FIELD, ", ".join(tasks), reason)) from error
+
+    results, groups = measured["results"], measured.get("groups", {})
+    parts = {group: measured["group_subtasks"][group] for group in groups}
+    inner = {part for found in parts.values() for part in found}
+    estimates = {name: dict(_estimates(figures)) for name, figures in results.items()}
+    for task, samples in measured["samples"].items():
+        for key, estimate in estimates[task].items() if task not in inner else ():
+            _record(result, task, key, estimate, samples, seed)
+    for group in groups:
+        for key, estimate in estimates[group].items() if group not in inner else ():
+            kinds = {part: estimates[part][key] for part in parts[group] if key in estimates[part]}
+            result.metrics[_name(group, key)] = replace(estimate, by_kind=kinds)
+
+
+def _name(task: str, key: str) -> str:
+    """Return the name of a metric that lm-eval calls `key`; a slash would mean a baseline."""
+    return f"{task}:{key.removesuffix(',none')}".replace("/", "_")
+
+
+def _estimates(figures: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
+    """Yield the metrics of a task or a group, with the intervals that follow from lm-eval's standard errors."""
+    for key, value in figures.items():
+        metric, comma, way = key.partition(",")
+        number = intervals.finite(value)
+        if comma and not metric.endswith("_stderr") and number is not None:
+            error = intervals.finite(figures.get(f"{metric}_stderr,{way}"))
+            estimate = Estimate(number, n=figures.get("sample_count", {}).get(key, figures.get("sample_len")))
+            if error is not None:
+                half = NormalDist().inv_cdf(intervals.TAILS[1]) * error
+                estimate = replace(estimate, low=number - half, high=number + half)
+            yield key, estimate
+
+
+def _record(
+    result: StageResult, task: str, key: str, estimate: Estimate, samples: Sequence[Mapping[str, Any]], seed: int
+) -> None:
+    """Record a metric of a task: with its examples if it is their mean, otherwise as lm-eval estimates it."""
+    metric, _, way = key.partition(",")
+    name, samples = _name(task, key), [item for item in samples if item["filter"] == way and metric in item]
+    values = [item[metric] for item in samples]
+    if values and all(isinstance(value, Real) for value in values) and _same(fmean(values), estimate.value):
+        rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
+        values = list(map(float, values))
+        result.record(name, output(intervals.outcome_mean(values, seed), values), rows)
+        return
+    result.metrics[name] = estimate
+    if values and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
+        # Log-likelihoods, and numbers of words or bytes, from which perplexities and bits per byte are computed.
+        mean = intervals.ratio([value[0] for value in values], [value[1] for value in values], seed)
+        for shown in (lambda x: math.exp(-x), lambda x: -x / math.log(2)):
+            if _same(shown(mean.value), estimate.value) and mean.low is not None and mean.high is not None:
+                result.metrics[name] = replace(estimate, low=shown(mean.high), high=shown(mean.low))
+
+
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def update_card(folder: Path, result: StageResult) -> None:
+    """Add what lm-eval measured to the model card in `folder`, if there is one: as a table, and as the Hub reads it."""
+    path = folder / "README.md"
+    figures = {name.partition(":")[::2]: estimate for name, estimate in result.metrics.items() if ":" in name}
+    if not figures or not path.is_file():
+        return
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    card.data.model_name = card.data.model_name or folder.name
+    card.data.eval_results = [
+        EvalResult(
+            "text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=found.value
+        )
+        for (task, metric), found in figures.items()
+    ]
+    rows = ["| task | metric | value | 95% interval | n |", "| --- | --- | --- | --- | --- |"]
+    for (task, metric), found in figures.items():
+        ends = "" if found.low is None or found.high is None else f"{found.low:.3f} to {found.high:.3f}"
+        rows.append(f"| {task} | {metric} | {found.value:.3f} | {ends} | {found.n} |")
+    text = re.sub(f"{HEADING}.*?(?=\\n## |\\Z)", "", card.text, flags=re.DOTALL).rstrip()
+    card.text = "\n".join([text, "", HEADING, "", *rows, ""])
+    write_text(path, str(card))

@@ -1,0 +1,144 @@
+"""Tasks of lm-evaluation-harness: measured on a stage, and shown in the results, the report and the model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_model
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from pipeline.__main__ import main
+from pipeline.evaluation.intervals import proportion
+
+pytest.importorskip("lm_eval")
+
+CHOICES = [" on the mat.", " is not 21.", " of text."]
+DOCUMENTS = [
+    {"question": text, "choices": CHOICES, "answer": i % 3} for i, text in enumerate(["The cat sat", "The 12"] * 5)
+]
+METRICS = [{"metric": "acc"}, {"metric": "acc_norm"}]
+
+
+def write_task(folder: Path, name: str, documents: list[dict[str, Any]], **fields: Any) -> str:
+    data = small_model.write_lines(folder / f"{name}.jsonl", documents)
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}}, "test_split": "test"}
+    task = folder / f"{name}.yaml"
+    task.write_text(yaml.safe_dump({"task": name, **source, **fields, "metadata": {"version": 1}}))
+    return str(task)
+
+
+def write_choices(folder: Path, name: str = "toy_choice", documents: list[dict[str, Any]] = DOCUMENTS) -> str:
+    return write_task(
+        folder,
+        name,
+        documents,
+        output_type="multiple_choice",
+        doc_to_text="{{question}}",
+        target_delimiter="",
+        doc_to_choice="{{choices}}",
+        doc_to_target="{{answer}}",
+        metric_list=METRICS,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    small_model.save_model(folder / "2_sft")
+    (folder / "2_sft" / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n\n## More\n\nText.\n")
+    return folder
+
+
+def measure(run: Path, *options: str) -> dict[str, Any]:
+    assert main(["evaluate", str(run), "--stage", "2_sft", *options]) == 0
+    return json.loads((run / "evaluations" / "2_sft.json").read_text())["metrics"]
+
+
+def test_a_task_is_measured_with_n_and_interval_and_shown_everywhere(run: Path, tmp_path: Path) -> None:
+    task = write_choices(tmp_path)
+    figure = measure(run, "--lm_eval_tasks", task)["toy_choice:acc"]
+
+    model = AutoModelForCausalLM.from_pretrained(run / "2_sft")
+    correct = []
+    for row in DOCUMENTS:
+        scores = []
+        for choice in row["choices"]:
+            start = small_model.tokenizer()(row["question"])["input_ids"]
+            ids = torch.tensor([small_model.tokenizer()(row["question"] + choice)["input_ids"]])
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].log_softmax(-1)
+            taken = logps[len(start) - 1 :].gather(1, ids[0, len(start) :, None])
+            scores.append(taken.sum().item())
+        correct.append(float(scores.index(max(scores)) == row["answer"]))
+    expected = proportion(correct)
+    assert figure == expected.to_json() and figure["n"] == len(DOCUMENTS)
+    lines = [json.loads(line) for line in (run / "evaluations" / "2_sft.jsonl").read_text().splitlines()]
+    assert [line["value"] for line in lines if line["metric"] == "toy_choice:acc"] == correct
+
+    assert main(["report", str(run)]) == 0
+    summary = json.loads((run / "report" / "metrics.json").read_text())
+    assert summary["stages"]["2_sft"]["toy_choice:acc"] == figure
+    assert "choice, acc |" in (run / "report" / "report.md").read_text()
+
+    for _ in range(2):  # the second one replaces what the first one wrote
+        card = ModelCard.load(run / "2_sft" / "README.md")
+        found = {item.metric_type: item.metric_value for item in card.data.eval_results}
+        assert found["acc"] == figure["value"] and found.keys() == {"acc", "acc_norm"}
+        low, high = figure["ci95"]
+        row = f"| toy_choice | acc | {figure['value']:.3f} | {low:.3f} to {high:.3f} | {len(DOCUMENTS)} |"
+        assert card.text.count(row) == 1 and card.text.count("## More\n\nText.") == 1
+        assert card.data.license == "mit"
+        measure(run, "--lm_eval_tasks", task)
+
+
+def test_a_group_a_perplexity_and_a_limit(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for i in range(2):
+        write_choices(folder, f"part{i}", DOCUMENTS[: 4 + i])
+    group = folder / "both.yaml"
+    aggregated = [{"metric": "acc", "weight_by_size": False}]
+    group.write_text(yaml.safe_dump({"group": "both", "task": ["part0", "part1"], "aggregate_metric_list": aggregated}))
+    text = write_task(
+        tmp_path,
+        "toy_text",
+        [{"page": small_model.TEXT * i} for i in (1, 2, 3)],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{page}}",
+        metric_list=[{"metric": "bits_per_byte"}],
+    )
+    found = measure(run, "--lm_eval_tasks", str(group), text, "--limit", "2")
+    both = found["both:acc"]
+    assert both["n"] == 4 and both["by_kind"].keys() == {"part0", "part1"}
+    assert both["value"] == pytest.approx(sum(part["value"] for part in both["by_kind"].values()) / 2)
+    assert both["ci95"][0] <= both["value"] <= both["ci95"][1]
+    assert not any(name.startswith("part") for name in found)
+    bits = found["toy_text:bits_per_byte"]
+    assert bits["n"] == 2 and 1 < bits["ci95"][0] < bits["value"] < bits["ci95"][1]
+
+
+def test_tasks_that_cannot_be_measured_are_refused_in_one_line_each(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*tasks: str) -> list[str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(["evaluate", str(run), "--stage", "2_sft", "--lm_eval_tasks", *tasks])
+        assert stop.value.code == 2 and not (run / "evaluations" / "2_sft.json").exists()
+        return [line for line in capsys.readouterr().err.splitlines() if "lm_eval_tasks: " in line]
+
+    unknown, missing = refused("piqa", "arc_eazy", "no.yaml")
+    assert unknown.startswith("--lm_eval_tasks: arc_eazy: ") and missing.startswith("--lm_eval_tasks: no.yaml: ")
+    (line,) = refused("piqa")
+    assert "the Hub cannot be reached" in line
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: [")
+    (line,) = refused(str(broken))
+    assert "lm-eval cannot measure it" in line
