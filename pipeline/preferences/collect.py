@@ -204,13 +204,19 @@ def _without_judge(name: str, lack: str) -> Problem:
 
 
 def check_judge(values: Mapping[str, Any]) -> list[Problem]:
-    """Check, before anything is trained, that answers to the prompts of a local data set can be judged, by its columns.
+    """Check, before anything is trained, that there is a judge of the answers, and by the columns of local data whether
+    one is needed.
 
     `values` are the fields of a YAML file.
     """
-    name = values.get("dataset_name")
-    if values.get("judge") or not isinstance(name, str) or not os.path.exists(name):
-        return []
+    name, judge = values.get("dataset_name"), values.get("judge")
+    try:
+        if isinstance(judge, str) and ":" in judge:
+            load_judge(judge)
+        if judge or not isinstance(name, str) or not os.path.exists(name):
+            return []
+    except UserError as error:
+        return list(error.problems)
     try:
         splits = open_source(name, values.get("dataset_config"))
     except UserError:  # the step itself says it better

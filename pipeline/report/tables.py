@@ -127,7 +127,8 @@ def remarks(run: Run) -> list[str]:
     for stage in measured:
         for line in (*said(stage.cut_off, stage.overlap), *stage.left_out):
             lines.setdefault(line, []).append(stage.name)
-    return [f"{line} ({', '.join(names)})" for line, names in lines.items()]
+    of_all = len([stage for stage in measured if stage_info(stage.name).generates])
+    return [line if len(names) >= of_all else f"{line} ({', '.join(names)})" for line, names in lines.items()]
 
 
 def others(run: Run) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from pipeline.errors import EXIT_USER_ERROR
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.progress import VARIABLE, duration
 from pipeline.runner.run_state import RunState, Stage
-from pipeline.runner.steps import KINDS, Step
+from pipeline.runner.steps import Step
 
 REFRESH_SECONDS = 0.25
 PROGRESS_SECONDS = 10
@@ -158,12 +158,13 @@ class RunConsole:
         self._refresh()
         self.close()
         kinds = self.state.kinds
-        metrics = list(dict.fromkeys(filter(None, (KINDS[kind].figure for kind in kinds.values()))))
+        own_metrics = {name: self.state.metric(name) for name in kinds}
+        metrics = [m for m in dict.fromkeys(own_metrics.values()) if m and any(self.state.value(n, m) for n in kinds)]
         table = Table("", box=None, pad_edge=False, header_style="")
         for metric in metrics:
             table.add_column(metric_info(metric).label, justify="right")
-        for name, kind in kinds.items():
-            values = [(self.state.value(name, metric), metric == KINDS[kind].figure) for metric in metrics]
+        for name in kinds:
+            values = [(self.state.value(name, metric), metric == own_metrics[name]) for metric in metrics]
             if any(value for value, _ in values):
                 table.add_row(name, *(Text(value, "bold" if own and self._live else "") for value, own in values))
         if self.state.taken:

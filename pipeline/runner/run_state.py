@@ -16,6 +16,9 @@ from pipeline.progress import duration
 from pipeline.runner.records import Decision
 from pipeline.runner.steps import KINDS, Step
 
+UNGRADED = {"instruction_accuracy": "answer_bits_per_byte"}
+"""Metrics that need rows to say how answers are graded -> what is measured where they do not."""
+
 
 @dataclass
 class Stage:
@@ -179,9 +182,15 @@ class RunState:
             return f"{content['metrics'][metric]['value']:.{metric_info(metric).digits}f}"
         return ""
 
+    def metric(self, stage: str) -> str:
+        """Return the metric by which a stage is judged, "" if there is none."""
+        metric = KINDS[self.kinds[stage]].figure if stage in self.kinds else ""
+        ungraded = UNGRADED.get(metric, "")
+        return ungraded if ungraded and not self.value(stage, metric) and self.value(stage, ungraded) else metric
+
     def figure(self, stage: str) -> str:
         """Return the main figure of a stage, after that of the stage before it: "win rate 0.507 -> 0.772"."""
-        metric = KINDS[self.kinds[stage]].figure if stage in self.kinds else ""
+        metric = self.metric(stage)
         names = list(self.kinds)[: list(self.kinds).index(stage) + 1] if metric else []
         *before, own = (self.value(name, metric) for name in names) if names else [""]
         label = metric_info(metric).label

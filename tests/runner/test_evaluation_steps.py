@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from small_model import ROOT
 from pipeline.__main__ import main
 from pipeline.evaluation.settings import check
 from pipeline.runner.plan import read_plan
+from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
 
 FILES: dict[str, dict[str, Any]] = {
@@ -104,10 +106,23 @@ def test_prompts_that_nobody_can_judge_are_refused_before_anything_runs(
     (folder / "3_preferences.yaml").write_text(yaml.safe_dump({**values, "judge": "tests.evaluation.own_functions:x"}))
     with pytest.raises(SystemExit):
         main(["run", "recipe", "--dry-run"])
-    assert "its prompts lack" not in capsys.readouterr().err
+    assert "3_preferences: judge: tests.evaluation.own_functions:x: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("evaluate.yaml")), ids=lambda path: path.parent.name)
 def test_the_settings_of_a_recipe_are_accepted(path: Path, tmp_path: Path) -> None:
     steps = evaluations(path.parent, output_dir=tmp_path / "run")
     assert steps and check(next(iter(steps.values())).values) == []
+
+
+def test_without_grades_a_stage_is_judged_by_the_likelihood_of_answers(folder: Path) -> None:
+    plan = read_plan(folder)
+    state = RunState(plan.run_dir, plan.steps, [], {})
+    path = Path("runs/r/evaluations/2_sft.json")
+    path.parent.mkdir(parents=True)
+    for metric, shown in (("answer_bits_per_byte", "bits per byte of answers 1.250"), ("instruction_accuracy", "")):
+        path.write_text(json.dumps({"metrics": {metric: {"value": 1.25}, "answer_bits_per_byte": {"value": 1.25}}}))
+        assert state.metric("2_sft") == metric
+        assert state.figure("2_sft").startswith(shown)
+    path.unlink()
+    assert state.metric("2_sft") == "instruction_accuracy" and state.figure("2_sft") == ""
