@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from small_model import ROOT, conversation, save_model, save_tokenizer, write_lines
 from test_layers import LAYERS
@@ -22,6 +23,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.__main__ import COMMANDS, build_parser, main
 from pipeline.config.parser import argument_types, parse
+from pipeline.evaluation.settings import check, complete, derive
 
 PAGES = [
     ROOT / name
@@ -73,6 +75,7 @@ def test_a_printed_command_is_accepted(
 ) -> None:
     for name in ("recipes", "accelerate_config.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "mine").symlink_to(ROOT / "recipes/pocket")  # as `python -m pipeline copy pocket mine` writes it
     monkeypatch.chdir(tmp_path)
     for placeholder, value in STAND_INS.items():
         command = command.replace(placeholder, value)
@@ -99,7 +102,8 @@ def test_a_printed_command_is_accepted(
     elif words[:2] == ["pip", "install"]:
         settings = ConfigParser()
         settings.read(ROOT / "setup.cfg")
-        assert all(extra in settings["options.extras_require"] for extra in re.findall(r"\[(\w+)\]", command))
+        extras = re.findall(r"\.\[(\w+)\]", command)  # of this package
+        assert all(extra in settings["options.extras_require"] for extra in extras)
     elif words[0] == "pytest":
         assert "slow" not in command or "slow:" in (ROOT / "setup.cfg").read_text()
         assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
@@ -121,6 +125,15 @@ def test_the_files_and_modules_that_a_page_names_exist(path: Path) -> None:
         assert (ROOT / name).exists(), name
     for name in (span for span in spans if re.fullmatch(r"(pipeline|recipes|tests)\.[\w.]+", span)):
         resolve_name(name)
+
+
+def test_the_settings_of_an_evaluation_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(ROOT / "README.md", "yaml")
+    settings = yaml.safe_load(block)
+    for name in (settings["text"], settings["problems"]["dataset_name"]):
+        Path(name).touch()
+    assert check(complete(settings, derive([], Path("runs/mine")))) == []
 
 
 def test_contributing_draws_the_house_as_it_is() -> None:

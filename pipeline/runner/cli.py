@@ -41,6 +41,7 @@ from pipeline.runner.processes import run
 from pipeline.runner.records import Decision, RunRecord, decide, measured_seconds
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, check_steps, find_step
+from pipeline.runner.trash import TRASH
 from pipeline.runner.warm import WarmProcess
 
 MAX_PROCESSES = 16
@@ -177,8 +178,9 @@ def _show(decided: Sequence[tuple[Step, Decision]], args: argparse.Namespace) ->
     for step, decision in decided:
         verb = {"start": "run"}.get(decision.action, decision.action)
         print(f"{verb} {step.name}: {decision.reason}")
+        kept = ", without its checkpoints" * (decision.action == "continue")
         for path in decision.replaced:
-            print(f"    {'deletes' if decision.deletes else 'moves'} {path}{'' if decision.deletes else ' to .trash'}")
+            print(f"    deletes {path}" if decision.deletes else f"    moves {path} to {TRASH}{kept}")
         if decision.action != "skip":
             print(f"    {_command_line(step, args)}")
     due = [decision for _, decision in decided if decision.action != "skip"]

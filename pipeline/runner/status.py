@@ -52,7 +52,7 @@ def show(run: Path) -> None:
     decisions = decide(steps, record)
     full = _expected_seconds(steps, measured_seconds(run, str(recipe), smoke))
     is_running = is_locked(run / "run.lock")
-    print(f"{run}: {recipe}, seed {record.content.get('seed')}")
+    print(f"{run}: {recipe}" + (f", seed {shown}" if (shown := record.content.get("seed")) is not None else ""))
     left, done = 0.0, 0
     width = max(len(step.name) for step in steps)
     for step in steps:

@@ -183,12 +183,27 @@ def test_more_steps_go_on_from_the_last_checkpoint(recipe: Path, name: str, valu
     assert due(recipe)[name].action == "start", "another learning rate is not only more steps"
 
 
-def test_without_a_checkpoint_more_steps_begin_again(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_without_a_checkpoint_more_steps_begin_again(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree("runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     for path in Path("runs/pocket/4_grpo").glob("checkpoint-*"):
         shutil.rmtree(path)
     change(recipe, "4_grpo", {"max_steps": 900})
+    assert due(recipe)["4_grpo"].action == "start"
+
+
+def test_an_interrupted_step_is_resumed_after_a_change_without_effect(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree("runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    record = RunRecord.read(Path("runs/pocket"))
+    record.stop(next(step for step in read_plan(recipe).steps if step.name == "4_grpo"), 1.0, finished=False)
+    change(recipe, "4_grpo", {"logging_steps": 7})
+    assert due(recipe)["4_grpo"].action == "resume"
+    change(recipe, "4_grpo", {"beta": 0.1})
     assert due(recipe)["4_grpo"].action == "start"
 
 

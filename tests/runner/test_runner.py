@@ -186,6 +186,8 @@ def test_a_step_with_more_steps_continues_and_what_depends_on_it_runs_again(fold
     (checkpoint / "trainer_state.json").write_text('{"global_step": 2, "max_steps": 2}')
     before = identities()
     configure(folder, "2_sft", max_steps=5)
+    _, out, _ = run("--dry-run")
+    assert "continue 2_sft: goes on" in out and "moves runs/r/2_sft to .trash, without its checkpoints" in out
     _, out, _ = run("--until", "2_sft")
     assert "2_sft: goes on from its last checkpoint (max_steps: 2 -> 5), on the schedule of the new total" in out
     assert "moved runs/r/2_sft to runs/r/.trash/" in out and ", without checkpoint-*\n" in out
@@ -211,7 +213,7 @@ def test_status_of_a_finished_run_and_after_a_change(
     run()
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
     title, *lines, last = status(capfd)
-    assert title == "runs/r: recipe, seed None" and last == "all steps are done"
+    assert title == "runs/r: recipe" and last == "all steps are done"
     assert [line.split()[:2] for line in lines] == [[name, "done"] for name in read_names()]
     configure(folder, "2_sft", num_train_epochs=5)
     *_, sft, reward, last = status(capfd)
