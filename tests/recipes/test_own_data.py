@@ -64,8 +64,10 @@ def test_a_folder_of_yaml_runs_on_files_of_ones_own(tmp_path: Path) -> None:
     stages = smoke("gsm8k-shakespeare", tmp_path)["stages"]
 
     models = ["0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo"]
-    assert set(stages) == {*models, "3_reward"}
-    assert {"value", "ci95", "n"} <= set(stages["3_reward"]["reward_accuracy"])
+    assert set(stages) == {*models, "3_reward", "3_judge"}
+    for stage in ("3_reward", "3_judge"):
+        assert {"value", "ci95", "n"} <= set(stages[stage]["reward_accuracy"])
+    assert "win_rate" in stages["3_ppo"], "by the judge that PPO did not train against"
     for stage in models:
         assert {"bits_per_byte", "stop_rate", "pass@1"} <= set(stages[stage]), stage
         assert 0 < stages[stage]["bits_per_byte"]["value"] < 20, stage
@@ -99,3 +101,15 @@ def test_an_existing_model_goes_through_stages_2_to_4_with_lora(tmp_path: Path) 
     assert not torch.equal(last, start)
     saved = AutoTokenizer.from_pretrained(run / "4_grpo")
     assert saved.pad_token == "<|pad|>" and saved.chat_template == CHATML
+
+
+@pytest.mark.slow
+def test_problems_of_reasoning_gym_are_measured_for_each_task(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    metrics = smoke("pocket-reasoning", tmp_path)
+    stages, baselines = metrics["stages"], metrics["baselines"]
+    assert set(stages) == {"0_random", "1_pretrain", "2_sft", "4_grpo"}
+    tasks = set(stages["4_grpo"]["pass@1"]["by_kind"])
+    assert len(tasks) > 1
+    for shown in (stages["2_sft"], baselines["elicited"], baselines["majority"]):
+        assert set(shown["pass@1"]["by_kind"]) == tasks
