@@ -167,11 +167,12 @@ class Mix:
             yield grades[place].task, next(sources[place])
 
     def _usable(self, grade: Grade, pool: str) -> Iterator[Entry]:
-        """Yield the problems of a pool that no held-out split has and whose answer is accepted."""
+        """Yield the problems of a pool that no held-out split has, and whose answer the verifier accepts."""
         left_out = 0
         for entry in grade.entries(self.args.seed, pool):
             question = entry["question"].strip()
-            if question not in self.held_out and self._accepts(grade.task, entry):
+            # Only the rows of `reasoning` meet the verifier.
+            if question not in self.held_out and (pool not in SPLITS or self._accepts(grade.task, entry)):
                 if pool in SPLITS[1:]:
                     self.held_out.add(question)
                 yield entry
