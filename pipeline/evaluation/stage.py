@@ -46,7 +46,7 @@ def check_run(run: Path) -> None:
         UserError: If RUN does not exist, or the evaluations cannot be written.
     """
     if not run.is_dir():
-        raise UserError(Problem("RUN", run, "does not exist or is not a directory; give the directory of a run"))
+        raise UserError(Problem("RUN", run, "no such directory; make it with `python -m pipeline run RECIPES`"))
     if problem := check_directory(run / "evaluations", "RUN"):
         raise UserError(problem)
 

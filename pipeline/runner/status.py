@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     """
     runs = [args.run] if (args.run / "run.json").exists() else [path.parent for path in args.run.glob("seed*/run.json")]
     if not runs:
-        raise UserError(Problem("RUN", args.run, "does not contain a run; name the directory of one, like runs/pocket"))
+        raise UserError(Problem("RUN", args.run, "does not contain a run; make it with `python -m pipeline run`"))
     for run in sorted(runs):
         show(run)
     return 0
