@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
@@ -128,12 +128,22 @@ def bootstrap(totals: Sequence[float], weights: Sequence[float] | None = None, *
     if n < 2:
         value = float(numerator.sum() / denominator.sum()) if n else float("nan")
         return value, value
-    # How often each unit is drawn, one row per resample: the units are not copied.
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    counts = _kept_counts(n, seed) if n <= KEPT_UNITS else _counts(n, seed)
     drawn = counts @ denominator
     ratios = (counts @ numerator)[drawn > 0] / drawn[drawn > 0]
     low, high = np.quantile(ratios, TAILS)
     return float(low), float(high)
+
+
+def _counts(n: int, seed: int) -> np.ndarray:
+    """Return how often each of `n` units is drawn, one row per resample, by which the units are not copied."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
+
+
+KEPT_UNITS = 400
+"""Units up to which draws are kept, 6 MB at most for each number of them: a report asks for few numbers, many times."""
+
+_kept_counts = lru_cache(maxsize=32)(_counts)
 
 
 def proportion(outcomes: Sequence[float]) -> Estimate:
