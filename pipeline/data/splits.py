@@ -63,8 +63,9 @@ def _divide(
     tokens: re.Pattern[str] | None,
 ) -> tuple[Split, Split | None]:
     """Return both splits, with standard columns and limited to the samples asked for."""
-    if args.dataset_test_split == "validation" not in source and "test" in source:
-        args = replace(args, dataset_test_split="test")  # the default, which many data sets do without
+    if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
+        logger.info("The data set has no split validation: training is evaluated on its split test.")
+        args = replace(args, dataset_test_split="test")
     train, test = args.dataset_train_split, args.dataset_test_split
     single = list(source) == [train] and train != test and args.validation_share > 0
     if single and (evaluation or not isinstance(source[train], Dataset) or len(source[train]) > 1):

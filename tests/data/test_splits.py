@@ -100,6 +100,14 @@ def test_a_folder_in_hub_layout_by_configuration_and_split(tmp_path: Path) -> No
     assert [row["text"] for row in test] == ["test 0", "test 1", "test 2"]
 
 
+def test_without_a_split_validation_training_is_evaluated_on_test(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "hub")
+    (folder / "README.md").unlink()
+    (folder / "a" / "validation.parquet").unlink()
+    _, test = load_splits(DataArguments(str(folder / "a")), "text", evaluation=True)
+    assert test is not None and [row["text"] for row in test] == ["test 0", "test 1", "test 2"]
+
+
 def test_a_configuration_left_behind_by_a_replaced_data_set_does_no_harm(tmp_path: Path) -> None:
     train, _ = load_splits(all_of(write(tmp_path, "jsonl", ROWS), dataset_config="pretrain"), "text", evaluation=False)
     assert len(train) == 40
