@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from pipeline import files, launch
 from pipeline.config import output_directory
@@ -83,6 +84,9 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequen
     for callback in (PrinterCallback, ProgressCallback):  # dictionaries and bars
         trainer.remove_callback(callback)
     trainer.add_callback(ReportCallback())
+    for tracker in map(INTEGRATION_TO_CALLBACK.get, trainer.args.report_to):
+        # Last, so that it shows what other callbacks add to a log, or take from it.
+        trainer.add_callback(trainer.pop_callback(tracker))
     if checkpoint is None and (checkpoint := checkpoints.newest_complete(trainer.args.output_dir)) is not None:
         checkpoints.check_architecture(checkpoint, trainer.model.config)
     if checkpoint is not None:
