@@ -13,7 +13,7 @@ WITHOUT_EFFECT = re.compile(
     r"(gradient|activation)_checkpointing\w*|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)|"
     r"per_device_eval_batch_size|max_eval_samples|dataset_test_split|metric_for_best_model|greater_is_better|"
     r"prediction_loss_only|include_for_metrics|include_num_input_tokens_seen|batch_eval_metrics|skip_memory_metrics|"
-    r"num_completions_to_print|num_generations_eval|dataset_num_proc|resume_from_checkpoint"
+    r"num_completions_to_print|num_generations_eval|dataset_num_proc|resume_from_checkpoint|torch_empty_cache_steps"
 )
 """Names of fields that say what is reported, saved, measured or pushed, and when."""
 

@@ -41,9 +41,10 @@ def missing_input(arguments: Iterable[Any], config: str) -> Problem | None:
     """
     folder = Path(config).parent
     steps: list[tuple[str, Path]] = []
-    for path in sorted(find_shipped(folder).glob("*.y*ml")):
-        with contextlib.suppress(UserError):
-            steps.append((path.stem, Path(str(read_yaml(str(path)).get("output_dir")))))
+    for path in sorted(find_shipped(folder).glob("[0-9]*.y*ml")):
+        with contextlib.suppress(UserError):  # the file of another step is wrong
+            output = Path(str(read_yaml(str(path)).get("output_dir", "")))
+            steps += [(path.stem, output)] if output.parts else []
     missing: dict[str, tuple[str, str]] = {}
     for name in READ:
         for value in (getattr(item, name, None) for item in arguments):
