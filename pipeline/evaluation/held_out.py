@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 MAX_EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
 """Largest number of examples used: intervals a few hundredths wide, in seconds of CPU time."""
 
-MAX_TRAINING_ROWS = 20_000
-"""Rows that stages train on in which held-out rows and the most frequent answers are looked for."""
+MAX_TRAINING_ROWS = 10_000
+"""Rows that stages train on in which held-out rows and the most frequent answers are looked for, in a few seconds."""
 
 OVERLAP_WORDS = 13
 """Words in a row that a held-out row has in common with one that is trained on only if it is a copy (as for GPT-3)."""
