@@ -32,6 +32,8 @@ PAGES = [
         "CONTRIBUTING.md",
         "AGENTS.md",
         "recipes/accelerate/README.md",
+        "recipes/existing-model/README.md",
+        "recipes/gsm8k-shakespeare/README.md",
         "recipes/pocket/README.md",
     )
 ]
