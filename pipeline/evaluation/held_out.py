@@ -96,7 +96,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         baselines: Whether what only baselines need is wanted.
 
     Raises:
-        UserError: If there is nothing to measure on, or a data set cannot be read.
+        UserError: If data that options name have no rows, or a data set cannot be read.
     """
     reader = Reader(run, settings, flags)
     limit = settings.get("limit")
@@ -127,9 +127,10 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         fixed_prompts=_fixed_prompts(run, settings, rows),
         suspects=reader.suspects(parts),
     )
-    if not any(map(found.of, STAGES_OF)) and not settings.get("lm_eval_tasks"):
-        remedy = "there is nothing to measure on: no stage has held-out rows; name data in evaluate.yaml, or use --text"
-        raise UserError(Problem("RUN", run, remedy))
+    if flags and not any(map(found.of, STAGES_OF)):
+        raise UserError(
+            *(Problem(f"--{key}", settings[key]["dataset_name"], "has no rows to measure on") for key in flags)
+        )
     return found
 
 

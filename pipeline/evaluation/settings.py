@@ -110,7 +110,9 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         The values of `DERIVED`, with paths as the settings have them.
     """
     stages = list(stages)
-    last = {kind: (name, values) for name, kind, values in stages}  # the last one of each kind
+    # The last stage of each kind, but the first reward model: it is the one that PPO is trained with.
+    last = {kind: (name, values) for name, kind, values in stages}
+    last |= {kind: (name, values) for name, kind, values in reversed(stages) if kind == "reward"}
     trained_on, lengths = {}, {}
     for key, kinds in STAGES_OF.items():
         values = next((last[kind][1] for kind in kinds if kind in last), None)
@@ -310,10 +312,9 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
     data = {key: {"dataset_name": given[key], **columns} for key in STAGES_OF if key in given}
     options = {name: given[name] for name in defaults() if name in given}
     content = read_yaml(args.config) if args.config else without_derived(own)
-    if args.name and data and not args.config:
-        content = {key: value for key, value in content.items() if key not in STAGES_OF}
-    content = {**content, **data, **options}
-    settings = complete(content, own, only_named=bool(args.name) and any(key in content for key in STAGES_OF))
+    alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)  # nothing else is measured
+    content = {key: value for key, value in content.items() if not alone or key not in STAGES_OF} | data | options
+    settings = complete(content, own, only_named=alone or any(key in content for key in STAGES_OF if args.name))
     checked = {key: settings.get(key) for key in STAGES_OF if args.config or key in data}
     problems = check({**dict.fromkeys(STAGES_OF), **_without_data(settings), **checked})
 

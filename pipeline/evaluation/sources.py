@@ -108,7 +108,7 @@ class Reader:
         self.run, self.flags = run, flags
         self.sources = {key: Source(**settings[key]) for key in STAGES_OF if settings.get(key)}
         self.own = {key: Source(**source) for key, source in settings["trained_on"].items()}
-        self.named = {key for key, source in self.sources.items() if source != self.own.get(key)}
+        self.named = {key for key in self.sources if key in flags or self.sources[key] != self.own.get(key)}
         self._opened: dict[tuple[str | None, str | None], DatasetDict | IterableDatasetDict] = {}
 
     def find(self, key: str, split: str | None = None, trained_on: bool = False) -> Part | None:
@@ -148,8 +148,8 @@ class Reader:
             one = train if trained_on else str(split)
         else:
             one = next((one for one in wanted if one in splits), "")
-            if not one and len(splits) == 1 and not source.dataset_test_split:
-                (one,) = splits
+            if not one and len(splits) == 1 and key in self.named and not source.dataset_test_split:
+                (one,) = splits  # which no stage trains on
         if one in splits:
             return Part(splits[one], source, field, f"{name}, split {one}", trained_on=trained_on)
         if key in self.named and split is None and not trained_on:

@@ -29,6 +29,7 @@ STAGES: dict[str, StageInfo] = {
     "pretrain": StageInfo("Pretraining", ("bits_per_byte",)),
     "sft": StageInfo("Instruction tuning", ("instruction_accuracy", "answer_bits_per_byte", "stop_rate")),
     "reward": StageInfo("Reward model", ("reward_accuracy", "reward_accuracy_noise_free"), generates=False),
+    "judge": StageInfo("Reward model that judges", ("reward_accuracy",), generates=False),
     "ppo": StageInfo("Preference tuning (PPO)", ("win_rate", "win_rate_greedy")),
     "grpo": StageInfo("Reasoning (GRPO)", ("pass@1", "pass@1_sampled", "pass@8", "step_rate")),
 }
@@ -43,13 +44,15 @@ BASELINES: dict[str, str] = {
 EVALUATE = "evaluate_"
 """Prefix of the steps that evaluate a stage."""
 
-_ORDER = ("random", "base", "pretrain", "sft", "preferences", "reward", "ppo", "grpo")
+_ORDER = ("random", "base", "pretrain", "sft", "preferences", "reward", "judge", "ppo", "grpo")
 """Order of stages with the same number."""
 
 
 def stage_kind(stage: str) -> str:
-    """Return the kind of a stage: "sft" for "2_sft"."""
-    return re.sub(r"^\d+_", "", stage)
+    """Return the kind of a stage: "sft" for "2_sft" and "2_sft_again"."""
+    kind = re.sub(r"^\d+_", "", stage)
+    first = kind.partition("_")[0]
+    return first if first in STAGES else kind
 
 
 def stage_info(stage: str) -> StageInfo:

@@ -115,6 +115,15 @@ def write_reward_model(folder: Path, seed: int = 0) -> None:
     LlamaForSequenceClassification(config).save_pretrained(folder)
 
 
+def test_rows_that_a_stage_trains_on_are_not_measured(tmp_path: Path) -> None:
+    run, text = tmp_path / "run", small_model.write_text(tmp_path / "text.txt", lines=130)
+    write_stage(run, "1_pretrain", dataset_name=text, validation_share=0.0)
+    result, _ = evaluate(run, "1_pretrain")
+    assert result["metrics"] == {} and any(line.startswith("bits per byte: left out") for line in result["left_out"])
+    named, _ = evaluate(run, "1_pretrain", "--text", text, name="all")
+    assert named["overlap"]["text"]["found"] == named["overlap"]["text"]["rows"] == 3, "it is said"
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run whose stage 2 can be measured on questions that have answers."""

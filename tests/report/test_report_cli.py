@@ -77,6 +77,17 @@ def test_differences_compare_each_stage_with_the_one_it_started_from(whole_run: 
     assert bits["verdict"] == "worse" and not bits["aim"]  # more bits are worse
 
 
+def test_a_second_reward_model_is_no_stage_that_others_start_from(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    for suffix in ("json", "jsonl"):
+        for name in ("3_judge", "3_reward_2"):
+            shutil.copy(run / "evaluations" / f"3_reward.{suffix}", run / "evaluations" / f"{name}.{suffix}")
+    assert report(run, "--output_dir", tmp_path) == 0
+    before = {item["before"] for item in read_json(tmp_path / "metrics.json")["differences"]}
+    assert "2_sft" in before and not before & {"3_judge", "3_reward_2"}
+
+
 def test_baselines_are_beside_the_stages(whole_run: Path, tmp_path: Path) -> None:
     report(whole_run, "--output_dir", tmp_path)
     summary = read_json(tmp_path / "metrics.json")

@@ -63,9 +63,9 @@ def test_every_stage_is_measured_on_the_data_of_all(folder: Path) -> None:
     assert len({str(step.values) for step in steps.values()}) == 1
     values = steps["evaluate_0_base"].values
     assert values["instructions"]["dataset_name"] == values["prompts"]["dataset_name"] == "talk.jsonl"
-    assert values["pairs"]["dataset_name"] == "others.jsonl" and values["against"] == "2_sft"
+    assert values["pairs"]["dataset_name"] == "pairs.jsonl" and values["against"] == "2_sft"
     assert values["lengths"] == {"instructions": 128, "prompts": 32}
-    assert set(steps["evaluate_3_ppo"].files) == {Path("talk.jsonl"), Path("others.jsonl")}
+    assert set(steps["evaluate_3_ppo"].files) == {Path("talk.jsonl"), Path("pairs.jsonl")}
 
 
 def test_a_file_of_settings_is_part_of_the_recipe(folder: Path) -> None:
