@@ -39,7 +39,7 @@ USES = {
     "reasoning": "a problem and its final answer | stage 4",
 }
 SPLITS = ("train", "validation", "test")
-RECITALS = 0.12
+RECITALS = 0.2
 """Share of the pretraining documents that teach to copy numbers."""
 PROBES, MAX_REFUSED = 50, 0.05
 """Problems of each task that are tried before anything is written, and the share of them that may be refused."""
