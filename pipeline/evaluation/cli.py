@@ -84,6 +84,8 @@ def main(args: argparse.Namespace) -> int:
 
     sandbox.allow_unconfined = args.allow_unconfined_code
     run = Path(args.run)
+    if args.lm_eval_tasks and not (args.name or args.config or any(getattr(args, key) for key in DATA)):
+        args.name = "lm_eval"  # beside the run's own figures
     settings, problems = read_settings(args)
     if problems:
         raise UserError(*problems)

@@ -55,14 +55,15 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def measure(run: Path, *options: str) -> dict[str, Any]:
+def measure(run: Path, *options: str, name: str = "lm_eval") -> dict[str, Any]:
     assert main(["evaluate", str(run), "--stage", "2_sft", *options]) == 0
-    return json.loads((run / "evaluations" / "2_sft.json").read_text())["metrics"]
+    return json.loads((run / "evaluations" / name / "2_sft.json").read_text())["metrics"]
 
 
 def test_a_task_is_measured_with_n_and_interval_and_shown_everywhere(run: Path, tmp_path: Path) -> None:
-    task = write_choices(tmp_path)
-    figure = measure(run, "--lm_eval_tasks", task)["toy_choice:acc"]
+    settings = tmp_path / "evaluate.yaml"
+    settings.write_text(f"lm_eval_tasks: [{write_choices(tmp_path)}]\n")
+    figure = measure(run, "--config", str(settings), name="")["toy_choice:acc"]
 
     model = AutoModelForCausalLM.from_pretrained(run / "2_sft")
     correct = []
@@ -94,7 +95,19 @@ def test_a_task_is_measured_with_n_and_interval_and_shown_everywhere(run: Path, 
         row = f"| toy_choice | acc | {figure['value']:.3f} | {low:.3f} to {high:.3f} | {len(DOCUMENTS)} |"
         assert card.text.count(row) == 1 and card.text.count("## More\n\nText.") == 1
         assert card.data.license == "mit"
-        measure(run, "--lm_eval_tasks", task)
+        measure(run, "--config", str(settings), name="")
+
+
+def test_tasks_of_the_command_line_are_measured_beside_the_own_figures(run: Path, tmp_path: Path) -> None:
+    own = run / "evaluations" / "2_sft.json"
+    own.parent.mkdir()
+    own.write_text('{"metrics": {"bits_per_byte": {"value": 2.0, "ci95": [1.0, 3.0], "n": 5}}}')
+    figures = measure(run, "--lm_eval_tasks", write_choices(tmp_path))
+    assert figures.keys() == {"toy_choice:acc", "toy_choice:acc_norm"}
+    assert main(["report", str(run)]) == 0
+    summary = json.loads((run / "report" / "metrics.json").read_text())
+    assert summary["other"]["lm_eval"]["2_sft"] == figures
+    assert summary["stages"]["2_sft"].keys() == {"bits_per_byte"}
 
 
 def test_a_group_a_perplexity_and_a_limit(run: Path, tmp_path: Path) -> None:
@@ -131,7 +144,7 @@ def test_tasks_that_cannot_be_measured_are_refused_in_one_line_each(
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main(["evaluate", str(run), "--stage", "2_sft", "--lm_eval_tasks", *tasks])
-        assert stop.value.code == 2 and not (run / "evaluations" / "2_sft.json").exists()
+        assert stop.value.code == 2 and not list(run.glob("evaluations/**/2_sft.json"))
         return [line for line in capsys.readouterr().err.splitlines() if "lm_eval_tasks: " in line]
 
     unknown, missing = refused("piqa", "arc_eazy", "no.yaml")
