@@ -39,8 +39,7 @@ class Changes:
         now = recorded_values(step)
         pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
         changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        trains = KINDS[step.kind].measured if step.kind in KINDS else False
-        effective = {name: pair for name, pair in changed.items() if not trains or has_effect(name, now)}
+        effective = {name: pair for name, pair in changed.items() if _matters(step.kind, name, now)}
         if effective and step.kind in KINDS:
             effective = _with_defaults(step, effective, before, now)
         return cls(effective, {name: pair for name, pair in changed.items() if name not in effective})
@@ -48,6 +47,13 @@ class Changes:
     def __str__(self) -> str:
         shown = self.effective or self.harmless
         return ", ".join(f"{name}: {before} -> {now}" for name, (before, now) in shown.items())
+
+
+def _matters(kind: str, name: str, now: Mapping[str, Any]) -> bool:
+    """Return whether the field `name` has an effect on what a step writes whose settings are `now`."""
+    if kind == "evaluate":  # reward models are named to check the judge; lengths limit answers if nothing else does
+        return name != "reward_models" and not (name == "lengths" and now.get("max_new_tokens"))
+    return not (kind in KINDS and KINDS[kind].measured) or has_effect(name, now)
 
 
 def _with_defaults(
