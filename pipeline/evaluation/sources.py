@@ -72,7 +72,7 @@ class Part:
         Rows of the kind `left_out` are left out.
         """
         if not isinstance(self.data, Dataset):
-            numbered = (item for item in enumerate(self.data) if self.period == 1 or self._has(item[0]))
+            numbered = (item for item in enumerate(self.data) if self.period == 1 or self._takes(item[0]))
             yield from islice((item for item in numbered if not left_out or item[1].get("kind") != left_out), most)
             return
         size = len(self.data)
@@ -80,14 +80,14 @@ class Part:
         if left_out and "kind" in self.data.column_names:
             batches = self.data.select_columns("kind").iter(1000)
             kinds = enumerate(chain.from_iterable(batch["kind"] for batch in batches))
-            numbers = array("q", (number for number, kind in kinds if self._has(number) and kind != left_out))
+            numbers = array("q", (number for number, kind in kinds if self._takes(number) and kind != left_out))
         elif self.trained_on and self.period > 1:  # the others, in constant memory
             drawn = subsample(range(size - len(numbers)), most)
             numbers = [number + number // (self.period - 1) + 1 for number in drawn]
         chosen = subsample(numbers, most)
         yield from zip(chosen, self.data.select(chosen), strict=True)
 
-    def _has(self, number: int) -> bool:
+    def _takes(self, number: int) -> bool:
         return self.period == 1 or (number % self.period > 0) == self.trained_on
 
 
