@@ -1,5 +1,6 @@
 """Measure the models of a run: `python -m pipeline evaluate RUN --stage 2_sft`.
 
-`stage` runs the measurements of `metrics`, `matches`, `reward_model` and `baselines` on the data of `held_out`;
-`intervals` makes the estimates and `results` writes them. Nothing is imported here, so that `--help` stays fast.
+`settings` says on which data, `sources` opens these, and `held_out` reads a sample of their rows. `stage` runs the
+measurements of `metrics`, `matches`, `reward_model`, `baselines` and `harness` on it; `intervals` makes the estimates
+and `results` writes them. Nothing is imported here, so that `--help` stays fast.
 """

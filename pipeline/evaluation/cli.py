@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
 
     from pipeline.errors import UserError
     from pipeline.evaluation.held_out import read_held_out
-    from pipeline.evaluation.results import format_table, write_result
+    from pipeline.evaluation.results import check_own, format_table, write_result
     from pipeline.evaluation.settings import move, read_settings, with_layout, without_derived
     from pipeline.evaluation.stage import check_opponent, check_run, check_stage, evaluate_stage
     from pipeline.rewards.sandbox import run as sandbox
@@ -87,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
     if args.lm_eval_tasks and not (args.name or args.config or any(getattr(args, key) for key in DATA)):
         args.name = "lm_eval"  # beside the run's own figures
     settings, problems = read_settings(args)
+    problems += [] if args.name else check_own(run, args.stage, without_derived(settings))
     if problems:
         raise UserError(*problems)
     check_run(run)

@@ -12,6 +12,7 @@ follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,6 +107,7 @@ def measure_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of models that are loaded
     index, found, _ = find_tasks(tasks)
     batch_size = "auto" if hardware.accelerator() else BATCH_SIZE
     try:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import Problem
 from pipeline.evaluation.intervals import Estimate, outcome_mean
+from pipeline.evaluation.settings import read_json
 from pipeline.files import write_text
 
 
@@ -89,6 +91,23 @@ class StageResult:
 
 
 WRITTEN = ("answers", "traces", "texts", "opponent", "against", "judge", "left_out", "cut_off", "overlap", "settings")
+
+
+def check_own(run: Path, stage: str, settings: Mapping[str, Any]) -> list[Problem]:
+    """Refuse to replace what the runner measured by what is measured on other data or with other settings.
+
+    `settings` are those of `StageResult`.
+    """
+    step = read_json(run / "run.json").get("steps", {}).get(f"evaluate_{stage}", {})
+    saved = read_json(run / "evaluations" / f"{stage}.json").get("settings")
+    if not step.get("finished_at") or not isinstance(saved, dict):
+        return []
+    now = json.loads(json.dumps(settings, default=str))
+    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if not changed:
+        return []
+    remedy = f"the run's own figures were measured with another {' and '.join(changed)}; give these a name beside them"
+    return [Problem("--name", "nothing", remedy)]
 
 
 def write_result(folder: Path, result: StageResult) -> Path:

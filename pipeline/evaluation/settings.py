@@ -47,7 +47,7 @@ LAYOUT = {"text": "pretrain", "instructions": "sft", "problems": "reasoning", "p
 """Configurations of the data set that `recipes.data` writes."""
 GRADES = {"exact": "exact_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
 """Short names of rewards that grade answers."""
-DERIVED = ("home", "trained_on", "lengths", "against", "base", "reward_models")
+DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models")
 """Keys of completed settings that follow from the stages; `evaluate.yaml` may also set `against`."""
 
 MAX_SAMPLES = 1000
@@ -121,14 +121,15 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
             if key in LENGTHS:
                 lengths[key] = values.get(LENGTHS[key])
     outputs = {str(home / name) for name, _, _ in stages}
-    models = [values["model_name_or_path"] for _, _, values in stages if values.get("model_name_or_path")]
-    base = models[0] if models and models[0] not in outputs else None
+    first: Values = next((values for _, _, values in stages if values.get("model_name_or_path")), {})
+    base = first if first and first["model_name_or_path"] not in outputs else {}
     return {
         "home": str(home),
         "trained_on": trained_on,
         "lengths": lengths,
         "against": last["sft"][0] if "sft" in last else BASE if base else None,
-        "base": base,
+        "base": base.get("model_name_or_path"),
+        "base_tokenizer": base.get("tokenizer_name_or_path"),
         "reward_models": [path for _, kind, values in stages if kind == "ppo" for path in _listed(values)],
     }
 
@@ -305,7 +306,7 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
     Raises:
         UserError: If the file of `--config` cannot be read.
     """
-    run, own = Path(args.run), recorded(Path(args.run), args.stage)
+    own = recorded(Path(args.run), args.stage)
     given = {name: value for name, value in vars(args).items() if value is not None}
     columns = {name: given[name] for name in SOURCE_FIELDS if name in given}
     columns |= {"dataset_test_split": given["split"]} if "split" in given else {}
@@ -331,22 +332,8 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
         problems.append(Problem(f"--{next(iter(columns))}", next(iter(columns.values())), "name its data set as well"))
     if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
         problems.append(Problem("--name", args.name, "must be the name of a folder, without a slash or a leading dot"))
-    return settings, problems if args.name else problems + _check_own(run, args.stage, settings)
+    return settings, problems
 
 
 def _without_data(settings: Values) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in STAGES_OF}
-
-
-def _check_own(run: Path, stage: str, settings: Values) -> list[Problem]:
-    """Refuse to replace what the runner measured by what is measured on other data or with other settings."""
-    step = read_json(run / "run.json").get("steps", {}).get(f"evaluate_{stage}", {})
-    saved = read_json(run / "evaluations" / f"{stage}.json").get("settings")
-    if not step.get("finished_at") or not isinstance(saved, dict):
-        return []
-    now = json.loads(json.dumps(without_derived(settings), default=str))
-    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    if not changed:
-        return []
-    remedy = f"the run's own figures were measured with another {' and '.join(changed)}; give these a name beside them"
-    return [Problem("--name", "nothing", remedy)]

@@ -125,8 +125,9 @@ def _measure_language_model(
 ) -> None:
     stage, against, seed = result.stage, settings["against"] or "", settings.get("seed") or 0
     path = model_of(run, stage, settings)
-    can_chat = bool(load_tokenizer(str(path), "--stage").chat_template)
-    model, tokenizer = load_model(str(path), "--stage", dtype=torch.float32, chat=can_chat)
+    own = settings.get("base_tokenizer") if stage == BASE else None
+    can_chat = bool(load_tokenizer(own or str(path), "--stage").chat_template)
+    model, tokenizer = load_model(str(path), "--stage", dtype=torch.float32, chat=can_chat, tokenizer=own)
     model = _place(model)
     limits = answer_lengths(model, settings)
     chats = {key: ChatModel(model, tokenizer, limit) for key, limit in limits.items()}
@@ -151,7 +152,8 @@ def _measure_language_model(
         if stage == against:
             opponent, result.opponent = chats["prompts"], answered
         elif settings.get("judge") == VOTES or (opponent := matches.saved_answers(folder, against, answered)) is None:
-            opponent = load_chat_model(its_path, "--against", limits["prompts"])
+            own = settings.get("base_tokenizer") if against == BASE else None
+            opponent = load_chat_model(its_path, "--against", limits["prompts"], own)
             opponent.model.to(hardware.sampling_dtype())
     ungraded = [row for row in held_out.instructions if not is_gradable(row)] if not _graded(held_out) else []
     if ungraded:
@@ -231,10 +233,10 @@ def holds_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
 
 
-def load_chat_model(path: Path, option: str, max_new_tokens: int) -> ChatModel:
+def load_chat_model(path: Path, option: str, max_new_tokens: int, tokenizer: str | None = None) -> ChatModel:
     """Load the language model in `path`, which `option` names, in float32 on the accelerator if there is one."""
-    model, tokenizer = load_model(str(path), option, dtype=torch.float32)
-    return ChatModel(_place(model), tokenizer, max_new_tokens)
+    model, words = load_model(str(path), option, dtype=torch.float32, tokenizer=tokenizer)
+    return ChatModel(_place(model), words, max_new_tokens)
 
 
 def _place(model: PreTrainedModel) -> PreTrainedModel:

@@ -279,9 +279,27 @@ def _move(step: Step, home: Path, run_dir: Path) -> Step:
 
 def _evaluation_settings(folder: Path, steps: Iterable[Step], home: Path) -> dict[str, Any]:
     """Return the settings of all evaluations: evaluate.yaml, completed with what the stages read."""
+    steps, file = list(steps), folder / EVALUATE
     stages = [(step.output.name, step.kind, step.values) for step in steps if step.kind not in UNMEASURED]
-    file = folder / EVALUATE
-    return complete(read_yaml(str(file)) if file.exists() else {}, derive(stages, home))
+    content = read_yaml(str(file)) if file.exists() else {}
+    settings = complete(content, derive(stages, home))
+    problems = []
+    for field, text in (("judge", settings["judge"]), *((key, _name_of(content.get(key))) for key in STAGES_OF)):
+        inner = _relative_to(text, home) if isinstance(text, str) else None
+        made = inner is None or not inner.parts or any(step.output.name == inner.parts[0] for step in steps)
+        if not made and not os.path.exists(text):
+            problems.append(Problem(f"{EVALUATE}: {field}", text, "no step of this recipe writes it"))
+    known = [step.output.name for step in steps if KINDS[step.kind].measured] + [BASE] * bool(settings["base"])
+    if (against := content.get("against")) is not None and against not in known:
+        problems.append(Problem(f"{EVALUATE}: against", against, f"no such stage; choose from: {', '.join(known)}"))
+    if problems:
+        raise UserError(*problems)
+    return settings
+
+
+def _name_of(source: Any) -> Any:
+    """Return the data set that a key of evaluate.yaml names."""
+    return source.get("dataset_name") if isinstance(source, Mapping) else source
 
 
 def _evaluation(

@@ -37,10 +37,12 @@ def evaluate(run: Path, stage: str, *options: str, name: str = "") -> tuple[dict
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main(["evaluate", *map(str, arguments)])
     assert caught.value.code == 2
-    return capsys.readouterr().err
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--")]
+    return line
 
 
 def write_stage(run: Path, stage: str, seed: int = 0, **arguments: Any) -> None:

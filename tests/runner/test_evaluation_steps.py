@@ -11,6 +11,7 @@ import yaml
 from small_model import ROOT
 
 from pipeline.__main__ import main
+from pipeline.errors import UserError
 from pipeline.evaluation.settings import check
 from pipeline.runner.plan import read_plan
 from pipeline.runner.run_state import RunState
@@ -92,6 +93,19 @@ def test_mistakes_in_it_are_refused_before_anything_runs(folder: Path, capsys: p
     with pytest.raises(SystemExit):
         main(["run", "recipe", "--dry-run"])
     assert "evaluate.yaml, line" in capsys.readouterr().err
+
+
+def test_what_no_step_makes_is_refused(folder: Path) -> None:
+    write_settings(folder, judge="runs/r/3_jugde", against="2_stf", text={"dataset_name": "runs/r/data"})
+    with pytest.raises(UserError) as caught:
+        read_plan(folder)
+    assert [str(problem).partition(": n")[0] for problem in caught.value.problems] == [
+        "evaluate.yaml: judge: runs/r/3_jugde",
+        "evaluate.yaml: text: runs/r/data",
+        "evaluate.yaml: against: 2_stf",
+    ]
+    write_settings(folder, against="0_base")
+    assert evaluations(folder)["evaluate_2_sft"].values["against"] == "0_base"
 
 
 def test_prompts_that_nobody_can_judge_are_refused_before_anything_runs(
