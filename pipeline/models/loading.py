@@ -220,7 +220,13 @@ def validate_vocabulary(
 
 
 def load_model(
-    name: str, field: str, *, reward: bool = False, dtype: torch.dtype | None = None, chat: bool = True
+    name: str,
+    field: str,
+    *,
+    reward: bool = False,
+    dtype: torch.dtype | None = None,
+    chat: bool = True,
+    tokenizer: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a chat model or a reward model with its tokenizer, and refuse a broken one.
 
@@ -230,12 +236,13 @@ def load_model(
         reward: Whether a reward model is wanted.
         dtype: Default: that of the weights.
         chat: Whether the tokenizer must be able to format conversations.
+        tokenizer: A folder or an id on the Hub. Default: the model's.
 
     Raises:
         UserError: If the model or its tokenizer cannot be loaded, weights are missing or not finite, or the tokenizer
             has more tokens than the model, no end-of-text token or no chat template that works.
     """
-    tokenizer = load_tokenizer(name, field)
+    words = load_tokenizer(tokenizer or name, field)
     model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     with user_error_for(field, name):
         config = load_config(name)
@@ -244,7 +251,7 @@ def load_model(
         elif is_reward_model(config) and config.num_labels != 1:
             fault = f"has {config.num_labels} labels; give a reward model, which has one"
         else:
-            fault = (validate_chat(tokenizer) if chat else None) or validate_vocabulary(config, tokenizer)
+            fault = (validate_chat(words) if chat else None) or validate_vocabulary(config, words)
         fault = fault or validate_weights(name, config, model_class)
         if fault is None:
             with _without_table():
@@ -252,7 +259,7 @@ def load_model(
             fault = validate_complete(loaded["missing_keys"]) or validate_finite(model.named_parameters())
     if fault is not None:
         raise UserError(Problem(field, name, fault))
-    return model, tokenizer
+    return model, words
 
 
 def validate_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:

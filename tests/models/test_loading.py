@@ -186,6 +186,16 @@ def test_a_tokenizer_gets_a_pad_token_that_does_not_end_answers(
     assert (f"the tokenizer pads with {chosen}, because" in caplog.text) == (pad != "<pad>")
 
 
+def test_a_model_without_a_chat_template_is_loaded_with_the_tokenizer_of_another(tmp_path: Path) -> None:
+    folder, chat = save_model(tmp_path / "model"), tmp_path / "chat"
+    for file in folder.glob("*template*"):
+        file.unlink()
+    word_tokenizer(WORDS).save_pretrained(chat)
+    assert "no chat template" in refusal(folder)
+    _, tokenizer = load_model(str(folder), "--model", tokenizer=str(chat))
+    assert tokenizer.chat_template == TEMPLATE
+
+
 def test_headers_are_read_without_torch() -> None:
     """The report counts parameters, and starts in half a second."""
     code = "import sys, pipeline.models.weights; sys.exit('torch' in sys.modules)"

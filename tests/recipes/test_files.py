@@ -98,6 +98,13 @@ def test_an_existing_model_goes_from_stage_to_stage_whether_or_not_it_has_adapte
         assert needs["4_grpo"] == {"3_ppo"}, folder
 
 
+def test_the_starting_model_is_measured_with_the_tokenizer_that_the_first_stage_gives_it() -> None:
+    steps = {step.name: step for step in read_plan(RECIPES / "existing-model" / "full").steps}
+    settings, first = steps["evaluate_0_base"].values, steps["2_sft"].values
+    assert settings["base"] == first["model_name_or_path"]
+    assert settings["base_tokenizer"] == first["tokenizer_name_or_path"]
+
+
 @pytest.mark.parametrize("folder", ["pocket", "gsm8k-shakespeare"])
 def test_blocks_fit_the_positions_that_the_model_knows(folder: str) -> None:
     written = {path.stem: yaml.safe_load(path.read_text()) for path in FILES if path.parent.name == folder}
