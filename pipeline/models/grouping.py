@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TOGETHER = 16
+TOGETHER = 32
 """Texts that are computed together."""
 
 

@@ -7,7 +7,7 @@ import torch
 from pipeline.models.grouping import group_by_length
 from tests import ppo_toy as toy
 
-LENGTHS = torch.randint(1, 30, (50,), generator=torch.Generator().manual_seed(0))
+LENGTHS = torch.randint(1, 30, (200,), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(30) < LENGTHS[:, None]).long()
 IDS = torch.randint(3, 15, MASK.shape, generator=torch.Generator().manual_seed(1)) * MASK
 
