@@ -134,7 +134,8 @@ def remarks(run: Run) -> list[str]:
 def others(run: Run) -> list[dict[str, Any]]:
     """Return the figures of the evaluations with a name."""
     return [
-        {"name": name, "stage": stage, "label": metric_info(metric).label, **(_cell(estimate, metric, False) or {})}
+        {"name": name, "stage": stage, "label": metric_info(metric).label, "n": f"{estimate.n or 0:,}"}
+        | (_cell(estimate, metric, False) or {})
         for name, stages in run.others.items()
         for stage, metrics in stages.items()
         for metric, estimate in sorted(metrics.items(), key=lambda item: metric_order(item[0]))

@@ -107,6 +107,7 @@ def test_tasks_of_the_command_line_are_measured_beside_the_own_figures(run: Path
     assert main(["report", str(run)]) == 0
     summary = json.loads((run / "report" / "metrics.json").read_text())
     assert summary["other"]["lm_eval"]["2_sft"] == figures
+    assert "choice, acc | " in (page := (run / "report" / "report.md").read_text()) and f" | {len(DOCUMENTS)} |" in page
     assert summary["stages"]["2_sft"].keys() == {"bits_per_byte"}
 
 
