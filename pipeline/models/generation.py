@@ -275,6 +275,9 @@ class GrowingLayer(DynamicLayer):
     inputs would otherwise copy the used part for each token.
     """
 
+    keys: Tensor
+    values: Tensor
+
     room = 16
     """Tokens by which the memory grows."""
 
