@@ -162,14 +162,14 @@ def test_a_change_with_an_effect_runs_its_step_and_those_that_depend_on_it(
 
 def test_a_field_that_was_not_given_is_compared_with_what_training_recorded(recipe: Path, finished: Path) -> None:
     chosen = hardware.training_defaults()["bf16"].value
-    record = finished / "runs/pocket/4_grpo/arguments.json"
-    record.write_text(json.dumps({"steps_per_generation": 1, "bf16": chosen}))
-    change(recipe, "4_grpo", {"steps_per_generation": 1, "bf16": chosen})
+    record = finished / "runs/pocket/2_sft/arguments.json"
+    record.write_text(json.dumps({"packing_strategy": "wrapped", "bf16": chosen}))
+    change(recipe, "2_sft", {"packing_strategy": "wrapped", "bf16": chosen})
     assert due(recipe) == {}
-    change(recipe, "4_grpo", {"steps_per_generation": 2})
-    assert "4_grpo" in due(recipe)
-    change(recipe, "4_grpo", {"steps_per_generation": REMOVED, "bf16": not chosen})
-    assert "4_grpo" in due(recipe), "precision has an effect"
+    change(recipe, "2_sft", {"packing_strategy": "bfd"})
+    assert "2_sft" in due(recipe)
+    change(recipe, "2_sft", {"packing_strategy": REMOVED, "bf16": not chosen})
+    assert "2_sft" in due(recipe), "precision has an effect"
     record.unlink()
 
 
