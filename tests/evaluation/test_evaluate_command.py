@@ -355,7 +355,7 @@ def test_pairs_in_any_format_measure_the_same(run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nowhere", "--stage", "2_sft"], "RUN: nowhere: does not exist"),
+        (["nowhere", "--stage", "2_sft"], "RUN: nowhere: no such directory; make it with"),
         (
             ["RUN", "--stage", "0_random", "--text", "nowhere/text.txt"],
             "--text: nowhere/text.txt: there is no",
