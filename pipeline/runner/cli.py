@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     seeds.add_argument("--seeds", type=int, nargs="+", metavar="N", help=meaning)
     parser.add_argument("--output_dir", type=Path, help="directory of the run (default: the one in the YAML files)")
     parser.add_argument("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
-    parser.add_argument("--config_file", default=LAUNCH_FILE, help="launch file of accelerate (default: %(default)s)")
+    meaning = f"launch file of accelerate (default: {LAUNCH_FILE}, in the recipe folder or in the current one)"
+    parser.add_argument("--config_file", help=meaning)
     meaning = "start each step as a new process, instead of forking it from one that has imported the libraries"
     parser.add_argument("--no-fork", action="store_true", help=meaning)
     meaning = "print a line for each event, as without a terminal, instead of a live view"
@@ -104,11 +105,11 @@ def _check(args: argparse.Namespace) -> None:
     most = max(os.cpu_count() or 1, MAX_PROCESSES)
     if not 1 <= args.num_processes <= most:
         problems.append(Problem("--num_processes", args.num_processes, f"must be between 1 and {most} on this machine"))
-    launch_file = find_shipped(Path(args.config_file))
+    launch_file = _launch_file(args)
     if not os.path.isfile(launch_file):
         remedy = "no such file; start in the folder that contains it, or name another one"
-        problems.append(Problem("--config_file", args.config_file, remedy))
-    elif problem := check_launch_file(str(launch_file)):
+        problems.append(Problem("--config_file", launch_file, remedy))
+    elif problem := check_launch_file(launch_file):
         problems.append(problem)
     option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
     for seed in seeds:
@@ -301,7 +302,14 @@ def _run_all(
 def _launch_options(args: argparse.Namespace) -> list[str]:
     """Return the arguments of `accelerate launch`."""
     several = ["--num_processes", str(args.num_processes)] if args.num_processes > 1 else []
-    return ["--config_file", str(find_shipped(Path(args.config_file))), *several]
+    return ["--config_file", _launch_file(args), *several]
+
+
+def _launch_file(args: argparse.Namespace) -> str:
+    """Return the launch file that the command names, or that of the recipe folder, or the one in this folder."""
+    own = args.recipe / LAUNCH_FILE
+    named = args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE)
+    return str(find_shipped(Path(named)))
 
 
 def _command_line(step: Step, args: argparse.Namespace) -> str:
@@ -317,7 +325,7 @@ def resume_command(args: argparse.Namespace) -> str:
         ("--seeds", args.seeds),
         ("--output_dir", args.output_dir),
         ("--num_processes", args.num_processes if args.num_processes > 1 else None),
-        ("--config_file", args.config_file if args.config_file != LAUNCH_FILE else None),
+        ("--config_file", args.config_file),
     ):
         if value is not None:
             command += [flag, *map(str, value if isinstance(value, list) else [value])]

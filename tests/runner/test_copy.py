@@ -51,6 +51,12 @@ def test_a_copy_is_the_same_recipe_in_a_run_of_its_own(recipe: str, capsys: pyte
             assert find_shipped(Path(name)).is_file(), f"{path}: {name}"
 
 
+def test_a_copy_is_launched_with_its_own_launch_file(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["copy", "pocket", "mine"])
+    assert main(["run", "mine", "--dry-run"]) == 0
+    assert "accelerate launch --config_file mine/accelerate_config.yaml -m" in capsys.readouterr().out
+
+
 def test_copying_over_files_or_what_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("full").mkdir()
     Path("full/file").touch()
