@@ -124,6 +124,7 @@ def _measure_language_model(
     result: StageResult, run: Path, held_out: HeldOut, settings: Settings, folder: Path
 ) -> None:
     stage, against, seed = result.stage, settings["against"] or "", settings.get("seed") or 0
+    result.against = against
     path = model_of(run, stage, settings)
     own = settings.get("base_tokenizer") if stage == BASE else None
     can_chat = bool(load_tokenizer(own or str(path), "--stage").chat_template)
@@ -146,7 +147,7 @@ def _measure_language_model(
     opponent: ChatModel | dict[str, list[str]] | None = None
     its_path = model_of(run, against, settings)
     if judge and judged and against and (its_path != run / against or holds_model(its_path)):
-        result.against, result.judge = against, judge.name
+        result.judge = judge.name
         answer = {"seed": seed, "max_new_tokens": limits["prompts"], "dtype": hardware.sampling_dtype()}
         answered = matches.fingerprint(its_path, judged, device=hardware.accelerator(), **answer)
         if stage == against:

@@ -121,9 +121,9 @@ class Run:
 
     @property
     def judge(self) -> str:
-        """Who judges the win rates."""
-        judges = dict.fromkeys(stage.judge for stage in self.stages.values() if stage.judge)
-        return " or ".join(judges) or ANNOTATORS
+        """Who judges the win rates, "" if there are none."""
+        judged = [stage for stage in self.stages.values() if "win_rate" in stage.metrics]
+        return " or ".join(dict.fromkeys(stage.judge or ANNOTATORS for stage in judged))
 
     @property
     def answering(self) -> list[Stage]:
