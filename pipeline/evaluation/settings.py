@@ -169,6 +169,8 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
     own: Values = derived["trained_on"]
     settings = defaults() | {name: derived[name] for name in DERIVED} | dict(content)
     settings["against"] = content.get("against") or derived["against"]
+    if isinstance(tasks := settings["lm_eval_tasks"], str):
+        settings["lm_eval_tasks"] = [tasks]
     for key in STAGES_OF:
         if key in content:
             settings[key] = _named_source(content[key], own)

@@ -62,7 +62,7 @@ def measure(run: Path, *options: str, name: str = "lm_eval") -> dict[str, Any]:
 
 def test_a_task_is_measured_with_n_and_interval_and_shown_everywhere(run: Path, tmp_path: Path) -> None:
     settings = tmp_path / "evaluate.yaml"
-    settings.write_text(f"lm_eval_tasks: [{write_choices(tmp_path)}]\n")
+    settings.write_text(f"lm_eval_tasks: {write_choices(tmp_path)}\n")
     figure = measure(run, "--config", str(settings), name="")["toy_choice:acc"]
 
     model = AutoModelForCausalLM.from_pretrained(run / "2_sft")
