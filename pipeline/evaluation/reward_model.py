@@ -1,4 +1,13 @@
-"""The metrics of reward models: whether the preferred answers score higher, and how well the scores are calibrated."""
+"""The metrics of reward models: whether the preferred answers score higher, and how well the scores are calibrated.
+
+`pairs: {dataset_name: allenai/reward-bench, dataset_test_split: filtered}` in evaluate.yaml measures one on the pairs
+of RewardBench. The tool `rewardbench` itself (0.1.4) needs a GPU and an environment of its own, because it pins
+transformers 4.51. That release reads a copy of the model in which tokenizer_config.json says `"tokenizer_class":
+"PreTrainedTokenizerFast"` and calls the `extra_special_tokens` `additional_special_tokens`, and in which config.json
+has `rope_theta` as a key of its own, too: without it, every score is wrong, and nothing says so.
+
+    rewardbench --model COPY --not_quantized --torch_dtype float32
+"""
 
 from __future__ import annotations
 
