@@ -34,7 +34,7 @@ LENGTH = frozenset({"max_steps", "num_train_epochs"})
 def has_effect(name: str, values: Mapping[str, Any]) -> bool:
     """Return whether the field `name` of a training run has an effect on the weights, given all its `values`."""
     if name == "num_train_epochs":
-        return (values.get("max_steps") or -1) <= 0
+        return number_of(values, "max_steps") <= 0
     if name == "dataloader_num_workers" and values.get("dataset_streaming"):  # they take turns
         return True
     chosen = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") in STEERED_BY_EVALUATION
@@ -42,7 +42,7 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, Any]) -> bool:
-    """Return whether a changed run can go on from what it has saved: it has a checkpoint, and only gets more steps.
+    """Return whether a changed run can go on from what it has saved: a checkpoint, of no more steps than it now has.
 
     Args:
         output_dir: Where it has saved.
@@ -52,9 +52,15 @@ def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, A
     if not changed or not LENGTH.issuperset(changed) or values.get("save_only_model"):
         return False
     state = newest_state(output_dir)
-    if (steps := values.get("max_steps") or -1) > 0:
-        return 0 < state.get("max_steps", 0) < steps
-    return 0 < state.get("num_train_epochs", 0) < (values.get("num_train_epochs") or 0)
+    if (steps := number_of(values, "max_steps")) > 0:
+        return 0 < number_of(state, "max_steps") <= steps
+    return 0 < number_of(state, "num_train_epochs") < number_of(values, "num_train_epochs")
+
+
+def number_of(values: Mapping[str, Any], name: str) -> float:
+    """Return a number among settings, or 0 if it is not given or is something else, which the step will report."""
+    value = values.get(name)
+    return value if isinstance(value, int | float) else 0
 
 
 def newest_state(output_dir: Path) -> dict[str, Any]:
@@ -65,4 +71,4 @@ def newest_state(output_dir: Path) -> dict[str, Any]:
             states.append(dict(json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):  # a damaged one, which training skips with a warning
             continue
-    return max(states, key=lambda state: state.get("global_step", 0), default={})
+    return max(states, key=lambda state: number_of(state, "global_step"), default={})

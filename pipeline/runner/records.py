@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.effects import continues
+from pipeline.config.effects import continues, newest_state, number_of
 from pipeline.errors import Problem, UserError
 from pipeline.files import write_text
 from pipeline.runner.changes import Changes, recorded_values
@@ -207,6 +207,9 @@ def _judge(
         return Decision("resume", "was interrupted")
     if not step.is_complete:
         return Decision("start", f"finished, but {step.product} is missing or incomplete")
+    total = number_of(newest_state(step.output), "max_steps") if step.launched else 0
+    if total > number_of(step.values, "max_steps") > 0:
+        return Decision("start", f"was continued outside of this run, to {total} steps; raise max_steps to keep that")
     return Decision("skip", f"finished; without effect on it: {changes}" if changes.harmless else "finished")
 
 

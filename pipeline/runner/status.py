@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.config.effects import newest_state
+from pipeline.config.effects import newest_state, number_of
 from pipeline.errors import Problem, UserError
 from pipeline.files import is_locked
 from pipeline.progress import duration
@@ -96,8 +96,8 @@ def _share_left(step: Step, decision: Decision, is_begun: bool) -> float:
     if decision.action in ("skip", "start") or not is_begun:
         return float(decision.action != "skip")
     state = newest_state(step.output)
-    done, before = state.get("global_step", 0), state.get("max_steps", 0)
-    total = step.values.get("max_steps", before) if decision.action == "continue" else before
+    done, before = number_of(state, "global_step"), number_of(state, "max_steps")
+    total = number_of(step.values, "max_steps") if decision.action == "continue" else before
     return (max(total, done) - done) / before if before else 1.0
 
 

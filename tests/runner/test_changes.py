@@ -197,6 +197,18 @@ def test_without_a_checkpoint_more_steps_begin_again(
     assert due(recipe)["4_grpo"].action == "start"
 
 
+def test_a_step_that_was_continued_by_hand_is_seen_and_can_be_kept(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree("runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("runs/pocket/4_grpo"), {"max_steps": 900})
+    assert due(recipe)["4_grpo"].reason.startswith("was continued outside of this run, to 900 steps")
+    assert set(due(recipe)) == {"4_grpo", "evaluate_4_grpo", "report"}
+    change(recipe, "4_grpo", {"max_steps": 900})
+    assert due(recipe)["4_grpo"].action == "continue"
+
+
 def test_an_interrupted_step_is_resumed_after_a_change_without_effect(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +219,12 @@ def test_an_interrupted_step_is_resumed_after_a_change_without_effect(
     change(recipe, "4_grpo", {"logging_steps": 7})
     assert due(recipe)["4_grpo"].action == "resume"
     change(recipe, "4_grpo", {"beta": 0.1})
+    assert due(recipe)["4_grpo"].action == "start"
+
+
+@pytest.mark.parametrize("wrong", ["many", None, [1]])
+def test_a_wrong_length_is_left_to_the_check_of_the_step(recipe: Path, wrong: object) -> None:
+    change(recipe, "4_grpo", {"max_steps": wrong, "num_train_epochs": wrong})
     assert due(recipe)["4_grpo"].action == "start"
 
 
