@@ -22,7 +22,7 @@ ORDER = (
     "0_data", "0_tokenizer", "0_random", "1_pretrain", "2_sft", "3_preferences", "3_reward", "3_ppo", "4_grpo",
 )  # fmt: skip
 AFTER_PRETRAINING = set(ORDER[3:])
-REMOVED = object()
+REMOVED = "removed"
 """Stands for a field that is removed from the file."""
 
 
@@ -145,7 +145,7 @@ def test_a_change_without_effect_on_the_weights_runs_nothing(
         ("4_grpo", {"max_completion_length": 48}, {"4_grpo"}),
         ("4_grpo", {"reward_funcs": ["math_answer"]}, {"4_grpo"}),
     ],
-    ids=str,
+    ids=lambda value: f"{len(value)} steps" if isinstance(value, set) else str(value),
 )
 def test_a_change_with_an_effect_runs_its_step_and_those_that_depend_on_it(
     recipe: Path, name: str, values: Mapping[str, Any], expected: set[str]
