@@ -78,6 +78,8 @@ def test_a_printed_command_is_accepted(
     for name in ("recipes", "accelerate_config.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "mine").symlink_to(ROOT / "recipes/pocket")  # as `python -m pipeline copy pocket mine` writes it
+    for name in ("text", "questions", "pairs"):  # of recipes/gsm8k-shakespeare
+        (tmp_path / "data" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for placeholder, value in STAND_INS.items():
         command = command.replace(placeholder, value)
