@@ -18,6 +18,10 @@ OF_RANDOM_MODEL = ("seed", "tokenizer_name_or_path", "output_dir")
 """Fields of pretraining that an untrained model depends on, besides its sizes."""
 
 
+SHOWN, SHOWN_LENGTH = 5, 80
+"""How many changes are named, and characters above which a change is named without its values."""
+
+
 @dataclass(frozen=True)
 class Changes:
     """The settings that differ, by field: the value before and the present one.
@@ -45,8 +49,15 @@ class Changes:
         return cls(effective, {name: pair for name, pair in changed.items() if name not in effective})
 
     def __str__(self) -> str:
+        """Name the fields, those with short values first and with these; of many, the first."""
         shown = self.effective or self.harmless
-        return ", ".join(f"{name}: {before} -> {now}" for name, (before, now) in shown.items())
+        said = {name: f"{name}: {before} -> {now}" for name, (before, now) in shown.items()}
+        texts = sorted(
+            (text if len(text) <= SHOWN_LENGTH else name for name, text in said.items()),
+            key=lambda text: ": " not in text,
+        )
+        more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+        return ", ".join(texts[:SHOWN]) + more
 
 
 def _matters(kind: str, name: str, now: Mapping[str, Any]) -> bool:
