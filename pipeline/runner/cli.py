@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import sys
@@ -206,8 +207,21 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         say(f"what was there before is in {replaced}; delete that when it is no longer needed")
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if code == 0 and report is not None and report.exists():
-        say(f"report: {report}")
+        say(f"report: {report}{promises_kept(report.with_name('metrics.json'))}")
     return code
+
+
+def promises_kept(metrics: Path) -> str:
+    """Return how many of the promised figures were kept, as the end of a line, "" if the recipe promises none."""
+    promises = json.loads(metrics.read_text(encoding="utf-8"))["promises"]
+    broken = sum(not promise["kept"] for promise in promises)
+    if not promises:
+        return ""
+    return (
+        f", {broken} of {len(promises)} promised figures fall short"
+        if broken
+        else f", all {len(promises)} promises kept"
+    )
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable[tuple[Step, Decision]]:

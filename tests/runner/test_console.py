@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from pipeline.progress import VARIABLE, duration, report_progress
+from pipeline.runner.cli import promises_kept
 from pipeline.runner.console import is_live
 from pipeline.runner.records import Decision
 from pipeline.runner.run_state import RunState
@@ -385,3 +386,13 @@ def test_only_the_first_process_reports_and_one_without_a_runner_does_nothing(
 )
 def test_durations(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [([], ""), ([True, True], ", all 2 promises kept"), ([True, False], ", 1 of 2 promised figures fall short")],
+)
+def test_the_last_line_says_whether_promises_were_kept(kept: list[bool], said: str, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(json.dumps({"promises": [{"promise": "a figure", "kept": value} for value in kept]}))
+    assert promises_kept(metrics) == said
