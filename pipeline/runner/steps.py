@@ -44,15 +44,15 @@ class Kind:
 
 
 KINDS = {
-    "data": Kind("recipes.data", 6, editable=True),
+    "data": Kind("recipes.data", 4, editable=True),
     "tokenizer": Kind("recipes.tokenizer", 2, seeded=False),
     "random": Kind("recipes.untrained", 1, measured=True, figure="bits_per_byte"),
-    "pretrain": Kind("recipes.pretrain", 80, launched=True, measured=True, figure="bits_per_byte"),
-    "sft": Kind("recipes.sft", 35, launched=True, measured=True, figure="instruction_accuracy"),
-    "preferences": Kind("recipes.preferences", 25, launched=True, editable=True),
-    "reward": Kind("recipes.reward", 25, launched=True, measured=True, figure="reward_accuracy"),
-    "ppo": Kind("recipes.ppo", 25, launched=True, measured=True, figure="win_rate"),
-    "grpo": Kind("recipes.grpo", 30, launched=True, measured=True, figure="pass@1"),
+    "pretrain": Kind("recipes.pretrain", 77, launched=True, measured=True, figure="bits_per_byte"),
+    "sft": Kind("recipes.sft", 29, launched=True, measured=True, figure="instruction_accuracy"),
+    "preferences": Kind("recipes.preferences", 17, launched=True, editable=True),
+    "reward": Kind("recipes.reward", 19, launched=True, measured=True, figure="reward_accuracy"),
+    "ppo": Kind("recipes.ppo", 53, launched=True, measured=True, figure="win_rate"),
+    "grpo": Kind("recipes.grpo", 40, launched=True, measured=True, figure="pass@1"),
 }
 """Steps of the same number run in this order."""
 
@@ -90,7 +90,7 @@ class Step:
     @property
     def usual_seconds(self) -> float:
         """Time that it takes in recipes/pocket."""
-        return KINDS[self.kind].seconds if self.kind in KINDS else 7.0
+        return KINDS[self.kind].seconds if self.kind in KINDS else 6.0
 
     @property
     def product(self) -> Path:
