@@ -85,8 +85,8 @@ def test_refuses_a_reward_function_that_returns_text(options: list[str]) -> None
         (["--reward_model_path", "{tmp}/policy"], ["has 2 labels"]),
         (["--reward_weights", "1", "--dataset_train_split", "trian"], ["each of the 2 rewards", "trian"]),
         (
-            ["--reward_funcs", "code_tests", "--max_completion_length", "61"],
-            ["no column test", "takes 5 of the model's 64"],
+            ["--reward_funcs", "code_tests", "--max_completion_length", "63"],
+            ["no column test", "every prompt takes", "context of 64"],
         ),
         (["--reward_funcs", "hidden_taste"], ["weight 0"]),
         (
