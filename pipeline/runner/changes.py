@@ -17,7 +17,6 @@ from pipeline.runner.steps import KINDS, Step
 OF_RANDOM_MODEL = ("seed", "tokenizer_name_or_path", "output_dir")
 """Fields of pretraining that an untrained model depends on, besides its sizes."""
 
-
 SHOWN, SHOWN_LENGTH = 5, 80
 """How many changes are named, and characters above which a change is named without its values."""
 

@@ -215,13 +215,9 @@ def promises_kept(metrics: Path) -> str:
     """Return how many of the promised figures were kept, as the end of a line, "" if the recipe promises none."""
     promises = json.loads(metrics.read_text(encoding="utf-8"))["promises"]
     broken = sum(not promise["kept"] for promise in promises)
-    if not promises:
-        return ""
-    return (
-        f", {broken} of {len(promises)} promised figures fall short"
-        if broken
-        else f", all {len(promises)} promises kept"
-    )
+    if broken:
+        return f", {broken} of {len(promises)} promised figures fall short"
+    return f", all {len(promises)} promises kept" if promises else ""
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable[tuple[Step, Decision]]:

@@ -63,6 +63,13 @@ def recipe(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return Path(shutil.copytree(POCKET, tmp_path / "pocket"))
 
 
+@pytest.fixture
+def own_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the finished run, which a test may change."""
+    shutil.copytree("runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+
+
 def change(recipe: Path, name: str, values: Mapping[str, Any]) -> None:
     path = recipe / f"{name}.yaml"
     content = {**yaml.safe_load(path.read_text()), **values}
@@ -186,22 +193,14 @@ def test_more_steps_go_on_from_the_last_checkpoint(recipe: Path, name: str, valu
     assert due(recipe)[name].action == "start", "another learning rate is not only more steps"
 
 
-def test_without_a_checkpoint_more_steps_begin_again(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree("runs", tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
+def test_without_a_checkpoint_more_steps_begin_again(recipe: Path, own_run: None) -> None:
     for path in Path("runs/pocket/4_grpo").glob("checkpoint-*"):
         shutil.rmtree(path)
     change(recipe, "4_grpo", {"max_steps": 900})
     assert due(recipe)["4_grpo"].action == "start"
 
 
-def test_a_step_that_was_continued_by_hand_is_seen_and_can_be_kept(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree("runs", tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
+def test_a_step_that_was_continued_by_hand_is_seen_and_can_be_kept(recipe: Path, own_run: None) -> None:
     write_model(Path("runs/pocket/4_grpo"), {"max_steps": 900})
     assert due(recipe)["4_grpo"].reason.startswith("was continued outside of this run, to 900 steps")
     assert set(due(recipe)) == {"4_grpo", "evaluate_4_grpo", "report"}
@@ -209,11 +208,7 @@ def test_a_step_that_was_continued_by_hand_is_seen_and_can_be_kept(
     assert due(recipe)["4_grpo"].action == "continue"
 
 
-def test_an_interrupted_step_is_resumed_after_a_change_without_effect(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree("runs", tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
+def test_an_interrupted_step_is_resumed_after_a_change_without_effect(recipe: Path, own_run: None) -> None:
     record = RunRecord.read(Path("runs/pocket"))
     record.stop(next(step for step in read_plan(recipe).steps if step.name == "4_grpo"), 1.0, finished=False)
     change(recipe, "4_grpo", {"logging_steps": 7})
