@@ -20,6 +20,9 @@ from typing import Any
 EXIT_USER_ERROR = 2
 """Exit code of a run refused because of its input (the convention of `argparse` and of POSIX shells)."""
 
+EXIT_PUSH_FAILED = 3
+"""Exit code of a run that is complete on this disk, but could not be pushed to the Hub."""
+
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C (128 + SIGINT, the convention of POSIX shells)."""
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "hardware", "progress"},
     {"files", "launch"},
-    {"config", "data", "models", "rewards"},
+    {"config", "data", "models", "rewards", "hub"},
     {"preferences"},
     {"training", "evaluation"},
     {"rl", "report", "runner"},

@@ -1,0 +1,215 @@
+"""Push files to a repository on the Hub: each file once, whatever the network does meanwhile."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.sha import git_hash
+
+from pipeline.hub.contents import Files
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PUSH_ERRORS = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, json.JSONDecodeError, OSError)
+"""What the Hub's client raises if a request fails. It wraps a failed upload in a `RuntimeError`."""
+
+TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
+"""Statuses after which another attempt may succeed. 409 and 412: there has been another commit meanwhile."""
+
+WAITS = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between attempts, if the Hub does not name a time."""
+
+LONGEST_WAIT = 600.0
+
+
+def is_replaced(path: str) -> bool:
+    """Return whether the push of a model replaces a path: any but those of its checkpoints and of Git."""
+    return not path.startswith((".git", "last-checkpoint/", "checkpoint-"))
+
+
+def push(
+    api: HfApi,
+    repo_id: str,
+    files: Files,
+    message: str,
+    *,
+    repo_type: str = "model",
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    replaces: Callable[[str], bool] = is_replaced,
+) -> list[str]:
+    """Make a branch of a repository hold `files`, in one commit. Both are created if they do not exist.
+
+    Only what differs is uploaded, and what is there and not in `files` is deleted; the history keeps it. The answer to
+    a commit may be lost: what the branch holds is therefore looked up before every attempt.
+
+    Args:
+        api: The client.
+        repo_id: The repository, `NAME/repo`.
+        files: What it is to hold.
+        message: Message of the commit, and title of the pull request.
+        repo_type: "model", "dataset" or "space"; a Space is a static one.
+        private: Whether nobody else may see it.
+        revision: The branch. Default: "main".
+        create_pr: Whether to open a pull request, or to update the open one of this title, instead.
+        replaces: Whether a path of the repository is deleted if it is not among `files`.
+
+    Returns:
+        The paths that were uploaded or deleted; none if the branch held these files already.
+
+    Raises:
+        PUSH_ERRORS: If it still fails after some attempts, for the reason that `explain` gives.
+    """
+    changed: dict[str, None] = {}
+
+    def attempt() -> bool:
+        """Return whether the branch holds the files; if not, something that they need was created."""
+        branch = _open_pull_request(api, repo_id, repo_type, message) if create_pr else revision
+        try:
+            info = api.repo_info(repo_id, revision=branch, repo_type=repo_type)
+            if private and not info.private:
+                api.update_repo_settings(repo_id, private=True, repo_type=repo_type)
+            tree = api.list_repo_tree(repo_id, recursive=True, revision=branch, repo_type=repo_type)
+            remote = {item.path: item for item in tree if isinstance(item, RepoFile)}
+        except RepositoryNotFoundError:
+            sdk = "static" if repo_type == "space" else None
+            api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True, space_sdk=sdk)
+            return False
+        except RevisionNotFoundError:
+            if revision is None:
+                raise
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+            return False
+        except RemoteEntryNotFoundError:  # an empty repository
+            remote = {}
+        stale = [path for path in remote if path not in files and replaces(path)]
+        new = [
+            addition
+            for path, content in files.items()
+            if not _is_same(addition := CommitOperationAdd(path, _source(content)), remote.get(path))
+        ]
+        changed.update(dict.fromkeys([*(item.path_in_repo for item in new), *stale]))
+        if new or stale:
+            operations = [*new, *(CommitOperationDelete(path) for path in stale)]
+            api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message,
+                repo_type=repo_type,
+                revision=branch,
+                create_pr=create_pr and branch is None,
+                parent_commit=info.sha,
+            )
+        return True
+
+    for _ in range(3):
+        if retry(attempt):
+            return list(changed)
+    raise RuntimeError(f"{repo_id} was created, but the Hub does not show it; check that your token may read it")
+
+
+def _open_pull_request(api: HfApi, repo_id: str, repo_type: str, title: str) -> str | None:
+    """Return the reference of the open pull request with this title, which an earlier push has made, or None."""
+    try:
+        for item in api.get_repo_discussions(repo_id, repo_type=repo_type, discussion_type="pull_request"):
+            if item.title == title and item.status in ("open", "draft"):
+                return item.git_reference
+    except HfHubHTTPError as error:
+        if is_transient(error):
+            raise
+    return None
+
+
+def _source(content: Path | bytes) -> str | bytes:
+    return content if isinstance(content, bytes) else str(content)
+
+
+def _is_same(addition: CommitOperationAdd, remote: RepoFile | None) -> bool:
+    """Return whether a file of a repository has this content."""
+    if remote is None:
+        return False
+    if remote.lfs is not None:
+        return remote.lfs.sha256 == addition.upload_info.sha256.hex()
+    if remote.size != addition.upload_info.size:
+        return False
+    with addition.as_file() as file:
+        return remote.blob_id == git_hash(file.read())
+
+
+def retry(call: Callable[[], T]) -> T:
+    """Return what `call` returns, after up to `len(WAITS)` failures that may pass.
+
+    A `Retry-After` of the Hub is honoured.
+    """
+    for wait in WAITS:
+        try:
+            return call()
+        except PUSH_ERRORS as error:
+            if not is_transient(error):
+                raise
+            named = str(getattr(_response(error), "headers", {}).get("retry-after", ""))
+            seconds = min(float(named), LONGEST_WAIT) if named.isdigit() else wait
+            logger.warning("The Hub did not answer as expected (%s); the next attempt is in %g s.", error, seconds)
+        time.sleep(seconds)
+    return call()
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same request may succeed later: the network failed, or the Hub was busy."""
+    if isinstance(error, LocalTokenNotFoundError | OfflineModeIsEnabled):
+        return False
+    response = _response(error)
+    if response is not None:
+        return response.status_code in TRANSIENT
+    return any(isinstance(item, HTTPError | json.JSONDecodeError | ConnectionError) for item in _causes(error))
+
+
+def explain(error: BaseException, repo_id: str) -> str:
+    """Return in one line why a request about a repository failed."""
+    response = _response(error)
+    status = getattr(response, "status_code", None)
+    said = str(getattr(error, "server_message", None) or error).strip().split("\n")[0][:200]
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token; log in with `hf auth login`, or set HF_TOKEN"
+    if status == 401:
+        return "the token is not valid, or has expired; make a new one, and log in with `hf auth login`"
+    if status == 403:
+        return f"the token may not write to {repo_id} ({said}); use one that may"
+    if status == 404:
+        return f"{repo_id} does not exist, or the token may not see it ({said})"
+    if status == 429:
+        return "the Hub accepts no more requests for now; wait a while"
+    if status is not None:
+        return f"the Hub answered {status} ({said})"
+    if is_transient(error) or isinstance(error, OfflineModeIsEnabled):
+        return f"the Hub cannot be reached ({said or type(error).__name__})"
+    return said or type(error).__name__
+
+
+def _response(error: BaseException) -> Any:
+    """Return the answer of the Hub that an error is about, if there was one."""
+    return next((found for item in _causes(error) if (found := getattr(item, "response", None)) is not None), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
