@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from forked import run_forked
 
 from tests import ppo_toy as toy
 
@@ -73,12 +74,4 @@ def command(module: str, *arguments: str, processes: int = 1) -> list[str]:
 
 def run(module: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run a module to its end."""
-    return subprocess.run(
-        command(module, *arguments, processes=processes),
-        cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_forked(command(module, *arguments, processes=processes), environment=ENVIRONMENT)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from forked import run_forked
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.llama import LlamaArguments, build_model
@@ -133,10 +135,11 @@ def recipe_command(recipe: str, folder: Path, *more: str) -> list[str]:
     return ["-m", f"recipes.{recipe}", *inputs, *steps, *saves, "--per_device_train_batch_size", "4", *more]
 
 
-def run_recipe(recipe: str, folder: Path, *more: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def run_recipe(
+    recipe: str, folder: Path, *more: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a recipe in a process of its own."""
-    command = [sys.executable, *recipe_command(recipe, folder, *more)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+    return run_forked([sys.executable, *recipe_command(recipe, folder, *more)], environment=environment)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from small_model import ROOT, conversation, save_tokenizer, tokenizer, write_data, write_text
 from transformers import AutoModelForSequenceClassification
 
@@ -97,9 +96,8 @@ def test_a_printed_command_runs(kind: str, argv: list[str], project: Path, tmp_p
         argv += [word for name, value in OVERRIDES[kind].items() for word in (f"--{name}", str(value))]
     if "--max_completion_length" in argv:
         argv += ["--max_completion_length", "16"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{project}"}
     command = [sys.executable, "-m", KINDS[kind].module, *argv, "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    done = run_forked(command, project)
     assert done.returncode == 0, done.stderr
     written = {"data": "README.md", "tokenizer": "tokenizer.json", "preferences": "README.md"}
     assert list((tmp_path / "out").glob(written.get(kind, "*model.safetensors")))
