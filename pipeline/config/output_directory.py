@@ -60,9 +60,9 @@ def _check_inputs(path: Path, present: Mapping[str, Any]) -> str | None:
         for other in map(Path, map(str, filter(None, value if isinstance(value, list) else [value]))):
             if os.path.exists(other) and other.resolve() == path.resolve():
                 return f"is the value of {name} too, and would be overwritten; choose another directory"
-    data = Path(str(present.get("dataset_name") or ""))
-    if present.get("dataset_name") and os.path.isdir(data) and path.resolve().is_relative_to(data.resolve()):
-        return "lies inside dataset_name, and would be read as data; choose another directory"
+            inside = name == "dataset_name" and os.path.isdir(other) and path.resolve().is_relative_to(other.resolve())
+            if inside:
+                return "lies inside dataset_name, and would be read as data; choose another directory"
     return None
 
 

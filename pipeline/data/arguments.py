@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 class DataArguments:
     """Which data set a stage reads, and what its columns mean."""
 
-    dataset_name: str | None = field(
+    # In this order transformers' parser takes it for a list, which may be given as one name.
+    dataset_name: list[str] | None | str = field(  # noqa: RUF036
         default=None,
         metadata={
             "help": "Id on the Hugging Face Hub, or a local file or folder: a data set repository, Parquet, JSONL, "
-            "JSON, CSV or text, optionally compressed (.gz)."
+            "JSON, CSV or text, optionally compressed (.gz). Several are joined, split by split."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
@@ -61,3 +62,12 @@ class DataArguments:
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer. Default: that of `model_name_or_path`."}
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_name, list) and len(self.dataset_name) < 2:
+            self.dataset_name = self.dataset_name[0] if self.dataset_name else None
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """The data sets, in order."""
+        return self.dataset_name if isinstance(self.dataset_name, list) else [self.dataset_name or ""]

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split, place_of, standardise
@@ -44,15 +44,33 @@ def load_splits(
     Raises:
         UserError: If the data set, a split or a column does not exist, a split is empty, or a row is malformed.
     """
-    source = open_source(args.dataset_name, args.dataset_config, args.dataset_streaming)
-    try:
-        train, test = _divide(source, args, kind, evaluation, tokens)
-    except UnicodeDecodeError as error:  # the rows are read only now
-        raise UserError(*locate_error(Path(str(args.dataset_name)), error)) from None
+    parts = [_load_one(replace(args, dataset_name=name), kind, evaluation, tokens) for name in args.dataset_names]
+    train = _join([train for train, _ in parts], args.max_train_samples)
+    test = _join([test for _, test in parts if test is not None], args.max_eval_samples) if evaluation else None
     if isinstance(train, IterableDataset):
         # Trainers shuffle only what has a length. The order depends on the epoch and on nothing else.
         train = train.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER)
     return train, test
+
+
+def _load_one(
+    args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
+) -> tuple[Split, Split | None]:
+    source = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming)
+    try:
+        return _divide(source, args, kind, evaluation, tokens)
+    except UnicodeDecodeError as error:  # the rows are read only now
+        raise UserError(*locate_error(Path(args.dataset_names[0]), error)) from None
+
+
+def _join(parts: list[Split], most: int | None) -> Split:
+    """Put the rows of several data sets one after the other, at most `most` of them."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = concatenate_datasets(parts)
+    if most is None:
+        return joined
+    return joined.take(min(most, len(joined)) if isinstance(joined, Dataset) else most)
 
 
 def _divide(

@@ -70,6 +70,11 @@ class Source(DataArguments):
         metadata={"help": "exact, math, choice, code, another reward, or module:function (default: exact or math)."},
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.dataset_name, list):
+            raise UserError(Problem("dataset_name", ", ".join(self.dataset_name), "name one data set to measure on"))
+
 
 @dataclass
 class EvaluationArguments:
@@ -142,6 +147,8 @@ def _listed(values: Values) -> list[str]:
 def _own_source(key: str, values: Values) -> dict[str, Any]:
     """Return the data set of a stage as a `Source`."""
     source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
+    if isinstance(names := source["dataset_name"], list):  # people's votes have a metric of their own
+        source["dataset_name"] = next((name for name in names if Path(name).name != VOTES), names[0])
     source.setdefault("validation_share", DataArguments.validation_share)
     if source.get("dataset_test_split") == DataArguments.dataset_test_split:
         del source["dataset_test_split"]  # it is what training is evaluated on; a split `test` is better

@@ -120,7 +120,7 @@ class Reader:
             return self._find(key, source, split, trained_on)
 
     def _find(self, key: str, source: Source, split: str | None, trained_on: bool) -> Part | None:
-        name, train = str(source.dataset_name), source.dataset_train_split
+        name, train = source.dataset_names[0], source.dataset_train_split
         is_exact = key in self.named and bool(source.dataset_test_split)
         wanted = [source.dataset_test_split, *([] if is_exact else HELD_OUT_SPLITS)]
         path = Path(name)
@@ -132,7 +132,7 @@ class Reader:
             return Part(_read_parquet(files[one]), source, "RUN", str(files[one])) if one in files else None
         if path.is_relative_to(self.run) and not path.exists():
             return None
-        opened = (source.dataset_name, source.dataset_config)
+        opened = (name, source.dataset_config)
         if opened not in self._opened:
             self._opened[opened] = open_source(*opened, source.dataset_streaming)
         splits = self._opened[opened]

@@ -168,7 +168,7 @@ def read_prompts(
     source = DataArguments(
         dataset_name=args.dataset_name, dataset_config=args.dataset_config, prompt_column=args.prompt_column
     )
-    available = set(open_source(source.dataset_name, source.dataset_config))
+    available = set(open_source(args.dataset_name, args.dataset_config))
     divided: dict[str, Any] = {}
     if available == {"train"}:
         divided = dict(zip(("train", "validation"), load_splits(source, "prompt", True, tokens), strict=True))

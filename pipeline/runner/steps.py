@@ -140,6 +140,10 @@ def _short(name: str) -> str:
     return re.sub(r"^(evaluate_)?\d+_", r"\1", name)
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def check_steps(steps: Iterable[Step]) -> list[Problem]:
     """Check the settings that a step would refuse as soon as it starts, which may be hours from now.
 
@@ -173,7 +177,8 @@ def check_steps(steps: Iterable[Step]) -> list[Problem]:
         for item in built:
             found += preflight(item) if isinstance(item, TrainingArguments) else []
             inputs = {name: getattr(item, name) for name in INPUTS if hasattr(item, name)}
-            for name, value in inputs.items():
+            listed = [(name, one) for name, value in inputs.items() for one in _listed(value)]
+            for name, value in listed:
                 if not value:
                     found.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
                 elif is_missing_path(value) and not Path(value).is_relative_to(Path(step.values["output_dir"]).parent):

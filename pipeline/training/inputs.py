@@ -108,7 +108,7 @@ def load_inputs(
     name = pretrained.model_name_or_path if pretrained else None
     own, tokenizer = data_args.tokenizer_name_or_path, None
     rewards = [*(getattr(reward_args, "reward_model_path", None) or []), getattr(reward_args, "value_model_path", None)]
-    names = filter(None, (name, own, data_args.dataset_name, *rewards))
+    names = filter(None, (name, own, *data_args.dataset_names, *rewards))
     if not all(os.path.exists(given) or is_missing_path(given) for given in names):
         skip_unreachable_hub()
     config = attempt(lambda: _load_config(pretrained)) if pretrained else None

@@ -205,7 +205,7 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
 
 def _card_dataset(trainer: Trainer, arguments: Sequence[Any]) -> dict[str, str]:
     """Return the Hub data set as this trainer's `create_model_card` takes it; empty if the data are local."""
-    names = [name for item in arguments if (name := getattr(item, "dataset_name", None))]
+    names = [name for item in arguments for name in getattr(item, "dataset_names", ()) if name]
     if not names or Path(names[0]).exists():
         return {}
     parameters = inspect.signature(trainer.create_model_card).parameters

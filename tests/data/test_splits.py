@@ -191,3 +191,27 @@ def test_a_special_token_in_a_message_is_refused_by_its_row(tmp_path: Path, stre
         assert len(list(load_splits(args, "conversation", False, tokens)[0])) == 9
     with pytest.raises(UserError, match="row 7: messages contains <end>"):
         list(load_splits(args, "conversation", False, re.compile("<start>|<end>"))[0])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_several_data_sets_are_joined_split_by_split(tmp_path: Path, streaming: bool) -> None:
+    for name, rows in (("one", 5), ("two", 3)):
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation"):
+            pairs = [{"prompt": f"{name} {i}", "chosen": "yes", "rejected": "no", name: i} for i in range(rows)]
+            write_lines(tmp_path / name / f"{split}.jsonl", pairs)
+    names = [str(tmp_path / "one"), str(tmp_path / "two")]
+    args = DataArguments(dataset_name=names, dataset_streaming=streaming)
+    train, validation = load_splits(args, "preference", evaluation=True)
+    assert validation is not None
+    for split in (train, validation):
+        questions = [row["prompt"][0]["content"] for row in split]
+        assert sorted(questions) == [*(f"one {i}" for i in range(5)), *(f"two {i}" for i in range(3))]
+    few, _ = load_splits(DataArguments(dataset_name=names, max_train_samples=6), "preference", evaluation=False)
+    assert [row["prompt"][0]["content"] for row in few] == [*(f"one {i}" for i in range(5)), "two 0"]
+
+
+def test_a_list_of_one_data_set_is_that_data_set(tmp_path: Path) -> None:
+    assert DataArguments(dataset_name=["only"]).dataset_name == "only"
+    with pytest.raises(UserError, match="nothing"):
+        load_splits(DataArguments(dataset_name=[]), "text", evaluation=False)
