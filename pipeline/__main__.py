@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("pipeline.evaluation.cli", "measure one stage on the held-out data"),
     "report": ("pipeline.report.cli", "write the report of a run: index.html and metrics.json"),
     "compare": ("pipeline.report.compare", "compare runs of two recipes, paired by seed and by test row"),
+    "app": ("pipeline.app.cli", "open a page that shows a run, and on which people vote for answers"),
     "check-overlap": ("pipeline.data.overlap", "look for test examples inside the training data"),
     "merge": ("pipeline.models.merge", "merge a LoRA adapter into its base model"),
     "gguf": ("pipeline.models.gguf", "convert a model for llama.cpp"),

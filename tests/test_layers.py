@@ -18,6 +18,7 @@ LAYERS = [
     {"preferences"},
     {"training", "evaluation"},
     {"rl", "report", "runner"},
+    {"app"},
     {"__main__"},
 ]
 """Modules and packages at the top of `pipeline/`, lowest first. Those of one layer do not import each other."""

@@ -12,13 +12,13 @@ from markupsafe import Markup
 
 from pipeline.files import write_text
 from pipeline.report.curves import Chart, charts_of
-from pipeline.report.differences import Difference
+from pipeline.report.differences import Difference, differences
 from pipeline.report.labels import stage_info
 from pipeline.report.load import Run
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, figures, gains, others, remarks, show_targets, tiles
-from pipeline.report.targets import Target, TargetResult, check_targets
+from pipeline.report.targets import Target, TargetResult, check_targets, is_pocket, load_targets
 from pipeline.report.text import code, duration, magnitude, markdown, number, visible
 
 
@@ -27,6 +27,13 @@ def write_report(run: Run, found: Sequence[Difference], targets: Sequence[Target
     results = check_targets(run, found, targets)
     summary = summarise(run, found, results)
     return write_files(directory, "report", summary, page_content(run, found, results, summary))
+
+
+def report_html(run: Run) -> str:
+    """Return index.html of a run, without writing it."""
+    found = differences(run)
+    results = check_targets(run, found, load_targets(None) if is_pocket(run) else [])
+    return render("report.html.jinja", page_content(run, found, results, summarise(run, found, results)))
 
 
 def write_files(directory: Path, template: str, summary: dict[str, Any], content: dict[str, Any]) -> Path:

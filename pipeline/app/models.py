@@ -1,0 +1,239 @@
+"""The models of the page and of the chat: loaded at first use, and asked token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from pipeline import hardware
+from pipeline.errors import Problem, UserError
+from pipeline.models.generation import Messages, accepts_argument, encode_prompts
+from pipeline.models.loading import load_model
+from pipeline.report.labels import stage_info, stage_order
+
+ALTERNATIVES = 5
+"""How many of the most probable tokens are shown beside the one that was chosen."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: greedily at temperature 0; `top_k` 0 and `top_p` 1 keep all tokens."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was drawn.
+
+    Attributes:
+        id: Its id.
+        log_prob: Its log-probability under the model, before temperature, top-k and top-p, in nats.
+        alternatives: The most probable ids there, with their log-probabilities.
+    """
+
+    id: int
+    log_prob: float
+    alternatives: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to answer.
+
+    Attributes:
+        name: What the page calls it.
+        model: On its device, in evaluation mode. On a CPU its attention is plain, which is the fastest for single
+            tokens and which nothing changes later, so that several threads may use the model at once.
+        tokenizer: Its tokenizer.
+        context: The length of its context in tokens, 0 if it is not limited.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Return the tokens of a conversation; without a chat template, of its contents alone.
+
+        Raises:
+            UserError: If they leave no room for an answer.
+        """
+        if self.tokenizer.chat_template:
+            (ids,) = encode_prompts(self.tokenizer, [messages])
+        else:
+            ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        if not ids:
+            raise UserError(Problem("prompt", repr(messages[-1]["content"]), "has no tokens; write something"))
+        if self.context and len(ids) >= self.context:
+            remedy = f"is longer than the context of {self.name}, which is {self.context} tokens; shorten it"
+            raise UserError(Problem("prompt", f"{len(ids)} tokens", remedy))
+        return ids
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that end an answer: the tokenizer's, and those of the generation settings."""
+        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        listed = configured if isinstance(configured, list) else [configured]
+        return {token for token in [self.tokenizer.eos_token_id, *listed] if token is not None}
+
+
+@dataclass
+class Answer:
+    """An answer that a model is writing.
+
+    Attributes:
+        loaded: The model.
+        tokens: What it has written so far.
+        pieces: The text of each token.
+        seconds: Time of its own forward passes.
+        stopped: Why it stopped, "" while it writes.
+    """
+
+    loaded: Loaded
+    tokens: list[Token] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    stopped: str = ""
+    _text: str = ""
+
+    @property
+    def text(self) -> str:
+        """The text so far, without special tokens and without half of a character."""
+        ids = [token.id for token in self.tokens]
+        return str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True)).rstrip("\ufffd")
+
+    def add(self, token: Token) -> None:
+        """Append a token. A piece is what it adds to the text, because some tokenizers join words without a space."""
+        self.tokens.append(token)
+        whole = str(self.loaded.tokenizer.decode([token.id for token in self.tokens]))
+        self.pieces.append(whole[len(self._text) :] if whole.startswith(self._text) else self.piece(token.id))
+        self._text = whole
+
+    def piece(self, token: int) -> str:
+        """Return the text of a token by itself."""
+        return str(self.loaded.tokenizer.decode([token]))
+
+
+def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling) -> Iterator[Answer]:
+    """Answer a prompt, from `Loaded.encode`. Yields the same answer after each of its tokens."""
+    answer = Answer(loaded)
+    room = loaded.context - len(prompt) if loaded.context else sampling.max_new_tokens
+    limit = min(room, sampling.max_new_tokens)
+    ends, tokens = loaded.ends, stream(loaded.model, prompt, sampling)
+    for _ in range(limit):
+        start = time.perf_counter()
+        token = next(tokens)
+        answer.seconds += time.perf_counter() - start
+        answer.add(token)
+        if token.id in ends:
+            answer.stopped = "ended its turn"
+        elif len(answer.tokens) == limit:
+            full = limit < sampling.max_new_tokens
+            answer.stopped = f"the context of {loaded.context} tokens is full" if full else f"limit of {limit} tokens"
+        yield answer
+        if answer.stopped:
+            return
+
+
+@torch.inference_mode()
+def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+    """Yield one token after the other, without end. `pipeline.models.generation.sample` is for whole batches."""
+    process = LogitsProcessorList()
+    if sampling.temperature > 0:
+        process.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k > 0:
+            process.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            process.append(TopPLogitsWarper(sampling.top_p))
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    optional = {"logits_to_keep": 1} if accepts_argument(model, "logits_to_keep") else {}
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    while True:
+        logits = model(input_ids=ids, cache=cache, use_cache=True, **optional).logits[:, -1].float()
+        log_probs = logits.log_softmax(-1)[0]
+        if sampling.temperature > 0:
+            chosen = torch.multinomial(process(ids, logits).softmax(-1)[0], 1, generator=generator)
+        else:
+            chosen = logits[0].argmax().reshape(1)
+        best = log_probs.topk(min(ALTERNATIVES, len(log_probs)))
+        alternatives = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        yield Token(int(chosen), float(log_probs[chosen]), alternatives)
+        ids = chosen.reshape(1, 1)
+
+
+def load(path: str, name: str, option: str) -> Loaded:
+    """Load a model for answering; `option` is the argument that named it.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    model, tokenizer = load_model(path, option, chat=False)
+    if tokenizer.eos_token_id is None:
+        raise UserError(Problem(option, path, "its tokenizer has no eos token, with which answers end; add one"))
+    model.to(hardware.accelerator() or "cpu").eval()
+    if model.device.type == "cpu":
+        model.float().set_attn_implementation("eager")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    return Loaded(name, model, tokenizer, context)
+
+
+def stages_that_write(run: Path) -> list[str]:
+    """Return the folders of a run whose models write text, in the order of training."""
+    found = [config.parent.name for config in run.glob("[0-9]*_*/config.json")]
+    return sorted((name for name in found if stage_info(name).generates), key=stage_order)
+
+
+class Models:
+    """The models that the page knows by name. No other can be named by a page.
+
+    Args:
+        run: The run, whose stages are called by the names of their folders.
+        others: Folders and Hub ids of further models.
+    """
+
+    def __init__(self, run: Path, others: Sequence[str] = ()) -> None:
+        self._paths = {name: (str(run / name), "RUN") for name in stages_that_write(run)}
+        self.stages = list(self._paths)
+        self._paths |= {name: (name, "--model") for name in others}
+        self.names = list(self._paths)
+        self._loaded: dict[str, Loaded | UserError] = {}
+        self._locks = {name: Lock() for name in self.names}
+
+    def get(self, name: str) -> Loaded:
+        """Return a model, loaded when it is first asked for.
+
+        Raises:
+            KeyError: If the page has no model of that name.
+            UserError: If it cannot be loaded; it is not tried again.
+        """
+        with self._locks[name]:
+            if name not in self._loaded:
+                try:
+                    self._loaded[name] = load(self._paths[name][0], name, self._paths[name][1])
+                except UserError as error:
+                    self._loaded[name] = error
+            found = self._loaded[name]
+        if isinstance(found, UserError):
+            raise found
+        return found

@@ -1,0 +1,188 @@
+"""The web server: Gradio's page behind a gate that lets through only what the page needs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import re
+from collections.abc import MutableMapping
+from html import escape
+from typing import Any
+from urllib.parse import parse_qs
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pipeline.app import page, prefer
+from pipeline.app.site import Site
+
+ROUTES = re.compile(
+    r"/(login|report|config|theme\.css|favicon\.ico|manifest\.json|prefer/.*|assets/.*|static/.*"
+    r"|gradio_api/(theme\.css|startup-events|info|queue/join|queue/data|cancel|reset|heartbeat/\w+|app_id))?/?"
+)
+"""Paths that the page asks for. Gradio has many more, which open files, fetch addresses or take uploads."""
+
+LARGEST_REQUEST = 1 << 20
+"""Bytes of a request's body."""
+
+POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'; form-action 'self'; base-uri 'self'; object-src 'none'"
+)
+"""What the browser may load: nothing from another host."""
+
+LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,"><title>Fourstage</title>
+<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 22rem; margin: 12vh auto; padding: 0 1rem }}
+label, input, button {{ display: block; width: 100%; font: inherit; box-sizing: border-box }}
+input, button {{ margin: .2rem 0 1rem; padding: .5rem }}</style>
+<h1>Fourstage</h1><p role="alert">{message}</p>
+<form method="post" action="login"><label for="username">Your name, under which you vote</label>
+<input id="username" name="username" autocomplete="username" maxlength="80" required autofocus>
+<label for="password">Password</label>
+<input id="password" name="password" type="password" autocomplete="current-password" required>
+<button>Log in</button></form></html>
+"""
+
+
+class Gate:
+    """Refuse what is not for the page, and visitors without the password.
+
+    Args:
+        app: What is behind the gate.
+        password: The password, None if there is none.
+        port: Makes the name of the cookie that of this server; browsers share cookies between ports.
+    """
+
+    def __init__(self, app: ASGIApp, password: str | None, port: int) -> None:
+        self.app, self.password, self.cookie = app, password, f"fourstage_{port}"
+        # Signed with a key that a restarted server has again. Slow to compute, so that a cookie does not give away the
+        # password.
+        salt = b"fourstage"
+        self.key = hashlib.scrypt(password.encode(), salt=salt, n=1 << 14, r=8, p=1) if password else b""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on with the visitor's name in `request.state.annotator`, None if not known."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        name = self.visitor(request.cookies.get(self.cookie, ""))
+        refused = await self.refuse(request, name)
+        scope.setdefault("state", {})["annotator"] = name
+
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("Content-Security-Policy", POLICY)
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+            await send(message)
+
+        await (refused or self.app)(scope, receive, send_with_headers)
+
+    async def refuse(self, request: Request, name: str | None) -> Response | None:
+        """Return the answer to a request that is not passed on."""
+        path, headers = request.url.path, Headers(scope=request.scope)
+        if not ROUTES.fullmatch(path):
+            return PlainTextResponse("Not found", 404)
+        if headers.get("sec-fetch-site") == "cross-site" and request.method != "GET":
+            return PlainTextResponse("Refused: the request comes from another site", 403)
+        if request.method == "POST":
+            size = headers.get("content-length", "")
+            if not size.isdigit():
+                return PlainTextResponse("Length required", 411)
+            if int(size) > LARGEST_REQUEST:
+                return PlainTextResponse(f"Too large: {size} bytes, at most {LARGEST_REQUEST}", 413)
+        if self.password is None:
+            return None
+        if path == "/login" and request.method == "POST":
+            return await self.log_in(request)
+        if name is not None:
+            return None
+        if request.method == "GET" and path in ("/", "/login"):
+            return HTMLResponse(LOGIN.format(message=""))
+        return PlainTextResponse("Log in first", 401)
+
+    async def log_in(self, request: Request) -> Response:
+        """Answer the form."""
+        form = parse_qs((await request.body()).decode("utf-8", "replace"))
+        name, given = (form.get(field, [""])[0].strip() for field in ("username", "password"))
+        if not name or not hmac.compare_digest(given.encode(), str(self.password).encode()):
+            await asyncio.sleep(1)  # so that passwords cannot be tried quickly
+            return HTMLResponse(LOGIN.format(message="Name or password is wrong."), 401)
+        response = RedirectResponse("./", 303)
+        value = f"{base64.urlsafe_b64encode(name[:80].encode()).decode()}.{self.sign(name[:80])}"
+        response.set_cookie(self.cookie, value, max_age=30 * 86400, httponly=True, samesite="lax")
+        return response
+
+    def sign(self, name: str) -> str:
+        """Return what only this server can add to a name."""
+        return hmac.new(self.key, name.encode(), "sha256").hexdigest()
+
+    def visitor(self, cookie: str) -> str | None:
+        """Return the name in a cookie, or None if this server did not sign it."""
+        encoded, _, signature = cookie.partition(".")
+        try:
+            name = base64.urlsafe_b64decode(encoded).decode()
+        except ValueError:
+            return None
+        return name if name and self.password and hmac.compare_digest(self.sign(name), signature) else None
+
+
+def build_app(site: Site) -> ASGIApp:
+    """Return the whole server as an ASGI application."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(prefer.routes(site))
+
+    @app.get("/report")
+    def report() -> HTMLResponse:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
+        return HTMLResponse(page.report_of(site), headers={"Content-Security-Policy": policy})
+
+    blocks = page.build(site)
+    # Several visitors compare at once, but a machine has few cores: further calls wait their turn.
+    blocks.queue(max_size=64, default_concurrency_limit=4)
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        server_name=site.options.host,
+        server_port=site.options.port,
+        footer_links=[],
+        run_history=False,  # prompts and answers are not kept in the browser
+        allowed_paths=[],
+        show_error=False,
+        max_file_size=1,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=page.theme(),
+        css=page.style(),
+        head=page.head(),
+    )
+    gated: ASGIApp = Gate(app, site.options.password, site.options.port)
+    if site.options.password is None:  # a page of another site, whose name leads here, must not read this one
+        gated = TrustedHostMiddleware(gated, ["127.0.0.1", "localhost", "[::1]"])
+    return gated
+
+
+def serve(site: Site) -> None:
+    """Serve the page until Ctrl-C."""
+    app = build_app(site)
+    options = site.options
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"http://{escape(host)}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
+    page.warm_up(site)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=1)

@@ -1,0 +1,24 @@
+"""What every section of the page works on."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.app.models import Models
+
+
+@dataclass(frozen=True)
+class Site:
+    """The run that a page shows.
+
+    Attributes:
+        run: Its folder.
+        models: Its models, and those that were named on the command line.
+        options: The command line.
+    """
+
+    run: Path
+    models: Models
+    options: argparse.Namespace
