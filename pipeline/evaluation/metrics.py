@@ -22,7 +22,7 @@ from pipeline.evaluation.graders import Grader, grade_final_answers
 from pipeline.evaluation.likelihood import answer_losses, document_losses
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.sources import Example, subsample
-from pipeline.models.generation import Completion, stopped
+from pipeline.models.generation import Completion, end_tokens, stopped
 from pipeline.rewards.answers import extract_answer, normalise_answer, number
 from pipeline.rewards.grading import RULE_COLUMNS, grade, has_steps, is_gradable
 
@@ -244,7 +244,7 @@ def record_stops(
 ) -> None:
     """Record `stop_rate`."""
     tokens = [completion.tokens for completion in completions]
-    stops = StopRate().compute(predictions=tokens, eos_token_id=chat.tokenizer.eos_token_id)
+    stops = StopRate().compute(predictions=tokens, eos_token_id=end_tokens(chat.model, chat.tokenizer))
     result.record("stop_rate", stops, rows)
 
 

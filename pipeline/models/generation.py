@@ -82,6 +82,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Message
     ]
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's eos token, and those of the model's generation_config.json.
+
+    Chat models often end a turn with another token than the one that ends a document.
+    """
+    return sorted({*_listed(tokenizer.eos_token_id), *_listed(model.generation_config.eos_token_id)})
+
+
 def unsupported_settings(config: GenerationConfig) -> dict[str, Any]:
     """Return the settings, with their values, that `model.generate` honours and `sample` does not."""
     defaults = config._get_default_generation_params()
@@ -109,7 +117,7 @@ def generate(
 
     Args:
         model: A causal language model, on its device and in its dtype.
-        tokenizer: Its tokenizer; `eos_token_id` ends a completion.
+        tokenizer: Its tokenizer; see `end_tokens` for what ends a completion.
         prompts: Token ids, at least one each.
         max_new_tokens: Length at which completions are cut off.
         samples: Completions per prompt; more than one makes sense only with a temperature.
@@ -122,7 +130,8 @@ def generate(
         `samples` completions for each prompt, in the order of `prompts`.
     """
     model.eval()
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id)
+    ends = end_tokens(model, tokenizer)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends)
     if temperature > 0:
         config.update(do_sample=True, temperature=temperature, min_p=min_p)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -134,7 +143,7 @@ def generate(
         tokens = sample(model, [prompts[i] for i in chosen], config, generator)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for i, ids, text in zip(chosen, tokens, texts, strict=True):
-            completions[i].append(Completion(text.strip(), ids, stopped(ids, tokenizer.eos_token_id)))
+            completions[i].append(Completion(text.strip(), ids, stopped(ids, ends)))
     return completions
 
 

@@ -53,6 +53,15 @@ def common_end(model, prompts, tokenizer, monkeypatch):
     return end
 
 
+def test_answers_also_end_with_the_tokens_that_the_model_itself_names(model, tokenizer, prompts, monkeypatch):
+    answer = generate(model, tokenizer, prompts[:1], max_new_tokens=12)[0][0].tokens
+    end = answer[4]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, end])
+    ((completion,),) = generate(model, tokenizer, prompts[:1], max_new_tokens=12)
+    assert completion.stopped
+    assert completion.tokens == answer[: answer.index(end) + 1]
+
+
 def test_prompts_end_with_the_generation_prompt(tokenizer, prompts):
     whole = tokenizer.apply_chat_template(
         [*PROMPTS[0], {"role": "assistant", "content": "A piece."}], return_dict=False
