@@ -7,7 +7,7 @@ one problem are not eight problems. The bootstrap is seeded, so the same values 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from statistics import NormalDist, fmean, stdev
@@ -128,22 +128,35 @@ def bootstrap(totals: Sequence[float], weights: Sequence[float] | None = None, *
     if n < 2:
         value = float(numerator.sum() / denominator.sum()) if n else float("nan")
         return value, value
-    counts = _kept_counts(n, seed) if n <= KEPT_UNITS else _counts(n, seed)
-    drawn = counts @ denominator
-    ratios = (counts @ numerator)[drawn > 0] / drawn[drawn > 0]
+    parts = [_kept_counts(n, seed)] if n <= KEPT_UNITS else _counts(n, seed)
+    sums = [(counts @ numerator, counts @ denominator) for counts in parts]
+    total, drawn = map(np.concatenate, zip(*sums, strict=True))
+    ratios = total[drawn > 0] / drawn[drawn > 0]
     low, high = np.quantile(ratios, TAILS)
     return float(low), float(high)
 
 
-def _counts(n: int, seed: int) -> np.ndarray:
-    """Return how often each of `n` units is drawn, one row per resample, by which the units are not copied."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
+def _counts(n: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each of `n` units is drawn, one row per resample, by which the units are not copied.
 
+    However many units there are, the rows of one array have at most `MOST_COUNTS` entries.
+    """
+    generator, rows = np.random.default_rng(seed), max(1, MOST_COUNTS // n)
+    for start in range(0, RESAMPLES, rows):
+        size = min(rows, RESAMPLES - start)
+        yield generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
+
+
+@lru_cache(maxsize=32)
+def _kept_counts(n: int, seed: int) -> np.ndarray:
+    return next(_counts(n, seed))
+
+
+MOST_COUNTS = 4_000_000
+"""32 MB."""
 
 KEPT_UNITS = 400
 """Units up to which draws are kept, 6 MB at most for each number of them: a report asks for few numbers, many times."""
-
-_kept_counts = lru_cache(maxsize=32)(_counts)
 
 
 def proportion(outcomes: Sequence[float]) -> Estimate:

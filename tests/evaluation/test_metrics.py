@@ -154,6 +154,13 @@ def test_bootstrap_resamples_whole_units():
     assert low == pytest.approx(1.0) and high == pytest.approx(10.0)
 
 
+def test_bootstrap_of_many_units_is_computed_in_parts_that_fit_into_memory(monkeypatch):
+    values = [i % 7 for i in range(500)]
+    whole = intervals.bootstrap(values)
+    monkeypatch.setattr(intervals, "MOST_COUNTS", 3 * 500)
+    assert intervals.bootstrap(values) == pytest.approx(whole)
+
+
 def test_bootstrap_of_one_unit_has_no_width():
     assert intervals.bootstrap([3.0], [2.0]) == (1.5, 1.5)
 
