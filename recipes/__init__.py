@@ -3,6 +3,8 @@
 import gc
 import sys
 
+import pipeline  # noqa: F401 - before torch, whose threads it keeps from waiting busily
+
 if sys.argv[:1] == ["-m"]:  # `python -m recipes.NAME` is about to import the module
     # torch and transformers create millions of objects, and searching them for garbage takes a sixth of the time until
     # `--help` is printed. `pipeline.training.entry.run` enables the collector again.

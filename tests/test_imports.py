@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
@@ -69,3 +72,19 @@ def test_the_garbage_collector_works_once_a_recipe_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "recipes.data", "--output_dir", str(tmp_path / "data"), "--size_mb", "0.1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.stderr.splitlines()[-1] == "True", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "own", "expected"),
+    [
+        ("pipeline", {}, "10000"),
+        ("recipes", {}, "10000"),
+        ("recipes", {"OMP_WAIT_POLICY": "active"}, ""),
+        ("recipes", {"GOMP_SPINCOUNT": "5"}, "5"),
+    ],
+)
+def test_threads_wait_briefly_unless_the_user_chose_how(module: str, own: dict[str, str], expected: str) -> None:
+    variables = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    code = f"import sys, {module}, os; print(os.environ.get('GOMP_SPINCOUNT', ''), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables | own, capture_output=True, text=True)
+    assert done.stdout == f"{expected} False\n"

@@ -35,11 +35,6 @@ DEFAULTS = {
     "DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",  # tokenizers warn when a process that used threads forks
     "PYTHONUNBUFFERED": "1",
-    # How often a thread of OpenMP looks for work before it sleeps. By default it looks for milliseconds: on a busy
-    # machine a training step took 21 times as long as on an idle one, and with this number 8 times. On an idle one it
-    # costs nothing; 1000, or OMP_WAIT_POLICY=PASSIVE, make training up to a sixth slower and generation a quarter to a
-    # half.
-    "GOMP_SPINCOUNT": "10000",
 }
 """Environment variables of a step, unless the user has set them."""
 
@@ -161,10 +156,7 @@ def signal_with_parent(number: signal.Signals) -> Callable[[], object]:
 
 def add_defaults(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a step: the user's, and the defaults that do not replace a choice of the user's."""
-    defaults = dict(DEFAULTS)
-    if "OMP_WAIT_POLICY" in environment:  # the other variable would replace it
-        del defaults["GOMP_SPINCOUNT"]
-    return {**defaults, **environment}
+    return {**DEFAULTS, **environment}
 
 
 def _receive(channel: socket.socket) -> bytes:

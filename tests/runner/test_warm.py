@@ -30,8 +30,6 @@ def warm(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(warm_module, "PRELOADED", ())
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.delenv(name, raising=False)
     if request.param == "new process":
         yield None
         return
@@ -93,14 +91,6 @@ print("out"); print("err", file=sys.stderr); os.system("echo child")
     os.environ["GONE"] = "1"
     del os.environ["GONE"]
     assert step(code, "--a", "b c", OWN="\u00e4\n") == (0, "out\nerr\nchild\n")
-
-
-@pytest.mark.parametrize(
-    ("own", "expected"), [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, ""), ({"GOMP_SPINCOUNT": "5"}, "5")]
-)
-def test_threads_wait_briefly_unless_the_user_chose_how(step: Step, own: dict[str, str], expected: str) -> None:
-    code = "import os; print(os.environ.get('GOMP_SPINCOUNT', ''))"
-    assert step(code, **own) == (0, f"{expected}\n")
 
 
 def test_steps_leave_each_other_alone(step: Step) -> None:
