@@ -34,6 +34,15 @@ FEATURES = {"text": Value("string"), "answer": Value("string"), "margin": Value(
     ("messages", "prompt", "chosen", "rejected"), MESSAGES
 )
 
+PREFERENCES = Features(
+    {
+        **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
+        **dict.fromkeys(("annotator", "first", "kind"), Value("string")),
+        **dict.fromkeys(("taste_chosen", "taste_rejected"), Value("float64")),
+    }
+)
+"""The columns of pairs that are made here, labelled by annotators or by people."""
+
 RESERVED = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "image", "images",
 )  # fmt: skip

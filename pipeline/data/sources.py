@@ -19,6 +19,7 @@ import yaml
 from datasets import DatasetDict, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from pipeline.data import votes
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError
 from pipeline.files import check_directory, is_missing_path
 
@@ -62,6 +63,11 @@ def open_source(
     if not name:
         raise UserError(Problem("dataset_name", "nothing", "give a Hub id, a file or a folder"))
     path = Path(name).expanduser()
+    if (path / votes.FILE).is_file() and not votes.update_data_set(path):
+        remedy = (
+            "does not contain a vote that prefers one of two answers yet; collect some with `python -m pipeline app`"
+        )
+        raise UserError(Problem("dataset_name", name, remedy))
     builder, options = _choose_builder(name, path, config)
     if builder not in BUILDERS.values():
         _check_config(builder, config)

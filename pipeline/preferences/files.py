@@ -7,21 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 from huggingface_hub import DatasetCardData
 
-from pipeline.data.columns import MESSAGES
+from pipeline.data.columns import PREFERENCES
 from pipeline.files import write_folder
 
 SPLITS = ("train", "validation", "test")
 FILES = ("README.md", *(f"{split}.parquet" for split in SPLITS))
-FEATURES = Features(
-    {
-        **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
-        **dict.fromkeys(("annotator", "first", "kind"), Value("string")),
-        **dict.fromkeys(("taste_chosen", "taste_rejected"), Value("float64")),
-    }
-)
 
 TITLE = "# Preferences between two answers"
 CARD = f"""
@@ -81,7 +74,7 @@ def write(
 
     Args:
         output_dir: Folder of the data set; replaced if it exists.
-        splits: Rows of each split, with the columns of `FEATURES`; a split without rows is left out.
+        splits: Rows of each split, with the columns of `PREFERENCES`; a split without rows is left out.
         counts: What became of the answers of each split.
         origin: The model that answered and the data set of the prompts, as a phrase.
         judge: Who labelled the pairs, as a phrase.
@@ -90,7 +83,7 @@ def write(
         for name, rows in splits.items():
             if not rows:  # `load_dataset` refuses a split without rows
                 continue
-            Dataset.from_list(list(rows), features=FEATURES).to_parquet(folder / f"{name}.parquet")
+            Dataset.from_list(list(rows), features=PREFERENCES).to_parquet(folder / f"{name}.parquet")
         (folder / "README.md").write_text(card(counts, origin, judge), encoding="utf-8", newline="\n")
 
 

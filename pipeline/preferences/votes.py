@@ -1,4 +1,7 @@
-"""People's votes: a file with a line for each pair of answers, in which people say which of the two they prefer.
+"""People's votes: the file to which the page appends them, and the judge who decides as most people did.
+
+`pipeline.data.votes` describes the file. The judge also reads a file with a line for each pair of answers that an
+evaluation asks for, in which people may say by hand which of the two they prefer:
 
     {"prompt": [...], "first": "It is red.", "second": "Red. Bye.", "choice": null}
 
@@ -9,27 +12,133 @@ times, once for each person.
 from __future__ import annotations
 
 import json
+import os
 import random
+import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pipeline.data.votes import FILE, Vote, read_votes, standing
 from pipeline.errors import Problem, UserError
-from pipeline.files import write_text
+from pipeline.files import lock, write_text
 from pipeline.preferences.judges import Judge
 
+
+class Conflict(Exception):
+    """A vote that cannot count: its annotator has voted on this pair already, or what it undoes does not stand."""
+
+
+class VoteLog:
+    """The votes of a run. One process appends to them, from any of its threads; a vote is on disk before `add` returns.
+
+    A line that was half written when the process or the machine died is removed: its vote was never confirmed.
+
+    Args:
+        folder: Where `votes.jsonl` is, or will be.
+
+    Raises:
+        UserError: If another process appends to the same file, the folder cannot be written to, or a line is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self._mutex = threading.RLock()
+        with ExitStack() as stack:
+            stack.enter_context(lock(folder / ".votes.lock", orphans_only=True))
+            self._file = stack.enter_context(self.path.open("a+b", buffering=0))
+            self._end = self._recover()
+            self._lines = {vote["id"]: vote for vote in read_votes(self.path)}
+            self._held = stack.pop_all()
+        self._standing = {(vote["annotator"], vote["pair"]): vote for vote in standing(list(self._lines.values()))}
+
+    def close(self) -> None:
+        """Release the file."""
+        self._held.close()
+
+    def _recover(self) -> int:
+        """Remove half a line at the end. Returns the size of the file."""
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            try:
+                json.loads(content[end:])
+                self._file.write(b"\n")
+                end = len(content) + 1
+            except ValueError:
+                self._file.truncate(end)
+            os.fsync(self._file.fileno())
+        return end
+
+    def add(self, vote: Vote) -> bool:
+        """Append a vote. One that is sent again, with the same `id`, is confirmed again and counts once.
+
+        Returns:
+            Whether it is new.
+
+        Raises:
+            Conflict: If it cannot count.
+            OSError: If it cannot be written; the file is as before.
+        """
+        with self._mutex:
+            key = vote["annotator"], vote["pair"]
+            if vote["id"] in self._lines:
+                return False
+            if vote.get("undoes"):
+                if self._standing.get(key, {}).get("id") != vote["undoes"]:
+                    raise Conflict("that vote has been taken back or corrected already")
+            elif key in self._standing:
+                raise Conflict("this pair has your vote already")
+            # Lone surrogates, which UTF-8 cannot encode, stay as they are in JSON's escapes.
+            line = json.dumps(vote, ensure_ascii=True).encode() + b"\n"
+            try:
+                written = self._file.write(line)
+                if written != len(line):
+                    raise OSError("the disk is full")
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(self._end)
+                raise
+            self._end += len(line)
+            self._lines[vote["id"]] = vote
+            if vote["choice"] is None:
+                del self._standing[key]
+            else:
+                self._standing[key] = vote
+            return True
+
+    def standing(self, annotator: str | None = None) -> list[Vote]:
+        """Return the votes that count, of everybody or of one annotator, the oldest first."""
+        with self._mutex:
+            return [vote for (name, _), vote in self._standing.items() if annotator in (None, name)]
+
+    def has_vote(self, annotator: str, pair: str) -> bool:
+        """Return whether an annotator has voted on a pair."""
+        return (annotator, pair) in self._standing
+
+    def of_pair(self, pair: str) -> list[Vote]:
+        """Return the votes on a pair."""
+        return [vote for vote in self.standing() if vote["pair"] == pair]
+
+
 OUTCOMES = {"first": 1.0, "second": 0.0, "tie": 0.5}
+OF_CHOICE = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
+"""The outcome of a vote for answer `a`; a skipped pair has none."""
 
 
 def load_votes(path: Path) -> Judge:
     """Return the judge that decides as most people did; of pairs without votes, which it adds to `path`, it has none.
 
+    Votes on the same two answers that were given in the page count as well.
+
     Raises:
-        UserError: If a line of the file is not a vote.
+        UserError: If a line of a file is not a vote.
     """
     lines = _read(path)
+    given = [vote for vote in standing(read_votes(path.with_name(FILE))) if vote["choice"] != "skip"]
 
     def match(
         answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]
@@ -39,6 +148,10 @@ def load_votes(path: Path) -> Judge:
             for outcome in [OUTCOMES[line["choice"]]] if line["choice"] else []:
                 votes[_key(line["prompt"], line["first"], line["second"])].append(outcome)
                 votes[_key(line["prompt"], line["second"], line["first"])].append(1 - outcome)
+        for vote in given:
+            outcome = OF_CHOICE[vote["choice"]]
+            votes[_key(vote["prompt"], vote["a"], vote["b"])].append(outcome)
+            votes[_key(vote["prompt"], vote["b"], vote["a"])].append(1 - outcome)
         known = {_key(line["prompt"], *sorted((line["first"], line["second"]))) for line in lines}
         outcomes: list[float | None] = []
         for answer, opponent, row in zip(answers, opponents, rows, strict=True):
