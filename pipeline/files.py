@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from safetensors import safe_open
 
 from pipeline.errors import Problem, UserError
 
@@ -93,6 +94,15 @@ def check_directory(path: str | Path, field: str = "output_dir") -> Problem | No
 def is_missing_path(name: str) -> bool:
     """Return whether a name is that of a file or folder that does not exist, rather than an id on the Hub."""
     return not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split `NAME/repo@revision`, an id on the Hub, into `NAME/repo` and the revision, None if there is none.
+
+    The path of a file or folder that exists is not split.
+    """
+    repo, at, revision = name.partition("@")
+    return (repo, revision) if at and revision and not os.path.exists(name) else (name, None)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -222,3 +232,13 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
         held.release()
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """Return the shape of each weight in a safetensors file, from its header.
+
+    Raises:
+        SafetensorError, OSError: If the file cannot be read.
+    """
+    with safe_open(file, framework="np") as weights:
+        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118

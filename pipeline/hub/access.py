@@ -1,0 +1,89 @@
+"""Whether the token may write to repositories on the Hub, asked before anything that takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from pipeline.errors import Problem
+from pipeline.hub.upload import PUSH_ERRORS, explain, is_transient, retry
+
+WRITING_ROLES = ("admin", "write", "contributor")
+"""Roles in an organization that may create repositories."""
+
+
+def full_id(api: HfApi, repo_id: str | None, output_dir: str | Path) -> str:
+    """Return the id of the repository that an output directory is pushed to, with its namespace.
+
+    Args:
+        api: The client.
+        repo_id: `NAME/repo`; or `repo`, which is the user's own. Default: the name of the directory.
+        output_dir: The directory.
+
+    Raises:
+        PUSH_ERRORS: If the user's name is needed, and the Hub does not tell it.
+    """
+    name = repo_id or Path(output_dir).absolute().name
+    return name if "/" in name else f"{retry(lambda: api.whoami(cache=True))['name']}/{name}"
+
+
+def check_access(repo_ids: Iterable[str], field: str, repo_type: str = "model") -> list[Problem]:
+    """Check that the token may write to repositories, or create them. Nothing is written.
+
+    Args:
+        repo_ids: The repositories, each with its namespace or the user's own.
+        field: Argument that asks for the push, for messages.
+        repo_type: "model", "dataset" or "space".
+
+    Returns:
+        At most one problem: the first repository to which it may not write, or why that could not be found out.
+    """
+    api = HfApi()
+    try:
+        user = retry(lambda: api.whoami(cache=True))
+    except PUSH_ERRORS as error:
+        is_away = is_transient(error) or constants.is_offline_mode()
+        remedy = f"the Hub cannot be reached at {api.endpoint}; check the network (and HF_HUB_OFFLINE), or push later"
+        return [Problem(field, "true", remedy if is_away else explain(error, api.endpoint))]
+    for name in repo_ids:
+        repo_id = name if "/" in name else f"{user['name']}/{name}"
+        try:
+            if fault := _find_fault(api, user, repo_id, repo_type):
+                return [Problem(field, repo_id, fault)]
+        except PUSH_ERRORS as error:
+            return [Problem(field, repo_id, explain(error, repo_id))]
+    return []
+
+
+def _find_fault(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: str) -> str | None:
+    """Return why the token may not push to a repository, or None."""
+    try:
+        retry(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
+        return None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status not in (403, 404):  # 404: it does not exist, or this Hub does not answer that question
+            raise
+    namespace, token = repo_id.split("/")[0], user.get("auth", {}).get("accessToken", {})
+    roles = {org["name"]: org.get("roleInOrg", "write") for org in user.get("orgs", [])} | {user["name"]: "admin"}
+    if namespace not in roles:
+        own = f"{user['name']}/{repo_id.split('/')[1]}"
+        return f"belongs to {namespace}, and the token to {user['name']}; push to {own}"
+    if token.get("role") == "read":
+        return "the token may only read; make one that may write, and log in with `hf auth login`"
+    if token.get("role") == "fineGrained" and not (scopes := _writable(token)) & {repo_id, namespace}:
+        known = ", ".join(sorted(scopes)) or "nothing"
+        return f"the token may write to {known} only; push there, or make a token that may write to {namespace}"
+    if status == 403 or roles[namespace] not in WRITING_ROLES:
+        return f"the token of {user['name']} may not write to it; use one that may"
+    return None
+
+
+def _writable(token: Mapping[str, Any]) -> set[str]:
+    """Return the users, organizations and repositories that a fine-grained token may write to."""
+    scopes = token.get("fineGrained", {}).get("scoped", [])
+    return {scope["entity"]["name"] for scope in scopes if "repo.write" in scope.get("permissions", [])}
