@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.evaluation.intervals import finite
+from pipeline.report.curves import alarms, last_logged
 from pipeline.report.differences import Difference
 from pipeline.report.labels import EVALUATE
 from pipeline.report.load import Run, Stage
-from pipeline.report.logs import alarms, last_logged
 from pipeline.report.targets import TargetResult
 
 NAMED = ("stage", "before", "metric", "aim", "verdict")
