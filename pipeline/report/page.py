@@ -15,11 +15,15 @@ from pipeline.report.curves import Chart, charts_of
 from pipeline.report.differences import Difference, differences
 from pipeline.report.labels import stage_info
 from pipeline.report.load import Run
+from pipeline.report.path import path_steps
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, figures, gains, others, remarks, show_targets, tiles
 from pipeline.report.targets import Target, TargetResult, check_targets, is_pocket, load_targets
 from pipeline.report.text import code, duration, magnitude, markdown, number, visible
+
+PLACES = {"random": "#answers", "pretrain": "#curves", "sft": "#answers", "ppo": "#gains", "grpo": "#reasoning"}
+"""Where the boxes of the path lead to in the report."""
 
 
 def write_report(run: Run, found: Sequence[Difference], targets: Sequence[Target], directory: Path) -> Path:
@@ -69,11 +73,15 @@ def page_content(
     run: Run, found: Sequence[Difference], results: Sequence[TargetResult], summary: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what report.html.jinja and report.md.jinja show."""
+    answers, changes, traces = _answers(run), gains(run, found), _traces(run)
+    charts = charts_of(run)
+    parts = {"#answers": answers, "#curves": charts, "#gains": changes, "#reasoning": traces["pairs"]}
     return {
         "name": run.name,
         "headline": headline(run),
         "facts": facts(summary),
         "path": str(run.path),
+        "steps": path_steps(run, {kind: place for kind, place in PLACES.items() if parts[place]}),
         "tiles": tiles(run),
         "targets": show_targets(results),
         "alarms": [
@@ -85,12 +93,12 @@ def page_content(
         "kinds": figures(run, by_kind=True),
         "remarks": remarks(run),
         "others": others(run),
-        "gains": gains(run, found),
+        "gains": changes,
         "answering": [stage.name for stage in run.answering],
-        "answers": _answers(run),
+        "answers": answers,
         "silent": [name for name, stage in run.stages.items() if stage.metrics and not stage_info(name).generates],
-        "traces": _traces(run),
-        "charts": draw(charts_of(run)),
+        "traces": traces,
+        "charts": draw(charts),
         "costs": costs(run, summary),
         "made": provenance(run, summary),
     }
