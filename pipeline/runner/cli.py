@@ -106,11 +106,11 @@ def _check(args: argparse.Namespace) -> None:
     most = max(os.cpu_count() or 1, MAX_PROCESSES)
     if not 1 <= args.num_processes <= most:
         problems.append(Problem("--num_processes", args.num_processes, f"must be between 1 and {most} on this machine"))
-    launch_file = _launch_file(args)
+    launch_file = launch_file(args)
     if not os.path.isfile(launch_file):
         remedy = "no such file; start in the folder that contains it, or name another one"
         problems.append(Problem("--config_file", launch_file, remedy))
-    elif problem := check_launch_file(launch_file):
+    elif problem := checklaunch_file(launch_file):
         problems.append(problem)
     option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
     for seed in seeds:
@@ -226,9 +226,8 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable
     first = 0 if args.start is None else steps.index(find_step(steps, args.start, "--from"))
     last = len(steps) - 1
     if args.until is not None:
-        until = find_step(steps, args.until, "--until")
-        own = [step for step in steps if step is until or step.name == f"evaluate_{until.output.name}"]
-        last = steps.index(own[-1])
+        last = steps.index(until := find_step(steps, args.until, "--until"))
+        last += steps[last + 1].name == f"evaluate_{until.output.name}"
     if first > last:
         raise UserError(Problem("--from", args.start, f"comes after --until {args.until}"))
     forced = {find_step(steps, name, "--force").name for name in args.force or ()}
@@ -312,10 +311,10 @@ def _run_all(
 def _launch_options(args: argparse.Namespace) -> list[str]:
     """Return the arguments of `accelerate launch`."""
     several = ["--num_processes", str(args.num_processes)] if args.num_processes > 1 else []
-    return ["--config_file", _launch_file(args), *several]
+    return ["--config_file", launch_file(args), *several]
 
 
-def _launch_file(args: argparse.Namespace) -> str:
+def launch_file(args: argparse.Namespace) -> str:
     """Return the launch file that the command names, or that of the recipe folder, or the one in this folder."""
     own = args.recipe / LAUNCH_FILE
     named = args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE)

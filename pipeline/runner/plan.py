@@ -53,8 +53,9 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
         smoke: Whether every stage takes two steps on a miniature.
 
     Returns:
-        The plan: the steps of the files, an untrained model before the first pretraining, the evaluation of
-        every model after it and of one that the first stage starts from, and the report.
+        The plan: the steps of the files, an untrained model before the first pretraining, the evaluation of every model
+        after it (of the one that others are compared with: after a judge that a step trains) and of one that the first
+        stage starts from, and the report.
 
     Raises:
         UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.
@@ -66,30 +67,39 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     _check_run_dir(run_dir, folder)
     steps: list[Step] = []
     for stem, (path, values) in configurations.items():
-        kind = _kind_of(stem)
-        from_scratch = kind == "pretrain" and not values.get("model_name_or_path")
+        from_scratch = (kind := _kind_of(stem)) == "pretrain" and not values.get("model_name_or_path")
         if from_scratch and not any(step.kind == "random" for step in steps):
             steps.append(_step(RANDOM, "random", path, {**values, "output_dir": str(home / RANDOM)}, seed, smoke))
         steps.append(_step(stem, kind, path, values, seed, smoke))
     steps = [_move(step, home, run_dir) for step in _connect(steps, home)]
     settings = _evaluation_settings(folder, steps, home)
     planned: list[Step] = []
-    for step in steps:
-        starts = bool(settings["base"]) and step.values.get("model_name_or_path") == settings["base"]
-        if starts and not any(other.name == f"evaluate_{BASE}" for other in planned):
-            planned.append(_evaluation(BASE, planned, run_dir, settings, seed, smoke))
+    for item in _in_order(steps, settings):
+        step = item if isinstance(item, Step) else _evaluation(item, planned, run_dir, settings, seed, smoke)
         planned.append(step)
-        if KINDS[step.kind].measured:
-            planned.append(_evaluation(step.output.name, planned, run_dir, settings, seed, smoke))
     editable = {step.name: step.output for step in steps if KINDS[step.kind].editable}
     planned = [replace(s, data={need: editable[need] for need in s.needs if need in editable}) for s in planned]
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
-    folders = [*(step.output for step in planned), run_dir / "logs"]
-    if problems := [problem for folder in folders if (problem := check_directory(folder))]:
+    outputs = [*(step.output for step in planned), run_dir / "logs"]
+    if problems := [problem for output in outputs if (problem := check_directory(output))]:
         raise UserError(*problems)
-    seeds = [values["seed"] for _, values in configurations.values() if isinstance(values.get("seed"), int)]
-    return Plan(tuple(planned), run_dir, seed if seed is not None else next(iter(seeds), None))
+    seeds = (values["seed"] for _, values in configurations.values() if isinstance(values.get("seed"), int))
+    return Plan(tuple(planned), run_dir, next(seeds, None) if seed is None else seed)
+
+
+def _in_order(steps: Sequence[Step], settings: Mapping[str, Any]) -> list[Step | str]:
+    """Return the steps and, after them, the stages that are measured: the model that the first one starts from, too."""
+    order: list[Step | str] = []
+    for step in steps:
+        starts = bool(settings["base"]) and step.values.get("model_name_or_path") == settings["base"]
+        order += [BASE, step] if starts and BASE not in order else [step]
+        order += [step.output.name] if KINDS[step.kind].measured else []
+    against, judge = settings["against"], Path(str(settings["judge"]))
+    trains = (place for place, step in enumerate(order) if isinstance(step, Step) and step.output.name == judge.name)
+    if judge.parent == Path(settings["home"]) and against in order[: (last := next(trains, 0))]:
+        order.insert(last, order.pop(order.index(against)))  # a baseline needs the judge
+    return order
 
 
 def _kind_of(stem: str) -> str:
@@ -321,7 +331,7 @@ def _evaluation(
         or any(run_dir / path.relative_to(home) == other.output for path in written)
     ]
     results = run_dir / "evaluations" / stage
-    own = [step.name for step in before[-1:] if step.output.name == stage]
+    own = [step.name for step in before if step.output == run_dir / stage]
     return Step(
         name=f"evaluate_{stage}",
         kind="evaluate",

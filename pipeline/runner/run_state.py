@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.evaluation.metric_info import metric_info
+from pipeline.evaluation.settings import BASE
 from pipeline.progress import duration
 from pipeline.runner.records import Decision
 from pipeline.runner.steps import KINDS, Step
@@ -115,8 +116,11 @@ class RunState:
         self.run_dir = run_dir
         chosen = {step.name for step, _ in todo if step.kind != "report"}
         last = max((index for index, step in enumerate(steps) if step.name in chosen), default=len(steps))
-        measured_steps = [step for step in steps[: last + 1] if step.kind in KINDS and KINDS[step.kind].measured]
-        self.kinds = {stage_name(step): step.kind for step in measured_steps}
+        before = steps[: last + 1]
+        self.kinds = {BASE: "random"} if any(step.name == f"evaluate_{BASE}" for step in before) else {}
+        self.kinds |= {
+            stage_name(step): step.kind for step in before if step.kind in KINDS and KINDS[step.kind].measured
+        }
         self.stages: dict[str, Stage] = {}
         for step, decision in todo:
             directory = stage_name(step)
@@ -147,8 +151,8 @@ class RunState:
         if finished:
             self.taken[step.name] = seconds
             stage.figure = self.figure(stage_name(step)) if step.kind == "evaluate" else ""
-            if all(other.name in self.taken for other in self.due if stage_name(other) == stage_name(step)):
-                stage.status = "done"
+            steps = [other for other in self.due if stage_name(other) == stage_name(step)]
+            stage.status = "done" if all(other.name in self.taken for other in steps) else "waiting"
         else:
             stage.status = "stopped"
         return stage

@@ -75,9 +75,29 @@ def test_a_file_of_settings_is_part_of_the_recipe(folder: Path) -> None:
     assert steps["evaluate_3_ppo"].values["limit"] == 5, "a smoke run keeps what is smaller than its own"
     assert Path("problems.jsonl") in steps["evaluate_2_sft"].files
     assert "3_reward_judge" in steps["evaluate_3_ppo"].needs
-    assert "3_reward_judge" not in steps["evaluate_2_sft"].needs, "it is not there yet"
+    assert "3_reward_judge" in steps["evaluate_2_sft"].needs, "whose baseline it judges"
     assert steps["evaluate_3_ppo"].values["judge"] == "runs/r/3_reward_judge", "wherever the run is written"
     assert "--max_new_tokens" not in steps["evaluate_3_ppo"].arguments
+
+
+def test_the_stage_that_others_are_compared_with_is_measured_after_its_judge(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_settings(folder, judge="runs/r/3_reward_judge")
+    names = [step.name for step in read_plan(folder).steps]
+    assert names[1:6] == ["2_sft", "3_reward", "evaluate_3_reward", "3_reward_judge", "evaluate_2_sft"]
+    Path("base").mkdir()
+    (folder / "2_sft.yaml").write_text("{dataset_name: talk.jsonl, model_name_or_path: base, output_dir: runs/r/2_sft}")
+    main(["run", "recipe", "--dry-run", "--until", "sft"])
+    assert "3 of 3 steps would run" in capsys.readouterr().out, "not the judge as well"
+    write_settings(folder, judge="runs/r/3_reward_judge", against="0_base")
+    assert [step.name for step in read_plan(folder).steps][4:6] == ["3_reward_judge", "evaluate_0_base"]
+
+
+def test_the_model_that_the_first_stage_starts_from_has_a_row_of_figures(folder: Path) -> None:
+    plan = read_plan(folder)
+    state = RunState(plan.run_dir, plan.steps, [], {})
+    assert list(state.kinds) == ["0_base", "2_sft", "3_reward", "3_reward_judge", "3_ppo"]
 
 
 def test_mistakes_in_it_are_refused_before_anything_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
