@@ -35,6 +35,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="",
         help="what visitors must know, who also give a name, under which they vote; asked for if it is not given here",
     )
+    add_prefer_arguments(parser)
+
+
+def add_prefer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the section Prefer to `parser`."""
+    group = parser.add_argument_group("which answer is better?")
+    group.add_argument("--pair", nargs="+", metavar="MODEL", help="one or two models to compare first (default: SFT)")
+    group.add_argument("--prompts", metavar="DATASET", help="prompts (default: those of the run's stage 3)")
+    group.add_argument("--prompts_config", metavar="CONFIG", help="configuration of that data set")
+    group.add_argument("--overlap", type=float, default=0.0, help="share of pairs that everybody sees (default: 0)")
+    group.add_argument("--guidelines", type=Path, metavar="FILE", help="guidelines for annotators, in Markdown")
+    group.add_argument("--goal", type=int, metavar="N", help="votes to collect, of which the page shows the share")
+    group.add_argument("--temperature", type=float, default=1.0, help="of the answers to compare (default: 1)")
+    group.add_argument("--min_p", type=float, default=0.05, help="of these answers (default: 0.05)")
+    group.add_argument("--max_new_tokens", type=int, default=128, help="of these answers (default: 128)")
+
+
+def _check_prefer(args: argparse.Namespace) -> list[Problem]:
+    """Check what can be seen of the arguments before anything is loaded."""
+    problems = []
+    if not 0 <= args.overlap <= 1:
+        problems.append(Problem("--overlap", args.overlap, "must be between 0 and 1"))
+    if not 0 < args.temperature <= 10:
+        problems.append(Problem("--temperature", args.temperature, "must be above 0, so that answers differ"))
+    if not 0 <= args.min_p < 1:
+        problems.append(Problem("--min_p", args.min_p, "must be at least 0 and below 1"))
+    for name in ("max_new_tokens", "goal"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            problems.append(Problem(f"--{name}", value, "must be at least 1"))
+    if args.pair and len(args.pair) > 2:
+        problems.append(Problem("--pair", " ".join(args.pair), "name one model or two"))
+    if args.guidelines and not args.guidelines.is_file():
+        problems.append(Problem("--guidelines", args.guidelines, "is not a file; give one in Markdown"))
+    return problems
 
 
 def main(args: argparse.Namespace) -> int:
@@ -49,6 +83,7 @@ def main(args: argparse.Namespace) -> int:
     if args.password == "":
         args.password = getpass.getpass("Password of the page: ")
     problems = [problem for problem in (_check_run(Path(args.run)), _check_address(args)) if problem]
+    problems += _check_prefer(args)
     if problems:
         raise UserError(*problems)
 

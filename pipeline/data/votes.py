@@ -126,17 +126,13 @@ def update_data_set(folder: Path) -> int:
     Raises:
         UserError: If a line of the file is not a vote, or the folder cannot be written to.
     """
-    content = (folder / FILE).read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    votes = standing(read_votes(folder / FILE))
-    by_split: dict[str, list[Vote]] = {name: [] for name in SPLITS}
-    for vote in votes:
-        by_split[split_of(vote["prompt"])].append(vote)
-    rows = {name: as_pairs(part) for name, part in by_split.items()}
-    card, total = folder / "README.md", sum(map(len, rows.values()))
-    if card.exists() and digest in card.read_text(encoding="utf-8", errors="replace"):
+    card = folder / "README.md"
+    rows, text = _data_set(folder)
+    total = sum(map(len, rows.values()))
+    if card.exists() and card.read_text(encoding="utf-8", errors="replace") == text:
         return total
     with lock(folder / ".data.lock"):  # several processes may read the same data
+        rows, text = _data_set(folder)
         for name in SPLITS:
             path = folder / f"{name}.parquet"
             if rows[name]:
@@ -145,8 +141,18 @@ def update_data_set(folder: Path) -> int:
                 os.replace(tmp_file, path)
             else:  # `load_dataset` refuses a split without rows
                 path.unlink(missing_ok=True)
-        write_text(card, _card(by_split, rows, digest))
-    return total
+        write_text(card, text)
+    return sum(map(len, rows.values()))
+
+
+def _data_set(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """Return the rows of each split, and the card."""
+    digest = hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
+    by_split: dict[str, list[Vote]] = {name: [] for name in SPLITS}
+    for vote in standing(read_votes(folder / FILE)):
+        by_split[split_of(vote["prompt"])].append(vote)
+    rows = {name: as_pairs(part) for name, part in by_split.items()}
+    return rows, _card(by_split, rows, digest)
 
 
 def _card(votes: dict[str, list[Vote]], rows: dict[str, list[dict[str, Any]]], digest: str) -> str:

@@ -1,0 +1,246 @@
+// Prefer: shows pairs, and sends votes until the server confirms that they are on its disk. What this page has not sent
+// yet, and which pair it shows, is kept in the tab, so that neither a reload nor a restarted server changes its place.
+whenReady("#prefer-section", (section) => {
+  const byId = (id) => document.getElementById(id);
+  const NAMES = { first: "A", second: "B", tie: "tie", bad: "both bad", skip: "skipped" };
+  const KEYS = { a: "vote-a", b: "vote-b", t: "vote-tie", x: "vote-bad", s: "vote-skip", u: "vote-undo" };
+  const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
+  const tab = {
+    get: (key) => { try { return JSON.parse(sessionStorage.getItem("prefer." + key)); } catch { return null; } },
+    set: (key, value) => { try { sessionStorage.setItem("prefer." + key, JSON.stringify(value)); } catch { /* private */ } },
+  };
+  const page = tab.get("page") || newId();
+  tab.set("page", page);
+  let pair = null, shownAt = 0, busy = true, lost = false, losses = 0, stack = tab.get("stack") || [];
+
+  const asked = new URLSearchParams(location.search).get("annotator");
+  let remembered = "";
+  try { remembered = localStorage.getItem("prefer.annotator") || ""; } catch { /* private */ }
+  byId("annotator").value = asked || remembered;
+  const who = () => ({ annotator: byId("annotator").value.slice(0, 80), page, a: byId("prefer-model-a").value, b: byId("prefer-model-b").value });
+
+  function say(text, bad = false) {
+    const status = byId("prefer-status");
+    if (status.textContent !== text) status.textContent = text;
+    status.classList.toggle("bad", bad);
+  }
+
+  // Asks again until the server answers; what it refuses is thrown.
+  async function ask(path, body) {
+    for (let wait = 300; ; wait = Math.min(wait * 2, 3000)) {
+      let response = null;
+      try {
+        const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+        response = await fetch("prefer/" + path, options);
+        if (response.ok) {
+          const answer = await response.json();
+          if (lost) { lost = false; say("Connected again."); }
+          return answer;
+        }
+      } catch { /* the connection, not the request */ }
+      if (response && response.status < 500) {
+        let reason = await response.text();
+        try { reason = JSON.parse(reason).detail; } catch { /* plain text */ }
+        if (response.status === 401) reason = "Log in again: reload this page. Your last vote is kept.";
+        const error = new Error(typeof reason === "string" ? reason : "The server refused this request.");
+        error.status = response.status;
+        throw error;
+      }
+      if (!lost) losses += 1;
+      lost = true;
+      say(response ? `The server has a problem (${response.status}); trying again…` : "The connection is lost; trying again…", true);
+      await new Promise((done) => setTimeout(done, wait));
+    }
+  }
+
+  function setBusy(value) {
+    busy = value;
+    byId("prefer-ballot").setAttribute("aria-busy", String(value));
+    for (const button of section.querySelectorAll("#prefer-ballot button")) {
+      button.disabled = value || (button.id === "vote-undo" ? !stack.length : !pair);
+    }
+    byId("prefer-send").disabled = value;
+  }
+
+  function showState(state) {
+    byId("votes-count").textContent = state.count;
+    const name = byId("annotator");
+    if (document.activeElement !== name && (state.annotator !== "anonymous" || name.value)) name.value = state.annotator;
+    const parts = [`all votes: ${state.all} of ${state.people} ${state.people === 1 ? "person" : "people"}`];
+    if (state.goal) parts.push(`${state.usable} of ${state.goal} wanted prefer one answer`);
+    if (state.shared) parts.push(`agreement (Krippendorff's alpha) ${state.alpha === null ? "not defined" : state.alpha} on ${state.shared} shared pairs`);
+    byId("prefer-progress").textContent = parts.join(" · ");
+    byId("prefer-goal").hidden = !state.goal;
+    if (state.goal) byId("prefer-goal").value = Math.min(1, state.usable / state.goal);
+  }
+
+  function showPair(found) {
+    pair = found && !found.error ? found : null;
+    tab.set("pair", pair && pair.pair);
+    shownAt = performance.now();
+    const turns = byId("prefer-turns");
+    turns.replaceChildren();
+    for (const turn of pair ? pair.prompt : []) {
+      const item = turns.appendChild(document.createElement("div"));
+      item.className = "turn";
+      if (pair.prompt.length > 1) {
+        const role = item.appendChild(document.createElement("span"));
+        role.className = "role";
+        role.textContent = turn.role;
+      }
+      item.appendChild(document.createElement("span")).textContent = turn.content;
+    }
+    byId("answer-a").textContent = pair ? pair.first : "";
+    byId("answer-b").textContent = pair ? pair.second : "";
+    for (const id of ["prefer-turns", "answer-a", "answer-b"]) byId(id).scrollTop = 0;
+    if (found && found.error) say(found.error, true);
+  }
+
+  async function next() {
+    setBusy(true);
+    say("Two answers are being written…");
+    try {
+      const have = tab.get("pair") || "";
+      const answer = await ask("next?have=" + encodeURIComponent(have), who());
+      say("");
+      showPair(answer.pair);
+      showState(answer.state);
+    } catch (error) { say(error.message, true); }
+    setBusy(false);
+  }
+
+  // Sends a vote that is kept in the tab until it is confirmed.
+  async function send(ballot) {
+    setBusy(true);
+    tab.set("unsent", ballot);
+    try {
+      const answer = await ask("vote", ballot);
+      tab.set("unsent", null);
+      const last = stack.at(-1);
+      if (ballot.undoes && last && last.vote === ballot.undoes) stack.pop();
+      if (ballot.choice && !answer.refused) stack.push({ vote: ballot.vote, pair: ballot.pair, choice: ballot.choice });
+      tab.set("stack", stack = stack.slice(-500));
+      byId("prefer-comment").value = "";
+      showLast();
+      say(answer.refused || (ballot.choice ? "Saved." : "Taken back."), Boolean(answer.refused));
+      showPair(answer.pair);
+      showState(answer.state);
+      if (byId("prefer-own").open) listOwn();
+    } catch (error) {
+      if (error.status !== 401) tab.set("unsent", null);
+      say(error.message, true);
+      if (error.status === 410) { tab.set("pair", null); await next(); say(error.message, true); }
+    }
+    setBusy(false);
+  }
+
+  function vote(choice) {
+    if (busy || !pair) return;
+    const seconds = Math.round(performance.now() - shownAt) / 1000;
+    send({ ...who(), vote: newId(), pair: pair.pair, choice, seconds, comment: byId("prefer-comment").value });
+  }
+
+  function undo() {
+    const last = stack.at(-1);
+    if (!busy && last) send({ ...who(), vote: newId(), pair: last.pair, choice: null, undoes: last.vote });
+  }
+
+  function showLast() {
+    const last = stack.at(-1);
+    byId("prefer-after").hidden = !last;
+    byId("prefer-last").textContent = last ? NAMES[last.choice] : "";
+    byId("prefer-opinions").replaceChildren();
+  }
+
+  async function showOpinions() {
+    const last = stack.at(-1), list = byId("prefer-opinions");
+    if (!last) return;
+    let lines;
+    try { lines = await ask("opinions?pair=" + encodeURIComponent(last.pair), who()); }
+    catch (error) { lines = [error.message]; }
+    list.replaceChildren(...lines.map((line) => Object.assign(document.createElement("li"), { textContent: line })));
+  }
+
+  async function listOwn() {
+    let own = [];
+    try { own = await ask("votes", who()); } catch (error) { say(error.message, true); }
+    byId("prefer-list").replaceChildren(...own.map((one) => {
+      const item = document.createElement("li");
+      const comment = one.comment ? `\nComment: ${one.comment}` : "";
+      item.appendChild(document.createElement("div")).textContent = `${one.prompt}\nA: ${one.first}\nB: ${one.second}${comment}`;
+      for (const [choice, name] of Object.entries(NAMES)) {
+        const button = item.appendChild(document.createElement("button"));
+        button.type = "button";
+        button.textContent = name;
+        button.setAttribute("aria-pressed", String(choice === one.choice));
+        button.classList.toggle("chosen", choice === one.choice);
+        button.addEventListener("click", () => {
+          if (busy || choice === one.choice) return;
+          stack = stack.filter((other) => other.vote !== one.vote);
+          send({ ...who(), vote: newId(), pair: one.pair, choice, undoes: one.vote });
+        });
+      }
+      return item;
+    }));
+  }
+
+  async function answerTyped() {
+    const text = byId("prefer-prompt").value;
+    if (busy || !text.trim()) return;
+    setBusy(true);
+    say("Two answers are being written…");
+    try {
+      const answer = await ask("prompt", { ...who(), text });
+      say("");
+      if (answer.pair.error) say(answer.pair.error, true);
+      else { showPair(answer.pair); byId("prefer-prompt").value = ""; }
+      showState(answer.state);
+    } catch (error) { say(error.message, true); }
+    setBusy(false);
+  }
+
+  section.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (!button) return;
+    if (button.dataset.choice) vote(button.dataset.choice);
+    else if (button.id === "vote-undo") undo();
+    else if (button.id === "prefer-send") answerTyped();
+    else if (button.id === "prefer-others") showOpinions();
+  });
+  byId("prefer-own").addEventListener("toggle", () => { if (byId("prefer-own").open) listOwn(); });
+  for (const id of ["annotator", "prefer-model-a", "prefer-model-b"]) {
+    byId(id).addEventListener("change", () => {
+      if (id === "annotator") {
+        try { localStorage.setItem("prefer.annotator", byId(id).value); } catch { /* private */ }
+        tab.set("stack", stack = []);
+        showLast();
+      }
+      tab.set("pair", null);
+      next();
+    });
+  }
+  document.addEventListener("keydown", (event) => {
+    const typing = event.target.closest?.("input, textarea, select, [contenteditable=true]");
+    const shown = byId("prefer-section")?.offsetParent;
+    const id = KEYS[event.key.toLowerCase()];
+    if (!id || typing || !shown || event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
+    event.preventDefault();
+    byId(id).click();
+  });
+
+  (async () => {
+    showLast();
+    const unsent = tab.get("unsent");
+    if (unsent) await send(unsent);
+    else await next();
+    for (;;) {  // other people vote, and the server may be started anew
+      await new Promise((done) => setTimeout(done, 4000));
+      if (busy || document.hidden) continue;
+      const before = losses;
+      try {
+        showState(await ask("state", who()));
+        if (!pair || losses > before) await next();
+      } catch { /* said at the next vote */ }
+    }
+  })();
+});
