@@ -106,11 +106,11 @@ def _check(args: argparse.Namespace) -> None:
     most = max(os.cpu_count() or 1, MAX_PROCESSES)
     if not 1 <= args.num_processes <= most:
         problems.append(Problem("--num_processes", args.num_processes, f"must be between 1 and {most} on this machine"))
-    launch_file = launch_file(args)
-    if not os.path.isfile(launch_file):
+    file = launch_file(args)
+    if not os.path.isfile(file):
         remedy = "no such file; start in the folder that contains it, or name another one"
-        problems.append(Problem("--config_file", launch_file, remedy))
-    elif problem := checklaunch_file(launch_file):
+        problems.append(Problem("--config_file", file, remedy))
+    elif problem := check_launch_file(file):
         problems.append(problem)
     option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
     for seed in seeds:
