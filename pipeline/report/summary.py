@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.evaluation.intervals import finite
+from pipeline.evaluation.metric_info import metric_info
 from pipeline.report.curves import alarms, last_logged
 from pipeline.report.differences import Difference
 from pipeline.report.labels import EVALUATE
@@ -21,10 +22,10 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
 
     Returns:
         `stages` (stage -> metric -> `{"value", "ci95", "n"}`, and `by_kind` where there are kinds), `baselines` (the
-        same, and their texts), `other` (evaluations with a name, by stage), `judge` of the win rates, `left_out`,
-        `cut_off` and `overlap` (by stage), `alarms` (`{"stage", "step", "what", "value"}`), `seconds` (by step),
-        `hardware`, `versions` and `commit` of the last training step, `seed`, `run`, `parameters`, `tokens` and `flops`
-        (by stage), `differences`, `promises` (the targets) and `notes`.
+        same, and their texts), `other` (evaluations with a name, by stage), `metrics` (metric -> label and direction),
+        `judge` of the win rates, `left_out`, `cut_off` and `overlap` (by stage), `alarms` (`{"stage", "step", "what",
+        "value"}`), `seconds` (by step), `hardware`, `versions` and `commit` of the last training step, `seed`, `run`,
+        `parameters`, `tokens` and `flops` (by stage), `differences`, `promises` (the targets) and `notes`.
     """
     costs = {name: training_cost(stage) for name, stage in run.stages.items()}
     return {
@@ -44,6 +45,10 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
                 for stage, metrics in stages.items()
             }
             for name, stages in run.others.items()
+        },
+        "metrics": {
+            metric: {"label": metric_info(metric).label, "better": metric_info(metric).better}
+            for metric in dict.fromkeys(metric for stage in run.stages.values() for metric in stage.metrics)
         },
         "judge": run.judge,
         **{

@@ -1,0 +1,342 @@
+"""The card of a model: what a reader of its repository on the Hub sees."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors import safe_open
+
+from pipeline.hub.contents import without_paths
+from pipeline.hub.stages import GENERAL, STAGES, StageText, uses
+
+Values = Mapping[str, Any]
+
+MEASURED_ON = {
+    "text": ("bits_per_byte",),
+    "instructions": ("instruction_", "answer_", "stop_rate", "mean_length"),
+    "problems": ("pass@", "maj@", "step_rate", "reasoning_"),
+    "prompts": ("win_rate", "last_sentence"),
+    "pairs": ("reward_",),
+}
+"""Data, as the settings of an evaluation call them -> beginnings of the names of what is measured there."""
+
+BASELINES = {
+    "elicited": "`{against}`, its answer begun with “{text}”",
+    "majority": "the most frequent answer of the training data to each kind of problem",
+    "constant": "`{against}`, with a fixed text before or after its answer",
+}
+
+CRITIC = "value_model"
+SAMPLES = 4
+LONGEST_SAMPLE = 400
+
+
+@dataclass
+class Trained:
+    """What the card of a model is made from; whatever is missing is left out of the card.
+
+    Attributes:
+        folder: Its folder.
+        kind: Kind of its stage, a key of `STAGES`.
+        name: Its id on the Hub, or its folder.
+        settings: What the YAML file and the command line set.
+        command: The command that trained it.
+        seconds: How long that took.
+        machine: `hardware`, `versions` and `commit`, as in run.json.
+        metrics: Content of the run's metrics.json.
+        evaluation: Content of the stage's evaluation.
+        measured_on: Settings of that evaluation.
+        ids: Ids on the Hub of folders that the settings name, as they name them.
+        report: Address of the run's report.
+        license: Licence of the model.
+        language: Languages of its data.
+    """
+
+    folder: Path
+    kind: str
+    name: str
+    settings: Values = field(default_factory=dict)
+    command: str = ""
+    seconds: float | None = None
+    machine: Values = field(default_factory=dict)
+    metrics: Values = field(default_factory=dict)
+    evaluation: Values = field(default_factory=dict)
+    measured_on: Values = field(default_factory=dict)
+    ids: Mapping[str, str] = field(default_factory=dict)
+    report: str = ""
+    license: Any = None
+    language: Any = None
+
+    def at(self, checkpoint: Path) -> Trained:
+        """Return what the card of a checkpoint is made from: the stage, without the figures of its final model."""
+        return replace(self, folder=checkpoint, metrics={}, evaluation={}, seconds=None)
+
+    @property
+    def stage(self) -> str:
+        """Name of its directory, by which metrics.json calls it."""
+        return self.folder.name
+
+    @property
+    def text(self) -> StageText:
+        """What is known about its kind."""
+        return STAGES.get(self.kind) or StageText(self.kind, "A model.", "As below.", "Its limits are not known.")
+
+    @property
+    def config(self) -> Values:
+        """Content of its config.json."""
+        return read_json(self.folder / "config.json")
+
+    @property
+    def adapter(self) -> Values:
+        """Content of its adapter_config.json, empty if it is a whole model."""
+        return read_json(self.folder / "adapter_config.json")
+
+    def on_hub(self, name: Any) -> str | None:
+        """Return the id of what a setting names: a folder that is pushed, or something else of the Hub."""
+        if not isinstance(name, str) or not name:
+            return None
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+        return self.ids.get(name) or (name if is_id and not self._is_output(name) else None)
+
+    def _is_output(self, name: str) -> bool:
+        """Return whether a name is that of another directory of the run, which need not exist on this machine."""
+        home = Path(str(self.settings.get("output_dir") or ".")).parent
+        return home != Path() and Path(name).is_relative_to(home)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Ids of the data sets that it was trained on."""
+        names = self.settings.get("dataset_name")
+        return [found for name in (names if isinstance(names, list) else [names]) if (found := self.on_hub(name))]
+
+
+def model_card(trained: Trained) -> str:
+    """Return the README.md of a model."""
+    text, settings = trained.text, trained.settings
+    base = trained.on_hub(settings.get("model_name_or_path"))
+    results = list(_results(trained))
+    is_reward = trained.kind == "reward"
+    data = ModelCardData(
+        base_model=base,
+        datasets=trained.datasets or None,
+        eval_results=results or None,
+        language=trained.language,
+        library_name="peft" if trained.adapter else "transformers",
+        license=trained.license,
+        model_name=trained.name.rsplit("/", 1)[-1] if results else None,
+        pipeline_tag="text-classification" if is_reward else "text-generation",
+        tags=["fourstage", *text.tags],
+    )
+    answers = trained.evaluation.get("answers") or []
+    prompt = answers[0]["prompt"] if answers else "What is an LLM?"
+    number = re.match(r"\d+", trained.stage)
+    stage = f"**Stage {number.group()}, {text.title}.** " if number else f"**{text.title.capitalize()}.** "
+    body = (
+        _environment()
+        .get_template("model.md.jinja")
+        .render(
+            title=data.model_name or trained.name.rsplit("/", 1)[-1],
+            summary=stage + text.summary,
+            facts=dict(_facts(trained, base)),
+            uses=uses(trained.kind, trained.name, bool(trained.adapter), prompt),
+            report=trained.report,
+            table=_table(trained),
+            remarks=list(_remarks(trained)),
+            samples=_samples(trained),
+            how=text.how,
+            settings=yaml.safe_dump(rename(settings, trained.ids), sort_keys=False, allow_unicode=True).strip()
+            if settings
+            else "",
+            command=trained.command,
+            circumstances=dict(_circumstances(trained)),
+            limits=[text.limit, GENERAL],
+        )
+    )
+    return str(ModelCard(without_paths(f"---\n{data.to_yaml()}\n---\n\n{body}")))
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pipeline.hub"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["fenced"] = fenced
+    return environment
+
+
+def fenced(code: str, language: str) -> str:
+    """Return a block of code in Markdown, whatever it contains."""
+    longest = max(map(len, re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def rename(value: Any, ids: Mapping[str, str]) -> Any:
+    """Return settings with the folders that were pushed under their ids, but for the folder that was written."""
+    if isinstance(value, Mapping):
+        return {key: item if key == "output_dir" else rename(item, ids) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rename(item, ids) for item in value]
+    return ids.get(value, value) if isinstance(value, str) else value
+
+
+def _facts(trained: Trained, base: str | None) -> Iterator[tuple[str, str]]:
+    start = trained.settings.get("model_name_or_path")
+    if base:
+        yield "Trained from", f"[{base}](https://huggingface.co/{base})"
+    elif start:
+        yield "Trained from", f"`{Path(str(start)).name}`, which was not pushed"
+    elif trained.kind == "pretrain":
+        yield "Trained from", "random weights"
+    if found := trained.datasets:
+        config = trained.settings.get("dataset_config")
+        links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in found)
+        yield "Data", links + (f", configuration `{config}`" if config else "")
+    rewards = trained.settings.get("reward_model_path")
+    for reward in rewards if isinstance(rewards, list) else [rewards]:
+        if found_reward := trained.on_hub(reward):
+            yield "Reward model", f"[{found_reward}](https://huggingface.co/{found_reward})"
+    if names := trained.settings.get("reward_funcs"):
+        yield "Reward functions", ", ".join(f"`{name}`" for name in ([names] if isinstance(names, str) else names))
+    parameters = count_parameters(trained.folder)
+    if parameters:
+        yield "Parameters", f"{parameters:,}" + (" (the adapter)" if trained.adapter else "")
+    config = trained.config
+    if config.get("model_type"):
+        context = config.get("max_position_embeddings")
+        yield "Architecture", f"{config['model_type']}" + (f", context of {context} tokens" if context else "")
+    if (trained.folder / CRITIC).is_dir():
+        yield "Critic", f"in `{CRITIC}/`, for resuming PPO or starting another one"
+
+
+def count_parameters(folder: Path) -> int:
+    """Return the number of weights in a folder's safetensors files."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118 (it is not a mapping)
+                size = 1
+                for length in file.get_slice(key).get_shape():
+                    size *= length
+                total += size
+    return total
+
+
+def _estimates(trained: Trained) -> Iterator[tuple[str, Values]]:
+    """Yield the metrics of a stage that have a value."""
+    for metric, entry in (trained.metrics.get("stages", {}).get(trained.stage) or {}).items():
+        if isinstance(entry, Mapping) and isinstance(entry.get("value"), int | float):
+            yield metric, entry
+
+
+def _label(trained: Trained, metric: str) -> str:
+    return trained.metrics.get("metrics", {}).get(metric, {}).get("label", metric.replace("_", " "))
+
+
+def _results(trained: Trained) -> Iterator[EvalResult]:
+    """Yield what the Hub shows of a model's metrics. It has no field for intervals; they are among the arguments."""
+    is_reward = trained.kind == "reward"
+    for metric, entry in _estimates(trained):
+        key = next((key for key, names in MEASURED_ON.items() if metric.startswith(names)), "")
+        source = trained.measured_on.get(key) or {}
+        name = source.get("dataset_name")
+        name = ", ".join(name) if isinstance(name, list) else name
+        shown = trained.on_hub(name) or Path(str(name or "held-out data")).name
+        yield EvalResult(
+            task_type="text-classification" if is_reward else "text-generation",
+            dataset_type=shown,
+            dataset_name=shown.rsplit("/", 1)[-1],
+            dataset_config=source.get("dataset_config"),
+            dataset_split="test_longer" if metric.endswith("_longer") else "test",
+            metric_type=metric,
+            metric_name=_label(trained, metric),
+            metric_value=entry["value"],
+            metric_args={key: entry[key] for key in ("ci95", "n") if entry.get(key) is not None} or None,
+        )
+
+
+def _table(trained: Trained) -> str:
+    """Return the metrics of a stage beside those of the stage before it and of the baselines that have them."""
+    own = dict(_estimates(trained))
+    stages, baselines = trained.metrics.get("stages", {}), trained.metrics.get("baselines", {})
+    before = Path(str(trained.settings.get("model_name_or_path") or "0_random")).name
+    columns = {f"`{trained.stage}`": own}
+    if before != trained.stage and set(own) & set(stages.get(before, {})):
+        columns[f"`{before}`"] = stages[before]
+    columns |= {f"{name} (baseline)": found for name, found in baselines.items() if set(own) & set(found)}
+    if not own:
+        return ""
+    lines = [["metric", *columns, "rows"], ["---"] + ["---:"] * (len(columns) + 1)]
+    for metric, entry in own.items():
+        cells = [_figure(found.get(metric)) for found in columns.values()]
+        better = trained.metrics.get("metrics", {}).get(metric, {}).get("better")
+        label = _label(trained, metric).replace("|", "\\|") + {"up": " ↑", "down": " ↓"}.get(better, "")
+        lines.append([label, *cells, str(entry.get("n") or "")])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _figure(entry: Any) -> str:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), int | float):
+        return ""
+    digits = 3 if abs(entry["value"]) < 10 else 1
+    ends = entry.get("ci95")
+    return f"{entry['value']:.{digits}f}" + (f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else "")
+
+
+def _remarks(trained: Trained) -> Iterator[str]:
+    own, against = dict(_estimates(trained)), trained.evaluation.get("against") or "the stage before it"
+    for name, entry in trained.metrics.get("baselines", {}).items():
+        if set(own) & set(entry) and name in BASELINES:
+            yield f"{name}: " + BASELINES[name].format(against=against, text=entry.get("text", ""))
+    if "win_rate" in own:
+        judge = trained.evaluation.get("judge") or trained.metrics.get("judge") or "annotators"
+        yield f"Win rates are those against `{against}`, judged by {judge}; 0.5 is as good."
+    for data, count in (trained.evaluation.get("cut_off") or {}).items():
+        if isinstance(count, Mapping) and count.get("cut off"):
+            yield f"{data}: {count['cut off']} of {count['answers']} answers were cut off at {count['limit']} tokens"
+    yield from trained.evaluation.get("left_out") or ()
+
+
+def _samples(trained: Trained) -> str:
+    """Return some prompts and problems, each with the model's answer."""
+    pairs = [(item["prompt"], item["answer"]) for item in trained.evaluation.get("answers") or ()][:SAMPLES]
+    pairs += [(item["problem"], item["answer"]) for item in trained.evaluation.get("traces") or ()][: SAMPLES // 2]
+    shown = [
+        f"> {prompt.strip()}\n{answer[:LONGEST_SAMPLE].strip()}{' …' * (len(answer) > LONGEST_SAMPLE)}"
+        for prompt, answer in pairs
+    ]
+    return "\n\n".join(shown)
+
+
+def _circumstances(trained: Trained) -> Iterator[tuple[str, str]]:
+    state = read_json(trained.folder / "trainer_state.json")
+    if state.get("global_step"):
+        yield "Optimizer steps", f"{state['global_step']:,}"
+    if tokens := trained.metrics.get("tokens", {}).get(trained.stage):
+        yield "Tokens", f"{tokens:,}"
+    if trained.seconds and trained.seconds >= 1:
+        yield "Time", f"{trained.seconds:,.0f} s"
+    hardware = trained.machine.get("hardware") or {}
+    if hardware:
+        parts = (hardware.get("gpu"), hardware.get("processor"), f"{hardware['cores']} cores" * ("cores" in hardware))
+        yield "Hardware", ", ".join(filter(None, [*parts, hardware.get("system")]))
+    if versions := trained.machine.get("versions"):
+        yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+    if commit := trained.machine.get("commit"):
+        yield "Commit", f"`{commit}`"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, empty if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

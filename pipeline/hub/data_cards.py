@@ -1,0 +1,65 @@
+"""The cards of critics, data sets and reports."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, ModelCard, ModelCardData, SpaceCardData
+
+from pipeline.hub.cards import CRITIC, fenced
+from pipeline.hub.contents import without_paths
+
+
+def critic_card(name: str) -> str:
+    """Return the README.md of the critic inside the repository `name` of a policy."""
+    data = ModelCardData(library_name="transformers", tags=["fourstage", "critic", "ppo"])
+    code = f"""\
+from transformers import AutoModelForTokenClassification
+
+critic = AutoModelForTokenClassification.from_pretrained("{name}", subfolder="{CRITIC}")"""
+    return str(
+        ModelCard(
+            f"---\n{data.to_yaml()}\n---\n\n# The critic of {name.rsplit('/', 1)[-1]}\n\n"
+            "It estimates, at each token of an answer, the reward that the whole answer will get from the reward model "
+            "of that run, less what the penalty on leaving the reference model costs. PPO needs it; to score answers, "
+            f"use a reward model instead.\n\n{fenced(code, 'python')}\n\n"
+            f"To start PPO from it, give `value_model_path: {name}` to `recipes.ppo`.\n"
+        )
+    )
+
+
+def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any = None) -> str:
+    """Return the README.md of a folder of data, with its licence, tags and how to load it.
+
+    Args:
+        folder: The folder. The text of its own card is kept.
+        name: Id of its repository.
+        ids: Repositories of the other outputs of the run, which the text may name, by the names of their directories.
+        license: Its licence. Default: that which its own card names.
+    """
+    card = DatasetCard.load(folder / "README.md") if (folder / "README.md").exists() else DatasetCard("---\n{}\n---\n")
+    card.data.license = license or card.data.license
+    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), "fourstage"]))
+    card.data.task_categories = card.data.task_categories or ["text-generation"]
+    configs = [config["config_name"] for config in card.data.get("configs") or []]
+    chosen = f', "{configs[0]}"' if configs and configs != ["default"] else ""
+    code = f'from datasets import load_dataset\n\ndata = load_dataset("{name}"{chosen})'
+    text = card.text.strip() or f"# {name.rsplit('/', 1)[-1]}"
+    for output, found in ids.items():
+        text = re.sub(rf"(?<![\w/.~-])[\w/.~-]*/{re.escape(output)}(?![\w/-])", found, text)
+    body = without_paths(f"{text}\n\n## How to use it\n\n{fenced(code, 'python')}\n")
+    return f"---\n{card.data.to_yaml()}\n---\n\n{body}"
+
+
+def space_card(title: str, models: Sequence[str], datasets: Sequence[str]) -> str:
+    """Return the README.md of a static Space that shows a report."""
+    data = SpaceCardData(
+        title=title, sdk="static", app_file="index.html", emoji="📈", colorFrom="blue", colorTo="indigo", pinned=False,
+        models=list(models), datasets=list(datasets), tags=["fourstage"],
+    )  # fmt: skip
+    lines = [f"- [{name}](https://huggingface.co/{name})" for name in models]
+    text = "The figures of the run, with its settings and commands in `run.json` and every figure in `metrics.json`."
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n\n" + "\n".join(lines) + "\n"

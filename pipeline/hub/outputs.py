@@ -1,0 +1,218 @@
+"""The repositories that a run is pushed to, and what goes into each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, HfApi
+
+from pipeline.errors import Problem, UserError
+from pipeline.hub.cards import CRITIC, Trained, model_card, read_json
+from pipeline.hub.contents import Files, publishable, without_paths
+from pipeline.hub.data_cards import critic_card, dataset_card, space_card
+from pipeline.hub.upload import retry
+
+REPORT = "report"
+TOKENIZER = "tokenizer"
+OTHERS = (REPORT, "evaluations", "logs")
+"""Directories of a run that are not the output of a stage."""
+
+
+@dataclass
+class Repository:
+    """What goes to one repository.
+
+    Attributes:
+        id: Its id.
+        type: "model", "dataset" or "space".
+        files: Returns its files.
+        checkpoints: Branch -> a function that returns the files of a checkpoint.
+    """
+
+    id: str
+    type: str
+    files: Callable[[], Files]
+    checkpoints: dict[str, Callable[[], Files]] = field(default_factory=dict)
+
+
+@dataclass
+class Outputs:
+    """The output directories of a run, or one of them.
+
+    Attributes:
+        path: Directory of the run; for a single output directory, the directory around it.
+        namespace: User or organization whose repositories they are.
+        repo_id: The repository of a single output directory.
+        only: Names of the directories that are pushed. Default: all.
+        license: Licence of models and data. Default: that which the cards of the data name.
+        checkpoints: Whether checkpoints are pushed as well.
+        api: The client, which looks for what was pushed before; None to make no request.
+    """
+
+    path: Path
+    namespace: str = ""
+    repo_id: str = ""
+    only: Sequence[str] | None = None
+    license: str | None = None
+    checkpoints: bool = False
+    api: HfApi | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the run: that of its directory, and of the one around it if that is the run of a seed."""
+        path = self.path.resolve()
+        name = f"{path.parent.name}-{path.name}" if re.fullmatch(r"seed\d+", path.name) else path.name
+        return re.sub(r"[^\w.-]+|--+|\.\.+", "-", name).strip("-.")
+
+    @cached_property
+    def folders(self) -> dict[str, Path]:
+        """The output directories that hold a finished model or data, by name."""
+        found = (path for path in sorted(self.path.iterdir()) if path.name not in OTHERS and path.name[0] != ".")
+        return {path.name: path.resolve() for path in found if is_data(path) or is_model(path)}
+
+    @cached_property
+    def record(self) -> Mapping[str, Any]:
+        """The entries of the steps in run.json."""
+        return read_json(self.path / "run.json").get("steps") or {}
+
+    @cached_property
+    def ids(self) -> dict[str, str]:
+        """The repositories of the output directories that are pushed now, or were before."""
+        if self.repo_id:
+            return dict.fromkeys(self.only or (), self.repo_id)
+        found = {}
+        for name, path in self.folders.items():
+            repo_id, kind = self.id_of(name), "dataset" if is_data(path) else "model"
+            exists = partial(self.api.repo_exists, repo_id, repo_type=kind) if self.api else bool
+            if self.only is None or name in self.only or retry(exists):
+                found[name] = repo_id
+        return found
+
+    def id_of(self, output: str) -> str:
+        """Return the repository of an output directory or of the report."""
+        return self.repo_id or f"{self.namespace}/{self.name}-{output}"
+
+    def repositories(self) -> list[Repository]:
+        """Return what is pushed: data sets first, which the cards of the models name, then models, then the report.
+
+        Raises:
+            UserError: If a stage that is named is not there or has not finished, or there is nothing to push.
+        """
+        wanted = [name for name in self.folders if self.only is None or name in self.only]
+        if missing := [name for name in self.only or () if name not in self.folders]:
+            remedy = f"is not a finished model or data set; choose from: {', '.join(self.folders) or 'nothing yet'}"
+            raise UserError(*(Problem("RUN" if self.repo_id else "--stage", name, remedy) for name in missing))
+        if not wanted:
+            remedy = "contains neither a finished model nor data; run it first with `python -m pipeline run RECIPES`"
+            raise UserError(Problem("RUN", self.path, remedy))
+        found = [self._dataset(name) if is_data(self.folders[name]) else self._model(name) for name in wanted]
+        found.sort(key=lambda item: item.type)
+        if self.has_report and self.only is None:
+            found.append(Repository(self.id_of(REPORT), "space", self._report))
+        return found
+
+    @property
+    def has_report(self) -> bool:
+        """Whether there is a report to push."""
+        return not self.repo_id and (self.path / REPORT / "index.html").exists()
+
+    @cached_property
+    def _license(self) -> tuple[Any, Any]:
+        """Licence and languages of the data as their cards name them, None where they differ or name none."""
+        cards = [DatasetCard.load(path / "README.md").data for path in self.folders.values() if is_data(path)]
+        licenses = [card.license for card in cards if card.license]
+        is_clear = bool(licenses) and all(found == licenses[0] for found in licenses)
+        language = next((card.language for card in cards if card.language), None)
+        return self.license or (licenses[0] if is_clear else None), language
+
+    def _model(self, output: str) -> Repository:
+        folder = self.folders[output]
+        trained = self._trained(output)
+
+        def files(checkpoint: Path | None = None) -> Files:
+            contents = publishable(
+                checkpoint or folder, {self.folders[name]: found for name, found in self.ids.items()}
+            )
+            own = contents.get("README.md")
+            if isinstance(own, bytes | Path) and checkpoint is None and not self.record:  # written by the recipe
+                text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
+                name = str(read_json(folder / "arguments.json").get("output_dir"))
+                contents["README.md"] = text.replace(without_paths(name), trained.name).encode()
+            else:
+                contents["README.md"] = model_card(trained.at(checkpoint) if checkpoint else trained).encode()
+            if f"{CRITIC}/config.json" in contents:
+                contents[f"{CRITIC}/README.md"] = critic_card(trained.name).encode()
+            return contents
+
+        found = [path for path in folder.glob("checkpoint-*") if self.checkpoints and is_model(path)]
+        return Repository(
+            trained.name,
+            "model",
+            files,
+            {f"step-{path.name.rpartition('-')[2]}": partial(files, path) for path in sorted(found)},
+        )
+
+    def _trained(self, output: str) -> Trained:
+        """Return what is known about a stage."""
+        step_name, step = output, {}
+        for name, entry in self.record.items():
+            written = str((entry.get("values") or {}).get("output_dir") or "")
+            if not name.startswith("evaluate_") and Path(written).name == output:
+                step_name, step = name, entry
+        kind = step_name.split("_")[1] if "_" in step_name else step_name
+        settings = step.get("values") or {}
+        measured_on = (self.record.get(f"evaluate_{output}") or {}).get("values") or {}
+        # Settings name directories as the YAML files do, which need not be where the run is.
+        home = str(measured_on.get("home") or Path(str(settings.get("output_dir") or output)).parent)
+        ids = {f"{home}/{name}{inner}": found for name, found in self.ids.items() for inner in ("", f"/{CRITIC}")}
+        models = [name for name in self.ids if not is_data(self.folders[name])]
+        ids[f"{home}/{TOKENIZER}"] = self.ids[models[0]]  # each model comes with it
+        license, language = self._license
+        return Trained(
+            folder=self.folders[output],
+            kind=kind,
+            name=self.id_of(output),
+            settings={} if kind == "random" else settings,  # it shares the file of pretraining
+            command=step.get("command") or "",
+            seconds=step.get("seconds"),
+            machine=step,
+            metrics=read_json(self.path / REPORT / "metrics.json"),
+            evaluation=read_json(self.path / "evaluations" / f"{output}.json"),
+            measured_on=measured_on,
+            ids=ids,
+            report=f"https://huggingface.co/spaces/{self.id_of(REPORT)}" if self.has_report else "",
+            license=license,
+            language=language,
+        )
+
+    def _dataset(self, output: str) -> Repository:
+        folder, repo_id = self.folders[output], self.id_of(output)
+
+        def files() -> Files:
+            card = dataset_card(folder, repo_id, self.ids, self._license[0])
+            return publishable(folder) | {"README.md": card.encode()}
+
+        return Repository(repo_id, "dataset", files)
+
+    def _report(self) -> Files:
+        models = [found for name, found in self.ids.items() if not is_data(self.folders[name])]
+        data = [found for name, found in self.ids.items() if is_data(self.folders[name])]
+        record = without_paths((self.path / "run.json").read_text(encoding="utf-8"))
+        card = space_card(f"{self.name}: the report", models, data)
+        return publishable(self.path / REPORT) | {"run.json": record.encode(), "README.md": card.encode()}
+
+
+def is_data(path: Path) -> bool:
+    """Return whether a directory is a data set repository."""
+    return (path / "README.md").exists() and not (path / "config.json").exists() and any(path.rglob("*.parquet"))
+
+
+def is_model(path: Path) -> bool:
+    """Return whether a directory holds a finished model or adapter."""
+    configured = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+    return configured and any(path.glob("*.safetensors"))

@@ -1,0 +1,210 @@
+"""`python -m pipeline push RUN --namespace NAME`: push what a run has made to the Hub.
+
+    python -m pipeline push runs/pocket --namespace alice
+    python -m pipeline push runs/pocket --namespace alice --stage 4_grpo --private
+    python -m pipeline push runs/pocket --namespace alice --dry-run
+    python -m pipeline push runs/mine/2_sft --repo_id alice/mine
+
+Each stage becomes a model repository, `alice/pocket-2_sft`; data become data sets, the report a static Space, and a
+collection ties them together. A second push uploads only what has changed and deletes what the run no longer has; one
+that was interrupted goes on. The last form pushes a single output directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import EXIT_PUSH_FAILED, Problem, RunStopped, UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from pipeline.hub.outputs import Repository
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `push` to `parser`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or, with --repo_id, of one step")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--namespace", metavar="NAME", help="user or organization: push the run to NAME/RUN-STAGE")
+    where.add_argument("--repo_id", metavar="NAME/REPO", help="push a single output directory to this repository")
+    meaning = "push only these stages or data sets, by the names of their directories (default: all, and the report)"
+    parser.add_argument("--stage", nargs="+", metavar="STAGE", help=meaning)
+    parser.add_argument("--private", action="store_true", help="let nobody else see the repositories")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; it is created (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open pull requests instead of writing to main")
+    meaning = "licence of the models and data, such as apache-2.0 (default: that of the data, if their card names one)"
+    parser.add_argument("--license", metavar="ID", help=meaning)
+    meaning = "also push the weights of each checkpoint, to a branch such as step-1000"
+    parser.add_argument("--checkpoints", action="store_true", help=meaning)
+    parser.add_argument("--dry-run", action="store_true", help="list what would be pushed; no request is made")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Push a run, or print what would be pushed. Return the exit code.
+
+    Raises:
+        UserError: If an argument is wrong, or the token may not write there.
+        RunStopped: With exit code 3 if a push failed. The same command goes on with it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    from pipeline.hub.access import check_access
+    from pipeline.hub.outputs import Outputs
+
+    if problems := _check(args):
+        raise UserError(*problems)
+    api = HfApi(library_name="fourstage")
+    run = Outputs(
+        path=args.run if args.namespace else args.run.absolute().parent,
+        namespace=args.namespace or "",
+        repo_id=args.repo_id or "",
+        only=args.stage if args.namespace else [args.run.absolute().name],
+        license=args.license,
+        checkpoints=args.checkpoints,
+        api=None if args.dry_run else api,
+    )
+    if args.dry_run:
+        _show(run.repositories())
+        return 0
+    field = "--namespace" if args.namespace else "--repo_id"
+    if problems := check_access([], field):
+        raise UserError(*problems)
+    repositories = run.repositories()
+    for kind in () if args.create_pr else ("dataset", "model"):
+        if problems := check_access([item.id for item in repositories if item.type == kind], field, kind):
+            raise UserError(*problems)
+    disable_progress_bars()
+    report = next((item for item in repositories if item.type == "space"), None)
+    if report is not None and not _push(api, report, args):
+        # The report is pushed first, because it goes into the last model where there are no Spaces.
+        repositories.remove(report)
+        last = repositories[-1]
+        own = last.files
+        last.files = lambda: own() | {f"report/{name}": content for name, content in report.files().items()}
+        print(f"This Hub has no Spaces: the report goes to report/ in {last.id}.", file=sys.stderr)
+    for item in repositories:
+        if item is not report:
+            _push(api, item, args)
+    if args.namespace:
+        _collect(api, run.name, args, repositories)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> list[Problem]:
+    """Return what is wrong with the arguments."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from pipeline.files import is_locked
+
+    problems = []
+    seeds = sorted(path.name for path in args.run.glob("seed*") if (path / "run.json").exists())
+    if not args.run.is_dir():
+        remedy = "no such directory; make it with `python -m pipeline run RECIPES`"
+        problems.append(Problem("RUN", args.run, remedy))
+    elif seeds and not (args.run / "run.json").exists():
+        remedy = f"contains a run for each seed; push one of them, such as {args.run / seeds[0]}"
+        problems.append(Problem("RUN", args.run, remedy))
+    elif args.namespace and not (args.run / "run.json").exists():
+        remedy = "is not a run (there is no run.json); for a single output directory, give --repo_id NAME/REPO"
+        problems.append(Problem("RUN", args.run, remedy))
+    elif any(is_locked(args.run / lock) for lock in ("run.lock", ".lock")):
+        problems.append(Problem("RUN", args.run, "is being written by another process; wait until it has ended"))
+    if args.create_pr and args.revision not in (None, "main"):
+        problems.append(Problem("--create-pr", args.revision, "pull requests are made against main; omit --revision"))
+    if args.repo_id and args.stage:
+        problems.append(Problem("--stage", " ".join(args.stage), "is for whole runs; omit it"))
+    name = args.repo_id or f"{args.namespace}/run"
+    try:
+        validate_repo_id(name)
+        valid = name.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        field, value = ("--repo_id", args.repo_id) if args.repo_id else ("--namespace", args.namespace)
+        problems.append(Problem(field, value, "is not a name on the Hub; give letters, digits, '-', '_' and '.'"))
+    return problems
+
+
+def _show(repositories: list[Repository]) -> None:
+    """Print the files of each repository, with their sizes."""
+    total = count = 0
+    for item in repositories:
+        for branch, files in [("", item.files), *item.checkpoints.items()]:
+            print(f"{item.type} {item.id}{f' (branch {branch})' if branch else ''}")
+            for name, content in sorted(files().items()):
+                size = len(content) if isinstance(content, bytes) else content.stat().st_size
+                print(f"  {size:>12,}  {name}")
+                total, count = total + size, count + 1
+    print(f"{count} files of {total:,} bytes in {len(repositories)} repositories; nothing was pushed")
+
+
+def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> bool:
+    """Push the files of a repository and its checkpoints. Return whether this Hub has such repositories."""
+    from pipeline.hub.upload import PUSH_ERRORS, explain, push
+
+    message = "Push with Fourstage"
+    where = f"{item.id} ({item.type})" if item.type != "model" else item.id
+    try:
+        for branch, files in [(args.revision, item.files), *item.checkpoints.items()]:
+            is_pull = args.create_pr and branch == args.revision
+            changed = push(
+                api,
+                item.id,
+                files(),
+                message,
+                repo_type=item.type,
+                private=args.private,
+                revision=None if is_pull else branch,
+                create_pr=is_pull,
+            )
+            done = f"{len(changed)} files pushed" if changed else "up to date"
+            print(f"{where}{f', branch {branch}' if branch else ''}: {done}", flush=True)
+    except PUSH_ERRORS as error:
+        if item.type == "space" and _is_missing(error):
+            return False
+        raise RunStopped(
+            f"{where} could not be pushed: {explain(error, item.id)}.\n"
+            "Nothing on this disk has changed; the same command goes on with what is missing.",
+            EXIT_PUSH_FAILED,
+        ) from error
+    return True
+
+
+def _is_missing(error: BaseException) -> bool:
+    """Return whether a Hub answers that it does not know such a request."""
+    return getattr(getattr(error, "response", None), "status_code", None) in (404, 405, 501)
+
+
+def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: list[Repository]) -> None:
+    """Put the repositories into the collection of the run, which is created if it does not exist."""
+    from pipeline.hub.upload import PUSH_ERRORS, explain, retry
+
+    def attempt() -> str:
+        slug = next((item.slug for item in api.list_collections(owner=args.namespace) if item.title == title), None)
+        found = (
+            api.get_collection(slug)
+            if slug
+            else api.create_collection(title, namespace=args.namespace, private=args.private, exists_ok=True)
+        )
+        present = {(item.item_type, item.item_id) for item in found.items}
+        for item in repositories:
+            if (item.type, item.id) not in present:
+                api.add_collection_item(found.slug, item.id, item.type, exists_ok=True)
+        return found.slug
+
+    try:
+        print(f"collection: {retry(attempt)}")
+    except PUSH_ERRORS as error:
+        if not _is_missing(error):
+            raise RunStopped(
+                f"The collection {title} could not be made: {explain(error, args.namespace)}.\n"
+                "The repositories are complete; the same command goes on with the collection.",
+                EXIT_PUSH_FAILED,
+            ) from error
+        print("This Hub has no collections: the repositories are not tied together.", file=sys.stderr)
