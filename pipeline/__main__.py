@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": ("pipeline.report.compare", "compare runs of two recipes, paired by seed and by test row"),
     "app": ("pipeline.app.cli", "open a page that shows a run, and on which people vote for answers"),
     "check-overlap": ("pipeline.data.overlap", "look for test examples inside the training data"),
+    "push": ("pipeline.hub.push", "push what a run has made to the Hub: models, data, report"),
     "merge": ("pipeline.models.merge", "merge a LoRA adapter into its base model"),
     "gguf": ("pipeline.models.gguf", "convert a model for llama.cpp"),
 }
