@@ -127,13 +127,14 @@ def check_batches(rows: int | None, args: TrainingArguments, what: str = "rows")
     return [Problem(field, getattr(args, field), remedy)]
 
 
-def check_disk(parameters: int, trainable: int, args: TrainingArguments) -> list[Problem]:
+def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> list[Problem]:
     """Report a disk with less free space than the checkpoints and the model need.
 
     Args:
         parameters: Weights that are saved with each checkpoint.
         trainable: Weights for which the optimizer keeps two numbers each.
         args: Training arguments.
+        beside: Weights of a base model that is saved beside an adapter, once.
     """
     if args.save_strategy == "no":
         kept = 0
@@ -143,7 +144,7 @@ def check_disk(parameters: int, trainable: int, args: TrainingArguments) -> list
         # Without a limit all are kept, as many as the number of steps says if that is known.
         kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
     optimizer = 0 if args.save_only_model else 8 * trainable
-    needed = kept * (4 * parameters + optimizer) + 4 * parameters
+    needed = kept * (4 * parameters + optimizer) + 4 * (parameters + beside)
     path = Path(args.output_dir)
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(nearest).free

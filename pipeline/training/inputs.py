@@ -254,7 +254,8 @@ def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig
     size = model.num_parameters()
     trained = round(0.05 * size) if model_args.use_peft else size  # adapters are smaller, by their rank and targets
     trained += size if critic else 0  # a critic is trained and saved in full
-    return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args)
+    beside = size if model_args.use_peft and base_of(name, model_args.model_revision) else 0  # merged from an adapter
+    return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args, beside)
 
 
 def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any) -> list[Problem]:
