@@ -178,8 +178,6 @@ def explain_library_error(error: Exception) -> UserError | None:
         return None
     message = " ".join(str(error).split())
     name = field_named_in(message, _current.asked)
-    if name is None and "api/repos" in message and _current.asked.get("push_to_hub"):
-        name = "push_to_hub"
     if name is None:
         others = sorted(other for other in _current.known if "_" in other)
         name = next((other for other in others if re.search(rf"\b{re.escape(other)}\b", message)), None)

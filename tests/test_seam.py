@@ -50,6 +50,7 @@ IMPORTS = {
     "transformers.trainer_utils:HubStrategy": "the critic is pushed as well",
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "names of checkpoints",
     "transformers.trainer_utils:SaveStrategy": "checkpoints are written before evaluations",
+    "transformers.trainer_utils:suppress_progress_bars": "checkpoints are pushed without bars",
     "transformers.utils.peft_utils:find_adapter_config_file": "adapters are told from models",
     "transformers.utils:is_liger_kernel_available": "use_liger_kernel is checked",
     "transformers.utils:logging": "its bars are switched off",
@@ -118,7 +119,7 @@ PARAMETERS = {
     f"{TRAINER}._load_best_model": ("self", "the critic, and weights under older names, are loaded there"),
     f"{TRAINER}._save_optimizer_and_scheduler": ("self output_dir", "the rollout is saved there"),
     f"{GRPO}._load_optimizer_and_scheduler": ("self checkpoint", "the rollout is loaded there"),
-    f"{TRAINER}._push_from_checkpoint": ("self checkpoint_folder", "the critic is pushed, and only whole checkpoints"),
+    f"{TRAINER}._push_from_checkpoint": ("self checkpoint_folder", "the critic is pushed as well"),
 }
 
 # Pieces of source code: in which function or class, and what for.

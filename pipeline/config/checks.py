@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DynamoBackend
-from huggingface_hub import get_token
 
 from pipeline import hardware
 from pipeline.errors import Problem
+from pipeline.files import is_missing_path, split_revision
 
 Range = tuple[Callable[[Any], bool], str]
 
@@ -241,8 +241,6 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
     if backend.lower() not in CHOICES["torch_compile_backend"]:
         remedy = f"must be one of {', '.join(CHOICES['torch_compile_backend'])}"
         problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, remedy))
-    if asked.get("push_to_hub") and get_token() is None:
-        problems.append(Problem("push_to_hub", True, "needs a token: log in with `hf auth login`, or set HF_TOKEN"))
     return problems
 
 
@@ -307,7 +305,9 @@ def check_together(
             if values.get(field):
                 remedy = f"LoRA does not train embeddings; omit it, or set it to {unset}"
                 problems.append(Problem(field, values[field], remedy))
-    if (name := values.get("resume_from_checkpoint")) and (fault := _validate_checkpoint_folder(Path(str(name)))):
+    name = str(values.get("resume_from_checkpoint") or "")
+    on_hub = "/" in name and not os.path.exists(name) and not is_missing_path(split_revision(name)[0])
+    if name and not on_hub and (fault := _validate_checkpoint_folder(Path(name))):
         remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
         problems.append(Problem("resume_from_checkpoint", name, remedy))
     options = values.get("gradient_checkpointing_kwargs")

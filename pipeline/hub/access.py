@@ -42,13 +42,13 @@ def check_access(repo_ids: Iterable[str], field: str, repo_type: str = "model") 
     Returns:
         At most one problem: the first repository to which it may not write, or why that could not be found out.
     """
-    api = HfApi()
+    api, repo_ids = HfApi(), list(repo_ids)
     try:
         user = retry(lambda: api.whoami(cache=True))
     except PUSH_ERRORS as error:
         is_away = is_transient(error) or constants.is_offline_mode()
         remedy = f"the Hub cannot be reached at {api.endpoint}; check the network (and HF_HUB_OFFLINE), or push later"
-        return [Problem(field, "true", remedy if is_away else explain(error, api.endpoint))]
+        return [Problem(field, ", ".join(repo_ids), remedy if is_away else explain(error, api.endpoint))]
     for name in repo_ids:
         repo_id = name if "/" in name else f"{user['name']}/{name}"
         try:

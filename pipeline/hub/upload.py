@@ -188,7 +188,7 @@ def explain(error: BaseException, repo_id: str) -> str:
     status = getattr(response, "status_code", None)
     said = str(getattr(error, "server_message", None) or error).strip().split("\n")[0][:200]
     if isinstance(error, LocalTokenNotFoundError):
-        return "there is no token; log in with `hf auth login`, or set HF_TOKEN"
+        return "it needs a token; log in with `hf auth login`, or set HF_TOKEN"
     if status == 401:
         return "the token is not valid, or has expired; make a new one, and log in with `hf auth login`"
     if status == 403:

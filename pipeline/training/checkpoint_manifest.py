@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from transformers import TrainerState
+
 from pipeline.files import fsync, write_text
 
 MANIFEST = "manifest.json"
@@ -55,6 +57,14 @@ def write_manifest(checkpoint: Path, step: int, evaluation_due: bool) -> None:
     write_text(checkpoint / MANIFEST, json.dumps(content, indent=1) + "\n")
     for path in [*files, checkpoint / STATE, checkpoint]:
         fsync(path)
+
+
+def save_state(state: TrainerState, path: Path) -> None:
+    """Write a trainer's state, in which the best checkpoint has its name only: it may be read on another machine."""
+    best = state.best_model_checkpoint
+    state.best_model_checkpoint = Path(best).name if best is not None else None
+    state.save_to_json(str(path))
+    state.best_model_checkpoint = best
 
 
 def replace_state(checkpoint: Path, new: Path) -> None:

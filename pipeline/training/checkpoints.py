@@ -29,7 +29,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.files import replace_folder
 from pipeline.training.callbacks import call_on_train_begin
-from pipeline.training.checkpoint_manifest import MANIFEST, STATE, replace_state, validate_checkpoint, write_manifest
+from pipeline.training.checkpoint_manifest import (
+    MANIFEST,
+    STATE,
+    replace_state,
+    save_state,
+    validate_checkpoint,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +89,12 @@ def make_checkpoints_atomic(trainer: Trainer) -> None:
         with unchanged_random_state():
             return evaluate(*args, **kwargs)
 
+    # transformers looks for the best checkpoint before `_find_best` does, which also reports that it is missing.
+    logging.getLogger("transformers.trainer").addFilter(lambda record: "in the resumed state" not in str(record.msg))
     trainer._save_checkpoint = save_checkpoint
     trainer._evaluate = evaluate_unnoticed
     trainer._maybe_log_save_evaluate = save_before_evaluating
+    call_on_train_begin(trainer, lambda **_: _find_best(trainer))
     call_on_train_begin(trainer, lambda **_: evaluate_if_missed(trainer))
 
 
@@ -163,7 +173,6 @@ def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due:
     args, state = trainer.args, trainer.state
     target = _checkpoint_of(trainer, state.global_step)
     tmp_dir = Path(args.output_dir) / UNFINISHED
-    push, args.push_to_hub = args.push_to_hub, False  # it would push a directory that is about to be renamed
     trainer._get_output_dir = lambda trial=None: str(tmp_dir)
     try:
         if args.should_save:
@@ -179,7 +188,7 @@ def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due:
         if args.should_save:
             finished = tmp_dir / target.name
             (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which may contain a token
-            state.save_to_json(str(finished / STATE))
+            save_state(state, finished / STATE)
             write_manifest(finished, state.global_step, evaluation_due)
             replace_folder(target, finished)  # one that exists is damaged: the run did not resume from it
             shutil.rmtree(tmp_dir, ignore_errors=True)
@@ -191,9 +200,18 @@ def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due:
         raise RunStopped(message) from error
     finally:
         del trainer._get_output_dir
-        args.push_to_hub = push
-    if push:
-        trainer._push_from_checkpoint(str(target))
+
+
+def _find_best(trainer: Trainer) -> None:
+    """Set the path of the best checkpoint, of which a state that was read knows the name only."""
+    state = trainer.state
+    if not state.best_global_step:
+        return
+    best = _checkpoint_of(trainer, state.best_global_step)
+    if best.is_dir():
+        state.best_model_checkpoint = str(best)
+    elif trainer.args.load_best_model_at_end:
+        logger.warning("%s, the best checkpoint so far, is missing; later ones are compared with its figure.", best)
 
 
 def _delete_surplus(trainer: Trainer, newest: Path) -> None:
@@ -221,7 +239,7 @@ def _update_state(trainer: Trainer) -> None:
         state.best_model_checkpoint = str(checkpoint)
     if trainer.args.should_save:
         new = checkpoint / f".{STATE}"
-        state.save_to_json(str(new))
+        save_state(state, new)
         replace_state(checkpoint, new)
 
 
@@ -274,6 +292,7 @@ def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
         return False
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
+    _find_best(trainer)
     evaluate_if_missed(trainer)
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
         trainer._load_best_model()

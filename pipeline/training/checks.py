@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +23,8 @@ from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, ModelConfig
 
 from pipeline.errors import LIBRARY_ERRORS, Problem
+from pipeline.hub.access import check_access
+from pipeline.models.loading import skip_unreachable_hub
 
 LORA_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
 """Layers that PEFT can put a LoRA adapter on."""
@@ -158,9 +161,9 @@ def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside:
 
 
 def preflight(args: TrainingArguments) -> list[Problem]:
-    """Try what a run needs from its training arguments: optimizer, schedule, packages, generation, id on the Hub."""
+    """Try what a run needs from its training arguments: optimizer, schedule, packages, generation, the Hub."""
     rollouts = _check_rollouts(args) if isinstance(args, GRPOConfig) else []
-    return [*_try_optimizer(args), *_try_schedule(args), *_check_packages(args), *rollouts, *_check_hub_id(args)]
+    return [*_try_optimizer(args), *_try_schedule(args), *_check_packages(args), *rollouts, *_check_hub(args)]
 
 
 def _try_optimizer(args: TrainingArguments) -> list[Problem]:
@@ -234,10 +237,16 @@ def _check_rollouts(args: GRPOConfig) -> list[Problem]:
     return problems
 
 
-def _check_hub_id(args: TrainingArguments) -> list[Problem]:
-    if args.hub_model_id is not None:
-        try:
-            validate_repo_id(args.hub_model_id)
-        except HFValidationError as error:
-            return [Problem("hub_model_id", args.hub_model_id, str(error))]
-    return []
+def _check_hub(args: TrainingArguments) -> list[Problem]:
+    """Check the id on the Hub and, on the first process if the run pushes, whether the token may write there."""
+    repo_id = args.hub_model_id or (Path(args.output_dir).absolute().name if args.push_to_hub else None)
+    if repo_id is None:
+        return []
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        return [Problem("hub_model_id", repo_id, str(error))]
+    if not args.push_to_hub or os.environ.get("RANK", "0") != "0":
+        return []
+    skip_unreachable_hub()
+    return check_access([repo_id], "push_to_hub")

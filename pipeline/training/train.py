@@ -15,18 +15,21 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline import files, launch
 from pipeline.config import output_directory
 from pipeline.errors import Problem, RunStopped, UserError, end_preparation
+from pipeline.hub.checkpoints import fetch_checkpoints
 from pipeline.models.adapters import MERGED
 from pipeline.models.weights import resume_renamed_weights
 from pipeline.training import checkpoints
 from pipeline.training.callbacks import InterruptCallback, ReportCallback, ThroughputCallback, call_on_train_begin
-from pipeline.training.checkpoint_manifest import MANIFEST, STATE, validate_checkpoint
+from pipeline.training.checkpoint_manifest import MANIFEST, STATE, save_state, validate_checkpoint
 from pipeline.training.divergence import last_good, stop_on_divergence
+from pipeline.training.push import PushCallback
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +38,14 @@ BASE = "base"
 
 
 def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
-    """Return the callbacks of every recipe's trainer; `args` are changed to count tokens if they set a length."""
+    """Return the callbacks of every recipe's trainer, and let them count tokens and push as `args` say.
+
+    The arguments are changed: a trainer that is made with them does not push by itself.
+    """
     length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
     if length:
         args.include_num_input_tokens_seen = "all"
-    return [ThroughputCallback(length or 0)]
+    return [ThroughputCallback(length or 0), PushCallback(args)]
 
 
 def train_and_save(trainer: Trainer, *arguments: Any) -> None:
@@ -53,23 +59,36 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
         *arguments: The recipe's other argument dataclasses; `DataArguments` names the data set on the model card.
 
     Raises:
-        RunStopped: After a signal, a loss that is not a number, a failing reward function, or a failed save.
+        RunStopped: After a signal, a loss that is not a number, a failing reward function, a failed save or push.
         UserError: If another run writes to the output directory, or the checkpoint to resume from does not fit.
     """
-    args = trainer.args
-    checkpoint = Path(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    if checkpoint is not None:
+    args, name = trainer.args, trainer.args.resume_from_checkpoint
+    fetched = fetch_checkpoints(name, "resume_from_checkpoint") if name and not os.path.isdir(name) else []
+    checkpoint = fetched[0] if fetched else Path(name) if name else None
+    for folder in fetched or filter(None, [checkpoint]):
         # A checkpoint that another program wrote does not have a manifest.
-        if (checkpoint / MANIFEST).exists() and (damage := validate_checkpoint(checkpoint)):
-            raise UserError(Problem("resume_from_checkpoint", checkpoint, f"is damaged: {damage}"))
+        if (folder / MANIFEST).exists() and (damage := validate_checkpoint(folder)):
+            raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
+    if checkpoint is not None:
         checkpoints.check_architecture(checkpoint, trainer.model.config)
         checkpoints.check_length(checkpoint, trainer)
     first = trainer.is_world_process_zero()
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
             output_directory.claim(args)
+        own = [_copy_checkpoint(folder, trainer) for folder in fetched]
         trainer.accelerator.wait_for_everyone()
-        _train_and_save(trainer, checkpoint, arguments)
+        _train_and_save(trainer, own[0] if own else checkpoint, arguments)
+
+
+def _copy_checkpoint(checkpoint: Path, trainer: Trainer) -> Path:
+    """Copy a checkpoint into a trainer's output directory, on the first process. Return where it lies there."""
+    step = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
+    target = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    if trainer.is_world_process_zero():
+        with files.write_folder(target) as folder:
+            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    return target
 
 
 def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequence[Any]) -> None:
@@ -81,6 +100,8 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequen
     stop_on_divergence(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
+    own = (item for item in trainer.callback_handler.callbacks if isinstance(item, PushCallback))
+    pushes = next(own, None) or PushCallback(trainer.args)
     for callback in (PrinterCallback, ProgressCallback):  # dictionaries and bars
         trainer.remove_callback(callback)
     trainer.add_callback(ReportCallback())
@@ -100,9 +121,11 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequen
     if stop is None:
         save_final(trainer, *arguments)
         logger.info("%-11s in %s", "saved", trainer.args.output_dir)
+    pushes.finish(is_complete=stop is None)
     _end(trainer)
     if stop is not None:
         raise stop
+    pushes.push_model()
 
 
 def _train(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -173,7 +196,7 @@ def drop_incomplete_batches(trainer: Trainer) -> None:
 
 
 def save_final(trainer: Trainer, *arguments: Any) -> None:
-    """Save the trained model, its tokenizer and its card beside the checkpoints, and push them if requested."""
+    """Save the trained model, its tokenizer and its card beside the checkpoints."""
     args = trainer.args
     output_dir = Path(args.output_dir)
     tmp_dir = output_dir / checkpoints.UNFINISHED
@@ -188,7 +211,7 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
                 os.replace(path, output_dir / path.name)
-            trainer.state.save_to_json(str(output_dir / STATE))
+            save_state(trainer.state, output_dir / STATE)
             trainer.create_model_card(tags=["fourstage"], **_card_dataset(trainer, arguments))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunStopped(
@@ -199,8 +222,6 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
         if args.should_save:
             shutil.rmtree(tmp_dir, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    if args.push_to_hub:
-        trainer.push_to_hub()
 
 
 def _card_dataset(trainer: Trainer, arguments: Sequence[Any]) -> dict[str, str]:

@@ -1,0 +1,193 @@
+"""What a run pushes to the Hub: checkpoints while it trains, and the model once it is complete on the disk.
+
+transformers creates the repository before it trains, pushes pickles and lock files, and loses the run if the last push
+fails. Here nothing is sent before the first checkpoint, and a push that fails changes nothing on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, suppress_progress_bars
+
+from pipeline.errors import EXIT_PUSH_FAILED, RunStopped
+from pipeline.hub.access import full_id
+from pipeline.hub.checkpoints import LAST
+from pipeline.hub.contents import TEXTS, WORDS, Files, publishable, without_paths
+from pipeline.hub.upload import explain, is_replaced, push
+from pipeline.training.checkpoint_manifest import MANIFEST, STATE
+
+logger = logging.getLogger(__name__)
+
+STAGED = ".pushed"
+"""Folder, in the output directory, of the checkpoint that is being pushed: by then, the run may have deleted it."""
+
+
+class PushCallback(TrainerCallback):
+    """Pushes for a trainer, in place of transformers.
+
+    While it trains, every checkpoint is pushed in the background, unless an earlier one still is (`hub_always_push`) or
+    `hub_strategy` is "end": its model, and all of it as `last-checkpoint/`, or as `checkpoint-N/` if `hub_strategy` is
+    "all_checkpoints". Under "every_save", `last-checkpoint/` is removed with the last push, because then it only takes
+    room. If the best checkpoint will be loaded at the end, that is pushed as well.
+
+    Args:
+        args: The trainer's arguments. Their `push_to_hub` is set to false.
+    """
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self._is_asked, args.push_to_hub = args.push_to_hub, False
+        self._args = args
+        self._api = HfApi(token=args.hub_token)
+        self._running: Future[None] | None = None
+        self._missed: Path | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Delete what a killed run was pushing."""
+        if state.is_world_process_zero:
+            for staged in Path(args.output_dir).glob(f"{STAGED}-*"):
+                shutil.rmtree(staged, ignore_errors=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Begin to push the checkpoint that was just saved."""
+        if not self._is_asked or args.hub_strategy == HubStrategy.END or not state.is_world_process_zero:
+            return
+        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if self._running is not None and not self._running.done() and not args.hub_always_push:
+            self._missed = checkpoint
+        else:
+            self._missed = None
+            self._begin(checkpoint)
+
+    def finish(self, is_complete: bool) -> None:
+        """Wait for the push that is running. If it was not that of the last checkpoint, and that is of use, push it.
+
+        Args:
+            is_complete: Whether the run has trained to its end, so that its model will be pushed.
+        """
+        is_kept = not is_complete or self._args.hub_strategy != HubStrategy.EVERY_SAVE
+        if self._missed is not None and is_kept:
+            self._begin(self._missed)
+        if self._running is not None:
+            self._running.result()
+
+    def push_model(self) -> None:
+        """Push the finished model in the output directory, if that was asked for.
+
+        Raises:
+            RunStopped: If that fails, with the reason and the command that pushes it.
+        """
+        if not self._is_asked or self._args.process_index != 0:
+            return
+        output_dir = str(self._args.output_dir)
+        strategy, name = self._args.hub_strategy, self._args.hub_model_id or Path(output_dir).absolute().name
+
+        def is_stale(path: str) -> bool:
+            return _is_weights(path) or (strategy == HubStrategy.EVERY_SAVE and path.startswith(f"{LAST}/"))
+
+        try:
+            name = self._send(publishable(Path(output_dir)), "End of training", is_stale)
+        except Exception as error:
+            command = ["python", "-m", "pipeline", "push", output_dir, "--repo_id", name]
+            command += ["--revision", self._args.hub_revision] if self._args.hub_revision else []
+            command += ["--private"] if self._args.hub_private_repo else []
+            raise RunStopped(
+                f"The model is complete in {output_dir}, but it was not pushed to {name}: {explain(error, name)}.\n"
+                f"To push it: {shlex.join(command)}",
+                exit_code=EXIT_PUSH_FAILED,
+            ) from error
+        logger.info("%-11s to %s/%s", "pushed", self._api.endpoint, name)
+
+    def _begin(self, checkpoint: Path) -> None:
+        """Link the files of a checkpoint, which the run may delete meanwhile, and push them in the background."""
+        staged = checkpoint.with_name(f"{STAGED}-{checkpoint.name}")
+        folders = [checkpoint]
+        try:
+            named = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["best_model_checkpoint"]
+            if self._args.load_best_model_at_end and named and named != checkpoint.name:
+                folders.append(checkpoint.with_name(named))
+            shutil.rmtree(staged, ignore_errors=True)
+            for folder in folders:
+                shutil.copytree(folder, staged / folder.name, copy_function=_link)
+        except (OSError, ValueError) as error:
+            self._warn(checkpoint.name, error)
+        else:
+            self._running = self._api.run_as_future(self._push_checkpoint, staged, checkpoint.name)
+
+    def _warn(self, checkpoint: str, error: Exception) -> None:
+        name = self._args.hub_model_id or "the Hub"
+        logger.warning("%s was not pushed to %s: %s. Training goes on.", checkpoint, name, explain(error, name))
+
+    def _push_checkpoint(self, staged: Path, newest: str) -> None:
+        """Push the checkpoint `newest`, and any other in the folder `staged`, and delete that."""
+        keeps_all = self._args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
+        keeps_best = self._args.load_best_model_at_end and not keeps_all
+        try:
+            files = publishable(staged / newest)
+            for checkpoint in staged.iterdir():
+                own = checkpoint.name == newest and not keeps_all
+                files |= checkpoint_files(checkpoint, LAST if own else checkpoint.name)
+            replaced = (f"{newest}/" if keeps_all else f"{LAST}/", *[f"{PREFIX_CHECKPOINT_DIR}-"] * keeps_best)
+            message = f"Training in progress, step {newest.rpartition('-')[2]}"
+            name = self._send(files, message, lambda path: _is_weights(path) or path.startswith(replaced))
+            logger.info("%-11s %s to %s/%s", "pushed", newest, self._api.endpoint, name)
+        except Exception as error:  # noqa: BLE001 - whatever happens to a push, training goes on
+            self._warn(newest, error)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def _send(self, files: Files, message: str, replaces: Callable[[str], bool]) -> str:
+        """Push files to the repository of the run. Return its id."""
+        args = self._args
+        name = full_id(self._api, args.hub_model_id, str(args.output_dir))
+        options: dict[str, Any] = {"private": bool(args.hub_private_repo), "revision": args.hub_revision}
+        with suppress_progress_bars():
+            push(self._api, name, files, message, replaces=replaces, **options)
+        return name
+
+
+def checkpoint_files(checkpoint: Path, folder: str) -> Files:
+    """Return what is pushed of a complete checkpoint: all that its manifest lists, without the paths of this machine.
+
+    Args:
+        checkpoint: The checkpoint. The manifest that is pushed fits what is pushed.
+        folder: Folder of the repository that it is pushed to.
+    """
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    files: Files = {f"{folder}/{STATE}": checkpoint / STATE}
+    for name, entry in manifest["files"].items():
+        path = checkpoint / name
+        files[f"{folder}/{name}"] = path
+        if path.suffix in TEXTS and path.name not in WORDS:
+            text = path.read_text(encoding="utf-8")
+            if (public := without_paths(text)) != text:  # an adapter names its base model
+                content = public.encode()
+                entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                files[f"{folder}/{name}"] = content
+    return files | {f"{folder}/{MANIFEST}": json.dumps(manifest, indent=1).encode() + b"\n"}
+
+
+def _is_weights(path: str) -> bool:
+    """Return whether a path of a repository holds weights of a model, which other weights replace."""
+    return is_replaced(path) and path.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system does not allow that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
