@@ -9,12 +9,15 @@ from importlib.resources import files
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
+from markupsafe import Markup
 
 from pipeline.app import compare, prefer
 from pipeline.app.site import Site
 from pipeline.errors import UserError
 from pipeline.report.load import load_run
-from pipeline.report.page import report_html
+from pipeline.report.page import headline, render, report_html
+from pipeline.report.path import path_steps
+from pipeline.report.text import visible
 
 SECTIONS = {
     "path": "The path",
@@ -30,9 +33,9 @@ def build(site: Site) -> gr.Blocks:
     """Return the page."""
     links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in SECTIONS.items())
     with gr.Blocks(title="Fourstage", analytics_enabled=False, fill_width=True) as blocks:
-        gr.HTML(f'<nav aria-label="Sections"><ul>{links}</ul></nav>', elem_id="sections")
+        gr.HTML(f'<nav aria-label="Sections"><ul>{links}</ul></nav>', elem_id="sections", apply_default_css=False)
         with gr.Column(elem_id="path"):
-            gr.HTML("<h1>The path</h1>")
+            gr.HTML(path_of(site), apply_default_css=False)
         with gr.Column(elem_id="compare"):
             compare.build(site)
         with gr.Column(elem_id="prefer"):
@@ -45,6 +48,14 @@ def build(site: Site) -> gr.Blocks:
                 '<iframe src="report" title="Report of the run" sandbox="allow-same-origin allow-popups"></iframe>'
             )
     return blocks
+
+
+def path_of(site: Site) -> str:
+    """Return the picture of the run at the top of the page."""
+    run = load_run(site.run)
+    links = {"random": "compare", "pretrain": "compare", "sft": "compare", "ppo": "prefer", "grpo": "rollout"}
+    steps = path_steps(run, {kind: f"#{section}" for kind, section in links.items()})
+    return Markup("<h1>{}</h1>").format(visible(headline(run))) + Markup(render("path.html.jinja", {"steps": steps}))
 
 
 def report_of(site: Site) -> str:
@@ -84,13 +95,15 @@ class SystemFont(gr.themes.Font):
 
 def style() -> str:
     """Return the style sheet: the colours of the report and the rules of the page."""
-    colours = (files("pipeline.report") / "templates" / "colours.css").read_text(encoding="utf-8")
-    return colours + _static(".css")
+    shared = files("pipeline.report") / "templates"
+    return "".join((shared / name).read_text(encoding="utf-8") for name in ("colours.css", "path.css")) + _static(
+        ".css"
+    )
 
 
 def head() -> str:
-    """Return what is put into the page's head."""
-    return f'<link rel="icon" href="data:,"><script>{_static(".js")}</script>'
+    """Return what is put into the page's head. Gradio's own parameter for styles drops rules for dark screens."""
+    return f'<link rel="icon" href="data:,"><style>{style()}</style><script>{_static(".js")}</script>'
 
 
 def _static(suffix: str) -> str:

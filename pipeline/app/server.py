@@ -169,7 +169,6 @@ def build_app(site: Site) -> ASGIApp:
         pwa=False,
         mcp_server=False,
         theme=page.theme(),
-        css=page.style(),
         head=page.head(),
     )
     gated: ASGIApp = Gate(app, site.options.password, site.options.port)

@@ -8,3 +8,27 @@ function whenReady(selector, use) {
   });
   watcher.observe(document.documentElement, { childList: true, subtree: true });
 }
+
+// The section that the address names is not there yet when the browser looks for it.
+whenReady("#report", () => {
+  const section = /^#\w+$/.test(location.hash) && document.querySelector(location.hash);
+  if (section) setTimeout(() => section.scrollIntoView({ behavior: "instant" }), 100);
+});
+
+// A token says how probable it was when it is pointed at, tapped or focused; arrow keys go from one to the next.
+function inspect(event) {
+  const token = event.target.closest?.(".token");
+  const line = token && document.getElementById("inspect");
+  if (line) line.textContent = token.dataset.about;
+}
+for (const kind of ["mouseover", "focusin", "click"]) document.addEventListener(kind, inspect);
+document.addEventListener("keydown", event => {
+  const token = event.target.closest?.(".token");
+  const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
+  const next = token && step && token[step];
+  if (!next) return;
+  token.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+  event.preventDefault();
+});
