@@ -22,6 +22,9 @@ RECORD = "arguments.json"
 RESOLVED = "resolved_arguments"
 """Attribute of the training arguments that keeps the record until training starts: trainers change their arguments."""
 
+ASKED = "asked_arguments"
+"""Attribute of the training arguments that keeps what the user gave, `settings` by field and the `command` line."""
+
 WRITTEN = (
     "README.md", "config.json", "adapter_config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "trainer_state.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,6 +70,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     parser = Parser(dataclass_types)
     arguments = list(sys.argv[1:] if argv is None else argv)
     hints = field_types(*dataclass_types)
+    command = list(arguments)
     config, problems = take_config(arguments)
     unreadable = bool(problems)
     problems += _set_environment(config.pop("env", None))
@@ -107,6 +109,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         # Trainers set the seed themselves, but only after TRL has drawn adapters and score heads.
         set_seed(training.seed)
         setattr(training, output_directory.RESOLVED, output_directory.to_record(built))
+        settings = json.loads(json.dumps(asked, default=str))
+        setattr(training, output_directory.ASKED, {"settings": settings, "command": command})
         begin_preparation(asked, hints, training.output_dir)
     for item in built:
         if isinstance(targets := getattr(item, "lora_target_modules", None), str) and targets.isidentifier():

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import safe_open
 
-from pipeline.hub.contents import without_paths
+from pipeline.hub.contents import public_settings, without_paths
 from pipeline.hub.stages import GENERAL, STAGES, StageText, uses
 
 Values = Mapping[str, Any]
@@ -152,9 +152,7 @@ def model_card(trained: Trained) -> str:
             remarks=list(_remarks(trained)),
             samples=_samples(trained),
             how=text.how,
-            settings=yaml.safe_dump(rename(settings, trained.ids), sort_keys=False, allow_unicode=True).strip()
-            if settings
-            else "",
+            settings=_yaml(trained),
             command=trained.command,
             circumstances=dict(_circumstances(trained)),
             limits=[text.limit, GENERAL],
@@ -185,6 +183,12 @@ def rename(value: Any, ids: Mapping[str, str]) -> Any:
     if isinstance(value, list):
         return [rename(item, ids) for item in value]
     return ids.get(value, value) if isinstance(value, str) else value
+
+
+def _yaml(trained: Trained) -> str:
+    """Return the settings of a stage as its YAML file has them, with the ids of what was pushed."""
+    settings = rename(public_settings(trained.settings), trained.ids)
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip() if settings else ""
 
 
 def _facts(trained: Trained, base: str | None) -> Iterator[tuple[str, str]]:

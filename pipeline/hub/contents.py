@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import TOKEN
+
 Files = dict[str, Path | bytes]
 """Path in a repository -> the local file, or its content."""
 
@@ -52,6 +54,11 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
     return files
 
 
+def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those that may hold secrets: tokens, and variables of the environment."""
+    return {name: value for name, value in settings.items() if name != "env" and not name.endswith("_token")}
+
+
 def rename(text: str, ids: Mapping[Path, str]) -> str:
     """Replace folders by their ids on the Hub in the JSON `text`, except for the folder that was written."""
 
@@ -67,7 +74,11 @@ def rename(text: str, ids: Mapping[Path, str]) -> str:
 
 
 def without_paths(text: str) -> str:
-    """Replace the absolute paths of this machine: by what lies below the current directory or home, or by a name."""
+    """Replace the absolute paths of this machine, by what lies below the current directory or home, or by a name.
+
+    Tokens of the Hub are replaced as well.
+    """
+    text = TOKEN.sub("hf_***", text)
     for root, short in ((Path.cwd(), "."), (Path.home(), "~"), (Path(tempfile.gettempdir()), "")):
         for spelled in {str(root), str(root.resolve()), json.dumps(str(root))[1:-1]}:
             if len(root.parts) > 1 and spelled in text:

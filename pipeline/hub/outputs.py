@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from huggingface_hub import DatasetCard, HfApi
 
 from pipeline.errors import Problem, UserError
 from pipeline.hub.cards import CRITIC, Trained, model_card, read_json
-from pipeline.hub.contents import Files, publishable, without_paths
+from pipeline.hub.contents import Files, public_settings, publishable, without_paths
 from pipeline.hub.data_cards import critic_card, dataset_card, space_card
 from pipeline.hub.upload import retry
 
@@ -141,8 +142,8 @@ class Outputs:
             own = contents.get("README.md")
             if isinstance(own, bytes | Path) and checkpoint is None and not self.record:  # written by the recipe
                 text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
-                name = str(read_json(folder / "arguments.json").get("output_dir"))
-                contents["README.md"] = text.replace(without_paths(name), trained.name).encode()
+                text = re.sub(r'((model=|from_pretrained\()"|vllm serve )[^"\n]+', rf"\1{trained.name}", text)
+                contents["README.md"] = text.encode()
             else:
                 contents["README.md"] = model_card(trained.at(checkpoint) if checkpoint else trained).encode()
             if f"{CRITIC}/config.json" in contents:
@@ -202,9 +203,14 @@ class Outputs:
     def _report(self) -> Files:
         models = [found for name, found in self.ids.items() if not is_data(self.folders[name])]
         data = [found for name, found in self.ids.items() if is_data(self.folders[name])]
-        record = without_paths((self.path / "run.json").read_text(encoding="utf-8"))
+        record = read_json(self.path / "run.json")
+        for step in (record.get("steps") or {}).values():
+            step["values"] = public_settings(step.get("values") or {})
         card = space_card(f"{self.name}: the report", models, data)
-        return publishable(self.path / REPORT) | {"run.json": record.encode(), "README.md": card.encode()}
+        return publishable(self.path / REPORT) | {
+            "run.json": without_paths(json.dumps(record, indent=1)).encode() + b"\n",
+            "README.md": card.encode(),
+        }
 
 
 def is_data(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Hardware, package versions and commit of this machine, for `run.json`. Only the standard library is imported."""
+"""Hardware, package versions and commit, for `run.json` and model cards. Only the standard library is imported."""
 
 from __future__ import annotations
 
