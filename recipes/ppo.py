@@ -50,7 +50,7 @@ def main(
         peft_config=get_peft_config(model_args),
         callbacks=run_callbacks(training_args),
     )
-    train_and_save(trainer, data_args, model_args)
+    train_and_save(trainer)
 
 
 if __name__ == "__main__":

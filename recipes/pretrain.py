@@ -62,7 +62,7 @@ def main(
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
-    train_and_save(trainer, data_args, model_args, optimizer_args)
+    train_and_save(trainer)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main(
     )
     group_by_length(trainer.model)
     choose_attention(trainer.model, model_args.attn_implementation)
-    train_and_save(trainer, data_args, model_args, optimizer_args)
+    train_and_save(trainer)
 
 
 if __name__ == "__main__":

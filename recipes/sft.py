@@ -58,7 +58,7 @@ def main(
     use_padded_packing(trainer)
     project_labelled_positions(trainer)
     choose_attention(trainer.model, model_args.attn_implementation)
-    train_and_save(trainer, data_args, model_args, optimizer_args)
+    train_and_save(trainer)
 
 
 if __name__ == "__main__":

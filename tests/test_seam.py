@@ -244,7 +244,6 @@ ATTRIBUTES = {
     "transformers:PreTrainedConfig._attn_implementation": "packed rows are padded unless FlashAttention reads them",
     "transformers:PreTrainedTokenizerBase.added_tokens_decoder": "special tokens, which messages may not spell",
     f"{TRAINER}.end": "trackers and the process group end with it",
-    f"{TRAINER}.create_model_card": "called with the data set",
 }
 
 # Attributes of PPO's trainer, and what for.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import inspect
 import logging
 import os
+import shlex
 import shutil
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline import files, launch
 from pipeline.config import output_directory
+from pipeline.config.machine import describe_machine
 from pipeline.errors import Problem, RunStopped, UserError, end_preparation
+from pipeline.hub.cards import Trained, model_card
 from pipeline.hub.checkpoints import fetch_checkpoints
 from pipeline.models.adapters import MERGED
 from pipeline.models.weights import resume_renamed_weights
@@ -48,7 +50,7 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     return [ThroughputCallback(length or 0), PushCallback(args)]
 
 
-def train_and_save(trainer: Trainer, *arguments: Any) -> None:
+def train_and_save(trainer: Trainer) -> None:
     """Train from the latest checkpoint, save the model with tokenizer and card, and push it if requested.
 
     The run logs the hardware and settings in use, writes only complete checkpoints, saves and stops on SIGINT and
@@ -56,7 +58,6 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
 
     Args:
         trainer: Any trainer of transformers or TRL.
-        *arguments: The recipe's other argument dataclasses; `DataArguments` names the data set on the model card.
 
     Raises:
         RunStopped: After a signal, a loss that is not a number, a failing reward function, a failed save or push.
@@ -78,7 +79,7 @@ def train_and_save(trainer: Trainer, *arguments: Any) -> None:
             output_directory.claim(args)
         own = [_copy_checkpoint(folder, trainer) for folder in fetched]
         trainer.accelerator.wait_for_everyone()
-        _train_and_save(trainer, own[0] if own else checkpoint, arguments)
+        _train_and_save(trainer, own[0] if own else checkpoint)
 
 
 def _copy_checkpoint(checkpoint: Path, trainer: Trainer) -> Path:
@@ -91,7 +92,7 @@ def _copy_checkpoint(checkpoint: Path, trainer: Trainer) -> Path:
     return target
 
 
-def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequence[Any]) -> None:
+def _train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
     launch.log_active(trainer)
     drop_incomplete_batches(trainer)
     checkpoints.make_checkpoints_atomic(trainer)
@@ -119,7 +120,7 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None, arguments: Sequen
     interrupts.restore()
     stop = interrupts.reason_to_stop(trainer.state, str(trainer.args.output_dir))
     if stop is None:
-        save_final(trainer, *arguments)
+        save_final(trainer)
         logger.info("%-11s in %s", "saved", trainer.args.output_dir)
     pushes.finish(is_complete=stop is None)
     _end(trainer)
@@ -195,7 +196,7 @@ def drop_incomplete_batches(trainer: Trainer) -> None:
     trainer.get_train_dataloader = with_whole_batches
 
 
-def save_final(trainer: Trainer, *arguments: Any) -> None:
+def save_final(trainer: Trainer) -> None:
     """Save the trained model, its tokenizer and its card beside the checkpoints."""
     args = trainer.args
     output_dir = Path(args.output_dir)
@@ -212,7 +213,7 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
                 os.replace(path, output_dir / path.name)
             save_state(trainer.state, output_dir / STATE)
-            trainer.create_model_card(tags=["fourstage"], **_card_dataset(trainer, arguments))
+            files.write_text(output_dir / "README.md", _model_card(trainer))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunStopped(
             f"The model could not be written to {output_dir}: {error}. Free some space or correct the cause; the "
@@ -224,10 +225,19 @@ def save_final(trainer: Trainer, *arguments: Any) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _card_dataset(trainer: Trainer, arguments: Sequence[Any]) -> dict[str, str]:
-    """Return the Hub data set as this trainer's `create_model_card` takes it; empty if the data are local."""
-    names = [name for item in arguments for name in getattr(item, "dataset_names", ()) if name]
-    if not names or Path(names[0]).exists():
-        return {}
-    parameters = inspect.signature(trainer.create_model_card).parameters
-    return {"dataset_name" if "dataset_name" in parameters else "dataset": names[0]}
+def _model_card(trainer: Trainer) -> str:
+    """Return the card of a trained model, as far as its own recipe knows it. A run knows more when it is pushed."""
+    args = trainer.args
+    asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
+    kind = type(args).__name__.removesuffix("Config").lower()
+    runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
+    trained = Trained(
+        folder=Path(args.output_dir),
+        kind=kind,
+        name=args.hub_model_id or str(args.output_dir),
+        settings=asked["settings"],
+        command=shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]]),
+        seconds=runtimes[-1] if runtimes else None,
+        machine=describe_machine(),
+    )
+    return model_card(trained)

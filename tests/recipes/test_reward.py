@@ -36,9 +36,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, 
     arguments = recipe_command("reward", folder / "inputs", *options)[2:]
     trainers = []
 
-    def keep(trainer: Any, *rest: Any) -> None:
+    def keep(trainer: Any) -> None:
         trainers.append(trainer)
-        train_and_save(trainer, *rest)
+        train_and_save(trainer)
 
     train_and_save = training.train_and_save
     with pytest.MonkeyPatch.context() as patch:
