@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, whoami
 from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.errors import Problem
@@ -16,11 +16,10 @@ WRITING_ROLES = ("admin", "write", "contributor")
 """Roles in an organization that may create repositories."""
 
 
-def full_id(api: HfApi, repo_id: str | None, output_dir: str | Path) -> str:
+def full_id(repo_id: str | None, output_dir: str | Path) -> str:
     """Return the id of the repository that an output directory is pushed to, with its namespace.
 
     Args:
-        api: The client.
         repo_id: `NAME/repo`; or `repo`, which is the user's own. Default: the name of the directory.
         output_dir: The directory.
 
@@ -28,7 +27,7 @@ def full_id(api: HfApi, repo_id: str | None, output_dir: str | Path) -> str:
         PUSH_ERRORS: If the user's name is needed, and the Hub does not tell it.
     """
     name = repo_id or Path(output_dir).absolute().name
-    return name if "/" in name else f"{retry(lambda: api.whoami(cache=True))['name']}/{name}"
+    return name if "/" in name else f"{retry(lambda: whoami(cache=True))['name']}/{name}"
 
 
 def check_access(repo_ids: Iterable[str], field: str, repo_type: str = "model") -> list[Problem]:
@@ -44,7 +43,7 @@ def check_access(repo_ids: Iterable[str], field: str, repo_type: str = "model") 
     """
     api, repo_ids = HfApi(), list(repo_ids)
     try:
-        user = retry(lambda: api.whoami(cache=True))
+        user = retry(lambda: whoami(cache=True))
     except PUSH_ERRORS as error:
         is_away = is_transient(error) or constants.is_offline_mode()
         remedy = f"the Hub cannot be reached at {api.endpoint}; check the network (and HF_HUB_OFFLINE), or push later"

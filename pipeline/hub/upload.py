@@ -109,6 +109,11 @@ def push(
         changed.update(dict.fromkeys([*(item.path_in_repo for item in new), *stale]))
         if new or stale:
             operations = [*new, *(CommitOperationDelete(path) for path in stale)]
+            # Files of the same content are uploaded once: `create_commit` alone would upload each.
+            distinct = {addition.upload_info.sha256: addition for addition in new}
+            if len(distinct) < len(new):
+                where = {"repo_type": repo_type, "revision": branch, "create_pr": create_pr and branch is None}
+                api.preupload_lfs_files(repo_id, list(distinct.values()), free_memory=False, **where)
             api.create_commit(
                 repo_id,
                 operations,

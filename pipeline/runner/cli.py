@@ -32,13 +32,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
-from pipeline.errors import Problem, UserError
+from pipeline.errors import EXIT_PUSH_FAILED, Problem, UserError
 from pipeline.files import lock
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
 from pipeline.runner.launcher import check_launch_file, exit_code
 from pipeline.runner.plan import Plan, read_plan
-from pipeline.runner.processes import run
+from pipeline.runner.processes import push_finished, run
 from pipeline.runner.records import Decision, RunRecord, decide, measured_seconds
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, check_steps, find_step
@@ -206,7 +206,7 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     if replaced.exists():
         say(f"what was there before is in {replaced}; delete that when it is no longer needed")
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
-    if code == 0 and report is not None and report.exists():
+    if code in (0, EXIT_PUSH_FAILED) and report is not None and report.exists():
         say(f"report: {report}{promises_kept(report.with_name('metrics.json'))}")
     return code
 
@@ -289,11 +289,15 @@ def _run_all(
             executable = step.executable(_launch_options(args))
             code, received = run(executable, os.environ | variables, descriptors, output, args.warm)
         seconds = time.monotonic() - started
-        complete = code == 0 and step.is_complete
-        record.stop(step, seconds, finished=complete)
         code = exit_code(code)
+        complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
+        record.stop(step, seconds, finished=complete)
         if complete and received is None:
             console.finish(step, seconds)
+            if code == 0 and step.push:
+                record.set_pushed(step)
+            elif code:
+                console.event(f"    {step.name} was not pushed to the Hub, which is tried again at the end")
             continue
         if received is not None:
             stopped = f"{step.name} was stopped by {received.name}"
@@ -305,7 +309,7 @@ def _run_all(
         console.stop(step, seconds, code or 1, f"{step.name} {failed}; the steps before it are kept", resume)
         return code or 1
     console.conclude()
-    return 0
+    return push_finished((step for step, _ in todo), record, descriptors, args.warm)
 
 
 def _launch_options(args: argparse.Namespace) -> list[str]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from pipeline.errors import EXIT_PUSH_FAILED
+from pipeline.runner.records import RunRecord
+from pipeline.runner.steps import Step
 from pipeline.runner.warm import Fork, WarmProcess, add_defaults, signal_with_parent
 
 
@@ -66,6 +70,37 @@ def run(
         for number, handler in before.items():
             signal.signal(number, handler)
     return code, received[0] if received else None
+
+
+def push_finished(
+    steps: Iterable[Step], record: RunRecord, descriptors: Sequence[int], warm: WarmProcess | None = None
+) -> int:
+    """Push the finished steps whose settings ask for that, and that were not pushed yet.
+
+    Args:
+        steps: The steps of a run.
+        record: What was done before.
+        descriptors: As for `run`, like `warm`.
+
+    Returns:
+        0; 3 if a push failed; 130 or 143 after a signal.
+    """
+    result = 0
+    for step in steps:
+        if record.is_pushed(step):
+            continue
+        print(f"$ {shlex.join(['python', '-m', 'pipeline', *step.push])}", flush=True)
+        own = {str(name): str(value) for name, value in (step.values.get("env") or {}).items()}
+        own |= {"HF_TOKEN": str(step.values["hub_token"])} if step.values.get("hub_token") else {}
+        command = [sys.executable, "-m", "pipeline", *step.push]
+        code, received = run(command, own | os.environ, descriptors, warm=warm)
+        if received is not None:
+            return 128 + int(received)
+        if code == 0:
+            record.set_pushed(step)
+        else:
+            result = EXIT_PUSH_FAILED
+    return result
 
 
 def _kill_tree(pid: int) -> None:

@@ -51,6 +51,7 @@ class RunRecord:
     - `inputs`, the `id` of each step that it was made from; `data` and `files`, fingerprints of what it was made from
     - `command`; `hardware`, `versions` and `commit` of the machine that ran it; if it was resumed, of its last part
     - `seconds`, over all its parts; `started_at`; `finished_at`, null until it has finished
+    - `pushed`, the arguments of `python -m pipeline` by which it was pushed to the Hub, if it was
     """
 
     path: Path
@@ -119,6 +120,15 @@ class RunRecord:
         entry = self.steps[step.name]
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["finished_at"] = _now() if finished else None
+        self._write()
+
+    def is_pushed(self, step: Step) -> bool:
+        """Return whether the step was pushed to the Hub as its settings ask for, or does not have to be, or cannot."""
+        return not self.is_finished(step.name) or self.steps[step.name].get("pushed", []) == list(step.push)
+
+    def set_pushed(self, step: Step) -> None:
+        """Record that a finished step was pushed."""
+        self.steps[step.name]["pushed"] = list(step.push)
         self._write()
 
     def _write(self) -> None:

@@ -107,6 +107,16 @@ class Step:
         configured = any((self.output / name).exists() for name in ("config.json", "adapter_config.json"))
         return configured and any(self.output.glob("*.safetensors"))
 
+    @property
+    def push(self) -> tuple[str, ...]:
+        """Arguments of `python -m pipeline` that push what it wrote; empty if its settings do not ask for that."""
+        if not self.launched or not self.values.get("push_to_hub"):
+            return ()
+        name, revision = self.values.get("hub_model_id"), self.values.get("hub_revision")
+        options = ["--revision", str(revision)] if revision else []
+        options += ["--private"] if self.values.get("hub_private_repo") else []
+        return ("push", str(self.output), "--repo_id", str(name or self.output.name), *options)
+
     def command(self, launch: Sequence[str]) -> list[str]:
         """Return the command that a user would type; `launch` are the arguments of `accelerate launch` itself."""
         start = ["accelerate", "launch", *launch] if self.launched else ["python"]

@@ -152,7 +152,7 @@ class PushCallback(TrainerCallback):
     def _send(self, files: Files, message: str, replaces: Callable[[str], bool]) -> str:
         """Push files to the repository of the run. Return its id."""
         args = self._args
-        name = full_id(self._api, args.hub_model_id, str(args.output_dir))
+        name = full_id(args.hub_model_id, str(args.output_dir))
         options: dict[str, Any] = {"private": bool(args.hub_private_repo), "revision": args.hub_revision}
         with suppress_progress_bars():
             push(self._api, name, files, message, replaces=replaces, **options)
