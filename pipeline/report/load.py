@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.intervals import Estimate, finite
-from pipeline.models.weights import read_shapes
+from pipeline.files import read_shapes
 from pipeline.report.labels import STAGES, stage_info, stage_kind, stage_order
 
 Outcomes = dict[str, tuple[float, float, str]]
