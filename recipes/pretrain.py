@@ -22,7 +22,7 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
 """
 
 from pipeline.data.arguments import DataArguments
-from pipeline.models.llama import LlamaArguments
+from pipeline.models.llama4 import ScratchArguments, build_model, log_model
 from pipeline.training.entry import run
 from pipeline.training.optimizer import OptimizerArguments
 from pipeline.training.pretraining import PretrainConfig
@@ -31,16 +31,15 @@ from pipeline.training.pretraining import PretrainConfig
 def main(
     data_args: DataArguments,
     training_args: PretrainConfig,
-    model_args: LlamaArguments,
+    model_args: ScratchArguments,
     optimizer_args: OptimizerArguments,
 ) -> None:
     from transformers import Trainer, default_data_collator
 
     from pipeline.data.packing import pack_documents
-    from pipeline.models.llama import build_model, log_model
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
-    from pipeline.training.pretraining import adapt_to_machine, bits_per_byte, sequence_losses
+    from pipeline.training.pretraining import adapt_to_machine, add_router_losses, bits_per_byte, sequence_losses
     from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, *documents = load_inputs("text", data_args, training_args, model_args)
@@ -62,6 +61,7 @@ def main(
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
+    add_router_losses(trainer, model_args)
     train_and_save(trainer)
 
 

@@ -9,7 +9,7 @@ Write the model that `recipes.pretrain` starts from with the same file: the same
 """
 
 from pipeline.data.arguments import DataArguments
-from pipeline.models.llama import LlamaArguments
+from pipeline.models.llama4 import ScratchArguments, build_model, log_model
 from pipeline.training.entry import run
 from pipeline.training.optimizer import OptimizerArguments
 from pipeline.training.pretraining import PretrainConfig
@@ -18,10 +18,9 @@ from pipeline.training.pretraining import PretrainConfig
 def main(
     data_args: DataArguments,
     training_args: PretrainConfig,
-    model_args: LlamaArguments,
+    model_args: ScratchArguments,
     optimizer_args: OptimizerArguments,
 ) -> None:
-    from pipeline.models.llama import build_model, log_model
     from pipeline.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(data_args.tokenizer_name_or_path, "tokenizer_name_or_path")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -70,6 +67,11 @@ def check_sizes(args: LlamaArguments) -> list[Problem]:
     return problems
 
 
+def default_width(hidden_size: int) -> int:
+    """Return 8/3 of `hidden_size`, rounded up to a multiple of 64."""
+    return 64 * -(-hidden_size * 8 // (3 * 64))
+
+
 def build_model(args: LlamaArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     """Build a Llama with random weights in float32.
 
@@ -79,18 +81,27 @@ def build_model(args: LlamaArguments, tokenizer: PreTrainedTokenizerBase, seed: 
             and in the generation configuration.
         seed: The same seed gives the same weights; the global random state does not change.
     """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width = args.intermediate_size or default_width(args.hidden_size)
+    return random_model(LlamaForCausalLM, LlamaConfig, args, tokenizer, seed, intermediate_size=width)
+
+
+def random_model(
+    model_class: Any, config_class: Any, args: LlamaArguments, tokenizer: PreTrainedTokenizerBase, seed: int, **own: Any
+) -> Any:
+    """Build a model of a class of transformers; `own` are fields of its configuration besides those of any Llama."""
     import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig
 
     special_ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    config = LlamaConfig(
+    config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size or 64 * -(-args.hidden_size * 8 // (3 * 64)),
         num_hidden_layers=args.num_hidden_layers,
         num_attention_heads=args.num_attention_heads,
         num_key_value_heads=args.num_key_value_heads or args.num_attention_heads,
@@ -101,29 +112,10 @@ def build_model(args: LlamaArguments, tokenizer: PreTrainedTokenizerBase, seed: 
         initializer_range=args.initializer_range,
         dtype=torch.float32,
         **special_ids,
+        **own,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = model_class(config)
     model.generation_config = GenerationConfig(**special_ids)
     return model
-
-
-def log_model(model: PreTrainedModel) -> None:
-    """Log what follows from the sizes: the numbers of parameters and of FLOPs per token, and the dtype."""
-    parameters = model.num_parameters()
-    embedding = model.get_input_embeddings().weight.numel()
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    # Each weight that multiplies an activation costs 2 FLOPs forward and 4 backward; an embedding lookup costs none.
-    multiplied = parameters - (0 if tied else embedding)
-    logger.info(
-        "%-11s %s, %.2fM parameters (%.2fM of them embeddings%s), %.1f MFLOPs per token in training without attention, "
-        "weights in %s",
-        "model",
-        type(model).__name__,
-        parameters / 1e6,
-        embedding / 1e6,
-        ", tied" if tied else "",
-        6 * multiplied / 1e6,
-        str(model.dtype).removeprefix("torch."),
-    )

@@ -1,7 +1,4 @@
-"""The weight files of a model: what their headers say, and resuming from files that use older names for the weights.
-
-This module does not import torch, which takes seconds and which the report does not need to read headers.
-"""
+"""The weight files of a model: what their headers say, and resuming from files that use older names for the weights."""
 
 from __future__ import annotations
 
@@ -12,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from pipeline.files import read_shapes
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -20,16 +19,6 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
-
-
-def read_shapes(file: Path) -> dict[str, list[int]]:
-    """Return the shape of each weight in a safetensors file, from its header.
-
-    Raises:
-        SafetensorError, OSError: If the file cannot be read.
-    """
-    with safe_open(file, framework="np") as weights:
-        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:

@@ -2,7 +2,8 @@
 
 It is transformers' token classification model with one label, so that it trains, is saved and loads like any other:
 `AutoModelForTokenClassification.from_pretrained("<run>/value_model")`, if transformers has such a classifier of its
-architecture. A critic of any architecture loads as `PPOTrainer(value_model="<run>/value_model")`.
+architecture, or `pipeline.models.classifiers` (Llama 4). A critic of any architecture loads as
+`PPOTrainer(value_model="<run>/value_model")`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_layers import GenericForTokenClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 from trl.trainer.utils import disable_dropout_in_model
 
 from pipeline.models.adapters import without_adapters
+from pipeline.models.classifiers import classifier
 from pipeline.models.loading import load_config
 from pipeline.rl.layout import ForwardPass
 from pipeline.rl.log_probs import at, over_passes
@@ -40,24 +40,6 @@ HEAD_NAMES = ("score", "classifier")
 """Names of the linear head in transformers' classifiers."""
 
 # ---- Making a critic
-
-
-def token_scalar_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """Return the token classification class of a text model's architecture; its constructor takes a configuration.
-
-    transformers has one for most architectures. For the others (Llama 4, say), this puts one together from
-    transformers' own mixin.
-    """
-    if type(model.config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
-        return MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(model.config)]
-    base: type[PreTrainedModel] = next(
-        cls
-        for cls in type(model).__mro__
-        if cls.__module__.startswith("transformers.") and cls.__name__.endswith("PreTrainedModel")
-    )
-    name = base.__name__.removesuffix("PreTrainedModel") + "ForTokenClassification"
-    own = {"config_class": type(model.config), "base_model_prefix": base.base_model_prefix}
-    return type(name, (GenericForTokenClassification, base), own)
 
 
 def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
@@ -81,7 +63,7 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     config.num_labels = 1
     config.classifier_dropout = 0.0
     with torch.random.fork_rng(devices=[]):  # a critic must not change any other random number
-        critic = token_scalar_class(source)(config)
+        critic = classifier(type(config), "TokenClassification")(config)
     critic.to(device=source.device, dtype=source.dtype)
 
     head_name, head = _head(critic)
@@ -175,7 +157,7 @@ def _load(name: str, policy: PreTrainedModel) -> PreTrainedModel:
     config = load_config(name)
     cls = auto_class(config)
     if cls is AutoModelForTokenClassification and type(config) is type(policy.config):
-        cls = token_scalar_class(policy)
+        cls = classifier(type(config), "TokenClassification")
     return cls.from_pretrained(name, config=config, dtype=policy.dtype)
 
 

@@ -74,7 +74,7 @@ def _with_defaults(
     from pipeline.config.output_directory import RECORD
     from pipeline.config.parser import argument_types, field_types
     from pipeline.config.yaml_file import convert
-    from pipeline.models.llama import LlamaArguments
+    from pipeline.models.llama4 import ScratchArguments
 
     types = argument_types(resolve_name(f"{KINDS[step.kind].module}:main"))
     hints = field_types(*types)
@@ -84,7 +84,7 @@ def _with_defaults(
     with contextlib.suppress(OSError, ValueError):  # only training records it
         ran_with = json.loads((step.output / RECORD).read_text(encoding="utf-8"))
     if step.kind == "random":
-        read = {*OF_RANDOM_MODEL, *(item.name for item in dataclasses.fields(LlamaArguments))}
+        read = {*OF_RANDOM_MODEL, *(item.name for item in dataclasses.fields(ScratchArguments))}
         changed = {name: pair for name, pair in changed.items() if name in read}
 
     def resolve(name: str, values: Mapping[str, Any]) -> Any:

@@ -12,11 +12,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import hardware
 from pipeline.errors import RunStopped
+from pipeline.models.experts import RouteCounter, active_parameters
 from pipeline.progress import duration, report_progress
 
 if TYPE_CHECKING:  # importing it takes seconds, too long for `--help`
@@ -103,16 +104,20 @@ def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
     attention is causal.
 
     Args:
-        model: A decoder. Its input embeddings count only if they are also its output matrix.
+        model: A decoder. Its input embeddings count only if they are also its output matrix, and of its experts those
+            that a token is routed to.
         length: Tokens per sequence.
     """
     config = model.config.get_text_config()
     embeddings = model.get_input_embeddings()
-    weights = sum(parameter.numel() for parameter in model.parameters())
+    weights = active_parameters(model)
     if isinstance(embeddings, nn.Module) and not config.tie_word_embeddings:
         weights -= sum(parameter.numel() for parameter in embeddings.parameters())
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head * length / 2
+    chunk = getattr(config, "attention_chunk_size", None) or length
+    chunked = (getattr(config, "layer_types", None) or []).count("chunked_attention")
+    attended = (config.num_hidden_layers - chunked) * length + chunked * min(length, chunk)
+    attention = 12 * attended * config.num_attention_heads * head / 2
     return 6 * weights + attention
 
 
@@ -166,6 +171,59 @@ class ThroughputCallback(TrainerCallback):
             entry.update(figures)
             # TRL counts a batch of packed rows as a single row; `num_input_tokens_seen` is right.
             entry.pop("num_tokens", None)
+
+
+def sum_over_processes(tensor: Tensor, args: TrainingArguments) -> Tensor:
+    """Add up a tensor of every process."""
+    if args.world_size > 1:
+        tensor = tensor.to(args.device)
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+class RouterCallback(TrainerCallback):
+    """Log the load of each expert and the entropy of each router in training, if the model has experts.
+
+    `router/layer_<n>/expert_<m>` is an expert's tokens over its fair number of tokens since the last log, and
+    `router/layer_<n>/entropy` the mean entropy of the router's distribution in nats. Layers are counted from 0 among
+    those that have experts.
+    """
+
+    counter: RouteCounter | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start counting."""
+        self.counter = RouteCounter(kwargs["model"], training=True)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures since the last log."""
+        if logs is None or "loss" not in logs or self.counter is None or self.counter.counts is None:
+            return
+        counts = sum_over_processes(self.counter.counts, args).cpu()
+        entropy = sum_over_processes(self.counter.entropy, args).cpu()
+        self.counter.counts, self.counter.entropy = counts, entropy
+        figures = {
+            f"router/layer_{layer}/expert_{expert}": round(share, 3)
+            for layer, shares in enumerate(self.counter.shares)
+            for expert, share in enumerate(shares)
+        }
+        tokens = counts.sum(1) / self.counter.routers[0].top_k
+        figures |= {
+            f"router/layer_{layer}/entropy": round(mean, 4) for layer, mean in enumerate((entropy / tokens).tolist())
+        }
+        self.counter.clear()
+        logs.update(figures)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(figures)
 
 
 class ReportCallback(TrainerCallback):

@@ -27,7 +27,7 @@ from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.files import is_missing_path
 from pipeline.models.checks import check_lengths, check_model, check_tokenizer
-from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.llama4 import ScratchArguments, build_model
 from pipeline.models.loading import (
     base_of,
     is_reward_model,
@@ -76,7 +76,7 @@ def load_inputs(
     kind: Kind,
     data_args: DataArguments,
     training_args: TrainingArguments,
-    model_args: ModelConfig | LlamaArguments,
+    model_args: ModelConfig | ScratchArguments,
     reward_args: RewardChecks | None = None,
 ) -> tuple[PreTrainedTokenizerBase, Split, Split | None]:
     """Load a stage's tokenizer and data, and check them together with the model's configuration and the arguments.
@@ -184,7 +184,7 @@ def preflight_inputs(arguments: Sequence[Any], types: Sequence[type]) -> list[Pr
 
     kind = next((CONTENTS[stage][0] for stage in CONTENTS if any(issubclass(other, stage) for other in types)), None)
     data_args, training_args = find(DataArguments), find(TrainingArguments)
-    model_args, reward_args = find((ModelConfig, LlamaArguments)), find(RewardChecks)
+    model_args, reward_args = find((ModelConfig, ScratchArguments)), find(RewardChecks)
     if kind is None or data_args is None:
         return []
     problems: list[Problem] = []

@@ -1,8 +1,9 @@
 """Optimizers that treat matrices, embeddings and other parameters differently, for any `Trainer`.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of each matrix. torch's
-implementation accepts only matrices, so AdamW updates embeddings and norms. It also takes the matrices one by one; here
-those of one shape are orthogonalised together, because small matrices do not keep the cores busy.
+implementation accepts only matrices, so AdamW updates embeddings and norms; the experts of a layer are a stack of
+matrices here, each orthogonalised by itself. It also takes the matrices one by one; here those of one shape are
+orthogonalised together, because small matrices do not keep the cores busy.
 
 Embeddings can have a learning rate of their own: AdamW moves each number by about the learning rate, whatever its size,
 so the embedding of a token that never occurs in the tuning data moves as far as all others.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from pipeline.errors import Problem, UserError
+from pipeline.models.experts import expert_weights
 
 NUMBERS_AT_ONCE = 2**22
 """Size of a stack of matrices that are orthogonalised together. Larger ones use all cores anyway, and take memory."""
@@ -51,7 +53,16 @@ class OptimizerArguments:
 
 
 class Muon(torch.optim.Muon):
-    """torch's `Muon`, orthogonalising matrices of one shape together; the state and the updates are the same."""
+    """torch's `Muon`, orthogonalising matrices of one shape together; the state and the updates are the same.
+
+    Args:
+        params: Matrices and stacks of matrices (the experts of a layer), which torch refuses.
+        **options: As for torch's.
+    """
+
+    def __init__(self, params: Sequence[Tensor], **options: Any) -> None:
+        super().__init__([param for param in params if param.ndim == 2], **options)
+        self.param_groups[0]["params"] += [param for param in params if param.ndim == 3]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -66,10 +77,13 @@ class Muon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(param.grad)
                 momentum = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
                 update = param.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                # Tall matrices are transposed, so that products of their short sides are multiplied.
-                tall = update.shape[0] > update.shape[1]
-                pair = (param.mT, update.mT) if tall else (param, update)
-                stacks[pair[1].shape, tall, param.device].append(pair)
+                # Experts are stored as (experts, in, out), the weights of linear layers as (out, in).
+                matrices = [(param, update)] if param.ndim == 2 else zip(param.mT, update.mT, strict=True)
+                for matrix, change in matrices:
+                    # Tall matrices are transposed, so that products of their short sides are multiplied.
+                    tall = change.shape[0] > change.shape[1]
+                    pair = (matrix.mT, change.mT) if tall else (matrix, change)
+                    stacks[pair[1].shape, tall, param.device].append(pair)
             for (shape, tall, _), pairs in stacks.items():
                 lr = group["lr"] * (math.sqrt(shape[1] / shape[0]) if tall else 1)
                 size = max(1, NUMBERS_AT_ONCE // shape.numel())
@@ -145,9 +159,10 @@ def build_optimizer(
         for parameter in module.parameters()
     }
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim == 2 and id(p) not in tables]
+    stacks = {id(parameter) for parameter in expert_weights(model)}
+    matrices = [p for p in trained if (p.ndim == 2 or id(p) in stacks) and id(p) not in tables]
     embeddings = [p for p in trained if id(p) in tables]
-    vectors = [p for p in trained if p.ndim != 2 and id(p) not in tables]
+    vectors = [p for p in trained if p.ndim != 2 and id(p) not in tables and id(p) not in stacks]
     if embedding_lr is not None and not embeddings:
         raise UserError(Problem("embedding_learning_rate", embedding_lr, "embeddings are not trained; leave it out"))
     groups: list[dict[str, Any]] = [

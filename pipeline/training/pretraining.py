@@ -1,4 +1,4 @@
-"""Pretraining with transformers' `Trainer`: its arguments, compilation, and bits per byte."""
+"""Pretraining with transformers' `Trainer`: its arguments, compilation, router losses, and bits per byte."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import math
 import os
 from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from pipeline import hardware
 from pipeline.models.attention import choose_attention
-from pipeline.training.callbacks import training_flops_per_token
+from pipeline.models.experts import balancing_loss, choices, routers, z_loss
+from pipeline.models.llama4 import ScratchArguments
+from pipeline.training.callbacks import sum_over_processes, training_flops_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,39 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
     args.torch_compile = choice.value
     args.torch_compile_backend = "inductor" if choice.value else None
     logger.info("torch.compile: %s (%s)", choice.value, choice.reason)
+
+
+def add_router_losses(trainer: Trainer, model_args: ScratchArguments) -> None:
+    """Add the load-balancing loss and the z-loss to a trainer's loss, each the mean over the layers with experts.
+
+    The model returns the logits of its routers, and computes neither. Shares of tokens are those of the batch on all
+    processes (Qiu et al. 2025, "Demons in the Detail", 2501.11873), so that two processes train as one does; with
+    gradient accumulation, those of each micro-batch. An evaluation measures the loss of the text alone.
+
+    Args:
+        trainer: Changed in place, before `train`; left alone if its model is dense.
+        model_args: `router_aux_loss_coef` and `router_z_loss_coef`; if both are 0, nothing changes either.
+    """
+    gates = routers(trainer.model)
+    coefficients = model_args.router_aux_loss_coef or 0.0, model_args.router_z_loss_coef or 0.0
+    if not gates or not any(coefficients):
+        return
+    compute_loss = trainer.compute_loss
+
+    def compute_all(model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        if not model.training:
+            return compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss, outputs = compute_loss(model, {**inputs, "output_router_logits": True}, return_outputs=True, **kwargs)
+        layers = outputs.router_logits
+        counts = torch.stack([choices(gate, logits).sum(0) for gate, logits in zip(gates, layers, strict=True)])
+        counts = sum_over_processes(counts.float(), trainer.args)
+        shares = (counts / counts.sum(1, keepdim=True)).unbind()
+        balance = sum(balancing_loss(logits, share) for logits, share in zip(layers, shares, strict=True))
+        added = coefficients[0] * balance + coefficients[1] * sum(map(z_loss, layers))
+        loss = loss + added / len(gates) / trainer.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    trainer.compute_loss = compute_all
 
 
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,13 @@ from pipeline.hub.checkpoints import fetch_checkpoints
 from pipeline.models.adapters import MERGED
 from pipeline.models.weights import resume_renamed_weights
 from pipeline.training import checkpoints
-from pipeline.training.callbacks import InterruptCallback, ReportCallback, ThroughputCallback, call_on_train_begin
+from pipeline.training.callbacks import (
+    InterruptCallback,
+    ReportCallback,
+    RouterCallback,
+    ThroughputCallback,
+    call_on_train_begin,
+)
 from pipeline.training.checkpoint_manifest import MANIFEST, STATE, save_state, validate_checkpoint
 from pipeline.training.divergence import last_good, stop_on_divergence
 from pipeline.training.push import PushCallback
@@ -47,7 +53,7 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
     if length:
         args.include_num_input_tokens_seen = "all"
-    return [ThroughputCallback(length or 0), PushCallback(args)]
+    return [ThroughputCallback(length or 0), RouterCallback(), PushCallback(args)]
 
 
 def train_and_save(trainer: Trainer) -> None:

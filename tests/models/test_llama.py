@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
-from pipeline.models.llama import LlamaArguments, build_model, log_model
+from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.llama4 import ScratchArguments, log_model
 from pipeline.training.optimizer import OptimizerArguments
 from recipes.untrained import main
 
@@ -141,7 +142,7 @@ def test_stage_zero_is_the_model_that_pretraining_starts_from(tmp_path: Path) ->
     words, output = tmp_path / "tokenizer", tmp_path / "0_random"
     tokenizer().save_pretrained(words)
     data_args = DataArguments(tokenizer_name_or_path=str(words))
-    args = LlamaArguments(**SIZES)
+    args = ScratchArguments(**SIZES)
     main(data_args, TrainingArguments(str(output), seed=7, use_cpu=True), args, OptimizerArguments())
     saved = AutoModelForCausalLM.from_pretrained(output).state_dict()
     built = build_model(args, tokenizer(), seed=7).state_dict()

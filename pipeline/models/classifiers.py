@@ -1,0 +1,69 @@
+"""Classifiers of architectures for which transformers has none: reward models and critics of a Llama 4.
+
+Importing `pipeline.models` registers them, so that `AutoModelForSequenceClassification` and
+`AutoModelForTokenClassification` make, save and load them like those of transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+)
+
+Task = Literal["SequenceClassification", "TokenClassification"]
+
+TASKS: dict[Task, tuple[Any, Any]] = {
+    "SequenceClassification": (GenericForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "TokenClassification": (GenericForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+}
+"""The mixin of transformers that adds a linear head to any text model, and the classes that transformers has."""
+
+
+def classifier(config_class: type[PreTrainedConfig], task: Task) -> type[PreTrainedModel]:
+    """Return the class of a text model with a linear head; its constructor takes a configuration.
+
+    transformers has one for most architectures. For the others, this puts one together from transformers' own parts.
+
+    Args:
+        config_class: Class of the text model's configuration.
+        task: One output for a text, or one for each token.
+    """
+    mixin, known = TASKS[task]
+    if config_class in known:
+        return known[config_class]
+    language_model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    base = next(cls for cls in language_model.__mro__ if cls.__name__.endswith("PreTrainedModel"))
+    name = base.__name__.removesuffix("PreTrainedModel") + f"For{task}"
+    # The attribute of the body is that of the language model, whose weights then fit by their names.
+    own = {"config_class": config_class, "base_model_prefix": language_model.base_model_prefix, "__module__": __name__}
+    return type(name, (mixin, base), own)
+
+
+def register() -> None:
+    """Make the Auto classes know the classifiers of a Llama 4, and correct the name of its language model's body.
+
+    `Llama4ForCausalLM.base_model_prefix` is "language_model", but the body is the attribute `model`: `base_model` is
+    then the model itself, whose output TRL's fused head takes for hidden states (`tests/upstream`).
+    """
+    Llama4ForCausalLM.base_model_prefix = "model"
+    for auto, task in (
+        (AutoModelForSequenceClassification, "SequenceClassification"),
+        (AutoModelForTokenClassification, "TokenClassification"),
+    ):
+        auto.register(Llama4TextConfig, classifier(Llama4TextConfig, task), exist_ok=True)
+
+
+register()

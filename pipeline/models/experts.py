@@ -1,0 +1,133 @@
+"""The experts of a Llama 4: what a token costs, which of them take which tokens, and losses that balance them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextExperts, Llama4TextModel
+
+
+def routers(model: nn.Module) -> list[Llama4Router]:
+    """Return the routers of a model, one for each layer with experts; none if it is dense."""
+    return [module for module in model.modules() if isinstance(module, Llama4Router)]
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Return the number of parameters that a token passes: all but those of the experts that it is not routed to."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    chosen = {router.num_experts: router.top_k for router in routers(model)}
+    for module in model.modules():
+        if isinstance(module, Llama4TextExperts):
+            size = sum(parameter.numel() for parameter in module.parameters())
+            total -= size - size * chosen[module.num_experts] // module.num_experts
+    return total
+
+
+def expert_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of all experts, each a stack of matrices of shape (experts, in, out)."""
+    experts = [module for module in model.modules() if isinstance(module, Llama4TextExperts)]
+    return [parameter for module in experts for parameter in module.parameters()]
+
+
+def choices(router: Llama4Router, logits: Tensor) -> Tensor:
+    """Return, for router logits (tokens, experts), 1 where a token goes to an expert and 0 elsewhere."""
+    return torch.zeros_like(logits).scatter_(1, logits.topk(router.top_k, dim=1).indices, 1.0)
+
+
+def balancing_loss(logits: Tensor, shares: Tensor) -> Tensor:
+    """Return the load-balancing loss of a layer (Fedus et al. 2021, "Switch Transformers", eq. 4): 1 if balanced.
+
+    Layers are not pooled, as transformers' `load_balancing_loss_func` does: two that are skewed could cancel out.
+
+    Args:
+        logits: Router logits, shape (tokens, experts).
+        shares: Share of the tokens that each expert takes, shape (experts,), without a gradient.
+    """
+    return logits.shape[1] * (shares * logits.float().softmax(-1).mean(0)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Return the router z-loss of a layer (Zoph et al. 2022, "ST-MoE", eq. 5), which keeps logits small."""
+    return logits.float().logsumexp(-1).square().mean()
+
+
+class RouteCounter:
+    """Counts which experts take how many tokens, while a model computes; padding does not count.
+
+    A forward pass that is computed again, for activation checkpointing, counts twice, which changes no share.
+
+    Args:
+        model: The model. If it is dense, nothing is counted.
+        training: Count only what is computed in training mode.
+
+    Attributes:
+        counts: Tokens of each expert since the last `clear`, shape (layers, experts); None if there are no experts.
+        entropy: Entropy of the routers' distributions summed over these tokens, in nats, shape (layers,).
+    """
+
+    def __init__(self, model: nn.Module, *, training: bool = False) -> None:
+        self.routers = routers(model)
+        self.training = training
+        self.counts: Tensor | None = None
+        self.entropy: Tensor | None = None
+        self._real: Tensor | None = None
+        self.clear()
+        self._hooks = [
+            router.register_forward_hook(lambda *call, layer=layer: self._count(layer, call[0], call[2][1]))
+            for layer, router in enumerate(self.routers)
+        ]
+        self._hooks += [
+            module.register_forward_pre_hook(self._find_padding, with_kwargs=True)
+            for module in model.modules()
+            if self.routers and isinstance(module, Llama4TextModel)
+        ]
+
+    def clear(self) -> None:
+        """Start again from 0."""
+        if self.routers:
+            self.counts = torch.zeros(len(self.routers), self.routers[0].num_experts, dtype=torch.float64)
+            self.entropy = torch.zeros(len(self.routers), dtype=torch.float64)
+
+    def close(self) -> None:
+        """Stop counting."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def shares(self) -> list[list[float]]:
+        """For each layer, the tokens of each expert over the fair number of tokens."""
+        if self.counts is None or not self.counts.any():
+            return []
+        fair = self.counts.mean(1, keepdim=True)
+        shares: list[list[float]] = (self.counts / fair).tolist()
+        return shares
+
+    def _find_padding(self, model: Llama4TextModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        self._real = None
+        if ids is not None:
+            self._real = ids.flatten() != model.padding_idx if model.padding_idx is not None else None
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.shape == ids.shape:
+                real = mask.flatten().bool()
+                self._real = real if self._real is None else self._real & real
+
+    @torch.no_grad()
+    def _count(self, layer: int, router: Llama4Router, logits: Tensor) -> None:
+        if (self.training and not router.training) or self.counts is None or self.entropy is None:
+            return
+        logits = logits.float()
+        if self._real is not None and len(self._real) == len(logits):
+            logits = logits[self._real]
+        log_probs = logits.log_softmax(-1)
+        self.counts[layer] += choices(router, logits).sum(0).double().cpu()
+        self.entropy[layer] -= (log_probs.exp() * log_probs).sum().double().cpu()
+
+
+def worst(shares: Sequence[Sequence[float]]) -> float:
+    """Return the share furthest from fair: 2 is twice its fair share of the tokens, 0.5 half of it."""
+    every = [share for layer in shares for share in layer]
+    return min(every, key=lambda share: min(share, 1 / share) if share else 0.0)
