@@ -90,7 +90,7 @@ class EvaluationArguments:
         metadata={"help": "Judge of the win rate: a reward model that PPO does not train on, `votes`, or a function."},
     )
     against: str | None = field(default=None, metadata={"help": "Opponent in the win rate (default: the last SFT)."})
-    elicit: str | None = field(default="Working:", metadata={"help": "Beginning of the answers of the elicited row."})
+    elicit: str | None = field(default="Working:", metadata={"help": "Beginning of elicited answers (own data: none)."})
     fixed_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts that every stage answers."})
     limit: int | None = field(default=None, metadata={"help": "Examples of each kind of measurement, at most."})
     samples: int = field(default=8, metadata={"help": "Answers sampled to each problem."})
@@ -185,6 +185,9 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
             settings[key] = None
         elif key in own:
             settings[key] = own[key]
+    data = source.get("dataset_name") if isinstance(source := settings.get("problems"), Mapping) else None
+    if "elicit" not in content and data and not Path(str(data)).is_relative_to(settings["home"]):
+        settings["elicit"] = None  # the default is how generated solutions begin
     return settings
 
 
@@ -294,8 +297,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         _, found = check_values(source, [Source])
         name, grade = source.get("dataset_name"), source.get("grade")
         if not isinstance(name, str) or is_missing(name):
-            remedy = "there is no such file or folder; give a Hub id, a file or a folder"
-            found.append(Problem("dataset_name", name, remedy))
+            found.append(Problem("dataset_name", name, "there is no such file or folder; give another, or a Hub id"))
         if isinstance(grade, str):
             found += attempt(partial(load_rewards, [GRADES.get(grade, grade)], "grade"))
         problems += [replace(problem, field=f"{key}: {problem.field}") for problem in found]

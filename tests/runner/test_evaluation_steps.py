@@ -80,6 +80,15 @@ def test_a_file_of_settings_is_part_of_the_recipe(folder: Path) -> None:
     assert "--max_new_tokens" not in steps["evaluate_3_ppo"].arguments
 
 
+def test_answers_to_problems_of_ones_own_do_not_begin_as_generated_solutions_do(folder: Path) -> None:
+    write_settings(folder, problems="problems.jsonl")
+    assert evaluations(folder)["evaluate_2_sft"].values["elicit"] is None
+    write_settings(folder, problems="problems.jsonl", elicit="Alors")
+    assert evaluations(folder)["evaluate_2_sft"].values["elicit"] == "Alors"
+    pocket = evaluations(ROOT / "recipes" / "pocket", output_dir=folder.absolute() / "run")
+    assert pocket["evaluate_2_sft"].values["elicit"] == "Working:"
+
+
 def test_the_stage_that_others_are_compared_with_is_measured_after_its_judge(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
