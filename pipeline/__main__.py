@@ -14,6 +14,7 @@ from pipeline.errors import EXIT_USER_ERROR, Problem, UserError, exit_on_user_er
 
 COMMANDS = {
     "run": ("pipeline.runner.cli", "run every step of a recipe folder, in order"),
+    "plan": ("pipeline.runner.estimate", "estimate memory, disk, hours and cost of a run, before a node is rented"),
     "status": ("pipeline.runner.status", "show what each step of a run has done, and what is out of date and why"),
     "copy": ("pipeline.runner.copy_recipe", "copy a recipe that comes with the package to a folder of your own"),
     "evaluate": ("pipeline.evaluation.cli", "measure one stage on the held-out data"),
@@ -53,7 +54,11 @@ def build_parser(argv: Sequence[str]) -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code. A `UserError` ends the process with code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(argv).parse_args(argv)
+    parser = build_parser(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = rest
     with exit_on_user_error():
         for option, value in pairwise(argv):
             if not value.strip() or "\0" in value:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import Problem, UserError, begin_preparation, end_preparation, exit_on_user_error
-from pipeline.runner.fingerprint import without_secrets
+from pipeline.runner.changes import without_secrets
 
 
 @pytest.mark.parametrize(

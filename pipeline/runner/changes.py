@@ -1,17 +1,18 @@
-"""What has changed in a step's settings since it ran, and whether that has an effect on what it writes."""
+"""What has changed in a step's settings and inputs since it ran, and whether that has an effect on what it writes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.config.effects import has_effect
-from pipeline.runner.fingerprint import without_secrets
 from pipeline.runner.steps import KINDS, Step
 
 OF_RANDOM_MODEL = ("seed", "tokenizer_name_or_path", "output_dir")
@@ -19,6 +20,12 @@ OF_RANDOM_MODEL = ("seed", "tokenizer_name_or_path", "output_dir")
 
 SHOWN, SHOWN_LENGTH = 5, 80
 """How many changes are named, and characters above which a change is named without its values."""
+
+READ_WHOLE_BYTES = 64 * 2**20
+"""A larger file is identified by its size and modification time, because reading a whole corpus takes minutes."""
+
+SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
+"""Settings that are neither written to disk nor hashed."""
 
 
 @dataclass(frozen=True)
@@ -100,3 +107,30 @@ def recorded_values(step: Step) -> dict[str, Any]:
     """Return the step's settings as they are read back from `run.json`."""
     values: dict[str, Any] = json.loads(json.dumps(without_secrets(step.values), default=str))
     return values
+
+
+def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that may be written down and hashed."""
+    plain = {key: value for key, value in values.items() if key not in SECRETS}
+    if isinstance(variables := plain.get("env"), Mapping):  # any of which may be a key
+        plain["env"] = sorted(map(str, variables))
+    return plain
+
+
+def fingerprint_path(path: Path) -> str:
+    """Hash the content of a file or of all files in a folder; for large or unreadable ones, their size and time.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file()):
+        name = file.relative_to(path).as_posix() if file != path else ""
+        status = file.stat()
+        digest.update(f"{name}\0{status.st_size}\0".encode())
+        try:
+            content = file.read_bytes() if status.st_size <= READ_WHOLE_BYTES else None
+        except OSError:  # the step itself will report it
+            content = None
+        digest.update(str(status.st_mtime_ns).encode() if content is None else content)
+    return digest.hexdigest()

@@ -15,8 +15,7 @@ from pipeline.config.effects import continues, newest_state, number_of
 from pipeline.config.machine import describe_machine
 from pipeline.errors import Problem, UserError
 from pipeline.files import write_text
-from pipeline.runner.changes import Changes, recorded_values
-from pipeline.runner.fingerprint import fingerprint_path
+from pipeline.runner.changes import Changes, fingerprint_path, recorded_values
 from pipeline.runner.steps import Step
 
 MOST_NAMED = 4
