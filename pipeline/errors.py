@@ -23,6 +23,9 @@ EXIT_USER_ERROR = 2
 EXIT_PUSH_FAILED = 3
 """Exit code of a run that is complete on this disk, but could not be pushed to the Hub."""
 
+EXIT_WAITING = 4
+"""Exit code of a step that waits for people."""
+
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C (128 + SIGINT, the convention of POSIX shells)."""
 

@@ -279,7 +279,7 @@ class Prefer:
         shown = [getattr(pair, side) for side in (first, votes.OTHER[first])]
         lines = []
         if is_gradable(pair.rule):
-            (outcome,) = judge_match(shown[:1], shown[1:], [pair.rule])
+            (outcome,) = judge_match(shown[:1], shown[1:], [{**pair.rule, "prompt": pair.prompt}])
             lines.append(f"The simulated annotators, without noise, would have preferred {OPINIONS[outcome]}.")
         if self.reward_model is not None:
             conversations = [[*pair.prompt, {"role": "assistant", "content": text}] for text in shown]

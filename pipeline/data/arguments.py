@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+VOTES_FILE = "votes.jsonl"
+"""People's votes, in a folder that `pipeline.data.votes` makes a data set."""
+
 
 @dataclass
 class DataArguments:

@@ -20,6 +20,7 @@ from datasets import DatasetDict, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from pipeline.data import votes
+from pipeline.data.arguments import VOTES_FILE
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError
 from pipeline.files import check_directory, is_missing_path
 
@@ -63,7 +64,7 @@ def open_source(
     if not name:
         raise UserError(Problem("dataset_name", "nothing", "give a Hub id, a file or a folder"))
     path = Path(name).expanduser()
-    if (path / votes.FILE).is_file() and not votes.update_data_set(path):
+    if (path / VOTES_FILE).is_file() and not votes.update_data_set(path):
         remedy = (
             "does not contain a vote that prefers one of two answers yet; collect some with `python -m pipeline app`"
         )

@@ -21,16 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from huggingface_hub import DatasetCardData
-
-from pipeline.data.columns import PREFERENCES
+from pipeline.data.arguments import VOTES_FILE
 from pipeline.errors import Problem, UserError
 from pipeline.files import lock, write_text
 
-FILE = "votes.jsonl"
 CHOICES = ("a", "b", "tie", "bad", "skip")
 OTHER = {"a": "b", "b": "a"}
+OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
+"""The outcome of a vote for answer `a`; a skipped pair has none."""
 SPLITS = ("train", "validation", "test")
 
 Vote = dict[str, Any]
@@ -53,7 +51,7 @@ Made from `votes.jsonl` with the SHA-256 digest {digest}.
 def read_votes(path: Path) -> list[Vote]:
     """Return the lines of a file of votes, each vote once. There are none in a file that does not exist.
 
-    A last line that was not written whole is left out: nobody was told that this vote is safe.
+    A last line that was not written whole is left out: this vote was never confirmed.
 
     Raises:
         UserError: If another line is not a vote.
@@ -104,13 +102,13 @@ def as_pairs(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     """Return the votes that prefer one answer, as rows of a preference data set."""
     return [
         {
-            **dict.fromkeys(PREFERENCES),
             "prompt": [{key: turn[key] for key in ("role", "content")} for turn in vote["prompt"]],
             "chosen": [{"role": "assistant", "content": vote[vote["choice"]]}],
             "rejected": [{"role": "assistant", "content": vote[OTHER[vote["choice"]]]}],
             "annotator": vote["annotator"],
             "first": "chosen" if vote.get("shown_first") == vote["choice"] else "rejected",
             "kind": "",
+            **dict.fromkeys(("taste_chosen", "taste_rejected")),
         }
         for vote in votes
         if vote["choice"] in OTHER and vote["a"].strip() != vote["b"].strip()
@@ -131,6 +129,10 @@ def update_data_set(folder: Path) -> int:
     total = sum(map(len, rows.values()))
     if card.exists() and card.read_text(encoding="utf-8", errors="replace") == text:
         return total
+    from datasets import Dataset  # a second, which the report does not need
+
+    from pipeline.data.columns import PREFERENCES
+
     with lock(folder / ".data.lock"):  # several processes may read the same data
         rows, text = _data_set(folder)
         for name in SPLITS:
@@ -147,15 +149,17 @@ def update_data_set(folder: Path) -> int:
 
 def _data_set(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """Return the rows of each split, and the card."""
-    digest = hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
+    digest = hashlib.sha256((folder / VOTES_FILE).read_bytes()).hexdigest()
     by_split: dict[str, list[Vote]] = {name: [] for name in SPLITS}
-    for vote in standing(read_votes(folder / FILE)):
+    for vote in standing(read_votes(folder / VOTES_FILE)):
         by_split[split_of(vote["prompt"])].append(vote)
     rows = {name: as_pairs(part) for name, part in by_split.items()}
     return rows, _card(by_split, rows, digest)
 
 
 def _card(votes: dict[str, list[Vote]], rows: dict[str, list[dict[str, Any]]], digest: str) -> str:
+    from huggingface_hub import DatasetCardData
+
     data_files = [{"split": name, "path": f"{name}.parquet"} for name in SPLITS if rows[name]]
     configs = [{"config_name": "default", "data_files": data_files}] if data_files else None
     header = DatasetCardData(configs=configs, tags=["preference", "human-feedback"])

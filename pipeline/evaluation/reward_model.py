@@ -119,9 +119,7 @@ def measure_pairs(
         pairs: `prompt`, `chosen`, `rejected`, and `taste_chosen` and `taste_rejected` if they are known.
         seed: Seed of the intervals.
     """
-    sides = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in pairs]
-    scores = score(model, tokenizer, sides)
-    chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
+    chosen, rejected = _score_both(model, tokenizer, pairs)
     prompts = [json.dumps(row["prompt"]) for row in pairs]
     labelled = RewardAccuracy().compute(predictions=chosen, references=rejected, units=prompts, seed=seed)
     for name in ("margin", "calibration_error"):
@@ -143,6 +141,29 @@ def measure_pairs(
     result.metrics["reward_length_correlation"] = intervals.statistic(
         lambda index: correlation(lengths[index].ravel(), both[index].ravel()), prompts, seed
     )
+
+
+def measure_people(
+    result: StageResult,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Example],
+    seed: int = 0,
+) -> None:
+    """Record `reward_accuracy_people`, the accuracy against people's votes, each of which is a pair; see above."""
+    chosen, rejected = _score_both(model, tokenizer, pairs)
+    prompts = [json.dumps(row["prompt"]) for row in pairs]
+    agrees = RewardAccuracy().compute(predictions=chosen, references=rejected, units=prompts, seed=seed)
+    result.record("reward_accuracy_people", agrees, pairs, units=prompts)
+
+
+def _score_both(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]
+) -> tuple[list[float], list[float]]:
+    """Return the scores of the preferred answers and those of the others."""
+    sides = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in pairs]
+    scores = score(model, tokenizer, sides)
+    return scores[: len(pairs)], scores[len(pairs) :]
 
 
 def _taste_gap(row: Example) -> float:

@@ -20,6 +20,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from pipeline.data import votes
+from pipeline.data.arguments import VOTES_FILE
 from pipeline.data.columns import Kind, Split, column_names, converter
 from pipeline.data.messages import ShapeError, shorten
 from pipeline.data.sources import open_source
@@ -125,7 +126,7 @@ class Reader:
         is_exact = key in self.named and bool(source.dataset_test_split)
         wanted = [source.dataset_test_split, *([] if is_exact else HELD_OUT_SPLITS)]
         path = Path(name)
-        if (path / votes.FILE).is_file():
+        if (path / VOTES_FILE).is_file():
             votes.update_data_set(path)
         folder = path / (source.dataset_config or "")
         files = {one: folder / f"{one}.parquet" for one in (split, *wanted, train) if one}

@@ -111,8 +111,30 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     state = PartialState(cpu=hardware.accelerator() is None)
     if problems := check_replaceable(args.output_dir, files.FILES, files.TITLE, args.dataset_name):
         raise UserError(*problems)
-    tokens = special_tokens(load_tokenizer(args.model_name_or_path, "model_name_or_path"))
     judge = load_judge(args.judge)
+    splits, counts = label_samples(args, judge)
+    if state.is_main_process:
+        sampled_from = f"`{args.model_name_or_path}` at temperature {args.temperature} (min_p {args.min_p})"
+        origin = f"{sampled_from}, to prompts of `{args.dataset_name}`"
+        files.write(Path(args.output_dir), splits, counts, origin, judge.name if args.judge else files.ANNOTATORS)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return counts
+
+
+def label_samples(
+    args: PreferenceArguments, judge: Judge = ANNOTATORS
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counts]]:
+    """Sample answers to the prompts, on all processes, and label them.
+
+    Returns:
+        The labelled pairs of each split, and what became of the answers, the same on every process.
+
+    Raises:
+        UserError: If the model or the prompts cannot be used, or there are no pairs to train on.
+    """
+    state = PartialState(cpu=hardware.accelerator() is None)
+    tokens = special_tokens(load_tokenizer(args.model_name_or_path, "model_name_or_path"))
     prompts = read_prompts(args, tokens, judge)
     model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
     if problems := check_model(model.config, tokenizer, args.model_name_or_path, max_new_tokens=args.max_new_tokens):
@@ -140,13 +162,7 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     if not splits["train"]:
         remedy = "no two answers differ enough to be compared; raise temperature or max_prompts"
         raise UserError(Problem("temperature", args.temperature, remedy))
-    if state.is_main_process:
-        sampled_from = f"`{args.model_name_or_path}` at temperature {args.temperature} (min_p {args.min_p})"
-        origin = f"{sampled_from}, to prompts of `{args.dataset_name}`"
-        files.write(Path(args.output_dir), splits, counts, origin, judge.name if args.judge else files.ANNOTATORS)
-    state.wait_for_everyone()
-    state.destroy_process_group()
-    return counts
+    return splits, counts
 
 
 def read_prompts(

@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline.data.votes import FILE, Vote, read_votes, standing
+from pipeline.data.arguments import VOTES_FILE
+from pipeline.data.votes import OUTCOMES, Vote, read_votes, standing
 from pipeline.errors import Problem, UserError
 from pipeline.files import lock, write_text
 from pipeline.preferences.judges import Judge
@@ -45,7 +46,7 @@ class VoteLog:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+        self.path = folder / VOTES_FILE
         self._mutex = threading.RLock()
         with ExitStack() as stack:
             stack.enter_context(lock(folder / ".votes.lock", orphans_only=True))
@@ -124,9 +125,8 @@ class VoteLog:
         return [vote for vote in self.standing() if vote["pair"] == pair]
 
 
-OUTCOMES = {"first": 1.0, "second": 0.0, "tie": 0.5}
-OF_CHOICE = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
-"""The outcome of a vote for answer `a`; a skipped pair has none."""
+BY_HAND = {"first": 1.0, "second": 0.0, "tie": 0.5}
+"""The outcome of a line of an evaluation's file for the answer that is named first."""
 
 
 def load_votes(path: Path) -> Judge:
@@ -138,18 +138,18 @@ def load_votes(path: Path) -> Judge:
         UserError: If a line of a file is not a vote.
     """
     lines = _read(path)
-    given = [vote for vote in standing(read_votes(path.with_name(FILE))) if vote["choice"] != "skip"]
+    given = [vote for vote in standing(read_votes(path.with_name(VOTES_FILE))) if vote["choice"] != "skip"]
 
     def match(
         answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> list[float | None]:
         votes: dict[str, list[float]] = defaultdict(list)
         for line in lines:
-            for outcome in [OUTCOMES[line["choice"]]] if line["choice"] else []:
+            for outcome in [BY_HAND[line["choice"]]] if line["choice"] else []:
                 votes[_key(line["prompt"], line["first"], line["second"])].append(outcome)
                 votes[_key(line["prompt"], line["second"], line["first"])].append(1 - outcome)
         for vote in given:
-            outcome = OF_CHOICE[vote["choice"]]
+            outcome = OUTCOMES[vote["choice"]]
             votes[_key(vote["prompt"], vote["a"], vote["b"])].append(outcome)
             votes[_key(vote["prompt"], vote["b"], vote["a"])].append(1 - outcome)
         known = {_key(line["prompt"], *sorted((line["first"], line["second"]))) for line in lines}
@@ -186,7 +186,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             line = json.loads(text)
-            if line["choice"] not in (None, *OUTCOMES) or not all(
+            if line["choice"] not in (None, *BY_HAND) or not all(
                 isinstance(line[s], str) for s in ("first", "second")
             ):
                 raise ValueError(f"its choice is {line['choice']!r}")

@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.config.effects import has_effect
+from pipeline.data.arguments import VOTES_FILE
 from pipeline.runner.steps import KINDS, Step
 
 OF_RANDOM_MODEL = ("seed", "tokenizer_name_or_path", "output_dir")
@@ -120,9 +121,12 @@ def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
 def fingerprint_path(path: Path) -> str:
     """Hash the content of a file or of all files in a folder; for large or unreadable ones, their size and time.
 
+    Of a folder of people's votes, the votes count: all else there is made from them, or kept for those to come.
+
     Returns:
         64 hexadecimal digits.
     """
+    path = path / VOTES_FILE if (path / VOTES_FILE).is_file() else path
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file()):
         name = file.relative_to(path).as_posix() if file != path else ""

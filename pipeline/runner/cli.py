@@ -32,7 +32,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
-from pipeline.errors import EXIT_PUSH_FAILED, Problem, UserError
+from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError
 from pipeline.files import lock
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
@@ -305,6 +305,7 @@ def _run_all(
             console.stop(step, seconds, 0, stopped, kept, f"to resume: {args.resume}")
             return 128 + int(received)
         failed = f"failed with exit code {code}" if code else f"failed: it ended without writing {step.product}"
+        failed = "waits for people" if code == EXIT_WAITING else failed
         resume = f"to go on from there: {args.resume}"
         console.stop(step, seconds, code or 1, f"{step.name} {failed}; the steps before it are kept", resume)
         return code or 1

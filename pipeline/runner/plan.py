@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
+from pipeline.data.arguments import VOTES_FILE
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.settings import BASE, STAGES_OF, complete, derive
+from pipeline.evaluation.settings import BASE, STAGES_OF, VOTES, complete, derive
 from pipeline.evaluation.settings import FILE as EVALUATE
 from pipeline.files import check_directory
 from pipeline.runner.smoke import smoke_overrides
@@ -22,8 +23,9 @@ from pipeline.runner.trash import TRASH
 RANDOM = "0_random"
 UNMEASURED = ("data", "tokenizer", "random")
 """Kinds of steps whose settings do not say how stages are measured."""
-RESERVED = ("report", "evaluations", "logs", "votes", RANDOM, BASE, "run.json", "run.lock", TRASH)
-"""Names in the directory of a run that no step of a recipe may write to."""
+RESERVED = ("report", "evaluations", "logs", VOTES, RANDOM, BASE, "run.json", "run.lock", TRASH)
+"""Names in the directory of a run that no step of a recipe may write to, but for those of the kinds in `OWN`."""
+OWN = {"random": RANDOM, "votes": VOTES}
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,10 @@ def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
             problems.append(Problem("output_dir", path, "must name the directory that this step writes"))
         elif output_dir.startswith("~"):
             problems.append(Problem("output_dir", output_dir, f"write it without ~ in {path}"))
-        elif (name := Path(output_dir).name).casefold() in RESERVED and (kind, name) != ("random", RANDOM):
+        elif (name := Path(output_dir).name).casefold() in RESERVED and OWN.get(kind) != name:
             problems.append(Problem("output_dir", output_dir, f"the runner writes there itself; rename it in {path}"))
+        elif OWN.get(kind, name) != name:
+            problems.append(Problem("output_dir", output_dir, f"must end in {OWN[kind]}; rename it in {path}"))
         elif path.stem in read:
             problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one of them"))
         read.setdefault(path.stem, (path, {str(key): value for key, value in content.items()}))
@@ -194,7 +198,7 @@ def _step(name: str, kind: str, path: Path, values: Mapping[str, Any], seed: int
         launched=KINDS[kind].launched,
         arguments=("--config", str(path), *own, *_flags(overrides)),
         output=output,
-        leftovers=(output,),
+        leftovers=() if kind == "votes" else (output,),  # people's work is never moved or deleted
         values={**values, **overrides},
     )
 
@@ -210,11 +214,8 @@ def _paths(value: Any) -> Iterable[str]:
     """Yield every string inside a value of a YAML file."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _paths(item)
-    elif isinstance(value, list):
-        for item in value:
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _paths(item)
 
 
@@ -284,7 +285,8 @@ def _move(step: Step, home: Path, run_dir: Path) -> Step:
         position = arguments.index("--output_dir")
         del arguments[position : position + 2]
     output = run_dir / step.output.relative_to(home)
-    return replace(step, arguments=(*arguments, *_flags(overrides)), output=output, leftovers=(output,))
+    leftovers = (output,) if step.leftovers else ()
+    return replace(step, arguments=(*arguments, *_flags(overrides)), output=output, leftovers=leftovers)
 
 
 def _evaluation_settings(folder: Path, steps: Iterable[Step], home: Path) -> dict[str, Any]:
@@ -293,8 +295,9 @@ def _evaluation_settings(folder: Path, steps: Iterable[Step], home: Path) -> dic
     stages = [(step.output.name, step.kind, step.values) for step in steps if step.kind not in UNMEASURED]
     content = read_yaml(str(file)) if file.exists() else {}
     settings = complete(content, derive(stages, home))
+    named = {key: value.get("dataset_name") if isinstance(value, Mapping) else value for key, value in content.items()}
     problems = []
-    for field, text in (("judge", settings["judge"]), *((key, _name_of(content.get(key))) for key in STAGES_OF)):
+    for field, text in (("judge", settings["judge"]), *((key, named.get(key)) for key in STAGES_OF)):
         inner = _relative_to(text, home) if isinstance(text, str) else None
         made = inner is None or not inner.parts or any(step.output.name == inner.parts[0] for step in steps)
         if not made and not os.path.exists(text):
@@ -307,23 +310,21 @@ def _evaluation_settings(folder: Path, steps: Iterable[Step], home: Path) -> dic
     return settings
 
 
-def _name_of(source: Any) -> Any:
-    """Return the data set that a key of evaluate.yaml names."""
-    return source.get("dataset_name") if isinstance(source, Mapping) else source
-
-
 def _evaluation(
     stage: str, before: Sequence[Step], run_dir: Path, settings: Mapping[str, Any], seed: int | None, smoke: bool
 ) -> Step:
     """Return the step that measures a stage on the run's data and against the stage that others are compared with."""
     overrides: dict[str, Any] = smoke_overrides("evaluate", settings) if smoke else {}
-    if seed is not None:
-        overrides["seed"] = seed
+    overrides |= {} if seed is None else {"seed": seed}
     inputs = [settings.get("judge"), *(source["dataset_name"] for source in _sources(settings))]
     inputs += [settings["base"]] if stage == BASE else []
-    read = {Path(name) for name in inputs if isinstance(name, str)}
+    own = [step for step in before if step.output == run_dir / stage]
+    judges, people = any(step.kind == "reward" for step in own), run_dir / VOTES / VOTES_FILE
+    # Only reward models are measured on people's votes, which may become more at any time.
+    read = {Path(name) for name in inputs if isinstance(name, str) and (judges or Path(name).name != VOTES)}
     home = Path(settings["home"])
     written = [path for path in read if path.is_relative_to(home)]
+    files = [path for path in read - set(written) if _names_file("dataset_name", str(path))]
     shared = [
         other.name
         for other in before
@@ -331,7 +332,6 @@ def _evaluation(
         or any(run_dir / path.relative_to(home) == other.output for path in written)
     ]
     results = run_dir / "evaluations" / stage
-    own = [step.name for step in before if step.output == run_dir / stage]
     return Step(
         name=f"evaluate_{stage}",
         kind="evaluate",
@@ -339,8 +339,8 @@ def _evaluation(
         output=results.parent,
         leftovers=(results.with_suffix(".json"), results.with_suffix(".jsonl")),
         values={**settings, **overrides},
-        needs=tuple(dict.fromkeys([*shared, *own])),
-        files=tuple(sorted(path for path in read - set(written) if _names_file("dataset_name", str(path)))),
+        needs=tuple(dict.fromkeys([*shared, *(step.name for step in own)])),
+        files=tuple(sorted([*files, *([people] if judges and people.is_file() else [])])),
     )
 
 

@@ -38,13 +38,14 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "pretrain": {**MODEL, **TRAINING, "max_train_samples": 512},
     "sft": TRAINING,
     "preferences": {"max_prompts": 64, "max_eval_prompts": 32, "max_new_tokens": 16},  # nine in ten pairs are ties
+    "votes": {"max_prompts": 64, "max_eval_prompts": 32, "max_new_tokens": 16, "min_votes": 1, "simulated_votes": True},
     "reward": TRAINING,
     "ppo": ROLLOUTS,
     "grpo": {**ROLLOUTS, "num_generations": 4},
     "evaluate": {"limit": 8, "max_new_tokens": 16},
 }
 
-LIMITS = ("size_mb", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
+LIMITS = ("size_mb", "min_votes", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
 """Limits, besides the fields that begin with `max_`. A recipe's own value is kept if it is lower."""
 
 

@@ -50,6 +50,7 @@ KINDS = {
     "pretrain": Kind("recipes.pretrain", 77, launched=True, measured=True, figure="bits_per_byte"),
     "sft": Kind("recipes.sft", 29, launched=True, measured=True, figure="instruction_accuracy"),
     "preferences": Kind("recipes.preferences", 17, launched=True, editable=True),
+    "votes": Kind("recipes.votes", 1, editable=True),
     "reward": Kind("recipes.reward", 19, launched=True, measured=True, figure="reward_accuracy"),
     "ppo": Kind("recipes.ppo", 53, launched=True, measured=True, figure="win_rate"),
     "grpo": Kind("recipes.grpo", 40, launched=True, measured=True, figure="pass@1"),

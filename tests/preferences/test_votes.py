@@ -17,9 +17,9 @@ from datasets import load_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.arguments import DataArguments
+from pipeline.data.arguments import VOTES_FILE, DataArguments
 from pipeline.data.splits import load_splits
-from pipeline.data.votes import FILE, Vote, read_votes, split_of, standing
+from pipeline.data.votes import Vote, read_votes, split_of, standing
 from pipeline.errors import UserError
 from pipeline.preferences.votes import Conflict, VoteLog
 
@@ -53,7 +53,7 @@ def vote(number: int, choice: str | None = "a", annotator: str = "ann", **more: 
 def test_a_vote_is_a_line_that_counts_once_however_often_it_is_sent(tmp_path: Path) -> None:
     log = VoteLog(tmp_path)
     assert log.add(vote(1)) and not log.add(vote(1)) and not log.add(vote(1, "b"))
-    assert [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()] == [vote(1)]
+    assert [json.loads(line) for line in (tmp_path / VOTES_FILE).read_text().splitlines()] == [vote(1)]
     with pytest.raises(Conflict):
         log.add({**vote(1), "id": "another"})
     assert log.add({**vote(1), "id": "another", "annotator": "bob"}), "but others vote on the same pair"
@@ -76,7 +76,7 @@ def test_a_vote_is_taken_back_or_corrected_by_a_further_line(tmp_path: Path) -> 
         log.add({**vote(1, "a", "eve"), "id": "forged", "undoes": "better"})
     assert [one["choice"] for one in log.standing("ann")] == ["b"]
     log.close()
-    assert [one["choice"] for one in standing(read_votes(tmp_path / FILE))] == ["b"]
+    assert [one["choice"] for one in standing(read_votes(tmp_path / VOTES_FILE))] == ["b"]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -91,16 +91,16 @@ def test_whatever_people_vote_on_comes_back_and_half_a_line_does_no_harm(
         for one in votes:
             log.add(one)
         log.close()
-        assert read_votes(folder / FILE) == votes
-        whole = (folder / FILE).read_bytes()
+        assert read_votes(folder / VOTES_FILE) == votes
+        whole = (folder / VOTES_FILE).read_bytes()
         extra = json.dumps(vote(99)).encode()[:torn]
-        (folder / FILE).write_bytes(whole + extra)
+        (folder / VOTES_FILE).write_bytes(whole + extra)
         complete = votes + [vote(99)] * (len(extra) == len(json.dumps(vote(99))))
-        assert read_votes(folder / FILE) == complete
+        assert read_votes(folder / VOTES_FILE) == complete
         log = VoteLog(folder)
         log.add(vote(100))
         log.close()
-        assert read_votes(folder / FILE) == [*complete, vote(100)]
+        assert read_votes(folder / VOTES_FILE) == [*complete, vote(100)]
 
 
 def test_a_killed_process_loses_no_vote_that_it_confirmed(tmp_path: Path) -> None:
@@ -142,17 +142,17 @@ def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
 
 def test_a_damaged_line_is_refused_by_its_number(tmp_path: Path) -> None:
     lines = [json.dumps(vote(1)), '{"id": "x"}', json.dumps(vote(2))]
-    (tmp_path / FILE).write_text("\n".join(lines) + "\n")
+    (tmp_path / VOTES_FILE).write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match="line 2: is not a vote"):
-        read_votes(tmp_path / FILE)
+        read_votes(tmp_path / VOTES_FILE)
     for wrong in ({"choice": "c"}, {"choice": None}, {"prompt": []}, {"a": 3}):
-        (tmp_path / FILE).write_text(json.dumps(vote(1, **wrong) if "choice" not in wrong else vote(1) | wrong) + "\n")
+        (tmp_path / VOTES_FILE).write_text(json.dumps(vote(1) | wrong) + "\n")
         with pytest.raises(UserError, match="line 1: is not a vote"):
-            read_votes(tmp_path / FILE)
+            read_votes(tmp_path / VOTES_FILE)
 
 
 def cast(folder: Path, votes: list[Vote]) -> None:
-    with (folder / FILE).open("a") as file:
+    with (folder / VOTES_FILE).open("a") as file:
         file.writelines(json.dumps(one) + "\n" for one in votes)
 
 

@@ -66,7 +66,7 @@ whenReady("#prefer-section", (section) => {
     byId("votes-count").textContent = state.count;
     const name = byId("annotator");
     if (document.activeElement !== name && (state.annotator !== "anonymous" || name.value)) name.value = state.annotator;
-    const parts = [`all votes: ${state.all} of ${state.people} ${state.people === 1 ? "person" : "people"}`];
+    const parts = [`${state.all} in all, by ${state.people} ${state.people === 1 ? "person" : "people"}`];
     if (state.goal) parts.push(`${state.usable} of ${state.goal} wanted prefer one answer`);
     if (state.shared) parts.push(`agreement (Krippendorff's alpha) ${state.alpha === null ? "not defined" : state.alpha} on ${state.shared} shared pairs`);
     byId("prefer-progress").textContent = parts.join(" · ");
