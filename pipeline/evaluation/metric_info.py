@@ -38,8 +38,12 @@ METRICS: dict[str, MetricInfo] = {
     "reward_accuracy_noise_free": MetricInfo(
         "Reward accuracy, noise-free", "held-out pairs, against the annotators' taste without noise"
     ),
+    "reward_accuracy_people": MetricInfo(
+        "Reward accuracy, people", "pairs that people voted on and that it was not trained on"
+    ),
     "win_rate": MetricInfo("Win rate", "sampled, against {against}, judged by {judge}"),
     "win_rate_greedy": MetricInfo("Win rate, greedy", "the same prompts, greedy answers of both"),
+    "win_rate_people": MetricInfo("Win rate, people", "against {against}, by votes on the page; a tie is one half"),
     "last_sentence_share": MetricInfo(
         "Same last sentence", "answers to the win rate's prompts that end in the most frequent last sentence", "down"
     ),

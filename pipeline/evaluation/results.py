@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Problem
+from pipeline.data.arguments import VOTES_FILE
+from pipeline.data.votes import OTHER, OUTCOMES, as_pairs, read_votes, split_of, standing
+from pipeline.errors import Problem, UserError
 from pipeline.evaluation.intervals import Estimate, outcome_mean
-from pipeline.evaluation.settings import read_json
+from pipeline.evaluation.settings import VOTES, read_json
 from pipeline.files import write_text
 
 
@@ -147,3 +150,55 @@ def remarks(cut_off: Mapping[str, Mapping[str, int]], overlap: Mapping[str, Mapp
         f"words, with the {found['trained_on']} training rows looked at"
         for key, found in overlap.items()
     ]
+
+
+def held_out_pairs(run: Path, stage: str) -> list[dict[str, Any]]:
+    """Return the pairs that a reward model was not trained on, with the preferences of people as labels.
+
+    These are the test split of the votes if it was trained on votes, and all votes otherwise.
+
+    Raises:
+        UserError: If the votes of the run are damaged.
+    """
+    trained_on = read_json(run / stage / "arguments.json").get("dataset_name") or []
+    names = [trained_on] if isinstance(trained_on, str) else trained_on
+    is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
+    votes = standing(read_votes(run / VOTES / VOTES_FILE))
+    held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
+    return [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]
+
+
+def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
+    """Estimate how often people preferred the answers of a stage to those of another one; ties count one half.
+
+    Args:
+        run: The run.
+        against: The stage that others are compared with. Two other stages that people compared are reported at the
+            later one, if nothing else is.
+        notes: Takes a line if the votes are damaged.
+
+    Returns:
+        The win rate of each stage, by its name. `by_kind` has one for each opponent, unless that is `against` alone.
+    """
+    outcomes: dict[str, dict[str, tuple[list[float], list[str]]]] = defaultdict(dict)
+    try:
+        votes = standing(read_votes(run / VOTES / VOTES_FILE))
+    except (UserError, OSError) as error:
+        notes.append(f"people's votes are left out: {error}")
+        return {}
+    for vote in votes:
+        models = {"a": vote["model_a"], "b": vote["model_b"]}
+        if vote["choice"] not in OUTCOMES or models["a"] == models["b"]:
+            continue
+        own = max(models, key=lambda side: (models[side] != against, models[side]))
+        outcome = OUTCOMES[vote["choice"]]
+        values, prompts = outcomes[models[own]].setdefault(models[OTHER[own]], ([], []))
+        values.append(outcome if own == "a" else 1 - outcome)
+        prompts.append(json.dumps(vote["prompt"]))
+    rates = {}
+    for stage, opponents in outcomes.items():
+        found = {name: outcome_mean(values, units=prompts) for name, (values, prompts) in opponents.items()}
+        main = max(found, key=lambda name: (name == against, found[name].n or 0))
+        kinds = {} if list(found) == [against] else {f"against {name}": rate for name, rate in found.items()}
+        rates[stage] = Estimate(found[main].value, found[main].low, found[main].high, found[main].n, kinds)
+    return rates

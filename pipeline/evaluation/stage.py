@@ -18,8 +18,8 @@ from pipeline.errors import Problem, UserError
 from pipeline.evaluation import baselines, matches, metrics
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import HeldOut, find_overlaps
-from pipeline.evaluation.results import StageResult
-from pipeline.evaluation.reward_model import measure_pairs
+from pipeline.evaluation.results import StageResult, held_out_pairs
+from pipeline.evaluation.reward_model import measure_pairs, measure_people
 from pipeline.evaluation.settings import BASE, DEFAULT_LENGTH, LENGTHS, VOTES
 from pipeline.files import check_directory
 from pipeline.models.checks import check_lengths
@@ -109,6 +109,8 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
             measure_pairs(result, _place(model), tokenizer, held_out.pairs, seed)
         else:
             result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
+        if votes := held_out_pairs(run, stage):
+            measure_people(result, _place(model), tokenizer, votes, seed)
     else:
         try:
             _measure_language_model(result, run, held_out, settings, folder)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.intervals import Estimate, finite
+from pipeline.evaluation.results import win_rates
 from pipeline.files import read_shapes
 from pipeline.report.labels import STAGES, stage_info, stage_kind, stage_order
 
@@ -175,6 +176,9 @@ def load_run(path: Path) -> Run:
     names |= {file.parent.parent.name for file in path.glob("[0-9]*_*/checkpoint-*/trainer_state.json")}
     for name in sorted(names, key=stage_order):
         run.stages[name] = _load_stage(run, name)
+    for name, rate in win_rates(path, run.against, run.notes).items():
+        if name in run.stages:
+            run.stages[name].metrics["win_rate_people"] = rate
     for file in sorted(path.glob("evaluations/*/*.json"), key=lambda file: (file.parent.name, *stage_order(file.stem))):
         content = _read_object(file, run.notes)
         run.others.setdefault(file.parent.name, {})[file.stem] = dict(_estimates(content, file, run.notes))
