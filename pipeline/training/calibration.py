@@ -1,0 +1,100 @@
+"""The speed of this machine in training a given model, measured with a few real steps."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from pipeline import hardware
+from pipeline.models.attention import choose_attention
+from pipeline.training.callbacks import training_flops_per_token
+from pipeline.training.estimate import FULL, MIXED, Device, Work
+
+TOKENS = 2048
+"""Tokens of a step that is timed, at most."""
+FLOPS = 1e12
+"""Operations of such a step above which it would take too long; the speed is then estimated."""
+SHARE_OF_MATMUL = 0.3
+"""Share of the speed of large matrix multiplications that training reaches, where it is not measured."""
+OVERHEAD, START = 200e6, 12.0
+"""Bytes that training takes beside its tensors (code loaded late, buffers of the data libraries, freed blocks), and
+seconds of imports, checks and data, measured on recipes/pocket."""
+ROUNDS = 3
+
+
+def this_machine(work: Work, optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer]) -> Device:
+    """Return this machine as one process of `work` finds it.
+
+    Real steps of the model are timed: forward, backward, optimizer and, if the stage samples, the next token. A model
+    that is too large for that gets a share of the speed of a matrix multiplication.
+
+    Args:
+        work: The stage, whose model is on the meta device.
+        optimizer: Makes its optimizer.
+    """
+    dtype = hardware.precision().value
+    common = {
+        "name": "this machine",
+        "memory": psutil.virtual_memory().total / work.processes,
+        "overhead": OVERHEAD,
+        "start": START,
+        "mixed": FULL if dtype == "fp32" else MIXED,
+        "kernels": hardware.accelerator() is not None,
+    }
+    length = max(2, round(work.mean))
+    rows = max(1, min(work.rows, TOKENS // length))
+    flops = rows * length * training_flops_per_token(work.model, length)
+    if flops > FLOPS or hardware.accelerator() or work.model.num_parameters() * 32 > psutil.virtual_memory().available:
+        speed = hardware.matmul_peak(dtype) * SHARE_OF_MATMUL
+        return Device(train=speed, forward=speed, bandwidth=10e9, latency=1e-3, **common)
+    model = type(work.model)(copy.deepcopy(work.model.config))
+    if not work.rollouts:
+        choose_attention(model)
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    stepper = optimizer(model)
+
+    def forward(**options: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            return model(ids, use_cache=False, **options)
+
+    def train() -> None:
+        forward(labels=ids).loss.backward()
+
+    trained = _best(train)
+    update = _best(stepper.step)
+    with torch.no_grad():
+        passed = _best(forward)
+    latency = _decoding(model, work) if work.rollouts else 0.0
+    shared = work.processes  # the cores
+    return Device(
+        train=flops / trained / shared,
+        forward=flops / 3 / passed / shared,
+        bandwidth=float("inf"),
+        latency=latency * shared / model.config.num_hidden_layers,
+        update=update * shared,
+        **common,
+    )
+
+
+def _decoding(model: PreTrainedModel, work: Work) -> float:
+    """Return the seconds of one token of all completions that are sampled at once."""
+    assert work.rollouts is not None
+    ids = torch.zeros(work.rollouts.rows, max(1, round(work.rollouts.prompt)), dtype=torch.long)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=hardware.precision().value == "bf16"):
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        return _best(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True))
+
+
+def _best(function: Callable[[], object]) -> float:
+    """Return the fewest seconds of some calls after a first one, which is slower."""
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])

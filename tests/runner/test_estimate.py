@@ -1,0 +1,104 @@
+"""`python -m pipeline plan`: what a run takes, against arithmetic by hand and against what trainers count."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.training.estimate import gpu
+
+
+def plan(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    """Return what `plan --json` prints; a plan always succeeds."""
+    assert main(["plan", *argv, "--json"]) == 0
+    planned: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return planned
+
+
+POCKET = ("recipes/pocket", "--gpu", "h100", "--price", "2")
+
+
+def test_a_plan_says_what_each_stage_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    planned = plan(capsys, *POCKET)
+    assert list(planned["stages"]) == ["1_pretrain", "2_sft", "3_preferences", "3_reward", "3_ppo", "4_grpo"]
+    pretrain = planned["stages"]["1_pretrain"]
+    layer = 4 * 128 * 128 + 4 * 128 + 3 * 128 * 384 + 2 * 128  # attention has biases
+    assert pretrain["parameters"] == 2560 * 128 + 4 * layer + 128
+    assert pretrain["tokens"] == 660 * 8 * 256
+    assert pretrain["flops"] == pretrain["tokens"] * (6 * pretrain["parameters"] + 12 * 4 * 256 * 128 / 2)
+    for stage in planned["stages"].values():
+        parts = dict(stage["memory_bytes"])
+        assert parts.pop("total") == pytest.approx(sum(parts.values()), abs=len(parts))
+        assert stage["disk_bytes"] >= 0 and stage["cost"] == pytest.approx(2 * stage["hours"])
+    assert planned["fits"] is True
+
+
+def test_options_override_the_files_of_all_stages_that_know_them(capsys: pytest.CaptureFixture[str]) -> None:
+    before = plan(capsys, *POCKET)["stages"]
+    after = plan(capsys, *POCKET, "--hidden_size", "256", "--max_steps=100")["stages"]
+    assert after["4_grpo"]["parameters"] > 3 * before["4_grpo"]["parameters"], "it starts from what 1_pretrain makes"
+    assert after["1_pretrain"]["tokens"] == 100 * 8 * 256
+    assert after["2_sft"]["tokens"] < before["2_sft"]["tokens"]
+
+
+def test_gpus_share_the_work_and_under_fsdp_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    one, eight = (plan(capsys, *POCKET, "--num_processes", n)["stages"]["1_pretrain"] for n in ("1", "8"))
+    assert eight["tokens"] == 8 * one["tokens"] and eight["hours"] == pytest.approx(one["hours"])
+    sharded = plan(capsys, *POCKET, "--config_file", "recipes/accelerate/fsdp2.yaml")["stages"]["1_pretrain"]
+    assert sharded["memory_bytes"]["optimizer"] == pytest.approx(one["memory_bytes"]["optimizer"] / 8, abs=1)
+    assert sharded["memory_bytes"]["activations"] == one["memory_bytes"]["activations"]
+
+
+def test_what_does_not_fit_is_named_with_what_does(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = ("--hidden_size", "4096", "--num_hidden_layers", "32", "--num_attention_heads", "32")
+    large = plan(capsys, *POCKET, *wide, "--num_processes", "8")
+    assert large["fits"] is False
+    assert "recipes/accelerate/fsdp2.yaml" in large["stages"]["1_pretrain"]["advice"]
+    assert "use_peft" in large["stages"]["3_ppo"]["advice"], "a critic cannot be sharded"
+    batch = plan(capsys, *POCKET, "--block_size", "512", "--per_device_train_batch_size", "4096")["stages"]["1_pretrain"]
+    assert not batch["fits"]
+    rows = int(batch["advice"].partition("--per_device_train_batch_size ")[2].split()[0])
+    more = ("--block_size", "512", "--per_device_train_batch_size")
+    assert plan(capsys, *POCKET, *more, str(rows))["stages"]["1_pretrain"]["fits"], "the advice holds"
+    assert not plan(capsys, *POCKET, *more, str(2 * rows))["stages"]["1_pretrain"]["fits"], "and names the largest"
+
+
+def test_half_the_utilisation_takes_twice_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu("h100", 0.2).train * 2 == gpu("h100", 0.4).train
+    hours = [plan(capsys, *POCKET, "--mfu", mfu)["stages"]["1_pretrain"]["hours"] for mfu in ("0.2", "0.4")]
+    assert hours[0] > hours[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (("--gpu", "h1000"), "--gpu"),
+        (("--gpu", "h100", "--mfu", "40"), "--mfu"),
+        (("--gpu", "h100", "--hiden_size", "256"), "hidden_size"),
+        (("--gpu", "h100", "--hidden_size", "wide"), "hidden_size"),
+        (("--gpu", "h100", "stray"), "stray"),
+        (("--gpu", "h100", "--num_attention_heads", "3"), "1_pretrain: hidden_size"),
+    ],
+)
+def test_a_mistake_is_named(argv: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "recipes/pocket", *argv])
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 2 and named in lines[0]
+
+
+def test_other_commands_still_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "recipes/pocket", "--hidden_size", "256"])
+    assert ended.value.code == 2
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan where no run has written anything: data on the disk would be measured."""
+    monkeypatch.chdir(tmp_path)
