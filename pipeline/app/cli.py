@@ -47,9 +47,10 @@ def add_prefer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overlap", type=float, default=0.0, help="share of pairs that everybody sees (default: 0)")
     group.add_argument("--guidelines", type=Path, metavar="FILE", help="guidelines for annotators, in Markdown")
     group.add_argument("--goal", type=int, metavar="N", help="votes to collect, of which the page shows the share")
-    group.add_argument("--temperature", type=float, default=1.0, help="of the answers to compare (default: 1)")
-    group.add_argument("--min_p", type=float, default=0.05, help="of these answers (default: 0.05)")
-    group.add_argument("--max_new_tokens", type=int, default=128, help="of these answers (default: 128)")
+    meaning = "of the answers to compare (default: that of the run's step for votes, or"
+    group.add_argument("--temperature", type=float, help=f"{meaning} 1)")
+    group.add_argument("--min_p", type=float, help=f"{meaning} 0.05)")
+    group.add_argument("--max_new_tokens", type=int, help=f"{meaning} 128)")
 
 
 def _check_prefer(args: argparse.Namespace) -> list[Problem]:
@@ -57,9 +58,9 @@ def _check_prefer(args: argparse.Namespace) -> list[Problem]:
     problems = []
     if not 0 <= args.overlap <= 1:
         problems.append(Problem("--overlap", args.overlap, "must be between 0 and 1"))
-    if not 0 < args.temperature <= 10:
+    if args.temperature is not None and not 0 < args.temperature <= 10:
         problems.append(Problem("--temperature", args.temperature, "must be above 0, so that answers differ"))
-    if not 0 <= args.min_p < 1:
+    if args.min_p is not None and not 0 <= args.min_p < 1:
         problems.append(Problem("--min_p", args.min_p, "must be at least 0 and below 1"))
     for name in ("max_new_tokens", "goal"):
         if (value := getattr(args, name)) is not None and value < 1:

@@ -76,9 +76,9 @@ class Pair:
 class Sampling:
     """How answers are sampled."""
 
-    temperature: float
-    min_p: float
-    max_new_tokens: int
+    temperature: float = 1.0
+    min_p: float = 0.05
+    max_new_tokens: int = 128
 
 
 class Pairs:
