@@ -21,6 +21,7 @@ COMMANDS = {
     "report": ("pipeline.report.cli", "write the report of a run: index.html and metrics.json"),
     "compare": ("pipeline.report.compare", "compare runs of two recipes, paired by seed and by test row"),
     "app": ("pipeline.app.cli", "open a page that shows a run, and on which people vote for answers"),
+    "chat": ("pipeline.app.chat", "talk with a model in the terminal"),
     "check-overlap": ("pipeline.data.overlap", "look for test examples inside the training data"),
     "push": ("pipeline.hub.push", "push what a run has made to the Hub: models, data, report"),
     "merge": ("pipeline.models.merge", "merge a LoRA adapter into its base model"),

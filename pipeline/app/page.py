@@ -11,7 +11,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 from markupsafe import Markup
 
-from pipeline.app import compare, prefer
+from pipeline.app import compare, prefer, rollout
 from pipeline.app.site import Site
 from pipeline.errors import UserError
 from pipeline.report.load import load_run
@@ -41,7 +41,7 @@ def build(site: Site) -> gr.Blocks:
         with gr.Column(elem_id="prefer"):
             prefer.build(site)
         with gr.Column(elem_id="rollout"):
-            gr.HTML("<h2>Watch a rollout</h2>")
+            rollout.build(site)
         with gr.Column(elem_id="report"):
             gr.HTML(
                 '<h2>Report</h2><p><a href="report" target="_blank">Open it alone</a></p>'

@@ -1,0 +1,129 @@
+"""`python -m pipeline chat PATH`: talk with a model in the terminal.
+
+python -m pipeline chat runs/pocket/4_grpo
+python -m pipeline chat Qwen/Qwen2.5-0.5B-Instruct --temperature 0.7
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import Problem, UserError
+
+if TYPE_CHECKING:  # these imports take seconds, which `--help` must not
+    from pipeline.app.models import Loaded, Sampling
+
+HELP = """/stage NAME  go on with another stage of the run, such as 2_sft, or another folder or Hub id
+/new         begin a new conversation
+/quit        end (or Ctrl-D); Ctrl-C ends an answer"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `chat` to `parser`."""
+    parser.add_argument("path", metavar="PATH", help="folder or Hub id of a model, for instance runs/pocket/4_grpo")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample only from the most probable share of tokens")
+    parser.add_argument("--top_k", type=int, default=0, help="sample only from so many tokens; 0, the default, is off")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Answer what is typed, or piped in, line by line, until it ends. Return 0.
+
+    Raises:
+        UserError: If the model cannot be loaded, or an option is out of range.
+    """
+    bounds = {"max_new_tokens": (1, 1 << 20), "temperature": (0, 100), "top_p": (1e-6, 1), "top_k": (0, 1 << 20)}
+    if problems := [
+        Problem(f"--{name}", value, f"is not between {low:g} and {high:g}")
+        for name, (low, high) in bounds.items()
+        if not low <= (value := getattr(args, name)) <= high
+    ]:
+        raise UserError(*problems)
+    from transformers.utils import logging
+
+    from pipeline.app.models import Sampling
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # the tokenizer warns of a long prompt, which is refused anyway
+    loaded = find_model(args.path, "PATH")
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives `input` a history and arrow keys
+    if sys.stdin.isatty():
+        print(f"{loaded.name} answers. Other commands:\n{HELP}")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            return 0
+        if command == "/new":
+            messages = []
+        elif command == "/stage":
+            loaded = switch(loaded, rest.strip(), args.path)
+        elif command.startswith("/"):
+            print(HELP)
+        elif line:
+            messages = reply(loaded, messages, line, sampling)
+
+
+def find_model(name: str, option: str) -> Loaded:
+    """Load a model; in a folder that is not a model, the stages are named.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    from pipeline.app.models import load, stages_that_write
+
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists() and (stages := stages_that_write(path)):
+        raise UserError(Problem(option, name, f"is a run; name one of its stages, such as {path / stages[-1]}"))
+    return load(name, path.name if path.is_dir() else name, option)
+
+
+def switch(loaded: Loaded, name: str, path: str) -> Loaded:
+    """Return the model that `/stage` names, or the present one if it cannot be loaded."""
+    beside = Path(path).parent / name
+    try:
+        found = find_model(str(beside if name and beside.is_dir() else name or "."), "/stage")
+    except UserError as error:
+        print(*error.problems, sep="\n")
+        return loaded
+    print(f"{found.name} answers from now on, and knows the conversation so far; /new begins another.")
+    return found
+
+
+def reply(loaded: Loaded, messages: list[dict[str, str]], line: str, sampling: Sampling) -> list[dict[str, str]]:
+    """Print the answer as it is written. Return the conversation, unchanged if it does not fit the context."""
+    from pipeline.app.models import write
+    from pipeline.report.text import visible
+
+    asked = [*messages, {"role": "user", "content": line}]
+    try:
+        prompt = loaded.encode(asked)
+    except UserError as error:
+        print(*error.problems, "; or /new" if messages else "", sep="")
+        return messages
+    shown, answer = "", None
+    with contextlib.suppress(KeyboardInterrupt):
+        for answer in write(loaded, prompt, sampling):
+            text = visible(answer.text, len(answer.text))
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    if answer is None or answer.stopped == "":
+        print(" [stopped]")
+    elif answer.stopped != "ended its turn":
+        print(f" [{answer.stopped}]")
+    else:
+        print()
+    return [*asked, {"role": "assistant", "content": answer.text.strip() if answer else ""}]

@@ -1,0 +1,237 @@
+"""Watch a rollout: what PPO and GRPO see of one prompt, live on the models of the run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from pipeline.app import watch
+from pipeline.app.compare import quoted, share
+from pipeline.app.models import Loaded
+from pipeline.app.site import Site
+from pipeline.errors import LIBRARY_ERRORS, UserError
+from pipeline.models.generation import Completion
+from pipeline.report.labels import stage_info, stage_kind
+from pipeline.report.load import load_run
+from pipeline.report.text import number, signed, visible
+
+ABOUT = {
+    "grpo": "GRPO lets the model try a problem several times. What did better than the average of its group becomes "
+    "more likely.",
+    "ppo": "PPO gives each token its own reward: minus the distance that the model has moved from its reference, and "
+    "for the last token the score of the reward model. The critic guesses before each token what is still to come; "
+    "the advantage is by how much the token did better than that.",
+}
+
+SHOWN = 4000
+"""Characters of a completion that are shown."""
+
+
+def build(site: Site) -> None:
+    """Add the section to the page."""
+    stages = [name for name in site.models.stages if stage_kind(name) in ABOUT]
+    gr.HTML("<h2>Watch a rollout</h2>")
+    if not stages:
+        gr.HTML("<p>The run has neither a PPO nor a GRPO stage.</p>")
+        return
+    first = stages[-1]
+    traces = [trace for stage in load_run(site.run).stages.values() for trace in stage.traces][:1]
+    text, answer = (str(traces[0].get(key) or "") for key in ("problem", "reference")) if traces else ("", "")
+    stage = gr.Radio([(stage_info(name).title, name) for name in stages], value=first, label="What to watch")
+    with gr.Row():
+        policy = gr.Dropdown(site.models.stages, value=before(site, first), label="The model that answers")
+        seed = gr.Number(0, label="Seed", precision=0)
+    prompt = gr.Textbox(text, label="Prompt", lines=2, max_lines=8, elem_id="rollout-prompt")
+    reference = gr.Textbox(answer, label="Right result, for the check", elem_id="rollout-answer")
+    with gr.Row(elem_classes="buttons"):
+        go = gr.Button("Roll out", variant="primary", elem_id="rollout-go")
+        another = gr.Button("Prompt from the data", elem_id="rollout-another")
+    shown = gr.HTML("", elem_id="rollout-shown")
+
+    @cache
+    def rows(stage: str) -> list[dict[str, Any]]:
+        try:
+            return watch.load_rows(watch.stage_settings(site.run, stage))
+        except UserError as error:
+            print(error, flush=True)
+            return []
+
+    def choose(stage: str) -> tuple[Any, Any]:
+        if stage_kind(stage) == "ppo":
+            return stage, gr.update(visible=False)
+        return before(site, stage), gr.update(visible=True)
+
+    def take(stage: str) -> tuple[Any, Any]:
+        if not rows(stage):
+            gr.Warning("The data of this stage cannot be read; the terminal of the server says why.")
+            return gr.skip(), gr.skip()
+        row = random.choice(rows(stage))
+        return row["prompt"][-1]["content"], str(row.get("answer") or "")
+
+    def roll_out(stage: str, policy: str, text: str, answer: str, seed: int) -> Iterator[Markup]:
+        settings = watch.stage_settings(site.run, stage)
+        row = next((dict(row) for row in rows(stage) if row["prompt"][-1]["content"] == text), {})
+        messages = row.get("prompt") or [{"role": "user", "content": text}]
+        row |= {"answer": answer} if answer else {}
+        steps = grpo if stage_kind(stage) == "grpo" else ppo
+        parts: list[Markup] = []
+        try:
+            for part in steps(site, stage, policy, settings, messages, row, int(seed or 0) % 2**63):
+                parts = part
+                yield Markup("").join(parts)
+        except UserError as error:
+            yield Markup("").join([*parts, failed("; ".join(map(str, error.problems)))])
+        except LIBRARY_ERRORS as error:  # a reward function of the user's may raise anything
+            yield Markup("").join([*parts, failed(f"{type(error).__name__}: {error}")])
+
+    options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
+    stage.change(choose, stage, [policy, reference], **options)
+    another.click(take, stage, [prompt, reference], **options)
+    go.click(roll_out, [stage, policy, prompt, reference, seed], shown, show_progress="hidden", **options)
+
+
+def before(site: Site, stage: str) -> str:
+    """Return the stage that another one was trained from, which is the more instructive to watch."""
+    try:
+        name = Path(str(watch.stage_settings(site.run, stage).get("model_name_or_path"))).name
+    except UserError:
+        return stage
+    return name if name in site.models.stages else stage
+
+
+def grpo(
+    site: Site,
+    stage: str,
+    policy: str,
+    settings: dict[str, Any],
+    messages: Sequence[dict[str, str]],
+    row: dict[str, Any],
+    seed: int,
+) -> Iterator[list[Markup]]:
+    """Yield GRPO's four steps as they are made: all parts so far."""
+    loaded = site.models.get(policy)
+    ids = loaded.encode(messages)
+    parts = [prompt_part(stage, messages, ids)]
+    yield parts
+    group, batch = watch.sample_group(loaded, ids, settings, settings["num_generations"], seed)
+    about = f"{len(group)} attempts of {policy}, sampled at temperature {settings['temperature']:g}."
+    yield [*parts, group_part(2, "Completions", about, group, [])]
+    rewards, totals = watch.check(settings, messages, group, row)
+    advantages = watch.group_advantages(totals, settings)
+    facts = [
+        [f"{name}: {number(given[i], 2)}" for name, given in rewards.items()]
+        + [f"advantage: {signed(float(advantages[i]), 2)}"]
+        for i in range(len(group))
+    ]
+    mean = sum(totals) / len(totals)
+    about = f"Mean reward {number(mean, 2)}. The advantage is the reward less the mean, in standard deviations."
+    if max(totals) == min(totals):
+        about += " All are equal here, so that nothing is learned from this prompt."
+    parts.append(group_part(2, "Completions", f"{len(group)} attempts of {policy}.", group, []))
+    parts.append(group_part(3, "Check", about, group, facts, totals))
+    yield parts
+    changes = watch.update(loaded, batch, advantages, settings)
+    lines = [[f"{change:.2f} times as likely", *facts[i][-1:]] for i, change in enumerate(changes)]
+    about = (
+        f"One step on a copy of the model, with this group alone and the learning rate of the run "
+        f"({settings['learning_rate']:g}). A step of the run takes {settings['per_device_train_batch_size']} "
+        "completions."
+    )
+    yield [*parts, group_part(4, "Update", about, group, lines, [change - 1 for change in changes])]
+
+
+def ppo(
+    site: Site,
+    stage: str,
+    policy: str,
+    settings: dict[str, Any],
+    messages: Sequence[dict[str, str]],
+    row: dict[str, Any],
+    seed: int,
+) -> Iterator[list[Markup]]:
+    """Yield the prompt, the completion, and what PPO computes for each of its tokens: all parts so far."""
+    loaded = site.models.get(policy)
+    reference = site.models.get(before(site, stage))
+    ids = loaded.encode(messages)
+    parts = [prompt_part(stage, messages, ids)]
+    yield parts
+    group, batch = watch.sample_group(loaded, ids, settings, 1, seed)
+    parts.append(group_part(2, "Completion", f"One answer of {policy}.", group, []))
+    yield parts
+    view = watch.token_view(loaded, reference, site.run, stage, settings, messages, group[0], batch)
+    yield [*parts, token_part(loaded, reference.name, settings, view)]
+
+
+def prompt_part(stage: str, messages: Sequence[dict[str, str]], ids: Sequence[int]) -> Markup:
+    """Return step 1."""
+    text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return part(1, "Prompt", ABOUT[stage_kind(stage)]) + Markup(
+        '<div class="answer">{}</div><p class="soft facts">{} tokens</p></section>'
+    ).format(visible(text, SHOWN), len(ids))
+
+
+def group_part(
+    place: int,
+    title: str,
+    about: str,
+    group: Sequence[Completion],
+    facts: Sequence[Sequence[str]],
+    marks: Sequence[float] = (),
+) -> Markup:
+    """Return a step of the group; `marks` above and below their mean colour the completions."""
+    middle = sum(marks) / len(marks) if marks else 0.0
+    cards = []
+    for i, completion in enumerate(group):
+        mark = marks[i] - middle if marks else 0.0
+        css = "up" if mark > 1e-6 else "down" if mark < -1e-6 else ""
+        lines = facts[i] if facts else [f"{len(completion.tokens)} tokens{'' if completion.stopped else ', cut off'}"]
+        cards.append(
+            Markup('<li class="{}"><div class="answer">{}</div><p class="soft facts">{}</p></li>').format(
+                css, visible(completion.text, SHOWN) or "(nothing)", " · ".join(map(visible, lines))
+            )
+        )
+    return part(place, title, about) + Markup('<ol class="group">{}</ol></section>').format(Markup("").join(cards))
+
+
+def token_part(policy: Loaded, reference: str, settings: dict[str, Any], view: watch.TokenView) -> Markup:
+    """Return the table of tokens."""
+    about = (
+        f"Score of the reward model: {number(view.score, 2)}"
+        + (f", less {view.penalty:g} because the answer did not end" if view.penalty else "")
+        + f". KL from {reference}: {number(sum(view.kl), 2)} nats, each of which costs {settings['kl_coef']:g}."
+    )
+    top = max(map(abs, view.advantages), default=0.0) or 1.0
+    rows = []
+    columns = zip(view.tokens, view.log_probs, view.kl, view.rewards, view.values, view.advantages, strict=True)
+    for token, log_prob, *figures in columns:
+        strength = round(100 * abs(figures[-1]) / top / 2)
+        css = "up" if figures[-1] > 0 else "down"
+        cells = Markup("").join(Markup('<td class="number">{}</td>').format(signed(figure, 2)) for figure in figures)
+        piece = quoted(str(policy.tokenizer.decode([token])))
+        rows.append(
+            Markup(
+                '<tr class="{}" style="--strength: {}%"><th scope="row">{}</th><td class="number">{}</td>{}</tr>'
+            ).format(css, strength, piece, share(log_prob), cells)
+        )
+    names = ("Token", "Probability", "KL", "Reward", "Value", "Advantage")
+    heads = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in names)
+    return part(3, "What PPO sees", about) + Markup(
+        '<div class="scroll" role="region" aria-label="What PPO sees of each token" tabindex="0"><table class="tokens">'
+        "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div></section>"
+    ).format(heads, Markup("").join(rows))
+
+
+def part(place: int, title: str, about: str) -> Markup:
+    """Return the beginning of a step."""
+    return Markup('<section class="rollout-part"><h3>{}. {}</h3><p>{}</p>').format(place, title, visible(about, SHOWN))
+
+
+def failed(message: str) -> Markup:
+    """Return what is shown in place of a step that failed."""
+    return Markup('<p class="failed" role="alert">{}</p>').format(visible(message, SHOWN))
