@@ -17,7 +17,7 @@ from pipeline.evaluation.settings import BASE, STAGES_OF, VOTES, complete, deriv
 from pipeline.evaluation.settings import FILE as EVALUATE
 from pipeline.files import check_directory
 from pipeline.runner.smoke import smoke_overrides
-from pipeline.runner.steps import KINDS, REPORT, Step
+from pipeline.runner.steps import KINDS, REPORT, Step, tidy_paths
 from pipeline.runner.trash import TRASH
 
 RANDOM = "0_random"
@@ -68,7 +68,8 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     run_dir = output_dir or (home.with_name(home.name + "-smoke") if smoke else home)
     _check_run_dir(run_dir, folder)
     steps: list[Step] = []
-    for stem, (path, values) in configurations.items():
+    for stem, (path, written) in configurations.items():
+        values = tidy_paths(written, home)
         from_scratch = (kind := _kind_of(stem)) == "pretrain" and not values.get("model_name_or_path")
         if from_scratch and not any(step.kind == "random" for step in steps):
             steps.append(_step(RANDOM, "random", path, {**values, "output_dir": str(home / RANDOM)}, seed, smoke))
@@ -221,10 +222,8 @@ def _paths(value: Any) -> Iterable[str]:
 
 def _relative_to(text: str, directory: Path) -> Path | None:
     """Return the path `text` relative to `directory`, or None if it lies elsewhere."""
-    try:
-        return Path(text).relative_to(directory)
-    except ValueError:
-        return None
+    path = Path(text)
+    return path.relative_to(directory) if path.is_relative_to(directory) else None
 
 
 def _connect(steps: Sequence[Step], home: Path) -> list[Step]:
@@ -293,7 +292,7 @@ def _evaluation_settings(folder: Path, steps: Iterable[Step], home: Path) -> dic
     """Return the settings of all evaluations: evaluate.yaml, completed with what the stages read."""
     steps, file = list(steps), folder / EVALUATE
     stages = [(step.output.name, step.kind, step.values) for step in steps if step.kind not in UNMEASURED]
-    content = read_yaml(str(file)) if file.exists() else {}
+    content = tidy_paths(read_yaml(str(file)), home) if file.exists() else {}
     settings = complete(content, derive(stages, home))
     named = {key: value.get("dataset_name") if isinstance(value, Mapping) else value for key, value in content.items()}
     problems = []

@@ -129,6 +129,15 @@ class Step:
         return [sys.executable, *launcher, "-m", self.module, *self.arguments]
 
 
+def tidy_paths(value: Any, home: Path) -> Any:
+    """Return a value of a YAML file with paths in `home` as steps are compared: `runs/r/2_sft/` is `runs/r/2_sft`."""
+    if isinstance(value, Mapping):
+        return {key: tidy_paths(item, home) for key, item in value.items()}
+    if isinstance(value, list):
+        return [tidy_paths(item, home) for item in value]
+    return str(Path(value)) if isinstance(value, str) and Path(value).is_relative_to(home) else value
+
+
 def find_step(steps: Iterable[Step], name: str, field: str) -> Step:
     """Return the step that a user calls `name`: `2_sft`, `sft` or the name of the file.
 

@@ -103,6 +103,14 @@ def test_the_stage_that_others_are_compared_with_is_measured_after_its_judge(
     assert [step.name for step in read_plan(folder).steps][4:6] == ["3_reward_judge", "evaluate_0_base"]
 
 
+def test_a_slash_at_the_end_of_a_path_changes_nothing(folder: Path) -> None:
+    before = read_plan(folder).steps
+    for name, values in FILES.items():
+        slashed = {key: f"./{value}/" for key, value in values.items() if str(value).startswith("runs/")}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**values, **slashed, "output_dir": f"./runs/r/{name}/"}))
+    assert read_plan(folder).steps == before
+
+
 def test_the_model_that_the_first_stage_starts_from_has_a_row_of_figures(folder: Path) -> None:
     plan = read_plan(folder)
     state = RunState(plan.run_dir, plan.steps, [], {})
