@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -80,7 +81,17 @@ def metric_info(metric: str) -> MetricInfo:
     if colon:
         better: Literal["up", "down"] = "down" if name.startswith(LM_EVAL_DOWN) else "up"
         return MetricInfo(f"{task}, {name}", "by lm-eval", better, share=name.startswith(LM_EVAL_SHARES))
+    if metric not in METRICS and (of_eight := _of_eight(metric)):
+        label, count = METRICS[of_eight].label, metric.rpartition("@")[2]
+        meaning = METRICS[of_eight].meaning.replace("eight", count)
+        return replace(METRICS[of_eight], label=label.replace("8", count), meaning=meaning)
     return METRICS.get(metric) or MetricInfo(metric.replace("_", " "), "", "", share=False)
+
+
+def _of_eight(metric: str) -> str:
+    """Return the name of a metric of several samples, such as pass@4, where they are eight; "" for others."""
+    name = re.sub(r"^(pass|maj)@\d+$", r"\1@8", metric)
+    return name if name in METRICS else ""
 
 
 def is_share(metric: str) -> bool:
@@ -91,4 +102,5 @@ def is_share(metric: str) -> bool:
 def metric_order(metric: str) -> tuple[int, str]:
     """Sort metrics in the order of `METRICS`, then by name."""
     names = list(METRICS)
-    return names.index(metric) if metric in names else len(names), metric
+    name = metric if metric in names else _of_eight(metric)
+    return names.index(name) if name else len(names), metric

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.intervals import finite
@@ -75,13 +76,20 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
 def seconds(run: Run) -> dict[str, float]:
     """Return the seconds of each step from the record; for a stage that it lacks, those of training from its log."""
     # The report cannot know how long it takes itself.
-    found = {name: finite(step.get("seconds")) for name, step in run.steps.items() if name != "report"}
+    found = {_stage_of(run, name): finite(step.get("seconds")) for name, step in run.steps.items() if name != "report"}
     taken = {name: value for name, value in found.items() if value is not None}
     for name, stage in run.stages.items():
         runtime = last_logged(stage, "train_runtime")
         if name not in taken and runtime is not None:
             taken[name] = runtime
     return taken
+
+
+def _stage_of(run: Run, name: str) -> str:
+    """Return the stage that a step writes, whose directory may have another name, or the name of another step."""
+    values = run.steps[name].get("values")
+    written = Path(str(values.get("output_dir"))).name if isinstance(values, dict) else name
+    return written if written in run.stages else name
 
 
 def evaluation_seconds(run: Run, stage: str, taken: Mapping[str, float]) -> float | None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.evaluation import intervals, matches, metrics, reward_model
 from pipeline.evaluation.matches import LastSentenceShare, WinRate
+from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.evaluation.metrics import (
     BitsPerByte,
     InstructionAccuracy,
@@ -329,3 +330,10 @@ def test_an_entry_without_a_number_is_not_an_estimate(entry):
 def test_groups_whose_outcomes_cancel_have_the_interval_of_independent_ones():
     grouped = intervals.outcome_mean([0, 1, 0, 1], units=["a", "a", "b", "b"])
     assert interval(grouped) == intervals.wilson(2, 4)
+
+
+def test_other_numbers_of_samples_are_shown_as_eight_are():
+    assert metric_info("pass@4").meaning == "at least one of 4 samples is right (unbiased estimate)"
+    assert metric_info("maj@16").label == "maj@16" and metric_info("maj@16").share
+    assert sorted(["step_rate", "maj@4", "pass@4", "pass@1"], key=metric_order)[1:3] == ["pass@4", "maj@4"]
+    assert metric_info("pass@1_longer").label == "pass@1, longer problems"

@@ -167,6 +167,18 @@ def test_evaluations_alone_are_enough(whole_run: Path, tmp_path: Path) -> None:
     assert "unknown hardware" in page and platform.python_version() not in page
 
 
+def test_a_step_whose_directory_has_another_name_is_counted_once(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("report"))
+    record = read_json(run / "run.json")
+    step = record["steps"].pop("2_sft")
+    record["steps"]["2_sft_mine"] = {**step, "seconds": 321.0, "values": {"output_dir": "runs/r/2_sft"}}
+    (run / "run.json").write_text(json.dumps(record))
+    assert report(run) == 0
+    taken = read_json(run / "report" / "metrics.json")["seconds"]
+    assert taken["2_sft"] == 321.0 and "2_sft_mine" not in taken
+
+
 def test_training_logs_alone_are_enough(whole_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "logs"
     shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("evaluations", "report", "run.json"))
