@@ -93,7 +93,8 @@ def check_directory(path: str | Path, field: str = "output_dir") -> Problem | No
 
 def is_missing_path(name: str) -> bool:
     """Return whether a name is that of a file or folder that does not exist, rather than an id on the Hub."""
-    return not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1)
+    repo, _ = split_revision(name)  # a revision may contain slashes
+    return not os.path.exists(name) and (name.startswith((".", "/", "~")) or repo.count("/") > 1)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

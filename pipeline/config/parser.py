@@ -17,6 +17,7 @@ from pipeline.config import checks, output_directory
 from pipeline.config.command_line import Parser, read_command_line, take_config
 from pipeline.config.yaml_file import convert, unknown_field
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, begin_preparation, field_named_in
+from pipeline.files import split_revision
 
 REQUIRED = "is required"
 
@@ -100,7 +101,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         and field_named_in(problem.remedy, reported) is None
     ]
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
-    problems += refused + checks.check_together(built, reported, from_command_line)
+    problems += refused + _split_model_revision(built, asked)
+    problems += checks.check_together(built, reported, from_command_line)
     problems += launch.check_launch(training) if training is not None else []
     problems += output_directory.check_output_directory(built, machine)
     if problems:
@@ -117,6 +119,27 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
             # TRL turns a list of one name into a string, which PEFT reads as a pattern of whole names.
             item.lora_target_modules = [targets]
     return tuple(built)
+
+
+def _split_model_revision(arguments: Iterable[Any], asked: Mapping[str, Any]) -> list[Problem]:
+    """Turn `model_name_or_path: NAME/repo@revision` into that name and `model_revision`, in place.
+
+    Args:
+        arguments: Argument dataclasses.
+        asked: Values that the user gave.
+
+    Returns:
+        The problem of two different revisions, if both are given.
+    """
+    for item in arguments:
+        name, revision = split_revision(str(getattr(item, "model_name_or_path", None) or ""))
+        if revision is None or not hasattr(item, "model_revision"):
+            continue
+        if asked.get("model_revision") not in (None, revision):
+            remedy = f"model_name_or_path asks for {revision}; omit one of them"
+            return [Problem("model_revision", asked["model_revision"], remedy)]
+        item.model_name_or_path, item.model_revision = name, revision
+    return []
 
 
 def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> tuple[list[Any], list[Problem]]:
@@ -138,6 +161,7 @@ def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> t
         types = [kind for kind in dataclass_types if not issubclass(kind, GRPOConfig)]
         built, refused = _build(types, {"use_cpu": True, "bf16": False}, kept)
         problems += [problem for problem in refused if problem.field not in reported]
+        problems += _split_model_revision(built, values)
         return built, problems + checks.check_together(built, reported, ())
     finally:
         os.environ.clear()

@@ -1,18 +1,22 @@
-"""Recipe folders: those that are installed with the package, and what one step of a folder needs from earlier ones."""
+"""Recipe folders: those that are installed with the package or lie on the Hub, and what a step needs from others."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.yaml_file import read_yaml
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, is_network_error
+from pipeline.files import split_revision
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 LAUNCH_FILE = "accelerate_config.yaml"
+SUFFIXES = (".yaml", ".yml")
 
 READ = (
     "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path",
@@ -21,15 +25,80 @@ READ = (
 
 
 def find_shipped(path: Path) -> Path:
-    """Return `path` if it exists, otherwise the recipe or launch file of that name that comes with the package.
+    """Return `path` if it exists, otherwise the recipe or launch file of that name in the package or on the Hub.
 
     Args:
-        path: `recipes/pocket`, `pocket`, `recipes/pocket/2_sft.yaml`, `accelerate_config.yaml`, or any other path.
+        path: `recipes/pocket`, `pocket`, `recipes/pocket/2_sft.yaml`, `accelerate_config.yaml`, `NAME/repo@revision`,
+            which `fetch_recipes` downloads, or any other path.
     """
     if os.path.exists(path) or path.is_absolute():
         return path
     inner = Path(*path.parts[1:]) if path.parts[0] == SHIPPED.name else path
-    return next((found for found in (SHIPPED / inner, SHIPPED / "accelerate" / inner) if os.path.exists(found)), path)
+    for found in (SHIPPED / inner, SHIPPED / "accelerate" / inner):
+        if os.path.exists(found):
+            return found
+    is_id = path.parts[0] != SHIPPED.name and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@.+)?", path.as_posix())
+    return fetch_recipes(path.as_posix()) or path if is_id and path.suffix not in SUFFIXES else path
+
+
+@functools.cache
+def fetch_recipes(name: str) -> Path | None:
+    """Download the YAML files of `NAME/repo` or `NAME/repo@revision`, a model or data set repository on the Hub.
+
+    Returns:
+        Their folder in the cache of the Hub's client, or None if there is no such repository.
+
+    Raises:
+        UserError: If the Hub cannot be reached, or a file asks for code of the repository, which is never run, or for
+            variables of the environment.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    repo_id, revision = split_revision(name)
+    for repo_type in ("model", "dataset"):
+        options = {"repo_type": repo_type, "revision": revision}
+        try:
+            folder = Path(snapshot_download(repo_id, allow_patterns=["*.yaml", "*.yml"], **options))
+            listed = [] if constants.HF_HUB_OFFLINE else HfApi().list_repo_files(repo_id, **options)
+        except RepositoryNotFoundError:
+            continue
+        except RevisionNotFoundError:
+            raise UserError(Problem("recipe", name, f"{repo_id} has no revision {revision}; correct it")) from None
+        except (OSError, RuntimeError) as error:
+            if constants.HF_HUB_OFFLINE:
+                continue
+            reason = "the Hub cannot be reached" if is_network_error(error) else str(error).strip().split("\n")[0][:200]
+            remedy = f"is not a local folder, and cannot be downloaded ({reason}); correct it or try again"
+            raise UserError(Problem("recipe", name, remedy)) from None
+        modules = {path.removesuffix(".py").replace("/", ".") for path in listed if path.endswith(".py")}
+        if problems := list(_untrusted(folder, modules)):
+            raise UserError(*problems)
+        return folder
+    return None
+
+
+def show_fetched(path: Path) -> str:
+    """Return the text of a recipe folder's files if it lies on the Hub, so that people see what they run; or ""."""
+    folder = find_shipped(path)
+    if os.path.exists(path) or folder == path or folder.is_relative_to(SHIPPED):
+        return ""
+    text = "".join(f"# {path}: {file.name}\n{file.read_text('utf-8')}\n" for file in sorted(folder.glob("*.y*ml")))
+    return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
+
+
+def _untrusted(folder: Path, modules: set[str]) -> Iterator[Problem]:
+    """Yield what the files of a downloaded folder must not do: run one of its `modules`, or set the environment."""
+    for path in sorted(folder.glob("*.y*ml")):
+        content = read_yaml(str(path))
+        if content.get("env"):
+            remedy = "a recipe of the Hub may not set variables of the environment; download it and read it first"
+            yield Problem(f"{path.name}: env", ", ".join(map(str, content["env"])), remedy)
+        for key, value in content.items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and text.partition(":")[0] in modules and ":" in text:
+                    remedy = "code of the Hub is never run; download the module, read it, and run a local copy of all"
+                    yield Problem(f"{path.name}: {key}", text, remedy)
 
 
 def missing_input(arguments: Iterable[Any], config: str) -> Problem | None:

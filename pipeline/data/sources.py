@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pipeline.data import votes
 from pipeline.data.arguments import VOTES_FILE
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError
-from pipeline.files import check_directory, is_missing_path
+from pipeline.files import check_directory, is_missing_path, split_revision
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def open_source(
     """Open all splits of a data set.
 
     Args:
-        name: A Hub id, a file or a folder: the argument `dataset_name`.
+        name: A Hub id, also with a revision (`NAME/repo@revision`), a file or a folder: the argument `dataset_name`.
         config: Configuration of a data set repository; plain files ignore it.
         streaming: Whether to read the rows only when they are asked for.
 
@@ -71,7 +71,7 @@ def open_source(
         raise UserError(Problem("dataset_name", name, remedy))
     builder, options = _choose_builder(name, path, config)
     if builder not in BUILDERS.values():
-        _check_config(builder, config)
+        _check_config(builder, config, options.get("revision"))
     elif config is not None:
         # A recipe's data set was replaced on the command line, but its configuration was not.
         logger.info("dataset_config %s is ignored: plain files do not have configurations", config)
@@ -86,6 +86,8 @@ def open_source(
         raise UserError(Problem("dataset_name", name, HUB_UNREACHABLE)) from None
     except (DatasetNotFoundError, FileNotFoundError) as error:
         remedy = "is neither a local path nor a public data set on the Hub (log in for a private one)"
+        if (revision := options.get("revision")) is not None:
+            remedy = f"there is no such data set with a revision {revision} on the Hub (log in for a private one)"
         if path.exists():
             remedy = f"does not contain data ({_first_line(error)}); give a file or folder of {', '.join(BUILDERS)}"
         raise UserError(Problem("dataset_name", name, remedy)) from None
@@ -116,7 +118,8 @@ def _choose_builder(name: str, path: Path, config: str | None) -> tuple[str, dic
     if not path.exists():
         if is_missing_path(name) or path.suffix in {*BUILDERS, *COMPRESSIONS}:
             raise refuse("there is no such file or folder; correct the path")
-        return name, {"name": config}
+        repo_id, revision = split_revision(name)
+        return repo_id, {"name": config, "revision": revision}
     if not path.is_file():
         raise refuse("is neither a file nor a folder; give one of them")
     if suffix not in BUILDERS:
@@ -154,10 +157,10 @@ def _join_lines(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
     return {"text": ["".join(line if line.endswith("\n") else line + "\n" for line in batch["text"])]}
 
 
-def _check_config(builder: str, config: str | None) -> None:
+def _check_config(builder: str, config: str | None, revision: str | None) -> None:
     """Report a configuration that does not exist before anything is read."""
     try:
-        known = datasets.get_dataset_config_names(builder)
+        known = datasets.get_dataset_config_names(builder, revision=revision)
     except (DatasetNotFoundError, *UNREADABLE):
         return  # loading the data gives a better message
     if config is None and len(known) > 1 and "default" not in known:

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def without_paths(text: str) -> str:
     Tokens of the Hub are replaced as well.
     """
     text = TOKEN.sub("hf_***", text)
-    for root, short in ((Path.cwd(), "."), (Path.home(), "~"), (Path(tempfile.gettempdir()), "")):
+    for root, short in ((Path.cwd(), "."), (Path.home(), "~")):
         for spelled in {str(root), str(root.resolve()), json.dumps(str(root))[1:-1]}:
             if len(root.parts) > 1 and spelled in text:
                 text = re.sub(rf"{BEFORE}{re.escape(spelled)}[/\\]+(?=\w)", "~/" if short == "~" else "", text)

@@ -114,7 +114,7 @@ class Outputs:
         found = [self._dataset(name) if is_data(self.folders[name]) else self._model(name) for name in wanted]
         found.sort(key=lambda item: item.type)
         if self.has_report and self.only is None:
-            found.append(Repository(self.id_of(REPORT), "space", self._report))
+            found.append(Repository(self.id_of(REPORT), "space", self._space))
         return found
 
     @property
@@ -200,7 +200,7 @@ class Outputs:
 
         return Repository(repo_id, "dataset", files)
 
-    def _report(self) -> Files:
+    def _space(self) -> Files:
         models = [found for name, found in self.ids.items() if not is_data(self.folders[name])]
         data = [found for name, found in self.ids.items() if is_data(self.folders[name])]
         record = read_json(self.path / "run.json")

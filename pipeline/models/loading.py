@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from urllib.request import getproxies
 
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from jinja2 import TemplateError
 from peft import PeftConfig
 from safetensors import SafetensorError
@@ -32,7 +34,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
-from pipeline.files import is_missing_path
+from pipeline.files import is_missing_path, split_revision
 from pipeline.models.weights import ADAPTER, stored_weights, validate_complete, validate_file, validate_files
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,32 @@ def user_error_for(field: str, name: object, what: str = "model") -> Iterator[No
         raise UserError(Problem(field, name, remedy)) from error
 
 
+def local_copy(name: str, inner: str | None = None) -> str:
+    """Return what to load a model or a tokenizer from: a folder, for `NAME/repo@revision`, and otherwise `name` itself.
+
+    Args:
+        name: A folder or an id on the Hub, with a revision or without.
+        inner: A folder of the repository that is taken if it is there. What holds it is then always downloaded.
+
+    Raises:
+        OSError: If the repository or the revision does not exist, or cannot be downloaded.
+    """
+    repo_id, revision = split_revision(name)
+    if os.path.exists(name) or is_missing_path(repo_id) or (revision is None and inner is None):
+        return name
+    folder = Path(_download(repo_id, revision))
+    return str(folder / inner if inner and (folder / inner).is_dir() else folder)
+
+
+@functools.cache
+def _download(repo_id: str, revision: str | None) -> str:
+    """Download a model without its checkpoints."""
+    files = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+    return snapshot_download(
+        repo_id, revision=revision, allow_patterns=files, ignore_patterns=["checkpoint-*", "last-checkpoint/*"]
+    )
+
+
 def load_tokenizer(name: str | None, field: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
@@ -95,6 +123,7 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
     if not name:
         raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
     with user_error_for(field, name, "tokenizer"):
+        name = local_copy(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
         except (OSError, ValueError):  # adapters on the Hub may come without one
@@ -132,6 +161,7 @@ def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 def base_of(name: str, revision: str | None = None) -> str | None:
     """Return the base model of a PEFT adapter, or None if `name`, a folder or Hub id, is not an adapter."""
+    name = local_copy(name)
     if find_adapter_config_file(name, revision=revision) is None:
         return None
     return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
@@ -150,6 +180,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     Raises:
         OSError, ValueError: If there is none, or it cannot be that of a model.
     """
+    name = local_copy(name)
     base = base_of(name, revision)
     adapter = PeftConfig.from_pretrained(name, revision=revision) if base else None
     config = AutoConfig.from_pretrained(base or name, revision=(adapter.revision if adapter else revision) or "main")
@@ -185,6 +216,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
     Returns:
         What is wrong and what to do, as the remedy of a `Problem`, or None.
     """
+    name = local_copy(name)
     folder, base = Path(name), base_of(name) if Path(name).is_dir() else None
     if base is not None:
         if fault := validate_file(folder / ADAPTER):
@@ -255,7 +287,10 @@ def load_model(
         fault = fault or validate_weights(name, config, model_class)
         if fault is None:
             with _without_table():
-                model, loaded = model_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+                source = local_copy(name)
+                model, loaded = model_class.from_pretrained(
+                    source, config=config, dtype=dtype, output_loading_info=True
+                )
             fault = validate_complete(loaded["missing_keys"]) or validate_finite(model.named_parameters())
     if fault is not None:
         raise UserError(Problem(field, name, fault))

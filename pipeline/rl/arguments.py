@@ -117,6 +117,7 @@ def load_rl_inputs(
     Raises:
         UserError: With everything that is wrong with any of them.
     """
+    from pipeline.models.loading import local_copy
     from pipeline.rewards.loading import load_rewards
     from pipeline.training.inputs import load_inputs
 
@@ -124,7 +125,7 @@ def load_rl_inputs(
     functions = load_rewards(reward_args.reward_funcs) if reward_args.reward_funcs else []
     models = []
     if isinstance(reward_args, PPORewardArguments):
-        models = reward_args.reward_model_path or []
+        models = [local_copy(name) for name in reward_args.reward_model_path or []]
     elif reward_args.shuffle_answers:
         train = shuffle_answers(train, training_args.seed)
     return [*models, *functions], tokenizer, train, evaluation

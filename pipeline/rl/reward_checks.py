@@ -18,13 +18,14 @@ from pipeline.models.loading import (
     is_reward_model,
     load_config,
     load_tokenizer,
+    local_copy,
     user_error_for,
     validate_vocabulary,
     validate_weights,
 )
 from pipeline.rewards.functions import MEASURED_ONLY
 from pipeline.rewards.loading import load_rewards
-from pipeline.rl.value_model import auto_class
+from pipeline.rl.value_model import VALUE_MODEL_FOLDER, auto_class
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
@@ -112,17 +113,18 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
     field = "value_model_path"
     try:
         with user_error_for(field, path):
-            config = load_config(path)
+            source = local_copy(path, VALUE_MODEL_FOLDER)
+            config = load_config(source)
     except UserError as error:
         return list(error.problems)
     faults = []
     if config.num_labels != 1 and any("Classification" in name for name in config.architectures or []):
         faults.append(f"has {config.num_labels} labels; give a critic or a reward model, which has one")
-    elif fault := validate_weights(path, config, auto_class(config)):
+    elif fault := validate_weights(source, config, auto_class(config)):
         faults.append(fault)
     if tokenizer is not None:
         try:
-            same = load_tokenizer(path, field).get_vocab() == tokenizer.get_vocab()
+            same = load_tokenizer(source, field).get_vocab() == tokenizer.get_vocab()
         except UserError:  # a critic is saved without a tokenizer
             if fault := validate_vocabulary(config, tokenizer, "the policy's tokenizer"):
                 faults.append(fault)

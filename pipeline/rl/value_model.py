@@ -28,7 +28,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from pipeline.models.adapters import without_adapters
 from pipeline.models.classifiers import classifier
-from pipeline.models.loading import load_config
+from pipeline.models.loading import load_config, local_copy
 from pipeline.rl.layout import ForwardPass
 from pipeline.rl.log_probs import at, over_passes
 from pipeline.rl.ppo_config import PPOConfig
@@ -154,6 +154,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 def _load(name: str, policy: PreTrainedModel) -> PreTrainedModel:
     """Load a model from a path or the Hub, in the class that it was saved with and the policy's dtype."""
+    name = local_copy(name, VALUE_MODEL_FOLDER)
     config = load_config(name)
     cls = auto_class(config)
     if cls is AutoModelForTokenClassification and type(config) is type(policy.config):

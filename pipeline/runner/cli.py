@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
+from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped, show_fetched
 from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError
 from pipeline.files import lock
 from pipeline.runner import trash
@@ -51,7 +51,7 @@ MAX_PROCESSES = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run` to `parser`."""
-    parser.add_argument("recipe", type=Path, help="folder of YAML files, or the name of one such as pocket")
+    parser.add_argument("recipe", type=Path, help="folder of YAML files, here or on the Hub (NAME/repo), or pocket")
     meaning = "run this step and all after it, even if they have finished; the steps it needs must have finished"
     parser.add_argument("--from", dest="start", metavar="STEP", help=meaning)
     parser.add_argument("--until", metavar="STEP", help="stop after this step, its evaluation and the report")
@@ -88,6 +88,7 @@ def main(args: argparse.Namespace) -> int:
     """
     with show_checks(args):
         _check(args)
+    print(show_fetched(args.recipe), end="", flush=True)
     args.resume = resume_command(args)
     forks = sys.platform == "linux" and args.num_processes == 1 and not args.no_fork and not args.dry_run
     with WarmProcess(os.environ) if forks else contextlib.nullcontext() as args.warm:  # it imports during the checks
@@ -321,7 +322,7 @@ def _launch_options(args: argparse.Namespace) -> list[str]:
 
 def launch_file(args: argparse.Namespace) -> str:
     """Return the launch file that the command names, or that of the recipe folder, or the one in this folder."""
-    own = args.recipe / LAUNCH_FILE
+    own = find_shipped(args.recipe) / LAUNCH_FILE
     named = args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE)
     return str(find_shipped(Path(named)))
 
