@@ -59,7 +59,7 @@ class HeldOut:
         longer: Problems that are longer than those of the training split.
         majority: Most frequent answer of each kind of problem in the training split.
         prompts: `prompt`, `kind` and perhaps how they are graded, for the win rate.
-        validation: Prompts of the validation split whose answers are not code, for the baseline `constant`.
+        validation: Other prompts, whose answers are not code, for the baseline `constant`.
         pairs: `prompt`, `chosen` and `rejected`, for reward models.
         graders: Graders of `instructions` and `problems`; without one, each instruction says how it is graded.
         can_vote: Whether samples can vote on the answer to a problem.

@@ -24,7 +24,7 @@ from pipeline.data.arguments import VOTES_FILE
 from pipeline.data.columns import Kind, Split, column_names, converter
 from pipeline.data.messages import ShapeError, shorten
 from pipeline.data.sources import open_source
-from pipeline.data.splits import load_splits
+from pipeline.data.splits import keep_rows, load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.graders import COMPARED
 from pipeline.evaluation.settings import STAGES_OF, Source
@@ -111,7 +111,7 @@ class Reader:
         self.sources = {key: Source(**settings[key]) for key in STAGES_OF if settings.get(key)}
         self.own = {key: Source(**source) for key, source in settings["trained_on"].items()}
         self.named = {key for key in self.sources if key in flags or self.sources[key] != self.own.get(key)}
-        self._opened: dict[tuple[str | None, str | None], DatasetDict | IterableDatasetDict] = {}
+        self._opened: dict[tuple[str | None, ...], DatasetDict | IterableDatasetDict] = {}
 
     def find(self, key: str, split: str | None = None, trained_on: bool = False) -> Part | None:
         """Return the held-out rows of `key`, those of a split, or those that are trained on; None if there are none."""
@@ -136,9 +136,10 @@ class Reader:
             return Part(_read_parquet(files[one]), source, "RUN", str(files[one])) if one in files else None
         if path.is_relative_to(self.run) and not path.exists():
             return None
-        opened = (name, source.dataset_config)
+        opened = (name, source.dataset_config, *(source.keep_rows or []))
         if opened not in self._opened:
-            self._opened[opened] = open_source(*opened, source.dataset_streaming)
+            whole = open_source(name, source.dataset_config, source.dataset_streaming)
+            self._opened[opened] = keep_rows(whole, source)
         splits = self._opened[opened]
         field = f"--{key}" if key in self.flags else f"{key}: dataset_name"
         if split is None and list(splits) == [train] and source.validation_share > 0:
@@ -181,11 +182,13 @@ class Reader:
         return examples
 
     def read_validation(self, most: int) -> list[Example]:
-        """Return prompts of the validation split whose answers are not code, unless the others are of that split."""
+        """Return prompts, whose answers are not code, that stages are not measured on: of the validation split, or, if
+        there is none or the others are of it, of those that are trained on.
+        """
         part, prompts = self.find("prompts", "validation"), self.find("prompts")
         if part is None or prompts is None or part.place == prompts.place:
-            return []
-        return [row for row in self.read("prompts", part, most) if not row.get("test")]
+            part = self.find("prompts", trained_on=True)
+        return [row for row in self.read("prompts", part, most) if not row.get("test")] if part and prompts else []
 
     def suspects(self, parts: Mapping[str, Part]) -> dict[str, Part]:
         """Return what stages train on, for held-out rows of the same split and for data that the user names."""

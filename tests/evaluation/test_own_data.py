@@ -267,6 +267,7 @@ def test_a_function_judges_the_win_rate_and_the_report_names_it(run: Path, tmp_p
         result, _ = evaluate(run, "2_sft", "--judge", name, "--max_new_tokens", "5")
         assert result["judge"] == f"the function {name}"
         assert result["metrics"]["win_rate_greedy"]["value"] == greedy
+        assert result["metrics"]["constant/win_rate_greedy"]["value"] == 1.0, "by a text chosen on rows trained on"
         assert main(["report", str(run)]) == 0
         assert f"judged by the function {name}" in (run / "report" / "index.html").read_text().replace("&#39;", "'")
 
