@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -91,7 +92,8 @@ def push(
             remote = {item.path: item for item in tree if isinstance(item, RepoFile)}
         except RepositoryNotFoundError:
             sdk = "static" if repo_type == "space" else None
-            api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True, space_sdk=sdk)
+            with contextlib.suppress(KeyError):  # of the client, if a conflict (409) does not name the repository
+                api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True, space_sdk=sdk)
             return False
         except RevisionNotFoundError:
             if revision is None:
@@ -125,7 +127,7 @@ def push(
             )
         return True
 
-    for _ in range(3):
+    for _ in range(5):
         if retry(attempt):
             return list(changed)
     raise RuntimeError(f"{repo_id} was created, but the Hub does not show it; check that your token may read it")
@@ -172,7 +174,7 @@ def retry(call: Callable[[], T]) -> T:
                 raise
             named = str(getattr(_response(error), "headers", {}).get("retry-after", ""))
             seconds = min(float(named), LONGEST_WAIT) if named.isdigit() else wait
-            logger.warning("The Hub did not answer as expected (%s); the next attempt is in %g s.", error, seconds)
+            logger.warning("A request failed (%s); the next attempt is in %g s.", explain(error, "the Hub"), seconds)
         time.sleep(seconds)
     return call()
 
@@ -217,4 +219,4 @@ def _response(error: BaseException) -> Any:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__  # not the context, which may be the answer to an earlier request

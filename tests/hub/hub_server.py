@@ -177,6 +177,8 @@ class Hub:
 def _handler(hub: Hub, host: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # headers and body are sent together
+        disable_nagle_algorithm = True
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -206,7 +208,8 @@ def _handler(hub: Hub, host: str) -> type[BaseHTTPRequestHandler]:
                         if candidate.nth <= candidate.seen < candidate.nth + candidate.times:
                             fault = fault or candidate
             if fault is not None and fault.kind == "drop":
-                self.rfile.read1(1000)
+                if self.command in ("POST", "PUT"):
+                    self.rfile.read1(1000)
                 self.drop()
                 return
             body = b"".join(self.pieces())
