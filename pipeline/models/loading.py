@@ -132,6 +132,8 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
             tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer("Hello")  # fails if a setting in its files is of the wrong type
     separate_pad_token(tokenizer, name)
+    # Rows that are too long are cut or left out, and reported; this warning would announce errors that do not come.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -200,3 +201,17 @@ def test_headers_are_read_without_torch() -> None:
     """The report counts parameters, and starts in half a second."""
     code = "import sys, pipeline.models.weights; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_long_rows_do_not_announce_errors_that_do_not_come(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    words = word_tokenizer(WORDS)
+    words.model_max_length = 3
+    words.save_pretrained(tmp_path)
+    words("fox " * 9)
+    assert "indexing errors" in caplog.text
+    caplog.clear()
+    load_tokenizer(str(tmp_path), "tokenizer_name_or_path")("fox " * 9)
+    assert caplog.text == ""
