@@ -98,8 +98,9 @@ class Outputs:
         """Return the repository of an output directory or of the report."""
         return self.repo_id or f"{self.namespace}/{self.name}-{output}"
 
-    def repositories(self) -> list[Repository]:
-        """Return what is pushed: data sets first, which the cards of the models name, then models, then the report.
+    @cached_property
+    def wanted(self) -> list[str]:
+        """Names of the output directories that are pushed.
 
         Raises:
             UserError: If a stage that is named is not there or has not finished, or there is nothing to push.
@@ -111,7 +112,11 @@ class Outputs:
         if not wanted:
             remedy = "contains neither a finished model nor data; run it first with `python -m pipeline run RECIPES`"
             raise UserError(Problem("RUN", self.path, remedy))
-        found = [self._dataset(name) if is_data(self.folders[name]) else self._model(name) for name in wanted]
+        return wanted
+
+    def repositories(self) -> list[Repository]:
+        """Return what is pushed: data sets first, which the cards of the models name, then models, then the report."""
+        found = [self._dataset(name) if is_data(self.folders[name]) else self._model(name) for name in self.wanted]
         found.sort(key=lambda item: item.type)
         if self.has_report and self.only is None:
             found.append(Repository(self.id_of(REPORT), "space", self._space))

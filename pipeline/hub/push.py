@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     from huggingface_hub.utils import disable_progress_bars
 
     from pipeline.hub.access import check_access
-    from pipeline.hub.outputs import Outputs
+    from pipeline.hub.outputs import Outputs, is_data
 
     if problems := _check(args):
         raise UserError(*problems)
@@ -71,13 +71,11 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         _show(run.repositories())
         return 0
-    field = "--namespace" if args.namespace else "--repo_id"
-    if problems := check_access([], field):
-        raise UserError(*problems)
-    repositories = run.repositories()
     for kind in () if args.create_pr else ("dataset", "model"):
-        if problems := check_access([item.id for item in repositories if item.type == kind], field, kind):
+        ids = [run.id_of(name) for name in run.wanted if is_data(run.folders[name]) == (kind == "dataset")]
+        if ids and (problems := check_access(ids, "--namespace" if args.namespace else "--repo_id", kind)):
             raise UserError(*problems)
+    repositories = run.repositories()
     disable_progress_bars()
     report = next((item for item in repositories if item.type == "space"), None)
     if report is not None and not _push(api, report, args):
@@ -178,7 +176,11 @@ def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> bool:
 
 def _is_missing(error: BaseException) -> bool:
     """Return whether a Hub answers that it does not know such a request."""
-    return getattr(getattr(error, "response", None), "status_code", None) in (404, 405, 501)
+    return _status(error) in (404, 405, 501)
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: list[Repository]) -> None:
@@ -201,10 +203,12 @@ def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: lis
     try:
         print(f"collection: {retry(attempt)}")
     except PUSH_ERRORS as error:
-        if not _is_missing(error):
+        is_refused = args.stage is not None and _status(error) == 403  # a token for some repositories only
+        if not (is_refused or _is_missing(error)):
             raise RunStopped(
                 f"The collection {title} could not be made: {explain(error, args.namespace)}.\n"
                 "The repositories are complete; the same command goes on with the collection.",
                 EXIT_PUSH_FAILED,
             ) from error
-        print("This Hub has no collections: the repositories are not tied together.", file=sys.stderr)
+        reason = "The token may not write to collections" if is_refused else "This Hub has no collections"
+        print(f"{reason}: the repositories are not tied together.", file=sys.stderr)

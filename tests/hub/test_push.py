@@ -1,0 +1,259 @@
+"""`python -m pipeline push`: a whole run goes to the Hub and comes back, whatever happens on the way."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from peft import AutoPeftModelForCausalLM
+from small_model import tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from pipeline.__main__ import main
+from tests.hub.conftest import use
+from tests.hub.hub_server import Hub, Token
+from tests.hub.small_run import TOKEN, write_small_run
+
+REPOSITORIES = {
+    *(("model", f"alice/mini-{name}") for name in ("0_random", "1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo")),
+    ("dataset", "alice/mini-data"),
+    ("dataset", "alice/mini-3_preferences"),
+    ("space", "alice/mini-report"),
+}
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+
+FAULTS = {
+    "401": (401, "POST .*2_sft/preupload"),
+    "403": (403, "POST .*data/commit"),
+    "404": (404, "GET .*/models/alice/mini-2_sft/tree"),
+    "404 where there could be no Spaces": (404, "POST /api/repos/create"),
+    "409": (409, "POST .*2_sft/commit"),
+    "429": (429, "POST /api/validate-yaml"),
+    "500": (500, "POST .*lfs/objects/batch"),
+    "500 of collections": (500, "POST /api/collections"),
+    "dropped in an upload": ("drop", "PUT "),
+    "dropped in a commit": ("drop", "POST .*3_ppo/commit"),
+    "answer to a commit lost": ("lost", "POST .*3_ppo/commit"),
+    "answer to a creation lost": ("lost", "POST /api/repos/create"),
+    "answer to a collection's item lost": ("lost", "POST .*/items"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_run(tmp_path_factory.mktemp("runs") / "mini")
+
+
+def push(run: Path, *more: str) -> int:
+    """Push a run in this process, and return the exit code."""
+    try:
+        return main(["push", str(run), *(more if "--repo_id" in more else ("--namespace", "alice", *more))])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def contents(hub: Hub) -> dict[tuple[str, str], Mapping[str, bytes]]:
+    return {(kind, name): hub.files(name, kind) for kind, name in hub.repos}
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_is_pushed_comes_back_and_nothing_is_pushed_twice(
+    hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(run)
+    assert push(run) == 0
+    assert snapshot(run) == before, "nothing local has changed"
+    assert set(hub.repos) == REPOSITORIES
+    assert all(hub.commits(name, kind) == ["Push with Fourstage"] for kind, name in REPOSITORIES)
+    assert {request.token for request in hub.requests if request.host == "storage"} == {None}
+    (collection,) = hub.collections.values()
+    assert {(item["type"], item["id"]) for item in collection["items"]} == REPOSITORIES
+    assert collection["title"] == "mini"
+
+    for stage in ("0_random", "1_pretrain", "2_sft", "3_ppo"):
+        name, local = f"alice/mini-{stage}", AutoModelForCausalLM.from_pretrained(run / stage)
+        loaded, words = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        assert same_weights(loaded, local)
+        prompt = words.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt", return_dict=True)
+        answers = [model.generate(**prompt, max_new_tokens=5, do_sample=False) for model in (loaded, local)]
+        assert torch.equal(*answers)
+    reward = AutoModelForSequenceClassification.from_pretrained("alice/mini-3_reward")
+    assert same_weights(reward, AutoModelForSequenceClassification.from_pretrained(run / "3_reward"))
+    critic = AutoModelForTokenClassification.from_pretrained("alice/mini-3_ppo", subfolder="value_model")
+    assert same_weights(critic, AutoModelForTokenClassification.from_pretrained(run / "3_ppo" / "value_model"))
+    adapted = AutoPeftModelForCausalLM.from_pretrained("alice/mini-4_grpo")
+    assert adapted.peft_config["default"].base_model_name_or_path == "alice/mini-3_ppo"
+    assert same_weights(adapted, AutoPeftModelForCausalLM.from_pretrained(run / "4_grpo"))
+    assert AutoTokenizer.from_pretrained("alice/mini-4_grpo").get_vocab() == tokenizer().get_vocab()
+    rows = load_dataset("alice/mini-data", "sft", split="test", streaming=True)
+    assert next(iter(rows))["messages"][1]["content"] == "It is 0."
+
+    hub.requests.clear()
+    capsys.readouterr()
+    assert push(run) == 0
+    assert {request.method for request in hub.requests} == {"GET"}, "a second push uploads nothing"
+    assert capsys.readouterr().out.count("up to date") == len(REPOSITORIES)
+
+
+def test_no_file_names_the_machine_or_a_token_and_none_is_a_pickle(hub: Hub, run: Path) -> None:
+    assert push(run, "--checkpoints") == 0
+    branches = {(kind, name): list(repo.branches) for (kind, name), repo in hub.repos.items()}
+    assert branches["model", "alice/mini-2_sft"] == ["main", "step-2"]
+    for (kind, name), known in branches.items():
+        for path, content in ((p, c) for branch in known for p, c in hub.files(name, kind, branch).items()):
+            for place in (run.parent, Path.cwd(), Path.home()):
+                assert str(place).encode() not in content, (name, path, place)
+            assert TOKEN.encode() not in content, (name, path)
+            assert len(socket.gethostname()) < 5 or socket.gethostname().encode() not in content, (name, path)
+            assert not content.startswith(PICKLES), (name, path)
+            hidden = any(part.startswith((".", "checkpoint-", "events")) for part in path.split("/"))
+            assert not hidden and not path.endswith((".bin", ".pt", ".pth")), (name, path)
+
+
+@pytest.fixture(scope="module")
+def expected(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Mapping[str, bytes]]:
+    """What the repositories hold after an undisturbed push of three stages and the report."""
+    server = Hub()
+    with pytest.MonkeyPatch.context() as patch:
+        use(server, patch, tmp_path_factory.mktemp("cache"))
+        assert push(run) == 0
+    server.close()
+    return contents(server)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_after_a_fault_the_same_command_goes_on(
+    hub: Hub,
+    run: Path,
+    expected: Mapping[tuple[str, str], Mapping[str, bytes]],
+    fault: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = snapshot(run)
+    kind, path = FAULTS[fault]
+    hub.fail(kind, path, headers={"Retry-After": "1"} if kind == 429 else {})
+    code = push(run)
+    lines = capsys.readouterr().err.splitlines()
+    assert hub.faults[0].seen, "the fault was met"
+    assert (code, len(lines)) == ((3, 2) if fault in ("401", "403", "404") else (0, len(lines))), lines
+    assert len(lines) <= 2 and all(len(line) < 300 for line in lines), lines
+    assert push(run) == 0
+    assert contents(hub) == expected, "all is there"
+    for kind_of, name in REPOSITORIES:
+        is_twice = name == "alice/mini-4_grpo" and "no Spaces" in fault  # the report moves to its Space
+        assert len(hub.commits(name, kind_of)) == 1 + is_twice, name
+    assert len(hub.collections) == 1
+    assert snapshot(run) == before
+
+
+def test_a_hub_without_spaces_or_collections_gets_the_report_with_the_last_model(
+    hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.spaces = hub.has_collections = False
+    assert push(run) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert ["no Spaces" in lines[0], "no collections" in lines[1], len(lines)] == [True, True, 2]
+    assert {"report/index.html", "report/metrics.json"} <= set(hub.files("alice/mini-4_grpo"))
+    hub.requests.clear()
+    assert push(run) == 0
+    assert [r.path for r in hub.requests if r.method != "GET"] == ["/api/repos/create"], "only the Space is tried again"
+
+
+def test_what_a_stage_no_longer_has_is_removed_and_the_rest_of_a_repository_stays(hub: Hub, run: Path) -> None:
+    hub.add("alice/mini-2_sft", {"old.safetensors": b"x", "last-checkpoint/optimizer.pt": b"y"})
+    assert push(run, "--stage", "2_sft") == 0
+    assert set(hub.repos) == {("model", "alice/mini-2_sft")}, "the other stages are not pushed"
+    files = hub.files("alice/mini-2_sft")
+    assert "old.safetensors" not in files and "last-checkpoint/optimizer.pt" in files
+    assert b"base_model" not in files["README.md"].split(b"---")[1], "1_pretrain is not on the Hub"
+
+
+def test_options(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert push(run, "--stage", "1_pretrain", "--private", "--revision", "dev", "--license", "mit") == 0
+    assert hub.repos["model", "alice/mini-1_pretrain"].private
+    assert (
+        not hub.files("alice/mini-1_pretrain")
+        and b"license: mit" in hub.files("alice/mini-1_pretrain", revision="dev")["README.md"]
+    )
+    assert push(run, "--stage", "1_pretrain", "--create-pr") == 0
+    assert b"license: apache-2.0" in hub.files("alice/mini-1_pretrain", revision="refs/pr/1")["README.md"]
+    assert not hub.files("alice/mini-1_pretrain"), "main waits for the pull request"
+
+    hub.requests.clear()
+    capsys.readouterr()
+    assert push(run, "--dry-run", "--checkpoints") == 0
+    out = capsys.readouterr().out
+    assert "space alice/mini-report" in out and "(branch step-2)" in out and "nothing was pushed" in out
+    assert "value_model/model.safetensors" in out and "training_args.bin" not in out
+    assert not hub.requests
+
+
+def test_one_output_directory(hub: Hub, run: Path) -> None:
+    assert push(run / "2_sft", "--repo_id", "alice/own") == 0
+    assert same_weights(*map(AutoModelForCausalLM.from_pretrained, ("alice/own", str(run / "2_sft"))))
+    assert b'model="alice/own"' in hub.files("alice/own")["README.md"]
+    assert push(run / "data", "--repo_id", "alice/rows") == 0
+    assert load_dataset("alice/rows", split="train").num_rows == 8
+
+
+@pytest.mark.parametrize(
+    ("tokens", "token", "more", "says"),
+    [
+        ({}, None, (), "needs a token"),
+        ({"hf_old": Token("alice", expired=True)}, "hf_old", (), "expired"),
+        ({"hf_read": Token("alice", write=False)}, "hf_read", (), "only read"),
+        ({"hf_one": Token("alice", write=("alice/mini-2_sft",))}, "hf_one", (), "alice/mini-2_sft only"),
+        ({"hf_bob": Token("bob")}, "hf_bob", (), "belongs to alice"),
+        ({"hf_alice": Token("alice")}, "hf_alice", ("--stage", "5_more"), "5_more: is not a finished"),
+        ({"hf_alice": Token("alice")}, "hf_alice", ("--create-pr", "--revision", "dev"), "omit --revision"),
+    ],
+)
+def test_a_push_that_cannot_succeed_is_refused(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tokens: Mapping[str, Token],
+    token: str | None,
+    more: tuple[str, ...],
+    says: str,
+) -> None:
+    server = Hub(tokens)
+    use(server, monkeypatch, tmp_path / "cache", token)
+    assert push(run, *more) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert says in lines[0] and len(lines) == 1, lines
+    assert not server.repos
+    server.close()
+
+
+def test_a_token_for_one_repository_pushes_to_that(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Hub({"hf_one": Token("alice", write=("alice/mini-2_sft",))})
+    server.add("alice/mini-2_sft", {})
+    use(server, monkeypatch, tmp_path / "cache", "hf_one")
+    assert push(run, "--stage", "2_sft") == 0
+    assert capsys.readouterr().err == (
+        "The token may not write to collections: the repositories are not tied together.\n"
+    )
+    assert "model.safetensors" in server.files("alice/mini-2_sft")
+    server.close()
