@@ -36,6 +36,13 @@ class DataArguments:
             "split (a plain file, for instance): every 20th row for 0.05. With 0, all rows are trained on."
         },
     )
+    keep_rows: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the rows of which a column has one of these values, such as source=gsm8k source=math, whether "
+            "in upper or in lower case. Default: all."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows, the first ones."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows, the first ones."})
     text_column: str = field(default="text", metadata={"help": "Column of the documents (pretraining)."})

@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import Kind, Split, place_of, standardise
+from pipeline.data.columns import Kind, Split, column_names, place_of, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.errors import Problem, UserError
 
@@ -56,7 +56,7 @@ def load_splits(
 def _load_one(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
 ) -> tuple[Split, Split | None]:
-    source = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming)
+    source = keep_rows(open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming), args)
     try:
         return _divide(source, args, kind, evaluation, tokens)
     except UnicodeDecodeError as error:  # the rows are read only now
@@ -71,6 +71,27 @@ def _join(parts: list[Split], most: int | None) -> Split:
     if most is None:
         return joined
     return joined.take(min(most, len(joined)) if isinstance(joined, Dataset) else most)
+
+
+def keep_rows(source: DatasetDict | IterableDatasetDict, args: DataArguments) -> DatasetDict | IterableDatasetDict:
+    """Return the rows of a data set that `args.keep_rows` asks for.
+
+    Raises:
+        UserError: If it names a column that does not exist, or does not have the form COLUMN=VALUE.
+    """
+    if not args.keep_rows:
+        return source
+    kept: dict[str, set[str]] = {}
+    for condition in args.keep_rows:
+        column, sign, value = condition.partition("=")
+        if not sign:
+            raise UserError(Problem("keep_rows", condition, "must have the form COLUMN=VALUE"))
+        kept.setdefault(column, set()).add(value.casefold())
+    columns = column_names(next(iter(source.values())))
+    if unknown := sorted(set(kept) - set(columns)):
+        remedy = f"there is no such column; choose from: {', '.join(columns)}"
+        raise UserError(Problem("keep_rows", ", ".join(unknown), remedy))
+    return source.filter(lambda row: all(str(row[name]).casefold() in values for name, values in kept.items()))
 
 
 def _divide(
