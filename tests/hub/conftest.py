@@ -37,6 +37,7 @@ def use(server: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path, token: str | 
     ):
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "_whoami_cache", {})
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     sleep = huggingface_hub.utils._http.time.sleep
