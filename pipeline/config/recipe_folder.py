@@ -54,13 +54,17 @@ def fetch_recipes(name: str) -> Path | None:
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     repo_id, revision = split_revision(name)
     for repo_type in ("model", "dataset"):
         options = {"repo_type": repo_type, "revision": revision}
+        disable_progress_bars()  # of a few small files
         try:
-            folder = Path(snapshot_download(repo_id, allow_patterns=["*.yaml", "*.yml"], **options))
             listed = [] if constants.HF_HUB_OFFLINE else HfApi().list_repo_files(repo_id, **options)
+            if listed and not any(path.endswith(SUFFIXES) for path in listed):
+                raise UserError(Problem("recipe", name, "does not contain files such as 2_sft.yaml; name another"))
+            folder = Path(snapshot_download(repo_id, allow_patterns=[f"*{suffix}" for suffix in SUFFIXES], **options))
         except RepositoryNotFoundError:
             continue
         except RevisionNotFoundError:
@@ -71,6 +75,8 @@ def fetch_recipes(name: str) -> Path | None:
             reason = "the Hub cannot be reached" if is_network_error(error) else str(error).strip().split("\n")[0][:200]
             remedy = f"is not a local folder, and cannot be downloaded ({reason}); correct it or try again"
             raise UserError(Problem("recipe", name, remedy)) from None
+        finally:
+            enable_progress_bars()
         modules = {path.removesuffix(".py").replace("/", ".") for path in listed if path.endswith(".py")}
         if problems := list(_untrusted(folder, modules)):
             raise UserError(*problems)

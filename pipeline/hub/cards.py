@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import safe_open
 
+from pipeline.files import split_revision
 from pipeline.hub.contents import public_settings, without_paths
 from pipeline.hub.stages import GENERAL, STAGES, StageText, uses
 
@@ -103,6 +104,7 @@ class Trained:
         """Return the id of what a setting names: a folder that is pushed, or something else of the Hub."""
         if not isinstance(name, str) or not name:
             return None
+        name, _ = split_revision(name)
         is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
         return self.ids.get(name) or (name if is_id and not self._is_output(name) else None)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-GENERAL = (
-    "It was measured only as shown here, and not for safety: do not put it before people without tests of your own."
-)
+GENERAL = "It was measured only as shown here, and not for safety: test it yourself before people use it."
 
 
 @dataclass(frozen=True)
