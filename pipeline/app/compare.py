@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup, escape
 
-from pipeline.app.models import Answer, Sampling, write
+from pipeline.app.models import Answer, Sampling, well_formed, write
 from pipeline.app.site import Site
 from pipeline.errors import LIBRARY_ERRORS, UserError
 from pipeline.report.labels import stage_info
@@ -80,7 +80,7 @@ def build(site: Site) -> None:
 def report_prompts(site: Site) -> list[str]:
     """Return the prompts that every stage was asked for the report."""
     answering = load_run(site.run).answering
-    return list(dict.fromkeys(str(item["prompt"]) for stage in answering for item in stage.answers))
+    return list(dict.fromkeys(well_formed(str(item["prompt"])) for stage in answering for item in stage.answers))
 
 
 def answer_all(
@@ -91,10 +91,16 @@ def answer_all(
     Yields:
         The columns that changed, by name.
     """
-    changed: dict[str, Markup] = {name: waiting(name) for name in names}
-    yield changed
-    changed, latest = {}, 0.0
+    yield {name: waiting(name) for name in names}
+    latest = 0.0
+    changed: dict[str, Answer | Markup] = {}
     answers: dict[str, Iterator[Answer]] = {}
+
+    def shown() -> dict[str, Markup]:
+        return {
+            name: written(name, found, shade) if isinstance(found, Answer) else found for name, found in changed.items()
+        }
+
     for name in names:
         try:
             loaded = site.models.get(name)
@@ -109,14 +115,14 @@ def answer_all(
                 changed[name] = failed(name, f"{type(error).__name__}: {error}")
                 del answers[name]
                 continue
-            changed[name] = written(name, answer, shade)
+            changed[name] = answer
             if answer.stopped:
                 del answers[name]
         if time.perf_counter() - latest > REFRESH:
-            yield changed
+            yield shown()
             changed, latest = {}, time.perf_counter()
     if changed:
-        yield changed
+        yield shown()
 
 
 def title(name: str) -> Markup:

@@ -78,6 +78,7 @@ class Loaded:
         Raises:
             UserError: If they leave no room for an answer.
         """
+        messages = [{**message, "content": well_formed(message["content"])} for message in messages]
         if self.tokenizer.chat_template:
             (ids,) = encode_prompts(self.tokenizer, [messages])
         else:
@@ -115,6 +116,7 @@ class Answer:
     seconds: float = 0.0
     stopped: str = ""
     _text: str = ""
+    _known: dict[int, str] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -131,7 +133,9 @@ class Answer:
 
     def piece(self, token: int) -> str:
         """Return the text of a token by itself."""
-        return str(self.loaded.tokenizer.decode([token]))
+        if token not in self._known:
+            self._known[token] = str(self.loaded.tokenizer.decode([token]))
+        return self._known[token]
 
 
 def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling) -> Iterator[Answer]:
@@ -180,6 +184,11 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
         alternatives = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         yield Token(int(chosen), float(log_probs[chosen]), alternatives)
         ids = chosen.reshape(1, 1)
+
+
+def well_formed(text: str) -> str:
+    """Replace lone surrogates, which neither a tokenizer nor UTF-8 can represent, by question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def load(path: str, name: str, option: str) -> Loaded:

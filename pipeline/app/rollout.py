@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from pipeline.app import watch
 from pipeline.app.compare import quoted, share
-from pipeline.app.models import Loaded
+from pipeline.app.models import Loaded, well_formed
 from pipeline.app.site import Site
 from pipeline.errors import LIBRARY_ERRORS, UserError
 from pipeline.models.generation import Completion
@@ -42,7 +42,9 @@ def build(site: Site) -> None:
         return
     first = stages[-1]
     traces = [trace for stage in load_run(site.run).stages.values() for trace in stage.traces][:1]
-    text, answer = (str(traces[0].get(key) or "") for key in ("problem", "reference")) if traces else ("", "")
+    text, answer = (
+        (well_formed(str(traces[0].get(key) or "")) for key in ("problem", "reference")) if traces else ("", "")
+    )
     stage = gr.Radio([(stage_info(name).title, name) for name in stages], value=first, label="What to watch")
     with gr.Row():
         policy = gr.Dropdown(site.models.stages, value=before(site, first), label="The model that answers")
@@ -72,7 +74,7 @@ def build(site: Site) -> None:
             gr.Warning("The data of this stage cannot be read; the terminal of the server says why.")
             return gr.skip(), gr.skip()
         row = random.choice(rows(stage))
-        return row["prompt"][-1]["content"], str(row.get("answer") or "")
+        return well_formed(row["prompt"][-1]["content"]), well_formed(str(row.get("answer") or ""))
 
     def roll_out(stage: str, policy: str, text: str, answer: str, seed: int) -> Iterator[Markup]:
         settings = watch.stage_settings(site.run, stage)

@@ -1,49 +1,18 @@
-"""The page as a browser shows it: no error, no request, nothing cut off, readable in both schemes.
-
-Needs Chromium and its driver (`apt-get install chromium chromium-driver`) and the Python package selenium (extra
-`test`). Without them these tests are skipped; they fail if the environment variable `CI` is set.
-"""
+"""The report as a browser shows it: no error, no request, nothing cut off, readable in both schemes."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import FAINT, OVERFLOWING, emulate, open_browser, requested
 from fake_run import write_run
 
 from pipeline.__main__ import main
-
-BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-FOUND = {"selenium": find_spec("selenium"), "Chromium": BINARY, "chromedriver": DRIVER}
-MISSING = ", ".join(name for name, found in FOUND.items() if not found)
-HINT = (
-    f"without {MISSING}; to run the tests of the pages: apt-get install chromium chromium-driver; "
-    "pip install -e '.[test]'"
-)
-if MISSING and not os.environ.get("CI"):
-    pytest.skip(HINT, allow_module_level=True)
-
-# Elements that reach out of the window, or whose text is cut, unless they scroll by themselves.
-OVERFLOWING = """
-const cut = [];
-const scrolls = e => e.closest('.scroll') !== null;
-for (const e of document.querySelectorAll('body, body *')) {
-  const box = e.getBoundingClientRect(), style = getComputedStyle(e);
-  if (box.width === 0 || e.closest('.heard') || scrolls(e) && !e.matches('.scroll')) continue;
-  if (box.right > innerWidth + 1 || box.left < -1) cut.push(['outside', e.outerHTML.slice(0, 120)]);
-  if (!e.matches('.scroll') && !e.closest('svg') && e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0
-      && style.display !== 'inline') cut.push(['cut', e.outerHTML.slice(0, 120)]);
-}
-return cut;
-"""
 
 # Tables that need sideways scrolling, and charts whose labels reach out of their drawing.
 NOT_FITTING = """
@@ -61,56 +30,12 @@ for (const svg of document.querySelectorAll('svg.chart')) {
 return found;
 """
 
-# Text whose contrast with what lies behind it is below WCAG 2.2 AA (4.5 to 1), with the contrast.
-FAINT = """
-const numbers = c => (c.match(/[\\d.]+/g) || []).map(Number);
-const linear = v => v <= 10 ? v / 3294.6 : ((v / 255 + .055) / 1.055) ** 2.4;
-const light = c => { const [r, g, b] = c.map(linear);
-  return .2126 * r + .7152 * g + .0722 * b; };
-const behind = e => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor);
-  if (c.length === 3 || c[3] > 0) return c; } return [255, 255, 255]; };
-const faint = [];
-for (const e of document.querySelectorAll('body *')) {
-  const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
-  if (!own || e.tagName === 'title' || e.getBoundingClientRect().width === 0) continue;
-  const style = getComputedStyle(e);
-  const front = numbers(e.closest('svg') ? style.fill : style.color);
-  const [a, b] = [light(front), light(behind(e))].sort((x, y) => y - x);
-  const contrast = (a + .05) / (b + .05);
-  if (contrast < 4.5) faint.push([e.outerHTML.slice(0, 100), contrast]);
-}
-return faint;
-"""
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A headless Chromium with an empty profile."""
-    if MISSING:
-        pytest.fail(HINT, pytrace=False)
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    os.environ |= {"SE_OFFLINE": "true", "SE_AVOID_STATS": "true"}
-    options = webdriver.ChromeOptions()
-    options.binary_location = BINARY
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield started
-    started.quit()
+    """A headless Chromium."""
+    with open_browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -136,18 +61,10 @@ def pages(
 
 def show(browser: Any, page: Path, width: int, scheme: str) -> list[str]:
     """Open the page from disk, with all of it unfolded. Returns the addresses that it requested."""
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get_log("performance")
-    browser.get_log("browser")
+    emulate(browser, width, scheme)
     browser.get(page.as_uri())
     browser.execute_script("for (const e of document.querySelectorAll('details')) e.open = true")
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [
-        message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
-    ]
+    return requested(browser)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -156,8 +73,7 @@ def show(browser: Any, page: Path, width: int, scheme: str) -> list[str]:
 def test_the_page_fits_every_width_in_both_schemes(
     browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:
-    requested = show(browser, pages[name], width, scheme)
-    assert [url for url in requested if not url.startswith("data:")] == [pages[name].as_uri()]
+    assert show(browser, pages[name], width, scheme) == [pages[name].as_uri()]
     assert browser.get_log("browser") == []
     assert "Fourstage report" in browser.title
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width

@@ -1,0 +1,150 @@
+"""The gate of the page: what it lets through, and to whom; what the command refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from pipeline.__main__ import main
+from pipeline.app.server import build_app
+from pipeline.app.site import Site
+
+PASSWORD = "to be or not to be"
+
+
+Make = Callable[..., Site]
+
+
+@pytest.fixture(scope="module")
+def client(run: Path, site_of: Make) -> Iterator[TestClient]:
+    with TestClient(build_app(site_of(run)), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+@contextmanager
+def guarded_by(password: str, run: Path, folder: Path, site_of: Make) -> Iterator[TestClient]:
+    """Serve a copy of the run, because a run has one server."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("votes"))
+    with TestClient(build_app(site_of(folder, "--password", password)), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def guarded(run: Path, site_of: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with guarded_by(PASSWORD, run, tmp_path_factory.mktemp("guarded") / "run", site_of) as client:
+        yield client
+
+
+def test_the_page_and_its_report_are_served(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.status_code == 200 and "Fourstage" in page.text
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    report = client.get("/report")
+    assert "The same prompts, answered by each stage" in report.text
+    assert report.headers["content-security-policy"].startswith("default-src 'none'")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/file=/etc/passwd",
+        "/gradio_api/file/run.json",
+        "/gradio_api/proxy=https://example.com",
+        "/gradio_api/custom_component/x/client/component/../../../../run.json",
+        "/gradio_api/dev/reload",
+        "/gradio_api/vibe-code/",
+        "/gradio_api/run-history/buckets",
+        "/monitoring",
+        "/docs",
+        "/openapi.json",
+        "/run.json",
+        "/report/../run.json",
+    ],
+)
+def test_what_the_page_does_not_need_is_not_there(client: TestClient, path: str) -> None:
+    assert client.get(path).status_code in (400, 404)
+
+
+def test_nothing_is_uploaded_and_requests_are_small(client: TestClient) -> None:
+    assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
+    assert client.post("/gradio_api/queue/join", content=b"x" * (1 << 21)).status_code == 413
+
+
+def test_a_path_in_a_call_is_not_opened(client: TestClient, run: Path) -> None:
+    body = {"data": [{"path": str(run / "run.json"), "meta": {"_type": "gradio.FileData"}}], "fn_index": 0}
+    answer = client.post("/gradio_api/queue/join", json=body | {"session_hash": "abc"})
+    shown = client.get("/gradio_api/queue/data?session_hash=abc").text if answer.status_code == 200 else answer.text
+    assert "fingerprint" not in shown
+
+
+def test_other_sites_cannot_use_the_page_of_this_machine(client: TestClient) -> None:
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    crossing = {"sec-fetch-site": "cross-site"}
+    assert client.post("/gradio_api/queue/join", json={}, headers=crossing).status_code == 403
+
+
+def test_without_the_password_there_is_only_the_form(guarded: TestClient) -> None:
+    page = guarded.get("/")
+    assert re.search(r'<input[^>]*type="password"', page.text) and "gradio" not in page.text
+    for path in ("/report", "/config", "/gradio_api/info", "/prefer/next"):
+        assert guarded.get(path).status_code == 401
+    wrong = guarded.post("/login", data={"username": "ann", "password": "wrong"})
+    assert wrong.status_code == 401 and not guarded.cookies
+    assert guarded.post("/login", data={"username": " ", "password": PASSWORD}).status_code == 401
+
+
+def test_a_login_outlives_a_restart_and_cannot_be_forged(
+    guarded: TestClient, run: Path, site_of: Make, tmp_path: Path
+) -> None:
+    entered = guarded.post("/login", data={"username": "Änn", "password": PASSWORD})
+    assert entered.status_code == 200 and "gradio" in entered.text
+    (cookie,) = guarded.cookies.jar
+    assert cookie.has_nonstandard_attr("HttpOnly")
+    with guarded_by(PASSWORD, run, tmp_path / "restarted", site_of) as restarted:
+        assert restarted.get("/report", cookies={cookie.name: str(cookie.value)}).status_code == 200
+        signature = str(cookie.value).rpartition(".")[2]
+        assert restarted.get("/report", cookies={cookie.name: f"Ym9i.{signature}"}).status_code == 401
+    with guarded_by("another", run, tmp_path / "other", site_of) as other:
+        assert other.get("/report", cookies={cookie.name: str(cookie.value)}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host: 0.0.0.0: lets other machines open the page; give a --password as well"),
+        (["--port", "0"], "--port: 0: is not between 1 and 65535"),
+        (["--host", "no.such.host.invalid"], "--host: no.such.host.invalid: is not an address of this machine"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_refused(
+    run: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["app", str(run), *options])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [message]
+
+
+def test_a_port_in_use_and_a_folder_that_is_no_run_are_refused_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed0" / "run.json").write_text(json.dumps({}))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit) as stop:
+            main(["app", str(tmp_path), "--port", str(port)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"RUN: {tmp_path}: holds several runs; name one, such as {tmp_path / 'seed0'}",
+        f"--port: {port}: cannot be used (Address already in use); choose another",
+    ]
