@@ -61,6 +61,9 @@ METRICS: dict[str, MetricInfo] = {
     "reward_calibration_error": MetricInfo(
         "Calibration error", "gap between the scores' probabilities and the labels, beyond chance", "down"
     ),
+    "expert_load": MetricInfo(
+        "Expert load", "tokens over the fair number, of the expert furthest from 1", "", 2, share=False
+    ),
     "reward_length_correlation": MetricInfo(
         "Correlation with length", "of the reward model's score with the number of words", "", share=False
     ),

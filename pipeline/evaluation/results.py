@@ -35,6 +35,8 @@ class StageResult:
         judge: Who judges the win rates, as reports name it.
         left_out: What there is no data for, one line each.
         cut_off: Data -> its `answers`, those `cut off`, and the `limit` in tokens.
+        experts: The load of each expert in `layers`, over its fair share, and in `documents` the `pieces` of some texts
+            with the expert `chosen` for each, by layer; {} for a dense model.
         overlap: Data -> how many of its `rows` are `found` in those that a stage trains on, see `find_overlaps`.
         settings: How it was measured.
         seconds: How long it took, loading included.
@@ -51,6 +53,7 @@ class StageResult:
     judge: str = ""
     left_out: list[str] = field(default_factory=list)
     cut_off: dict[str, dict[str, int]] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -93,7 +96,10 @@ class StageResult:
             self.examples.append({**example, "kind": row["kind"], "value": float(value), **extra})
 
 
-WRITTEN = ("answers", "traces", "texts", "opponent", "against", "judge", "left_out", "cut_off", "overlap", "settings")
+WRITTEN = (
+    "answers", "traces", "texts", "opponent", "against", "judge", "left_out", "cut_off", "experts", "overlap",
+    "settings",
+)  # fmt: skip
 
 
 def check_own(run: Path, stage: str, settings: Mapping[str, Any]) -> list[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,23 @@ from pipeline.errors import Problem, UserError
 from pipeline.evaluation import baselines, matches, metrics
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import HeldOut, find_overlaps
+from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.results import StageResult, held_out_pairs
 from pipeline.evaluation.reward_model import measure_pairs, measure_people
 from pipeline.evaluation.settings import BASE, DEFAULT_LENGTH, LENGTHS, VOTES
+from pipeline.evaluation.sources import Example
 from pipeline.files import check_directory
 from pipeline.models.checks import check_lengths
+from pipeline.models.experts import RouteCounter, routes, worst
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer, user_error_for
 from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
 from pipeline.preferences.votes import load_votes
 from pipeline.rewards.grading import is_gradable
 
 Settings = Mapping[str, Any]
+
+DRAWN = 3
+"""Texts of which the report shows which expert took which token."""
 
 WITHOUT = {
     "texts": "bits per byte: left out, no text is held out (`text`)",
@@ -106,7 +112,9 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     if rewards:
         model, tokenizer = load_model(str(path), "--stage", reward=True, dtype=torch.float32)
         if held_out.pairs:
-            measure_pairs(result, _place(model), tokenizer, held_out.pairs, seed)
+            with RouteCounter(_place(model)) as counter:
+                measure_pairs(result, model, tokenizer, held_out.pairs, seed)
+            _record_experts(result, counter)
         else:
             result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
         if votes := held_out_pairs(run, stage):
@@ -136,7 +144,9 @@ def _measure_language_model(
     chats = {key: ChatModel(model, tokenizer, limit) for key, limit in limits.items()}
     result.left_out += [line for name, line in WITHOUT.items() if not getattr(held_out, name)]
     if held_out.texts:
-        metrics.measure_texts(result, chats["instructions"], held_out.texts, seed)
+        with RouteCounter(model) as counter:
+            metrics.measure_texts(result, chats["instructions"], held_out.texts, seed)
+        _record_experts(result, counter, chats["instructions"], held_out.texts)
     if settings.get("lm_eval_tasks"):
         from pipeline.evaluation.harness import measure_tasks  # optional
 
@@ -187,6 +197,22 @@ def _measure_language_model(
             result, chat, held_out, answers, seed, settings["elicit"], judge or ANNOTATORS, limits["prompts"]
         )
     metrics.answer_fixed_prompts(result, replace(chats["instructions"], counts=Counter()), held_out.fixed_prompts)
+
+
+def _record_experts(
+    result: StageResult, counter: RouteCounter, chat: ChatModel | None = None, texts: Sequence[Example] = ()
+) -> None:
+    """Record which experts took the tokens that were counted, and those of a few texts, if the model has experts."""
+    if not counter.shares:
+        return
+    tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k
+    result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
+    result.experts["layers"] = [[round(share, 4) for share in layer] for layer in counter.shares]
+    result.experts["documents"] = []
+    for row in texts[:DRAWN] if chat else ():
+        ids = chat.tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
+        drawn = {"pieces": [chat.tokenizer.decode([token]) for token in ids], "chosen": routes(chat.model, ids)}
+        result.experts["documents"].append(drawn)
 
 
 def _graded(held_out: HeldOut) -> bool:

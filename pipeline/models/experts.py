@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextExperts, Llama4TextModel
 
 
@@ -55,7 +56,9 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 class RouteCounter:
-    """Counts which experts take how many tokens, while a model computes; padding does not count.
+    """Counts which experts take how many tokens, while a model computes, until its context ends.
+
+    Padding does not count.
 
     A forward pass that is computed again, for activation checkpointing, counts twice, which changes no share.
 
@@ -91,8 +94,10 @@ class RouteCounter:
             self.counts = torch.zeros(len(self.routers), self.routers[0].num_experts, dtype=torch.float64)
             self.entropy = torch.zeros(len(self.routers), dtype=torch.float64)
 
-    def close(self) -> None:
-        """Stop counting."""
+    def __enter__(self) -> RouteCounter:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
@@ -125,6 +130,13 @@ class RouteCounter:
         log_probs = logits.log_softmax(-1)
         self.counts[layer] += choices(router, logits).sum(0).double().cpu()
         self.entropy[layer] -= (log_probs.exp() * log_probs).sum().double().cpu()
+
+
+@torch.inference_mode()
+def routes(model: PreTrainedModel, ids: Sequence[int]) -> list[list[int]]:
+    """Return, for each layer with experts, the expert that the router prefers for each token of a text."""
+    output = model(torch.tensor([list(ids)], device=model.device), use_cache=False, output_router_logits=True)
+    return [logits.argmax(-1).tolist() for logits in output.router_logits]
 
 
 def worst(shares: Sequence[Sequence[float]]) -> float:

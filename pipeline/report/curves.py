@@ -96,6 +96,7 @@ def charts_of(run: Run) -> list[Chart]:
             charts.extend(_chart(stage.name, title, "training steps", series, note))
         if kind == "ppo":
             charts.extend(_against_kl(stage))
+        charts.extend(_routers(stage))
     return charts
 
 
@@ -115,6 +116,25 @@ def _against_kl(stage: Stage) -> list[Chart]:
         series = [Series(name, _over_kl(stage, key), dots=True) for name, key in keys.items()]
         charts.extend(_chart(stage.name, f"{title} against KL", "KL, nats per answer", series, note))
     return charts
+
+
+def _routers(stage: Stage) -> list[Chart]:
+    """Return the load of each expert, a chart for each layer that has experts, and the entropy of their routers."""
+    keys = {key for record in stage.history for key in record if key.startswith("router/")}
+    found = [match.groups() for key in keys if (match := re.fullmatch(r"router/layer_(\d+)/expert_(\d+)", key))]
+    experts = sorted((int(layer), int(expert)) for layer, expert in found)
+    charts = []
+    for layer in dict.fromkeys(layer for layer, _ in experts):
+        series = [
+            Series(f"expert {expert + 1}", logged(stage, f"router/layer_{layer}/expert_{expert}"))
+            for its_layer, expert in experts
+            if its_layer == layer
+        ]
+        note = "Tokens over the fair number; 1 is balanced."
+        charts += _chart(stage.name, f"Load of the experts, layer {layer + 1}", "training steps", series, note)
+    layers = dict.fromkeys(layer for layer, _ in experts)
+    series = [Series(f"layer {layer + 1}", logged(stage, f"router/layer_{layer}/entropy")) for layer in layers]
+    return charts + _chart(stage.name, "Entropy of the routers, nats", "training steps", series, "")
 
 
 def _scores(stage: Stage) -> tuple[str, dict[str, str]]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipeline.evaluation.intervals import Estimate, ratio
 from pipeline.evaluation.metric_info import metric_info, metric_order
-from pipeline.report.labels import stage_info
+from pipeline.report.labels import stage_info, twins
 from pipeline.report.load import Outcomes, Run, Stage
 
 
@@ -39,12 +39,17 @@ class Difference:
 def differences(run: Run) -> list[Difference]:
     """Return every paired difference between a stage and the one that it started from, aims first.
 
-    The aims of a stage are also compared with the baselines.
+    The aims of a stage are also compared with the baselines, and pretraining with that of a model for comparison.
     """
+    others = twins(run.stages)
     found: list[Difference] = []
     before: Stage | None = None
     for stage in run.stages.values():
         if not stage_info(stage.name).generates or not stage.metrics:
+            continue
+        if stage.name in others:
+            if before is not None:
+                found.extend(_between(stage, before))
             continue
         if before is not None:
             found.extend(_between(before, stage))

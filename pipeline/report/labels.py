@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -53,6 +54,11 @@ def stage_kind(stage: str) -> str:
     kind = re.sub(r"^\d+_", "", stage)
     first = kind.partition("_")[0]
     return first if first in STAGES else kind
+
+
+def twins(stages: Iterable[str]) -> list[str]:
+    """Return the stages that only show what another architecture reaches: every pretraining but the first."""
+    return [stage for stage in sorted(stages, key=stage_order) if stage_kind(stage) == "pretrain"][1:]
 
 
 def stage_info(stage: str) -> StageInfo:

@@ -48,6 +48,7 @@ class Stage:
         judge: Who judges these.
         left_out: What there was no data for, one line each.
         cut_off: Data -> how many answers were cut off, as `pipeline.evaluation.results` has it.
+        experts: The load of the experts in `layers`, and `documents`, likewise; {} for a dense model.
         overlap: Data -> how many held-out rows are trained on, likewise.
         state: The content of trainer_state.json, with the logged values in `log_history`.
         config: The model's config.json.
@@ -65,6 +66,7 @@ class Stage:
     judge: str = ""
     left_out: list[str] = field(default_factory=list)
     cut_off: dict[str, dict[str, int]] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, dict[str, Any]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -222,6 +224,7 @@ def _load_stage(run: Run, name: str) -> Stage:
         of.metrics[metric] = estimate
     for baseline, texts in _mapping(content.get("texts")).items():
         owner(f"{baseline}/")[0].texts = {key: text for key, text in _mapping(texts).items() if isinstance(text, str)}
+    stage.experts = _mapping(content.get("experts"))
     stage.answers = _records(content.get("answers"), ("prompt", "answer"))
     stage.traces = _records(content.get("traces"), ("kind", "problem", "answer"))
     stage.evaluation_seconds = finite(content.get("seconds"))

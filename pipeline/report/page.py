@@ -18,7 +18,7 @@ from pipeline.report.load import Run
 from pipeline.report.path import path_steps
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart
-from pipeline.report.tables import costs, figures, gains, others, remarks, show_targets, tiles
+from pipeline.report.tables import costs, experts, figures, gains, others, remarks, show_targets, tiles
 from pipeline.report.targets import Target, TargetResult, check_targets, is_pocket, load_targets
 from pipeline.report.text import code, duration, magnitude, markdown, number, visible
 
@@ -99,6 +99,7 @@ def page_content(
         "silent": [name for name, stage in run.stages.items() if stage.metrics and not stage_info(name).generates],
         "traces": traces,
         "charts": draw(charts),
+        "experts": experts(run),
         "costs": costs(run, summary),
         "made": provenance(run, summary),
     }

@@ -22,19 +22,23 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
     """Return the content of metrics.json.
 
     Returns:
-        `stages` (stage -> metric -> `{"value", "ci95", "n"}`, and `by_kind` where there are kinds), `baselines` (the
-        same, and their texts), `other` (evaluations with a name, by stage), `metrics` (metric -> label and direction),
-        `judge` of the win rates, `left_out`, `cut_off` and `overlap` (by stage), `alarms` (`{"stage", "step", "what",
-        "value"}`), `seconds` (by step), `hardware`, `versions` and `commit` of the last training step, `seed`, `run`,
-        `parameters`, `tokens` and `flops` (by stage), `differences`, `promises` (the targets) and `notes`.
+        `stages` (stage -> metric -> `{"value", "ci95", "n"}`, and `by_kind` where there are kinds; `expert_load` has
+        `layers`, the load of each expert), `baselines` (the same, and their texts), `other` (evaluations with a name,
+        by stage), `metrics` (metric -> label and direction), `judge` of the win rates, `left_out`, `cut_off` and
+        `overlap` (by stage), `alarms` (`{"stage", "step", "what", "value"}`), `seconds` (by step), `hardware`,
+        `versions` and `commit` of the last training step, `seed`, `run`, `parameters`, `tokens` and `flops` (by stage),
+        `differences`, `promises` (the targets) and `notes`.
     """
     costs = {name: training_cost(stage) for name, stage in run.stages.items()}
     return {
         "run": run.name,
         "stages": {
-            name: {metric: estimate.to_json() for metric, estimate in stage.metrics.items()}
+            name: {
+                metric: estimate.to_json() | ({"layers": loads} if metric == "expert_load" else {})
+                for metric, estimate in stage.metrics.items()
+            }
             for name, stage in run.stages.items()
-            if stage.metrics
+            if (loads := stage.experts.get("layers") or []) or stage.metrics
         },
         "baselines": {
             name: {metric: estimate.to_json() for metric, estimate in baseline.metrics.items()} | baseline.texts

@@ -10,7 +10,7 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
 from pipeline.evaluation.results import remarks as said
 from pipeline.report.differences import Difference
-from pipeline.report.labels import BASELINES, EVALUATE, stage_info, step_order
+from pipeline.report.labels import BASELINES, EVALUATE, stage_info, stage_kind, step_order, twins
 from pipeline.report.load import Run, Stage
 from pipeline.report.summary import evaluation_seconds, seconds
 from pipeline.report.svg import interval_bar, share_bar
@@ -23,6 +23,8 @@ def tiles(run: Run) -> list[dict[str, Any]]:
     shown = []
     before: Stage | None = None
     for stage in run.stages.values():
+        if stage.name in twins(run.stages):
+            continue
         info = stage_info(stage.name)
         aim = next((name for name in info.aims if name in stage.metrics), None)
         if aim is not None:
@@ -185,6 +187,31 @@ def _gain(item: Difference, reach: float) -> dict[str, Any]:
         "verdict": item.verdict,
         "n": f"{item.change.n:,}" if item.change.n is not None else "–",
     }
+
+
+def experts(run: Run) -> dict[str, Any]:
+    """Return the load of each expert in every stage, and the tokens that it took of some texts in pretraining."""
+    loads = {name: stage.experts.get("layers") for name, stage in run.stages.items() if "expert_load" in stage.metrics}
+    shown = next((name for name in loads if stage_kind(name) == "pretrain"), "")
+    documents = run.stages[shown].experts.get("documents") if shown else []
+    try:
+        rows = [
+            {"stage": name, "layer": str(layer), "shares": [number(float(share), 2) for share in shares]}
+            for name, layers in loads.items()
+            for layer, shares in enumerate(layers, 1)
+        ]
+        drawn = [[_routes(*each, item["pieces"]) for each in enumerate(item["chosen"], 1)] for item in documents]
+    except (TypeError, ValueError, LookupError):  # a damaged evaluation
+        rows, drawn = [], []
+    count = max((len(row["shares"]) for row in rows), default=0)
+    names = [f"expert {expert}" for expert in range(1, count + 1)]
+    return {"names": names, "rows": rows, "stage": shown, "drawn": drawn}
+
+
+def _routes(layer: int, chosen: Sequence[int], pieces: Sequence[str]) -> dict[str, Any]:
+    """Return the runs of tokens that went to one expert of a layer."""
+    runs = groupby(zip(chosen, pieces, strict=True), key=lambda item: item[0])
+    return {"layer": layer, "runs": [{"expert": int(e), "text": "".join(text for _, text in run)} for e, run in runs]}
 
 
 def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
