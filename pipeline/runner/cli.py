@@ -228,7 +228,7 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable
     last = len(steps) - 1
     if args.until is not None:
         last = steps.index(until := find_step(steps, args.until, "--until"))
-        last += steps[last + 1].name == f"evaluate_{until.output.name}"
+        last += f"evaluate_{until.output.name}" in [step.name for step in steps[last + 1 : last + 2]]
     if first > last:
         raise UserError(Problem("--from", args.start, f"comes after --until {args.until}"))
     forced = {find_step(steps, name, "--force").name for name in args.force or ()}

@@ -99,6 +99,8 @@ def test_the_stage_that_others_are_compared_with_is_measured_after_its_judge(
     (folder / "2_sft.yaml").write_text("{dataset_name: talk.jsonl, model_name_or_path: base, output_dir: runs/r/2_sft}")
     main(["run", "recipe", "--dry-run", "--until", "sft"])
     assert "3 of 3 steps would run" in capsys.readouterr().out, "not the judge as well"
+    main(["run", "recipe", "--dry-run", "--until", "report"])
+    assert "10 of 10 steps would run" in capsys.readouterr().out
     write_settings(folder, judge="runs/r/3_reward_judge", against="0_base")
     assert [step.name for step in read_plan(folder).steps][4:6] == ["3_reward_judge", "evaluate_0_base"]
 
