@@ -61,8 +61,10 @@ def test_a_folder_of_yaml_runs_on_files_of_ones_own(tmp_path: Path) -> None:
         writer.writerows([*QUESTIONS, LONG])
     Dataset.from_list(PAIRS).to_parquet(tmp_path / "data" / "pairs" / "train.parquet")
 
-    stages = smoke("gsm8k-shakespeare", tmp_path)["stages"]
+    metrics = smoke("gsm8k-shakespeare", tmp_path)
 
+    stages = metrics["stages"]
+    assert set(metrics["baselines"]) == {"constant", "elicited", "majority"}
     models = ["0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo"]
     assert set(stages) == {*models, "3_reward", "3_judge"}
     for stage in ("3_reward", "3_judge"):
