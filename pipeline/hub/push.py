@@ -53,12 +53,16 @@ def main(args: argparse.Namespace) -> int:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
-    from pipeline.hub.access import check_access
+    from pipeline.hub.access import check_access, full_id
     from pipeline.hub.outputs import Outputs, is_data
 
     if problems := _check(args):
         raise UserError(*problems)
     api = HfApi(library_name="fourstage")
+    if args.repo_id and "/" not in args.repo_id and not args.dry_run:  # the user's own
+        if problems := check_access([], "--repo_id"):
+            raise UserError(*problems)
+        args.repo_id = full_id(args.repo_id, args.run)
     run = Outputs(
         path=args.run if args.namespace else args.run.absolute().parent,
         namespace=args.namespace or "",
@@ -120,7 +124,7 @@ def _check(args: argparse.Namespace) -> list[Problem]:
     name = args.repo_id or f"{args.namespace}/run"
     try:
         validate_repo_id(name)
-        valid = name.count("/") == 1
+        valid = True
     except HFValidationError:
         valid = False
     if not valid:

@@ -111,7 +111,7 @@ class Step:
     @property
     def push(self) -> tuple[str, ...]:
         """Arguments of `python -m pipeline` that push what it wrote; empty if its settings do not ask for that."""
-        if not self.launched or not self.values.get("push_to_hub"):
+        if self.kind == "random" or not self.values.get("push_to_hub"):  # an untrained model shares a file
             return ()
         name, revision = self.values.get("hub_model_id"), self.values.get("hub_revision")
         options = ["--revision", str(revision)] if revision else []

@@ -25,6 +25,7 @@ from pipeline.errors import EXIT_PUSH_FAILED, RunStopped
 from pipeline.hub.access import full_id
 from pipeline.hub.checkpoints import LAST
 from pipeline.hub.contents import TEXTS, WORDS, Files, publishable, without_paths
+from pipeline.hub.outputs import Outputs
 from pipeline.hub.upload import explain, is_replaced, push
 from pipeline.training.checkpoint_manifest import MANIFEST, STATE
 
@@ -93,13 +94,16 @@ class PushCallback(TrainerCallback):
         if not self._is_asked or self._args.process_index != 0:
             return
         output_dir = str(self._args.output_dir)
-        strategy, name = self._args.hub_strategy, self._args.hub_model_id or Path(output_dir).absolute().name
+        folder = Path(output_dir).absolute()
+        strategy, name = self._args.hub_strategy, self._args.hub_model_id or folder.name
 
         def is_stale(path: str) -> bool:
             return _is_weights(path) or (strategy == HubStrategy.EVERY_SAVE and path.startswith(f"{LAST}/"))
 
         try:
-            name = self._send(publishable(Path(output_dir)), "End of training", is_stale)
+            name = full_id(self._args.hub_model_id, folder)
+            (model,) = Outputs(path=folder.parent, repo_id=name, only=[folder.name]).repositories()
+            self._send(name, model.files(), "End of training", is_stale)
         except Exception as error:
             command = ["python", "-m", "pipeline", "push", output_dir, "--repo_id", name]
             command += ["--revision", self._args.hub_revision] if self._args.hub_revision else []
@@ -142,21 +146,19 @@ class PushCallback(TrainerCallback):
                 files |= checkpoint_files(checkpoint, LAST if own else checkpoint.name)
             replaced = (f"{newest}/" if keeps_all else f"{LAST}/", *[f"{PREFIX_CHECKPOINT_DIR}-"] * keeps_best)
             message = f"Training in progress, step {newest.rpartition('-')[2]}"
-            name = self._send(files, message, lambda path: _is_weights(path) or path.startswith(replaced))
+            name = full_id(self._args.hub_model_id, str(self._args.output_dir))
+            self._send(name, files, message, lambda path: _is_weights(path) or path.startswith(replaced))
             logger.info("%-11s %s to %s/%s", "pushed", newest, self._api.endpoint, name)
         except Exception as error:  # noqa: BLE001 - whatever happens to a push, training goes on
             self._warn(newest, error)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _send(self, files: Files, message: str, replaces: Callable[[str], bool]) -> str:
-        """Push files to the repository of the run. Return its id."""
-        args = self._args
-        name = full_id(args.hub_model_id, str(args.output_dir))
-        options: dict[str, Any] = {"private": bool(args.hub_private_repo), "revision": args.hub_revision}
+    def _send(self, name: str, files: Files, message: str, replaces: Callable[[str], bool]) -> None:
+        """Push files to the repository `name`, as the run's arguments say."""
+        private, revision = bool(self._args.hub_private_repo), self._args.hub_revision
         with suppress_progress_bars():
-            push(self._api, name, files, message, replaces=replaces, **options)
-        return name
+            push(self._api, name, files, message, private=private, revision=revision, replaces=replaces)
 
 
 def checkpoint_files(checkpoint: Path, folder: str) -> Files:
