@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def count_parameters(folder: Path) -> int:
 def _estimates(trained: Trained) -> Iterator[tuple[str, Values]]:
     """Yield the metrics of a stage that have a value."""
     for metric, entry in (trained.metrics.get("stages", {}).get(trained.stage) or {}).items():
-        if isinstance(entry, Mapping) and isinstance(entry.get("value"), int | float):
+        if isinstance(entry, Mapping) and isinstance(entry.get("value"), int | float) and isfinite(entry["value"]):
             yield metric, entry
 
 

@@ -46,11 +46,16 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
             continue
         files[name.as_posix()] = path
         if path.suffix in TEXTS and path.name not in WORDS:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8", errors="replace")
             public = rename(text, ids) if ids and path.name in SETTINGS else text
             if (public := without_paths(public)) != text:
-                files[name.as_posix()] = public.encode()
+                files[name.as_posix()] = to_bytes(public)
     return files
+
+
+def to_bytes(text: str) -> bytes:
+    """Return a text in UTF-8, with question marks for what that cannot encode, such as half of a surrogate pair."""
+    return text.encode("utf-8", "replace")
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard, HfApi
 
 from pipeline.errors import Problem, UserError
 from pipeline.hub.cards import CRITIC, Trained, model_card, read_json
-from pipeline.hub.contents import Files, public_settings, publishable, without_paths
+from pipeline.hub.contents import Files, public_settings, publishable, to_bytes, without_paths
 from pipeline.hub.data_cards import critic_card, dataset_card, space_card
 from pipeline.hub.upload import retry
 
@@ -22,6 +22,10 @@ REPORT = "report"
 TOKENIZER = "tokenizer"
 OTHERS = (REPORT, "evaluations", "logs")
 """Directories of a run that are not the output of a stage."""
+
+
+LONGEST_NAME = 96
+"""Characters that the Hub allows in the name of a repository."""
 
 
 @dataclass
@@ -67,8 +71,7 @@ class Outputs:
     def name(self) -> str:
         """Name of the run: that of its directory, and of the one around it if that is the run of a seed."""
         path = self.path.resolve()
-        name = f"{path.parent.name}-{path.name}" if re.fullmatch(r"seed\d+", path.name) else path.name
-        return re.sub(r"[^\w.-]+|--+|\.\.+", "-", name).strip("-.")
+        return f"{path.parent.name}-{path.name}" if re.fullmatch(r"seed\d+", path.name) else path.name
 
     @cached_property
     def folders(self) -> dict[str, Path]:
@@ -96,7 +99,8 @@ class Outputs:
 
     def id_of(self, output: str) -> str:
         """Return the repository of an output directory or of the report."""
-        return self.repo_id or f"{self.namespace}/{self.name}-{output}"
+        name = re.sub(r"[^A-Za-z0-9_.-]+|--+|\.\.+", "-", f"{self.name}-{output}").strip("-.")
+        return self.repo_id or f"{self.namespace}/{name[:LONGEST_NAME]}"
 
     @cached_property
     def wanted(self) -> list[str]:
@@ -113,6 +117,11 @@ class Outputs:
             remedy = "contains neither a finished model nor data; run it first with `python -m pipeline run RECIPES`"
             raise UserError(Problem("RUN", self.path, remedy))
         return wanted
+
+    def base_of(self, output: str) -> Path | None:
+        """Return the folder of the base model that an adapter names; None if it lies on the Hub, or for a model."""
+        base = Path(str(read_json(self.folders[output] / "adapter_config.json").get("base_model_name_or_path") or ""))
+        return base if base.is_absolute() else None
 
     def repositories(self) -> list[Repository]:
         """Return what is pushed: data sets first, which the cards of the models name, then models, then the report."""
@@ -141,18 +150,19 @@ class Outputs:
         trained = self._trained(output)
 
         def files(checkpoint: Path | None = None) -> Files:
-            contents = publishable(
-                checkpoint or folder, {self.folders[name]: found for name, found in self.ids.items()}
-            )
+            ids = {self.folders[name]: found for name, found in self.ids.items()}
+            if (base := self.base_of(output)) and base.name in self.ids:  # of this run, also if it was moved
+                ids[base] = self.ids[base.name]
+            contents = publishable(checkpoint or folder, ids)
             own = contents.get("README.md")
             if isinstance(own, bytes | Path) and checkpoint is None and not self.record:  # written by the recipe
                 text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
                 text = re.sub(r'((model=|from_pretrained\()"|vllm serve )[^"\n]+', rf"\1{trained.name}", text)
-                contents["README.md"] = text.encode()
+                contents["README.md"] = to_bytes(text)
             else:
-                contents["README.md"] = model_card(trained.at(checkpoint) if checkpoint else trained).encode()
+                contents["README.md"] = to_bytes(model_card(trained.at(checkpoint) if checkpoint else trained))
             if f"{CRITIC}/config.json" in contents:
-                contents[f"{CRITIC}/README.md"] = critic_card(trained.name).encode()
+                contents[f"{CRITIC}/README.md"] = to_bytes(critic_card(trained.name))
             return contents
 
         found = [path for path in folder.glob("checkpoint-*") if self.checkpoints and is_model(path)]
@@ -201,7 +211,8 @@ class Outputs:
 
         def files() -> Files:
             card = dataset_card(folder, repo_id, self.ids, self._license[0])
-            return publishable(folder) | {"README.md": card.encode()}
+            rows: Files = {name: folder / name for name in publishable(folder)}  # data are never changed
+            return rows | {"README.md": to_bytes(card)}
 
         return Repository(repo_id, "dataset", files)
 
@@ -213,8 +224,8 @@ class Outputs:
             step["values"] = public_settings(step.get("values") or {})
         card = space_card(f"{self.name}: the report", models, data)
         return publishable(self.path / REPORT) | {
-            "run.json": without_paths(json.dumps(record, indent=1)).encode() + b"\n",
-            "README.md": card.encode(),
+            "run.json": to_bytes(without_paths(json.dumps(record, indent=1)) + "\n"),
+            "README.md": to_bytes(card),
         }
 
 

@@ -55,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
 
     from pipeline.hub.access import check_access, full_id
     from pipeline.hub.outputs import Outputs, is_data
+    from pipeline.hub.upload import PUSH_ERRORS
 
     if problems := _check(args):
         raise UserError(*problems)
@@ -79,7 +80,13 @@ def main(args: argparse.Namespace) -> int:
         ids = [run.id_of(name) for name in run.wanted if is_data(run.folders[name]) == (kind == "dataset")]
         if ids and (problems := check_access(ids, "--namespace" if args.namespace else "--repo_id", kind)):
             raise UserError(*problems)
-    repositories = run.repositories()
+    try:
+        repositories = run.repositories()
+    except PUSH_ERRORS as error:
+        raise _stopped(str(args.run), error, args.namespace or args.repo_id) from error
+    for name in run.wanted:
+        if (base := run.base_of(name)) is not None and base.name not in run.ids:
+            print(f"{name} is an adapter of {base.name}, which is not on the Hub: push that as well.", file=sys.stderr)
     disable_progress_bars()
     report = next((item for item in repositories if item.type == "space"), None)
     if report is not None and not _push(api, report, args):
@@ -148,7 +155,7 @@ def _show(repositories: list[Repository]) -> None:
 
 def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> bool:
     """Push the files of a repository and its checkpoints. Return whether this Hub has such repositories."""
-    from pipeline.hub.upload import PUSH_ERRORS, explain, push
+    from pipeline.hub.upload import PUSH_ERRORS, push
 
     message = "Push with Fourstage"
     where = f"{item.id} ({item.type})" if item.type != "model" else item.id
@@ -170,12 +177,19 @@ def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> bool:
     except PUSH_ERRORS as error:
         if item.type == "space" and _is_missing(error):
             return False
-        raise RunStopped(
-            f"{where} could not be pushed: {explain(error, item.id)}.\n"
-            "Nothing on this disk has changed; the same command goes on with what is missing.",
-            EXIT_PUSH_FAILED,
-        ) from error
+        raise _stopped(where, error, item.id) from error
     return True
+
+
+def _stopped(what: str, error: BaseException, repo_id: str) -> RunStopped:
+    """Return the end of a push that failed."""
+    from pipeline.hub.upload import explain
+
+    return RunStopped(
+        f"{what} could not be pushed: {explain(error, repo_id)}.\n"
+        "Nothing on this disk has changed; the same command goes on with what is missing.",
+        EXIT_PUSH_FAILED,
+    )
 
 
 def _is_missing(error: BaseException) -> bool:
@@ -189,7 +203,7 @@ def _status(error: BaseException) -> int | None:
 
 def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: list[Repository]) -> None:
     """Put the repositories into the collection of the run, which is created if it does not exist."""
-    from pipeline.hub.upload import PUSH_ERRORS, explain, retry
+    from pipeline.hub.upload import PUSH_ERRORS, retry
 
     def attempt() -> str:
         slug = next((item.slug for item in api.list_collections(owner=args.namespace) if item.title == title), None)
@@ -209,10 +223,6 @@ def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: lis
     except PUSH_ERRORS as error:
         is_refused = args.stage is not None and _status(error) == 403  # a token for some repositories only
         if not (is_refused or _is_missing(error)):
-            raise RunStopped(
-                f"The collection {title} could not be made: {explain(error, args.namespace)}.\n"
-                "The repositories are complete; the same command goes on with the collection.",
-                EXIT_PUSH_FAILED,
-            ) from error
+            raise _stopped(f"The collection {title}", error, args.namespace) from error
         reason = "The token may not write to collections" if is_refused else "This Hub has no collections"
         print(f"{reason}: the repositories are not tied together.", file=sys.stderr)

@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PUSH_ERRORS = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, json.JSONDecodeError, OSError)
-"""What the Hub's client raises if a request fails. It wraps a failed upload in a `RuntimeError`."""
+PUSH_ERRORS = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, ValueError, OSError)
+"""What the Hub's client raises if a request fails. It wraps a failed upload in a `RuntimeError`,
+and a card that the Hub does not accept in a `ValueError`, as is JSON that cannot be read."""
 
 TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
 """Statuses after which another attempt may succeed. 409 and 412: there has been another commit meanwhile."""
@@ -193,7 +194,7 @@ def explain(error: BaseException, repo_id: str) -> str:
     """Return in one line why a request about a repository failed."""
     response = _response(error)
     status = getattr(response, "status_code", None)
-    said = str(getattr(error, "server_message", None) or error).strip().split("\n")[0][:200]
+    said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200]
     if isinstance(error, LocalTokenNotFoundError):
         return "it needs a token; log in with `hf auth login`, or set HF_TOKEN"
     if status == 401:

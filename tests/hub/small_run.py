@@ -20,8 +20,8 @@ STARTS_FROM = {"2_sft": "1_pretrain", "3_reward": "2_sft", "3_ppo": "2_sft", "4_
 
 
 def write_small_run(run: Path) -> Path:
-    """Write a run whose last stage is an adapter, with all that must not be pushed lying about in it."""
-    write_run(run, examples=20)
+    """Write a run whose last stage is an adapter, with hostile answers, and with much that must not be pushed."""
+    write_run(run, examples=20, hostile=True)
     rows = [{"messages": conversation(f"What is {i}?", f"It is {i}.")} for i in range(8)]
     write_data(run / "data", rows, config="sft")
     card = (run / "data" / "README.md").read_text()

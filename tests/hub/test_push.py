@@ -33,6 +33,7 @@ REPOSITORIES = {
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 FAULTS = {
+    "400": (400, "POST /api/validate-yaml"),
     "401": (401, "POST .*2_sft/preupload"),
     "403": (403, "POST .*data/commit"),
     "404": (404, "GET .*/models/alice/mini-2_sft/tree"),
@@ -153,7 +154,7 @@ def test_after_a_fault_the_same_command_goes_on(
     code = push(run)
     lines = capsys.readouterr().err.splitlines()
     assert hub.faults[0].seen, "the fault was met"
-    assert (code, len(lines)) == ((3, 2) if fault in ("401", "403", "404") else (0, len(lines))), lines
+    assert (code, len(lines)) == ((3, 2) if fault in ("400", "401", "403", "404") else (0, len(lines))), lines
     assert len(lines) <= 2 and all(len(line) < 300 for line in lines), lines
     assert push(run) == 0
     assert contents(hub) == expected, "all is there"
