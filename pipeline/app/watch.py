@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from pipeline.errors import Problem, UserError
 from pipeline.evaluation.settings import move, read_json
 from pipeline.models.generation import Completion, generate
 from pipeline.models.loading import load_config, load_model, user_error_for
-from pipeline.preferences.judges import score
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl import ppo_math
+from pipeline.rl.grpo import TextsAsTheyStand
 from pipeline.rl.log_probs import token_log_probs
 from pipeline.rl.value_model import VALUE_MODEL_FOLDER, auto_class, token_values
 
@@ -99,6 +99,8 @@ def sample_group(
         temperature=settings["temperature"],
         seed=seed,
     )
+    # The trainers do not strip what the model wrote.
+    group = [replace(c, text=policy.tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in group]
     length = max(len(completion.tokens) for completion in group)
     pad = policy.tokenizer.pad_token_id or 0
     rows = [[*prompt, *c.tokens, *[pad] * (length - len(c.tokens))] for c in group]
@@ -177,7 +179,7 @@ def token_view(
     weights = settings.get("reward_weights") or []
     paths = settings.get("reward_model_path") or []
     for weight, path in zip([*weights[: len(paths)], *[1.0] * (len(paths) - len(weights))], paths, strict=True):
-        total += weight * score(*load_model(path, "reward_model_path", reward=True), [conversation])[0]
+        total += weight * score(path, conversation, completion.stopped)
     penalty = 0.0 if completion.stopped else settings.get("missing_eos_penalty") or 0.0
     rewards = ppo_math.token_rewards(
         torch.tensor([total - penalty], device=kl.device), settings["kl_coef"] * kl, batch.mask
@@ -186,6 +188,14 @@ def token_view(
     columns = {"log_probs": log_probs, "kl": kl, "rewards": rewards, "values": values, "advantages": advantages}
     lists = {name: column[0].tolist() for name, column in columns.items()}
     return TokenView(completion.tokens, **lists, score=total, penalty=penalty)
+
+
+def score(path: str, conversation: list[dict[str, str]], stopped: bool) -> float:
+    """Return a reward model's score of a conversation, whose answer it reads without an end of turn if it has none."""
+    model, tokenizer = load_model(path, "reward_model_path", reward=True)
+    text = TextsAsTheyStand(tokenizer, [stopped]).apply_chat_template(conversation, tokenize=False)
+    inputs = tokenizer(text=text, return_tensors="pt", add_special_tokens=False)
+    return float(model.eval()(**inputs).logits[0, 0])
 
 
 def load_critic(folder: Path) -> PreTrainedModel:

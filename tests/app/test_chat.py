@@ -1,0 +1,101 @@
+"""The chat in the terminal: several turns, another stage, and answers that cannot act on the terminal."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from pipeline.__main__ import main
+from pipeline.app.models import Loaded, Sampling, write
+from pipeline.models.generation import encode_prompts, generate
+
+
+def chat(path: Path, typed: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    return main(["chat", str(path), "--max_new_tokens", "8", *options])
+
+
+def test_it_answers_in_turns_and_switches_stages(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[dict[str, str]]] = []
+    encode = Loaded.encode
+
+    def remember(self: Loaded, messages: list[dict[str, str]]) -> list[int]:
+        asked.append(list(messages))
+        return encode(self, messages)
+
+    monkeypatch.setattr(Loaded, "encode", remember)
+    assert chat(run / "4_grpo", "What is 12?\nAnd 21?\n/stage 2_sft\nWho?\n/new\nA cat.\n/stage x\n", monkeypatch) == 0
+    assert [len(messages) for messages in asked] == [1, 3, 5, 1]
+    assert asked[1][0]["content"] == "What is 12?" and asked[1][1]["role"] == "assistant"
+    shown = capsys.readouterr().out
+    assert "2_sft answers from now on" in shown
+    assert "/stage: x: " in shown, "a stage that is not there ends nothing"
+
+
+def test_a_conversation_beyond_the_context_is_refused_with_both_numbers(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat(run / "4_grpo", "cat " * 300 + "\nWhat is 12?\n", monkeypatch)
+    shown = capsys.readouterr().out.splitlines()
+    assert "tokens: is longer than the context of 4_grpo, which is 256 tokens" in shown[0]
+    assert len(shown) >= 2, "the next question is answered"
+
+
+def test_control_characters_of_an_answer_are_shown_and_not_sent_to_the_terminal(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "\x1b]0;owned\x07\x1b[31m\u202egnp"
+    monkeypatch.setattr("pipeline.app.models.Answer.text", hostile)
+    chat(run / "2_sft", "What is 12?\n", monkeypatch)
+    shown = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+    assert "␛]0;owned␇" in shown and "⟨U+202E⟩" in shown
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"), [("", "is a run; name one of its stages"), ("3_reward", "reward model")]
+)
+def test_what_cannot_chat_is_refused(
+    run: Path, folder: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        chat(run / folder, "", monkeypatch)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_streamed_answers_are_those_of_the_sampler(run: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(run / "4_grpo").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "4_grpo")
+    loaded = Loaded("4_grpo", model, tokenizer, 256)
+    for prompt in ("What is 12?", "The cat sat"):
+        (ids,) = encode_prompts(tokenizer, [[{"role": "user", "content": prompt}]])
+        *_, answer = write(loaded, ids, Sampling(max_new_tokens=20))
+        ((expected,),) = generate(model, tokenizer, [ids], max_new_tokens=20)
+        assert [token.id for token in answer.tokens] == expected.tokens
+        assert "".join(answer.pieces) == tokenizer.decode(expected.tokens)
+        logits = model(input_ids=torch.tensor([[*ids, *expected.tokens]])).logits[0, len(ids) - 1 : -1]
+        log_probs = logits.log_softmax(-1)
+        for place, token in enumerate(answer.tokens):
+            assert token.log_prob == pytest.approx(float(log_probs[place, token.id]), abs=1e-3)
+            assert [other for other, _ in token.alternatives] == log_probs[place].topk(5).indices.tolist()
+
+
+def test_sampling_settings_are_kept(run: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(run / "4_grpo").eval()
+    loaded = Loaded("4_grpo", model, AutoTokenizer.from_pretrained(run / "4_grpo"), 256)
+
+    def sampled(**settings: float) -> list[int]:
+        *_, answer = write(loaded, [1, 9, 8], Sampling(max_new_tokens=30, **settings))  # type: ignore[arg-type]
+        return [token.id for token in answer.tokens]
+
+    greedy = sampled()
+    assert sampled(temperature=1.0, top_k=1) == greedy == sampled(temperature=1.0, top_p=1e-6)
+    assert sampled(temperature=1.0, seed=1) == sampled(temperature=1.0, seed=1) != sampled(temperature=1.0, seed=2)
