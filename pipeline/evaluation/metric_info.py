@@ -35,7 +35,7 @@ METRICS: dict[str, MetricInfo] = {
         "Bits per byte of answers", "held-out answers, given what they answer", "down", share=False
     ),
     "stop_rate": MetricInfo("Stop rate", "answers that end before the token limit"),
-    "reward_accuracy": MetricInfo("Reward accuracy", "held-out pairs, against the noisy labels"),
+    "reward_accuracy": MetricInfo("Reward accuracy", "held-out pairs, against their labels"),
     "reward_accuracy_noise_free": MetricInfo(
         "Reward accuracy, noise-free", "held-out pairs, against the annotators' taste without noise"
     ),
