@@ -80,8 +80,10 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.evaluation.results import check_own, format_table, write_result
     from pipeline.evaluation.settings import move, read_settings, with_layout, without_derived
     from pipeline.evaluation.stage import check_opponent, check_run, check_stage, evaluate_stage
+    from pipeline.launch import quiet_libraries
     from pipeline.rewards.sandbox import run as sandbox
 
+    quiet_libraries()
     sandbox.allow_unconfined = args.allow_unconfined_code
     run = Path(args.run)
     if args.lm_eval_tasks and not (args.name or args.config or any(getattr(args, key) for key in DATA)):
