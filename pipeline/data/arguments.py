@@ -39,8 +39,8 @@ class DataArguments:
     keep_rows: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Keep the rows of which a column has one of these values, such as source=gsm8k source=math, whether "
-            "in upper or in lower case. Default: all."
+            "help": "Keep the rows of which a column has one of these values, such as source=gsm8k source=math, in any "
+            "case (default: all)."
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows, the first ones."})

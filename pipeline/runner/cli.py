@@ -31,12 +31,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped, show_fetched
+from pipeline.config.recipe_folder import LAUNCH_FILE, show_fetched
 from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError
 from pipeline.files import lock
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
-from pipeline.runner.launcher import check_launch_file, exit_code
+from pipeline.runner.launcher import check_launch_file, exit_code, launch_file, launch_options
 from pipeline.runner.plan import Plan, read_plan
 from pipeline.runner.processes import push_finished, run
 from pipeline.runner.records import Decision, RunRecord, decide, measured_seconds
@@ -66,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
     meaning = f"launch file of accelerate (default: {LAUNCH_FILE}, in the recipe folder or in the current one)"
     parser.add_argument("--config_file", help=meaning)
+    meaning = (
+        "what starts the launched steps, on all machines of a cluster: 'srun --ntasks-per-node=1' (default: nothing)"
+    )
+    parser.add_argument("--launcher", default="", help=meaning)
+    meaning = "fetch the models and data that the recipe names into the cache, for machines without internet, and stop"
+    parser.add_argument("--download", action="store_true", help=meaning)
     meaning = "start each step as a new process, instead of forking it from one that has imported the libraries"
     parser.add_argument("--no-fork", action="store_true", help=meaning)
     meaning = "print a line for each event, as without a terminal, instead of a live view"
@@ -90,11 +96,16 @@ def main(args: argparse.Namespace) -> int:
         _check(args)
     print(show_fetched(args.recipe), end="", flush=True)
     args.resume = resume_command(args)
-    forks = sys.platform == "linux" and args.num_processes == 1 and not args.no_fork and not args.dry_run
+    alone = args.num_processes == 1 and not args.launcher
+    forks = sys.platform == "linux" and alone and not (args.no_fork or args.dry_run or args.download)
     with WarmProcess(os.environ) if forks else contextlib.nullcontext() as args.warm:  # it imports during the checks
         if args.seeds is not None:
             return _run_seeds(args)
         plan, decided = _prepare(args)
+        if args.download:
+            from pipeline.training.download import download  # takes seconds to import
+
+            return download([step.values for step in plan.steps], read_plan(args.recipe).run_dir)
         if args.dry_run:
             _show(decided, args)
             return 0
@@ -105,7 +116,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse arguments that are wrong by themselves."""
     problems = []
     most = max(os.cpu_count() or 1, MAX_PROCESSES)
-    if not 1 <= args.num_processes <= most:
+    if not 1 <= args.num_processes <= most and not args.launcher:  # which is for other machines as well
         problems.append(Problem("--num_processes", args.num_processes, f"must be between 1 and {most} on this machine"))
     file = launch_file(args)
     if not os.path.isfile(file):
@@ -287,7 +298,7 @@ def _run_all(
         record.start(step, decision, command)
         started = time.monotonic()
         with console.step(step, command, resumes=decision.action != "start") as (output, variables):
-            executable = step.executable(_launch_options(args))
+            executable = step.executable(launch_options(args), shlex.split(args.launcher))
             code, received = run(executable, os.environ | variables, descriptors, output, args.warm)
         seconds = time.monotonic() - started
         code = exit_code(code)
@@ -314,21 +325,8 @@ def _run_all(
     return push_finished((step for step, _ in todo), record, descriptors, args.warm)
 
 
-def _launch_options(args: argparse.Namespace) -> list[str]:
-    """Return the arguments of `accelerate launch`."""
-    several = ["--num_processes", str(args.num_processes)] if args.num_processes > 1 else []
-    return ["--config_file", launch_file(args), *several]
-
-
-def launch_file(args: argparse.Namespace) -> str:
-    """Return the launch file that the command names, or that of the recipe folder, or the one in this folder."""
-    own = find_shipped(args.recipe) / LAUNCH_FILE
-    named = args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE)
-    return str(find_shipped(Path(named)))
-
-
 def _command_line(step: Step, args: argparse.Namespace) -> str:
-    return shlex.join(step.command(_launch_options(args)))
+    return shlex.join(step.command(launch_options(args), shlex.split(args.launcher)))
 
 
 def resume_command(args: argparse.Namespace) -> str:
@@ -341,6 +339,7 @@ def resume_command(args: argparse.Namespace) -> str:
         ("--output_dir", args.output_dir),
         ("--num_processes", args.num_processes if args.num_processes > 1 else None),
         ("--config_file", args.config_file),
+        ("--launcher", args.launcher or None),
     ):
         if value is not None:
             command += [flag, *map(str, value if isinstance(value, list) else [value])]

@@ -7,8 +7,9 @@ For each stage it prints parameters, tokens, floating-point operations, the memo
 cost. Options of the recipes override the YAML files. Without `--gpu`, the speed of this machine is measured with a few
 real steps. Evaluations, the generation of data and the training of a tokenizer are left out.
 
-Lengths of prompts and answers are taken from data that are on this disk, and otherwise assumed: prompts and answers of
-a rollout are half as long as the longest answer, a conversation or pair a quarter of `max_length`.
+Lengths of texts are taken from data that are on this disk. Otherwise a prompt has a third of the longest answer, and a
+conversation, or an answer of a pair with its prompt, a quarter of `max_length`. A sampled answer has a third of the
+longest.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.yaml_file import read_yaml, unknown_field
 from pipeline.errors import Problem, UserError
-from pipeline.runner.cli import launch_file
-from pipeline.runner.launcher import check_launch_file
+from pipeline.runner.launcher import check_launch_file, launch_file
 from pipeline.runner.plan import read_plan
 from pipeline.runner.steps import KINDS, Step, check_steps
 
@@ -53,8 +53,10 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If the folder, an argument or an option is wrong, or a number that the estimate needs is not known.
     """
+    from pipeline.launch import quiet_libraries
     from pipeline.training.estimate import PEAKS, gpu
 
+    quiet_libraries()
     problems = []
     path = launch_file(args)
     if problem := check_launch_file(path):
@@ -73,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
     processes = args.num_processes or launched.get("num_processes") or 1
     sharded = launched.get("distributed_type") in ("FSDP", "DEEPSPEED")
     steps = _override([step for step in read_plan(args.recipe).steps if step.kind in KINDS], args.overrides)
-    if problems := check_steps(steps):
+    if problems := check_steps([_without_rewards(step) for step in steps]):
         raise UserError(*problems)
     device = gpu(args.gpu.lower(), args.mfu) if args.gpu else None
     planned = list(_plan(steps, processes, sharded, device))
@@ -116,6 +118,11 @@ def _override(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return changed
+
+
+def _without_rewards(step: Step) -> Step:
+    """Return the step without its reward functions, which may need packages that this machine lacks."""
+    return dataclasses.replace(step, values={k: v for k, v in step.values.items() if k != "reward_funcs"})
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ def _plan(steps: Sequence[Step], processes: int, sharded: bool, device: Device |
             try:
                 model = starting_model(settings, made)
                 work = workload(settings, model, made, processes, sharded)
-                here = device or this_machine(work, partial(optimizer, settings))
+                here = device or this_machine(work, step.kind, partial(optimizer, settings))
                 made[settings["output_dir"]] = pairs(settings) if step.kind == "preferences" else model
                 yield Stage(step.output.name, estimate(work, here), here, advice(work, here))
             except UserError as error:

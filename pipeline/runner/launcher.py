@@ -7,19 +7,25 @@ module of this project. The runner uses
     python -m pipeline.runner.launcher --config_file accelerate_config.yaml -m recipes.sft --config FILE
 
 which takes the arguments of `accelerate launch`, does not need the project to be installed, and checks the launch file.
+
+Where NUM_MACHINES is above 1, it joins the launchers of the other machines: each is told its place by MACHINE_RANK (or
+SLURM_NODEID), and where to meet by MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 
+from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
 from pipeline.errors import EXIT_USER_ERROR, Problem
 
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
@@ -37,6 +43,30 @@ BEYOND_ONE_PROCESS = (
 def exit_code(code: int) -> int:
     """Return the shell's exit code for a return code of `subprocess`: 128 + n if signal n ended the program."""
     return 128 - code if code < 0 else code
+
+
+def launch_options(args: argparse.Namespace) -> list[str]:
+    """Return the arguments of `accelerate launch` itself, for the arguments of `run`."""
+    several = ["--num_processes", str(args.num_processes)] if args.num_processes > 1 else []
+    return ["--config_file", launch_file(args), *several]
+
+
+def launch_file(args: argparse.Namespace) -> str:
+    """Return the launch file that the command names, or that of the recipe folder, or the one in this folder."""
+    own = find_shipped(args.recipe) / LAUNCH_FILE
+    named = args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE)
+    return str(find_shipped(Path(named)))
+
+
+def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the arguments of `accelerate launch` on one of several machines, or none on a single one."""
+    number = environment.get("NUM_MACHINES", "1")
+    if number == "1":
+        return []
+    rank = environment.get("MACHINE_RANK") or environment.get("SLURM_NODEID") or "0"
+    options = {"num_machines": number, "machine_rank": rank, "main_process_ip": environment.get("MASTER_ADDR", "")}
+    options["main_process_port"] = environment.get("MASTER_PORT", "29500")
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 def check_launch_file(path: str) -> Problem | None:
@@ -105,6 +135,7 @@ def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
+    argv = [*machines(), *(sys.argv[1:] if argv is None else argv)]
     args = launch_command_parser().parse_args(argv)
     if args.config_file and (problem := check_launch_file(args.config_file)):
         print(problem, file=sys.stderr)

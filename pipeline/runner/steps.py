@@ -118,15 +118,23 @@ class Step:
         options += ["--private"] if self.values.get("hub_private_repo") else []
         return ("push", str(self.output), "--repo_id", str(name or self.output.name), *options)
 
-    def command(self, launch: Sequence[str]) -> list[str]:
-        """Return the command that a user would type; `launch` are the arguments of `accelerate launch` itself."""
-        start = ["accelerate", "launch", *launch] if self.launched else ["python"]
+    def command(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
+        """Return the command that a user would type.
+
+        Args:
+            launch: Arguments of `accelerate launch` itself.
+            launcher: Command that starts it on several machines.
+        """
+        entry = ["python", "-m", "pipeline.runner.launcher"] if launcher else ["accelerate", "launch"]
+        start = [*launcher, *entry, *launch] if self.launched else ["python"]
         return [*start, "-m", self.module, *self.arguments]
 
-    def executable(self, launch: Sequence[str]) -> list[str]:
+    def executable(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
         """Return the same command for this Python interpreter; it ends with the exit code of the step itself."""
-        launcher = ["-m", "pipeline.runner.launcher", *launch] if self.launched else []
-        return [sys.executable, *launcher, "-m", self.module, *self.arguments]
+        start = [sys.executable]
+        if self.launched:
+            start = [*launcher, sys.executable, "-m", "pipeline.runner.launcher", *launch]
+        return [*start, "-m", self.module, *self.arguments]
 
 
 def tidy_paths(value: Any, home: Path) -> Any:

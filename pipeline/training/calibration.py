@@ -21,13 +21,15 @@ FLOPS = 1e12
 """Operations of such a step above which it would take too long; the speed is then estimated."""
 SHARE_OF_MATMUL = 0.3
 """Share of the speed of large matrix multiplications that training reaches, where it is not measured."""
-OVERHEAD, START = 200e6, 12.0
-"""Bytes that training takes beside its tensors (code loaded late, buffers of the data libraries, freed blocks), and
-seconds of imports, checks and data, measured on recipes/pocket."""
+OVERHEAD = {"pretrain": 150e6, "sft": 150e6, "reward": 220e6, "ppo": 600e6, "grpo": 150e6, "preferences": 150e6}
+"""Bytes that a stage takes beside its tensors: code that is loaded late, buffers of the data libraries, and freed
+blocks, which the allocator keeps; rollouts, of ever other lengths, leave most. Measured on recipes/pocket."""
+START = 12.0
+"""Seconds of imports, checks and data."""
 ROUNDS = 3
 
 
-def this_machine(work: Work, optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer]) -> Device:
+def this_machine(work: Work, kind: str, optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer]) -> Device:
     """Return this machine as one process of `work` finds it.
 
     Real steps of the model are timed: forward, backward, optimizer and, if the stage samples, the next token. A model
@@ -35,13 +37,14 @@ def this_machine(work: Work, optimizer: Callable[[PreTrainedModel], torch.optim.
 
     Args:
         work: The stage, whose model is on the meta device.
+        kind: Its kind.
         optimizer: Makes its optimizer.
     """
     dtype = hardware.precision().value
     common = {
         "name": "this machine",
         "memory": psutil.virtual_memory().total / work.processes,
-        "overhead": OVERHEAD,
+        "overhead": OVERHEAD[kind],
         "start": START,
         "mixed": FULL if dtype == "fp32" else MIXED,
         "kernels": hardware.accelerator() is not None,
@@ -56,7 +59,6 @@ def this_machine(work: Work, optimizer: Callable[[PreTrainedModel], torch.optim.
     if not work.rollouts:
         choose_attention(model)
     ids = torch.zeros(rows, length, dtype=torch.long)
-    stepper = optimizer(model)
 
     def forward(**options: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
@@ -65,10 +67,9 @@ def this_machine(work: Work, optimizer: Callable[[PreTrainedModel], torch.optim.
     def train() -> None:
         forward(labels=ids).loss.backward()
 
-    trained = _best(train)
-    update = _best(stepper.step)
     with torch.no_grad():
         passed = _best(forward)
+    trained, update = (_best(train), _best(optimizer(model).step)) if work.trainable else (3 * passed, 0.0)
     latency = _decoding(model, work) if work.rollouts else 0.0
     shared = work.processes  # the cores
     return Device(
@@ -91,10 +92,13 @@ def _decoding(model: PreTrainedModel, work: Work) -> float:
 
 
 def _best(function: Callable[[], object]) -> float:
-    """Return the fewest seconds of some calls after a first one, which is slower."""
+    """Return the fewest seconds of some calls after a first one, which is slower.
+
+    Where other programs use the cores as well, fewer seconds of the processor pass than of the clock.
+    """
     seconds = []
     for _ in range(1 + ROUNDS):
-        begin = time.perf_counter()
+        begin, begun = time.perf_counter(), time.process_time()
         function()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(min(time.perf_counter() - begin, time.process_time() - begun))
     return min(seconds[1:])

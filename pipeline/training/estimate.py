@@ -31,7 +31,7 @@ class Device:
         memory: Its memory in bytes.
         latency: Seconds that a layer takes for one token, however few sequences are sampled.
         overhead: Bytes that libraries and caches take beside the tensors.
-        start: Seconds from the start of a stage to its first step.
+        start: Seconds from the start of a stage to its first step, and from its last to its end.
         update: Seconds of an optimizer step, if the speed of training does not contain it.
         mixed: Bytes of a number in activations: `MIXED` or `FULL`.
         kernels: Whether attention keeps no weights for the backward pass (flash attention), and the head no logits
@@ -82,6 +82,7 @@ class Rollouts:
 
     Attributes:
         rows: Completions that a process samples at once.
+        group: Completions of a prompt, behind which a CPU computes them together.
         prompt: Tokens of a prompt, on average.
         completion: Tokens of a completion, on average.
         longest: Tokens of the longest completion.
@@ -91,6 +92,7 @@ class Rollouts:
     """
 
     rows: int
+    group: int
     prompt: float
     completion: float
     longest: int
@@ -189,8 +191,16 @@ def _training(work: Work, device: Device) -> tuple[float, float]:
     trained = work.tokens * per_token * uses * work.networks
     again = 1 + work.recompute / 3  # the forward pass once more, which is not counted as useful
     passes = work.tokens * per_token / 3 * (work.rollouts.passes if work.rollouts else 0)
-    seconds = (trained * again / device.train + passes / device.forward) / work.processes + work.steps * device.update
+    computed = _computed(work, device) / work.mean / work.processes
+    seconds = (trained * again / device.train + passes / device.forward) * computed + work.steps * device.update
     return trained + passes, seconds
+
+
+def _computed(work: Work, device: Device) -> float:
+    """Return the tokens that a sequence costs: with padding on a GPU, without it and with shared prompts on a CPU."""
+    if device.kernels:
+        return work.length
+    return work.rollouts.completion + work.rollouts.prompt / work.rollouts.group if work.rollouts else work.mean
 
 
 def _sampling(work: Work, rollouts: Rollouts, device: Device) -> tuple[float, float]:
@@ -236,14 +246,13 @@ def _activations(work: Work, device: Device) -> float:
     # Two norms, each with its input in float32, normalised in float32, and scaled; queries, keys and values; the output
     # of attention; gate, its activation, up and their product.
     layer = 2 * (2 * FULL + low) * hidden + low * (2 * heads * head_dim + 2 * keys) + low * 4 * width
-    mean = work.length if device.kernels else work.mean
-    tokens = work.rows * mean
+    tokens = work.rows * _computed(work, device)
     if not device.kernels:
-        layer += low * heads * mean / 2 * 2  # scores and weights of what precedes a token
+        layer += low * heads * work.mean / 2 * 2  # scores and weights of what precedes a token
     kept = layers * FULL * hidden + layer if work.recompute else layers * layer
     # Logits, their copy in float32, its logarithm of the softmax, and the gradient.
-    logits = work.head * config.vocab_size * (2 * low + 3 * FULL)
-    return tokens * (kept + logits)
+    padded = work.rollouts.longest if work.rollouts and device.kernels else work.mean * work.head
+    return tokens * kept + work.rows * padded * config.vocab_size * (2 * low + 3 * FULL)
 
 
 def _rollout_memory(work: Work, device: Device) -> float:

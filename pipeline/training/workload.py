@@ -29,6 +29,8 @@ MEASURED = 200
 """Rows of local data whose tokens are counted."""
 BYTES_PER_TOKEN = 20
 """Bytes of a packed token in the cache of data sets."""
+ANSWER = 1 / 3
+"""Length of an answer that is sampled, and of its prompt, as a share of the longest answer, where nothing is known."""
 LABELLED = 0.5
 """Share of the tokens of a conversation that the assistant says, for whose positions alone logits are computed."""
 
@@ -126,7 +128,7 @@ def workload(
         UserError: If the number of rows is needed and not known.
     """
     if settings.kind == "preferences":
-        return _sampling(settings, model, processes)
+        return _sampling(settings, model, made, processes)
     parameters = model.num_parameters()
     trainable = parameters
     if settings.get("use_peft"):
@@ -154,14 +156,14 @@ def workload(
         return _rollouts(settings, model, made, batch, common)
     length = settings["block_size"] if settings.kind == "pretrain" else settings["max_length"]
     packed = settings.kind == "pretrain" or bool(settings.get("packing"))
-    mean = length if packed else min(length, _mean_tokens(settings) or length / 4)
+    mean = length if packed else min(length, _mean_tokens(settings, made) or length / 4)
     per_row = 2 if settings.kind == "reward" else 1
     if settings["max_steps"] > 0:
         steps = settings["max_steps"]
     else:
         units = _rows(settings, made)
         if packed:
-            units = math.ceil(units * (_mean_tokens(settings) or length / 4) / length)
+            units = math.ceil(units * (_mean_tokens(settings, made) or length / 4) / length)
         steps = math.ceil(math.ceil(units / batch) * settings["num_train_epochs"])
     tokens = steps * batch * per_row * mean
     head = {"pretrain": 1.0, "sft": LABELLED, "reward": 0.0}[settings.kind]
@@ -188,7 +190,7 @@ def _rollouts(
     if settings["generation_batch_size"]:
         at_once = settings["generation_batch_size"] // (rows * processes)
     uses, longest = settings["num_iterations"], settings["max_completion_length"]
-    prompt, completion = _mean_tokens(settings) or longest / 2, longest / 2
+    prompt, completion = _mean_tokens(settings, made) or longest * ANSWER, longest * ANSWER
     if settings["max_steps"] > 0:
         steps = settings["max_steps"]
     else:
@@ -217,6 +219,7 @@ def _rollouts(
         head=completion / (prompt + completion),
         rollouts=Rollouts(
             rows=rows * at_once,
+            group=settings["num_generations"],
             prompt=prompt,
             completion=completion,
             longest=longest,
@@ -228,18 +231,19 @@ def _rollouts(
     )
 
 
-def _sampling(settings: Settings, model: PreTrainedModel, processes: int) -> Work:
+def _sampling(settings: Settings, model: PreTrainedModel, made: Mapping[str, Any], processes: int) -> Work:
     """Return what the sampling of preferences computes."""
     longest, most = settings["max_new_tokens"], settings["max_prompts"]
-    prompt = _mean_tokens(settings) or longest / 2
-    answers = (most or _rows(settings, {})) * settings["samples_per_prompt"]
-    rollouts = Rollouts(settings["batch_size"], prompt, longest / 2, longest, uses=0, passes=0.0)
+    prompt = _mean_tokens(settings, made) or longest * ANSWER
+    answers = (most or _rows(settings, made)) * settings["samples_per_prompt"]
+    group = settings["samples_per_prompt"]
+    rollouts = Rollouts(settings["batch_size"], group, prompt, longest * ANSWER, longest, uses=0, passes=0.0)
     return Work(
         model=model,
-        tokens=answers * (prompt + longest / 2),
+        tokens=answers * (prompt + longest * ANSWER),
         rows=0,
         length=round(prompt + longest),
-        mean=prompt + longest / 2,
+        mean=prompt + longest * ANSWER,
         steps=0,
         trainable=0,
         frozen=model.num_parameters(),
@@ -325,10 +329,11 @@ def _rows(settings: Settings, made: Mapping[str, Any]) -> int:
     return count
 
 
-def _mean_tokens(settings: Settings) -> float | None:
-    """Return the mean tokens of the first rows of a stage, if its data and its tokenizer are on this disk."""
-    name = settings.get("tokenizer_name_or_path") or settings.get("model_name_or_path")
-    if not name or not Path(name).exists() or (rows := _local(settings)) is None:
+def _mean_tokens(settings: Settings, made: Mapping[str, Any]) -> float | None:
+    """Return the mean tokens of the first rows of a stage, if its data and a tokenizer of the run are on this disk."""
+    names = [settings.get("tokenizer_name_or_path"), settings["model_name_or_path"], *made]
+    name = next((name for name in names if name and (Path(name) / "tokenizer.json").exists()), None)
+    if name is None or (rows := _local(settings)) is None:
         return None
     with contextlib.suppress(Exception):  # only an assumption would be better founded
         tokenizer = load_tokenizer(name, "tokenizer_name_or_path")

@@ -59,10 +59,10 @@ def test_what_does_not_fit_is_named_with_what_does(capsys: pytest.CaptureFixture
     assert large["fits"] is False
     assert "recipes/accelerate/fsdp2.yaml" in large["stages"]["1_pretrain"]["advice"]
     assert "use_peft" in large["stages"]["3_ppo"]["advice"], "a critic cannot be sharded"
-    batch = plan(capsys, *POCKET, "--block_size", "512", "--per_device_train_batch_size", "4096")["stages"]["1_pretrain"]
+    more = ("--block_size", "512", "--per_device_train_batch_size")
+    batch = plan(capsys, *POCKET, *more, "4096")["stages"]["1_pretrain"]
     assert not batch["fits"]
     rows = int(batch["advice"].partition("--per_device_train_batch_size ")[2].split()[0])
-    more = ("--block_size", "512", "--per_device_train_batch_size")
     assert plan(capsys, *POCKET, *more, str(rows))["stages"]["1_pretrain"]["fits"], "the advice holds"
     assert not plan(capsys, *POCKET, *more, str(2 * rows))["stages"]["1_pretrain"]["fits"], "and names the largest"
 

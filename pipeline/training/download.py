@@ -1,0 +1,67 @@
+"""What the steps of a recipe read from the Hub, fetched into the cache, for machines that have no internet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from pipeline.data.sources import open_source
+from pipeline.files import is_missing_path, split_revision
+from pipeline.models.loading import user_error_for
+
+MODELS = ("model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "value_model_path", "judge")
+"""Fields that may name models or tokenizers of the Hub."""
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+"""What models are loaded from; pickles are left where they are."""
+
+
+def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
+    """Fetch the models and data sets that steps name, and print a line for each.
+
+    Args:
+        steps: Settings of each.
+        home: Directory of the run, as the settings name it: what lies there is made by the run.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: If one of them cannot be fetched.
+    """
+    models: dict[str, tuple[str, str | None]] = {}
+    data: dict[tuple[str, str | None], bool] = {}
+    for values in steps:
+        for field in MODELS:
+            for name in _listed(values.get(field)):
+                models.setdefault(name, (field, values.get("model_revision")))
+        for source in (values, *(value for value in values.values() if isinstance(value, Mapping))):
+            for name in _listed(source.get("dataset_name")):
+                key = (name, source.get("dataset_config"))
+                data[key] = data.get(key, True) and bool(source.get("dataset_streaming"))
+    for name, (field, revision) in models.items():
+        if _is_of_hub(name, home):
+            with user_error_for(field, name):
+                repo_id, own = split_revision(name)
+                snapshot_download(repo_id, revision=own or revision, allow_patterns=FILES)
+            print(f"fetched the model {name}")
+    for (name, config), streamed in data.items():
+        if not _is_of_hub(name, home):
+            continue
+        if streamed:
+            print(f"{name} is a stream, which is read over the network; set dataset_streaming to false to fetch it")
+        else:
+            open_source(name, config)
+            print(f"fetched the data set {name}")
+    return 0
+
+
+def _listed(value: Any) -> list[str]:
+    return [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
+
+
+def _is_of_hub(name: str, home: Path) -> bool:
+    """Return whether a name is an id of the Hub: not a folder, and not the name of a function either."""
+    return not (Path(name).is_relative_to(home) or Path(name).exists() or is_missing_path(name) or ":" in name)

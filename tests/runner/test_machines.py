@@ -1,0 +1,75 @@
+"""Several machines: `--launcher` starts a launcher on each of them, here two on one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_model import ROOT, save_tokenizer
+from transformers import AutoModelForCausalLM
+
+from pipeline.__main__ import main
+from pipeline.runner.launcher import machines
+
+EACH = """
+import os, subprocess, sys
+nodes = [subprocess.Popen(sys.argv[1:], env=os.environ | {"MACHINE_RANK": str(rank)}) for rank in range(2)]
+sys.exit(max(node.wait() for node in nodes))
+"""
+"""A stand-in for srun, with two nodes."""
+
+
+def test_a_launcher_finds_its_place_in_the_environment() -> None:
+    assert machines({"SLURM_NODEID": "1"}) == [], "several nodes were not asked for"
+    several = {"NUM_MACHINES": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "2000", "SLURM_NODEID": "3"}
+    words = ["--num_machines", "4", "--machine_rank", "3", "--main_process_ip", "node1", "--main_process_port", "2000"]
+    assert machines(several) == words
+    assert machines(several | {"MACHINE_RANK": "2"})[3] == "2"
+
+
+def test_only_launched_steps_are_started_by_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:
+    launcher = ["--launcher", "srun --ntasks-per-node=1", "--num_processes", "64"]
+    assert main(["run", "recipes/pocket", "--dry-run", *launcher]) == 0
+    commands = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    started = [command for command in commands if command.startswith("srun --ntasks-per-node=1 python -m ")]
+    assert [command.partition("-m recipes.")[2].split()[0] for command in started] == [
+        *("pretrain", "sft", "preferences", "reward", "ppo", "grpo")
+    ]
+    assert all("--num_processes 64" in command for command in started)
+
+
+def test_two_launchers_train_one_model_together(tmp_path: Path) -> None:
+    (tmp_path / "each.py").write_text(EACH)
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. A dog is not a cat.\n" * 400)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = {
+        "dataset_name": "text.txt",
+        "tokenizer_name_or_path": save_tokenizer(tmp_path / "tokenizer"),
+        **{"block_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_steps": 3},
+        **{"per_device_train_batch_size": 2, "torch_compile": "false", "report_to": "none", "save_steps": 2},
+        "output_dir": "out",
+    }
+    launch = ["--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", "2", "-m", "recipes.pretrain"]
+    flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    variables = {"NUM_MACHINES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "each.py", sys.executable, "-m", "pipeline.runner.launcher", *launch, *flags],
+        cwd=tmp_path,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "processes   2 on cpu" in done.stdout + done.stderr
+    state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
+    assert state["num_input_tokens_seen"] == 2 * 2 * 2 * 64, "both take part"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 32
