@@ -188,6 +188,7 @@ def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due:
         if args.should_save:
             finished = tmp_dir / target.name
             (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which may contain a token
+            (finished / "README.md").unlink(missing_ok=True)  # PEFT's draft of a card, with paths of this machine
             save_state(state, finished / STATE)
             write_manifest(finished, state.global_step, evaluation_due)
             replace_folder(target, finished)  # one that exists is damaged: the run did not resume from it
