@@ -132,14 +132,16 @@ class Poll:
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._mutex = threading.Lock()
         self._timer: threading.Timer | None = None
+        self._exporting = threading.Lock()
         self.export()
 
     def export(self) -> None:
         """Write the data set of the votes."""
         with self._mutex:
             self._timer = None  # later votes need another one
-        if self.log.standing():
-            votes.update_data_set(self.site.run / VOTES)
+        with self._exporting:
+            if self.log.standing():
+                votes.update_data_set(self.site.run / VOTES)
 
     def close(self) -> None:
         """End with a data set that is up to date."""
