@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ class Outputs:
                 ids[base] = self.ids[base.name]
             contents = publishable(checkpoint or folder, ids)
             own = contents.get("README.md")
-            if isinstance(own, bytes | Path) and checkpoint is None and not self.record:  # written by the recipe
+            if isinstance(own, bytes | Path) and checkpoint is None and not trained.machine:  # its recipe
                 text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
                 text = re.sub(r'((model=|from_pretrained\()"|vllm serve )[^"\n]+', rf"\1{trained.name}", text)
                 contents["README.md"] = to_bytes(text)
@@ -197,8 +198,8 @@ class Outputs:
             command=step.get("command") or "",
             seconds=step.get("seconds"),
             machine=step,
-            metrics=read_json(self.path / REPORT / "metrics.json"),
-            evaluation=read_json(self.path / "evaluations" / f"{output}.json"),
+            metrics=_read_newer(self.path / REPORT / "metrics.json", step),
+            evaluation=_read_newer(self.path / "evaluations" / f"{output}.json", step),
             measured_on=measured_on,
             ids=ids,
             report=f"https://huggingface.co/spaces/{self.id_of(REPORT)}" if self.has_report else "",
@@ -227,6 +228,15 @@ class Outputs:
             "run.json": to_bytes(without_paths(json.dumps(record, indent=1)) + "\n"),
             "README.md": to_bytes(card),
         }
+
+
+def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the object in a file that was written after a step had finished, empty if the step ran again since."""
+    finished = step.get("finished_at")
+    if not path.exists() or (finished is None and "started_at" in step):
+        return {}
+    is_newer = finished is None or path.stat().st_mtime >= datetime.fromisoformat(str(finished)).timestamp()
+    return read_json(path) if is_newer else {}
 
 
 def is_data(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def test_results_are_those_of_the_run_with_their_intervals(run: Path, texts: dic
         }
         pairs = {item.dataset_type for item in results}
         assert pairs == {"alice/mini-3_preferences" if stage == "3_reward" else "alice/mini-data"}
+
+
+def test_figures_of_an_earlier_training_are_left_out(run: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(run, tmp_path / "mini")
+    record = json.loads((again / "run.json").read_text())
+    record["steps"]["2_sft"]["finished_at"] = "2999-01-01T00:00:00+00:00"
+    record["steps"]["3_ppo"]["started_at"] = "2026-01-01T00:00:00+00:00"
+    (again / "run.json").write_text(json.dumps(record))
+    texts = {item.id: item.files()["README.md"] for item in Outputs(again, namespace="alice").repositories()}
+    for stage in MODELS:
+        is_old = stage in ("2_sft", "3_ppo")
+        assert (b"## Results" not in texts[f"alice/mini-{stage}"]) == is_old, stage
 
 
 def test_lineage_goes_from_stage_to_stage(texts: dict[str, dict[str, str]]) -> None:
