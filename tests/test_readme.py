@@ -36,6 +36,9 @@ PAGES = [
         "recipes/gsm8k-shakespeare/README.md",
         "recipes/pocket/README.md",
         "recipes/pocket-people/README.md",
+        "recipes/small/README.md",
+        "recipes/base/README.md",
+        "recipes/cluster/README.md",
     )
 ]
 MODULES = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("tests/benchmarks/*.py")]
@@ -89,10 +92,11 @@ def test_a_printed_command_is_accepted(
         assert words[3] in COMMANDS
     elif words[:3] == ["python", "-m", "pipeline"]:
         try:
-            args = build_parser(words[3:]).parse_args(words[3:])
+            args, rest = build_parser(words[3:]).parse_known_args(words[3:])
         except SystemExit as stop:  # --help
             assert stop.code == 0, capsys.readouterr().err
             return
+        assert not rest or hasattr(args, "overrides"), rest
         assert args.command != "run" or main([*words[3:], "--dry-run"]) == 0
     elif words[:2] == ["accelerate", "launch"] or words[2:3] == ["pipeline.runner.launcher"]:
         args = launch_command_parser().parse_args(words[2 if words[0] == "accelerate" else 3 :])

@@ -103,7 +103,7 @@ def _losses(model: PreTrainedModel, sequences: Sequences, count: int, pad: int, 
         # Under the causal mask, tokens do not attend to the padding on their right.
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        totals = (nll * predicted[:, 1:]).double().sum(1).tolist()
+        totals = (nll * predicted[:, 1:]).cpu().double().sum(1).tolist()  # not every accelerator has float64
         for (text, _, _), loss in zip(batch, totals, strict=True):
             losses[text] += loss
     return losses

@@ -35,7 +35,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "data": {"size_mb": 0.3, "sft_rows": 400, "preference_rows": 64, "reasoning_rows": 128},
     "tokenizer": {"vocab_size": 512, "max_train_samples": 2000},
     "random": MODEL,
-    "pretrain": {**MODEL, **TRAINING, "max_train_samples": 512},
+    "pretrain": {**MODEL, **TRAINING, "max_train_samples": 512, "block_size": 256},  # few held-out texts fill a block
     "sft": TRAINING,
     "preferences": {"max_prompts": 64, "max_eval_prompts": 32, "max_new_tokens": 16},  # nine in ten pairs are ties
     "votes": {"max_prompts": 64, "max_eval_prompts": 32, "max_new_tokens": 16, "min_votes": 1, "simulated_votes": True},
@@ -45,7 +45,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "evaluate": {"limit": 8, "max_new_tokens": 16},
 }
 
-LIMITS = ("size_mb", "min_votes", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
+LIMITS = ("size_mb", "block_size", "min_votes", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
 """Limits, besides the fields that begin with `max_`. A recipe's own value is kept if it is lower."""
 
 
