@@ -30,20 +30,23 @@ def full_id(repo_id: str | None, output_dir: str | Path) -> str:
     return name if "/" in name else f"{retry(lambda: whoami(cache=True))['name']}/{name}"
 
 
-def check_access(repo_ids: Iterable[str], field: str, repo_type: str = "model") -> list[Problem]:
+def check_access(
+    repo_ids: Iterable[str], field: str, repo_type: str = "model", token: str | None = None
+) -> list[Problem]:
     """Check that the token may write to repositories, or create them. Nothing is written.
 
     Args:
         repo_ids: The repositories, each with its namespace or the user's own.
         field: Argument that asks for the push, for messages.
         repo_type: "model", "dataset" or "space".
+        token: The token. Default: that of `hf auth login` or HF_TOKEN.
 
     Returns:
         At most one problem: the first repository to which it may not write, or why that could not be found out.
     """
-    api, repo_ids = HfApi(), list(repo_ids)
+    api, repo_ids = HfApi(token=token), list(repo_ids)
     try:
-        user = retry(lambda: whoami(cache=True))
+        user = retry(lambda: whoami(token, cache=True))
     except PUSH_ERRORS as error:
         is_away = is_transient(error) or constants.is_offline_mode()
         remedy = f"the Hub cannot be reached at {api.endpoint}; check the network (and HF_HUB_OFFLINE), or push later"

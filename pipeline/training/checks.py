@@ -249,4 +249,4 @@ def _check_hub(args: TrainingArguments) -> list[Problem]:
     if not args.push_to_hub or os.environ.get("RANK", "0") != "0":
         return []
     skip_unreachable_hub()
-    return check_access([repo_id], "push_to_hub")
+    return check_access([repo_id], "push_to_hub", token=args.hub_token)

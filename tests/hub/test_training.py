@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load, load_file
 from small_model import ROOT, equal, recipe_command, weights
+from transformers import TrainingArguments
 
 from pipeline.__main__ import main
 from pipeline.training.checkpoint_manifest import validate_checkpoint
+from pipeline.training.checks import preflight
 from pipeline.training.entry import run
 from recipes import sft
 from tests.hub.conftest import use
@@ -215,6 +217,15 @@ def test_the_only_repository_that_a_token_may_write_to_and_that_of_an_organizati
     use(hub, monkeypatch, tmp_path / "cache", "hf_alice")
     assert train(inputs, tmp_path / "out", "--push_to_hub", "--hub_model_id", "acme/chat") == 0
     assert {*hub.files("acme/chat")} == MODEL
+    hub.close()
+
+
+def test_the_token_of_a_file_is_known_before_its_step_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = Hub(TOKENS)
+    use(hub, monkeypatch, tmp_path / "cache", token=None)
+    options = {"push_to_hub": True, "hub_model_id": "alice/chat", "report_to": "none"}
+    assert "needs a token" in str(preflight(TrainingArguments(str(tmp_path / "out"), **options)))
+    assert preflight(TrainingArguments(str(tmp_path / "out"), **options, hub_token="hf_single")) == []
     hub.close()
 
 
