@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import socket
+from collections.abc import Sequence
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -83,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("app", " and ".join(missing), 'is not installed; pip install "fourstage[app]"'))
     if args.password == "":
         args.password = getpass.getpass("Password of the page: ")
-    problems = [problem for problem in (_check_run(Path(args.run)), _check_address(args)) if problem]
+    problems = [problem for problem in (_check_run(Path(args.run), args.model), _check_address(args)) if problem]
     problems += _check_prefer(args)
     if problems:
         raise UserError(*problems)
@@ -97,11 +98,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_run(run: Path) -> Problem | None:
-    """Report a folder that is not a run."""
+def _check_run(run: Path, others: Sequence[str] = ()) -> Problem | None:
+    """Report a folder that is not a run; one that starts from a model of the Hub may have to name it by `--model`."""
     if not run.is_dir():
         return Problem("RUN", run, "no such directory; make it with `python -m pipeline run RECIPES`")
-    if not any(run.glob("[0-9]*_*/config.json")):
+    if not others and not any(run.glob("[0-9]*_*/config.json")):
         seeds = sorted(path.parent.name for path in run.glob("seed*/run.json"))
         remedy = f"holds several runs; name one, such as {run / seeds[0]}" if seeds else "has no model of any stage yet"
         return Problem("RUN", run, remedy)
