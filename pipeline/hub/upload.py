@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, whoami
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -137,7 +137,8 @@ def push(
 def _open_pull_request(api: HfApi, repo_id: str, repo_type: str, title: str) -> str | None:
     """Return the reference of the open pull request with this title, which an earlier push has made, or None."""
     try:
-        for item in api.get_repo_discussions(repo_id, repo_type=repo_type, discussion_type="pull_request"):
+        user = whoami(cache=True)["name"]
+        for item in api.get_repo_discussions(repo_id, repo_type=repo_type, author=user, discussion_type="pull_request"):
             if item.title == title and item.status in ("open", "draft"):
                 return item.git_reference
     except HfHubHTTPError as error:

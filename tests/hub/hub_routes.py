@@ -431,6 +431,15 @@ def commit(call: Call, kind: str, id: str, rev: str) -> Any:
     return found | ({"pullRequestUrl": f"{url}/discussions/{branch.rsplit('/', 1)[1]}"} if is_pull else {})
 
 
+@route("GET", f"/api/{REPO}/discussions")
+def discussions(call: Call, kind: str, id: str) -> Any:
+    repo = call.repo(kind, id)
+    about = {"createdAt": DATE, "status": "open", "repo": {"name": id, "type": repo.type}, "isPullRequest": True}
+    pulls = {name: head for name, head in repo.branches.items() if name.startswith("refs/pr/")}
+    listed = [{"num": int(name[8:]), "title": head.title, **about} for name, head in pulls.items()]
+    return {"discussions": listed, "count": len(listed), "start": 0}
+
+
 def content_of(call: Call, content: bytes, headers: dict[str, str]) -> Answer:
     """A file, or the part of it that the request names."""
     headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers}

@@ -197,6 +197,12 @@ def test_options(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert push(run, "--stage", "1_pretrain", "--create-pr") == 0
     assert b"license: apache-2.0" in hub.files("alice/mini-1_pretrain", revision="refs/pr/1")["README.md"]
     assert not hub.files("alice/mini-1_pretrain"), "main waits for the pull request"
+    assert push(run, "--stage", "1_pretrain", "--create-pr", "--license", "mit") == 0
+    assert [name for name in hub.repos["model", "alice/mini-1_pretrain"].branches if "pr" in name] == ["refs/pr/1"]
+    assert b"license: mit" in hub.files("alice/mini-1_pretrain", revision="refs/pr/1")["README.md"]
+    hub.fail("lost", path="POST .*0_random/commit")
+    assert push(run, "--stage", "0_random", "--create-pr") == 0
+    assert "refs/pr/2" not in hub.repos["model", "alice/mini-0_random"].branches
 
     hub.requests.clear()
     capsys.readouterr()
