@@ -34,6 +34,8 @@ from pipeline.rewards.grading import is_gradable
 
 LISTED = 200
 """Own votes that the page lists, the newest ones."""
+STREAMED = 10_000
+"""Prompts that are read of a stream."""
 EXPORT_SECONDS = 2.0
 """Time after a vote until the data set is written, together with those that follow."""
 OPINIONS = {1.0: "A", 0.0: "B", 0.5: "neither"}
@@ -111,7 +113,7 @@ def load_prompts(site: Site) -> Sequence[Mapping[str, Any]]:
         if not site.options.prompts:
             return ()
         raise UserError(*(Problem("--prompts", one.value, one.remedy) for one in error.problems)) from None
-    return prompts if isinstance(prompts, Dataset) else list(prompts)
+    return prompts if isinstance(prompts, Dataset) else list(prompts.take(STREAMED))
 
 
 class Poll:
