@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from pipeline import hardware
 from pipeline.models.attention import choose_attention
@@ -21,7 +21,7 @@ FLOPS = 1e12
 """Operations of such a step above which it would take too long; the speed is then estimated."""
 SHARE_OF_MATMUL = 0.3
 """Share of the speed of large matrix multiplications that training reaches, where it is not measured."""
-OVERHEAD = {"pretrain": 150e6, "sft": 150e6, "reward": 220e6, "ppo": 600e6, "grpo": 150e6, "preferences": 150e6}
+OVERHEAD = {"pretrain": 150e6, "sft": 150e6, "reward": 250e6, "ppo": 600e6, "grpo": 150e6, "preferences": 150e6}
 """Bytes that a stage takes beside its tensors: code that is loaded late, buffers of the data libraries, and freed
 blocks, which the allocator keeps; rollouts, of ever other lengths, leave most. Measured on recipes/pocket."""
 START = 12.0
@@ -87,8 +87,9 @@ def _decoding(model: PreTrainedModel, work: Work) -> float:
     assert work.rollouts is not None
     ids = torch.zeros(work.rollouts.rows, max(1, round(work.rollouts.prompt)), dtype=torch.long)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=hardware.precision().value == "bf16"):
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        return _best(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True))
+        cache = DynamicCache(config=model.config)
+        model(ids, cache=cache, use_cache=True, logits_to_keep=1)
+        return _best(lambda: model(ids[:, :1], cache=cache, use_cache=True))
 
 
 def _best(function: Callable[[], object]) -> float:

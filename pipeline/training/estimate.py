@@ -111,6 +111,7 @@ class Work:
         rows: Sequences in a micro-batch of a process.
         length: Tokens in such a sequence, at most.
         mean: Tokens in such a sequence, on average.
+        padding: What it costs on a CPU, where batches are padded, as a multiple of that.
         steps: Optimizer steps.
         trainable: Parameters with gradients, of the model and of a critic.
         moments: Bytes of the optimizer's state, for each of them.
@@ -133,6 +134,7 @@ class Work:
     mean: float
     steps: float
     trainable: int
+    padding: float = 1.0
     moments: float = 8.0
     networks: int = 1
     frozen: int = 0
@@ -200,7 +202,11 @@ def _computed(work: Work, device: Device) -> float:
     """Return the tokens that a sequence costs: with padding on a GPU, without it and with shared prompts on a CPU."""
     if device.kernels:
         return work.length
-    return work.rollouts.completion + work.rollouts.prompt / work.rollouts.group if work.rollouts else work.mean
+    return (
+        work.rollouts.completion + work.rollouts.prompt / work.rollouts.group
+        if work.rollouts
+        else work.mean * work.padding
+    )
 
 
 def _sampling(work: Work, rollouts: Rollouts, device: Device) -> tuple[float, float]:

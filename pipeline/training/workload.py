@@ -34,6 +34,8 @@ ANSWER = 1 / 3
 LABELLED = 0.5
 """Share of the tokens of a conversation that the assistant says, for whose positions alone logits are computed."""
 
+PADDING = 1.4
+"""Length of padded rows in groups of similar length, as a multiple of their mean, measured on recipes/pocket."""
 KEPT_PAIRS = 2 / 3
 """Share of the pairs of recipes/pocket that differ and are not a tie."""
 
@@ -133,18 +135,16 @@ def workload(
     trainable = parameters
     if settings.get("use_peft"):
         with torch.device("meta"):
-            adapted = get_peft_model(_fresh(model), get_peft_config(settings.build(ModelConfig)))
+            copied = type(model)(model.config)  # PEFT changes the one that it adapts
+            adapted = get_peft_model(copied, get_peft_config(settings.build(ModelConfig)))
         trainable = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    recompute = settings["activation_checkpointing"]
     common: dict[str, Any] = {
         "model": model,
         "trainable": trainable,
         "frozen": parameters - trainable if trainable != parameters else 0,
         "moments": _moments(settings, model),
-        "recompute": bool(
-            settings["activation_checkpointing"]
-            if settings["activation_checkpointing"] is not None
-            else settings["gradient_checkpointing"]
-        ),
+        "recompute": bool(settings["gradient_checkpointing"] if recompute is None else recompute),
         "saved": parameters if trainable == parameters else trainable,
         "checkpoints": _checkpoints(settings),
         "processes": processes,
@@ -157,6 +157,7 @@ def workload(
     length = settings["block_size"] if settings.kind == "pretrain" else settings["max_length"]
     packed = settings.kind == "pretrain" or bool(settings.get("packing"))
     mean = length if packed else min(length, _mean_tokens(settings, made) or length / 4)
+    padding = 1.0 if packed else PADDING
     per_row = 2 if settings.kind == "reward" else 1
     if settings["max_steps"] > 0:
         steps = settings["max_steps"]
@@ -173,6 +174,7 @@ def workload(
         rows=rows * per_row,
         length=length,
         mean=mean,
+        padding=padding,
         steps=steps,
         head=head,
         data=0.0 if streamed else BYTES_PER_TOKEN * tokens / max(1.0, settings["num_train_epochs"]),
@@ -252,11 +254,6 @@ def _sampling(settings: Settings, model: PreTrainedModel, made: Mapping[str, Any
         rollouts=rollouts,
         processes=processes,
     )
-
-
-def _fresh(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model without weights once more, because PEFT changes the one that it adapts."""
-    return type(model)(model.config)
 
 
 def _moments(settings: Settings, model: PreTrainedModel) -> float:
