@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import safe_open
 
 from pipeline.files import split_revision
-from pipeline.hub.contents import public_settings, without_paths
+from pipeline.hub.contents import public_settings, read_json, without_paths
 from pipeline.hub.stages import GENERAL, STAGES, StageText, uses
 
 Values = Mapping[str, Any]
@@ -237,10 +236,12 @@ def count_parameters(folder: Path) -> int:
 
 
 def _estimates(trained: Trained) -> Iterator[tuple[str, Values]]:
-    """Yield the metrics of a stage that have a value."""
-    for metric, entry in (trained.metrics.get("stages", {}).get(trained.stage) or {}).items():
-        if isinstance(entry, Mapping) and isinstance(entry.get("value"), int | float) and isfinite(entry["value"]):
-            yield metric, entry
+    """Yield the metrics of a stage that have a value, those of lm-eval included."""
+    others = trained.metrics.get("other", {}).get("lm_eval", {})
+    for found in (trained.metrics.get("stages", {}), others):
+        for metric, entry in (found.get(trained.stage) or {}).items():
+            if isinstance(entry, Mapping) and isinstance(entry.get("value"), int | float) and isfinite(entry["value"]):
+                yield metric, entry
 
 
 def _label(trained: Trained, metric: str) -> str:
@@ -256,13 +257,14 @@ def _results(trained: Trained) -> Iterator[EvalResult]:
         name = source.get("dataset_name")
         name = ", ".join(name) if isinstance(name, list) else name
         shown = trained.on_hub(name) or Path(str(name or "held-out data")).name
+        task, colon, own = metric.partition(":")  # of lm-eval
         yield EvalResult(
             task_type="text-classification" if is_reward else "text-generation",
-            dataset_type=shown,
-            dataset_name=shown.rsplit("/", 1)[-1],
+            dataset_type=task if colon else shown,
+            dataset_name=task if colon else shown.rsplit("/", 1)[-1],
             dataset_config=source.get("dataset_config"),
-            dataset_split="test_longer" if metric.endswith("_longer") else "test",
-            metric_type=metric,
+            dataset_split=None if colon else "test_longer" if metric.endswith("_longer") else "test",
+            metric_type=own or metric,
             metric_name=_label(trained, metric),
             metric_value=entry["value"],
             metric_args={key: entry[key] for key in ("ci95", "n") if entry.get(key) is not None} or None,
@@ -338,12 +340,3 @@ def _circumstances(trained: Trained) -> Iterator[tuple[str, str]]:
         yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
     if commit := trained.machine.get("commit"):
         yield "Commit", f"`{commit}`"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file, empty if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -14,8 +14,8 @@ from typing import Any
 from huggingface_hub import DatasetCard, HfApi
 
 from pipeline.errors import Problem, UserError
-from pipeline.hub.cards import CRITIC, Trained, model_card, read_json
-from pipeline.hub.contents import Files, public_settings, publishable, to_bytes, without_paths
+from pipeline.hub.cards import CRITIC, Trained, model_card
+from pipeline.hub.contents import Files, public_settings, publishable, read_json, to_bytes, without_paths
 from pipeline.hub.data_cards import critic_card, dataset_card, space_card
 from pipeline.hub.upload import retry
 

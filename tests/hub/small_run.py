@@ -32,6 +32,9 @@ def write_small_run(run: Path) -> Path:
     save_tokenizer(run / "tokenizer")
     for seed, stage in enumerate(MODELS):
         _write_model(run, stage, seed)
+    evaluation = json.loads((run / "evaluations" / "2_sft.json").read_text())
+    evaluation["metrics"]["piqa:acc"] = {"value": 0.5, "ci95": [0.4, 0.6], "n": 100}
+    (run / "evaluations" / "2_sft.json").write_text(json.dumps(evaluation))
     record = json.loads((run / "run.json").read_text())
     record["steps"] |= {stage: _step(run, stage) for stage in (*MODELS, "3_preferences")}
     record["steps"] |= {f"evaluate_{stage}": {"values": _measured_on(run)} for stage in MODELS}

@@ -66,10 +66,12 @@ def test_results_are_those_of_the_run_with_their_intervals(run: Path, texts: dic
         results = ModelCard(texts["model"][stage]).data.eval_results
         read = {item.metric_type: {"value": item.metric_value, **item.metric_args} for item in results}
         assert read == {
-            metric: {name: entry[name] for name in ("value", "ci95", "n")} for metric, entry in measured[stage].items()
+            metric.removeprefix("piqa:"): {name: entry[name] for name in ("value", "ci95", "n")}
+            for metric, entry in measured[stage].items()
         }
-        pairs = {item.dataset_type for item in results}
-        assert pairs == {"alice/mini-3_preferences" if stage == "3_reward" else "alice/mini-data"}
+        data = {item.dataset_type for item in results}
+        own = "alice/mini-3_preferences" if stage == "3_reward" else "alice/mini-data"
+        assert data == {own, "piqa"} if stage == "2_sft" else {own}
 
 
 def test_figures_of_an_earlier_training_are_left_out(run: Path, tmp_path: Path) -> None:
