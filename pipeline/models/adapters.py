@@ -100,7 +100,9 @@ def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         if isinstance(module, AuxiliaryTrainingWrapper):
             plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         else:
-            module.merge()
-            plain = module.get_base_layer()
+            plain = module
+            while isinstance(plain, BaseTunerLayer):  # adapters of several parameters wrap each other
+                plain.merge()
+                plain = plain.base_layer
         merged.set_submodule(name, plain)
     return merged

@@ -38,16 +38,21 @@ def choices(router: Llama4Router, logits: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter_(1, logits.topk(router.top_k, dim=1).indices, 1.0)
 
 
-def balancing_loss(logits: Tensor, shares: Tensor) -> Tensor:
+def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
     """Return the load-balancing loss of a layer (Fedus et al. 2021, "Switch Transformers", eq. 4): 1 if balanced.
 
-    Layers are not pooled, as transformers' `load_balancing_loss_func` does: two that are skewed could cancel out.
+    It is that of each row, averaged: experts balanced over a whole batch may each take one kind of text, and are not
+    balanced on text of another mixture. Means over rows are the same on any number of processes, too. Layers are not
+    pooled, as transformers' `load_balancing_loss_func` does: two that are skewed could cancel out.
 
     Args:
-        logits: Router logits, shape (tokens, experts).
-        shares: Share of the tokens that each expert takes, shape (experts,), without a gradient.
+        router: The router of the layer.
+        logits: Its logits, shape (tokens, experts).
+        rows: Rows of equal length that the tokens come from.
     """
-    return logits.shape[1] * (shares * logits.float().softmax(-1).mean(0)).sum()
+    shares = choices(router, logits.detach()).view(rows, -1, router.num_experts).mean(1) / router.top_k
+    probabilities = logits.float().softmax(-1).view(rows, -1, router.num_experts).mean(1)
+    return router.num_experts * (shares * probabilities).sum(-1).mean()
 
 
 def z_loss(logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.optimization import get_scheduler
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
@@ -25,6 +27,8 @@ from trl import GRPOConfig, ModelConfig
 from pipeline.errors import LIBRARY_ERRORS, Problem
 from pipeline.hub.access import check_access
 from pipeline.models.loading import skip_unreachable_hub
+
+logger = logging.getLogger(__name__)
 
 LORA_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
 """Layers that PEFT can put a LoRA adapter on."""
@@ -61,6 +65,7 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
     layers = {name: module for name, module in modules.items() if isinstance(module, LORA_LAYERS)}
     projections = sorted({end for name in modules if (end := name.rpartition(".")[2]).endswith("_proj")})
     problems = []
+    experts = [name for name, module in modules.items() if isinstance(module, Llama4TextExperts)]
     for field, names in (
         ("lora_target_modules", list(layers)),
         ("lora_modules_to_save", list(modules)),
@@ -68,6 +73,9 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
     ):
         targets = getattr(model_args, field) or []
         if targets in ("all-linear", ["all-linear"]):
+            if experts:
+                remedy = f"includes the routers, to which LoRA cannot add; name projections: {', '.join(projections)}"
+                problems.append(Problem(field, "all-linear", remedy))
             continue
         if isinstance(targets, str):  # PEFT matches it with whole names
             try:
@@ -80,6 +88,11 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
         if missing:
             remedy = f"the model does not have such modules; choose from: {', '.join(projections)}, or all-linear"
             problems.append(Problem(field, ", ".join(missing), remedy))
+    if experts and not any("experts." in target for target in model_args.lora_target_parameters or []):
+        logger.warning(
+            "The experts are not trained: give --lora_target_parameters feed_forward.experts.gate_up_proj "
+            "feed_forward.experts.down_proj"
+        )
     rank = max((min(layer.weight.shape[:2]) for layer in layers.values()), default=math.inf)
     if model_args.lora_r > rank:
         problems.append(

@@ -15,9 +15,9 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from pipeline import hardware
 from pipeline.models.attention import choose_attention
-from pipeline.models.experts import balancing_loss, choices, routers, z_loss
+from pipeline.models.experts import balancing_loss, routers, z_loss
 from pipeline.models.llama4 import ScratchArguments
-from pipeline.training.callbacks import sum_over_processes, training_flops_per_token
+from pipeline.training.callbacks import training_flops_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +68,16 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
 def add_router_losses(trainer: Trainer, model_args: ScratchArguments) -> None:
     """Add the load-balancing loss and the z-loss to a trainer's loss, each the mean over the layers with experts.
 
-    The model returns the logits of its routers, and computes neither. Shares of tokens are those of the batch on all
-    processes (Qiu et al. 2025, "Demons in the Detail", 2501.11873), so that two processes train as one does; with
-    gradient accumulation, those of each micro-batch. An evaluation measures the loss of the text alone.
+    The model returns the logits of its routers, and computes neither. An evaluation measures the loss of the text
+    alone.
 
     Args:
         trainer: Changed in place, before `train`; left alone if its model is dense.
         model_args: `router_aux_loss_coef` and `router_z_loss_coef`; if both are 0, nothing changes either.
     """
     gates = routers(trainer.model)
-    coefficients = model_args.router_aux_loss_coef or 0.0, model_args.router_z_loss_coef or 0.0
-    if not gates or not any(coefficients):
+    balance, size = model_args.router_aux_loss_coef or 0.0, model_args.router_z_loss_coef or 0.0
+    if not gates or not (balance or size):
         return
     compute_loss = trainer.compute_loss
 
@@ -86,12 +85,8 @@ def add_router_losses(trainer: Trainer, model_args: ScratchArguments) -> None:
         if not model.training:
             return compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         loss, outputs = compute_loss(model, {**inputs, "output_router_logits": True}, return_outputs=True, **kwargs)
-        layers = outputs.router_logits
-        counts = torch.stack([choices(gate, logits).sum(0) for gate, logits in zip(gates, layers, strict=True)])
-        counts = sum_over_processes(counts.float(), trainer.args)
-        shares = (counts / counts.sum(1, keepdim=True)).unbind()
-        balance = sum(balancing_loss(logits, share) for logits, share in zip(layers, shares, strict=True))
-        added = coefficients[0] * balance + coefficients[1] * sum(map(z_loss, layers))
+        layers, rows = zip(gates, outputs.router_logits, strict=True), len(inputs["input_ids"])
+        added = sum(balance * balancing_loss(gate, logits, rows) + size * z_loss(logits) for gate, logits in layers)
         loss = loss + added / len(gates) / trainer.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
