@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.config.parser import parse
-from pipeline.data.arguments import DataArguments
+from pipeline.data.arguments import VOTES_FILE, DataArguments
 from pipeline.data.splits import load_splits
-from pipeline.errors import UserError
+from pipeline.data.votes import read_votes
+from pipeline.errors import EXIT_WAITING, RunStopped, UserError
 from pipeline.models.generation import Completion
 from pipeline.preferences.collect import PreferenceArguments, collect, label_answers, read_prompts
 from pipeline.preferences.files import write
+from pipeline.preferences.people import VoteArguments, wait_for_votes
 from pipeline.rewards.annotators import PANEL, taste
 from tests.word_model import word_model_config, word_tokenizer
 
@@ -470,3 +473,21 @@ def test_a_held_out_split_without_pairs_is_left_out(tmp_path: Path) -> None:
     write(tmp_path / "pairs", {"train": pairs, "test": none}, {"train": counts, "test": no_counts}, "a test")
     splits = load_dataset(str(tmp_path / "pairs"), cache_dir=str(tmp_path / "cache"))
     assert {name: len(split) for name, split in splits.items()} == {"train": len(pairs)}
+
+
+def test_a_run_waits_until_there_are_enough_votes_and_simulated_annotators_can_give_them(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run" / "votes"
+    asked = VoteArguments(**arguments, output_dir=str(folder), min_votes=3)
+    with pytest.raises(RunStopped, match=f"0 of 3 votes.*python -m pipeline app {folder.parent}") as stopped:
+        wait_for_votes(asked)
+    assert stopped.value.exit_code == EXIT_WAITING and not folder.exists()
+    found = wait_for_votes(replace(asked, simulated_votes=True))
+    votes = read_votes(folder / VOTES_FILE)
+    assert found == len(votes) >= 3
+    assert {vote["annotator"] for vote in votes} == {f"simulated ({annotator.name})" for annotator in PANEL}
+    assert {vote["shown_first"] for vote in votes} == {"a", "b"}
+    assert wait_for_votes(replace(asked, simulated_votes=True)) == found, "people's votes are not mixed with others"
+    splits = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert sum(map(len, splits.values())) == found
