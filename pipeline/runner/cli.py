@@ -102,13 +102,13 @@ def main(args: argparse.Namespace) -> int:
         if args.seeds is not None:
             return _run_seeds(args)
         plan, decided = _prepare(args)
+        if args.dry_run:
+            _show(decided, args)
+            return 0
         if args.download:
             from pipeline.training.download import download  # takes seconds to import
 
             return download([step.values for step in plan.steps], read_plan(args.recipe).run_dir)
-        if args.dry_run:
-            _show(decided, args)
-            return 0
         return _run(plan, args)
 
 
