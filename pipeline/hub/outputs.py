@@ -77,7 +77,10 @@ class Outputs:
     @cached_property
     def folders(self) -> dict[str, Path]:
         """The output directories that hold a finished model or data, by name."""
-        found = (path for path in sorted(self.path.iterdir()) if path.name not in OTHERS and path.name[0] != ".")
+        paths = sorted(self.path.iterdir())
+        if self.repo_id and not self.record:  # anything may lie beside a single output directory
+            paths = [path for path in paths if path.name in (self.only or ())]
+        found = (path for path in paths if path.name not in OTHERS and path.name[0] != ".")
         return {path.name: path.resolve() for path in found if is_data(path) or is_model(path)}
 
     @cached_property
