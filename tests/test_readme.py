@@ -35,6 +35,7 @@ PAGES = [
         "recipes/existing-model/README.md",
         "recipes/gsm8k-shakespeare/README.md",
         "recipes/pocket/README.md",
+        "recipes/pocket-llama4/README.md",
         "recipes/pocket-people/README.md",
         "recipes/small/README.md",
         "recipes/base/README.md",
