@@ -72,6 +72,7 @@ def build(site: Site) -> None:
         columns,
         show_progress="hidden",
         concurrency_limit=2,  # two visitors share the cores; others wait in the queue
+        trigger_mode="multiple",  # a page whose server was restarted in the middle of an answer can ask again
         api_visibility="private",
     )
     stop.click(None, cancels=[running], api_visibility="private")

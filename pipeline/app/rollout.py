@@ -92,7 +92,7 @@ def build(site: Site) -> None:
         except LIBRARY_ERRORS as error:  # a reward function of the user's may raise anything
             yield Markup("").join([*parts, failed(f"{type(error).__name__}: {error}")])
 
-    options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
+    options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "trigger_mode": "multiple"}
     stage.change(choose, stage, [policy, reference], **options)
     another.click(take, stage, [prompt, reference], **options)
     go.click(roll_out, [stage, policy, prompt, reference, seed], shown, show_progress="hidden", **options)

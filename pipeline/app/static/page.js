@@ -32,3 +32,18 @@ document.addEventListener("keydown", event => {
   next.focus();
   event.preventDefault();
 });
+
+// If the server ends in the middle of an answer, Gradio waits for the rest for ever: load the page again once it is back.
+const plainFetch = window.fetch;
+window.fetch = async (...request) => {
+  const response = await plainFetch(...request);
+  if (!response.body || !String(request[0]?.url ?? request[0]).includes("/queue/data")) return response;
+  const [shown, watched] = response.body.tee();
+  const reader = watched.getReader();
+  const watch = () => reader.read().then(part => part.done || watch());
+  watch().catch(error => error.name === "AbortError" || reload());
+  return new Response(shown, response);
+};
+function reload() {
+  plainFetch("config").then(answer => answer.ok && location.reload()).catch(() => setTimeout(reload, 1000));
+}
