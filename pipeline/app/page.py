@@ -45,7 +45,8 @@ def build(site: Site) -> gr.Blocks:
         with gr.Column(elem_id="report"):
             gr.HTML(
                 '<h2>Report</h2><p><a href="report" target="_blank">Open it alone</a></p>'
-                '<iframe src="report" title="Report of the run" sandbox="allow-same-origin allow-popups" loading="lazy"></iframe>'
+                '<iframe src="report" title="Report of the run" loading="lazy" '
+                'sandbox="allow-same-origin allow-popups"></iframe>'
             )
     return blocks
 
