@@ -53,7 +53,7 @@ def fetch_recipes(name: str) -> Path | None:
             variables of the environment.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     repo_id, revision = split_revision(name)
@@ -61,7 +61,9 @@ def fetch_recipes(name: str) -> Path | None:
         options = {"repo_type": repo_type, "revision": revision}
         disable_progress_bars()  # of a few small files
         try:
-            listed = [] if constants.HF_HUB_OFFLINE else HfApi().list_repo_files(repo_id, **options)
+            # Not `list_repo_files`, which tries for half a minute if the Hub cannot be reached.
+            info = None if constants.HF_HUB_OFFLINE else HfApi().repo_info(repo_id, timeout=10, **options)
+            listed = [file.rfilename for file in info.siblings or ()] if info else []
             if listed and not any(path.endswith(SUFFIXES) for path in listed):
                 raise UserError(Problem("recipe", name, "does not contain files such as 2_sft.yaml; name another"))
             folder = Path(snapshot_download(repo_id, allow_patterns=[f"*{suffix}" for suffix in SUFFIXES], **options))
@@ -69,11 +71,11 @@ def fetch_recipes(name: str) -> Path | None:
             continue
         except RevisionNotFoundError:
             raise UserError(Problem("recipe", name, f"{repo_id} has no revision {revision}; correct it")) from None
-        except (OSError, RuntimeError) as error:
+        except (HTTPError, OSError, RuntimeError) as error:
             if constants.HF_HUB_OFFLINE:
                 continue
             reason = "the Hub cannot be reached" if is_network_error(error) else str(error).strip().split("\n")[0][:200]
-            remedy = f"is not a local folder, and cannot be downloaded ({reason}); correct it or try again"
+            remedy = f"is not a local folder, and cannot be downloaded ({reason}); correct it, or try later"
             raise UserError(Problem("recipe", name, remedy)) from None
         finally:
             enable_progress_bars()

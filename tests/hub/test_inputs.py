@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
+from huggingface_hub import constants
 from small_model import save_model, save_tokenizer
 
 from pipeline.__main__ import main
@@ -190,6 +191,22 @@ def test_a_recipe_folder_that_is_not_there_is_refused_in_one_line(
     hub.add("alice/empty", {"config.json": b"{}"})
     code, _, err = plan(capsys, name)
     assert code == 2 and says in err and len(err.splitlines()) == 1
+
+
+def test_a_hub_that_does_not_answer_is_told_at_once_and_the_cache_still_serves(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.add("alice/recipes", {"2_sft.yaml": SFT})
+    hub.fail("drop", times=100)
+    code, _, err = plan(capsys, "alice/recipes")
+    assert code == 2 and len(err.splitlines()) == 1 and "cannot be downloaded" in err and len(hub.requests) == 1
+    hub.faults.clear()
+    fetch_recipes.cache_clear()
+    assert fetch_recipes("alice/recipes") is not None
+    fetch_recipes.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch_recipes("alice/recipes") is not None
 
 
 def test_a_private_recipe_folder_needs_the_token(
