@@ -16,8 +16,9 @@ class DataArguments:
     dataset_name: list[str] | None | str = field(  # noqa: RUF036
         default=None,
         metadata={
-            "help": "Id on the Hugging Face Hub, or a local file or folder: a data set repository, Parquet, JSONL, "
-            "JSON, CSV or text, optionally compressed (.gz). Several are joined, split by split."
+            "help": "Id on the Hugging Face Hub, also NAME/repo@revision, or a local file or folder: a data set "
+            "repository, Parquet, JSONL, JSON, CSV or text, optionally compressed (.gz). Several are joined, split by "
+            "split."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
