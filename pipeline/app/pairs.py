@@ -147,18 +147,20 @@ class Pairs:
             UserError: If no pair can be sampled.
         """
         with self._changed:
-            sequence, shared = self._sequences[annotator, source], self._shared[source]
+            sequence = self._sequences[annotator, source]
             is_shared = int(round((len(sequence) + 1) * self.overlap, 6)) > int(round(len(sequence) * self.overlap, 6))
-            seen = sum(pair.pair in shared for pair in sequence)
+
+            def ready() -> Pair | None:
+                """Return the first shared pair that this annotator has not seen, or a new one."""
+                shared = self._shared[source].values() if is_shared else ()
+                return next((pair for pair in (*shared, *self._stock[source]) if pair not in sequence), None)
+
             self._need(source, AHEAD + pages)
-            if is_shared and seen < len(shared):
-                pair = list(shared.values())[seen]
-            else:
-                self._changed.wait_for(lambda: self._stock[source] or source in self._errors, PATIENCE)
-                if not self._stock[source]:
-                    late = UserError(Problem("answers", " and ".join(source), "take too long; try again"))
-                    raise self._errors.pop(source, late)
-                pair = self._stock[source][0]
+            self._changed.wait_for(lambda: ready() or source in self._errors, PATIENCE)
+            pair = ready()
+            if pair is None:
+                late = UserError(Problem("answers", " and ".join(source), "take too long; try again"))
+                raise self._errors.pop(source, late)
             self._write({"pair": pair.pair, "for": annotator, "shared": is_shared})
             return pair
 
