@@ -89,10 +89,15 @@ def main(args: argparse.Namespace) -> int:
     if problems:
         raise UserError(*problems)
 
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
     from pipeline.app.models import Models
     from pipeline.app.server import serve
     from pipeline.app.site import Site
 
+    disable_progress_bars()
+    logging.disable_progress_bar()
     run = Path(args.run)
     serve(Site(run, Models(run, args.model), args))
     return 0

@@ -71,7 +71,7 @@ def visit(browser: Any, page: str, width: int = 1440, scheme: str = "light") -> 
 
 
 def until(browser: Any, condition: Any) -> Any:
-    return WebDriverWait(browser, 60, 0.05).until(lambda _: condition())
+    return WebDriverWait(browser, 150, 0.05).until(lambda _: condition())
 
 
 def columns(browser: Any) -> dict[str, str]:

@@ -52,6 +52,13 @@ def test_the_page_and_its_report_are_served(client: TestClient) -> None:
     assert report.headers["content-security-policy"].startswith("default-src 'none'")
 
 
+def test_a_run_that_was_not_measured_yet_is_shown(run: Path, site_of: Make, tmp_path: Path) -> None:
+    shutil.copytree(run / "2_sft", tmp_path / "run" / "2_sft")
+    with TestClient(build_app(site_of(tmp_path / "run")), base_url="http://127.0.0.1") as client:
+        assert "not in this run" in client.get("/").text
+        assert client.get("/report").status_code == 200
+
+
 @pytest.mark.parametrize(
     "path",
     [

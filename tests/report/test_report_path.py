@@ -1,0 +1,36 @@
+"""The picture of the path: every stage in it, with what this run reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.report.load import load_run
+from pipeline.report.page import render
+from pipeline.report.path import STEPS, path_steps
+
+
+def test_each_step_has_the_figure_and_the_sample_of_its_stage(whole_run: Path) -> None:
+    run = load_run(whole_run)
+    steps = {step["stage"]: step for step in path_steps(run, {"grpo": "#reasoning"})}
+    assert list(steps) == ["0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo"]
+    shares = {name: round(100 * stage.metrics["pass@1"].value) for name, stage in run.stages.items() if stage.answers}
+    assert steps["4_grpo"]["figure"] == f"{shares['4_grpo']}% of unseen problems solved (before: {shares['3_ppo']}%)"
+    assert steps["3_ppo"]["figure"].startswith("preferred to 2_sft in ")
+    assert "of unseen choices" in steps["3_ppo"]["parts"][1]["figure"], "that of the reward model"
+    assert steps["2_sft"]["sample"] == run.stages["2_sft"].answers[0]["answer"].strip()
+    assert steps["4_grpo"]["sample"] == run.stages["4_grpo"].traces[0]["answer"], "reasoning is shown on a problem"
+    assert "tokens of plain text" in steps["1_pretrain"]["goes_in"]
+    assert [step["link"] for step in steps.values()] == ["", "", "", "", "#reasoning"]
+
+
+def test_stages_that_a_run_does_not_have_are_explained_all_the_same(short_run: Path) -> None:
+    steps = path_steps(load_run(short_run), {})
+    shown = render("path.html.jinja", {"steps": steps})
+    assert shown.count("not in this run") == 2
+    assert all(step.title in shown and step.about in shown for step in STEPS)
+
+
+def test_texts_of_a_run_are_escaped_in_the_picture(hostile_run: Path) -> None:
+    shown = render("path.html.jinja", {"steps": path_steps(load_run(hostile_run), {})})
+    assert "&lt;script&gt;" in shown
+    assert not any(text in shown for text in ("<script", "<img", "\u202e", "\x1b"))
