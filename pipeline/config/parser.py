@@ -82,7 +82,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     asked = {name: output_directory.expand(name, value) for name, value in {**from_file, **from_command_line}.items()}
     if asked.get("hub_token"):
         # As an argument it would be written to disk with all the others.
-        os.environ["HF_TOKEN"] = asked.pop("hub_token")
+        os.environ["HF_TOKEN"] = token = asked.pop("hub_token")
+        command = [text.replace(token, "hf_***") for text in command]
     problems += _check_each(asked, hints, dataclass_types)
     reported = dict.fromkeys(problem.field for problem in problems)
     kept = {name: value for name, value in asked.items() if name not in reported}

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, whoami
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, whoami
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from pipeline.errors import Problem
 from pipeline.hub.upload import PUSH_ERRORS, explain, is_transient, retry
@@ -48,7 +48,7 @@ def check_access(
     try:
         user = retry(lambda: whoami(token, cache=True))
     except PUSH_ERRORS as error:
-        is_away = is_transient(error) or constants.is_offline_mode()
+        is_away = is_transient(error) or isinstance(error, OfflineModeIsEnabled)
         remedy = f"the Hub cannot be reached at {api.endpoint}; check the network (and HF_HUB_OFFLINE), or push later"
         return [Problem(field, ", ".join(repo_ids), remedy if is_away else explain(error, api.endpoint))]
     for name in repo_ids:
