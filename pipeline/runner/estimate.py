@@ -177,6 +177,8 @@ def _plan(steps: Sequence[Step], processes: int, sharded: bool, device: Device |
         settings = Settings(step.kind, step.values, argument_types(resolve_name(f"{KINDS[step.kind].module}:main")))
         if step.kind == "tokenizer":
             made[settings["output_dir"]] = settings["vocab_size"]
+        elif step.kind == "votes":
+            made[settings["output_dir"]] = settings["min_votes"]
         elif step.kind not in ("data", "random"):
             try:
                 model = starting_model(settings, made)

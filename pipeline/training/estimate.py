@@ -218,6 +218,9 @@ def _sampling(work: Work, rollouts: Rollouts, device: Device) -> tuple[float, fl
     cache = rollouts.rows * (rollouts.prompt + rollouts.completion / 2) * _cache_per_token(work.model, device.mixed)
     latency = VLLM_LATENCY if rollouts.vllm else device.latency
     token = max(latency * config.num_hidden_layers, (weights + cache) / device.bandwidth)
+    if not device.kernels:  # a CPU samples in batches from which finished rows are dropped, and counts their work
+        read = flops * rollouts.prompt / (rollouts.prompt + rollouts.completion) / rollouts.group
+        return flops, batches * rollouts.completion * token + read / device.forward / work.processes
     return flops, batches * rollouts.longest * token + flops / device.forward / work.processes
 
 

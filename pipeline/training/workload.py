@@ -313,8 +313,8 @@ def _rows(settings: Settings, made: Mapping[str, Any]) -> int:
         return len(rows)
     if limit:
         return int(limit)
-    if args.dataset_names[0] in made:
-        return int(made[args.dataset_names[0]])
+    if all(name in made for name in args.dataset_names):
+        return sum(made[name] for name in args.dataset_names)
     count = 0
     for name in args.dataset_names:
         try:

@@ -67,6 +67,22 @@ def test_what_does_not_fit_is_named_with_what_does(capsys: pytest.CaptureFixture
     assert not plan(capsys, *POCKET, *more, str(2 * rows))["stages"]["1_pretrain"]["fits"], "and names the largest"
 
 
+@pytest.mark.parametrize("recipe", ["pocket-people", "pocket-reasoning", "small", "base"])
+def test_other_recipes_are_planned_without_the_hub(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = plan(capsys, f"recipes/{recipe}", "--gpu", "h100", "--num_processes", "8")
+    assert planned["fits"] and {"1_pretrain", "2_sft", "4_grpo"} <= set(planned["stages"])
+    sizes = {"small": 134.5e6, "base": 1107e6}
+    if recipe in sizes:  # as many as SmolLM2-135M, and as Llama-3.2-1B with a smaller vocabulary
+        assert planned["stages"]["1_pretrain"]["parameters"] == pytest.approx(sizes[recipe], rel=0.001)
+
+
+def test_a_model_that_only_the_hub_has_is_refused_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "recipes/existing-model", "--gpu", "h100"])
+    assert ended.value.code == 2
+    assert "2_sft: model_name_or_path" in capsys.readouterr().err
+
+
 def test_half_the_utilisation_takes_twice_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu("h100", 0.2).train * 2 == gpu("h100", 0.4).train
     hours = [plan(capsys, *POCKET, "--mfu", mfu)["stages"]["1_pretrain"]["hours"] for mfu in ("0.2", "0.4")]
