@@ -133,8 +133,8 @@ class RouteCounter:
         if self._real is not None and len(self._real) == len(logits):
             logits = logits[self._real]
         log_probs = logits.log_softmax(-1)
-        self.counts[layer] += choices(router, logits).sum(0).double().cpu()
-        self.entropy[layer] -= (log_probs.exp() * log_probs).sum().double().cpu()
+        self.counts[layer] += choices(router, logits).sum(0).cpu().double()
+        self.entropy[layer] -= (log_probs.exp() * log_probs).sum().cpu().double()
 
 
 @torch.inference_mode()
