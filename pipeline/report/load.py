@@ -152,8 +152,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         if not path.is_dir():
             problems.append(Problem("RUN", path, "no such directory; make it with `python -m pipeline run RECIPES`"))
             continue
-        run = load_run(path)
-        runs.append(run)
+        runs.append(run := load_run(path))
         if not any(stage.metrics or stage.history for stage in run.stages.values()):
             reason = f" ({run.notes[0]})" if run.notes else ""
             remedy = f"has neither an evaluation nor a training log{reason}; run `python -m pipeline evaluate {path}`"
@@ -173,14 +172,12 @@ def load_run(path: Path) -> Run:
     run.record = _read_object(path / "run.json", run.notes)
     _set_machine(run)
     names = {file.stem for file in path.glob("evaluations/*.json")}
-    names |= {file.parent.name for file in path.glob("[0-9]*_*/config.json")}
-    names |= {file.parent.name for file in path.glob("[0-9]*_*/trainer_state.json")}
+    names |= {file.parent.name for end in ("config", "trainer_state") for file in path.glob(f"[0-9]*_*/{end}.json")}
     names |= {file.parent.parent.name for file in path.glob("[0-9]*_*/checkpoint-*/trainer_state.json")}
     for name in sorted(names, key=stage_order):
         run.stages[name] = _load_stage(run, name)
     for name, rate in win_rates(path, run.against, run.notes).items():
-        if name in run.stages:
-            run.stages[name].metrics["win_rate_people"] = rate
+        run.stages.get(name, Stage(name)).metrics["win_rate_people"] = rate
     for file in sorted(path.glob("evaluations/*/*.json"), key=lambda file: (file.parent.name, *stage_order(file.stem))):
         content = _read_object(file, run.notes)
         run.others.setdefault(file.parent.name, {})[file.stem] = dict(_estimates(content, file, run.notes))
