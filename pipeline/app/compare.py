@@ -20,6 +20,9 @@ from pipeline.report.text import visible
 LONGEST = 1024
 """Tokens of an answer, at most."""
 
+USUAL = 128
+"""The same, unless the page sets another limit."""
+
 SHOWN = 20_000
 """Characters of an answer that are shown."""
 
@@ -49,7 +52,7 @@ def build(site: Site) -> None:
             temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0 always takes the most probable token)")
             top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
             top_k = gr.Number(0, label="Top-k (0 is off)", precision=0, minimum=0)
-            longest = gr.Slider(1, LONGEST, 128, step=1, label="Longest answer, in tokens")
+            longest = gr.Slider(1, LONGEST, USUAL, step=1, label="Longest answer, in tokens")
             seed = gr.Number(0, label="Seed", precision=0)
     shaded = gr.Checkbox(False, label="Show how probable each token was", elem_id="probabilities")
     with gr.Row(elem_id="answers"):

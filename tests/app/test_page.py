@@ -44,7 +44,10 @@ def page(run: Path, site_of: Callable[..., Site], tmp_path_factory: pytest.TempP
     """The address of a server that also has a model that cannot be loaded."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("pipeline.app.compare.USUAL", 24)  # these models never end their turn
     app = build_app(site_of(run, "--port", str(port), "--model", str(tmp_path_factory.mktemp("broken"))))
+    monkeypatch.undo()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
