@@ -16,7 +16,9 @@ from pipeline.report.curves import Chart, Series, charts_of, overlay
 from pipeline.report.differences import differences, paired
 from pipeline.report.labels import STAGES, stage_order, step_order
 from pipeline.report.load import Run, Stage, load_run
+from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart, ticks
+from pipeline.report.tables import experts
 from pipeline.report.targets import Target, check_targets, load_targets
 from pipeline.report.text import duration, magnitude, number, signed
 
@@ -251,3 +253,34 @@ def test_numbers_read_well() -> None:
         "1 M",
         "57.6 T",
     ]
+
+
+def test_a_second_pretraining_is_beside_the_first_and_not_before_the_next_stage() -> None:
+    stages = {
+        name: Stage(
+            name,
+            {"bits_per_byte": Estimate(bits, None, None, 2)},
+            {"bits_per_byte": {"a": (bits, 1.0, ""), "b": (bits, 1.0, "")}},
+        )
+        for name, bits in (("1_pretrain", 1.0), ("1_pretrain_dense", 1.25), ("2_sft", 1.5))
+    }
+    found = [(item.stage, item.before, item.change.value) for item in differences(Run(Path("run"), stages=stages))]
+    assert found == [("1_pretrain", "1_pretrain_dense", -0.25), ("2_sft", "1_pretrain", 0.5)]
+
+
+def test_the_experts_are_in_a_table_in_curves_and_in_the_colours_of_a_text() -> None:
+    stage = Stage("1_pretrain", {"expert_load": Estimate(0.5)})
+    stage.experts = {"layers": [[0.5, 1.5]], "documents": [{"pieces": ["a", "b", "c"], "chosen": [[1, 1, 0]]}]}
+    logged = {"router/layer_0/expert_0": 0.5, "router/layer_0/expert_1": 1.5, "router/layer_0/entropy": 0.6}
+    stage.state = {"log_history": [{"step": step, **logged} for step in (1, 2)]}
+    run = Run(Path("run"), stages={"1_pretrain": stage})
+    shown = experts(run)
+    assert shown["rows"] == [{"stage": "1_pretrain", "layer": "1", "shares": ["0.50", "1.50"]}]
+    assert shown["drawn"][0][0]["runs"] == [{"expert": 1, "text": "ab"}, {"expert": 0, "text": "c"}]
+    assert [(chart.title, len(chart.series)) for chart in charts_of(run)] == [
+        ("Load of the experts, layer 1", 2),
+        ("Entropy of the routers, nats", 1),
+    ]
+    assert summarise(run, [], [])["stages"]["1_pretrain"]["expert_load"]["layers"] == [[0.5, 1.5]]
+    stage.experts = {"layers": "damaged"}
+    assert experts(run)["rows"] == []
