@@ -203,13 +203,14 @@ def _record_experts(
     result: StageResult, counter: RouteCounter, chat: ChatModel | None = None, texts: Sequence[Example] = ()
 ) -> None:
     """Record which experts took the tokens that were counted, and those of a few texts, if the model has experts."""
-    if not counter.shares:
+    if counter.counts is None or not counter.shares:
         return
     tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k
     result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
     result.experts["layers"] = [[round(share, 4) for share in layer] for layer in counter.shares]
     result.experts["documents"] = []
-    for row in texts[:DRAWN] if chat else ():
+    for row in texts[:DRAWN]:
+        assert chat is not None  # texts come with the model that reads them
         ids = chat.tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
         drawn = {"pieces": [chat.tokenizer.decode([token]) for token in ids], "chosen": routes(chat.model, ids)}
         result.experts["documents"].append(drawn)

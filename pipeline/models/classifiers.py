@@ -59,11 +59,12 @@ def register() -> None:
     then the model itself, whose output TRL's fused head takes for hidden states (`tests/upstream`).
     """
     Llama4ForCausalLM.base_model_prefix = "model"
-    for auto, task in (
-        (AutoModelForSequenceClassification, "SequenceClassification"),
-        (AutoModelForTokenClassification, "TokenClassification"),
-    ):
-        auto.register(Llama4TextConfig, classifier(Llama4TextConfig, task), exist_ok=True)
+    auto_classes: dict[Task, Any] = {
+        "SequenceClassification": AutoModelForSequenceClassification,
+        "TokenClassification": AutoModelForTokenClassification,
+    }
+    for task, auto_class in auto_classes.items():
+        auto_class.register(Llama4TextConfig, classifier(Llama4TextConfig, task), exist_ok=True)
 
 
 register()

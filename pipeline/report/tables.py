@@ -191,9 +191,11 @@ def _gain(item: Difference, reach: float) -> dict[str, Any]:
 
 def experts(run: Run) -> dict[str, Any]:
     """Return the load of each expert in every stage, and the tokens that it took of some texts in pretraining."""
-    loads = {name: stage.experts.get("layers") for name, stage in run.stages.items() if "expert_load" in stage.metrics}
+    loads = {
+        name: stage.experts.get("layers", []) for name, stage in run.stages.items() if "expert_load" in stage.metrics
+    }
     shown = next((name for name in loads if stage_kind(name) == "pretrain"), "")
-    documents = run.stages[shown].experts.get("documents") if shown else []
+    documents = run.stages[shown].experts.get("documents", []) if shown else []
     try:
         rows = [
             {"stage": name, "layer": str(layer), "shares": [number(float(share), 2) for share in shares]}
