@@ -39,7 +39,7 @@ def build(site: Site) -> None:
         "The models have no memory of earlier prompts.</p>"
     )
     prompt = gr.Textbox(
-        label="Prompt", elem_id="prompt", lines=2, max_lines=8, value=prompts[0] if prompts else "", autofocus=False
+        label="Prompt", elem_id="prompt-box", lines=2, max_lines=8, value=prompts[0] if prompts else "", autofocus=False
     )
     with gr.Row(elem_classes="buttons"):
         send = gr.Button("Send", elem_id="send", variant="primary")

@@ -85,7 +85,7 @@ def columns(browser: Any) -> dict[str, str]:
 
 def ask(browser: Any, prompt: str) -> dict[str, str]:
     """Compare the answers to a prompt. Returns the columns when all have stopped."""
-    field = browser.find_element(By.CSS_SELECTOR, "#prompt textarea")
+    field = browser.find_element(By.CSS_SELECTOR, "#prompt")
     field.clear()
     field.send_keys(prompt)
     browser.find_element(By.ID, "send").click()
@@ -132,7 +132,7 @@ def test_every_stage_answers_and_text_stays_text(browser: Any, page: str) -> Non
     (failed,) = (text for name, text in shown.items() if name not in STAGES)
     assert "no tokenizer can be loaded" in failed, "a model that fails to load is a message in its column"
     browser.find_element(By.CSS_SELECTOR, "#compare .gallery button").click()  # a prompt of the report, hostile too
-    assert "<script>" in browser.find_element(By.CSS_SELECTOR, "#prompt textarea").get_property("value")
+    assert "<script>" in browser.find_element(By.CSS_SELECTOR, "#prompt").get_property("value")
     inside = "#path img, #path script, #answers img, #answers a, #answers strong, #answers script, .gallery img"
     assert browser.find_elements(By.CSS_SELECTOR, inside) == []
     assert browser.title == "Fourstage"
@@ -142,7 +142,7 @@ def test_every_stage_answers_and_text_stays_text(browser: Any, page: str) -> Non
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(browser: Any, page: str) -> None:
     visit(browser, page)
     browser.execute_script(
-        "const field = document.querySelector('#prompt textarea');"
+        "const field = document.querySelector('#prompt');"
         "Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, 'value').set.call(field, 'cat '.repeat(25000));"
         "field.dispatchEvent(new Event('input', {bubbles: true}))"
     )

@@ -15,6 +15,9 @@ whenReady("#report", () => {
   if (section) setTimeout(() => section.scrollIntoView({ behavior: "instant" }), 100);
 });
 
+// Gradio gives an id to the box around a field; scripts and tests look for the field.
+whenReady("#prompt-box textarea", field => { field.id = "prompt"; });
+
 // A token says how probable it was when it is pointed at, tapped or focused; arrow keys go from one to the next.
 function inspect(event) {
   const token = event.target.closest?.(".token");
