@@ -186,9 +186,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             line = json.loads(text)
-            if line["choice"] not in (None, *BY_HAND) or not all(
-                isinstance(line[s], str) for s in ("first", "second")
-            ):
+            if line["choice"] not in (None, *BY_HAND) or not all(isinstance(line[s], str) for s in ("first", "second")):
                 raise ValueError(f"its choice is {line['choice']!r}")
             lines.append({name: line[name] for name in ("prompt", "first", "second", "choice")})
         except (ValueError, LookupError, TypeError) as error:
