@@ -549,7 +549,7 @@ CASES |= {
     "a NUL character": Case("sft", "", ("run_name:", "NUL"), 'run_name: "a\\0b"\n'),
     "a device as YAML": Case("sft", "--config /dev/zero", ("--config: /dev/zero", "not a regular file")),
     "true for a number": Case("sft", "", ("max_steps: True", "a whole number"), "max_steps: true\n"),
-    "a list for a name": Case("sft", "", ("dataset_name: ['a', 'b']", "text"), "dataset_name: [a, b]\n"),
+    "a list for a name": Case("sft", "", ("run_name: ['a', 'b']", "text"), "run_name: [a, b]\n"),
     # values
     "a LoRA rank above every matrix": Case("sft", "--use_peft --lora_r 100000000", ("lora_r: 100000000", "above 32")),
     "a warm-up that does not end": Case("sft", "--warmup_steps 1000", ("warmup_steps: 1000", "max_steps (8)")),

@@ -83,6 +83,8 @@ def test_a_printed_command_is_accepted(
     for name in ("recipes", "accelerate_config.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "mine").symlink_to(ROOT / "recipes/pocket")  # as `python -m pipeline copy pocket mine` writes it
+    (tmp_path / "alice").mkdir()
+    (tmp_path / "alice" / "recipes").symlink_to(ROOT / "recipes/pocket")  # in place of a repository of the Hub
     for name in ("text", "questions", "pairs"):  # of recipes/gsm8k-shakespeare
         (tmp_path / "data" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

@@ -108,6 +108,7 @@ class Answer:
         pieces: The text of each token.
         seconds: Time of its own forward passes.
         stopped: Why it stopped, "" while it writes.
+        decoded: The text of single tokens, which is looked up often.
     """
 
     loaded: Loaded
@@ -116,7 +117,7 @@ class Answer:
     seconds: float = 0.0
     stopped: str = ""
     _text: str = ""
-    _known: dict[int, str] = field(default_factory=dict)
+    decoded: dict[int, str] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -133,9 +134,9 @@ class Answer:
 
     def piece(self, token: int) -> str:
         """Return the text of a token by itself."""
-        if token not in self._known:
-            self._known[token] = str(self.loaded.tokenizer.decode([token]))
-        return self._known[token]
+        if token not in self.decoded:
+            self.decoded[token] = str(self.loaded.tokenizer.decode([token]))
+        return self.decoded[token]
 
 
 def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling) -> Iterator[Answer]:

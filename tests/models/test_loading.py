@@ -199,7 +199,7 @@ def test_a_model_without_a_chat_template_is_loaded_with_the_tokenizer_of_another
 
 def test_headers_are_read_without_torch() -> None:
     """The report counts parameters, and starts in half a second."""
-    code = "import sys, pipeline.models.weights; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.files; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

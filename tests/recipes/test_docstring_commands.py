@@ -50,6 +50,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "runs/pocket/1_pretrain",
         "runs/pocket/2_sft",
         "runs/pocket/3_ppo",
+        "runs/pocket-people/2_sft",
         "Qwen/Qwen2.5-0.5B-Instruct",
         "HuggingFaceTB/SmolLM2-135M",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -68,6 +69,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             str(here / "runs/pocket/data"), size_mb=0.2, sft_rows=300, preference_rows=200, reasoning_rows=200
         )
     )
+    (here / "runs/pocket-people/data").symlink_to(here / "runs/pocket/data")
     pairs = [
         {"chosen": conversation(f"What is {i}?", f"It is {i}."), "rejected": conversation(f"What is {i}?", "No.")}
         for i in range(80)
@@ -99,5 +101,5 @@ def test_a_printed_command_runs(kind: str, argv: list[str], project: Path, tmp_p
     command = [sys.executable, "-m", KINDS[kind].module, *argv, "--output_dir", str(tmp_path / "out")]
     done = run_forked(command, project)
     assert done.returncode == 0, done.stderr
-    written = {"data": "README.md", "tokenizer": "tokenizer.json", "preferences": "README.md"}
+    written = {"data": "README.md", "tokenizer": "tokenizer.json", "preferences": "README.md", "votes": "README.md"}
     assert list((tmp_path / "out").glob(written.get(kind, "*model.safetensors")))

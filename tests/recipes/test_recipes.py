@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from small_model import ROOT, equal, recipe_command, run_recipe, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -89,7 +90,7 @@ def test_two_processes_learn_what_one_learns(whole: tuple[str, Path, str], input
     more = (*FP32, "--output_dir", str(two), "--per_device_train_batch_size", "2")
     launch = ["accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "--num_processes", "2"]
     command = [sys.executable, "-m", *launch, *recipe_command(recipe, inputs, *more)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = run_forked(command)
     assert result.returncode == 0, result.stderr
     assert "2 on cpu, one group (gloo)" in result.stderr
     assert result.stderr.count("sharding ") == 1, "one process speaks"

@@ -815,9 +815,9 @@ def measured(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """`2_sft` is evaluated by a stand-in."""
     executable = steps.Step.executable
 
-    def stand_in(step: steps.Step, launch: list[str]) -> list[str]:
+    def stand_in(step: steps.Step, launch: list[str], launcher: list[str]) -> list[str]:
         evaluation = [sys.executable, "-c", EVALUATION, str(step.leftovers[0])] if step.kind == "evaluate" else []
-        return evaluation or executable(step, launch)
+        return evaluation or executable(step, launch, launcher)
 
     monkeypatch.setitem(steps.KINDS, "sft", replace(steps.KINDS["sft"], measured=True))
     monkeypatch.setattr(steps.Step, "is_complete", property(lambda step: step.product.exists()))

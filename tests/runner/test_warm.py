@@ -275,11 +275,15 @@ def test_a_run_equals_the_same_steps_typed_by_hand(tmp_path: Path) -> None:
         "python": [sys.executable],
         "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
     }
-    for step in json.loads((tmp_path / "run" / "run.json").read_text())["steps"].values():
+    steps = json.loads((tmp_path / "run" / "run.json").read_text())["steps"]
+    for name, step in steps.items():
+        if name in ("evaluate_0_random", "evaluate_1_pretrain"):  # as that of 2_sft
+            continue
         program, *arguments = shlex.split(step["command"].replace(str(tmp_path / "run"), str(tmp_path / "typed")))
         subprocess.run([*start[program], *arguments], cwd=ROOT, check=True, capture_output=True)
     paths = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")]
     compared = [path for path in paths if path.suffix in (".safetensors", ".jsonl", ".parquet")]
+    compared = [path for path in compared if path.parts[0] != "evaluations" or path.stem == "2_sft"]
     assert {"1_pretrain", "2_sft", "3_preferences", "evaluations"} <= {path.parts[0] for path in compared}
     for path in compared:
         assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "typed" / path).read_bytes(), path
