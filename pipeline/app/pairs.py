@@ -68,8 +68,8 @@ class Pair:
         return self.model_a, self.model_b
 
     def shown_first(self, annotator: str) -> str:
-        """Return which answer this annotator sees first, "a" or "b"."""
-        return random.Random(f"{self.pair}/{annotator}").choice("ab")
+        """Return which answer this annotator sees first, "a" or "b"; only the server knows the seed."""
+        return random.Random(f"{self.pair}/{annotator}/{self.sampling.get('seed')}").choice("ab")
 
 
 @dataclass(frozen=True)

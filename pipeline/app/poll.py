@@ -176,7 +176,8 @@ class Poll:
             sequence = self.pairs.sequence(name, source)
             held = self._open.get((name, page.page))
             kept = [pair for pair in sequence if pair.pair == have or pair == held]
-            others = {pair.pair for key, pair in self._open.items() if key[0] == name and key != (name, page.page)}
+            opened = list(self._open.items())  # pages of other people come and go meanwhile
+            others = {pair.pair for key, pair in opened if key[0] == name and key != (name, page.page)}
             rest = (pair for pair in sequence if pair.pair not in others)
             pair = next((one for one in (*kept, *rest) if not self.log.has_vote(name, one.pair)), None)
             self._open.pop((name, page.page), None)
@@ -198,8 +199,10 @@ class Poll:
         Raises:
             Conflict: If it cannot count.
         """
-        pair = self.find(ballot.pair)
-        first = pair.shown_first(ballot.annotator)
+        pair, name = self.find(ballot.pair), ballot.annotator
+        if pair not in self.pairs.sequence(name, pair.source) and not self.log.has_vote(name, pair.pair):
+            raise HTTPException(410, "This pair was shown under another name; here is another one.")
+        first = pair.shown_first(name)
         by_place = {"first": first, "second": votes.OTHER[first]}
         choice = by_place.get(ballot.choice or "", ballot.choice)
         self.log.add(
@@ -207,7 +210,7 @@ class Poll:
                 "id": ballot.vote,
                 "pair": pair.pair,
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "annotator": ballot.annotator,
+                "annotator": name,
                 "prompt": pair.prompt,
                 "a": pair.a,
                 "b": pair.b,
@@ -223,7 +226,7 @@ class Poll:
         )
         with self._mutex:
             if choice is None:
-                self._open[ballot.annotator, ballot.page] = pair
+                self._open[name, ballot.page] = pair
             if self._timer is None:
                 self._timer = threading.Timer(EXPORT_SECONDS, self.export)
                 self._timer.daemon = True

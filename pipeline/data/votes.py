@@ -80,6 +80,8 @@ def _checked(vote: Any) -> Vote:
     undoes = vote.get("undoes")
     if vote["choice"] not in CHOICES and not (vote["choice"] is None and isinstance(undoes, str)):
         wrong.append("choice")
+    if not isinstance(undoes, str | None):
+        wrong.append("undoes")
     if wrong:
         raise ValueError(f"{wrong[0]} is {json.dumps(vote[wrong[0]])[:80]}")
     return dict(vote)

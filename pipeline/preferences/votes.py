@@ -86,11 +86,15 @@ class VoteLog:
         """
         with self._mutex:
             key = vote["annotator"], vote["pair"]
-            if vote["id"] in self._lines:
+            if (known := self._lines.get(vote["id"])) is not None:
+                if (known["annotator"], known["pair"]) != key:
+                    raise Conflict("another vote has this id")
                 return False
             if vote.get("undoes"):
                 if self._standing.get(key, {}).get("id") != vote["undoes"]:
                     raise Conflict("that vote has been taken back or corrected already")
+            elif vote["choice"] is None:
+                raise Conflict("it does not say which vote it takes back")
             elif key in self._standing:
                 raise Conflict("this pair has your vote already")
             # Lone surrogates, which UTF-8 cannot encode, stay as they are in JSON's escapes.

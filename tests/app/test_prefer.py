@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from pipeline.app import cli
 from pipeline.app.agreement import agreement
 from pipeline.app.models import Models
+from pipeline.app.pairs import Pair
 from pipeline.app.prefer import build, routes
 from pipeline.app.site import Site
 from pipeline.data.arguments import DataArguments
@@ -255,9 +256,17 @@ def test_what_a_page_may_not_ask_for_is_refused(models: Path, tmp_path: Path) ->
             ("vote", {**ballot, "choice": "a"}, 422),
             ("vote", {**ballot, "vote": "../x"}, 422),
             ("vote", {**ballot, "comment": "x" * 6000}, 422),
+            ("vote", {**ballot, "annotator": "bob"}, 410),  # who saw the answers in another order, or not at all
         ):
             assert client.post(f"/prefer/{path}", json=body).status_code == code, (path, body)
+        assert "Not counted" in ann.ask("vote", **ballot | {"choice": None})["refused"]
     assert not votes_in(tmp_path)
+
+
+def test_the_order_cannot_be_computed_from_what_the_page_gets() -> None:
+    pairs = [Pair("id", [], "a", "b", "2_sft", "3_ppo", {"seed": seed}) for seed in range(20)]
+    assert {pair.shown_first("ann") for pair in pairs} == {"a", "b"}
+    assert len({pairs[0].shown_first("ann") for _ in range(20)}) == 1
 
 
 def test_a_vote_that_cannot_be_written_is_not_confirmed(

@@ -57,6 +57,9 @@ def test_a_vote_is_a_line_that_counts_once_however_often_it_is_sent(tmp_path: Pa
     with pytest.raises(Conflict):
         log.add({**vote(1), "id": "another"})
     assert log.add({**vote(1), "id": "another", "annotator": "bob"}), "but others vote on the same pair"
+    for wrong in ({**vote(2), "id": "id1"}, {**vote(1), "annotator": "eve"}, vote(3, None)):
+        with pytest.raises(Conflict):  # the id of another vote, or nothing is voted and nothing taken back
+            log.add(wrong)
     log.close()
     again = VoteLog(tmp_path)
     assert not again.add(vote(1)) and len(again.standing()) == 2
@@ -145,7 +148,7 @@ def test_a_damaged_line_is_refused_by_its_number(tmp_path: Path) -> None:
     (tmp_path / VOTES_FILE).write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match="line 2: is not a vote"):
         read_votes(tmp_path / VOTES_FILE)
-    for wrong in ({"choice": "c"}, {"choice": None}, {"prompt": []}, {"a": 3}):
+    for wrong in ({"choice": "c"}, {"choice": None}, {"prompt": []}, {"a": 3}, {"undoes": [1]}):
         (tmp_path / VOTES_FILE).write_text(json.dumps(vote(1) | wrong) + "\n")
         with pytest.raises(UserError, match="line 1: is not a vote"):
             read_votes(tmp_path / VOTES_FILE)
