@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token
+
 from pipeline.errors import TOKEN
 
 Files = dict[str, Path | bytes]
@@ -92,6 +94,8 @@ def without_paths(text: str) -> str:
     Tokens of the Hub are replaced as well.
     """
     text = TOKEN.sub("hf_***", text)
+    if (token := get_token() or "").startswith("hf_"):  # it may be of another form
+        text = text.replace(token, "hf_***")
     for root, short in ((Path.cwd(), "."), (Path.home(), "~")):
         for spelled in {str(root), str(root.resolve()), json.dumps(str(root))[1:-1]}:
             if len(root.parts) > 1 and spelled in text:
@@ -100,8 +104,9 @@ def without_paths(text: str) -> str:
     return _absolute_path().sub(lambda match: Path(match.group()).name, text)
 
 
-BEFORE = r"(?<![\w/.:~<-])"
-"""Not before a path: the rest of a URL, of a relative path, or of an HTML tag that is closed."""
+BEFORE = r"(?:(?<![\w/.~<-])|(?<=\\[nrt]))"
+"""Not before a path: the rest of a URL, of a relative path, or of an HTML tag that is closed. A line that ends in JSON
+is before one."""
 
 
 @functools.cache
