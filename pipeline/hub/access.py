@@ -63,15 +63,17 @@ def check_access(
 
 def _find_fault(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: str) -> str | None:
     """Return why the token may not push to a repository, or None."""
+    namespace, token = repo_id.split("/")[0], (user.get("auth") or {}).get("accessToken") or {}
     try:
         retry(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
-        return None
+        if token.get("role") != "read":  # of which a Hub may answer that it may read
+            return None
+        status = 200
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if status not in (403, 404):  # 404: it does not exist, or this Hub does not answer that question
+        if status not in (403, 404, 405, 501):  # it does not exist, or this Hub does not answer that question
             raise
-    namespace, token = repo_id.split("/")[0], user.get("auth", {}).get("accessToken", {})
-    roles = {org["name"]: org.get("roleInOrg", "write") for org in user.get("orgs", [])} | {user["name"]: "admin"}
+    roles = {org["name"]: org.get("roleInOrg", "write") for org in user.get("orgs") or []} | {user["name"]: "admin"}
     if namespace not in roles:
         own = f"{user['name']}/{repo_id.split('/')[1]}"
         return f"belongs to {namespace}, and the token to {user['name']}; push to {own}"

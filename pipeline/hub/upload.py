@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, whoami
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_session, whoami
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -39,6 +39,9 @@ WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds between attempts, if the Hub does not name a time."""
 
 LONGEST_WAIT = 600.0
+
+TIMEOUT = 60.0
+"""Seconds until a Hub that accepts a request and sends nothing is given up, where its client sets no limit."""
 
 
 def is_replaced(path: str) -> bool:
@@ -85,24 +88,31 @@ def push(
     def attempt() -> bool:
         """Return whether the branch holds the files; if not, something that they need was created."""
         branch = _open_pull_request(api, repo_id, repo_type, message) if create_pr else revision
+        parent = None
         try:
             info = api.repo_info(repo_id, revision=branch, repo_type=repo_type)
+            parent = info.sha
             if private and not info.private:
                 api.update_repo_settings(repo_id, private=True, repo_type=repo_type)
             tree = api.list_repo_tree(repo_id, recursive=True, revision=branch, repo_type=repo_type)
             remote = {item.path: item for item in tree if isinstance(item, RepoFile)}
-        except RepositoryNotFoundError:
-            sdk = "static" if repo_type == "space" else None
-            with contextlib.suppress(KeyError):  # of the client, if a conflict (409) does not name the repository
-                api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True, space_sdk=sdk)
-            return False
+        except RemoteEntryNotFoundError:  # an empty repository
+            remote = {}
         except RevisionNotFoundError:
             if revision is None:
                 raise
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
             return False
-        except RemoteEntryNotFoundError:  # an empty repository
-            remote = {}
+        except HfHubHTTPError as error:
+            is_unknown = isinstance(error, RepositoryNotFoundError)
+            if not is_unknown and error.response.status_code != 404:
+                raise
+            sdk = "static" if repo_type == "space" else None
+            with contextlib.suppress(KeyError):  # of the client, if a conflict (409) does not name the repository
+                api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True, space_sdk=sdk)
+            if revision is not None and not is_unknown:  # the Hub did not say what is missing
+                api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+            return False
         stale = [path for path in remote if path not in files and replaces(path)]
         new = [
             addition
@@ -124,7 +134,7 @@ def push(
                 repo_type=repo_type,
                 revision=branch,
                 create_pr=create_pr and branch is None,
-                parent_commit=info.sha,
+                parent_commit=parent,
             )
         return True
 
@@ -169,6 +179,7 @@ def retry(call: Callable[[], T]) -> T:
     A `Retry-After` of the Hub is honoured.
     """
     for wait in WAITS:
+        _limit_waiting()
         try:
             return call()
         except PUSH_ERRORS as error:
@@ -179,6 +190,20 @@ def retry(call: Callable[[], T]) -> T:
             logger.warning("A request failed (%s); the next attempt is in %g s.", explain(error, "the Hub"), seconds)
         time.sleep(seconds)
     return call()
+
+
+def _limit_waiting() -> None:
+    """Give the requests of the Hub's client that have no time limit one: most of them would wait forever."""
+    session = get_session()
+    if _set_timeout not in (hooks := session.event_hooks["request"]):
+        session.event_hooks = {**session.event_hooks, "request": [*hooks, _set_timeout]}
+
+
+def _set_timeout(request: Any) -> None:
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = limits | {
+        name: limits.get(name) or TIMEOUT for name in ("connect", "read", "write")
+    }
 
 
 def is_transient(error: BaseException) -> bool:

@@ -21,6 +21,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.hub.hub_routes import LARGE, ROUTES, Answer, Call, Commit, Refusal, Repo, Token, refuse
 
+HANGS = 8.0
+"""Seconds for which a request hangs."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -37,8 +40,8 @@ class Fault:
     """What happens instead of an answer.
 
     Args:
-        kind: A status; "drop", which closes the connection amid the request; or "lost", which closes it after the
-            request was carried out.
+        kind: A status; "drop", which closes the connection amid the request; "lost", which closes it after the
+            request was carried out; or "hang", which sends nothing for some seconds.
         path: Regular expression that the method and path of the request contain.
         nth: The first of these requests that fails.
         times: How many of them fail.
@@ -213,6 +216,10 @@ def _handler(hub: Hub, host: str) -> type[BaseHTTPRequestHandler]:
                 self.drop()
                 return
             body = b"".join(self.pieces())
+            if fault is not None and fault.kind == "hang":
+                threading.Event().wait(HANGS)
+                self.drop()
+                return
             if fault is not None and isinstance(fault.kind, int):
                 status, headers, content = refuse(Refusal(fault.kind, "injected"))
                 headers, content = headers | fault.headers, content if fault.body is None else fault.body

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, snapshot_download
 
+from pipeline.hub import upload
+from pipeline.hub.access import check_access
 from pipeline.hub.upload import PUSH_ERRORS, explain, push
-from tests.hub.hub_server import Hub
+from tests.hub.hub_server import HANGS, Hub, Token
 
 FILES: dict[str, bytes] = {
     "README.md": b"---\nlicense: mit\n---\n# A model\n",
@@ -109,3 +112,40 @@ def test_two_who_push_at_once_do_not_undo_each_other(hub: Hub, tmp_path: Path, m
     push(HfApi(), "alice/m", files, "two", replaces=lambda path: False)
     assert hub.files("alice/m") == FILES | {"notes.md": b"of somebody else"}
     assert hub.commits("alice/m") == ["two", "add", "one"]
+
+
+@pytest.mark.parametrize("path", ["GET .*/models/alice/m$", "GET .*/models/alice/m/tree", "PUT ", "POST .*/commit/"])
+def test_a_hub_that_accepts_a_request_and_sends_nothing_is_not_waited_for(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(upload, "TIMEOUT", 0.3)
+    hub.fail("hang", path)
+    started = time.monotonic()
+    push(HfApi(), "alice/m", write(tmp_path), "m")
+    assert hub.faults[0].seen and time.monotonic() - started < HANGS - 2
+    assert hub.files("alice/m") == FILES and hub.commits("alice/m") == ["m"]
+
+
+def test_a_hub_that_does_not_say_what_is_missing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = hub.answer
+
+    def without_codes(*args: Any) -> Any:
+        status, headers, body = answer(*args)
+        return status, {name: value for name, value in headers.items() if name != "X-Error-Code"}, body
+
+    monkeypatch.setattr(hub, "answer", without_codes)
+    push(HfApi(), "alice/m", write(tmp_path), "m", revision="dev")
+    assert hub.files("alice/m", revision="dev") == FILES
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_hub_that_knows_no_check_of_access_is_asked_whose_the_token_is(hub: Hub, status: int) -> None:
+    hub.fail(status, "auth-check", times=9)
+    assert check_access(["alice/m"], "push_to_hub") == []
+    assert "belongs to bob" in str(*check_access(["bob/m"], "push_to_hub"))
+
+
+def test_a_token_that_may_only_read_is_told_from_one_that_may_write(hub: Hub) -> None:
+    hub.tokens["hf_alice"] = Token("alice", write=False)
+    hub.fail(200, "auth-check", body=b"{}")
+    assert "may only read" in str(*check_access(["alice/m"], "push_to_hub"))
