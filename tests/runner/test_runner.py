@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -815,7 +815,7 @@ def measured(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """`2_sft` is evaluated by a stand-in."""
     executable = steps.Step.executable
 
-    def stand_in(step: steps.Step, launch: list[str], launcher: list[str]) -> list[str]:
+    def stand_in(step: steps.Step, launch: list[str], launcher: Sequence[str] = ()) -> list[str]:
         evaluation = [sys.executable, "-c", EVALUATION, str(step.leftovers[0])] if step.kind == "evaluate" else []
         return evaluation or executable(step, launch, launcher)
 
