@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,8 @@ def main(args: argparse.Namespace) -> int:
     logging.set_verbosity_error()  # the tokenizer warns of a long prompt, which is refused anyway
     loaded = find_model(args.path, "PATH")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` a history and arrow keys
     if sys.stdin.isatty():

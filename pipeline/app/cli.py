@@ -128,6 +128,8 @@ def _check_address(args: argparse.Namespace) -> Problem | None:
         return Problem("--host", args.host, "is not an address of this machine")
     except OSError as error:
         return Problem("--port", args.port, f"cannot be used ({error.strerror}); choose another")
+    if args.password == "":
+        return Problem("--password", "nothing", "is empty; give one")
     if not args.password and not ip_address(str(address[0])).is_loopback:
         return Problem("--host", args.host, "lets other machines open the page; give a --password as well")
     return None

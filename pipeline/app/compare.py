@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
+from jinja2 import TemplateError
 from markupsafe import Markup, escape
 
 from pipeline.app.models import Answer, Sampling, well_formed, write
@@ -111,6 +112,8 @@ def answer_all(
             answers[name] = write(loaded, loaded.encode([{"role": "user", "content": text}]), sampling)
         except UserError as error:
             changed[name] = failed(name, "\n".join(map(str, error.problems)))
+        except (TemplateError, *LIBRARY_ERRORS) as error:  # of a model's own code or template
+            changed[name] = failed(name, f"{type(error).__name__}: {error}")
     while answers:
         for name, tokens in list(answers.items()):
             try:

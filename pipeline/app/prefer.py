@@ -63,8 +63,8 @@ def routes(site: Site) -> APIRouter:
 
     def identify(request: Request, page: Page) -> None:
         """Give a page the name of the login; without one, the name that was typed."""
-        typed = " ".join(page.annotator.split())
-        page.annotator = getattr(request.state, "annotator", None) or visible(typed, 80) or "anonymous"
+        name = getattr(request.state, "annotator", None) or page.annotator
+        page.annotator = visible(" ".join(name.split()), 80) or "anonymous"
 
     def answer(page: Page, find: Callable[[], Pair]) -> dict[str, Any]:
         """Return a pair and the state, or why there is no pair."""

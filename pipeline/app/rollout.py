@@ -77,13 +77,13 @@ def build(site: Site) -> None:
         return well_formed(row["prompt"][-1]["content"]), well_formed(str(row.get("answer") or ""))
 
     def roll_out(stage: str, policy: str, text: str, answer: str, seed: int) -> Iterator[Markup]:
-        settings = watch.stage_settings(site.run, stage)
         row = next((dict(row) for row in rows(stage) if row["prompt"][-1]["content"] == text), {})
         messages = row.get("prompt") or [{"role": "user", "content": text}]
         row |= {"answer": answer} if answer else {}
         steps = grpo if stage_kind(stage) == "grpo" else ppo
         parts: list[Markup] = []
         try:
+            settings = watch.stage_settings(site.run, stage)
             for part in steps(site, stage, policy, settings, messages, row, int(seed or 0) % 2**63):
                 parts = part
                 yield Markup("").join(parts)

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -137,13 +138,20 @@ class Gate:
             name = base64.urlsafe_b64decode(encoded).decode()
         except ValueError:
             return None
-        return name if name and self.password and hmac.compare_digest(self.sign(name), signature) else None
+        if not name or not self.password:
+            return None
+        return name if hmac.compare_digest(self.sign(name).encode(), signature.encode()) else None
 
 
 def build_app(site: Site) -> ASGIApp:
     """Return the whole server as an ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(prefer.routes(site))
+
+    @app.exception_handler(RequestValidationError)
+    def refuse(request: Request, error: RequestValidationError) -> PlainTextResponse:
+        """Answer without what was sent, as FastAPI's own answer cannot, since not all of it can be encoded."""
+        return PlainTextResponse("The server does not understand this request.", 422)
 
     @app.get("/report")
     def report() -> HTMLResponse:
@@ -173,7 +181,7 @@ def build_app(site: Site) -> ASGIApp:
     )
     gated: ASGIApp = Gate(app, site.options.password, site.options.port)
     if site.options.password is None:  # a page of another site, whose name leads here, must not read this one
-        gated = TrustedHostMiddleware(gated, ["127.0.0.1", "localhost", "[::1]"])
+        gated = TrustedHostMiddleware(gated, ["127.0.0.1", "localhost", "[::1]", site.options.host])
     return gated
 
 

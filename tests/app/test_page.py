@@ -107,6 +107,43 @@ def test_the_page_fits_and_asks_no_other_host(browser: Any, page: str, width: in
     assert browser.title == "Fourstage"
 
 
+IDS = [
+    "prompt",
+    "send",
+    "vote-a",
+    "vote-b",
+    "vote-tie",
+    "vote-bad",
+    "vote-skip",
+    "vote-undo",
+    "annotator",
+    "votes-count",
+]
+
+# Whether a click on the middle of an element hits something else, wherever the page is scrolled to.
+COVERED = """
+return arguments[0].filter(id => ['start', 'center', 'end'].some(block => {
+  const e = document.getElementById(id);
+  e.scrollIntoView({block, behavior: 'instant'});
+  const box = e.getBoundingClientRect();
+  return !e.contains(document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2));
+}));
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_covers_what_is_clicked_and_a_vote_follows_the_name(browser: Any, page: str, width: int) -> None:
+    visit(browser, page, width)
+    first = browser.find_element(By.ID, "vote-a")
+    until(browser, first.is_enabled)
+    assert browser.execute_script(COVERED, IDS) == []
+    browser.find_element(By.ID, "annotator").send_keys(f"ann {width}")
+    until(browser, first.is_enabled)
+    first.click()
+    until(browser, lambda: browser.find_element(By.ID, "votes-count").text == "1")
+    browser.find_element(By.ID, "annotator").clear()
+
+
 def test_sections_have_addresses_and_the_path_leads_to_them(browser: Any, page: str) -> None:
     visit(browser, f"{page}#rollout")
     top = "return document.getElementById(arguments[0]).getBoundingClientRect().top"
@@ -137,6 +174,15 @@ def test_every_stage_answers_and_text_stays_text(browser: Any, page: str) -> Non
     assert browser.find_elements(By.CSS_SELECTOR, inside) == []
     assert browser.title == "Fourstage"
     assert [url for url in requested(browser) if not url.startswith(page)] == []
+
+
+def test_a_stopped_answer_says_so(browser: Any, page: str) -> None:
+    visit(browser, page)
+    browser.execute_script(
+        "document.getElementById('answers').insertAdjacentHTML('beforeend', '<p class=soft>3 tokens · writing</p>')"
+    )
+    browser.find_element(By.ID, "stop").click()
+    until(browser, lambda: browser.find_element(By.CSS_SELECTOR, "#answers .soft").text == "3 tokens · stopped")
 
 
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(browser: Any, page: str) -> None:
@@ -176,6 +222,7 @@ def test_a_prompt_is_sent_by_keyboard_alone(browser: Any, page: str) -> None:
         if active.tag_name == "textarea":
             break
         active.send_keys(Keys.TAB)
+    assert active.value_of_css_property("outline-style") == "solid", "the focus is seen"
     active.send_keys(Keys.CONTROL, "a")
     browser.switch_to.active_element.send_keys("What is 12?", Keys.TAB)
     assert browser.switch_to.active_element.get_attribute("id") == "send"

@@ -93,6 +93,13 @@ def test_a_path_in_a_call_is_not_opened(client: TestClient, run: Path) -> None:
     assert "fingerprint" not in shown
 
 
+@pytest.mark.parametrize("comment", [b'"\\ud800"', b"NaN", b"[" * 5000, b"\xff", b'{"a": '])
+def test_what_is_no_request_is_refused(client: TestClient, comment: bytes) -> None:
+    body = b'{"annotator": "ann", "page": "p", "vote": "v", "pair": "p", "choice": "first", "comment": %s}' % comment
+    answer = client.post("/prefer/vote", content=body, headers={"content-type": "application/json"})
+    assert 400 <= answer.status_code < 500
+
+
 def test_other_sites_cannot_use_the_page_of_this_machine(client: TestClient) -> None:
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
     crossing = {"sec-fetch-site": "cross-site"}
@@ -119,7 +126,10 @@ def test_a_login_outlives_a_restart_and_cannot_be_forged(
     with guarded_by(PASSWORD, run, tmp_path / "restarted", site_of) as restarted:
         assert restarted.get("/report", cookies={cookie.name: str(cookie.value)}).status_code == 200
         signature = str(cookie.value).rpartition(".")[2]
-        assert restarted.get("/report", cookies={cookie.name: f"Ym9i.{signature}"}).status_code == 401
+        for forged in (f"Ym9i.{signature}", b"Ym9i.\xe9", "Ym9i", "."):
+            value = forged if isinstance(forged, bytes) else forged.encode()
+            header = {"cookie": f"{cookie.name}=".encode() + value}
+            assert restarted.get("/report", headers=header).status_code == 401
     with guarded_by("another", run, tmp_path / "other", site_of) as other:
         assert other.get("/report", cookies={cookie.name: str(cookie.value)}).status_code == 401
 
@@ -128,13 +138,15 @@ def test_a_login_outlives_a_restart_and_cannot_be_forged(
     ("options", "message"),
     [
         (["--host", "0.0.0.0"], "--host: 0.0.0.0: lets other machines open the page; give a --password as well"),
+        (["--password"], "--password: nothing: is empty; give one"),
         (["--port", "0"], "--port: 0: is not between 1 and 65535"),
         (["--host", "no.such.host.invalid"], "--host: no.such.host.invalid: is not an address of this machine"),
     ],
 )
 def test_an_address_that_cannot_be_used_is_refused(
-    run: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    run: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("getpass.getpass", lambda prompt: "")
     with pytest.raises(SystemExit) as stop:
         main(["app", str(run), *options])
     assert stop.value.code == 2

@@ -36,6 +36,15 @@ document.addEventListener("keydown", event => {
   event.preventDefault();
 });
 
+// Gradio stops answers without a word.
+document.addEventListener("click", event => {
+  if (event.target.closest?.("#stop")) setTimeout(() => {
+    for (const line of document.querySelectorAll("#answers .soft")) {
+      line.textContent = line.textContent.replace(/(writing|waiting for its first token)$/, "stopped");
+    }
+  }, 500);
+});
+
 // If the server ends in the middle of an answer, Gradio waits for the rest for ever: load the page again once it is back.
 const plainFetch = window.fetch;
 window.fetch = async (...request) => {

@@ -11,12 +11,13 @@ whenReady("#prefer-section", (section) => {
   };
   const page = tab.get("page") || newId();
   tab.set("page", page);
-  let pair = null, shownAt = 0, busy = true, lost = false, losses = 0, stack = tab.get("stack") || [];
+  let pair = null, shownAt = 0, busy = true, lost = false, losses = 0, typing = 0, stack = tab.get("stack") || [];
 
   const asked = new URLSearchParams(location.search).get("annotator");
   let remembered = "";
   try { remembered = localStorage.getItem("prefer.annotator") || ""; } catch { /* private */ }
   byId("annotator").value = asked || remembered;
+  let named = byId("annotator").value;  // whose pair is shown
   const who = () => ({ annotator: byId("annotator").value.slice(0, 80), page, a: byId("prefer-model-a").value, b: byId("prefer-model-b").value });
 
   function say(text, bad = false) {
@@ -30,7 +31,8 @@ whenReady("#prefer-section", (section) => {
     for (let wait = 300; ; wait = Math.min(wait * 2, 3000)) {
       let response = null;
       try {
-        const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+        const text = JSON.stringify(body, (key, value) => value?.toWellFormed?.() ?? value);  // half an emoji is no text
+        const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: text };
         response = await fetch("prefer/" + path, options);
         if (response.ok) {
           const answer = await response.json();
@@ -99,9 +101,11 @@ whenReady("#prefer-section", (section) => {
   async function next() {
     setBusy(true);
     say("Two answers are being written…");
+    const name = named;
     try {
       const have = tab.get("pair") || "";
       const answer = await ask("next?have=" + encodeURIComponent(have), who());
+      if (typing || name !== named) return;  // the next pair of another name is on its way
       say("");
       showPair(answer.pair);
       showState(answer.state);
@@ -129,7 +133,13 @@ whenReady("#prefer-section", (section) => {
     } catch (error) {
       if (error.status !== 401) tab.set("unsent", null);
       say(error.message, true);
-      if (error.status === 410) { tab.set("pair", null); await next(); say(error.message, true); }
+      if (error.status === 410) {
+        tab.set("pair", null);
+        tab.set("stack", stack = stack.filter((one) => one.vote !== ballot.undoes));
+        showLast();
+        await next();
+        say(error.message, true);
+      }
     }
     setBusy(false);
   }
@@ -208,21 +218,33 @@ whenReady("#prefer-section", (section) => {
     else if (button.id === "prefer-others") showOpinions();
   });
   byId("prefer-own").addEventListener("toggle", () => { if (byId("prefer-own").open) listOwn(); });
-  for (const id of ["annotator", "prefer-model-a", "prefer-model-b"]) {
-    byId(id).addEventListener("change", () => {
-      if (id === "annotator") {
-        try { localStorage.setItem("prefer.annotator", byId(id).value); } catch { /* private */ }
-        tab.set("stack", stack = []);
-        showLast();
-      }
-      tab.set("pair", null);
-      next();
-    });
+  for (const id of ["prefer-model-a", "prefer-model-b"]) {
+    byId(id).addEventListener("change", () => { tab.set("pair", null); next(); });
   }
+  // A name has a pair as soon as it is typed, and none is shown meanwhile: a click that ends the typing is then a vote.
+  function rename() {
+    const name = byId("annotator").value;
+    if (!typing && name === named) return;
+    clearTimeout(typing);
+    typing = 0;
+    named = name;
+    try { localStorage.setItem("prefer.annotator", name); } catch { /* private */ }
+    tab.set("stack", stack = []);
+    showLast();
+    tab.set("pair", null);
+    next();
+  }
+  byId("annotator").addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(rename, 400);
+    showPair(null);
+    setBusy(true);
+  });
+  byId("annotator").addEventListener("change", rename);
   document.addEventListener("keydown", (event) => {
     const typing = event.target.closest?.("input, textarea, select, [contenteditable=true]");
     const shown = byId("prefer-section")?.offsetParent;
-    const id = KEYS[event.key.toLowerCase()];
+    const id = KEYS[event.key?.toLowerCase()];
     if (!id || typing || !shown || event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
     event.preventDefault();
     byId(id).click();
@@ -236,9 +258,11 @@ whenReady("#prefer-section", (section) => {
     for (;;) {  // other people vote, and the server may be started anew
       await new Promise((done) => setTimeout(done, 4000));
       if (busy || document.hidden) continue;
-      const before = losses;
+      const before = losses, name = named;
       try {
-        showState(await ask("state", who()));
+        const state = await ask("state", who());
+        if (typing || name !== named) continue;
+        showState(state);
         if (!pair || losses > before) await next();
       } catch { /* said at the next vote */ }
     }
