@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from pipeline.files import split_revision
 from pipeline.hub.contents import public_settings, read_json, without_paths
-from pipeline.hub.stages import GENERAL, STAGES, StageText, uses
+from pipeline.hub.stages import GENERAL, STAGES, StageText, registration, uses
 
 Values = Mapping[str, Any]
 
@@ -148,7 +148,7 @@ def model_card(trained: Trained) -> str:
             title=data.model_name or trained.name.rsplit("/", 1)[-1],
             summary=stage + text.summary,
             facts=dict(_facts(trained, base)),
-            uses=uses(trained.kind, trained.name, bool(trained.adapter), prompt),
+            uses=uses(trained.kind, trained.name, bool(trained.adapter), prompt, registration(trained.config)),
             report=trained.report,
             table=_table(trained),
             remarks=list(_remarks(trained)),

@@ -1,4 +1,4 @@
-"""The cards of critics, data sets and reports."""
+"""The cards of critics, base models, data sets and reports."""
 
 from __future__ import annotations
 
@@ -9,15 +9,30 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, ModelCard, ModelCardData, SpaceCardData
 
-from pipeline.hub.cards import CRITIC, fenced
+from pipeline.hub.cards import CRITIC, Trained, fenced
 from pipeline.hub.contents import without_paths
+from pipeline.hub.stages import registration
 
 
-def critic_card(name: str) -> str:
-    """Return the README.md of the critic inside the repository `name` of a policy."""
+def base_card(name: str, trained: Trained) -> str:
+    """Return the README.md of the base model `name` of an adapter, if it was merged from an earlier adapter."""
+    start = trained.on_hub(trained.settings.get("model_name_or_path"))
+    data = ModelCardData(
+        base_model=start, license=trained.license, library_name="transformers", tags=["fourstage", *trained.text.tags]
+    )
+    source = f"[{start}](https://huggingface.co/{start})" if start else "an earlier adapter"
+    text = (
+        f"What the adapter [{trained.name}](https://huggingface.co/{trained.name}) was trained on, and loads: {source}"
+    )
+    title = name.rsplit("/", 1)[-1]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}, merged into its base model.\n"))
+
+
+def critic_card(name: str, config: Mapping[str, Any]) -> str:
+    """Return the README.md of the critic inside the repository `name` of a policy, with this configuration."""
     data = ModelCardData(library_name="transformers", tags=["fourstage", "critic", "ppo"])
     code = f"""\
-from transformers import AutoModelForTokenClassification
+{registration(config)}from transformers import AutoModelForTokenClassification
 
 critic = AutoModelForTokenClassification.from_pretrained("{name}", subfolder="{CRITIC}")"""
     return str(

@@ -16,8 +16,11 @@ from huggingface_hub import DatasetCard, HfApi
 from pipeline.errors import Problem, UserError
 from pipeline.hub.cards import CRITIC, Trained, model_card
 from pipeline.hub.contents import Files, public_settings, publishable, read_json, to_bytes, without_paths
-from pipeline.hub.data_cards import critic_card, dataset_card, space_card
+from pipeline.hub.data_cards import base_card, critic_card, dataset_card, space_card
 from pipeline.hub.upload import retry
+
+BASE = "base"
+"""Folder of an adapter that holds its base model, if that was itself merged from an adapter."""
 
 REPORT = "report"
 TOKENIZER = "tokenizer"
@@ -103,8 +106,9 @@ class Outputs:
 
     def id_of(self, output: str) -> str:
         """Return the repository of an output directory or of the report."""
-        name = re.sub(r"[^A-Za-z0-9_.-]+|--+|\.\.+", "-", f"{self.name}-{output}").strip("-.")
-        return self.repo_id or f"{self.namespace}/{name[:LONGEST_NAME]}"
+        name = f"{self.name[: max(LONGEST_NAME - 1 - len(output), 1)]}-{output}"
+        name = re.sub(r"(?:[^A-Za-z0-9_.]|\.\.)+", "-", name)[:LONGEST_NAME].strip("-.")
+        return self.repo_id or f"{self.namespace}/{name}"
 
     @cached_property
     def wanted(self) -> list[str]:
@@ -127,9 +131,27 @@ class Outputs:
         base = Path(str(read_json(self.folders[output] / "adapter_config.json").get("base_model_name_or_path") or ""))
         return base if base.is_absolute() else None
 
+    def base_id(self, output: str) -> str | None:
+        """Return the id on the Hub of that folder, None if it is not there."""
+        base = self.base_of(output)
+        if base is None:
+            return None
+        if self._has_own_base(output):
+            return f"{self.id_of(output)}-{BASE}"
+        cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{base}/")  # of the Hub's client
+        return "/".join(cached.groups()) if cached else self.ids.get(base.name)  # of this run, also if it was moved
+
+    def _has_own_base(self, output: str) -> bool:
+        """Return whether an adapter comes with its base model, which was itself merged from an adapter."""
+        base = self.base_of(output)
+        return base is not None and base.name == BASE and is_model(self.folders[output] / BASE)
+
     def repositories(self) -> list[Repository]:
         """Return what is pushed: data sets first, which the cards of the models name, then models, then the report."""
-        found = [self._dataset(name) if is_data(self.folders[name]) else self._model(name) for name in self.wanted]
+        found: list[Repository] = []
+        for name in self.wanted:
+            found += [self._base(name)] if self._has_own_base(name) else []
+            found.append(self._dataset(name) if is_data(self.folders[name]) else self._model(name))
         found.sort(key=lambda item: item.type)
         if self.has_report and self.only is None:
             found.append(Repository(self.id_of(REPORT), "space", self._space))
@@ -155,9 +177,11 @@ class Outputs:
 
         def files(checkpoint: Path | None = None) -> Files:
             ids = {self.folders[name]: found for name, found in self.ids.items()}
-            if (base := self.base_of(output)) and base.name in self.ids:  # of this run, also if it was moved
-                ids[base] = self.ids[base.name]
+            if (base := self.base_of(output)) and (base_id := self.base_id(output)):
+                ids[base] = base_id
             contents = publishable(checkpoint or folder, ids)
+            if self._has_own_base(output):
+                contents = {path: file for path, file in contents.items() if not path.startswith(f"{BASE}/")}
             own = contents.get("README.md")
             if isinstance(own, bytes | Path) and checkpoint is None and not trained.machine:  # its recipe
                 text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
@@ -166,7 +190,9 @@ class Outputs:
             else:
                 contents["README.md"] = to_bytes(model_card(trained.at(checkpoint) if checkpoint else trained))
             if f"{CRITIC}/config.json" in contents:
-                contents[f"{CRITIC}/README.md"] = to_bytes(critic_card(trained.name))
+                contents[f"{CRITIC}/README.md"] = to_bytes(
+                    critic_card(trained.name, read_json(folder / CRITIC / "config.json"))
+                )
             return contents
 
         found = [path for path in folder.glob("checkpoint-*") if self.checkpoints and is_model(path)]
@@ -176,6 +202,15 @@ class Outputs:
             files,
             {f"step-{path.name.rpartition('-')[2]}": partial(files, path) for path in sorted(found)},
         )
+
+    def _base(self, output: str) -> Repository:
+        """Return the repository of the base model that an adapter comes with, since PEFT looks for it in its own."""
+        trained, name = self._trained(output), str(self.base_id(output))
+
+        def files() -> Files:
+            return publishable(self.folders[output] / BASE) | {"README.md": to_bytes(base_card(name, trained))}
+
+        return Repository(name, "model", files)
 
     def _trained(self, output: str) -> Trained:
         """Return what is known about a stage."""

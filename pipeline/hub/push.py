@@ -6,8 +6,8 @@
     python -m pipeline push runs/mine/2_sft --repo_id alice/mine
 
 Each stage becomes a model repository, `alice/pocket-2_sft`; data become data sets, the report a static Space, and a
-collection ties them together. A second push uploads only what has changed and deletes what the run no longer has; one
-that was interrupted goes on. The last form pushes a single output directory.
+collection ties them together. A second push uploads only what has changed and deletes whatever else a repository
+holds, but for checkpoints; one that was interrupted goes on. The last form pushes a single output directory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from pipeline.hub.outputs import Repository
+
+LONGEST_TITLE = 60
+"""Characters that the Hub allows in the title of a collection."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
         RunStopped: With exit code 3 if a push failed. The same command goes on with it.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     from pipeline.hub.access import check_access, full_id
     from pipeline.hub.outputs import Outputs, is_data
@@ -59,6 +62,7 @@ def main(args: argparse.Namespace) -> int:
 
     if problems := _check(args):
         raise UserError(*problems)
+    logging.set_verbosity_error()  # the client reports each request that it repeats in two lines
     api = HfApi(library_name="fourstage")
     if args.repo_id and "/" not in args.repo_id and not args.dry_run:  # the user's own
         if problems := check_access([], "--repo_id"):
@@ -85,11 +89,11 @@ def main(args: argparse.Namespace) -> int:
     except PUSH_ERRORS as error:
         raise _stopped(str(args.run), error, args.namespace or args.repo_id) from error
     for name in run.wanted:
-        if (base := run.base_of(name)) is not None and base.name not in run.ids:
+        if (base := run.base_of(name)) is not None and run.base_id(name) is None:
             print(f"{name} is an adapter of {base.name}, which is not on the Hub: push that as well.", file=sys.stderr)
     disable_progress_bars()
     report = next((item for item in repositories if item.type == "space"), None)
-    if report is not None and not _push(api, report, args):
+    if report is not None and not any(_push(api, report, args) for _ in range(2)):  # one 404 may be an accident
         # The report is pushed first, because it goes into the last model where there are no Spaces.
         repositories.remove(report)
         last = repositories[-1]
@@ -100,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
         if item is not report:
             _push(api, item, args)
     if args.namespace:
-        _collect(api, run.name, args, repositories)
+        _collect(api, run.name[:LONGEST_TITLE], args, repositories)
     return 0
 
 
@@ -219,9 +223,16 @@ def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: lis
         return found.slug
 
     try:
-        print(f"collection: {retry(attempt)}")
+        try:
+            slug = retry(attempt)
+        except PUSH_ERRORS as error:
+            if not _is_missing(error):
+                raise
+            slug = retry(attempt)  # one 404 may be an accident
+        print(f"collection: {slug}")
     except PUSH_ERRORS as error:
-        is_refused = args.stage is not None and _status(error) == 403  # a token for some repositories only
+        # A token for some repositories only, or the namespace of somebody else.
+        is_refused = (args.stage is not None or args.create_pr) and _status(error) == 403
         if not (is_refused or _is_missing(error)):
             raise _stopped(f"The collection {title}", error, args.namespace) from error
         reason = "The token may not write to collections" if is_refused else "This Hub has no collections"

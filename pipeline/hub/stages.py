@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 GENERAL = "It was measured only as shown here, and not for safety: test it yourself before people use it."
 
@@ -75,7 +77,16 @@ STAGES = {
 }
 
 
-def uses(kind: str, name: str, adapter: bool, prompt: str) -> list[tuple[str, str, str]]:
+def registration(config: Mapping[str, Any]) -> str:
+    """Return the import that loads a classifier of a class that transformers does not have, "" for any other model."""
+    import transformers
+
+    known = dir(transformers)
+    own = [name for name in config.get("architectures") or () if name not in known]
+    return f"import pipeline.models  # of Fourstage, which has {own[0]}\n" if own else ""
+
+
+def uses(kind: str, name: str, adapter: bool, prompt: str, imports: str = "") -> list[tuple[str, str, str]]:
     """Return (text, language, code) for each way to use a model.
 
     Args:
@@ -83,12 +94,13 @@ def uses(kind: str, name: str, adapter: bool, prompt: str) -> list[tuple[str, st
         name: Id of the repository, or a folder.
         adapter: Whether it is an adapter, which is loaded with its base model.
         prompt: A prompt that the model knows how to answer.
+        imports: What a reward model needs, of `registration`.
     """
     prompt = json.dumps(prompt, ensure_ascii=False)
     if kind == "reward":
         model_class = "AutoModelForSequenceClassification"
         code = f"""\
-import torch
+{imports}import torch
 from transformers import {model_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")

@@ -102,8 +102,8 @@ class PushCallback(TrainerCallback):
 
         try:
             name = full_id(self._args.hub_model_id, folder)
-            (model,) = Outputs(path=folder.parent, repo_id=name, only=[folder.name]).repositories()
-            self._send(name, model.files(), "End of training", is_stale)
+            for item in Outputs(path=folder.parent, repo_id=name, only=[folder.name]).repositories():
+                self._send(item.id, item.files(), "End of training", is_stale)
         except Exception as error:
             command = ["python", "-m", "pipeline", "push", output_dir, "--repo_id", name]
             command += ["--revision", self._args.hub_revision] if self._args.hub_revision else []

@@ -11,6 +11,7 @@ import shlex
 import shutil
 from collections.abc import Sized
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ from pipeline.config.machine import describe_machine
 from pipeline.errors import Problem, RunStopped, UserError, end_preparation
 from pipeline.hub.cards import Trained, model_card
 from pipeline.hub.checkpoints import fetch_checkpoints
+from pipeline.hub.outputs import BASE
 from pipeline.models.adapters import MERGED
 from pipeline.models.weights import resume_renamed_weights
 from pipeline.training import checkpoints
@@ -40,9 +42,6 @@ from pipeline.training.divergence import last_good, stop_on_divergence
 from pipeline.training.push import PushCallback
 
 logger = logging.getLogger(__name__)
-
-BASE = "base"
-"""Folder, beside an adapter, of the base model that was merged from another adapter."""
 
 
 def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
@@ -93,8 +92,12 @@ def _copy_checkpoint(checkpoint: Path, trainer: Trainer) -> Path:
     step = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
     target = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if trainer.is_world_process_zero():
-        with files.write_folder(target) as folder:
-            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        try:
+            with files.write_folder(target) as folder:
+                shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        except OSError as error:
+            reason = shorten(str(error), 200)
+            raise RunStopped(f"The checkpoint could not be copied to {target}: {reason}. Free some space.") from error
     return target
 
 

@@ -285,6 +285,11 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_downloaded(
         assert train(inputs, tmp_path / "out", "--resume_from_checkpoint", "alice/chat") == 2
     assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.training.train.shutil.copytree", full)
+        assert train(inputs, tmp_path / "out", "--resume_from_checkpoint", "alice/chat") == 1
+    assert "No space left on device. Free some space." in capfd.readouterr().err.splitlines()[-1]
+    assert not [*(tmp_path / "out").glob("checkpoint*")]
     hub.fail("drop", path="GET /download", times=2)
     assert train(inputs, tmp_path / "out", "--resume_from_checkpoint", "alice/chat") == 0
     assert equal(load_file(tmp_path / "out/model.safetensors"), weights(whole))
