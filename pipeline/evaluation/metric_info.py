@@ -44,7 +44,9 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "win_rate": MetricInfo("Win rate", "sampled, against {against}, judged by {judge}"),
     "win_rate_greedy": MetricInfo("Win rate, greedy", "the same prompts, greedy answers of both"),
-    "win_rate_people": MetricInfo("Win rate, people", "against {against}, by votes on the page; a tie is one half"),
+    "win_rate_people": MetricInfo(
+        "Win rate, people", "by votes on the page, against {against} if people compared the two; a tie is one half"
+    ),
     "last_sentence_share": MetricInfo(
         "Same last sentence", "answers to the win rate's prompts that end in the most frequent last sentence", "down"
     ),

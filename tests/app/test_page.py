@@ -142,6 +142,9 @@ def test_nothing_covers_what_is_clicked_and_a_vote_follows_the_name(browser: Any
     first.click()
     until(browser, lambda: browser.find_element(By.ID, "votes-count").text == "1")
     browser.find_element(By.ID, "annotator").clear()
+    visit(browser, f"{page}?annotator=bob", width)
+    until(browser, browser.find_element(By.ID, "vote-a").is_enabled)
+    assert not browser.find_element(By.ID, "vote-undo").is_enabled(), "the vote of somebody else"
 
 
 def test_sections_have_addresses_and_the_path_leads_to_them(browser: Any, page: str) -> None:
@@ -182,7 +185,8 @@ def test_a_stopped_answer_says_so(browser: Any, page: str) -> None:
         "document.getElementById('answers').insertAdjacentHTML('beforeend', '<p class=soft>3 tokens · writing</p>')"
     )
     browser.find_element(By.ID, "stop").click()
-    until(browser, lambda: browser.find_element(By.CSS_SELECTOR, "#answers .soft").text == "3 tokens · stopped")
+    line = browser.find_element(By.CSS_SELECTOR, "#answers .soft")
+    until(browser, lambda: line.get_property("textContent") == "3 tokens · stopped")
 
 
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(browser: Any, page: str) -> None:

@@ -18,6 +18,8 @@ whenReady("#prefer-section", (section) => {
   try { remembered = localStorage.getItem("prefer.annotator") || ""; } catch { /* private */ }
   byId("annotator").value = asked || remembered;
   let named = byId("annotator").value;  // whose pair is shown
+  if (tab.get("named") !== named) tab.set("stack", stack = []);  // an address may name somebody else
+  tab.set("named", named);
   const who = () => ({ annotator: byId("annotator").value.slice(0, 80), page, a: byId("prefer-model-a").value, b: byId("prefer-model-b").value });
 
   function say(text, bad = false) {
@@ -227,7 +229,7 @@ whenReady("#prefer-section", (section) => {
     if (!typing && name === named) return;
     clearTimeout(typing);
     typing = 0;
-    named = name;
+    tab.set("named", named = name);
     try { localStorage.setItem("prefer.annotator", name); } catch { /* private */ }
     tab.set("stack", stack = []);
     showLast();
