@@ -103,15 +103,3 @@ def test_an_existing_model_goes_through_stages_2_to_4_with_lora(tmp_path: Path) 
     assert not torch.equal(last, start)
     saved = AutoTokenizer.from_pretrained(run / "4_grpo")
     assert saved.pad_token == "<|pad|>" and saved.chat_template == CHATML
-
-
-@pytest.mark.slow
-def test_problems_of_reasoning_gym_are_measured_for_each_task(tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym")
-    metrics = smoke("pocket-reasoning", tmp_path)
-    stages, baselines = metrics["stages"], metrics["baselines"]
-    assert set(stages) == {"0_random", "1_pretrain", "2_sft", "4_grpo"}
-    tasks = set(stages["4_grpo"]["pass@1"]["by_kind"])
-    assert len(tasks) > 1
-    for shown in (stages["2_sft"], baselines["elicited"], baselines["majority"]):
-        assert set(shown["pass@1"]["by_kind"]) == tasks

@@ -113,3 +113,8 @@ def test_a_smoke_run_takes_every_stage(scale: str, hub: Hub, tmp_path: Path) -> 
     assert {"0_random", "1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo"} <= set(metrics["stages"])
     assert "reward_accuracy" in metrics["stages"]["3_reward"]
     assert {"bits_per_byte", "pass@1"} <= set(metrics["stages"]["4_grpo"])
+    if scale == "small":
+        tasks = set(metrics["stages"]["4_grpo"]["pass@1"]["by_kind"])
+        assert len(tasks) > 1
+        for shown in (metrics["stages"]["2_sft"], metrics["baselines"]["majority"]):
+            assert set(shown["pass@1"]["by_kind"]) == tasks
