@@ -319,6 +319,7 @@ def _evaluation(
     inputs += [settings["base"]] if stage == BASE else []
     own = [step for step in before if step.output == run_dir / stage]
     judges, people = any(step.kind == "reward" for step in own), run_dir / VOTES / VOTES_FILE
+    voted = people.is_file() or any(step.kind == "votes" for step in before)  # perhaps only in the course of the run
     # Only reward models are measured on people's votes, which may become more at any time.
     read = {Path(name) for name in inputs if isinstance(name, str) and (judges or Path(name).name != VOTES)}
     home = Path(settings["home"])
@@ -339,7 +340,7 @@ def _evaluation(
         leftovers=(results.with_suffix(".json"), results.with_suffix(".jsonl")),
         values={**settings, **overrides},
         needs=tuple(dict.fromkeys([*shared, *(step.name for step in own)])),
-        files=tuple(sorted([*files, *([people] if judges and people.is_file() else [])])),
+        files=tuple(sorted([*files, *([people] if judges and voted else [])])),
     )
 
 

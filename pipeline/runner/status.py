@@ -81,7 +81,7 @@ def _state(step: Step, decision: Decision, record: RunRecord, is_running: bool) 
         return "not run yet"
     if record.is_finished(step.name):
         return "out of date"
-    return "running" if is_running else "cut short"
+    return "running" if is_running else "waiting" if step.kind == "votes" else "cut short"
 
 
 def _expected_seconds(steps: tuple[Step, ...], measured: Mapping[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline.app.site import Site
 from pipeline.errors import EXIT_WAITING
 from pipeline.runner.plan import read_plan
 from pipeline.runner.records import RunRecord, decide
+from pipeline.runner.status import show
 from tests import ppo_toy as toy
 
 VOTES = 120
@@ -77,7 +79,7 @@ def vote(client: TestClient, name: str, wanted: int) -> dict[str, Any]:
 
 
 def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     toy.policy().save_pretrained("policy")
@@ -93,6 +95,10 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
     assert waiting.returncode == EXIT_WAITING, waiting.stdout + waiting.stderr
     assert f"0 of {VOTES} votes" in waiting.stderr and "python -m pipeline app runs/toy" in waiting.stderr
     assert "3_votes waits for people" in waiting.stdout and "Traceback" not in waiting.stderr
+    steps = {step.name: step for step in read_plan(Path("recipe")).steps}
+    assert Path("runs/toy/votes/votes.jsonl") in steps["evaluate_3_reward"].files, "also before there are votes"
+    show(Path("runs/toy"))
+    assert re.search(r"3_votes +waiting .*waits for people's votes", capsys.readouterr().out)
 
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
