@@ -39,6 +39,7 @@ def train(recipe: str, inputs: Path, processes: int, batch: int, accumulated: in
     assert result.returncode == 0, result.stderr
     group = "2 on cpu, one group (gloo)" if processes == 2 else "processes   1 on cpu"
     assert group in result.stderr
+    assert result.stderr.count("sharding ") == 1, "one process speaks"
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return output, [entry["grad_norm"] for entry in history if "grad_norm" in entry]
 
