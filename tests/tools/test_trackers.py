@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from small_model import run_recipe
+from small_model import ROOT, recipe_command
 from transformers.integrations.integration_utils import rewrite_logs
 
 from tests import sampling_recipes
@@ -64,10 +65,14 @@ def test_the_trackers_show_the_curves_of_the_log(recipe: str, tmp_path: Path, mo
     trackers = ["tensorboard", "trackio"]
     if recipe == "sft":
         (tmp_path / "sft.yaml").write_text(f"report_to: {trackers}\n")
-        done = run_recipe("sft", tmp_path / "inputs", *options, "--config", str(tmp_path / "sft.yaml"))
+        command = [sys.executable, *recipe_command("sft", tmp_path / "inputs", *options)]
+        command += ["--config", str(tmp_path / "sft.yaml")]
     else:
         config = sampling_recipes.write_config("ppo", tmp_path, report_to=trackers)
-        done = sampling_recipes.run("recipes.ppo", *config, *options)
+        command = sampling_recipes.command("recipes.ppo", *config, *options)
+    # A new process, because trackio reads its variables when it is imported.
+    environment = os.environ | sampling_recipes.ENVIRONMENT
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
     curves = logged(output)
