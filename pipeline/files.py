@@ -243,3 +243,9 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
     """
     with safe_open(file, framework="np") as weights:
         return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+
+
+def check_regular(path: Path) -> None:
+    """Raise an `OSError` for what is not a file: reading a pipe, for instance, would wait for ever."""
+    if not path.is_file():
+        raise OSError("is not a file")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.intervals import Estimate, finite
 from pipeline.evaluation.results import win_rates
-from pipeline.files import read_shapes
+from pipeline.files import check_regular, read_shapes
 from pipeline.report.labels import STAGES, stage_info, stage_kind, stage_order
 
 Outcomes = dict[str, tuple[float, float, str]]
@@ -53,6 +53,7 @@ class Stage:
         state: The content of trainer_state.json, with the logged values in `log_history`.
         config: The model's config.json.
         parameters: Number of weights saved, None if there are none.
+        active_parameters: Those of them that a token passes: of the experts, only the ones it is routed to.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Stage:
     state: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     parameters: int | None = None
+    active_parameters: int | None = None
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -235,7 +237,7 @@ def _load_stage(run: Run, name: str) -> Stage:
     directory = run.path / name
     stage.state = _read_object(_newest_state(directory), notes)
     stage.config = _read_object(directory / "config.json", notes)
-    stage.parameters = _count_parameters(directory, notes)
+    stage.parameters, stage.active_parameters = _count_parameters(directory, stage.config, notes) or (None, None)
     return stage
 
 
@@ -307,24 +309,22 @@ def _read_outcomes(path: Path, notes: list[str]) -> dict[str, Outcomes]:
     return outcomes
 
 
-def _count_parameters(directory: Path, notes: list[str]) -> int | None:
-    """Count the weights in the directory's safetensors files by their headers; tied weights are stored once."""
+def _count_parameters(directory: Path, config: Mapping[str, Any], notes: list[str]) -> tuple[int, int] | None:
+    """Count the weights in safetensors files by their headers, and those a token passes; tied ones are stored once."""
     files = sorted([*directory.glob("model*.safetensors"), *directory.glob("adapter_model*.safetensors")])
-    total = 0
+    total = experts = 0
     for file in files:
         try:
             check_regular(file)
-            total += sum(math.prod(shape) for shape in read_shapes(file).values())
+            for name, shape in read_shapes(file).items():
+                total += math.prod(shape)
+                experts += math.prod(shape) * (".experts." in name)
         except (OSError, SafetensorError) as error:
             notes.append(_one_line(f"{file}: its header cannot be read, parameters left out: {error}"))
             return None
-    return total if files else None
-
-
-def check_regular(path: Path) -> None:
-    """Raise an `OSError` for what is not a file: reading a pipe, for instance, would wait for ever."""
-    if not path.is_file():
-        raise OSError("is not a file")
+    available = finite(config.get("num_local_experts")) or finite(config.get("num_experts")) or 1
+    chosen = finite(config.get("num_experts_per_tok")) or available
+    return (total, round(total - experts * (1 - chosen / available))) if files else None
 
 
 def _records(content: object, required: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -104,11 +104,11 @@ def evaluation_seconds(run: Run, stage: str, taken: Mapping[str, float]) -> floa
 def training_cost(stage: Stage) -> tuple[float | None, float | None]:
     """Return the number of tokens that the stage trained on and its floating-point operations, None where unknown.
 
-    The operations are 6 x parameters x tokens (forward and backward; Kaplan et al. 2020), or what the trainer counted
-    if it logged no tokens.
+    The operations are 6 x parameters that a token passes x tokens (forward and backward; Kaplan et al. 2020). They are
+    what the trainer counted if it logged no tokens, or saved an adapter, whose base's weights are not among its own.
     """
     tokens = last_logged(stage, "num_tokens") or last_logged(stage, "num_input_tokens_seen")
     tokens = tokens or finite(stage.state.get("num_input_tokens_seen")) or None
-    if tokens and stage.parameters:
-        return tokens, 6.0 * stage.parameters * tokens
+    if tokens and stage.active_parameters and stage.config:
+        return tokens, 6.0 * stage.active_parameters * tokens
     return tokens, finite(stage.state.get("total_flos")) or None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import STAGES, TEXTS, UNTIL_SFT
+from fake_run import STAGES, TEXTS, UNTIL_SFT, write_weights
 
 from pipeline.__main__ import main
 
@@ -55,6 +55,21 @@ def test_metrics_json_keeps_its_contract(whole_run: Path, tmp_path: Path) -> Non
     assert summary["flops"]["1_pretrain"] == 6 * summary["parameters"]["1_pretrain"] * summary["tokens"]["1_pretrain"]
     evaluated = json.loads((whole_run / "evaluations" / "4_grpo.json").read_text())
     assert summary["stages"]["4_grpo"]["pass@1"]["value"] == evaluated["metrics"]["pass@1"]["value"]
+
+
+def test_operations_leave_out_the_experts_that_a_token_does_not_pass(whole_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    shapes = {"embed": [100, 8], "layers.0.feed_forward.experts.down_proj": [4, 16, 8], "shared_expert.up": [16, 8]}
+    write_weights(run / "1_pretrain" / "model.safetensors", shapes)
+    config = {"model_type": "llama4_text", "num_local_experts": 4, "num_experts_per_tok": 1}
+    (run / "1_pretrain" / "config.json").write_text(json.dumps(config))
+    (run / "2_sft" / "model.safetensors").rename(run / "2_sft" / "adapter_model.safetensors")
+    (run / "2_sft" / "config.json").unlink()
+    assert report(run, "--output_dir", tmp_path) == 0
+    summary = read_json(tmp_path / "metrics.json")
+    assert summary["parameters"]["1_pretrain"] == 800 + 4 * 128 + 128
+    assert summary["flops"]["1_pretrain"] == 6 * (800 + 128 + 128) * summary["tokens"]["1_pretrain"]
+    assert summary["flops"]["2_sft"] == 1e12, "the trainer counted the base, too"
 
 
 def test_differences_compare_each_stage_with_the_one_it_started_from(whole_run: Path, tmp_path: Path) -> None:
