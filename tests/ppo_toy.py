@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
+from pipeline.models.llama4 import ScratchArguments, build_model
 from pipeline.rl.ppo import PPOConfig
 from tests.word_model import word_model_config, word_tokenizer
 
@@ -40,6 +43,21 @@ def reward_model(seed: int = 1) -> LlamaForSequenceClassification:
     """A random sequence classifier with one label."""
     torch.manual_seed(seed)
     return LlamaForSequenceClassification(llama_config(num_labels=1))
+
+
+def policy_of_experts(seed: int = 0) -> PreTrainedModel:
+    """A random Llama 4, whose second layer has four experts."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    args = ScratchArguments(model_type="llama4_text", max_position_embeddings=64, initializer_range=0.1, **sizes)
+    return build_model(args, tokenizer(), seed)
+
+
+def reward_model_of_experts(seed: int = 1) -> PreTrainedModel:
+    """A random sequence classifier with one label, of the same kind."""
+    torch.manual_seed(seed)
+    config = policy_of_experts(seed).config
+    config.num_labels = 1
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def end_detector() -> LlamaForSequenceClassification:

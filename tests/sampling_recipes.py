@@ -27,7 +27,7 @@ OWN: dict[str, dict[str, Any]] = {
 """Fields that only one recipe has."""
 
 
-def write_config(recipe: str, folder: Path, **changes: Any) -> list[str]:
+def write_config(recipe: str, folder: Path, experts: bool = False, **changes: Any) -> list[str]:
     """Save a policy, a reward model, prompts, and a YAML file that names them.
 
     A rollout of 8 completions lasts two optimizer steps, each of two micro-batches.
@@ -35,13 +35,15 @@ def write_config(recipe: str, folder: Path, **changes: Any) -> list[str]:
     Args:
         recipe: "ppo" or "grpo".
         folder: Where to save them.
+        experts: Whether the models are mixtures of experts.
         **changes: Further fields of the file.
 
     Returns:
         The options that name the file.
     """
-    for name, model in (("policy", toy.policy()), ("reward", toy.reward_model())):
-        model.save_pretrained(folder / name)
+    dense, mixed = (toy.policy, toy.reward_model), (toy.policy_of_experts, toy.reward_model_of_experts)
+    for name, model in zip(("policy", "reward"), mixed if experts else dense, strict=True):
+        model().save_pretrained(folder / name)
         toy.tokenizer().save_pretrained(folder / name)
     toy.prompts(32).to_json(folder / "prompts.jsonl")
     fields: dict[str, Any] = {

@@ -34,10 +34,12 @@ def log_of(output: Path) -> list[dict[str, Any]]:
     return log
 
 
-@pytest.mark.parametrize("recipe", MODELS)
-def test_a_run_killed_at_a_random_moment_and_restarted_ends_the_same(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "experts"), [("ppo", True), ("grpo", False)])
+def test_a_run_killed_at_a_random_moment_and_restarted_ends_the_same(
+    recipe: str, experts: bool, tmp_path: Path
+) -> None:
     """Whether in the middle of a rollout or not, while it saves or not, and in any epoch of the prompts."""
-    options = [*write_config(recipe, tmp_path, max_steps=STEPS, save_steps=1), "--output_dir"]
+    options = [*write_config(recipe, tmp_path, experts, max_steps=STEPS, save_steps=1), "--output_dir"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = run(f"recipes.{recipe}", *options, str(whole))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -66,11 +68,11 @@ def test_a_run_killed_at_a_random_moment_and_restarted_ends_the_same(recipe: str
     assert any(not torch.equal(start[n], expected[f"model.safetensors/{n}"]) for n in start), "something was learned"
 
 
-@pytest.mark.parametrize("recipe", MODELS)
-def test_two_processes_learn_what_one_learns(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "experts"), [("ppo", False), ("grpo", True)])
+def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tmp_path: Path) -> None:
     """On the same rollouts: equal gradients in every step, equal weights, and equal logs."""
     evaluation = {"eval_strategy": "steps", "eval_steps": 3}
-    options = write_config(recipe, tmp_path, max_steps=6, save_steps=3, **evaluation)
+    options = write_config(recipe, tmp_path, experts, max_steps=6, save_steps=3, **evaluation)
     outputs = []
     for processes in (1, 2):
         rows = str(4 // processes)
