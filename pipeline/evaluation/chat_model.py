@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import Completion, encode_prompts, generate
+from pipeline.models.vllm_sampler import VLLMSampler
 
 BATCH = 256
 """Answers generated at once, fewer if they are long."""
@@ -21,12 +22,14 @@ GROUP = 64
 class ChatModel:
     """A language model with its tokenizer and the length limit of its answers in tokens.
 
-    `counts` are of the answers so far and, under `"cut off"`, of those that the limit or the context cut off.
+    `vllm` samples in the place of the model if it is given. `counts` are of the answers so far and, under `"cut off"`,
+    of those that the limit or the context cut off.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
+    vllm: VLLMSampler | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
@@ -48,7 +51,10 @@ class ChatModel:
             shortest = min([limit, *(room[i] for i in group)])
             some = [prompts[i] for i in group]
             batch = max(1, min(BATCH, BATCH * 512 // (max(map(len, some)) + shortest)))
-            found = generate(self.model, self.tokenizer, some, max_new_tokens=shortest, batch_size=batch, **options)
+            if self.vllm is not None:
+                found = self.vllm.generate(some, max_new_tokens=shortest, **options)
+            else:
+                found = generate(self.model, self.tokenizer, some, max_new_tokens=shortest, batch_size=batch, **options)
             for i, answers in zip(group, found, strict=True):
                 completions[i] = answers
         self.counts["answers"] += sum(map(len, completions))

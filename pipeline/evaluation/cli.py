@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", help=meaning)
     parser.add_argument("--split", help="split of the data set (default: test; all of a plain file)")
     parser.add_argument("--lm_eval_tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness")
+    parser.add_argument("--vllm", action="store_true", default=None, help="sample answers with vLLM, on a GPU")
     parser.add_argument("--allow_unconfined_code", action="store_true", help="grade code even where it is not confined")
 
 

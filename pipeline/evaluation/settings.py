@@ -99,6 +99,7 @@ class EvaluationArguments:
     )
     lm_eval_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-eval."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampled answers and of the intervals."})
+    vllm: bool | None = field(default=None, metadata={"help": "Sample answers with vLLM, on a GPU (default: no)."})
 
 
 SOURCE_FIELDS = tuple(item.name for item in fields(Source) if not item.name.startswith(("max_", "tokenizer_")))
@@ -273,6 +274,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     """
     from pipeline.config.parser import check_values  # imports transformers and TRL
     from pipeline.data.sources import BUILDERS, COMPRESSIONS
+    from pipeline.models.vllm_sampler import validate_vllm
     from pipeline.rewards.loading import load_function, load_rewards
 
     def attempt(load: Callable[[], object]) -> list[Problem]:
@@ -290,6 +292,8 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     _, problems = check_values(content, [EvaluationArguments])
     if isinstance(samples := content.get("samples"), int) and samples > MAX_SAMPLES:
         problems.append(Problem("samples", samples, f"must be at most {MAX_SAMPLES}"))
+    if content.get("vllm") and (fault := validate_vllm()):
+        problems.append(Problem("vllm", True, fault))
     for key in STAGES_OF:
         source = content.get(key)
         if not isinstance(source, Mapping) or source == settings["trained_on"].get(key):
@@ -328,7 +332,7 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
     content = {key: value for key, value in content.items() if not alone or key not in STAGES_OF} | data | options
     settings = complete(content, own, only_named=alone or any(key in content for key in STAGES_OF if args.name))
     checked = {key: settings.get(key) for key in STAGES_OF if args.config or key in data}
-    problems = check({**dict.fromkeys(STAGES_OF), **_without_data(settings), **checked})
+    problems = check({**settings, **dict.fromkeys(STAGES_OF), **checked})
 
     def as_option(problem: Problem) -> Problem:
         key, colon, name = problem.field.partition(": ")
@@ -344,7 +348,3 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
     if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
         problems.append(Problem("--name", args.name, "must be the name of a folder, without a slash or a leading dot"))
     return settings, problems
-
-
-def _without_data(settings: Values) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in STAGES_OF}

@@ -27,6 +27,7 @@ from pipeline.files import check_directory
 from pipeline.models.checks import check_lengths
 from pipeline.models.experts import RouteCounter, routes, worst
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer, user_error_for
+from pipeline.models.vllm_sampler import VLLMSampler
 from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
 from pipeline.preferences.votes import load_votes
 from pipeline.rewards.grading import is_gradable
@@ -141,7 +142,8 @@ def _measure_language_model(
     model, tokenizer = load_model(str(path), "--stage", dtype=torch.float32, chat=can_chat, tokenizer=own)
     model = _place(model)
     limits = answer_lengths(model, settings)
-    chats = {key: ChatModel(model, tokenizer, limit) for key, limit in limits.items()}
+    vllm = VLLMSampler(model, tokenizer) if settings.get("vllm") else None
+    chats = {key: ChatModel(model, tokenizer, limit, vllm) for key, limit in limits.items()}
     result.left_out += [line for name, line in WITHOUT.items() if not getattr(held_out, name)]
     if held_out.texts:
         with RouteCounter(model) as counter:
@@ -161,12 +163,13 @@ def _measure_language_model(
     if judge and judged and against and (its_path != run / against or holds_model(its_path)):
         result.judge = judge.name
         answer = {"seed": seed, "max_new_tokens": limits["prompts"], "dtype": hardware.sampling_dtype()}
+        answer |= {"vllm": True} if vllm else {}
         answered = matches.fingerprint(its_path, judged, device=hardware.accelerator(), **answer)
         if stage == against:
             opponent, result.opponent = chats["prompts"], answered
         elif settings.get("judge") == VOTES or (opponent := matches.saved_answers(folder, against, answered)) is None:
             own = settings.get("base_tokenizer") if against == BASE else None
-            opponent = load_chat_model(its_path, "--against", limits["prompts"], own)
+            opponent = load_chat_model(its_path, "--against", limits["prompts"], own, bool(vllm))
             opponent.model.to(hardware.sampling_dtype())
     ungraded = [row for row in held_out.instructions if not is_gradable(row)] if not _graded(held_out) else []
     if ungraded:
@@ -263,10 +266,12 @@ def holds_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
 
 
-def load_chat_model(path: Path, option: str, max_new_tokens: int, tokenizer: str | None = None) -> ChatModel:
+def load_chat_model(
+    path: Path, option: str, max_new_tokens: int, tokenizer: str | None = None, vllm: bool = False
+) -> ChatModel:
     """Load the language model in `path`, which `option` names, in float32 on the accelerator if there is one."""
     model, words = load_model(str(path), option, dtype=torch.float32, tokenizer=tokenizer)
-    return ChatModel(_place(model), words, max_new_tokens)
+    return ChatModel(_place(model), words, max_new_tokens, VLLMSampler(model, words) if vllm else None)
 
 
 def _place(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl import SyncRefModelCallback
@@ -56,8 +56,9 @@ class GRPOTrainer(TRLGRPOTrainer):
     reward function has scored. Every reward function gets its own copy of completions and columns. A reward model reads
     a completion that was cut off as it stands, without the end of turn that its chat template adds.
 
-    Without vLLM, completions are sampled by `pipeline.models.generation.sample`, from the global random numbers, which
-    checkpoints contain. TRL samples where that cannot (`_sampling_config`).
+    Completions are sampled by `pipeline.models.generation.sample`, from the global random numbers, which checkpoints
+    contain. TRL samples where that cannot (`_sampling_config`), and with vLLM, whose probabilities depend on what else
+    is in its batch: a resumed run goes on with the rollout of its checkpoint, but then samples other completions.
 
     The collapse of the policy is named in the log (`pipeline.rl.alarms`).
     """
@@ -74,6 +75,10 @@ class GRPOTrainer(TRLGRPOTrainer):
             self._copy_reference()
             if synced:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+        if self.use_vllm:
+            # Inside this process, vLLM draws from the global random numbers, which its start seeds by the rank alone.
+            set_seed(self.args.seed + self.accelerator.process_index // self.args.vllm_tensor_parallel_size)
+            logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", self.args.vllm_mode)
         judges = zip(self.reward_funcs, self.reward_weights.tolist(), strict=True)
         self.add_callback(CollapseAlarms(checked=not any(w and isinstance(f, nn.Module) for f, w in judges)))
         for function in self.reward_funcs:

@@ -27,6 +27,7 @@ from trl import GRPOConfig, ModelConfig
 from pipeline.errors import LIBRARY_ERRORS, Problem
 from pipeline.hub.access import check_access
 from pipeline.models.loading import skip_unreachable_hub
+from pipeline.models.vllm_sampler import validate_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,15 @@ SET_BY_TRL = (
     "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 """Options of generation that TRL sets, whatever the model's generation_config.json says."""
+
+SET_FOR_VLLM = {"n", "seed", "logprobs", "prompt_logprobs", "max_tokens", "detokenize"}
+"""Options of vLLM's sampling without which TRL cannot use its output. With a seed, equal prompts get equal answers."""
+
+VLLM_SERVER = (
+    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
+    "--logprobs-mode processed_logprobs --max-logprobs -1"
+)
+"""The command by which a server takes the weights of each step from TRL."""
 
 TEMPLATE_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 """What TRL passes to chat templates itself."""
@@ -229,9 +239,11 @@ def _check_rollouts(args: GRPOConfig) -> list[Problem]:
     if taken := TEMPLATE_ARGUMENTS.intersection(options := args.chat_template_kwargs or {}):
         remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL sets them; leave them out"
         problems.append(Problem("chat_template_kwargs", options, remedy))
-    # vLLM's probabilities are those after all filters, and the loss is corrected by them.
-    if args.use_vllm and args.vllm_importance_sampling_correction:
-        return problems
+    if args.use_vllm:
+        problems += _check_vllm(args)
+        # vLLM's probabilities are those after all filters, and the loss is corrected by them.
+        if args.vllm_importance_sampling_correction:
+            return problems
     for name, neutral in UNFILTERED.items():
         if (value := getattr(args, name)) not in neutral:
             problems.append(Problem(name, value, f"{UNSEEN}; omit it"))
@@ -247,6 +259,37 @@ def _check_rollouts(args: GRPOConfig) -> list[Problem]:
             GenerationConfig(**options).validate(strict=True)
         except LIBRARY_ERRORS as error:
             problems.append(Problem("generation_kwargs", options, str(error)))
+    return problems
+
+
+def _check_vllm(args: GRPOConfig) -> list[Problem]:
+    """Check that vLLM can sample here, or that the server of `vllm_mode: server` can, for which this waits."""
+    if fault := validate_vllm():
+        return [Problem("use_vllm", True, fault)]
+    problems = []
+    if args.use_cpu:
+        problems.append(Problem("use_cpu", True, "vLLM samples on the GPU that trains; omit one of the two"))
+    options = args.generation_kwargs or {}
+    if taken := SET_FOR_VLLM.intersection(options):
+        remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL depends on it; leave it out"
+        problems.append(Problem("generation_kwargs", options, remedy))
+    if args.vllm_mode == "colocate":
+        if args.world_size % args.vllm_tensor_parallel_size:
+            remedy = f"must divide the number of processes, {args.world_size}"
+            problems.append(Problem("vllm_tensor_parallel_size", args.vllm_tensor_parallel_size, remedy))
+    elif not problems and os.environ.get("RANK", "0") == "0":
+        from trl.generation.vllm_client import VLLMClient  # imports parts of vLLM, which take seconds
+
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        try:
+            server = VLLMClient(url, connection_timeout=args.vllm_server_timeout).get_server_info()
+            mode, fault = server["model_config"]["logprobs_mode"], ""
+        except Exception as error:  # noqa: BLE001 - TRL raises bare exceptions for what a server answers
+            fault = str(error)
+        if not fault and args.vllm_importance_sampling_correction and mode != "processed_logprobs":
+            fault = f"its log-probabilities are {mode}, by which the loss cannot be corrected"
+        if fault:
+            problems.append(Problem("vllm_mode", "server", f"{url}: {fault}; start it as {VLLM_SERVER}"))
     return problems
 
 

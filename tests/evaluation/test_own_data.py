@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.evaluation.settings import check, complete, derive
 from pipeline.evaluation.sources import Part, Source
+from tests import vllm_stub
 
 OWN = "tests.evaluation.own_functions:{}"
 FRENCH = [{"question": f"Combien font {i} et {i + 1} ?", "answer": f"C'est ça.\n#### {2 * i + 1}"} for i in range(60)]
@@ -270,6 +272,29 @@ def test_a_function_judges_the_win_rate_and_the_report_names_it(run: Path, tmp_p
         assert result["metrics"]["constant/win_rate_greedy"]["value"] == 1.0, "by a text chosen on rows trained on"
         assert main(["report", str(run)]) == 0
         assert f"judged by the function {name}" in (run / "report" / "index.html").read_text().replace("&#39;", "'")
+
+
+def test_vllm_samples_for_the_model_and_its_opponent(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = write_rows(tmp_path / "prompts.jsonl", FRENCH)
+    write_stage(run, "3_ppo", seed=1, dataset_name=questions, prompt_column="question")
+    monkeypatch.setattr("pipeline.hardware.sampling_dtype", lambda: torch.float32)
+    options = ["--judge", OWN.format("longer_answers_win"), "--max_new_tokens", "5", "--limit", "8"]
+    assert "vLLM is not installed" in refused(capsys, run, "--stage", "3_ppo", "--vllm")
+    monkeypatch.setitem(sys.modules, "vllm", vllm_stub.module())
+    monkeypatch.setattr("pipeline.models.vllm_sampler.validate_vllm", lambda: None)
+    monkeypatch.setattr(vllm_stub.LLM, "engines", engines := [])
+    plain, answers = evaluate(run, "3_ppo", *options, name="plain")
+    assert not engines
+    result, same = evaluate(run, "3_ppo", *options, "--vllm", name="vllm")
+    assert len(engines) == 2 and sum(engine.settings["gpu_memory_utilization"] for engine in engines) < 1
+    assert result["settings"]["vllm"] is True and plain["settings"]["vllm"] is None
+    assert result["answers"] == plain["answers"], "greedy"
+    greedy = [[row for row in rows if row["metric"] == "win_rate_greedy"] for rows in (answers, same)]
+    assert greedy[0] == greedy[1] and greedy[0]
+    drawn = [request.seed for engine in engines for request in engine.requests if request.temperature > 0]
+    assert len(set(drawn)) == len(drawn) > 0, "each prompt has its own random numbers"
 
 
 def test_a_reward_model_judges_unless_ppo_is_trained_to_please_it(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -30,11 +32,75 @@ def test_what_training_sees_is_accepted(changes: dict[str, Any]) -> None:
     assert preflight(config(**changes)) == []
 
 
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which vLLM can sample."""
+    monkeypatch.setattr("pipeline.training.checks.validate_vllm", lambda: None)
+    monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda: True)
+
+
+def on_gpu(**changes: Any) -> GRPOConfig:
+    args = config(use_vllm=True, **changes)
+    args.use_cpu = False
+    return args
+
+
+@pytest.mark.usefixtures("with_vllm")
 def test_vllm_corrects_what_training_does_not_see() -> None:
-    filtered = {"use_vllm": True, "top_p": 0.9, "generation_kwargs": {"presence_penalty": 1.0}}
-    assert preflight(config(**filtered)) == []
-    uncorrected = preflight(config(**filtered, vllm_importance_sampling_correction=False))
+    filtered = {"top_p": 0.9, "generation_kwargs": {"presence_penalty": 1.0}}
+    assert preflight(on_gpu(**filtered)) == []
+    uncorrected = preflight(on_gpu(**filtered, vllm_importance_sampling_correction=False))
     assert [problem.field for problem in uncorrected] == ["top_p", "generation_kwargs"]
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_what_vllm_cannot_do_is_refused() -> None:
+    assert [problem.field for problem in preflight(config(use_vllm=True))] == ["use_cpu"]
+    problems = preflight(on_gpu(vllm_tensor_parallel_size=2, generation_kwargs={"seed": 1, "n": 2, "top_k": 5}))
+    assert [problem.field for problem in problems] == ["generation_kwargs", "vllm_tensor_parallel_size"]
+    assert "n, seed cannot be given" in problems[0].remedy
+
+
+@pytest.mark.usefixtures("with_vllm")
+@pytest.mark.parametrize(
+    ("logprobs_mode", "dev_mode", "refused"),
+    [
+        ("processed_logprobs", True, ""),
+        ("raw_logprobs", True, "raw_logprobs, by which the loss cannot be corrected"),
+        ("processed_logprobs", False, "VLLM_SERVER_DEV_MODE=1"),
+        (None, False, "can't be reached"),
+    ],
+)
+def test_a_server_of_vllm_answers_before_anything_is_loaded(
+    logprobs_mode: str | None, dev_mode: bool, refused: str
+) -> None:
+    """The server takes the weights of each step, and returns the probabilities that tokens were drawn with."""
+    answers: dict[str, Any] = {"/health": {}, "/v1/models": {"data": [{"id": "model"}]}}
+    if dev_mode:
+        answers["/server_info"] = {"vllm_config": {"model_config": {"logprobs_mode": logprobs_mode}}}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = answers.get(self.path.partition("?")[0])
+            self.send_response(404 if answer is None else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        if logprobs_mode is None:
+            server.server_close()
+        else:
+            Thread(target=server.serve_forever, daemon=True).start()
+        args = on_gpu(vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=1e-9)
+        problems = preflight(args)
+        if logprobs_mode is not None:
+            server.shutdown()
+    assert [problem.field for problem in problems] == ["vllm_mode"] * bool(refused)
+    assert all(refused in problem.remedy and "vllm serve MODEL" in problem.remedy for problem in problems)
 
 
 @pytest.mark.parametrize(

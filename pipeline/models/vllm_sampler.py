@@ -1,0 +1,86 @@
+"""vLLM on GPUs: whether it can be used, and a sampler of evaluations. TRL's trainers sample with it by themselves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cached_property
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.import_utils import is_vllm_available
+
+from pipeline import hardware
+from pipeline.models.adapters import without_adapters
+from pipeline.models.generation import Completion, end_tokens, stopped
+
+MEMORY = 0.4
+"""Share of a GPU's memory for each sampler: a model that is measured and its opponent both have one, beside their
+weights in PyTorch."""
+
+
+def validate_vllm() -> str | None:
+    """Return why vLLM cannot sample on this machine and what to do about it, or None if it can."""
+    if not is_vllm_available():
+        return "vLLM is not installed; pip install 'fourstage[vllm]', or omit this"
+    if hardware.accelerator() in (None, "mps"):
+        return "vLLM needs a GPU (CUDA or XPU), and none was found; omit this"
+    return None
+
+
+class VLLMSampler:
+    """Samples from a model like `pipeline.models.generation.generate`: the same distribution, other random numbers.
+
+    vLLM starts, in the precision that the model then has, with the first call. It reads models from folders, so that
+    the model, with its adapters merged into it, is written to a temporary one.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @cached_property
+    def _engine(self) -> Any:
+        from vllm import LLM  # optional
+
+        with TemporaryDirectory() as folder:
+            without_adapters(self.model).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            return LLM(model=folder, dtype=dtype, gpu_memory_utilization=MEMORY)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        samples: int = 1,
+        temperature: float = 0.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[Completion]]:
+        """Return `samples` completions of each prompt; the arguments are those of `generation.generate`."""
+        from vllm import SamplingParams  # optional
+
+        ends, seeds = end_tokens(self.model, self.tokenizer), random.Random(seed)
+        settings = [
+            SamplingParams(
+                n=samples,
+                temperature=temperature,
+                min_p=min_p,
+                max_tokens=max_new_tokens,
+                stop_token_ids=ends,
+                seed=seeds.randrange(2**32),  # vLLM adds the number of the sample
+                detokenize=False,
+            )
+            for _ in prompts
+        ]
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling_params=settings, use_tqdm=False
+        )
+        tokens = [[list(output.token_ids) for output in request.outputs] for request in outputs]
+        texts = [self.tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
+        return [
+            [Completion(text.strip(), ids, stopped(ids, ends)) for text, ids in zip(*both, strict=True)]
+            for both in zip(texts, tokens, strict=True)
+        ]
