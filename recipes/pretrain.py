@@ -34,9 +34,9 @@ def main(
     model_args: ScratchArguments,
     optimizer_args: OptimizerArguments,
 ) -> None:
-    from transformers import Trainer, default_data_collator
+    from transformers import Trainer
 
-    from pipeline.data.packing import pack_documents
+    from pipeline.data.packing import PackedBlocks, pack_documents
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
     from pipeline.training.pretraining import adapt_to_machine, add_router_losses, bits_per_byte, sequence_losses
@@ -55,7 +55,7 @@ def main(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        data_collator=default_data_collator,
+        data_collator=PackedBlocks(tokenizer.bos_token_id, tokenizer.eos_token_id),
         compute_metrics=bits_per_byte(tokenizer),
         preprocess_logits_for_metrics=sequence_losses,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),

@@ -13,8 +13,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.data.columns import Split, column_names
@@ -28,48 +30,139 @@ logger = logging.getLogger(__name__)
 DOCUMENTS_PER_BATCH = 10_000
 """Documents packed together. The rest of a batch that does not fill a block is dropped: one block in about 10 MB."""
 
+DOCUMENTS_AT_ONCE = 1000
+"""Documents tokenized at once: `tokenizers` takes some hundred bytes for each of their tokens."""
+
 IGNORED = -100
 """Label of a token without loss (the convention of torch's cross entropy)."""
 
 
-def pack_documents(dataset: Split, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str) -> Split:
+def pack_documents(
+    dataset: Split, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str, num_proc: int | None = None
+) -> Split:
     """Pack documents into blocks of `block_size` tokens, in the order of the data set.
 
-    Each document is `bos + text + eos`. The first token of a document is not a label, because no token
-    before it is visible. A document cut by the end of a block continues in the next one as if it began there.
+    Each document is `bos + text + eos`. A document cut by the end of a block continues in the next one as if it began
+    there. On disk a token takes 2 bytes, or 4 if the vocabulary is larger than 65,536.
 
     Args:
-        dataset: Documents; a streamed data set stays streamed, in constant memory.
+        dataset: Documents.
         tokenizer: A tokenizer with bos and eos tokens.
         block_size: Tokens per block.
         text_column: Column of the text. All columns are replaced.
+        num_proc: Processes, each for a part of the documents. Default: one, whose tokenizer uses all cores.
 
     Returns:
-        The same kind of data set, with `input_ids`, `position_ids` and `labels`: lists of `block_size` integers, or
-        arrays in a stream.
+        Blocks with the column `input_ids`, arrays of `block_size` integers; `PackedBlocks` makes batches of them.
+    """
+    encode = Encoder.of(tokenizer)
+
+    def pack(batch: pa.Table) -> pa.Table:
+        ids = encode(batch[text_column].to_pylist())
+        ids = ids[: len(ids) // block_size * block_size]
+        return pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids), block_size)})
+
+    if not isinstance(dataset, Dataset):
+
+        def pack_stream(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
+            ids = encode(batch[text_column])
+            return {"input_ids": ids[: len(ids) // block_size * block_size].reshape(-1, block_size)}
+
+        columns = column_names(dataset)
+        return dataset.map(pack_stream, batched=True, batch_size=DOCUMENTS_PER_BATCH, remove_columns=columns)
+    return (
+        dataset.with_format("arrow")
+        .map(
+            pack,
+            batched=True,
+            batch_size=DOCUMENTS_PER_BATCH,
+            remove_columns=dataset.column_names,
+            num_proc=num_proc,
+        )
+        .with_format("numpy")
+    )
+
+
+@dataclass
+class Encoder:
+    """Tokens of documents: `bos + text + eos`, one document after the other.
+
+    Attributes:
+        backend: Tokenizer of the library `tokenizers`; for a tokenizer without one, the tokenizer itself.
+        bos, eos: Tokens before and after a text.
+        dtype: Unsigned integers that hold all tokens, in 16 bits if possible.
     """
 
-    def pack(batch: dict[str, list[Any]]) -> dict[str, np.ndarray]:
-        encoded = tokenizer(
-            batch[text_column],
-            add_special_tokens=False,
-            split_special_tokens=True,  # a document that spells one must not end there
-            return_attention_mask=False,
-        )["input_ids"]
-        documents = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded]
-        lengths = np.array([len(document) for document in documents])
-        input_ids = np.fromiter(chain.from_iterable(documents), np.int64)[: lengths.sum() // block_size * block_size]
-        places = np.arange(len(input_ids))
-        in_document = places - np.repeat(lengths.cumsum() - lengths, lengths)[: len(places)]
-        positions = np.minimum(in_document, places % block_size)
-        blocks = {
-            "input_ids": input_ids,
-            "position_ids": positions,
-            "labels": np.where(positions == 0, IGNORED, input_ids),
-        }
-        return {name: column.reshape(-1, block_size) for name, column in blocks.items()}
+    backend: Any
+    bos: int
+    eos: int
+    dtype: str
 
-    return dataset.map(pack, batched=True, batch_size=DOCUMENTS_PER_BATCH, remove_columns=column_names(dataset))
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """Return the encoder of a tokenizer, which has the same hash in all processes that prepare the same data."""
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        largest = max(tokenizer.get_vocab().values())
+        if isinstance(backend, Tokenizer):  # the hash includes what an earlier call has set
+            backend = Tokenizer.from_str(backend.to_str())
+            backend.no_truncation()
+            backend.no_padding()
+        dtype = "uint16" if largest < 2**16 else "uint32"
+        return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the tokens of documents, of shape (tokens,)."""
+        pieces = range(0, len(texts), DOCUMENTS_AT_ONCE)
+        return np.concatenate([self._encode(texts[i : i + DOCUMENTS_AT_ONCE]) for i in pieces])
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray:
+        if isinstance(self.backend, Tokenizer):
+            self.backend.encode_special_tokens = True  # a document that spells a special token must not end there
+            texts_ids = (text.ids for text in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        else:
+            texts_ids = self.backend(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        documents = ((self.bos, *ids, self.eos) for ids in texts_ids)
+        return np.fromiter(chain.from_iterable(documents), self.dtype)
+
+
+@dataclass
+class PackedBlocks:
+    """Collator that finds the documents of packed blocks, and keeps them apart.
+
+    A document begins with a bos token that follows an eos token. If both are the same token, they alternate in each
+    run of it: after a text the first one is an eos, and before a text the last one is a bos.
+
+    Attributes:
+        bos, eos: Tokens before and after each document.
+    """
+
+    bos: int
+    eos: int
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate a batch.
+
+        Args:
+            examples: `input_ids`, all of the same length.
+
+        Returns:
+            `input_ids`, `position_ids` (which restart at each document) and `labels`, each `(batch, block size)`. The
+            first token of a document is not a label, because no token before it is visible.
+        """
+        ids = np.stack([example["input_ids"] for example in examples]).astype(np.int64)
+        places = np.arange(ids.shape[1])
+        begins = ids == self.bos
+        if self.bos == self.eos:
+            last_text = np.maximum.accumulate(np.where(begins, -1, places), 1)
+            # A block may begin with the eos of the document before it. Its first run ends with a bos.
+            first_run = np.where(begins.all(1), 1, begins.argmin(1))[:, None]
+            begins &= (places - last_text - 1 + np.where(last_text < 0, first_run, 0)) % 2 == 1
+        else:
+            begins[:, 1:] &= ids[:, :-1] == self.eos
+        begins[:, 0] = True
+        positions = places - np.maximum.accumulate(np.where(begins, places, 0), 1)
+        batch = {"input_ids": ids, "position_ids": positions, "labels": np.where(begins, IGNORED, ids)}
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
 def log_truncated(dataset: Split, args: SFTConfig) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import TEXT, tokenizer
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig
+from word_model import word_tokenizer
 
-from pipeline.data.packing import DOCUMENTS_PER_BATCH, log_truncated, pack_documents
+from pipeline.data.packing import DOCUMENTS_PER_BATCH, PackedBlocks, log_truncated, pack_documents
 from pipeline.models.llama import LlamaArguments, build_model
 
 BLOCK = 32
@@ -34,6 +36,17 @@ def stream(texts: list[str]) -> list[int]:
     words = tokenizer()
     encoded = words(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [token for ids in encoded for token in (words.bos_token_id, *ids, words.eos_token_id)]
+
+
+def collate(blocks: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return PackedBlocks(tokenizer().bos_token_id, tokenizer().eos_token_id)(list(blocks))
+
+
+def pack(texts: list[str], size: int = BLOCK) -> list[dict[str, list[int]]]:
+    """Blocks as the trainer sees them."""
+    packed = pack_documents(dataset(texts), tokenizer(), size, "text")
+    batch = collate(packed) if len(packed) else {}
+    return [{name: column[i].tolist() for name, column in batch.items()} for i in range(len(packed))]
 
 
 def parts(block: dict[str, Any]) -> list[tuple[int, int]]:
@@ -57,7 +70,7 @@ def model() -> LlamaForCausalLM:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=12), st.integers(2, 40))
 def test_blocks_are_full_and_lose_no_token_but_the_last_remainder(texts: list[str], size: int) -> None:
-    packed = pack_documents(dataset(texts), tokenizer(), size, "text")
+    packed = pack(texts, size)
     tokens = stream(texts)
     assert len(packed) == len(tokens) // size
     assert [token for block in packed for token in block["input_ids"]] == tokens[: len(packed) * size]
@@ -68,7 +81,7 @@ def test_blocks_are_full_and_lose_no_token_but_the_last_remainder(texts: list[st
 
 def test_positions_restart_at_every_document_and_at_the_start_of_a_block() -> None:
     bos = tokenizer().bos_token_id
-    packed = pack_documents(dataset(DOCUMENTS), tokenizer(), BLOCK, "text")
+    packed = pack(DOCUMENTS)
     for block in packed:
         spans = parts(block)
         assert spans[0][0] == 0
@@ -82,16 +95,45 @@ def test_positions_restart_at_every_document_and_at_the_start_of_a_block() -> No
 
 
 def test_labels_are_the_tokens_except_where_nothing_could_predict_them() -> None:
-    for block in pack_documents(dataset(DOCUMENTS), tokenizer(), BLOCK, "text"):
+    for block in pack(DOCUMENTS):
         expected = list(block["input_ids"])
         for begin, _ in parts(block):
             expected[begin] = IGNORED
         assert block["labels"] == expected
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(3, 9), max_size=5), min_size=1, max_size=12),
+    st.sampled_from([1, 2]),
+    st.integers(2, 9),
+)
+def test_documents_are_found_again_in_blocks_of_tokens(texts: list[list[int]], eos: int, size: int) -> None:
+    """Documents may be empty, and bos and eos the same token."""
+    ids, positions = [], []
+    for text in texts:
+        positions += [min(place, (len(ids) + place) % size) for place in range(len(text) + 2)]
+        ids += [1, *text, eos]
+    blocks = [range(begin, begin + size) for begin in range(0, len(ids) - size + 1, size)]
+    for block in blocks:
+        if any(ids[place] != 1 for place in block):  # else where empty documents begin cannot be seen, and is nothing
+            batch = PackedBlocks(1, eos)([{"input_ids": np.array([ids[place] for place in block], np.uint16)}])
+            assert batch["position_ids"][0].tolist() == [positions[place] for place in block]
+
+
+def test_blocks_take_two_bytes_a_token_on_disk_and_the_tokens_of_a_large_vocabulary_four(tmp_path: Path) -> None:
+    dataset(DOCUMENTS).to_parquet(tmp_path / "text.parquet")
+    documents = load_dataset("parquet", data_files=str(tmp_path / "text.parquet"), split="train")
+    large = word_tokenizer([*WORDS, *map(str, range(2**16))])
+    for words, most in ((tokenizer(), 2.1), (large, 4.1)):
+        blocks = pack_documents(concatenate_datasets([documents] * 60), words, BLOCK, "text")
+        (file,) = blocks.cache_files
+        assert Path(file["filename"]).stat().st_size <= most * BLOCK * len(blocks)
+
+
 def test_a_packed_document_is_computed_as_if_it_were_alone(model: LlamaForCausalLM) -> None:
-    blocks = list(pack_documents(dataset(DOCUMENTS), tokenizer(), BLOCK, "text"))[:4]
-    batch = default_data_collator(blocks)
+    blocks = pack(DOCUMENTS)[:4]
+    batch = {name: torch.tensor([block[name] for block in blocks]) for name in blocks[0]}
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     with torch.no_grad():
         together = model(**inputs, use_cache=False).logits
@@ -107,10 +149,10 @@ def test_the_trainer_keeps_documents_apart(model: LlamaForCausalLM, tmp_path: Pa
     """The loss that `Trainer` reports on blocks is the mean over all tokens of documents that are scored alone."""
     packed = pack_documents(dataset(DOCUMENTS), tokenizer(), BLOCK, "text").select(range(4))
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=4)
-    trainer = Trainer(model, arguments, eval_dataset=packed, data_collator=default_data_collator)
+    trainer = Trainer(model, arguments, eval_dataset=packed, data_collator=collate)
     losses = []
     with torch.no_grad():
-        for block in packed:
+        for block in pack(DOCUMENTS)[:4]:
             for begin, end in parts(block):
                 ids = torch.tensor(block["input_ids"][begin:end])[None]
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
@@ -124,7 +166,7 @@ def test_a_stream_gives_the_same_blocks() -> None:
     expected = pack_documents(dataset(texts), tokenizer(), BLOCK, "text")
     streamed = pack_documents(dataset(texts).to_iterable_dataset(), tokenizer(), BLOCK, "text")
     assert isinstance(streamed, IterableDataset)
-    assert [{name: list(column) for name, column in row.items()} for row in streamed] == list(expected)
+    assert [list(row["input_ids"]) for row in streamed] == expected["input_ids"][:].tolist()
     lost = len(stream(texts)) - BLOCK * len(expected)
     assert lost < 2 * BLOCK, "each batch of documents drops less than a block"
 
@@ -143,13 +185,15 @@ def test_a_stream_is_read_no_further_than_it_is_asked_for() -> None:
 
 
 def test_documents_that_do_not_fill_a_block_give_none() -> None:
-    assert len(pack_documents(dataset(["a"]), tokenizer(), 512, "text")) == 0
+    assert pack(["a"], 512) == []
 
 
 def test_special_tokens_inside_a_text_are_text() -> None:
     text = "a<|bos|>b<|end|>c<|assistant|>"
-    packed = pack_documents(dataset([text, text, "d"]), tokenizer(), 4, "text")
-    tokens, positions = (list(itertools.chain(*packed[name])) for name in ("input_ids", "position_ids"))
+    packed = pack([text, text, "d"], 4)
+    tokens, positions = (
+        list(itertools.chain.from_iterable(block[name] for block in packed)) for name in ("input_ids", "position_ids")
+    )
     length = tokens.index(tokenizer().eos_token_id) + 1
     assert tokenizer().decode(tokens[1 : length - 1]) == text
     assert set(tokenizer().all_special_ids).isdisjoint(tokens[1 : length - 1])
