@@ -115,10 +115,12 @@ def _environment_before_launch() -> Mapping[str, str]:
 
 
 def attention() -> Choice:
-    """Return the attention to train with, or None to leave the choice to transformers."""
-    if accelerator() is not None:
-        return Choice(None, "accelerators have kernels that skip what is masked")
-    return Choice("blockwise", "kernels for CPUs also compute what documents do not see of each other")
+    """Return the attention to train with (`pipeline.models.attention`), or None to leave the choice to transformers."""
+    if accelerator() is None:
+        return Choice("blockwise", "kernels for CPUs also compute what documents do not see of each other")
+    if accelerator() == "cuda" and precision().value == "bf16":
+        return Choice("varlen", "FlashAttention reads each document alone")
+    return Choice(None, "FlashAttention needs CUDA and bfloat16")
 
 
 def compilation(flops: float) -> Choice:

@@ -1,11 +1,13 @@
-"""Attention for CPUs: only those blocks of the scores are computed in which some query sees some key.
+"""Attention for packed documents: torch's kernels compute the whole square of the scores if there is a mask.
 
-Packed documents see little of a row: with 65 tokens in a document, 512 tokens need a third of the square. The kernels
-of torch for CPUs compute all of it whenever there is a mask.
+Documents see little of it: with 65 tokens in each, 512 tokens need a third of the square. `blockwise`, for CPUs,
+computes only those blocks in which some query sees some key. `varlen`, for GPUs, is FlashAttention, which reads each
+document alone, or torch's attention with the mask where that cannot do what is asked.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pipeline import hardware
+from pipeline.errors import Problem, UserError
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9
+    varlen_attn = None
 
 logger = logging.getLogger(__name__)
 
-BLOCKWISE = "blockwise"
+BLOCKWISE, VARLEN = "blockwise", "varlen"
 BLOCK = 64
 """Queries, and keys, of a block."""
 
@@ -92,22 +101,115 @@ def blockwise_attention(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a batch whose rows are put one after the other.
+
+    Attributes:
+        bounds: Places at which they begin, then the number of tokens, of shape (documents + 1,), in int32.
+        longest: Tokens of the longest one.
+    """
+
+    bounds: Tensor
+    longest: int
+
+
+def varlen_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Any,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> Documents | Tensor | None:
+    """Find the documents of a forward pass, in the place of `transformers.masking_utils.sdpa_mask`.
+
+    Returns:
+        The documents; torch's mask if there is padding or a cache, or if attention is computed in float32.
+    """
+    padding, device = kwargs.get("attention_mask"), torch.device(kwargs.get("device", "cpu"))
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    offset = kwargs.get("q_offset", 0) or kwargs.get("kv_offset", 0) or q_length != kv_length
+    if offset or kwargs.get("use_vmap") or dtype == torch.float32 or (padding is not None and not padding.all()):
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+        return sdpa_mask(**sizes, mask_function=mask_function, **kwargs)
+    row, place = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)
+    # A token that does not see the one before it begins a document.
+    sees = mask_function(row, row.new_zeros(()), place, place - 1).expand(batch_size, q_length)
+    begins = (~sees | (place == 0)).flatten().nonzero()[:, 0]
+    bounds = torch.cat([begins, begins.new_tensor([batch_size * q_length])]).int()
+    return Documents(bounds, int(bounds.diff().max()))
+
+
+@torch.compiler.disable
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Documents | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention in each document alone; arguments and result are those of `blockwise_attention`.
+
+    Args:
+        attention_mask: Result of `varlen_mask`.
+    """
+    if not isinstance(attention_mask, Documents):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    rows, bounds, longest = len(query), attention_mask.bounds, attention_mask.longest
+    dtype, kind = query.dtype, query.device.type
+    if torch.is_autocast_enabled(kind):  # rotary embeddings leave float32
+        dtype = torch.get_autocast_dtype(kind)
+    query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
+    shared = query.shape[1] != key.shape[1]
+    output = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=shared
+    )
+    return output.unflatten(0, (rows, -1)), None
+
+
 AttentionInterface.register(BLOCKWISE, blockwise_attention)
 AttentionMaskInterface.register(BLOCKWISE, blockwise_mask)
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, varlen_mask)
 
 
 def choose_attention(model: PreTrainedModel, requested: str | None = None) -> None:
-    """Compute attention block by block if that suits the machine and the model; log which attention is used, and why.
+    """Use the attention that suits the machine and the model, or the requested one; log which one, and why.
 
     Args:
         model: The model to train, changed in place.
-        requested: `attn_implementation` of the arguments, which is left alone.
+        requested: `attn_implementation` of the arguments.
+
+    Raises:
+        UserError: If FlexAttention is requested on a CPU, where it cannot be trained with.
     """
     config, reason = model.config.get_text_config(), "requested"
     if requested is None:
         choice = hardware.attention()
         # Models that torch's kernels cannot express have more arguments than a mask, such as sinks or soft caps.
-        if choice.value and config._attn_implementation == "sdpa":
-            model.set_attn_implementation(BLOCKWISE)
-        reason = choice.reason if choice.value == BLOCKWISE else "transformers' choice for this model"
+        fits = config._attn_implementation == "sdpa" and (choice.value != VARLEN or _fits_varlen(model))
+        if choice.value and fits:
+            model.set_attn_implementation(choice.value)
+        reason = choice.reason if choice.value and fits else "transformers' choice for this model"
+    elif requested == "flex_attention" and hardware.accelerator() is None:
+        raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
+    else:
+        model.set_attn_implementation(requested)
     logger.info("%-11s %s (%s)", "attention", config._attn_implementation, reason)
+
+
+def _fits_varlen(model: PreTrainedModel) -> bool:
+    """Return whether FlashAttention computes what a model asks for: causal attention to all of a document."""
+    if varlen_attn is None or not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        return False  # an early release of it
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])}
+    whole = not windows or windows == {"full_attention"}
+    drops = getattr(config, "attention_dropout", 0.0)
+    return bool(model._supports_flash_attn and whole and not drops and size % 8 == 0 and size <= 256)

@@ -35,6 +35,13 @@ class PretrainConfig(TrainingArguments):
     torch_compile: bool | None = field(
         default=None, metadata={"help": "Compile the model (default: if that makes a run of this length shorter)."}
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention (default: the fastest that this machine has for packed documents).",
+            "choices": ["eager", "sdpa", "flex_attention"],
+        },
+    )
     include_num_input_tokens_seen: str | bool = field(
         default="all", metadata={"help": "Count tokens, for the speed in the logs."}
     )
@@ -48,7 +55,7 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
         model: Changed in place.
         train_dataset: Its length is that of the run if `args.max_steps` is not given.
     """
-    choose_attention(model)
+    choose_attention(model, args.attn_implementation)
     # A layer is compiled once for all layers, in less time than the model as a whole, which would be compiled again
     # because the blocks of attention differ from batch to batch.
     os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")

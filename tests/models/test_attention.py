@@ -1,17 +1,23 @@
-"""Blockwise attention is transformers' own attention, whatever is masked, and computes less of it."""
+"""Attention for packed documents is transformers' own attention, whatever is masked, and computes less of it."""
 
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_model import tokenizer
-from transformers import LlamaForCausalLM
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM
 
+from pipeline.data.packing import PackedBlocks
+from pipeline.errors import UserError
+from pipeline.hardware import Choice
 from pipeline.models import attention
-from pipeline.models.attention import BLOCKWISE, BlockMask, blockwise_mask, choose_attention
+from pipeline.models.attention import BLOCKWISE, VARLEN, BlockMask, blockwise_mask, choose_attention
 from pipeline.models.llama import LlamaArguments, build_model
 
 LENGTH = 150  # two blocks and a part of one
@@ -40,11 +46,45 @@ def inputs(case: str) -> dict[str, torch.Tensor]:
     return given
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
+    """Replace the kernels of GPUs by their definitions, and return the bounds that FlashAttention gets."""
+    calls: list[tuple[list[int], int]] = []
+
+    def varlen_attn(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seq_q: torch.Tensor,
+        cu_seq_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> torch.Tensor:
+        assert cu_seq_q.dtype == torch.int32 and window_size == (-1, 0)
+        calls.append((cu_seq_q.tolist(), max_q))
+        sizes = cu_seq_q.diff().tolist()
+        parts = zip(*(x.transpose(0, 1).split(sizes, 1) for x in (query, key, value)), strict=True)
+        options = {"is_causal": True, "scale": scale, "enable_gqa": enable_gqa}
+        return torch.cat([scaled_dot_product_attention(*part, **options) for part in parts], 1).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch._dynamo.config.disable", True)  # compiling FlexAttention takes a minute
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    return calls
+
+
 @pytest.mark.parametrize("case", ["packed", "whole", "left", "right"])
-def test_losses_and_gradients_are_those_of_transformers_attention(case: str) -> None:
-    one = model()
-    other = copy.deepcopy(one)
-    one.set_attn_implementation(BLOCKWISE)
+@pytest.mark.parametrize("kind", [BLOCKWISE, VARLEN])
+def test_losses_and_gradients_are_those_of_transformers_attention(
+    kind: str, case: str, calls: list[tuple[list[int], int]]
+) -> None:
+    other = model()
+    one = copy.deepcopy(other).to(torch.float32 if kind == BLOCKWISE else torch.float64)
+    one.set_attn_implementation(kind)
     other.set_attn_implementation("eager")
     losses = []
     for trained in (one, other):
@@ -53,19 +93,52 @@ def test_losses_and_gradients_are_those_of_transformers_attention(case: str) -> 
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for (name, x), y in zip(one.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(x.grad.float(), y.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert bool(calls) == (kind == VARLEN and case in ("packed", "whole")), "padding is left to torch's kernels"
 
 
-def test_a_document_does_not_see_the_one_before() -> None:
-    trained = model()
-    trained.set_attn_implementation(BLOCKWISE)
+@pytest.mark.parametrize("kind", ["eager", "sdpa", "flex_attention", BLOCKWISE, VARLEN])
+@torch.no_grad()
+def test_a_document_does_not_see_the_one_before(kind: str, calls: list[tuple[list[int], int]]) -> None:
+    trained = model().to(torch.float64 if kind == VARLEN else torch.float32)
+    trained.set_attn_implementation(kind)
     given = inputs("packed")
     before = trained(input_ids=given["input_ids"], position_ids=given["position_ids"], use_cache=False).logits
     changed = given["input_ids"].clone()
     changed[0, :70] = changed[0, :70].flip(0)
     after = trained(input_ids=changed, position_ids=given["position_ids"], use_cache=False).logits
     assert torch.equal(before[0, 70:], after[0, 70:])
+    assert torch.equal(before[1:], after[1:])
     assert not torch.equal(before[0, :70], after[0, :70])
+    assert bool(calls) == (kind == VARLEN)
+
+
+def test_flash_attention_gets_the_bounds_of_the_documents(calls: list[tuple[list[int], int]]) -> None:
+    """As transformers' collator for FlashAttention finds them, which puts a batch into one row."""
+    bos, eos = tokenizer().bos_token_id, tokenizer().eos_token_id
+    rows = [
+        [[7, 8, eos], [bos, 7, 8, 9, eos], [bos]],  # the end of a document, a whole one, a beginning
+        [[7, 8, 9] * 3],  # the middle of one
+        [[bos, eos], [bos, eos], [bos, 7, 8, 9, eos]],
+    ]
+    blocks = [{"input_ids": np.array([*chain(*row)])} for row in rows]
+    documents = [{"input_ids": document} for row in rows for document in row]
+    expected = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(documents)
+    batch = PackedBlocks(bos, eos)(blocks)
+    trained = model().double()
+    trained.set_attn_implementation(VARLEN)
+    trained(**batch, use_cache=False)
+    assert calls == [(expected["cu_seq_lens_q"].tolist(), expected["max_length_q"])] * 2, "in both layers"
+
+
+def test_without_16_bits_there_is_no_flash_attention(calls: list[tuple[list[int], int]]) -> None:
+    trained = model()
+    trained.set_attn_implementation(VARLEN)
+    trained(**inputs("packed"), use_cache=False)
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        trained(**inputs("packed"), use_cache=False)
+    assert calls
 
 
 def test_blocks_that_are_masked_are_not_computed() -> None:
@@ -93,9 +166,6 @@ def test_answers_are_the_same_with_a_cache() -> None:
 
 def test_it_is_used_on_a_cpu_unless_another_was_requested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trained = model()
-    monkeypatch.setattr(attention.hardware, "accelerator", lambda: "cuda")
-    choose_attention(trained)
-    assert trained.config._attn_implementation == "sdpa"
     monkeypatch.setattr(attention.hardware, "accelerator", lambda: None)
     choose_attention(trained, requested="sdpa")
     assert trained.config._attn_implementation == "sdpa"
@@ -104,3 +174,24 @@ def test_it_is_used_on_a_cpu_unless_another_was_requested(monkeypatch: pytest.Mo
     trained.save_pretrained(tmp_path)
     assert BLOCKWISE not in (tmp_path / "config.json").read_text()
     assert LlamaForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_flash_attention_is_used_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.hardware, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(attention.hardware, "precision", lambda: Choice("bf16", ""))
+
+    def chosen(requested: str | None = None, **changes: object) -> str | None:
+        trained = model()
+        trained.config.update(changes)
+        choose_attention(trained, requested)
+        found: str | None = trained.config._attn_implementation
+        return found
+
+    assert chosen() == VARLEN
+    assert chosen(attention_dropout=0.1) == chosen(head_dim=12) == chosen(sliding_window=64) == "sdpa"
+    assert chosen(requested="flex_attention") == "flex_attention"
+    monkeypatch.setattr(attention, "varlen_attn", None)
+    assert chosen() == "sdpa"
+    monkeypatch.setattr(attention.hardware, "accelerator", lambda: None)
+    with pytest.raises(UserError, match="no gradients on a CPU"):
+        chosen(requested="flex_attention")
