@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.evaluation.metric_info import is_share, metric_info
-from pipeline.report.labels import stage_info, stage_kind
+from pipeline.report.labels import stage_info, stage_kind, twins
 from pipeline.report.load import Run, Stage
 from pipeline.report.summary import training_cost
 from pipeline.report.text import magnitude, number
@@ -130,8 +130,9 @@ def path_steps(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _stages(run: Run, kind: str) -> list[Stage]:
-    """Return the stages of a kind, the last one first."""
-    return [stage for stage in reversed(run.stages.values()) if stage_kind(stage.name) == kind]
+    """Return the stages of a kind, the last one first, without those that only serve for comparison."""
+    names = [name for name in reversed(run.stages) if stage_kind(name) == kind and name not in twins(run.stages)]
+    return [run.stages[name] for name in names]
 
 
 def _part(run: Run, name: str, what: str) -> dict[str, str]:

@@ -195,8 +195,12 @@ class RunState:
     def figure(self, stage: str) -> str:
         """Return the main figure of a stage, after that of the stage before it: "win rate 0.507 -> 0.772"."""
         metric = self.metric(stage)
-        names = list(self.kinds)[: list(self.kinds).index(stage) + 1] if metric else []
-        *before, own = (self.value(name, metric) for name in names) if names else [""]
+        names = list(self.kinds)[: list(self.kinds).index(stage)] if metric else []
+        # A second pretraining is for comparison: no stage starts from it, and it starts from random weights.
+        pretrained = [name for name in self.kinds if self.kinds[name] == "pretrain"]
+        beside = pretrained if stage in pretrained else pretrained[1:]
+        before = [self.value(name, metric) for name in names if name not in beside]
+        own = self.value(stage, metric) if metric else ""
         label = metric_info(metric).label
         shown = " -> ".join([*list(filter(None, before))[-1:], own])
         return f"{label[:1].lower()}{label[1:]} {shown}" if own else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.report.load import load_run
@@ -21,6 +22,15 @@ def test_each_step_has_the_figure_and_the_sample_of_its_stage(whole_run: Path) -
     assert steps["4_grpo"]["sample"] == run.stages["4_grpo"].traces[0]["answer"], "reasoning is shown on a problem"
     assert "tokens of plain text" in steps["1_pretrain"]["goes_in"]
     assert [step["link"] for step in steps.values()] == ["", "", "", "", "#reasoning"]
+
+
+def test_a_second_pretraining_is_not_in_the_path(whole_run: Path) -> None:
+    run = load_run(whole_run)
+    boxes = path_steps(run, {})
+    stages = list(run.stages.items())
+    twin = replace(run.stages["0_random"], name="1_pretrain_dense")
+    run.stages = dict([*stages[:2], ("1_pretrain_dense", twin), *stages[2:]])
+    assert path_steps(run, {}) == boxes
 
 
 def test_stages_that_a_run_does_not_have_are_explained_all_the_same(short_run: Path) -> None:

@@ -306,16 +306,20 @@ def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
     figures = {
         "0_random": {"bits_per_byte": 2.6438, "instruction_accuracy": 0.0},
         "1_pretrain": {"bits_per_byte": 0.194, "instruction_accuracy": 0.02},
+        "1_pretrain_dense": {"bits_per_byte": 0.2, "instruction_accuracy": 0.01},
         "2_sft": {"instruction_accuracy": 0.93},
     }
     for name, values in figures.items():
         metrics = {metric: {"value": value} for metric, value in values.items()}
         Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
     Path("runs/r/evaluations/3_ppo.json").write_text("{")
-    state = RunState(Path("runs/r"), STEPS, TODO, {})
+    twin = Step("1_pretrain_dense", "pretrain", (), Path("runs/r/1_pretrain_dense"), launched=True)
+    todo = [*TODO[:2], (twin, TODO[0][1]), *TODO[2:]]
+    state = RunState(Path("runs/r"), [step for step, _ in todo], todo, {})
     assert state.figure("0_random") == "bits per byte 2.644"
     assert state.figure("1_pretrain") == "bits per byte 2.644 -> 0.194"
-    assert state.figure("2_sft") == "instruction accuracy 0.020 -> 0.930"
+    assert state.figure("1_pretrain_dense") == "bits per byte 2.644 -> 0.200", "it starts where the first one does"
+    assert state.figure("2_sft") == "instruction accuracy 0.020 -> 0.930", "which starts from the first"
     assert state.figure("3_ppo") == ""
     assert list(RunState(Path("runs/r"), STEPS, TODO[:2], {}).kinds) == ["0_random", "1_pretrain"]
 
