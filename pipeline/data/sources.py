@@ -18,6 +18,8 @@ import datasets
 import yaml
 from datasets import DatasetDict, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.data import votes
 from pipeline.data.arguments import VOTES_FILE
@@ -70,6 +72,10 @@ def open_source(
         )
         raise UserError(Problem("dataset_name", name, remedy))
     builder, options = _choose_builder(name, path, config)
+    if streaming and "revision" in options and constants.HF_HUB_OFFLINE:
+        place = {"repo_type": "dataset", "revision": options["revision"], "local_files_only": True}
+        with contextlib.suppress(LocalEntryNotFoundError):  # the folder of the files that `run --download` fetches
+            builder, options = snapshot_download(builder, allow_patterns="README.md", **place), {"name": config}
     if builder not in BUILDERS.values():
         _check_config(builder, config, options.get("revision"))
     elif config is not None:
@@ -88,6 +94,8 @@ def open_source(
         remedy = "is neither a local path nor a public data set on the Hub (log in for a private one)"
         if (revision := options.get("revision")) is not None:
             remedy = f"there is no such data set with a revision {revision} on the Hub (log in for a private one)"
+        if constants.HF_HUB_OFFLINE:
+            remedy = HUB_UNREACHABLE
         if path.exists():
             remedy = f"does not contain data ({_first_line(error)}); give a file or folder of {', '.join(BUILDERS)}"
         raise UserError(Problem("dataset_name", name, remedy)) from None

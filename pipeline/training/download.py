@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import glob
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from datasets import load_dataset_builder
+from huggingface_hub import HfFileSystem, constants, snapshot_download, try_to_load_from_cache
 
 from pipeline.data.sources import open_source
+from pipeline.errors import Problem, UserError
 from pipeline.files import is_missing_path, split_revision
 from pipeline.models.loading import user_error_for
 
@@ -29,7 +33,7 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
         0.
 
     Raises:
-        UserError: If one of them cannot be fetched.
+        UserError: If one of them cannot be fetched, or takes more than the disk has.
     """
     models: dict[str, tuple[str, str | None]] = {}
     data: dict[tuple[str, str | None], bool] = {}
@@ -51,11 +55,35 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
         if not _is_of_hub(name, home):
             continue
         if streamed:
-            print(f"{name} is a stream, which is read over the network; set dataset_streaming to false to fetch it")
+            _fetch_stream(name, config)
         else:
             open_source(name, config)
             print(f"fetched the data set {name}")
     return 0
+
+
+def _fetch_stream(name: str, config: str | None) -> None:
+    """Fetch the files of a data set's configuration, from which it is then streamed without the Hub.
+
+    All of its splits are fetched, because `datasets` does not open a folder that lacks one.
+    """
+    open_source(name, config, streaming=True)  # with errors that name the fault
+    repo_id, revision = split_revision(name)
+    files = load_dataset_builder(repo_id, config, revision=revision).config.data_files
+    hub, urls = HfFileSystem(), [url for split in files.values() for url in split]
+    places = {hub.resolve_path(url).path_in_repo: hub.info(url)["size"] for url in urls}
+    options = {"repo_type": "dataset", "revision": revision}
+    missing = [path for path in places if not isinstance(try_to_load_from_cache(repo_id, path, **options), str)]
+    needed, cache = sum(places[path] for path in missing), Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    size = f"{needed / 1e9:.2f} GB in {len(missing)} files"
+    if needed > free:
+        remedy = f"takes {size}, and {free / 1e9:.2f} GB are free in {cache}; make room, or set HF_HOME to another disk"
+        raise UserError(Problem("dataset_name", name, remedy))
+    print(f"fetching the stream {name}: {size}", flush=True)
+    with user_error_for("dataset_name", name, "data set"):
+        snapshot_download(repo_id, allow_patterns=["README.md", *map(glob.escape, places)], **options)
+    print(f"fetched the stream {name}")
 
 
 def _listed(value: Any) -> list[str]:
