@@ -137,8 +137,7 @@ def load_inputs(
         if kind == "prompt":
             problems += checks.check_generation_config(base_of(str(name)) or str(name), pretrained.model_revision)
         if all(fault.field in length for fault in faults):
-            critic = reward_args is not None and reward_args.trains_critic
-            problems += _check_weights(config, training_args, pretrained, critic)
+            problems += _check_weights(config, training_args, pretrained, reward_args)
     if splits is not None:
         if tokenizer is not None and (kind == "text" or tokenizer.chat_template):
             positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
@@ -234,7 +233,9 @@ def _load_config(model_args: ModelConfig) -> Any:
         return load_config(name, model_args.model_revision)
 
 
-def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig, critic: bool) -> list[Problem]:
+def _check_weights(
+    config: Any, args: TrainingArguments, model_args: ModelConfig, reward_args: RewardChecks | None
+) -> list[Problem]:
     """Check weights, attention, LoRA targets and disk space with a model on the meta device."""
     name, reward = str(model_args.model_name_or_path), isinstance(args, RewardConfig)
     if reward and not is_reward_model(config):
@@ -253,7 +254,8 @@ def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig
     problems = [Problem("model_name_or_path", name, fault)] if fault else []
     size = model.num_parameters()
     trained = round(0.05 * size) if model_args.use_peft else size  # adapters are smaller, by their rank and targets
-    trained += size if critic else 0  # a critic is trained and saved in full
+    if reward_args is not None and reward_args.trains_critic:
+        trained += trained if getattr(reward_args, "value_use_peft", False) else size
     beside = size if model_args.use_peft and base_of(name, model_args.model_revision) else 0  # merged from an adapter
     return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args, beside)
 
