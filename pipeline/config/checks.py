@@ -152,7 +152,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     for names, switch, on in (
         ("muon_learning_rate", "use_muon", True),
         ("lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters", "use_peft", True),
-        ("lora_modules_to_save use_rslora use_dora", "use_peft", True),
+        ("lora_modules_to_save use_rslora use_dora value_use_peft", "use_peft", True),
         ("ref_model_mixup_alpha ref_model_sync_steps", "sync_ref_model", True),
         ("entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target", "use_adaptive_entropy", True),
         ("num_completions_to_print log_unique_prompts", "log_completions", True),

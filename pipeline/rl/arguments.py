@@ -45,6 +45,10 @@ class PPORewardArguments:
             "reward model that has the policy's vocabulary, otherwise the policy."
         },
     )
+    value_use_peft: bool = field(
+        default=True,
+        metadata={"help": "With use_peft, train the critic as an adapter, too, on the frozen weights it starts from."},
+    )
     allow_unconfined_code: bool = field(default=False, metadata={"help": UNCONFINED_HELP})
 
     def preflight(

@@ -50,11 +50,14 @@ def token_log_probs(
         finally:
             chosen.remove()
         log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        del logits  # with a large vocabulary, each of these takes more memory than the rest of the model
         scored = log_probs.gather(-1, batch.tokens.unsqueeze(-1)).squeeze(-1)
         if not entropy:
             return (scored,)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+        if torch.is_grad_enabled() and entropy_gradient:
             return scored, -(log_probs.exp() * log_probs).sum(-1)
+        with torch.no_grad():
+            return scored, -log_probs.exp().mul_(log_probs).sum(-1)
 
     scored, *entropies = over_passes(of_pass, model, ids, attention_mask, length, batch_size, autocast)
     return scored, entropies[0] if entropy else None

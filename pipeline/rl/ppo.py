@@ -36,6 +36,7 @@ from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.ppo_metrics import rollout_means, rollout_sums, update_means, update_sums
 from pipeline.rl.reference_model import copy_adapter, reference_adapter
+from pipeline.rl.value_adapter import prepare_frozen
 from pipeline.rl.value_model import (
     VALUE_MODEL_FOLDER,
     add_to_optimizer,
@@ -78,13 +79,13 @@ class PPOTrainer(GRPOTrainer):
         value_model: The critic: a token classification model with one label, which is itself trained; a reward model or
             a causal language model, which is copied; or a path or Hub id of any of these. Default: a copy of the first
             reward model that has the policy's vocabulary, otherwise of the policy.
-        peft_config: Train an adapter instead of the policy's own weights. The critic is trained in full.
+        peft_config: Train an adapter instead of the policy's own weights.
+        value_use_peft: Beside an adapter, make the critic an adapter, too, on the frozen weights that it starts from.
         **kwargs: Any other argument of `GRPOTrainer`. The critic's parameters are added to an optimizer in
             `optimizers`. A scheduler beside it must know them: add those of `value_model` before you make it.
 
     Raises:
-        ValueError: For a multimodal model, a critic with several labels, a scheduler that does not know the critic, or
-            under FSDP or DeepSpeed, which would leave the critic unsharded.
+        ValueError: For a multimodal model, a critic with several labels, or a scheduler that does not know the critic.
     """
 
     _tag_names: ClassVar = ["trl", "ppo"]
@@ -100,8 +101,9 @@ class PPOTrainer(GRPOTrainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        value_model: str | PreTrainedModel | None = None,
+        value_model: str | PreTrainedModel | PeftModel | None = None,
         peft_config: PeftConfig | None = None,
+        value_use_peft: bool = True,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -121,19 +123,18 @@ class PPOTrainer(GRPOTrainer):
         )
         if self._is_vlm:
             raise ValueError("PPOTrainer trains text models: the critic does not read images")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("PPOTrainer runs on one process or under DDP: FSDP and DeepSpeed do not shard its critic")
-
         if args.kl_coef > 0 and not is_peft_model(self.model):
             self._copy_reference()
+        prepare_frozen(self.model, [self.ref_model, *self.reward_funcs], args)
         critic = build_value_model(
             value_model,
-            policy=self.model.get_base_model() if is_peft_model(self.model) else self.model,
+            policy=self.model,
             tokenizer=self._tokenizer,
             rewards=list(zip(self.reward_funcs, self.reward_processing_classes, strict=True)),
             args=args,
-        )
-        self.value_model = self.accelerator.prepare_model(critic.to(self.accelerator.device))
+            use_peft=value_use_peft,
+        ).to(self.accelerator.device)
+        self.value_model = self.accelerator.prepare_model(critic)
         if self.lr_scheduler is not None:
             check_in_optimizer(self.optimizer, critic)
         self._score_moments = ppo_math.Moments()
@@ -235,9 +236,6 @@ class PPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Add the value loss to the parent's policy loss."""
         trains_policy = self.state.global_step >= self.args.value_warmup_steps
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
-            policy_loss = super()._compute_loss(model, inputs)
-        logps, entropies, _ = self._latest_logps
         mask = _sampled_tokens(inputs)
         values = self._values(*_whole_texts(inputs), mask.shape[1])
         losses, clipped = ppo_math.clipped_value_loss(
@@ -247,14 +245,20 @@ class PPOTrainer(GRPOTrainer):
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        value_loss = (losses * mask).sum() / tokens
+        value_loss = self.args.vf_coef * ((losses * mask).sum() / tokens)
+        if self.model.training and trains_policy:  # at once, so that one network at a time has activations
+            self.accelerator.backward(value_loss / self.current_gradient_accumulation_steps)
+            value_loss = value_loss.detach()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
+            policy_loss = super()._compute_loss(model, inputs)
+        logps, entropies, _ = self._latest_logps
         log_ratio = logps - inputs["old_per_token_logps"]
         self._update_sums = self._update_sums + update_sums(
             log_ratio, entropies, inputs["advantages"], self.args.cliprange, losses.detach(), clipped, mask
         )
         if self.model.training and self.accelerator.sync_gradients:
             self._log_updates()
-        return policy_loss + self.args.vf_coef * value_loss
+        return policy_loss + value_loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Add the critic's parameters to the policy's optimizer, with `value_learning_rate`."""
@@ -287,7 +291,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _load_remaining_weights(self, checkpoint: str) -> None:
         super()._load_remaining_weights(checkpoint)
-        load_value_model(self.accelerator.unwrap_model(self.value_model), checkpoint)
+        load_value_model(*map(self.accelerator.unwrap_model, (self.value_model, self.model)), checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the critic to the Hub with the policy, also during training."""

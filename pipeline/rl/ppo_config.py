@@ -15,6 +15,8 @@ from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
+NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
+
 UNUSED = UNUSED_IN_ROLLOUTS | {
     name: why
     for names, why in {
@@ -25,7 +27,7 @@ UNUSED = UNUSED_IN_ROLLOUTS | {
         "loss_type importance_sampling_level multi_objective_aggregation": "PPO has one loss",
         "sapo_temperature_neg sapo_temperature_pos": "PPO has one loss",
         "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg": "PPO has one loss",
-        "fsdp fsdp_config deepspeed": "the critic cannot be sharded, use DDP",
+        "fsdp fsdp_config deepspeed": NOT_SHARDED,
     }.items()
     for name in names.split()
 }
@@ -96,6 +98,12 @@ class PPOConfig(GRPOConfig):
         "Train the critic alone in the first so many optimizer steps. The schedule of both learning rates begins with "
         "them: a warm-up of the policy's has to be longer.",
     )
+    frozen_dtype: str = _option(
+        "auto",
+        "Dtype of the weights that are not trained: float32 keeps the one they were loaded in; bfloat16; auto "
+        "(bfloat16 beside an adapter if training is in bf16, else float32). Heads and adapters stay as they are.",
+        choices=["auto", "bfloat16", "float32"],
+    )
     whiten_advantages: bool = _option(
         True, "Give the advantages of each rollout, over all processes, mean 0 and variance 1."
     )
@@ -151,6 +159,9 @@ class PPOConfig(GRPOConfig):
         if self.num_generations == 1 and self._rollout_rows() == 1:
             name = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
             refuse(name, "makes rollouts of a single completion; raise it to 2 or more")
+        for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+            if os.environ.get(variable, "false").lower() == "true":  # by the launch file
+                wrong.append(Problem("distributed_type", name, NOT_SHARDED))
         if self.num_generations is None:
             refuse("num_generations", "must be set")
         if self.kl_estimator == "k3":
@@ -159,6 +170,8 @@ class PPOConfig(GRPOConfig):
             refuse("kl_estimator", "must be k1")
         if self.reward_normalization not in ("none", "batch", "running"):
             refuse("reward_normalization", "must be none, batch or running")
+        if self.frozen_dtype not in ("auto", "bfloat16", "float32"):
+            refuse("frozen_dtype", "must be auto, bfloat16 or float32")
         if self.epsilon not in (GRPOConfig.epsilon, self.cliprange):
             refuse("epsilon", "must be unset: set cliprange")
         if wrong:

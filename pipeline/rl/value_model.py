@@ -3,7 +3,8 @@
 It is transformers' token classification model with one label, so that it trains, is saved and loads like any other:
 `AutoModelForTokenClassification.from_pretrained("<run>/value_model")`, if transformers has such a classifier of its
 architecture, or `pipeline.models.classifiers` (Llama 4). A critic of any architecture loads as
-`PPOTrainer(value_model="<run>/value_model")`.
+`PPOTrainer(value_model="<run>/value_model")`. Beside a policy that is an adapter, the critic is one as well
+(`pipeline.rl.value_adapter`), and PEFT loads it: `AutoPeftModelForTokenClassification`, with `num_labels=1`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -32,12 +34,10 @@ from pipeline.models.loading import load_config, local_copy
 from pipeline.rl.layout import ForwardPass
 from pipeline.rl.log_probs import at, over_passes
 from pipeline.rl.ppo_config import PPOConfig
+from pipeline.rl.value_adapter import HEAD_NAMES, adapter_value_model, convert_frozen, share_frozen_weights
 
 VALUE_MODEL_FOLDER = "value_model"
 """Subfolder of a checkpoint or an output directory that contains the critic."""
-
-HEAD_NAMES = ("score", "classifier")
-"""Names of the linear head in transformers' classifiers."""
 
 # ---- Making a critic
 
@@ -99,11 +99,12 @@ def _head(critic: PreTrainedModel) -> tuple[str, nn.Linear]:
 
 def build_value_model(
     value_model: str | PreTrainedModel | None,
-    policy: PreTrainedModel,
+    policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rewards: Sequence[tuple[Any, PreTrainedTokenizerBase | None]],
     args: PPOConfig,
-) -> PreTrainedModel:
+    use_peft: bool = True,
+) -> PreTrainedModel | PeftModel:
     """Return the given critic, or make one, ready to be trained.
 
     Args:
@@ -112,14 +113,21 @@ def build_value_model(
         tokenizer: The policy's tokenizer.
         rewards: The reward functions of any kind, each with its tokenizer if it is a model.
         args: The configuration, which decides on dropout and activation checkpointing.
+        use_peft: Train an adapter and the head if the policy has an adapter, unless `value_model` is itself trained.
 
     Returns:
-        The critic, which pads as the policy does; in the policy's dtype, unless it was given as a critic.
+        The critic, which pads as the policy does; what is trained has the policy's dtype, unless it was given
+        as a critic.
 
     Raises:
         ValueError: If the critic has several labels.
     """
-    source = _load(value_model, policy) if isinstance(value_model, str) else value_model
+    adapter = None
+    if isinstance(policy, PeftModel):
+        adapter = policy.active_peft_config if use_peft and not policy.active_peft_config.is_prompt_learning else None
+        policy = policy.get_base_model()
+    dtype = next((weight.dtype for weight in policy.parameters() if weight.requires_grad), policy.dtype)
+    source = _load(value_model, policy, dtype) if isinstance(value_model, str) else value_model
     if source is None:
         vocabulary = tokenizer.get_vocab()
         models = [
@@ -132,12 +140,21 @@ def build_value_model(
     is_critic = not is_reward_model and source.get_output_embeddings() is None
     if (is_reward_model or is_critic) and source.config.num_labels != 1:
         raise ValueError(f"value_model has {source.config.num_labels} labels; a critic or a reward model has one")
-    critic = source if is_critic else value_model_from(source).to(policy.dtype)
+    is_given = is_critic and (source is value_model or not hasattr(source, "peft_config"))
+    critic: PreTrainedModel | PeftModel
+    if adapter is not None and source is not value_model:
+        critic = adapter_value_model(source.to(policy.device), adapter)
+        convert_frozen(critic, policy.dtype)
+        share_frozen_weights(policy, [critic])
+    else:
+        critic = source if is_given else value_model_from(source).to(dtype)
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if args.disable_dropout:
         disable_dropout_in_model(critic)
     if args.activation_checkpointing:
         critic.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+        if isinstance(critic, PeftModel):
+            critic.enable_input_require_grads()  # as TRL does for the policy
     return critic
 
 
@@ -152,14 +169,14 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForTokenClassification
 
 
-def _load(name: str, policy: PreTrainedModel) -> PreTrainedModel:
-    """Load a model from a path or the Hub, in the class that it was saved with and the policy's dtype."""
+def _load(name: str, policy: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a model from a path or the Hub, in the class that it was saved with."""
     name = local_copy(name, VALUE_MODEL_FOLDER)
     config = load_config(name)
     cls = auto_class(config)
     if cls is AutoModelForTokenClassification and type(config) is type(policy.config):
         cls = classifier(type(config), "TokenClassification")
-    return cls.from_pretrained(name, config=config, dtype=policy.dtype)
+    return cls.from_pretrained(name, config=config, dtype=dtype)
 
 
 # ---- Using it
@@ -190,8 +207,10 @@ def token_values(
     return values
 
 
-def load_value_model(critic: PreTrainedModel, checkpoint: str) -> None:
+def load_value_model(critic: PreTrainedModel | PeftModel, policy: nn.Module, checkpoint: str) -> None:
     """Load the critic's weights from a checkpoint.
+
+    transformers, which has loaded the policy, takes a critic that is an adapter for another adapter of the policy.
 
     Raises:
         ValueError: If it does not contain a critic.
@@ -199,6 +218,11 @@ def load_value_model(critic: PreTrainedModel, checkpoint: str) -> None:
     folder = os.path.join(checkpoint, VALUE_MODEL_FOLDER)
     if not os.path.isdir(folder):
         raise ValueError(f"{checkpoint} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")
+    if isinstance(critic, PeftModel):
+        if isinstance(policy, PeftModel) and VALUE_MODEL_FOLDER in policy.peft_config:
+            policy.delete_adapter(VALUE_MODEL_FOLDER)
+        set_peft_model_state_dict(critic, load_peft_weights(folder), adapter_name=critic.active_adapter)
+        return
     saved = type(critic).from_pretrained(folder, config=critic.config, dtype=critic.dtype)
     critic.load_state_dict(saved.state_dict())
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -173,15 +174,18 @@ def _name_base(trainer: Trainer) -> None:
     A model that was itself merged from an adapter lies in no folder: it is saved beside the new adapter.
     """
     model, base = trainer.model, Path(trainer.args.output_dir).absolute() / BASE
-    for config in getattr(model, "peft_config", {}).values():
-        if hasattr(model.get_base_model(), MERGED):
-            if trainer.args.should_save:
-                with files.write_folder(base) as folder, checkpoints.cache_enabled(model):
-                    copy.deepcopy(model).unload().save_pretrained(folder)
-                    trainer.processing_class.save_pretrained(folder)  # by which TRL loads an adapted reward model
-            config.base_model_name_or_path = str(base)
-        elif config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
-            config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
+    if isinstance(model, PeftModel) and hasattr(model.get_base_model(), MERGED) and trainer.args.should_save:
+        with files.write_folder(base) as folder, checkpoints.cache_enabled(model):
+            # Its frozen weights may have been converted for training.
+            copy.deepcopy(model).unload().to(model.config.dtype).save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)  # by which TRL loads an adapted reward model
+    critic = trainer.accelerator.unwrap_model(getattr(trainer, "value_model", None))
+    for adapted in (model, critic):
+        for config in getattr(adapted, "peft_config", {}).values():
+            if hasattr(adapted.get_base_model(), MERGED):
+                config.base_model_name_or_path = str(base)
+            elif config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
+                config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
 
 
 def drop_incomplete_batches(trainer: Trainer) -> None:

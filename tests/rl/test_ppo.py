@@ -487,7 +487,9 @@ def test_lora(tmp_path: Path) -> None:
     assert ppo.ref_model is None
     assert logged(ppo, "objective/kl")[0] == 0.0
     assert logged(ppo, "objective/kl")[-1] != 0.0
-    assert not any("lora_" in name for name, _ in ppo.value_model.named_parameters())
+    assert {name for name, weight in ppo.value_model.named_parameters() if weight.requires_grad} == {
+        name for name, _ in ppo.value_model.named_parameters() if "lora_" in name or "score.modules_to_save" in name
+    }
 
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
     ids = torch.tensor([[3, 5, 6, 4]])

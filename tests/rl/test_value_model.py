@@ -133,7 +133,8 @@ def test_an_adapter_of_the_policy_is_merged_into_the_copy(tmp_path: Path) -> Non
     policy = get_peft_model(toy.policy(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     layer = policy.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_B["default"].weight.data.normal_()
-    copied = trainer(tmp_path, [toy.share_of_red], model=policy).value_model.model.layers[0].self_attn.q_proj.weight
+    ppo = trainer(tmp_path, [toy.share_of_red], model=policy, value_use_peft=False)
+    copied = ppo.value_model.model.layers[0].self_attn.q_proj.weight
     expected = layer.base_layer.weight + layer.get_delta_weight("default")
     torch.testing.assert_close(copied, expected)
     assert not torch.equal(copied, layer.base_layer.weight)
