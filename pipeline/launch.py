@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import getpass
 import logging
 import os
 import signal
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from filelock import FileLock
 
 from pipeline import hardware
 from pipeline.errors import Problem, UserError
@@ -46,6 +52,32 @@ def prepare_process() -> None:
         hardware.keep_freed_memory()
     die_with_launcher()
     leave_group_of_one()
+
+
+@contextmanager
+def once_per_node(args: TrainingArguments) -> Iterator[None]:
+    """Let the first process of each node prepare data before the others, which find the result in the cache.
+
+    They wait for a lock: a barrier would end the run after `ddp_timeout`, half an hour.
+    """
+    if args.world_size == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState()
+    name = f"fourstage-{getpass.getuser()}-{os.environ.get('MASTER_PORT')}.lock"
+    lock = FileLock(Path(tempfile.gettempdir()) / name)
+    if state.is_local_main_process:
+        lock.acquire()
+    state.wait_for_everyone()
+    try:
+        if not state.is_local_main_process:
+            lock.acquire()
+            lock.release()
+        yield
+    finally:
+        lock.release()
 
 
 def quiet_libraries() -> None:

@@ -36,7 +36,8 @@ def main(
 ) -> None:
     from transformers import Trainer
 
-    from pipeline.data.packing import PackedBlocks, pack_documents
+    from pipeline.data.packing import PackedBlocks
+    from pipeline.data.streams import PackedStream, pack_splits, use_stream
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
     from pipeline.training.pretraining import adapt_to_machine, add_router_losses, bits_per_byte, sequence_losses
@@ -45,9 +46,8 @@ def main(
     tokenizer, *documents = load_inputs("text", data_args, training_args, model_args)
     model = build_model(model_args, tokenizer, training_args.seed)
     log_model(model)
-    train_dataset, eval_dataset = (
-        split and pack_documents(split, tokenizer, training_args.block_size, "text") for split in documents
-    )
+    limited = data_args.max_train_samples is not None
+    train_dataset, eval_dataset = pack_splits(documents, tokenizer, training_args, limited)
     adapt_to_machine(training_args, model, train_dataset)
     trainer = Trainer(
         model=model,
@@ -61,6 +61,8 @@ def main(
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
+    if isinstance(train_dataset, PackedStream):
+        use_stream(trainer, train_dataset)
     add_router_losses(trainer, model_args)
     train_and_save(trainer)
 

@@ -32,7 +32,7 @@ IMPORTS = {
     "accelerate.logging:get_logger": "one process logs",
     "accelerate.utils:DynamoBackend": "the values of torch_compile_backend",
     "accelerate.utils:extract_model_from_parallel": "a wrapped model's forward is inspected",
-    "accelerate.utils:gather_object": "answers of all processes are collected",
+    "accelerate.utils:gather_object": "answers, and places in a stream, of all processes are collected",
     "accelerate.utils:is_peft_model": "PPO's reference of an adapter is the base model",
     "accelerate.utils:prepare_multi_gpu_env": "a fork gets the environment that a launch would set",
     "accelerate.utils:prepare_simple_launcher_cmd_env": "a fork gets the environment that a launch would set",
@@ -118,6 +118,7 @@ PARAMETERS = {
     # Checkpoints
     f"{TRAINER}._maybe_log_save_evaluate": ("self tr_loss grad_norm ...", "checkpoints are written before evaluations"),
     f"{TRAINER}._save_checkpoint": ("self model trial", "checkpoints are written whole or not at all"),
+    f"{TRAINER}._track_num_input_tokens": ("self inputs", "tokens are added up when they are logged or saved"),
     f"{TRAINER}._get_output_dir": ("self trial", "checkpoints are written elsewhere, and then moved"),
     f"{TRAINER}.save_model": ("self output_dir _internal_call", "the final model is written elsewhere, and then moved"),
     f"{TRAINER}._save": ("self output_dir state_dict", "the critic is saved there"),
@@ -128,6 +129,8 @@ PARAMETERS = {
     f"{TRAINER}._load_best_model": ("self", "the critic, and weights under older names, are loaded there"),
     f"{TRAINER}._save_optimizer_and_scheduler": ("self output_dir", "the rollout is saved there"),
     f"{GRPO}._load_optimizer_and_scheduler": ("self checkpoint", "the rollout is loaded there"),
+    f"{TRAINER}._save_rng_state": ("self output_dir", "the place in a stream is saved there"),
+    f"{TRAINER}._load_rng_state": ("self checkpoint", "the place in a stream is loaded there, before it is read"),
     f"{TRAINER}._push_from_checkpoint": ("self checkpoint_folder", "the critic is pushed as well"),
 }
 
@@ -233,6 +236,7 @@ SOURCES = [
     (f"{TRAINER}._prepare_for_training", "_load_optimizer_and_scheduler(", "so is the rollout"),
     (f"{TRAINER}._save_checkpoint", "_save_optimizer_and_scheduler(", "the rollout is part of a checkpoint"),
     (f"{TRAINER}._save_checkpoint", "self._get_output_dir(trial=trial)", "checkpoints are written elsewhere"),
+    (f"{TRAINER}._load_from_checkpoint", "for subdir_name in adapter_subdirs", "takes a critic for the policy's adapter"),
     (f"{TRAINER}._determine_best_metric", "metric_for_best_model", "the error for an unknown metric is read"),
     # The configuration
     ("trl:GRPOConfig.__post_init__", "if self.num_generations < 2:", "PPOConfig avoids this check"),

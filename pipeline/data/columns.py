@@ -77,6 +77,9 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
     """
     columns = column_names(split)
     convert, kept = converter(split, columns, args, kind)
+    if kind == "text" and isinstance(split, Dataset) and _is_text(split, args.text_column):
+        only = split.select_columns(args.text_column)  # without a copy
+        return only if args.text_column == "text" else only.rename_column(args.text_column, "text")
     place = place_of(split, args)
 
     def checked(row: Row, index: int) -> Row:
@@ -131,6 +134,12 @@ def _keep_informative(pairs: Split, place: str) -> Split:
             *(place, len(pairs) - len(kept), len(pairs)),
         )
     return kept
+
+
+def _is_text(split: Dataset, column: str) -> bool:
+    """Return whether each row of a column is text."""
+    batches = split.select_columns(column).with_format("arrow").iter(10_000)
+    return split.features[column] == Value("string") and not any(batch[column].null_count for batch in batches)
 
 
 def _text(value: object) -> str:

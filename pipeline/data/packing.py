@@ -19,7 +19,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.data.columns import Split, column_names
+from pipeline.data.columns import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,8 +38,8 @@ IGNORED = -100
 
 
 def pack_documents(
-    dataset: Split, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str, num_proc: int | None = None
-) -> Split:
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str, num_proc: int | None = None
+) -> Dataset:
     """Pack documents into blocks of `block_size` tokens, in the order of the data set.
 
     Each document is `bos + text + eos`. A document cut by the end of a block continues in the next one as if it began
@@ -62,14 +62,6 @@ def pack_documents(
         ids = ids[: len(ids) // block_size * block_size]
         return pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids), block_size)})
 
-    if not isinstance(dataset, Dataset):
-
-        def pack_stream(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
-            ids = encode(batch[text_column])
-            return {"input_ids": ids[: len(ids) // block_size * block_size].reshape(-1, block_size)}
-
-        columns = column_names(dataset)
-        return dataset.map(pack_stream, batched=True, batch_size=DOCUMENTS_PER_BATCH, remove_columns=columns)
     return (
         dataset.with_format("arrow")
         .map(

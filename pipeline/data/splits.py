@@ -19,9 +19,12 @@ logger = logging.getLogger(__name__)
 SHUFFLE_BUFFER = 1000
 """Rows among which a stream is shuffled."""
 
+HELD_OUT_OF_STREAM = 1000
+"""Default of `max_eval_samples` where rows of a stream are held out, which each evaluation would read to its end."""
+
 
 def load_splits(
-    args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None = None
+    args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None = None, seed: int = 0
 ) -> tuple[Split, Split | None]:
     """Load the training split of a data set and, if wanted, its evaluation split.
 
@@ -37,6 +40,7 @@ def load_splits(
         evaluation: Whether the evaluation split is wanted.
         tokens: Special tokens of the tokenizer (`pipeline.models.tokenizer.special_tokens`), which no message may
             contain as text. Default: any text is accepted.
+        seed: Seed of the order of a stream. Documents stay in their order: `pipeline.data.streams` shuffles them.
 
     Returns:
         The training split, and the evaluation split or None. Iterable data sets if `args.dataset_streaming`.
@@ -47,9 +51,9 @@ def load_splits(
     parts = [_load_one(replace(args, dataset_name=name), kind, evaluation, tokens) for name in args.dataset_names]
     train = _join([train for train, _ in parts], args.max_train_samples)
     test = _join([test for _, test in parts if test is not None], args.max_eval_samples) if evaluation else None
-    if isinstance(train, IterableDataset):
-        # Trainers shuffle only what has a length. The order depends on the epoch and on nothing else.
-        train = train.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER)
+    if isinstance(train, IterableDataset) and kind != "text":
+        # Trainers shuffle only what has a length. The order depends on the seed and the epoch.
+        train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return train, test
 
 
@@ -110,6 +114,9 @@ def _divide(
     if single and (evaluation or not isinstance(source[train], Dataset) or len(source[train]) > 1):
         # The rows are checked before they are divided, so that errors give their numbers in the file.
         kept, held_out = _hold_out(standardise(source[train], args, kind, tokens), args)
+        if args.max_eval_samples is None and isinstance(held_out, IterableDataset):
+            logger.info("max_eval_samples %d (default for a stream)", HELD_OUT_OF_STREAM)
+            args = replace(args, max_eval_samples=HELD_OUT_OF_STREAM)
         second = _limit(held_out, args, "max_eval_samples") if evaluation else None
         return _limit(kept, args, "max_train_samples"), second
     _check_splits(list(source), args, evaluation)
@@ -119,7 +126,7 @@ def _divide(
 
 
 def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
-    """Divide rows into those to train on and those to evaluate on, the same in every run."""
+    """Divide rows, or those of the first file of a stream, into those to train on and those to evaluate on."""
     period = round(1 / args.validation_share)
     logger.info("The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period)
     if isinstance(only, Dataset):
@@ -129,8 +136,11 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
         rows = range(len(only))
         held_out = rows[::period]
         return only.select([row for row in rows if row not in held_out]), only.select(held_out)
-    kept = only.filter(lambda _, index: index % period != 0, with_indices=True)
-    return kept, only.filter(lambda _, index: index % period == 0, with_indices=True)
+    # Only of the first file: processes that read other files would not know the numbers of their rows.
+    first, *others = (only.shard(only.num_shards, file) for file in range(only.num_shards))
+    kept = first.filter(lambda _, index: index % period != 0, with_indices=True)
+    held_out = first.filter(lambda _, index: index % period == 0, with_indices=True)
+    return concatenate_datasets([kept, *others]) if others else kept, held_out
 
 
 def _check_splits(names: list[str], args: DataArguments, evaluation: bool) -> None:

@@ -74,7 +74,13 @@ def template_for_labels(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
 
 
-def add_tokens(split: Split, kind: Kind, tokenizer: PreTrainedTokenizerBase, answers_only: bool = False) -> Split:
+def add_tokens(
+    split: Split,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    answers_only: bool = False,
+    num_proc: int | None = None,
+) -> Split:
     """Add the columns that TRL's trainers otherwise make of conversations and of pairs; streams are left to them.
 
     A stream gets them here if only the answers are labels and TRL cannot find them: see `template_for_labels`.
@@ -84,6 +90,7 @@ def add_tokens(split: Split, kind: Kind, tokenizer: PreTrainedTokenizerBase, ans
         kind: "conversation" and "preference" have tokens; rows of other kinds are returned as they are.
         tokenizer: A tokenizer with a chat template.
         answers_only: Whether only the assistant's tokens are labels of a conversation.
+        num_proc: Processes, unless the split is a stream. Default: this one.
 
     Raises:
         UserError: If the assistant's tokens of a conversation cannot be found.
@@ -118,8 +125,9 @@ def add_tokens(split: Split, kind: Kind, tokenizer: PreTrainedTokenizerBase, ans
         return {f"{side}_ids": tokens(side) for side in ("chosen", "rejected")}
 
     function = {"conversation": conversations, "preference": pairs}.get(kind)
-    here = isinstance(split, Dataset) or (answers_only and template is None)
-    return split.map(function, batched=True) if function and here else split
+    if function and isinstance(split, Dataset):
+        return split.map(function, batched=True, num_proc=num_proc)
+    return split.map(function, batched=True) if function and answers_only and template is None else split
 
 
 def _label_by_prefixes(

@@ -148,7 +148,10 @@ class Reader:
                 standard = replace(source, prompt_column="prompt")
                 return Part(divided[0 if trained_on else 1], standard, field, name, 1, trained_on, divided=True)
             period = round(1 / source.validation_share)
-            return Part(splits[train], source, field, f"{name}, split {train}", period, trained_on, divided=True)
+            rows = splits[train]
+            if not isinstance(rows, Dataset):  # rows of its first file are held out
+                rows = rows.shard(rows.num_shards, 0)
+            return Part(rows, source, field, f"{name}, split {train}", period, trained_on, divided=True)
         if trained_on or split is not None:
             one = train if trained_on else str(split)
         else:

@@ -26,6 +26,7 @@ from pipeline.data.splits import load_splits
 from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_labels
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.files import is_missing_path
+from pipeline.launch import once_per_node
 from pipeline.models.checks import check_lengths, check_model, check_tokenizer
 from pipeline.models.llama4 import ScratchArguments, build_model
 from pipeline.models.loading import (
@@ -121,7 +122,9 @@ def load_inputs(
         remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
         problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
         tokens = None  # every row would be refused because of it
-    splits = attempt(lambda: load_splits(data_args, kind, training_args.eval_strategy != "no", tokens))
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    with once_per_node(training_args):
+        splits = attempt(lambda: load_splits(data_args, kind, training_args.eval_strategy != "no", tokens, seed))
     answers_only = bool(getattr(training_args, "assistant_only_loss", False))
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
@@ -161,7 +164,9 @@ def load_inputs(
     problems += checks.preflight(training_args)
     if problems or tokenizer is None or splits is None:
         raise UserError(*problems)
-    train, held_out = (split and add_tokens(split, kind, tokenizer, answers_only) for split in splits)
+    num_proc = getattr(training_args, "dataset_num_proc", None)
+    with once_per_node(training_args):
+        train, held_out = (split and add_tokens(split, kind, tokenizer, answers_only, num_proc) for split in splits)
     if answers_only and template_for_labels(tokenizer) is None:
         training_args.assistant_only_loss = False  # the rows have their labels, and TRL would refuse the template
     return tokenizer, train, held_out

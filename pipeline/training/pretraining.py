@@ -32,6 +32,10 @@ class PretrainConfig(TrainingArguments):
     block_size: int = field(
         default=512, metadata={"help": "Tokens per training sequence, filled completely by packed documents."}
     )
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={"help": "Processes that tokenize and pack (default: one, whose tokenizer uses all cores)."},
+    )
     torch_compile: bool | None = field(
         default=None, metadata={"help": "Compile the model (default: if that makes a run of this length shorter)."}
     )

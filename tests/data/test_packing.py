@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import TEXT, tokenizer
@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig
 from word_model import word_tokenizer
 
-from pipeline.data.packing import DOCUMENTS_PER_BATCH, PackedBlocks, log_truncated, pack_documents
+from pipeline.data.packing import PackedBlocks, log_truncated, pack_documents
 from pipeline.models.llama import LlamaArguments, build_model
 
 BLOCK = 32
@@ -159,29 +159,6 @@ def test_the_trainer_keeps_documents_apart(model: LlamaForCausalLM, tmp_path: Pa
                 losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
     expected = torch.cat(losses).mean().item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=0.02)  # batches are averaged, not tokens
-
-
-def test_a_stream_gives_the_same_blocks() -> None:
-    texts = ["a b"] * (DOCUMENTS_PER_BATCH + 5) + DOCUMENTS
-    expected = pack_documents(dataset(texts), tokenizer(), BLOCK, "text")
-    streamed = pack_documents(dataset(texts).to_iterable_dataset(), tokenizer(), BLOCK, "text")
-    assert isinstance(streamed, IterableDataset)
-    assert [list(row["input_ids"]) for row in streamed] == expected["input_ids"][:].tolist()
-    lost = len(stream(texts)) - BLOCK * len(expected)
-    assert lost < 2 * BLOCK, "each batch of documents drops less than a block"
-
-
-def test_a_stream_is_read_no_further_than_it_is_asked_for() -> None:
-    read = []
-
-    def documents() -> Iterator[dict[str, str]]:
-        for number in itertools.count():
-            read.append(number)
-            yield {"text": f"{number} is a number"}
-
-    streamed = pack_documents(IterableDataset.from_generator(documents), tokenizer(), BLOCK, "text")
-    assert len(list(itertools.islice(streamed, 3))) == 3
-    assert max(read) <= 2 * DOCUMENTS_PER_BATCH
 
 
 def test_documents_that_do_not_fill_a_block_give_none() -> None:

@@ -1,0 +1,268 @@
+"""Streams of packed blocks: the same batches for any number of processes, resumed where a checkpoint left them.
+
+The files of a streamed data set are dealt to lanes, whose number depends on the data alone. A lane reads its files in
+an order drawn from the seed, shuffles and packs some hundred documents at a time, and begins again when it has read
+them all. The stream takes one block from each lane in turn, and process r of W gets the blocks r, r + W, r + 2W ...:
+two processes with half the batch each train on the batches of one. If W divides the number of lanes, no document is
+read twice; otherwise processes share lanes, and each tokenizes those that it has a part in.
+
+What `datasets` keeps in the state of a stream leaves out a shuffle buffer and loses batches of `map`. Here it is the
+state of a file before the documents that a lane is at, which are read once more when training resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from pipeline.data.columns import Split
+from pipeline.data.packing import Encoder, pack_documents
+from pipeline.errors import Problem, UserError
+from pipeline.launch import once_per_node
+
+logger = logging.getLogger(__name__)
+
+LANES = 16
+"""Most lanes: each has a file open and its documents in memory."""
+
+DOCUMENTS = 256
+"""Documents of a lane that are shuffled and tokenized together."""
+
+STATE = "stream.json"
+"""File in a checkpoint."""
+
+Place = dict[str, Any]
+"""Where a lane is: `file` and `epoch` that it reads, `rows` (the state of that file), `chunk` and `block` that come
+next, and the tokens before that block (`rest`)."""
+
+
+class PackedStream(torch.utils.data.IterableDataset):
+    """Endless blocks of packed documents, which a trainer of one process or of several reads.
+
+    Args:
+        rows: Documents, with the column `text`.
+        tokenizer: A tokenizer with bos and eos tokens.
+        block_size: Tokens per block.
+        seed: Seed of the order.
+        process, processes: Which of how many processes reads the stream.
+        limited: Whether only the first rows are wanted, which `datasets` would take from each file.
+    """
+
+    def __init__(
+        self,
+        rows: IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+        limited: bool = False,
+    ) -> None:
+        self.rows, self.process, self.processes = rows, process, processes
+        self.encode = Encoder.of(tokenizer)
+        files = 1 if limited else rows.num_shards
+        self.lanes = min(LANES, 2 ** int(math.log2(files)))
+        self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed}
+        self.begin, self.given = 0, 0
+        self.places: dict[int, Place] = {}
+        share = math.gcd(processes, self.lanes)
+        logger.info(
+            "stream      files %d, lanes %d; each process tokenizes %s",
+            *(files, self.lanes, "all documents" if share == 1 else f"one document in {share}"),
+        )
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        lanes: dict[int, Iterator[tuple[int, np.ndarray]]] = {}
+        numbers = count(self.begin + self.process, self.processes)
+        with ThreadPoolExecutor(1) as thread:  # documents are tokenized beside training
+            for self.given, number in enumerate(numbers, start=1):
+                block, lane = divmod(number, self.lanes)
+                if lane not in lanes:
+                    lanes[lane] = self._blocks(lane, thread)
+                yield {"input_ids": next(ids for place, ids in lanes[lane] if place == block)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on after the last block that was given, as JSON."""
+        given = self.given * self.processes
+        return {"kind": self.kind, "begin": self.begin + given, "places": {str(k): v for k, v in self.places.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where one process, or several whose states are joined, were: see `join_states`."""
+        self.begin, self.given = state["begin"], 0
+        self.places = {int(lane): place for lane, place in state["places"].items()}
+
+    def _blocks(self, lane: int, thread: ThreadPoolExecutor) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the blocks of a lane with their numbers, a chunk of documents ahead of those that are asked for."""
+        chunks = self._chunks(lane)
+        ahead = thread.submit(next, chunks)
+        while True:
+            place, blocks = ahead.result()
+            self.places[lane] = place
+            ahead = thread.submit(next, chunks)
+            yield from enumerate(blocks, start=place["block"])
+
+    def _chunks(self, lane: int) -> Iterator[tuple[Place, np.ndarray]]:
+        """Yield the blocks of some documents at a time, of shape (blocks, block size), and the place before them."""
+        seed, size = self.kind["seed"], self.kind["block_size"]
+        place = self.places.get(lane, {"file": 0, "rows": None, "whole": False, "chunk": 0, "block": 0, "rest": []})
+        rest = np.array(place["rest"], self.encode.dtype)
+        reader, rows = self._open(lane, place)
+        while True:
+            before, texts, ended = place, [], 0
+            place = dict(place)
+            while len(texts) < DOCUMENTS:
+                read = [row["text"] for row in islice(rows, DOCUMENTS - len(texts))]
+                texts += read
+                place["rows"] = reader.state_dict()
+                if len(texts) == DOCUMENTS:
+                    break
+                place |= {"file": place["file"] + 1, "rows": None}
+                ended, files = 0 if read else ended + 1, len(self._files(lane, place))
+                if ended > files:
+                    if place["whole"]:
+                        raise UserError(Problem("dataset_name", "the stream", "has no rows to train on"))
+                    place |= {"file": 0, "whole": True}  # the files of the lane are empty: it reads all others
+                reader, rows = self._open(lane, place)
+                if texts and place["file"] % files == 0:
+                    break  # so that no document is given again before all others
+            order = np.random.default_rng([seed, lane, place["chunk"]]).permutation(len(texts))
+            ids = np.concatenate([rest, self.encode([texts[i] for i in order])])
+            blocks, rest = np.split(ids, [len(ids) // size * size])
+            blocks = blocks.reshape(-1, size)
+            place |= {"chunk": place["chunk"] + 1, "block": place["block"] + len(blocks), "rest": rest.tolist()}
+            yield before, blocks
+
+    def _files(self, lane: int, place: Place) -> np.ndarray:
+        dealt = np.random.default_rng(self.kind["seed"]).permutation(self.kind["files"])
+        return dealt if place["whole"] else dealt[lane :: self.lanes]
+
+    def _open(self, lane: int, place: Place) -> tuple[IterableDataset, Iterator[Mapping[str, Any]]]:
+        """Return the file that a lane is at, and its rows from there."""
+        files = self._files(lane, place)
+        epoch, number = divmod(place["file"], len(files))
+        if number == 0 and epoch:
+            logger.info("stream      lane %d has read its files %d times, and begins again", lane, epoch)
+        file = int(np.random.default_rng([self.kind["seed"], lane, epoch]).permutation(files)[number])
+        reader = self.rows.shard(self.kind["files"], file) if self.kind["files"] > 1 else self.rows
+        reader = reader.reshard()  # by row groups, which are skipped without being read
+        if place["rows"] is not None:
+            reader.load_state_dict(place["rows"])
+        return reader, iter(reader)
+
+
+def pack_splits(
+    splits: Sequence[Split | None], tokenizer: PreTrainedTokenizerBase, args: Any, limited: bool
+) -> list[Dataset | PackedStream | None]:
+    """Pack documents for pretraining: once on each node, or while a stream is read.
+
+    Args:
+        splits: Documents to train on, and to evaluate on or None.
+        tokenizer: A tokenizer with bos and eos tokens.
+        args: A `pipeline.training.pretraining.PretrainConfig`.
+        limited: Whether only the first rows of the training split are wanted.
+
+    Returns:
+        Blocks for each split. Those of an evaluation are kept, so that a stream of them is read once.
+
+    Raises:
+        UserError: If the documents of a split do not fill a block.
+    """
+    packed: list[Dataset | PackedStream | None] = []
+    for number, split in enumerate(splits):
+        if isinstance(split, IterableDataset) and number == 0:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            packed.append(
+                PackedStream(split, tokenizer, args.block_size, seed, args.process_index, args.world_size, limited)
+            )
+        elif split is not None:
+            rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
+            with once_per_node(args):
+                packed.append(pack_documents(rows, tokenizer, args.block_size, "text", args.dataset_num_proc))
+            if not len(packed[-1]):
+                which = "evaluation" if number else "training"
+                remedy = f"the {which} data do not fill a block; lower it or give more text"
+                raise UserError(Problem("block_size", args.block_size, remedy))
+        else:
+            packed.append(None)
+    return packed
+
+
+def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the states of all processes, of which each knows the lanes that it reads."""
+    places = sorted((item for state in states for item in state["places"].items()), key=lambda item: -item[1]["block"])
+    return {**states[0], "places": dict(places)}  # of a lane that several read, the place of the last of them
+
+
+def use_stream(trainer: Trainer, stream: PackedStream) -> None:
+    """Let each process read `stream` by itself, and keep its state in checkpoints, beside the random states.
+
+    Args:
+        trainer: Changed in place, before `train`. Workers are not used, because the stream has a thread of its own.
+        stream: Its `train_dataset`.
+    """
+    args, save, load = trainer.args, trainer._save_rng_state, trainer._load_rng_state
+    args.ignore_data_skip = True
+
+    def save_states(output_dir: str) -> None:
+        save(output_dir)
+        state = join_states(gather_object([stream.state_dict()]))
+        if args.should_save:
+            Path(output_dir, STATE).write_text(json.dumps(state))
+
+    def load_states(checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            stream.load_state_dict(_read_state(Path(checkpoint), stream.kind))
+        load(checkpoint)
+
+    def loader() -> DataLoader:
+        return DataLoader(
+            stream,
+            args.train_batch_size,
+            collate_fn=trainer.data_collator,
+            pin_memory=args.dataloader_pin_memory,
+            generator=torch.Generator(),  # the loader draws from it, and not from training's
+        )
+
+    trainer._save_rng_state, trainer._load_rng_state, trainer.get_train_dataloader = save_states, load_states, loader
+    trainer.add_callback(EpochCallback())
+
+
+class EpochCallback(TrainerCallback):
+    """The share of a stream that was trained on, which transformers counts from where training was resumed."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Correct the epoch."""
+        state.epoch = state.global_step / state.max_steps
+
+
+def _read_state(checkpoint: Path, kind: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state in a checkpoint of the same stream."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text())
+    except FileNotFoundError:
+        remedy = f"does not contain {STATE}, the place in the stream; give another output_dir to start again"
+        raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from None
+    if changed := [f"{name} {state['kind'][name]}" for name in kind if state["kind"][name] != kind[name]]:
+        remedy = f"is of a stream with {', '.join(changed)}; restore that, or give another output_dir to start again"
+        raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
+    return state

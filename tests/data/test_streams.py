@@ -1,0 +1,129 @@
+"""Streams: the same blocks for any number of processes, resumed exactly, in an order that the seed draws."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, IterableDataset
+from small_model import tokenizer
+
+from pipeline.data import streams
+from pipeline.data.arguments import DataArguments
+from pipeline.data.splits import load_splits
+from pipeline.data.streams import PackedStream, join_states
+
+BLOCK, ROWS = 32, 40
+EMPTY = 2
+
+
+def write_files(folder: Path, kind: str, files: int) -> str:
+    """Write documents that say where they are; the file `EMPTY` has none."""
+    folder.mkdir()
+    for file in range(files):
+        texts = [
+            f"file {file} row {row}. " + "The cat sat. " * (row % 5) for row in range(ROWS if file != EMPTY else 0)
+        ]
+        if kind == "parquet":
+            Dataset.from_dict({"text": texts}).to_parquet(folder / f"{file}.parquet", batch_size=20)
+        elif kind == "jsonl":
+            (folder / f"{file}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        else:  # 64 lines are a document
+            (folder / f"{file}.txt").write_text("".join(f"{text}\n" * 20 for text in texts))
+    return str(folder)
+
+
+def rows(data: str, **options: Any) -> IterableDataset:
+    return load_splits(DataArguments(data, dataset_streaming=True, **options), "text", evaluation=False)[0]
+
+
+def blocks(stream: PackedStream, number: int) -> list[list[int]]:
+    return [block["input_ids"].tolist() for block in itertools.islice(stream, number)]
+
+
+@pytest.fixture(autouse=True)
+def few_documents_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "DOCUMENTS", 16)
+
+
+@pytest.mark.parametrize(("kind", "files"), [("parquet", 5), ("jsonl", 1), ("text", 4)])
+def test_any_number_of_processes_goes_on_where_others_were(tmp_path: Path, kind: str, files: int) -> None:
+    """Over the end of the data, several times in a row."""
+    data = rows(write_files(tmp_path / "data", kind, files))
+    plan = [(1, 7), (2, 40), (4, 11), (1, 11), (3, 9), (1, 60), (2, 45)]
+    expected = blocks(PackedStream(data, tokenizer(), BLOCK, 0), sum(size * steps for size, steps in plan))
+    assert expected != blocks(PackedStream(data, tokenizer(), BLOCK, 1), len(expected)), "the seed has an effect"
+    given: list[list[int]] = []
+    state = None
+    for processes, steps in plan:
+        parts, states = [], []
+        for process in range(processes):
+            stream = PackedStream(data, tokenizer(), BLOCK, 0, process, processes)
+            if state is not None:
+                stream.load_state_dict(json.loads(json.dumps(state)))
+            parts.append(blocks(stream, steps))
+            states.append(stream.state_dict())
+        given += [part[step] for step in range(steps) for part in parts]
+        state = join_states(states)
+        assert given == expected[: len(given)]
+
+
+def test_every_document_is_given_once_before_any_is_given_again(tmp_path: Path) -> None:
+    data = rows(write_files(tmp_path / "data", "jsonl", 2), validation_share=0)
+    stream = PackedStream(data, tokenizer(), BLOCK, 0)
+    lanes: list[list[int]] = [[], []]
+    for number, block in enumerate(blocks(stream, 220)):
+        lanes[number % 2] += block
+    for lane in lanes:
+        texts = "".join(tokenizer().decode(lane)).split(tokenizer().eos_token)
+        first, second = texts[:ROWS], texts[ROWS : 2 * ROWS]
+        assert len(set(first)) == ROWS and set(first) == set(second)
+        assert first != sorted(first) and first != second, "the order is drawn anew each time"
+
+
+def test_a_process_reads_only_the_files_of_its_lanes(tmp_path: Path) -> None:
+    def documents(files: list[int]) -> Iterator[dict[str, str]]:
+        for file in files:
+            yield from ({"text": f"{file} is a file"} for _ in range(50))
+
+    data = IterableDataset.from_generator(documents, gen_kwargs={"files": list(range(4))})
+    read = []
+    for process in range(2):
+        stream = PackedStream(data, tokenizer(), BLOCK, 0, process, 2)
+        text = "".join(tokenizer().decode(block) for block in blocks(stream, 40))
+        read.append({file for file in range(4) if f"{file} is a file" in text})
+    assert read[0] | read[1] == {0, 1, 2, 3} and not read[0] & read[1]
+
+
+def test_rows_that_are_held_out_of_a_stream_are_of_its_first_file(tmp_path: Path) -> None:
+    args = DataArguments(write_files(tmp_path / "data", "jsonl", 2), dataset_streaming=True)
+    train, held_out = load_splits(args, "text", evaluation=True)
+    assert held_out is not None
+    texts = [row["text"] for row in held_out]
+    assert len(texts) == ROWS // 20 and all(text.startswith("file 0") for text in texts)
+    text = "".join(tokenizer().decode(block) for block in blocks(PackedStream(train, tokenizer(), BLOCK, 0), 200))
+    assert "file 0 row 1." in text and "file 1 row 0." in text and "file 0 row 0." not in text
+
+
+def test_the_first_rows_of_all_files_are_read_as_one(tmp_path: Path) -> None:
+    data = rows(write_files(tmp_path / "data", "jsonl", 2), max_train_samples=5, validation_share=0)
+    stream = PackedStream(data, tokenizer(), BLOCK, 0, limited=True)
+    text = "".join(tokenizer().decode(block) for block in blocks(stream, 40))
+    assert all(f"file 0 row {row}." in text for row in range(5))
+    assert "row 5" not in text and "file 1" not in text
+
+
+def test_a_stream_is_read_no_further_than_it_is_asked_for() -> None:
+    read = []
+
+    def documents() -> Iterator[dict[str, str]]:
+        for number in itertools.count():
+            read.append(number)
+            yield {"text": f"{number} is a number"}
+
+    assert len(blocks(PackedStream(IterableDataset.from_generator(documents), tokenizer(), BLOCK, 0), 3)) == 3
+    assert max(read) <= 3 * streams.DOCUMENTS
