@@ -43,6 +43,7 @@ from pipeline.rl.value_model import (
     build_value_model,
     check_in_optimizer,
     load_value_model,
+    save_value_model,
     token_values,
 )
 
@@ -247,7 +248,7 @@ class PPOTrainer(GRPOTrainer):
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         value_loss = self.args.vf_coef * ((losses * mask).sum() / tokens)
         if self.model.training and trains_policy:  # at once, so that one network at a time has activations
-            self.accelerator.backward(value_loss / self.current_gradient_accumulation_steps)
+            self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
             policy_loss = super()._compute_loss(model, inputs)
@@ -286,8 +287,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        critic = self.accelerator.unwrap_model(self.value_model)
-        critic.save_pretrained(os.path.join(output_dir or self.args.output_dir, VALUE_MODEL_FOLDER))
+        save_value_model(self.accelerator.unwrap_model(self.value_model), output_dir or self.args.output_dir)
 
     def _load_remaining_weights(self, checkpoint: str) -> None:
         super()._load_remaining_weights(checkpoint)

@@ -13,6 +13,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -205,6 +206,13 @@ def token_values(
 
     (values,) = over_passes(of_pass, critic, ids, attention_mask, length, batch_size, autocast)
     return values
+
+
+def save_value_model(critic: PreTrainedModel | PeftModel, folder: str) -> None:
+    """Save the critic in `folder`, without the card that PEFT drafts, which has paths of this machine."""
+    path = Path(folder) / VALUE_MODEL_FOLDER
+    critic.save_pretrained(str(path))
+    (path / "README.md").unlink(missing_ok=True)
 
 
 def load_value_model(critic: PreTrainedModel | PeftModel, policy: nn.Module, checkpoint: str) -> None:

@@ -51,7 +51,7 @@ def weights(network: torch.nn.Module) -> torch.Tensor:
 
 
 def trainer(output_dir: Path, policy: PreTrainedModel, value_model: Any = None, **options: Any) -> PPOTrainer:
-    peft_config = options.pop("peft_config", None)
+    own = {name: options.pop(name) for name in ("peft_config", "value_use_peft") if name in options}
     args = toy.config(output_dir, num_iterations=2, save_strategy="steps", save_steps=1, learning_rate=1e-2, **options)
     return PPOTrainer(
         policy,
@@ -61,7 +61,7 @@ def trainer(output_dir: Path, policy: PreTrainedModel, value_model: Any = None, 
         processing_class=toy.tokenizer(),
         eval_dataset=toy.prompts(4) if "eval_strategy" in options else None,
         value_model=value_model,
-        peft_config=peft_config,
+        **own,
     )
 
 
