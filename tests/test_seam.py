@@ -31,6 +31,7 @@ IMPORTS = {
     "accelerate.commands.launch:launch_command_parser": "the runner launches with it",
     "accelerate.logging:get_logger": "one process logs",
     "accelerate.utils:DynamoBackend": "the values of torch_compile_backend",
+    "accelerate.utils:broadcast_object_list": "the first process chooses the checkpoint",
     "accelerate.utils:extract_model_from_parallel": "a wrapped model's forward is inspected",
     "accelerate.utils:gather_object": "answers, and places in a stream, of all processes are collected",
     "accelerate.utils:is_peft_model": "PPO's reference of an adapter is the base model",
@@ -236,7 +237,11 @@ SOURCES = [
     (f"{TRAINER}._prepare_for_training", "_load_optimizer_and_scheduler(", "so is the rollout"),
     (f"{TRAINER}._save_checkpoint", "_save_optimizer_and_scheduler(", "the rollout is part of a checkpoint"),
     (f"{TRAINER}._save_checkpoint", "self._get_output_dir(trial=trial)", "checkpoints are written elsewhere"),
-    (f"{TRAINER}._load_from_checkpoint", "for subdir_name in adapter_subdirs", "takes a critic for the policy's adapter"),
+    (
+        f"{TRAINER}._load_from_checkpoint",
+        "for subdir_name in adapter_subdirs",
+        "takes a critic for the policy's adapter",
+    ),
     (f"{TRAINER}._determine_best_metric", "metric_for_best_model", "the error for an unknown metric is read"),
     # The configuration
     ("trl:GRPOConfig.__post_init__", "if self.num_generations < 2:", "PPOConfig avoids this check"),

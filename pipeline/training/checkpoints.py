@@ -3,7 +3,7 @@
 transformers' `Trainer` writes into `checkpoint-N` itself, deletes older checkpoints before the new one is known to be
 valid, and evaluates before it saves: a kill in between costs the run. Here a checkpoint is written under another name,
 listed in a manifest with sizes and checksums, flushed to the disk, and only then renamed; older ones are deleted next,
-and the evaluation runs last.
+and the evaluation runs last. The steps that follow a save do not wait for the checksums.
 """
 
 from __future__ import annotations
@@ -23,29 +23,28 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from pipeline.errors import Problem, RunStopped, UserError
+from pipeline.errors import RunStopped
 from pipeline.files import replace_folder
 from pipeline.training.callbacks import call_on_train_begin
 from pipeline.training.checkpoint_manifest import (
     MANIFEST,
     STATE,
+    complete_in_background,
+    end_completion,
     replace_state,
     save_state,
     validate_checkpoint,
+    wait_for_completion,
     write_manifest,
 )
+from pipeline.training.checks import total_steps
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
-
-SIZES = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "vocab_size", "num_labels",
-)  # fmt: skip
 
 DISK_IS_FULL = 2**23
 """Free bytes below which a failed write is attributed to a full disk. Files are written in pieces, and the last piece,
@@ -100,33 +99,13 @@ def make_checkpoints_atomic(trainer: Trainer) -> None:
 
 def newest_complete(output_dir: str | Path) -> Path | None:
     """Return the complete checkpoint with the highest step, or None; damaged ones are skipped with a warning."""
+    wait_for_completion(output_dir)
     for checkpoint in reversed(checkpoints(output_dir)):
         damage = validate_checkpoint(checkpoint)
         if damage is None:
             return checkpoint
         logger.warning("%s is skipped because it is damaged: %s", checkpoint, damage)
     return None
-
-
-def check_architecture(checkpoint: Path, config: Any) -> None:
-    """Reject a checkpoint of a different model, whose weights would be loaded only in part.
-
-    Adapters pass, because their checkpoints do not contain a model configuration.
-
-    Raises:
-        UserError: If the model type or a size differs.
-    """
-    path = checkpoint / "config.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    present = config.to_dict()
-    changed = [
-        f"{name} {saved[name]} instead of {present[name]}"
-        for name in SIZES
-        if name in saved and name in present and saved[name] != present[name]
-    ]
-    if changed:
-        remedy = f"has a different architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
-        raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -169,13 +148,18 @@ def _checkpoint_of(trainer: Trainer, step: int) -> Path:
 
 
 def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due: bool) -> None:
-    """Run `save` with another output directory, and rename its checkpoint when it is complete."""
+    """Run `save` with another output directory, and rename its checkpoint when it is complete.
+
+    Checksums of a large model take long: they are computed while training goes on, unless it ends, is evaluated, or has
+    callbacks that read the checkpoint. A run that is killed meanwhile resumes from the checkpoint before.
+    """
     args, state = trainer.args, trainer.state
     target = _checkpoint_of(trainer, state.global_step)
     tmp_dir = Path(args.output_dir) / UNFINISHED
     trainer._get_output_dir = lambda trial=None: str(tmp_dir)
     try:
         if args.should_save:
+            end_completion(args.output_dir)
             shutil.rmtree(tmp_dir, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
         with cache_enabled(trainer.model):
@@ -190,10 +174,21 @@ def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due:
             (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle, which may contain a token
             (finished / "README.md").unlink(missing_ok=True)  # PEFT's draft of a card, with paths of this machine
             save_state(state, finished / STATE)
-            write_manifest(finished, state.global_step, evaluation_due)
-            replace_folder(target, finished)  # one that exists is damaged: the run did not resume from it
-            shutil.rmtree(tmp_dir, ignore_errors=True)
-            _delete_surplus(trainer, target)
+            step, best_name = state.global_step, state.best_model_checkpoint
+
+            def complete() -> None:
+                try:
+                    write_manifest(finished, step, evaluation_due)
+                    replace_folder(target, finished)  # one that exists is damaged: the run did not resume from it
+                    shutil.rmtree(tmp_dir, ignore_errors=True)
+                    _delete_surplus(args, target, best_name)
+                except OSError as error:
+                    error.add_note(str(step))  # by the time that it is reported, training has gone on
+                    raise
+
+            complete_in_background(args.output_dir, complete)
+            if evaluation_due or trainer.control.should_training_stop or _is_read(trainer):
+                end_completion(args.output_dir)
         trainer.accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as error:
         message = _describe_failed_save(trainer, error)
@@ -201,6 +196,18 @@ def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due:
         raise RunStopped(message) from error
     finally:
         del trainer._get_output_dir
+
+
+def finish_checkpoint(trainer: Trainer) -> None:
+    """Wait until the latest checkpoint is complete.
+
+    Raises:
+        RunStopped: If it could not be written.
+    """
+    try:
+        end_completion(trainer.args.output_dir)
+    except OSError as error:
+        raise RunStopped(_describe_failed_save(trainer, error)) from error
 
 
 def _find_best(trainer: Trainer) -> None:
@@ -215,15 +222,23 @@ def _find_best(trainer: Trainer) -> None:
         logger.warning("%s, the best checkpoint so far, is missing; later ones are compared with its figure.", best)
 
 
-def _delete_surplus(trainer: Trainer, newest: Path) -> None:
+def _is_read(trainer: Trainer) -> bool:
+    """Return whether a callback, such as that of pushes or of a tracker, reads checkpoints when they are saved."""
+    return any(
+        getattr(callback.on_save, "__func__", None) is not TrainerCallback.on_save
+        for callback in trainer.callback_handler.callbacks
+    )
+
+
+def _delete_surplus(args: TrainingArguments, newest: Path, best: str | None) -> None:
     """Delete the oldest checkpoints beyond `save_total_limit`, but neither the newest nor the best."""
-    limit = trainer.args.save_total_limit
+    limit = args.save_total_limit
     if limit is None or limit <= 0:
         return
     kept = {newest.name}
-    if trainer.state.best_model_checkpoint is not None:
-        kept.add(Path(trainer.state.best_model_checkpoint).name)
-    found = checkpoints(trainer.args.output_dir)
+    if best is not None:
+        kept.add(Path(best).name)
+    found = checkpoints(args.output_dir)
     surplus = len(found) - max(limit, len(kept))
     for checkpoint in [path for path in found if path.name not in kept][: max(surplus, 0)]:
         # Renamed first, so that a kill in between does not leave half of a checkpoint.
@@ -256,26 +271,6 @@ def evaluate_if_missed(trainer: Trainer) -> None:
         metrics = trainer._evaluate(None, None)
         trainer._determine_best_metric(metrics=metrics, trial=None)
         _update_state(trainer)
-
-
-def total_steps(trainer: Trainer) -> int:
-    """Return the number of steps after which a trainer will end, which depends on the data if it is not given."""
-    if trainer.args.max_steps > 0:
-        return trainer.args.max_steps
-    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return int(steps)
-
-
-def check_length(checkpoint: Path, trainer: Trainer) -> None:
-    """Reject a checkpoint of more steps than the run is to have, from which nothing would be trained.
-
-    Raises:
-        UserError: If it has more.
-    """
-    done, total = TrainerState.load_from_json(str(checkpoint / STATE)).global_step, total_steps(trainer)
-    if done > total:
-        remedy = f"the checkpoint has {done} steps already; raise it, or resume from an earlier checkpoint"
-        raise UserError(Problem("max_steps", total, remedy))
 
 
 def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
@@ -340,7 +335,8 @@ def _describe_failed_save(trainer: Trainer, error: Exception) -> str:
         reason = f"the disk is full, {free / 2**20:.1f} MiB are free ({reason})"
     last = newest_complete(args.output_dir)
     restart = f"resumes from {last}" if last else "starts again"
+    step = getattr(error, "__notes__", [trainer.state.global_step])[0]
     return (
-        f"The checkpoint of step {trainer.state.global_step} could not be written to {args.output_dir}: {reason}. "
+        f"The checkpoint of step {step} could not be written to {args.output_dir}: {reason}. "
         f"Free some space or correct the cause; the same command then {restart}."
     )

@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -24,10 +31,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, ModelConfig
 
-from pipeline.errors import LIBRARY_ERRORS, Problem
+from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.hub.access import check_access
 from pipeline.models.loading import skip_unreachable_hub
 from pipeline.models.vllm_sampler import validate_vllm
+from pipeline.training.checkpoint_manifest import STATE
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +159,26 @@ def check_batches(rows: int | None, args: TrainingArguments, what: str = "rows")
         return []
     remedy = f"takes {needed} {what} and the data set has {rows}, so that nothing would be trained on; lower it"
     return [Problem(field, getattr(args, field), remedy)]
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Return the number of steps after which a trainer will end, which depends on the data if it is not given."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return int(steps)
+
+
+def check_length(checkpoint: Path, trainer: Trainer) -> None:
+    """Reject a checkpoint of more steps than the run is to have, from which nothing would be trained.
+
+    Raises:
+        UserError: If it has more.
+    """
+    done, total = TrainerState.load_from_json(str(checkpoint / STATE)).global_step, total_steps(trainer)
+    if done > total:
+        remedy = f"the checkpoint has {done} steps already; raise it, or resume from an earlier checkpoint"
+        raise UserError(Problem("max_steps", total, remedy))
 
 
 def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> list[Problem]:

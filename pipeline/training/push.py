@@ -53,6 +53,8 @@ class PushCallback(TrainerCallback):
         self._api = HfApi(token=args.hub_token)
         self._running: Future[None] | None = None
         self._missed: Path | None = None
+        if not self._is_asked or args.hub_strategy == HubStrategy.END:
+            self.on_save = super().on_save  # type: ignore[method-assign]  # then training need not wait for checksums
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,7 +66,7 @@ class PushCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Begin to push the checkpoint that was just saved."""
-        if not self._is_asked or args.hub_strategy == HubStrategy.END or not state.is_world_process_zero:
+        if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self._running is not None and not self._running.done() and not args.hub_always_push:

@@ -9,11 +9,12 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
@@ -37,19 +38,34 @@ from pipeline.training.callbacks import (
     RouterCallback,
     ThroughputCallback,
     call_on_train_begin,
+    count_tokens_locally,
 )
-from pipeline.training.checkpoint_manifest import MANIFEST, STATE, save_state, validate_checkpoint
+from pipeline.training.checkpoint_manifest import (
+    MANIFEST,
+    STATE,
+    check_architecture,
+    save_state,
+    validate_checkpoint,
+    wait_for_completion,
+)
+from pipeline.training.checks import check_length
 from pipeline.training.divergence import last_good, stop_on_divergence
 from pipeline.training.push import PushCallback
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     """Return the callbacks of every recipe's trainer, and let them count tokens and push as `args` say.
 
-    The arguments are changed: a trainer that is made with them does not push by itself.
+    The arguments are changed: a trainer that is made with them does not push by itself, and does not look for unused
+    parameters after every forward pass of several processes. All trainers here use all parameters that they train, also
+    of experts, which are one tensor; a model that does not needs `ddp_find_unused_parameters: true`.
     """
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
     length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
     if length:
         args.include_num_input_tokens_seen = "all"
@@ -72,13 +88,13 @@ def train_and_save(trainer: Trainer) -> None:
     args, name = trainer.args, trainer.args.resume_from_checkpoint
     fetched = fetch_checkpoints(name, "resume_from_checkpoint") if name and not os.path.isdir(name) else []
     checkpoint = fetched[0] if fetched else Path(name) if name else None
-    for folder in fetched or filter(None, [checkpoint]):
-        # A checkpoint that another program wrote does not have a manifest.
-        if (folder / MANIFEST).exists() and (damage := validate_checkpoint(folder)):
-            raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
+    # A checkpoint that another program wrote does not have a manifest.
+    known = [folder for folder in fetched or filter(None, [checkpoint]) if (folder / MANIFEST).exists()]
+    if damage := _on_first(trainer, lambda: next(filter(None, map(validate_checkpoint, known)), None)):
+        raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
     if checkpoint is not None:
-        checkpoints.check_architecture(checkpoint, trainer.model.config)
-        checkpoints.check_length(checkpoint, trainer)
+        check_architecture(checkpoint, trainer.model.config)
+        check_length(checkpoint, trainer)
     first = trainer.is_world_process_zero()
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
@@ -86,6 +102,13 @@ def train_and_save(trainer: Trainer) -> None:
         own = [_copy_checkpoint(folder, trainer) for folder in fetched]
         trainer.accelerator.wait_for_everyone()
         _train_and_save(trainer, own[0] if own else checkpoint)
+
+
+def _on_first(trainer: Trainer, compute: Callable[[], T]) -> T:
+    """Return what the first process computes, on every process: reading all of a large checkpoint takes minutes."""
+    found = [compute() if trainer.is_world_process_zero() else None]
+    broadcast_object_list(found)
+    return cast(T, found[0])
 
 
 def _copy_checkpoint(checkpoint: Path, trainer: Trainer) -> Path:
@@ -106,6 +129,7 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
     launch.log_active(trainer)
     drop_incomplete_batches(trainer)
     checkpoints.make_checkpoints_atomic(trainer)
+    count_tokens_locally(trainer)
     _name_base(trainer)
     resume_renamed_weights(trainer)
     stop_on_divergence(trainer)
@@ -119,9 +143,10 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
     for tracker in map(INTEGRATION_TO_CALLBACK.get, trainer.args.report_to):
         # Last, so that it shows what other callbacks add to a log, or take from it.
         trainer.add_callback(trainer.pop_callback(tracker))
-    if checkpoint is None and (checkpoint := checkpoints.newest_complete(trainer.args.output_dir)) is not None:
-        checkpoints.check_architecture(checkpoint, trainer.model.config)
+    if checkpoint is None:
+        checkpoint = _on_first(trainer, lambda: checkpoints.newest_complete(trainer.args.output_dir))
     if checkpoint is not None:
+        check_architecture(checkpoint, trainer.model.config)
         logger.info("%-11s from %s", "resuming", checkpoint)
     if checkpoint is None or not checkpoints.restore_finished(trainer, checkpoint):
         if checkpoint is not None:
@@ -143,6 +168,7 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
     call_on_train_begin(trainer, lambda **_: end_preparation())
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        checkpoints.finish_checkpoint(trainer)
     except KeyError as error:
         if "metric_for_best_model" not in str(error):
             raise
@@ -152,6 +178,8 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
     except SystemExit as error:
         message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
         raise RunStopped(f"{message}; {last_good(trainer)}.") from error
+    finally:
+        wait_for_completion(trainer.args.output_dir)
 
 
 def _end(trainer: Trainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArgument
 
 import pipeline.training.checkpoints as module
 from pipeline.errors import RunStopped, UserError
-from pipeline.training.checkpoint_manifest import validate_checkpoint
+from pipeline.training import checkpoint_manifest
+from pipeline.training.checkpoint_manifest import check_architecture, validate_checkpoint
 from pipeline.training.checkpoints import (
     adopt_present_length,
-    check_architecture,
-    check_length,
     checkpoints,
     make_checkpoints_atomic,
     newest_complete,
     restore_finished,
 )
+from pipeline.training.checks import check_length
 from pipeline.training.divergence import stop_on_divergence
 
 
@@ -300,3 +301,74 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path: Path) -> 
     assert (str(last) in message) if last else ("no checkpoint yet" in message)
     assert f"step {trainer.state.global_step + 1}" in message
     assert all(weight.isfinite().all() for weight in trainer.model.state_dict().values())
+
+
+def test_training_goes_on_while_checksums_are_computed_and_a_kill_then_costs_no_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="no", save_total_limit=1)
+    seen, may_go_on, write = {}, threading.Event(), module.write_manifest
+
+    def slow(checkpoint: Path, step: int, due: bool) -> None:
+        assert step != 6 or may_go_on.wait(60)
+        write(checkpoint, step, due)
+
+    def look() -> None:
+        seen[trainer.state.global_step] = names(tmp_path)
+        may_go_on.set()
+
+    monkeypatch.setattr(module, "write_manifest", slow)
+    trainer.add_callback(At("on_step_begin", 7, look))
+    trainer.train()
+    assert seen == {7: ["checkpoint-3"]}, "what a killed run would resume from"
+    assert names(tmp_path) == ["checkpoint-12"]
+
+
+def test_a_checkpoint_that_cannot_be_completed_ends_the_run_with_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="no")
+    write = module.write_manifest
+
+    def fail(checkpoint: Path, step: int, due: bool) -> None:
+        if step == 6:
+            raise OSError("no quota left")
+        write(checkpoint, step, due)
+
+    monkeypatch.setattr(module, "write_manifest", fail)
+    with pytest.raises(RunStopped, match=r"step 6 could not be written .*no quota left.* resumes from .*checkpoint-3"):
+        trainer.train()
+
+
+class ReadsCheckpoints(TrainerCallback):
+    """A tracker that copies what was saved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: list[str | None] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found.append(validate_checkpoint(self.folder / f"checkpoint-{state.global_step}"))
+
+
+def test_a_callback_that_reads_checkpoints_finds_them_complete(tmp_path: Path) -> None:
+    reader = ReadsCheckpoints(tmp_path)
+    trainer = make_trainer(tmp_path, eval_strategy="no")
+    trainer.add_callback(reader)
+    trainer.train()
+    assert reader.found == [None] * 4
+
+
+def test_large_files_have_checksums_of_their_blocks_and_manifests_without_them_stay_valid(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoint-12"
+    shutil.copytree(finished / "checkpoint-12", folder)
+    monkeypatch.setattr(checkpoint_manifest, "BLOCK", 100)
+    assert validate_checkpoint(folder) is None, "written with whole files"
+    (folder / "manifest.json").unlink()
+    checkpoint_manifest.write_manifest(folder, 12, False)
+    assert "sha256_of_blocks" in (folder / "manifest.json").read_text()
+    assert validate_checkpoint(folder) is None
+    flip(folder)
+    assert validate_checkpoint(folder) == "optimizer.pt has changed"

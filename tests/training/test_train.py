@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from small_model import ROOT, run_recipe
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.training import train
@@ -133,3 +133,10 @@ def test_an_adapter_names_a_local_base_by_its_absolute_path(tmp_path: Path) -> N
     for folder in ("run", "run/checkpoint-2"):
         config = json.loads((tmp_path / folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tmp_path / "inputs" / "model")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, False), (True, True)])
+def test_unused_parameters_are_looked_for_only_if_asked(given: bool | None, expected: bool, tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), ddp_find_unused_parameters=given, use_cpu=True)
+    train.run_callbacks(args)
+    assert args.ddp_find_unused_parameters is expected
