@@ -29,12 +29,25 @@ def base_card(name: str, trained: Trained) -> str:
 
 
 def critic_card(name: str, config: Mapping[str, Any]) -> str:
-    """Return the README.md of the critic inside the repository `name` of a policy, with this configuration."""
-    data = ModelCardData(library_name="transformers", tags=["fourstage", "critic", "ppo"])
+    """Return the README.md of the critic inside the repository `name` of a policy.
+
+    Args:
+        name: The repository.
+        config: The critic's configuration; empty if it is an adapter.
+    """
+    data = ModelCardData(library_name="transformers" if config else "peft", tags=["fourstage", "critic", "ppo"])
     code = f"""\
 {registration(config)}from transformers import AutoModelForTokenClassification
 
 critic = AutoModelForTokenClassification.from_pretrained("{name}", subfolder="{CRITIC}")"""
+    if not config:
+        code = f"""\
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForTokenClassification
+
+base = PeftConfig.from_pretrained("{name}", subfolder="{CRITIC}").base_model_name_or_path
+model = AutoModelForTokenClassification.from_pretrained(base, num_labels=1)
+critic = PeftModel.from_pretrained(model, "{name}", subfolder="{CRITIC}")"""
     return str(
         ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n# The critic of {name.rsplit('/', 1)[-1]}\n\n"

@@ -177,6 +177,11 @@ class Outputs:
 
         def files(checkpoint: Path | None = None) -> Files:
             ids = {self.folders[name]: found for name, found in self.ids.items()}
+            ids |= {
+                path / BASE: f"{self.id_of(name)}-{BASE}"
+                for name, path in self.folders.items()
+                if self._has_own_base(name)
+            }
             if (base := self.base_of(output)) and (base_id := self.base_id(output)):
                 ids[base] = base_id
             contents = publishable(checkpoint or folder, ids)
@@ -189,7 +194,7 @@ class Outputs:
                 contents["README.md"] = to_bytes(text)
             else:
                 contents["README.md"] = to_bytes(model_card(trained.at(checkpoint) if checkpoint else trained))
-            if f"{CRITIC}/config.json" in contents:
+            if f"{CRITIC}/config.json" in contents or f"{CRITIC}/adapter_config.json" in contents:
                 contents[f"{CRITIC}/README.md"] = to_bytes(
                     critic_card(trained.name, read_json(folder / CRITIC / "config.json"))
                 )
