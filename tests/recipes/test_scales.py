@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,8 @@ import pytest
 from datasets import Dataset
 from small_model import ROOT, TEXT, conversation
 
+from pipeline.__main__ import main
+from tests.hub.conftest import use
 from tests.hub.hub_server import Hub
 
 WEB = [
@@ -102,13 +101,18 @@ def hub() -> Iterator[Hub]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", ["small", "base"])
-def test_a_smoke_run_takes_every_stage(scale: str, hub: Hub, tmp_path: Path) -> None:
+def test_a_smoke_run_takes_every_stage(
+    scale: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     if scale == "small":
         pytest.importorskip("reasoning_gym")
-    environment = os.environ | hub.environment(None) | {"HF_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "pipeline", "run", f"recipes/{scale}", "--smoke", "--output_dir", tmp_path / "run"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    use(hub, monkeypatch, tmp_path / "cache/hub", token=None)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(ROOT)
+    try:
+        assert main(["run", f"recipes/{scale}", "--smoke", "--output_dir", str(tmp_path / "run")]) == 0
+    except SystemExit:
+        pytest.fail("\n".join(text[-3000:] for text in capfd.readouterr()))
     metrics = json.loads((tmp_path / "run/report/metrics.json").read_text())
     assert {"0_random", "1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo"} <= set(metrics["stages"])
     assert "reward_accuracy" in metrics["stages"]["3_reward"]
