@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import getpass
+import itertools
 import logging
 import os
 import signal
@@ -54,6 +55,9 @@ def prepare_process() -> None:
     leave_group_of_one()
 
 
+_prepared = itertools.count()
+
+
 @contextmanager
 def once_per_node(args: TrainingArguments) -> Iterator[None]:
     """Let the first process of each node prepare data before the others, which find the result in the cache.
@@ -66,7 +70,8 @@ def once_per_node(args: TrainingArguments) -> Iterator[None]:
     from accelerate import PartialState
 
     state = PartialState()
-    name = f"fourstage-{getpass.getuser()}-{os.environ.get('MASTER_PORT')}.lock"
+    # Two locks take turns: the first process may be here again before the others have seen that it released one.
+    name = f"fourstage-{getpass.getuser()}-{os.environ.get('MASTER_PORT')}-{next(_prepared) % 2}.lock"
     lock = FileLock(Path(tempfile.gettempdir()) / name)
     if state.is_local_main_process:
         lock.acquire()

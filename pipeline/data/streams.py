@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
@@ -128,8 +129,8 @@ class PackedStream(torch.utils.data.IterableDataset):
         rest = np.array(place["rest"], self.encode.dtype)
         reader, rows = self._open(lane, place)
         while True:
-            before, texts, ended = place, [], 0
-            place = dict(place)
+            before, place, ended = place, dict(place), 0
+            texts: list[str] = []
             while len(texts) < DOCUMENTS:
                 read = [row["text"] for row in islice(rows, DOCUMENTS - len(texts))]
                 texts += read
@@ -187,6 +188,10 @@ def pack_splits(
     Raises:
         UserError: If the documents of a split do not fill a block.
     """
+    if args.dataset_num_proc:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread in each process
+    processes = f"{args.dataset_num_proc} processes" if args.dataset_num_proc else "one process, all cores"
+    logger.info("%-11s %s%s", "packing", processes, ", on each node once" if args.world_size > 1 else "")
     packed: list[Dataset | PackedStream | None] = []
     for number, split in enumerate(splits):
         if isinstance(split, IterableDataset) and number == 0:
@@ -197,11 +202,12 @@ def pack_splits(
         elif split is not None:
             rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
             with once_per_node(args):
-                packed.append(pack_documents(rows, tokenizer, args.block_size, "text", args.dataset_num_proc))
-            if not len(packed[-1]):
+                blocks = pack_documents(rows, tokenizer, args.block_size, "text", args.dataset_num_proc)
+            if not len(blocks):
                 which = "evaluation" if number else "training"
                 remedy = f"the {which} data do not fill a block; lower it or give more text"
                 raise UserError(Problem("block_size", args.block_size, remedy))
+            packed.append(blocks)
         else:
             packed.append(None)
     return packed
