@@ -65,6 +65,7 @@ IMPORTS = {
     "trl.chat_template_utils:get_training_chat_template": "answers are found under templates that TRL knows",
     "trl.chat_template_utils:has_generation_markers": "answers are found under templates that mark them",
     "trl.extras.profiling:profiling_context": "sampling is timed as TRL times it",
+    "trl.generation.vllm_generation:VLLMGeneration": "its merging of adapters rounds nothing",
     "trl.generation.vllm_client:VLLMClient": "a server is asked before anything is loaded",
     "trl.import_utils:is_vllm_available": "use_vllm is refused without it",
     "trl.trainer.utils:FusedCausalLMOutput": "SFTTrainer takes its log-probabilities and metrics from one",
@@ -92,6 +93,7 @@ PARAMETERS = {
         "self model input_ids attention_mask logits_to_keep batch_size compute_entropy ...",
         "called by position; on CPUs, cheaper log-probabilities are returned",
     ),
+    "trl.generation.vllm_generation:VLLMGeneration.sync_weights": ("self", "frozen weights are restored after it"),
     "trl.trainer.utils:add_fused_lm_head": (
         "model temperature cast_lm_head_to_fp32 outputs",
         "gives PPO's reference its head",

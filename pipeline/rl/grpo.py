@@ -31,7 +31,7 @@ from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
 from pipeline.rl.log_probs import token_log_probs, with_positions
 from pipeline.rl.reference_model import frozen_copy
-from pipeline.rl.rollouts import EpochSampler, load_rollout, load_rollout_state, save_rollout
+from pipeline.rl.rollouts import EpochSampler, keep_frozen_weights, load_rollout, load_rollout_state, save_rollout
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
 
 logger = get_logger(__name__)
@@ -78,6 +78,8 @@ class GRPOTrainer(TRLGRPOTrainer):
         if self.use_vllm:
             # Inside this process, vLLM draws from the global random numbers, which its start seeds by the rank alone.
             set_seed(self.args.seed + self.accelerator.process_index // self.args.vllm_tensor_parallel_size)
+            if isinstance(self.model, PeftModel) and self._whole_and_bare:
+                keep_frozen_weights(self.vllm_generation)
             logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", self.args.vllm_mode)
         judges = zip(self.reward_funcs, self.reward_weights.tolist(), strict=True)
         self.add_callback(CollapseAlarms(checked=not any(w and isinstance(f, nn.Module) for f, w in judges)))
