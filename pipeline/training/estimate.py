@@ -117,6 +117,7 @@ class Work:
         moments: Bytes of the optimizer's state, for each of them.
         networks: Networks that are trained side by side: 2 with a critic.
         frozen: Parameters that are only used: of a base model under LoRA, a reference, reward models.
+        converted: Whether those are in the 16-bit type of mixed precision.
         head: Share of the positions for which the logits of the vocabulary are computed; 0 for none.
         recompute: Whether activations are computed again in the backward pass.
         saved: Parameters in a checkpoint.
@@ -138,6 +139,7 @@ class Work:
     moments: float = 8.0
     networks: int = 1
     frozen: int = 0
+    converted: bool = False
     head: float = 1.0
     recompute: bool = False
     saved: int = 0
@@ -230,15 +232,16 @@ def memory_by_part(work: Work, device: Device) -> dict[str, float]:
     reduced = FULL if work.processes > 1 and not work.sharded else 0  # DDP sums gradients in buckets of their own
     cast = device.mixed if device.mixed < FULL else 0  # autocast keeps the weights in 16 bits until the end of a pass
     layers = work.model.config.get_text_config().num_hidden_layers
-    whole = work.model.num_parameters() * cast / (layers if work.sharded else 1)  # shards are gathered layer by layer
+    shared = 0 if work.converted else work.model.num_parameters()
+    whole = shared * cast / (layers if work.sharded else 1)  # shards are gathered layer by layer
     return {
         "weights": FULL * own
         + (whole / work.model.config.get_text_config().num_hidden_layers if work.sharded else whole),
         "gradients": (FULL + reduced) * own,
         "optimizer": work.moments * own,
-        "activations": work.networks * _activations(work, device),
+        "activations": _activations(work, device),  # of one network at a time
         "rollouts": _rollout_memory(work, device),
-        "frozen": FULL * work.frozen / (work.processes if work.sharded else 1),
+        "frozen": (device.mixed if work.converted else FULL) * work.frozen / (work.processes if work.sharded else 1),
         "other": device.overhead,
     }
 

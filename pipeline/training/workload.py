@@ -208,8 +208,10 @@ def _rollouts(
     penalty = settings["kl_coef"] if critics else settings["beta"]
     referred = penalty > 0 and not settings["use_peft"]  # with LoRA, the model without its adapter is the reference
     common["frozen"] += sum(judged) + parameters * referred
-    common["trainable"] += parameters * critics  # the critic is trained in full
-    common["saved"] += parameters * critics
+    adapter = critics and settings["use_peft"] and settings["value_use_peft"]
+    common["trainable"] += (critic := common["trainable"] if adapter else parameters * critics)
+    common["saved"] += critic
+    common["converted"] = bool(critics and settings["use_peft"] and settings["frozen_dtype"] != "float32")
     old = 1 if critics or uses > 1 or accumulated % at_once else 0
     return Work(
         tokens=tokens,
