@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset
-from small_model import tokenizer
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset, load_dataset
+from small_model import tokenizer, write_lines
 
 from pipeline.data import streams
 from pipeline.data.arguments import DataArguments
+from pipeline.data.packing import Encoder
 from pipeline.data.splits import load_splits
-from pipeline.data.streams import PackedStream, join_states
+from pipeline.data.streams import PackedStream, join_states, pack_splits
+from pipeline.launch import once_per_node
+from pipeline.training.pretraining import PretrainConfig
 
 BLOCK, ROWS = 32, 40
 EMPTY = 2
@@ -127,3 +134,39 @@ def test_a_stream_is_read_no_further_than_it_is_asked_for() -> None:
 
     assert len(blocks(PackedStream(IterableDataset.from_generator(documents), tokenizer(), BLOCK, 0), 3)) == 3
     assert max(read) <= 3 * streams.DOCUMENTS
+
+
+def prepare(process: int, port: int, folder: Path) -> None:
+    """Pack documents as one of two processes, and write what it tokenized, and the blocks."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {**address, "RANK": str(process), "LOCAL_RANK": str(process)}
+    PartialState._reset_state()
+    encode, tokenized = Encoder._encode, []
+
+    def record(self: Encoder, texts: list[str]) -> Any:
+        tokenized.append(len(texts))
+        return encode(self, texts)
+
+    Encoder._encode = record  # type: ignore[assignment]
+    args = PretrainConfig(str(folder / "out"), block_size=16, use_cpu=True, bf16=False, report_to="none")
+    documents = load_dataset("json", data_files=str(folder / "text.jsonl"), split="train")
+    for _ in range(20):  # as often as a run does, and more: the locks must not wait for each other
+        with once_per_node(args):
+            pass
+    packed = pack_splits([documents, documents.select(range(5))], tokenizer(), args, limited=False)
+    rows = [row["input_ids"].tolist() for split in packed for row in split]
+    (folder / f"{process}.json").write_text(json.dumps([tokenized, rows]))
+
+
+def test_data_are_prepared_once_by_two_processes(tmp_path: Path) -> None:
+    write_lines(tmp_path / "text.jsonl", [{"text": f"{row} is a number"} for row in range(30)])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=prepare, args=(number, port, tmp_path)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    (first, blocks), (second, same) = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
+    assert first == [30, 5] and second == [] and blocks == same
