@@ -291,7 +291,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _load_remaining_weights(self, checkpoint: str) -> None:
         super()._load_remaining_weights(checkpoint)
-        load_value_model(*map(self.accelerator.unwrap_model, (self.value_model, self.model)), checkpoint)
+        load_value_model(self.accelerator.unwrap_model(self.value_model), self.model, checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the critic to the Hub with the policy, also during training."""
