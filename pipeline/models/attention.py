@@ -198,7 +198,7 @@ def choose_attention(model: PreTrainedModel, requested: str | None = None) -> No
         reason = choice.reason if choice.value and fits else "transformers' choice for this model"
     elif requested == "flex_attention" and hardware.accelerator() is None:
         raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
-    else:
+    elif requested != config._attn_implementation:  # most models are loaded with it
         model.set_attn_implementation(requested)
     logger.info("%-11s %s (%s)", "attention", config._attn_implementation, reason)
 

@@ -208,7 +208,7 @@ def _name_base(trainer: Trainer) -> None:
             copy.deepcopy(model).unload().to(model.config.dtype).save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)  # by which TRL loads an adapted reward model
     critic = getattr(trainer, "value_model", None)
-    for adapted in (model, critic and trainer.accelerator.unwrap_model(critic)):
+    for adapted in (model, *([trainer.accelerator.unwrap_model(critic)] if critic is not None else [])):
         for config in getattr(adapted, "peft_config", {}).values():
             if hasattr(adapted.get_base_model(), MERGED):
                 config.base_model_name_or_path = str(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def inputs(case: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
-    """Replace the kernels of GPUs by their definitions, and return the bounds that FlashAttention gets."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[int], int]]]:
+    """Replace the kernels of GPUs by their definitions, and yield the bounds that FlashAttention gets."""
     calls: list[tuple[list[int], int]] = []
 
     def varlen_attn(
@@ -72,9 +73,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
         return torch.cat([scaled_dot_product_attention(*part, **options) for part in parts], 1).transpose(0, 1)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr("torch._dynamo.config.disable", True)  # compiling FlexAttention takes a minute
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    return calls
+    with torch._dynamo.config.patch(disable=True):  # compiling FlexAttention takes a minute
+        yield calls
 
 
 @pytest.mark.parametrize("case", ["packed", "whole", "left", "right"])
