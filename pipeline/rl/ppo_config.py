@@ -16,6 +16,7 @@ from pipeline.errors import Problem, UserError
 logger = logging.getLogger(__name__)
 
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
+"""accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`."""
 
 UNUSED = UNUSED_IN_ROLLOUTS | {
     name: why

@@ -84,3 +84,12 @@ def test_one_completion_per_prompt_is_the_default(tmp_path: Path, batch: dict[st
     config = toy.config(tmp_path, **batch)
     assert isinstance(config, PPOConfig)
     assert (config.num_generations, config.num_generations_eval, config.epsilon) == (1, None, 0.2)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launch_file_that_shards_is_refused_before_anything_loads(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=r"distributed_type: .*: policy and critic cannot be sharded, use DDP"):
+        PPOConfig(str(tmp_path))
