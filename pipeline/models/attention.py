@@ -193,14 +193,48 @@ def choose_attention(model: PreTrainedModel, requested: str | None = None) -> No
         choice = hardware.attention()
         # Models that torch's kernels cannot express have more arguments than a mask, such as sinks or soft caps.
         fits = config._attn_implementation == "sdpa" and (choice.value != VARLEN or _fits_varlen(model))
-        if choice.value and fits:
+        fault = validate_varlen(model, hardware.accelerator()) if fits and choice.value == VARLEN else None
+        if choice.value and fits and not fault:
             model.set_attn_implementation(choice.value)
-        reason = choice.reason if choice.value and fits else "transformers' choice for this model"
+        reason = fault or (choice.reason if choice.value and fits else "transformers' choice for this model")
     elif requested == "flex_attention" and hardware.accelerator() is None:
         raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
     elif requested != config._attn_implementation:  # most models are loaded with it
         model.set_attn_implementation(requested)
     logger.info("%-11s %s (%s)", "attention", config._attn_implementation, reason)
+
+
+def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
+    """Return why FlashAttention must not be used on a device, or None.
+
+    Its kernels are not in every build of torch, and not for every GPU: it is tried on two documents, which have to give
+    what each of them gives alone.
+
+    Args:
+        model: The model to train, which need not be on that device.
+        device: Where it will be.
+    """
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    lengths, random = [5, 7], torch.Generator().manual_seed(0)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
+    try:
+        states = [
+            torch.randn(1, n, 12, size, generator=random).to(device, torch.bfloat16).requires_grad_() for n in heads
+        ]
+        found = varlen_attention(model, *states, Documents(bounds, 7))[0]
+        found.float().sum().backward()
+        alone = [
+            nn.functional.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=heads[0] != heads[1])
+            for document in zip(*(x.detach().split(lengths, 2) for x in states), strict=True)
+        ]
+        close = torch.allclose(found.transpose(1, 2).float(), torch.cat(alone, 2).float(), rtol=0.1, atol=0.1)
+        if close and all(x.grad is not None and x.grad.isfinite().all() for x in states):
+            return None
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"FlashAttention fails here: {str(error).splitlines()[0]}"
+    return "FlashAttention computes something else here"
 
 
 def _fits_varlen(model: PreTrainedModel) -> bool:

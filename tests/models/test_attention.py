@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +181,7 @@ def test_it_is_used_on_a_cpu_unless_another_was_requested(monkeypatch: pytest.Mo
 def test_flash_attention_is_used_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.hardware, "accelerator", lambda: "cuda")
     monkeypatch.setattr(attention.hardware, "precision", lambda: Choice("bf16", ""))
+    monkeypatch.setattr(attention, "validate_varlen", lambda model, device: None)
 
     def chosen(requested: str | None = None, **changes: object) -> str | None:
         trained = model()
@@ -191,8 +193,32 @@ def test_flash_attention_is_used_on_a_gpu_that_has_it(monkeypatch: pytest.Monkey
     assert chosen() == VARLEN
     assert chosen(attention_dropout=0.1) == chosen(head_dim=12) == chosen(sliding_window=64) == "sdpa"
     assert chosen(requested="flex_attention") == "flex_attention"
+    monkeypatch.setattr(attention, "validate_varlen", lambda model, device: "it fails")
+    assert chosen() == "sdpa"
     monkeypatch.setattr(attention, "varlen_attn", None)
     assert chosen() == "sdpa"
     monkeypatch.setattr(attention.hardware, "accelerator", lambda: None)
     with pytest.raises(UserError, match="no gradients on a CPU"):
         chosen(requested="flex_attention")
+
+
+def test_flash_attention_that_fails_or_is_wrong_is_found_before_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, calls: list[tuple[list[int], int]]
+) -> None:
+    assert attention.validate_varlen(model(), "cpu") is None
+    assert calls == [([0, 5, 12], 7)]
+    right = attention.varlen_attn
+
+    def as_one(*states: Any, **options: Any) -> torch.Tensor:
+        query, key, value, bounds, _, *longest = states
+        output: torch.Tensor = right(query, key, value, bounds[[0, -1]], bounds[[0, -1]], *longest, **options)
+        return output
+
+    monkeypatch.setattr(attention, "varlen_attn", as_one)
+    assert "something else" in (attention.validate_varlen(model(), "cpu") or "")
+
+    def fails(*states: torch.Tensor, **options: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(attention, "varlen_attn", fails)
+    assert attention.validate_varlen(model(), "cpu") == "FlashAttention fails here: no kernel image is available"
