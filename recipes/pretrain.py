@@ -12,7 +12,7 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
     --config recipes/gsm8k-shakespeare/1_pretrain.yaml --dataset_name shakespeare.txt
 ```
 
-On a stream from the Hub:
+On a stream from the Hub, of which each process reads its own files, and a resumed run only what comes next:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
@@ -37,7 +37,7 @@ def main(
     from transformers import Trainer
 
     from pipeline.data.packing import PackedBlocks
-    from pipeline.data.streams import PackedStream, pack_splits, use_stream
+    from pipeline.data.streams import pack_splits, use_stream
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
     from pipeline.training.pretraining import adapt_to_machine, add_router_losses, bits_per_byte, sequence_losses
@@ -46,8 +46,7 @@ def main(
     tokenizer, *documents = load_inputs("text", data_args, training_args, model_args)
     model = build_model(model_args, tokenizer, training_args.seed)
     log_model(model)
-    limited = data_args.max_train_samples is not None
-    train_dataset, eval_dataset = pack_splits(documents, tokenizer, training_args, limited)
+    train_dataset, eval_dataset = pack_splits(documents, tokenizer, training_args, data_args)
     adapt_to_machine(training_args, model, train_dataset)
     trainer = Trainer(
         model=model,
@@ -61,8 +60,7 @@ def main(
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
-    if isinstance(train_dataset, PackedStream):
-        use_stream(trainer, train_dataset)
+    use_stream(trainer)
     add_router_losses(trainer, model_args)
     train_and_save(trainer)
 

@@ -36,6 +36,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Split
 from pipeline.data.packing import Encoder, pack_documents
 from pipeline.errors import Problem, UserError
@@ -172,7 +173,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
 
 def pack_splits(
-    splits: Sequence[Split | None], tokenizer: PreTrainedTokenizerBase, args: Any, limited: bool
+    splits: Sequence[Split | None], tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DataArguments
 ) -> list[Dataset | PackedStream | None]:
     """Pack documents for pretraining: once on each node, or while a stream is read.
 
@@ -180,7 +181,7 @@ def pack_splits(
         splits: Documents to train on, and to evaluate on or None.
         tokenizer: A tokenizer with bos and eos tokens.
         args: A `pipeline.training.pretraining.PretrainConfig`.
-        limited: Whether only the first rows of the training split are wanted.
+        data_args: With `max_train_samples`, a stream is read as one file.
 
     Returns:
         Blocks for each split. Those of an evaluation are kept, so that a stream of them is read once.
@@ -196,9 +197,8 @@ def pack_splits(
     for number, split in enumerate(splits):
         if isinstance(split, IterableDataset) and number == 0:
             seed = args.seed if args.data_seed is None else args.data_seed
-            packed.append(
-                PackedStream(split, tokenizer, args.block_size, seed, args.process_index, args.world_size, limited)
-            )
+            limited, place = data_args.max_train_samples is not None, (args.process_index, args.world_size)
+            packed.append(PackedStream(split, tokenizer, args.block_size, seed, *place, limited))
         elif split is not None:
             rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
             with once_per_node(args):
@@ -219,14 +219,16 @@ def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**states[0], "places": dict(places)}  # of a lane that several read, the place of the last of them
 
 
-def use_stream(trainer: Trainer, stream: PackedStream) -> None:
-    """Let each process read `stream` by itself, and keep its state in checkpoints, beside the random states.
+def use_stream(trainer: Trainer) -> None:
+    """Let each process read its stream by itself, and keep its state in checkpoints, beside the random states.
 
     Args:
-        trainer: Changed in place, before `train`. Workers are not used, because the stream has a thread of its own.
-        stream: Its `train_dataset`.
+        trainer: Changed in place, before `train`, if its `train_dataset` is a `PackedStream`. Workers are not used,
+            because the stream has a thread of its own.
     """
-    args, save, load = trainer.args, trainer._save_rng_state, trainer._load_rng_state
+    args, save, load, stream = trainer.args, trainer._save_rng_state, trainer._load_rng_state, trainer.train_dataset
+    if not isinstance(stream, PackedStream):
+        return
     args.ignore_data_skip = True
 
     def save_states(output_dir: str) -> None:

@@ -27,8 +27,8 @@ from pipeline.training.optimizer import OptimizerArguments, build_optimizer, opt
 
 MEASURED = 200
 """Rows of local data whose tokens are counted."""
-BYTES_PER_TOKEN = 20
-"""Bytes of a packed token in the cache of data sets."""
+BYTES_PER_TOKEN = 4
+"""Most bytes of a packed token in the cache of data sets."""
 ANSWER = 1 / 3
 """Length of an answer that is sampled, and of its prompt, as a share of the longest answer, where nothing is known."""
 LABELLED = 0.5

@@ -153,7 +153,7 @@ def prepare(process: int, port: int, folder: Path) -> None:
     for _ in range(20):  # as often as a run does, and more: the locks must not wait for each other
         with once_per_node(args):
             pass
-    packed = pack_splits([documents, documents.select(range(5))], tokenizer(), args, limited=False)
+    packed = pack_splits([documents, documents.select(range(5))], tokenizer(), args, DataArguments())
     rows = [row["input_ids"].tolist() for split in packed for row in split]
     (folder / f"{process}.json").write_text(json.dumps([tokenized, rows]))
 
