@@ -21,7 +21,7 @@ FLOPS = 1e12
 """Operations of such a step above which it would take too long; the speed is then estimated."""
 SHARE_OF_MATMUL = 0.3
 """Share of the speed of large matrix multiplications that training reaches, where it is not measured."""
-OVERHEAD = {"pretrain": 80e6, "sft": 200e6, "reward": 125e6, "ppo": 190e6, "grpo": 105e6, "preferences": 420e6}
+OVERHEAD = {"pretrain": 80e6, "sft": 200e6, "reward": 125e6, "ppo": 190e6, "grpo": 90e6, "preferences": 420e6}
 """Bytes that a stage takes beside its tensors: code that is loaded late, buffers of the data libraries, the kernels of
 many shapes, and freed blocks, which the allocator keeps. Measured on recipes/pocket with `hidden_size` 128, 256 and
 512, in 30 steps, or 8 with rollouts; with 120, PPO takes 100 MB more."""

@@ -112,6 +112,7 @@ class Work:
         length: Tokens in such a sequence, at most.
         mean: Tokens in such a sequence, on average.
         padding: What it costs on a CPU, where batches are padded, as a multiple of that.
+        longest: Tokens that the sequences of some batch are padded to on a CPU, if they are more.
         steps: Optimizer steps.
         trainable: Parameters with gradients, of the model and of a critic.
         moments: Bytes of the optimizer's state, for each of them.
@@ -136,6 +137,7 @@ class Work:
     steps: float
     trainable: int
     padding: float = 1.0
+    longest: float = 0.0
     moments: float = 8.0
     networks: int = 1
     frozen: int = 0
@@ -258,7 +260,7 @@ def _activations(work: Work, device: Device) -> float:
     # Two norms, each with its input in float32, normalised in float32, and scaled; queries, keys and values; the output
     # of attention; gate, its activation, up and their product.
     layer = 2 * (2 * FULL + low) * hidden + low * (2 * heads * head_dim + 2 * keys) + low * 4 * width
-    tokens = work.rows * _computed(work, device)
+    tokens = work.rows * max(_computed(work, device), 0.0 if device.kernels else work.longest)
     if not device.kernels:
         layer += low * heads * work.mean / 2 * 2  # scores and weights of what precedes a token
     kept = layers * FULL * hidden + layer if work.recompute else layers * layer

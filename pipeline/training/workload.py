@@ -156,27 +156,27 @@ def workload(
         return _rollouts(settings, model, made, batch, common)
     length = settings["block_size"] if settings.kind == "pretrain" else settings["max_length"]
     packed = settings.kind == "pretrain" or bool(settings.get("packing"))
-    mean = length if packed else min(length, _mean_tokens(settings, made) or length / 4)
-    padding = 1.0 if packed else PADDING
+    measured, longest = _tokens(settings, made, length / 4)
+    mean = length if packed else min(length, measured)
     per_row = 2 if settings.kind == "reward" else 1
     if settings["max_steps"] > 0:
         steps = settings["max_steps"]
     else:
         units = _rows(settings, made)
         if packed:
-            units = math.ceil(units * (_mean_tokens(settings, made) or length / 4) / length)
+            units = math.ceil(units * measured / length)
         steps = math.ceil(math.ceil(units / batch) * settings["num_train_epochs"])
     tokens = steps * batch * per_row * mean
-    head = {"pretrain": 1.0, "sft": LABELLED, "reward": 0.0}[settings.kind]
     streamed = settings["dataset_streaming"] or settings.kind == "reward"
     return Work(
         tokens=tokens,
         rows=rows * per_row,
         length=length,
         mean=mean,
-        padding=padding,
+        padding=1.0 if packed else PADDING,
+        longest=min(length, longest) if settings.kind == "reward" else 0.0,
         steps=steps,
-        head=head,
+        head={"pretrain": 1.0, "sft": LABELLED, "reward": 0.0}[settings.kind],
         data=0.0 if streamed else BYTES_PER_TOKEN * tokens / max(1.0, settings["num_train_epochs"]),
         **common,
     )
@@ -192,7 +192,7 @@ def _rollouts(
     if settings["generation_batch_size"]:
         at_once = settings["generation_batch_size"] // (rows * processes)
     uses, longest = settings["num_iterations"], settings["max_completion_length"]
-    prompt, completion = _mean_tokens(settings, made) or longest * ANSWER, longest * ANSWER
+    prompt, completion = _tokens(settings, made, longest * ANSWER)[0], longest * ANSWER
     if settings["max_steps"] > 0:
         steps = settings["max_steps"]
     else:
@@ -238,7 +238,7 @@ def _rollouts(
 def _sampling(settings: Settings, model: PreTrainedModel, made: Mapping[str, Any], processes: int) -> Work:
     """Return what the sampling of preferences computes."""
     longest, most = settings["max_new_tokens"], settings["max_prompts"]
-    prompt = _mean_tokens(settings, made) or longest * ANSWER
+    prompt, _ = _tokens(settings, made, longest * ANSWER)
     answers = (most or _rows(settings, made)) * settings["samples_per_prompt"]
     group = settings["samples_per_prompt"]
     rollouts = Rollouts(settings["batch_size"], group, prompt, longest * ANSWER, longest, uses=0, passes=0.0)
@@ -328,12 +328,12 @@ def _rows(settings: Settings, made: Mapping[str, Any]) -> int:
     return count
 
 
-def _mean_tokens(settings: Settings, made: Mapping[str, Any]) -> float | None:
-    """Return the mean tokens of the first rows of a stage, if its data and a tokenizer of the run are on this disk."""
-    names = [settings.get("tokenizer_name_or_path"), settings["model_name_or_path"], *made]
+def _tokens(settings: Settings, made: Mapping[str, Any], mean: float) -> tuple[float, float]:
+    """Return the mean and most tokens of the first rows of a stage; `mean` is assumed where its data are not here."""
+    names = [settings.get("tokenizer_name_or_path"), settings.get("model_name_or_path"), *made]
     name = next((name for name in names if name and (Path(name) / "tokenizer.json").exists()), None)
     if name is None or (rows := _local(settings)) is None:
-        return None
+        return mean, PADDING * mean
     with contextlib.suppress(Exception):  # only an assumption would be better founded
         tokenizer = load_tokenizer(name, "tokenizer_name_or_path")
         first = rows.take(min(MEASURED, len(rows)))
@@ -346,5 +346,5 @@ def _mean_tokens(settings: Settings, made: Mapping[str, Any]) -> float | None:
                     messages, add_generation_prompt=column == "prompt", tokenize=True, return_dict=True
                 )
                 counts.append(len(encoded["input_ids"]))
-        return sum(counts) / len(counts)
-    return None
+        return sum(counts) / len(counts), max(counts)
+    return mean, PADDING * mean
