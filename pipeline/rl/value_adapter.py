@@ -48,7 +48,8 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
         critic.to(source.device)  # the buffers
         adapters = getattr(source, "peft_config", {})
         name, adapter = next(iter(adapters.items()), ("default", peft_config))
-        adapter = _for_tokens(adapter, critic, source)
+        base = adapter.base_model_name_or_path if adapters else source.name_or_path
+        adapter = _for_tokens(adapter, critic, base)
         critic.name_or_path = adapter.base_model_name_or_path  # PEFT takes it from there
         adapted = get_peft_model(critic, adapter, adapter_name=name)
     own = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
@@ -61,15 +62,15 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
     return adapted
 
 
-def _for_tokens(adapter: PeftConfig, critic: nn.Module, source: PreTrainedModel) -> PeftConfig:
-    """Return the configuration of a critic's adapter, which PEFT loads by itself: it names its base model."""
+def _for_tokens(adapter: PeftConfig, critic: nn.Module, base: str) -> PeftConfig:
+    """Return the configuration of a critic's adapter, which PEFT loads by itself: it names its base model, `base`."""
     adapter = copy.deepcopy(adapter)
     adapter.task_type, adapter.inference_mode = TaskType.TOKEN_CLS, False
     if saved := getattr(adapter, "modules_to_save", None):
         modules = [name for name, _ in critic.named_modules()]
         found = [end for end in saved if any(f".{name}".endswith(f".{end}") for name in modules)]
         adapter.modules_to_save = [end for end in found if end not in HEAD_NAMES]  # PEFT adds the head
-    adapter.base_model_name_or_path = adapter.base_model_name_or_path or source.name_or_path
+    adapter.base_model_name_or_path = base
     return adapter
 
 
