@@ -39,7 +39,7 @@ from transformers import (
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Split
 from pipeline.data.packing import Encoder, pack_documents
-from pipeline.errors import Problem, UserError
+from pipeline.errors import LIBRARY_ERRORS, Problem, RunStopped, UserError
 from pipeline.launch import once_per_node
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,9 @@ LANES = 16
 
 DOCUMENTS = 256
 """Documents of a lane that are shuffled and tokenized together."""
+
+CHOOSING = ("max_train_samples", "validation_share", "keep_rows")
+"""Fields of the data arguments by which a stream has other rows."""
 
 STATE = "stream.json"
 """File in a checkpoint."""
@@ -67,7 +70,8 @@ class PackedStream(torch.utils.data.IterableDataset):
         block_size: Tokens per block.
         seed: Seed of the order.
         process, processes: Which of how many processes reads the stream.
-        limited: Whether only the first rows are wanted, which `datasets` would take from each file.
+        chosen: Fields of the data arguments that choose rows. With `max_train_samples`, the stream is read as one file,
+            because `datasets` would take so many from each.
     """
 
     def __init__(
@@ -78,14 +82,15 @@ class PackedStream(torch.utils.data.IterableDataset):
         seed: int,
         process: int = 0,
         processes: int = 1,
-        limited: bool = False,
+        chosen: Mapping[str, Any] | None = None,
     ) -> None:
         self.rows, self.process, self.processes = rows, process, processes
         self.encode = Encoder.of(tokenizer)
-        files = 1 if limited else rows.num_shards
+        files = 1 if (chosen or {}).get("max_train_samples") is not None else rows.num_shards
         self.lanes = min(LANES, 2 ** int(math.log2(files)))
-        self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed}
+        self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed, **(chosen or {})}
         self.begin, self.given = 0, 0
+        self.start: dict[int, Place] = {}
         self.places: dict[int, Place] = {}
         share = math.gcd(processes, self.lanes)
         logger.info(
@@ -95,6 +100,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         lanes: dict[int, Iterator[tuple[int, np.ndarray]]] = {}
+        self.places = dict(self.start)
         numbers = count(self.begin + self.process, self.processes)
         with ThreadPoolExecutor(1) as thread:  # documents are tokenized beside training
             for self.given, number in enumerate(numbers, start=1):
@@ -106,19 +112,24 @@ class PackedStream(torch.utils.data.IterableDataset):
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on after the last block that was given, as JSON."""
         given = self.given * self.processes
-        return {"kind": self.kind, "begin": self.begin + given, "places": {str(k): v for k, v in self.places.items()}}
+        share = math.gcd(self.processes, self.lanes)  # other lanes are at places that this process does not know
+        own = {str(k): v for k, v in self.places.items() if (k - self.begin - self.process) % share == 0}
+        return {"kind": self.kind, "begin": self.begin + given, "places": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where one process, or several whose states are joined, were: see `join_states`."""
         self.begin, self.given = state["begin"], 0
-        self.places = {int(lane): place for lane, place in state["places"].items()}
+        self.start = {int(lane): place for lane, place in state["places"].items()}
 
     def _blocks(self, lane: int, thread: ThreadPoolExecutor) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the blocks of a lane with their numbers, a chunk of documents ahead of those that are asked for."""
         chunks = self._chunks(lane)
         ahead = thread.submit(next, chunks)
         while True:
-            place, blocks = ahead.result()
+            try:
+                place, blocks = ahead.result()
+            except (UserError, *LIBRARY_ERRORS) as error:  # of one process, perhaps, and only the first reports those
+                raise RunStopped(f"The stream cannot be read: {' '.join(str(error).split())}") from error
             self.places[lane] = place
             ahead = thread.submit(next, chunks)
             yield from enumerate(blocks, start=place["block"])
@@ -144,6 +155,7 @@ class PackedStream(torch.utils.data.IterableDataset):
                     if place["whole"]:
                         raise UserError(Problem("dataset_name", "the stream", "has no rows to train on"))
                     place |= {"file": 0, "whole": True}  # the files of the lane are empty: it reads all others
+                    ended = 0
                 reader, rows = self._open(lane, place)
                 if texts and place["file"] % files == 0:
                     break  # so that no document is given again before all others
@@ -197,8 +209,8 @@ def pack_splits(
     for number, split in enumerate(splits):
         if isinstance(split, IterableDataset) and number == 0:
             seed = args.seed if args.data_seed is None else args.data_seed
-            limited, place = data_args.max_train_samples is not None, (args.process_index, args.world_size)
-            packed.append(PackedStream(split, tokenizer, args.block_size, seed, *place, limited))
+            chosen, place = {name: getattr(data_args, name) for name in CHOOSING}, (args.process_index, args.world_size)
+            packed.append(PackedStream(split, tokenizer, args.block_size, seed, *place, chosen))
         elif split is not None:
             rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
             with once_per_node(args):
@@ -270,7 +282,7 @@ def _read_state(checkpoint: Path, kind: Mapping[str, Any]) -> dict[str, Any]:
     except FileNotFoundError:
         remedy = f"does not contain {STATE}, the place in the stream; give another output_dir to start again"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from None
-    if changed := [f"{name} {state['kind'][name]}" for name in kind if state["kind"][name] != kind[name]]:
+    if changed := [f"{name} {state['kind'].get(name)}" for name in kind if state["kind"].get(name) != kind[name]]:
         remedy = f"is of a stream with {', '.join(changed)}; restore that, or give another output_dir to start again"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
     return state

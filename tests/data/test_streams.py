@@ -21,6 +21,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.packing import Encoder
 from pipeline.data.splits import load_splits
 from pipeline.data.streams import PackedStream, join_states, pack_splits
+from pipeline.errors import RunStopped
 from pipeline.launch import once_per_node
 from pipeline.training.pretraining import PretrainConfig
 
@@ -79,6 +80,42 @@ def test_any_number_of_processes_goes_on_where_others_were(tmp_path: Path, kind:
         assert given == expected[: len(given)]
 
 
+def test_each_resumption_begins_where_the_lanes_are(tmp_path: Path) -> None:
+    """Otherwise it would tokenize more and more documents again."""
+    data = rows(write_files(tmp_path / "data", "jsonl", 4))
+    state, places = None, []
+    for _ in range(3):
+        states = []
+        for process in range(2):
+            stream = PackedStream(data, tokenizer(), BLOCK, 0, process, 2)
+            if state is not None:
+                stream.load_state_dict(state)
+            blocks(stream, 60)
+            states.append(stream.state_dict())
+        state = join_states(states)
+        places.append(min(place["block"] for place in state["places"].values()))
+    assert places[0] < places[1] < places[2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_are_found_in_whichever_file_they_are(seed: int) -> None:
+    def documents(files: list[int]) -> Iterator[dict[str, str]]:
+        for file in files:
+            yield from ({"text": f"{row} is a row"} for row in range(50 if file == 3 else 0))
+
+    data = IterableDataset.from_generator(documents, gen_kwargs={"files": list(range(8))})
+    assert len(blocks(PackedStream(data, tokenizer(), BLOCK, seed), 20)) == 20
+
+
+def test_a_stream_that_cannot_be_read_on_ends_the_run_in_one_line() -> None:
+    def documents() -> Iterator[dict[str, str]]:
+        yield from ({"text": f"{row} is a row"} for row in range(100))
+        raise ValueError("line 101 is damaged")
+
+    with pytest.raises(RunStopped, match="cannot be read: .*line 101 is damaged"):
+        blocks(PackedStream(IterableDataset.from_generator(documents), tokenizer(), BLOCK, 0), 1000)
+
+
 def test_every_document_is_given_once_before_any_is_given_again(tmp_path: Path) -> None:
     data = rows(write_files(tmp_path / "data", "jsonl", 2), validation_share=0)
     stream = PackedStream(data, tokenizer(), BLOCK, 0)
@@ -118,7 +155,7 @@ def test_rows_that_are_held_out_of_a_stream_are_of_its_first_file(tmp_path: Path
 
 def test_the_first_rows_of_all_files_are_read_as_one(tmp_path: Path) -> None:
     data = rows(write_files(tmp_path / "data", "jsonl", 2), max_train_samples=5, validation_share=0)
-    stream = PackedStream(data, tokenizer(), BLOCK, 0, limited=True)
+    stream = PackedStream(data, tokenizer(), BLOCK, 0, chosen={"max_train_samples": 9})
     text = "".join(tokenizer().decode(block) for block in blocks(stream, 40))
     assert all(f"file 0 row {row}." in text for row in range(5))
     assert "row 5" not in text and "file 1" not in text
