@@ -187,7 +187,8 @@ def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due:
                     raise
 
             complete_in_background(args.output_dir, complete)
-            if evaluation_due or trainer.control.should_training_stop or _is_read(trainer):
+            best_only = args.save_strategy == SaveStrategy.BEST  # which is loaded at the end, without another save
+            if best_only or evaluation_due or trainer.control.should_training_stop or _is_read(trainer):
                 end_completion(args.output_dir)
         trainer.accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as error:
