@@ -216,7 +216,8 @@ def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
     """
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = (config.num_attention_heads, keys, keys)
     lengths, random = [5, 7], torch.Generator().manual_seed(0)
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
     try:
@@ -245,5 +246,7 @@ def _fits_varlen(model: PreTrainedModel) -> bool:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])}
     whole = not windows or windows == {"full_attention"}
-    drops = getattr(config, "attention_dropout", 0.0)
+    drops = any(
+        getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    )
     return bool(model._supports_flash_attn and whole and not drops and size % 8 == 0 and size <= 256)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_model import tokenizer
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DataCollatorWithFlattening, LlamaForCausalLM
+from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from pipeline.data.packing import PackedBlocks
 from pipeline.errors import UserError
@@ -206,7 +206,8 @@ def test_flash_attention_that_fails_or_is_wrong_is_found_before_it_is_used(
     monkeypatch: pytest.MonkeyPatch, calls: list[tuple[list[int], int]]
 ) -> None:
     assert attention.validate_varlen(model(), "cpu") is None
-    assert calls == [([0, 5, 12], 7)]
+    assert attention.validate_varlen(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2)), "cpu") is None
+    assert calls == [([0, 5, 12], 7)] * 2
     right = attention.varlen_attn
 
     def as_one(*states: Any, **options: Any) -> torch.Tensor:
