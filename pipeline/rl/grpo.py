@@ -122,7 +122,8 @@ class GRPOTrainer(TRLGRPOTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         config = self._sampling_config(model)
         if config is None:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            with self.accelerator.autocast():  # trained modules are in float32, and frozen ones maybe in bf16
+                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         training = model.training
         model.eval()
         try:

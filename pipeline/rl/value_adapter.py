@@ -82,7 +82,7 @@ def _renamed(name: str, head: str) -> str:
 
 def _plain(name: str) -> str:
     """Return the name that a weight had before adapters were added to its model."""
-    return name.replace(".base_layer", "").replace(".original_module", "")
+    return name.replace(".base_layer", "").replace(".original_module", "").replace(".token_adapter", "")
 
 
 def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:

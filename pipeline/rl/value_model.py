@@ -29,6 +29,7 @@ from transformers import (
 )
 from trl.trainer.utils import disable_dropout_in_model
 
+from pipeline.errors import Problem, UserError
 from pipeline.models.adapters import without_adapters
 from pipeline.models.classifiers import classifier
 from pipeline.models.loading import load_config, local_copy
@@ -137,6 +138,8 @@ def build_value_model(
             if isinstance(model, nn.Module) and own is not None and own.get_vocab() == vocabulary
         ]
         source = models[0] if models else policy
+    if type(source.config) is not type(policy.config) and not hasattr(source, "peft_config"):
+        adapter = None  # it has no modules of the names that the policy's adapter is put on: it is trained in full
     is_reward_model = type(source).__name__.endswith("ForSequenceClassification")
     is_critic = not is_reward_model and source.get_output_embeddings() is None
     if (is_reward_model or is_critic) and source.config.num_labels != 1:
@@ -222,10 +225,15 @@ def load_value_model(critic: PreTrainedModel | PeftModel, policy: nn.Module, che
 
     Raises:
         ValueError: If it does not contain a critic.
+        UserError: If it contains an adapter and the critic is trained in full, or the other way round.
     """
     folder = os.path.join(checkpoint, VALUE_MODEL_FOLDER)
     if not os.path.isdir(folder):
         raise ValueError(f"{checkpoint} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")
+    saved_adapter = os.path.isfile(os.path.join(folder, "adapter_config.json"))
+    if saved_adapter != isinstance(critic, PeftModel):
+        was = str(saved_adapter).lower()
+        raise UserError(Problem("value_use_peft", not saved_adapter, f"{checkpoint} was trained with {was}; set it so"))
     if isinstance(critic, PeftModel):
         if isinstance(policy, PeftModel) and VALUE_MODEL_FOLDER in policy.peft_config:
             policy.delete_adapter(VALUE_MODEL_FOLDER)

@@ -11,9 +11,11 @@ from peft import AutoPeftModelForTokenClassification, LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+from pipeline.errors import UserError
 from pipeline.models.loading import load_config
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.reward_checks import check_value_model
+from pipeline.rl.value_model import load_value_model
 from tests import ppo_toy as toy
 from tests.rl.test_value_model import IDS, estimate_at_the_end, reward_of, save_adapter, trainer
 
@@ -103,6 +105,15 @@ def test_what_is_saved_loads_with_transformers_and_peft_and_starts_another_run(
     whole = trainer(tmp_path / "whole", [toy.share_of_red], value_model=folder).value_model
     assert not isinstance(whole, PeftModel) and all(weight.requires_grad for weight in whole.parameters())
     assert estimate_at_the_end(whole) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_checkpoint_with_the_other_kind_of_critic_is_refused(models: Path, tmp_path: Path, adapter: bool) -> None:
+    ppo = adapted(models, tmp_path / "run", [toy.share_of_red], value_use_peft=adapter)
+    ppo.save_model(str(tmp_path / "checkpoint"))
+    other = adapted(models, tmp_path / "other", [toy.share_of_red], value_use_peft=not adapter)
+    with pytest.raises(UserError, match=f"value_use_peft.*was trained with {str(adapter).lower()}"):
+        load_value_model(other.value_model, other.model, str(tmp_path / "checkpoint"))
 
 
 @pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
