@@ -112,7 +112,7 @@ def test_a_stream_that_cannot_be_read_on_ends_the_run_in_one_line() -> None:
         yield from ({"text": f"{row} is a row"} for row in range(100))
         raise ValueError("line 101 is damaged")
 
-    with pytest.raises(RunStopped, match="cannot be read: .*line 101 is damaged"):
+    with pytest.raises(RunStopped, match=r"cannot be read: .*line 101"):
         blocks(PackedStream(IterableDataset.from_generator(documents), tokenizer(), BLOCK, 0), 1000)
 
 
