@@ -73,8 +73,9 @@ def once_per_node(args: TrainingArguments) -> Iterator[None]:
     state = PartialState()
     # Two locks take turns: the first process may be here again before the others have seen that it released one.
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # in a container, a user may have no name
-    # Nodes may share the folder.
-    name = f"fourstage-{user}-{socket.gethostname()}-{os.environ.get('MASTER_PORT')}-{next(_prepared) % 2}.lock"
+    # Nodes may share the folder, and launchers that form one group may share a node.
+    node = f"{socket.gethostname()}-{os.environ.get('GROUP_RANK')}"
+    name = f"fourstage-{user}-{node}-{os.environ.get('MASTER_PORT')}-{next(_prepared) % 2}.lock"
     lock = FileLock(Path(tempfile.gettempdir()) / name)
     if state.is_local_main_process:
         lock.acquire()
