@@ -237,8 +237,7 @@ def memory_by_part(work: Work, device: Device) -> dict[str, float]:
     shared = 0 if work.converted else work.model.num_parameters()
     whole = shared * cast / (layers if work.sharded else 1)  # shards are gathered layer by layer
     return {
-        "weights": FULL * own
-        + (whole / work.model.config.get_text_config().num_hidden_layers if work.sharded else whole),
+        "weights": FULL * own + whole,
         "gradients": (FULL + reduced) * own,
         "optimizer": work.moments * own,
         "activations": _activations(work, device),  # of one network at a time
