@@ -12,7 +12,8 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
     --config recipes/gsm8k-shakespeare/1_pretrain.yaml --dataset_name shakespeare.txt
 ```
 
-On a stream from the Hub, of which each process reads its own files, and a resumed run only what comes next:
+On a stream from the Hub, of which each process reads its own files, and a resumed run only what comes next (or on the
+shards that `recipes.shards` makes of it, `--dataset_name shards/tinystories`):
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \

@@ -25,7 +25,10 @@ from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["text", "conversation", "preference", "prompt"]
+TOKENS = "input_ids"
+"""Column of blocks, and of documents that are tokens already: `bos + text + eos`."""
+
+Kind = Literal["text", "tokens", "conversation", "preference", "prompt"]
 Split: TypeAlias = Dataset | IterableDataset
 Row = Mapping[str, Any]
 
@@ -76,6 +79,11 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         UserError: If a column does not exist, or a row does not have the expected shape.
     """
     columns = column_names(split)
+    if kind == "tokens":
+        if columns != [TOKENS]:
+            remedy = "has text, and others of dataset_name have tokens; give data sets of one kind"
+            raise UserError(Problem("dataset_name", place_of(split, args), remedy))
+        return split
     convert, kept = converter(split, columns, args, kind)
     if kind == "text" and isinstance(split, Dataset) and _is_text(split, args.text_column):
         only = split.select_columns(args.text_column)  # without a copy
@@ -108,6 +116,9 @@ def converter(
     split: Split, columns: list[str], args: DataArguments, kind: Kind
 ) -> tuple[Callable[[Row], dict[str, Any]], list[str]]:
     """Return the function that converts a row, and the columns that it makes."""
+    if columns == [TOKENS]:
+        remedy = "has tokens, which only recipes.pretrain reads; give the documents that they were made from"
+        raise UserError(Problem("dataset_name", place_of(split, args), remedy))
     if kind == "text":
         _require(columns, text_column=args.text_column)
         return lambda row: {"text": _text(row[args.text_column])}, ["text"]

@@ -19,7 +19,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.data.columns import Split
+from pipeline.data.columns import TOKENS, Split
+from pipeline.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ IGNORED = -100
 
 
 def pack_documents(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str, num_proc: int | None = None
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str, num_proc: int | None = None
 ) -> Dataset:
     """Pack documents into blocks of `block_size` tokens, in the order of the data set.
 
@@ -49,7 +50,7 @@ def pack_documents(
         dataset: Documents.
         tokenizer: A tokenizer with bos and eos tokens.
         block_size: Tokens per block.
-        text_column: Column of the text. All columns are replaced.
+        column: Column of the texts, or of their tokens. All columns are replaced.
         num_proc: Processes, each for a part of the documents. Default: one, whose tokenizer uses all cores.
 
     Returns:
@@ -58,9 +59,9 @@ def pack_documents(
     encode = Encoder.of(tokenizer)
 
     def pack(batch: pa.Table) -> pa.Table:
-        ids = encode(batch[text_column].to_pylist())
+        ids = encode(batch[column].to_pylist())
         ids = ids[: len(ids) // block_size * block_size]
-        return pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids), block_size)})
+        return pa.table({TOKENS: pa.FixedSizeListArray.from_arrays(pa.array(ids), block_size)})
 
     return (
         dataset.with_format("arrow")
@@ -82,13 +83,18 @@ class Encoder:
     Attributes:
         backend: Tokenizer of the library `tokenizers`; for a tokenizer without one, the tokenizer itself.
         bos, eos: Tokens before and after a text.
-        dtype: Unsigned integers that hold all tokens, in 16 bits if possible.
+        largest: The last token.
     """
 
     backend: Any
     bos: int
     eos: int
-    dtype: str
+    largest: int
+
+    @property
+    def dtype(self) -> str:
+        """Unsigned integers that hold all tokens, in 16 bits if possible."""
+        return "uint16" if self.largest < 2**16 else "uint32"
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -99,13 +105,28 @@ class Encoder:
             backend = Tokenizer.from_str(backend.to_str())
             backend.no_truncation()
             backend.no_padding()
-        dtype = "uint16" if largest < 2**16 else "uint32"
-        return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
+        return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest)
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the tokens of documents, of shape (tokens,)."""
-        pieces = range(0, len(texts), DOCUMENTS_AT_ONCE)
-        return np.concatenate([self._encode(texts[i : i + DOCUMENTS_AT_ONCE]) for i in pieces])
+    def __call__(self, documents: Sequence[Any]) -> np.ndarray:
+        """Return the tokens of documents, which are texts, or tokens already, of shape (tokens,).
+
+        Raises:
+            UserError: If tokens are not those of this tokenizer.
+        """
+        if not isinstance(documents[0], str):
+            return self._join(documents)
+        pieces = range(0, len(documents), DOCUMENTS_AT_ONCE)
+        return np.concatenate([self._encode(documents[i : i + DOCUMENTS_AT_ONCE]) for i in pieces])
+
+    def _join(self, documents: Sequence[Any]) -> np.ndarray:
+        if not all(len(ids) and ids[0] == self.bos and ids[-1] == self.eos for ids in documents):
+            remedy = f"do not all have documents from bos ({self.bos}) to eos ({self.eos}), as the tokenizer's"
+            raise UserError(Problem("dataset_name", "the shards", f"{remedy}; use recipes.shards"))
+        ids = np.concatenate(documents)
+        if (largest := ids.max()) > self.largest:
+            remedy = f"contain the token {largest}, and the tokenizer's last is {self.largest}; give the one that fits"
+            raise UserError(Problem("dataset_name", "the shards", remedy))
+        return ids.astype(self.dtype)
 
     def _encode(self, texts: Sequence[str]) -> np.ndarray:
         if isinstance(self.backend, Tokenizer):

@@ -23,6 +23,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.data import votes
 from pipeline.data.arguments import VOTES_FILE
+from pipeline.data.shards import is_shards, open_shards
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError
 from pipeline.files import check_directory, is_missing_path, split_revision
 
@@ -71,6 +72,11 @@ def open_source(
             "does not contain a vote that prefers one of two answers yet; collect some with `python -m pipeline app`"
         )
         raise UserError(Problem("dataset_name", name, remedy))
+    if is_shards(path):
+        if not streaming:
+            remedy = f"must be true for the shards of {name}, which are read during training"
+            raise UserError(Problem("dataset_streaming", streaming, remedy))
+        return open_shards(path)
     builder, options = _choose_builder(name, path, config)
     if streaming and "revision" in options and constants.HF_HUB_OFFLINE:
         place = {"repo_type": "dataset", "revision": options["revision"], "local_files_only": True}

@@ -34,6 +34,7 @@ def load_splits(
             the finished model is measured on these rows as well.
         kind: Content of the rows, and the columns that are returned:
             `"text"`: `text`, a document.
+            `"tokens"`: `input_ids`, the tokens of a document, from `pipeline.data.shards`.
             `"conversation"`: `messages`, which end with the assistant's; also made of a question and an answer column.
             `"preference"`: `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the data have it.
             `"prompt"`: `prompt`, a list of messages, `answer` if the data have it, and all other columns, for rewards.
@@ -51,7 +52,7 @@ def load_splits(
     parts = [_load_one(replace(args, dataset_name=name), kind, evaluation, tokens) for name in args.dataset_names]
     train = _join([train for train, _ in parts], args.max_train_samples)
     test = _join([test for _, test in parts if test is not None], args.max_eval_samples) if evaluation else None
-    if isinstance(train, IterableDataset) and kind != "text":
+    if isinstance(train, IterableDataset) and kind not in ("text", "tokens"):
         # Trainers shuffle only what has a length. The order depends on the seed and the epoch.
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return train, test

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import Split
+from pipeline.data.columns import TOKENS, Split, column_names
 from pipeline.data.packing import Encoder, pack_documents
 from pipeline.errors import LIBRARY_ERRORS, Problem, RunStopped, UserError
 from pipeline.launch import once_per_node
@@ -65,7 +65,7 @@ class PackedStream(torch.utils.data.IterableDataset):
     """Endless blocks of packed documents, which a trainer of one process or of several reads.
 
     Args:
-        rows: Documents, with the column `text`.
+        rows: Documents, with the column `text`, or `input_ids` of a tokenizer that is the same.
         tokenizer: A tokenizer with bos and eos tokens.
         block_size: Tokens per block.
         seed: Seed of the order.
@@ -89,6 +89,9 @@ class PackedStream(torch.utils.data.IterableDataset):
         files = 1 if (chosen or {}).get("max_train_samples") is not None else rows.num_shards
         self.lanes = min(LANES, 2 ** int(math.log2(files)))
         self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed, **(chosen or {})}
+        self.column = _column(rows)
+        if self.column == TOKENS:
+            self.kind["column"] = TOKENS
         self.begin, self.given = 0, 0
         self.start: dict[int, Place] = {}
         self.places: dict[int, Place] = {}
@@ -142,12 +145,12 @@ class PackedStream(torch.utils.data.IterableDataset):
         reader, rows = self._open(lane, place)
         while True:
             before, place, ended = place, dict(place), 0
-            texts: list[str] = []
-            while len(texts) < DOCUMENTS:
-                read = [row["text"] for row in islice(rows, DOCUMENTS - len(texts))]
-                texts += read
+            documents: list[Any] = []
+            while len(documents) < DOCUMENTS:
+                read = [row[self.column] for row in islice(rows, DOCUMENTS - len(documents))]
+                documents += read
                 place["rows"] = reader.state_dict()
-                if len(texts) == DOCUMENTS:
+                if len(documents) == DOCUMENTS:
                     break
                 place |= {"file": place["file"] + 1, "rows": None}
                 ended, files = 0 if read else ended + 1, len(self._files(lane, place))
@@ -157,10 +160,10 @@ class PackedStream(torch.utils.data.IterableDataset):
                     place |= {"file": 0, "whole": True}  # the files of the lane are empty: it reads all others
                     ended = 0
                 reader, rows = self._open(lane, place)
-                if texts and place["file"] % files == 0:
+                if documents and place["file"] % files == 0:
                     break  # so that no document is given again before all others
-            order = np.random.default_rng([seed, lane, place["chunk"]]).permutation(len(texts))
-            ids = np.concatenate([rest, self.encode([texts[i] for i in order])])
+            order = np.random.default_rng([seed, lane, place["chunk"]]).permutation(len(documents))
+            ids = np.concatenate([rest, self.encode([documents[i] for i in order])])
             blocks, rest = np.split(ids, [len(ids) // size * size])
             blocks = blocks.reshape(-1, size)
             place |= {"chunk": place["chunk"] + 1, "block": place["block"] + len(blocks), "rest": rest.tolist()}
@@ -214,7 +217,7 @@ def pack_splits(
         elif split is not None:
             rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
             with once_per_node(args):
-                blocks = pack_documents(rows, tokenizer, args.block_size, "text", args.dataset_num_proc)
+                blocks = pack_documents(rows, tokenizer, args.block_size, _column(rows), args.dataset_num_proc)
             if not len(blocks):
                 which = "evaluation" if number else "training"
                 remedy = f"the {which} data do not fill a block; lower it or give more text"
@@ -223,6 +226,10 @@ def pack_splits(
         else:
             packed.append(None)
     return packed
+
+
+def _column(rows: Split) -> str:
+    return TOKENS if TOKENS in column_names(rows) else "text"
 
 
 def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -282,7 +289,8 @@ def _read_state(checkpoint: Path, kind: Mapping[str, Any]) -> dict[str, Any]:
     except FileNotFoundError:
         remedy = f"does not contain {STATE}, the place in the stream; give another output_dir to start again"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from None
-    if changed := [f"{name} {state['kind'].get(name)}" for name in kind if state["kind"].get(name) != kind[name]]:
+    other = state["kind"]
+    if changed := [f"{name} {other.get(name)}" for name in {**kind, **other} if other.get(name) != kind.get(name)]:
         remedy = f"is of a stream with {', '.join(changed)}; restore that, or give another output_dir to start again"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
     return state

@@ -21,7 +21,9 @@ from transformers import (
 from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import Kind, Split
+from pipeline.data.columns import TOKENS, Kind, Split
+from pipeline.data.packing import Encoder
+from pipeline.data.shards import check_tokenizers, is_shards
 from pipeline.data.splits import load_splits
 from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_labels
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
@@ -123,12 +125,15 @@ def load_inputs(
         problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
         tokens = None  # every row would be refused because of it
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    shards = _shards(kind, data_args)
+    content: Kind = "tokens" if shards else kind
     with once_per_node(training_args):
-        splits = attempt(lambda: load_splits(data_args, kind, training_args.eval_strategy != "no", tokens, seed))
+        splits = attempt(lambda: load_splits(data_args, content, training_args.eval_strategy != "no", tokens, seed))
     answers_only = bool(getattr(training_args, "assistant_only_loss", False))
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
-        problems += check_tokenizer(tokenizer, named_by, own or str(name), kind != "text")
+        faults = check_tokenizer(tokenizer, named_by, own or str(name), kind != "text")
+        problems += faults or [problem for folder in shards for problem in check_tokenizers(folder, tokenizer)]
     if pretrained is None:
         problems += check_lengths(model_args.max_position_embeddings, **length)
         with torch.device("meta"):
@@ -199,12 +204,17 @@ def preflight_inputs(arguments: Sequence[Any], types: Sequence[type]) -> list[Pr
             problems = reward_args.preflight(training_args, None, None) if reward_args else []
             if training_args is None:  # without them, the weights are unknown
                 problems = [problem for problem in problems if problem.field != "reward_weights"]
-            load_splits(data_args, kind, evaluation=False)
+            load_splits(data_args, "tokens" if _shards(kind, data_args) else kind, evaluation=False)
     except UserError as error:
         problems += error.problems
     except LIBRARY_ERRORS:
         pass  # a consequence of a known problem
     return problems
+
+
+def _shards(kind: Kind, data_args: DataArguments) -> list[Path]:
+    """Return the data sets of documents that are tokens already."""
+    return [path for path in map(Path, data_args.dataset_names) if kind == "text" and is_shards(path)]
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> list[Problem]:
@@ -279,6 +289,8 @@ def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, 
         return len(encoded["input_ids"])
 
     if kind == "text":
+        if TOKENS in rows[0]:
+            Encoder.of(tokenizer)([row[TOKENS] for row in rows])
         if not isinstance(split, Dataset) or len(rows) < len(split):
             return []  # a thousand documents fill enough blocks
         options = {"add_special_tokens": False, "split_special_tokens": True}

@@ -1,4 +1,7 @@
-"""Pretraining on a stream: two processes train as one does, and a run that is resumed, twice, is an undisturbed one."""
+"""Pretraining on a stream: two processes train as one does, and a run that is resumed, twice, is an undisturbed one.
+
+So is one on the tokens of the documents, made beforehand.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from small_model import TEXT, equal, recipe_command, weights, write_lines
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "--num_processes", "2"]
 
 
-def train(inputs: Path, output: Path, processes: int) -> str:
+def train(inputs: Path, output: Path, processes: int, *more: str) -> str:
     data = inputs / "files"
     if not data.exists():
         data.mkdir(parents=True)
@@ -24,8 +27,8 @@ def train(inputs: Path, output: Path, processes: int) -> str:
     batch = ["--per_device_train_batch_size", str(64 // processes), "--max_steps", "6"]
     saves = ["--eval_steps", "6", "--save_total_limit", "3"]
     launch = LAUNCH if processes == 2 else []
-    command = [sys.executable, *launch, *recipe_command("pretrain", inputs, *options, str(output), *batch, *saves)]
-    result = run_forked(command)
+    arguments = recipe_command("pretrain", inputs, *options, str(output), *batch, *saves, *more)
+    result = run_forked([sys.executable, *launch, *arguments])
     assert result.returncode == 0, result.stderr
     return result.stderr
 
@@ -55,3 +58,10 @@ def test_two_processes_train_as_one_and_resumed_runs_are_undisturbed(tmp_path: P
         stop_after(one, step)
         assert f"checkpoint-{step}" in train(inputs, one, 1)
         assert equal(weights(one), undisturbed) and history(one) == logged
+    pytest.importorskip("datatrove")
+    documents, words, shards = str(inputs / "files"), str(inputs / "tokenizer"), str(tmp_path / "shards")
+    names = ["--dataset_name", documents, "--tokenizer_name_or_path", words, "--output_dir", shards, "--workers", "1"]
+    result = run_forked([sys.executable, "-m", "recipes.shards", *names])
+    assert result.returncode == 0, result.stderr
+    train(inputs, tmp_path / "three", 1, "--dataset_name", shards)
+    assert equal(weights(tmp_path / "three"), undisturbed) and history(tmp_path / "three") == logged

@@ -1,0 +1,127 @@
+"""Tokenize documents into shards with `datatrove`, on the processes of this machine or of a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.arguments import DataArguments
+from pipeline.data.packing import DOCUMENTS_AT_ONCE, Encoder
+from pipeline.data.shards import RECORD, TOKENIZER, document_tokenizer
+from pipeline.data.splits import load_splits
+from pipeline.errors import Problem, UserError
+from pipeline.files import check_directory, write_text
+
+CHOOSING = ("dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column")
+"""Fields of the data arguments by which shards are of other documents."""
+
+
+@dataclass
+class ShardArguments:
+    """Where shards are written, and by which processes."""
+
+    output_dir: str = field(
+        metadata={"help": "Folder of the shards: a data set of which each split is a folder, written one by one."}
+    )
+    executor: Literal["local", "slurm", "ray"] = field(
+        default="local",
+        metadata={"help": "Executor of datatrove: processes of this machine, an array of jobs of Slurm, or Ray."},
+    )
+    workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Files that are tokenized at the same time (default: on this machine one for each core, elsewhere "
+            "all)."
+        },
+    )
+    partition: str | None = field(default=None, metadata={"help": "Partition of Slurm."})
+    time: str = field(default="24:00:00", metadata={"help": "Longest time of a job of Slurm, in which a file is done."})
+
+
+@dataclass
+class Documents:
+    """The first step of a pipeline of datatrove: the documents of one file.
+
+    Attributes:
+        data_args: The data set.
+    """
+
+    data_args: DataArguments
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> Iterator[Any]:
+        """Yield the documents of the file number `rank` of `world_size`."""
+        from datatrove.data import Document
+
+        rows, _ = load_splits(self.data_args, "text", evaluation=False)
+        for number, row in enumerate(rows.shard(world_size, rank) if world_size > 1 else rows):
+            yield Document(row["text"], f"{rank}/{number}")
+
+    def __repr__(self) -> str:
+        return f"Documents of {self.data_args.dataset_name}"
+
+
+def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: ShardArguments) -> None:
+    """Tokenize the rows of `dataset_train_split`, each file into a shard, or go on where this was stopped.
+
+    Args:
+        tokenizer: A tokenizer with bos and eos tokens.
+        data_args: The documents; `validation_share` is for those who read the shards.
+        args: Where and how.
+
+    Raises:
+        UserError: If an argument is wrong, or if the folder has shards of other documents or of another tokenizer.
+    """
+    try:
+        from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+        from datatrove.pipeline.tokens import DocumentTokenizer
+    except ImportError:
+        remedy = "needs datatrove, which is not installed; pip install 'fourstage[datatrove]'"
+        raise UserError(Problem("executor", args.executor, remedy)) from None
+    data_args = replace(data_args, dataset_streaming=True, validation_share=0.0)
+    folder = Path(args.output_dir, data_args.dataset_train_split).absolute()
+    made = document_tokenizer(tokenizer)
+    rows, _ = load_splits(data_args, "text", evaluation=False)
+    tasks = rows.num_shards if data_args.max_train_samples is None else 1
+    record = json.dumps({"tasks": tasks, **{name: getattr(data_args, name) for name in CHOOSING}}, indent=2)
+    problems = [problem] if (problem := check_directory(args.output_dir)) else []
+    if made is None:
+        remedy = "is not of the library tokenizers, with which datatrove tokenizes; choose another one"
+        problems.append(Problem("tokenizer_name_or_path", data_args.tokenizer_name_or_path, remedy))
+    if args.executor == "slurm" and not args.partition:
+        problems.append(Problem("partition", "nothing", "give the partition of Slurm"))
+    if args.executor == "ray" and find_spec("ray") is None:
+        problems.append(Problem("executor", args.executor, "needs Ray, which is not installed; pip install ray"))
+    files = {TOKENIZER: made or "", RECORD: record}
+    for name, content in files.items():
+        if (folder / name).exists() and (folder / name).read_text() != content:
+            what = "another tokenizer" if name == TOKENIZER else "other documents"
+            remedy = f"has shards of {what}, as {name} says; give another folder, or delete {folder}"
+            problems.append(Problem("output_dir", args.output_dir, remedy))
+    if problems:
+        raise UserError(*problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_text(folder / name, content)
+    write = DocumentTokenizer(
+        str(folder), str(folder / TOKENIZER), batch_size=DOCUMENTS_AT_ONCE, shuffle_documents=False
+    )  # streams are shuffled when they are read
+    write.token_size = np.dtype(Encoder.of(tokenizer).dtype).itemsize  # which special tokens may need
+    pipeline = [Documents(data_args), write]
+    options: dict[str, Any] = {"tasks": tasks, "logging_dir": str(folder / "logs"), "workers": args.workers or -1}
+    if args.executor == "slurm":
+        SlurmPipelineExecutor(pipeline, time=args.time, partition=args.partition, mem_per_cpu_gb=4, **options).run()
+    elif args.executor == "ray":
+        RayPipelineExecutor(pipeline, **options).run()
+    else:
+        options["workers"] = min(tasks, args.workers or os.cpu_count() or 1)
+        if options["workers"] > 1:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread in each process
+        LocalPipelineExecutor(pipeline, **options).run()

@@ -1,0 +1,123 @@
+"""Shards of tokens: documents that `datatrove` has tokenized, on any number of nodes, read as a stream.
+
+A shard is three files. `NAME.ds` has the tokens of its documents, one after the other, in 2 or 4 bytes each;
+`NAME.ds.index` has the end of each document, and `NAME.ds.metadata` the tokenizer's name and the number of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import Features, IterableDataset, IterableDatasetDict, List, NamedSplit, Value
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.columns import TOKENS
+from pipeline.data.packing import Encoder
+from pipeline.errors import Problem, UserError
+
+TOKENIZER, RECORD = "tokenizer.json", "documents.json"
+"""Files beside shards of `pipeline.data.shard_writer`: what `document_tokenizer` returns, and what was tokenized."""
+
+
+def is_shards(path: Path) -> bool:
+    """Return whether a path is a folder of shards."""
+    return path.is_dir() and any(path.rglob("*.ds"))
+
+
+def open_shards(folder: Path) -> IterableDatasetDict:
+    """Open the shards in a folder as the split `train`, and those in folders inside it as splits of these names.
+
+    Returns:
+        Streams of documents with the column `input_ids`; each shard is a file of its stream.
+
+    Raises:
+        UserError: If a shard is incomplete or damaged, if shards are missing, or if a split has no documents.
+    """
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*.ds")):
+        parts = file.relative_to(folder).parts
+        splits.setdefault(parts[0] if len(parts) > 1 else "train", []).append(file)
+    problems = [problem for files in splits.values() for problem in _validate(files)]
+    if problems:
+        raise UserError(*problems)
+    features = Features({TOKENS: List(Value("uint32"))})
+    return IterableDatasetDict(
+        {
+            name: IterableDataset.from_generator(_documents, features, {"files": files}, NamedSplit(name))
+            for name, files in splits.items()
+        }
+    )
+
+
+def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the JSON of a tokenizer that makes `bos + text + eos` of a text, as `Encoder` does.
+
+    It does not look for special tokens, because `datatrove` cannot be asked to encode a text that spells them as text.
+
+    Args:
+        tokenizer: A tokenizer with bos and eos tokens.
+
+    Returns:
+        The JSON of the library `tokenizers`; None for a tokenizer that is not of this library.
+    """
+    backend = Encoder.of(tokenizer).backend
+    if not isinstance(backend, Tokenizer):
+        return None
+    around = [("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)]
+    backend.post_processor = TemplateProcessing(single=["bos", "$A", "eos"], special_tokens=around)
+    settings = json.loads(backend.to_str())
+    settings["added_tokens"] = [token for token in settings["added_tokens"] if not token["special"]]
+    return json.dumps(settings)
+
+
+def check_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    """Compare the tokenizers that shards were made with, where they are known, with that of the model."""
+    expected = document_tokenizer(tokenizer)
+    own = Tokenizer.from_str(expected).to_str() if expected else None
+    files = (file for file in folder.rglob(TOKENIZER) if Tokenizer.from_file(str(file)).to_str() != own)
+    remedy = "is not the tokenizer of the model, whose tokens mean other texts; give that one, or make the shards again"
+    return [Problem("tokenizer_name_or_path", file, remedy) for file in files]
+
+
+def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the documents of shards. Those that a resumed run skips are not read."""
+    for file in files:
+        ends = np.fromfile(f"{file}.index", "<u8")
+        size = file.stat().st_size // int(ends[-1]) if len(ends) else 2
+        tokens: np.ndarray = np.memmap(file, f"<u{size}", "r") if len(ends) else np.empty(0, "<u2")
+        begin = 0
+        for end in ends:
+            yield {TOKENS: tokens[begin:end]}
+            begin = end
+
+
+def _validate(files: Sequence[Path]) -> list[Problem]:
+    """Check the shards of a split."""
+    problems, total = [], 0
+    for file in files:
+        try:
+            name, number, *_ = Path(f"{file}.metadata").read_text(encoding="utf-8").split("\n")
+            size, tokens = int(name.rpartition("|")[2]), int(number)
+            end = int(np.memmap(f"{file}.index", "<u8", "r")[-1]) if tokens else 0
+        except (OSError, ValueError):
+            remedy = "has no .index or .metadata that can be read, as if it were still being written; make it again"
+            problems.append(Problem("dataset_name", file, remedy))
+            continue
+        if size not in (2, 4) or file.stat().st_size != size * tokens or end != tokens:
+            remedy = "does not have the tokens that its .index and .metadata say; make it again"
+            problems.append(Problem("dataset_name", file, remedy))
+        if Path(f"{file}.loss").exists():
+            problems.append(Problem("dataset_name", file, "has a mask of losses (.ds.loss), which is not supported"))
+        total += tokens
+    record = files[0].parent / RECORD
+    if record.exists() and (tasks := json.loads(record.read_text())["tasks"]) != len(files):
+        remedy = f"has {len(files)} of {tasks} shards; give the command that makes them once more, which makes the rest"
+        problems.append(Problem("dataset_name", files[0].parent, remedy))
+    if not problems and not total:
+        problems.append(Problem("dataset_name", files[0].parent, "is empty; choose one that has rows"))
+    return problems

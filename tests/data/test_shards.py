@@ -1,0 +1,189 @@
+"""Shards of tokens: datatrove makes them, and training on them is training on the documents themselves."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import IterableDataset
+from small_model import save_tokenizer, tokenizer, write_lines
+
+from pipeline.data.arguments import DataArguments
+from pipeline.data.columns import Kind
+from pipeline.data.shard_writer import ShardArguments, write_shards
+from pipeline.data.splits import load_splits
+from pipeline.data.streams import PackedStream, join_states
+from pipeline.errors import RunStopped, UserError
+from pipeline.models.llama4 import ScratchArguments
+from pipeline.models.tokenizer import train_tokenizer
+from pipeline.training.inputs import load_inputs
+from pipeline.training.pretraining import PretrainConfig
+
+FILES = {"0.jsonl": 90, "1.jsonl": 0, "2.jsonl": 60}
+"""Documents of each file."""
+
+FIRST = Path("train", "00000_unshuffled.ds")
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of them are empty, or spell special tokens."""
+    folder = tmp_path_factory.mktemp("documents")
+    for name, rows in FILES.items():
+        texts = [f"{name} {row}: " + f"The cat <|end|><|bos|> sat. {row} é" * (row % 5) for row in range(rows)]
+        write_lines(folder / name, [{"text": text if row % 7 else ""} for row, text in enumerate(texts)])
+    return folder
+
+
+def write(documents: Path, folder: Path, **options: int) -> None:
+    write_shards(tokenizer(), DataArguments(str(documents), **options), ShardArguments(str(folder), workers=1))
+
+
+@pytest.fixture(scope="module")
+def made(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write(documents, folder)
+    return folder
+
+
+@pytest.fixture
+def shards(made: Path, tmp_path: Path) -> Path:
+    """A copy, to be damaged."""
+    return shutil.copytree(made, tmp_path / "shards")
+
+
+def splits(folder: Path, kind: Kind) -> tuple[IterableDataset, IterableDataset]:
+    train, held_out = load_splits(DataArguments(str(folder), dataset_streaming=True), kind, evaluation=True)
+    assert held_out is not None
+    return train, held_out
+
+
+def blocks(stream: PackedStream, number: int) -> list[list[int]]:
+    return [block["input_ids"].tolist() for block in itertools.islice(stream, number)]
+
+
+def preflight(folder: Path, words: str, streaming: bool = True, **more: str) -> str:
+    """Return what pretraining refuses, before it writes anything."""
+    output = folder.parent / "output"
+    args = PretrainConfig(str(output), block_size=32, max_steps=1, use_cpu=True, bf16=False, report_to="none")
+    names = [str(folder), *more.values()]
+    data_args = DataArguments(names, dataset_streaming=streaming, tokenizer_name_or_path=words)
+    with pytest.raises(UserError) as refused:
+        load_inputs("text", data_args, args, ScratchArguments(hidden_size=32))
+    assert not output.exists()
+    return str(refused.value)
+
+
+def test_the_blocks_are_those_of_the_documents(documents: Path, made: Path) -> None:
+    """Over the end of the data, and for two processes that are resumed; the rows that are held out are the same too."""
+    texts, held_out = splits(documents, "text")
+    tokens, held_out_tokens = splits(made, "tokens")
+    expected = blocks(PackedStream(texts, tokenizer(), 32, 3), 600)
+    assert blocks(PackedStream(tokens, tokenizer(), 32, 3), 600) == expected
+    assert len(list(held_out)) == 5
+    assert [tokenizer().decode(row["input_ids"][1:-1]) for row in held_out_tokens] == [row["text"] for row in held_out]
+    given, state = [], None
+    for steps in (70, 30, 100):
+        processes = [PackedStream(tokens, tokenizer(), 32, 3, process, 2) for process in range(2)]
+        for stream in processes if state else ():
+            stream.load_state_dict(state)
+        parts = [blocks(stream, steps) for stream in processes]
+        given += [block for pair in zip(*parts, strict=True) for block in pair]
+        state = join_states([stream.state_dict() for stream in processes])
+    assert given == expected[: len(given)]
+
+
+def test_the_command_that_made_shards_only_makes_those_that_are_missing(documents: Path, shards: Path) -> None:
+    last = shards / "train" / "00002_unshuffled.ds"
+    whole, times = last.read_bytes(), (shards / FIRST).stat().st_mtime_ns
+    for file in (last, *shards.rglob("completions/00002")):
+        file.unlink()
+    assert f"{shards / 'train'}: has 2 of 3 shards" in preflight(shards, save_tokenizer(shards.parent / "words"))
+    write(documents, shards)
+    assert last.read_bytes() == whole and (shards / FIRST).stat().st_mtime_ns == times
+
+
+def test_a_folder_with_other_shards_is_not_written_to(documents: Path, shards: Path) -> None:
+    with pytest.raises(UserError, match=r"output_dir.* has shards of other documents"):
+        write(documents, shards, max_train_samples=5)
+    (shards / "train" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"output_dir.* has shards of another tokenizer"):
+        write(documents, shards)
+
+
+def test_datatrove_is_asked_for(documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datatrove.executor", None)
+    with pytest.raises(UserError, match=r"pip install 'fourstage\[datatrove\]'"):
+        write(documents, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+
+
+def cut(shards: Path) -> None:
+    (shards / FIRST).write_bytes((shards / FIRST).read_bytes()[:-2])
+
+
+def remove_index(shards: Path) -> None:
+    Path(f"{shards / FIRST}.index").unlink()
+
+
+def remove_metadata(shards: Path) -> None:
+    Path(f"{shards / FIRST}.metadata").unlink()
+
+
+def add_losses(shards: Path) -> None:
+    Path(f"{shards / FIRST}.loss").touch()
+
+
+def empty(shards: Path) -> None:
+    for number in (0, 2):
+        for suffix in ("", ".index", ".metadata"):
+            source = shards / "train" / f"00001_unshuffled.ds{suffix}"
+            shutil.copy(source, source.with_name(f"0000{number}_unshuffled.ds{suffix}"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"00000_unshuffled.ds: does not have the tokens"),
+        (remove_index, r"00000_unshuffled.ds: has no .index"),
+        (remove_metadata, r"00000_unshuffled.ds: has no .index or .metadata"),
+        (add_losses, r"00000_unshuffled.ds: has a mask of losses"),
+        (empty, r"train: is empty"),
+    ],
+)
+def test_damaged_shards_are_refused(shards: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(shards)
+    assert re.search(message, preflight(shards, save_tokenizer(shards.parent / "words")))
+
+
+def test_shards_of_another_tokenizer_are_refused(shards: Path) -> None:
+    words = str(shards.parent / "words")
+    train_tokenizer(["A dog is here. " * 20], vocab_size=300).save_pretrained(words)
+    assert "tokenizer.json: is not the tokenizer of the model" in preflight(shards, words)
+
+
+def test_shards_that_others_made_must_have_the_tokens_of_the_tokenizer(shards: Path) -> None:
+    words = save_tokenizer(shards.parent / "words")
+    (shards / "train" / "tokenizer.json").unlink()
+    tokens = np.memmap(shards / FIRST, "<u2", "r+")
+    tokens[4] = 5000
+    assert "the token 5000" in preflight(shards, words)
+    stream = PackedStream(splits(shards, "tokens")[0], tokenizer(), 32, 0)
+    with pytest.raises(RunStopped, match="the token 5000"):
+        blocks(stream, 600)
+    tokens[2] = tokens[4] = 7
+    assert "do not all have documents from bos" in preflight(shards, words)
+
+
+def test_what_reads_text_does_not_read_shards(documents: Path, made: Path, tmp_path: Path) -> None:
+    words = save_tokenizer(tmp_path / "words")
+    with pytest.raises(UserError, match=r"has tokens, which only recipes.pretrain reads"):
+        splits(made, "text")
+    assert "has text, and others of dataset_name have tokens" in preflight(made, words, other=str(documents))
+    assert "dataset_streaming: False: must be true" in preflight(made, words, streaming=False)
