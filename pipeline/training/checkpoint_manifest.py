@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,16 @@ def complete_in_background(output_dir: str | Path, complete: Callable[[], None])
     pool.shutdown(wait=False)
 
 
-def wait_for_completion(output_dir: str | Path) -> None:
-    """Wait until the latest checkpoint of an output directory is complete, or that has failed."""
-    wait(filter(None, [_completing.get(Path(output_dir).absolute())]))
+def completion_has_failed(output_dir: str | Path) -> bool:
+    """Return, without waiting, whether something has prevented the latest checkpoint from being completed."""
+    completing = _completing.get(Path(output_dir).absolute())
+    return completing is not None and completing.done() and completing.exception() is not None
+
+
+def wait_for_completion(output_dir: str | Path) -> BaseException | None:
+    """Wait until the latest checkpoint of an output directory is complete, or return what has prevented that."""
+    completing = _completing.get(Path(output_dir).absolute())
+    return None if completing is None else completing.exception()
 
 
 def end_completion(output_dir: str | Path) -> None:

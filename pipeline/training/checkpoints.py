@@ -33,6 +33,7 @@ from pipeline.training.checkpoint_manifest import (
     MANIFEST,
     STATE,
     complete_in_background,
+    completion_has_failed,
     end_completion,
     replace_state,
     save_state,
@@ -71,6 +72,8 @@ def make_checkpoints_atomic(trainer: Trainer) -> None:
 
     def save_before_evaluating(*args: Any, **kwargs: Any) -> None:
         nonlocal evaluation_due
+        if completion_has_failed(trainer.args.output_dir):
+            finish_checkpoint(trainer)
         control = trainer.control
         both = control.should_save and control.should_evaluate and trainer.args.save_strategy != SaveStrategy.BEST
         if not both:
@@ -183,6 +186,7 @@ def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due:
                     shutil.rmtree(tmp_dir, ignore_errors=True)
                     _delete_surplus(args, target, best_name)
                 except OSError as error:
+                    shutil.rmtree(tmp_dir, ignore_errors=True)
                     error.add_note(str(step))  # by the time that it is reported, training has gone on
                     raise
 

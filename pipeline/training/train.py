@@ -179,7 +179,9 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
         message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
         raise RunStopped(f"{message}; {last_good(trainer)}.") from error
     finally:
-        wait_for_completion(trainer.args.output_dir)
+        if (failure := wait_for_completion(trainer.args.output_dir)) is not None:  # which did not end the run
+            step = getattr(failure, "__notes__", ["?"])[0]
+            logger.warning("The checkpoint of step %s could not be written: %s", step, failure)
 
 
 def _end(trainer: Trainer) -> None:

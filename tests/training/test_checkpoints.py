@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArgument
 import pipeline.training.checkpoints as module
 from pipeline.errors import RunStopped, UserError
 from pipeline.training import checkpoint_manifest
-from pipeline.training.checkpoint_manifest import check_architecture, validate_checkpoint
+from pipeline.training.checkpoint_manifest import check_architecture, validate_checkpoint, wait_for_completion
 from pipeline.training.checkpoints import (
     adopt_present_length,
     checkpoints,
@@ -26,6 +27,7 @@ from pipeline.training.checkpoints import (
 )
 from pipeline.training.checks import check_length
 from pipeline.training.divergence import stop_on_divergence
+from pipeline.training.train import _train as train
 
 
 class Line(torch.nn.Module):
@@ -324,10 +326,11 @@ def test_training_goes_on_while_checksums_are_computed_and_a_kill_then_costs_no_
     assert names(tmp_path) == ["checkpoint-12"]
 
 
-def test_a_checkpoint_that_cannot_be_completed_ends_the_run_with_its_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_a_checkpoint_that_cannot_be_completed_ends_the_run_at_the_next_step(
+    tmp_path: Path, disturbed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make_trainer(tmp_path, eval_strategy="no")
+    trainer = make_trainer(tmp_path, eval_strategy="no", save_steps=6)
     write = module.write_manifest
 
     def fail(checkpoint: Path, step: int, due: bool) -> None:
@@ -335,9 +338,40 @@ def test_a_checkpoint_that_cannot_be_completed_ends_the_run_with_its_step(
             raise OSError("no quota left")
         write(checkpoint, step, due)
 
+    def go_on_once_it_has_failed() -> None:
+        assert wait_for_completion(tmp_path)
+        assert not (tmp_path / module.UNFINISHED).exists(), "its room on the disk is free again"
+        if disturbed:
+            raise RunStopped("The loss is not a number.")
+
     monkeypatch.setattr(module, "write_manifest", fail)
-    with pytest.raises(RunStopped, match=r"step 6 could not be written .*no quota left.* resumes from .*checkpoint-3"):
-        trainer.train()
+    trainer.add_callback(At("on_step_begin", 6, go_on_once_it_has_failed))
+    message = "step 6 could not be written"
+    expected = "not a number" if disturbed else rf"{message} .*no quota left.* then starts again"
+    with pytest.raises(RunStopped, match=expected):
+        train(trainer, None)
+    assert trainer.state.global_step == (6 if disturbed else 7)
+    assert (message in caplog.text) == disturbed, "reported although something else ends the run"
+    wait_for_completion(tmp_path)
+
+
+def test_the_best_checkpoint_alone_is_complete_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"save_strategy": "best", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer = make_trainer(tmp_path, greater_is_better=False, **options)
+    values, found, write = iter([0.5, 0.4, 0.1, 0.2]), [], module.write_manifest
+    evaluate = trainer._evaluate
+
+    def slow(checkpoint: Path, step: int, due: bool) -> None:
+        time.sleep(0.3)
+        write(checkpoint, step, due)
+
+    monkeypatch.setattr(module, "write_manifest", slow)
+    monkeypatch.setattr(trainer, "_evaluate", lambda *given: {**evaluate(*given), "eval_loss": next(values)})
+    monkeypatch.setattr(trainer, "_load_best_model", lambda: found.extend(names(tmp_path)))
+    trainer.train()
+    assert found == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
 
 
 class ReadsCheckpoints(TrainerCallback):
