@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.errors import Problem, UserError
 from pipeline.models.adapters import MERGED
 from pipeline.models.classifiers import classifier
 from pipeline.rl.ppo_config import PPOConfig
@@ -135,9 +137,18 @@ def prepare_frozen(policy: PreTrainedModel | PeftModel, others: Sequence[Any], a
         policy: The policy.
         others: Among other things, the reference and the reward models.
         args: The configuration.
+
+    Raises:
+        UserError: If modules that an adapter contains whole, in float32, would get bfloat16 outside of autocast.
     """
     adapted = isinstance(policy, PeftModel)
     models = [model for model in others if isinstance(model, nn.Module)]
+    if args.frozen_dtype == "bfloat16" and not (args.bf16 or args.fp16):
+        named = (item for model in (policy, *models) for item in model.named_modules())
+        whole = {name.rpartition(".")[2] for name, module in named if isinstance(module, ModulesToSaveWrapper)}
+        if found := ", ".join(sorted(whole.difference(HEAD_NAMES))):
+            remedy = f"does not fit {found}, which the adapter contains in float32; set bf16 to true, or omit this"
+            raise UserError(Problem("frozen_dtype", "bfloat16", remedy))
     if adapted or args.frozen_dtype == "bfloat16":
         for model in models:
             model.requires_grad_(False)

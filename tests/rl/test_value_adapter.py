@@ -136,3 +136,18 @@ def test_what_is_not_trained_is_in_bf16_where_training_is(models: Path, tmp_path
         assert judge(input_ids=IDS).logits.dtype == torch.float32, "scores are not rounded to 8 bits"
     ppo.train()
     assert ppo.state.log_history[0]["objective/kl"] == 0.0
+
+
+def test_modules_in_float32_between_frozen_ones_in_bf16_take_autocast(models: Path, tmp_path: Path) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+
+    def built(**changes: Any) -> PPOTrainer:
+        args = toy.config(tmp_path, frozen_dtype="bfloat16", max_steps=1, **changes)
+        policy = AutoModelForCausalLM.from_pretrained(models / "base")
+        return PPOTrainer(
+            policy, toy.share_of_red, args, toy.prompts(), processing_class=toy.tokenizer(), peft_config=lora
+        )
+
+    with pytest.raises(UserError, match=r"frozen_dtype: bfloat16: does not fit embed_tokens,.* set bf16 to true"):
+        built()
+    built(bf16=True).train()
