@@ -132,7 +132,6 @@ PARAMETERS = {
     f"{TRAINER}._load_best_model": ("self", "the critic, and weights under older names, are loaded there"),
     f"{TRAINER}._save_optimizer_and_scheduler": ("self output_dir", "the rollout is saved there"),
     f"{GRPO}._load_optimizer_and_scheduler": ("self checkpoint", "the rollout is loaded there"),
-    f"{TRAINER}._save_rng_state": ("self output_dir", "the place in a stream is saved there"),
     f"{TRAINER}._load_rng_state": ("self checkpoint", "the place in a stream is loaded there, before it is read"),
     f"{TRAINER}._push_from_checkpoint": ("self checkpoint_folder", "the critic is pushed as well"),
 }

@@ -37,6 +37,9 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
         return number_of(values, "max_steps") <= 0
     if name == "dataloader_num_workers" and values.get("dataset_streaming"):  # they take turns
         return True
+    packs = values.get("packing") or "model_name_or_path" not in values  # as pretraining does
+    if name == "dataset_num_proc" and packs and not values.get("dataset_streaming"):  # each packs a part of the data
+        return True
     chosen = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") in STEERED_BY_EVALUATION
     return not WITHOUT_EFFECT.fullmatch(name) or bool(chosen and BY_EVALUATION.fullmatch(name))
 

@@ -35,6 +35,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS, Split, column_names
@@ -239,22 +240,26 @@ def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def use_stream(trainer: Trainer) -> None:
-    """Let each process read its stream by itself, and keep its state in checkpoints, beside the random states.
+    """Let each process read its stream by itself, and keep its state in checkpoints, those of the model alone included.
 
     Args:
         trainer: Changed in place, before `train`, if its `train_dataset` is a `PackedStream`. Workers are not used,
             because the stream has a thread of its own.
     """
-    args, save, load, stream = trainer.args, trainer._save_rng_state, trainer._load_rng_state, trainer.train_dataset
+    args, save, load, stream = trainer.args, trainer._save_checkpoint, trainer._load_rng_state, trainer.train_dataset
     if not isinstance(stream, PackedStream):
         return
     args.ignore_data_skip = True
+    if args.dataloader_num_workers:
+        logger.warning("dataloader_num_workers has no effect on training: a stream is read by a thread of its own")
 
-    def save_states(output_dir: str) -> None:
-        save(output_dir)
+    def save_checkpoint(model: Any, trial: Any) -> None:
         state = join_states(gather_object([stream.state_dict()]))
         if args.should_save:
-            Path(output_dir, STATE).write_text(json.dumps(state))
+            folder = Path(trainer._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STATE).write_text(json.dumps(state))
+        save(model, trial)
 
     def load_states(checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -270,7 +275,8 @@ def use_stream(trainer: Trainer) -> None:
             generator=torch.Generator(),  # the loader draws from it, and not from training's
         )
 
-    trainer._save_rng_state, trainer._load_rng_state, trainer.get_train_dataloader = save_states, load_states, loader
+    trainer._save_checkpoint, trainer._load_rng_state = save_checkpoint, load_states
+    trainer.get_train_dataloader = loader
     trainer.add_callback(EpochCallback())
 
 

@@ -34,7 +34,10 @@ class PretrainConfig(TrainingArguments):
     )
     dataset_num_proc: int | None = field(
         default=None,
-        metadata={"help": "Processes that tokenize and pack (default: one, whose tokenizer uses all cores)."},
+        metadata={
+            "help": "Processes that tokenize and pack (default: one, whose tokenizer uses all cores). Each packs a "
+            "part of the data, whose end it leaves out if it does not fill a block."
+        },
     )
     torch_compile: bool | None = field(
         default=None, metadata={"help": "Compile the model (default: if that makes a run of this length shorter)."}

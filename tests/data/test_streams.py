@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset
-from small_model import tokenizer, write_lines
+from small_model import save_model, tokenizer, write_lines
+from transformers import AutoModelForCausalLM, Trainer
 
 from pipeline.data import streams
 from pipeline.data.arguments import DataArguments
-from pipeline.data.packing import Encoder
+from pipeline.data.packing import Encoder, PackedBlocks
 from pipeline.data.splits import load_splits
-from pipeline.data.streams import PackedStream, join_states, pack_splits
-from pipeline.errors import RunStopped
+from pipeline.data.streams import PackedStream, join_states, pack_splits, use_stream
+from pipeline.errors import RunStopped, UserError
 from pipeline.launch import once_per_node
 from pipeline.training.pretraining import PretrainConfig
 
@@ -171,6 +172,60 @@ def test_a_stream_is_read_no_further_than_it_is_asked_for() -> None:
 
     assert len(blocks(PackedStream(IterableDataset.from_generator(documents), tokenizer(), BLOCK, 0), 3)) == 3
     assert max(read) <= 3 * streams.DOCUMENTS
+
+
+def trainer(folder: Path, output: str = "out", seed: int = 0, steps: int = 4, **options: Any) -> Trainer:
+    """Return a trainer on a stream of two files, which keeps what it trains on as `trained_on`."""
+    made, model = folder / "data", folder / "model"
+    data = rows(str(made) if made.exists() else write_files(made, "jsonl", 2))
+    config = {"use_cpu": True, "bf16": False, "report_to": "none", "save_steps": 2, "disable_tqdm": True, **options}
+    args = PretrainConfig(str(folder / output), max_steps=steps, per_device_train_batch_size=2, **config)
+    stream = PackedStream(data, tokenizer(), BLOCK, seed)
+    bos, eos = tokenizer().bos_token_id, tokenizer().eos_token_id
+    collate, trained_on = PackedBlocks(bos, eos), []
+
+    def record(examples: list[Any]) -> Any:
+        trained_on.extend(example["input_ids"].tolist() for example in examples)
+        return collate(examples)
+
+    path = str(model) if model.exists() else save_model(model)
+    built = Trainer(AutoModelForCausalLM.from_pretrained(path), args, record, stream)
+    use_stream(built)
+    built.trained_on = trained_on
+    return built
+
+
+def test_a_run_that_saves_the_model_only_goes_on_in_the_stream(tmp_path: Path) -> None:
+    undisturbed = trainer(tmp_path, "undisturbed")
+    undisturbed.train()
+    trainer(tmp_path, steps=2, save_only_model=True).train()
+    resumed = trainer(tmp_path, save_only_model=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert resumed.trained_on == undisturbed.trained_on[4:]
+
+
+def test_a_checkpoint_of_another_stream_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, steps=2).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    with pytest.raises(UserError, match=r"checkpoint-2: is of a stream with seed 0; restore"):
+        trainer(tmp_path, seed=1).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / streams.STATE).unlink()
+    with pytest.raises(UserError, match=r"checkpoint-2: does not contain stream\.json"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_workers_without_effect_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path)
+    assert "dataloader_num_workers" not in caplog.text
+    trainer(tmp_path, dataloader_num_workers=2)
+    assert "dataloader_num_workers has no effect on training" in caplog.text
+
+
+def test_an_evaluation_that_does_not_fill_a_block_is_refused(tmp_path: Path) -> None:
+    args = PretrainConfig(str(tmp_path / "out"), block_size=4096, use_cpu=True, bf16=False, report_to="none")
+    data_args = DataArguments(write_files(tmp_path / "data", "jsonl", 2), dataset_streaming=True, max_eval_samples=2)
+    with pytest.raises(UserError, match=r"block_size: 4096: the evaluation data do not fill a block"):
+        pack_splits(load_splits(data_args, "text", evaluation=True), tokenizer(), args, data_args)
 
 
 def prepare(process: int, port: int, folder: Path) -> None:

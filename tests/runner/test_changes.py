@@ -106,7 +106,7 @@ def test_nothing_is_due_after_a_whole_run(recipe: Path) -> None:
         ("2_sft", {"logging_first_step": True, "log_level": "error", "disable_tqdm": True}),
         ("2_sft", {"gradient_checkpointing": True}),
         ("2_sft", {"activation_checkpointing": REMOVED}),
-        ("2_sft", {"dataset_num_proc": 4}),
+        ("3_reward", {"dataset_num_proc": 4}),
         ("2_sft", {"dataloader_num_workers": 2, "dataloader_pin_memory": True}),
         ("3_reward", {"ddp_timeout": 60}),
         ("3_reward", {"num_train_epochs": 1.0}),
@@ -135,10 +135,12 @@ def test_a_change_without_effect_on_the_weights_runs_nothing(
         ("1_pretrain", {"learning_rate": 0.011}, AFTER_PRETRAINING),
         ("1_pretrain", {"max_steps": 600}, AFTER_PRETRAINING),
         ("1_pretrain", {"torch_compile": True}, AFTER_PRETRAINING),
+        ("1_pretrain", {"dataset_num_proc": 2}, AFTER_PRETRAINING),
         ("1_pretrain", {"load_best_model_at_end": True}, AFTER_PRETRAINING),
         ("1_pretrain", {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, AFTER_PRETRAINING),
         ("1_pretrain", {"dataset_config": "other"}, AFTER_PRETRAINING),
         ("2_sft", {"packing": False}, set(ORDER[4:])),
+        ("2_sft", {"dataset_num_proc": 2}, set(ORDER[4:])),
         ("2_sft", {"max_length": 200}, set(ORDER[4:])),
         ("2_sft", {"embedding_learning_rate": None}, set(ORDER[4:])),
         ("2_sft", {"gradient_accumulation_steps": 2}, set(ORDER[4:])),
@@ -229,3 +231,4 @@ def test_evaluations_have_an_effect_if_they_choose_the_weights() -> None:
             assert has_effect(name, values) and not has_effect(name, {})
         assert not has_effect("save_total_limit", values) and not has_effect("report_to", values)
     assert has_effect("dataloader_num_workers", {"dataset_streaming": True})
+    assert has_effect("dataset_num_proc", {}) and not has_effect("dataset_num_proc", {"dataset_streaming": True})
