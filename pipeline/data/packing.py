@@ -120,8 +120,8 @@ class Encoder:
 
     def _join(self, documents: Sequence[Any]) -> np.ndarray:
         if not all(len(ids) and ids[0] == self.bos and ids[-1] == self.eos for ids in documents):
-            remedy = f"do not all have documents from bos ({self.bos}) to eos ({self.eos}), as the tokenizer's"
-            raise UserError(Problem("dataset_name", "the shards", f"{remedy}; use recipes.shards"))
+            remedy = f"documents must begin with bos ({self.bos}) and end with eos ({self.eos}), the tokenizer's"
+            raise UserError(Problem("dataset_name", "the shards", f"{remedy}; make them with recipes.shards"))
         ids = np.concatenate(documents)
         if (largest := ids.max()) > self.largest:
             remedy = f"contain the token {largest}, and the tokenizer's last is {self.largest}; give the one that fits"

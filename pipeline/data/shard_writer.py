@@ -79,6 +79,8 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     Raises:
         UserError: If an argument is wrong, or if the folder has shards of other documents or of another tokenizer.
     """
+    for name in ("LOGURU_BACKTRACE", "LOGURU_DIAGNOSE"):  # the log of an error would show the values of all variables
+        os.environ.setdefault(name, "false")
     try:
         from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
         from datatrove.pipeline.tokens import DocumentTokenizer
@@ -92,9 +94,14 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     tasks = rows.num_shards if data_args.max_train_samples is None else 1
     record = json.dumps({"tasks": tasks, **{name: getattr(data_args, name) for name in CHOOSING}}, indent=2)
     problems = [problem] if (problem := check_directory(args.output_dir)) else []
+    if any(folder.resolve().is_relative_to(Path(name).resolve()) for name in data_args.dataset_names):
+        remedy = "lies inside dataset_name, and would be read as data; choose another directory"
+        problems.append(Problem("output_dir", args.output_dir, remedy))
     if made is None:
         remedy = "is not of the library tokenizers, with which datatrove tokenizes; choose another one"
         problems.append(Problem("tokenizer_name_or_path", data_args.tokenizer_name_or_path, remedy))
+    if args.workers is not None and args.workers < 1:
+        problems.append(Problem("workers", args.workers, "must be at least 1"))
     if args.executor == "slurm" and not args.partition:
         problems.append(Problem("partition", "nothing", "give the partition of Slurm"))
     if args.executor == "ray" and find_spec("ray") is None:

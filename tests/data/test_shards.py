@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,24 @@ def test_a_folder_with_other_shards_is_not_written_to(documents: Path, shards: P
         write(documents, shards)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "workers: 0: must be at least 1"),
+        ({"executor": "slurm"}, "partition: nothing: give the partition"),
+        ({"executor": "ray"}, "executor: ray: needs Ray"),
+    ],
+)
+def test_options_are_checked(
+    documents: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    inside = documents / "shards"
+    with pytest.raises(UserError, match=message) as refused:
+        write_shards(tokenizer(), DataArguments(str(documents)), ShardArguments(str(inside), **options))
+    assert f"output_dir: {inside}: lies inside dataset_name" in str(refused.value) and not inside.exists()
+
+
 def test_datatrove_is_asked_for(documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datatrove.executor", None)
     with pytest.raises(UserError, match=r"pip install 'fourstage\[datatrove\]'"):
@@ -178,7 +197,7 @@ def test_shards_that_others_made_must_have_the_tokens_of_the_tokenizer(shards: P
     with pytest.raises(RunStopped, match="the token 5000"):
         blocks(stream, 600)
     tokens[2] = tokens[4] = 7
-    assert "do not all have documents from bos" in preflight(shards, words)
+    assert "documents must begin with bos" in preflight(shards, words)
 
 
 def test_what_reads_text_does_not_read_shards(documents: Path, made: Path, tmp_path: Path) -> None:
