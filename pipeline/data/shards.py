@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from datasets import Features, IterableDataset, IterableDatasetDict, List, NamedSplit, Value
@@ -16,9 +18,12 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS
 from pipeline.data.packing import Encoder
 from pipeline.errors import Problem, UserError
+
+Arguments = TypeVar("Arguments", bound=DataArguments)
 
 TOKENIZER, RECORD = "tokenizer.json", "documents.json"
 """Files beside shards of `pipeline.data.shard_writer`: what `document_tokenizer` returns, and what was tokenized."""
@@ -52,6 +57,15 @@ def open_shards(folder: Path) -> IterableDatasetDict:
             for name, files in splits.items()
         }
     )
+
+
+def documents_of(args: Arguments) -> Arguments:
+    """Return the arguments of the documents that shards were made from, for what reads text; others as they are."""
+    record = Path(args.dataset_names[0], args.dataset_train_split, RECORD)
+    if not record.exists():
+        return args
+    made = json.loads(record.read_text(encoding="utf-8"))
+    return replace(args, **{name: value for name, value in made.items() if name != "tasks"})
 
 
 def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:

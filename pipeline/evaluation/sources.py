@@ -23,6 +23,7 @@ from pipeline.data import votes
 from pipeline.data.arguments import VOTES_FILE
 from pipeline.data.columns import Kind, Split, column_names, converter
 from pipeline.data.messages import ShapeError, shorten
+from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
 from pipeline.data.splits import keep_rows, load_splits
 from pipeline.errors import Problem, UserError
@@ -108,8 +109,8 @@ class Reader:
 
     def __init__(self, run: Path, settings: Mapping[str, Any], flags: Collection[str]) -> None:
         self.run, self.flags = run, flags
-        self.sources = {key: Source(**settings[key]) for key in STAGES_OF if settings.get(key)}
-        self.own = {key: Source(**source) for key, source in settings["trained_on"].items()}
+        self.sources = {key: documents_of(Source(**settings[key])) for key in STAGES_OF if settings.get(key)}
+        self.own = {key: documents_of(Source(**source)) for key, source in settings["trained_on"].items()}
         self.named = {key for key in self.sources if key in flags or self.sources[key] != self.own.get(key)}
         self._opened: dict[tuple[str | None, ...], DatasetDict | IterableDatasetDict] = {}
 

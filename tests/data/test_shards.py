@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from small_model import save_tokenizer, tokenizer, write_lines
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind
 from pipeline.data.shard_writer import ShardArguments, write_shards
+from pipeline.data.shards import documents_of
 from pipeline.data.splits import load_splits
 from pipeline.data.streams import PackedStream, join_states
 from pipeline.errors import RunStopped, UserError
@@ -98,6 +100,12 @@ def test_the_blocks_are_those_of_the_documents(documents: Path, made: Path) -> N
         given += [block for pair in zip(*parts, strict=True) for block in pair]
         state = join_states([stream.state_dict() for stream in processes])
     assert given == expected[: len(given)]
+
+
+def test_what_measures_on_text_reads_the_documents(documents: Path, made: Path) -> None:
+    args = DataArguments(str(made), dataset_streaming=True, validation_share=0.1)
+    assert documents_of(args) == replace(args, dataset_name=str(documents))
+    assert documents_of(DataArguments(str(documents))) == DataArguments(str(documents))
 
 
 def test_the_command_that_made_shards_only_makes_those_that_are_missing(documents: Path, shards: Path) -> None:
