@@ -36,7 +36,7 @@ from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError
 from pipeline.files import lock
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
-from pipeline.runner.launcher import check_launch_file, exit_code, launch_file, launch_options
+from pipeline.runner.launcher import check_launch_file, exit_code, launch_file, launch_options, shards
 from pipeline.runner.plan import Plan, read_plan
 from pipeline.runner.processes import push_finished, run
 from pipeline.runner.records import Decision, RunRecord, decide, measured_seconds
@@ -182,6 +182,9 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]
     due = [step for step, decision in decided if decision.action != "skip"]
     with show_checks(args):
         problems = check_steps(due) if due else []
+        if shards(file := launch_file(args)):
+            remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
+            problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in due if step.kind == "ppo"]
     if problems:
         raise UserError(*problems)
     return plan, decided

@@ -26,12 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.yaml_file import read_yaml, unknown_field
 from pipeline.errors import Problem, UserError
-from pipeline.runner.launcher import check_launch_file, launch_file
+from pipeline.runner.launcher import check_launch_file, launch_file, shards
 from pipeline.runner.plan import read_plan
 from pipeline.runner.steps import KINDS, Step, check_steps
 
 if TYPE_CHECKING:  # these imports take seconds, which `--help` must not
     from pipeline.training.estimate import Device, Estimate
+
+UNSHARDED = "PPO refuses to be sharded, and is planned without; run it apart, with another launch file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(*problems)
     launched = read_yaml(path)
     processes = args.num_processes or launched.get("num_processes") or 1
-    sharded = launched.get("distributed_type") in ("FSDP", "DEEPSPEED")
+    sharded = shards(path)
     steps = _override([step for step in read_plan(args.recipe).steps if step.kind in KINDS], args.overrides)
     if problems := check_steps([_without_rewards(step) for step in steps]):
         raise UserError(*problems)
@@ -133,7 +135,7 @@ class Stage:
         name: Directory that it writes.
         estimate: What it takes.
         device: On which it was planned.
-        advice: What makes it fit; "" if it does.
+        advice: What makes it fit or run; "" if it does.
     """
 
     name: str
@@ -169,7 +171,7 @@ def _plan(steps: Sequence[Step], processes: int, sharded: bool, device: Device |
     """Estimate each stage, on `device` or, without one, on this machine."""
     from pipeline.config.parser import argument_types
     from pipeline.training.calibration import this_machine
-    from pipeline.training.estimate import advice, estimate
+    from pipeline.training.estimate import advice, estimate, fits
     from pipeline.training.workload import Settings, optimizer, pairs, starting_model, workload
 
     made: dict[str, Any] = {}  # by the folder that the step writes
@@ -182,10 +184,12 @@ def _plan(steps: Sequence[Step], processes: int, sharded: bool, device: Device |
         elif step.kind not in ("data", "random"):
             try:
                 model = starting_model(settings, made)
-                work = workload(settings, model, made, processes, sharded)
+                work = workload(settings, model, made, processes, sharded and step.kind != "ppo")
                 here = device or this_machine(work, step.kind, partial(optimizer, settings))
                 made[settings["output_dir"]] = pairs(settings) if step.kind == "preferences" else model
-                yield Stage(step.output.name, estimate(work, here), here, advice(work, here))
+                advised = [UNSHARDED] if sharded and step.kind == "ppo" else []
+                advised += [advice(work, here)] if not fits(work, here) else []
+                yield Stage(step.output.name, estimate(work, here), here, "; ".join(advised))
             except UserError as error:
                 named = (dataclasses.replace(p, field=f"{step.name}: {p.field}") for p in error.problems)
                 raise UserError(*named) from None
@@ -213,8 +217,9 @@ def _show(stages: Sequence[Stage], processes: int, args: argparse.Namespace) -> 
         parts = (f"{part} {size / 1e9:.2f}" for part, size in entry["memory_bytes"].items() if size and part != "total")
         print(f"{name.ljust(widths[0])}  {', '.join(parts)}")
     for stage in stages:
-        if not stage.fits:
-            print(f"{stage.name} does not fit: {stage.estimate.total / 1e9:.0f} GB; {stage.advice}")
+        if stage.advice:
+            found = "" if stage.fits else f" does not fit: {stage.estimate.total / 1e9:.0f} GB; "
+            print(f"{stage.name}{found or ': '}{stage.advice}")
 
 
 def _short(number: float) -> str:

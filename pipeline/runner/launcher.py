@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
+from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import EXIT_USER_ERROR, Problem
 
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
@@ -56,6 +57,11 @@ def launch_file(args: argparse.Namespace) -> str:
     own = find_shipped(args.recipe) / LAUNCH_FILE
     named = args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE)
     return str(find_shipped(Path(named)))
+
+
+def shards(path: str) -> bool:
+    """Return whether a launch file splits the model over the processes, which PPO refuses."""
+    return read_yaml(path).get("distributed_type") in ("FSDP", "DEEPSPEED")
 
 
 def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
