@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.packing import DOCUMENTS_AT_ONCE, Encoder
-from pipeline.data.shards import RECORD, TOKENIZER, document_tokenizer
+from pipeline.data.shards import RECORD, TOKENIZER, document_tokenizer, open_shards
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory, write_text
@@ -127,6 +127,7 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
         SlurmPipelineExecutor(pipeline, time=args.time, partition=args.partition, mem_per_cpu_gb=4, **options).run()
     elif args.executor == "ray":
         RayPipelineExecutor(pipeline, **options).run()
+        open_shards(folder)  # a task that fails there does not raise
     else:
         options["workers"] = min(tasks, args.workers or os.cpu_count() or 1)
         if options["workers"] > 1:
