@@ -102,6 +102,19 @@ def test_the_blocks_are_those_of_the_documents(documents: Path, made: Path) -> N
     assert given == expected[: len(given)]
 
 
+def test_tokens_of_four_bytes_and_several_folders_are_read(made: Path, shards: Path) -> None:
+    """As a vocabulary of more than 65,536 tokens needs them."""
+    for file in shards.rglob("*.ds"):
+        np.fromfile(file, "<u2").astype("<u4").tofile(file)
+        metadata = Path(f"{file}.metadata")
+        metadata.write_text(metadata.read_text().replace("|2\n", "|4\n"))
+    streams = [PackedStream(splits(folder, "tokens")[0], tokenizer(), 32, 3) for folder in (made, shards)]
+    assert blocks(streams[0], 100) == blocks(streams[1], 100)
+    both = DataArguments([str(made), str(shards)], dataset_streaming=True, validation_share=0)
+    rows = load_splits(both, "tokens", evaluation=False)[0]
+    assert rows.num_shards == 2 * len(FILES) and len(list(rows)) == 2 * sum(FILES.values())
+
+
 def test_what_measures_on_text_reads_the_documents(documents: Path, made: Path) -> None:
     args = DataArguments(str(made), dataset_streaming=True, validation_share=0.1)
     assert documents_of(args) == replace(args, dataset_name=str(documents))
