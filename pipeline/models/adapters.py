@@ -48,15 +48,19 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
     logger.info("%-11s the adapter %s, merged into %s", "model", name, base)
     set_seed(training_args.seed)  # the head of a new reward model is random
     with user_error_for("model_name_or_path", name):
-        return merge_into_base(name, reward=isinstance(training_args, RewardConfig), **options)
+        kind = AutoModelForSequenceClassification if isinstance(training_args, RewardConfig) else None
+        return merge_into_base(name, kind, **options)
 
 
-def merge_into_base(name: str, *, reward: bool = False, revision: str | None = None, **options: Any) -> PreTrainedModel:
+def merge_into_base(
+    name: str, model_class: Any = None, *, revision: str | None = None, **options: Any
+) -> PreTrainedModel:
     """Load an adapter and its base model, and merge them.
 
     Args:
         name: A folder or an id on the Hub.
-        reward: Whether a reward model is wanted. If the adapter is one of a language model, its head is random.
+        model_class: Class of transformers for a reward model or a critic, which have one label. If the adapter
+            is one of a language model, the head is random. Default: the class that saved the base model.
         revision: Branch, tag or commit of the adapter on the Hub. Default: "main".
         **options: For `from_pretrained` of the base model.
 
@@ -69,9 +73,9 @@ def merge_into_base(name: str, *, reward: bool = False, revision: str | None = N
     """
     config = PeftConfig.from_pretrained(name, revision=revision)
     config.task_type = None  # a reward model may start from the adapter of a language model
-    architecture, labels = (AutoModelForSequenceClassification, {"num_labels": 1}) if reward else (None, {})
+    labels = {"num_labels": 1} if model_class else {}
     base = create_model_from_path(
-        config.base_model_name_or_path, architecture, revision=config.revision or "main", **labels, **options
+        config.base_model_name_or_path, model_class, revision=config.revision or "main", **labels, **options
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory, write_folder
@@ -31,14 +32,14 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If the adapter or its base model cannot be loaded, or the output directory is not empty or writable.
     """
-    base = _read_base(args.adapter)
+    config = _read_config(args.adapter)
     _check_output_dir(args.output_dir)
-    _merge(args.adapter, base, args.output_dir)
-    print(f"merged {args.adapter} into {base}: {args.output_dir}")
+    _merge(args.adapter, config, args.output_dir)
+    print(f"merged {args.adapter} into {config['base_model_name_or_path']}: {args.output_dir}")
     return 0
 
 
-def _read_base(adapter: Path) -> str:
+def _read_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     if not path.is_file():
         remedy = "does not contain adapter_config.json; give a directory that a recipe with use_peft has written"
@@ -51,7 +52,7 @@ def _read_base(adapter: Path) -> str:
         raise UserError(Problem("adapter", path, "does not name its base_model_name_or_path; add it"))
     if config.get("peft_type") != "LORA":
         raise UserError(Problem("adapter", path, f"has the type {config.get('peft_type')}; only LORA can be merged"))
-    return str(config["base_model_name_or_path"])
+    return config
 
 
 def _check_output_dir(path: Path) -> None:
@@ -61,8 +62,8 @@ def _check_output_dir(path: Path) -> None:
         raise UserError(problem)
 
 
-def _merge(adapter: Path, base: str, output_dir: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     from pipeline.models.adapters import merge_into_base
     from pipeline.models.loading import (
@@ -75,14 +76,17 @@ def _merge(adapter: Path, base: str, output_dir: Path) -> None:
     )
 
     tokenizer = load_tokenizer(str(adapter), "adapter")
-    with user_error_for("adapter", base, "base model"):
-        config = load_config(str(adapter))
-    reward = is_reward_model(config)
-    model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    fault = validate_weights(str(adapter), config, model_class)
+    with user_error_for("adapter", config["base_model_name_or_path"], "base model"):
+        base = load_config(str(adapter))
+    kind = AutoModelForSequenceClassification if is_reward_model(base) else None
+    if (
+        config.get("task_type") == "TOKEN_CLS"
+    ):  # the critic of PPO, whatever its base is
+        kind = AutoModelForTokenClassification
+    fault = validate_weights(str(adapter), base, kind)
     if fault is None:
         with user_error_for("adapter", adapter):
-            merged = merge_into_base(str(adapter), reward=reward, dtype="auto")
+            merged = merge_into_base(str(adapter), kind, dtype="auto")
         fault = validate_finite(merged.named_parameters())
     if fault is not None:
         raise UserError(Problem("adapter", adapter, fault))

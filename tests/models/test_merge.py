@@ -5,17 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    LoraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -36,11 +44,13 @@ CONFIG = {
 def save_adapter(directory: Path, task: str) -> Path:
     """A base model and an adapter to it whose weights all differ from their initial values."""
     torch.manual_seed(0)
-    if task == "CAUSAL_LM":
-        base = LlamaForCausalLM(LlamaConfig(**CONFIG))
-    else:
+    if task == "SEQ_CLS":
         base = LlamaForSequenceClassification(LlamaConfig(**CONFIG, num_labels=1))
+    else:
+        base = LlamaForCausalLM(LlamaConfig(**CONFIG))
     base.save_pretrained(directory / "base")
+    if task == "TOKEN_CLS":  # a critic, which starts from a language model
+        base = LlamaForTokenClassification.from_pretrained(directory / "base", num_labels=1)
     base.name_or_path = str(directory / "base")
     model = get_peft_model(base, LoraConfig(task_type=task, r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
     with torch.no_grad():
@@ -58,6 +68,7 @@ def save_adapter(directory: Path, task: str) -> Path:
     [
         ("CAUSAL_LM", AutoPeftModelForCausalLM, AutoModelForCausalLM),
         ("SEQ_CLS", AutoPeftModelForSequenceClassification, AutoModelForSequenceClassification),
+        ("TOKEN_CLS", AutoPeftModelForTokenClassification, AutoModelForTokenClassification),
     ],
 )
 def test_the_merged_model_gives_what_the_adapter_gives(
@@ -65,10 +76,10 @@ def test_the_merged_model_gives_what_the_adapter_gives(
 ) -> None:
     adapter = save_adapter(tmp_path, task)
     assert main(["merge", str(adapter), "--output_dir", str(tmp_path / "merged")]) == 0
-    options = {"num_labels": 1} if task == "SEQ_CLS" else {}
+    options = {} if task == "CAUSAL_LM" else {"num_labels": 1}
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
     with torch.no_grad():
-        expected = load_adapter.from_pretrained(str(adapter), **options)(ids).logits
+        expected = load_adapter.from_pretrained(str(adapter), **options).eval()(ids).logits
         merged = load_merged.from_pretrained(str(tmp_path / "merged"))
         base = load_merged.from_pretrained(str(tmp_path / "base"))
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-6)
