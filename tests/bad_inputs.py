@@ -98,7 +98,7 @@ CASES = {
         "reward",
         "--dataset_name {here}/a.jsonl",
         ("dataset_name:", "row 0", "not one answer"),
-        files={"a.jsonl": rows({"prompt": "Why?", "chosen": GOOD["messages"], "rejected": GOOD["messages"]})},
+        files={"a.jsonl": rows({"prompt": "Why?", "chosen": GOOD["messages"], "rejected": "That."})},
     ),
     "unknown optimizer": Case("sft", "--optim sgdd", ("optim: 'sgdd'", "adamw_torch")),
     "unknown schedule": Case("sft", "--lr_scheduler_type zigzag", ("lr_scheduler_type: 'zigzag'", "cosine")),
@@ -385,6 +385,10 @@ CASES |= {
     "a base that is no number": Case("pretrain", "--rope_theta nan", ("rope_theta: nan",)),
     # what only the libraries know
     "an optimizer without its package": Case("sft", "--optim galore_adamw", ("optim: galore_adamw", "install")),
+    "8 bits without their package": Case(
+        "ppo", "--optim adamw_8bit", ("optim: adamw_8bit", "pip install -U bitsandbytes")
+    ),
+    "an optimizer of one network for two": Case("ppo", "--optim lomo", ("optim: lomo", "PPO trains two")),
     "optimizer's options": Case("sft", "--optim_args foo", ("optim_args: foo",)),
     "a schedule without its options": Case(
         "sft", "--lr_scheduler_type cosine_with_min_lr", ("lr_scheduler_type: cosine_with_min_lr", "min_lr")

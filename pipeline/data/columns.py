@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -14,6 +15,7 @@ from pipeline.data.messages import (
     ShapeError,
     answer_message,
     as_answer,
+    has_prompt,
     is_informative,
     read_messages,
     read_pair,
@@ -46,6 +48,9 @@ PREFERENCES = Features(
 )
 """The columns of pairs that are made here, labelled by annotators or by people."""
 
+MOST_LEFT_OUT = 0.1
+"""Share of the rows of a data set of the Hub that may be left out. With more, it is rather the wrong column."""
+
 RESERVED = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "image", "images",
 )  # fmt: skip
@@ -73,7 +78,8 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         kind, tokens: As for `pipeline.data.splits.load_splits`.
 
     Returns:
-        The rows with the columns of `kind`; pairs that do not say which answer is better are left out.
+        The rows with the columns of `kind`; pairs that do not say which answer is better are left out. So are rows of
+        the Hub that do not have the expected shape, which its readers cannot correct, up to `MOST_LEFT_OUT`.
 
     Raises:
         UserError: If a column does not exist, or a row does not have the expected shape.
@@ -90,16 +96,21 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         return only if args.text_column == "text" else only.rename_column(args.text_column, "text")
     place = place_of(split, args)
 
+    def shaped(row: Row) -> dict[str, Any]:
+        converted = convert(row)
+        if tokens is not None:
+            refuse_special_tokens(converted, tokens)
+        return converted
+
     def checked(row: Row, index: int) -> Row:
         try:
-            converted = convert(row)
-            if tokens is not None:
-                refuse_special_tokens(converted, tokens)
-            return converted
+            return shaped(row)
         except ShapeError as error:
             remedy = f"{error}; correct or remove that row"
             raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None
 
+    if isinstance(split, Dataset) and not Path(args.dataset_names[0]).expanduser().exists():
+        split = _keep_shaped(split, shaped, place)
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
     features = {name: FEATURES[name] for name in kept if name in FEATURES}
     if kind == "prompt":  # the other columns stay, for rewards
@@ -132,6 +143,25 @@ def converter(
         _require(columns, prompt_column=args.prompt_column)
     made = ["prompt", "chosen", "rejected", *(["margin"] if "margin" in columns else [])]
     return lambda row: read_pair(row, args.prompt_column, args.system_prompt), made
+
+
+def _keep_shaped(rows: Dataset, convert: Callable[[Row], object], place: str) -> Dataset:
+    """Leave out the rows that cannot be converted, if they are few; the first of many is for the caller to refuse."""
+
+    def fault(row: Row) -> str:
+        try:
+            convert(row)
+        except ShapeError as error:
+            return str(error)
+        return ""
+
+    kept = rows.filter(lambda row: not fault(row))
+    lost = len(rows) - len(kept)
+    if not 0 < lost <= MOST_LEFT_OUT * len(rows):
+        return rows
+    index, first = next((index, found) for index, row in enumerate(rows) if (found := fault(row)))
+    logger.warning("%s: %d of %d rows are left out; row %d, for instance: %s.", place, lost, len(rows), index, first)
+    return kept
 
 
 def _keep_informative(pairs: Split, place: str) -> Split:
@@ -201,7 +231,7 @@ def _prompt_converter(args: DataArguments, columns: list[str]) -> Callable[[Row]
     prompt = args.prompt_column
     if prompt not in columns and prompt == "prompt" and "question" in columns:
         prompt = "question"
-    pairs = prompt not in columns and prompt == "prompt" and {"chosen", "rejected"} <= set(columns)
+    pairs = prompt == "prompt" and {"chosen", "rejected"} <= set(columns)
     if not pairs:
         _require(columns, prompt_column=prompt)
     if args.answer_pattern is not None or args.answer_column != "answer":
@@ -213,7 +243,7 @@ def _prompt_converter(args: DataArguments, columns: list[str]) -> Callable[[Row]
         raise UserError(Problem("answer_pattern", args.answer_pattern, remedy)) from None
 
     def convert(row: Row) -> dict[str, Any]:
-        if pairs:  # of conversations, which begin with the prompt
+        if pairs and not has_prompt(row, prompt):  # it is in the answers
             messages = read_pair(row, prompt, args.system_prompt)["prompt"]
         else:
             messages = read_prompt(row[prompt], prompt, args.system_prompt)

@@ -89,6 +89,15 @@ def shorten(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def has_prompt(pair: Mapping[str, Any], column: str) -> bool:
+    """Return whether a pair has its prompt in a column of its own.
+
+    Beside two whole conversations, the text of a prompt is only one message of what precedes the answers.
+    """
+    whole = all(isinstance(pair[side], list) and len(pair[side]) > 1 for side in ("chosen", "rejected"))
+    return pair.get(column) is not None and not (whole and isinstance(pair[column], str))
+
+
 def read_pair(
     row: Mapping[str, Any], prompt_column: str = "prompt", system_prompt: str | None = None
 ) -> dict[str, Any]:
@@ -107,7 +116,7 @@ def read_pair(
         ShapeError: If the row has a different shape.
     """
     chosen, rejected = row["chosen"], row["rejected"]
-    if row.get(prompt_column) is not None:
+    if has_prompt(row, prompt_column):
         prompt = read_prompt(row[prompt_column], prompt_column, system_prompt)
     else:
         for name, value in (("chosen", chosen), ("rejected", rejected)):

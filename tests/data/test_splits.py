@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from small_model import conversation, write_lines
 
+from pipeline.data import splits
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
@@ -157,6 +158,34 @@ def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, repeated: dict
         "chosen": [{"role": "assistant", "content": "good"}],
         "rejected": [{"role": "assistant", "content": "bad"}],
     }
+
+
+def test_the_prompt_of_whole_conversations_is_all_that_precedes_the_answers(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be kind."}, *conversation("Q", "A"), {"role": "user", "content": "And?"}]
+    answers = {side: [*turns, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    args = all_of(write(tmp_path, "parquet", [{"prompt": "And?", **answers}]))
+    assert load_splits(args, "preference", evaluation=False)[0][0] == {
+        "prompt": turns,
+        **{side: [{"role": "assistant", "content": side}] for side in answers},
+    }
+    assert load_splits(args, "prompt", evaluation=False)[0][0]["prompt"] == turns
+
+
+def test_few_rows_of_the_hub_without_the_shape_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"messages": conversation(f"Q {i}", f"A {i}")} for i in range(40)]
+    rows[7]["messages"][1]["content"] = " "
+    rows[9]["messages"][0]["content"] = "What is <end>?"
+    monkeypatch.setattr(splits, "open_source", lambda *_: DatasetDict(train=Dataset.from_list(rows)))
+    args = DataArguments(dataset_name="someone/chats", validation_share=0)
+    train, _ = load_splits(args, "conversation", False, re.compile("<end>"))
+    assert train["messages"] == [row["messages"] for i, row in enumerate(rows) if i not in (7, 9)]
+    assert "2 of 40 rows are left out; row 7, for instance: messages has an empty message" in caplog.text
+    for row in rows[10:15]:
+        row["messages"][1]["content"] = "<end>"
+    with pytest.raises(UserError, match="row 7: messages has an empty message of the assistant; correct or remove"):
+        load_splits(args, "conversation", False, re.compile("<end>"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
