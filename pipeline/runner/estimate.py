@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -174,6 +175,7 @@ def _plan(steps: Sequence[Step], processes: int, sharded: bool, device: Device |
     from pipeline.training.estimate import advice, estimate, fits
     from pipeline.training.workload import Settings, optimizer, pairs, starting_model, workload
 
+    imports = time.process_time()  # this command has imported what the stages import, and done little else
     made: dict[str, Any] = {}  # by the folder that the step writes
     for step in steps:
         settings = Settings(step.kind, step.values, argument_types(resolve_name(f"{KINDS[step.kind].module}:main")))
@@ -185,7 +187,7 @@ def _plan(steps: Sequence[Step], processes: int, sharded: bool, device: Device |
             try:
                 model = starting_model(settings, made)
                 work = workload(settings, model, made, processes, sharded and step.kind != "ppo")
-                here = device or this_machine(work, step.kind, partial(optimizer, settings))
+                here = device or this_machine(work, step.kind, partial(optimizer, settings), imports)
                 made[settings["output_dir"]] = pairs(settings) if step.kind == "preferences" else model
                 advised = [UNSHARDED] if sharded and step.kind == "ppo" else []
                 advised += [advice(work, here)] if not fits(work, here) else []
@@ -204,9 +206,9 @@ def _show(stages: Sequence[Stage], processes: int, args: argparse.Namespace) -> 
     for name, entry in entries.items():
         numbers = (_short(entry["parameters"]), _short(entry["tokens"]), f"{entry['flops']:.2g}")
         sizes = (f"{entry['memory_bytes']['total'] / 1e9:.2f}", f"{entry['disk_bytes'] / 1e9:.2f}")
-        rows.append((name, *numbers, *sizes, f"{entry['hours']:.2f}", f"{entry['cost'] or 0:.2f}"))
+        rows.append((name, *numbers, *sizes, f"{entry['hours']:.3g}", f"{entry['cost'] or 0:.2f}"))
     disk, hours, cost = (sum(entry[key] or 0 for entry in entries.values()) for key in ("disk_bytes", "hours", "cost"))
-    rows.append(("in all", "", "", "", "", f"{disk / 1e9:.2f}", f"{hours:.2f}", f"{cost:.2f}"))
+    rows.append(("in all", "", "", "", "", f"{disk / 1e9:.2f}", f"{hours:.3g}", f"{cost:.2f}"))
     if args.price is None:
         rows = [row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -25,12 +25,15 @@ OVERHEAD = {"pretrain": 80e6, "sft": 200e6, "reward": 125e6, "ppo": 190e6, "grpo
 """Bytes that a stage takes beside its tensors: code that is loaded late, buffers of the data libraries, the kernels of
 many shapes, and freed blocks, which the allocator keeps. Measured on recipes/pocket with `hidden_size` 128, 256 and
 512, in 30 steps, or 8 with rollouts; with 120, PPO takes 100 MB more."""
-START = 12.0
-"""Seconds of imports, checks and data."""
+START = 1.4
+"""Seconds of a stage beside training (imports, checks, data, saving), as a multiple of what its imports take: 1.1 was
+measured for `python -m recipes.KIND`, 1.6 with `accelerate launch`."""
 ROUNDS = 3
 
 
-def this_machine(work: Work, kind: str, optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer]) -> Device:
+def this_machine(
+    work: Work, kind: str, optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer], imports: float
+) -> Device:
     """Return this machine as one process of `work` finds it.
 
     Real steps of the model are timed: forward, backward, optimizer and, if the stage samples, the next token. A model
@@ -40,13 +43,14 @@ def this_machine(work: Work, kind: str, optimizer: Callable[[PreTrainedModel], t
         work: The stage, whose model is on the meta device.
         kind: Its kind.
         optimizer: Makes its optimizer.
+        imports: Seconds that this machine takes to import what the stages import.
     """
     dtype = hardware.precision().value
     common = {
         "name": "this machine",
         "memory": psutil.virtual_memory().total / work.processes,
         "overhead": OVERHEAD[kind],
-        "start": START,
+        "start": START * imports,
         "mixed": FULL if dtype == "fp32" else MIXED,
         "kernels": hardware.accelerator() is not None,
     }
