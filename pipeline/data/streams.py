@@ -250,7 +250,7 @@ def use_stream(trainer: Trainer) -> None:
     if not isinstance(stream, PackedStream):
         return
     args.ignore_data_skip = True
-    if args.dataloader_num_workers:
+    if args.dataloader_num_workers and trainer.is_world_process_zero():
         logger.warning("dataloader_num_workers has no effect on training: a stream is read by a thread of its own")
 
     def save_checkpoint(model: Any, trial: Any) -> None:
