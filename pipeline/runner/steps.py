@@ -185,10 +185,12 @@ def check_steps(steps: Iterable[Step]) -> list[Problem]:
 
     from pipeline.config.parser import argument_types, check_values
     from pipeline.evaluation.settings import check
+    from pipeline.launch import quiet_libraries
     from pipeline.preferences.collect import check_judge
     from pipeline.rewards.loading import load_rewards
     from pipeline.training.checks import preflight
 
+    quiet_libraries()
     problems = []
     steps = list(steps)
     for evaluation in [step for step in steps if step.kind == "evaluate"][:1]:  # all have the same settings

@@ -53,16 +53,20 @@ def test_gpus_share_the_work_and_under_fsdp_the_weights(capsys: pytest.CaptureFi
     assert sharded["memory_bytes"]["activations"] == one["memory_bytes"]["activations"]
 
 
-def test_a_launch_file_that_shards_is_refused_for_ppo_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_launch_file_that_shards_is_refused_for_ppo_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
     launch = ("--config_file", "recipes/accelerate/zero3.yaml", "--num_processes", "8")
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "recipes/base", "--output_dir", "runs/new", "--dry-run", *launch])
+    assert ended.value.code == 2
+    assert "zero3.yaml: shards the model, and PPO refuses that" in capsys.readouterr().err
+    assert main(["run", "recipes/base", "--output_dir", "runs/new", "--dry-run", "--until", "reward", *launch]) == 0
+    assert not [warning.message for warning in recwarn if warning.category is FutureWarning], "of the libraries"
+    capsys.readouterr()
     planned, without = (plan(capsys, *POCKET, *options)["stages"]["3_ppo"] for options in (launch, launch[2:]))
     assert planned["memory_bytes"] == without["memory_bytes"]
     assert "another launch file" in planned["advice"] and not without["advice"]
-    with pytest.raises(SystemExit) as ended:
-        main(["run", "recipes/pocket", "--output_dir", "runs/new", "--dry-run", *launch])
-    assert ended.value.code == 2
-    assert "zero3.yaml: shards the model, and PPO refuses that" in capsys.readouterr().err
-    assert main(["run", "recipes/pocket", "--output_dir", "runs/new", "--dry-run", "--until", "reward", *launch]) == 0
 
 
 def test_what_does_not_fit_is_named_with_what_does(capsys: pytest.CaptureFixture[str]) -> None:
