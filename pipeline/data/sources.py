@@ -76,6 +76,8 @@ def open_source(
         if not streaming:
             remedy = f"must be true for the shards of {name}, which are read during training"
             raise UserError(Problem("dataset_streaming", streaming, remedy))
+        if config is not None:
+            logger.info("dataset_config %s is ignored: shards do not have configurations", config)
         return open_shards(path)
     builder, options = _choose_builder(name, path, config)
     if streaming and "revision" in options and constants.HF_HUB_OFFLINE:

@@ -115,6 +115,12 @@ def test_tokens_of_four_bytes_and_several_folders_are_read(made: Path, shards: P
     assert rows.num_shards == 2 * len(FILES) and len(list(rows)) == 2 * sum(FILES.values())
 
 
+def test_folders_inside_are_splits(shards: Path) -> None:
+    shutil.copytree(shards / "train", shards / "validation")
+    train, validation = splits(shards, "tokens")
+    assert len(list(train)) == len(list(validation)) == sum(FILES.values())
+
+
 def test_what_measures_on_text_reads_the_documents(documents: Path, made: Path) -> None:
     args = DataArguments(str(made), dataset_streaming=True, validation_share=0.1)
     assert documents_of(args) == replace(args, dataset_name=str(documents))
