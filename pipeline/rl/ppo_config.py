@@ -173,6 +173,9 @@ class PPOConfig(GRPOConfig):
             refuse("reward_normalization", "must be none, batch or running")
         if self.frozen_dtype not in ("auto", "bfloat16", "float32"):
             refuse("frozen_dtype", "must be auto, bfloat16 or float32")
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if "lomo" in optimizer or optimizer.endswith("layerwise"):  # they update a parameter when its gradient is known
+            refuse("optim", "updates one network during its backward pass, and PPO trains two; choose another one")
         if self.epsilon not in (GRPOConfig.epsilon, self.cliprange):
             refuse("epsilon", "must be unset: set cliprange")
         if wrong:

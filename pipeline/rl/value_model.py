@@ -263,6 +263,12 @@ def add_to_optimizer(optimizer: torch.optim.Optimizer, critic: nn.Module, decaye
         if parameters:
             decay = args.weight_decay if decays else 0.0
             optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": decay})
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        from bitsandbytes.optim import GlobalOptimManager  # optional
+
+        for module in critic.modules():  # as transformers does for the policy: 8 bits are too few for embeddings
+            if isinstance(module, nn.Embedding):
+                GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
 
 
 def check_in_optimizer(optimizer: torch.optim.Optimizer, critic: nn.Module) -> None:

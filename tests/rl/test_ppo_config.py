@@ -66,6 +66,8 @@ def test_leaves_the_device_alone_where_there_is_an_accelerator(tmp_path: Path, m
         {"num_generations": 0},
         {"num_generations": 3},
         {"per_device_train_batch_size": 1},
+        {"optim": "adalomo"},
+        {"optim": "galore_adamw_layerwise", "optim_target_modules": "all-linear"},
     ],
     ids=str,
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from transformers import (
 from pipeline.rl.arguments import PPORewardArguments
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.reward_checks import check_reward_model, check_value_model
+from pipeline.rl.value_model import add_to_optimizer, value_model_from
 from tests import ppo_toy as toy
 
 IDS = torch.tensor([[3, 5, 6, 4, 7, 2]])
@@ -173,3 +176,17 @@ def test_the_recipe_accepts_adapters_and_refuses_broken_ones(tmp_path: Path) -> 
     (tmp_path / "base" / "config.json").unlink()
     (problem,) = check_reward_model(adapter)
     assert problem.field == "reward_model_path" and str(tmp_path / "base") in str(problem)
+
+
+def test_an_8_bit_optimizer_keeps_the_moments_of_the_critics_embeddings_in_32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: list[Any] = []
+    manager = SimpleNamespace(register_module_override=lambda *given: registered.append(given))
+    optim = SimpleNamespace(GlobalOptimManager=SimpleNamespace(get_instance=lambda: manager))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+    kind = type("AdamW", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
+    critic = value_model_from(toy.policy())
+    add_to_optimizer(kind(toy.policy().parameters()), critic, [], toy.config(tmp_path))
+    assert registered == [(critic.model.embed_tokens, "weight", {"optim_bits": 32})]
