@@ -64,6 +64,11 @@ def column_names(split: Split) -> list[str]:
     return list(split.column_names or next(iter(split)))
 
 
+def is_of_hub(args: DataArguments) -> bool:
+    """Return whether the rows are those of others, which a user cannot correct."""
+    return not Path(args.dataset_names[0]).expanduser().exists()
+
+
 def place_of(split: Split, args: DataArguments) -> str:
     """Name the data set and the split, for messages."""
     return f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
@@ -109,7 +114,7 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
             remedy = f"{error}; correct or remove that row"
             raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None
 
-    if isinstance(split, Dataset) and not Path(args.dataset_names[0]).expanduser().exists():
+    if isinstance(split, Dataset) and is_of_hub(args):
         split = _keep_shaped(split, shaped, place)
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
     features = {name: FEATURES[name] for name in kept if name in FEATURES}

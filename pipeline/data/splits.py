@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import Kind, Split, column_names, place_of, standardise
+from pipeline.data.columns import Kind, Split, column_names, is_of_hub, place_of, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.errors import Problem, UserError
 
@@ -113,8 +113,10 @@ def _divide(
     train, test = args.dataset_train_split, args.dataset_test_split
     single = list(source) == [train] and train != test and args.validation_share > 0
     if single and (evaluation or not isinstance(source[train], Dataset) or len(source[train]) > 1):
-        # The rows are checked before they are divided, so that errors give their numbers in the file.
-        kept, held_out = _hold_out(standardise(source[train], args, kind, tokens), args)
+        if isinstance(source[train], Dataset) and is_of_hub(args):  # where checks leave rows out, evaluations count all
+            kept, held_out = (standardise(part, args, kind, tokens) for part in _hold_out(source[train], args))
+        else:  # checked before they are divided, so that errors give the numbers of rows in the file
+            kept, held_out = _hold_out(standardise(source[train], args, kind, tokens), args)
         if args.max_eval_samples is None and isinstance(held_out, IterableDataset):
             logger.info("max_eval_samples %d (default for a stream)", HELD_OUT_OF_STREAM)
             args = replace(args, max_eval_samples=HELD_OUT_OF_STREAM)

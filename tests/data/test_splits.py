@@ -182,6 +182,11 @@ def test_few_rows_of_the_hub_without_the_shape_are_left_out(
     train, _ = load_splits(args, "conversation", False, re.compile("<end>"))
     assert train["messages"] == [row["messages"] for i, row in enumerate(rows) if i not in (7, 9)]
     assert "2 of 40 rows are left out; row 7, for instance: messages has an empty message" in caplog.text
+    args.validation_share = 0.1
+    train, held_out = load_splits(args, "conversation", True, re.compile("<end>"))
+    assert held_out is not None and held_out["messages"] == [rows[i]["messages"] for i in (0, 10, 20, 30)]
+    assert train["messages"] == [row["messages"] for i, row in enumerate(rows) if i % 10 and i not in (7, 9)]
+    args.validation_share = 0
     for row in rows[10:15]:
         row["messages"][1]["content"] = "<end>"
     with pytest.raises(UserError, match="row 7: messages has an empty message of the assistant; correct or remove"):
