@@ -5,6 +5,7 @@ However large a data set is, only the sample is kept in memory.
 
 from __future__ import annotations
 
+import logging
 import random
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from pipeline.data import votes
 from pipeline.data.arguments import VOTES_FILE
-from pipeline.data.columns import Kind, Split, column_names, converter
+from pipeline.data.columns import Kind, Split, column_names, converter, is_of_hub
 from pipeline.data.messages import ShapeError, shorten
 from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
@@ -30,6 +31,8 @@ from pipeline.errors import Problem, UserError
 from pipeline.evaluation.graders import COMPARED
 from pipeline.evaluation.settings import STAGES_OF, Source
 from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -180,6 +183,9 @@ class Reader:
                 example = {**row, **convert(row)}
                 _check_columns(example)
             except ShapeError as error:
+                if is_of_hub(part.source):  # training leaves it out, too
+                    logger.warning("%s, row %d is left out: %s.", part.place, number, error)
+                    continue
                 remedy = f"{error}; correct or remove that row"
                 raise UserError(Problem(part.field, f"{part.place}, row {number}", remedy)) from None
             examples.append({**example, "kind": str(row.get("kind") or ""), "id": number})

@@ -23,7 +23,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.evaluation.settings import check, complete, derive
-from pipeline.evaluation.sources import Part, Source
+from pipeline.evaluation.sources import Part, Reader, Source
 from tests import vllm_stub
 
 OWN = "tests.evaluation.own_functions:{}"
@@ -360,6 +360,14 @@ def test_only_a_sample_of_a_large_split_is_read() -> None:
     assert [number for number, _ in trained_on.sample(10_000)] == [i for i in range(5000) if i % 20]
     stream = Part(data.to_iterable_dataset(), Source("a"), "text", "a", period=20)
     assert [number for number, _ in stream.sample(3)] == [0, 20, 40]
+
+
+def test_rows_that_training_leaves_out_of_a_data_set_of_the_hub_are_not_measured(tmp_path: Path) -> None:
+    data, reader = Dataset.from_dict({"text": ["one", None, "three"]}), Reader(tmp_path, {"trained_on": {}}, ())
+    found = reader.read("text", Part(data, Source("someone/texts"), "text", "someone/texts"), 10)
+    assert [(row["id"], row["text"]) for row in found] == [(0, "one"), (2, "three")]
+    with pytest.raises(UserError, match="row 1: the text is None; correct or remove that row"):
+        reader.read("text", Part(data, Source(str(tmp_path)), "text", "texts"), 10)
 
 
 STAGES = [
