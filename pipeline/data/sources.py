@@ -18,7 +18,8 @@ import datasets
 import yaml
 from datasets import DatasetDict, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub import constants, snapshot_download
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.data import votes
@@ -83,7 +84,8 @@ def open_source(
     if streaming and "revision" in options and constants.HF_HUB_OFFLINE:
         place = {"repo_type": "dataset", "revision": options["revision"], "local_files_only": True}
         with contextlib.suppress(LocalEntryNotFoundError):  # the folder of the files that `run --download` fetches
-            builder, options = snapshot_download(builder, allow_patterns="README.md", **place), {"name": config}
+            builder = snapshot_download(builder, allow_patterns="README.md", **place)
+            options = {"name": config, "data_files": _files_of_config(Path(builder) / "README.md", config)}
     if builder not in BUILDERS.values():
         _check_config(builder, config, options.get("revision"))
     elif config is not None:
@@ -171,6 +173,17 @@ def _cache_of_folder(path: Path) -> str:
 
 def _join_lines(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
     return {"text": ["".join(line if line.endswith("\n") else line + "\n" for line in batch["text"])]}
+
+
+def _files_of_config(card: Path, config: str | None) -> Any:
+    """Return the patterns of a configuration's files, by split, or None if the card of a data set names none.
+
+    Without them, `datasets` looks for the files of the card's first configuration, which may not have been fetched.
+    """
+    if not card.exists():
+        return None
+    configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+    return configs.get(config or "default", {}).get("data_files")
 
 
 def _check_config(builder: str, config: str | None, revision: str | None) -> None:

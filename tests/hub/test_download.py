@@ -21,6 +21,10 @@ from tests.hub.hub_server import Hub
 SHARDS = [("small", "train", 0), ("small", "train", 1), ("small", "extra", 0), ("large", "train", 0)]
 CARD = """---
 configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*/*
 - config_name: small
   data_files:
   - split: train
@@ -49,6 +53,7 @@ def test_models_data_and_streams_are_fetched(
     hub.add("alice/model", {file.name: file.read_bytes() for file in folder.iterdir()} | {"old.bin": b"a pickle"})
     hub.add("alice/chats", {"train.parquet": rows(40, "")}, type="dataset")
     web = {f"{name}/{split}-{i}.parquet": rows(20, f"{name} {split} {i}") for name, split, i in SHARDS}
+    web["data/2024/0.parquet"] = rows(1, "all")
     hub.add("alice/web", web | {"README.md": CARD.encode()}, type="dataset")
     (tmp_path / "recipe").mkdir()
     values = {"dataset_name": "alice/chats", "model_name_or_path": "alice/model", "max_steps": 2, "report_to": "none"}
