@@ -170,9 +170,10 @@ class Stage:
 
 def _plan(steps: Sequence[Step], processes: int, sharded: bool, device: Device | None) -> Iterator[Stage]:
     """Estimate each stage, on `device` or, without one, on this machine."""
+    from pipeline import hardware
     from pipeline.config.parser import argument_types
     from pipeline.training.calibration import this_machine
-    from pipeline.training.estimate import advice, estimate, fits
+    from pipeline.training.estimate import FULL, advice, estimate, fits
     from pipeline.training.workload import Settings, optimizer, pairs, starting_model, workload
 
     imports = time.process_time()  # this command has imported what the stages import, and done little else
@@ -187,7 +188,12 @@ def _plan(steps: Sequence[Step], processes: int, sharded: bool, device: Device |
             try:
                 model = starting_model(settings, made)
                 work = workload(settings, model, made, processes, sharded and step.kind != "ppo")
-                here = device or this_machine(work, step.kind, partial(optimizer, settings), imports)
+                full = step.values.get("bf16") is False and not step.values.get("fp16")
+                if device:
+                    here = dataclasses.replace(device, mixed=FULL) if full else device
+                else:
+                    dtype = "fp32" if full else hardware.precision().value
+                    here = this_machine(work, step.kind, partial(optimizer, settings), imports, dtype)
                 made[settings["output_dir"]] = pairs(settings) if step.kind == "preferences" else model
                 advised = [UNSHARDED] if sharded and step.kind == "ppo" else []
                 advised += [advice(work, here)] if not fits(work, here) else []

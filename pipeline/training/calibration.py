@@ -21,10 +21,18 @@ FLOPS = 1e12
 """Operations of such a step above which it would take too long; the speed is then estimated."""
 SHARE_OF_MATMUL = 0.3
 """Share of the speed of large matrix multiplications that training reaches, where it is not measured."""
-OVERHEAD = {"pretrain": 80e6, "sft": 200e6, "reward": 125e6, "ppo": 190e6, "grpo": 90e6, "preferences": 420e6}
-"""Bytes that a stage takes beside its tensors: code that is loaded late, buffers of the data libraries, the kernels of
-many shapes, and freed blocks, which the allocator keeps. Measured on recipes/pocket with `hidden_size` 128, 256 and
-512, in 30 steps, or 8 with rollouts; with 120, PPO takes 100 MB more."""
+OVERHEAD = {
+    "pretrain": (80e6, 80e6),
+    "sft": (200e6, 135e6),
+    "reward": (125e6, 100e6),
+    "ppo": (190e6, 40e6),
+    "grpo": (90e6, 0.0),
+    "preferences": (420e6, 340e6),
+}
+"""Bytes that a stage takes beside its tensors, in mixed precision and in float32: code that is loaded late, buffers of
+the data libraries, the kernels of many shapes (of oneDNN, for bfloat16), and freed blocks, which the allocator keeps.
+Measured on recipes/pocket with `hidden_size` 128, 256 and 512 (float32: not 512), in 30 steps, or 8 with rollouts; with
+120, PPO takes 100 MB more."""
 START = 1.4
 """Seconds of a stage beside training (imports, checks, data, saving), as a multiple of what its imports take: 1.1 was
 measured for `python -m recipes.KIND`, 1.6 with `accelerate launch`."""
@@ -32,7 +40,7 @@ ROUNDS = 3
 
 
 def this_machine(
-    work: Work, kind: str, optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer], imports: float
+    work: Work, kind: str, optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer], imports: float, dtype: str
 ) -> Device:
     """Return this machine as one process of `work` finds it.
 
@@ -44,12 +52,12 @@ def this_machine(
         kind: Its kind.
         optimizer: Makes its optimizer.
         imports: Seconds that this machine takes to import what the stages import.
+        dtype: Precision of its training: "bf16", "fp16" or "fp32".
     """
-    dtype = hardware.precision().value
     common = {
         "name": "this machine",
         "memory": psutil.virtual_memory().total / work.processes,
-        "overhead": OVERHEAD[kind],
+        "overhead": OVERHEAD[kind][dtype == "fp32"],
         "start": START * imports,
         "mixed": FULL if dtype == "fp32" else MIXED,
         "kernels": hardware.accelerator() is not None,
@@ -75,7 +83,7 @@ def this_machine(
     with torch.no_grad():
         passed = _best(forward)
     trained, update = (_best(train), _best(optimizer(model).step)) if work.trainable else (3 * passed, 0.0)
-    latency = _decoding(model, work) if work.rollouts else 0.0
+    latency = _decoding(model, work, dtype) if work.rollouts else 0.0
     shared = work.processes  # the cores
     return Device(
         train=flops / trained / shared,
@@ -87,11 +95,11 @@ def this_machine(
     )
 
 
-def _decoding(model: PreTrainedModel, work: Work) -> float:
+def _decoding(model: PreTrainedModel, work: Work, dtype: str) -> float:
     """Return the seconds of one token of all completions that are sampled at once."""
     assert work.rollouts is not None
     ids = torch.zeros(work.rollouts.rows, max(1, round(work.rollouts.prompt)), dtype=torch.long)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=hardware.precision().value == "bf16"):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
         cache = DynamicCache(config=model.config)
         model(ids, cache=cache, use_cache=True, logits_to_keep=1)
         return _best(lambda: model(ids[:, :1], cache=cache, use_cache=True))

@@ -45,6 +45,12 @@ def test_options_override_the_files_of_all_stages_that_know_them(capsys: pytest.
     assert after["2_sft"]["tokens"] < before["2_sft"]["tokens"]
 
 
+def test_float32_takes_more_memory_than_mixed_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    mixed, full = (plan(capsys, *POCKET, *more)["stages"]["1_pretrain"] for more in ((), ("--bf16", "false")))
+    assert 1.3 < full["memory_bytes"]["activations"] / mixed["memory_bytes"]["activations"] < 2
+    assert full["memory_bytes"]["optimizer"] == mixed["memory_bytes"]["optimizer"]
+
+
 def test_gpus_share_the_work_and_under_fsdp_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
     one, eight = (plan(capsys, *POCKET, "--num_processes", n)["stages"]["1_pretrain"] for n in ("1", "8"))
     assert eight["tokens"] == 8 * one["tokens"] and eight["hours"] == pytest.approx(one["hours"])
