@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -48,8 +49,9 @@ PREFERENCES = Features(
 )
 """The columns of pairs that are made here, labelled by annotators or by people."""
 
-MOST_LEFT_OUT = 0.1
-"""Share of the rows of a data set of the Hub that may be left out. With more, it is rather the wrong column."""
+FEW, MOST_LEFT_OUT = 10, 0.1
+"""Share of the rows of a data set of the Hub that may be left out, and number of the first ones of a stream beyond it.
+With more, it is rather the wrong column."""
 
 RESERVED = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "image", "images",
@@ -84,7 +86,8 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
 
     Returns:
         The rows with the columns of `kind`; pairs that do not say which answer is better are left out. So are rows of
-        the Hub that do not have the expected shape, which its readers cannot correct, up to `MOST_LEFT_OUT`.
+        the Hub that do not have the expected shape, which its readers cannot correct, up to `MOST_LEFT_OUT`; in a
+        stream, of which only documents may be without it, these are empty.
 
     Raises:
         UserError: If a column does not exist, or a row does not have the expected shape.
@@ -99,7 +102,8 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
     if kind == "text" and isinstance(split, Dataset) and _is_text(split, args.text_column):
         only = split.select_columns(args.text_column)  # without a copy
         return only if args.text_column == "text" else only.rename_column(args.text_column, "text")
-    place = place_of(split, args)
+    place, emptied = place_of(split, args), count(1)
+    may_be_empty = kind == "text" and isinstance(split, IterableDataset) and is_of_hub(args)
 
     def shaped(row: Row) -> dict[str, Any]:
         converted = convert(row)
@@ -111,6 +115,10 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         try:
             return shaped(row)
         except ShapeError as error:
+            if may_be_empty and (number := next(emptied)) <= FEW + MOST_LEFT_OUT * index:
+                if number == 1:
+                    logger.warning("%s, row %d: %s; such documents are read as empty ones.", place, index, error)
+                return {"text": ""}
             remedy = f"{error}; correct or remove that row"
             raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from small_model import conversation, write_lines
 
 from pipeline.data import splits
@@ -191,6 +191,23 @@ def test_few_rows_of_the_hub_without_the_shape_are_left_out(
         row["messages"][1]["content"] = "<end>"
     with pytest.raises(UserError, match="row 7: messages has an empty message of the assistant; correct or remove"):
         load_splits(args, "conversation", False, re.compile("<end>"))
+
+
+def test_few_documents_of_a_stream_of_the_hub_that_are_not_text_are_empty(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts: list[str | None] = [f"text {i}" for i in range(60)]
+    texts[30] = texts[45] = None
+    stream = Dataset.from_dict({"text": texts, "nothing": [None] * 60}).to_iterable_dataset(2)
+    monkeypatch.setattr(splits, "open_source", lambda *_: IterableDatasetDict(train=stream))
+    args = DataArguments(dataset_name="someone/texts", dataset_streaming=True, validation_share=0.1)
+    train, held_out = load_splits(args, "text", True)
+    assert held_out is not None and [row["text"] for row in held_out] == ["text 0", "text 10", "text 20"]
+    assert [row["text"] for row in train] == [text or "" for i, text in enumerate(texts) if i % 10 or i >= 30]
+    assert caplog.text.count("the text is None; such documents are read as empty ones") == 1
+    args.text_column = "nothing"
+    with pytest.raises(UserError, match="the text is None; correct or remove that row"):
+        list(load_splits(args, "text", False)[0])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
