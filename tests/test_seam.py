@@ -39,6 +39,7 @@ IMPORTS = {
     "accelerate.utils:prepare_simple_launcher_cmd_env": "a fork gets the environment that a launch would set",
     "peft.tuners.tuners_utils:BaseTunerLayer": "adapters are merged into a critic",
     "peft.utils.other:AuxiliaryTrainingWrapper": "adapters are merged into a critic",
+    "peft.utils.other:ModulesToSaveWrapper": "modules beside an adapter that would be multiplied with those in bf16",
     "transformers.cache_utils:DynamicLayer": "rollouts write into a cache that does not copy itself for each token",
     "transformers.integrations.integration_utils:INTEGRATION_TO_CALLBACK": "the values of report_to",
     "transformers.integrations.integration_utils:get_available_reporting_integrations": "the values of report_to",
