@@ -53,7 +53,7 @@ ALSO_WHEN_GREEDY = ("repetition_penalty", "suppress_tokens")
 
 OTHER_SETTINGS = (
     "do_sample", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id",
-    "disable_compile", "transformers_version",
+    "disable_compile", "transformers_version", "_from_model_config",
 )  # fmt: skip
 """Settings that `sample` honours as well, or that cannot change what it returns."""
 

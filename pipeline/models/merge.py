@@ -79,9 +79,7 @@ def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
     with user_error_for("adapter", config["base_model_name_or_path"], "base model"):
         base = load_config(str(adapter))
     kind = AutoModelForSequenceClassification if is_reward_model(base) else None
-    if (
-        config.get("task_type") == "TOKEN_CLS"
-    ):  # the critic of PPO, whatever its base is
+    if config.get("task_type") == "TOKEN_CLS":  # the critic of PPO, whatever its base is
         kind = AutoModelForTokenClassification
     fault = validate_weights(str(adapter), base, kind)
     if fault is None:

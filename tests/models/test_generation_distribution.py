@@ -129,6 +129,8 @@ def test_each_setting_gives_the_distribution_of_generate(changes: dict[str, Any]
 def test_what_the_sampler_does_not_honour_is_named() -> None:
     assert unsupported_settings(settings(num_beams=2, no_repeat_ngram_size=0)) == {"num_beams": 2}
     assert unsupported_settings(settings(stop_strings=["a"])) == {"stop_strings": ["a"]}
+    own = model().generation_config
+    assert own._from_model_config and not unsupported_settings(own), "a model saved without generation_config.json"
 
 
 def test_samples_of_one_prompt_differ_and_repeat_with_the_random_state() -> None:
