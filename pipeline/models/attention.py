@@ -249,4 +249,5 @@ def _fits_varlen(model: PreTrainedModel) -> bool:
     drops = any(
         getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
     )
-    return bool(model._supports_flash_attn and whole and not drops and size % 8 == 0 and size <= 256)
+    alike = not hasattr(config, "v_head_dim")  # multi-head latent attention has values of another size than queries
+    return bool(model._supports_flash_attn and whole and alike and not drops and size % 8 == 0 and size <= 256)

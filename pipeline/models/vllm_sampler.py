@@ -19,6 +19,10 @@ MEMORY = 0.4
 """Share of a GPU's memory for each sampler: a model that is measured and its opponent both have one, beside their
 weights in PyTorch."""
 
+LENGTH_THAT_FITS = -1
+"""`max_model_len` by which vLLM takes all of a model's positions, or as many as its memory has room for. By default, it
+does not start if there is no room for one text of all of them, which are 131,072 in many small models."""
+
 
 def validate_vllm() -> str | None:
     """Return why vLLM cannot sample on this machine and what to do about it, or None if it can."""
@@ -47,7 +51,7 @@ class VLLMSampler:
             without_adapters(self.model).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             dtype = str(self.model.dtype).removeprefix("torch.")
-            return LLM(model=folder, dtype=dtype, gpu_memory_utilization=MEMORY)
+            return LLM(model=folder, dtype=dtype, gpu_memory_utilization=MEMORY, max_model_len=LENGTH_THAT_FITS)
 
     def generate(
         self,

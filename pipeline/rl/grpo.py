@@ -26,6 +26,7 @@ from pipeline.models.adapters import MERGED
 from pipeline.models.generation import accepts_argument, sample, unsupported_settings
 from pipeline.models.grouping import group_by_length
 from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.models.vllm_sampler import LENGTH_THAT_FITS
 from pipeline.models.weights import load_renamed_weights
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
@@ -66,6 +67,8 @@ class GRPOTrainer(TRLGRPOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> None:
         merged = args is not None and args.beta != 0 and hasattr(model, MERGED) and not kwargs.get("peft_config")
         beta, synced = (args.beta, args.sync_ref_model) if merged else (0.0, False)
+        if args is not None and args.use_vllm and args.vllm_max_model_length is None:
+            args.vllm_max_model_length = LENGTH_THAT_FITS
         if merged:  # TRL would make the reference by loading the policy's name again, which is that of the base model
             args.beta, args.sync_ref_model = 0.0, False
         super().__init__(model, reward_funcs, args, *others, **kwargs)

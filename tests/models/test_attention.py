@@ -192,6 +192,7 @@ def test_flash_attention_is_used_on_a_gpu_that_has_it(monkeypatch: pytest.Monkey
 
     assert chosen() == VARLEN
     assert chosen(attention_dropout=0.1) == chosen(head_dim=12) == chosen(sliding_window=64) == "sdpa"
+    assert chosen(v_head_dim=16) == "sdpa", "queries and values differ in size"
     assert chosen(requested="flex_attention") == "flex_attention"
     monkeypatch.setattr(attention, "validate_varlen", lambda model, device: "it fails")
     assert chosen() == "sdpa"

@@ -61,7 +61,7 @@ def test_each_rollout_is_sampled_with_the_weights_of_its_step(kind: str, tmp_pat
     trainer = run(kind, tmp_path / "run")
     (llm,) = LLM.engines
     assert (llm.settings["gpu_memory_utilization"], llm.settings["enable_sleep_mode"]) == (0.2, True)
-    assert llm.settings["logprobs_mode"] == "processed_logprobs"
+    assert (llm.settings["logprobs_mode"], llm.settings["max_model_len"]) == ("processed_logprobs", -1)
     assert {params.max_tokens for params in llm.requests} == {6} and len(llm.requests) == 8
     assert not llm.awake, "it sleeps while the policy is trained"
     folders = (tmp_path / "policy", tmp_path / "run" / "checkpoint-2")
