@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -270,9 +271,18 @@ def _check_weights(
     size = model.num_parameters()
     trained = round(0.05 * size) if model_args.use_peft else size  # adapters are smaller, by their rank and targets
     if reward_args is not None and reward_args.trains_critic:
-        trained += trained if getattr(reward_args, "value_use_peft", False) else size
+        trained += trained if _critic_is_like(config, reward_args) else size
     beside = size if model_args.use_peft and base_of(name, model_args.model_revision) else 0  # merged from an adapter
     return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args, beside)
+
+
+def _critic_is_like(config: Any, reward_args: Any) -> bool:
+    """Return whether a critic is trained as the policy is: an adapter needs a source of the policy's architecture."""
+    sources = [reward_args.value_model_path, *(reward_args.reward_model_path or [])]
+    source = next(filter(None, sources), None)
+    with contextlib.suppress(*LIBRARY_ERRORS):  # reported elsewhere
+        return bool(reward_args.value_use_peft and (source is None or type(load_config(source)) is type(config)))
+    return True
 
 
 def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any) -> list[Problem]:

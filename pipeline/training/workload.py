@@ -94,11 +94,12 @@ def starting_model(settings: Settings, made: Mapping[str, Any]) -> PreTrainedMod
         tokenizer: Any = _Vocabulary(size=size, pad_token_id=0, bos_token_id=1, eos_token_id=2)
         with torch.device("meta"):
             return build_model(settings.build(ScratchArguments), tokenizer, 0)
-    name = settings["model_name_or_path"]
-    return made[name] if name in made else _load(name, "model_name_or_path", settings.get("model_revision"))
+    return _load(settings["model_name_or_path"], "model_name_or_path", made, settings.get("model_revision"))
 
 
-def _load(name: str, field: str, revision: str | None = None) -> PreTrainedModel:
+def _load(name: str, field: str, made: Mapping[str, Any], revision: str | None = None) -> PreTrainedModel:
+    if name in made:
+        return made[name]
     with user_error_for(field, name), torch.device("meta"):
         return AutoModelForCausalLM.from_config(load_config(name, revision))
 
@@ -200,17 +201,16 @@ def _rollouts(
         steps = math.ceil(episodes * uses / batch)
     tokens = steps * batch / uses * (prompt + completion)
     parameters, critics = model.num_parameters(), int(settings.kind == "ppo")
-    judges = settings.get("reward_model_path") or []
-    judged = [
-        (made[name] if name in made else _load(name, "reward_model_path")).num_parameters()
-        for name in ([judges] if isinstance(judges, str) else judges)
-    ]
+    paths = settings.get("reward_model_path") or []
+    judges = [_load(name, "reward_model_path", made) for name in ([paths] if isinstance(paths, str) else paths)]
     penalty = settings["kl_coef"] if critics else settings["beta"]
     referred = penalty > 0 and not settings["use_peft"]  # with LoRA, the model without its adapter is the reference
-    common["frozen"] += sum(judged) + parameters * referred
-    adapter = critics and settings["use_peft"] and settings["value_use_peft"]
-    common["trainable"] += (critic := common["trainable"] if adapter else parameters * critics)
-    common["saved"] += critic
+    common["frozen"] += sum(judge.num_parameters() for judge in judges) + parameters * referred
+    if critics:
+        source = _load(own, "value_model_path", made) if (own := settings["value_model_path"]) else [*judges, model][0]
+        adapted = settings["use_peft"] and settings["value_use_peft"] and type(source.config) is type(model.config)
+        common["trainable"] += (critic := common["trainable"] if adapted else source.num_parameters())
+        common["saved"] += critic
     common["converted"] = bool(critics and settings["use_peft"] and settings["frozen_dtype"] != "float32")
     old = 1 if critics or uses > 1 or accumulated % at_once else 0
     return Work(
@@ -228,7 +228,7 @@ def _rollouts(
             completion=completion,
             longest=longest,
             uses=uses,
-            passes=old + critics + len(judged) + (penalty > 0),
+            passes=old + critics + len(judges) + (penalty > 0),
             vllm=bool(settings["use_vllm"]),
         ),
         **common,
@@ -260,11 +260,11 @@ def _sampling(settings: Settings, model: PreTrainedModel, made: Mapping[str, Any
 
 def _moments(settings: Settings, model: PreTrainedModel) -> float:
     """Return the bytes of the optimizer's state for a parameter: two numbers, or one for the matrices of Muon."""
+    share = model.get_input_embeddings().weight.numel() / model.num_parameters()
     if settings.get("use_muon"):
-        embeddings = model.get_input_embeddings().weight.numel() * (1 if model.config.tie_word_embeddings else 2)
-        return 4.0 + 4.0 * embeddings / model.num_parameters()
-    name = str(getattr(settings["optim"], "value", settings["optim"]))
-    return 2.0 if "8bit" in name else 8.0
+        return 4.0 + 4.0 * share * (1 if model.config.tie_word_embeddings else 2)
+    eight = "8bit" in str(getattr(settings["optim"], "value", settings["optim"]))
+    return 8.0 if not eight else 2.0 if settings.get("use_peft") else 2.0 + 6.0 * share  # embeddings keep 32 bits
 
 
 def _checkpoints(settings: Settings) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.__main__ import main
 from pipeline.training.estimate import gpu
@@ -96,6 +97,29 @@ def test_other_recipes_are_planned_without_the_hub(recipe: str, capsys: pytest.C
     sizes = {"small": 134.5e6, "base": 1107e6}
     if recipe in sizes:  # as many as SmolLM2-135M, and as Llama-3.2-1B with a smaller vocabulary
         assert planned["stages"]["1_pretrain"]["parameters"] == pytest.approx(sizes[recipe], rel=0.001)
+
+
+def test_a_critic_of_another_architecture_is_trained_in_full(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    GPT2Config(vocab_size=2560, n_embd=64, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2).save_pretrained(
+        tmp_path
+    )
+    lora = (*POCKET, "--use_peft", "true", "--embedding_learning_rate", "null")
+    both, whole = (
+        plan(capsys, *lora, *more)["stages"]["3_ppo"] for more in ((), ("--value_model_path", str(tmp_path)))
+    )
+    critic = GPT2LMHeadModel(GPT2Config.from_pretrained(tmp_path)).num_parameters()
+    adapter = both["memory_bytes"]["gradients"] // 4 // 2
+    assert whole["memory_bytes"]["gradients"] == 4 * (adapter + critic)
+
+
+def test_8_bit_optimizers_keep_32_bits_for_embeddings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.training.checks._try_optimizer", lambda _: [])  # bitsandbytes is not installed
+    planned = plan(capsys, "recipes/small", "--gpu", "h100", "--optim", "adamw_8bit")["stages"]["1_pretrain"]
+    assert planned["memory_bytes"]["optimizer"] == 2 * planned["parameters"] + 6 * 49152 * 576
 
 
 def test_a_model_that_only_the_hub_has_is_refused_without_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,17 @@ import json
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig
-from trl import GRPOConfig
+from transformers import GenerationConfig, GPT2Config, LlamaConfig
+from trl import GRPOConfig, ModelConfig
 
+from pipeline.models.loading import load_config
+from pipeline.rl.arguments import PPORewardArguments
 from pipeline.training.checks import check_generation_config, preflight
+from pipeline.training.inputs import _check_weights
 
 
 def config(**changes: Any) -> GRPOConfig:
@@ -121,3 +125,21 @@ def test_a_models_own_options_of_generation(tmp_path: Path, saved: dict[str, Any
     problems = check_generation_config(str(tmp_path), None)
     assert [problem.field for problem in problems] == ["model_name_or_path"] * bool(refused)
     assert all(f"'{name}'" in problems[0].remedy for name in refused)
+
+
+@pytest.mark.parametrize(("critic", "fits"), [("llama", True), ("gpt2", False)])
+def test_a_critic_of_another_architecture_takes_the_disk_of_a_whole_model(
+    critic: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=9).save_pretrained(
+        tmp_path / "llama"
+    )
+    GPT2Config(vocab_size=9, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    llama, model_args = (
+        load_config(str(tmp_path / "llama")),
+        ModelConfig(str(tmp_path / "llama"), use_peft=True, lora_r=1),
+    )
+    reward_args = PPORewardArguments(value_model_path=str(tmp_path / critic))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=30_000))
+    problems = _check_weights(llama, config(), model_args, reward_args)
+    assert ("output_dir" not in [problem.field for problem in problems]) == fits, problems
