@@ -17,8 +17,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Id on the Hugging Face Hub, also NAME/repo@revision, or a local file or folder: a data set "
-            "repository, Parquet, JSONL, JSON, CSV or text, optionally compressed (.gz). Several are joined, split by "
-            "split."
+            "repository, Parquet, JSONL, JSON, CSV or text, optionally compressed (.gz), or shards of recipes.shards. "
+            "Several are joined, split by split."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
