@@ -102,7 +102,7 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
     if kind == "text" and isinstance(split, Dataset) and _is_text(split, args.text_column):
         only = split.select_columns(args.text_column)  # without a copy
         return only if args.text_column == "text" else only.rename_column(args.text_column, "text")
-    place, emptied = place_of(split, args), count(1)
+    place, seen, emptied = place_of(split, args), count(1), count(1)  # over all files and epochs of a stream
     may_be_empty = kind == "text" and isinstance(split, IterableDataset) and is_of_hub(args)
 
     def shaped(row: Row) -> dict[str, Any]:
@@ -112,10 +112,11 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         return converted
 
     def checked(row: Row, index: int) -> Row:
+        read = next(seen)
         try:
             return shaped(row)
         except ShapeError as error:
-            if may_be_empty and (number := next(emptied)) <= FEW + MOST_LEFT_OUT * index:
+            if may_be_empty and (number := next(emptied)) <= FEW + MOST_LEFT_OUT * read:
                 if number == 1:
                     logger.warning("%s, row %d: %s; such documents are read as empty ones.", place, index, error)
                 return {"text": ""}

@@ -204,6 +204,8 @@ def test_few_documents_of_a_stream_of_the_hub_that_are_not_text_are_empty(
     train, held_out = load_splits(args, "text", True)
     assert held_out is not None and [row["text"] for row in held_out] == ["text 0", "text 10", "text 20"]
     assert [row["text"] for row in train] == [text or "" for i, text in enumerate(texts) if i % 10 or i >= 30]
+    for _ in range(6):
+        assert sum(not row["text"] for row in train) == 2, "also of those that are read again and again"
     assert caplog.text.count("the text is None; such documents are read as empty ones") == 1
     args.text_column = "nothing"
     with pytest.raises(UserError, match="the text is None; correct or remove that row"):
