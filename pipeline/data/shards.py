@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,9 +94,13 @@ def check_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[P
     """Compare the tokenizers that shards were made with, where they are known, with that of the model."""
     expected = document_tokenizer(tokenizer)
     own = Tokenizer.from_str(expected).to_str() if expected else None
-    files = (file for file in folder.rglob(TOKENIZER) if Tokenizer.from_file(str(file)).to_str() != own)
+    files = (record.with_name(TOKENIZER) for record in folder.rglob(RECORD))
     remedy = "is not the tokenizer of the model, whose tokens mean other texts; give that one, or make the shards again"
-    return [Problem("tokenizer_name_or_path", file, remedy) for file in files]
+    return [
+        Problem("tokenizer_name_or_path", file, remedy)
+        for file in files
+        if Tokenizer.from_file(str(file)).to_str() != own
+    ]
 
 
 def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
@@ -112,22 +117,23 @@ def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
 
 def _validate(files: Sequence[Path]) -> list[Problem]:
     """Check the shards of a split."""
-    problems, total = [], 0
+    faults: dict[Path, str] = {}
+    total = 0
     for file in files:
         try:
             name, number, *_ = Path(f"{file}.metadata").read_text(encoding="utf-8").split("\n")
             size, tokens = int(name.rpartition("|")[2]), int(number)
             end = int(np.memmap(f"{file}.index", "<u8", "r")[-1]) if tokens else 0
         except (OSError, ValueError):
-            remedy = "has no .index or .metadata that can be read, as if it were still being written; make it again"
-            problems.append(Problem("dataset_name", file, remedy))
+            faults[file] = "has no .index or .metadata that can be read: it is being written, or must be made again"
             continue
         if size not in (2, 4) or file.stat().st_size != size * tokens or end != tokens:
-            remedy = "does not have the tokens that its .index and .metadata say; make it again"
-            problems.append(Problem("dataset_name", file, remedy))
-        if Path(f"{file}.loss").exists():
-            problems.append(Problem("dataset_name", file, "has a mask of losses (.ds.loss), which is not supported"))
+            faults[file] = "does not have the tokens that its .index and .metadata say; make it again"
+        elif Path(f"{file}.loss").exists():
+            faults[file] = "has a mask of losses (.ds.loss), which is not supported"
         total += tokens
+    others = f" ({len(faults)} shards have faults)" if len(faults) > 1 else ""
+    problems = [Problem("dataset_name", file, fault + others) for file, fault in islice(faults.items(), 1)]
     record = files[0].parent / RECORD
     if record.exists() and (tasks := json.loads(record.read_text())["tasks"]) != len(files):
         remedy = f"has {len(files)} of {tasks} shards; give the command that makes them once more, which makes the rest"

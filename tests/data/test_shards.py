@@ -178,6 +178,11 @@ def remove_index(shards: Path) -> None:
     Path(f"{shards / FIRST}.index").unlink()
 
 
+def remove_all(shards: Path) -> None:
+    for file in shards.rglob("*.index"):
+        file.unlink()
+
+
 def remove_metadata(shards: Path) -> None:
     Path(f"{shards / FIRST}.metadata").unlink()
 
@@ -198,6 +203,7 @@ def empty(shards: Path) -> None:
     [
         (cut, r"00000_unshuffled.ds: does not have the tokens"),
         (remove_index, r"00000_unshuffled.ds: has no .index"),
+        (remove_all, r"00000_unshuffled.ds: has no .index.* \(2 shards have faults\)"),
         (remove_metadata, r"00000_unshuffled.ds: has no .index or .metadata"),
         (add_losses, r"00000_unshuffled.ds: has a mask of losses"),
         (empty, r"train: is empty"),
@@ -216,7 +222,8 @@ def test_shards_of_another_tokenizer_are_refused(shards: Path) -> None:
 
 def test_shards_that_others_made_must_have_the_tokens_of_the_tokenizer(shards: Path) -> None:
     words = save_tokenizer(shards.parent / "words")
-    (shards / "train" / "tokenizer.json").unlink()
+    (shards / "train" / "documents.json").unlink()  # beside a tokenizer.json that may be another file of theirs
+    save_tokenizer(shards / "train")
     tokens = np.memmap(shards / FIRST, "<u2", "r+")
     tokens[4] = 5000
     assert "the token 5000" in preflight(shards, words)
