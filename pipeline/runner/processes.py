@@ -38,7 +38,8 @@ def run(
         warm: Process from which the command is forked, if that is possible; by default it is a new process.
 
     Returns:
-        The child's return code, as `subprocess` defines it, and the first signal that the runner received, if any.
+        The child's return code, as `subprocess` defines it, and the first signal that the runner received, or by which
+        the child says that it was stopped: a cluster signals what a launcher has started. None without a signal.
     """
     received: list[signal.Signals] = []
     process: subprocess.Popen[bytes] | Fork | None = None
@@ -69,7 +70,8 @@ def run(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return code, received[0] if received else None
+    stopped = next((number for number in before if code == 128 + number), None)
+    return code, received[0] if received else stopped
 
 
 def push_finished(

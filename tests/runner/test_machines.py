@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.__main__ import main
 from pipeline.runner.launcher import machines
+from pipeline.runner.processes import run
 
 EACH = """
 import os, subprocess, sys
@@ -41,6 +43,11 @@ def test_only_launched_steps_are_started_by_the_launcher(capsys: pytest.CaptureF
         *("pretrain", "sft", "preferences", "reward", "ppo", "grpo")
     ]
     assert all("--num_processes 64" in command for command in started)
+
+
+def test_a_step_that_the_cluster_stops_has_not_failed() -> None:
+    assert run([sys.executable, "-c", "raise SystemExit(143)"], os.environ, ()) == (143, signal.SIGTERM)
+    assert run([sys.executable, "-c", "raise SystemExit(2)"], os.environ, ()) == (2, None)
 
 
 def test_two_launchers_train_one_model_together(tmp_path: Path) -> None:
