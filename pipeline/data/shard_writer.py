@@ -117,10 +117,10 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_text(folder / name, content)
-    write = DocumentTokenizer(
-        str(folder), str(folder / TOKENIZER), batch_size=DOCUMENTS_AT_ONCE, shuffle_documents=False
-    )  # streams are shuffled when they are read
-    write.token_size = np.dtype(Encoder.of(tokenizer).dtype).itemsize  # which special tokens may need
+    paths = str(folder), str(folder / TOKENIZER)
+    # Not shuffled, because streams are when they are read.
+    write = DocumentTokenizer(*paths, batch_size=DOCUMENTS_AT_ONCE, shuffle_documents=False)
+    write.token_size = np.dtype(Encoder.of(tokenizer).dtype).itemsize  # datatrove does not count special tokens
     pipeline = [Documents(data_args), write]
     options: dict[str, Any] = {"tasks": tasks, "logging_dir": str(folder / "logs"), "workers": args.workers or -1}
     if args.executor == "slurm":
