@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,23 @@ nodes = [subprocess.Popen(sys.argv[1:], env=os.environ | {"MACHINE_RANK": str(ra
 sys.exit(max(node.wait() for node in nodes))
 """
 """A stand-in for srun, with two nodes."""
+
+
+NODE = """
+import os, signal, sys, time
+from pathlib import Path
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+name = os.environ["MACHINE_RANK"]
+Path(f"started{name}").touch()
+while not received and not Path("agreed").exists():
+    time.sleep(0.01)
+Path("agreed").touch()
+time.sleep(0.3 * (1 + int(name)))
+Path(f"saved{name}").write_text(str(len(received)))
+sys.exit(143)
+"""
+"""A stand-in for a training: its processes agree to stop, and save for a while."""
 
 
 def test_a_launcher_finds_its_place_in_the_environment() -> None:
@@ -48,6 +66,21 @@ def test_only_launched_steps_are_started_by_the_launcher(capsys: pytest.CaptureF
 def test_a_step_that_the_cluster_stops_has_not_failed() -> None:
     assert run([sys.executable, "-c", "raise SystemExit(143)"], os.environ, ()) == (143, signal.SIGTERM)
     assert run([sys.executable, "-c", "raise SystemExit(2)"], os.environ, ()) == (2, None)
+
+
+def test_each_node_saves_when_the_first_is_asked_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "node.py").write_text(NODE)
+    (tmp_path / "ssh").write_text('#!/bin/bash\nexec bash -c "${@: -1}"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    command = ["bash", str(ROOT / "recipes" / "cluster" / "each_node.sh"), sys.executable, "node.py"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment) as process:
+        while not ((tmp_path / "started0").exists() and (tmp_path / "started1").exists()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+    assert process.returncode == 143
+    assert [(tmp_path / f"saved{node}").read_text() for node in "01"] == ["1", "0"], "one signal, to the first node"
 
 
 def test_two_launchers_train_one_model_together(tmp_path: Path) -> None:
