@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_model import ROOT
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.__main__ import main
@@ -120,6 +121,15 @@ def test_8_bit_optimizers_keep_32_bits_for_embeddings(
     monkeypatch.setattr("pipeline.training.checks._try_optimizer", lambda _: [])  # bitsandbytes is not installed
     planned = plan(capsys, "recipes/small", "--gpu", "h100", "--optim", "adamw_8bit")["stages"]["1_pretrain"]
     assert planned["memory_bytes"]["optimizer"] == 2 * planned["parameters"] + 6 * 49152 * 576
+
+
+@pytest.mark.parametrize("recipe", ["small", "base"])
+def test_the_figures_in_a_readme_are_those_of_the_plan(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / f"recipes/{recipe}/README.md").read_text()
+    command, _, rest = text.partition("`python -m pipeline plan ")[2].partition("`")
+    assert main(["plan", *command.split()]) == 0
+    table = rest.partition("```text\n")[2].partition("```")[0]
+    assert capsys.readouterr().out.partition("GB of one process")[0] == table
 
 
 def test_a_model_that_only_the_hub_has_is_refused_without_it(capsys: pytest.CaptureFixture[str]) -> None:
