@@ -13,8 +13,9 @@ python -m recipes.shards --dataset_name HuggingFaceFW/fineweb-edu --dataset_conf
     --tokenizer_name_or_path runs/base/tokenizer --output_dir shards/fineweb-edu --executor slurm --partition cpu
 ```
 
-The same command goes on where it was stopped. Pretraining reads the shards as a stream, and trains on the tokens that
-it would make of the documents themselves: `--dataset_name shards/tinystories --dataset_streaming`.
+The same command goes on where it was stopped. A data set with an evaluation split takes the command once more, with
+`--dataset_train_split validation` and the same folder. Pretraining reads the shards as a stream, and trains on the tokens
+that it would make of the documents themselves: `--dataset_name shards/tinystories --dataset_streaming`.
 """
 
 from pipeline.data.arguments import DataArguments
