@@ -24,7 +24,7 @@ SHARE_OF_MATMUL = 0.3
 OVERHEAD = {
     "pretrain": (80e6, 80e6),
     "sft": (200e6, 135e6),
-    "reward": (125e6, 100e6),
+    "reward": (185e6, 100e6),
     "ppo": (190e6, 40e6),
     "grpo": (90e6, 0.0),
     "preferences": (420e6, 340e6),
