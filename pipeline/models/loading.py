@@ -288,7 +288,7 @@ def load_model(
             fault = (validate_chat(words) if chat else None) or validate_vocabulary(config, words)
         fault = fault or validate_weights(name, config, model_class)
         if fault is None:
-            with _without_table():
+            with without_table():
                 source = local_copy(name)
                 model, loaded = model_class.from_pretrained(
                     source, config=config, dtype=dtype, output_loading_info=True
@@ -315,7 +315,7 @@ def validate_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 @contextmanager
-def _without_table() -> Iterator[None]:
+def without_table() -> Iterator[None]:
     """Keep transformers from logging a table of missing weights, which are reported in one line."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

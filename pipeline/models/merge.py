@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory, write_folder
+from pipeline.launch import quiet_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If the adapter or its base model cannot be loaded, or the output directory is not empty or writable.
     """
+    quiet_libraries()
     config = _read_config(args.adapter)
     _check_output_dir(args.output_dir)
     _merge(args.adapter, config, args.output_dir)
@@ -73,6 +75,7 @@ def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
         user_error_for,
         validate_finite,
         validate_weights,
+        without_table,
     )
 
     tokenizer = load_tokenizer(str(adapter), "adapter")
@@ -83,7 +86,7 @@ def _merge(adapter: Path, config: dict[str, Any], output_dir: Path) -> None:
         kind = AutoModelForTokenClassification
     fault = validate_weights(str(adapter), base, kind)
     if fault is None:
-        with user_error_for("adapter", adapter):
+        with user_error_for("adapter", adapter), without_table():  # the head of a critic is the adapter's
             merged = merge_into_base(str(adapter), kind, dtype="auto")
         fault = validate_finite(merged.named_parameters())
     if fault is not None:
