@@ -171,7 +171,7 @@ def _keep_shaped(rows: Dataset, convert: Callable[[Row], object], place: str) ->
 
     kept = rows.filter(lambda row: not fault(row))
     lost = len(rows) - len(kept)
-    if not 0 < lost <= MOST_LEFT_OUT * len(rows):
+    if not 0 < lost < min(len(rows), 2 + MOST_LEFT_OUT * len(rows)):
         return rows
     index, first = next((index, found) for index, row in enumerate(rows) if (found := fault(row)))
     logger.warning("%s: %d of %d rows are left out; row %d, for instance: %s.", place, lost, len(rows), index, first)

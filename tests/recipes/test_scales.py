@@ -32,6 +32,7 @@ WEB = [
     for i in range(300)
 ]
 CHATS = [conversation(f"What is {i} + 1?", f"It is {i + 1}.") for i in range(120)]
+CHATS[3][1]["content"], CHATS[5][0]["content"] = "", "What does <|user|> mean?"  # such rows are left out
 REFUSED = [conversation(f"What is {i} + 1?", "I do not know.") for i in range(120)]
 PAIRS = [
     {
@@ -46,7 +47,17 @@ PAIRS = [
     for i, (chosen, rejected) in enumerate(zip(CHATS, REFUSED, strict=True))
 ]
 MIXTURE = [
-    {"id": str(i), "chosen": chosen, "rejected": rejected, "chosen_model": "a", "rejected_model": "b", "source": "mix"}
+    {
+        "prompt": chosen[0]["content"],  # only the last message before the answers
+        "chosen": [*conversation("Hello.", "Yes?"), *chosen] if i % 10 == 0 else chosen,
+        "rejected": [*conversation("Hello.", "Yes?"), *rejected] if i % 10 == 0 else rejected,
+        "chosen_rating": None,
+        "rejected_rating": 2.0,
+        "chosen_model": "a",
+        "rejected_model": "b",
+        "source": "mix",
+        "id": str(i),
+    }
     for i, (chosen, rejected) in enumerate(zip(CHATS, REFUSED, strict=True))
 ]
 PROBLEMS = [
@@ -61,7 +72,11 @@ PROBLEMS = [
 ]
 DATA_SETS: Mapping[str, tuple[Mapping[str, str], list[dict[str, Any]]]] = {
     "HuggingFaceFW/fineweb-edu": (
-        {"sample-10BT:train": "sample/10BT/000_00000.parquet", "sample-100BT:train": "sample/100BT/000_00000.parquet"},
+        {
+            "default:train": "data/CC-MAIN-2013-20/train-00000-of-00014.parquet",
+            "sample-10BT:train": "sample/10BT/000_00000.parquet",
+            "sample-100BT:train": "sample/100BT/000_00000.parquet",
+        },
         WEB,
     ),
     "HuggingFaceTB/smol-smoltalk": (
