@@ -46,24 +46,25 @@ class InterruptCallback(TrainerCallback):
     The second signal has its usual effect immediately. All processes of a run stop at the same step.
 
     Attributes:
-        received: Signal received, or None. Set on every process once one of them has received it.
+        received: Signal that one of the processes has received, or None. The same on every process.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._own = 0
         self._earlier = {number: signal.getsignal(number) for number in SIGNALS}
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        self._own = number
         self.restore()
         # `print` is not safe in a signal handler, which may interrupt another `print`.
         os.write(
             sys.stderr.fileno() if not sys.stderr.closed else 2,
-            f"\n{self.received.name}: saving after this step; repeat to stop without saving.\n".encode(),
+            f"\n{signal.Signals(number).name}: saving after this step; repeat to stop without saving.\n".encode(),
         )
-        report_progress(stopping=self.received.name)
+        report_progress(stopping=signal.Signals(number).name)
 
     def restore(self) -> None:
         """Restore the earlier signal handlers."""
@@ -72,12 +73,13 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the trainer to save and stop if any process has received a signal."""
+        agreed = self._own  # a signal that arrives from here on is for the next step
         if args.world_size > 1 and torch.distributed.is_initialized():
-            number = torch.tensor(int(self.received or 0), device=args.device)
+            number = torch.tensor(agreed, device=args.device)
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-            if int(number):
-                self.received = signal.Signals(int(number))
-        if self.received is not None and not control.should_training_stop:
+            agreed = int(number)
+        if agreed and not control.should_training_stop:
+            self.received = signal.Signals(agreed)
             control.should_save = True
             control.should_training_stop = True
 

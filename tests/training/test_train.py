@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from small_model import ROOT, run_recipe
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.training import train
+from pipeline.training.callbacks import InterruptCallback
 from pipeline.training.divergence import stop_on_failing_rewards
 from tests import sampling_recipes
 
@@ -140,3 +143,21 @@ def test_unused_parameters_are_looked_for_only_if_asked(given: bool | None, expe
     args = TrainingArguments(str(tmp_path), ddp_find_unused_parameters=given, use_cpu=True)
     train.run_callbacks(args)
     assert args.ddp_find_unused_parameters is expected
+
+
+def test_a_signal_that_arrives_while_the_processes_agree_is_for_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that stopped alone would leave the others waiting for it."""
+    interrupts = InterruptCallback()
+    args = SimpleNamespace(world_size=2, device="cpu")
+    state, control = TrainerState(global_step=1, max_steps=3), TrainerControl()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda number, op: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        interrupts.on_step_end(args, state, control)
+        assert not control.should_training_stop and interrupts.reason_to_stop(state, "out") is None
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda number, op: None)
+        interrupts.on_step_end(args, state, control)
+    finally:
+        interrupts.restore()
+    assert control.should_save and control.should_training_stop
+    assert interrupts.reason_to_stop(state, "out").exit_code == 143
