@@ -212,9 +212,9 @@ def _show(stages: Sequence[Stage], processes: int, args: argparse.Namespace) -> 
     for name, entry in entries.items():
         numbers = (_short(entry["parameters"]), _short(entry["tokens"]), f"{entry['flops']:.2g}")
         sizes = (f"{entry['memory_bytes']['total'] / 1e9:.2f}", f"{entry['disk_bytes'] / 1e9:.2f}")
-        rows.append((name, *numbers, *sizes, f"{entry['hours']:.3g}", f"{entry['cost'] or 0:.2f}"))
+        rows.append((name, *numbers, *sizes, _short(entry["hours"]), f"{entry['cost'] or 0:.2f}"))
     disk, hours, cost = (sum(entry[key] or 0 for entry in entries.values()) for key in ("disk_bytes", "hours", "cost"))
-    rows.append(("in all", "", "", "", "", f"{disk / 1e9:.2f}", f"{hours:.3g}", f"{cost:.2f}"))
+    rows.append(("in all", "", "", "", "", f"{disk / 1e9:.2f}", _short(hours), f"{cost:.2f}"))
     if args.price is None:
         rows = [row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -231,8 +231,8 @@ def _show(stages: Sequence[Stage], processes: int, args: argparse.Namespace) -> 
 
 
 def _short(number: float) -> str:
-    """Return a number of parameters or tokens in three digits: 135M, 2.7B."""
+    """Return a number of parameters, tokens or hours in three digits: 135M, 2.7B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"
-    return str(number)
+    return f"{number:.3g}"
