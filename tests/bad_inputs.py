@@ -389,6 +389,9 @@ CASES |= {
         "ppo", "--optim adamw_8bit", ("optim: adamw_8bit", "pip install -U bitsandbytes")
     ),
     "an optimizer of one network for two": Case("ppo", "--optim lomo", ("optim: lomo", "PPO trains two")),
+    "an optimizer that does not accumulate": Case(
+        "sft", "--optim lomo --gradient_accumulation_steps 2", ("optim: lomo", "without gradient accumulation")
+    ),
     "optimizer's options": Case("sft", "--optim_args foo", ("optim_args: foo",)),
     "a schedule without its options": Case(
         "sft", "--lr_scheduler_type cosine_with_min_lr", ("lr_scheduler_type: cosine_with_min_lr", "min_lr")
