@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -43,6 +44,15 @@ sys.exit(143)
 """
 """A stand-in for a training: its processes agree to stop, and save for a while."""
 
+SLURM = {
+    "python": """trap 'echo stopped >> calls; exit 143' TERM; $STEP & [ $STEP = srun ] || touch started; wait $!""",
+    "srun": "trap 'exit 137' TERM; touch started; until [ -e saved ]; do sleep 0.1; done; exit 143",
+    "scancel": 'touch saved; echo "scancel $*" >> calls',
+    "scontrol": 'echo "scontrol $*" >> calls',
+    "squeue": "echo $STATE",
+}
+"""Stand-ins for the programs that slurm.sh calls; the runner runs one step."""
+
 
 def test_a_launcher_finds_its_place_in_the_environment() -> None:
     assert machines({"SLURM_NODEID": "1"}) == [], "several nodes were not asked for"
@@ -81,6 +91,34 @@ def test_each_node_saves_when_the_first_is_asked_to_stop(tmp_path: Path) -> None
         process.terminate()
     assert process.returncode == 143
     assert [(tmp_path / f"saved{node}").read_text() for node in "01"] == ["1", "0"], "one signal, to the first node"
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="slurm.sh asks pgrep")
+@pytest.mark.parametrize(
+    ("step", "state", "calls"),
+    [
+        ("srun", "RUNNING", ["scancel --signal=TERM 7", "scontrol requeue 7"]),
+        ("sleep 3", "RUNNING", ["stopped", "scontrol requeue 7"]),
+        ("srun", "COMPLETING", ["scancel --signal=TERM 7"]),
+    ],
+)
+def test_under_slurm_a_run_saves_and_is_queued_again_unless_it_is_cancelled(
+    step: str, state: str, calls: list[str], tmp_path: Path
+) -> None:
+    for name, script in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1", "SLURM_GPUS_ON_NODE": "1"}
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "STEP": step, "STATE": state}
+    job = subprocess.Popen(
+        ["bash", ROOT / "recipes/cluster/slurm.sh", "recipes/base"], cwd=tmp_path, env=os.environ | variables | path
+    )
+    while job.poll() is None and not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    time.sleep(0.2)
+    job.terminate()
+    assert job.wait(20) == 143
+    assert (tmp_path / "calls").read_text().splitlines() == calls
 
 
 def test_two_launchers_train_one_model_together(tmp_path: Path) -> None:
