@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from forked import run_forked
-
 from tests import ppo_toy as toy
+from tests.forked import run_forked
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from forked import run_forked
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.llama import LlamaArguments, build_model
 from pipeline.models.tokenizer import train_tokenizer
+from tests.forked import run_forked
 
 ROOT = Path(__file__).parents[1]
 TEXT = "The cat sat on the mat. A dog is not a cat, and 12 is not 21. A token is a piece of text.\n"

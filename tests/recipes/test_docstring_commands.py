@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import run_forked
 from small_model import ROOT, conversation, save_tokenizer, tokenizer, write_data, write_text
 from transformers import AutoModelForSequenceClassification
 
@@ -18,6 +17,7 @@ from pipeline.data.pocket.build import PocketArguments, build
 from pipeline.models.llama import LlamaArguments, build_model
 from pipeline.runner.smoke import OVERRIDES
 from pipeline.runner.steps import KINDS
+from tests.forked import run_forked
 
 LAUNCH = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
 TRAINED = ("pretrain", "sft", "reward", "ppo", "grpo")

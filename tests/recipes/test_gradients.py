@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import run_forked
 from small_model import recipe_command, weights
+
+from tests.forked import run_forked
 
 SGD = {
     "bf16": "false",

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import run_forked
 from small_model import TEXT, equal, recipe_command, weights, write_lines
+
+from tests.forked import run_forked
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "--num_processes", "2"]
 
