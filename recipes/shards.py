@@ -14,8 +14,8 @@ python -m recipes.shards --dataset_name HuggingFaceFW/fineweb-edu --dataset_conf
 ```
 
 The same command goes on where it was stopped. A data set with an evaluation split takes the command once more, with
-`--dataset_train_split validation` and the same folder. Pretraining reads the shards as a stream, and trains on the tokens
-that it would make of the documents themselves: `--dataset_name shards/tinystories --dataset_streaming`.
+`--dataset_train_split validation` and the same folder. Pretraining reads the shards as a stream, and trains on the
+tokens that it would make of the documents themselves: `--dataset_name shards/tinystories --dataset_streaming`.
 """
 
 from pipeline.data.arguments import DataArguments
