@@ -35,9 +35,10 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
     """Return whether the field `name` of a training run has an effect on the weights, given all its `values`."""
     if name == "num_train_epochs":
         return number_of(values, "max_steps") <= 0
-    if name == "dataloader_num_workers" and values.get("dataset_streaming"):  # they take turns
+    pretrains = "model_name_or_path" not in values
+    if name == "dataloader_num_workers" and values.get("dataset_streaming") and not pretrains:  # they take turns
         return True
-    packs = values.get("packing") or "model_name_or_path" not in values  # as pretraining does
+    packs = values.get("packing") or pretrains
     if name == "dataset_num_proc" and packs and not values.get("dataset_streaming"):  # each packs a part of the data
         return True
     chosen = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") in STEERED_BY_EVALUATION

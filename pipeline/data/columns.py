@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -49,9 +48,9 @@ PREFERENCES = Features(
 )
 """The columns of pairs that are made here, labelled by annotators or by people."""
 
-FEW, MOST_LEFT_OUT = 10, 0.1
-"""Share of the rows of a data set of the Hub that may be left out, and number of the first ones of a stream beyond it.
-With more, it is rather the wrong column."""
+FEW, MOST_LEFT_OUT = 50, 0.1
+"""Number of the first rows of a stream, and share of the rows of another data set of the Hub, that may not have the
+expected shape. With more, it is rather the wrong column."""
 
 RESERVED = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "image", "images",
@@ -102,7 +101,7 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
     if kind == "text" and isinstance(split, Dataset) and _is_text(split, args.text_column):
         only = split.select_columns(args.text_column)  # without a copy
         return only if args.text_column == "text" else only.rename_column(args.text_column, "text")
-    place, seen, emptied = place_of(split, args), count(1), count(1)  # over all files and epochs of a stream
+    place, seen = place_of(split, args), [0, 0]  # rows that have the expected shape, and others
     may_be_empty = kind == "text" and isinstance(split, IterableDataset) and is_of_hub(args)
 
     def shaped(row: Row) -> dict[str, Any]:
@@ -112,16 +111,18 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         return converted
 
     def checked(row: Row, index: int) -> Row:
-        read = next(seen)
         try:
-            return shaped(row)
+            converted = shaped(row)
         except ShapeError as error:
-            if may_be_empty and (number := next(emptied)) <= FEW + MOST_LEFT_OUT * read:
-                if number == 1:
+            seen[1] += 1
+            if may_be_empty and (seen[0] or seen[1] <= FEW):  # a run that is resumed among them must go on
+                if seen[1] == 1:
                     logger.warning("%s, row %d: %s; such documents are read as empty ones.", place, index, error)
                 return {"text": ""}
             remedy = f"{error}; correct or remove that row"
             raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None
+        seen[0] += 1
+        return converted
 
     if isinstance(split, Dataset) and is_of_hub(args):
         split = _keep_shaped(split, shaped, place)

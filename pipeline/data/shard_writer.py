@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.arguments import DataArguments
 from pipeline.data.packing import DOCUMENTS_AT_ONCE, Encoder
 from pipeline.data.shards import RECORD, TOKENIZER, document_tokenizer, open_shards
+from pipeline.data.sources import digest_of
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory, write_text
@@ -87,14 +89,20 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     except ImportError:
         remedy = "needs datatrove, which is not installed; pip install 'fourstage[datatrove]'"
         raise UserError(Problem("executor", args.executor, remedy)) from None
-    data_args = replace(data_args, dataset_streaming=True, validation_share=0.0)
+    if len(data_args.dataset_names) > 1:
+        remedy = "are several data sets; give a command for each, with a folder of its own, and pretraining all folders"
+        raise UserError(Problem("dataset_name", ", ".join(data_args.dataset_names), remedy))
+    source = Path(data_args.dataset_names[0]).expanduser()
+    name = str(source.absolute()) if source.exists() else data_args.dataset_names[0]
+    data_args = replace(data_args, dataset_name=name, dataset_streaming=True, validation_share=0.0)
     folder = Path(args.output_dir, data_args.dataset_train_split).absolute()
     made = document_tokenizer(tokenizer)
     rows, _ = load_splits(data_args, "text", evaluation=False)
     tasks = rows.num_shards if data_args.max_train_samples is None else 1
-    record = json.dumps({"tasks": tasks, **{name: getattr(data_args, name) for name in CHOOSING}}, indent=2)
+    made_of = {"tasks": tasks, "digest": digest_of(source) if source.exists() else None}
+    record = json.dumps({**made_of, **{name: getattr(data_args, name) for name in CHOOSING}}, indent=2)
     problems = [problem] if (problem := check_directory(args.output_dir)) else []
-    if any(folder.resolve().is_relative_to(Path(name).resolve()) for name in data_args.dataset_names):
+    if folder.resolve().is_relative_to(source.resolve()):
         remedy = "lies inside dataset_name, and would be read as data; choose another directory"
         problems.append(Problem("output_dir", args.output_dir, remedy))
     if made is None:
@@ -104,6 +112,8 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
         problems.append(Problem("workers", args.workers, "must be at least 1"))
     if args.executor == "slurm" and not args.partition:
         problems.append(Problem("partition", "nothing", "give the partition of Slurm"))
+    if args.executor == "slurm" and shutil.which("sbatch") is None:
+        problems.append(Problem("executor", args.executor, "needs Slurm's sbatch, which is not on this machine"))
     if args.executor == "ray" and find_spec("ray") is None:
         problems.append(Problem("executor", args.executor, "needs Ray, which is not installed; pip install ray"))
     files = {TOKENIZER: made or "", RECORD: record}

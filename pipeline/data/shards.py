@@ -66,7 +66,7 @@ def documents_of(args: Arguments) -> Arguments:
     if not record.exists():
         return args
     made = json.loads(record.read_text(encoding="utf-8"))
-    return replace(args, **{name: value for name, value in made.items() if name != "tasks"})
+    return replace(args, **{name: value for name, value in made.items() if name not in ("tasks", "digest")})
 
 
 def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:

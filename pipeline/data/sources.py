@@ -166,9 +166,15 @@ def _cache_of_folder(path: Path) -> str:
     `datasets` caches a local data set repository under the folder's name, whatever its path and content: with the
     common cache, it would return the rows of another run's `data`, or of this one's before it was generated again.
     """
-    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.resolve().rglob("*"))]
-    digest = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / digest)
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / digest_of(path))
+
+
+def digest_of(path: Path) -> str:
+    """Return a digest of the names, sizes and times of a file, or of the files in a folder."""
+    path = path.resolve()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
 def _join_lines(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:

@@ -185,7 +185,7 @@ def _save_atomically(trainer: Trainer, save: Callable[[], None], evaluation_due:
                     replace_folder(target, finished)  # one that exists is damaged: the run did not resume from it
                     shutil.rmtree(tmp_dir, ignore_errors=True)
                     _delete_surplus(args, target, best_name)
-                except OSError as error:
+                except (OSError, RuntimeError, SafetensorError) as error:
                     shutil.rmtree(tmp_dir, ignore_errors=True)
                     error.add_note(str(step))  # by the time that it is reported, training has gone on
                     raise
@@ -211,7 +211,7 @@ def finish_checkpoint(trainer: Trainer) -> None:
     """
     try:
         end_completion(trainer.args.output_dir)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise RunStopped(_describe_failed_save(trainer, error)) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 import sys
@@ -140,9 +141,20 @@ def test_the_command_that_made_shards_only_makes_those_that_are_missing(document
 def test_a_folder_with_other_shards_is_not_written_to(documents: Path, shards: Path) -> None:
     with pytest.raises(UserError, match=r"output_dir.* has shards of other documents"):
         write(documents, shards, max_train_samples=5)
+    with pytest.raises(UserError, match=r"are several data sets; give a command for each"):
+        write_shards(tokenizer(), DataArguments([str(documents), "more"]), ShardArguments(str(shards)))
     (shards / "train" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"output_dir.* has shards of another tokenizer"):
         write(documents, shards)
+
+
+def test_documents_that_have_changed_are_others(tmp_path: Path) -> None:
+    file = Path(write_lines(tmp_path / "documents.jsonl", [{"text": "The cat sat."}]))
+    write(file, tmp_path / "shards")
+    file.write_text(file.read_text().replace("cat", "dog"))
+    os.utime(file, (1, 1))
+    with pytest.raises(UserError, match=r"output_dir.* has shards of other documents"):
+        write(file, tmp_path / "shards")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +162,7 @@ def test_a_folder_with_other_shards_is_not_written_to(documents: Path, shards: P
     [
         ({"workers": 0}, "workers: 0: must be at least 1"),
         ({"executor": "slurm"}, "partition: nothing: give the partition"),
+        ({"executor": "slurm", "partition": "cpu"}, "executor: slurm: needs Slurm's sbatch"),
         ({"executor": "ray"}, "executor: ray: needs Ray"),
     ],
 )
@@ -157,6 +170,7 @@ def test_options_are_checked(
     documents: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("PATH", "")
     inside = documents / "shards"
     with pytest.raises(UserError, match=message) as refused:
         write_shards(tokenizer(), DataArguments(str(documents)), ShardArguments(str(inside), **options))

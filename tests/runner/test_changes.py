@@ -230,5 +230,7 @@ def test_evaluations_have_an_effect_if_they_choose_the_weights() -> None:
         for name in ("eval_steps", "save_steps", "logging_steps", "max_eval_samples", "metric_for_best_model"):
             assert has_effect(name, values) and not has_effect(name, {})
         assert not has_effect("save_total_limit", values) and not has_effect("report_to", values)
-    assert has_effect("dataloader_num_workers", {"dataset_streaming": True})
+    sft = {"model_name_or_path": "model"}
+    assert has_effect("dataloader_num_workers", {"dataset_streaming": True, **sft})
+    assert not has_effect("dataloader_num_workers", {"dataset_streaming": True}), "pretraining has a thread of its own"
     assert has_effect("dataset_num_proc", {}) and not has_effect("dataset_num_proc", {"dataset_streaming": True})
