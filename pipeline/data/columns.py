@@ -160,6 +160,11 @@ def converter(
     return lambda row: read_pair(row, args.prompt_column, args.system_prompt), made
 
 
+def are_few(lost: int, rows: int) -> bool:
+    """Return whether so many of the rows of a data set of the Hub may be left out."""
+    return lost < min(rows, 2 + MOST_LEFT_OUT * rows)
+
+
 def _keep_shaped(rows: Dataset, convert: Callable[[Row], object], place: str) -> Dataset:
     """Leave out the rows that cannot be converted, if they are few; the first of many is for the caller to refuse."""
 
@@ -172,7 +177,7 @@ def _keep_shaped(rows: Dataset, convert: Callable[[Row], object], place: str) ->
 
     kept = rows.filter(lambda row: not fault(row))
     lost = len(rows) - len(kept)
-    if not 0 < lost < min(len(rows), 2 + MOST_LEFT_OUT * len(rows)):
+    if not lost or not are_few(lost, len(rows)):
         return rows
     index, first = next((index, found) for index, row in enumerate(rows) if (found := fault(row)))
     logger.warning("%s: %d of %d rows are left out; row %d, for instance: %s.", place, lost, len(rows), index, first)

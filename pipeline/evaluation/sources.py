@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from pipeline.data import votes
 from pipeline.data.arguments import VOTES_FILE
-from pipeline.data.columns import Kind, Split, column_names, converter, is_of_hub
+from pipeline.data.columns import Kind, Split, are_few, column_names, converter, is_of_hub
 from pipeline.data.messages import ShapeError, shorten
 from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
@@ -171,7 +171,8 @@ class Reader:
 
     def read(self, key: str, part: Part, most: int, left_out: str | None = None) -> list[Example]:
         """Return rows with the columns that metrics expect, beside their own."""
-        examples = []
+        examples: list[Example] = []
+        faults: list[tuple[int, ShapeError]] = []
         with self._naming(key):
             columns = column_names(part.data)
             convert, _ = converter(part.data, columns, part.source, KINDS[key])
@@ -183,12 +184,18 @@ class Reader:
                 example = {**row, **convert(row)}
                 _check_columns(example)
             except ShapeError as error:
-                if is_of_hub(part.source):  # training leaves it out, too
-                    logger.warning("%s, row %d is left out: %s.", part.place, number, error)
-                    continue
-                remedy = f"{error}; correct or remove that row"
-                raise UserError(Problem(part.field, f"{part.place}, row {number}", remedy)) from None
+                faults.append((number, error))
+                continue
             examples.append({**example, "kind": str(row.get("kind") or ""), "id": number})
+        if faults:
+            number, fault = faults[0]
+            read = len(faults) + len(examples)
+            if not is_of_hub(part.source) or not are_few(len(faults), read):
+                raise UserError(
+                    Problem(part.field, f"{part.place}, row {number}", f"{fault}; correct or remove that row")
+                )
+            what = f"{part.place}: {len(faults)} of {read} rows are left out"
+            logger.warning("%s, as in training; row %d, for instance: %s.", what, number, fault)
         return examples
 
     def read_validation(self, most: int) -> list[Example]:

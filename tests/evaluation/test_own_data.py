@@ -368,6 +368,9 @@ def test_rows_that_training_leaves_out_of_a_data_set_of_the_hub_are_not_measured
     assert [(row["id"], row["text"]) for row in found] == [(0, "one"), (2, "three")]
     with pytest.raises(UserError, match="row 1: the text is None; correct or remove that row"):
         reader.read("text", Part(data, Source(str(tmp_path)), "text", "texts"), 10)
+    with pytest.raises(UserError, match="row 0: the text is None; correct or remove that row"):
+        nothing = Dataset.from_dict({"text": [None] * 5})
+        reader.read("text", Part(nothing, Source("someone/texts"), "text", "someone/texts"), 10)
 
 
 STAGES = [
