@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,7 +165,8 @@ def test_the_loss_balances_routers_that_otherwise_collapse(tmp_path: Path, balan
     trainer(built, tmp_path, balance, max_steps=40, learning_rate=1e-2).train()
     with RouteCounter(built.eval()) as counter:
         built(input_ids=tokens(16, 32, seed=3))
-    assert (0.5 < worst(counter.shares) < 2) == (balance > 0), counter.shares
+    spread = max(map(statistics.pstdev, counter.shares))  # 0.4 to 0.7; 1.7 where one of four experts gets all tokens
+    assert (spread < 1) == (balance > 0), counter.shares
 
 
 def test_the_losses_count_once_whatever_is_computed_again_and_not_in_an_evaluation(tmp_path: Path) -> None:
