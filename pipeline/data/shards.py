@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Features, IterableDataset, IterableDatasetDict, List, NamedSplit, Value
@@ -62,10 +62,7 @@ def open_shards(folder: Path) -> IterableDatasetDict:
 
 def documents_of(args: Arguments) -> Arguments:
     """Return the arguments of the documents that shards were made from, for what reads text; others as they are."""
-    record = Path(args.dataset_names[0], args.dataset_train_split, RECORD)
-    if not record.exists():
-        return args
-    made = json.loads(record.read_text(encoding="utf-8"))
+    made = _read_record(Path(args.dataset_names[0], args.dataset_train_split))
     return replace(args, **{name: value for name, value in made.items() if name not in ("tasks", "digest")})
 
 
@@ -115,6 +112,18 @@ def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
             begin = end
 
 
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Return what the shards in a folder were made from; nothing of those that another program has made."""
+    path = folder / RECORD
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(Problem("dataset_name", path, f"cannot be read ({error}); make the shards again")) from None
+    return dict(record)
+
+
 def _validate(files: Sequence[Path]) -> list[Problem]:
     """Check the shards of a split."""
     faults: dict[Path, str] = {}
@@ -134,8 +143,7 @@ def _validate(files: Sequence[Path]) -> list[Problem]:
         total += tokens
     others = f" ({len(faults)} shards have faults)" if len(faults) > 1 else ""
     problems = [Problem("dataset_name", file, fault + others) for file, fault in islice(faults.items(), 1)]
-    record = files[0].parent / RECORD
-    if record.exists() and (tasks := json.loads(record.read_text())["tasks"]) != len(files):
+    if (tasks := _read_record(files[0].parent).get("tasks", len(files))) != len(files):
         remedy = f"has {len(files)} of {tasks} shards; give the command that makes them once more, which makes the rest"
         problems.append(Problem("dataset_name", files[0].parent, remedy))
     if not problems and not total:

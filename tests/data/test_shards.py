@@ -205,6 +205,10 @@ def add_losses(shards: Path) -> None:
     Path(f"{shards / FIRST}.loss").touch()
 
 
+def damage_record(shards: Path) -> None:
+    (shards / "train" / "documents.json").write_text('{"tasks": ')
+
+
 def empty(shards: Path) -> None:
     for number in (0, 2):
         for suffix in ("", ".index", ".metadata"):
@@ -220,6 +224,7 @@ def empty(shards: Path) -> None:
         (remove_all, r"00000_unshuffled.ds: has no .index.* \(2 shards have faults\)"),
         (remove_metadata, r"00000_unshuffled.ds: has no .index or .metadata"),
         (add_losses, r"00000_unshuffled.ds: has a mask of losses"),
+        (damage_record, r"documents.json: cannot be read .*make the shards again"),
         (empty, r"train: is empty"),
     ],
 )
