@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 import psutil
@@ -104,6 +106,27 @@ def split_revision(name: str) -> tuple[str, str | None]:
     """
     repo, at, revision = name.partition("@")
     return (repo, revision) if at and revision and not os.path.exists(name) else (name, None)
+
+
+def append_line(file: FileIO, line: bytes) -> None:
+    """Append a line to a file, and flush it to the disk, either whole or not at all.
+
+    Args:
+        file: An unbuffered file, opened for appending, to which nobody else appends meanwhile.
+        line: The line without its end.
+
+    Raises:
+        OSError: If it cannot be written, for instance because the disk is full. The file is as before.
+    """
+    end = os.fstat(file.fileno()).st_size
+    try:
+        # A disk that fills up takes the beginning of the line, and reports no error.
+        if file.write(line + b"\n") != len(line) + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.app.models import Loaded, Models
 from pipeline.errors import Problem, UserError
+from pipeline.files import append_line
 from pipeline.models.generation import Messages, generate
 from pipeline.models.tokenizer import special_tokens
 from pipeline.rewards.grading import RULE_COLUMNS
@@ -100,18 +101,20 @@ class Pairs:
         self._stock: dict[Source, list[Pair]] = defaultdict(list)
         self._shared: dict[Source, dict[str, Pair]] = defaultdict(dict)
         self._sequences: dict[tuple[str, Source], list[Pair]] = defaultdict(list)
-        self._errors: dict[Source, UserError] = {}
+        self._errors: dict[Source, Exception] = {}
         self._changed = threading.Condition(threading.RLock())
         self._due: dict[Source, int] = {}
         self._order = random.Random(0).sample(range(len(prompts)), len(prompts))
         path.parent.mkdir(parents=True, exist_ok=True)
-        for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        for line in lines:
             try:
                 self._take_in(json.loads(line))
             except (ValueError, LookupError, TypeError):  # half a line; a vote has all that is known of its pair
                 continue
         self._file = path.open("ab", buffering=0)
-        self._file.write(b"\n" if self.by_id else b"")
+        if lines[-1]:
+            append_line(self._file, b"")
         threading.Thread(target=self._work, daemon=True).start()
 
     def _take_in(self, line: dict[str, Any]) -> None:
@@ -127,7 +130,12 @@ class Pairs:
                 self._shared[pair.source][pair.pair] = pair
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
+        """Record a pair, or whom one is allotted to.
+
+        Raises:
+            OSError: If the file cannot be written; then it is not recorded.
+        """
+        append_line(self._file, json.dumps(line).encode())
         self._take_in(line)
 
     def sequence(self, annotator: str, source: Source) -> list[Pair]:
@@ -145,6 +153,7 @@ class Pairs:
 
         Raises:
             UserError: If no pair can be sampled.
+            OSError: If it cannot be written, for instance because the disk is full.
         """
         with self._changed:
             sequence = self._sequences[annotator, source]
@@ -169,6 +178,7 @@ class Pairs:
 
         Raises:
             UserError: If the prompt is too long or contains special tokens, or the answers do not differ.
+            OSError: If it cannot be written, for instance because the disk is full.
         """
         prompt: list[dict[str, str]] = [{"role": "user", "content": text}]
         for name in source:
@@ -213,21 +223,21 @@ class Pairs:
                 failures[source] = 0 if found else failures[source] + 1
                 if failures[source] == ATTEMPTS:
                     raise _alike(source)
-            except Exception as error:  # the thread must go on; whoever waits is told
-                if not isinstance(error, UserError):
+                with self._changed:
+                    for pair in found:
+                        self._write(asdict(pair))
+                    if len(self._stock[source]) >= self._due[source]:
+                        self._due[source] = 0
+                    self._changed.notify_all()
+            # The thread must survive whatever happens, because nobody would get a pair any more.
+            except Exception as error:
+                if not isinstance(error, UserError | OSError):
                     logger.exception("no answers of %s", " and ".join(source))
                     error = UserError(Problem("answers", " and ".join(source), f"cannot be sampled ({error!r})"))
                 with self._changed:
                     failures[source] = self._due[source] = 0
                     self._errors[source] = error
                     self._changed.notify_all()
-                continue
-            with self._changed:
-                for pair in found:
-                    self._write(asdict(pair))
-                if len(self._stock[source]) >= self._due[source]:
-                    self._due[source] = 0
-                self._changed.notify_all()
 
     def _sample(self, source: Source, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
         """Sample a pair of answers to each prompt; pairs that there is nothing to choose between are left out."""

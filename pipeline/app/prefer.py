@@ -56,6 +56,11 @@ def as_json(pair: Pair, annotator: str) -> dict[str, Any]:
     }
 
 
+def unwritable(error: OSError) -> HTTPException:
+    """Return the answer after which a page tries again: nothing was recorded."""
+    return HTTPException(507, f"The disk cannot be written to ({error.strerror or error}).")
+
+
 def routes(site: Site) -> APIRouter:
     """Return what the section asks the server for."""
     poll = Poll(site)
@@ -72,6 +77,8 @@ def routes(site: Site) -> APIRouter:
             pair: Any = as_json(find(), page.annotator)
         except UserError as error:
             pair = {"error": visible(str(error), 1000)}
+        except OSError as error:
+            raise unwritable(error) from None
         return {"pair": pair, "state": poll.state(page.annotator)}
 
     @router.post("/next")
@@ -93,7 +100,7 @@ def routes(site: Site) -> APIRouter:
         except Conflict as error:
             refused = f"Not counted: {error}."
         except OSError as error:
-            raise HTTPException(507, f"The vote cannot be written ({error.strerror or error}).") from None
+            raise unwritable(error) from None
         return {**answer(ballot, lambda: poll.next(ballot)), "refused": refused}
 
     @router.post("/state")

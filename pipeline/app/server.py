@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import re
+from collections import Counter
 from collections.abc import MutableMapping
 from html import escape
 from typing import Any
@@ -31,8 +32,14 @@ ROUTES = re.compile(
 )
 """Paths that the page asks for. Gradio has many more, which open files, fetch addresses or take uploads."""
 
-LARGEST_REQUEST = 1 << 20
-"""Bytes of a request's body."""
+LARGEST_REQUEST, LARGEST_LOGIN = 1 << 20, 1 << 12
+"""Bytes of a request's body, and of the form that anybody may send."""
+
+SECONDS_AFTER_WRONG = 1.0
+"""Seconds after a wrong password in which no other one is checked."""
+
+MOST_WAITING = 256
+"""Passwords that wait to be checked; of more, the oldest are refused."""
 
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -55,6 +62,48 @@ input, button {{ margin: .2rem 0 1rem; padding: .5rem }}</style>
 """
 
 
+class Attempts:
+    """Checks passwords, of which at most one wrong one a second in all, however many connections try.
+
+    Nobody waits unless a wrong password was tried within the last second. Of those who wait, the next one is from the
+    address with the fewest wrong passwords so far, and of these the newest: a person who comes during a flood does not
+    wait behind it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[asyncio.Future[bool], str]] = []
+        self._wrong: Counter[str] = Counter()
+        self._pausing = False
+
+    async def check(self, given: str, password: str, address: str) -> bool | None:
+        """Return whether a password is right; None if so many wait that this one was not looked at."""
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[bool] = loop.create_future()
+        self._waiting.append((turn, address))
+        if len(self._waiting) > MOST_WAITING:
+            self._waiting.pop(0)[0].set_result(False)
+        self._call_next()
+        if not await turn:
+            return None
+        right = hmac.compare_digest(given.encode(), password.encode())
+        self._wrong[address] += not right
+        loop.call_later(0 if right else SECONDS_AFTER_WRONG, self._end_pause)
+        return right
+
+    def _call_next(self) -> None:
+        # Turns of connections that were cut off are over.
+        self._waiting = [waiting for waiting in self._waiting if not waiting[0].done()]
+        if self._waiting and not self._pausing:
+            self._pausing = True
+            turn = min(reversed(self._waiting), key=lambda waiting: self._wrong[waiting[1]])
+            self._waiting.remove(turn)
+            turn[0].set_result(True)
+
+    def _end_pause(self) -> None:
+        self._pausing = False
+        self._call_next()
+
+
 class Gate:
     """Refuse what is not for the page, and visitors without the password.
 
@@ -66,6 +115,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, password: str | None, port: int) -> None:
         self.app, self.password, self.cookie = app, password, f"fourstage_{port}"
+        self.attempts = Attempts()
         # Signed with a key that a restarted server has again. Slow to compute, so that a cookie does not give away the
         # password.
         salt = b"fourstage"
@@ -97,14 +147,17 @@ class Gate:
         path, headers = request.url.path, Headers(scope=request.scope)
         if not ROUTES.fullmatch(path):
             return PlainTextResponse("Not found", 404)
-        if headers.get("sec-fetch-site") == "cross-site" and request.method != "GET":
+        # Another port of this machine is the same site, but another origin.
+        foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+        if foreign and (request.method != "GET" or headers.get("sec-fetch-mode") == "cors"):
             return PlainTextResponse("Refused: the request comes from another site", 403)
-        if request.method == "POST":
-            size = headers.get("content-length", "")
-            if not size.isdigit():
-                return PlainTextResponse("Length required", 411)
-            if int(size) > LARGEST_REQUEST:
-                return PlainTextResponse(f"Too large: {size} bytes, at most {LARGEST_REQUEST}", 413)
+        # A body in chunks has no length in advance, and overrides one that the request claims.
+        size = headers.get("content-length", "" if request.method == "POST" else "0")
+        if not size.isdigit() or "transfer-encoding" in headers:
+            return PlainTextResponse("Length required", 411)
+        largest = LARGEST_LOGIN if path == "/login" else LARGEST_REQUEST
+        if int(size) > largest:
+            return PlainTextResponse(f"Too large: {size} bytes, at most {largest}", 413)
         if self.password is None:
             return None
         if path == "/login" and request.method == "POST":
@@ -118,10 +171,15 @@ class Gate:
     async def log_in(self, request: Request) -> Response:
         """Answer the form."""
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
-        name, given = (form.get(field, [""])[0].strip() for field in ("username", "password"))
-        if not name or not hmac.compare_digest(given.encode(), str(self.password).encode()):
-            await asyncio.sleep(1)  # so that passwords cannot be tried quickly
+        name, given = form.get("username", [""])[0].strip(), form.get("password", [""])[0]
+        address = request.client.host if request.client else ""
+        right = await self.attempts.check(given, str(self.password), address)
+        if right is None:
+            return HTMLResponse(LOGIN.format(message="Too many people try to log in. Try again."), 429)
+        if not right:
             return HTMLResponse(LOGIN.format(message="Name or password is wrong."), 401)
+        if not name:
+            return HTMLResponse(LOGIN.format(message="Give a name as well."), 401)
         response = RedirectResponse("./", 303)
         value = f"{base64.urlsafe_b64encode(name[:80].encode()).decode()}.{self.sign(name[:80])}"
         response.set_cookie(self.cookie, value, max_age=30 * 86400, httponly=True, samesite="lax")
@@ -192,4 +250,8 @@ def serve(site: Site) -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{escape(host)}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
     page.warm_up(site)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=1)
+    # h11 bounds the headers of a request, and the page has no websockets.
+    protocols = {"http": "h11", "ws": "none"}
+    uvicorn.run(
+        app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=1, **protocols
+    )

@@ -25,7 +25,7 @@ from typing import Any
 from pipeline.data.arguments import VOTES_FILE
 from pipeline.data.votes import OUTCOMES, Vote, read_votes, standing
 from pipeline.errors import Problem, UserError
-from pipeline.files import lock, write_text
+from pipeline.files import append_line, lock, write_text
 from pipeline.preferences.judges import Judge
 
 
@@ -51,7 +51,7 @@ class VoteLog:
         with ExitStack() as stack:
             stack.enter_context(lock(folder / ".votes.lock", orphans_only=True))
             self._file = stack.enter_context(self.path.open("a+b", buffering=0))
-            self._end = self._recover()
+            self._recover()
             self._lines = {vote["id"]: vote for vote in read_votes(self.path)}
             self._held = stack.pop_all()
         self._standing = {(vote["annotator"], vote["pair"]): vote for vote in standing(list(self._lines.values()))}
@@ -60,19 +60,17 @@ class VoteLog:
         """Release the file."""
         self._held.close()
 
-    def _recover(self) -> int:
-        """Remove half a line at the end. Returns the size of the file."""
+    def _recover(self) -> None:
+        """Remove half a line at the end."""
         content = self.path.read_bytes()
         end = content.rfind(b"\n") + 1
         if end < len(content):
             try:
                 json.loads(content[end:])
                 self._file.write(b"\n")
-                end = len(content) + 1
             except ValueError:
                 self._file.truncate(end)
             os.fsync(self._file.fileno())
-        return end
 
     def add(self, vote: Vote) -> bool:
         """Append a vote. One that is sent again, with the same `id`, is confirmed again and counts once.
@@ -98,16 +96,7 @@ class VoteLog:
             elif key in self._standing:
                 raise Conflict("this pair has your vote already")
             # Lone surrogates, which UTF-8 cannot encode, stay as they are in JSON's escapes.
-            line = json.dumps(vote, ensure_ascii=True).encode() + b"\n"
-            try:
-                written = self._file.write(line)
-                if written != len(line):
-                    raise OSError("the disk is full")
-                os.fsync(self._file.fileno())
-            except OSError:
-                self._file.truncate(self._end)
-                raise
-            self._end += len(line)
+            append_line(self._file, json.dumps(vote, ensure_ascii=True).encode())
             self._lines[vote["id"]] = vote
             if vote["choice"] is None:
                 del self._standing[key]

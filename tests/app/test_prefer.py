@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 from pipeline.app import cli
 from pipeline.app.agreement import agreement
 from pipeline.app.models import Models
-from pipeline.app.pairs import Pair
+from pipeline.app.pairs import BATCH, Pair
 from pipeline.app.prefer import build, routes
 from pipeline.app.site import Site
 from pipeline.data.arguments import DataArguments
@@ -283,6 +283,27 @@ def test_a_vote_that_cannot_be_written_is_not_confirmed(
             assert client.post("/prefer/vote", json=ballot).status_code == 507
         assert not votes_in(tmp_path)
         assert client.post("/prefer/vote", json=ballot).json()["state"]["count"] == 1
+
+
+def test_a_disk_that_is_full_for_a_moment_does_not_end_the_pairs(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with server(models, tmp_path) as client:
+        page = Voter(client, "ann").who
+        typed = {**page, "text": "What is a cat?"}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            for _ in range(3):
+                assert client.post("/prefer/next", json={**page, "annotator": "bob"}).status_code == 507
+            assert client.post("/prefer/prompt", json=typed).status_code == 507
+        for number in range(3 * BATCH):
+            assert "pair" in Voter(client, f"annotator {number}").pair
+        assert client.post("/prefer/prompt", json=typed).status_code == 200
+    with (tmp_path / "votes" / "pairs.jsonl").open() as file:
+        assert all(json.loads(line) for line in file)
 
 
 def test_guidelines_are_a_file_of_which_nothing_runs_or_is_fetched(models: Path, tmp_path: Path) -> None:

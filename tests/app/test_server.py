@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from httpx import ASGITransport, AsyncClient
 from starlette.testclient import TestClient
 
 from pipeline.__main__ import main
+from pipeline.app import server
 from pipeline.app.server import build_app
 from pipeline.app.site import Site
 
@@ -86,6 +91,15 @@ def test_nothing_is_uploaded_and_requests_are_small(client: TestClient) -> None:
     assert client.post("/gradio_api/queue/join", content=b"x" * (1 << 21)).status_code == 413
 
 
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_a_body_whose_length_is_not_known_is_refused_before_it_is_read(guarded: TestClient, method: str) -> None:
+    guarded.cookies.clear()
+    chunked = {"content-length": "4", "transfer-encoding": "chunked"}
+    for path in ("/login", "/prefer/vote", "/"):
+        assert guarded.request(method, path, content=b"body", headers=chunked).status_code == 411
+    assert guarded.post("/login", content=b"x" * (1 << 16)).status_code == 413
+
+
 def test_a_path_in_a_call_is_not_opened(client: TestClient, run: Path) -> None:
     body = {"data": [{"path": str(run / "run.json"), "meta": {"_type": "gradio.FileData"}}], "fn_index": 0}
     answer = client.post("/gradio_api/queue/join", json=body | {"session_hash": "abc"})
@@ -102,8 +116,11 @@ def test_what_is_no_request_is_refused(client: TestClient, comment: bytes) -> No
 
 def test_other_sites_cannot_use_the_page_of_this_machine(client: TestClient) -> None:
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
-    crossing = {"sec-fetch-site": "cross-site"}
-    assert client.post("/gradio_api/queue/join", json={}, headers=crossing).status_code == 403
+    for site in ("cross-site", "same-site"):
+        crossing = {"sec-fetch-site": site, "sec-fetch-mode": "cors"}
+        assert client.post("/gradio_api/queue/join", json={}, headers=crossing).status_code == 403
+        assert client.get("/config", headers=crossing).status_code == 403
+        assert client.get("/", headers={"sec-fetch-site": site, "sec-fetch-mode": "navigate"}).status_code == 200
 
 
 def test_without_the_password_there_is_only_the_form(guarded: TestClient) -> None:
@@ -114,6 +131,40 @@ def test_without_the_password_there_is_only_the_form(guarded: TestClient) -> Non
     wrong = guarded.post("/login", data={"username": "ann", "password": "wrong"})
     assert wrong.status_code == 401 and not guarded.cookies
     assert guarded.post("/login", data={"username": " ", "password": PASSWORD}).status_code == 401
+
+
+def test_wrong_passwords_are_checked_one_a_second_and_a_right_one_enters_meanwhile(
+    guarded: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause = 0.2
+    monkeypatch.setattr(server, "SECONDS_AFTER_WRONG", pause)
+    wrong: list[float] = []
+
+    async def attempt(password: str, delay: float = 0.0) -> int:
+        await asyncio.sleep(delay)
+        async with AsyncClient(transport=ASGITransport(guarded.app), base_url="http://127.0.0.1") as visitor:
+            answer = await visitor.post("/login", data={"username": "ann", "password": password})
+        if answer.status_code == 401:
+            wrong.append(time.monotonic())
+        return answer.status_code
+
+    async def flood() -> int:
+        others = [asyncio.create_task(attempt(f"guess {number}")) for number in range(40)]
+        entered = await attempt(PASSWORD, delay=3.5 * pause)
+        for other in others:
+            other.cancel()
+        return entered
+
+    begun = time.monotonic()
+    assert asyncio.run(flood()) == 303
+    took = time.monotonic() - begun
+    assert 1 <= len(wrong) <= took / pause + 1
+    assert all(later - earlier > 0.9 * pause for earlier, later in pairwise(wrong))
+
+
+def test_a_password_keeps_its_spaces(run: Path, site_of: Make, tmp_path: Path) -> None:
+    with guarded_by(" two words ", run, tmp_path / "spaced", site_of) as client:
+        assert client.post("/login", data={"username": "ann", "password": " two words "}).status_code == 200
 
 
 def test_a_login_outlives_a_restart_and_cannot_be_forged(
