@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -61,10 +63,8 @@ def _is_own(folder: Path, own: set[str], title: str) -> bool:
     return not found or not title or (card.is_file() and title in card.read_text(encoding="utf-8", errors="replace"))
 
 
-def check_directory(path: str | Path, field: str = "output_dir") -> Problem | None:
-    """Report a directory that cannot be created, or written to.
-
-    It tries to write, because not every file system honours its permissions.
+def check_path(path: str | Path, field: str = "output_dir") -> Problem | None:
+    """Report what cannot be the path of a directory, such as a file.
 
     Args:
         path: The directory; it need not exist.
@@ -77,12 +77,27 @@ def check_directory(path: str | Path, field: str = "output_dir") -> Problem | No
         pass
     except (OSError, ValueError) as error:
         return Problem(field, path, f"is not a valid path ({getattr(error, 'strerror', error)}); choose another one")
-    nearest = next(part for part in (path, *path.parents) if os.path.lexists(part))
+    nearest = _nearest(path)
     where = "" if nearest == path else f"{nearest} "
     if nearest.is_symlink() and not nearest.exists():
         return Problem(field, path, f"{where}is a dangling symlink; create its target")
     if not nearest.is_dir():
         return Problem(field, path, f"{where}is not a directory; choose another one")
+    return None
+
+
+def check_directory(path: str | Path, field: str = "output_dir") -> Problem | None:
+    """Report a directory that cannot be created, or written to.
+
+    It tries to write, because not every file system honours its permissions.
+
+    Args:
+        path: The directory; it need not exist.
+        field: Argument that named it, for messages.
+    """
+    if problem := check_path(path, field):
+        return problem
+    nearest = _nearest(Path(path))
     try:
         before = nearest.stat()
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
@@ -91,6 +106,11 @@ def check_directory(path: str | Path, field: str = "output_dir") -> Problem | No
         remedy = f"no permission to write to {nearest} ({error.strerror}); choose another directory"
         return Problem(field, path, remedy)
     return None
+
+
+def _nearest(path: Path) -> Path:
+    """Return a path or, if there is nothing, the nearest folder around it."""
+    return next(part for part in (path, *path.parents) if os.path.lexists(part))
 
 
 def is_missing_path(name: str) -> bool:
@@ -256,6 +276,16 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
         held.release()
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; {} if there is none, or the file is damaged."""
+    try:
+        check_regular(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:

@@ -24,7 +24,8 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import Vote
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.settings import SOURCE_FIELDS, VOTES, move, read_json, recorded, with_layout
+from pipeline.evaluation.settings import SOURCE_FIELDS, VOTES, move, recorded, with_layout
+from pipeline.files import read_json
 from pipeline.models.loading import is_reward_model, load_config, load_model
 from pipeline.preferences.judges import score
 from pipeline.preferences.votes import VoteLog

@@ -251,7 +251,12 @@ def serve(site: Site) -> None:
     print(f"http://{escape(host)}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
     page.warm_up(site)
     # h11 bounds the headers of a request, and the page has no websockets.
-    protocols = {"http": "h11", "ws": "none"}
     uvicorn.run(
-        app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=1, **protocols
+        app,
+        host=options.host,
+        port=options.port,
+        http="h11",
+        ws="none",
+        log_level="warning",
+        timeout_graceful_shutdown=1,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from pipeline.files import read_json
 
 WITHOUT_EFFECT = re.compile(
     r"(logging|log|save|eval|hub|push|trackio|ddp)_\w+|report_to|run_name|project|disable_tqdm|do_eval|local_rank|debug|"
@@ -69,10 +70,6 @@ def number_of(values: Mapping[str, Any], name: str) -> float:
 
 def newest_state(output_dir: Path) -> dict[str, Any]:
     """Return the trainer's state in the checkpoint of the most steps that can be read; empty if there is none."""
-    states: list[dict[str, Any]] = []
-    for path in output_dir.glob("checkpoint-*/trainer_state.json"):
-        try:
-            states.append(dict(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):  # a damaged one, which training skips with a warning
-            continue
+    # A damaged one, which training skips with a warning, counts as step 0.
+    states = map(read_json, output_dir.glob("checkpoint-*/trainer_state.json"))
     return max(states, key=lambda state: number_of(state, "global_step"), default={})

@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.data.arguments import VOTES_FILE
 from pipeline.errors import Problem, UserError
-from pipeline.files import lock, write_text
+from pipeline.files import check_regular, lock, write_text
 
 CHOICES = ("a", "b", "tie", "bad", "skip")
 OTHER = {"a": "b", "b": "a"}
@@ -54,9 +54,15 @@ def read_votes(path: Path) -> list[Vote]:
     A last line that was not written whole is left out: this vote was never confirmed.
 
     Raises:
-        UserError: If another line is not a vote.
+        UserError: If another line is not a vote, or the file cannot be read.
     """
-    content = path.read_bytes() if path.exists() else b""
+    try:
+        content = b""
+        if path.exists():
+            check_regular(path)
+            content = path.read_bytes()
+    except OSError as error:
+        raise UserError(Problem("dataset_name", path, f"cannot be read ({error.strerror or error})")) from None
     votes: dict[str, Vote] = {}
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):

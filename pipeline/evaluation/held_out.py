@@ -17,8 +17,9 @@ from pipeline.data.messages import is_informative
 from pipeline.data.overlap import overlap
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.graders import COMPARED, Grader, load_grader
-from pipeline.evaluation.settings import STAGES_OF, read_json
+from pipeline.evaluation.settings import STAGES_OF
 from pipeline.evaluation.sources import Example, Part, Reader
+from pipeline.files import read_json
 from pipeline.rewards.sandbox.run import validate_sandbox
 
 logger = logging.getLogger(__name__)

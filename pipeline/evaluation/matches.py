@@ -22,6 +22,7 @@ from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.metrics import STRING, info, output
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.sources import Example
+from pipeline.files import read_json
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import judge_match
 
@@ -137,9 +138,9 @@ def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[str]]
     `folder` is that of the evaluations.
     """
     path = folder / f"{stage}.json"
+    if not wanted or read_json(path).get("opponent") != wanted:
+        return None
     try:
-        if not wanted or json.loads(path.read_text(encoding="utf-8"))["opponent"] != wanted:
-            return None
         lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").split("\n")
         examples = [json.loads(line) for line in lines if line]
         return {

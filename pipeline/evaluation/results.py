@@ -14,8 +14,8 @@ from pipeline.data.arguments import VOTES_FILE
 from pipeline.data.votes import OTHER, OUTCOMES, as_pairs, read_votes, split_of, standing
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.intervals import Estimate, outcome_mean
-from pipeline.evaluation.settings import VOTES, read_json
-from pipeline.files import write_text
+from pipeline.evaluation.settings import VOTES
+from pipeline.files import read_json, write_text
 
 
 @dataclass

@@ -12,7 +12,6 @@ The file is optional, and so is each key. Data that it does not name are the hel
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -22,7 +21,7 @@ from typing import Any
 from pipeline.config.yaml_file import read_yaml
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import Problem, UserError
-from pipeline.files import is_missing_path
+from pipeline.files import is_missing_path, read_json
 
 FILE = "evaluate.yaml"
 """Name of the file in a recipe folder."""
@@ -254,15 +253,6 @@ def with_layout(settings: Values, run: Path) -> dict[str, Any]:
         found["pairs"] = {"dataset_name": str(run / "3_preferences")}
     against = settings["against"] or max((path.parent.name for path in run.glob("[0-9]*_sft*/*.json")), default=None)
     return {**found, **settings, "trained_on": found | settings["trained_on"], "against": against}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, {} if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def check(settings: Values, prefix: str = "") -> list[Problem]:

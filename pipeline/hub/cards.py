@@ -14,8 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import safe_open
 
-from pipeline.files import split_revision
-from pipeline.hub.contents import public_settings, read_json, without_paths
+from pipeline.files import read_json, split_revision
+from pipeline.hub.contents import public_settings, without_paths
 from pipeline.hub.stages import GENERAL, STAGES, StageText, registration, uses
 
 Values = Mapping[str, Any]

@@ -55,15 +55,6 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
     return files
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file, empty if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def to_bytes(text: str) -> bytes:
     """Return a text in UTF-8, with question marks for what that cannot encode, such as half of a surrogate pair."""
     return text.encode("utf-8", "replace")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCard, ModelCard, ModelCardData, SpaceCardData
+from yaml import YAMLError
 
+from pipeline.errors import Problem, UserError
 from pipeline.hub.cards import CRITIC, Trained, fenced
 from pipeline.hub.contents import without_paths
 from pipeline.hub.stages import registration
@@ -59,6 +61,20 @@ critic = PeftModel.from_pretrained(model, "{name}", subfolder="{CRITIC}")"""
     )
 
 
+def load_card(folder: Path) -> DatasetCard:
+    """Return the card of a folder of data, empty if it has none.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    path = folder / "README.md"
+    try:
+        return DatasetCard.load(path) if path.exists() else DatasetCard("---\n{}\n---\n")
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(Problem("RUN", path, f"cannot be read as a data card ({reason}); correct it")) from None
+
+
 def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any = None) -> str:
     """Return the README.md of a folder of data, with its licence, tags and how to load it.
 
@@ -68,7 +84,7 @@ def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any =
         ids: Repositories of the other outputs of the run, which the text may name, by the names of their directories.
         license: Its licence. Default: that which its own card names.
     """
-    card = DatasetCard.load(folder / "README.md") if (folder / "README.md").exists() else DatasetCard("---\n{}\n---\n")
+    card = load_card(folder)
     card.data.license = license or card.data.license
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), "fourstage"]))
     card.data.task_categories = card.data.task_categories or ["text-generation"]

@@ -11,12 +11,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCard, HfApi
+from huggingface_hub import HfApi
 
 from pipeline.errors import Problem, UserError
+from pipeline.files import read_json
 from pipeline.hub.cards import CRITIC, Trained, model_card
-from pipeline.hub.contents import Files, public_settings, publishable, read_json, to_bytes, without_paths
-from pipeline.hub.data_cards import base_card, critic_card, dataset_card, space_card
+from pipeline.hub.contents import Files, public_settings, publishable, to_bytes, without_paths
+from pipeline.hub.data_cards import base_card, critic_card, dataset_card, load_card, space_card
 from pipeline.hub.upload import retry
 
 BASE = "base"
@@ -88,8 +89,16 @@ class Outputs:
 
     @cached_property
     def record(self) -> Mapping[str, Any]:
-        """The entries of the steps in run.json."""
-        return read_json(self.path / "run.json").get("steps") or {}
+        """The entries of the steps in run.json.
+
+        Raises:
+            UserError: If it is damaged, since it says which outputs are finished.
+        """
+        path = self.path / "run.json"
+        steps = read_json(path).get("steps") if path.exists() else {}
+        if isinstance(steps, dict) and all(map(_is_entry, steps.values())):
+            return steps
+        raise UserError(Problem("RUN", path, "is not the record of a run; remove it"))
 
     @cached_property
     def ids(self) -> dict[str, str]:
@@ -165,7 +174,7 @@ class Outputs:
     @cached_property
     def _license(self) -> tuple[Any, Any]:
         """Licence and languages of the data as their cards name them, None where they differ or name none."""
-        cards = [DatasetCard.load(path / "README.md").data for path in self.folders.values() if is_data(path)]
+        cards = [load_card(path).data for path in self.folders.values() if is_data(path)]
         licenses = [card.license for card in cards if card.license]
         is_clear = bool(licenses) and all(found == licenses[0] for found in licenses)
         language = next((card.language for card in cards if card.language), None)
@@ -263,14 +272,19 @@ class Outputs:
     def _space(self) -> Files:
         models = [found for name, found in self.ids.items() if not is_data(self.folders[name])]
         data = [found for name, found in self.ids.items() if is_data(self.folders[name])]
-        record = read_json(self.path / "run.json")
-        for step in (record.get("steps") or {}).values():
-            step["values"] = public_settings(step.get("values") or {})
+        public = {
+            name: {**step, "values": public_settings(step.get("values", {}))} for name, step in self.record.items()
+        }
+        record = read_json(self.path / "run.json") | {"steps": public}
         card = space_card(f"{self.name}: the report", models, data)
         return publishable(self.path / REPORT) | {
             "run.json": to_bytes(without_paths(json.dumps(record, indent=1)) + "\n"),
             "README.md": to_bytes(card),
         }
+
+
+def _is_entry(step: object) -> bool:
+    return isinstance(step, dict) and isinstance(step.get("values", {}), dict)
 
 
 def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.config.effects import has_effect
 from pipeline.data.arguments import VOTES_FILE
+from pipeline.files import read_json
 from pipeline.runner.steps import KINDS, Step
 
 OF_RANDOM_MODEL = ("seed", "tokenizer_name_or_path", "output_dir")
@@ -88,9 +89,8 @@ def _with_defaults(
     hints = field_types(*types)
     defaults = {item.name: item.default for kind in types for item in dataclasses.fields(kind)}
     machine = {name: choice.value for name, choice in hardware.training_defaults().items()}
-    ran_with: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # only training records it
-        ran_with = json.loads((step.output / RECORD).read_text(encoding="utf-8"))
+    # Only training records it.
+    ran_with = read_json(step.output / RECORD)
     if step.kind == "random":
         read = {*OF_RANDOM_MODEL, *(item.name for item in dataclasses.fields(ScratchArguments))}
         changed = {name: pair for name, pair in changed.items() if name in read}

@@ -37,7 +37,7 @@ from pipeline.files import lock
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
 from pipeline.runner.launcher import check_launch_file, exit_code, launch_file, launch_options, shards
-from pipeline.runner.plan import Plan, read_plan
+from pipeline.runner.plan import Plan, check_writable, read_plan
 from pipeline.runner.processes import push_finished, run
 from pipeline.runner.records import Decision, RunRecord, decide, measured_seconds
 from pipeline.runner.run_state import RunState
@@ -178,6 +178,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]
         UserError: With what a step that is due would refuse.
     """
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
+    if not args.dry_run and (problems := check_writable(plan)):
+        raise UserError(*problems)
     decided = list(_decide(plan, RunRecord.read(plan.run_dir), args))
     due = [step for step, decision in decided if decision.action != "skip"]
     with show_checks(args):

@@ -15,7 +15,7 @@ from pipeline.data.arguments import VOTES_FILE
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.settings import BASE, STAGES_OF, VOTES, complete, derive
 from pipeline.evaluation.settings import FILE as EVALUATE
-from pipeline.files import check_directory
+from pipeline.files import check_directory, check_path
 from pipeline.runner.smoke import smoke_overrides
 from pipeline.runner.steps import KINDS, REPORT, Step, tidy_paths
 from pipeline.runner.trash import TRASH
@@ -85,10 +85,18 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
     outputs = [*(step.output for step in planned), run_dir / "logs"]
-    if problems := [problem for output in outputs if (problem := check_directory(output))]:
+    if problems := [problem for output in outputs if (problem := check_path(output))]:
         raise UserError(*problems)
     seeds = (values["seed"] for _, values in configurations.values() if isinstance(values.get("seed"), int))
     return Plan(tuple(planned), run_dir, next(seeds, None) if seed is None else seed)
+
+
+def check_writable(plan: Plan) -> list[Problem]:
+    """Report directories of a run that may not be written to."""
+    if problem := check_directory(plan.run_dir):
+        return [problem]
+    places = dict.fromkeys([*(step.output for step in plan.steps), plan.run_dir / "logs"])
+    return [problem for place in places if (problem := check_directory(place))]
 
 
 def _in_order(steps: Sequence[Step], settings: Mapping[str, Any]) -> list[Step | str]:
@@ -170,7 +178,7 @@ def _common_home(folder: Path, configurations: Mapping[str, tuple[Path, Mapping[
 
 def _check_run_dir(run_dir: Path, folder: Path) -> None:
     """Refuse a directory that contains more than a run, or that cannot be created."""
-    if problem := check_directory(run_dir):
+    if problem := check_path(run_dir):
         raise UserError(problem)
     if str(run_dir).startswith("~"):
         raise UserError(Problem("output_dir", run_dir, "write it without quotes, which keep ~ from its meaning"))

@@ -14,12 +14,15 @@ from typing import Any, Literal
 from pipeline.config.effects import continues, newest_state, number_of
 from pipeline.config.machine import describe_machine
 from pipeline.errors import Problem, UserError
-from pipeline.files import write_text
+from pipeline.files import check_regular, write_text
 from pipeline.runner.changes import Changes, fingerprint_path, recorded_values
 from pipeline.runner.steps import Step
 
 MOST_NAMED = 4
 """Steps that a reason names at most."""
+
+CENTURY = 3.2e9
+"""Seconds; no step takes longer."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class RunRecord:
         """
         path = run_dir / "run.json"
         try:
-            if path.is_fifo():
-                raise OSError("it is a pipe")
+            if path.exists():
+                check_regular(path)
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return cls(path)
@@ -151,6 +154,7 @@ def _is_entry(entry: Any) -> bool:
         isinstance(entry, dict)
         and isinstance(entry.get("id"), str)
         and isinstance(entry.get("seconds"), int | float)
+        and 0 <= entry["seconds"] < CENTURY
         and all(isinstance(entry.get(key, {}), dict) for key in ("values", "inputs", "data", "files"))
     )
 

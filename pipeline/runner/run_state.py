@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.settings import BASE
+from pipeline.files import read_json
 from pipeline.progress import duration
 from pipeline.runner.records import Decision
 from pipeline.runner.steps import KINDS, Step
@@ -181,8 +181,8 @@ class RunState:
 
     def value(self, stage: str, metric: str) -> str:
         """Return a figure of a stage's evaluation as text, "" if it has none."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            content = json.loads((self.run_dir / "evaluations" / f"{stage}.json").read_text(encoding="utf-8"))
+        content = read_json(self.run_dir / "evaluations" / f"{stage}.json")
+        with contextlib.suppress(ValueError, LookupError, TypeError):
             return f"{content['metrics'][metric]['value']:.{metric_info(metric).digits}f}"
         return ""
 

@@ -44,7 +44,7 @@ def show(run: Path) -> None:
     """Print the state of each step of one run, and the command that does what is left."""
     record = RunRecord.read(run)
     recipe, smoke = Path(str(record.content.get("recipe"))), bool(record.content.get("smoke"))
-    asked = any("--seed" in shlex.split(str(entry.get("command"))) for entry in record.steps.values())
+    asked = any("--seed" in str(entry.get("command")).split() for entry in record.steps.values())
     seed = record.content.get("seed") if asked else None
     steps = read_plan(recipe, run, seed, smoke).steps
     if not any(step.kind == "evaluate" for step in steps):  # there is nothing to report then

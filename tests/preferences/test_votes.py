@@ -82,6 +82,12 @@ def test_a_vote_is_taken_back_or_corrected_by_a_further_line(tmp_path: Path) -> 
     assert [one["choice"] for one in standing(read_votes(tmp_path / VOTES_FILE))] == ["b"]
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / VOTES_FILE)
+    with pytest.raises(UserError, match="is not a file"):
+        read_votes(tmp_path / VOTES_FILE)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(answers=st.lists(ANSWERS, min_size=1, max_size=5), torn=st.integers(1, 400), keep_newline=st.booleans())
 def test_whatever_people_vote_on_comes_back_and_half_a_line_does_no_harm(

@@ -1,16 +1,18 @@
 """The runner, on recipe folders whose steps are stand-ins that take no time (`stand_in_step.py`)."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
@@ -618,6 +620,21 @@ def test_paths_that_do_not_fit_are_refused(folder: Path, run: Runner, values: di
     assert not Path("runs").exists()
 
 
+def test_a_run_that_may_only_be_read_has_a_status_and_a_plan_but_does_not_run(
+    run: Runner, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    run("--until", "2_sft")
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    assert "5 steps are done" in status(capfd)[-1]
+    assert run("--dry-run")[0] == 0
+    code, _, err = run()
+    assert code == 2 and err.startswith("output_dir: runs/r: no permission to write to runs/r (Permission denied)")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["2_sft", "evaluations", "report"])
 def test_a_file_where_a_step_writes_is_refused_before_the_first_step(
     folder: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -630,7 +647,14 @@ def test_a_file_where_a_step_writes_is_refused_before_the_first_step(
     assert capsys.readouterr().err.startswith(f"output_dir: runs/r/{name}: is not a directory; choose another one\n")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"steps": {"2_sft": {}}}', '{"steps": []}', "[" * 100_000])
+SECONDS = '{"steps": {"2_sft": {"id": "a", "seconds": %s}}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"steps": {"2_sft": {}}}', '{"steps": []}', "[" * 100_000]
+    + [SECONDS % number for number in ("NaN", "Infinity", "1e300", "-1")],
+)
 def test_a_damaged_record_is_refused(run: Runner, content: str) -> None:
     Path("runs/r").mkdir(parents=True)
     Path("runs/r/run.json").write_text(content)
