@@ -71,8 +71,17 @@ def supports(dtype: str) -> bool:
     return dtype == "fp32" or precision().value == dtype
 
 
-def sampling_dtype() -> torch.dtype:
-    """Return bfloat16 where it is fast. Losses, whose small differences matter, are measured in float32."""
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Return whether the machine multiplies numbers of `dtype` by other instructions, which is slower than float32."""
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return dtype in half and not supports(half[dtype])
+
+
+def fast_dtype() -> torch.dtype:
+    """Return bfloat16 if the machine has it, else float32, for products that need few digits.
+
+    Sampling and Muon do. Losses, whose small differences matter, are measured in float32.
+    """
     return torch.bfloat16 if precision().value == "bf16" else torch.float32
 
 

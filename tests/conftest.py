@@ -1,6 +1,7 @@
 """Every test runs offline, sends nothing, and leaves no trace outside of its temporary directory."""
 
 import os
+from typing import TYPE_CHECKING
 
 # before any test imports the libraries that read them
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +13,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @pytest.fixture(autouse=True, scope="session")
 def unconfined_where_the_kernel_cannot() -> None:
@@ -19,3 +23,23 @@ def unconfined_where_the_kernel_cannot() -> None:
     from pipeline.rewards.sandbox import run
 
     run.allow_unconfined = run.validate_sandbox() is not None
+
+
+@pytest.fixture(params=["bf16", "fp32"])
+def torchs_muon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the machine for one with or without bfloat16: without, torch's Muon gets its definition in float32."""
+    from pipeline import hardware
+
+    def newton_schulz(grad: "Tensor", coefficients: tuple[float, float, float], steps: int, eps: float) -> "Tensor":
+        if grad.shape[0] > grad.shape[1]:
+            return newton_schulz(grad.T, coefficients, steps, eps).T
+        a, b, c = coefficients
+        x = grad / grad.norm().clamp(min=eps)
+        for _ in range(steps):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x
+
+    monkeypatch.setattr(hardware, "precision", lambda: hardware.Choice(request.param, ""))
+    if request.param == "fp32":
+        monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", newton_schulz)

@@ -22,7 +22,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.evaluation.settings import move
 from pipeline.files import read_json
 from pipeline.models.generation import Completion, generate
-from pipeline.models.loading import load_config, load_model, user_error_for
+from pipeline.models.loading import avoid_emulation, load_config, load_model, user_error_for
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl import ppo_math
 from pipeline.rl.grpo import TextsAsTheyStand
@@ -205,4 +205,5 @@ def load_critic(folder: Path) -> PreTrainedModel:
     with user_error_for("RUN", path, "critic"):
         config = load_config(path)
         critic: PreTrainedModel = auto_class(config).from_pretrained(path, config=config)
+        avoid_emulation(critic)
     return critic.eval()

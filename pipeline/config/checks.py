@@ -147,6 +147,17 @@ UNUSED_IN_ROLLOUTS: dict[str, str] = {
 }
 """Fields of `TrainingArguments` and `GRPOConfig` that have no effect on GRPO and PPO, and why."""
 
+HALF_PRECISION: dict[tuple[str, Any], str] = {
+    ("bf16", True): "bf16",
+    ("bf16_full_eval", True): "bf16",
+    ("fp16", True): "fp16",
+    ("fp16_full_eval", True): "fp16",
+    ("dtype", "bfloat16"): "bf16",
+    ("dtype", "float16"): "fp16",
+    ("frozen_dtype", "bfloat16"): "bf16",
+}
+"""Values that ask for products in half precision, and which."""
+
 SWITCHES: dict[str, tuple[str, Any]] = {
     name: (switch, on)
     for names, switch, on in (
@@ -225,10 +236,12 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
     """Return the given options that this machine or the recipes do not support."""
     problems = []
     best = hardware.precision()
-    for name, dtype in (("bf16", "bf16"), ("fp16", "fp16"), ("fp16_full_eval", "fp16")):
-        if asked.get(name) and not hardware.supports(dtype):
+    for (name, value), dtype in HALF_PRECISION.items():
+        # Whatever the frozen weights are stored in, training in fp16 multiplies in fp16.
+        cast = name == "frozen_dtype" and asked.get("fp16", best.value == "fp16")
+        if asked.get(name) == value and not cast and not hardware.supports(dtype):
             remedy = f"not supported on this machine; omit it to use {best.value} ({best.reason})"
-            problems.append(Problem(name, True, remedy))
+            problems.append(Problem(name, value, remedy))
     if asked.get("bf16") and asked.get("fp16"):
         problems.append(Problem("bf16", True, "excludes fp16; choose one"))
     if hardware.accelerator() is None:

@@ -162,7 +162,7 @@ def _measure_language_model(
     its_path = model_of(run, against, settings)
     if judge and judged and against and (its_path != run / against or holds_model(its_path)):
         result.judge = judge.name
-        answer = {"seed": seed, "max_new_tokens": limits["prompts"], "dtype": hardware.sampling_dtype()}
+        answer = {"seed": seed, "max_new_tokens": limits["prompts"], "dtype": hardware.fast_dtype()}
         answer |= {"vllm": True} if vllm else {}
         answered = matches.fingerprint(its_path, judged, device=hardware.accelerator(), **answer)
         if stage == against:
@@ -170,11 +170,11 @@ def _measure_language_model(
         elif settings.get("judge") == VOTES or (opponent := matches.saved_answers(folder, against, answered)) is None:
             own = settings.get("base_tokenizer") if against == BASE else None
             opponent = load_chat_model(its_path, "--against", limits["prompts"], own, bool(vllm))
-            opponent.model.to(hardware.sampling_dtype())
+            opponent.model.to(hardware.fast_dtype())
     ungraded = [row for row in held_out.instructions if not is_gradable(row)] if not _graded(held_out) else []
     if ungraded:
         metrics.measure_answers(result, chats["instructions"], ungraded, seed)
-    model.to(hardware.sampling_dtype())
+    model.to(hardware.fast_dtype())
     if held_out.instructions:
         grader = held_out.graders.get("instructions")
         metrics.measure_instructions(result, chats["instructions"], held_out.instructions, grader, seed)

@@ -7,6 +7,7 @@ import logging
 import warnings
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Tr
 from trl import ModelConfig, RewardConfig
 from trl.trainer.utils import create_model_from_path
 
+from pipeline import hardware
 from pipeline.models.loading import base_of, user_error_for
 
 logger = logging.getLogger(__name__)
@@ -36,10 +38,12 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
         UserError: If the adapter cannot be merged.
     """
     name = str(model_args.model_name_or_path)
+    lacks_bf16 = hardware.is_emulated(torch.bfloat16)
     options = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
+        # "auto" is the dtype of the file, often bfloat16.
+        "dtype": "float32" if model_args.dtype == "auto" and lacks_bf16 else model_args.dtype,
     }
     base = base_of(name, model_args.model_revision)
     if base is None:

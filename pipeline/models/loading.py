@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from pipeline import hardware
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import is_missing_path, split_revision
 from pipeline.models.weights import ADAPTER, stored_weights, validate_complete, validate_file, validate_files
@@ -268,7 +269,7 @@ def load_model(
         name: A folder or an id on the Hub; an adapter is loaded with its base model.
         field: Argument that named it, for messages.
         reward: Whether a reward model is wanted.
-        dtype: Default: that of the weights.
+        dtype: Default: that of the weights, or float32 if the machine emulates that.
         chat: Whether the tokenizer must be able to format conversations.
         tokenizer: A folder or an id on the Hub. Default: the model's.
 
@@ -293,10 +294,17 @@ def load_model(
                 model, loaded = model_class.from_pretrained(
                     source, config=config, dtype=dtype, output_loading_info=True
                 )
+                avoid_emulation(model)
             fault = validate_complete(loaded["missing_keys"]) or validate_finite(model.named_parameters())
     if fault is not None:
         raise UserError(Problem(field, name, fault))
     return model, words
+
+
+def avoid_emulation(model: PreTrainedModel) -> None:
+    """Convert a model to float32 if the machine emulates products in the dtype of its weights."""
+    if any(hardware.is_emulated(weight.dtype) for weight in model.parameters()):
+        model.float()
 
 
 def validate_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -139,7 +139,7 @@ def label_samples(
     model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
     if problems := check_model(model.config, tokenizer, args.model_name_or_path, max_new_tokens=args.max_new_tokens):
         raise UserError(*problems)
-    model.to(state.device, hardware.sampling_dtype())
+    model.to(state.device, hardware.fast_dtype())
     launch.log_threads()
     encoded = encode(model, tokenizer, prompts, args)
     splits: dict[str, list[dict[str, Any]]] = {}

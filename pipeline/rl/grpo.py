@@ -25,6 +25,7 @@ from trl.extras.profiling import profiling_context
 from pipeline.models.adapters import MERGED
 from pipeline.models.generation import accepts_argument, sample, unsupported_settings
 from pipeline.models.grouping import group_by_length
+from pipeline.models.loading import avoid_emulation
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.models.vllm_sampler import LENGTH_THAT_FITS
 from pipeline.models.weights import load_renamed_weights
@@ -88,6 +89,7 @@ class GRPOTrainer(TRLGRPOTrainer):
         self.add_callback(CollapseAlarms(checked=not any(w and isinstance(f, nn.Module) for f, w in judges)))
         for function in self.reward_funcs:
             if isinstance(function, PreTrainedModel):
+                avoid_emulation(function)
                 group_by_length(function)
         self.reward_funcs: list[Any] = [
             function if isinstance(function, nn.Module) else guard_reward(function, name)

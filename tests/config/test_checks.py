@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from pipeline.config.checks import MAY_BE_EMPTY
+from pipeline import hardware
+from pipeline.config.checks import HALF_PRECISION, MAY_BE_EMPTY, check_supported
 from pipeline.config.parser import REQUIRED, argument_types, check_values
 
 RECIPES = ("data", "tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "grpo")
@@ -48,3 +49,18 @@ def test_a_number_is_finite_and_not_astronomical_and_not_of_another_type(name: s
 def test_a_text_is_not_empty_and_does_not_contain_nul(name: str, kind: type) -> None:
     assert is_refused(name, kind, "a\0b")
     assert is_refused(name, kind, "") or name in MAY_BE_EMPTY
+
+
+@pytest.mark.parametrize(("name", "value"), HALF_PRECISION)
+def test_a_precision_that_the_machine_emulates_is_refused(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for machine, gpu in (("fp32", None), ("fp16", "cuda"), ("bf16", "cuda")):
+        monkeypatch.setattr(hardware, "accelerator", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(hardware, "precision", lambda machine=machine: hardware.Choice(machine, "because"))
+        refused = [problem.field for problem in check_supported({name: value})]
+        # A GPU without bfloat16 casts what is stored in it to fp16, and multiplies in that.
+        native = gpu if HALF_PRECISION[name, value] == "fp16" or name == "frozen_dtype" else machine == "bf16"
+        assert refused == ([] if native else [name])
+    monkeypatch.setattr(hardware, "precision", lambda: hardware.Choice("fp16", "because"))
+    assert check_supported({"frozen_dtype": "bfloat16", "fp16": False})

@@ -279,7 +279,7 @@ def test_vllm_samples_for_the_model_and_its_opponent(
 ) -> None:
     questions = write_rows(tmp_path / "prompts.jsonl", FRENCH)
     write_stage(run, "3_ppo", seed=1, dataset_name=questions, prompt_column="question")
-    monkeypatch.setattr("pipeline.hardware.sampling_dtype", lambda: torch.float32)
+    monkeypatch.setattr("pipeline.hardware.fast_dtype", lambda: torch.float32)
     options = ["--judge", OWN.format("longer_answers_win"), "--max_new_tokens", "5", "--limit", "8"]
     assert "vLLM is not installed" in refused(capsys, run, "--stage", "3_ppo", "--vllm")
     monkeypatch.setitem(sys.modules, "vllm", vllm_stub.module())

@@ -185,6 +185,7 @@ def test_the_losses_count_once_whatever_is_computed_again_and_not_in_an_evaluati
     assert measured[0] == pytest.approx(measured[1])
 
 
+@pytest.mark.usefixtures("torchs_muon")
 def test_muon_updates_each_expert_like_a_linear_layer_of_its_own() -> None:
     built, ids = model(), tokens(4, 32)
     settings = {"lr": 0.0, "embedding_lr": None, "weight_decay": 0.1, "betas": (0.9, 0.98), "eps": 1e-8}

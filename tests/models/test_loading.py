@@ -19,6 +19,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from pipeline import hardware
 from pipeline.errors import UserError
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer
 from tests.word_model import TEMPLATE, word_model_config, word_tokenizer
@@ -53,6 +54,17 @@ def refusal(folder: Path, reward: bool = False) -> str:
     message = str(refused.value)
     assert message.startswith(f"--model: {folder}: ") and "\n" not in message
     return message
+
+
+@pytest.mark.parametrize("machine", ["bf16", "fp32"])
+def test_a_model_keeps_its_dtype_unless_the_machine_emulates_it(
+    tmp_path: Path, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "precision", lambda: hardware.Choice(machine, ""))
+    folder = save_model(tmp_path / "model")
+    LlamaForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    model, _ = load_model(str(folder), "--model")
+    assert model.dtype == (torch.bfloat16 if machine == "bf16" else torch.float32)
 
 
 @pytest.mark.parametrize("adapter", [False, True])

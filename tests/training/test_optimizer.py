@@ -64,6 +64,7 @@ def names(trained: LlamaForCausalLM, group: dict) -> set[str]:
     return {name for name, parameter in trained.named_parameters() if id(parameter) in chosen}
 
 
+@pytest.mark.usefixtures("torchs_muon")
 @pytest.mark.parametrize("tied", [True, False])
 def test_steps_are_those_of_torchs_optimizers_on_the_same_split(tied: bool) -> None:
     one, reference = model(tied), model(tied)
