@@ -164,8 +164,9 @@ def matmul_peak(dtype: str) -> float:
     device = accelerator() or "cpu"
     size = 1024 if device == "cpu" else 8192
     element = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    # Zeros are not multiplied any faster, and creating them does not change the random state, which runs depend on.
-    a = torch.zeros(size, size, dtype=element, device=device)
+    # A GPU at its power limit multiplies zeros faster. Runs depend on the global random state, which this must not use.
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, generator=generator, dtype=element, device=device)
     best = float("inf")
     started = time.perf_counter()
     for attempt in range(50):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import hardware
 
@@ -66,3 +67,13 @@ def test_compilation_is_for_long_runs_with_a_compiler(monkeypatch: pytest.Monkey
     assert not hardware.compilation(1e13).value and hardware.compilation(1e14).value
     monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
     assert not hardware.compilation(1e14).value
+
+
+def test_the_peak_is_that_of_numbers_which_take_no_random_numbers_from_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, multiply = [], torch.mm
+    monkeypatch.setattr(hardware, "accelerator", lambda: None)
+    monkeypatch.setattr(torch, "mm", lambda a, b: seen.append(a) or multiply(a, b))
+    before = torch.get_rng_state()
+    assert hardware.matmul_peak.__wrapped__("fp32") > 1e6
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seen[0].count_nonzero() > seen[0].numel() / 2, "zeros let a GPU clock higher"
