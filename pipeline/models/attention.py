@@ -46,11 +46,15 @@ class BlockMask:
     biases: list[Tensor]
 
 
+def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which autocast multiplies on a device, or `dtype` where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
 def blockwise_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> BlockMask:
     """Cut the mask of a forward pass into blocks, in the place of `transformers.masking_utils.sdpa_mask`."""
     mask = sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    if torch.is_autocast_enabled(mask.device.type):
-        dtype = torch.get_autocast_dtype(mask.device.type)
+    dtype = autocast_dtype(mask.device, dtype)
     # A query that sees no key is padding: all its scores are equally low, so that their softmax is a number.
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     keys, biases = [], []
@@ -128,8 +132,7 @@ def varlen_mask(
         The documents; torch's mask if there is padding or a cache, or if attention is computed in float32.
     """
     padding, device = kwargs.get("attention_mask"), torch.device(kwargs.get("device", "cpu"))
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype = autocast_dtype(device, dtype)
     offset = kwargs.get("q_offset", 0) or kwargs.get("kv_offset", 0) or q_length != kv_length
     if offset or kwargs.get("use_vmap") or dtype == torch.float32 or (padding is not None and not padding.all()):
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
@@ -161,9 +164,8 @@ def varlen_attention(
     if not isinstance(attention_mask, Documents):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     rows, bounds, longest = len(query), attention_mask.bounds, attention_mask.longest
-    dtype, kind = query.dtype, query.device.type
-    if torch.is_autocast_enabled(kind):  # rotary embeddings leave float32
-        dtype = torch.get_autocast_dtype(kind)
+    # Rotary embeddings leave float32, also under autocast.
+    dtype = autocast_dtype(query.device, query.dtype)
     query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
     shared = query.shape[1] != key.shape[1]
     output = varlen_attn(

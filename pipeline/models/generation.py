@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from pipeline.models.attention import BLOCKWISE
+from pipeline.models.attention import BLOCKWISE, autocast_dtype
 from pipeline.models.tokenizer import as_text, special_tokens
 
 Messages = Sequence[dict[str, str]]
@@ -303,7 +303,9 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new keys and values behind the others; return them with the room, or the first ones alone."""
-        start, new = self.length, (key_states, value_states)
+        # Rotary embeddings leave keys in float32 under autocast, which would cast all of them again for each token.
+        new = tuple(x.to(autocast_dtype(x.device, x.dtype)) for x in (key_states, value_states))
+        start = self.length
         self.length = stop = start + key_states.shape[-2]
         if start == 0 or stop > self.keys.shape[-2]:
             size = round_up(stop, self.room)

@@ -7,7 +7,7 @@ import small_model
 import torch
 
 from pipeline.evaluation.likelihood import document_losses
-from pipeline.models.generation import encode_prompts, generate
+from pipeline.models.generation import GrowingLayer, encode_prompts, generate
 from pipeline.models.llama import LlamaArguments, build_model
 
 PROMPTS = [
@@ -88,6 +88,15 @@ def test_greedy_answers_equal_those_of_transformers_for_each_prompt_alone(
         assert completion.stopped == (common_end in alone)
         lengths.add(len(alone))
     assert len(lengths) > 1  # some rows were dropped before others
+
+
+def test_the_cache_holds_keys_in_the_dtype_in_which_they_are_multiplied():
+    layer, keys = GrowingLayer(), torch.randn(1, 2, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            layer.update(keys, keys.bfloat16())
+            assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+    assert torch.equal(layer.keys[..., 3:6, :], keys.bfloat16())
 
 
 def test_samples_repeat_with_the_seed_and_follow_the_distribution(model, tokenizer, prompts):
