@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -132,6 +133,20 @@ def only_one(completions: list[Any], **kwargs: Any) -> list[float]:
 async def fails_later(completions: list[Any], **kwargs: Any) -> list[float]:
     """Raise an exception once it is awaited."""
     raise LookupError("an index is missing")
+
+
+def rounding_errors(head: nn.Module) -> list[float]:
+    """Return a list to which every product of the linear layers in a module adds how far it is from exact."""
+    errors: list[float] = []
+
+    def compare(layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        exact = nn.functional.linear(inputs[0].double(), layer.weight.double())
+        errors.append((output - exact).abs().max().item())
+
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(compare)
+    return errors
 
 
 def config(output_dir: Any, **changes: Any) -> PPOConfig:

@@ -179,6 +179,11 @@ SOURCES = [
     ),
     (
         f"{GRPO}.__init__",
+        "lm_head.forward = cast_forward_to_fp32",
+        "compute_in_float32 removes it from the head, because autocast undoes it",
+    ),
+    (
+        f"{GRPO}.__init__",
         "generation_kwargs.update(args.generation_kwargs)",
         "`SET_BY_TRL` of training.checks lists the options above it",
     ),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from pipeline.rl.alarms import CollapseAlarms
 from pipeline.rl.log_probs import token_log_probs, with_positions
 from pipeline.rl.reference_model import frozen_copy
 from pipeline.rl.rollouts import EpochSampler, keep_frozen_weights, load_rollout, load_rollout_state, save_rollout
+from pipeline.rl.value_adapter import compute_in_float32
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
 
 logger = get_logger(__name__)
@@ -73,6 +75,10 @@ class GRPOTrainer(TRLGRPOTrainer):
         if merged:  # TRL would make the reference by loading the policy's name again, which is that of the base model
             args.beta, args.sync_ref_model = 0.0, False
         super().__init__(model, reward_funcs, args, *others, **kwargs)
+        if self.args.cast_lm_head_to_fp32:
+            for network in (self.model, self.ref_model):
+                if network is not None:
+                    compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
         if merged:
             self.beta = args.beta = beta
             args.sync_ref_model = synced

@@ -25,12 +25,8 @@ def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp3
         cast_lm_head_to_fp32: Compute the logits in float32.
     """
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
-    # The forward methods that TRL gave the policy and its head still refer to the originals.
+    # The forward method that TRL gave the policy still refers to the original.
     reference.__dict__.pop("forward", None)
-    if cast_lm_head_to_fp32:
-        head = reference.get_output_embeddings()
-        head.__dict__.pop("forward", None)
-        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
     return reference
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -101,9 +102,27 @@ def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def compute_in_float32(head: nn.Module) -> None:
-    """Keep a head in float32 whatever the dtype of the model is: scores of about 1 have 8 bits in bfloat16."""
+    """Multiply in a head in float32 whatever the dtype of the model is, also under autocast.
+
+    In bfloat16, scores and logits have 8 bits.
+
+    Args:
+        head: A linear layer, or a module with such layers, which is changed in place.
+    """
     head.float()
-    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    # TRL's forward method casts the inputs, which autocast undoes.
+    head.__dict__.pop("forward", None)
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            # As a method, it belongs to the copy in a copy of the model.
+            layer.forward = MethodType(_linear_in_float32, layer)
+
+
+def _linear_in_float32(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        # FSDP may have cast the weights.
+        return nn.functional.linear(hidden.float(), layer.weight.float(), bias)
 
 
 def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:

@@ -321,6 +321,19 @@ def test_bf16_runs_both_networks_in_bf16(tmp_path: Path) -> None:
     assert weights(ppo.value_model).dtype == torch.float32
 
 
+@pytest.mark.parametrize("cast", [True, False])
+def test_cast_lm_head_to_fp32_holds_for_sampling_and_for_every_score(tmp_path: Path, cast: bool) -> None:
+    ppo = trainer(tmp_path, bf16=True, max_steps=1, cast_lm_head_to_fp32=cast, kl_coef=0.1)
+    passes = set()
+    ppo.model.lm_head.register_forward_hook(
+        lambda *_: passes.add((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+    )
+    errors = toy.rounding_errors(ppo.model.lm_head), toy.rounding_errors(ppo.ref_model.lm_head)
+    ppo.train()
+    assert len(passes) == 3, "sampling, scoring and training"
+    assert all((max(found) < 1e-5) == cast for found in errors)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_on_cpus_are_those_of_the_fused_head(tmp_path: Path, temperature: float) -> None:
     ppo = trainer(tmp_path, temperature=temperature)
