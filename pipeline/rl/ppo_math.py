@@ -144,7 +144,8 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
     Returns:
         The loss, and a boolean tensor: where clipping removed the gradient.
     """
-    clipped_values = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    # Not `old_values + (values - old_values).clamp(...)`, which rounds values that are within the range.
+    clipped_values = values.clamp(old_values - cliprange, old_values + cliprange)
     unclipped = (values - returns).square()
     clipped = (clipped_values - returns).square()
     return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped

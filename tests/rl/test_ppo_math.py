@@ -160,6 +160,13 @@ def test_a_clipped_token_has_no_gradient() -> None:
     assert ((log_ratio.grad == 0) == clipped).all()
 
 
+def test_a_value_within_the_clip_range_is_not_clipped_by_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values, old, returns = torch.randn(3, 100, 100, generator=generator)
+    _, clipped = ppo_math.clipped_value_loss(values, old, returns, 0.5)
+    assert clipped.any() and not clipped[(values - old).abs() < 0.499].any()
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_kl_estimators_are_unbiased(estimator: ppo_math.KLEstimator) -> None:
     policy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
