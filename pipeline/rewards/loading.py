@@ -116,24 +116,28 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     if is_async_callable(function):
 
         @functools.wraps(function)
-        async def guarded(completions: Sequence[Any], **columns: Any) -> Any:
-            rewards = await function(**copied({"completions": completions, **columns}))
-            return _validated(rewards, len(completions), name, field)
+        async def guarded(completions: Sequence[Any] | None = None, **columns: Any) -> Any:
+            columns |= {} if completions is None else {"completions": completions}
+            rewards = await function(**copied(columns))
+            return _validated(rewards, completions, name, field)
 
     else:
 
         @functools.wraps(function)
-        def guarded(completions: Sequence[Any], **columns: Any) -> Any:
-            rewards = function(**copied({"completions": completions, **columns}))
-            return _validated(rewards, len(completions), name, field)
+        def guarded(completions: Sequence[Any] | None = None, **columns: Any) -> Any:
+            columns |= {} if completions is None else {"completions": completions}
+            rewards = function(**copied(columns))
+            return _validated(rewards, completions, name, field)
 
     guarded.__name__ = get_callable_name(function)  # TRL logs the reward under it
     guarded.__dict__["is_guarded"] = True
     return guarded
 
 
-def _validated(rewards: Any, count: int, name: str, field: str) -> Any:
-    """Return `rewards` if they are a number or None for each of `count` completions; raise a `UserError` otherwise."""
+def _validated(rewards: Any, completions: Sequence[Any] | None, name: str, field: str) -> Any:
+    """Return `rewards` if they are a number or None for each completion; raise a `UserError` otherwise."""
+    # A reward that TRL takes from environments may be asked with them alone.
+    count = len(rewards if completions is None and isinstance(rewards, Collection) else completions or ())
     expected = f"return a list with a number, or None, for each of the {count} completions"
     if isinstance(rewards, str | Mapping) or not isinstance(rewards, Collection):
         raise UserError(Problem(field, name, f"returned {_shorten(rewards)}; {expected}"))
