@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -56,6 +57,10 @@ OTHER_SETTINGS = (
     "disable_compile", "transformers_version", "_from_model_config",
 )  # fmt: skip
 """Settings that `sample` honours as well, or that cannot change what it returns."""
+
+
+GENERATE = GenerationMixin.generate
+"""The method that `sample` stands in for."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,12 @@ def unsupported_settings(config: GenerationConfig) -> dict[str, Any]:
     return {name: value for name, value in saved.items() if value != defaults.get(name)}
 
 
+def overrides_generate(model: nn.Module) -> bool:
+    """Return whether a model, wrapped or not, has another `generate` than transformers': its class's or its own."""
+    bare = _unwrap(model)
+    return type(bare).generate is not GENERATE or any("generate" in vars(module) for module in (model, bare))
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -113,7 +124,7 @@ def generate(
     """Complete each prompt `samples` times.
 
     Prompts are sorted by length, so that batches contain little padding. The same arguments on the same machine give
-    the same result.
+    the same result. A model that `overrides_generate` completes them by its own method.
 
     Args:
         model: A causal language model, on its device and in its dtype.
@@ -138,9 +149,10 @@ def generate(
     generator = torch.Generator(device=model.device).manual_seed(seed)
     completions: list[list[Completion]] = [[] for _ in prompts]
     rows = max(1, batch_size // samples)
+    draw = _call_generate if overrides_generate(model) else sample
     for start in range(0, len(order), rows):
         chosen = [i for i in order[start : start + rows] for _ in range(samples)]
-        tokens = sample(model, [prompts[i] for i in chosen], config, generator)
+        tokens = draw(model, [prompts[i] for i in chosen], config, generator)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for i, ids, text in zip(chosen, tokens, texts, strict=True):
             completions[i].append(Completion(text.strip(), ids, stopped(ids, ends)))
@@ -217,8 +229,29 @@ def sample(
             position = position + 1
             mask[:, width + step] = 1
             logits = last_logits(token[:, None], mask[:, : round_up(width + step + 1, room)], position)
+    return _cut(completions, ends)
+
+
+def _call_generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, generator: torch.Generator
+) -> list[list[int]]:
+    """Complete each prompt once, in one batch, by the model's own `generate`, which draws global random numbers."""
+    device, ends = model.device, _listed(config.eos_token_id)
+    config.pad_token_id = ends[0] if ends else 0
+    width = max(map(len, prompts))
+    ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    seed = int(torch.randint(1 << 62, (), generator=generator, device=device))
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        texts = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return _cut(texts[:, width:], torch.tensor(ends, dtype=torch.long, device=device))
+
+
+def _cut(completions: Tensor, ends: Tensor) -> list[list[int]]:
+    """Return the ids of each completion up to the first of `ends`, inclusive."""
     ended = torch.isin(completions, ends)
-    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, limit).tolist()
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, completions.shape[1]).tolist()
     return [row[:length] for row, length in zip(completions.tolist(), lengths, strict=True)]
 
 

@@ -24,7 +24,7 @@ from trl import SyncRefModelCallback
 from trl.extras.profiling import profiling_context
 
 from pipeline.models.adapters import MERGED
-from pipeline.models.generation import accepts_argument, sample, unsupported_settings
+from pipeline.models.generation import accepts_argument, overrides_generate, sample, unsupported_settings
 from pipeline.models.grouping import group_by_length
 from pipeline.models.loading import avoid_emulation
 from pipeline.models.tokenizer import as_text, special_tokens
@@ -147,11 +147,11 @@ class GRPOTrainer(TRLGRPOTrainer):
         """Return the settings for `sample`, or None if TRL has to sample.
 
         TRL does for vLLM, continuous batching, models that see, weights that are not `_whole_and_bare`, models that do
-        not take positions (Mamba, for one), and settings that `sample` does not have.
+        not take positions (Mamba, for one) or have a `generate` of their own, and settings that `sample` does not have.
         """
         if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._whole_and_bare:
             return None
-        if not accepts_argument(model, "position_ids"):
+        if not accepts_argument(model, "position_ids") or overrides_generate(model):
             return None
         config = copy.deepcopy(self.generation_config)
         config.update(**model.generation_config.to_dict(), defaults_only=True)  # as `model.generate` does

@@ -164,3 +164,19 @@ def test_long_documents_are_cut_into_windows(model, tokenizer):
             logs = model(torch.tensor([window])).logits[0].log_softmax(-1)
         alone -= sum(logs[i, token].item() for i, token in enumerate(window[1:]))
     assert loss == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_model_with_a_generate_of_its_own_answers_by_it(model, tokenizer, prompts, common_end, monkeypatch):
+    """Greedily, transformers' own finds the same answers; a sample repeats, and leaves the global state alone."""
+    options = {"max_new_tokens": 12, "batch_size": 2, "samples": 2}
+    expected = generate(model, tokenizer, prompts, **options)
+    calls = []
+    plain = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: calls.append(inputs) or plain(**inputs), raising=False)
+    assert generate(model, tokenizer, prompts, **options) == expected
+    assert len(calls) == len(prompts)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    samples = [generate(model, tokenizer, prompts, temperature=1.0, seed=seed, **options) for seed in (1, 1, 2)]
+    assert samples[0] == samples[1] != samples[2]
+    assert torch.equal(torch.get_rng_state(), state)

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from safetensors.torch import load_file
+from transformers import GenerationMixin
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
@@ -209,6 +210,22 @@ def test_settings_of_sampling_are_honoured_by_our_sampler_or_by_trls(tmp_path: P
     assert completions == completions[:2] * 4
     completions, _ = trainer(tmp_path)._generate_single_turn([[5, 6], [9]] * 4, None, {}, 4)
     assert completions != completions[:2] * 4
+
+
+@pytest.mark.parametrize("of", ["class", "library", "instance", "adapter"])
+def test_a_generate_that_replaces_transformers_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    def generate(*_: Any, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor([[7, 2, 0], [8, 8, 8]] * (len(input_ids) // 2))], dim=1)
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM") if of == "adapter" else None
+    run = trainer(tmp_path, peft_config=lora)
+    if of in ("class", "library"):
+        monkeypatch.setattr(type(run.model) if of == "class" else GenerationMixin, "generate", generate, raising=False)
+    else:
+        monkeypatch.setattr(run.model, "generate", generate)
+    assert run._generate_single_turn([[5, 6], [9]] * 2, None, {}, 2)[0] == [[7, 2], [8, 8, 8]] * 2
 
 
 def test_sampling_repeats_with_the_random_state_and_leaves_the_model_in_training_mode(tmp_path: Path) -> None:
