@@ -14,7 +14,7 @@ from pipeline.errors import Problem
 
 if TYPE_CHECKING:  # these imports take seconds, which `--help` must not
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipeline.data.columns import Split
 
@@ -42,7 +42,7 @@ class PPORewardArguments:
         default=None,
         metadata={
             "help": "What the critic starts from: a critic, a reward model or a language model. Default: the first "
-            "reward model that has the policy's vocabulary, otherwise the policy."
+            "reward model with a weight that has the policy's vocabulary, otherwise the policy."
         },
     )
     value_use_peft: bool = field(
@@ -111,28 +111,40 @@ def load_rl_inputs(
     reward_args: PPORewardArguments | GRPORewardArguments,
     training_args: GRPOConfig,
     model_args: ModelConfig,
-) -> tuple[list[str | Callable[..., Any]], PreTrainedTokenizerBase, Split, Split | None]:
+) -> tuple[list[PreTrainedModel | Callable[..., Any]], PreTrainedTokenizerBase, Split, Split | None]:
     """Load rewards, tokenizer and prompts, and check that they fit each other and the models.
 
     Returns:
-        The rewards as TRL's trainers take them (paths of reward models, then functions), the tokenizer, the training
-        split, and the evaluation split or None.
+        The rewards as TRL's trainers take them (reward models, then functions), the tokenizer, the training split, and
+        the evaluation split or None.
 
     Raises:
         UserError: With everything that is wrong with any of them.
     """
-    from pipeline.models.loading import local_copy
     from pipeline.rewards.loading import load_rewards
     from pipeline.training.inputs import load_inputs
 
     tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
     functions = load_rewards(reward_args.reward_funcs) if reward_args.reward_funcs else []
-    models = []
+    models: list[PreTrainedModel] = []
     if isinstance(reward_args, PPORewardArguments):
-        models = [local_copy(name) for name in reward_args.reward_model_path or []]
+        models = [_load_reward_model(name) for name in reward_args.reward_model_path or []]
     elif reward_args.shuffle_answers:
         train = shuffle_answers(train, training_args.seed)
     return [*models, *functions], tokenizer, train, evaluation
+
+
+def _load_reward_model(name: str) -> PreTrainedModel:
+    """Load a reward model in its own revision and dtype. TRL would load it with the options of the policy."""
+    from transformers import AutoModelForSequenceClassification
+
+    from pipeline.models.loading import local_copy, user_error_for
+
+    with user_error_for("reward_model_path", name):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            local_copy(name), num_labels=1, trust_remote_code=False
+        )
+    return model
 
 
 def shuffle_answers(dataset: Dataset, seed: int) -> Dataset:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 from trl import ModelConfig
 
 from pipeline.data.arguments import DataArguments
+from pipeline.models.adapters import starting_model
 from pipeline.rl.arguments import PPORewardArguments, load_rl_inputs
+from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.training import entry
 from tests import ppo_toy as toy
@@ -110,3 +114,34 @@ def test_refuses_arguments_that_do_not_fit_together(
         entry.run(main, [*options, *(word.replace("{tmp}", str(tmp_path)) for word in changes)])
     message = capsys.readouterr().err
     assert all(word in message for word in reported), message
+
+
+def test_a_reward_model_is_loaded_with_its_own_options(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the Hub, of which the policy's revision does not exist, beside a policy in another dtype."""
+    cache = tmp_path / "cache"
+    repo = cache / "models--bob--reward"
+    snapshot = repo / "snapshots" / "0123456789012345678901234567890123456789"
+    shutil.copytree(tmp_path / "reward", snapshot)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(snapshot.name)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", str(cache), raising=False)
+    trainers = []
+
+    def main(
+        data_args: DataArguments, reward_args: PPORewardArguments, training_args: PPOConfig, model_args: ModelConfig
+    ) -> None:
+        rewards, tokenizer, train, _ = load_rl_inputs(data_args, reward_args, training_args, model_args)
+        training_args.eval_strategy = "no"
+        policy = starting_model(model_args, training_args)
+        trainers.append(PPOTrainer(policy, rewards, training_args, train, processing_class=tokenizer))
+
+    policy = ["--model_revision", "v2", "--attn_implementation", "eager", "--dtype", "bfloat16"]
+    entry.run(main, [*options, *policy, "--reward_model_path", "bob/reward", "--reward_weights", "1", "0.5"])
+    (ppo,) = trainers
+    judge = ppo.reward_funcs[0]
+    found = [(model.config._attn_implementation, model.dtype) for model in (ppo.model, judge)]
+    assert found == [("eager", torch.bfloat16), ("sdpa", torch.float32)]
+    assert ppo.reward_func_names == ["reward", "share_of_red"]
