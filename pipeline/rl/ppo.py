@@ -79,7 +79,9 @@ class PPOTrainer(GRPOTrainer):
         processing_class: The tokenizer. Default: the model's.
         value_model: The critic: a token classification model with one label, which is itself trained; a reward model or
             a causal language model, which is copied; or a path or Hub id of any of these. Default: a copy of the first
-            reward model that has the policy's vocabulary, otherwise of the policy.
+            reward model with a weight that has the policy's vocabulary and at least as many embeddings, otherwise of
+            the policy. The head of a reward model is copied in the units of the score, times the weight, if that is the
+            only reward and is not normalised. Every other critic starts by expecting nothing.
         peft_config: Train an adapter instead of the policy's own weights.
         value_use_peft: Beside an adapter, make the critic an adapter, too, on the frozen weights that it starts from.
         **kwargs: Any other argument of `GRPOTrainer`. The critic's parameters are added to an optimizer in
@@ -126,12 +128,17 @@ class PPOTrainer(GRPOTrainer):
             raise ValueError("PPOTrainer trains text models: the critic does not read images")
         if args.kl_coef > 0 and not is_peft_model(self.model):
             self._copy_reference()
-        prepare_frozen(self.model, [self.ref_model, *self.reward_funcs], args)
+        # Compiled and wrapped models hide the classes and the names of weights that decide what becomes of them.
+        reference, *rewards = (
+            self._bare(model) if isinstance(model, nn.Module) else model
+            for model in (self.ref_model, *self.reward_funcs)
+        )
+        prepare_frozen(self.model, [reference, *rewards], args)
         critic = build_value_model(
             value_model,
             policy=self.model,
             tokenizer=self._tokenizer,
-            rewards=list(zip(self.reward_funcs, self.reward_processing_classes, strict=True)),
+            rewards=list(zip(rewards, self.reward_processing_classes, self.reward_weights.tolist(), strict=True)),
             args=args,
             use_peft=value_use_peft,
         ).to(self.accelerator.device)
@@ -142,6 +149,10 @@ class PPOTrainer(GRPOTrainer):
         self._critic_gradients_used = False
         self._rollout_sums: Tensor | float = 0.0
         self._update_sums: Tensor | float = 0.0
+
+    def _bare(self, model: nn.Module) -> Any:
+        """Return a model without what wraps it for several processes or for `torch.compile`."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # ---- The rollout
 
@@ -217,7 +228,7 @@ class PPOTrainer(GRPOTrainer):
     def _reference_logps(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int) -> Tensor:
         """Return the log-probabilities (B, `length`) of the last `length` tokens under the reference."""
         model = self.model if self.ref_model is None else self.ref_model
-        with reference_adapter(self.accelerator.unwrap_model(self.model)):
+        with reference_adapter(self._bare(self.model)):
             logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, attention_mask, length, batch_size)
         return logps
 
@@ -264,7 +275,7 @@ class PPOTrainer(GRPOTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Add the critic's parameters to the policy's optimizer, with `value_learning_rate`."""
         optimizer = super().create_optimizer(model)
-        critic = self.accelerator.unwrap_model(self.value_model)
+        critic = self._bare(self.value_model)
         add_to_optimizer(optimizer, critic, self.get_decay_parameter_names(critic), self.args)
         return optimizer
 
@@ -287,11 +298,11 @@ class PPOTrainer(GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        save_value_model(self.accelerator.unwrap_model(self.value_model), output_dir or self.args.output_dir)
+        save_value_model(self._bare(self.value_model), output_dir or self.args.output_dir)
 
     def _load_remaining_weights(self, checkpoint: str) -> None:
         super()._load_remaining_weights(checkpoint)
-        load_value_model(self.accelerator.unwrap_model(self.value_model), self.model, checkpoint)
+        load_value_model(self._bare(self.value_model), self.model, checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the critic to the Hub with the policy, also during training."""

@@ -34,6 +34,10 @@ UNUSED = UNUSED_IN_ROLLOUTS | {
 }
 """Options of `GRPOConfig` that PPO does not use, and why; it refuses any value but their default."""
 
+NO_REMOTE_CODE = (
+    "code from the Hub is never run here: load the policy yourself, and pass it with a value_model and a tokenizer"
+)
+
 K3_IS_NO_PENALTY = (
     "hardly penalises as a part of the reward: near the reference, its gradient vanishes (it is that of the KL minus "
     "that of the reverse KL); use k1. k3 is logged as objective/kl_k3"
@@ -51,9 +55,15 @@ class PPOConfig(GRPOConfig):
     Some fields of `GRPOConfig` differ in meaning or default. `num_generations` is how many completions are sampled
     for each prompt (1; they are not compared with each other), and `num_iterations` how many PPO epochs are made over
     each rollout (4). `disable_dropout` is True: with dropout, a token's probability ratio is not 1 before the first
-    update. `epsilon` is `cliprange`. Options without effect are refused (`UNUSED`).
-    `loss_type` stays "dapo": the sum over the tokens of an optimizer step, divided by the number of tokens that such a
-    step has on average in its rollout, however it is split over processes and accumulation.
+    update. `epsilon` is `cliprange`. `loss_type` stays "dapo": the sum over the tokens of an optimizer step, divided by
+    the number of tokens that such a step has on average in its rollout, however it is split over processes and
+    accumulation.
+
+    What has no effect on PPO is refused, unless it has its default: other values of `loss_type` and their `sapo_*` and
+    `vespo_*`, `importance_sampling_level`, `multi_objective_aggregation`, `scale_rewards`, `beta`,
+    `use_bias_correction_kl`, `sync_ref_model` and its `ref_model_*`, `epsilon_high`, and all others in `UNUSED`.
+    `trust_remote_code` is refused, because transformers builds the critic, which it cannot for a model whose code lies
+    on the Hub: load such a policy yourself, and pass it with a `value_model` and a tokenizer.
 
     Precision and device are those of `pipeline.hardware.training_defaults` unless they are set: TRL's default, bf16,
     is refused on CPUs without it.
@@ -163,6 +173,8 @@ class PPOConfig(GRPOConfig):
         for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
             if os.environ.get(variable, "false").lower() == "true":  # by the launch file
                 wrong.append(Problem("distributed_type", name, NOT_SHARDED))
+        if self.trust_remote_code:
+            refuse("trust_remote_code", NO_REMOTE_CODE)
         if self.num_generations is None:
             refuse("num_generations", "must be set")
         if self.kl_estimator == "k3":

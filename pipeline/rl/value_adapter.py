@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import Problem, UserError
 from pipeline.models.adapters import MERGED
@@ -25,6 +25,25 @@ from pipeline.rl.ppo_config import PPOConfig
 
 HEAD_NAMES = ("score", "classifier")
 """Names of the linear head in transformers' classifiers."""
+
+
+def untrained_critic(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a critic with random weights, and leave the random numbers of training alone.
+
+    Args:
+        config: The configuration of the model that the critic starts from; it is not changed.
+
+    Raises:
+        ValueError: If transformers does not know the architecture, as that of a model with code of its own.
+    """
+    kind = type(config)
+    # Of a model whose code lies on the Hub, transformers would ask on the terminal whether to run it.
+    if kind not in MODEL_MAPPING:
+        raise ValueError(f"transformers cannot make a critic from a {kind.__name__}: pass your own `value_model`")
+    config = copy.deepcopy(config)
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    with torch.random.fork_rng(devices=[]):
+        return classifier(kind, "TokenClassification")(config)
 
 
 def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
@@ -38,11 +57,9 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
             changed.
         peft_config: The adapter, if `source` has none.
     """
-    config = copy.deepcopy(source.config)
-    config.num_labels, config.classifier_dropout = 1, 0.0
     with torch.random.fork_rng(devices=[]):  # a critic must not change any other random number
         with init_empty_weights(include_buffers=False):
-            critic = classifier(type(config), "TokenClassification")(config)
+            critic = untrained_critic(source.config)
         head = next(name for name in HEAD_NAMES if isinstance(getattr(critic, name, None), nn.Linear))
         weights = {_renamed(_plain(name), head): weight for name, weight in source.state_dict().items()}
         for name, empty in getattr(critic, head).named_parameters(prefix=head):

@@ -9,7 +9,6 @@ architecture, or `pipeline.models.classifiers` (Llama 4). A critic of any archit
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -36,7 +35,13 @@ from pipeline.models.loading import load_config, local_copy
 from pipeline.rl.layout import ForwardPass
 from pipeline.rl.log_probs import at, over_passes
 from pipeline.rl.ppo_config import PPOConfig
-from pipeline.rl.value_adapter import HEAD_NAMES, adapter_value_model, convert_frozen, share_frozen_weights
+from pipeline.rl.value_adapter import (
+    HEAD_NAMES,
+    adapter_value_model,
+    convert_frozen,
+    share_frozen_weights,
+    untrained_critic,
+)
 
 VALUE_MODEL_FOLDER = "value_model"
 """Subfolder of a checkpoint or an output directory that contains the critic."""
@@ -58,14 +63,10 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
         The critic, in the dtype and on the device of `source`.
 
     Raises:
-        ValueError: If the weights of `source` do not fit.
+        ValueError: If the weights of `source` do not fit, or transformers does not know its architecture.
     """
     source = without_adapters(source)
-    config = copy.deepcopy(source.config)
-    config.num_labels = 1
-    config.classifier_dropout = 0.0
-    with torch.random.fork_rng(devices=[]):  # a critic must not change any other random number
-        critic = classifier(type(config), "TokenClassification")(config)
+    critic = untrained_critic(source.config)
     critic.to(device=source.device, dtype=source.dtype)
 
     head_name, head = _head(critic)
@@ -103,7 +104,7 @@ def build_value_model(
     value_model: str | PreTrainedModel | None,
     policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rewards: Sequence[tuple[Any, PreTrainedTokenizerBase | None]],
+    rewards: Sequence[tuple[Any, PreTrainedTokenizerBase | None, float]],
     args: PPOConfig,
     use_peft: bool = True,
 ) -> PreTrainedModel | PeftModel:
@@ -113,13 +114,13 @@ def build_value_model(
         value_model: As for `PPOTrainer`.
         policy: The policy.
         tokenizer: The policy's tokenizer.
-        rewards: The reward functions of any kind, each with its tokenizer if it is a model.
-        args: The configuration, which decides on dropout and activation checkpointing.
+        rewards: The reward functions of any kind, each with its tokenizer, if it is a model, and its weight.
+        args: The configuration, which decides on dropout, activation checkpointing and the units of the score.
         use_peft: Train an adapter and the head if the policy has an adapter, unless `value_model` is itself trained.
 
     Returns:
-        The critic, which pads as the policy does; what is trained has the policy's dtype, unless it was given
-        as a critic.
+        The critic, which pads as the policy does, and whose estimates have the units of the score; what is trained has
+        the policy's dtype, unless it was given as a critic.
 
     Raises:
         ValueError: If the critic has several labels.
@@ -130,14 +131,9 @@ def build_value_model(
         policy = policy.get_base_model()
     dtype = next((weight.dtype for weight in policy.parameters() if weight.requires_grad), policy.dtype)
     source = _load(value_model, policy, dtype) if isinstance(value_model, str) else value_model
+    rewards = [reward for reward in rewards if reward[2]]
     if source is None:
-        vocabulary = tokenizer.get_vocab()
-        models = [
-            model
-            for model, own in rewards
-            if isinstance(model, nn.Module) and own is not None and own.get_vocab() == vocabulary
-        ]
-        source = models[0] if models else policy
+        source = next((model for model, own, _ in rewards if _reads(model, own, policy, tokenizer)), policy)
     if type(source.config) is not type(policy.config) and not hasattr(source, "peft_config"):
         adapter = None  # it has no modules of the names that the policy's adapter is put on: it is trained in full
     is_reward_model = type(source).__name__.endswith("ForSequenceClassification")
@@ -152,6 +148,10 @@ def build_value_model(
         share_frozen_weights(policy, [critic])
     else:
         critic = source if is_given else value_model_from(source).to(dtype)
+    if is_reward_model:
+        # The score is the only reward times its weight, or something else than what the head predicts.
+        in_units = len(rewards) == 1 and args.reward_normalization == "none"
+        _scale_head(critic, rewards[0][2] if in_units else 0.0)
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if args.disable_dropout:
         disable_dropout_in_model(critic)
@@ -160,6 +160,25 @@ def build_value_model(
         if isinstance(critic, PeftModel):
             critic.enable_input_require_grads()  # as TRL does for the policy
     return critic
+
+
+def _reads(
+    model: Any, own: PreTrainedTokenizerBase | None, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Return whether a reward is a model that can read every token that the policy can sample."""
+    if not isinstance(model, nn.Module) or own is None or own.get_vocab() != tokenizer.get_vocab():
+        return False
+    # Models pad their embeddings differently, and a policy may sample an id that no token has.
+    rows, wanted = (one.config.get_text_config().vocab_size for one in (model, policy))
+    return bool(rows >= wanted)
+
+
+@torch.no_grad()
+def _scale_head(critic: PreTrainedModel | PeftModel, factor: float) -> None:
+    base = critic.get_base_model() if isinstance(critic, PeftModel) else critic
+    head = next(getattr(base, name) for name in HEAD_NAMES if hasattr(base, name))
+    for weight in head.parameters():
+        weight.mul_(factor)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -180,7 +199,7 @@ def _load(name: str, policy: PreTrainedModel, dtype: torch.dtype) -> PreTrainedM
     cls = auto_class(config)
     if cls is AutoModelForTokenClassification and type(config) is type(policy.config):
         cls = classifier(type(config), "TokenClassification")
-    return cls.from_pretrained(name, config=config, dtype=dtype)
+    return cls.from_pretrained(name, config=config, dtype=dtype, trust_remote_code=False)
 
 
 # ---- Using it

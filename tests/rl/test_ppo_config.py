@@ -61,6 +61,7 @@ def test_leaves_the_device_alone_where_there_is_an_accelerator(tmp_path: Path, m
         {"reward_normalization": "max"},
         {"beta": 0.1},
         {"sync_ref_model": True},
+        {"trust_remote_code": True},
         {"epsilon": 0.3},
         {"loss_type": "grpo"},
         {"num_generations": 0},

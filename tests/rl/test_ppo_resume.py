@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForTokenClassification
 
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.rollouts import load_rollout_state
+from pipeline.training.checkpoints import restore_finished
 from tests import ppo_toy as toy
 
 # A rollout of 8 lasts 4 optimizer steps (2 per PPO epoch, 2 epochs); the 16 prompts last two rollouts.
@@ -90,17 +92,34 @@ def test_resumes_an_adapter(tmp_path: Path) -> None:
     assert_resumes_exactly(tmp_path, [3, 4], max_steps=6, peft_config=lora)
 
 
+BEST: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "per_device_eval_batch_size": 3,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "objective/scores",
+    "greater_is_better": False,
+}
+
+
+def test_resumes_and_restores_a_compiled_run(tmp_path: Path) -> None:
+    """The wrappers of `torch.compile` hide neither the critic nor that a reward model is not one."""
+    compiled: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 3, **BEST}
+    with torch.compiler.set_stance("force_eager"):
+        assert_resumes_exactly(tmp_path, [2], **compiled)
+        finished = trainer(tmp_path / "whole", **compiled)
+        assert restore_finished(finished, tmp_path / "whole" / "checkpoint-3")
+    expected = toy.reward_model().state_dict()
+    judge = finished.reward_funcs[0]._orig_mod
+    assert all(torch.equal(weight, expected[name]) for name, weight in judge.state_dict().items())
+    best = Path(finished.state.best_model_checkpoint)
+    critic = AutoModelForTokenClassification.from_pretrained(best / "value_model")
+    for a, b in zip(critic.parameters(), finished.value_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_best_model_has_its_critic(tmp_path: Path) -> None:
-    ppo = trainer(
-        tmp_path,
-        max_steps=4,
-        eval_strategy="steps",
-        eval_steps=1,
-        per_device_eval_batch_size=3,
-        load_best_model_at_end=True,
-        metric_for_best_model="objective/scores",
-        greater_is_better=False,
-    )
+    ppo = trainer(tmp_path, max_steps=4, **BEST)
     ppo.train()
     best = Path(ppo.state.best_model_checkpoint)
     critic = type(ppo.value_model).from_pretrained(best / "value_model")

@@ -16,8 +16,11 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipeline.rl.arguments import PPORewardArguments
 from pipeline.rl.ppo import PPOTrainer
@@ -28,12 +31,12 @@ from tests import ppo_toy as toy
 IDS = torch.tensor([[3, 5, 6, 4, 7, 2]])
 
 
-def trainer(tmp_path: Path, rewards: list[Any], **given: Any) -> PPOTrainer:
-    """Build a trainer; rewards that are models use the toy tokenizer."""
+def trainer(tmp_path: Path, rewards: list[Any], options: dict[str, Any] | None = None, **given: Any) -> PPOTrainer:
+    """Build a trainer; rewards that are models use the toy tokenizer. `options` are fields of its configuration."""
     given.setdefault("model", toy.policy())
     return PPOTrainer(
         reward_funcs=rewards,
-        args=toy.config(tmp_path / "run"),
+        args=toy.config(tmp_path / "run", **(options or {})),
         train_dataset=toy.prompts(),
         processing_class=toy.tokenizer(),
         reward_processing_classes=[None if callable(r) and not _is_model(r) else toy.tokenizer() for r in rewards],
@@ -70,12 +73,58 @@ def save_adapter(folder: Path) -> float:
     return reward_of(adapted)
 
 
-@pytest.mark.parametrize("first", ["reward model", "function"])
-def test_the_default_is_a_copy_of_the_first_reward_model(tmp_path: Path, first: str) -> None:
-    rewards = [toy.reward_model(), toy.share_of_red]
-    ppo = trainer(tmp_path, rewards if first == "reward model" else rewards[::-1])
-    assert estimate_at_the_end(ppo.value_model) == pytest.approx(reward_of(rewards[0]), abs=1e-6)
-    assert reward_of(rewards[0]) != 0.0
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("weight", [1.0, 0.1])
+def test_the_default_is_a_copy_of_the_reward_model_in_the_units_of_the_score(
+    tmp_path: Path, weight: float, lora: bool
+) -> None:
+    """Whatever else is measured, with weight 0, before it or after it."""
+    judge = toy.reward_model()
+    adapter = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")} if lora else {}
+    rewards, weights = [toy.share_of_red, toy.reward_model(5), judge], [0.0, 0.0, weight]
+    ppo = trainer(tmp_path, rewards, {"reward_weights": weights}, **adapter)
+    assert estimate_at_the_end(ppo.value_model) == pytest.approx(weight * reward_of(judge), abs=1e-6)
+    assert reward_of(judge) == reward_of(toy.reward_model()) != 0.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"reward_normalization": "running"}, {"reward_normalization": "batch"}, {"reward_weights": [0.5, 0.5]}],
+    ids=str,
+)
+def test_a_copy_estimates_zero_if_the_score_is_something_else(tmp_path: Path, options: dict[str, Any]) -> None:
+    judge = toy.reward_model()
+    rewards = [judge, toy.share_of_red] if "reward_weights" in options else [judge]
+    for given in ({}, {"value_model": toy.reward_model(5)}):
+        ppo = trainer(tmp_path, rewards, options, **given)
+        assert estimate_at_the_end(ppo.value_model) == 0.0
+        source = given.get("value_model", judge)
+        assert torch.equal(ppo.value_model.model.embed_tokens.weight, source.model.embed_tokens.weight)
+
+
+def test_a_reward_model_that_lacks_embeddings_of_the_policy_is_not_copied(tmp_path: Path) -> None:
+    """Models pad their embeddings differently, and an untrained policy samples what no token has."""
+    config = toy.llama_config()
+    config.vocab_size += 8
+    ppo = trainer(tmp_path, [toy.reward_model()], model=LlamaForCausalLM(config))
+    assert torch.equal(ppo.value_model.model.embed_tokens.weight, ppo.model.model.embed_tokens.weight)
+
+
+def test_a_policy_with_code_of_its_own_needs_a_critic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the caller's, but transformers would ask on the terminal whether to run the code."""
+    config_class = type("RemoteConfig", (LlamaConfig,), {"model_type": "remote"})
+    policy_class = type("RemoteForCausalLM", (LlamaForCausalLM,), {"config_class": config_class})
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, config_class, policy_class)
+    config = config_class(**toy.llama_config().to_diff_dict())
+    config.auto_map = {"AutoModel": "alice/remote--modeling_remote.RemoteModel"}
+    policy = policy_class(config)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks on the terminal"))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for given in ({}, {"peft_config": lora}):
+        with pytest.raises(ValueError, match="from a RemoteConfig: pass your own `value_model`"):
+            trainer(tmp_path, [toy.share_of_red], model=policy, **given)
+    critic = AutoModelForTokenClassification.from_config(toy.llama_config(num_labels=1))
+    trainer(tmp_path, [toy.share_of_red], model=policy_class(config), value_model=critic).train()
 
 
 def test_a_copy_of_the_policy_estimates_zero(tmp_path: Path) -> None:
