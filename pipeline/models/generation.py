@@ -105,8 +105,9 @@ def unsupported_settings(config: GenerationConfig) -> dict[str, Any]:
 
 def overrides_generate(model: nn.Module) -> bool:
     """Return whether a model, wrapped or not, has another `generate` than transformers': its class's or its own."""
-    bare = _unwrap(model)
-    return type(bare).generate is not GENERATE or any("generate" in vars(module) for module in (model, bare))
+    bare = _unwrap(extract_model_from_parallel(model, keep_torch_compile=False))
+    own = any("generate" in vars(module) for module in (model, bare))
+    return own or getattr(type(bare), "generate", GENERATE) is not GENERATE
 
 
 def generate(

@@ -135,14 +135,15 @@ def load_rl_inputs(
 
 
 def _load_reward_model(name: str) -> PreTrainedModel:
-    """Load a reward model in its own revision and dtype. TRL would load it with the options of the policy."""
+    """Load a reward model in float32 and in its own revision. TRL would load it with the options of the policy."""
+    import torch
     from transformers import AutoModelForSequenceClassification
 
     from pipeline.models.loading import local_copy, user_error_for
 
     with user_error_for("reward_model_path", name):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            local_copy(name), num_labels=1, trust_remote_code=False
+            local_copy(name), num_labels=1, dtype=torch.float32, trust_remote_code=False
         )
     return model
 

@@ -61,8 +61,9 @@ class GRPOTrainer(TRLGRPOTrainer):
     a completion that was cut off as it stands, without the end of turn that its chat template adds.
 
     Completions are sampled by `pipeline.models.generation.sample`, from the global random numbers, which checkpoints
-    contain. TRL samples where that cannot (`_sampling_config`), and with vLLM, whose probabilities depend on what else
-    is in its batch: a resumed run goes on with the rollout of its checkpoint, but then samples other completions.
+    contain. TRL samples where that cannot (`_sampling_config`), by a `generate` that the model's class overrides or
+    that was put on the model, and with vLLM, whose probabilities depend on what else is in its batch: a resumed run
+    goes on with the rollout of its checkpoint, but then samples other completions.
 
     The collapse of the policy is named in the log (`pipeline.rl.alarms`).
     """

@@ -7,7 +7,7 @@ import small_model
 import torch
 
 from pipeline.evaluation.likelihood import document_losses
-from pipeline.models.generation import GrowingLayer, encode_prompts, generate
+from pipeline.models.generation import GrowingLayer, encode_prompts, generate, overrides_generate
 from pipeline.models.llama import LlamaArguments, build_model
 
 PROMPTS = [
@@ -168,6 +168,7 @@ def test_long_documents_are_cut_into_windows(model, tokenizer):
 
 def test_a_model_with_a_generate_of_its_own_answers_by_it(model, tokenizer, prompts, common_end, monkeypatch):
     """Greedily, transformers' own finds the same answers; a sample repeats, and leaves the global state alone."""
+    assert not overrides_generate(torch.compile(model, backend="eager"))
     options = {"max_new_tokens": 12, "batch_size": 2, "samples": 2}
     expected = generate(model, tokenizer, prompts, **options)
     calls = []

@@ -124,6 +124,7 @@ def test_a_reward_model_is_loaded_with_its_own_options(
     repo = cache / "models--bob--reward"
     snapshot = repo / "snapshots" / "0123456789012345678901234567890123456789"
     shutil.copytree(tmp_path / "reward", snapshot)
+    toy.reward_model().to(torch.bfloat16).save_pretrained(snapshot)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(snapshot.name)
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
