@@ -7,7 +7,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -43,6 +44,31 @@ def accelerator() -> str | None:
         return None
     device = torch.accelerator.current_accelerator(check_available=True)
     return device.type if device is not None else None
+
+
+def keep_to_cpu() -> None:
+    """Use the CPU from now on, even if there is an accelerator."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    accelerator.cache_clear()
+    precision.cache_clear()
+
+
+@contextmanager
+def unchanged_rng() -> Iterator[None]:
+    """Restore torch's random state, of the CPU and of the accelerator that this process uses, at the end of the block.
+
+    `torch.manual_seed` seeds every kind of device. `torch.random.fork_rng` restores GPUs alone in some releases of
+    torch, and initialises all that are visible.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True)
+    module = torch.get_device_module(device) if device is not None else None
+    with torch.random.fork_rng(devices=[]):
+        state = module.get_rng_state() if module else None
+        try:
+            yield
+        finally:
+            if module:
+                module.set_rng_state(state)
 
 
 @cache

@@ -29,11 +29,18 @@ if TYPE_CHECKING:  # importing them takes seconds, too long for `--help`
 logger = logging.getLogger(__name__)
 
 
-def prepare_process() -> None:
+SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+"""Ways of splitting a model over processes, and the variables by which a launch file asks for them."""
+
+
+def prepare_process(*, shards: bool = False) -> None:
     """Prepare a process before it builds its training arguments.
 
     Telemetry is disabled unless `HF_HUB_DISABLE_TELEMETRY=0` is set, a CPU is prepared, only the first process logs to
     stderr, the libraries' bars and announcements of their own changes are off, and the process ends with its launcher.
+
+    Args:
+        shards: Whether the arguments ask for FSDP or DeepSpeed, as a launch file may do as well.
 
     Raises:
         UserError: If the variables of a process group are not those that a launcher sets.
@@ -53,7 +60,8 @@ def prepare_process() -> None:
         torch.set_num_threads(hardware.threads().value)
         hardware.keep_freed_memory()
     die_with_launcher()
-    leave_group_of_one()
+    if hardware.accelerator() is None or not (shards or any(map(is_asked, SHARDING))):
+        leave_group_of_one()
 
 
 _prepared = itertools.count()
@@ -136,11 +144,28 @@ def leave_group_of_one() -> None:
     """Remove the variables of a process group with a single member.
 
     The launch file starts any number of processes in the same way, so a single process is in a group as well. The group
-    would prevent compilation, and synchronise gradients with no other process.
+    would prevent compilation, and synchronise gradients with no other process. Only sharding needs it.
     """
     if os.environ.get("WORLD_SIZE") == "1":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
+
+
+def is_asked(sharding: str) -> bool:
+    """Return whether the launch file asks for "FSDP" or "DeepSpeed"."""
+    return os.environ.get(SHARDING[sharding], "false").lower() == "true"
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Train on one GPU if there is no process group; transformers would take all that are visible.
+
+    Its `nn.DataParallel` multiplies the batch by their number, at the same learning rate.
+
+    Args:
+        args: Training arguments, changed in place.
+    """
+    if args.n_gpu > 1:
+        args._n_gpu = 1
 
 
 def check_launch(args: TrainingArguments) -> list[Problem]:
@@ -157,14 +182,16 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     if asked != args.world_size:
         remedy = f"only {args.world_size} would train together; on CPUs, leave out use_cpu and ddp_backend"
         problems.append(Problem("num_processes", asked, remedy))
-    on_cpu = args.device.type == "cpu"
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() == "true" and on_cpu:
-            remedy = "is never active on CPUs, so that the model would not be sharded; use accelerate_config.yaml"
-            problems.append(Problem("distributed_type", name, remedy))
-    for name in ("fsdp", "deepspeed"):
-        if getattr(args, name, None) and on_cpu:
-            problems.append(Problem(name, getattr(args, name), "is never active on CPUs; leave it out"))
+    inactive = None
+    if args.device.type == "cpu":
+        inactive = "is never active on CPUs, so that the model would not be sharded"
+    elif args.parallel_mode.value != "distributed":
+        inactive = "needs a process group, even for one process; start it by `accelerate launch`"
+    for name in SHARDING:
+        if inactive and is_asked(name):
+            problems.append(Problem("distributed_type", name, f"{inactive}; or use accelerate_config.yaml"))
+        elif inactive and (value := getattr(args, name.lower(), None)):
+            problems.append(Problem(name.lower(), value, f"{inactive}; or omit it"))
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("bf16", "fp16") and not hardware.supports(precision):
         best = hardware.precision()
@@ -175,13 +202,29 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     return problems
 
 
+def check_active(trainer: Trainer) -> None:
+    """Compare the sharding that was asked for with the trainer's.
+
+    Raises:
+        UserError: If it is not active.
+    """
+    active = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
+    asked = (name for name in SHARDING if is_asked(name) or getattr(trainer.args, name.lower(), None))
+    remedy = "is not active on this machine, so that the model would not be sharded; use accelerate_config.yaml"
+    if problems := [Problem("distributed_type", name, remedy) for name in asked if not active[name]]:
+        raise UserError(*problems)
+
+
 def log_active(trainer: Trainer) -> None:
     """Log what a trainer that is about to train runs on, and with which precision and batch size."""
     args, accelerator = trainer.args, trainer.accelerator
     device = args.device.type
     processes = f"{args.world_size} on {torch.cuda.get_device_name() if device == 'cuda' else device}"
+    visible = torch.cuda.device_count() if device == "cuda" else 1
     if args.world_size > 1:
         processes += f", one group ({torch.distributed.get_backend()})"
+    elif visible > 1:
+        processes += f", one of {visible} GPUs: a process trains on one, `--num_processes {visible}` on all of them"
     sharding = "none, every process has the whole model"
     if trainer.is_fsdp_enabled:
         sharding = f"FSDP {getattr(accelerator.state.fsdp_plugin, 'fsdp_version', 1)}"

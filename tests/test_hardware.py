@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,3 +78,16 @@ def test_the_peak_is_that_of_numbers_which_take_no_random_numbers_from_a_run(mon
     assert hardware.matmul_peak.__wrapped__("fp32") > 1e6
     assert torch.equal(torch.get_rng_state(), before)
     assert seen[0].count_nonzero() > seen[0].numel() / 2, "zeros let a GPU clock higher"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_the_random_state_of_any_accelerator_is_restored(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = ["before"]
+    device = SimpleNamespace(get_rng_state=lambda: states[-1], set_rng_state=states.append)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: torch.device(kind))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
+    on_cpu = torch.get_rng_state()
+    with hardware.unchanged_rng():
+        torch.rand(1)
+        states.append("seeded")
+    assert states[-1] == "before" and torch.equal(torch.get_rng_state(), on_cpu)

@@ -10,16 +10,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from accelerate import Accelerator
 from small_model import ROOT
 from transformers import TrainingArguments
+from trl import SFTConfig
 
 from pipeline import files, hardware, launch
 from pipeline.config import output_directory
+from pipeline.config.checks import check_together
+from pipeline.config.parser import parse
 from pipeline.errors import UserError
 from pipeline.runner import processes
+from tests.emulated_gpus import GROUP_OF_ONE, emulated_gpus
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 
@@ -77,6 +84,70 @@ def test_a_group_of_one_is_left_and_a_group_of_two_is_not(monkeypatch: pytest.Mo
         monkeypatch.setenv("RANK", "0")
         launch.leave_group_of_one()
         assert ("RANK" not in os.environ) is left
+
+
+@pytest.mark.parametrize("variables", [GROUP_OF_ONE, {}])
+def test_one_process_trains_on_one_gpu_with_its_own_batch(tmp_path: Path, variables: dict[str, str]) -> None:
+    options = ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "16"]
+    with emulated_gpus(4):
+        for name in GROUP_OF_ONE.keys() - variables.keys():
+            del os.environ[name]  # as for `python -m recipes.sft`
+        (args,) = parse(SFTConfig, argv=options)
+        assert (args.n_gpu, args.train_batch_size, args.eval_batch_size) == (1, 16, 8)
+        assert (str(args.device), args.parallel_mode.value, args.bf16) == ("cuda:0", "not_parallel", True)
+
+
+def test_each_of_several_processes_trains_on_its_own_gpu(tmp_path: Path) -> None:
+    with emulated_gpus(4, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"):
+        (args,) = parse(SFTConfig, argv=["--output_dir", str(tmp_path)])
+        assert (args.n_gpu, args.world_size, str(args.device)) == (1, 2, "cuda:1")
+
+
+@pytest.mark.parametrize("given", ["--use_cpu", "use_cpu: true"])
+def test_on_a_machine_with_a_gpu_use_cpu_makes_all_choices_those_of_the_cpu(given: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(given if ":" in given else "seed: 1")
+    options = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out")]
+    with emulated_gpus(1):
+        assert hardware.attention().value == "varlen", "asked before the arguments are read"
+        with patch.object(hardware, "keep_freed_memory") as memory, patch("torch.set_num_threads") as threads:
+            (args,) = parse(SFTConfig, argv=[*options, *([] if ":" in given else [given])])
+        assert (hardware.accelerator(), hardware.attention().value) == (None, "blockwise")
+        assert (args.device.type, args.bf16) == ("cpu", hardware.precision().value == "bf16")
+        assert args.dataloader_pin_memory is False and memory.called and threads.called
+    assert hardware.accelerator() is None and "ACCELERATE_USE_CPU" not in os.environ
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_one_process_shards_if_the_launch_file_says_so_or_refuses(tmp_path: Path, launched: bool) -> None:
+    options = ["--output_dir", str(tmp_path), "--bf16", "false"]
+    with emulated_gpus(2, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"):
+        if launched:
+            (args,) = parse(SFTConfig, argv=options)
+            assert (args.n_gpu, args.world_size, args.parallel_mode.value) == (1, 1, "distributed")
+            state = Accelerator().state
+            assert state.distributed_type == "FSDP"
+            trainer: Any = SimpleNamespace(args=args, is_fsdp_enabled=True, is_deepspeed_enabled=False)
+            launch.check_active(trainer)
+            trainer.is_fsdp_enabled = False
+            with pytest.raises(UserError, match="distributed_type: FSDP: is not active"):
+                launch.check_active(trainer)
+            return
+        for name in GROUP_OF_ONE:
+            del os.environ[name]
+        with pytest.raises(UserError, match="distributed_type: FSDP: needs a process group"):
+            parse(SFTConfig, argv=options)
+
+
+@pytest.mark.parametrize("asked", [{"deepspeed": "zero3.json"}, {}])
+def test_muon_is_refused_where_deepspeed_flattens_matrices(
+    asked: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [SimpleNamespace(use_muon=True, **asked)]
+    if not asked:
+        assert check_together(arguments, (), ()) == []
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    (problem,) = check_together(arguments, (), ())
+    assert str(problem).startswith("use_muon: True: needs matrices")
 
 
 @pytest.mark.parametrize(

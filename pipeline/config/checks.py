@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.utils import DynamoBackend
 
-from pipeline import hardware
+from pipeline import hardware, launch
 from pipeline.errors import Problem
 from pipeline.files import is_missing_path, split_revision
 
@@ -314,6 +314,9 @@ def check_together(
         for field in ("optim", "optim_args", "optim_target_modules"):
             if (value := values.get(field)) and value not in ADAMW:
                 problems.append(Problem(field, getattr(value, "value", value), remedy))
+    if values.get("use_muon") and (values.get("deepspeed") or launch.is_asked("DeepSpeed")):
+        remedy = "needs matrices, and DeepSpeed's optimizers get flat tensors; set it to false, or use fsdp2.yaml"
+        problems.append(Problem("use_muon", True, remedy))
     layers = f"{values.get('lora_target_modules')} {values.get('lora_modules_to_save')}"
     if values.get("use_peft") and "embed" not in layers and "lm_head" not in layers:
         for field, unset in (("use_muon", "false"), ("embedding_learning_rate", "null")):

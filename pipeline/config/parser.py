@@ -67,7 +67,6 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     Raises:
         RefusedArguments: With everything that is wrong with the file and the command line.
     """
-    launch.prepare_process()
     parser = Parser(dataclass_types)
     arguments = list(sys.argv[1:] if argv is None else argv)
     hints = field_types(*dataclass_types)
@@ -80,6 +79,9 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     from_command_line, more = read_command_line(parser, arguments, hints)
     problems += more
     asked = {name: output_directory.expand(name, value) for name, value in {**from_file, **from_command_line}.items()}
+    if asked.get("use_cpu") is True:
+        hardware.keep_to_cpu()
+    launch.prepare_process(shards=bool(asked.get("fsdp") or asked.get("deepspeed")))
     if asked.get("hub_token"):
         # As an argument it would be written to disk with all the others.
         os.environ["HF_TOKEN"] = token = asked.pop("hub_token")
@@ -102,6 +104,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         and field_named_in(problem.remedy, reported) is None
     ]
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
+    if training is not None:
+        launch.use_one_gpu(training)
     problems += refused + _split_model_revision(built, asked)
     problems += checks.check_together(built, reported, from_command_line)
     problems += launch.check_launch(training) if training is not None else []

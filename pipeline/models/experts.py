@@ -130,11 +130,18 @@ class RouteCounter:
         if (self.training and not router.training) or self.counts is None or self.entropy is None:
             return
         logits = logits.float()
-        if self._real is not None and len(self._real) == len(logits):
-            logits = logits[self._real]
+        if self.counts.device != logits.device:
+            # MPS does not have float64.
+            dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+            self.counts, self.entropy = (total.to(logits.device, dtype) for total in (self.counts, self.entropy))
         log_probs = logits.log_softmax(-1)
-        self.counts[layer] += choices(router, logits).sum(0).cpu().double()
-        self.entropy[layer] -= (log_probs.exp() * log_probs).sum().cpu().double()
+        taken, negative_entropy = choices(router, logits), log_probs.exp() * log_probs
+        if self._real is not None and len(self._real) == len(logits):
+            # Selecting the rows instead, or moving the sums to the CPU, would make the CPU wait for a GPU.
+            padding = ~self._real[:, None]
+            taken, negative_entropy = taken.masked_fill(padding, 0), negative_entropy.masked_fill(padding, 0)
+        self.counts[layer] += taken.sum(0)
+        self.entropy[layer] -= negative_entropy.sum()
 
 
 @torch.inference_mode()

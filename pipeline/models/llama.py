@@ -94,6 +94,8 @@ def random_model(
     import torch
     from transformers import GenerationConfig
 
+    from pipeline import hardware
+
     special_ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -114,7 +116,7 @@ def random_model(
         **special_ids,
         **own,
     )
-    with torch.random.fork_rng():
+    with hardware.unchanged_rng():
         torch.manual_seed(seed)
         model = model_class(config)
     model.generation_config = GenerationConfig(**special_ids)

@@ -23,6 +23,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from trl import SyncRefModelCallback
 from trl.extras.profiling import profiling_context
 
+from pipeline import hardware
 from pipeline.models.adapters import MERGED
 from pipeline.models.generation import accepts_argument, overrides_generate, sample, unsupported_settings
 from pipeline.models.grouping import group_by_length
@@ -233,9 +234,8 @@ class GRPOTrainer(TRLGRPOTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate under a fixed random state, and restore training's state afterwards."""
-        device = self.accelerator.device
         self._evaluated: list[int] = []
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with hardware.unchanged_rng():
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")

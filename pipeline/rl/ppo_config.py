@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from pipeline import hardware
+from pipeline import hardware, launch
 from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unused
 from pipeline.errors import Problem, UserError
 
@@ -170,9 +170,7 @@ class PPOConfig(GRPOConfig):
         if self.num_generations == 1 and self._rollout_rows() == 1:
             name = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
             refuse(name, "makes rollouts of a single completion; raise it to 2 or more")
-        for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-            if os.environ.get(variable, "false").lower() == "true":  # by the launch file
-                wrong.append(Problem("distributed_type", name, NOT_SHARDED))
+        wrong += [Problem("distributed_type", name, NOT_SHARDED) for name in launch.SHARDING if launch.is_asked(name)]
         if self.trust_remote_code:
             refuse("trust_remote_code", NO_REMOTE_CODE)
         if self.num_generations is None:

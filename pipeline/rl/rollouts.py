@@ -9,6 +9,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.data import Sampler
 from trl.generation.vllm_generation import VLLMGeneration
@@ -52,7 +53,8 @@ def load_rollout(path: str, device: torch.device) -> list[dict[str, Tensor]]:
 def keep_frozen_weights(vllm: VLLMGeneration) -> None:
     """Restore the frozen weights after each time that an adapter was merged into them, to be loaded by vLLM.
 
-    Unmerging rounds them, in 16 bits by up to 0.4% each time, and other models may share them.
+    Unmerging rounds them, in 16 bits by up to 0.4% each time, and other models may share them. Only layers with an
+    adapter are merged, so only their weights are kept, in the memory of the CPU.
 
     Args:
         vllm: That of a trainer whose policy has an adapter and is not sharded; changed in place.
@@ -62,7 +64,9 @@ def keep_frozen_weights(vllm: VLLMGeneration) -> None:
 
     def sync_and_restore() -> None:
         if not kept:
-            frozen = (weight for weight in vllm.model.parameters() if not weight.requires_grad)
+            adapted = (m.get_base_layer() for m in vllm.model.modules() if isinstance(m, BaseTunerLayer))
+            # Several adapters of one layer, one for each parameter, wrap each other.
+            frozen = {weight: None for layer in adapted for weight in layer.parameters() if not weight.requires_grad}
             kept.extend((weight, weight.detach().to("cpu", copy=True)) for weight in frozen)
         sync_weights()
         for weight, copy in kept:

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from pipeline import hardware
 from pipeline.errors import RunStopped
 from pipeline.files import replace_folder
 from pipeline.training.callbacks import call_on_train_begin
@@ -125,7 +125,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def unchanged_random_state() -> Iterator[None]:
     """Restore the random state of Python, NumPy and torch at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with hardware.unchanged_rng():
         yield
     random.setstate(python)
     np.random.set_state(numpy)

@@ -120,6 +120,15 @@ def test_counts_are_those_of_the_routers_without_padding() -> None:
     assert worst([[1.9, 0.6, 0.8, 0.7]]) == 1.9 and worst([[1.9, 0.4], [1.0, 0.7]]) == 0.4 and worst([[0.0, 2.0]]) == 0
 
 
+def test_counting_does_not_wait_for_the_device() -> None:
+    built, ids = model().to("meta"), tokens(2, 20).to("meta")
+    masks = {"full_attention": None, "chunked_attention": None}  # transformers would look into the mask
+    with RouteCounter(built) as counter:
+        # On "meta", a copy to the CPU raises an error, and so does the number of tokens that are not padding.
+        built.model(input_ids=ids, attention_mask=masks, position_ids=torch.arange(20, device="meta")[None])
+    assert counter.counts is not None and counter.counts.is_meta
+
+
 def test_skewed_layers_do_not_cancel_out_and_balanced_ones_cost_1() -> None:
     gate = routers(model(num_local_experts=2))[0]
     skewed = torch.tensor([[9.0, 0.0]] * 8)

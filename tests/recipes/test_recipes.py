@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -10,11 +11,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from small_model import ROOT, equal, recipe_command, run_recipe, weights
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from small_model import ROOT, equal, recipe_command, run_recipe, save_tokenizer, weights
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from pipeline.config.parser import argument_types, parse
+from tests.emulated_gpus import emulated_gpus
+from tests.sampling_recipes import write_config
 
 RECIPES = ["pretrain", "sft", "reward"]
 FP32 = ("--bf16", "false")
@@ -146,3 +154,45 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(
     fewer = run_recipe(recipe, inputs, *FP32, *resumed, "--max_steps", "7", "--output_dir", str(tmp_path / "fewer"))
     assert fewer.returncode == 2 and "max_steps: 7: the checkpoint has 8 steps already" in fewer.stderr
     assert not (tmp_path / "fewer").exists()
+
+
+def adapted(folder: Path) -> str:
+    """Save an adapter of the small model, as a stage of LoRA leaves it to the next one."""
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), lora).save_pretrained(folder / "adapter")
+    return save_tokenizer(folder / "adapter")
+
+
+@pytest.mark.parametrize(
+    "group",
+    [{}, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}],
+    ids=["one process", "the second of two"],
+)
+@pytest.mark.parametrize("recipe", [*RECIPES, "ppo", "grpo"])
+def test_on_several_gpus_a_process_has_its_batch_and_its_model_on_one(
+    recipe: str, group: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = recipe_command("sft" if recipe in ("ppo", "grpo") else recipe, tmp_path)[2:]
+    if recipe in ("ppo", "grpo"):
+        arguments = write_config(recipe, tmp_path, bf16=True)
+    elif group and recipe != "pretrain":
+        arguments += ["--model_name_or_path", adapted(tmp_path), "--use_peft"]
+    main = importlib.import_module(f"recipes.{recipe}").main
+    trainers: list[Any] = []
+    placed: list[Any] = []
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def from_pretrained(cls: Any, *args: Any, device_map: Any = None, **kwargs: Any) -> Any:
+        placed.append(device_map)
+        return load(cls, *args, **kwargs)
+
+    with (
+        emulated_gpus(4, **group),
+        patch("pipeline.training.train.train_and_save", trainers.append),
+        patch.object(PreTrainedModel, "from_pretrained", classmethod(from_pretrained)),
+    ):
+        main(*parse(*argument_types(main), argv=[*arguments, "--output_dir", str(tmp_path / "run")]))
+        (trainer,) = trainers
+        assert (trainer.args.n_gpu, trainer.args.train_batch_size, trainer.args.world_size) == (1, 4, 2 if group else 1)
+        assert str(trainer.args.device) == ("cuda:1" if group else "cuda:0") and not trainer.is_model_parallel
+    assert not any(placed) and bool(placed) == (recipe != "pretrain"), "TRL's default would spread the layers"

@@ -6,16 +6,18 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig
 
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOConfig, PPOTrainer
+from pipeline.rl.rollouts import keep_frozen_weights
 from tests import ppo_toy as toy
 from tests.vllm_stub import LLM, SamplingParams
 
@@ -119,3 +121,26 @@ def test_the_adapter_is_merged_for_sampling_alone(tmp_path: Path) -> None:
     assert not torch.equal(llm.sampled_with[0][name], base[name])
     kept = trainer.model.get_base_model().state_dict()[name.replace("q_proj.", "q_proj.base_layer.")]
     assert torch.equal(kept, base[name]), "and rounds nothing"
+
+
+def test_only_weights_that_merging_changes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = get_peft_model(toy.policy(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    before = {name: weight.clone() for name, weight in policy.named_parameters()}
+
+    def sync_weights() -> None:
+        policy.merge_adapter()
+        policy.unmerge_adapter()
+
+    engine: Any = SimpleNamespace(model=policy, sync_weights=sync_weights)
+    keep_frozen_weights(engine)
+    copied, to = [], torch.Tensor.to
+
+    def count(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        copied.extend([tensor.numel()] if kwargs.get("copy") else [])
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", count)
+    for _ in range(2):
+        engine.sync_weights()
+    assert copied == [weight.numel() for name, weight in before.items() if "q_proj.base_layer" in name], "once"
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())

@@ -1,0 +1,81 @@
+"""A machine with GPUs, as far as `torch.cuda` says so: what is sent to a GPU stays on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pipeline import hardware
+from pipeline.models import attention
+
+GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+"""What `accelerate launch` sets for a single process."""
+
+
+class Replica(DistributedDataParallel):
+    """A replica whose weights are where they cannot be emulated to be: on the CPU."""
+
+    def __init__(self, module: nn.Module, device_ids: Any = None, output_device: Any = None, **kwargs: Any) -> None:
+        super().__init__(module, **kwargs)
+
+
+@contextmanager
+def emulated_gpus(number: int, **environment: str) -> Iterator[None]:
+    """Let torch answer for GPUs, and be the process of a group that `environment` describes, alone and without others.
+
+    Args:
+        number: How many GPUs the machine has.
+        **environment: Variables of the launcher, by default of a single process.
+    """
+    init_process_group, to = torch.distributed.init_process_group, nn.Module.to
+    variables = {**GROUP_OF_ONE, "MASTER_ADDR": "localhost", "MASTER_PORT": "0", **environment}
+
+    def init_fake_group(*args: Any, **kwargs: Any) -> None:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+
+    def stay(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        asked = args[0] if args else kwargs.get("device")
+        return module if str(asked).startswith("cuda") else to(module, *args, **kwargs)
+
+    answers: dict[Any, dict[str, Any]] = {
+        torch.cuda: {
+            "device_count": lambda: number,
+            "is_available": lambda: True,
+            "current_device": lambda: 0,
+            "set_device": lambda device: None,
+            "get_device_name": lambda *device: "NVIDIA Emulated",
+            "is_bf16_supported": lambda *args, **kwargs: True,
+            "get_rng_state": lambda *device: torch.empty(0),
+            "set_rng_state": lambda *state: None,
+        },
+        torch.accelerator: {"current_accelerator": lambda *args, **kwargs: torch.device("cuda")},
+        torch.distributed: {"init_process_group": init_fake_group},
+        nn.Module: {"to": stay},
+        nn.parallel: {"DistributedDataParallel": Replica},
+        attention: {"validate_varlen": lambda *args: "the GPU is emulated"},
+    }
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, variables))
+        for owner, replaced in answers.items():
+            stack.enter_context(patch.multiple(owner, **replaced))
+        hardware.accelerator.cache_clear()
+        hardware.precision.cache_clear()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    hardware.accelerator.cache_clear()
+    hardware.precision.cache_clear()
