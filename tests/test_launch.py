@@ -26,6 +26,8 @@ from pipeline.config.checks import check_together
 from pipeline.config.parser import parse
 from pipeline.errors import UserError
 from pipeline.runner import processes
+from tests.benchmarks import gpu
+from tests.benchmarks.gpu_bench import Bench, Failed, Line, at_most
 from tests.emulated_gpus import GROUP_OF_ONE, emulated_gpus
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
@@ -148,6 +150,39 @@ def test_muon_is_refused_where_deepspeed_flattens_matrices(
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     (problem,) = check_together(arguments, (), ())
     assert str(problem).startswith("use_muon: True: needs matrices")
+
+
+def test_checks_of_a_machine_stop_at_a_difference_and_go_on_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(check.name in listed and f"needs {check.needs}" in listed for check in gpu.CHECKS)
+    ran, figure = [], 3.0
+
+    def first(bench: Bench) -> Iterator[Line]:
+        ran.append("first")
+        yield at_most("a figure", 1, 2)
+
+    def second(bench: Bench) -> Iterator[Line]:
+        ran.append("second")
+        yield at_most("another one", figure, 2)
+        ran.append("beyond it")
+
+    def fails(bench: Bench) -> Iterator[Line]:
+        yield at_most("a figure", 1, 2)
+        raise Failed("exit code 1")
+
+    checks = [gpu.Check(check, gpus=0) for check in (first, second, fails)]
+    bench = Bench(tmp_path, gpus=0, quick=True)
+    checks.insert(0, gpu.Check(fails, gpus=2))
+    assert gpu.run_checks(bench, checks) == 1 and ran == ["first", "second"]
+    said = capsys.readouterr().out
+    assert "DIFFERS another one\n          expected at most 2, measured 3" in said and "with 2 GPUs" in said
+    figure = 2.0
+    assert gpu.run_checks(bench, checks) == 1 and ran == ["first", "second", "second", "beyond it"]
+    assert "FAILED exit code 1" in capsys.readouterr().out
+    assert gpu.run_checks(bench, checks, ["first"]) == 0 and ran[-1] == "first", "a check that is named runs again"
 
 
 @pytest.mark.parametrize(

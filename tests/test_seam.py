@@ -250,6 +250,9 @@ SOURCES = [
         "takes a critic for the policy's adapter",
     ),
     (f"{TRAINER}._determine_best_metric", "metric_for_best_model", "the error for an unknown metric is read"),
+    # Placement
+    ("transformers.training_args:TrainingArguments", "return self._n_gpu", "a process trains on one GPU of several"),
+    ("trl.trainer.utils:create_model_from_path", 'if "device_map" not in kwargs', "layers are not spread over GPUs"),
     # The configuration
     ("trl:GRPOConfig.__post_init__", "if self.num_generations < 2:", "PPOConfig avoids this check"),
     (

@@ -23,7 +23,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from trl import SyncRefModelCallback
 from trl.extras.profiling import profiling_context
 
-from pipeline import hardware
+from pipeline import hardware, launch
 from pipeline.models.adapters import MERGED
 from pipeline.models.generation import accepts_argument, overrides_generate, sample, unsupported_settings
 from pipeline.models.grouping import group_by_length
@@ -70,6 +70,10 @@ class GRPOTrainer(TRLGRPOTrainer):
     """
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> None:
+        if args is not None:
+            launch.use_one_gpu(args)
+            if isinstance(model, str):
+                args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
         merged = args is not None and args.beta != 0 and hasattr(model, MERGED) and not kwargs.get("peft_config")
         beta, synced = (args.beta, args.sync_ref_model) if merged else (0.0, False)
         if args is not None and args.use_vllm and args.vllm_max_model_length is None:

@@ -146,6 +146,8 @@ class PPOConfig(GRPOConfig):
 
     def _fit_to_machine(self) -> None:
         """Choose precision and device for this machine unless they are set, and log why."""
+        if self.use_cpu and hardware.accelerator() is not None:
+            hardware.keep_to_cpu()
         precision = ("bf16", "fp16") if self.bf16 is None and not self.fp16 else ()
         for name, choice in hardware.training_defaults().items():
             unset = name in precision or (name in ("use_cpu", "ddp_backend") and not getattr(self, name))

@@ -164,18 +164,16 @@ def adapted(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "group",
-    [{}, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}],
-    ids=["one process", "the second of two"],
+    ("recipe", "lora"),
+    [*((recipe, False) for recipe in [*RECIPES, "ppo", "grpo"]), ("sft", True), ("reward", True)],
 )
-@pytest.mark.parametrize("recipe", [*RECIPES, "ppo", "grpo"])
-def test_on_several_gpus_a_process_has_its_batch_and_its_model_on_one(
-    recipe: str, group: dict[str, str], tmp_path: Path
-) -> None:
+def test_on_several_gpus_a_process_has_its_batch_and_its_model_on_one(recipe: str, lora: bool, tmp_path: Path) -> None:
+    """Also a stage of LoRA that starts from another one's adapter, here on the second process of two."""
+    group = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} if lora else {}
     arguments = recipe_command("sft" if recipe in ("ppo", "grpo") else recipe, tmp_path)[2:]
     if recipe in ("ppo", "grpo"):
         arguments = write_config(recipe, tmp_path, bf16=True)
-    elif group and recipe != "pretrain":
+    elif lora:
         arguments += ["--model_name_or_path", adapted(tmp_path), "--use_peft"]
     main = importlib.import_module(f"recipes.{recipe}").main
     trainers: list[Any] = []
@@ -193,6 +191,6 @@ def test_on_several_gpus_a_process_has_its_batch_and_its_model_on_one(
     ):
         main(*parse(*argument_types(main), argv=[*arguments, "--output_dir", str(tmp_path / "run")]))
         (trainer,) = trainers
-        assert (trainer.args.n_gpu, trainer.args.train_batch_size, trainer.args.world_size) == (1, 4, 2 if group else 1)
-        assert str(trainer.args.device) == ("cuda:1" if group else "cuda:0") and not trainer.is_model_parallel
+        assert (trainer.args.n_gpu, trainer.args.train_batch_size, trainer.args.world_size) == (1, 4, 1 + lora)
+        assert str(trainer.args.device) == f"cuda:{int(lora)}" and not trainer.is_model_parallel
     assert not any(placed) and bool(placed) == (recipe != "pretrain"), "TRL's default would spread the layers"
