@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from small_model import ROOT, equal, recipe_command, run_recipe, save_tokenizer, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from pipeline import launch
 from pipeline.config.parser import argument_types, parse
 from tests.emulated_gpus import emulated_gpus
 from tests.sampling_recipes import write_config
@@ -167,7 +168,9 @@ def adapted(folder: Path) -> str:
     ("recipe", "lora"),
     [*((recipe, False) for recipe in [*RECIPES, "ppo", "grpo"]), ("sft", True), ("reward", True)],
 )
-def test_on_several_gpus_a_process_has_its_batch_and_its_model_on_one(recipe: str, lora: bool, tmp_path: Path) -> None:
+def test_on_several_gpus_a_process_has_its_batch_and_its_model_on_one(
+    recipe: str, lora: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also a stage of LoRA that starts from another one's adapter, here on the second process of two."""
     group = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} if lora else {}
     arguments = recipe_command("sft" if recipe in ("ppo", "grpo") else recipe, tmp_path)[2:]
@@ -191,6 +194,9 @@ def test_on_several_gpus_a_process_has_its_batch_and_its_model_on_one(recipe: st
     ):
         main(*parse(*argument_types(main), argv=[*arguments, "--output_dir", str(tmp_path / "run")]))
         (trainer,) = trainers
+        with caplog.at_level("INFO"):
+            launch.log_active(trainer)
+        assert lora or ("one of 4 GPUs" in caplog.text and "sequences = 4 x " in caplog.text)
         assert (trainer.args.n_gpu, trainer.args.train_batch_size, trainer.args.world_size) == (1, 4, 1 + lora)
         assert str(trainer.args.device) == f"cuda:{int(lora)}" and not trainer.is_model_parallel
     assert not any(placed) and bool(placed) == (recipe != "pretrain"), "TRL's default would spread the layers"
