@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -25,13 +26,17 @@ from statistics import NormalDist, fmean
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from pipeline import hardware
 from pipeline.errors import Problem, UserError, is_network_error
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.likelihood import over_tokens, padding
 from pipeline.evaluation.metrics import output
 from pipeline.evaluation.results import StageResult
 from pipeline.files import write_text
@@ -105,14 +110,13 @@ def measure_tasks(
         UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of models that are loaded
     index, found, _ = find_tasks(tasks)
     batch_size = "auto" if hardware.accelerator() else BATCH_SIZE
     try:
         measured = simple_evaluate(
-            HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),
+            _bounded_model()(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),
             tasks=found,
             task_manager=index,
             limit=limit,
@@ -135,6 +139,43 @@ def measure_tasks(
         for key, estimate in estimates[group].items() if group not in inner else ():
             kinds = {part: estimates[part][key] for part in parts[group] if key in estimates[part]}
             result.metrics[_name(group, key)] = replace(estimate, by_kind=kinds)
+
+
+@cache
+def _bounded_model() -> type:
+    """Return lm-eval's model, whose log-likelihoods are computed from a bounded number of logits at once."""
+    from lm_eval.models.huggingface import HFLM
+
+    class BoundedModel(HFLM):  # type: ignore[misc]
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], *args: Any, **options: Any
+        ) -> list[tuple[float, bool]]:
+            # Answers that differ in their last token alone have the same input: multiple choice by letters.
+            asked = defaultdict(list)
+            for number, (_, context, continuation) in enumerate(requests):
+                tokens = [*context, *continuation][-self.max_length - 1 :]
+                asked[tuple(tokens[:-1])].append((number, continuation))
+            passes = [
+                (
+                    list(ids),
+                    [place for _, tokens in several for place in range(len(ids) - len(tokens), len(ids))],
+                    [token for _, tokens in several for token in tokens],
+                )
+                for ids, several in asked.items()
+            ]
+            groups, answers = list(asked.values()), {}
+            for at, found in over_tokens(self.model, passes, padding(self.tokenizer), compute=_compare):
+                sizes = [len(tokens) for _, tokens in groups[at]]
+                for (number, _), part in zip(groups[at], found.cpu().double().split(sizes), strict=True):
+                    answers[number] = float(part[:, 0].sum()), bool(part[:, 1].all())
+            return [answers[number] for number in range(len(requests))]
+
+    return BoundedModel
+
+
+def _compare(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probability of each token, and 1 if it is the most probable one."""
+    return torch.stack([-cross_entropy(logits, tokens, reduction="none"), (logits.argmax(-1) == tokens).float()], dim=1)
 
 
 def _name(task: str, key: str) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import encode_prompts
 from pipeline.models.tokenizer import as_text, special_tokens
 
-Sequences = Sequence[tuple[int, list[int], int]]
-"""What a sequence is part of, its tokens, and the position of the first token that is predicted."""
+BATCH_TOKENS = 16384
+"""Tokens in a batch, padding included."""
+
+MAX_LOGITS = 1 << 26
+"""Logits in memory at once: 256 MB in float32, and as much again for their softmax."""
 
 
 def document_losses(
@@ -21,7 +26,7 @@ def document_losses(
     texts: Sequence[str],
     *,
     context: int = 512,
-    batch_tokens: int = 16384,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> list[float]:
     """Return the negative log-likelihood of each document in nats, summed over its tokens.
 
@@ -44,7 +49,7 @@ def document_losses(
         for document, ids in enumerate(encoded)
         for offset in range(0, len(ids), step)
     ]
-    return _losses(model, windows, len(texts), _padding(tokenizer), batch_tokens)
+    return _losses(model, windows, len(texts), padding(tokenizer), batch_tokens)
 
 
 def answer_losses(
@@ -53,7 +58,8 @@ def answer_losses(
     conversations: Sequence[Sequence[dict[str, str]]],
     *,
     context: int = 512,
-    batch_tokens: int = 16384,
+    batch_tokens: int = BATCH_TOKENS,
+    template: Mapping[str, Any] | None = None,
 ) -> list[tuple[float, int]]:
     """Return the negative log-likelihood of the last message of each conversation in nats, and its size in bytes.
 
@@ -65,49 +71,121 @@ def answer_losses(
         conversations: Messages that end with the assistant's.
         context: Length in tokens up to which conversations are scored.
         batch_tokens: Tokens per batch, padding included.
+        template: Further arguments of the chat template, `chat_template_kwargs`.
     """
-    tokens = special_tokens(tokenizer)
-    whole = [tokenizer.apply_chat_template(as_text(one, tokens), return_dict=False) for one in conversations]
+    tokens, options = special_tokens(tokenizer), dict(template or {})
+    whole = [tokenizer.apply_chat_template(as_text(one, tokens), return_dict=False, **options) for one in conversations]
     sequences, sizes = [], []
-    prompts = encode_prompts(tokenizer, [conversation[:-1] for conversation in conversations])
+    prompts = encode_prompts(tokenizer, [conversation[:-1] for conversation in conversations], template)
     for index, (ids, prompt) in enumerate(zip(whole, prompts, strict=True)):
         shared = (place for place, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b)
-        first = next(shared, min(len(ids), len(prompt)))
+        first = max(1, next(shared, min(len(ids), len(prompt))))
         scored = ids[first:context]
         text = conversations[index][-1]["content"] if len(ids) <= context else tokenizer.decode(scored)
         sizes.append(len(text.encode()) if scored else 0)
         if scored:
             sequences.append((index, ids[:context], first))
-    return list(zip(_losses(model, sequences, len(whole), _padding(tokenizer), batch_tokens), sizes, strict=True))
+    return list(zip(_losses(model, sequences, len(whole), padding(tokenizer), batch_tokens), sizes, strict=True))
 
 
-def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills up the rows of a batch."""
     pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return pad
 
 
-@torch.inference_mode()
-def _losses(model: PreTrainedModel, sequences: Sequences, count: int, pad: int, batch_tokens: int) -> list[float]:
-    """Return the negative log-likelihood of the predicted tokens of each of `count` texts, which may be in pieces."""
-    model.eval()
+def _losses(
+    model: PreTrainedModel, sequences: Sequence[tuple[int, list[int], int]], count: int, pad: int, batch_tokens: int
+) -> list[float]:
+    """Return the negative log-likelihood of each of `count` texts, which may be in pieces.
+
+    A sequence is the number of its text, its tokens, and the position of the first token that is predicted.
+    """
     losses = [0.0] * count
-    windows = sorted(sequences, key=lambda window: len(window[1]))
-    while windows:
-        # The longest remaining window determines the width of the batch, and so how many fit.
-        width = len(windows[-1][1])
-        batch = [windows.pop() for _ in range(min(len(windows), max(1, batch_tokens // width)))]
-        ids = torch.tensor([w + [pad] * (width - len(w)) for _, w, _ in batch], device=model.device)
-        first, stop = (torch.tensor(ends, device=model.device)[:, None] for ends in _ends(batch))
-        place = torch.arange(width, device=model.device)
-        predicted = (first <= place) & (place < stop)
-        # Under the causal mask, tokens do not attend to the padding on their right.
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        totals = (nll * predicted[:, 1:]).cpu().double().sum(1).tolist()  # not every accelerator has float64
-        for (text, _, _), loss in zip(batch, totals, strict=True):
-            losses[text] += loss
+    passes = [(ids, range(first - 1, len(ids) - 1), ids[first:]) for _, ids, first in sequences]
+    for number, found in over_tokens(model, passes, pad, batch_tokens):
+        losses[sequences[number][0]] += float(found.cpu().double().sum())  # not every accelerator has float64
     return losses
 
 
-def _ends(batch: Sequences) -> tuple[list[int], list[int]]:
-    return [first for _, _, first in batch], [len(window) for _, window, _ in batch]
+def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return what each token (N,) costs in nats under logits (N, vocabulary)."""
+    return cross_entropy(logits, tokens, reduction="none")
+
+
+@torch.inference_mode()
+def over_tokens(
+    model: PreTrainedModel,
+    sequences: Sequence[tuple[list[int], Sequence[int], list[int]]],
+    pad: int,
+    batch_tokens: int = BATCH_TOKENS,
+    compute: Callable[[Tensor, Tensor], Tensor] = negative_log_likelihood,
+) -> Iterator[tuple[int, Tensor]]:
+    """Compute something from the predictions that a model makes in each sequence, the longest sequences first.
+
+    Args:
+        model: A causal language model.
+        sequences: Its input tokens, places among them, and the token that is to follow each place.
+        pad: Token that fills up the rows of a batch.
+        batch_tokens: Tokens per batch, padding included.
+        compute: Takes logits in float32, shape (N, vocabulary), and the N tokens that are to follow; returns a tensor
+            of N rows. Default: the negative log-likelihoods in nats.
+
+    Yields:
+        The number of a sequence, and what was computed for its places.
+    """
+    model.eval()
+    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number][0]))
+    while order:
+        # The longest remaining sequence determines the width of the batch, and so how many fit.
+        width = len(sequences[order[-1]][0])
+        batch = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // width)))]
+        rows = [sequences[number] for number in batch]
+        # Under the causal mask, tokens do not attend to the padding on their right.
+        padded = [row + [pad] * (width - len(row)) for row, _, _ in rows]
+        places = [number * width + place for number, (_, some, _) in enumerate(rows) for place in some]
+        targets = [token for _, _, some in rows for token in some]
+        ids, at, following = (torch.tensor(x, dtype=torch.long, device=model.device) for x in (padded, places, targets))
+        results = _in_pieces(model, ids, at, following, compute)
+        yield from zip(batch, results.split([len(some) for _, _, some in rows]), strict=True)
+
+
+def _in_pieces(
+    model: PreTrainedModel, ids: Tensor, places: Tensor, targets: Tensor, compute: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Compute something from the logits at `places` of the flattened batch `ids` (rows, tokens).
+
+    The hidden states of the batch are computed once, and their logits in pieces: with a vocabulary of 150,000, all
+    logits of a batch would take 10 GB.
+    """
+    size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    head = model.get_output_embeddings() or nn.Identity()
+    hidden: list[Tensor] = []
+    results: list[Tensor] = []
+
+    def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        if not hidden:
+            hidden.extend(inputs[0].flatten(0, 1)[places].split(size))
+        return (hidden[len(results)].unsqueeze(0),)
+
+    def through_model(tokens: Tensor) -> Tensor:
+        hook = head.register_forward_pre_hook(narrow)
+        try:
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        finally:
+            hook.remove()
+        return logits.flatten(0, 1)
+
+    logits = through_model(ids)
+    if not hidden:
+        # The model does not call a head of its own: these are all its logits.
+        return compute(logits[places].float(), targets)
+    # Some models cap or scale what the head returns. They do it to each piece, if it replaces the head's input in a
+    # pass of a single token.
+    is_plain = len(hidden) > 1 and torch.equal(head(hidden[0]), logits)
+    for piece in targets.split(size):
+        if results:
+            logits = head(hidden[len(results)]) if is_plain else through_model(ids[:1, :1])
+        results.append(compute(logits.float(), piece))
+        del logits
+    return torch.cat(results)

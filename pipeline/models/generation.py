@@ -9,7 +9,7 @@ the same distribution.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,11 +78,19 @@ class Completion:
     stopped: bool
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) -> list[list[int]]:
-    """Return the token ids of each conversation, followed by the generation prompt."""
-    tokens = special_tokens(tokenizer)
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], template: Mapping[str, Any] | None = None
+) -> list[list[int]]:
+    """Return the token ids of each conversation, followed by the generation prompt.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        prompts: Conversations.
+        template: Further arguments of the chat template, `chat_template_kwargs`.
+    """
+    tokens, options = special_tokens(tokenizer), dict(template or {})
     return [
-        tokenizer.apply_chat_template(as_text(prompt, tokens), add_generation_prompt=True, return_dict=False)
+        tokenizer.apply_chat_template(as_text(prompt, tokens), add_generation_prompt=True, return_dict=False, **options)
         for prompt in prompts
     ]
 
