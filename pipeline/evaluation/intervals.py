@@ -111,7 +111,11 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return low, high
 
 
-def bootstrap(totals: Sequence[float], weights: Sequence[float] | None = None, *, seed: int = 0) -> tuple[float, float]:
+Ends = tuple[float | None, float | None]
+"""The ends of an interval, or that there is none: how much a single unit differs from others is unknown."""
+
+
+def bootstrap(totals: Sequence[float], weights: Sequence[float] | None = None, *, seed: int = 0) -> Ends:
     """Return the percentile interval of sum(totals) / sum(weights), resampling whole units with replacement.
 
     Args:
@@ -120,14 +124,13 @@ def bootstrap(totals: Sequence[float], weights: Sequence[float] | None = None, *
         seed: Seed of the resampling.
 
     Returns:
-        (low, high), both equal to the ratio if there are fewer than two units.
+        (low, high), both None if there are fewer than two units.
     """
     numerator = np.asarray(totals, dtype=np.float64)
     denominator = np.ones_like(numerator) if weights is None else np.asarray(weights, dtype=np.float64)
     n = len(numerator)
     if n < 2:
-        value = float(numerator.sum() / denominator.sum()) if n else float("nan")
-        return value, value
+        return None, None
     parts = [_kept_counts(n, seed)] if n <= KEPT_UNITS else _counts(n, seed)
     sums = [(counts @ numerator, counts @ denominator) for counts in parts]
     total, drawn = map(np.concatenate, zip(*sums, strict=True))
@@ -244,8 +247,11 @@ def resample(
 
 def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> Estimate:
     """Estimate any statistic of rows, with a percentile interval over their units; arguments as for `resample`."""
+    value = function(np.arange(len(units)))
+    if len(set(units)) < 2:
+        return Estimate(value, n=len(units))
     low, high = np.quantile(resample(function, units, seed), TAILS)
-    return Estimate(function(np.arange(len(units))), low, high, len(units))
+    return Estimate(value, low, high, len(units))
 
 
 def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf) -> Estimate:

@@ -88,7 +88,7 @@ class StageResult:
             for kind, members in sorted(groups.items()):
                 shared = {} if units is None else {"units": [units[i] for i in members]}
                 kinds[kind] = by_kind([values[i] for i in members], **shared)
-        low, high = measured["ci95"]
+        low, high = measured["ci95"] or (None, None)
         self.metrics[name] = Estimate(measured["value"], low, high, measured["n"], kinds)
         for row, value, extra in zip(rows, values, extras or [{}] * len(rows), strict=True):
             content = json.dumps(row, sort_keys=True, default=str).encode()

@@ -68,6 +68,8 @@ def calibration_error(
     prompts of the pairs.
     """
     squared = squared_calibration_error(margins, agrees)
+    if len(set(units)) < 2:
+        return intervals.Estimate(max(squared, 0.0) ** 0.5, n=len(margins))
     resampled = intervals.resample(
         lambda index: squared_calibration_error(margins[index], agrees[index], debiased=False), units, seed
     )
