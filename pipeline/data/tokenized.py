@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -16,11 +16,17 @@ from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-PROMPTS_MEASURED, PROMPTS_OF_STREAM = 1000, 100
-"""Prompts that are counted to see whether any is too long; those of a stream are read over the network."""
+PROMPTS_MEASURED = 100
+"""Prompts that are counted in any case; those of a stream are read over the network."""
 
 
-def drop_long_prompts(split: Split, tokenizer: PreTrainedTokenizerBase, length: int, positions: int | None) -> Split:
+def drop_long_prompts(
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    positions: int | None,
+    template: Mapping[str, Any] | None = None,
+) -> Split:
     """Leave out prompts that leave no room for an answer; their number is logged.
 
     Args:
@@ -28,37 +34,64 @@ def drop_long_prompts(split: Split, tokenizer: PreTrainedTokenizerBase, length: 
         tokenizer: A tokenizer with a chat template.
         length: Tokens of the longest answer, `max_completion_length`.
         positions: `max_position_embeddings` of the model, if it has any.
+        template: Further arguments of the chat template, `chat_template_kwargs`.
 
     Raises:
-        UserError: If none of the first prompts leaves room.
+        UserError: If no prompt leaves room; of a stream, none of the first.
         ValueError: If the chat template makes no tokens of a prompt.
     """
+    options = dict(template or {})
 
     def count(prompts: list[Any]) -> list[int]:
-        encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **options
+        )
         return [len(ids) for ids in encoded["input_ids"]]
 
-    first = split.take(min(PROMPTS_MEASURED, len(split)) if isinstance(split, Dataset) else PROMPTS_OF_STREAM)
-    measured = count([row["prompt"] for row in first])
+    measured = count([row["prompt"] for row in split.take(PROMPTS_MEASURED)])
     if not min(measured):
         raise ValueError("it makes no tokens of it")
-    if positions is None or (isinstance(split, Dataset) and max(measured) <= positions - length):
-        return split  # tokenizing all of a large data set takes minutes
-    if min(measured) > positions - length:
+    if positions is None:
+        return split
+    room = positions - length
+    if not isinstance(split, Dataset):
+        _check_shortest(measured, length, positions)
+        return split.filter(
+            lambda prompts: [size <= room for size in count(prompts)], batched=True, input_columns="prompt"
+        )
+    empty: dict[tuple[str, ...], int] = {}
+
+    def may_be_long(prompt: list[dict[str, str]]) -> bool:
+        """A token has a byte at least, and the template's own depend on the roles. Counting all would take minutes."""
+        roles = tuple(message["role"] for message in prompt)
+        if roles not in empty:
+            (empty[roles],) = count([[{**message, "content": "."} for message in prompt]])
+        return empty[roles] + sum(len(message["content"].encode()) for message in prompt) > room
+
+    batches = split.select_columns("prompt").iter(1000)
+    prompts = (prompt for batch in batches for prompt in batch["prompt"])
+    doubtful = [number for number, prompt in enumerate(prompts) if may_be_long(prompt)]
+    sizes = [n for batch in split.select(doubtful).iter(1000) for n in count(batch["prompt"])] if doubtful else []
+    long = {number for number, size in zip(doubtful, sizes, strict=True) if size > room}
+    if not long:
+        return split
+    if len(long) == len(split):
+        _check_shortest(sizes, length, positions)
+    logger.warning(
+        "%d of %d prompts have more than %d tokens, which leaves no room for an answer, and are left out.",
+        *(len(long), len(split), room),
+    )
+    return split.select([number for number in range(len(split)) if number not in long])
+
+
+def _check_shortest(sizes: Sequence[int], length: int, positions: int) -> None:
+    """Refuse prompts none of which leaves room for an answer."""
+    if min(sizes) > positions - length:
         remedy = (
-            f"every prompt takes {min(measured)} tokens or more of the model's context of {positions} "
-            f"(max_position_embeddings), which leaves {max(0, positions - min(measured))}; lower it or shorten prompts"
+            f"every prompt takes {min(sizes)} tokens or more of the model's context of {positions} "
+            f"(max_position_embeddings), which leaves {max(0, positions - min(sizes))}; lower it or shorten prompts"
         )
         raise UserError(Problem("max_completion_length", length, remedy))
-    kept = split.filter(
-        lambda prompts: [size <= positions - length for size in count(prompts)], batched=True, input_columns="prompt"
-    )
-    if isinstance(split, Dataset):
-        logger.warning(
-            "%d of %d prompts have more than %d tokens, which leaves no room for an answer, and are left out.",
-            *(len(split) - len(kept), len(split), positions - length),
-        )
-    return kept
 
 
 def template_for_labels(tokenizer: PreTrainedTokenizerBase) -> str | None:

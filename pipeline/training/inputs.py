@@ -153,7 +153,11 @@ def load_inputs(
             try:
                 if kind == "prompt":
                     limit = training_args.max_completion_length or 0
-                    train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions) for s in splits)
+                    given = training_args.chat_template_kwargs or {}
+                    template = {k: value for k, value in given.items() if k not in checks.TEMPLATE_ARGUMENTS}
+                    train, held_out = (
+                        s and drop_long_prompts(s, tokenizer, limit, positions, template) for s in splits
+                    )
                     splits = train, held_out
                 for split in splits if kind == "preference" else splits[:1]:
                     if split is not None and kind != "prompt":

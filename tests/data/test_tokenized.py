@@ -11,8 +11,9 @@ from small_model import CHATML, conversation, save_model, tokenizer
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from pipeline.data.tokenized import add_tokens
+from pipeline.data.tokenized import add_tokens, drop_long_prompts
 from pipeline.errors import UserError
+from pipeline.models.generation import encode_prompts
 
 CONVERSATIONS = [conversation(f"What is {i}?", f"It is {i * 7}.") for i in range(6)]
 CONVERSATIONS[2] += conversation("And then?", "Nothing.")
@@ -21,6 +22,32 @@ PAIRS = {
     "chosen": [row[1:2] for row in CONVERSATIONS],
     "rejected": [[{"role": "assistant", "content": "What?"}] for _ in CONVERSATIONS],
 }
+
+
+def test_prompts_that_are_too_long_are_found_wherever_they_are() -> None:
+    words = tokenizer()
+    prompts = [[{"role": "user", "content": "A cat? " * (40 if i == 1050 else 1 + i % 3)}] for i in range(1100)]
+    prompts[3] = [{"role": "system", "content": "A dog."}, *prompts[3]]
+    # It is longer in bytes than there is room, but not in tokens.
+    prompts[7][0]["content"] = "The cat sat on the mat. " * 9
+    rows = Dataset.from_dict({"prompt": prompts})
+    (size,) = map(len, encode_prompts(words, [prompts[1050]]))
+    assert len(encode_prompts(words, [prompts[7]])[0]) < size - 1 < len(prompts[7][0]["content"])
+    kept = drop_long_prompts(rows, words, 10, size + 9)
+    assert kept["prompt"][:] == prompts[:1050] + prompts[1051:]
+    assert len(drop_long_prompts(rows, words, 10, size + 10)) == 1100
+    with pytest.raises(UserError, match="every prompt takes"):
+        drop_long_prompts(rows, words, 10, 12)
+
+
+def test_prompts_are_counted_with_the_arguments_of_the_chat_template() -> None:
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = CHATML + "{% if slow %}A dog is not a cat.{% endif %}"
+    prompts = [[{"role": "user", "content": text}] for text in ("A cat?", "A token is a piece of text. " * 3)]
+    rows = Dataset.from_dict({"prompt": prompts})
+    longest = len(encode_prompts(words, [prompts[1]])[0])
+    assert len(drop_long_prompts(rows, words, 10, longest + 10)) == 2
+    assert drop_long_prompts(rows, words, 10, longest + 10, {"slow": True})["prompt"][:] == prompts[:1]
 
 
 @pytest.mark.parametrize("answers_only", [True, False])
