@@ -23,6 +23,9 @@ from pipeline.rewards.annotators import judge_match
 from pipeline.rewards.grading import is_gradable
 from pipeline.rewards.loading import load_function
 
+BATCH_TOKENS = 8192
+"""Tokens in a batch of conversations to score, padding included."""
+
 Row = Mapping[str, Any]
 Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float | None]]
 """Answers, their opponents and the rows of the prompts -> 1 for a win, 0 for a loss, 0.5 for a tie, None if unknown."""
@@ -124,8 +127,8 @@ def score(
 ) -> list[float]:
     """Return the reward model's score of each conversation, which ends with the assistant's answer.
 
-    Conversations are scored one at a time: in a batch, matrix products sum in a different order, so the last bits of a
-    score would depend on the rest of the batch and on its padding. Of one that exceeds the context, the end is scored.
+    Equal conversations are scored once, and similarly long ones in one batch, on which the last bits of a score depend.
+    Of a conversation that exceeds the context, the end is scored.
     """
     model.eval()
     tokens = special_tokens(tokenizer)
@@ -134,8 +137,17 @@ def score(
         tuple(tokenizer.apply_chat_template(as_text(conversation, tokens), return_dict=False)[-positions:])
         for conversation in conversations
     ]
-    # Answers occur in several pairs.
-    scores = {
-        ids: float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0]) for ids in set(encoded)
-    }
+    pad = model.config.get_text_config().pad_token_id
+    # Answers occur in several pairs. The longest remaining one determines the width of a batch.
+    remaining = sorted(set(encoded), key=lambda ids: (len(ids), ids))
+    scores: dict[tuple[int, ...], float] = {}
+    while remaining:
+        width = len(remaining[-1])
+        # Without padding, transformers cannot find the last token of a row.
+        rows = 1 if pad is None else max(1, BATCH_TOKENS // width)
+        batch = [remaining.pop() for _ in range(min(rows, len(remaining)))]
+        padded = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch], device=model.device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch], device=model.device)
+        found = model(input_ids=padded, attention_mask=mask).logits[:, 0].tolist()
+        scores |= dict(zip(batch, found, strict=True))
     return [scores[ids] for ids in encoded]

@@ -7,9 +7,15 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
 from pipeline.preferences.files import Counts
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
+
+JUDGED_AT_ONCE = 64
+"""Prompts whose answers a judge is given in one call."""
 
 CHOICES: dict[float | None, int] = {1.0: 0, 0.0: 1}
 """The outcome of a match for the answer shown first -> the answer that is preferred."""
@@ -33,7 +39,7 @@ def label_answers(
         seed: Seed of the pairs, annotators, order and noise. Every row has a generator of its own, so that the answers
             to one prompt do not influence the labels of another.
         keep_taste: Whether to keep the noise-free taste; its columns are None otherwise, and for a judge.
-        judge: Who compares them; several answers to a prompt are judged at once.
+        judge: Who compares them, the answers to many prompts at once; processes take turns.
 
     Returns:
         The labelled pairs, as rows of the data set to write, and what became of the answers.
@@ -41,41 +47,67 @@ def label_answers(
     labelled: list[dict[str, Any]] = []
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
     agreements: list[bool] = []
+    compared: list[tuple[int, list[str], int | None, str]] = []
+    tasted: list[dict[str, Any]] = []
     for index, (row, candidates) in enumerate(zip(rows, answers, strict=True)):
         rng = random.Random(f"{seed}/{index}")
         distinct = list(dict.fromkeys(text for answer in candidates if (text := answer.strip())))
         counts.dropped += len(candidates) - len(distinct)
-        components = {answer: judge_components(answer, row) for answer in distinct if judge is ANNOTATORS}
+        tasted.append({answer: judge_components(answer, row) for answer in distinct if judge is ANNOTATORS})
         pairs = list(itertools.combinations(distinct, 2))
         for pair in rng.sample(pairs, min(pairs_per_prompt, len(pairs))):
             shown = rng.sample(pair, 2)
             annotator = rng.choice(PANEL)
-            counts.compared += 1
+            choice = None
             if judge is ANNOTATORS:
-                first, second = (annotator.weigh(components[answer]) for answer in shown)
+                first, second = (annotator.weigh(tasted[index][answer]) for answer in shown)
                 choice = choose(annotator, first, second, rng)
-            else:
-                (outcome,) = judge.match(shown[:1], shown[1:], [row])
-                choice = CHOICES.get(outcome)
-            if choice is None:
-                counts.ties += 1
-                continue
-            chosen, rejected = shown[choice], shown[1 - choice]
-            tastes = [mean_taste(components[answer]) for answer in (chosen, rejected) if components]
-            if tastes and abs(tastes[0] - tastes[1]) >= INDIFFERENCE:
-                agreements.append(tastes[0] > tastes[1])
-            labelled.append(
-                {
-                    "prompt": row["prompt"],
-                    "chosen": [{"role": "assistant", "content": chosen}],
-                    "rejected": [{"role": "assistant", "content": rejected}],
-                    "annotator": annotator.name if components else "judge",
-                    "first": "chosen" if choice == 0 else "rejected",
-                    "kind": row.get("kind") or "",
-                    "taste_chosen": tastes[0] if tastes and keep_taste else None,
-                    "taste_rejected": tastes[1] if tastes and keep_taste else None,
-                }
-            )
+            compared.append((index, shown, choice, annotator.name))
+    if judge is not ANNOTATORS:
+        choices = _judge(judge, rows, [(index, shown) for index, shown, _, _ in compared])
+        compared = [
+            (index, shown, choice, "judge") for (index, shown, *_), choice in zip(compared, choices, strict=True)
+        ]
+    counts.compared = len(compared)
+    for index, shown, choice, annotator_name in compared:
+        row, components = rows[index], tasted[index]
+        if choice is None:
+            counts.ties += 1
+            continue
+        chosen, rejected = shown[choice], shown[1 - choice]
+        tastes = [mean_taste(components[answer]) for answer in (chosen, rejected) if components]
+        if tastes and abs(tastes[0] - tastes[1]) >= INDIFFERENCE:
+            agreements.append(tastes[0] > tastes[1])
+        labelled.append(
+            {
+                "prompt": row["prompt"],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+                "annotator": annotator_name,
+                "first": "chosen" if choice == 0 else "rejected",
+                "kind": row.get("kind") or "",
+                "taste_chosen": tastes[0] if tastes and keep_taste else None,
+                "taste_rejected": tastes[1] if tastes and keep_taste else None,
+            }
+        )
     counts.pairs = len(labelled)
     counts.agreement = sum(agreements) / len(agreements) if agreements else None
     return labelled, counts
+
+
+def _judge(
+    judge: Judge, rows: Sequence[Mapping[str, Any]], compared: Sequence[tuple[int, Sequence[str]]]
+) -> list[int | None]:
+    """Return which of two answers, shown in this order to the prompt of a row, a judge prefers; None is a tie.
+
+    The calls do not depend on the number of processes.
+    """
+    state, judged = PartialState(), []
+    groups = itertools.groupby(compared, key=lambda pair: pair[0] // JUDGED_AT_ONCE)
+    for number, (_, group) in enumerate(groups):
+        if number % state.num_processes == state.process_index:
+            pairs = list(group)
+            first, second = ([shown[side] for _, shown in pairs] for side in (0, 1))
+            outcomes = judge.match(first, second, [rows[index] for index, _ in pairs])
+            judged.append((number, list(outcomes)))
+    return [CHOICES.get(outcome) for _, outcomes in sorted(gather_object(judged)) for outcome in outcomes]
