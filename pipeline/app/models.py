@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from pipeline import hardware
+from pipeline.config.output_directory import recorded_template
 from pipeline.errors import Problem, UserError
 from pipeline.models.generation import Messages, accepts_argument, encode_prompts
 from pipeline.models.loading import load_model
@@ -65,22 +67,28 @@ class Loaded:
             tokens and which nothing changes later, so that several threads may use the model at once.
         tokenizer: Its tokenizer.
         context: The length of its context in tokens, 0 if it is not limited.
+        template: The arguments of the chat template that it was trained with.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     context: int
+    template: Mapping[str, Any] = field(default_factory=dict)
 
-    def encode(self, messages: Messages) -> list[int]:
+    def encode(self, messages: Messages, template: Mapping[str, Any] | None = None) -> list[int]:
         """Return the tokens of a conversation; without a chat template, of its contents alone.
+
+        Args:
+            messages: The conversation.
+            template: Arguments of the chat template. Default: those that the model was trained with.
 
         Raises:
             UserError: If they leave no room for an answer.
         """
         messages = [{**message, "content": well_formed(message["content"])} for message in messages]
         if self.tokenizer.chat_template:
-            (ids,) = encode_prompts(self.tokenizer, [messages])
+            (ids,) = encode_prompts(self.tokenizer, [messages], self.template if template is None else template)
         else:
             ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
         if not ids:
@@ -205,7 +213,7 @@ def load(path: str, name: str, option: str) -> Loaded:
     if model.device.type == "cpu":
         model.float().set_attn_implementation("eager")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    return Loaded(name, model, tokenizer, context)
+    return Loaded(name, model, tokenizer, context, recorded_template(path))
 
 
 def stages_that_write(run: Path) -> list[str]:

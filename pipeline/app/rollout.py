@@ -118,7 +118,7 @@ def grpo(
 ) -> Iterator[list[Markup]]:
     """Yield GRPO's four steps as they are made: all parts so far."""
     loaded = site.models.get(policy)
-    ids = loaded.encode(messages)
+    ids = loaded.encode(messages, settings.get("chat_template_kwargs") or {})
     parts = [prompt_part(stage, messages, ids)]
     yield parts
     group, batch = watch.sample_group(loaded, ids, settings, settings["num_generations"], seed)
@@ -160,7 +160,7 @@ def ppo(
     """Yield the prompt, the completion, and what PPO computes for each of its tokens: all parts so far."""
     loaded = site.models.get(policy)
     reference = site.models.get(before(site, stage))
-    ids = loaded.encode(messages)
+    ids = loaded.encode(messages, settings.get("chat_template_kwargs") or {})
     parts = [prompt_part(stage, messages, ids)]
     yield parts
     group, batch = watch.sample_group(loaded, ids, settings, 1, seed)

@@ -180,7 +180,7 @@ def token_view(
     weights = settings.get("reward_weights") or []
     paths = settings.get("reward_model_path") or []
     for weight, path in zip([*weights[: len(paths)], *[1.0] * (len(paths) - len(weights))], paths, strict=True):
-        total += weight * score(path, conversation, completion.stopped)
+        total += weight * score(path, conversation, completion.stopped, settings.get("chat_template_kwargs"))
     penalty = 0.0 if completion.stopped else settings.get("missing_eos_penalty") or 0.0
     rewards = ppo_math.token_rewards(
         torch.tensor([total - penalty], device=kl.device), settings["kl_coef"] * kl, batch.mask
@@ -191,10 +191,15 @@ def token_view(
     return TokenView(completion.tokens, **lists, score=total, penalty=penalty)
 
 
-def score(path: str, conversation: list[dict[str, str]], stopped: bool) -> float:
-    """Return a reward model's score of a conversation, whose answer it reads without an end of turn if it has none."""
+def score(
+    path: str, conversation: list[dict[str, str]], stopped: bool, template: Mapping[str, Any] | None = None
+) -> float:
+    """Return a reward model's score of a conversation, whose answer it reads without an end of turn if it has none.
+
+    `template` are further arguments of the chat template, with which the trainer writes the conversation, too.
+    """
     model, tokenizer = load_model(path, "reward_model_path", reward=True)
-    text = TextsAsTheyStand(tokenizer, [stopped]).apply_chat_template(conversation, tokenize=False)
+    text = TextsAsTheyStand(tokenizer, [stopped]).apply_chat_template(conversation, tokenize=False, **template or {})
     inputs = tokenizer(text=text, return_tensors="pt", add_special_tokens=False)
     return float(model.eval()(**inputs).logits[0, 0])
 

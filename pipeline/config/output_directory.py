@@ -32,6 +32,15 @@ WRITTEN = (
 """Files that a run overwrites, whoever wrote them."""
 
 
+def recorded_template(model: str) -> dict[str, Any]:
+    """Return the `chat_template_kwargs` that the model in a folder was trained with, {} without any."""
+    try:
+        given = json.loads((Path(model) / RECORD).read_text(encoding="utf-8"))["chat_template_kwargs"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return given if isinstance(given, dict) else {}
+
+
 def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = ()) -> list[Problem]:
     """Check, before anything is written, that the run may write to its output directory.
 

@@ -10,7 +10,6 @@ split or, without one, some that are trained on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from pipeline.data.pocket.problems import WORKING
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
@@ -20,7 +19,6 @@ from pipeline.evaluation.matches import Matches, answer_both, record_wins
 from pipeline.evaluation.metrics import record_greedy
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.sources import Example, subsample
-from pipeline.models.generation import encode_prompts
 from pipeline.preferences.judges import ANNOTATORS, Judge
 
 CONSTANTS = (
@@ -49,7 +47,7 @@ def measure_baselines(
     seed: int = 0,
     elicit: str | None = WORKING,
     judge: Judge = ANNOTATORS,
-    match_tokens: int | None = None,
+    matching: ChatModel | None = None,
 ) -> None:
     """Record the baselines that the data allow.
 
@@ -61,7 +59,7 @@ def measure_baselines(
         seed: Seed of the sampled answers and of the intervals.
         elicit: What the answers of `elicited` begin with; None leaves it out.
         judge: Judge of the matches.
-        match_tokens: Length limit of answers to prompts. Default: that of `chat`, which is for problems.
+        matching: The model as it answers prompts. Default: `chat`, which is for problems.
     """
     grader = held_out.graders.get("problems")
     if held_out.problems and elicit:
@@ -75,7 +73,7 @@ def measure_baselines(
     if matches and validation:
         prompts = [row for row in held_out.prompts if judge.can_judge(row)]
         result.texts["constant"] = {}
-        answering = chat if match_tokens is None else replace(chat, max_new_tokens=match_tokens)
+        answering = matching or chat
         tried = answer_both(answering, answering, validation, seed)
         for metric, (ours, theirs) in matches.items():
             best = find_constant(*tried[metric], validation, judge)
@@ -87,7 +85,7 @@ def measure_baselines(
 def answer_begun(chat: ChatModel, rows: Sequence[Example], prefix: str) -> list[str]:
     """Return the greedy answers that begin with `prefix`, which counts towards the length limit."""
     begun = chat.tokenizer(prefix, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    prompts = [[*ids, *begun] for ids in encode_prompts(chat.tokenizer, [row["prompt"] for row in rows])]
+    prompts = [[*ids, *begun] for ids in chat.encode([row["prompt"] for row in rows])]
     completions = chat.complete(prompts, max(1, chat.max_new_tokens - len(begun)))
     tokens = [[*begun, *completion.tokens] for (completion,) in completions]
     return [text.strip() for text in chat.tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ class ChatModel:
     """A language model with its tokenizer and the length limit of its answers in tokens.
 
     `vllm` samples in the place of the model if it is given. `counts` are of the answers so far and, under `"cut off"`,
-    of those that the limit or the context cut off.
+    of those that the limit or the context cut off. `template` are further arguments of the chat template.
     """
 
     model: PreTrainedModel
@@ -31,10 +31,15 @@ class ChatModel:
     max_new_tokens: int
     vllm: VLLMSampler | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
         """Return the completions of each conversation; `options` as for `generate`."""
-        return self.complete(encode_prompts(self.tokenizer, prompts), self.max_new_tokens, **options)
+        return self.complete(self.encode(prompts), self.max_new_tokens, **options)
+
+    def encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Return the token ids of each conversation, followed by the generation prompt."""
+        return encode_prompts(self.tokenizer, prompts, self.template)
 
     def greedy(self, prompts: Sequence[Any]) -> list[Completion]:
         """Return the greedy completion of each conversation."""

@@ -108,6 +108,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         key: reader.read(key, part, most[key], left_out="reasoning" if key == "instructions" else None)
         for key, part in parts.items()
     }
+    _warn_of_system_prompts(reader, rows)
     graders: dict[str, Grader] = {
         key: load_grader(grade, f"{key}: grade")
         for key in ("instructions", "problems")
@@ -133,6 +134,15 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
             *(Problem(f"--{key}", settings[key]["dataset_name"], "has no rows to measure on") for key in flags)
         )
     return found
+
+
+def _warn_of_system_prompts(reader: Reader, rows: Mapping[str, Sequence[Example]]) -> None:
+    """Warn of named data without a system prompt, if a stage was trained with one."""
+    trained = next((source.system_prompt for source in reader.own.values() if source.system_prompt), None)
+    for key in sorted(reader.named & rows.keys() - {"text"}) if trained else ():
+        column = "messages" if key == "instructions" else "prompt"
+        if any(row[column][0]["role"] != "system" for row in rows[key]):
+            logger.warning("%s: has no system prompt, and a stage was trained with %r (system_prompt)", key, trained)
 
 
 def find_overlaps(held_out: HeldOut, folder: Path) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ To add a metric, write its class and record it in the function of the data that 
 meaning, better direction, digits) in `metric_info.METRICS`.
 
 The classes work offline, unlike `evaluate.load("accuracy")`. `compute` returns `{"value", "ci95": [low, high], "n",
-"values"}`: the estimate, its interval, the number of independent examples, and the value of each example.
+"values"}`: the estimate, its interval or None, the number of independent examples, and the value of each example.
 """
 
 from __future__ import annotations
@@ -201,9 +201,9 @@ def measure_texts(result: StageResult, chat: ChatModel, rows: Sequence[Example],
 
 def measure_answers(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
     """Record `answer_bits_per_byte` of the held-out answers to instructions that nothing grades."""
-    losses = answer_losses(
-        chat.model, chat.tokenizer, [row["messages"] for row in rows], context=min(chat.positions or 1024, 1024)
-    )
+    context = min(chat.positions or 1024, 1024)
+    conversations = [row["messages"] for row in rows]
+    losses = answer_losses(chat.model, chat.tokenizer, conversations, context=context, template=chat.template)
     scored = [(row, loss / math.log(2), size) for row, (loss, size) in zip(rows, losses, strict=True) if size]
     if not scored:
         return

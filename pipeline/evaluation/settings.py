@@ -12,6 +12,7 @@ The file is optional, and so is each key. Data that it does not name are the hel
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -46,7 +47,9 @@ LAYOUT = {"text": "pretrain", "instructions": "sft", "problems": "reasoning", "p
 """Configurations of the data set that `recipes.data` writes."""
 GRADES = {"exact": "exact_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
 """Short names of rewards that grade answers."""
-DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models")
+ADDED = "chat_template_kwargs"
+"""The key of completed settings that runs of earlier releases do not record."""
+DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models", ADDED)
 """Keys of completed settings that follow from the stages; `evaluate.yaml` may also set `against`."""
 
 MAX_SAMPLES = 1000
@@ -119,12 +122,14 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
     last = {kind: (name, values) for name, kind, values in stages}
     last |= {kind: (name, values) for name, kind, values in reversed(stages) if kind == "reward"}
     trained_on, lengths = {}, {}
+    templates = {name: given for name, _, values in stages if (given := _template(values))}
     for key, kinds in STAGES_OF.items():
         values = next((last[kind][1] for kind in kinds if kind in last), None)
         if values and values.get("dataset_name"):
             trained_on[key] = _own_source(key, values)
             if key in LENGTHS:
                 lengths[key] = values.get(LENGTHS[key])
+                templates |= {key: given} if (given := _template(values)) else {}
     outputs = {str(home / name) for name, _, _ in stages}
     first: Values = next((values for _, _, values in stages if values.get("model_name_or_path")), {})
     base = first if first and first["model_name_or_path"] not in outputs else {}
@@ -136,7 +141,26 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         "base": base.get("model_name_or_path"),
         "base_tokenizer": base.get("tokenizer_name_or_path"),
         "reward_models": [path for _, kind, values in stages if kind == "ppo" for path in _listed(values)],
+        ADDED: templates or None,
     }
+
+
+def _template(values: Values) -> dict[str, Any]:
+    """Return the `chat_template_kwargs` of a stage, which may be JSON as on a command line."""
+    given = values.get(ADDED)
+    with contextlib.suppress(ValueError):  # the stage itself is refused because of it
+        given = json.loads(given) if isinstance(given, str) else given
+    return dict(given) if isinstance(given, Mapping) else {}
+
+
+def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]:
+    """Return the arguments of the chat template with which a stage is asked what `key` names.
+
+    They are the stage's own. A stage without any, such as the one that instruction tuning makes, is asked as the stage
+    whose data these are asks, which may start from it: what that one gains is not due to another prompt.
+    """
+    found = settings.get(ADDED) or {}
+    return found.get(stage) or found.get(key) or {}
 
 
 def _listed(values: Values) -> list[str]:
@@ -239,7 +263,10 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
         for path in sorted(run.glob("[0-9]*_*/arguments.json"))
     ]
     outputs = [values["output_dir"] for _, _, values in stages if isinstance(values.get("output_dir"), str)]
-    return complete(found, derive(stages, Path(outputs[0]).parent if outputs else run))
+    derived = derive(stages, Path(outputs[0]).parent if outputs else run)
+    if all(name in found for name in DERIVED if name != ADDED):
+        return found | {ADDED: derived[ADDED]}
+    return complete(found, derived)
 
 
 def with_layout(settings: Values, run: Path) -> dict[str, Any]:
@@ -298,11 +325,17 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     judge = content.get("judge")
     if isinstance(judge, str) and ":" in judge:
         problems += attempt(partial(load_function, judge, "judge"))
-    elif judge in settings["reward_models"]:
+    elif isinstance(judge, str) and _training(judge) in map(_training, settings["reward_models"]):
         problems.append(Problem("judge", judge, "PPO is trained to please this model; give one that it does not see"))
     elif isinstance(judge, str) and judge != VOTES and is_missing(judge):
         problems.append(Problem("judge", judge, "there is no such folder; give a reward model, votes or a function"))
     return [replace(problem, field=f"{prefix}{problem.field}") for problem in problems]
+
+
+def _training(model: str) -> Path:
+    """Return the folder that a training wrote a model to, which is the model or has it as a checkpoint."""
+    path = Path(model).resolve()
+    return path.parent if path.name.startswith("checkpoint-") else path
 
 
 def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Problem]]:
@@ -322,7 +355,8 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
     content = {key: value for key, value in content.items() if not alone or key not in STAGES_OF} | data | options
     settings = complete(content, own, only_named=alone or any(key in content for key in STAGES_OF if args.name))
     checked = {key: settings.get(key) for key in STAGES_OF if args.config or key in data}
-    problems = check({**settings, **dict.fromkeys(STAGES_OF), **checked})
+    rewards = [*settings["reward_models"], *move(settings, Path(args.run))["reward_models"]]
+    problems = check({**settings, **dict.fromkeys(STAGES_OF), **checked, "reward_models": rewards})
 
     def as_option(problem: Problem) -> Problem:
         key, colon, name = problem.field.partition(": ")

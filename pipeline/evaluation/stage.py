@@ -21,7 +21,7 @@ from pipeline.evaluation.held_out import HeldOut, find_overlaps
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.results import StageResult, held_out_pairs
 from pipeline.evaluation.reward_model import measure_pairs, measure_people
-from pipeline.evaluation.settings import BASE, DEFAULT_LENGTH, LENGTHS, VOTES
+from pipeline.evaluation.settings import BASE, DEFAULT_LENGTH, LENGTHS, VOTES, template_arguments
 from pipeline.evaluation.sources import Example
 from pipeline.files import check_directory
 from pipeline.models.checks import check_lengths
@@ -143,7 +143,10 @@ def _measure_language_model(
     model = _place(model)
     limits = answer_lengths(model, settings)
     vllm = VLLMSampler(model, tokenizer) if settings.get("vllm") else None
-    chats = {key: ChatModel(model, tokenizer, limit, vllm) for key, limit in limits.items()}
+    chats = {
+        key: ChatModel(model, tokenizer, limit, vllm, template=template_arguments(settings, stage, key))
+        for key, limit in limits.items()
+    }
     result.left_out += [line for name, line in WITHOUT.items() if not getattr(held_out, name)]
     if held_out.texts:
         with RouteCounter(model) as counter:
@@ -164,12 +167,14 @@ def _measure_language_model(
         result.judge = judge.name
         answer = {"seed": seed, "max_new_tokens": limits["prompts"], "dtype": hardware.fast_dtype()}
         answer |= {"vllm": True} if vllm else {}
+        template = template_arguments(settings, against, "prompts")
+        answer |= {"template": template} if template else {}
         answered = matches.fingerprint(its_path, judged, device=hardware.accelerator(), **answer)
         if stage == against:
             opponent, result.opponent = chats["prompts"], answered
         elif settings.get("judge") == VOTES or (opponent := matches.saved_answers(folder, against, answered)) is None:
             own = settings.get("base_tokenizer") if against == BASE else None
-            opponent = load_chat_model(its_path, "--against", limits["prompts"], own, bool(vllm))
+            opponent = load_chat_model(its_path, "--against", limits["prompts"], own, bool(vllm), template)
             opponent.model.to(hardware.fast_dtype())
     ungraded = [row for row in held_out.instructions if not is_gradable(row)] if not _graded(held_out) else []
     if ungraded:
@@ -195,9 +200,9 @@ def _measure_language_model(
         key: {**chat.counts, "limit": chat.max_new_tokens} for key, chat in chats.items() if chat.counts["answers"]
     }
     if stage == against:
-        chat = replace(chats["problems"], counts=Counter())
+        chat, matching = (replace(chats[key], counts=Counter()) for key in ("problems", "prompts"))
         baselines.measure_baselines(
-            result, chat, held_out, answers, seed, settings["elicit"], judge or ANNOTATORS, limits["prompts"]
+            result, chat, held_out, answers, seed, settings["elicit"], judge or ANNOTATORS, matching
         )
     metrics.answer_fixed_prompts(result, replace(chats["instructions"], counts=Counter()), held_out.fixed_prompts)
 
@@ -267,11 +272,17 @@ def holds_model(path: Path) -> bool:
 
 
 def load_chat_model(
-    path: Path, option: str, max_new_tokens: int, tokenizer: str | None = None, vllm: bool = False
+    path: Path,
+    option: str,
+    max_new_tokens: int,
+    tokenizer: str | None = None,
+    vllm: bool = False,
+    template: Mapping[str, Any] | None = None,
 ) -> ChatModel:
     """Load the language model in `path`, which `option` names, in float32 on the accelerator if there is one."""
     model, words = load_model(str(path), option, dtype=torch.float32, tokenizer=tokenizer)
-    return ChatModel(_place(model), words, max_new_tokens, VLLMSampler(model, words) if vllm else None)
+    sampler = VLLMSampler(model, words) if vllm else None
+    return ChatModel(_place(model), words, max_new_tokens, sampler, template=template or {})
 
 
 def _place(model: PreTrainedModel) -> PreTrainedModel:

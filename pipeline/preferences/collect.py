@@ -17,6 +17,7 @@ of a split come from the prompts of that split. A prompt that also occurs in a h
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -33,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import hardware, launch
 from pipeline.config.checks import check_ranges
+from pipeline.config.output_directory import recorded_template
 from pipeline.data.arguments import DataArguments
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
@@ -91,11 +93,21 @@ class PreferenceArguments:
         default=0.0, metadata={"help": "Never sample tokens less probable than this share of the most probable one."}
     )
     max_new_tokens: int = field(default=64, metadata={"help": "Maximum length of an answer, in tokens."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of the chat template (default: those that the model was trained with)."},
+    )
     batch_size: int = field(default=384, metadata={"help": "Answers sampled at once by each process."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling and of the annotators."})
 
     def __post_init__(self) -> None:
-        if problems := check_ranges(vars(self)):
+        problems = check_ranges(vars(self))
+        try:
+            if isinstance(given := self.chat_template_kwargs, str):
+                self.chat_template_kwargs = dict(json.loads(given))
+        except (ValueError, TypeError):
+            problems.append(Problem("chat_template_kwargs", given, "is not a JSON object; correct it"))
+        if problems:
             raise UserError(*problems)
 
 
@@ -252,8 +264,13 @@ def encode(
     Raises:
         UserError: If the chat template refuses a prompt, or a prompt does not leave room for `max_new_tokens`.
     """
+    template = args.chat_template_kwargs
+    if not isinstance(template, dict):
+        template = recorded_template(args.model_name_or_path)
     try:
-        encoded = {name: encode_prompts(tokenizer, [row["prompt"] for row in rows]) for name, rows in prompts.items()}
+        encoded = {
+            name: encode_prompts(tokenizer, [row["prompt"] for row in rows], template) for name, rows in prompts.items()
+        }
     except TemplateError as error:
         remedy = f"its chat template refuses a prompt of the data ({error}); correct one of them"
         raise UserError(Problem("model_name_or_path", args.model_name_or_path, remedy)) from None

@@ -22,8 +22,11 @@ from pipeline.__main__ import main
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
-from pipeline.evaluation.settings import check, complete, derive
+from pipeline.evaluation import chat_model, metrics
+from pipeline.evaluation.held_out import read_held_out
+from pipeline.evaluation.settings import LENGTHS, check, complete, derive, recorded, template_arguments
 from pipeline.evaluation.sources import Part, Reader, Source
+from pipeline.models.generation import Completion
 from tests import vllm_stub
 
 OWN = "tests.evaluation.own_functions:{}"
@@ -301,15 +304,90 @@ def test_a_reward_model_judges_unless_ppo_is_trained_to_please_it(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = {"dataset_name": write_rows(tmp_path / "prompts.jsonl", FRENCH), "prompt_column": "question"}
-    write_stage(run, "3_ppo", seed=1, reward_model_path=[str(run / "3_reward")], **prompts)
+    own = {"output_dir": str(run / "3_ppo"), "reward_model_path": [str(run / "3_reward")]}
+    write_stage(run, "3_ppo", seed=1, **own, **prompts)
     write_reward_model(run / "3_judge", seed=5)
     result, _ = evaluate(run, "3_ppo", "--judge", str(run / "3_judge"), "--max_new_tokens", "5")
     assert result["judge"] == f"the reward model {run / '3_judge'}"
     assert 0 <= result["metrics"]["win_rate"]["value"] <= 1
-    error = refused(capsys, run, "--stage", "3_ppo", "--judge", run / "3_reward")
-    assert error.startswith("--judge: ") and "PPO is trained to please" in error
+    (tmp_path / "link").symlink_to(run / "3_reward")
+    for name in ("run/3_reward", "run/3_reward/", "run/../run/3_reward", "run/3_reward/checkpoint-7", "link"):
+        error = refused(capsys, run, "--stage", "3_ppo", "--judge", f"{tmp_path}/{name}")
+        assert error.startswith("--judge: ") and "PPO is trained to please" in error
+    moved = run.rename(tmp_path / "moved")
+    assert "PPO is trained to please" in refused(capsys, moved, "--stage", "3_ppo", "--judge", moved / "3_reward")
+    moved.rename(run)
     later, _ = evaluate(run, "3_ppo", "--judge", str(run / "9_later"), "--max_new_tokens", "5")
     assert "win_rate" not in later["metrics"] and any("not trained yet" in line for line in later["left_out"])
+
+
+SWITCH = "{% if quick %}quick{% else %}slow{% endif %}"
+
+
+@pytest.mark.parametrize("stage", ["2_sft", "4_grpo"])
+def test_prompts_are_written_with_the_template_arguments_of_the_stages(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    prompts = {"dataset_name": write_rows(tmp_path / "prompts.jsonl", FRENCH), "prompt_column": "question"}
+    write_stage(run, "3_ppo", max_completion_length=4, chat_template_kwargs={"quick": True}, **prompts)
+    write_stage(run, "4_grpo", max_completion_length=4, chat_template_kwargs={"quick": True}, **prompts)
+    for name in ("2_sft", "4_grpo"):
+        tokenizer = AutoTokenizer.from_pretrained(run / name)
+        tokenizer.chat_template = small_model.CHATML + SWITCH
+        tokenizer.save_pretrained(run / name)
+    ends: set[tuple[str, str]] = set()
+
+    def spy(model: Any, tokenizer: Any, prompts: Any, *, samples: int = 1, **options: Any) -> Any:
+        for text in map(tokenizer.decode, prompts):
+            # The file for instruction tuning has the same questions as the others.
+            ends.add((str(options["max_new_tokens"]), "quick" if "quick" in text[-20:] else "slow"))
+        return [[Completion("no", [5], True)] * samples for _ in prompts]
+
+    monkeypatch.setattr(chat_model, "generate", spy)
+    scored = []
+    monkeypatch.setattr(
+        metrics, "answer_losses", lambda *args, **options: scored.append(options["template"]) or [(0.0, 0)] * 2
+    )
+    evaluate(run, stage, "--judge", OWN.format("longer_answers_win"), "--limit", "2", "--elicit", "So")
+    assert scored == [{"quick": True} if stage == "4_grpo" else {}]
+    instructions = {"quick" if stage == "4_grpo" else "slow"}
+    assert {end for limit, end in ends if limit == "12"} == instructions
+    assert {end for limit, end in ends if limit != "12"} == {"quick"}
+
+
+def test_settings_say_with_which_template_arguments_stages_are_asked(run: Path) -> None:
+    own = {"dataset_name": "q.jsonl"}
+    stages: list[Any] = [
+        ("2_sft", "sft", own),
+        ("3_ppo", "ppo", own),
+        ("4_grpo", "grpo", {**own, "chat_template_kwargs": '{"quick": true}'}),
+    ]
+    settings = complete({}, derive(stages, Path("runs/x")))
+    asked = [template_arguments(settings, stage, key) for stage in ("2_sft", "4_grpo") for key in LENGTHS]
+    assert asked == [{}, {"quick": True}, {}] + [{"quick": True}] * 3
+    assert complete({}, derive(stages[:2], Path("runs/x")))["chat_template_kwargs"] is None, "as in earlier records"
+    # The record of an earlier release lacks the key, which the arguments of the stages still tell.
+    old = {name: value for name, value in settings.items() if name != "chat_template_kwargs"} | {"limit": 7}
+    (run / "run.json").write_text(json.dumps({"steps": {"evaluate_2_sft": {"values": old}}}))
+    write_stage(run, "4_grpo", **own, chat_template_kwargs={"quick": False})
+    found = recorded(run, "2_sft")
+    assert found == old | {"chat_template_kwargs": {"4_grpo": {"quick": False}, "problems": {"quick": False}}}
+
+
+def test_named_data_without_the_system_prompt_of_training_are_warned_of(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    questions = write_rows(tmp_path / "problems.jsonl", FRENCH)
+    write_stage(run, "4_grpo", dataset_name=questions, prompt_column="question", system_prompt="Réfléchis.")
+    settings = complete({}, recorded(run, "4_grpo"))
+    columns = {"dataset_name": write_rows(tmp_path / "others.jsonl", FRENCH), "prompt_column": "question"}
+    for given, warned in ({}, True), ({"system_prompt": "Pense."}, False):
+        caplog.clear()
+        read_held_out(run, complete({"problems": columns | given}, settings), ["problems"], baselines=False)
+        assert ("was trained with 'Réfléchis.'" in caplog.text) is warned
+    caplog.clear()
+    read_held_out(run, settings, [], baselines=False)
+    assert "Réfléchis" not in caplog.text
 
 
 def test_people_vote_on_the_answers_that_were_written_down_for_them(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -37,8 +39,10 @@ from pipeline.data.splits import load_splits
 from pipeline.data.votes import read_votes
 from pipeline.errors import EXIT_WAITING, RunStopped, UserError
 from pipeline.models.generation import Completion
-from pipeline.preferences.collect import PreferenceArguments, collect, label_answers, read_prompts
+from pipeline.preferences import labels
+from pipeline.preferences.collect import PreferenceArguments, collect, encode, label_answers, read_prompts
 from pipeline.preferences.files import write
+from pipeline.preferences.judges import Judge, compare, score
 from pipeline.preferences.people import VoteArguments, wait_for_votes
 from pipeline.rewards.annotators import PANEL, taste
 from tests.word_model import word_model_config, word_tokenizer
@@ -199,6 +203,61 @@ def test_a_reward_model_judges(arguments: dict[str, Any], prompts_dir: Path, mod
     assert scores[0] > scores[1]
     with pytest.raises(UserError, match=r"judge: .*: is not a reward model"):
         collect(PreferenceArguments(**given, judge=str(model_dir)))
+
+
+def test_a_reward_model_scores_each_answer_once_and_in_batches() -> None:
+    torch.manual_seed(1)
+    model, words = LlamaForSequenceClassification(word_model_config(WORDS, num_labels=1)), word_tokenizer(WORDS)
+    texts = [" ".join(WORDS[i : i + 1 + i % 4]) for i in range(10)]
+    conversations = [[{"role": "user", "content": "is"}, {"role": "assistant", "content": text}] for text in texts * 3]
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, inputs: passes.append(len(inputs["input_ids"])), with_kwargs=True)
+    scores = score(model, words, conversations)
+    assert passes == [10]
+    assert scores == scores[:10] * 3
+    model.config.pad_token_id = None
+    assert score(model, words, conversations) == pytest.approx(scores, abs=1e-6)
+    assert passes[1:] == [1] * 10
+
+
+def test_processes_take_turns_at_judging(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": [{"role": "user", "content": str(i)}]} for i in range(150)]
+    answers = [[f"{'a' * (i % 7)}b", "aaa", "aaaaa"] for i in range(150)]
+    calls: list[list[str]] = []
+
+    def match(ours: Any, theirs: Any, asked: Any) -> list[float]:
+        calls.append([row["prompt"][0]["content"] for row in asked])
+        return compare([len(one) for one in ours], [len(one) for one in theirs])
+
+    judge = Judge("a test", match)
+    expected = label_answers(rows, answers, pairs_per_prompt=2, judge=judge)
+    assert len(calls) == 3 and sum(len(set(asked)) for asked in calls) == 150
+    alone, calls = calls, []
+    parts: list[Any] = []
+    for process in (0, 1):
+        monkeypatch.setattr(labels, "PartialState", lambda p=process: SimpleNamespace(num_processes=2, process_index=p))
+        monkeypatch.setattr(labels, "gather_object", lambda judged: parts.extend(judged) or parts)
+        found = label_answers(rows, answers, pairs_per_prompt=2, judge=judge) if process else None
+        if process == 0:
+            with contextlib.suppress(ValueError):
+                label_answers(rows, answers, pairs_per_prompt=2, judge=judge)
+    assert found == expected
+    assert sorted(calls) == sorted(alone)
+
+
+def test_prompts_are_written_with_the_template_arguments_of_the_model(model_dir: Path, tmp_path: Path) -> None:
+    words = word_tokenizer(["is", "quick"])
+    words.chat_template += "{% if quick %}quick{% endif %}"
+    model = SimpleNamespace(config=word_model_config(WORDS))
+    prompts = {"train": [{"prompt": [{"role": "user", "content": "is"}]}]}
+    (tmp_path / "arguments.json").write_text('{"chat_template_kwargs": {"quick": true}}')
+    ends = []
+    for folder, template in (tmp_path, None), (tmp_path, {}), (model_dir, None), (model_dir, '{"quick": true}'):
+        args = PreferenceArguments(str(folder), "-", "-", max_new_tokens=8, chat_template_kwargs=template)
+        ends.append(words.decode(encode(model, words, prompts, args)["train"][0]).split()[-1])
+    assert ends == ["quick", "<assistant>", "<assistant>", "quick"]
+    with pytest.raises(UserError, match="chat_template_kwargs: quick: is not a JSON object"):
+        PreferenceArguments("-", "-", "-", chat_template_kwargs="quick")
 
 
 def test_a_prompt_that_spells_a_special_token_is_refused(arguments: dict[str, Any], tmp_path: Path) -> None:
