@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -325,7 +326,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     judge = content.get("judge")
     if isinstance(judge, str) and ":" in judge:
         problems += attempt(partial(load_function, judge, "judge"))
-    elif isinstance(judge, str) and _training(judge) in map(_training, settings["reward_models"]):
+    elif isinstance(judge, str) and _training(judge) in map(_training, map(str, settings["reward_models"])):
         problems.append(Problem("judge", judge, "PPO is trained to please this model; give one that it does not see"))
     elif isinstance(judge, str) and judge != VOTES and is_missing(judge):
         problems.append(Problem("judge", judge, "there is no such folder; give a reward model, votes or a function"))
@@ -334,7 +335,9 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
 
 def _training(model: str) -> Path:
     """Return the folder that a training wrote a model to, which is the model or has it as a checkpoint."""
-    path = Path(model).resolve()
+    path = Path(model)
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # a loop of links, or no name that a file can have
+        path = path.resolve()
     return path.parent if path.name.startswith("checkpoint-") else path
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import transformers
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import Problem
 from pipeline.models.loading import is_reward_model, validate_vocabulary
+
+TEMPLATE_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+"""What is passed to chat templates in any case."""
+
+
+def check_template_arguments(given: Any) -> list[Problem]:
+    """Check that the `chat_template_kwargs`, None or a mapping, are the template's own."""
+    if not (taken := TEMPLATE_ARGUMENTS.intersection(given or {})):
+        return []
+    remedy = f"{', '.join(sorted(taken))} cannot be given, because they are set already; leave them out"
+    return [Problem("chat_template_kwargs", given, remedy)]
 
 
 def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool) -> list[Problem]:

@@ -40,7 +40,7 @@ from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_replaceable
-from pipeline.models.checks import check_model, check_room
+from pipeline.models.checks import check_model, check_room, check_template_arguments
 from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.tokenizer import special_tokens
@@ -105,6 +105,7 @@ class PreferenceArguments:
         try:
             if isinstance(given := self.chat_template_kwargs, str):
                 self.chat_template_kwargs = dict(json.loads(given))
+            problems += check_template_arguments(self.chat_template_kwargs)
         except (ValueError, TypeError):
             problems.append(Problem("chat_template_kwargs", given, "is not a JSON object; correct it"))
         if problems:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
@@ -16,7 +15,6 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerState,
     TrainingArguments,
@@ -33,6 +31,7 @@ from trl import GRPOConfig, ModelConfig
 
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.hub.access import check_access
+from pipeline.models.checks import check_template_arguments
 from pipeline.models.loading import skip_unreachable_hub
 from pipeline.models.vllm_sampler import validate_vllm
 from pipeline.training.checkpoint_manifest import STATE
@@ -65,9 +64,6 @@ VLLM_SERVER = (
     "--logprobs-mode processed_logprobs --max-logprobs -1"
 )
 """The command by which a server takes the weights of each step from TRL."""
-
-TEMPLATE_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
-"""What TRL passes to chat templates itself."""
 
 
 def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
@@ -267,9 +263,7 @@ def _check_rollouts(args: GRPOConfig) -> list[Problem]:
     problems = []
     if args.remove_unused_columns:
         problems.append(Problem("remove_unused_columns", True, "would remove the columns that rewards read; omit it"))
-    if taken := TEMPLATE_ARGUMENTS.intersection(options := args.chat_template_kwargs or {}):
-        remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL sets them; leave them out"
-        problems.append(Problem("chat_template_kwargs", options, remedy))
+    problems += check_template_arguments(args.chat_template_kwargs)
     if args.use_vllm:
         problems += _check_vllm(args)
         # vLLM's probabilities are those after all filters, and the loss is corrected by them.

@@ -30,7 +30,7 @@ from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.files import is_missing_path
 from pipeline.launch import once_per_node
-from pipeline.models.checks import check_lengths, check_model, check_tokenizer
+from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
 from pipeline.models.llama4 import ScratchArguments, build_model
 from pipeline.models.loading import (
     base_of,
@@ -154,7 +154,7 @@ def load_inputs(
                 if kind == "prompt":
                     limit = training_args.max_completion_length or 0
                     given = training_args.chat_template_kwargs or {}
-                    template = {k: value for k, value in given.items() if k not in checks.TEMPLATE_ARGUMENTS}
+                    template = {k: value for k, value in given.items() if k not in TEMPLATE_ARGUMENTS}
                     train, held_out = (
                         s and drop_long_prompts(s, tokenizer, limit, positions, template) for s in splits
                     )

@@ -166,6 +166,17 @@ def test_what_a_file_names_is_measured_and_graded_as_it_says(run: Path, tmp_path
     assert "answer_bits_per_byte" in result["metrics"], "what the file does not name is the stages' own"
 
 
+def test_one_row_has_no_interval_and_no_verdict(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result, _ = evaluate(run, "2_sft", "--limit", "1")
+    assert result["metrics"]["mean_length"] == {"value": 12.0, "ci95": None, "n": 1}
+    assert main(["report", str(run)]) == 0
+    summary = json.loads((run / "report" / "metrics.json").read_text())
+    assert summary["stages"]["2_sft"]["mean_length"]["ci95"] is None
+    capsys.readouterr()
+    assert main(["compare", str(run), "--against", str(run)]) == 0
+    assert not {"better", "worse"}.intersection(capsys.readouterr().out.split())
+
+
 def test_null_leaves_data_out(run: Path, tmp_path: Path) -> None:
     config = tmp_path / "evaluate.yaml"
     config.write_text(f"instructions: null\nproblems: {run.parent}/questions.jsonl\n")

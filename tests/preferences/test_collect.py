@@ -256,6 +256,8 @@ def test_prompts_are_written_with_the_template_arguments_of_the_model(model_dir:
         args = PreferenceArguments(str(folder), "-", "-", max_new_tokens=8, chat_template_kwargs=template)
         ends.append(words.decode(encode(model, words, prompts, args)["train"][0]).split()[-1])
     assert ends == ["quick", "<assistant>", "<assistant>", "quick"]
+    with pytest.raises(UserError, match=r"chat_template_kwargs: .*: tokenize cannot be given"):
+        PreferenceArguments("-", "-", "-", chat_template_kwargs={"tokenize": False})
     with pytest.raises(UserError, match="chat_template_kwargs: quick: is not a JSON object"):
         PreferenceArguments("-", "-", "-", chat_template_kwargs="quick")
 

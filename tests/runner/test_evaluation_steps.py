@@ -13,6 +13,7 @@ from small_model import ROOT
 from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.evaluation.settings import check
+from pipeline.runner.changes import Changes
 from pipeline.runner.plan import read_plan
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
@@ -179,3 +180,14 @@ def test_without_grades_a_stage_is_judged_by_the_likelihood_of_answers(folder: P
         assert state.figure("2_sft").startswith(shown)
     path.unlink()
     assert state.metric("2_sft") == "instruction_accuracy" and state.figure("2_sft") == ""
+
+
+def test_other_arguments_of_the_chat_template_are_measured_again(folder: Path) -> None:
+    steps = evaluations(folder)
+    # Runs of earlier releases do not record the key.
+    older = {name: value for name, value in steps["evaluate_2_sft"].values.items() if name != "chat_template_kwargs"}
+    assert not Changes.find(steps["evaluate_2_sft"], older).effective
+    values = {**FILES["3_ppo"], "output_dir": "runs/r/3_ppo", "chat_template_kwargs": {"enable_thinking": False}}
+    (folder / "3_ppo.yaml").write_text(yaml.safe_dump(values))
+    for name, step in evaluations(folder).items():
+        assert list(Changes.find(step, steps[name].values).effective) == ["chat_template_kwargs"]
