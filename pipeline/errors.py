@@ -1,21 +1,19 @@
 """How a program ends early: user errors, reported in one line each, and stops for a known reason.
 
-While a run is being prepared, from its arguments to its first step, the libraries reject what only they can judge: a
-trainer's constructor raises one error at a time, with a traceback. An error that names a field, or the value that the
-user gave it, is then reported as that field's problem; any other is a defect and keeps its traceback.
+Mistakes of the user are found by checks, and by the constructor or the loader that a field was given to, which names
+that field. Any other exception is a defect of this project or of a library, and keeps its traceback.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 EXIT_USER_ERROR = 2
 """Exit code of a run refused because of its input (the convention of `argparse` and of POSIX shells)."""
@@ -40,9 +38,6 @@ LIBRARY_ERRORS = (
 
 LONGEST_VALUE = 300
 """Characters of a value that a message repeats."""
-
-SHORTEST_NAME = 4
-"""Characters that a value must have so that finding it in an error message is not a coincidence."""
 
 HUB_UNREACHABLE = (
     "is not a local path, and the Hub cannot be reached; check the network (and HF_HUB_OFFLINE) or give a local path"
@@ -110,26 +105,15 @@ class RunStopped(Exception):
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a traceback.
 
-    While a run is being prepared, errors of the libraries that name a field are user errors as well.
-
     Raises:
         SystemExit: With code 2 after a `UserError` (one line per problem), with its own code after a `RunStopped`, with
             130 after Ctrl-C.
     """
     # Several processes of one machine find the same mistakes; one reports them.
     first = os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
-    end_preparation()
     try:
-        try:
-            yield
-        except (UserError, RunStopped):
-            raise
-        except Exception as error:
-            if refusal := explain_library_error(error):
-                raise refusal from error
-            raise
+        yield
     except UserError as error:
-        remove_new_directories()
         if first:
             print(*error.problems, sep="\n", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
@@ -141,71 +125,28 @@ def exit_on_user_error() -> Iterator[None]:
         if first:
             print("Interrupted.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    finally:
-        end_preparation()
 
 
-@dataclass(frozen=True)
-class _Preparation:
-    asked: Mapping[str, Any]
-    known: frozenset[str]
-    missing_directories: tuple[Path, ...]
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals after which a run saves and ends: Ctrl-C, a cluster's SIGTERM, a terminal that closes.
 
-
-_current: _Preparation | None = None
-
-
-def begin_preparation(asked: Mapping[str, Any], known: Iterable[str], output_dir: str | None) -> None:
-    """Treat errors of the libraries that name a field as user errors, until `end_preparation`.
-
-    Args:
-        asked: Values that the user gave, by field.
-        known: All fields.
-        output_dir: Where the run will write.
+    A run under `nohup` ignores the last one, and goes on.
     """
-    global _current
-    path = Path(output_dir or ".").absolute()
-    missing = tuple(folder for folder in (path, *path.parents) if not folder.exists())
-    _current = _Preparation(dict(asked), frozenset(known), missing)
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
 
 
-def end_preparation() -> None:
-    """Treat errors of the libraries as defects again: the first step begins, or the program ends."""
-    global _current
-    _current = None
-
-
-def explain_library_error(error: Exception) -> UserError | None:
-    """Return the user error behind a library's error; None if it names no field, or no run is being prepared."""
-    if _current is None:
-        return None
-    message = " ".join(str(error).split())
-    name = field_named_in(message, _current.asked)
-    if name is None:
-        others = sorted(other for other in _current.known if "_" in other)
-        name = next((other for other in others if re.search(rf"\b{re.escape(other)}\b", message)), None)
-    return UserError(Problem(name, _current.asked.get(name, "not given"), message)) if name else None
-
-
-def remove_new_directories() -> None:
-    """Remove the output directory that a constructor has created for a run that is refused."""
-    for folder in _current.missing_directories if _current is not None else ():
-        with contextlib.suppress(OSError):  # others wrote there meanwhile
-            folder.rmdir()
-
-
-def field_named_in(message: str, values: Mapping[str, Any]) -> str | None:
-    """Return the field that an error message mentions, by its name or by its value."""
-    for separator in ("_", " "):
-        for name in values:
-            if re.search(rf"\b{re.escape(name.replace('_', separator))}\b", message):
-                return name
-    for name, value in values.items():
-        for item in value if isinstance(value, list) else [value]:
-            named = isinstance(item, str) and len(item) >= SHORTEST_NAME
-            if named and re.search(rf"(?<!\w){re.escape(item)}(?!\w)", message, re.IGNORECASE):
-                return name
-    return None
+def leave_closed_terminal() -> None:
+    """Write to nowhere if the terminal was closed, where writing fails. May be called in a signal handler."""
+    for descriptor in (1, 2):
+        try:
+            os.get_terminal_size(descriptor)
+        except OSError as error:
+            # A file or a pipe, which is no terminal, fails with ENOTTY.
+            if error.errno == errno.EIO:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def is_network_error(error: BaseException | None) -> bool:

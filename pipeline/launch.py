@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import getpass
 import itertools
@@ -21,12 +22,15 @@ import torch
 from filelock import FileLock
 
 from pipeline import hardware
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, RunStopped, UserError
 
 if TYPE_CHECKING:  # importing them takes seconds, too long for `--help`
     from transformers import Trainer, TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+STOPPED = "fourstage/stopped"
+"""Key of a process group's store under which a process that stops leaves its exit code."""
 
 
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
@@ -166,6 +170,36 @@ def use_one_gpu(args: TrainingArguments) -> None:
     """
     if args.n_gpu > 1:
         args._n_gpu = 1
+
+
+@contextmanager
+def stop_as_one() -> Iterator[None]:
+    """End in silence if the connection to another process is lost because that one stopped and has reported why.
+
+    Raises:
+        SystemExit: With the other process's exit code.
+    """
+    try:
+        yield
+    except RunStopped as stop:
+        if (store := _store()) is not None:
+            store.set(STOPPED, str(stop.exit_code))
+        raise
+    except RuntimeError:
+        code = None
+        # The process that serves the store may have ended without a reason.
+        with contextlib.suppress(RuntimeError):
+            if (store := _store()) is not None and store.check([STOPPED]):
+                code = int(store.get(STOPPED))
+        if code is None:
+            raise
+        sys.exit(code)
+
+
+def _store() -> torch.distributed.Store | None:
+    """Return the store that the processes of a group share, or None without a group."""
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.distributed_c10d._get_default_store() if grouped else None
 
 
 def check_launch(args: TrainingArguments) -> list[Problem]:

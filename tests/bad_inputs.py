@@ -571,6 +571,47 @@ CASES |= {
         '--gradient_checkpointing_kwargs {{"foo":1}}',
         ("gradient_checkpointing_kwargs:", "unknown option foo", "use_reentrant"),
     ),
+    "an option of checkpointing of the wrong type": Case(
+        "pretrain",
+        '--gradient_checkpointing_kwargs {{"determinism_check":"foo"}}',
+        ("gradient_checkpointing_kwargs:", "determinism_check must be one of default, none"),
+    ),
+    "checkpoints compared by nothing": Case(
+        "pretrain", "--save_strategy best", ("save_strategy: best", "needs metric_for_best_model")
+    ),
+    "packed to no length": Case("sft", "--max_length null", ("max_length: None", "with packing")),
+    "rows without padding that are not cut": Case(
+        "sft", "--packing false --padding_free", ("padding_free: True", "max_length")
+    ),
+    "an unknown padding": Case("reward", "--pad_token <foo>", ("pad_token: <foo>", "not found in the vocabulary")),
+    "a loss of experts that are not there": Case(
+        "sft", "--router_aux_loss_coef 0.1", ("router_aux_loss_coef: 0.1", "does not have experts")
+    ),
+    "LoRA with dropout where PEFT has none": Case(
+        "grpo", "--use_peft --lora_target_parameters mlp.up_proj.weight", ("lora_dropout: 0.05", "ParamWrapper")
+    ),
+    "LoRA on what is trained in full": Case(
+        "sft",
+        "--use_peft --lora_target_modules q_proj --lora_modules_to_save self_attn",
+        ("lora_target_modules: ['q_proj']", "No modules were targeted"),
+    ),
+    "LoRA on the output layer": Case(
+        "ppo", "--use_peft --lora_target_modules lm_head", ("lora_target_modules: ['lm_head']", "lora_modules_to_save")
+    ),
+    "a reference that is not there": Case("grpo", "--sync_ref_model", ("sync_ref_model: True", "beta")),
+    "a reference without weights of its own": Case(
+        "grpo", "--sync_ref_model --beta 0.1 --use_peft", ("sync_ref_model: True", "use_peft")
+    ),
+    "an unknown option of accelerate's accumulation": Case(
+        "sft",
+        '--accelerator_config {{"gradient_accumulation_kwargs":{{"foo":1}}}}',
+        ("accelerator_config:", "'foo'"),
+    ),
+    "metrics by batch": Case("pretrain", "--batch_eval_metrics", ("batch_eval_metrics: True", "whole evaluation")),
+    "other labels": Case("pretrain", "--label_names x", ("label_names: ['x']", "omit it")),
+    "a length of pairs": Case(
+        "reward", "--train_sampling_strategy group_by_length", ("train_sampling_strategy: group_by_length", "lengths")
+    ),
     "an unknown compiler": Case(
         "sft", "--torch_compile --torch_compile_backend foo", ("torch_compile_backend: foo", "inductor")
     ),

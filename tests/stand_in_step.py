@@ -57,8 +57,8 @@ def wait_for_signal(directory: Path) -> None:
 
     if checkpoint.exists():
         return
-    signal.signal(signal.SIGINT, save)
-    signal.signal(signal.SIGTERM, save)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, save)
     (directory / "pid").write_text(str(os.getpid()))
     time.sleep(60)
 

@@ -1,46 +1,36 @@
-"""Before the first step, an error of a library is the user's mistake if it mentions a field, and else a defect."""
+"""How a program ends: a line for each mistake of the user, a traceback for a defect."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from pipeline.errors import Problem, UserError, begin_preparation, end_preparation, exit_on_user_error
+from pipeline.errors import Problem, RunStopped, UserError, exit_on_user_error
 from pipeline.runner.changes import without_secrets
 
 
 @pytest.mark.parametrize(
-    ("message", "line"),
+    ("error", "code", "said"),
     [
-        ("please install GaLore", "optim: galore: please install GaLore"),
-        ("the seed is odd", "seed: 3: the seed is odd"),
-        ("give metric_for_best, too", "metric_for_best: not given: give metric_for_best, too"),
+        (
+            UserError(Problem("seed", -1, "raise it"), Problem("optim", "x", "omit it")),
+            2,
+            "seed: -1: raise it\noptim: x: omit it\n",
+        ),
+        (RunStopped("The disk is full.", exit_code=3), 3, "The disk is full.\n"),
+        (KeyboardInterrupt(), 130, "Interrupted.\n"),
     ],
 )
-def test_an_error_that_mentions_a_field_is_reported_for_it(
-    message: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_end_for_a_known_reason_is_a_message_and_an_exit_code(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "runs" / "output"
     with pytest.raises(SystemExit) as ended, exit_on_user_error():
-        begin_preparation({"optim": "galore", "seed": 3}, ["optim", "seed", "metric_for_best"], str(output))
-        output.mkdir(parents=True)
-        raise ImportError(message)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.strip() == line
-    assert not (tmp_path / "runs").exists(), "nothing is left behind"
+        raise error
+    assert ended.value.code == code
+    assert capsys.readouterr().err == said
 
 
-def test_an_error_that_mentions_no_field_keeps_its_traceback() -> None:
-    with pytest.raises(ValueError, match="something else is wrong"), exit_on_user_error():
-        begin_preparation({"optim": "galore"}, ["optim"], None)
-        raise ValueError("something else is wrong")
-
-
-def test_after_the_first_step_errors_keep_their_traceback() -> None:
+def test_any_other_error_keeps_its_traceback_whatever_it_says() -> None:
     with pytest.raises(ValueError, match="optim"), exit_on_user_error():
-        begin_preparation({"optim": "galore"}, ["optim"], None)
-        end_preparation()
         raise ValueError("optim is wrong")
 
 

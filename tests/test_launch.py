@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 from accelerate import Accelerator
+import torch
 from small_model import ROOT
 from transformers import TrainingArguments
 from trl import SFTConfig
@@ -24,7 +25,7 @@ from pipeline import files, hardware, launch
 from pipeline.config import output_directory
 from pipeline.config.checks import check_together
 from pipeline.config.parser import parse
-from pipeline.errors import UserError
+from pipeline.errors import RunStopped, UserError
 from pipeline.runner import processes
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu_bench import Bench, Failed, Line, at_most
@@ -371,3 +372,25 @@ def test_only_settings_that_affect_the_weights_must_stay_the_same(tmp_path: Path
     default = arguments(weight_decay=0.5, bf16=True)
     assert "bf16 was False" in str(output_directory.check_output_directory([default])[0])
     assert "bf16" not in str(output_directory.check_output_directory([default], machine={"bf16"})[0]), "another machine"
+
+
+def test_the_end_of_one_process_is_reported_by_it_alone() -> None:
+    """The others lose their connection to it, with errors that say nothing."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="closed by peer"), launch.stop_as_one():
+            raise RuntimeError("Connection closed by peer")
+        with pytest.raises(RunStopped), launch.stop_as_one():
+            raise RunStopped("The loss became nan.", exit_code=7)
+        with pytest.raises(SystemExit) as ended, launch.stop_as_one():
+            raise RuntimeError("Connection closed by peer")
+        with pytest.raises(TypeError), launch.stop_as_one():
+            raise TypeError("a defect")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert ended.value.code == 7
+
+
+def test_without_a_group_errors_are_as_they_were() -> None:
+    with pytest.raises(RuntimeError, match="a defect"), launch.stop_as_one():
+        raise RuntimeError("a defect")

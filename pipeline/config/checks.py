@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem
@@ -118,6 +119,8 @@ UNSUPPORTED = {
     "model_init_kwargs": "is replaced by model_revision, attn_implementation and dtype",
     "dataset_text_field": "is replaced by messages_column",
     "completion_only_loss": "has no effect on conversations, use assistant_only_loss",
+    "batch_eval_metrics": "metrics are computed once, of a whole evaluation",
+    "parallelism_config": "accelerate takes it from the launch file",
     "do_train": "every recipe trains",
     "do_predict": "is replaced by `python -m pipeline evaluate`",
     "max_tool_calling_iterations": "models do not call tools here",
@@ -177,8 +180,14 @@ SWITCHES: dict[str, tuple[str, Any]] = {
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """The values of `optim` that name the optimizer which updates what Muon does not."""
 
-CHECKPOINT_OPTIONS = {"use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state"}
-"""Options of `torch.utils.checkpoint.checkpoint`, for activation checkpointing."""
+CHECKPOINT_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "use_reentrant": (True, False),
+    "determinism_check": ("default", "none"),
+    "debug": (True, False),
+    "early_stop": (True, False),
+    "preserve_rng_state": (True, False),
+}
+"""Options of `torch.utils.checkpoint.checkpoint`, for activation checkpointing, and their values."""
 
 MAY_BE_EMPTY = ("debug", "system_prompt")
 """Text fields for which the empty string is a value."""
@@ -230,6 +239,19 @@ def _check_mapping(name: str, text: str) -> list[Problem]:
     except (ValueError, RecursionError) as error:
         return [Problem(name, text, f"{expected} ({error})")]
     return [] if isinstance(content, dict) else [Problem(name, text, expected)]
+
+
+def check_accelerator(asked: Mapping[str, Any]) -> list[Problem]:
+    """Try a mapping for `accelerator_config`; transformers itself reads the path of a file, and says what is wrong."""
+    value = asked.get("accelerator_config")
+    if value is None or (isinstance(value, str) and not value.startswith("{")):
+        return []
+    try:
+        made = AcceleratorConfig(**(json.loads(value) if isinstance(value, str) else value))
+        GradientAccumulationPlugin(**(made.gradient_accumulation_kwargs or {}))
+    except (TypeError, ValueError) as error:
+        return [Problem("accelerator_config", value, str(error))]
+    return []
 
 
 def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
@@ -329,13 +351,34 @@ def check_together(
         remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
         problems.append(Problem("resume_from_checkpoint", name, remedy))
     options = values.get("gradient_checkpointing_kwargs")
-    if isinstance(options, dict) and (unknown := set(options) - CHECKPOINT_OPTIONS):
+    if isinstance(options, dict) and (unknown := set(options) - set(CHECKPOINT_OPTIONS)):
         known = ", ".join(sorted(CHECKPOINT_OPTIONS))
         remedy = f"unknown option {', '.join(sorted(unknown))}; choose from: {known}"
         problems.append(Problem("gradient_checkpointing_kwargs", options, remedy))
+    elif isinstance(options, dict):
+        for name, value in options.items():
+            if value not in CHECKPOINT_OPTIONS[name]:
+                remedy = f"{name} must be one of {', '.join(map(str, CHECKPOINT_OPTIONS[name]))}"
+                problems.append(Problem("gradient_checkpointing_kwargs", options, remedy))
+    if values.get("label_names") not in (None, ["labels"]):
+        problems.append(Problem("label_names", values["label_names"], "rows have their labels in `labels`; omit it"))
     for field in ("eval_on_start", "do_eval"):
         if values.get(field) and values.get("eval_strategy") == "no":
             problems.append(Problem(field, True, "needs an eval_strategy other than no; omit it"))
+    if values.get("save_strategy") == "best" and not values.get("metric_for_best_model"):
+        remedy = "needs metric_for_best_model, by which checkpoints are compared; set that, or choose another strategy"
+        problems.append(Problem("save_strategy", "best", remedy))
+    if values.get("packing") and values.get("max_length") is None and "max_length" not in reported:
+        problems.append(Problem("max_length", None, "must be given with packing, whose rows are of that length"))
+    if values.get("padding_free") and not values.get("packing") and values.get("max_length") is not None:
+        remedy = "does not cut rows at max_length; set packing to true, or max_length to null"
+        problems.append(Problem("padding_free", True, remedy))
+    if values.get("sync_ref_model") and not values.get("beta"):
+        remedy = "needs a reference model, and there is none with a beta of 0; raise beta, or omit it"
+        problems.append(Problem("sync_ref_model", True, remedy))
+    elif values.get("sync_ref_model") and values.get("use_peft"):
+        remedy = "needs a reference model of its own, and with use_peft it is the policy without its adapter; omit it"
+        problems.append(Problem("sync_ref_model", True, remedy))
     if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
         problems.append(Problem("dataloader_persistent_workers", True, "needs dataloader_num_workers; omit it"))
     return problems
@@ -349,6 +392,6 @@ def _validate_checkpoint_folder(path: Path) -> str | None:
         return "is not a checkpoint"
     try:
         intact = "global_step" in dict(json.loads((path / "trainer_state.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         intact = False
     return None if intact else "is damaged"

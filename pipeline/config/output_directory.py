@@ -86,7 +86,7 @@ def _check_earlier_run(path: Path, present: Mapping[str, Any], machine: Collecti
         return f"contains {found}, which was not written by a recipe; choose another directory" if found else None
     try:
         earlier = dict(json.loads(record.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"{record} cannot be read ({error}); choose another directory"
     changed = [
         name

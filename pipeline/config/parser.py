@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_type_hints
@@ -16,10 +17,13 @@ from pipeline import hardware, launch
 from pipeline.config import checks, output_directory
 from pipeline.config.command_line import Parser, read_command_line, take_config
 from pipeline.config.yaml_file import convert, unknown_field
-from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, begin_preparation, field_named_in
+from pipeline.errors import Problem, UserError
 from pipeline.files import split_revision
 
 REQUIRED = "is required"
+
+REFUSALS = (ValueError, ImportError, OSError)
+"""What argument dataclasses raise for a value, for a package that is missing, and for a file that a field names."""
 
 SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
 """Fields whose defaults depend on the machine, and the field with which the user may have set the same thing."""
@@ -101,7 +105,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         if not (unreadable and problem.remedy == REQUIRED)  # the field may be in that file
         # A field that is already reported was left out, and its default is not to be judged.
         and problem.field not in reported
-        and field_named_in(problem.remedy, reported) is None
+        and _named_in(problem.remedy, reported) is None
     ]
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
     if training is not None:
@@ -118,7 +122,6 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         setattr(training, output_directory.RESOLVED, output_directory.to_record(built))
         settings = json.loads(json.dumps(asked, default=str))
         setattr(training, output_directory.ASKED, {"settings": settings, "command": command})
-        begin_preparation(asked, hints, training.output_dir)
     for item in built:
         if isinstance(targets := getattr(item, "lora_target_modules", None), str) and targets.isidentifier():
             # TRL turns a list of one name into a string, which PEFT reads as a pattern of whole names.
@@ -177,7 +180,7 @@ def _check_each(asked: Mapping[str, Any], hints: Mapping[str, Any], types: Itera
     """Check each value by itself, and return the first problem of each field."""
     rollouts = [kind for kind in types if issubclass(kind, GRPOConfig)]
     problems = checks.check_ranges(asked) + checks.check_text(asked, hints, bool(rollouts))
-    problems += checks.check_supported(asked)
+    problems += checks.check_supported(asked) + checks.check_accelerator(asked)
     problems += [p for kind in rollouts for p in checks.check_unused(asked, kind, checks.UNUSED_IN_ROLLOUTS)]
     return list({problem.field: problem for problem in reversed(problems)}.values())[::-1]
 
@@ -245,8 +248,10 @@ def _build(
             try:
                 built.append(kind(**own))
                 break
-            except (UserError, *LIBRARY_ERRORS) as error:
+            except (UserError, *REFUSALS) as error:
                 refused = _refused(error, kind, own, () if problems else asked)
+                if not refused and not problems:
+                    raise
                 message = str(error)
             fields = [problem.field for problem in refused if problem.field in own]
             if not fields and problems:
@@ -261,13 +266,21 @@ def _build(
 
 
 def _refused(error: Exception, kind: Any, own: Mapping[str, Any], asked: Iterable[str]) -> Sequence[Problem]:
-    """Return the problems that a dataclass lists, or its message as the problem of the field that it mentions."""
+    """Return the problems that a dataclass lists, or its message as the problem of the field that is to blame.
+
+    There is none if no field is: the dataclass fails whatever the user gives.
+    """
     listed = error if isinstance(error, UserError) else error.__cause__
     if isinstance(listed, UserError):
         return listed.problems
     message = " ".join(str(error).split())
-    name = field_named_in(message, own) or _find_culprit(kind, own, asked, message)
-    return [Problem(name or kind.__name__, own[name] if name else "refused", message)]
+    name = _named_in(message, own) or _find_culprit(kind, own, asked, message)
+    return [Problem(name, own[name], message)] if name else []
+
+
+def _named_in(message: str, names: Iterable[str]) -> str | None:
+    """Return the first field whose name is in a message."""
+    return next((name for name in names if re.search(rf"\b{re.escape(name)}\b", message)), None)
 
 
 def _find_culprit(kind: Any, values: Mapping[str, Any], asked: Iterable[str], message: str) -> str | None:

@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
         args: Arguments defined by `add_arguments`.
 
     Returns:
-        0, or the exit code of the step that failed; 130 or 143 after SIGINT or SIGTERM.
+        0, or the exit code of the step that failed; 128 + n after signal n.
 
     Raises:
         UserError: If the recipe folder or an argument is wrong, or another run is writing to the same directory.

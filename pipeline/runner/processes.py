@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from pipeline.errors import EXIT_PUSH_FAILED
+from pipeline.errors import EXIT_PUSH_FAILED, leave_closed_terminal, stop_signals
 from pipeline.runner.records import RunRecord
 from pipeline.runner.steps import Step
 from pipeline.runner.warm import Fork, WarmProcess, add_defaults, signal_with_parent
@@ -27,8 +27,9 @@ def run(
 ) -> tuple[int, signal.Signals | None]:
     """Run a command until it ends.
 
-    The first SIGINT or SIGTERM is forwarded to the child, which is then waited for. The second one kills the child
-    and all its descendants. The child gets a process group of its own, or Ctrl-C in a terminal would reach it twice.
+    The first SIGINT, SIGTERM or SIGHUP is forwarded to the child, which is then waited for. The second one kills the
+    child and all its descendants, unless it is a SIGHUP, which a terminal that closes may send twice. The child gets a
+    process group of its own, or Ctrl-C in a terminal would reach it twice.
 
     Args:
         command: Program and arguments.
@@ -46,7 +47,8 @@ def run(
 
     def forward_signal(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number))
-        if process is None:
+        leave_closed_terminal()
+        if process is None or (len(received) > 1 and received[-1].name == "SIGHUP"):
             return
         if len(received) > 1:
             _kill_tree(process.pid)
@@ -59,7 +61,7 @@ def run(
     if sys.platform == "linux":
         options["preexec_fn"] = signal_with_parent(signal.SIGTERM)  # it saves when the runner dies
     environment = add_defaults(environment)
-    before = {number: signal.signal(number, forward_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward_signal) for number in stop_signals()}
     try:
         process = warm.fork(command, environment, descriptors, output) if warm is not None else None
         if process is None:
@@ -85,7 +87,7 @@ def push_finished(
         descriptors: As for `run`, like `warm`.
 
     Returns:
-        0; 3 if a push failed; 130 or 143 after a signal.
+        0; 3 if a push failed; 128 + n after signal n.
     """
     result = 0
     for step in steps:

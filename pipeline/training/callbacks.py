@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import hardware
-from pipeline.errors import RunStopped
+from pipeline.errors import RunStopped, leave_closed_terminal, stop_signals
 from pipeline.models.experts import RouteCounter, active_parameters
 from pipeline.progress import duration, report_progress
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # importing it takes seconds, too long for `--help`
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOWN = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")
 """Metrics in the line of a log; all of them are in `trainer_state.json`."""
 
@@ -43,7 +42,8 @@ def call_on_train_begin(trainer: Trainer, function: Callable[..., None]) -> None
 class InterruptCallback(TrainerCallback):
     """Save and stop at the end of the step during which a signal arrived.
 
-    The second signal has its usual effect immediately. All processes of a run stop at the same step.
+    The second signal has its usual effect immediately, unless a terminal has closed, which may send several. All
+    processes of a run stop at the same step.
 
     Attributes:
         received: Signal that one of the processes has received, or None. The same on every process.
@@ -52,19 +52,21 @@ class InterruptCallback(TrainerCallback):
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._own = 0
-        self._earlier = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
+        self._earlier = {number: signal.signal(number, self._receive) for number in stop_signals()}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._own = number
+        name = signal.Signals(number).name
         self.restore()
+        if name == "SIGHUP":
+            signal.signal(number, signal.SIG_IGN)
+        leave_closed_terminal()
         # `print` is not safe in a signal handler, which may interrupt another `print`.
         os.write(
             sys.stderr.fileno() if not sys.stderr.closed else 2,
-            f"\n{signal.Signals(number).name}: saving after this step; repeat to stop without saving.\n".encode(),
+            f"\n{name}: saving after this step; repeat to stop without saving.\n".encode(),
         )
-        report_progress(stopping=signal.Signals(number).name)
+        report_progress(stopping=name)
 
     def restore(self) -> None:
         """Restore the earlier signal handlers."""

@@ -7,11 +7,17 @@ import math
 import os
 import re
 import shutil
+import warnings
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -24,11 +30,12 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
-from transformers.optimization import get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
-from trl import GRPOConfig, ModelConfig
+from trl import GRPOConfig, ModelConfig, RewardConfig, get_peft_config
 
+from pipeline import hardware
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.hub.access import check_access
 from pipeline.models.checks import check_template_arguments
@@ -112,7 +119,24 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
         problems.append(
             Problem("lora_r", model_args.lora_r, f"no matrix of the model has a rank above {rank}; lower it")
         )
-    return problems
+    return problems or _try_lora(model_args, model)
+
+
+def _try_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
+    """Put the adapter on a model of the meta device, which becomes useless, and return what PEFT refuses."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            PeftModel(model, get_peft_config(model_args))
+    except (ValueError, NotImplementedError, ImportError) as error:
+        message = " ".join(str(error).split())
+        names = {name: name.removeprefix("lora_") for name in vars(model_args) if name.startswith(("lora_", "use_"))}
+        named = (name for name, own in names.items() if re.search(rf"\b(lora_)?{own}\b", message))
+        field = next(named, "lora_target_modules")
+        return [Problem(field, getattr(model_args, field), message)]
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        remedy = "an adapter of the output layer would not be trained; name it in lora_modules_to_save instead"
+        return [Problem("lora_target_modules", model_args.lora_target_modules, remedy)]
+    return []
 
 
 def check_generation_config(name: str, revision: str | None) -> list[Problem]:
@@ -210,7 +234,11 @@ def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside:
 def preflight(args: TrainingArguments) -> list[Problem]:
     """Try what a run needs from its training arguments: optimizer, schedule, packages, generation, the Hub."""
     rollouts = _check_rollouts(args) if isinstance(args, GRPOConfig) else []
-    return [*_try_optimizer(args), *_try_schedule(args), *_check_packages(args), *rollouts, *_check_hub(args)]
+    problems = [*_try_optimizer(args), *_try_schedule(args), *_check_packages(args), *rollouts, *_check_hub(args)]
+    if isinstance(args, RewardConfig) and args.train_sampling_strategy == "group_by_length":
+        remedy = "a pair has two lengths; omit it"
+        problems.append(Problem("train_sampling_strategy", "group_by_length", remedy))
+    return problems
 
 
 def _try_optimizer(args: TrainingArguments) -> list[Problem]:
@@ -220,6 +248,8 @@ def _try_optimizer(args: TrainingArguments) -> list[Problem]:
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
     except LIBRARY_ERRORS as error:
+        if not args.optim_args and not isinstance(error, ImportError | ValueError | RuntimeError):
+            raise
         field = "optim_args" if args.optim_args and not isinstance(error, ImportError) else "optim"
         value = getattr(getattr(args, field), "value", getattr(args, field))
         return [Problem(field, value, str(error))]
@@ -229,6 +259,13 @@ def _try_optimizer(args: TrainingArguments) -> list[Problem]:
 def _try_schedule(args: TrainingArguments) -> list[Problem]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    known = {"optimizer", "num_warmup_steps", "num_training_steps", *(options or {})}
+    others = [
+        item for item in signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters.values() if item.name not in known
+    ]
+    if missing := [item.name for item in others if item.default is item.empty and item.kind is not item.VAR_KEYWORD]:
+        field, value = ("lr_scheduler_kwargs", options) if options else ("lr_scheduler_type", kind.value)
+        return [Problem(field, value, f"needs lr_scheduler_kwargs with {', '.join(missing)}")]
     steps = max(args.max_steps, 10)
     try:
         made = get_scheduler(
@@ -238,7 +275,9 @@ def _try_schedule(args: TrainingArguments) -> list[Problem]:
     except LIBRARY_ERRORS as error:
         if options:
             return [Problem("lr_scheduler_kwargs", options, str(error))]
-        return [Problem("lr_scheduler_type", getattr(kind, "value", kind), f"needs lr_scheduler_kwargs ({error})")]
+        if not isinstance(error, ValueError):
+            raise
+        return [Problem("lr_scheduler_type", kind.value, f"needs lr_scheduler_kwargs ({error})")]
     if options and shares and not (min(shares) >= 0 and max(shares) <= 1):
         remedy = f"takes the learning rate from {min(shares):g} to {max(shares):g} times its value; correct it"
         return [Problem("lr_scheduler_kwargs", options, remedy)]
@@ -254,13 +293,15 @@ def _check_packages(args: TrainingArguments) -> list[Problem]:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             problems.append(Problem("report_to", name, f"no such tracker; choose from: none, {known}"))
-        elif name not in installed and name != "flyte":  # transformers cannot detect it
+        elif name not in installed and not (name == "flyte" and find_spec("flytekit")):  # which it cannot detect
             problems.append(Problem("report_to", name, "is not installed; install it, or write `none`"))
     return problems
 
 
 def _check_rollouts(args: GRPOConfig) -> list[Problem]:
     problems = []
+    if args.accelerator_config.dispatch_batches:
+        problems.append(Problem("accelerator_config", "dispatch_batches", "each process samples its own; omit it"))
     if args.remove_unused_columns:
         problems.append(Problem("remove_unused_columns", True, "would remove the columns that rewards read; omit it"))
     problems += check_template_arguments(args.chat_template_kwargs)
@@ -280,11 +321,24 @@ def _check_rollouts(args: GRPOConfig) -> list[Problem]:
         remedy = f"{UNSEEN}; leave out {', '.join(others)}, or set temperature and max_completion_length themselves"
         problems.append(Problem("generation_kwargs", options, remedy))
     else:
-        try:
-            GenerationConfig(**options).validate(strict=True)
-        except LIBRARY_ERRORS as error:
-            problems.append(Problem("generation_kwargs", options, str(error)))
+        problems += _try_generation("generation_kwargs", options, options)
+    if cache := args.cache_implementation:
+        problems += _try_generation("cache_implementation", cache, {"cache_implementation": cache})
     return problems
+
+
+def _try_generation(field: str, value: object, options: dict[str, Any]) -> list[Problem]:
+    """Return what transformers refuses of options of generation, and caches that cannot be used."""
+    cache = str(options.get("cache_implementation"))
+    if cache == "quantized":
+        return [Problem(field, value, f"{UNSEEN}; omit it")]
+    if cache.startswith("offloaded") and hardware.accelerator() is None:
+        return [Problem(field, value, "needs an accelerator, and this machine has only a CPU; omit it")]
+    try:
+        GenerationConfig(**options).validate(strict=True)
+    except (ValueError, TypeError, ImportError) as error:
+        return [Problem(field, value, str(error))]
+    return []
 
 
 def _check_vllm(args: GRPOConfig) -> list[Problem]:

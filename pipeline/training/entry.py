@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.command_line import split_config
 from pipeline.config.parser import RefusedArguments, argument_types, parse
 from pipeline.config.recipe_folder import missing_input
 from pipeline.errors import UserError, exit_on_user_error
+from pipeline.launch import stop_as_one
 
 
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
@@ -40,4 +44,20 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
             raise UserError(problem)
         gc.enable()  # `recipes/__init__.py` disables it while the modules of a recipe are imported
         gc.freeze()  # they live as long as the process: without this, each collection looks through a million objects
-        main(*arguments)
+        with _without_new_directories(arguments), stop_as_one():
+            main(*arguments)
+
+
+@contextmanager
+def _without_new_directories(arguments: Iterable[Any]) -> Iterator[None]:
+    """Remove the output directory again that a trainer's constructor has made for a run that is then refused."""
+    output = Path(next((item.output_dir for item in arguments if hasattr(item, "output_dir")), ".")).absolute()
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        yield
+    except UserError:
+        for folder in missing:
+            # One that something was written to is kept.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise

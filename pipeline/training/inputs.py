@@ -229,6 +229,8 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -
         return [Problem("eos_token", eos, "is not found in the vocabulary of the tokenizer; choose another one")]
     if eos:
         tokenizer.eos_token = eos
+    if pad and pad not in tokenizer.get_vocab():
+        return [Problem("pad_token", pad, "is not found in the vocabulary of the tokenizer; choose another one")]
     if pad and pad == tokenizer.eos_token:
         return [Problem("pad_token", pad, "is the tokenizer's eos token; choose another one")]
     if path is None:
@@ -272,6 +274,12 @@ def _check_weights(
         return [Problem("model_name_or_path", name, f"its {config.model_type} model cannot be built ({reason[:200]})")]
     fault = validate_weights(name, config, model_class)
     problems = [Problem("model_name_or_path", name, fault)] if fault else []
+    weight = getattr(args, "router_aux_loss_coef", None)
+    if weight and not hasattr(config.get_text_config(), "output_router_logits"):
+        problems.append(Problem("router_aux_loss_coef", weight, "the model does not have experts; omit it"))
+    if getattr(args, "cast_lm_head_to_fp32", False) and model_args.use_peft and config.tie_word_embeddings:
+        remedy = "TRL does not find the embeddings under an adapter that the output layer shares; omit it"
+        problems.append(Problem("cast_lm_head_to_fp32", True, remedy))
     size = model.num_parameters()
     trained = round(0.05 * size) if model_args.use_peft else size  # adapters are smaller, by their rank and targets
     if reward_args is not None and reward_args.trains_critic:

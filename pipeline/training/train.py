@@ -7,6 +7,7 @@ import copy
 import gc
 import logging
 import os
+import pickle
 import shlex
 import shutil
 from collections.abc import Callable, Sized
@@ -25,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pipeline import files, launch
 from pipeline.config import output_directory
 from pipeline.config.machine import describe_machine
-from pipeline.errors import Problem, RunStopped, UserError, end_preparation
+from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.hub.cards import Trained, model_card
 from pipeline.hub.checkpoints import fetch_checkpoints
 from pipeline.hub.outputs import BASE
@@ -37,7 +38,6 @@ from pipeline.training.callbacks import (
     ReportCallback,
     RouterCallback,
     ThroughputCallback,
-    call_on_train_begin,
     count_tokens_locally,
 )
 from pipeline.training.checkpoint_manifest import (
@@ -75,8 +75,9 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
 def train_and_save(trainer: Trainer) -> None:
     """Train from the latest checkpoint, save the model with tokenizer and card, and push it if requested.
 
-    The run logs the hardware and settings in use, writes only complete checkpoints, saves and stops on SIGINT and
-    SIGTERM, and stops at a loss that is not a number. Other runs cannot write to the output directory meanwhile.
+    The run logs the hardware and settings in use, writes only complete checkpoints, saves and stops on SIGINT,
+    SIGTERM and SIGHUP, and stops at a loss that is not a number. Other runs cannot write to the output directory
+    meanwhile.
 
     Args:
         trainer: Any trainer of transformers or TRL.
@@ -166,7 +167,6 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
 
 
 def _train(trainer: Trainer, checkpoint: Path | None) -> None:
-    call_on_train_begin(trainer, lambda **_: end_preparation())
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         checkpoints.finish_checkpoint(trainer)
@@ -176,6 +176,11 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
         # The names of the metrics are known only after the first evaluation.
         problem = Problem("metric_for_best_model", trainer.args.metric_for_best_model, str(error.args[0]))
         raise UserError(problem) from error
+    except pickle.UnpicklingError as error:
+        remedy = (
+            "has a file that is damaged or would run code, and is not loaded; delete it, or resume from another one"
+        )
+        raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from error
     except SystemExit as error:
         message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
         raise RunStopped(f"{message}; {last_good(trainer)}.") from error

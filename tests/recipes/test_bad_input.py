@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import transformers
+import trl
 from bad_inputs import CASES, GOOD, rows
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -177,6 +179,33 @@ def test_it_is_refused_in_one_line_with_nothing_written(
     assert len(lines) == case.lines, "only that is wrong:\n" + "\n".join(lines)
     assert not output.exists()
     assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == files
+
+
+DEFECTS = {
+    "a renamed argument": (TypeError("unexpected keyword argument 'model_init_kwargs', but got None"), "__init__"),
+    "a missing key": (KeyError(None), "training_step"),
+}
+TRAINERS = {"pretrain": transformers.Trainer, "sft": trl.SFTTrainer, "reward": trl.RewardTrainer}
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "sft", "reward", "ppo", "grpo"])
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_defect_is_not_a_mistake_of_the_user(
+    recipe: str, name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its traceback, whatever words it shares with the YAML file, and Python ends with exit code 1."""
+    error, method = DEFECTS[name]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    (tmp_path / "config.yaml").write_text("report_to: none\neval_strategy: steps\neval_steps: 1\nseed: 0\n")
+    argv = command(recipe, inputs, tmp_path / "output")
+    argv = [word for word in argv if word not in ("--eval_strategy", "steps")]
+    monkeypatch.setattr(TRAINERS.get(recipe, trl.GRPOTrainer), method, fail)
+    with pytest.raises(type(error)) as raised:
+        run(arguments_of(recipe)[0], [*argv, "--config", str(tmp_path / "config.yaml")])
+    assert raised.value is error
 
 
 def test_everything_that_is_wrong_is_reported_at_once(

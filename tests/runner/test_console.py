@@ -195,6 +195,19 @@ def test_a_stopped_run_says_what_is_kept_and_how_to_go_on(number: signal.Signals
     assert [line.split()[0] for line in again.lines()[1:5]] == ["=", "=", "=", "✓"]
 
 
+def test_a_step_saves_when_its_terminal_is_closed() -> None:
+    configure("2_sft", waits=True)
+    run = terminal()
+    run.wait_for("▸  2_sft")
+    while not Path("runs/r/2_sft/pid").exists():
+        time.sleep(0.02)
+    os.close(run.descriptor)
+    assert run.process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert Path("runs/r/2_sft/checkpoint").read_text() == str(int(signal.SIGHUP))
+    record = json.loads(Path("runs/r/run.json").read_text())["steps"]["2_sft"]
+    assert record["finished_at"] is None and record["seconds"] > 0
+
+
 @pytest.mark.parametrize(("code", "shown"), [(7, 20), (2, 51)])
 def test_a_failed_step_shows_its_last_lines_and_a_refusal_all(code: int, shown: int) -> None:
     configure("2_sft", prints=50, fails=code)

@@ -17,7 +17,12 @@ from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArgument
 import pipeline.training.checkpoints as module
 from pipeline.errors import RunStopped, UserError
 from pipeline.training import checkpoint_manifest
-from pipeline.training.checkpoint_manifest import check_architecture, validate_checkpoint, wait_for_completion
+from pipeline.training.checkpoint_manifest import (
+    check_architecture,
+    validate_checkpoint,
+    wait_for_completion,
+    write_manifest,
+)
 from pipeline.training.checkpoints import (
     adopt_present_length,
     checkpoints,
@@ -245,6 +250,30 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     again = make_trainer(folder)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-9"))
     assert newest_complete(folder) == folder / "checkpoint-12", "the damaged one was replaced"
+
+
+def test_a_manifest_that_nobody_can_read_does_not_cost_the_checkpoint_before(tmp_path: Path) -> None:
+    make_trainer(tmp_path).train()
+    (tmp_path / "checkpoint-12" / "manifest.json").write_text("[" * 99_999)
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-9"
+
+
+class Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("ran",)
+
+
+def test_code_in_a_checkpoint_that_its_manifest_vouches_for_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_trainer(tmp_path, max_steps=3).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    torch.save(Code(), checkpoint / "optimizer.pt")
+    write_manifest(checkpoint, 3, evaluation_due=False)
+    with pytest.raises(UserError, match=f"resume_from_checkpoint: {checkpoint}: has a file that .* would run code"):
+        train(make_trainer(tmp_path, max_steps=6), checkpoint)
+    assert not Path("ran").exists()
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:

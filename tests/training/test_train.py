@@ -138,6 +138,24 @@ def test_an_adapter_names_a_local_base_by_its_absolute_path(tmp_path: Path) -> N
         assert config["base_model_name_or_path"] == str(tmp_path / "inputs" / "model")
 
 
+@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, None)])
+def test_a_terminal_that_closes_saves_however_often_it_says_so_unless_nohup_asked_to_go_on(
+    handler: signal.Handlers, code: int | None
+) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    interrupts = InterruptCallback()
+    state, control = TrainerState(global_step=1, max_steps=3), TrainerControl()
+    try:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+        interrupts.on_step_end(SimpleNamespace(world_size=1), state, control)
+    finally:
+        interrupts.restore()
+        assert signal.signal(signal.SIGHUP, before) is handler
+    assert control.should_save is control.should_training_stop is (code is not None)
+    assert getattr(interrupts.reason_to_stop(state, "out"), "exit_code", None) == code
+
+
 @pytest.mark.parametrize(("given", "expected"), [(None, False), (True, True)])
 def test_unused_parameters_are_looked_for_only_if_asked(given: bool | None, expected: bool, tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), ddp_find_unused_parameters=given, use_cpu=True)
