@@ -6,17 +6,23 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.yaml_file import read_yaml
+from pipeline.config.untrusted import FILE, check_untrusted, recipe_files
+from pipeline.config.yaml_file import MAX_BYTES, read_yaml
 from pipeline.errors import Problem, UserError, is_network_error
 from pipeline.files import split_revision
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 LAUNCH_FILE = "accelerate_config.yaml"
 SUFFIXES = (".yaml", ".yml")
+
+PATTERNS = ("[0-9]*_*.yaml", "[0-9]*_*.yml", "evaluate.yaml")
+"""Files that are downloaded of a recipe folder. Its launch file is not among them: it can start any program."""
+
+MAX_FILES = 100
 
 READ = (
     "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path",
@@ -43,14 +49,13 @@ def find_shipped(path: Path) -> Path:
 
 @functools.cache
 def fetch_recipes(name: str) -> Path | None:
-    """Download the YAML files of `NAME/repo` or `NAME/repo@revision`, a model or data set repository on the Hub.
+    """Download the recipes of `NAME/repo` or `NAME/repo@revision`, a model or data set repository on the Hub.
 
     Returns:
         Their folder in the cache of the Hub's client, or None if there is no such repository.
 
     Raises:
-        UserError: If the Hub cannot be reached, or a file asks for code of the repository, which is never run, or for
-            variables of the environment.
+        UserError: If the Hub cannot be reached, or with all that the files say and may not say (`untrusted`).
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -62,11 +67,15 @@ def fetch_recipes(name: str) -> Path | None:
         disable_progress_bars()  # of a few small files
         try:
             # Not `list_repo_files`, which tries for half a minute if the Hub cannot be reached.
-            info = None if constants.HF_HUB_OFFLINE else HfApi().repo_info(repo_id, timeout=10, **options)
-            listed = [file.rfilename for file in info.siblings or ()] if info else []
-            if listed and not any(path.endswith(SUFFIXES) for path in listed):
+            online = not constants.HF_HUB_OFFLINE
+            info = HfApi().repo_info(repo_id, timeout=10, files_metadata=True, **options) if online else None
+            listed = list(info.siblings or ()) if info else []
+            files = [file for file in listed if FILE.fullmatch(file.rfilename)]
+            if listed and not files:
                 raise UserError(Problem("recipe", name, "does not contain files such as 2_sft.yaml; name another"))
-            folder = Path(snapshot_download(repo_id, allow_patterns=[f"*{suffix}" for suffix in SUFFIXES], **options))
+            if len(files) > MAX_FILES or any((file.size or 0) > MAX_BYTES for file in files):
+                raise UserError(Problem("recipe", name, "is larger than a recipe can be; name another"))
+            folder = Path(snapshot_download(repo_id, allow_patterns=list(PATTERNS), **options))
         except RepositoryNotFoundError:
             continue
         except RevisionNotFoundError:
@@ -79,34 +88,24 @@ def fetch_recipes(name: str) -> Path | None:
             raise UserError(Problem("recipe", name, remedy)) from None
         finally:
             enable_progress_bars()
-        modules = {path.removesuffix(".py").replace("/", ".") for path in listed if path.endswith(".py")}
-        if problems := list(_untrusted(folder, modules)):
+        if problems := check_untrusted(folder):
             raise UserError(*problems)
         return folder
     return None
 
 
+def is_fetched(path: Path) -> bool:
+    """Return whether a recipe folder is one of the Hub, neither a local one nor one of the package."""
+    return not os.path.exists(path) and (found := find_shipped(path)) != path and not found.is_relative_to(SHIPPED)
+
+
 def show_fetched(path: Path) -> str:
     """Return the text of a recipe folder's files if it lies on the Hub, so that people see what they run; or ""."""
-    folder = find_shipped(path)
-    if os.path.exists(path) or folder == path or folder.is_relative_to(SHIPPED):
+    if not is_fetched(path):
         return ""
-    text = "".join(f"# {path}: {file.name}\n{file.read_text('utf-8')}\n" for file in sorted(folder.glob("*.y*ml")))
+    files = recipe_files(find_shipped(path))
+    text = "".join(f"# {path}: {file.name}\n{file.read_text('utf-8')}\n" for file in files)
     return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
-
-
-def _untrusted(folder: Path, modules: set[str]) -> Iterator[Problem]:
-    """Yield what the files of a downloaded folder must not do: run one of its `modules`, or set the environment."""
-    for path in sorted(folder.glob("*.y*ml")):
-        content = read_yaml(str(path))
-        if content.get("env"):
-            remedy = "a recipe of the Hub may not set variables of the environment; download it and read it first"
-            yield Problem(f"{path.name}: env", ", ".join(map(str, content["env"])), remedy)
-        for key, value in content.items():
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and text.partition(":")[0] in modules and ":" in text:
-                    remedy = "code of the Hub is never run; download the module, read it, and run a local copy of all"
-                    yield Problem(f"{path.name}: {key}", text, remedy)
 
 
 def missing_input(arguments: Iterable[Any], config: str) -> Problem | None:

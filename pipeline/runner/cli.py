@@ -31,13 +31,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.config.recipe_folder import LAUNCH_FILE, show_fetched
+from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
 from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError
 from pipeline.files import lock
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
 from pipeline.runner.launcher import check_launch_file, exit_code, launch_file, launch_options, shards
-from pipeline.runner.plan import Plan, check_writable, read_plan
+from pipeline.runner.plan import Plan, check_of_recipe, check_writable, read_plan
 from pipeline.runner.processes import push_finished, run
 from pipeline.runner.records import Decision, RunRecord, decide, measured_seconds
 from pipeline.runner.run_state import RunState
@@ -122,8 +122,11 @@ def _check(args: argparse.Namespace) -> None:
     if not os.path.isfile(file):
         remedy = "no such file; start in the folder that contains it, or name another one"
         problems.append(Problem("--config_file", file, remedy))
-    elif problem := check_launch_file(file):
+    elif problem := check_launch_file(file, named=args.config_file is not None):
         problems.append(problem)
+    if args.output_dir is None and is_fetched(args.recipe):
+        run_dir = read_plan(args.recipe, smoke=args.smoke).run_dir
+        problems += filter(None, [check_of_recipe(run_dir, args.recipe)])
     option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
     for seed in seeds:
         if not 0 <= seed < 2**32:

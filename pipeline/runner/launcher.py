@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
 from pipeline.config.yaml_file import read_yaml
@@ -40,6 +41,26 @@ BEYOND_ONE_PROCESS = (
 )  # fmt: skip
 """Arguments of `accelerate launch` that change more than the environment of one process."""
 
+PLUGIN_OPTIONS = {
+    "deepspeed_config": ("deepspeed_", "zero", "offload_", "gradient_"),
+    "megatron_lm_config": ("megatron_lm_",),
+    "mpirun_config": ("mpirun_",),
+    "parallelism_config": ("parallelism_config_",),
+}
+"""How the options begin that a mapping of a launch file may set. accelerate copies any key of these mappings into its
+arguments, also `main_process_ip`; it adds the beginning to the keys of the others (`fsdp_config`) itself."""
+
+ON_THIS_MACHINE: dict[str, tuple[Any, ...]] = {
+    "compute_environment": ("LOCAL_MACHINE",),
+    "num_machines": (None, 0, 1),
+    "main_process_ip": (None, "", "localhost", "127.0.0.1", "::1"),
+    "rdzv_backend": (None, "", "static"),
+    "mpirun_config": (None, {}),
+    "tpu_use_cluster": (None, False),
+}
+"""Values of a launch file that nobody has named. With others, the launchers of several machines meet at an address of
+the file, and start what they agree on."""
+
 
 def exit_code(code: int) -> int:
     """Return the shell's exit code for a return code of `subprocess`: 128 + n if signal n ended the program."""
@@ -53,8 +74,8 @@ def launch_options(args: argparse.Namespace) -> list[str]:
 
 
 def launch_file(args: argparse.Namespace) -> str:
-    """Return the launch file that the command names, or that of the recipe folder, or the one in this folder."""
-    own = find_shipped(args.recipe) / LAUNCH_FILE
+    """Return the launch file that the command names, or that of a local recipe folder, or the one in this folder."""
+    own = args.recipe / LAUNCH_FILE
     named = args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE)
     return str(find_shipped(Path(named)))
 
@@ -75,8 +96,13 @@ def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
-def check_launch_file(path: str) -> Problem | None:
-    """Check a launch file, for which `accelerate launch` would print a traceback."""
+def check_launch_file(path: str, named: bool = True) -> Problem | None:
+    """Check a launch file, for which `accelerate launch` would print a traceback, or do what nobody asked for.
+
+    Args:
+        path: The launch file.
+        named: Whether the user has named it, so that it may let other machines take part.
+    """
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
@@ -91,8 +117,14 @@ def check_launch_file(path: str) -> Problem | None:
             return Problem(
                 "--config_file", path, f"{name} is {config[name]}, and here must be one of {known}; correct it"
             )
+    for name, prefixes in PLUGIN_OPTIONS.items():
+        if other := [str(key) for key in config.get(name) or () if not str(key).startswith(prefixes)]:
+            return Problem("--config_file", path, f"{name} has no option {', '.join(other)}; remove it")
     if (config.get("num_machines") or 1) > 1 and not config.get("main_process_ip"):
         return Problem("--config_file", path, "has several machines and no main_process_ip; add it")
+    if not named and (asked := [name for name, usual in ON_THIS_MACHINE.items() if config.get(name) not in usual]):
+        remedy = f"asks for other machines ({', '.join(asked)}); name it with --config_file if that is what you want"
+        return Problem("--config_file", path, remedy)
     return None
 
 

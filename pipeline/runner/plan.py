@@ -15,7 +15,7 @@ from pipeline.data.arguments import VOTES_FILE
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.settings import BASE, STAGES_OF, VOTES, complete, derive
 from pipeline.evaluation.settings import FILE as EVALUATE
-from pipeline.files import check_directory, check_path
+from pipeline.files import check_directory, check_path, read_json, split_revision
 from pipeline.runner.smoke import smoke_overrides
 from pipeline.runner.steps import KINDS, REPORT, Step, tidy_paths
 from pipeline.runner.trash import TRASH
@@ -192,6 +192,17 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
             raise UserError(Problem("output_dir", run_dir, remedy))
     if folder.resolve() == real:
         raise UserError(Problem("output_dir", run_dir, "is the recipe folder; choose another directory"))
+
+
+def check_of_recipe(run_dir: Path, recipe: Path) -> Problem | None:
+    """Refuse a directory that a recipe of the Hub has chosen, unless it is new or was made by this recipe before."""
+    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+        return None
+    name, _ = split_revision(recipe.as_posix())
+    for record in (run_dir / "run.json", *run_dir.glob("seed*/run.json")):
+        if split_revision(str(read_json(record).get("recipe")))[0] == name:
+            return None
+    return Problem("output_dir", run_dir, f"is not a run of {name}, which may only write to its own; give --output_dir")
 
 
 def _step(name: str, kind: str, path: Path, values: Mapping[str, Any], seed: int | None, smoke: bool) -> Step:

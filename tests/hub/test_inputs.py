@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -174,6 +175,34 @@ def test_what_a_recipe_of_the_hub_may_not_do(
     assert code == 2 and out == ""
     assert "4_grpo.yaml: env: HF_ENDPOINT" in err
     assert "4_grpo.yaml: reward_funcs: my_rewards:mine: code of the Hub" in err
+
+
+def test_the_launch_file_of_a_recipe_of_the_hub_is_never_taken(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    evil = b"distributed_type: MULTI_GPU\nnum_machines: 2\nmain_process_ip: 10.1.2.3\n"
+    hub.add("alice/recipes", {"2_sft.yaml": SFT, "accelerate_config.yaml": evil, "sub/2_other.txt": b""})
+    code, out, err = plan(capsys, "alice/recipes")
+    assert (code, err) == (0, "") and "10.1.2.3" not in out and "accelerate_config.yaml -m" in out
+    folder = fetch_recipes("alice/recipes")
+    assert folder is not None and [path.name for path in folder.iterdir()] == ["2_sft.yaml"]
+    (folder / "accelerate_config.yaml").write_bytes(evil)  # as another tool may have downloaded it
+    code, out, err = plan(capsys, "alice/recipes")
+    assert (code, err) == (0, "") and str(folder / "accelerate_config.yaml") not in out
+
+
+def test_a_recipe_of_the_hub_writes_only_to_a_run_of_its_own(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.add("alice/recipes", {"2_sft.yaml": SFT})
+    Path("runs/hub/data").mkdir(parents=True)
+    code, _, err = plan(capsys, "alice/recipes")
+    assert code == 2 and err.startswith("output_dir: runs/hub: is not a run of alice/recipes")
+    for recipe, allowed in (("recipes/pocket", False), ("alice/recipes@v1", True)):
+        Path("runs/hub/run.json").write_text(json.dumps({"recipe": recipe}))
+        assert plan(capsys, "alice/recipes")[0] == (0 if allowed else 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""What a recipe folder of the Hub may say. It is written by somebody else, and runs as soon as it is named.
+
+A value is a number, a switch, or a text of one of the fields below; where it names a model or data, they lie on the
+Hub or in the run itself. Everything else is refused: files of this machine, code, pushes, other hosts. People who want
+more download the folder, read it, and run their copy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from pipeline.config.yaml_file import read_yaml
+from pipeline.errors import Problem, UserError
+
+FILE = re.compile(r"\d+_.+\.ya?ml|evaluate\.yaml")
+"""Files of a recipe folder that the runner reads, its launch file aside."""
+
+SOURCES = ("text", "instructions", "problems", "prompts", "pairs")
+"""Keys of evaluate.yaml that name data, by an id or by a mapping of fields."""
+
+NAMES = (
+    *SOURCES, "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path",
+    "judge",
+)  # fmt: skip
+"""Fields that name a model or data."""
+
+TEXTS = ("system_prompt", "answer_pattern", "elicit", "fixed_prompts", "vllm_structured_outputs_regex")
+"""Fields that may contain any text."""
+
+FUNCTIONS = ("reward_funcs", "grade", "judge", "lm_eval_tasks")
+"""Fields in which a word with a colon, a slash or a dot names code, or a file that names some."""
+
+WORDS = (
+    "answer_column", "completion_column", "keep_rows", "messages_column", "prompt_column", "text_column",
+    "dataset_config", "dataset_test_split", "dataset_train_split", "model_revision", "eos_token", "pad_token",
+    "truncation_mode", "packing_strategy", "pad_to_multiple_of", "reward_funcs", "grade", "lm_eval_tasks", "against",
+    "algorithm", "model_type", "attn_implementation", "dtype", "frozen_dtype", "cache_implementation",
+    "lora_modules_to_save", "lora_target_modules", "lora_target_parameters", "lora_task_type", "loss_type",
+    "importance_sampling_level", "kl_estimator", "reward_normalization", "multi_objective_aggregation", "scale_rewards",
+    "eval_strategy", "logging_strategy", "save_strategy", "lr_scheduler_type", "metric_for_best_model", "optim",
+    "optim_args", "optim_target_modules", "label_names", "length_column_name", "train_sampling_strategy",
+    "include_for_metrics", "include_num_input_tokens_seen", "debug", "log_level", "log_level_replica", "report_to",
+    "run_name", "project", "ddp_backend", "fsdp", "torch_compile_backend", "torch_compile_mode",
+    "dataloader_multiprocessing_context", "vllm_importance_sampling_mode", "vllm_mode", "vllm_model_impl",
+)  # fmt: skip
+"""Fields whose values are words: names of columns, of methods, of layers."""
+
+MAPPINGS = ("chat_template_kwargs", "lr_scheduler_kwargs", "tasks")
+"""Fields whose mappings may contain words; other mappings contain numbers and switches only."""
+
+CHOICES = {"report_to": ("none", "tensorboard"), "vllm_mode": ("colocate",)}
+"""Words that send nothing to another host."""
+
+SWITCHES = re.compile(r"push_to_hub|hub_.+|trust_remote_code|allow_unconfined_code|env|.*kernels.*")
+"""Fields that push, run code or change the environment, whatever their value is."""
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
+ADVICE = "download the folder, read it, and run your copy"
+
+
+def check_untrusted(folder: Path) -> list[Problem]:
+    """Return what a downloaded recipe folder says and may not say, and its files that cannot be read."""
+    problems: list[Problem] = []
+    contents: dict[str, dict[str, Any]] = {}
+    for path in recipe_files(folder):
+        try:
+            contents[path.name] = read_yaml(str(path))
+        except UserError as error:
+            problems += error.problems
+    outputs = [content["output_dir"] for content in contents.values() if isinstance(content.get("output_dir"), str)]
+    homes = {Path(output).parent for output in outputs if _is_output(output)}
+    for name, content in contents.items():
+        for key, value in content.items():
+            for text, fault in _faults(str(key), value, homes):
+                problems.append(Problem(f"{name}: {key}", text, f"{fault}; {ADVICE}"))
+    return problems
+
+
+def recipe_files(folder: Path) -> list[Path]:
+    """Return the files of a downloaded folder that the runner reads."""
+    return sorted(path for path in folder.iterdir() if FILE.fullmatch(path.name))
+
+
+def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]:
+    """Yield the values of a field that a recipe of the Hub may not set, each with the reason."""
+    if SWITCHES.fullmatch(key) and value not in (None, False):
+        shown = ", ".join(map(str, value)) if isinstance(value, Mapping | list) else value
+        yield shown, "a recipe of the Hub may not push, run code or set variables of the environment"
+    elif isinstance(value, Mapping):
+        for inner, item in value.items():
+            if key in SOURCES:
+                yield from _faults(str(inner), item, homes)
+            elif fault := _fault_in_mapping(key, str(inner), item):
+                yield f"{inner}: {item}", fault
+    elif isinstance(value, list):
+        for item in value:
+            yield from _faults(key, item, homes)
+    elif isinstance(value, str) and (fault := _fault(key, value, homes)):
+        yield value, fault
+
+
+def _fault_in_mapping(key: str, inner: str, value: Any) -> str | None:
+    """Return why a mapping may not hold this value, or None."""
+    texts = list(_texts(value))
+    if texts and key not in MAPPINGS:
+        return "a recipe of the Hub may only set numbers and switches in this mapping"
+    if SWITCHES.fullmatch(inner) or not all(map(_is_word, texts)):
+        return "a recipe of the Hub may not name files of this machine, or run code"
+    return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every string inside a value, the keys of mappings aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+def _fault(key: str, text: str, homes: set[Path]) -> str | None:
+    """Return why a recipe of the Hub may not set a field to this text, or None."""
+    if key in TEXTS:
+        return None
+    if key in FUNCTIONS and ":" in text:
+        return "code of the Hub is never run, nor any other function that a recipe of the Hub names"
+    if key == "output_dir":
+        if _is_output(text):
+            return None
+        return "a recipe of the Hub may only write to a directory below the current one, such as runs/NAME/2_sft"
+    if key in NAMES:
+        in_run = _is_inside(text) and any(Path(text).is_relative_to(home) for home in homes)
+        if in_run or (key == "judge" and text == "votes"):
+            return None
+        if not HUB_ID.fullmatch(text) or ".." in text:
+            return "a recipe of the Hub may only read models and data of the Hub (NAME/repo) and of its own run"
+        if os.path.exists(text) or os.path.exists(text.partition("@")[0]):
+            return "is a path on this machine, which a recipe of the Hub may not read"
+        return None
+    if key not in WORDS:
+        return "a recipe of the Hub may not set this field"
+    if key in CHOICES and text not in CHOICES[key]:
+        return f"a recipe of the Hub may only set it to {' or '.join(CHOICES[key])}"
+    if not _is_word(text) or (key in ("attn_implementation", *FUNCTIONS) and re.search(r"[/\\]|\.ya?ml$", text)):
+        return "a recipe of the Hub may not name files of this machine, or run code"
+    return None
+
+
+def _is_output(text: str) -> bool:
+    """Return whether a path is that of a directory in the directory of a run."""
+    return _is_inside(text) and len(Path(text).parts) > 1
+
+
+def _is_inside(text: str) -> bool:
+    """Return whether a path stays below the current directory, and is neither hidden nor in a hidden folder."""
+    parts = text.removeprefix("./").rstrip("/").split("/")
+    return all(re.fullmatch(r"\w[^\\:\0]*", part) for part in parts)
+
+
+def _is_word(text: str) -> bool:
+    """Return whether a word is neither an option nor a path that leaves the current directory."""
+    if text in ("/", "-"):  # signs of arithmetic
+        return True
+    if "://" in text or text.startswith(("~", "-")):
+        return False
+    return not any(path.anchor or ".." in path.parts for path in (PurePosixPath(text), PureWindowsPath(text)))
