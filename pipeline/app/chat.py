@@ -46,6 +46,9 @@ def main(args: argparse.Namespace) -> int:
         if not low <= (value := getattr(args, name)) <= high
     ]:
         raise UserError(*problems)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Once something has been read, this is an error.
+        sys.stdin.reconfigure(errors="replace")
     from transformers.utils import logging
 
     from pipeline.app.models import Sampling
@@ -54,8 +57,6 @@ def main(args: argparse.Namespace) -> int:
     logging.set_verbosity_error()  # the tokenizer warns of a long prompt, which is refused anyway
     loaded = find_model(args.path, "PATH")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` a history and arrow keys
     if sys.stdin.isatty():

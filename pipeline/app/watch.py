@@ -209,6 +209,6 @@ def load_critic(folder: Path) -> PreTrainedModel:
     path = str(folder / VALUE_MODEL_FOLDER)
     with user_error_for("RUN", path, "critic"):
         config = load_config(path)
-        critic: PreTrainedModel = auto_class(config).from_pretrained(path, config=config)
+        critic: PreTrainedModel = auto_class(config).from_pretrained(path, config=config, trust_remote_code=False)
         avoid_emulation(critic)
     return critic.eval()

@@ -46,6 +46,7 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
         "dtype": "float32" if model_args.dtype == "auto" and lacks_bf16 else model_args.dtype,
         # TRL's default on a GPU, "auto", spreads the layers over all GPUs.
         "device_map": None,
+        "trust_remote_code": False,
     }
     base = base_of(name, model_args.model_revision)
     if base is None:
@@ -80,7 +81,7 @@ def merge_into_base(
     config = PeftConfig.from_pretrained(name, revision=revision)
     config.task_type = None  # a reward model may start from the adapter of a language model
     labels = {"num_labels": 1} if model_class else {}
-    options = {"device_map": None, "revision": config.revision or "main", **labels, **options}
+    options = {"device_map": None, "trust_remote_code": False, "revision": config.revision or "main", **labels, **options}
     base = create_model_from_path(config.base_model_name_or_path, model_class, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")

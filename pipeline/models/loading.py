@@ -126,11 +126,11 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
     with user_error_for(field, name, "tokenizer"):
         name = local_copy(name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         except (OSError, ValueError):  # adapters on the Hub may come without one
             if (base := base_of(name, revision)) is None:
                 raise
-            tokenizer = AutoTokenizer.from_pretrained(base)
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         tokenizer("Hello")  # fails if a setting in its files is of the wrong type
     separate_pad_token(tokenizer, name)
     # Rows that are too long are cut or left out, and reported; this warning would announce errors that do not come.
@@ -186,7 +186,8 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     name = local_copy(name)
     base = base_of(name, revision)
     adapter = PeftConfig.from_pretrained(name, revision=revision) if base else None
-    config = AutoConfig.from_pretrained(base or name, revision=(adapter.revision if adapter else revision) or "main")
+    revision = (adapter.revision if adapter else revision) or "main"
+    config = AutoConfig.from_pretrained(base or name, revision=revision, trust_remote_code=False)
     architectures = config.architectures or []
     if not isinstance(architectures, list) or not all(isinstance(item, str) for item in architectures):
         raise ValueError(f"`architectures` in its config.json is {architectures!r}, not a list of names")
@@ -224,13 +225,15 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
     if base is not None:
         if fault := validate_file(folder / ADAPTER):
             return fault
-        folder, config, model_class = Path(base), AutoConfig.from_pretrained(base), AutoModelForCausalLM
+        folder, model_class = Path(base), AutoModelForCausalLM
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     # The files are those of the class that saved them: a reward model may start from a language model.
     saved_by = getattr(transformers, (config.architectures or [""])[0], None) or model_class
     try:
         with torch.device("meta"):
-            model_class.from_config(config)
-            model = saved_by._from_config(config) if hasattr(saved_by, "_from_config") else saved_by.from_config(config)
+            model = model_class.from_config(config, trust_remote_code=False)
+            if hasattr(saved_by, "_from_config"):
+                model = saved_by._from_config(config)
     except LIBRARY_ERRORS as error:
         if isinstance(error, ValueError) and type(config) not in getattr(model_class, "_model_mapping", ()):
             return f"is a {config.model_type} model, which cannot be used here"
@@ -292,7 +295,7 @@ def load_model(
             with without_table():
                 source = local_copy(name)
                 model, loaded = model_class.from_pretrained(
-                    source, config=config, dtype=dtype, output_loading_info=True
+                    source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
                 )
                 avoid_emulation(model)
             fault = validate_complete(loaded["missing_keys"]) or validate_finite(model.named_parameters())

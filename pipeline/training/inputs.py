@@ -266,7 +266,7 @@ def _check_weights(
     attention = model_args.attn_implementation
     try:
         with torch.device("meta"):
-            model = model_class.from_config(config, attn_implementation=attention)
+            model = model_class.from_config(config, attn_implementation=attention, trust_remote_code=False)
     except LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())
         if attention is not None and type(config) in model_class._model_mapping:

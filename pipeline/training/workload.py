@@ -101,7 +101,7 @@ def _load(name: str, field: str, made: Mapping[str, Any], revision: str | None =
     if name in made:
         return made[name]
     with user_error_for(field, name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(name, revision))
+        return AutoModelForCausalLM.from_config(load_config(name, revision), trust_remote_code=False)
 
 
 def optimizer(settings: Settings, model: PreTrainedModel) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 
 from pipeline import hardware
 from pipeline.errors import UserError
+from pipeline.models.adapters import merge_into_base
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer
 from tests.word_model import TEMPLATE, word_model_config, word_tokenizer
 
@@ -75,6 +76,41 @@ def test_a_sound_model_is_loaded(tmp_path: Path, reward: bool, adapter: bool) ->
     assert is_reward_model(load_config(str(folder))) == reward
     assert type(model) is (LlamaForSequenceClassification if reward else LlamaForCausalLM)
     assert len(tokenizer) == model.config.vocab_size
+
+
+CODE = "evil.Class"
+EVIL = """
+raise SystemExit("code of a model was run")
+"""
+
+
+@pytest.mark.parametrize("part", ["config", "model", "tokenizer", "base of an adapter"])
+def test_code_of_a_model_is_never_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """With `trust_remote_code` unset, transformers asks on stdin, and takes the first line of a pipe for the answer."""
+    folder = save_model(tmp_path / "model", adapter=part == "base of an adapter")
+    where = tmp_path / "base" if part == "base of an adapter" else folder
+    (where / "evil.py").write_text(EVIL)
+    if part == "tokenizer":
+        edit_json(where / "tokenizer_config.json", auto_map={"AutoTokenizer": [CODE, CODE]}, tokenizer_class="Mine")
+        (where / "config.json").unlink()
+    else:
+        names = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+        mapped = {name: CODE for name in names if part != "model" or name != "AutoConfig"}
+        edit_json(where / "config.json", auto_map=mapped, model_type="vit" if part == "model" else "of_its_own")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    for reward in (False, True):
+        refusal(folder, reward)
+    if part == "base of an adapter":
+        with pytest.raises(ValueError, match="custom code"):
+            merge_into_base(str(folder))
+    assert not asked
+
+
+def edit_json(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
