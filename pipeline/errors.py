@@ -27,7 +27,7 @@ EXIT_WAITING = 4
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C (128 + SIGINT, the convention of POSIX shells)."""
 
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{6,}")
+TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_jwt_[\w.-]*\w|(?:hf_(?:oauth_+)?|api_org_)[A-Za-z0-9]{6,})")
 """A token of the Hub, which no message repeats."""
 
 LIBRARY_ERRORS = (

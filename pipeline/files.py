@@ -22,6 +22,9 @@ from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
+MAX_HEADER = 4 << 20
+"""Bytes of a safetensors header, for more than 30,000 weights: each of them takes time whenever the file is read."""
+
 LOCK_SECONDS = 120.0
 """Seconds to wait for an earlier run to release a lock; it may still be saving."""
 
@@ -294,6 +297,10 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
     Raises:
         SafetensorError, OSError: If the file cannot be read.
     """
+    with file.open("rb") as start:
+        header = int.from_bytes(start.read(8), "little")
+    if header > MAX_HEADER:
+        raise OSError(f"its header has {header:,} bytes, for more weights than one file of a model has")
     with safe_open(file, framework="np") as weights:
         return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
 

@@ -15,8 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from accelerate import Accelerator
 import torch
+from accelerate import Accelerator
 from small_model import ROOT
 from transformers import TrainingArguments
 from trl import SFTConfig

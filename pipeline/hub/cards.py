@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import safe_open
 
 from pipeline.files import read_json, split_revision
-from pipeline.hub.contents import public_settings, without_paths
+from pipeline.hub.contents import places, public_settings, without_paths
 from pipeline.hub.stages import GENERAL, STAGES, StageText, registration, uses
 
 Values = Mapping[str, Any]
@@ -160,7 +160,8 @@ def model_card(trained: Trained) -> str:
             limits=[text.limit, GENERAL],
         )
     )
-    return str(ModelCard(without_paths(f"---\n{data.to_yaml()}\n---\n\n{body}")))
+    text = f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return str(ModelCard(without_paths(text, places(trained.folder))))
 
 
 def _environment() -> Environment:

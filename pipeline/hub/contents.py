@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import html
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import get_token
+from huggingface_hub.utils import get_stored_tokens
 
 from pipeline.errors import TOKEN
+from pipeline.files import read_json
+
+logger = logging.getLogger(__name__)
 
 Files = dict[str, Path | bytes]
 """Path in a repository -> the local file, or its content."""
@@ -22,12 +31,14 @@ SUFFIXES = (
 )  # fmt: skip
 """Files that serve a reader. Pickles, locks, unfinished files and the logs of trackers are not among them."""
 
-TEXTS = (".json", ".md", ".html")
-WORDS = ("tokenizer.json", "vocab.json")
+TEXTS = (".json", ".md", ".html", ".txt", ".jinja")
+WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 """Files of a tokenizer, which have to stay as they are."""
 
 SETTINGS = ("arguments.json", "adapter_config.json")
 """Files with fields that name other models and data."""
+
+SHORTEST_TOKEN = 8
 
 LEFT_OUT = ("checkpoint-", "completions", "manifest.json", ".")
 """Beginnings of names of files and folders that are for resuming and for debugging."""
@@ -41,18 +52,35 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
         ids: Ids on the Hub of other folders, by absolute path; what the settings name there is then named by its id.
     """
     files: Files = {}
+    known = places(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         unread = any(part.startswith(LEFT_OUT) for part in name.parts)
         if unread or path.suffix not in SUFFIXES or not path.is_file():
             continue
+        if not path.resolve().is_relative_to(folder.resolve()):
+            logger.warning("%s is not pushed: it is a link to a file outside of %s.", path, folder)
+            continue
         files[name.as_posix()] = path
-        if path.suffix in TEXTS and path.name not in WORDS:
+        if is_cleaned(path):
             text = path.read_text(encoding="utf-8", errors="replace")
             public = rename(text, ids) if ids and path.name in SETTINGS else text
-            if (public := without_paths(public)) != text:
+            if (public := clean(public, path.suffix, known)) != text:
                 files[name.as_posix()] = to_bytes(public)
     return files
+
+
+def is_cleaned(path: Path) -> bool:
+    """Return whether a file is a text that may name places of this machine."""
+    return path.suffix in TEXTS and path.name not in WORDS
+
+
+def clean(text: str, suffix: str, known: set[str]) -> str:
+    """Return the text of a file without the paths of this machine, those that its own JSON names included."""
+    if suffix == ".json":
+        with contextlib.suppress(ValueError, RecursionError):
+            known = known | _named_paths(json.loads(text))
+    return without_paths(text, known)
 
 
 def to_bytes(text: str) -> bytes:
@@ -79,29 +107,122 @@ def rename(text: str, ids: Mapping[Path, str]) -> str:
     )
 
 
-def without_paths(text: str) -> str:
+def places(folder: Path) -> set[str]:
+    """Return the absolute paths that a folder and its settings name, whatever characters they contain.
+
+    Args:
+        folder: A run, an output directory, or a folder in it; the settings of the directories around it count as well.
+    """
+    found = {str(folder.absolute()), str(folder.resolve())}
+    for around in (folder, *folder.absolute().parents[:3]):
+        for name in ("run.json", *SETTINGS):
+            found |= _named_paths(read_json(around / name))
+    return found
+
+
+def _named_paths(value: Any) -> set[str]:
+    """Return the absolute paths among the texts of a JSON value, and among the words of its commands."""
+    if isinstance(value, dict | list):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return set().union(*map(_named_paths, items))
+    if not isinstance(value, str) or os.sep not in value:
+        return set()
+    words = [value]
+    with contextlib.suppress(ValueError):  # an open quotation mark: it is not a command
+        words += shlex.split(value)
+    paths = [re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word) for word in words]
+    return {path.rstrip("/") for path in paths if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path)}
+
+
+def without_paths(text: str, known: Iterable[str] = ()) -> str:
     """Replace the absolute paths of this machine, by what lies below the current directory or home, or by a name.
 
     Tokens of the Hub are replaced as well.
+
+    Args:
+        text: The text.
+        known: Paths that may occur in it, from `places`. Of others, characters that also end a path are recognised as
+            parts of it only if it exists.
     """
     text = TOKEN.sub("hf_***", text)
-    if (token := get_token() or "").startswith("hf_"):  # it may be of another form
-        text = text.replace(token, "hf_***")
-    for root, short in ((Path.cwd(), "."), (Path.home(), "~")):
-        for spelled in {str(root), str(root.resolve()), json.dumps(str(root))[1:-1]}:
-            if len(root.parts) > 1 and spelled in text:
-                text = re.sub(rf"{BEFORE}{re.escape(spelled)}[/\\]+(?=\w)", "~/" if short == "~" else "", text)
-                text = re.sub(rf"{BEFORE}{re.escape(spelled)}(?![\w.-])", short, text)
-    return _absolute_path().sub(lambda match: Path(match.group()).name, text)
+    for token in {get_token() or "", *get_stored_tokens().values()}:  # they may be of another form
+        text = text.replace(token, "hf_***") if len(token) >= SHORTEST_TOKEN else text
+    text = re.sub(r"\bfile://[\w.-]*(?=/)", "", text)
+    text = _replace(text, {f"{Path.cwd()}/": "", str(Path.cwd()): "."} if len(Path.cwd().parts) > 1 else {})
+    names: dict[str, str] = {}
+    for path in map(Path, known):
+        names[str(path)] = path.name
+        for parent in path.parents:
+            if len(parent.parts) > 2:  # the directories of the root are everybody's
+                names |= {f"{parent}/": "", str(parent): names.get(str(parent), ".")}
+    text = _replace(text, names)
+    text = _replace(text, {str(root): "~" for root in {Path.home(), Path.home().resolve()} if len(root.parts) > 1})
+    return _replace_others(text)
 
 
-BEFORE = r"(?:(?<![\w/.~<-])|(?<=\\[nrt]))"
+def _replace(text: str, names: Mapping[str, str]) -> str:
+    """Replace paths by names, as they stand in a text, in JSON, in HTML or in a URL; the longest that fits."""
+    spelled = {found: name for path, name in names.items() for found in _spellings(path)}
+    found = [path for path in sorted(spelled, key=len, reverse=True) if path in text]
+    if not found:
+        return text
+    pattern = "|".join(re.escape(path) + ("" if path.endswith("/") else f"(?!{GOES_ON.pattern})") for path in found)
+    return re.sub(f"{BEFORE}(?:{pattern})", lambda match: spelled[match.group()], text)
+
+
+def _spellings(path: str) -> set[str]:
+    """Return how a path is written in texts."""
+    return {path, json.dumps(path)[1:-1], html.escape(path), quote(path), path.replace(" ", "\\ ")}
+
+
+BEFORE = r"(?:(?<![\w/.~<-])|(?<=\\[nrt])|(?<=(?<![\w-])-[A-Za-z]))"
 """Not before a path: the rest of a URL, of a relative path, or of an HTML tag that is closed. A line that ends in JSON
-is before one."""
+and an option of one letter are before one."""
+
+GOES_ON = re.compile(r"[\w-]|\.\w")
+"""Not after the name of a file or a folder: the rest of a longer name."""
+
+INNER = r"[^\s\"'`<>|;:,()\[\]{}\\/]+"
+"""Characters that are parts of a path whether it exists or not."""
+
+
+def _replace_others(text: str) -> str:
+    """Replace the paths that begin with a directory of this machine's root by their last names."""
+    tops = "|".join(re.escape(spelled) for name in sorted(_names(os.sep)) for spelled in _spellings(name))
+    begins = re.compile(rf"{BEFORE}/(?:{tops})/+(?=[^/\s])")
+    kept, position = [], 0
+    while match := begins.search(text, position):
+        end = _existing(text, match.start())
+        rest = re.compile(rf"(?:{INNER})?(?:/+{INNER})*").match(text, end)
+        end = rest.end() if rest else end
+        kept += [text[position : match.start()], text[match.start() : end].rstrip("/").rsplit("/", 1)[-1]]
+        position = end
+    return "".join([*kept, text[position:]])
+
+
+def _existing(text: str, start: int) -> int:
+    """Return where the longest path of this machine ends that begins there, which may contain any characters."""
+    folder, end = os.sep, start
+    while text.startswith("/", end):
+        while text.startswith("/", end):
+            end += 1
+        fits = {
+            spelled: name
+            for name in _names(folder)
+            for spelled in _spellings(name)
+            if text.startswith(spelled, end) and not GOES_ON.match(text, end + len(spelled))
+        }
+        if not fits:
+            return end
+        longest = max(fits, key=len)
+        folder, end = os.path.join(folder, fits[longest]), end + len(longest)
+    return end
 
 
 @functools.cache
-def _absolute_path() -> re.Pattern[str]:
-    """Return a pattern of paths that begin with a directory of this machine's root."""
-    tops = "|".join(re.escape(name) for name in sorted(os.listdir(os.sep)))
-    return re.compile(rf"{BEFORE}/(?:{tops})(?:/[^\s\"'`<>|;:,()\[\]{{}}\\]+)+")
+def _names(folder: str) -> tuple[str, ...]:
+    """Return the names in a directory, none if it cannot be read."""
+    try:
+        return tuple(os.listdir(folder))
+    except OSError:
+        return ()

@@ -12,7 +12,7 @@ from yaml import YAMLError
 
 from pipeline.errors import Problem, UserError
 from pipeline.hub.cards import CRITIC, Trained, fenced
-from pipeline.hub.contents import without_paths
+from pipeline.hub.contents import places, without_paths
 from pipeline.hub.stages import registration
 
 
@@ -94,8 +94,8 @@ def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any =
     text = card.text.strip() or f"# {name.rsplit('/', 1)[-1]}"
     for output, found in ids.items():
         text = re.sub(rf"(?<![\w/.~-])[\w/.~-]*/{re.escape(output)}(?![\w/-])", found, text)
-    body = without_paths(f"{text}\n\n## How to use it\n\n{fenced(code, 'python')}\n")
-    return f"---\n{card.data.to_yaml()}\n---\n\n{body}"
+    body = f"{text}\n\n## How to use it\n\n{fenced(code, 'python')}\n"
+    return without_paths(f"---\n{card.data.to_yaml()}\n---\n\n{body}", places(folder))
 
 
 def space_card(title: str, models: Sequence[str], datasets: Sequence[str]) -> str:

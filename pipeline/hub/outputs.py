@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from pipeline.errors import Problem, UserError
 from pipeline.files import read_json
 from pipeline.hub.cards import CRITIC, Trained, model_card
-from pipeline.hub.contents import Files, public_settings, publishable, to_bytes, without_paths
+from pipeline.hub.contents import Files, clean, places, public_settings, publishable, to_bytes
 from pipeline.hub.data_cards import base_card, critic_card, dataset_card, load_card, space_card
 from pipeline.hub.upload import retry
 
@@ -278,7 +278,7 @@ class Outputs:
         record = read_json(self.path / "run.json") | {"steps": public}
         card = space_card(f"{self.name}: the report", models, data)
         return publishable(self.path / REPORT) | {
-            "run.json": to_bytes(without_paths(json.dumps(record, indent=1)) + "\n"),
+            "run.json": to_bytes(clean(json.dumps(record, indent=1), ".json", places(self.path)) + "\n"),
             "README.md": to_bytes(card),
         }
 

@@ -81,7 +81,13 @@ def merge_into_base(
     config = PeftConfig.from_pretrained(name, revision=revision)
     config.task_type = None  # a reward model may start from the adapter of a language model
     labels = {"num_labels": 1} if model_class else {}
-    options = {"device_map": None, "trust_remote_code": False, "revision": config.revision or "main", **labels, **options}
+    options = {
+        "device_map": None,
+        "trust_remote_code": False,
+        "revision": config.revision or "main",
+        **labels,
+        **options,
+    }
     base = create_model_from_path(config.base_model_name_or_path, model_class, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")

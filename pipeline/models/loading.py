@@ -31,20 +31,29 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pipeline import hardware
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import is_missing_path, split_revision
-from pipeline.models.weights import ADAPTER, stored_weights, validate_complete, validate_file, validate_files
+from pipeline.models.bounded import check_files, validate_tokenizer
+from pipeline.models.weights import (
+    ADAPTER,
+    stored_weights,
+    validate_complete,
+    validate_file,
+    validate_files,
+    validate_rank,
+)
 
 logger = logging.getLogger(__name__)
 
-MAX_LAYERS = 4096
-"""A configuration with more layers is certainly wrong; building such a model would take hours."""
-
 MAX_READ_BYTES = 4 << 30
 """Size of weight files up to which they are read before training, to find numbers that are not finite."""
+
+MAX_BUFFER_BYTES = 2 << 30
+"""Size of the tensors of a model that are not weights; a model of 1 GB has a few MB of them."""
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
@@ -73,8 +82,12 @@ def user_error_for(field: str, name: object, what: str = "model") -> Iterator[No
     """Raise a failure to load a model or a tokenizer (`what`) as a `UserError` about `field`, which named it."""
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
+    except MemoryError:
+        raise UserError(
+            Problem(field, name, f"no {what} can be loaded from it (the memory does not suffice)")
+        ) from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = "there is no such folder" if is_missing_path(str(name)) else shorten(str(error), 250)
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
@@ -125,12 +138,16 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
         raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
     with user_error_for(field, name, "tokenizer"):
         name = local_copy(name)
+        check_config(name, revision)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         except (OSError, ValueError):  # adapters on the Hub may come without one
             if (base := base_of(name, revision)) is None:
                 raise
+            check_config(base)
             tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        if fault := validate_tokenizer(tokenizer):
+            raise ValueError(fault)
         tokenizer("Hello")  # fails if a setting in its files is of the wrong type
     separate_pad_token(tokenizer, name)
     # Rows that are too long are cut or left out, and reported; this warning would announce errors that do not come.
@@ -170,6 +187,24 @@ def base_of(name: str, revision: str | None = None) -> str | None:
     return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
 
 
+def check_config(name: str, revision: str | None = None) -> None:
+    """Check what a model's files ask for, before `AutoConfig` or `AutoTokenizer` makes it.
+
+    Args:
+        name: A folder or an id on the Hub.
+        revision: Branch, tag or commit on the Hub. Default: "main".
+
+    Raises:
+        ValueError: If it is more than a model can have.
+    """
+    if Path(name).is_dir():
+        check_files(Path(name))
+        return
+    with contextlib.suppress(OSError):  # who loads it reports that
+        if file := cached_file(name, "config.json", revision=revision or "main"):
+            check_files(Path(file).parent)
+
+
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Load the configuration of a model, or that of an adapter's base model.
 
@@ -187,12 +222,13 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     base = base_of(name, revision)
     adapter = PeftConfig.from_pretrained(name, revision=revision) if base else None
     revision = (adapter.revision if adapter else revision) or "main"
+    check_config(base or name, revision)
     config = AutoConfig.from_pretrained(base or name, revision=revision, trust_remote_code=False)
     architectures = config.architectures or []
     if not isinstance(architectures, list) or not all(isinstance(item, str) for item in architectures):
         raise ValueError(f"`architectures` in its config.json is {architectures!r}, not a list of names")
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if not 1 <= layers <= MAX_LAYERS:
+    if layers < 1:
         raise ValueError(f"its config.json asks for {layers} layers")
     if (Path(base or name) / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(base or name).validate(strict=True)  # saving the model does this too
@@ -223,7 +259,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
     name = local_copy(name)
     folder, base = Path(name), base_of(name) if Path(name).is_dir() else None
     if base is not None:
-        if fault := validate_file(folder / ADAPTER):
+        if fault := validate_file(folder / ADAPTER) or validate_rank(folder):
             return fault
         folder, model_class = Path(base), AutoModelForCausalLM
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -238,6 +274,9 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
         if isinstance(error, ValueError) and type(config) not in getattr(model_class, "_model_mapping", ()):
             return f"is a {config.model_type} model, which cannot be used here"
         return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
+    # Buffers that no file contains, such as a mask of all positions, are made when the model is loaded.
+    if sum(buffer.nbytes for buffer in model.buffers()) > max(MAX_BUFFER_BYTES, 4 * model.num_parameters()):
+        return f"its config.json asks for more than {MAX_BUFFER_BYTES >> 30} GiB in addition to the weights; correct it"
     fault = None
     if folder.is_dir():
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -77,6 +77,16 @@ def validate_files(folder: Path, model: Any) -> str | None:
     return validate_complete(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
 
 
+def validate_rank(folder: Path) -> str | None:
+    """Return what is wrong with an adapter whose rank is larger than its weights; PEFT would make that many first."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    largest = max((size for shape in read_shapes(folder / ADAPTER).values() for size in shape), default=0)
+    ranks = [config.get("r"), config.get("num_virtual_tokens"), *(config.get("rank_pattern") or {}).values()]
+    if wrong := [rank for rank in ranks if isinstance(rank, int) and rank > largest]:
+        return f"its adapter_config.json asks for the rank {wrong[0]}, which its weights do not have; copy it again"
+    return None
+
+
 def validate_complete(names: Collection[str]) -> str | None:
     """Return what is wrong with a model that lacks these weights, and what to do; None if there are none."""
     return f"lacks the weights {', '.join(sorted(names)[:3])}; copy the model again" if names else None

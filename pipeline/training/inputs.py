@@ -30,6 +30,7 @@ from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.files import is_missing_path
 from pipeline.launch import once_per_node
+from pipeline.models.bounded import validate_tokenizer
 from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
 from pipeline.models.llama4 import ScratchArguments, build_model
 from pipeline.models.loading import (
@@ -239,6 +240,8 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         return [Problem("chat_template_path", path, f"cannot be read ({error}); give a Jinja template")]
+    if fault := validate_tokenizer(tokenizer):
+        return [Problem("chat_template_path", path, f"{fault}; correct it")]
     return []
 
 

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, suppr
 from pipeline.errors import EXIT_PUSH_FAILED, RunStopped
 from pipeline.hub.access import full_id
 from pipeline.hub.checkpoints import LAST
-from pipeline.hub.contents import TEXTS, WORDS, Files, publishable, without_paths
+from pipeline.hub.contents import Files, clean, is_cleaned, places, publishable
 from pipeline.hub.outputs import Outputs
 from pipeline.hub.upload import explain, is_replaced, push
 from pipeline.training.checkpoint_manifest import MANIFEST, STATE
@@ -171,13 +171,14 @@ def checkpoint_files(checkpoint: Path, folder: str) -> Files:
         folder: Folder of the repository that it is pushed to.
     """
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    known = places(checkpoint)
     files: Files = {f"{folder}/{STATE}": checkpoint / STATE}
     for name, entry in manifest["files"].items():
         path = checkpoint / name
         files[f"{folder}/{name}"] = path
-        if path.suffix in TEXTS and path.name not in WORDS:
+        if is_cleaned(path):
             text = path.read_text(encoding="utf-8")
-            if (public := without_paths(text)) != text:  # an adapter names its base model
+            if (public := clean(text, path.suffix, known)) != text:  # an adapter names its base model
                 content = public.encode()
                 entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
                 files[f"{folder}/{name}"] = content

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
-from pipeline.hub.contents import without_paths
+from pipeline.hub.contents import clean, places, publishable, to_bytes, without_paths
 
 
 @pytest.mark.parametrize(
@@ -25,3 +28,70 @@ from pipeline.hub.contents import without_paths
 def test_paths_and_tokens_are_replaced(monkeypatch: pytest.MonkeyPatch, text: str, public: str) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_my-own_token")
     assert without_paths(text) == public
+
+
+NAMES = ["Kunde Müller", "a, b", "x: y", "run [1] (old) {2}", "日本 語", "it's", "50% & <b>", "back`tick", "#1; done"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("exists", [True, False])
+def test_whatever_characters_are_in_a_path_no_file_names_it(tmp_path: Path, name: str, exists: bool) -> None:
+    """`exists`: whether the run still lies where it was made; what its settings name is known anyway."""
+    made = tmp_path / name / "run 1" / "2_sft"
+    folder = made if exists else tmp_path / "moved" / "2_sft"
+    folder.mkdir(parents=True)
+    command = shlex.join(["python", "-m", "recipes.sft", "--config", str(tmp_path / name / "recipe" / "2_sft.yaml")])
+    settings = {"output_dir": str(made), "dataset_name": [f"{tmp_path}/{name}/data"], "model_name_or_path": "a/b"}
+    (folder / "arguments.json").write_text(json.dumps(settings, ensure_ascii=exists))
+    record = {"recipe": str(tmp_path / name / "recipe"), "steps": {"2_sft": {"command": command}}}
+    (folder.parent / "run.json").write_text(json.dumps(record))
+    lines = [f"see {made}/log.txt.", f"file://{made}", f"-o{made} --x={made}", f"'{made}'", quote(str(made)), command]
+    for file in ("a.txt", "b.md", "c.html", "d.jinja"):
+        (folder / file).write_text("\n".join([*lines, html.escape(str(made))]))
+    (folder / "e.json").write_text(json.dumps({str(made): [*lines, {"at": f"{tmp_path}/{name}/elsewhere/f"}]}))
+    files = publishable(folder) | {"run.json": to_bytes(clean(json.dumps(record), ".json", places(folder.parent)))}
+    for file, content in files.items():
+        text = (content if isinstance(content, bytes) else content.read_bytes()).decode()
+        for place in (name, json.dumps(name)[1:-1], html.escape(name), quote(name), tmp_path.name):
+            assert place not in text, (file, text)
+    assert json.loads(bytes(files["arguments.json"]))["output_dir"] == "2_sft"
+    assert bytes(files["a.txt"]).decode().startswith("see 2_sft/log.txt.\n2_sft\n-o2_sft --x=2_sft\n'2_sft'\n2_sft\n")
+
+
+def test_a_path_that_exists_is_recognised_without_being_known(tmp_path: Path) -> None:
+    made = tmp_path / "Kunde Müller, neu" / "run 1"
+    made.mkdir(parents=True)
+    text = f"In {made}/2_sft/x.json and {made}, and {tmp_path}/run/3 too."
+    assert without_paths(text) == "In x.json and run 1, and 3 too."
+
+
+def test_links_that_leave_the_folder_are_not_pushed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "2_sft"
+    (folder / "inner").mkdir(parents=True)
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "vocab.txt").write_text("word")
+    (folder / "leaves.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "inner" / "leaves.json").symlink_to("../../secret.txt")
+    (folder / "stays.txt").symlink_to("vocab.txt")
+    (folder / "folder").symlink_to(tmp_path)
+    linked = tmp_path / "linked"
+    linked.symlink_to(folder)
+    assert set(publishable(folder)) == set(publishable(linked)) == {"vocab.txt", "stays.txt"}
+    assert "leaves.txt is not pushed: it is a link" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "hf_abcdEFGH1234",
+        "hf_oauth_abcdefgh",
+        "hf_oauth__abcdefgh",
+        "hf_jwt_eyJhbGci.eyJz_dWI-x.sig",
+        "api_org_abcdefgh",
+    ],
+)
+def test_every_kind_of_token_is_removed_from_texts(tmp_path: Path, token: str) -> None:
+    for file in ("a.txt", "b.jinja", "c.json"):
+        (tmp_path / file).write_text(json.dumps({"token_" + token: f"x={token}."}))
+    for content in publishable(tmp_path).values():
+        assert b"hf_***" in bytes(content) and token.encode() not in bytes(content)

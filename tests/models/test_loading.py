@@ -17,10 +17,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline import hardware
 from pipeline.errors import UserError
+from pipeline.models import bounded
 from pipeline.models.adapters import merge_into_base
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer
 from tests.word_model import TEMPLATE, word_model_config, word_tokenizer
@@ -171,6 +176,8 @@ def test_a_template_that_does_not_work_is_refused(tmp_path: Path, template: str,
     ("file", "changes", "said"),
     [
         ("config.json", {"num_hidden_layers": 10**7}, "10000000 layers"),
+        ("config.json", {"num_labels": 10**9}, "1000000000 labels"),
+        ("config.json", {"vision_config": {"encoder_layers": 10**9}}, "1000000000 layers"),
         ("config.json", {"architectures": [5]}, "`architectures`"),
         ("config.json", {"pad_token_id": 10**6}, "cannot be built"),
         ("generation_config.json", {"max_new_tokens": -4}, "max_new_tokens"),
@@ -184,6 +191,79 @@ def test_settings_of_a_model_that_cannot_be_are_refused(
     folder = save_model(tmp_path / "model")
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert said in refusal(folder)
+
+
+DOUBLINGS = "{% set x = namespace(y='x') %}{% for a in range(60) %}{% set x.y = x.y ~ x.y %}{% endfor %}{{ x.y }}"
+LATER = "{% if messages|length > 2 %}{{ 'x' * 10**10 }}{% endif %}{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("template", [DOUBLINGS, "{{ 'x' * 10**10 }}", LATER])
+def test_a_template_that_fills_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(bounded, "MEMORY", 128 << 20)
+    folder = save_model(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    assert "rendering its chat template takes too much memory" in refusal(folder)
+
+
+def test_a_template_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    folder = save_model(tmp_path / "model")
+    loops = "{% for a in messages[0].content * 9999 %}" * 3 + "{% endfor %}" * 3
+    (folder / "chat_template.jinja").write_text(loops)
+    assert "rendering its chat template takes too long" in refusal(folder)
+
+
+def test_a_tokenizer_that_doubles_its_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "MEMORY", 128 << 20)
+    folder = save_model(tmp_path / "model")
+    doubling = {"type": "Replace", "pattern": {"String": "o"}, "content": "oo"}
+    edit_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [doubling] * 60})
+    assert "tokenizing a word takes too" in refusal(folder)
+
+
+def test_files_that_are_read_as_a_whole_have_a_largest_size(tmp_path: Path) -> None:
+    for file, said in (("tokenizer.json", "64 MiB"), ("config.json", "8 MiB"), ("tokenizer_config.json", "8 MiB")):
+        folder = save_model(tmp_path / file / "model")
+        os.truncate(folder / file, 1 << 34)  # a hole, which takes no room
+        assert f"its {file} is larger than {said}" in refusal(folder)
+
+
+def test_a_header_of_more_weights_than_a_model_has_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    size = (5 << 20).to_bytes(8, "little")
+    (folder / "model.safetensors").write_bytes(size + b" " * (5 << 20))
+    assert "model.safetensors is damaged (its header has 5,242,880 bytes" in refusal(folder)
+
+
+def test_an_adapter_of_a_rank_that_its_weights_do_not_have_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", adapter=True)
+    edit_json(folder / "adapter_config.json", r=10**9)
+    assert "asks for the rank 1000000000" in refusal(folder)
+
+
+def test_a_configuration_that_is_large_for_a_reason_is_built(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    edit_json(folder / "config.json", max_position_embeddings=10**9, rope_theta=10**10)
+    load_model(str(folder), "--model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "gpt_neo", "max_position_embeddings": 10**6, "num_layers": 2}, "in addition to the weights"),
+        ({"model_type": "musicgen_decoder", "num_codebooks": 10**9}, "(num_codebooks: 1000000000) takes too"),
+    ],
+)
+def test_a_model_of_endless_parts_or_of_large_buffers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], said: str
+) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    folder = save_model(tmp_path / "model")
+    attention = {"attention_types": [[["global", "local"], 1]]}
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 50, "hidden_size": 16, **attention, **changes}))
     assert said in refusal(folder)
 
 
