@@ -63,7 +63,10 @@ def open_shards(folder: Path) -> IterableDatasetDict:
 def documents_of(args: Arguments) -> Arguments:
     """Return the arguments of the documents that shards were made from, for what reads text; others as they are."""
     made = _read_record(Path(args.dataset_names[0], args.dataset_train_split))
-    return replace(args, **{name: value for name, value in made.items() if name not in ("tasks", "digest")})
+    try:
+        return replace(args, **{name: value for name, value in made.items() if name not in ("tasks", "digest")})
+    except (TypeError, ValueError):
+        raise _no_record(Path(args.dataset_names[0], args.dataset_train_split, RECORD)) from None
 
 
 def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -119,9 +122,15 @@ def _read_record(folder: Path) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error}); make the shards again")) from None
-    return dict(record)
+    if not isinstance(record, dict) or not isinstance(record.get("dataset_name", ""), str):
+        raise _no_record(path)
+    return record
+
+
+def _no_record(path: Path) -> UserError:
+    return UserError(Problem("dataset_name", path, "does not say what was tokenized; make the shards again"))
 
 
 def _validate(files: Sequence[Path]) -> list[Problem]:

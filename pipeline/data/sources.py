@@ -9,6 +9,8 @@ import hashlib
 import json
 import logging
 import lzma
+import pickle
+import tarfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +46,10 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 LINES_PER_DOCUMENT = 64
 """Consecutive lines of a plain text file that make one document: enough to fill a packed block."""
 
-UNREADABLE = (OSError, EOFError, ValueError, TypeError, RuntimeError, zlib.error, lzma.LZMAError, yaml.YAMLError)
+UNREADABLE = (
+    OSError, EOFError, ValueError, TypeError, RuntimeError, LookupError, ImportError, zlib.error, lzma.LZMAError,
+    yaml.YAMLError, pickle.PickleError, tarfile.TarError,
+)  # fmt: skip
 """Exceptions that the libraries raise for files whose content does not match their names."""
 
 

@@ -160,8 +160,8 @@ def model_card(trained: Trained) -> str:
             limits=[text.limit, GENERAL],
         )
     )
-    text = f"---\n{data.to_yaml()}\n---\n\n{body}"
-    return str(ModelCard(without_paths(text, places(trained.folder))))
+    card = f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return str(ModelCard(without_paths(card, places(trained.folder))))
 
 
 def _environment() -> Environment:

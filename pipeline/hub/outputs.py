@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from pyarrow.parquet import read_table
 
 from pipeline.errors import Problem, UserError
 from pipeline.files import read_json
@@ -299,6 +300,14 @@ def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:
 def is_data(path: Path) -> bool:
     """Return whether a directory is a data set repository."""
     return (path / "README.md").exists() and not (path / "config.json").exists() and any(path.rglob("*.parquet"))
+
+
+def names_of_people(path: Path) -> list[str]:
+    """Return the names in a data set of people's votes, which they entered themselves; none for other data."""
+    if not (path / "votes.jsonl").exists():
+        return []
+    columns = (read_table(file, columns=["annotator"])["annotator"] for file in sorted(path.glob("*.parquet")))
+    return sorted({str(name) for column in columns for name in column.unique().to_pylist()})
 
 
 def is_model(path: Path) -> bool:

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     from huggingface_hub.utils import disable_progress_bars, logging
 
     from pipeline.hub.access import check_access, full_id
-    from pipeline.hub.outputs import Outputs, is_data
+    from pipeline.hub.outputs import Outputs, is_data, names_of_people
     from pipeline.hub.upload import PUSH_ERRORS
 
     if problems := _check(args):
@@ -79,6 +79,10 @@ def main(args: argparse.Namespace) -> int:
     )
     if args.dry_run:
         _show(run.repositories())
+    for name in run.wanted:
+        if people := names_of_people(run.folders[name]):
+            print(f"{run.id_of(name)} contains the names that people voted under: {', '.join(people)}", file=sys.stderr)
+    if args.dry_run:
         return 0
     for kind in () if args.create_pr else ("dataset", "model"):
         ids = [run.id_of(name) for name in run.wanted if is_data(run.folders[name]) == (kind == "dataset")]

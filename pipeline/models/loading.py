@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
+import pickle
+import re
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,9 +38,9 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pipeline import hardware
+from pipeline.bounded import exceeds
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import is_missing_path, split_revision
-from pipeline.models.bounded import check_files, validate_tokenizer
 from pipeline.models.weights import (
     ADAPTER,
     stored_weights,
@@ -54,6 +57,18 @@ MAX_READ_BYTES = 4 << 30
 
 MAX_BUFFER_BYTES = 2 << 30
 """Size of the tensors of a model that are not weights; a model of 1 GB has a few MB of them."""
+
+MAX_LAYERS, MAX_LABELS = 4096, 1 << 16
+"""More are certainly a mistake; a configuration names its labels one by one, and its layers as well."""
+
+MAX_USUAL, MAX_USUAL_COUNT = 1 << 24, 1024
+"""Sizes, and numbers of parts, of a usual model. A configuration with larger ones is first tried."""
+
+MAX_MIB = {
+    "tokenizer.json": 64, "vocab.json": 32, "added_tokens.json": 8, "special_tokens_map.json": 8,
+    "tokenizer_config.json": 8, "config.json": 8, "generation_config.json": 8, "adapter_config.json": 8,
+}  # fmt: skip
+"""Sizes of files that are read as a whole. The largest tokenizer in use has 34 MB."""
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
@@ -203,6 +218,54 @@ def check_config(name: str, revision: str | None = None) -> None:
     with contextlib.suppress(OSError):  # who loads it reports that
         if file := cached_file(name, "config.json", revision=revision or "main"):
             check_files(Path(file).parent)
+
+
+def check_files(folder: Path) -> None:
+    """Check the configuration of a model and the sizes of its tokenizer's files before anything is made of them.
+
+    Args:
+        folder: A local model, or the folder of the cache that has its config.json.
+
+    Raises:
+        ValueError: If they ask for more than a model can have.
+    """
+    for name, limit in MAX_MIB.items():
+        if (folder / name).is_file() and (folder / name).stat().st_size > limit << 20:
+            raise ValueError(f"its {name} is larger than {limit} MiB")
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    largest = {"layer": MAX_LAYERS, "label": MAX_LABELS}
+    numbers = list(_numbers(json.loads(file.read_text(encoding="utf-8"))))
+    for name, value in numbers:
+        what = re.search(r"_(layer|label)s?$", name)
+        if what and value > largest[what[1]]:
+            raise ValueError(f"its config.json asks for {value} {what[1]}s")
+    unusual = [
+        f"{name}: {value}" for name, value in numbers
+        if value > (MAX_USUAL_COUNT if re.search(r"^(num|n)_|layer|expert|block|head|depth|stage", name) else MAX_USUAL)
+    ]  # fmt: skip
+    if unusual and (fault := exceeds(lambda: _build(folder))):
+        raise ValueError(f"to build the model of its config.json ({', '.join(unusual[:3])}) {fault}")
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers of a configuration, each with the key that names it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, name)
+    elif isinstance(value, int):
+        yield name, value
+
+
+def _build(folder: Path) -> None:
+    """Build a model without its weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
@@ -362,6 +425,45 @@ def validate_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
     except (TemplateError, *LIBRARY_ERRORS) as error:
         reason = str(error)
     return f"its chat template does not work ({reason}); correct it"
+
+
+_tokenizers: dict[bytes, str | None] = {}
+
+
+def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what is wrong with a tokenizer that takes too long for a word, or its chat template for a turn, or None.
+
+    The verdict is kept for all tokenizers that do the same to a text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    key = pickle.dumps((str(tokenizer.chat_template), parts))
+    if key not in _tokenizers:
+        fault = exceeds(lambda: tokenizer.decode(tokenizer("Hello world").input_ids))
+        if fault is None and tokenizer.chat_template:
+            fault = exceeds(lambda: _render(tokenizer))
+            fault = fault and f"rendering its chat template {fault}"
+        else:
+            fault = fault and f"tokenizing a word {fault}"
+        _tokenizers[key] = fault
+    return _tokenizers[key]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Render the chat template for some conversations; which of them it refuses does not matter here."""
+    contents = ("Hello", "Hello, how may I help you?", "Hello " * 100)
+    turns = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents, strict=True)
+    ]
+    system = {"role": "system", "content": "Be brief."}
+    for conversation in (turns[:1], turns[:2], turns, [system, *turns]):
+        for prompt in (False, True):
+            try:
+                tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - templates raise anything
+                continue
 
 
 @contextmanager

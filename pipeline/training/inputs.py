@@ -30,7 +30,6 @@ from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.files import is_missing_path
 from pipeline.launch import once_per_node
-from pipeline.models.bounded import validate_tokenizer
 from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
 from pipeline.models.llama4 import ScratchArguments, build_model
 from pipeline.models.loading import (
@@ -40,6 +39,7 @@ from pipeline.models.loading import (
     load_tokenizer,
     skip_unreachable_hub,
     user_error_for,
+    validate_tokenizer,
     validate_weights,
 )
 from pipeline.models.tokenizer import special_tokens

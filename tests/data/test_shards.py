@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -209,6 +210,14 @@ def damage_record(shards: Path) -> None:
     (shards / "train" / "documents.json").write_text('{"tasks": ')
 
 
+def list_record(shards: Path) -> None:
+    (shards / "train" / "documents.json").write_text("[1]")
+
+
+def deepen_record(shards: Path) -> None:
+    (shards / "train" / "documents.json").write_text("[" * 99_999)
+
+
 def empty(shards: Path) -> None:
     for number in (0, 2):
         for suffix in ("", ".index", ".metadata"):
@@ -225,12 +234,21 @@ def empty(shards: Path) -> None:
         (remove_metadata, r"00000_unshuffled.ds: has no .index or .metadata"),
         (add_losses, r"00000_unshuffled.ds: has a mask of losses"),
         (damage_record, r"documents.json: cannot be read .*make the shards again"),
+        (list_record, r"documents.json: does not say what was tokenized; make the shards again"),
+        (deepen_record, r"documents.json: cannot be read .*make the shards again"),
         (empty, r"train: is empty"),
     ],
 )
 def test_damaged_shards_are_refused(shards: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(shards)
     assert re.search(message, preflight(shards, save_tokenizer(shards.parent / "words")))
+
+
+@pytest.mark.parametrize("record", [{"unheard_of": 1}, {"dataset_name": 5}, {"dataset_name": []}])
+def test_a_record_of_something_else_is_reported_when_it_is_read(shards: Path, record: dict[str, object]) -> None:
+    (shards / "train" / "documents.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"documents.json: does not say what was tokenized"):
+        documents_of(DataArguments(str(shards)))
 
 
 def test_shards_of_another_tokenizer_are_refused(shards: Path) -> None:

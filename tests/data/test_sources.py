@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -33,3 +36,26 @@ def test_file_names_are_not_read_as_patterns(tmp_path: Path, name: str) -> None:
     for file in (name, "a1.jsonl", "ab.jsonl"):
         write_lines(tmp_path / file, [{"text": file}])
     assert open_source(str(tmp_path / name))["train"]["text"][:] == [name]
+
+
+class Boom:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('a pickle was run')",)
+
+
+@pytest.mark.parametrize("file", ["a.pth", "a.npy", "a.pickle", "a.cls", "a.json"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_nothing_in_a_tar_is_run_and_what_cannot_be_read_is_one_line(
+    tmp_path: Path, file: str, streaming: bool
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        content = pickle.dumps(Boom())
+        entry = tarfile.TarInfo(file)
+        entry.size = len(content)
+        tar.addfile(entry, io.BytesIO(content))
+    try:
+        next(iter(open_source(str(folder), streaming=streaming)["train"]))
+    except UserError as error:
+        assert str(error).startswith(f"dataset_name: {folder}: ") and "\n" not in str(error)

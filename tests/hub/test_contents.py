@@ -9,7 +9,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from datasets import Dataset
 
+from pipeline.__main__ import main
 from pipeline.hub.contents import clean, places, publishable, to_bytes, without_paths
 
 
@@ -95,3 +97,17 @@ def test_every_kind_of_token_is_removed_from_texts(tmp_path: Path, token: str) -
         (tmp_path / file).write_text(json.dumps({"token_" + token: f"x={token}."}))
     for content in publishable(tmp_path).values():
         assert b"hf_***" in bytes(content) and token.encode() not in bytes(content)
+
+
+def test_a_push_says_whose_names_are_in_the_votes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    votes = tmp_path / "run" / "votes"
+    votes.mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (votes / "README.md").write_text("# Votes\n")
+    (votes / "votes.jsonl").write_text("")
+    Dataset.from_dict({"annotator": ["ann", "bob", "ann"]}).to_parquet(votes / "train.parquet")
+    capsys.readouterr()
+    assert main(["push", str(tmp_path / "run"), "--namespace", "alice", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "votes.jsonl" not in out and "train.parquet" in out
+    assert err == "alice/run-votes contains the names that people voted under: ann, bob\n"

@@ -18,14 +18,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
+    GitForCausalLM,
+    GPTNeoForCausalLM,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
-from pipeline import hardware
+from pipeline import bounded, hardware
 from pipeline.errors import UserError
-from pipeline.models import bounded
 from pipeline.models.adapters import merge_into_base
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer
 from tests.word_model import TEMPLATE, word_model_config, word_tokenizer
@@ -254,13 +255,17 @@ def test_a_configuration_that_is_large_for_a_reason_is_built(tmp_path: Path) -> 
     ("changes", "said"),
     [
         ({"model_type": "gpt_neo", "max_position_embeddings": 10**6, "num_layers": 2}, "in addition to the weights"),
-        ({"model_type": "musicgen_decoder", "num_codebooks": 10**9}, "(num_codebooks: 1000000000) takes too"),
+        (
+            {"model_type": "git", "hidden_size": 24, "num_image_with_embedding": 10**9},
+            "_embedding: 1000000000) takes too",
+        ),
     ],
 )
 def test_a_model_of_endless_parts_or_of_large_buffers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], said: str
 ) -> None:
     monkeypatch.setattr(bounded, "SECONDS", 1)
+    assert GitForCausalLM and GPTNeoForCausalLM  # what takes time is not that they are imported
     folder = save_model(tmp_path / "model")
     attention = {"attention_types": [[["global", "local"], 1]]}
     (folder / "config.json").write_text(json.dumps({"vocab_size": 50, "hidden_size": 16, **attention, **changes}))

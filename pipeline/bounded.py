@@ -1,0 +1,100 @@
+"""Try what a model's files ask for in a child process, which can neither hang nor fill the memory of the machine.
+
+A configuration may ask for 10^9 labels, a chat template may never end, and a tokenizer may double each letter sixty
+times. None of that can be seen in the files, so it is done first where it can be ended. The child is a fork, which
+takes some milliseconds, and whatever it has made ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+import psutil
+
+SECONDS = 20
+"""Seconds of CPU time; building the largest models, without their weights, takes two, and importing them as many."""
+
+MEMORY = 1 << 30
+"""Bytes, in addition to those of this process."""
+
+PATIENCE_SECONDS = 120.0
+"""Wall-clock time, for a machine that is too busy to give the child its seconds: a quarter of them then suffices for a
+verdict, and with less it is left open."""
+
+OUT_OF_MEMORY = 3
+"""Exit code of the child."""
+
+TOO_SLOW, TOO_LARGE = "takes too long", "takes too much memory"
+
+
+def exceeds(call: Callable[[], object]) -> str | None:
+    """Call a function in a child process with limits of time and memory.
+
+    Args:
+        call: The function. What it returns or raises is of no interest, since the caller will see that here.
+
+    Returns:
+        Which limit it exceeds, as the end of a sentence, or None. Only Linux forks safely; elsewhere it is not called.
+    """
+    if sys.platform != "linux":
+        return None
+    alive, held = os.pipe()
+    with warnings.catch_warnings():
+        # Other threads may hold locks, of which a busy child would wait for ever: PATIENCE_SECONDS.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _run(call)
+    os.close(held)
+    ended = select.poll()
+    ended.register(alive)
+    is_over = False
+    try:
+        is_over = bool(ended.poll(PATIENCE_SECONDS * 1000))
+    finally:
+        os.close(alive)
+        if not is_over:
+            os.kill(child, signal.SIGKILL)
+        _, status, usage = os.wait4(child, 0)
+    seconds = usage.ru_utime + usage.ru_stime
+    if not is_over:
+        return TOO_SLOW if seconds > SECONDS / 4 else None
+    if os.WIFSIGNALED(status) and seconds > SECONDS - 1:
+        return TOO_SLOW
+    # A library in C or Rust that gets no memory aborts, or runs out of its stack.
+    return TOO_LARGE if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == OUT_OF_MEMORY else None
+
+
+def _run(call: Callable[[], object]) -> NoReturn:
+    """Call a function under limits, and end this process without a word."""
+    import faulthandler
+    import resource
+
+    code = 0
+    try:
+        faulthandler.disable()
+        silent = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(silent, stream)
+        limits = {
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_CPU: SECONDS,
+            resource.RLIMIT_AS: psutil.Process().memory_info().vms + MEMORY,
+        }
+        for limit, value in limits.items():
+            with contextlib.suppress(ValueError, OSError):  # there is a lower one
+                resource.setrlimit(limit, (value, value))
+        call()
+    except MemoryError:
+        code = OUT_OF_MEMORY
+    except BaseException as error:  # noqa: BLE001 - it is raised again in the parent
+        code = OUT_OF_MEMORY if "allocate memory" in str(error) else 0
+    finally:
+        os._exit(code)
