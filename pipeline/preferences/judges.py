@@ -24,7 +24,7 @@ from pipeline.rewards.grading import is_gradable
 from pipeline.rewards.loading import load_function
 
 BATCH_TOKENS = 8192
-"""Tokens in a batch of conversations to score, padding included."""
+"""Tokens in a batch of conversations to score on an accelerator, padding included."""
 
 Row = Mapping[str, Any]
 Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float | None]]
@@ -123,14 +123,26 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    batch_tokens: int | None = None,
 ) -> list[float]:
     """Return the reward model's score of each conversation, which ends with the assistant's answer.
 
-    Equal conversations are scored once, and similarly long ones in one batch, on which the last bits of a score depend.
-    Of a conversation that exceeds the context, the end is scored.
+    Equal conversations are scored once. Of one that exceeds the context, the end is scored.
+
+    Args:
+        model: The reward model.
+        tokenizer: Its tokenizer.
+        conversations: Messages that end with the assistant's.
+        batch_tokens: Tokens per batch, padding included; 0 scores conversations one at a time. In a batch, matrix
+            products sum in a different order, so that the last bits of a score depend on the rest of the batch.
+            Default: 0 on a CPU, where batches save little, and `BATCH_TOKENS` on an accelerator.
     """
     model.eval()
+    if batch_tokens is None:
+        batch_tokens = 0 if model.device.type == "cpu" else BATCH_TOKENS
     tokens = special_tokens(tokenizer)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     encoded = [
@@ -144,7 +156,7 @@ def score(
     while remaining:
         width = len(remaining[-1])
         # Without padding, transformers cannot find the last token of a row.
-        rows = 1 if pad is None else max(1, BATCH_TOKENS // width)
+        rows = 1 if pad is None else max(1, batch_tokens // width)
         batch = [remaining.pop() for _ in range(min(rows, len(remaining)))]
         padded = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch], device=model.device)
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch], device=model.device)
