@@ -58,7 +58,6 @@ OTHER_SETTINGS = (
 )  # fmt: skip
 """Settings that `sample` honours as well, or that cannot change what it returns."""
 
-
 GENERATE = GenerationMixin.generate
 """The method that `sample` stands in for."""
 
@@ -241,6 +240,7 @@ def sample(
     return _cut(completions, ends)
 
 
+@torch.inference_mode()
 def _call_generate(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, generator: torch.Generator
 ) -> list[list[int]]:
