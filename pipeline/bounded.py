@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import psutil
 
-SECONDS = 20
+SECONDS = 10
 """Seconds of CPU time; building the largest models, without their weights, takes two, and importing them as many."""
 
 MEMORY = 1 << 30

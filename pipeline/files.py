@@ -297,6 +297,7 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
     Raises:
         SafetensorError, OSError: If the file cannot be read.
     """
+    check_regular(file)
     with file.open("rb") as start:
         header = int.from_bytes(start.read(8), "little")
     if header > MAX_HEADER:

@@ -22,7 +22,7 @@ import torch
 import transformers
 from huggingface_hub import constants, snapshot_download
 from jinja2 import TemplateError
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -61,14 +61,18 @@ MAX_BUFFER_BYTES = 2 << 30
 MAX_LAYERS, MAX_LABELS = 4096, 1 << 16
 """More are certainly a mistake; a configuration names its labels one by one, and its layers as well."""
 
+MAX_ENTRIES = {"config.json": MAX_LABELS, "tokenizer_config.json": 20_000, "special_tokens_map.json": 20_000}
+"""Entries of a list. Each added token is compared with those before it; the most in use are 6,000."""
+
 MAX_USUAL, MAX_USUAL_COUNT = 1 << 24, 1024
 """Sizes, and numbers of parts, of a usual model. A configuration with larger ones is first tried."""
 
 MAX_MIB = {
     "tokenizer.json": 64, "vocab.json": 32, "added_tokens.json": 8, "special_tokens_map.json": 8,
     "tokenizer_config.json": 8, "config.json": 8, "generation_config.json": 8, "adapter_config.json": 8,
+    ".jinja": 1, ".txt": 64, ".model": 64, ".tiktoken": 64,
 }  # fmt: skip
-"""Sizes of files that are read as a whole. The largest tokenizer in use has 34 MB."""
+"""Sizes of files that are read as a whole, by name or suffix. The largest tokenizer in use has 34 MB."""
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
@@ -229,9 +233,13 @@ def check_files(folder: Path) -> None:
     Raises:
         ValueError: If they ask for more than a model can have.
     """
-    for name, limit in MAX_MIB.items():
-        if (folder / name).is_file() and (folder / name).stat().st_size > limit << 20:
-            raise ValueError(f"its {name} is larger than {limit} MiB")
+    for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        limit = MAX_MIB.get(file.name) or MAX_MIB.get(file.suffix)
+        if limit and file.is_file() and file.stat().st_size > limit << 20:
+            raise ValueError(f"its {file.name} is larger than {limit} MiB")
+        entries = MAX_ENTRIES.get(file.name)
+        if entries and file.is_file() and _longest(json.loads(file.read_text(encoding="utf-8"))) > entries:
+            raise ValueError(f"its {file.name} has a list of more than {entries:,} entries")
     file = folder / "config.json"
     if not file.is_file():
         return
@@ -247,6 +255,13 @@ def check_files(folder: Path) -> None:
     ]  # fmt: skip
     if unusual and (fault := exceeds(lambda: _build(folder))):
         raise ValueError(f"to build the model of its config.json ({', '.join(unusual[:3])}) {fault}")
+
+
+def _longest(value: Any) -> int:
+    """Return the number of entries of the longest list or mapping in a JSON value."""
+    if not isinstance(value, dict | list):
+        return 0
+    return max(len(value), *map(_longest, value.values() if isinstance(value, dict) else value), 0)
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
@@ -337,6 +352,8 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
         if isinstance(error, ValueError) and type(config) not in getattr(model_class, "_model_mapping", ()):
             return f"is a {config.model_type} model, which cannot be used here"
         return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
+    if base is not None and (fault := exceeds(lambda: get_peft_model(model, PeftConfig.from_pretrained(name)))):
+        return f"to add what its adapter_config.json asks for {fault}"  # a pattern of modules may take for ever
     # Buffers that no file contains, such as a mask of all positions, are made when the model is loaded.
     if sum(buffer.nbytes for buffer in model.buffers()) > max(MAX_BUFFER_BYTES, 4 * model.num_parameters()):
         return f"its config.json asks for more than {MAX_BUFFER_BYTES >> 30} GiB in addition to the weights; correct it"

@@ -178,6 +178,8 @@ def test_a_template_that_does_not_work_is_refused(tmp_path: Path, template: str,
     [
         ("config.json", {"num_hidden_layers": 10**7}, "10000000 layers"),
         ("config.json", {"num_labels": 10**9}, "1000000000 labels"),
+        ("config.json", {"id2label": dict.fromkeys(range(70_000), "x")}, "has a list of more than 65,536 entries"),
+        ("tokenizer_config.json", {"extra_special_tokens": ["<x>"] * 30_000}, "has a list of more than 20,000 entries"),
         ("config.json", {"vision_config": {"encoder_layers": 10**9}}, "1000000000 layers"),
         ("config.json", {"architectures": [5]}, "`architectures`"),
         ("config.json", {"pad_token_id": 10**6}, "cannot be built"),
@@ -237,6 +239,23 @@ def test_a_header_of_more_weights_than_a_model_has_is_refused(tmp_path: Path) ->
     size = (5 << 20).to_bytes(8, "little")
     (folder / "model.safetensors").write_bytes(size + b" " * (5 << 20))
     assert "model.safetensors is damaged (its header has 5,242,880 bytes" in refusal(folder)
+
+
+def test_an_index_that_names_a_pipe_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "pipe.safetensors"}}')
+    assert "pipe.safetensors is damaged (is not a file)" in refusal(folder)
+
+
+def test_an_adapter_whose_pattern_of_modules_never_ends_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    folder = save_model(tmp_path / "model", adapter=True)
+    edit_json(folder / "adapter_config.json", target_modules="(.*.*)*=(.*.*)*=x")
+    assert "to add what its adapter_config.json asks for takes too" in refusal(folder)
 
 
 def test_an_adapter_of_a_rank_that_its_weights_do_not_have_is_refused(tmp_path: Path) -> None:
