@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from fractions import Fraction
 
 MAX_TEXT_LENGTH = 100_000
@@ -22,52 +23,143 @@ MAX_DIGITS = 1_000
 
 ANNOUNCEMENT = re.compile(
     r"""
-    \\(?:boxed|fbox)\s*\{
+    \\(?:boxed|fbox)\s* (?:\{ | (?=[-+\d]))
     | <answer>
     | ^[#*_>\ \t]{0,12} (?:the\ )? (?:(?:final|correct)\ )? answer [*_:\ \t]{0,12} $    # a heading
     | \#{4}
-    | (?:^ | (?<![^\W_])(?:the|my|our|final|correct|right|exact)\s+ (?:(?:final|correct|right|exact|numerical)\s+){0,2})
-      answer (?:\s+to\s[^.?!:\n]{1,60}?)? (?:,?\s+(?:then|thus|therefore),?)?
-      \s+ (?:is|(?:must|should|would|will)\s+be)\b (?:\s+(?:thus|therefore|simply|exactly|indeed)\b)*
-    | (?<![^\W_])(?:the\s+)? (?:(?:final|correct)\s+)? (?:answer|ans\.?) [*_]{0,3} \s? [:=]
+    | (?:^ | (?<![^\W_])(?:the|my|our|final|correct|right|exact|required)\s+
+             (?:(?:final|correct|right|exact|numerical|required)\s+){0,2})
+      answer (?:\s+(?:to|in|for)\s[^.?!:\n]{1,60}? | \s+(?:here|(?:I|we)\s+(?:get|found)) | \s+\([^()\n]{1,40}\))?
+      (?:,?\s+(?:then|thus|therefore),?)?
+      (?: \s+(?: is | equals | (?:comes|works)(?:\s+out)?\s+to | turns\s+out\s+to\s+be
+               | (?:must|should|would|will)\s+(?:(?:thus|then|therefore)\s+)?(?:be|equal) )\b
+        | ['’]s\b)
+      (?:,?\s+(?:thus|therefore|then|simply|exactly|indeed|equal\s+to|given\s+by)\b,?)*
+    | (?<![^\W_])(?:the\s+)? (?:(?:final|correct)\s+)? (?:answer|ans\.?) [*_]{0,3} \s? [:=→]
     | ^[*_]{0,2} A [*_]{0,2} : [*_]{0,2} \ (?=\S+\ *$)
+    | (?:^ | (?<=[.!?:]\s)) (?:(?:so|thus|hence|then|therefore),?\s)?
+      (?P<before>[*_$`"(\[+−-]{0,4} (?:\d\S{0,40} | [A-J][)\]*_]{0,4}))
+      \s+is\s+(?:the|my|our)\s+ (?:(?:final|correct|right)\s+)? answer\b (?!\s*[:=] | \s+(?:to|of)\b)
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
-"""What precedes a final answer."""
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_\"'”’)$<`\]])|\n|</|,?\s(?=(?:because|since)\s)")
+"""What precedes a final answer, or a sentence that ends with "is the answer"."""
+_HIDDEN = re.compile(r"<!--.*?(?:-->|\Z)|^[ \t]*%[^\n]*\\(?:boxed|fbox)[^\n]*", re.DOTALL | re.MULTILINE)
+"""Comments of HTML, and lines of LaTeX that are commented out: nobody sees an answer there."""
+_ABBREVIATION = re.compile(
+    r"^(?:[A-Z]\.\s?){2,}(?=[A-Z](?:[a-z]|\b))|\b(?:Dr|Mrs?|Ms|St|Mt|Ft|Prof|Sgt|Capt|Rev)\.(?=\s[A-Z])"
+    r"|\.{2,}(?=\s*\S)|\b(?:Rs|No|Vol|approx|ca)\.(?=\s?\d)|\b(?:sq|cu|approx|i\.e|e\.g)\.(?=[\s,]*[a-z])"
+)
+"""Full stops that do not end a sentence: "J. R. Tolkien", "Dr. Who", "Rs. 20", "sq. ft"."""
+_SENTENCE_END = re.compile(
+    r"[.!?](?!\s+or\b)(?=\s|$|[*_\"'”’)$<`\]])|\n|</|\s\|(?=[ \t]*$)|,?\s(?=(?:because|since)\s)"
+)
+_RELATIVE = re.compile(r",\s(?=(?:which|who|where|as|so|that)\s)")
+_AFTER_VALUE = re.compile(r",\s(?=[a-z])|\s(?=[(\[])|;\s|:\s|\s→\s|\s-{1,2}\s|\s?[—–]\s?|\s(?=as\s)")
+"""Where an explanation may begin: after an answer of any kind, and after a value."""
+HEDGE = re.compile(
+    r"\b(?:n?or|not?|n?either|may ?be|perhaps|possibly|probably|alternatively|also|another|other|else|otherwise|too"
+    r"|well|unless|if|could|might|may|can\s+be|but|wrong|incorrect|actually|wait|instead|rather|both|remainder|less|plus"
+    r"|minus|between|from)\b|n['’]t\b|^\W*(?:\d[\d.,]*\s+)?(?:and|to)\s+\W*\d|±|\\pm",
+    re.IGNORECASE,
+)
+"""What offers another answer, or takes one back."""
+_ROUNDED = re.compile(r"\(?(?:about|approximately|approx\.?|roughly|≈|\\approx)", re.IGNORECASE)
+_EXPLANATION = re.compile(
+    r"[(\[]?(?:[^\W\d_]{2,}|an?|i\.e\.),?\s+\S|\([^\W\d_-]{3,}|[(\[]?\d[^()]*(?:[×*·÷=]|\s[^\W\d_]{3,}\b)"
+)
+"""Words, or an equation; "20 - x" and "2 (x + 1)" go on calculating."""
+_ANOTHER = re.compile(r"\W*(?:[^\W\d_]+\W+){1,2}\d[\d.,/]*\W*$")
+"""A word or two and a number, as in "20, then 21"."""
+_MAX_CUTS = 20
 _BLOCK = re.compile(r"(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$|```\w*\n(.*?)```)[.\s]*(?:\n|\Z)", re.DOTALL)
 _WRAPPED = re.compile(
-    r"^(?:\$\$?(.*?)\$\$?|\\\((.*)\\\)|\\\[(.*)\\\]|__(.*)__|\"(.*)\"|“(.*)”|'(.*)'|`(.*)`"
-    r"|\\text(?:bf|rm|it)?\{([^{}]*)\})$",
+    r"^(?:\$\$?(.*?)\$\$?|\\\((.*)\\\)|\\\[(.*)\\\]|__(.*)__|_([^_]*)_|\"(.*)\"|“(.*)”|'(.*)'|`(.*)`"
+    r"|‘(.*)’|\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|mbox|boxed|fbox)\s*\{([^{}]*)\})$",
     re.DOTALL,
 )
 _SPACES = "\u00a0\u2007\u2009\u202f"
 _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\uff0d", "-"))
+SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_INTEGER = r"[-+]?\s?\d[\d,]*"
 # spellings of numbers, in LaTeX and in plain text, and what `_NUMBER` reads instead
-_SPELLINGS = [
+_SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^\$([^$]+)\$(?=\s)|^\\\(([^()]+)\\\)(?=\s)|\*\*(?=\s)", r"\1\2"),  # emphasis of the number alone
-    (r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r" \1"),
-    (r"\\[dt]?frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)(\d))", r" \1\3/\2\4"),
-    (r"\^?\{?(?:\\circ|°)\}?", " degrees "),
+    (r"[\s\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]+$", ""),
+    (r"</?(?:b|strong|i|em|u)>|\\(?:left|right|[a-z]+style|[Ll]arge|bf|rm|it|sf)(?![A-Za-z])", ""),
+    (r"\\color\s*\{[a-z]+\}", ""),
+    (r"\\(?:text|math)?(?:text|bf|rm|it|sf|mbox|underline)\s*\{([^{}]*)\}", r" \1"),
     (r"\{,\}|(?<=\d),?\\[,!](?=\d{3})", ","),
-    (r"\\[,;:! ]|~", " "),
+    (r"\\[,;:! ]|~(?!\d)", " "),
+    (rf"\\[dtc]?frac\s*(?:\{{({_INTEGER})\}}|(\d))\s*(?:\{{({_INTEGER})\}}|(\d))", r" \1\2/\3\4"),
+    (r"/-$", ""),  # after rupees
+    (r"\^?\{?(?:\\circ|\\degree|°)\}?", " degrees "),
     (r"\\(?=[$%€£])", ""),
-    (rf"(?<=\d)[{_SPACES}](?=\d{{3}})", ""),
+    (r"^(?:\\approx|≈|~|(?:approximately|approx\.?|about|roughly|around)\s)\s*", ""),
+    (r"^(?:exactly|therefore|simply|equal to|a total of)\s+", ""),
+    (r"^(?:negative|minus)\s(?=\d)", "-"),
+    (rf"(?<=\d)[{_SPACES}'’_](?=\d{{3}})", ","),
+    (r"^(\d{1,3})((?: \d{3})+)(?![\d/]| \d)", lambda match: match[1] + match[2].replace(" ", ",")),
+    # "1.234.567" and "1.234,5", as in Germany or Brazil
+    (r"(?<![\d.,])(\d{1,3}(?:\.\d{3}){2,})(?![.,\d])", lambda match: match[1].replace(".", "")),
+    (r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?!\d)", lambda match: match[1].replace(".", "") + "." + match[2]),
+    (r"(?<![\d.,])(\d+),(\d{2})(?=\s?(?:€|EUR))", r"\1.\2"),
+    (r"[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0])),
+    (r"(?<=\d) and (?=\d+/\d)", " "),
+    ("\u2044", "/"),
+    (
+        r"(?<![\d.,\w])(?:([1-9](?:\.\d+)?)\s*(?:\\times|\\cdot|[×*·⋅x])\s*)?"
+        r"10(?:(?:\^|\*\*)\{?(-?\d{1,2})\}?|([⁻⁰¹²³⁴-⁹]+))(?!\d)",
+        lambda match: _power_of_ten(match[1], (match[2] or match[3]).translate(SUPERSCRIPTS), match[0]),
+    ),
+    (
+        r"(?<![\d.,\w])([1-9](?:\.\d+)?)[eE]([-+]?\d{1,2})(?!\d)",
+        lambda match: _power_of_ten(match[1], match[2], match[0]),
+    ),
+    (
+        r"(?<![\d.,\w])([1-9]\d{0,2}(?:\.\d+)?) (thousand|million|billion|trillion)\b",
+        lambda match: _power_of_ten(match[1], str(_SCALES[match[2]]), match[0]),
+    ),
 ]
-_EQUATION = re.compile(r"(?:[A-Za-z](?:_?\d)?\s?|(?:[\d\s.,+\-*/×÷·()$=]|\\times|\\cdot|\\div)+)=([^=]+)")
-_NUMBER = re.compile(
-    r"(?P<sign>[-+]?)\s?(?:USD?|EUR|Rs\.?)?\s?[$€£¥₹]?\s?(?P<inner_sign>-?)(?:(?P<mixed>\d+)\s+(?=\d+/))?"
-    r"(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?P<decimals>\.\d+)?(?:/(?P<divisor>\d+))?\s?[%$€£]?"
-    r"(?P<unit>(?:\s*[^\W\d_]+(?:[/'’.-][^\W\d_]+)*(?:\^\{?[23]\}?)?)?(?:\s+[^\W\d_]+(?:[/'’.-][^\W\d_]+)*){0,4})"
+_BRACKETS = re.compile(r"\((.*)\)|\[(.*)\]|\{(.*)\}", re.DOTALL)
+_ARITHMETIC = re.compile(r"(?:[\d\s.,+\-*/×÷·()$]|\\times|\\cdot|\\div)+")
+_NAME = re.compile(
+    r"\\(?:text|mathrm|angle|overline|alpha|beta|gamma|theta|lambda|mu|phi|varphi|omega|Delta)(?![A-Za-z])|\|[A-Z]{2}\|"
+    r"|(?!(?:ln|log|sin|cos|tan|exp|sqrt|abs)\b)[A-Za-z]+(?:\([^()]*\))?|_\{?\w+\}?|[{}+\s]"
 )
-_NOT_UNITS = {
+"""What names of quantities are made of: x, f(3), S_{12}, \angle ABC, m + n. What "2x" is equal to is not solved."""
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)\s?(?:USD?|EUR|CHF|GBP|INR|Rs\.?)?\s?[$€£¥₹]?\s?(?P<inner_sign>-?)(?:(?P<mixed>\d+)\s+(?=\d+/))?"
+    r"(?P<whole>[1-9]\d{0,2}(?:,\d{3})+|\d*)(?P<decimals>\.\d+)?(?:\s?/\s?(?P<divisor_sign>-?)(?P<divisor>\d+))?\s?[%$€£¢]?"
+    r"(?P<unit>(?:\s*[^\W\d_]+\.?(?:[/'’.-][^\W\d_]+)*(?:\^\{?-?[123]\}?|[²³])?)?"
+    r"(?:\s+[^\W\d_]+\.?(?:[/'’.-][^\W\d_]+)*(?:\^\{?-?[123]\}?|[²³])?){0,4})"
+)
+NOT_UNITS = {
     "or", "and", "to", "not", "nor", "plus", "minus", "times", "over", "by", "if", "but", "either", "maybe", "out",
-    "of", "less", "more", "than", "half", "dozen", "hundred", "thousand", "million", "billion", "trillion", "squared",
+    "less", "more", "than", "half", "dozen", "hundred", "thousand", "million", "billion", "trillion", "squared",
     "cubed", "factorial", "divided", "multiplied", "halves", "thirds", "fourths", "fifths", "tenths", "hundredths",
-    "pi", "bn", "mn", "is", "was", "isn't", "no", "wrong", "incorrect",
+    "pi", "bn", "mn", "is", "was", "isn't", "no", "wrong", "incorrect", "mod", "modulo", "choose",
 }  # fmt: skip
 """Words after a number that change it, make it one of several or take it back."""
+_UNITS = {
+    name: unit
+    for unit, names in {
+        "s": "s sec second seconds", "min": "min mins minute minutes", "h": "h hr hrs hour hours", "day": "day days",
+        "week": "week weeks", "month": "month months", "year": "year years", "mm": "mm millimeters millimetres",
+        "cm": "cm centimeters centimetres", "m": "m meter meters metre metres", "km": "km kilometers kilometres",
+        "in": "inch inches", "ft": "ft foot feet", "yd": "yard yards", "mi": "mile miles", "mg": "mg milligrams",
+        "g": "g gram grams", "kg": "kg kilogram kilograms", "lb": "lb lbs pounds", "ml": "ml milliliters millilitres",
+        "l": "l liter liters litre litres", "$": "$ dollar dollars usd", "c": "cent cents ¢", "eur": "€ euro euros eur",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+"""Names of units of which another one means another quantity: 2 minutes are not 2 hours."""
+_BRIEF_UNITS = {
+    "in", "dm", "dl", "cl", "oz", "pt", "pts", "hz", "khz", "kw", "kwh", "kj", "cal", "kb", "mb", "gb", "tb", "mph",
+    "kph", "kpa", "pa", "sq", "cu", "am", "pm", "us", "st", "nd", "rd", "th", "rs", "ms", "deg", "rad", "of", "per",
+}  # fmt: skip
+"""Other words of up to three letters that can be units."""
 _SHORT_UNITS = "mghlsdLCFJNWVA"
 """Units of one letter. Any other single letter is a variable or a factor."""
 
@@ -78,7 +170,7 @@ def extract_answer(text: str) -> str | None:
     >>> extract_answer("12 + 5 = 17. The answer is 17."), extract_answer("so\n#### 72")
     ('17', '72')
     """
-    text = text[-MAX_TEXT_LENGTH:]
+    text = _HIDDEN.sub("", text[-MAX_TEXT_LENGTH:])
     if "</think>" in text:
         text = text.rpartition("</think>")[2]
     elif "<think>" in text:
@@ -87,19 +179,21 @@ def extract_answer(text: str) -> str | None:
     if not announcements:
         return None
     last = announcements[-1]
-    rest = text[last.end() :]
+    rest = text[last.end() : last.end() + 2 * MAX_ANSWER_LENGTH]
     answer: str | None
-    if last.group().startswith("\\"):
-        answer = _balanced(rest)
+    if last["before"]:
+        answer = last["before"]
+    elif last.group().startswith("\\"):
+        answer = _boxed(text, announcements)
     elif last.group().startswith("<"):
         answer, closed, _ = rest.partition("</")
         answer = answer if closed else None
     elif last.group() == "####":
-        answer = rest.strip().partition("\n")[0]
+        answer = _without_explanation(rest.strip().partition("\n")[0])
     else:
-        rest = re.sub(r"^[\s:]*(?:[*_]{1,3}\s)?\s*", "", rest)
+        rest = re.sub(r"^(?:[\s:=…]|\.{2,})*(?:[*_]{1,3}\s)?\s*", "", rest)
         block = _BLOCK.match(rest)
-        answer = block[block.lastindex or 0] if block else _SENTENCE_END.split(rest, maxsplit=1)[0]
+        answer = block[block.lastindex or 0] if block else _without_explanation(_sentence(rest))
     if answer is None or len(answer) > MAX_ANSWER_LENGTH:
         return None
     return unwrap(answer) or None
@@ -120,7 +214,7 @@ def unwrap(answer: str) -> str:
     before = None
     while before != answer:
         before = answer
-        answer = answer.strip().rstrip(".,;:!?").strip("* \n\t")
+        answer = answer.strip().rstrip(".,;:!?").strip("* \n\t“”")
         if match := _WRAPPED.match(answer):
             answer = next(group for group in match.groups() if group is not None)
     return answer
@@ -128,32 +222,75 @@ def unwrap(answer: str) -> str:
 
 def normalise_answer(answer: str) -> str:
     """Unify case, spaces, dashes and digits in an answer, and remove a leading article, to compare it as text."""
-    text = unicodedata.normalize("NFC", _ascii_digits(unwrap(answer))).casefold().translate(_MINUS)
-    text = re.sub(r"\\text(?:bf|rm|it)?\{([^{}]*)\}", r"\1", text)
+    text = unicodedata.normalize("NFC", ascii_digits(unwrap(answer))).casefold().translate(_MINUS).replace("’", "'")
+    text = re.sub(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm))\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\s*([,:;()\[\]{}=<>|&+*/^-])\s*", r"\1", text)
     return re.sub(r"^(?:the|an?)\s+(?=\S)", "", " ".join(text.split()))
 
 
 def number(answer: str, *, reduced: bool = False) -> Fraction | None:
     r"""Return the value of a plain number, or None: "1,234", "-0.5", "3/4", "1\frac{1}{2}", "$72", "50%", "14 apples".
 
-    An equation has the value of its right side ("x = 5", "2 + 3 = 5"). Decimal digits of every script count, but not
-    superscripts, Roman numerals or circled numbers. A number with more than 1,000 digits or with an exponent is not
-    plain, and with `reduced`, neither is a fraction that is not in lowest terms, such as "40/2".
+    An equation has the value of its right side ("x = 5", "2 + 3 = 5"), and brackets around a number do not count.
+    Decimal digits of every script do, but not Roman numerals or circled numbers. "1.5 million", "1.5e6",
+    "1.5 \times 10^6" and "10^3" are plain, but not other powers, nor "12e1". A number with more than 1,000 digits is
+    not plain, and with `reduced`, neither is a fraction that is not in lowest terms, such as "40/2".
     """
-    text = _ascii_digits(unwrap(answer)).translate(_MINUS)
+    value, _ = _quantity(answer, reduced)
+    return value
+
+
+def _quantity(answer: str, reduced: bool) -> tuple[Fraction | None, str | None]:
+    """Return the value of a plain number, and its unit if that is known."""
+    text = ascii_digits(unwrap(answer)).translate(_MINUS)
     if len(text) > 2 * MAX_DIGITS:
-        return None
+        return None, None
     for pattern, spelling in _SPELLINGS:
         text = re.sub(pattern, spelling, text)
-    if equation := _EQUATION.fullmatch(text):
-        text = equation[1]
-    match = _NUMBER.fullmatch(text.strip())
+    text = text.strip()
+    while (bracketed := _BRACKETS.fullmatch(text)) and "," not in text:
+        text = next(group for group in bracketed.groups() if group is not None).strip()
+    exact, *rounded = re.split(r"≈|\\approx(?![a-z])", text)
+    if len(rounded) == 1 and is_rounded(_plain(rounded[0].strip(), False), _plain(exact.strip(), reduced)):
+        text = exact
+    *left, text = re.split(r"=|≈|\\approx(?![a-z])", text)
+    value = _plain(text.strip(), reduced)
+    named = re.search(r"[$€¢]|(?<=[\d\s])[A-Za-z]+", text)
+    unit = _UNITS.get(named[0].casefold()) if named else None
+    if value is None or not left:
+        return value, unit
+    # Either 2 + 3 = 5 and 2 * 2 = 1 + 3 = 4, or x = 5; but not 4 = 5, which are two answers.
+    calculated = all(_ARITHMETIC.fullmatch(side) and _plain(side.strip(), False) in (None, value) for side in left)
+    return (value, unit) if calculated or (len(left) == 1 and is_name(left[0])) else (None, None)
+
+
+def is_name(side: str) -> bool:
+    """Return whether the left side of an equation names a quantity, so that the right side is its value."""
+    return len(side) <= 60 and not _NAME.sub("", side) and side.strip() != "" and not HEDGE.search(side)
+
+
+def _is_unit(word: str, attached: bool) -> bool:
+    """Return whether the word after a number can be a unit; few letters are mostly variables, as in 12x, 6ab^2."""
+    letters = re.split(r"[/^²³.]", word)[0]
+    if len(letters) == 1:
+        return letters in ("m" if re.search("[²³^]", word) else _SHORT_UNITS)
+    return len(letters) > (3 if attached else 2) or letters.casefold() in _UNITS or letters.casefold() in _BRIEF_UNITS
+
+
+def is_rounded(rounded: Fraction | None, value: Fraction | None) -> bool:
+    """Return whether a number may be what another one was rounded to."""
+    return rounded is not None and value is not None and abs(rounded - value) <= abs(value) / 50
+
+
+def _plain(text: str, reduced: bool) -> Fraction | None:
+    match = _NUMBER.fullmatch(text)
     if match is None or not (match["whole"] or match["decimals"]):
         return None
     words = match["unit"].split()
-    if any(word.casefold() in _NOT_UNITS or not word[0].isalpha() for word in words):
+    if any(word.casefold() in NOT_UNITS or not word[0].isalpha() for word in words):
         return None
-    if words and len(words[0]) == 1 and words[0] not in _SHORT_UNITS:
+    attached = text[match.start("unit") - 1].isdigit() and not match["unit"][:1].isspace()
+    if words and not _is_unit(words[0], attached):
         return None
     whole, decimals, divisor = match["whole"].replace(",", ""), match["decimals"] or "", match["divisor"] or "1"
     if len(whole) + len(decimals) + len(divisor) + len(match["mixed"] or "") > MAX_DIGITS or int(divisor) == 0:
@@ -161,29 +298,83 @@ def number(answer: str, *, reduced: bool = False) -> Fraction | None:
     value = Fraction(f"{whole or '0'}{decimals}") / int(divisor) + int(match["mixed"] or 0)
     if reduced and match["divisor"] and (decimals or not 1 < int(divisor) == value.denominator):
         return None
-    return -value if "-" in (match["sign"], match["inner_sign"]) else value
+    signs = match["sign"] + match["inner_sign"] + (match["divisor_sign"] or "")
+    return None if signs.count("-") > 1 else -value if "-" in signs else value
 
 
 def same_answer(reference: str, given: str) -> bool:
     """Return whether an answer is its reference, as normalised text or as a plain number in lowest terms.
 
-    A per cent sign is ignored. Graders of MATH demand lowest terms, too: other fractions are unsolved divisions.
+    A per cent sign is ignored, and so is a unit, unless both have one and they differ. Graders of MATH demand lowest
+    terms, too: other fractions are unsolved divisions.
     """
-    value = number(reference)
-    same = normalise_answer(given) == normalise_answer(reference)
-    return same or (value is not None and number(given, reduced=True) == value)
+    if normalise_answer(given) == normalise_answer(reference):
+        return True
+    expected, expected_unit = _quantity(reference, reduced=False)
+    value, unit = _quantity(given, reduced=True)
+    return expected is not None and value == expected and (None in (unit, expected_unit) or unit == expected_unit)
+
+
+def _sentence(text: str) -> str:
+    """Return the first sentence of a text."""
+    text = _ABBREVIATION.sub(lambda match: match[0].replace(".", "\ue000"), text)
+    return _SENTENCE_END.split(text, maxsplit=1)[0].replace("\ue000", ".")
+
+
+def _without_explanation(answer: str) -> str:
+    """Cut off what explains an answer: "20 (4 times 5)", "20, which is even"; but not what offers another answer."""
+    cuts = {match.start(): (match, True) for match in _AFTER_VALUE.finditer(answer[:MAX_ANSWER_LENGTH])}
+    cuts |= {match.start(): (match, False) for match in _RELATIVE.finditer(answer[:MAX_ANSWER_LENGTH])}
+    for start, (match, needs_value) in sorted(cuts.items())[:_MAX_CUTS]:
+        head, tail = answer[:start], answer[match.end() :]
+        value, stated = number(head), number(tail.strip("()[] "))
+        if "=" in tail:
+            restated = stated == value
+        else:
+            restated = bool(_ROUNDED.match(tail)) and (value is None or is_rounded(stated, value))
+        if HEDGE.search(tail) or (not restated and (stated is not None or _ANOTHER.match(tail))):
+            break
+        is_value = value is not None or re.search(r"\$$|\\\)$|\*\*$", head)
+        if (is_value or not needs_value) and _EXPLANATION.match(tail):
+            return head
+    return answer
+
+
+def _boxed(text: str, announcements: list[re.Match[str]]) -> str | None:
+    r"""Return what is in the last box, or in the box around it, so that `\boxed{1 or \boxed{2}}` is one answer."""
+    last = announcements[-1]
+    answer = _balanced(text[last.end() :][: MAX_ANSWER_LENGTH + 1])
+    if not last.group().endswith("{"):
+        answer = re.split(r"[^-+\d.,/]", text[last.end() :][:MAX_ANSWER_LENGTH], maxsplit=1)[0]
+    for outer in announcements[-4:-1]:
+        around = _balanced(text[outer.end() :][: MAX_ANSWER_LENGTH + 1]) if outer.group().endswith("{") else None
+        if around is not None and outer.end() + len(around) > last.start():
+            return around
+    return answer
+
+
+def _power_of_ten(mantissa: str | None, exponent: str, text: str) -> str:
+    """Write a power of ten as a decimal number; below 100, where nobody writes one, it is left as it is."""
+    power = int(exponent)
+    if abs(power) < 2:
+        return text
+    digits, _, decimals = (mantissa or "1").partition(".")
+    value = Fraction(int(digits + decimals)) * Fraction(10) ** (power - len(decimals))
+    places = max(0, len(decimals) - power)
+    return str(value) if value.denominator == 1 else "0." + str(int(value * 10**places)).rjust(places, "0")
 
 
 def _balanced(rest: str) -> str | None:
     depth = 1
-    for index, character in enumerate(rest[: MAX_ANSWER_LENGTH + 1]):
+    for index, character in enumerate(rest):
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return rest[:index]
     return None
 
 
-def _ascii_digits(text: str) -> str:
+def ascii_digits(text: str) -> str:
+    """Replace the decimal digits of all scripts."""
     if text.isascii():
         return text
     return "".join(str(unicodedata.decimal(letter)) if letter.isdecimal() else letter for letter in text)

@@ -21,6 +21,7 @@ from pipeline.rewards import math_check, task_check
 from pipeline.rewards.annotators import taste
 from pipeline.rewards.answers import (
     MAX_ANSWER_LENGTH,
+    MAX_TEXT_LENGTH,
     count_answers,
     extract_answer,
     normalise_answer,
@@ -36,8 +37,18 @@ LogMetric = Callable[[str, float], None]
 Rewards = list[float | None]
 
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:\s+[^\W\d_]{2,})*")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LETTER = re.compile(r"(?:option|choice)?\s*\(?([a-z])\)?(?:[.):].*)?", re.IGNORECASE | re.DOTALL)
+_DELIMITERS = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ()\[\]]|\$|(?<=\\)[dtc](?=frac)")
+_POWER = re.compile(r"\^|\*\*|\d[eE][-+]?\d|[⁰¹²³⁴-⁹]")
+_LETTER = re.compile(
+    r"(?:option|choice|letter)?\s*(?:\(([a-z])\)|\[([a-z])\]|([a-z])\)?)"
+    r"(?:(?:[.):,]|\s[—–-]\s|\s(?=\()|(?<=\))\s|\\\s)(.*))?",
+    re.IGNORECASE | re.DOTALL,
+)
+_OTHER_LETTER = re.compile(
+    r"(?<!\w)(?:[B-HJ-Z](?!\w|['’])|[AI](?!\w|['’]|\s+(?!is\b|and\b|or\b|too\b)[a-z]))|[(\[][a-z][)\]]|(?<!\w)[a-z]\)|^\W*[a-z](?:\W*$|\W*[,.:;/)])"
+    r"|^\W*(?:or|and|nor|not?|wrong|incorrect|maybe|is\s+(?:not|wrong))\b"
+)
+"""Another letter in what follows the answer's, or a word that takes it back."""
 
 
 def math_answer(
@@ -49,7 +60,9 @@ def math_answer(
 ) -> Rewards:
     r"""Return 1.0 if the final answer equals the reference mathematically, as "0.5", "1/2" and `\frac{1}{2}` do.
 
-    If the reference is a plain number, the answer must be a value, too: "14 + 6" and "40/2" are not 20.
+    If the reference is a plain number, the answer must be a value, too: "14 + 6" and "40/2" are not 20. Otherwise it
+    must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_check`): the problem
+    is not its solution. Times, dates and scores ("3:30") are compared as text.
 
     Args:
         completions: Texts, or lists of messages that end with the assistant's.
@@ -63,14 +76,15 @@ def math_answer(
     references = [_reference(text) for text in answer]
     found = [extract_answer(text) for text in _texts(completions, prompts)]
     rewards: Rewards = []
-    pending: list[tuple[int, tuple[str, str | None]]] = []
+    pending: list[tuple[int, math_check.Question]] = []
     for index, (reference, given) in enumerate(zip(references, found, strict=True)):
         if reference is None or _WORDS.fullmatch(normalise_answer(reference)):
             rewards.append(None)
             continue
-        same = given is not None and same_answer(reference, given)
+        copied = given is not None and prompts is not None and _is_copied(given, _problem(prompts[index]))
+        same = given is not None and same_answer(reference, given) and not (copied and _POWER.search(given))
         if number(reference) is None:  # otherwise the answer must be a value, and algebra would accept an unsolved sum
-            pending.append((index, (reference, None if same else given)))
+            pending.append((index, (reference, None if same else given, copied)))
         rewards.append(float(same))
     if pending:
         _settle(rewards, pending)
@@ -224,14 +238,15 @@ MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
 """Rewards that may not be trained on: their weight must be 0."""
 
 
-def _settle(rewards: Rewards, pending: list[tuple[int, tuple[str, str | None]]]) -> None:
+def _settle(rewards: Rewards, pending: list[tuple[int, math_check.Question]]) -> None:
     """Ask math-verify what a comparison as text or as numbers left open; references that do not parse give None."""
-    references = sorted({reference for _, (reference, _) in pending})
-    parsed = dict(zip(references, math_check.compare([(reference, None) for reference in references]), strict=True))
-    asked = [(index, pair) for index, pair in pending if pair[1] is not None and parsed[pair[0]]]
-    for (index, _), same in zip(asked, math_check.compare([pair for _, pair in asked]), strict=True):
+    references = sorted({question[0] for _, question in pending})
+    readable = math_check.compare([(reference, None, False) for reference in references])
+    parsed = dict(zip(references, readable, strict=True))
+    asked = [(index, question) for index, question in pending if question[1] is not None and parsed[question[0]]]
+    for (index, _), same in zip(asked, math_check.compare([question for _, question in asked]), strict=True):
         rewards[index] = None if same is None else float(same)
-    for index, (reference, _) in pending:
+    for index, (reference, _, _) in pending:
         if not parsed[reference]:
             rewards[index] = None
 
@@ -244,11 +259,22 @@ def _reference(text: object) -> str | None:
     return extract_answer(text) or unwrap(text) or None
 
 
+def _is_copied(answer: str, problem: str) -> bool:
+    """Return whether an answer is a part of the problem, whatever the spaces and delimiters."""
+    answer, problem = (
+        re.sub(r"\s*([^\w\s])\s*", r"\1", _DELIMITERS.sub("", text[-MAX_TEXT_LENGTH:]).casefold())
+        for text in (answer, problem)
+    )
+    return re.search(rf"(?<![^\W_]){re.escape(answer)}(?![^\W_])", problem) is not None
+
+
 def _final_answer(text: str) -> str | None:
     """Return the final answer in a text; one between `<answer>` and `</answer>` as it is written, quotes and all."""
     final = extract_answer(text)
-    tagged = _TAGGED.findall(text)
-    return tagged[-1].strip() if tagged and final == unwrap(tagged[-1]) else final
+    start = text.rfind("<answer>") + len("<answer>")
+    end = text.find("</answer>", start, start + MAX_ANSWER_LENGTH + len("</answer>"))
+    tagged = text[start:end].strip() if start >= len("<answer>") and end >= 0 else None
+    return tagged if tagged is not None and final == unwrap(tagged) else final
 
 
 def _problem(prompt: Completion) -> str:
@@ -269,8 +295,11 @@ def _texts(completions: Sequence[Completion], prompts: Sequence[Completion] | No
 
 
 def _letter(answer: str | None) -> str | None:
-    match = _LETTER.fullmatch(answer) if answer is not None else None
-    return match.group(1).upper() if match else None
+    answer = re.sub(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm))\s*\{([^{}]*)\}", r"\1", answer or "").replace("**", "")
+    match = _LETTER.fullmatch(answer)
+    if match is None or _OTHER_LETTER.search(match[4] or ""):
+        return None
+    return (match[1] or match[2] or match[3]).upper()
 
 
 def _python(source: object) -> str | None:
