@@ -224,8 +224,8 @@ def normalise_answer(answer: str) -> str:
     """Unify case, spaces, dashes and digits in an answer, and remove a leading article, to compare it as text."""
     text = unicodedata.normalize("NFC", ascii_digits(unwrap(answer))).casefold().translate(_MINUS).replace("’", "'")
     text = re.sub(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm))\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\s*([,:;()\[\]{}=<>|&+*/^-])\s*", r"\1", text)
-    return re.sub(r"^(?:the|an?)\s+(?=\S)", "", " ".join(text.split()))
+    text = re.sub(r" ?([,:;()\[\]{}=<>|&+*/^-]) ?", r"\1", " ".join(text.split()))
+    return re.sub(r"^(?:the|an?)\s+(?=\S)", "", text)
 
 
 def number(answer: str, *, reduced: bool = False) -> Fraction | None:

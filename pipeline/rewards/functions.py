@@ -262,7 +262,7 @@ def _reference(text: object) -> str | None:
 def _is_copied(answer: str, problem: str) -> bool:
     """Return whether an answer is a part of the problem, whatever the spaces and delimiters."""
     answer, problem = (
-        re.sub(r"\s*([^\w\s])\s*", r"\1", _DELIMITERS.sub("", text[-MAX_TEXT_LENGTH:]).casefold())
+        re.sub(r" ?([^\w\s]) ?", r"\1", " ".join(_DELIMITERS.sub("", text[-MAX_TEXT_LENGTH:]).casefold().split()))
         for text in (answer, problem)
     )
     return re.search(rf"(?<![^\W_]){re.escape(answer)}(?![^\W_])", problem) is not None

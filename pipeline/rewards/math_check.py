@@ -288,7 +288,9 @@ def _serve() -> None:
         (expected,), (given,) = expected, given
         if rounded and not (given.is_number and is_rounded(number(rounded), Fraction(str(sympy.N(given))))):
             return False
-        if expected.free_symbols != given.free_symbols:
+        # math-verify drops what it takes for a unit, as in 2ab.
+        letters = set(re.findall("[A-Za-z]", re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", "", reference))) - {"e"}
+        if expected.free_symbols != given.free_symbols or (letters and not expected.free_symbols):
             return False
         solved = expected.doit()
         value = number(answer, reduced=True)
@@ -329,9 +331,10 @@ def _is_same(reference: str, answer: str, same: Callable[[str, str], bool], orde
         return False
     if not kind:
         return same(*_right_sides(reference, answer))
-    for parts in (expected, given):
-        # x = 1, y = 2
-        ordered |= len({part.partition("=")[0].strip() for part in parts if "=" in part}) > 1
+    if kind == "," and any(len({*map(_name, parts)} - {""}) > 1 for parts in (expected, given)):  # x = 1, y = 2
+        expected, given, ordered = sorted(expected, key=_name), sorted(given, key=_name), True
+        if [*map(_name, expected)] != [*map(_name, given)]:
+            return False
     if ordered or kind not in (",", "∪"):
         return all(_is_same(one, other, same, ordered) for one, other in zip(expected, given, strict=True))
     for one in expected:
@@ -340,6 +343,11 @@ def _is_same(reference: str, answer: str, same: Callable[[str, str], bool], orde
             return False
         given.remove(found)
     return True
+
+
+def _name(part: str) -> str:
+    """Return the left side of an equation, or nothing."""
+    return part.rpartition("=")[0].strip()
 
 
 def _right_sides(reference: str, answer: str) -> tuple[str, str]:

@@ -63,6 +63,85 @@ UNPAID = [
 ]  # fmt: skip
 
 
+SPELLED = [
+    # (final answer, reference): right answers as people write them; the end of the answer
+    ("20, which is 4 times 5", "20"), ("20 (4 times 5)", "20"), ("20, as 4 times 5 makes 20", "20"), ("20; she has four boxes", "20"), ("20 — four boxes of five", "20"), ("2/3 (about 0.667)", "2/3"),
+    ("20 [four boxes of 5]", "20"), ("20: four boxes with five each", "20"), ("Rs. 20", "20"), ("20 sq. ft. in all", "20"), ("thus exactly 20", "20"), ("approximately 20", "20"), ("≈ 20", "20"), (r"$5\sqrt{3}$ (about 8.66)", r"5\sqrt{3}"),
+    # wrappers, powers of ten, fractions, separators
+    ("(20)", "20"), (r"$\left(20\right)$", "20"), ("{20}", "20"), (r"$\displaystyle 20$", "20"), ("<b>20</b>", "20"), ("1e3", "1000"), (r"$1.5\times 10^3$", "1500"), ("2×10⁵", "200000"), ("2.5 million", "2500000"),
+    (r"$\frac{-1}{2}$", "-0.5"), ("2½", "5/2"), ("1.234.567", "1234567"), ("1.234,5 €".replace("5 ", "50 "), "1234.5"), ("12 345 678", "12345678"), ("12'345", "12345"), ("20 m²", "20"), ("negative 20", "-20"),
+    ("f(2) = 20", "20"), (r"$\angle ABC = 20^\circ$", "20"), ("$20", "20 dollars"), (r"$\frac{2}{3} \approx 0.667$", "2/3"),
+    # expressions in the form of the reference
+    ("2√3", r"2\sqrt{3}"), ("2*sqrt(3) cm", r"2\sqrt{3}"), (r"$\frac{\sqrt{3}}{3}$", r"\frac{1}{\sqrt{3}}"), ("5π/2", r"\frac{5\pi}{2}"), (r"$2.5\pi$", r"\frac{5\pi}{2}"), (r"$3-\frac{x}{2}$", r"-\frac{1}{2}x+3"),
+    ("(x + 3)(x − 3)", "(x-3)(x+3)"), ("x² − 9", "x^2-9"), ("y = 2x + 1", "2x+1"), ("ln(3)", r"\ln 3"), ("8 + 6 i", "8+6i"), (r"$\begin{bmatrix}1\\2\end{bmatrix}$", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    # collections
+    (r"$1 \le x < 2$", "[1,2)"), ("x > 3", r"(3,\infty)"), ("x < 1 or x > 3", r"(-\infty,1)\cup(3,\infty)"), ("[1,2)", r"1 \le x < 2"), ("x = 1 or x = 2", "2, 1"), (r"$x=\pm 3$", "-3, 3"), ("(0.5, 3)", r"\left(\frac12,3\right)"), ("3 : 2", "3:2"), ("y = 2, x = 1", "x = 1, y = 2"),
+]  # fmt: skip
+
+FORGED = [
+    # (final answer, reference): times, dates and scores, which are not fractions
+    ("1:10", "3:30"), ("2002", "2024-11-11"), ("1/2/2000", "2/4/2000"), ("2", "3-1"), ("0.5", "1:2"), ("2:05 am", "2:05 pm"), ("101_3", "101_2"),
+    # the problem itself
+    (r"$\sqrt{50}+\sqrt{18}$", r"8\sqrt{2}"), (r"$\sqrt{128}$", r"8\sqrt{2}"), ("x^2-1", "(x-1)(x+1)"), ("(x-1)(x+1)", "x^2-1"), ("(2x+3)(x-5)", "2x^2-7x-15"), (r"$\sin(\pi/4)$", r"\frac{\sqrt{2}}{2}"),
+    (r"$\sum_{k=1}^{4} k\pi$", r"10\pi"), (r"$5!\pi$", r"120\pi"), (r"$\binom{5}{2}\pi$", r"10\pi"), (r"$\lim_{n\to\infty}(1+1/n)^n$", "e"), (r"$\int 2x\,dx$", "x^2"), (r"$\frac{d}{dx} x^3$", "3x^2"), ("x+x", "2x"), ("x * x", "x^2"),
+    (r"$\frac{6\pi}{8}$", r"\frac{3\pi}{4}"), (r"$2^3\pi$", r"8\pi"), (r"$\ln 2+\ln 5$", r"\ln 10"), (r"$e^{\ln\pi}$", r"\pi"), (r"$|{-5\pi}|$", r"5\pi"), ("3.14159265", r"\pi"), ("2x = 30", "30"), ("y = x + x", "y = 2x"),
+    # other values, several answers, hidden ones
+    ("3", "3x^2"), ("2", "2ab"), (r"$\sqrt{2}$ or $\sqrt{3}$", r"\sqrt{2}"), (r"$2\pi \text{ is wrong}$", r"2\pi"), (r"$\cancel{3}\pi$", r"3\pi"), ("13 = 12", "12"), ("20 (then 21)", "20"), ("20 (or 21)", "20"), ("20; 21", "20"), ("20 cm", "20 km"),
+    # other collections
+    ("(1,2)", r"\{1,2\}"), ("[1,2]", "(1,2)"), ("(2,1)", "(1,2)"), (r"$\{1,2,3\}$", r"\{1,2\}"), ("0 = 0", "x+y=3"), (r"$[1,2)\cup[2,3]$", "[1,3]"), ("y = 1, x = 2", "x = 1, y = 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "reference"), SPELLED)
+def test_right_answers_are_paid_as_people_write_them(answer: str, reference: str) -> None:
+    assert math_answer([f"The answer is {answer}."], [reference]) == [1.0]
+
+
+@pytest.mark.parametrize(("answer", "reference"), FORGED)
+def test_what_is_equal_only_to_an_algebra_system_is_not_paid(answer: str, reference: str) -> None:
+    assert math_answer([f"The answer is {answer}."], [reference]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("20 is the answer.", 1.0), ("So **20** is the final answer!", 1.0), ("The answer equals 20", 1.0), ("The answer comes to 20", 1.0), ("the answer's 20", 1.0), (r"\boxed 20", 1.0), (r"\boxed{\boxed{20}}", 1.0), (r"\boxed{{20}}", 1.0),
+        ("19 or 20 is the answer.", 0.0), ("20 is not the answer.", 0.0), (r"\boxed{19 \text{ or } \boxed{20}}", 0.0), ("The answer is 19. <!-- The answer is 20. -->", 0.0), ("\\boxed{19}\n% \\boxed{20}", 0.0), ("The answer will not be 20.", 0.0),
+    ],
+)  # fmt: skip
+def test_where_an_answer_stands(completion: str, reward: float) -> None:
+    assert math_answer([completion], ["20"]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("problem", "answer", "reference", "reward"),
+    [
+        ("Expand $\\ln 9$.", r"\ln 9", r"2 \ln 3", 0.0),
+        ("What is 10^3?", "10^3", "1000", 0.0),
+        ("How much is a thousand?", "10^3", "1000", 1.0),
+        ("Sort 3, 1, 2.", "3, 1, 2", "1, 2, 3", 0.0),
+        ("Which is larger, π/2 or 1?", "π/2", r"\frac{\pi}{2}", 1.0),
+    ],
+)
+def test_a_part_of_the_prompt_is_no_solution(problem: str, answer: str, reference: str, reward: float) -> None:
+    assert math_answer([f"The answer is {answer}."], [reference], prompts=[problem]) == [reward]
+
+
+@pytest.mark.parametrize("name", ["Dr. Who", "St. Louis", "J. R. Tolkien", "[1, 2, 3]", "[1,2,3]", "U.S.", "3:30 p.m."])
+def test_names_and_lists_are_read_to_their_end(name: str) -> None:
+    assert exact_answer([f"The answer is {name}, which is known."], [name.replace(", ", ",")]) == [1.0]
+
+
+@pytest.mark.parametrize("text", ["(A)(B)(C)(D)", "A) B) C)", "A: B", "A, B", "A. B. C. D", "A)(B", "A (B is also right)", "[A][B]", "a) b)", "A - B", "A, or B"])  # fmt: skip
+def test_a_list_of_letters_is_no_choice(text: str) -> None:
+    assert choice([f"The answer is {text}."], ["A"]) == [0.0]
+
+
+@pytest.mark.parametrize("text", ["B) Berlin", "(B) Berlin", "B - Berlin", "B (Berlin)", "B, because it is Berlin", "[B]", r"$\textbf{(B)}\ 20$"])  # fmt: skip
+def test_a_letter_may_be_explained(text: str) -> None:
+    assert choice([f"The answer is {text}."], ["B"]) == [1.0]
+
+
 @pytest.mark.parametrize(("completion", "reference"), PAID)
 def test_final_answers_of_real_models_are_paid(completion: str, reference: str) -> None:
     assert math_answer([completion], [reference]) == [1.0]
@@ -120,7 +199,7 @@ def test_steps_end_where_the_answer_is_announced() -> None:
         assert has_steps(f"7 + 5 = 12.\n{announced}"), announced
 
 
-@pytest.mark.parametrize("piece", [" ", "\n", "*", "#", "_", "a", "answer ", "the answer to ", "the ", "final ", "$", "```", "\\[", "{", "\\frac", "=", "1,", "1 ", "-", "A: ", "<answer>", "~", "x "])  # fmt: skip
+@pytest.mark.parametrize("piece", [" ", "\n", "*", "#", "_", "a", "answer ", "the answer to ", "the ", "final ", "$", "```", "\\[", "{", "\\frac", "=", "1,", "1 ", "-", "A: ", "<answer>", "~", "x ", "<!--", ", a b", " (", "\\boxed{", "1 is the answer "])  # fmt: skip
 def test_reading_takes_time_in_proportion_to_the_text(piece: str) -> None:
     began = time.process_time()
     for before in ("", "The answer is ", "Answer: 1", "<answer>"):

@@ -128,9 +128,7 @@ def test_answers_that_would_hang_the_parser_cost_seconds_at_most() -> None:
     rewards = math_answer([rf"\boxed{{{text}}}" if text.count("{") == text.count("}") else f"#### {text}" for text in hostile] * 20, [r"\sqrt{22}"] * 20 * len(hostile))  # fmt: skip
     assert rewards == [0.0] * 20 * len(hostile)
     assert time.monotonic() - began < 90
-    assert math_answer([r"\boxed{22^{\frac{1}{2}}}"], [r"\sqrt{22}"]) == [1.0], (
-        "and the next answer is judged as ever"
-    )
+    assert math_answer([r"\boxed{22^{\frac{1}{2}}}"], [r"\sqrt{22}"]) == [1.0], "and the next answer is judged as ever"
 
 
 def test_math_answer_works_in_any_thread() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -69,6 +70,43 @@ class TestWithReasoningGym:
         (refused,) = score(COUNTDOWN, f"<answer>{program}</answer>")
         assert refused is not None and refused < 1.0
         assert score(COUNTDOWN, "<answer>2 + 1</answer>") == [1.0], "the child judges as before"
+
+    @pytest.mark.parametrize(
+        ("row", "wrong"),
+        [
+            ({"answer": "True", "metadata": "{}", "kind": "game_of_life_halting"}, ["False", "x", "0", "[]"]),
+            ({"answer": "False", "metadata": "{}", "kind": "game_of_life_halting"}, ["True", "x", "0", "[]"]),
+            ({"answer": "0.375", "metadata": "{}", "kind": "coin_flip"}, ["0", "0.0", "0.3", "nan", "1"]),
+            ({"answer": "0.0000305", "metadata": "{}", "kind": "coin_flip"}, ["0", "0.0001"]),
+            (
+                {"answer": "1.0 + 2.0i", "metadata": json.dumps({"result": [1.0, 2.0]}), "kind": "complex_arithmetic"},
+                ["nan", "nan+nanj", "inf", "x", "2.0 + 1.0i"],
+            ),
+            (
+                {"answer": "8*(5*1 - 2)", "metadata": json.dumps({"numbers": [5, 1, 2, 8]}), "kind": "puzzle24"},
+                ["6*4*1/1"],
+            ),
+            (
+                {"answer": "67 days", "metadata": json.dumps({"task_type": "date"}), "kind": "time_intervals"},
+                ["67 days, 10:32", "68 days"],
+            ),
+        ],
+    )
+    def test_what_a_verifier_pays_for_nonsense_is_not_believed(self, row: dict[str, str], wrong: list[str]) -> None:
+        assert all(
+            reward is not None and reward < 1.0
+            for reward in score(row, *(f"<answer>{text}</answer>" for text in wrong))
+        )
+        believed = row["kind"] not in ("game_of_life_halting", "puzzle24")
+        assert score(row, f"<answer>{row['answer']}</answer>") == [float(believed)]
+
+    @pytest.mark.parametrize(
+        "text", ["<answer>" * 5_000, f"<answer>{'$' * 20_000}</answer>", f"<answer>{'$' * 100_000}"]
+    )
+    def test_tags_without_end_cost_no_time(self, text: str) -> None:
+        began = time.process_time()
+        assert score(SUM, text) == [0.0]
+        assert time.process_time() - began < 1
 
     def test_an_answer_that_takes_forever_scores_nothing(self) -> None:
         assert score(COUNTDOWN, "<answer>1 + 2 + 0*9**9**9**9</answer>", "<answer>1 + 2</answer>") == [0.0, 1.0]

@@ -144,13 +144,14 @@ class Mix:
         self.rng = random.Random(f"{args.seed}/worked")
 
     def refused_tasks(self) -> list[Problem]:
-        """Report the tasks whose verifier refuses their own answers."""
+        """Report the tasks whose verifier refuses their own answers, or pays whatever is answered."""
         problems = []
         for grade in self.grades:
             tried = islice(grade.entries(self.args.seed, "train"), PROBES)
             number = sum(not self._accepts(grade.task, entry) for entry in tried)
             if number > PROBES * MAX_REFUSED:
-                remedy = f"its verifier refuses {number} of {PROBES} of its own answers; leave this task out"
+                remedy = f"its verifier refuses {number} of {PROBES} of its own answers, or pays wrong ones as well; "
+                remedy += "leave this task out"
                 problems.append(Problem("tasks", grade.task, remedy))
         return problems
 

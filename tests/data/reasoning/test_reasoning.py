@@ -153,8 +153,8 @@ def test_all_mistakes_in_the_tasks_are_found_before_anything_is_written(tmp_path
 
 
 def test_a_task_whose_verifier_refuses_its_own_answers_is_named(tmp_path: Path) -> None:
-    found = refused(tmp_path / "data", {"propositional_logic": {}, "gcd": {}, "rearc": {}})
-    assert found.keys() == {"propositional_logic", "rearc"}
+    found = refused(tmp_path / "data", {"propositional_logic": {}, "gcd": {}, "rearc": {}, "puzzle24": {}})
+    assert found.keys() == {"propositional_logic", "rearc", "puzzle24"}
     assert "refuses 50 of 50 of its own answers" in found["propositional_logic"]
 
 
