@@ -58,7 +58,7 @@ MAX_READ_BYTES = 4 << 30
 MAX_BUFFER_BYTES = 2 << 30
 """Size of the tensors of a model that are not weights; a model of 1 GB has a few MB of them."""
 
-MAX_LAYERS, MAX_LABELS = 4096, 1 << 16
+MAX_LAYERS, MAX_LABELS = 1024, 1 << 16
 """More are certainly a mistake; a configuration names its labels one by one, and its layers as well."""
 
 MAX_ENTRIES = {"config.json": MAX_LABELS, "tokenizer_config.json": 20_000, "special_tokens_map.json": 20_000}
