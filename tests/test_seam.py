@@ -64,6 +64,7 @@ IMPORTS = {
     "transformers.trainer_utils:SaveStrategy": "checkpoints are written before evaluations",
     "transformers.trainer_utils:suppress_progress_bars": "checkpoints are pushed without bars",
     "transformers.utils.peft_utils:find_adapter_config_file": "adapters are told from models",
+    "transformers.utils:cached_file": "a configuration of the Hub is checked before it is built",
     "transformers.utils:is_liger_kernel_available": "use_liger_kernel is checked",
     "transformers.utils:logging": "its bars are switched off",
     "trl.chat_template_utils:get_training_chat_template": "answers are found under templates that TRL knows",
