@@ -276,6 +276,7 @@ ATTRIBUTES = {
     "transformers:AutoModelForCausalLM._model_mapping": "whether a model can be loaded as a language model",
     "transformers:PreTrainedConfig._attn_implementation": "packed rows are padded unless FlashAttention reads them",
     "transformers:PreTrainedTokenizerBase.added_tokens_decoder": "special tokens, which messages may not spell",
+    "torch.distributed:distributed_c10d._get_default_store": "a process that stops leaves its exit code in it",
     f"{TRAINER}.end": "trackers and the process group end with it",
 }
 

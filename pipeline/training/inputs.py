@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -166,6 +167,11 @@ def load_inputs(
             except UserError as error:
                 problems += error.problems
             except (TemplateError, *LIBRARY_ERRORS) as error:
+                frames = traceback.walk_tb(error.__traceback__)
+                # jinja2 gives the code that it makes of a template this file name.
+                rendered = any(frame.f_code.co_filename == "<template>" for frame, _ in frames)
+                if not (rendered or isinstance(error, TemplateError | ValueError)):
+                    raise
                 remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
                 problems.append(Problem(named_by, own or name, remedy))
         rows = len(splits[0]) if isinstance(splits[0], Dataset) else None
