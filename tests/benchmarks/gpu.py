@@ -215,7 +215,7 @@ def two_processes(bench: Bench) -> Iterator[Line]:
     _, seconds, log = kill_and_resume(bench, "sft", "rank", ["--max_steps", 400, "--save_total_limit", 2], processes=2)
     yield at_most("seconds until the launcher ends after kill -9 of a rank", seconds, 40)
     yield contains("after kill -9 of a rank", log, "resuming")
-    # Under DETAIL, PPO on two processes with gloo ended in a segmentation fault of torch 2.13; under INFO it trains.
+    # Under DETAIL, torch 2.13 crashes where DistributedDataParallel wraps a model for gloo, whatever the model.
     details = {"NCCL_DEBUG": "WARN", "TORCH_DISTRIBUTED_DEBUG": "DETAIL" if bench.gpus else "INFO"}
     _, log = bench.train("ppo", "details", *options, rows, 2, processes=2, environment=details)
     yield equal("unused parameters or mismatched collectives", "unused" in log or "mismatch" in log.lower(), False)
