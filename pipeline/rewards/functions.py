@@ -184,6 +184,7 @@ def reasoning_gym(
     """Return the score, 0 to 1, that the verifier of reasoning-gym's task gives the final answer.
 
     Only 1.0 means that it is right: most verifiers pay a little for answers that are nearly right, or for any answer.
+    A verifier that pays nonsense in full is not believed: its rows score 0 (`pipeline.rewards.task_check`).
     What is between `<answer>` and `</answer>` is judged as it is written, because verifiers know the form of an answer.
 
     Args:
