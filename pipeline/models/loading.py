@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import os
-import pickle
 import re
 import socket
 from collections.abc import Iterable, Iterator
@@ -41,6 +40,7 @@ from pipeline import hardware
 from pipeline.bounded import exceeds
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import is_missing_path, split_revision
+from pipeline.models.tokenizer import validate_tokenizer
 from pipeline.models.weights import (
     ADAPTER,
     stored_weights,
@@ -442,45 +442,6 @@ def validate_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
     except (TemplateError, *LIBRARY_ERRORS) as error:
         reason = str(error)
     return f"its chat template does not work ({reason}); correct it"
-
-
-_tokenizers: dict[bytes, str | None] = {}
-
-
-def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what is wrong with a tokenizer that takes too long for a word, or its chat template for a turn, or None.
-
-    The verdict is kept for all tokenizers that do the same to a text.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
-    key = pickle.dumps((str(tokenizer.chat_template), parts))
-    if key not in _tokenizers:
-        fault = exceeds(lambda: tokenizer.decode(tokenizer("Hello world").input_ids))
-        if fault is None and tokenizer.chat_template:
-            fault = exceeds(lambda: _render(tokenizer))
-            fault = fault and f"rendering its chat template {fault}"
-        else:
-            fault = fault and f"tokenizing a word {fault}"
-        _tokenizers[key] = fault
-    return _tokenizers[key]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Render the chat template for some conversations; which of them it refuses does not matter here."""
-    contents = ("Hello", "Hello, how may I help you?", "Hello " * 100)
-    turns = [
-        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents, strict=True)
-    ]
-    system = {"role": "system", "content": "Be brief."}
-    for conversation in (turns[:1], turns[:2], turns, [system, *turns]):
-        for prompt in (False, True):
-            try:
-                tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
-            except MemoryError:
-                raise
-            except Exception:  # noqa: BLE001 - templates raise anything
-                continue
 
 
 @contextmanager

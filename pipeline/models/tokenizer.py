@@ -6,6 +6,7 @@ learned. It reserves the chat tokens before any training, so that no later stage
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.bounded import exceeds
 from pipeline.errors import Problem, UserError
 from pipeline.files import write_folder
 
@@ -133,3 +135,42 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
     """Save a tokenizer, either whole or not at all; an earlier one in `output_dir` is replaced."""
     with write_folder(Path(output_dir)) as folder:
         tokenizer.save_pretrained(folder)
+
+
+_tokenizers: dict[bytes, str | None] = {}
+
+
+def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what is wrong with a tokenizer that takes too long for a word, or its chat template for a turn, or None.
+
+    The verdict is kept for all tokenizers that do the same to a text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    key = pickle.dumps((str(tokenizer.chat_template), parts))
+    if key not in _tokenizers:
+        fault = exceeds(lambda: tokenizer.decode(tokenizer("Hello world").input_ids))
+        if fault is None and tokenizer.chat_template:
+            fault = exceeds(lambda: _render(tokenizer))
+            fault = fault and f"rendering its chat template {fault}"
+        else:
+            fault = fault and f"tokenizing a word {fault}"
+        _tokenizers[key] = fault
+    return _tokenizers[key]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Render the chat template for some conversations; which of them it refuses does not matter here."""
+    contents = ("Hello", "Hello, how may I help you?", "Hello " * 100)
+    turns = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents, strict=True)
+    ]
+    system = {"role": "system", "content": "Be brief."}
+    for conversation in (turns[:1], turns[:2], turns, [system, *turns]):
+        for prompt in (False, True):
+            try:
+                tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - templates raise anything
+                continue

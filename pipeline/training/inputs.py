@@ -40,10 +40,9 @@ from pipeline.models.loading import (
     load_tokenizer,
     skip_unreachable_hub,
     user_error_for,
-    validate_tokenizer,
     validate_weights,
 )
-from pipeline.models.tokenizer import special_tokens
+from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.training import checks
 from pipeline.training.pretraining import PretrainConfig
 
