@@ -48,7 +48,13 @@ def classifier(config_class: type[PreTrainedConfig], task: Task) -> type[PreTrai
     base = next(cls for cls in language_model.__mro__ if cls.__name__.endswith("PreTrainedModel"))
     name = base.__name__.removesuffix("PreTrainedModel") + f"For{task}"
     # The attribute of the body is that of the language model, whose weights then fit by their names.
-    own = {"config_class": config_class, "base_model_prefix": language_model.base_model_prefix, "__module__": __name__}
+    own: dict[str, Any] = {
+        "config_class": config_class,
+        "base_model_prefix": language_model.base_model_prefix,
+        "__module__": __name__,
+    }
+    # transformers looks for this in the source of the class's module, which is this one.
+    own["_can_set_experts_implementation_cached_value"] = base._can_set_experts_implementation()
     return type(name, (mixin, base), own)
 
 

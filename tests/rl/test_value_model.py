@@ -11,8 +11,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Glm4MoeConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -153,6 +155,14 @@ def test_any_other_given_model_is_copied(tmp_path: Path, source: str, given: str
     assert torch.equal(critic.model.norm.weight, model.model.norm.weight)
     expected = reward_of(model) if source == "reward model" else 0.0
     assert estimate_at_the_end(critic) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_mixture_of_experts_for_which_transformers_has_no_classifier_becomes_a_critic() -> None:
+    """The implementation of the experts, which its configuration names, is that of its language model."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    config = Glm4MoeConfig(vocab_size=15, n_routed_experts=4, num_experts_per_tok=2, pad_token_id=0, **sizes, **heads)
+    assert estimate_at_the_end(value_model_from(AutoModelForCausalLM.from_config(config)).eval()) == 0.0
 
 
 def test_the_heads_of_other_architectures_are_found(tmp_path: Path) -> None:
