@@ -27,6 +27,7 @@ import os
 import platform
 import struct
 import sys
+from typing import Any
 
 try:
     import resource
@@ -180,6 +181,19 @@ def confine_calls(files_confined: bool) -> bool:
 
     described = Program(len(code) // 8, ctypes.addressof(program))
     return libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(described), 0, 0) == 0
+
+
+def prepare_asyncio() -> None:
+    """Let asyncio run without the sockets and the epoll that are refused: nothing wakes its loop from outside."""
+    import asyncio.selector_events
+    import selectors
+
+    def make_no_pipe(loop: Any) -> None:
+        loop._ssock = loop._csock = None
+
+    loops: Any = asyncio.selector_events.BaseSelectorEventLoop
+    loops._make_self_pipe, loops._close_self_pipe = make_no_pipe, lambda loop: None
+    vars(selectors)["DefaultSelector"] = selectors.SelectSelector
 
 
 def watch(directory: str) -> None:

@@ -1,15 +1,47 @@
 """Messages between the two processes of `pipeline.rewards.sandbox.child`: plain values as JSON, over pipes."""
 
+import builtins
+import importlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 MESSAGE_BYTES = 8 << 20
 
+# Instances of these travel as plain values: each process builds them with its own class.
+VALUES = {
+    "builtins": ("bytearray", "complex", "range", "slice"),
+    "collections": ("Counter", "OrderedDict", "defaultdict", "deque"),
+    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
+    "decimal": ("Decimal",),
+    "fractions": ("Fraction",),
+}
+CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+# Classes that travel by their name.
+CLASSES = {name: ("builtins", name) for name in ("bool", "bytes", "dict", "float", "int", "str", *CONTAINERS)}
+CLASSES |= {name: (module, name) for module, names in VALUES.items() for name in names}
+# The value of an instance of a subclass, whatever that subclass overrides.
+BASES: dict[type, Callable[[Any], Any]] = {
+    int: int.__index__,
+    float: float.__float__,
+    str: str.__str__,
+    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+    dict: lambda value: dict(dict.items(value)),
+    list: lambda value: list(list.__iter__(value)),
+    tuple: lambda value: tuple(tuple.__iter__(value)),
+    set: lambda value: set(set.__iter__(value)),
+    frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+}
+
 
 class Gone(BaseException):
     """The other process has ended. It is a `BaseException`, which an `except Exception` in a test does not catch."""
+
+
+class Endless(BaseException):
+    """The code talks with its test without end."""
 
 
 class NaN(float):
@@ -62,32 +94,37 @@ class Channel:
         return data
 
 
-def encode(value: object, other: Callable[[object], Any]) -> Any:
-    """Encode plain data as JSON: scalars as they are, containers and big integers tagged, the rest by `other`."""
-    if value is None or type(value) in (bool, float, str):
+def base_of(kind: type) -> type | None:
+    """Return the plain class that a class extends, or None."""
+    return next((base for base in kind.__mro__ if base in BASES), None)
+
+
+def encode(value: Any, other: Callable[[object], Any]) -> Any:
+    """Encode plain data as JSON: scalars as they are, containers and other values tagged, the rest by `other`."""
+    kind = type(value)
+    if value is None or kind in (bool, float, str):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = int.__index__(value)
-        return number if abs(number) < 1 << 62 else {"int": hex(number)}
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, bytes):
+    if kind is int:
+        return value if abs(value) < 1 << 62 else {"int": hex(value)}
+    if kind is dict:
+        return {"dict": [[encode(key, other), encode(item, other)] for key, item in value.items()]}
+    if kind in CONTAINERS.values():
+        return {kind.__name__: [encode(item, other) for item in value]}
+    if kind is bytes:
         return {"bytes": value.hex()}
-    if type(value) is complex:
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, dict):
-        return {"dict": [[encode(key, other), encode(item, other)] for key, item in dict.items(value)]}
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            plain: Any = kind  # its own __iter__, not a subclass's
-            return {kind.__name__: [encode(item, other) for item in plain.__iter__(value)]}
+    if _travels(kind):
+        # As for pickle: a class, its arguments, its state (of none of these), then items of a list and of a dict.
+        _, args, _, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
+        args = args[1:] if args[:1] == (kind,) else args
+        parts = (tuple(args), list(items or ()), [list(pair) for pair in pairs or ()])
+        return {"value": [kind.__name__, *(encode(part, other) for part in parts)]}
+    if kind is type and (_travels(value) or value in BASES or value is bool):
+        return {"class": value.__name__}
     return other(value)
 
 
 def decode(data: Any, other: Callable[[str, Any], object]) -> Any:
-    """Decode what `encode` returned; every value has exactly a builtin type."""
+    """Decode what `encode` returned; every value has exactly a class of this process's own."""
     if not isinstance(data, dict):
         if isinstance(data, list):
             raise ValueError("not an encoded value")
@@ -97,9 +134,67 @@ def decode(data: Any, other: Callable[[str, Any], object]) -> Any:
         return int(content, 16)
     if kind == "bytes":
         return bytes.fromhex(content)
-    if kind == "complex":
-        return complex(*content)
     if kind == "dict":
         return {decode(key, other): decode(item, other) for key, item in content}
-    plain = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-    return plain[kind](decode(item, other) for item in content) if kind in plain else other(kind, content)
+    if kind in CONTAINERS:
+        return CONTAINERS[kind](decode(item, other) for item in content)
+    if kind == "class":
+        return _own(content)
+    if kind == "value":
+        args, items, pairs = (decode(part, other) for part in content[1:])
+        value = _own(content[0])(*args)
+        if isinstance(value, complex) and value != value:
+            raise TypeError("the sandbox does not compare NaN")
+        if items:
+            value.extend(items)
+        for key, item in pairs:
+            value[key] = item
+        return value
+    return other(kind, content)
+
+
+def _travels(kind: type) -> bool:
+    return kind.__name__ in VALUES.get(kind.__module__, ())
+
+
+def _own(name: str) -> Any:
+    module, attribute = CLASSES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+class Exceptions:
+    """The classes of exceptions that one process knows of the other.
+
+    Args:
+        methods: What the classes have that it makes itself, because the other process has defined them.
+    """
+
+    def __init__(self, methods: dict[str, Any]) -> None:
+        self.methods = methods
+        self.known: dict[str, type[BaseException]] = {}
+
+    @staticmethod
+    def describe(kind: type) -> list[Any]:
+        bases = [base for base in kind.__bases__ if issubclass(base, BaseException)]
+        return [kind.__module__, kind.__qualname__, [Exceptions.describe(base) for base in bases]]
+
+    def find(self, description: list[Any]) -> type[BaseException]:
+        module, name, bases = description
+        if name in self.known:
+            return self.known[name]
+        source: Any = builtins
+        if not hasattr(builtins, name) and module.partition(".")[0] in sys.stdlib_module_names:
+            source = importlib.import_module(module)
+        kind = getattr(source, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            found = tuple(self.find(base) for base in bases) or (Exception,)
+            kind = type(name.rpartition(".")[2], found, dict(self.methods))
+            self.known[name] = kind
+        return kind
+
+    def make(self, description: list[Any], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+        """Make an exception without its class's `__init__`, which is the other process's; Python's own have fields."""
+        kind = self.find(description)
+        error = kind(*args) if kind.__module__ == "builtins" else kind.__new__(kind, *args)
+        vars(error).update(attributes)
+        return error

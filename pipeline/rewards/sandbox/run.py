@@ -148,7 +148,7 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
 def _run_child(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> tuple[Status, bytes]:
     token = secrets.token_hex(16)
     # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
-    flags = ["-s", "-P", "-S", "-B", "-u", "-X", "utf8"]
+    flags = ["-s", "-P", "-S", "-u", "-X", "utf8"]
     reader, writer = os.pipe()
     with (
         open(reader, "rb", buffering=0),
@@ -187,7 +187,7 @@ def _wait(
     """Wait for the child's verdict, end or timeout; meanwhile drain its output and watch its directory."""
     output_fd = descriptors[0]
     os.set_blocking(output_fd, False)
-    output, verdict, candidate = b"", b"", None
+    output, verdict, candidate, talking = b"", b"", None, False
     began, looked, waited = time.monotonic(), 0.0, 0.0
     with selectors.DefaultSelector() as selector:
         for descriptor in descriptors:
@@ -214,12 +214,15 @@ def _wait(
                 if lines and candidate is None:
                     candidate, began = int(lines[0][2]), time.monotonic()
                     waited = _waited(examiner, candidate, 0.0)
-                if len(lines) > 1 or not data:
-                    status: Any = lines[1][2].decode() if len(lines) > 1 else "crashed"
+                statuses = [line[2].decode() for line in lines[1:]]
+                talking = "talking" in statuses
+                if statuses[talking:] or not data:
+                    status: Any = statuses[-1] if statuses[talking:] else "crashed"
                     with contextlib.suppress(BlockingIOError):  # the candidate may hold the pipe open forever
                         output += os.read(output_fd, OUTPUT_BYTES)
                     return status, candidate, output[:OUTPUT_BYTES]
-    return "busy", candidate, output
+    # Code that has talked with its test for so long had a core, if never for long.
+    return "timeout" if talking else "busy", candidate, output
 
 
 def _waited(examiner: int, candidate: int, elapsed: float) -> float:

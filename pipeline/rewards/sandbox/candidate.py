@@ -1,0 +1,205 @@
+"""The process of the sandbox that runs an answer's code, see `pipeline.rewards.sandbox.child`."""
+
+import builtins
+import contextlib
+import io
+import operator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from pipeline.rewards.sandbox import confinement
+from pipeline.rewards.sandbox.messages import BASES, Channel, Exceptions, base_of, decode, encode
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "get": getattr,
+    "set": setattr,
+    "call": lambda target, *a, **k: target(*a, **k),
+}
+for _name in (
+    "str",
+    "repr",
+    "hash",
+    "iter",
+    "next",
+    "reversed",
+    "len",
+    "int",
+    "float",
+    "bool",
+    "format",
+    "round",
+    "divmod",
+):
+    OPERATIONS[f"__{_name}__"] = getattr(builtins, _name)
+
+
+class Candidate:
+    """Runs the code and answers the examiner's requests. The code can change anything in this process."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.kept: list[Any] = []
+        self.numbers: dict[int, int] = {}
+        self.functions: dict[int, Any] = {}
+        self.exceptions = Exceptions({})
+        self.module = ModuleType("answer")
+        self.loop: Any = None
+
+    def keep(self, value: object) -> int:
+        """Return an object's number; what is kept lives on, so that its id stays its own."""
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.kept)
+            self.kept.append(value)
+        return self.numbers[id(value)]
+
+    def other(self, value: object) -> Any:
+        kind = type(value)
+        if isinstance(value, type) and issubclass(value, BaseException):
+            self.exceptions.known.setdefault(value.__qualname__, value)
+            return {"exception": Exceptions.describe(value)}
+        if kind is ModuleType:
+            return {"module": value.__name__}  # type: ignore[attr-defined]
+        for number, function in self.functions.items():
+            if value is function:
+                return {"function": number}
+        base = base_of(kind)
+        plain = encode(BASES[base](value), self.other) if base else None
+        return {"kept": [self.keep(value), kind.__name__, plain, hasattr(kind, "__await__")]}
+
+    def incoming(self, kind: str, content: Any) -> object:
+        if kind == "kept":
+            return self.kept[content]
+        number, name, doc = content
+        if number not in self.functions:
+            function = self.function(number)
+            function.__name__ = function.__qualname__ = name
+            function.__doc__ = doc
+            self.functions[number] = self.items(function) if kind == "iterator" else function
+        return self.functions[number]
+
+    def function(self, number: int) -> Callable[..., Any]:
+        """Return a stand-in for a function of the test."""
+
+        def call(*args: object, **named: object) -> object:
+            printed = self.printed()
+            message = {"args": encode(args, self.other), "named": encode(named, self.other), "printed": printed}
+            self.channel.send({"call": number, **message})
+            while "operation" in (reply := self.channel.receive()):
+                self.answer(reply)
+            if "error" in reply:
+                args = decode(reply["args"], self.incoming)
+                raise self.exceptions.make(reply["error"], args, {"__raised__": reply["raised"]})
+            return decode(reply["value"], self.incoming)
+
+        return call
+
+    @staticmethod
+    def items(following: Callable[[], Any]) -> Iterator[Any]:
+        """Go through an iterator of the test."""
+        while True:
+            try:
+                item = following()
+            except StopIteration:
+                return
+            yield item
+
+    def failure(self, error: BaseException) -> dict[str, Any]:
+        kinds = {MemoryError: "memory", PermissionError: "refused"}
+        status = next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
+        reply: dict[str, Any] = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
+        # The code may define the class, its __str__ and what it holds.
+        with contextlib.suppress(BaseException):
+            reply["message"] = str(error)[:500]
+        with contextlib.suppress(BaseException):
+            reply["args"] = encode(tuple(error.args), self.other)
+            reply["attributes"] = encode(dict(vars(error)), self.other)
+        self.exceptions.known.setdefault(type(error).__qualname__, type(error))
+        return {**reply, "error": Exceptions.describe(type(error)), "kept": self.keep(error)}
+
+    def define(self, code: str) -> dict[str, Any]:
+        if "asyncio" in code:
+            confinement.prepare_asyncio()
+        sys.modules["answer"] = self.module  # dataclasses and typing look names up there
+        exec(compile(code, "answer", "exec"), vars(self.module))  # noqa: S102 - this process is confined for it
+        return {"names": list(vars(self.module))}
+
+    def named(self, names: list[str]) -> dict[str, Any]:
+        return {"names": {name: encode(vars(self.module)[name], self.other) for name in names}}
+
+    def apply(self, request: dict[str, Any]) -> dict[str, Any]:
+        target = self.kept[request["target"]]
+        args = decode(request["args"], self.incoming)
+        named = decode(request["named"], self.incoming)
+        value = self.operate(request["operation"], target, args, named)
+        return {"value": encode(value, self.other), "args": encode(args, self.other)}
+
+    def operate(self, operation: str, target: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if operation == "plain":
+            base = base_of(type(target))
+            return BASES[base](target) if base else None
+        if operation == "has":
+            # Not `hasattr`: by __getattr__, some objects have every attribute.
+            defined = set().union(*(vars(kind) for kind in type(target).__mro__), getattr(target, "__dict__", ()))
+            return not defined.isdisjoint(args)
+        if operation == "isinstance":
+            return isinstance(args[0], target)
+        if operation == "issubclass":
+            return issubclass(args[0], target)
+        if operation == "await":
+            return self.wait(target)
+        function = OPERATIONS.get(operation) or getattr(operator, operation, None)
+        if function is None:
+            function = getattr(type(target), operation, None)
+        if function is None or (value := function(target, *args, **named)) is NotImplemented:
+            raise TypeError(f"{type(target).__name__} has no {operation}")
+        return value
+
+    def wait(self, target: Any) -> Any:
+        confinement.prepare_asyncio()
+        import asyncio
+
+        async def finish() -> Any:
+            return await target
+
+        self.loop = self.loop or asyncio.new_event_loop()
+        return self.loop.run_until_complete(finish())
+
+    def seed(self, args: Any) -> dict[str, Any]:
+        import random
+
+        random.seed(*decode(args, self.incoming))
+        return {}
+
+    def printed(self) -> str:
+        """Return what was printed into the test's hands, and forget it."""
+        if not isinstance(sys.stdout, io.StringIO):
+            return ""
+        text = sys.stdout.getvalue()
+        sys.stdout.seek(0)
+        sys.stdout.truncate()
+        return text
+
+    def answer(self, request: dict[str, Any]) -> None:
+        works: dict[str, Callable[[Any], dict[str, Any]]] = {
+            "define": self.define,
+            "names": self.named,
+            "seed": self.seed,
+        }
+        work, content = works.get(request["operation"], self.apply), request.get("content", request)
+        with contextlib.redirect_stdout(io.StringIO()) if request["captured"] else contextlib.nullcontext():
+            try:
+                reply = work(content)
+            except BaseException as error:  # noqa: BLE001 - SystemExit too: the examiner judges
+                reply = self.failure(error)
+                if reply["status"] != "failed" or work == self.define:
+                    traceback.print_exc(limit=-3)
+            if request["captured"]:
+                reply["printed"] = self.printed()
+        self.channel.send(reply)
+
+    def serve(self) -> None:
+        while True:
+            self.answer(self.channel.receive())
