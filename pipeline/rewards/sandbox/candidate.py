@@ -11,29 +11,18 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.rewards.sandbox import confinement
-from pipeline.rewards.sandbox.messages import BASES, Channel, Exceptions, base_of, decode, encode
-
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    "get": getattr,
-    "set": setattr,
-    "call": lambda target, *a, **k: target(*a, **k),
-}
-for _name in (
-    "str",
-    "repr",
-    "hash",
-    "iter",
-    "next",
-    "reversed",
-    "len",
-    "int",
-    "float",
-    "bool",
-    "format",
-    "round",
-    "divmod",
-):
-    OPERATIONS[f"__{_name}__"] = getattr(builtins, _name)
+from pipeline.rewards.sandbox.messages import (
+    BASES,
+    CHANGEABLE,
+    LOCAL,
+    OPERATIONS,
+    VIEWS,
+    Channel,
+    Exceptions,
+    base_of,
+    decode,
+    encode,
+)
 
 
 class Candidate:
@@ -65,28 +54,48 @@ class Candidate:
         for number, function in self.functions.items():
             if value is function:
                 return {"function": number}
+        if kind in VIEWS:
+            make: Any = {"keys": dict.fromkeys, "values": lambda items: dict(enumerate(items)), "items": dict}
+            return {"view": [VIEWS[kind], encode(make[VIEWS[kind]](value), self.other)]}
+        return self.as_kept(value)
+
+    def as_kept(self, value: object) -> Any:
+        """Describe an object that stays here: its number, its class and what that extends, its value if it is fixed."""
+        kind = type(value)
         base = base_of(kind)
-        plain = encode(BASES[base](value), self.other) if base else None
-        return {"kept": [self.keep(value), kind.__name__, plain, hasattr(kind, "__await__")]}
+        plain = encode(BASES[base](value), self.other) if base and base not in CHANGEABLE else None
+        extends = base.__name__ if base else "type" if isinstance(value, type) else ""
+        return {"kept": [self.keep(value), kind.__name__, extends, plain, hasattr(kind, "__await__")]}
 
     def incoming(self, kind: str, content: Any) -> object:
         if kind == "kept":
             return self.kept[content]
         number, name, doc = content
         if number not in self.functions:
-            function = self.function(number)
+            function = self.function(number, "call")
             function.__name__ = function.__qualname__ = name
             function.__doc__ = doc
-            self.functions[number] = self.items(function) if kind == "iterator" else function
+            made = {"iterator": self.items, "local": lambda function: self.local(number, name)}
+            self.functions[number] = made.get(kind, lambda function: function)(function)
         return self.functions[number]
 
-    def function(self, number: int) -> Callable[..., Any]:
-        """Return a stand-in for a function of the test."""
+    def local(self, number: int, name: str) -> object:
+        """Return a stand-in for an instance of a class of the test's."""
+
+        def operator_of(operation: str) -> Callable[..., Any]:
+            return lambda target, *args: self.function(number, operation)(*args)
+
+        members = {operation: operator_of(operation) for operation in LOCAL}
+        members |= {"__getattr__": operator_of("get"), "__setattr__": operator_of("set")}
+        return type(name, (), members)()
+
+    def function(self, number: int, operation: str) -> Callable[..., Any]:
+        """Return a stand-in for a function of the test, or for an operation on an object of the test."""
 
         def call(*args: object, **named: object) -> object:
             printed = self.printed()
             message = {"args": encode(args, self.other), "named": encode(named, self.other), "printed": printed}
-            self.channel.send({"call": number, **message})
+            self.channel.send({"call": number, "how": operation, **message})
             while "operation" in (reply := self.channel.receive()):
                 self.answer(reply)
             if "error" in reply:
@@ -117,17 +126,27 @@ class Candidate:
             reply["args"] = encode(tuple(error.args), self.other)
             reply["attributes"] = encode(dict(vars(error)), self.other)
         self.exceptions.known.setdefault(type(error).__qualname__, type(error))
+        if error.__cause__ and error.__cause__.__cause__ is None:
+            reply["cause"] = self.failure(error.__cause__)
         return {**reply, "error": Exceptions.describe(type(error)), "kept": self.keep(error)}
 
     def define(self, code: str) -> dict[str, Any]:
         if "asyncio" in code:
             confinement.prepare_asyncio()
+        if "threading" in code or "ThreadPool" in code:
+            confinement.prepare_threads()
         sys.modules["answer"] = self.module  # dataclasses and typing look names up there
         exec(compile(code, "answer", "exec"), vars(self.module))  # noqa: S102 - this process is confined for it
         return {"names": list(vars(self.module))}
 
     def named(self, names: list[str]) -> dict[str, Any]:
-        return {"names": {name: encode(vars(self.module)[name], self.other) for name in names}}
+        # Containers stay here, where the code may change them.
+        values = {name: vars(self.module)[name] for name in names}
+        ways = {name: self.as_kept if type(value) in CHANGEABLE else self.encoded for name, value in values.items()}
+        return {"names": {name: ways[name](value) for name, value in values.items()}}
+
+    def encoded(self, value: object) -> Any:
+        return encode(value, self.other)
 
     def apply(self, request: dict[str, Any]) -> dict[str, Any]:
         target = self.kept[request["target"]]
@@ -150,6 +169,10 @@ class Candidate:
             return issubclass(args[0], target)
         if operation == "await":
             return self.wait(target)
+        if operation in ("copy", "deepcopy"):
+            import copy
+
+            return getattr(copy, operation)(target)
         function = OPERATIONS.get(operation) or getattr(operator, operation, None)
         if function is None:
             function = getattr(type(target), operation, None)
@@ -173,6 +196,13 @@ class Candidate:
         random.seed(*decode(args, self.incoming))
         return {}
 
+    def read(self, request: dict[str, Any]) -> None:
+        """Take what the test has put in place of the standard input."""
+        if "stdin" in request:
+            sys.stdin = io.StringIO(request["stdin"])
+        if "input" in request:
+            builtins.input = decode(request["input"], self.incoming)
+
     def printed(self) -> str:
         """Return what was printed into the test's hands, and forget it."""
         if not isinstance(sys.stdout, io.StringIO):
@@ -188,6 +218,7 @@ class Candidate:
             "names": self.named,
             "seed": self.seed,
         }
+        self.read(request)
         work, content = works.get(request["operation"], self.apply), request.get("content", request)
         with contextlib.redirect_stdout(io.StringIO()) if request["captured"] else contextlib.nullcontext():
             try:

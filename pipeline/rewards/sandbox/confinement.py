@@ -196,6 +196,35 @@ def prepare_asyncio() -> None:
     vars(selectors)["DefaultSelector"] = selectors.SelectSelector
 
 
+def prepare_threads() -> None:
+    """Let threads, which are refused, do their work when they are started."""
+    import threading
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    def start(thread: Any) -> None:
+        try:
+            thread.run()
+        except Exception:  # noqa: BLE001 - it ends the thread, not the program
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+
+    def submit(pool: Any, function: Any, /, *args: Any, **named: Any) -> Any:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **named))
+        except Exception as error:  # noqa: BLE001 - whoever asks for the result gets it
+            future.set_exception(error)
+        return future
+
+    thread, pool = threading.Thread, ThreadPoolExecutor
+    for kind, name, function in (
+        (thread, "start", start),
+        (thread, "join", lambda thread, timeout=None: None),
+        (thread, "is_alive", lambda thread: False),
+        (pool, "submit", submit),
+    ):
+        setattr(kind, name, function)
+
+
 def watch(directory: str) -> None:
     """Add an audit hook whose errors say what is refused, where the layers below give an error number."""
     readable = tuple(os.path.realpath(path) + os.sep for path in [*_readable(), directory])

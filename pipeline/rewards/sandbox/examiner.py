@@ -4,19 +4,44 @@ import builtins
 import collections.abc
 import functools
 import importlib
+import operator
 import re
 import sys
 from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType
 from typing import Any
 
 from pipeline.rewards.sandbox import confinement
-from pipeline.rewards.sandbox.messages import BASES, Channel, Endless, Exceptions, Gone, base_of, decode, encode
-from pipeline.rewards.sandbox.remote import CLASS, Awaitable, Kept, Remote, _refusal, is_plain, show
+from pipeline.rewards.sandbox.messages import (
+    BASES,
+    CHANGEABLE,
+    LOCAL,
+    OPERATIONS,
+    VIEWS,
+    Channel,
+    Endless,
+    Exceptions,
+    Gone,
+    base_of,
+    decode,
+    encode,
+)
+from pipeline.rewards.sandbox.remote import CLASS, USED, Awaitable, Kept, Remote, _refusal, is_plain, show
 
 MAX_MESSAGES = 100_000
 MANY_MESSAGES = 1_000
-CHANGEABLE = (list, dict, set)
-VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+INPUT = builtins.input
+KINDS = {"function": FunctionType, "generator": GeneratorType}
+
+
+class Type(type):
+    """What a test has in place of `type`, so that the class of a stand-in is that of its object."""
+
+    def __new__(cls, *args: Any) -> Any:
+        if len(args) > 1:
+            return super().__new__(cls, *args)
+        found = args[0]._Remote__ask("type") if isinstance(args[0], Remote) else None
+        return found if isinstance(found, Remote) else type(args[0])
 
 
 class Examiner:
@@ -30,6 +55,7 @@ class Examiner:
     def __init__(self, channel: Channel, talking: Callable[[], object]) -> None:
         self.channel, self.status, self.talking = channel, "failed", talking
         self.messages = 0
+        self.stdin = sys.stdin
         self.functions: list[Any] = []
         self.raised: list[BaseException] = []
         self.remotes: dict[int, Any] = {}
@@ -47,29 +73,43 @@ class Examiner:
             return {"kept": value._number}
         if base := base_of(type(value)):
             return encode(BASES[base](value), self.other)
-        if isinstance(value, VIEWS):
+        if type(value) in VIEWS:
             return encode(list(value), self.other)
         if callable(value) or isinstance(value, collections.abc.Iterator):
             kind, value = ("function", value) if callable(value) else ("iterator", value.__next__)
-            if value not in self.functions:
-                self.functions.append(value)
             name, doc = getattr(value, "__name__", "function"), getattr(value, "__doc__", None)
-            return {kind: [self.functions.index(value), str(name), doc if isinstance(doc, str) else None]}
+            return {kind: [self.number(value), str(name), doc if isinstance(doc, str) else None]}
+        if type(value).__module__ == "test":
+            return {"local": [self.number(value), type(value).__name__, None]}
         raise TypeError(f"a test cannot pass a {type(value).__name__} to the code")
+
+    def number(self, value: object) -> int:
+        """Return the number of a function or an object of the test; a method is another object each time, but equal."""
+        is_method = isinstance(value, MethodType | BuiltinFunctionType)
+        for number, known in enumerate(self.functions):
+            if known is value or (is_method and type(known) is type(value) and known == value):
+                return number
+        self.functions.append(value)
+        return len(self.functions) - 1
 
     def incoming(self, kind: str, content: Any) -> Any:
         if kind == "function":
             return self.functions[content]
+        if kind == "view":
+            entries = decode(content[1], self.incoming)
+            return {"keys": entries.keys, "values": entries.values, "items": entries.items}[content[0]]()
         if kind != "kept":
             raise ValueError(f"not a value: {kind}")
-        number, name, plain, awaitable = content
+        number, name, extends, plain, awaitable = content
         if number not in self.remotes:
-            value = decode(plain, self.incoming)
-            immutable = value is not None and not isinstance(value, CHANGEABLE)
-            kind_of = self.kind(str(name), type(value) if value is not None else None, bool(awaitable))
-            self.remotes[int(number)] = remote = kind_of(value) if immutable else kind_of(self, number)
-            if immutable:
-                remote._examiner, remote._number = self, number
+            base = next((base for base in CHANGEABLE if base.__name__ == extends), None)
+            if plain is None:
+                self.remotes[int(number)] = remote = self.kind(str(name), base, bool(awaitable))(self, number)
+                object.__setattr__(remote, "class__", extends == "type")
+            else:
+                value = decode(plain, self.incoming)
+                self.remotes[int(number)] = kept = self.kind(str(name), type(value), False)(value)
+                kept._examiner, kept._number = self, number
         return self.remotes[number]
 
     def kind(self, name: str, base: type | None, awaitable: bool) -> Any:
@@ -77,10 +117,10 @@ class Examiner:
         key = name, base, awaitable
         if key not in self.classes:
             if base is None or base in CHANGEABLE:
+                members: dict[str, Any] = {"__slots__": (), "__doc__": vars(Remote)["__doc__"], "extends__": bool(base)}
                 # `isinstance` looks at `__class__`, too.
-                members: dict[str, Any] = {"__slots__": ()}
-                if base:
-                    members |= {"extends__": True, "__class__": property(lambda self: base)}
+                if seen := base or KINDS.get(name):
+                    members["__class__"] = property(lambda self: seen)
                 self.classes[key] = type(name, (Awaitable if awaitable else Remote,), members)
             else:
                 self.classes[key] = type(name, (Kept, base), {})
@@ -113,7 +153,7 @@ class Examiner:
 
     def request(self, operation: str, message: dict[str, Any]) -> dict[str, Any]:
         captured = sys.stdout is not sys.__stdout__
-        self.channel.send({"operation": operation, "captured": captured, **message})
+        self.channel.send({"operation": operation, "captured": captured, **self.input(), **message})
         while "call" in (reply := self.receive()):
             self.print(reply)
             self.channel.send(self.call(reply))
@@ -121,6 +161,15 @@ class Examiner:
         if "error" in reply:
             raise self.error(reply, operation)
         return reply
+
+    def input(self) -> dict[str, Any]:
+        """Return what the test has put in place of the standard input."""
+        put: dict[str, Any] = {}
+        if sys.stdin is not self.stdin and (text := sys.stdin.read()):
+            put["stdin"] = text
+        if builtins.input is not INPUT:
+            put["input"] = self.other(builtins.input)
+        return put
 
     @staticmethod
     def print(reply: dict[str, Any]) -> None:
@@ -131,23 +180,40 @@ class Examiner:
         """Call a function of the test for the code."""
         try:
             args, named = decode(request["args"], self.incoming), decode(request["named"], self.incoming)
-            return {"value": encode(self.functions[request["call"]](*args, **named), self.other)}
+            value = self.operate(self.functions[request["call"]], request["how"], args, named)
+            return {"value": encode(value, self.other)}
         except Exception as error:  # noqa: BLE001 - a test may raise anything
             self.raised.append(error)
             described = {"error": Exceptions.describe(type(error)), "raised": len(self.raised) - 1}
             return {**described, "args": encode(tuple(map(str, error.args)), self.other)}
 
+    def operate(self, target: Any, operation: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Call a function of the test, or do with an object of the test what its class is for."""
+        if operation == "call":
+            return target(*args, **named)
+        if type(target).__module__ != "test" or operation not in ("get", "set", *LOCAL):
+            raise TypeError(operation)
+        if operation in ("set", "__setitem__") and not compares_with_literals(self.test):
+            raise TypeError("the code may not change what the test may compare with")
+        # Neither what leads to the test's own variables nor its methods.
+        is_method = operation == "set" and callable(getattr(type(target), args[0], None))
+        if operation in ("get", "set") and (args[0].startswith("_") or is_method):
+            raise AttributeError(args[0])
+        return (OPERATIONS.get(operation) or getattr(operator, operation))(target, *args)
+
     def error(self, reply: dict[str, Any], operation: str) -> BaseException:
         attributes = decode(reply["attributes"], self.incoming)
-        if "__raised__" in attributes:
-            return self.raised[attributes["__raised__"]]
         if reply["status"] in ("memory", "refused"):
             self.status = reply["status"]
-        args = decode(reply["args"], self.incoming)
-        error = self.exceptions.make(reply["error"], args, attributes)
+        error = self.raised[attributes["__raised__"]] if "__raised__" in attributes else None
+        if error is None:
+            args = decode(reply["args"], self.incoming)
+            error = self.exceptions.make(reply["error"], args, attributes)
+            vars(error).update(__message__=reply["message"], __kept__=int(reply["kept"]))
         if isinstance(error, StopIteration) and operation != "__next__":
             return RuntimeError(reply["message"])  # as in a generator: it would end a loop of the test
-        vars(error).update(__message__=reply["message"], __kept__=int(reply["kept"]))
+        if "cause" in reply:
+            error.__cause__ = self.error(reply["cause"], operation)
         return error
 
     def ask(self, target: int, operation: str, *args: object, **named: object) -> Any:
@@ -162,7 +228,9 @@ class Examiner:
         before: Any
         for before, after in zip(args, decode(reply["args"], self.incoming), strict=True):
             changed = isinstance(before, CHANGEABLE) and type(before) is type(after) and before != after
-            if changed and (reply["value"] is None or compares_with_literals(self.test)):
+            # What the code has changed must not be what its result is compared with.
+            safe = reply["value"] is None or (compares_with_literals(self.test) and not combines_variables(self.test))
+            if changed and safe:
                 before.clear()
                 before.extend(after) if isinstance(before, list) else before.update(after)
 
@@ -189,8 +257,12 @@ class Examiner:
         names = self.request("names", {"content": wanted})["names"].items()
         namespace = {name: decode(item, self.named) for name, item in names if self.may_define(name, item)}
         for name, value in namespace.items():
-            if isinstance(value, Remote) and name[0].isupper():
+            if isinstance(value, Remote) and value.class__ and name[0].isupper():
                 show(value, CLASS)
+            elif isinstance(value, Remote) and value.extends__:
+                show(value, USED)
+        if "type(" in test:
+            namespace["type"] = Type
         for name in sys.stdlib_module_names & namespace.keys():  # so that `math.isclose` is Python's
             used = re.findall(rf"\b{name}\.(\w+)", test)
             if used and all(hasattr(importlib.import_module(name), attribute) for attribute in used):
@@ -225,10 +297,9 @@ def compares_with_literals(test: str) -> bool:
 
     def is_literal(node: ast.expr) -> bool:
         try:
-            ast.literal_eval(node)
+            return not isinstance(ast.literal_eval(node), bool)
         except (ValueError, TypeError):
             return False
-        return True
 
     for node in ast.walk(ast.parse(test)):
         if isinstance(node, ast.Raise) or (isinstance(node, ast.Attribute) and node.attr.startswith("assert")):
@@ -238,6 +309,27 @@ def compares_with_literals(test: str) -> bool:
         if isinstance(node, ast.Compare) and not any(map(is_literal, (node.left, *node.comparators))):
             return False
     return True
+
+
+@functools.cache
+def combines_variables(test: str) -> bool:
+    """Return whether an expression of a test combines two variables: `abs(f(xs) - sum(xs))`, but not `xs[:k]`."""
+    import ast
+
+    def variables(node: ast.AST) -> int:
+        parts: list[ast.AST] = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Name):
+            return int(isinstance(node.ctx, ast.Load))
+        if isinstance(node, ast.Subscript):
+            parts = [node.value]
+        if isinstance(node, ast.Call):
+            method = isinstance(node.func, ast.Attribute) and is_plain(node.func.attr)
+            parts = [*node.args, *node.keywords, *([node.func] if method else [])]
+        return sum(map(variables, parts))
+
+    kinds = (ast.BinOp, ast.Call, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.JoinedStr)
+    nodes = list(ast.walk(ast.parse(test)))
+    return any(isinstance(node, ast.AugAssign) or (isinstance(node, kinds) and variables(node) > 1) for node in nodes)
 
 
 def _was_raised(error: BaseException) -> bool:

@@ -19,8 +19,11 @@ VALUES = {
     "fractions": ("Fraction",),
 }
 CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+CHANGEABLE = (list, dict, set)
+VIEWS: dict[type, str] = {type(getattr({}, name)()): name for name in ("keys", "values", "items")}
 # Classes that travel by their name.
 CLASSES = {name: ("builtins", name) for name in ("bool", "bytes", "dict", "float", "int", "str", *CONTAINERS)}
+CLASSES["NoneType"] = ("types", "NoneType")
 CLASSES |= {name: (module, name) for module, names in VALUES.items() for name in names}
 # The value of an instance of a subclass, whatever that subclass overrides.
 BASES: dict[type, Callable[[Any], Any]] = {
@@ -34,6 +37,24 @@ BASES: dict[type, Callable[[Any], Any]] = {
     set: lambda value: set(set.__iter__(value)),
     frozenset: lambda value: frozenset(frozenset.__iter__(value)),
 }
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "get": getattr,
+    "set": setattr,
+    "call": lambda target, *args, **named: target(*args, **named),
+    "type": type,
+    **{f"__{name}__": getattr(builtins, name) for name in (
+        "str", "repr", "hash", "iter", "next", "reversed", "len", "int", "float", "bool", "format", "round", "divmod",
+    )},
+}  # fmt: skip
+"""How an operation on an object is done; `operator` knows the others."""
+
+# What the code may do with an instance of a class of the test's, apart from reading and setting its public attributes.
+_LOCAL = (
+    "eq", "lt", "le", "gt", "ge", "len", "iter", "getitem", "setitem", "contains", "str", "repr", "hash", "bool",
+    "add", "sub", "mul",
+)  # fmt: skip
+LOCAL = tuple(f"__{name}__" for name in _LOCAL)
 
 
 class Gone(BaseException):
@@ -118,7 +139,7 @@ def encode(value: Any, other: Callable[[object], Any]) -> Any:
         args = args[1:] if args[:1] == (kind,) else args
         parts = (tuple(args), list(items or ()), [list(pair) for pair in pairs or ()])
         return {"value": [kind.__name__, *(encode(part, other) for part in parts)]}
-    if kind is type and (_travels(value) or value in BASES or value is bool):
+    if kind is type and (_travels(value) or value in BASES or value in (bool, type(None))):
         return {"class": value.__name__}
     return other(value)
 

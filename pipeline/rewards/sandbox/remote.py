@@ -32,16 +32,25 @@ class Remote:
     # operator turns into a plain value. Methods and attributes are the code's own, and its class compares two objects.
     # (It has no docstring, because `__doc__` is the code's own.)
 
-    __slots__ = ("__examiner", "__number", "mixed__", "shown__")
+    __slots__ = ("__examiner", "__number", "class__", "mixed__", "shown__")
     extends__ = False  # whether the class extends list, dict or set
 
     def __init__(self, examiner: Any, number: int) -> None:
-        fields = {"_Remote__examiner": examiner, "_Remote__number": number, "mixed__": False, "shown__": UNKNOWN}
+        fields = {
+            "_Remote__examiner": examiner,
+            "_Remote__number": number,
+            "mixed__": False,
+            "shown__": UNKNOWN,
+            "class__": False,
+        }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("an object of the code cannot be copied")
+    def __copy__(self) -> Any:
+        return self.__ask("copy")
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return self.__ask("deepcopy")
 
     def _Remote__ask(self, operation: str, *args: object, **named: object) -> Any:
         result = self.__examiner.ask(self.__number, operation, *args, **named)
@@ -58,10 +67,10 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         plain = is_plain(name)
         guarded = self.shown__ < OBJECT and name.startswith(("is", "starts", "ends"))
+        if plain and self.extends__ and (guarded or self.shown__ < USED):
+            return getattr(self.__ask("plain"), name)
         if plain and (self.mixed__ or guarded):
             raise _refusal(name)
-        if plain and self.extends__ and self.shown__ < USED:
-            return getattr(self.__ask("plain"), name)
         if not plain and self.shown__ < OBJECT and not name.startswith("__"):
             show(self, OBJECT)
         return self.__ask("get", name)
@@ -155,7 +164,8 @@ def _refusal(name: str) -> TypeError:
 def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:
     def operate(self: Remote, *args: Any) -> Any:
         plain = not all(isinstance(operand, Remote) for operand in args)
-        if self.extends__ and kind in (COMPARISONS, ARITHMETIC) and plain and self.shown__ < OBJECT:
+        among_plain = name == "__iter__" or (kind in (COMPARISONS, ARITHMETIC) and plain)
+        if self.extends__ and among_plain and self.shown__ < OBJECT:
             return getattr(self._Remote__ask("plain"), name)(*args)
         if (kind is COMPARISONS and plain) or (kind is CONVERSIONS and self.mixed__):
             raise _refusal(name)
@@ -174,6 +184,18 @@ def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:
     return operate
 
 
+def _sum_of_two(name: str) -> Callable[..., Any]:
+    def operate(self: Kept, *args: Any) -> Any:
+        if args and isinstance(args[0], Kept):
+            return self._examiner.ask(self._number, name, *args)
+        plain = getattr(super(Kept, self), name, None)
+        return plain(*args) if plain else NotImplemented
+
+    return operate
+
+
+for _name in _BINARY:
+    setattr(Kept, f"__{_name}__", _sum_of_two(f"__{_name}__"))
 for _kind in (OPERATORS, CONVERSIONS, COMPARISONS, ARITHMETIC):
     for _name in _kind:
         setattr(Remote, f"__{_name}__", _operator(f"__{_name}__", _kind))
