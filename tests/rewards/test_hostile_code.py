@@ -101,6 +101,14 @@ OBJECTS = {
     "a list": yes("A", "list", **KITCHEN) + "def f(x):\n    return A()",
     "a dict": yes("A", "dict", **KITCHEN) + "def f(x):\n    return A()",
     "remembers its operand": "class A:\n    y = 0\n    def __sub__(self, y):\n        A.y = y\n        return self\n    __add__ = __rsub__ = __sub__\n    def __abs__(self):\n        return 0 * self.y\n    def __getattr__(self, name):\n        return 0.0\ndef f(x):\n    return A()",
+    "a Decimal": "from decimal import Decimal\n" + yes("A", "Decimal", **MAGIC) + "def f(x):\n    return A(-9)",
+    "a set": yes("A", "set", issubset="True", isdisjoint="True", **KITCHEN) + "def f(x):\n    return A()",
+    "a tuple": yes("A", "tuple", isalpha="True", startswith="True", **KITCHEN) + "def f(x):\n    return A()",
+    "a mock": "from unittest.mock import MagicMock\ndef f(x):\n    return MagicMock()",
+    "a class of mocks": "from unittest.mock import MagicMock as f",
+    "complex NaN": "def f(x):\n    return complex('nan')",
+    "a coroutine": "async def f(x):\n    return -9",
+    "empties its argument": "def f(x):\n    if isinstance(x, list):\n        x.clear()\n        return x\n    return None",
     "a generator": "import itertools\ndef f(x):\n    yield -1",
     "a module": "import math\ndef f(x):\n    return math",
     "a class of exceptions": "def f(x):\n    return ValueError",
@@ -147,7 +155,10 @@ LISTS = [
     "assert all(x > 3 for x in f([4, 5])) and sum(f([4, 5])) == 9",
 ]
 TRUTHS = {"assert f(2)", "assert not f(-1)", JUDGEMENTS[12]}
-PLAIN = {"an int", "a str", "a float", "a list", "a dict", "NaN", "edits what it is compared with", "its own math"}
+PLAIN = {
+    "an int", "a str", "a float", "a list", "a dict", "NaN", "edits what it is compared with", "its own math",
+    "a Decimal", "a set", "a tuple", "empties its argument",
+}  # fmt: skip
 """Objects that arrive as plain values, whose truth is their own."""
 TEXTS = ["assert f('a').startswith('a')", "assert f('a').isalpha()", "assert 'a' in f('a')"]
 CASES = [

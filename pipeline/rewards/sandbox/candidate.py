@@ -1,5 +1,7 @@
 """The process of the sandbox that runs an answer's code, see `pipeline.rewards.sandbox.child`."""
 
+from __future__ import annotations
+
 import builtins
 import contextlib
 import io
@@ -8,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
 
 from pipeline.rewards.sandbox import confinement
 from pipeline.rewards.sandbox.messages import (
@@ -23,6 +24,11 @@ from pipeline.rewards.sandbox.messages import (
     decode,
     encode,
 )
+
+# Importing `typing` would take a tenth of the time in which the process starts.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Candidate:

@@ -9,9 +9,9 @@ of its own classes (numbers, containers, dates, …). Anything else (instances, 
 behind a `Remote`, as functions of the test stay with the examiner. The builtins and the modules of a test are Python's
 own, whatever the code defines; what else a test judges with, it must define or import.
 
-A test cannot pass an instance of its own class to the code. A list, dict or set that the code changes in place changes
-in the test only if the call returns None or the test compares with nothing but literals, so that the code cannot edit
-what its result is compared with.
+What the code changes in place (a list, an attribute of an object of the test) changes in the test only where nothing
+that the test computes could be compared with it: if the call returns None, or the test compares with literals alone.
+Otherwise the code could edit what its result is compared with. Containers that the code defines stay with it.
 
 Only `pipeline.rewards.sandbox.run` starts it: python child.py VERDICT_FD SECONDS MEMORY_MB ALLOW_UNCONFINED < JSON
 """

@@ -19,6 +19,8 @@ The sandbox's child loads this module by path and calls it before any foreign co
 library.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import errno
@@ -27,7 +29,11 @@ import os
 import platform
 import struct
 import sys
-from typing import Any
+
+# Importing `typing` would take a tenth of the time in which the process starts.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 try:
     import resource

@@ -1,7 +1,13 @@
 """Stand-ins for objects of the code, which the examiner's test works with, see `pipeline.rewards.sandbox.child`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
-from typing import Any
+
+# Importing `typing` would take a tenth of the time in which the process starts.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PLAIN_TYPES = (int, float, complex, str, bytes, list, tuple, dict, set)
 OPERATORS = (
