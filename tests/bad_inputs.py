@@ -476,7 +476,7 @@ CASES |= {
     "weights of another width": model("wider", "not those of its config.json"),
     "weights of fewer layers": model("deeper", "lacks the weights"),
     "no configuration": model("no-config", "no model can be loaded"),
-    "a configuration cut off": model("config-cut", "not a valid JSON file"),
+    "a configuration cut off": model("config-cut", "no model can be loaded", "line 1 column 2"),
     "an unknown kind of model": model("unknown-kind", "foonet"),
     "a tokenizer cut off": model("tokenizer-cut", "no tokenizer"),
     "a template that writes nothing": model("silent", "makes no tokens"),

@@ -270,6 +270,7 @@ SOURCES = [
 ATTRIBUTES = {
     "transformers:GenerationConfig._get_default_generation_params": "options of a model's file without effect",
     "transformers:PreTrainedModel._from_config": "models are built without weights, to be checked",
+    "transformers:PreTrainedModel._can_set_experts_implementation": "critics of experts are classes of ours",
     "transformers:PreTrainedModel._can_compile_fullgraph": "whether the cache may have room for more tokens",
     "transformers:PreTrainedModel._supports_flash_attn": "FlashAttention is chosen for models that can use it",
     "transformers:PreTrainedModel._tied_weights_keys": "weights that a file may lack",

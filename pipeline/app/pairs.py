@@ -164,6 +164,8 @@ class Pairs:
                 shared = self._shared[source].values() if is_shared else ()
                 return next((pair for pair in (*shared, *self._stock[source]) if pair not in sequence), None)
 
+            # What failed for an earlier visitor may go well now, for instance once the disk has room again.
+            self._errors.pop(source, None)
             self._need(source, AHEAD + pages)
             self._changed.wait_for(lambda: ready() or source in self._errors, PATIENCE)
             pair = ready()

@@ -120,7 +120,6 @@ UNSUPPORTED = {
     "dataset_text_field": "is replaced by messages_column",
     "completion_only_loss": "has no effect on conversations, use assistant_only_loss",
     "batch_eval_metrics": "metrics are computed once, of a whole evaluation",
-    "parallelism_config": "accelerate takes it from the launch file",
     "do_train": "every recipe trains",
     "do_predict": "is replaced by `python -m pipeline evaluate`",
     "max_tool_calling_iterations": "models do not call tools here",

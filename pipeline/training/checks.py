@@ -78,7 +78,7 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
 
     Args:
         model_args: The LoRA options.
-        model: The model, on any device.
+        model: The model, which is of no use afterwards: PEFT puts adapters on it.
     """
     if not model_args.use_peft:
         return []

@@ -299,6 +299,8 @@ def test_a_disk_that_is_full_for_a_moment_does_not_end_the_pairs(
             for _ in range(3):
                 assert client.post("/prefer/next", json={**page, "annotator": "bob"}).status_code == 507
             assert client.post("/prefer/prompt", json=typed).status_code == 507
+        # A pair that was being written meanwhile fails as well, for which a page asks again.
+        client.post("/prefer/next", json=page)
         for number in range(3 * BATCH):
             assert "pair" in Voter(client, f"annotator {number}").pair
         assert client.post("/prefer/prompt", json=typed).status_code == 200

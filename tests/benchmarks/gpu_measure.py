@@ -1,8 +1,6 @@
 """What `tests.benchmarks.gpu` measures inside of a process, on the device that this process finds.
 
-    python -m tests.benchmarks.gpu_measure NAME FILE ARGUMENTS...
-
-calls the function NAME, and saves what it returns as FILE.
+It is started by `gpu_bench` with the name of a function, a file for what the function returns, and its arguments.
 """
 
 from __future__ import annotations

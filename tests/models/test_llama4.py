@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import statistics
@@ -248,12 +249,12 @@ EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"
 
 def test_lora_adapts_experts_where_it_is_told_to(caplog: pytest.LogCaptureFixture) -> None:
     built = model()
-    names = ModelConfig(use_peft=True, lora_target_modules=["q_proj", "v_proj"])
-    assert check_lora(names, built) == [] and "experts are not trained" in caplog.text
+    names = ModelConfig(use_peft=True, lora_target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    assert check_lora(names, model()) == [] and "experts are not trained" in caplog.text
     caplog.clear()
-    with_experts = ModelConfig(use_peft=True, lora_target_modules=["q_proj", "v_proj"], lora_target_parameters=EXPERTS)
-    assert check_lora(with_experts, built) == [] and not caplog.text
-    (problem,) = check_lora(ModelConfig(use_peft=True, lora_target_modules=["all-linear"]), built)
+    with_experts = dataclasses.replace(names, lora_target_parameters=EXPERTS)
+    assert check_lora(with_experts, model()) == [] and not caplog.text
+    (problem,) = check_lora(ModelConfig(use_peft=True, lora_target_modules=["all-linear"]), model())
     assert "routers" in str(problem)
     adapted = get_peft_model(built, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS)).eval()
     with torch.no_grad():
