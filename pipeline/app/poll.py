@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections import defaultdict
@@ -32,6 +33,8 @@ from pipeline.preferences.votes import VoteLog
 from pipeline.report.text import visible
 from pipeline.rewards.annotators import judge_match
 from pipeline.rewards.grading import is_gradable
+
+logger = logging.getLogger(__name__)
 
 LISTED = 200
 """Own votes that the page lists, the newest ones."""
@@ -144,7 +147,11 @@ class Poll:
             self._timer = None  # later votes need another one
         with self._exporting:
             if self.log.standing():
-                votes.update_data_set(self.site.run / VOTES)
+                try:
+                    votes.update_data_set(self.site.run / VOTES)
+                except OSError as error:
+                    # The votes themselves are safe, and the data set is made anew after each of them.
+                    logger.warning("The data set of the votes cannot be written (%s).", error.strerror or error)
 
     def close(self) -> None:
         """End with a data set that is up to date."""

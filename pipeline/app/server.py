@@ -6,9 +6,10 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import random
 import re
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import Awaitable, MutableMapping
 from html import escape
 from typing import Any
 from urllib.parse import parse_qs
@@ -19,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -38,8 +39,8 @@ LARGEST_REQUEST, LARGEST_LOGIN = 1 << 20, 1 << 12
 SECONDS_AFTER_WRONG = 1.0
 """Seconds after a wrong password in which no other one is checked."""
 
-MOST_WAITING = 256
-"""Passwords that wait to be checked; of more, the oldest are refused."""
+MOST_WAITING, NEWEST = 256, 8
+"""Passwords that wait to be checked, of more of which the oldest are refused; those from which the next is drawn."""
 
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -66,8 +67,8 @@ class Attempts:
     """Checks passwords, of which at most one wrong one a second in all, however many connections try.
 
     Nobody waits unless a wrong password was tried within the last second. Of those who wait, the next one is from the
-    address with the fewest wrong passwords so far, and of these the newest: a person who comes during a flood does not
-    wait behind it.
+    address with the fewest wrong passwords so far, and of these one of the newest: a person who comes during a flood
+    does not wait behind it.
     """
 
     def __init__(self) -> None:
@@ -75,15 +76,27 @@ class Attempts:
         self._wrong: Counter[str] = Counter()
         self._pausing = False
 
-    async def check(self, given: str, password: str, address: str) -> bool | None:
-        """Return whether a password is right; None if so many wait that this one was not looked at."""
+    async def check(self, given: str, password: str, address: str, gone: Awaitable[Any]) -> bool | None:
+        """Return whether a password is right; None if it was not looked at.
+
+        Args:
+            given: What the visitor has sent.
+            password: The password.
+            address: Where the visitor is.
+            gone: Ends when the visitor has closed the connection, and so no longer waits for an answer.
+        """
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[bool] = loop.create_future()
         self._waiting.append((turn, address))
         if len(self._waiting) > MOST_WAITING:
             self._waiting.pop(0)[0].set_result(False)
         self._call_next()
-        if not await turn:
+        leaving = asyncio.ensure_future(gone)
+        await asyncio.wait({turn, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not turn.done():
+            turn.cancel()
+        if turn.cancelled() or not turn.result():
             return None
         right = hmac.compare_digest(given.encode(), password.encode())
         self._wrong[address] += not right
@@ -91,13 +104,16 @@ class Attempts:
         return right
 
     def _call_next(self) -> None:
-        # Turns of connections that were cut off are over.
+        # Nobody waits any more for the turns of connections that were closed.
         self._waiting = [waiting for waiting in self._waiting if not waiting[0].done()]
         if self._waiting and not self._pausing:
             self._pausing = True
-            turn = min(reversed(self._waiting), key=lambda waiting: self._wrong[waiting[1]])
-            self._waiting.remove(turn)
-            turn[0].set_result(True)
+            fewest = min(self._wrong[address] for _, address in self._waiting)
+            first = [waiting for waiting in reversed(self._waiting) if self._wrong[waiting[1]] == fewest]
+            # The newest half of the time; otherwise, a flood that renews itself would always be newer than a person.
+            chosen = first[0] if random.random() < 0.5 else random.choice(first[:NEWEST])
+            self._waiting.remove(chosen)
+            chosen[0].set_result(True)
 
     def _end_pause(self) -> None:
         self._pausing = False
@@ -170,10 +186,13 @@ class Gate:
 
     async def log_in(self, request: Request) -> Response:
         """Answer the form."""
-        form = parse_qs((await request.body()).decode("utf-8", "replace"))
+        try:
+            form = parse_qs((await request.body()).decode("utf-8", "replace"))
+        except ClientDisconnect:
+            return PlainTextResponse("The request ended early", 400)
         name, given = form.get("username", [""])[0].strip(), form.get("password", [""])[0]
         address = request.client.host if request.client else ""
-        right = await self.attempts.check(given, str(self.password), address)
+        right = await self.attempts.check(given, str(self.password), address, request.receive())
         if right is None:
             return HTMLResponse(LOGIN.format(message="Too many people try to log in. Try again."), 429)
         if not right:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from httpx import ASGITransport, AsyncClient
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from pipeline.__main__ import main
@@ -134,15 +135,16 @@ def test_without_the_password_there_is_only_the_form(guarded: TestClient) -> Non
 
 
 def test_wrong_passwords_are_checked_one_a_second_and_a_right_one_enters_meanwhile(
-    guarded: TestClient, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    gate = server.Gate(PlainTextResponse("the page"), PASSWORD, 7860)
     pause = 0.2
     monkeypatch.setattr(server, "SECONDS_AFTER_WRONG", pause)
     wrong: list[float] = []
 
     async def attempt(password: str, delay: float = 0.0) -> int:
         await asyncio.sleep(delay)
-        async with AsyncClient(transport=ASGITransport(guarded.app), base_url="http://127.0.0.1") as visitor:
+        async with AsyncClient(transport=ASGITransport(gate), base_url="http://127.0.0.1") as visitor:
             answer = await visitor.post("/login", data={"username": "ann", "password": password})
         if answer.status_code == 401:
             wrong.append(time.monotonic())
