@@ -16,7 +16,7 @@ from trl import ModelConfig, RewardConfig
 from trl.trainer.utils import create_model_from_path
 
 from pipeline import hardware
-from pipeline.models.loading import base_of, user_error_for
+from pipeline.models.loading import base_of, load_config, user_error_for
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,15 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
         UserError: If the adapter cannot be merged.
     """
     name = str(model_args.model_name_or_path)
-    lacks_bf16 = hardware.is_emulated(torch.bfloat16)
+    dtype: Any = model_args.dtype
+    if dtype in (None, "auto"):
+        # Both mean the dtype of the file. A configuration that does not say it may be one of bfloat16.
+        stored = load_config(name, model_args.model_revision).dtype or torch.bfloat16
+        dtype = "float32" if hardware.is_emulated(stored) else dtype
     options = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
-        # "auto" is the dtype of the file, often bfloat16.
-        "dtype": "float32" if model_args.dtype == "auto" and lacks_bf16 else model_args.dtype,
+        "dtype": dtype,
         # TRL's default on a GPU, "auto", spreads the layers over all GPUs.
         "device_map": None,
         "trust_remote_code": False,

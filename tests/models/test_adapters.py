@@ -14,7 +14,9 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from small_model import conversation, save_model, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig, SFTTrainer
+from trl.trainer.utils import create_model_from_path
 
+from pipeline import hardware
 from pipeline.models.adapters import starting_model
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.training.train import train_and_save
@@ -56,6 +58,25 @@ def test_training_starts_from_the_adapter_merged_into_its_base(adapter: Path, tm
     expected = logits(AutoPeftModelForCausalLM.from_pretrained(adapter))
     torch.testing.assert_close(logits(model), expected, **TOLERANCE)
     assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(name)), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("asked", [None, "auto"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_training_never_multiplies_in_the_dtype_of_the_file_if_the_machine_emulates_it(
+    adapter: Path, tmp_path: Path, asked: str | None, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapter.parent / "model"
+    AutoModelForCausalLM.from_pretrained(folder).to(stored).save_pretrained(folder)
+    for machine in ("bf16", "fp32"):
+        monkeypatch.setattr(hardware, "accelerator", lambda: None)
+        monkeypatch.setattr(hardware, "precision", lambda machine=machine: hardware.Choice(machine, ""))
+        native = stored == torch.bfloat16 and machine == "bf16"
+        for name in (folder, adapter):
+            args = SFTConfig(**options(tmp_path / "run"))
+            model = starting_model(ModelConfig(model_name_or_path=str(name), dtype=asked), args)
+            if isinstance(model, str):
+                model = create_model_from_path(model, **args.model_init_kwargs)
+            assert model.dtype == (stored if native else torch.float32), (machine, name)
 
 
 def test_a_reward_model_starts_from_the_adapter_of_a_language_model(adapter: Path, tmp_path: Path) -> None:
