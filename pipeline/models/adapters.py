@@ -57,7 +57,7 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
         return name
     logger.info("%-11s the adapter %s, merged into %s", "model", name, base)
     set_seed(training_args.seed)  # the head of a new reward model is random
-    with user_error_for("model_name_or_path", name):
+    with user_error_for("model_name_or_path", name, checked=True):
         kind = AutoModelForSequenceClassification if isinstance(training_args, RewardConfig) else None
         return merge_into_base(name, kind, **options)
 

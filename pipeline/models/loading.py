@@ -97,8 +97,16 @@ def skip_unreachable_hub(seconds: float = 3.0) -> None:
 
 
 @contextmanager
-def user_error_for(field: str, name: object, what: str = "model") -> Iterator[None]:
-    """Raise a failure to load a model or a tokenizer (`what`) as a `UserError` about `field`, which named it."""
+def user_error_for(field: str, name: object, what: str = "model", *, checked: bool = False) -> Iterator[None]:
+    """Raise a failure to load a model or a tokenizer (`what`) as a `UserError` about `field`, which named it.
+
+    Args:
+        field: Argument that named it.
+        name: What it named.
+        what: What is loaded.
+        checked: Whether its files were read and checked before. What else goes wrong is then a defect, which keeps its
+            traceback, unless it is an error by which the libraries reject files.
+    """
     try:
         yield
     except UserError:
@@ -107,11 +115,14 @@ def user_error_for(field: str, name: object, what: str = "model") -> Iterator[No
         raise UserError(
             Problem(field, name, f"no {what} can be loaded from it (the memory does not suffice)")
         ) from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, UserWarning, SafetensorError) as error:
         reason = "there is no such folder" if is_missing_path(str(name)) else shorten(str(error), 250)
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
         raise UserError(Problem(field, name, remedy)) from None
-    except Exception as error:  # a damaged tokenizer.json or config.json raises anything
+    except Exception as error:
+        # A damaged tokenizer.json or config.json raises anything.
+        if checked:
+            raise
         remedy = f"no {what} can be loaded from it ({shorten(repr(error), 250)})"
         raise UserError(Problem(field, name, remedy)) from error
 

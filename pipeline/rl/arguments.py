@@ -141,7 +141,7 @@ def _load_reward_model(name: str) -> PreTrainedModel:
 
     from pipeline.models.loading import local_copy, user_error_for
 
-    with user_error_for("reward_model_path", name):
+    with user_error_for("reward_model_path", name, checked=True):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             local_copy(name), num_labels=1, dtype=torch.float32, trust_remote_code=False
         )

@@ -28,7 +28,7 @@ from transformers import (
 from pipeline import bounded, hardware
 from pipeline.errors import UserError
 from pipeline.models.adapters import merge_into_base
-from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer
+from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer, user_error_for
 from tests.word_model import TEMPLATE, word_model_config, word_tokenizer
 
 WORDS = ["where", "is", "fox"]
@@ -368,3 +368,17 @@ def test_long_rows_do_not_announce_errors_that_do_not_come(
     caplog.clear()
     load_tokenizer(str(tmp_path), "tokenizer_name_or_path")("fox " * 9)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("error", [TypeError("an option that was renamed"), KeyError(None), AttributeError("x")])
+def test_a_defect_while_checked_files_are_loaded_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)), user_error_for("--model", "x", checked=True):
+        raise error
+    with pytest.raises(UserError, match="^--model: x: no model can be loaded"), user_error_for("--model", "x"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), ValueError("gone"), RuntimeError("gone"), UserWarning("gone")])
+def test_checked_files_that_cannot_be_loaded_after_all_are_a_user_error(error: Exception) -> None:
+    with pytest.raises(UserError, match="gone"), user_error_for("--model", "x", checked=True):
+        raise error
