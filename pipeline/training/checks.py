@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel
+from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     GenerationConfig,
@@ -32,6 +33,7 @@ from transformers.integrations.integration_utils import (
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.pytorch_utils import Conv1D
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, ModelConfig, RewardConfig, get_peft_config
 
@@ -124,9 +126,13 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
 
 def _try_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
     """Put the adapter on a model of the meta device, which becomes useless, and return what PEFT refuses."""
+    config = get_peft_config(model_args)
+    if "SequenceClassification" in type(model).__name__:
+        # PEFT saves the head of a reward model whole, as `recipes.reward` asks for, so that LoRA cannot adapt it.
+        config.task_type = "SEQ_CLS"
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            PeftModel(model, get_peft_config(model_args))
+            get_peft_model(model, config)
     except (ValueError, NotImplementedError, ImportError) as error:
         message = " ".join(str(error).split())
         names = {name: name.removeprefix("lora_") for name in vars(model_args) if name.startswith(("lora_", "use_"))}
@@ -245,15 +251,28 @@ def _try_optimizer(args: TrainingArguments) -> list[Problem]:
     if args.optim in ("lomo", "adalomo") and args.gradient_accumulation_steps * args.world_size > 1:
         remedy = "updates after each micro-batch of a process alone; use one process, without gradient accumulation"
         return [Problem("optim", getattr(args.optim, "value", args.optim), remedy)]
+    fault = _reject_optimizer(args)
+    if fault is None:
+        return []
+    # A field is to blame if transformers accepts its default. If that of neither field helps, this is a defect.
+    plain = copy.copy(args)
+    for field, default in (("optim_args", None), ("optim", OptimizerNames(TrainingArguments.default_optim))):
+        setattr(plain, field, default)
+        without = _reject_optimizer(plain)
+        if without is None:
+            value = getattr(args, field)
+            return [Problem(field, getattr(value, "value", value), str(fault))]
+        fault = without
+    raise fault
+
+
+def _reject_optimizer(args: TrainingArguments) -> Exception | None:
+    """Return the error that transformers raises for the optimizer, or None."""
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
     except LIBRARY_ERRORS as error:
-        if not args.optim_args and not isinstance(error, ImportError | ValueError | RuntimeError):
-            raise
-        field = "optim_args" if args.optim_args and not isinstance(error, ImportError) else "optim"
-        value = getattr(getattr(args, field), "value", getattr(args, field))
-        return [Problem(field, value, str(error))]
-    return []
+        return error
+    return None
 
 
 def _try_schedule(args: TrainingArguments) -> list[Problem]:

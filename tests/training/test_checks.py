@@ -10,12 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig, GPT2Config, LlamaConfig
+import torch
+from transformers import AutoModelForSequenceClassification, GenerationConfig, GPT2Config, LlamaConfig, Trainer
 from trl import GRPOConfig, ModelConfig
 
 from pipeline.models.loading import load_config
 from pipeline.rl.arguments import PPORewardArguments
-from pipeline.training.checks import check_generation_config, preflight
+from pipeline.training.checks import check_generation_config, check_lora, preflight
 from pipeline.training.inputs import _check_weights
 
 
@@ -143,3 +144,46 @@ def test_a_critic_of_another_architecture_takes_the_disk_of_a_whole_model(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=30_000))
     problems = _check_weights(llama, config(), model_args, reward_args)
     assert ("output_dir" not in [problem.field for problem in problems]) == fits, problems
+
+
+@pytest.mark.parametrize(("targets", "fits"), [(["score"], False), (["q_proj", "score"], True), (["q_proj"], True)])
+def test_lora_of_a_reward_model_needs_a_target_beside_the_head_which_is_saved_whole(
+    targets: list[str], fits: bool
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(LlamaConfig(vocab_size=9, num_labels=1, **sizes))
+    model_args = ModelConfig(use_peft=True, lora_r=1)
+    model_args.lora_target_modules = targets
+    problems = check_lora(model_args, model)
+    assert [problem.field for problem in problems] == ([] if fits else ["lora_target_modules"])
+
+
+@pytest.mark.parametrize("error", [ValueError("none"), TypeError("renamed")], ids=repr)
+@pytest.mark.parametrize("given", [{}, {"optim_args": "a=1"}, {"optim": "sgd", "optim_args": "a=1"}], ids=str)
+def test_an_error_that_no_optimizer_avoids_keeps_its_traceback(
+    error: Exception, given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", fail)
+    with pytest.raises(type(error), match=str(error)):
+        preflight(config(**given))
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"optim_args": "foo"}, "optim_args"),
+        ({"optim": "sgd", "optim_args": "momentum=x"}, "optim_args"),
+        ({"optim": "galore_adamw"}, "optim"),
+        ({"optim": "galore_adamw", "optim_args": "rank=2"}, "optim"),
+        ({"optim": "galore_adamw", "optim_args": "foo"}, "optim"),
+    ],
+    ids=str,
+)
+def test_an_optimizer_that_cannot_be_made_is_the_mistake_of_a_field_that_was_given(
+    given: dict[str, str], field: str
+) -> None:
+    assert [problem.field for problem in preflight(config(**given))] == [field]
