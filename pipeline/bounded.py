@@ -18,6 +18,9 @@ from typing import NoReturn
 
 import psutil
 
+MAX_LAYERS = 1024
+"""More are certainly a mistake: the deepest models in use have a few hundred, and a configuration names each layer."""
+
 SECONDS = 10
 """Seconds of CPU time; building the largest models, without their weights, takes two, and importing them as many."""
 

@@ -14,6 +14,7 @@ from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from pipeline import hardware, launch
+from pipeline.bounded import MAX_LAYERS
 from pipeline.errors import Problem
 from pipeline.files import is_missing_path, split_revision
 
@@ -52,7 +53,8 @@ RANGES: dict[str, Range] = {
         "size_mb": _above(0, 1e6),
         # Models
         "hidden_size intermediate_size max_position_embeddings model_max_length": _between(1, 1 << 24),
-        "num_hidden_layers num_attention_heads num_key_value_heads": _between(1, 4096),
+        "num_hidden_layers": _between(1, MAX_LAYERS),
+        "num_attention_heads num_key_value_heads": _between(1, 4096),
         "vocab_size": _between(1, 1 << 24),  # the trainer of the tokenizer allocates all of it at once
         "rope_theta initializer_range": _above(0),
         "lora_r": _at_least(1),
@@ -92,6 +94,9 @@ RANGES: dict[str, Range] = {
     for name in names.split()
 }
 """Sensible values of fields, whatever their dataclass; of a list, every item must have one."""
+
+NEVER_NULL = ("num_generations",)
+"""Fields whose types allow null, with which TRL fails."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
@@ -197,8 +202,8 @@ def _items(value: Any) -> list[Any]:
 
 
 def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
-    """Return the numbers that are out of range; other types, and None, are left to the dataclass."""
-    problems = []
+    """Return the numbers that are out of range; other types, and most None, are left to the dataclass."""
+    problems = [Problem(name, "null", "must be set") for name in NEVER_NULL if values.get(name, "") is None]
     for name, value in values.items():
         numbers = [item for item in _items(value) if isinstance(item, int | float) and not isinstance(item, bool)]
         fits, remedy = RANGES.get(name, ANY_OTHER)

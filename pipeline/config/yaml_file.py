@@ -8,6 +8,7 @@ import os
 import re
 import types
 from collections.abc import Iterable
+from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -120,6 +121,8 @@ def describe_type(hint: Any) -> str:
         return "one of " + ", ".join(str(option.value) for option in hint)
     if get_origin(hint) is list:
         return f"a list, each item {describe_type(get_args(hint)[0])}"
+    if is_dataclass(hint):
+        return "null"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
     return names.get(get_origin(hint) or hint, "of a different type")
 
@@ -162,6 +165,7 @@ def convert(value: Any, hint: Any) -> Any:
     elif isinstance(origin, type) and issubclass(origin, Enum):
         if value in [option.value for option in origin]:
             return value
-    elif fits.get(origin, True):
+    # Neither YAML nor a text is an instance of a dataclass, such as accelerate's `ParallelismConfig`.
+    elif fits.get(origin, not is_dataclass(origin)):
         return origin(value) if origin in (int, str) else value
     raise TypeError(f"must be {describe_type(hint)}")

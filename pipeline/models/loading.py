@@ -37,7 +37,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pipeline import hardware
-from pipeline.bounded import exceeds
+from pipeline.bounded import MAX_LAYERS, exceeds
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import is_missing_path, split_revision
 from pipeline.models.tokenizer import validate_tokenizer
@@ -58,8 +58,8 @@ MAX_READ_BYTES = 4 << 30
 MAX_BUFFER_BYTES = 2 << 30
 """Size of the tensors of a model that are not weights; a model of 1 GB has a few MB of them."""
 
-MAX_LAYERS, MAX_LABELS = 1024, 1 << 16
-"""More are certainly a mistake; a configuration names its labels one by one, and its layers as well."""
+MAX_LABELS = 1 << 16
+"""More are certainly a mistake; a configuration names its labels one by one."""
 
 MAX_ENTRIES = {"config.json": MAX_LABELS, "tokenizer_config.json": 20_000, "special_tokens_map.json": 20_000}
 """Entries of a list. Each added token is compared with those before it; the most in use are 6,000."""

@@ -175,8 +175,6 @@ class PPOConfig(GRPOConfig):
         wrong += [Problem("distributed_type", name, NOT_SHARDED) for name in launch.SHARDING if launch.is_asked(name)]
         if self.trust_remote_code:
             refuse("trust_remote_code", NO_REMOTE_CODE)
-        if self.num_generations is None:
-            refuse("num_generations", "must be set")
         if self.kl_estimator == "k3":
             refuse("kl_estimator", K3_IS_NO_PENALTY)
         elif self.kl_estimator != "k1":

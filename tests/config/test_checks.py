@@ -8,10 +8,14 @@ import math
 from typing import Any, get_type_hints
 
 import pytest
+from trl import GRPOConfig, SFTConfig
 
 from pipeline import hardware
+from pipeline.bounded import MAX_LAYERS
 from pipeline.config.checks import HALF_PRECISION, MAY_BE_EMPTY, check_supported
 from pipeline.config.parser import REQUIRED, argument_types, check_values
+from pipeline.models.llama import LlamaArguments
+from pipeline.rl.ppo_config import PPOConfig
 
 RECIPES = ("data", "tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "grpo")
 TYPES = {kind for name in RECIPES for kind in argument_types(importlib.import_module(f"recipes.{name}").main)}
@@ -49,6 +53,24 @@ def test_a_number_is_finite_and_not_astronomical_and_not_of_another_type(name: s
 def test_a_text_is_not_empty_and_does_not_contain_nul(name: str, kind: type) -> None:
     assert is_refused(name, kind, "a\0b")
     assert is_refused(name, kind, "") or name in MAY_BE_EMPTY
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, GRPOConfig, PPOConfig])
+def test_a_field_that_takes_an_object_is_null(kind: type) -> None:
+    for value in ([], {}, [1], {"tp_size": 2}, "a", 1, True):
+        assert is_refused("parallelism_config", kind, value), value
+    assert not is_refused("parallelism_config", kind, None)
+
+
+@pytest.mark.parametrize("kind", [GRPOConfig, PPOConfig])
+def test_prompts_have_a_number_of_completions(kind: type) -> None:
+    assert is_refused("num_generations", kind, None)
+    assert not is_refused("num_generations_eval", kind, None)
+
+
+def test_a_new_model_has_at_most_the_layers_with_which_it_can_be_loaded() -> None:
+    assert is_refused("num_hidden_layers", LlamaArguments, MAX_LAYERS + 1)
+    assert not is_refused("num_hidden_layers", LlamaArguments, MAX_LAYERS)
 
 
 @pytest.mark.parametrize(("name", "value"), HALF_PRECISION)
