@@ -33,7 +33,6 @@ from transformers.integrations.integration_utils import (
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.pytorch_utils import Conv1D
-from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, ModelConfig, RewardConfig, get_peft_config
 
@@ -256,7 +255,7 @@ def _try_optimizer(args: TrainingArguments) -> list[Problem]:
         return []
     # A field is to blame if transformers accepts its default. If that of neither field helps, this is a defect.
     plain = copy.copy(args)
-    for field, default in (("optim_args", None), ("optim", OptimizerNames(TrainingArguments.default_optim))):
+    for field, default in (("optim_args", None), ("optim", type(args.optim)(TrainingArguments.default_optim))):
         setattr(plain, field, default)
         without = _reject_optimizer(plain)
         if without is None:
