@@ -59,29 +59,16 @@ def drop_long_prompts(
         return split.filter(
             lambda prompts: [size <= room for size in count(prompts)], batched=True, input_columns="prompt"
         )
-    empty: dict[tuple[str, ...], int] = {}
-
-    def may_be_long(prompt: list[dict[str, str]]) -> bool:
-        """A token has a byte at least, and the template's own depend on the roles. Counting all would take minutes."""
-        roles = tuple(message["role"] for message in prompt)
-        if roles not in empty:
-            (empty[roles],) = count([[{**message, "content": "."} for message in prompt]])
-        return empty[roles] + sum(len(message["content"].encode()) for message in prompt) > room
-
-    batches = split.select_columns("prompt").iter(1000)
-    prompts = (prompt for batch in batches for prompt in batch["prompt"])
-    doubtful = [number for number, prompt in enumerate(prompts) if may_be_long(prompt)]
-    sizes = [n for batch in split.select(doubtful).iter(1000) for n in count(batch["prompt"])] if doubtful else []
-    long = {number for number, size in zip(doubtful, sizes, strict=True) if size > room}
-    if not long:
+    sizes = [size for batch in split.select_columns("prompt").iter(1000) for size in count(batch["prompt"])]
+    kept = [number for number, size in enumerate(sizes) if size <= room]
+    if len(kept) == len(split):
         return split
-    if len(long) == len(split):
-        _check_shortest(sizes, length, positions)
+    _check_shortest(sizes, length, positions)
     logger.warning(
         "%d of %d prompts have more than %d tokens, which leaves no room for an answer, and are left out.",
-        *(len(long), len(split), room),
+        *(len(split) - len(kept), len(split), room),
     )
-    return split.select([number for number in range(len(split)) if number not in long])
+    return split.select(kept)
 
 
 def _check_shortest(sizes: Sequence[int], length: int, positions: int) -> None:

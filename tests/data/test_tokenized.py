@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from small_model import CHATML, conversation, save_model, tokenizer
+from tokenizers.normalizers import NFKC
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -28,11 +29,8 @@ def test_prompts_that_are_too_long_are_found_wherever_they_are() -> None:
     words = tokenizer()
     prompts = [[{"role": "user", "content": "A cat? " * (40 if i == 1050 else 1 + i % 3)}] for i in range(1100)]
     prompts[3] = [{"role": "system", "content": "A dog."}, *prompts[3]]
-    # It is longer in bytes than there is room, but not in tokens.
-    prompts[7][0]["content"] = "The cat sat on the mat. " * 9
     rows = Dataset.from_dict({"prompt": prompts})
     (size,) = map(len, encode_prompts(words, [prompts[1050]]))
-    assert len(encode_prompts(words, [prompts[7]])[0]) < size - 1 < len(prompts[7][0]["content"])
     kept = drop_long_prompts(rows, words, 10, size + 9)
     assert kept["prompt"][:] == prompts[:1050] + prompts[1051:]
     assert len(drop_long_prompts(rows, words, 10, size + 10)) == 1100
@@ -48,6 +46,20 @@ def test_prompts_are_counted_with_the_arguments_of_the_chat_template() -> None:
     longest = len(encode_prompts(words, [prompts[1]])[0])
     assert len(drop_long_prompts(rows, words, 10, longest + 10)) == 2
     assert drop_long_prompts(rows, words, 10, longest + 10, {"slow": True})["prompt"][:] == prompts[:1]
+
+
+def test_prompts_are_counted_whatever_the_template_and_the_normalizer_make_of_the_content() -> None:
+    doubled = copy.deepcopy(tokenizer())
+    doubled.chat_template = CHATML.replace("message['content']", "message['content'] * 9") + CHATML
+    normalized = copy.deepcopy(tokenizer())
+    normalized.backend_tokenizer.normalizer = NFKC()
+    for words, text in ((doubled, "A cat? " * 5), (normalized, "\ufdfa" * 8)):  # one character, eighteen after NFKC
+        prompts = [[{"role": "user", "content": content}] for content in ("A cat?", text)]
+        short, long = map(len, encode_prompts(words, prompts))
+        assert short < long
+        rows = Dataset.from_dict({"prompt": prompts})
+        assert drop_long_prompts(rows, words, 10, long + 9)["prompt"][:] == prompts[:1]
+        assert len(drop_long_prompts(rows, words, 10, long + 10)) == 2
 
 
 @pytest.mark.parametrize("answers_only", [True, False])
