@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from pipeline.errors import UserError
 from pipeline.preferences.files import Counts
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
@@ -101,13 +103,25 @@ def _judge(
     """Return which of two answers, shown in this order to the prompt of a row, a judge prefers; None is a tie.
 
     The calls do not depend on the number of processes.
+
+    Raises:
+        UserError: On every process, if the judge raises one on any. One process of a machine reports it.
     """
-    state, judged = PartialState(), []
+    state = PartialState()
+    judged: list[tuple[int, list[float | None] | UserError]] = []
     groups = itertools.groupby(compared, key=lambda pair: pair[0] // JUDGED_AT_ONCE)
     for number, (_, group) in enumerate(groups):
         if number % state.num_processes == state.process_index:
             pairs = list(group)
             first, second = ([shown[side] for _, shown in pairs] for side in (0, 1))
-            outcomes = judge.match(first, second, [rows[index] for index, _ in pairs])
-            judged.append((number, list(outcomes)))
-    return [CHOICES.get(outcome) for _, outcomes in sorted(gather_object(judged)) for outcome in outcomes]
+            try:
+                judged.append((number, list(judge.match(first, second, [rows[index] for index, _ in pairs]))))
+            except UserError as error:
+                judged.append((number, error))
+                break
+    choices: list[int | None] = []
+    for _, outcomes in sorted(gather_object(judged), key=itemgetter(0)):
+        if isinstance(outcomes, UserError):
+            raise outcomes
+        choices += map(CHOICES.get, outcomes)
+    return choices
