@@ -150,9 +150,12 @@ def generate(
     """
     model.eval()
     ends = end_tokens(model, tokenizer)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends)
-    if temperature > 0:
-        config.update(do_sample=True, temperature=temperature, min_p=min_p)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, do_sample=temperature > 0, num_beams=1)
+    # A model's own method takes what is unset from its generation_config.json.
+    applied = PROCESSORS if config.do_sample else ALSO_WHEN_GREEDY
+    config.update(**{name: PROCESSORS[name][1] for name in applied})
+    if config.do_sample:
+        config.update(temperature=temperature, min_p=min_p)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generator = torch.Generator(device=model.device).manual_seed(seed)
     completions: list[list[Completion]] = [[] for _ in prompts]

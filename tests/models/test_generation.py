@@ -5,6 +5,7 @@ import math
 import pytest
 import small_model
 import torch
+from transformers import GenerationConfig
 
 from pipeline.evaluation.likelihood import document_losses
 from pipeline.models.generation import GrowingLayer, encode_prompts, generate, overrides_generate
@@ -176,6 +177,13 @@ def test_a_model_with_a_generate_of_its_own_answers_by_it(model, tokenizer, prom
     monkeypatch.setattr(model, "generate", lambda **inputs: calls.append(inputs) or plain(**inputs), raising=False)
     assert generate(model, tokenizer, prompts, **options) == expected
     assert len(calls) == len(prompts)
+    # What the model's generation_config.json recommends is not what is asked for.
+    recommended = GenerationConfig(do_sample=True, temperature=9.0, top_k=9, repetition_penalty=9.0, num_beams=2)
+    monkeypatch.setattr(model, "generation_config", recommended)
+    assert generate(model, tokenizer, prompts, **options) == expected
+    recommended.update(do_sample=False, temperature=1.0, top_k=1, top_p=0.01, min_p=0.99)
+    (found,) = generate(model, tokenizer, prompts[:1], max_new_tokens=1, samples=64, temperature=1.0)
+    assert len({completion.tokens[0] for completion in found}) > 5
     torch.manual_seed(0)
     state = torch.get_rng_state()
     samples = [generate(model, tokenizer, prompts, temperature=1.0, seed=seed, **options) for seed in (1, 1, 2)]
