@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.config.effects import continues, has_effect
 from pipeline.config.recipe_folder import READ
@@ -34,8 +35,11 @@ WRITTEN = (
 
 def recorded_template(model: str) -> dict[str, Any]:
     """Return the `chat_template_kwargs` that the model in a folder was trained with, {} without any."""
+    folder = Path(model).absolute()
+    # The record of a checkpoint is its run's.
+    folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
     try:
-        given = json.loads((Path(model) / RECORD).read_text(encoding="utf-8"))["chat_template_kwargs"]
+        given = json.loads((folder / RECORD).read_text(encoding="utf-8"))["chat_template_kwargs"]
     except (OSError, ValueError, LookupError, TypeError):
         return {}
     return given if isinstance(given, dict) else {}
