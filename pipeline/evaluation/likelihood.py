@@ -163,13 +163,16 @@ def _in_pieces(
     hidden: list[Tensor] = []
     results: list[Tensor] = []
 
-    def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def narrow(
+        _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor], dict[str, Any]]:
         if not hidden:
-            hidden.extend(inputs[0].flatten(0, 1)[places].split(size))
-        return (hidden[len(results)].unsqueeze(0),)
+            states = [*inputs, *named.values()][0]
+            hidden.extend(states.flatten(0, 1)[places].split(size))
+        return (hidden[len(results)].unsqueeze(0),), {}
 
     def through_model(tokens: Tensor) -> Tensor:
-        hook = head.register_forward_pre_hook(narrow)
+        hook = head.register_forward_pre_hook(narrow, with_kwargs=True)
         try:
             logits: Tensor = model(input_ids=tokens, use_cache=False).logits
         finally:

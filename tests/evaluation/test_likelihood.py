@@ -85,6 +85,21 @@ def test_a_model_whose_logits_are_made_without_a_head_of_its_own(monkeypatch: py
     torch.testing.assert_close(dict(likelihood.over_tokens(model, sequences, 0)), expected)
 
 
+def test_a_model_that_calls_its_head_by_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(CONFIGS["plain"])
+    sequences = [([1, 2, 3, 4], range(3), [2, 3, 4])]
+    expected = dict(likelihood.over_tokens(model, sequences, 0))
+
+    class ByKeyword(torch.nn.Linear):
+        def __call__(self, states: torch.Tensor) -> Any:
+            return super().__call__(input=states)
+
+    monkeypatch.setattr(model.lm_head, "__class__", ByKeyword)
+    for limit in (likelihood.MAX_LOGITS, 300):
+        monkeypatch.setattr(likelihood, "MAX_LOGITS", limit)
+        torch.testing.assert_close(dict(likelihood.over_tokens(model, sequences, 0)), expected)
+
+
 @pytest.mark.parametrize(
     ("kind", "rows", "width"), [("plain", 16, 1024), ("plain", 1, 4096), ("plain", 2048, 8), ("multiplied", 1, 4096)]
 )
