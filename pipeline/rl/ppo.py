@@ -80,8 +80,8 @@ class PPOTrainer(GRPOTrainer):
         value_model: The critic: a token classification model with one label, which is itself trained; a reward model or
             a causal language model, which is copied; or a path or Hub id of any of these. Default: a copy of the first
             reward model with a weight that has the policy's vocabulary and at least as many embeddings, otherwise of
-            the policy. The head of a reward model is copied in the units of the score, times the weight, if that is the
-            only reward and is not normalised. Every other critic starts by expecting nothing.
+            the policy. The head of a reward model is copied in the units of the score, times the weight, if that model
+            is the only reward and is not normalised. Every other critic starts by expecting nothing.
         peft_config: Train an adapter instead of the policy's own weights.
         value_use_peft: Beside an adapter, make the critic an adapter, too, on the frozen weights that it starts from.
         **kwargs: Any other argument of `GRPOTrainer`. The critic's parameters are added to an optimizer in

@@ -149,8 +149,8 @@ def build_value_model(
     else:
         critic = source if is_given else value_model_from(source).to(dtype)
     if is_reward_model:
-        # The score is the only reward times its weight, or something else than what the head predicts.
-        in_units = len(rewards) == 1 and args.reward_normalization == "none"
+        # The score is the reward that the head predicts, times its weight, or something else.
+        in_units = len(rewards) == 1 and args.reward_normalization == "none" and _equal(source, rewards[0][0])
         _scale_head(critic, rewards[0][2] if in_units else 0.0)
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if args.disable_dropout:
@@ -169,8 +169,28 @@ def _reads(
     if not isinstance(model, nn.Module) or own is None or own.get_vocab() != tokenizer.get_vocab():
         return False
     # Models pad their embeddings differently, and a policy may sample an id that no token has.
-    rows, wanted = (one.config.get_text_config().vocab_size for one in (model, policy))
+    rows, wanted = (len(one.get_input_embeddings().weight) for one in (model, policy))
     return bool(rows >= wanted)
+
+
+def _equal(source: PreTrainedModel, reward: Any) -> bool:
+    """Return whether a reward is a model with the weights of `source`, wherever and in whatever dtype it was loaded."""
+    if source is reward or not isinstance(reward, nn.Module):
+        return source is reward
+    # What a module of an adapter replaces is not used, and random if it is a head.
+    own, others = (
+        {name: weight for name, weight in model.state_dict().items() if ".original_module." not in name}
+        for model in (source, reward)
+    )
+    if own.keys() != others.keys():
+        return False
+    for name, weight in own.items():
+        other = others[name]
+        # Weights that were rounded to fewer bits are compared in these.
+        dtype = min(weight.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(weight.to(dtype), other.to(weight.device, dtype)):
+            return False
+    return True
 
 
 @torch.no_grad()

@@ -108,8 +108,11 @@ def test_a_reward_model_that_lacks_embeddings_of_the_policy_is_not_copied(tmp_pa
     """Models pad their embeddings differently, and an untrained policy samples what no token has."""
     config = toy.llama_config()
     config.vocab_size += 8
-    ppo = trainer(tmp_path, [toy.reward_model()], model=LlamaForCausalLM(config))
-    assert torch.equal(ppo.value_model.model.embed_tokens.weight, ppo.model.model.embed_tokens.weight)
+    judge = toy.reward_model()
+    for rows in (judge.config.vocab_size, config.vocab_size):  # the configuration may name more than there are
+        judge.config.vocab_size = rows
+        ppo = trainer(tmp_path, [judge], model=LlamaForCausalLM(config))
+        assert torch.equal(ppo.value_model.model.embed_tokens.weight, ppo.model.model.embed_tokens.weight)
 
 
 def test_a_policy_with_code_of_its_own_needs_a_critic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,14 +150,24 @@ def test_a_given_critic_is_itself_trained(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", ["model", "path"])
 @pytest.mark.parametrize("source", ["reward model", "policy"])
 def test_any_other_given_model_is_copied(tmp_path: Path, source: str, given: str) -> None:
+    """A reward model in the units of the score, if it is the reward."""
     model = toy.reward_model(5) if source == "reward model" else toy.policy(5)
     model.save_pretrained(tmp_path / "model")
     value_model = model if given == "model" else str(tmp_path / "model")
-    critic = trainer(tmp_path, [toy.reward_model()], value_model=value_model).value_model
-    assert critic is not model
-    assert torch.equal(critic.model.norm.weight, model.model.norm.weight)
-    expected = reward_of(model) if source == "reward model" else 0.0
-    assert estimate_at_the_end(critic) == pytest.approx(expected, abs=1e-6)
+    for reward in (toy.reward_model(), toy.reward_model(5), toy.share_of_red):
+        is_source = (
+            source == "reward model" and _is_model(reward) and torch.equal(reward.score.weight, model.score.weight)
+        )
+        critic = trainer(tmp_path, [reward], {"reward_weights": [3.0]}, value_model=value_model).value_model
+        assert critic is not model
+        assert torch.equal(critic.model.norm.weight, model.model.norm.weight)
+        expected = 3 * reward_of(model) if is_source else 0.0
+        assert estimate_at_the_end(critic) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_given_copy_of_the_reward_model_is_known_in_another_dtype(tmp_path: Path) -> None:
+    critic = trainer(tmp_path, [toy.reward_model().bfloat16()], value_model=toy.reward_model()).value_model
+    assert estimate_at_the_end(critic) == pytest.approx(reward_of(toy.reward_model()), abs=1e-6) != 0.0
 
 
 def test_a_mixture_of_experts_for_which_transformers_has_no_classifier_becomes_a_critic() -> None:
@@ -173,7 +186,7 @@ def test_the_heads_of_other_architectures_are_found(tmp_path: Path) -> None:
     config.num_labels = 1
     reward_model = GPT2ForSequenceClassification(config)
     reward_model.save_pretrained(tmp_path / "reward")
-    ppo = trainer(tmp_path, [toy.share_of_red], model=policy, value_model=str(tmp_path / "reward"))
+    ppo = trainer(tmp_path, [reward_model], model=policy, value_model=str(tmp_path / "reward"))
     assert estimate_at_the_end(ppo.value_model) == pytest.approx(reward_of(reward_model), abs=1e-6)
 
 
@@ -185,7 +198,8 @@ def test_an_adapter_is_merged_into_the_copy(tmp_path: Path, given: str) -> None:
         ppo = trainer(tmp_path, [adapter])
         assert reward_of(ppo.reward_funcs[0]) == pytest.approx(expected, abs=1e-5)
     else:
-        ppo = trainer(tmp_path, [toy.share_of_red], value_model=adapter)
+        judge = AutoModelForSequenceClassification.from_pretrained(adapter, num_labels=1)
+        ppo = trainer(tmp_path, [judge], value_model=adapter)
     assert estimate_at_the_end(ppo.value_model) == pytest.approx(expected, abs=1e-5)
     assert not any("lora" in name for name, _ in ppo.value_model.named_parameters())
     ppo.train()
