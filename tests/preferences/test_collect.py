@@ -263,6 +263,7 @@ def test_a_judges_mistake_on_one_process_is_raised_on_every_one(monkeypatch: pyt
         with pytest.raises(UserError if others or process else ValueError) as caught:
             label_answers(rows, [["a", "b"]] * 150, pairs_per_prompt=1, judge=Judge("a test", match))
         assert others == [] or str(caught.value) == "judge: my:judge: returned nan"
+        assert sent, "the others wait for it"
         return sent
 
     label(1, label(0, []))
