@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -172,6 +173,53 @@ def compilation(flops: float) -> Choice:
     if seconds < COMPILATION_PAYS_AFTER:
         return Choice(False, f"about {seconds:.0f} s of training would not make up for the compilation")
     return Choice(True, f"about {seconds:.0f} s of training make up for the compilation")
+
+
+CARDS = {
+    "b200": (2250, 75, 180),
+    "h200": (989, 67, 141),
+    "h100": (989, 67, 80),
+    "a100": (312, 19.5, 80),
+    "l40s": (362, 91.6, 48),
+    "l4": (121, 30.3, 24),
+    "a10": (125, 31.2, 24),
+    "a10g": (70, 35, 24),
+    "v100": (125, 15.7, 32),
+    "t4": (65, 8.1, 16),
+    "4090": (165, 82.6, 24),
+    "3090": (71, 35.6, 24),
+}
+"""Peak in TFLOP/s, in 16 bits without sparsity and in float32, and GB of memory, from NVIDIA's data sheets."""
+
+
+class Processor(NamedTuple):
+    """FLOP/s of a process in 16 bits (None if they are not faster) and in float32, and bytes of its memory."""
+
+    name: str
+    half: float | None
+    single: float
+    memory: float
+
+    def __str__(self) -> str:
+        single, memory = f"{self.single / 1e12:.3g}", f"{self.memory / 1e9:.0f} GB"
+        peak = f"{self.half / 1e12:.3g} TFLOP/s (float32: {single})" if self.half else f"{single} TFLOP/s"
+        return f"{self.name}: {peak}, {memory}"
+
+
+def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | None, processes: int) -> Processor | None:
+    """Return a GPU by its name or its figures, or what this machine has for each of its processes, as measured.
+
+    Returns:
+        The processor, or None if the name is not known, and not both figures are given.
+    """
+    if gpu or tflops or gigabytes:
+        known = CARDS.get(re.sub("nvidia|geforce|rtx|[^a-z0-9]", "", (gpu or "").lower()), (0, 0, 0))
+        half, single, memory = tflops or known[0], tflops or known[1], gigabytes or known[2]
+        return Processor((gpu or "GPU").upper(), 1e12 * half, 1e12 * single, 1e9 * memory) if half and memory else None
+    shared = 1 if accelerator() else processes
+    memory = torch.cuda.mem_get_info()[1] if accelerator() == "cuda" else psutil.virtual_memory().total
+    peaks = [matmul_peak(dtype) / shared for dtype in dict.fromkeys((precision().value, "fp32"))]
+    return Processor("this machine", peaks[0] if len(peaks) > 1 else None, peaks[-1], memory / shared)
 
 
 @cache

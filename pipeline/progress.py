@@ -35,3 +35,19 @@ def duration(seconds: float) -> str:
     if round(seconds) < 60:
         return f"{max(seconds, 0):.0f} s"
     return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
+
+
+def time_in_words(seconds: float) -> str:
+    """Format seconds for people who read no more than the number: "9.4 s", "1 min 38 s", "2 h 5 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def short_count(number: float) -> str:
+    """Format a count in three digits, as models and their tokens are named: "135M", "2.7B", "2.8e+18"."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if size <= number < 1e15:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.1e}" if number >= 1e15 else f"{number:.3g}"

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+    load_dataset_builder,
+)
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split, column_names, is_of_hub, place_of, standardise
@@ -21,6 +30,9 @@ SHUFFLE_BUFFER = 1000
 
 HELD_OUT_OF_STREAM = 1000
 """Default of `max_eval_samples` where rows of a stream are held out, which each evaluation would read to its end."""
+
+MEASURED, CHARACTERS = 200, 4
+"""Rows whose characters are counted, and the characters of a token."""
 
 
 def load_splits(
@@ -56,6 +68,39 @@ def load_splits(
         # Trainers shuffle only what has a length. The order depends on the seed and the epoch.
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return train, test
+
+
+def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], needed: bool) -> tuple[int, float]:
+    """Return the number of training rows, and about how many tokens an average one has; 0 for what is not known.
+
+    Args:
+        args: The data set, which is not downloaded.
+        kind: Content of the rows.
+        planned: Rows of data sets that do not exist yet.
+        needed: Whether it is an error if the number is not known.
+
+    Raises:
+        UserError: If it is needed and not known.
+    """
+    names = args.dataset_names
+    columns = {"text": ("text",), "conversation": ("messages",), "preference": ("prompt", "chosen")}
+    try:
+        if all(Path(name).exists() for name in names) and not args.dataset_streaming:
+            rows = load_splits(args, kind, evaluation=False)[0]
+            first = rows.take(min(MEASURED, len(rows)))
+            characters = sum(len(str(text)) for column in columns.get(kind, ("prompt",)) for text in first[column])
+            return len(rows), characters / len(first) / CHARACTERS
+        if args.max_train_samples or not needed:
+            return args.max_train_samples or 0, 0
+        if all(name in planned for name in names):
+            return sum(planned[name] for name in names), 0
+        splits = [load_dataset_builder(name, args.dataset_config).info.splits for name in names]
+        return sum(split[args.dataset_train_split].num_examples for split in splits), 0
+    except Exception as error:  # each way of not being there raises another one
+        if not needed:
+            return 0, 0
+        remedy = "its rows can be counted neither here nor on the Hub; give --max_train_samples"
+        raise UserError(Problem("dataset_name", args.dataset_name, remedy)) from error
 
 
 def _load_one(

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments, set_seed
-from trl import ModelConfig, RewardConfig
+from trl import ModelConfig, RewardConfig, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
 from pipeline import hardware
@@ -99,6 +99,16 @@ def merge_into_base(
     model = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
     setattr(model, MERGED, name)
     return model
+
+
+def count_trainable(model: PreTrainedModel, model_args: ModelConfig) -> int:
+    """Return how many parameters of a model on the meta device would be trained: all, or those of an adapter."""
+    if not model_args.use_peft:
+        return model.num_parameters()
+    with torch.device("meta"):
+        # PEFT changes the model that it adapts.
+        adapted = PeftModel(type(model)(model.config), get_peft_config(model_args))
+    return int(adapted.get_nb_trainable_parameters()[0])
 
 
 def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

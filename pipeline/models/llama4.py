@@ -145,6 +145,21 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
     )
 
 
+class Vocabulary(list[int]):
+    """As much of a tokenizer as a model is built with."""
+
+    pad_token_id = bos_token_id = eos_token_id = None
+
+
+def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
+    """Build the model for a vocabulary of `size` tokens on the meta device, where it takes no memory."""
+    import torch
+
+    tokenizer: Any = Vocabulary(range(size))
+    with torch.device("meta"):
+        return build_model(args, tokenizer, 0)
+
+
 def log_model(model: PreTrainedModel) -> None:
     """Log what follows from the sizes: the numbers of parameters and of FLOPs per token, and the dtype."""
     from pipeline.models.experts import active_parameters

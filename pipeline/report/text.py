@@ -8,6 +8,7 @@ import unicodedata
 from markupsafe import Markup
 
 from pipeline.evaluation.intervals import Estimate
+from pipeline.progress import time_in_words
 
 SHOWN_CHARACTERS = 700
 """Longer texts are cut when they are shown; the files on disk keep all of them."""
@@ -75,12 +76,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 def duration(seconds: float | None) -> str:
     """Format seconds for people: "9.4 s", "1 min 38 s", "2 h 5 min"."""
-    if seconds is None:
-        return "–"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return "–" if seconds is None else time_in_words(seconds)
 
 
 def magnitude(value: float | None) -> str:

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Any
 
+from pipeline.config.yaml_file import unknown_field
 from pipeline.errors import Problem, UserError
 from pipeline.files import is_missing_path
 
@@ -172,18 +174,71 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def check_steps(steps: Iterable[Step]) -> list[Problem]:
+def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
+    """Return the steps with the options of a command line, each option in all steps that know it.
+
+    Raises:
+        UserError: If no step knows an option, or a value is of the wrong type.
+    """
+    from pipeline.config.command_line import Parser, read_command_line
+    from pipeline.config.parser import field_types
+
+    changed, problems, known, unknown = [], [], set(), []
+    for step in steps:
+        types = recipe_types(step)
+        hints = field_types(*types)
+        values, found = read_command_line(Parser(types), list(words), hints) if words else ({}, [])
+        changed.append(dataclasses.replace(step, values={**step.values, **values}))
+        problems += [problem for problem in found if problem.field in hints]
+        unknown.append({problem.field: problem for problem in found if problem.field not in hints})
+        known |= set(hints)
+    for name, problem in unknown[0].items():
+        if all(name in others for others in unknown):
+            problems.append(unknown_field(name, problem.value, known) if name.isidentifier() else problem)
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return changed
+
+
+def recipe_types(step: Step) -> list[type]:
+    """Return the argument dataclasses of the step's recipe."""
+    from pipeline.config.parser import argument_types
+
+    return argument_types(resolve_name(f"{KINDS[step.kind].module}:main"))
+
+
+class Settings(SimpleNamespace):
+    """The settings of a step as attributes, with the defaults of its recipe; those that it does not have are None."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+    def build(self, kind: type) -> Any:
+        """Return the dataclass `kind` with these settings."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(kind)}
+        return kind(**{name: value for name, value in values.items() if value is not None})
+
+
+def settings_of(step: Step) -> Settings:
+    """Return the settings of a step."""
+    items = [item for kind in recipe_types(step) for item in dataclasses.fields(kind)]
+    defaults = {item.name: item.default for item in items if item.default is not dataclasses.MISSING}
+    return Settings(**{**defaults, **step.values})
+
+
+def check_steps(steps: Iterable[Step], rewards: bool = True) -> list[Problem]:
     """Check the settings that a step would refuse as soon as it starts, which may be hours from now.
 
     Args:
         steps: The steps that are due. Those without a YAML file of their own are skipped.
+        rewards: Whether reward functions are loaded, which may need packages.
 
     Returns:
         Values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
     """
     from transformers import TrainingArguments  # these imports take seconds
 
-    from pipeline.config.parser import argument_types, check_values
+    from pipeline.config.parser import check_values
     from pipeline.evaluation.settings import check
     from pipeline.launch import quiet_libraries
     from pipeline.preferences.collect import check_judge
@@ -202,7 +257,7 @@ def check_steps(steps: Iterable[Step]) -> list[Problem]:
     for step in steps:
         if step.kind not in KINDS or step.kind == "random":  # it shares the file of pretraining
             continue
-        types = argument_types(resolve_name(f"{KINDS[step.kind].module}:main"))
+        types = recipe_types(step)
         built, found = check_values(step.values, types) if types else ([], [])
         for item in built:
             found += preflight(item) if isinstance(item, TrainingArguments) else []
@@ -215,7 +270,7 @@ def check_steps(steps: Iterable[Step]) -> list[Problem]:
                     found.append(Problem(name, value, "there is no such file or folder; correct the path"))
         found += check_judge(step.values) if step.kind == "preferences" else []
         names = step.values.get("reward_funcs")
-        if names and isinstance(names, list) and all(isinstance(name, str) for name in names):
+        if rewards and names and isinstance(names, list) and all(isinstance(name, str) for name in names):
             try:
                 load_rewards(names)
             except UserError as error:

@@ -206,11 +206,11 @@ def check_length(checkpoint: Path, trainer: Trainer) -> None:
         raise UserError(Problem("max_steps", total, remedy))
 
 
-def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> list[Problem]:
-    """Report a disk with less free space than the checkpoints and the model need.
+def disk_bytes(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> tuple[int, int]:
+    """Return how many checkpoints are on the disk at once, and the bytes of these and of the model.
 
     Args:
-        parameters: Weights that are saved with each checkpoint.
+        parameters: Weights that are saved with each checkpoint, in 4 bytes each.
         trainable: Weights for which the optimizer keeps two numbers each.
         args: Training arguments.
         beside: Weights of a base model that is saved beside an adapter, once.
@@ -223,7 +223,12 @@ def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside:
         # Without a limit all are kept, as many as the number of steps says if that is known.
         kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
     optimizer = 0 if args.save_only_model else 8 * trainable
-    needed = kept * (4 * parameters + optimizer) + 4 * (parameters + beside)
+    return kept, kept * (4 * parameters + optimizer) + 4 * (parameters + beside)
+
+
+def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> list[Problem]:
+    """Report a disk with less free space than the checkpoints and the model need; arguments as for `disk_bytes`."""
+    kept, needed = disk_bytes(parameters, trainable, args, beside)
     path = Path(args.output_dir)
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(nearest).free
