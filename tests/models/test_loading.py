@@ -179,8 +179,12 @@ def test_a_template_that_does_not_work_is_refused(tmp_path: Path, template: str,
         ("config.json", {"num_hidden_layers": 10**7}, "10000000 layers"),
         ("config.json", {"num_labels": 10**9}, "1000000000 labels"),
         ("config.json", {"id2label": dict.fromkeys(range(70_000), "x")}, "has a list of more than 65,536 entries"),
-        ("tokenizer_config.json", {"extra_special_tokens": ["<x>"] * 30_000}, "has a list of more than 20,000 entries"),
-        ("config.json", {"vision_config": {"encoder_layers": 10**9}}, "1000000000 layers"),
+        (
+            "tokenizer_config.json",
+            {"extra_special_tokens": ["<x>"] * 200_001},
+            "has a list of more than 200,000 entries",
+        ),
+        ("config.json", {"vision_config": {"num_layers": 10**9}}, "1000000000 layers"),
         ("config.json", {"architectures": [5]}, "`architectures`"),
         ("config.json", {"pad_token_id": 10**6}, "cannot be built"),
         ("generation_config.json", {"max_new_tokens": -4}, "max_new_tokens"),
@@ -228,10 +232,21 @@ def test_a_tokenizer_that_doubles_its_text_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_files_that_are_read_as_a_whole_have_a_largest_size(tmp_path: Path) -> None:
-    for file, said in (("tokenizer.json", "64 MiB"), ("config.json", "8 MiB"), ("tokenizer_config.json", "8 MiB")):
+    for file, said in (("tokenizer.json", "64 MiB"), ("config.json", "8 MiB"), ("tokenizer_config.json", "32 MiB")):
         folder = save_model(tmp_path / file / "model")
         os.truncate(folder / file, 1 << 34)  # a hole, which takes no room
         assert f"its {file} is larger than {said}" in refusal(folder)
+
+
+def test_what_does_not_count_layers_labels_or_tokens_may_be_large(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    labels = {f"{number}_label": number * 50 for number in range(2000)}
+    id2label = {str(number): name for name, number in labels.items()}
+    edit_json(folder / "config.json", max_window_layers=2048, label2id=labels, id2label=id2label)
+    for file in ("corpus.txt", "best.model"):
+        (folder / file).touch()
+        os.truncate(folder / file, 1 << 34)
+    load_model(str(folder), "--model")
 
 
 def test_a_header_of_more_weights_than_a_model_has_is_refused(tmp_path: Path) -> None:
