@@ -31,17 +31,17 @@ PATIENCE_SECONDS = 120.0
 """Wall-clock time, for a machine that is too busy to give the child its seconds: a quarter of them then suffices for a
 verdict, and with less it is left open."""
 
-OUT_OF_MEMORY = 3
-"""Exit code of the child."""
+OUT_OF_MEMORY, OUT_OF_ROOM = 3, 4
+"""Exit codes of the child."""
 
-TOO_SLOW, TOO_LARGE = "takes too long", "takes too much memory"
+TOO_SLOW, TOO_LARGE, TOO_LONG = "takes too long", "takes too much memory", "gives too long a text"
 
 
 def exceeds(call: Callable[[], object]) -> str | None:
     """Call a function in a child process with limits of time and memory.
 
     Args:
-        call: The function. What it returns or raises is of no interest, since the caller will see that here.
+        call: The function. Anything but `TOO_LONG` that it returns or raises is ignored; the caller will see it.
 
     Returns:
         Which limit it exceeds, as the end of a sentence, or None. Only Linux forks safely; elsewhere it is not called.
@@ -71,6 +71,8 @@ def exceeds(call: Callable[[], object]) -> str | None:
         return TOO_SLOW if seconds > SECONDS / 4 else None
     if os.WIFSIGNALED(status) and seconds > SECONDS - 1:
         return TOO_SLOW
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == OUT_OF_ROOM:
+        return TOO_LONG
     # A library in C or Rust that gets no memory aborts, or runs out of its stack.
     return TOO_LARGE if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == OUT_OF_MEMORY else None
 
@@ -94,7 +96,8 @@ def _run(call: Callable[[], object]) -> NoReturn:
         for limit, value in limits.items():
             with contextlib.suppress(ValueError, OSError):  # there is a lower one
                 resource.setrlimit(limit, (value, value))
-        call()
+        if call() is TOO_LONG:
+            code = OUT_OF_ROOM
     except MemoryError:
         code = OUT_OF_MEMORY
     except BaseException as error:  # noqa: BLE001 - it is raised again in the parent

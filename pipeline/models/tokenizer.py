@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.bounded import exceeds
+from pipeline.bounded import TOO_LONG, exceeds
 from pipeline.errors import Problem, UserError
 from pipeline.files import write_folder
 
@@ -137,6 +137,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
         tokenizer.save_pretrained(folder)
 
 
+MAX_RENDERED = 1 << 20
+"""Characters of a short conversation after its chat template, which the caller will tokenize without limits."""
+
 _tokenizers: dict[bytes, str | None] = {}
 
 
@@ -159,8 +162,12 @@ def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return _tokenizers[key]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Render the chat template for some conversations; which of them it refuses does not matter here."""
+def _render(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Render the chat template for some conversations; which of them it refuses does not matter here.
+
+    Returns:
+        `TOO_LONG` if the template makes much text of a few words, or None.
+    """
     contents = ("Hello", "Hello, how may I help you?", "Hello " * 100)
     turns = [
         {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents, strict=True)
@@ -169,8 +176,12 @@ def _render(tokenizer: PreTrainedTokenizerBase) -> None:
     for conversation in (turns[:1], turns[:2], turns, [system, *turns]):
         for prompt in (False, True):
             try:
-                tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
+                text = tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
+                if len(text) > MAX_RENDERED:
+                    return TOO_LONG
+                tokenizer(text, add_special_tokens=False)
             except MemoryError:
                 raise
             except Exception:  # noqa: BLE001 - templates raise anything
                 continue
+    return None

@@ -215,6 +215,12 @@ def test_a_template_that_fills_the_memory_is_refused(
     assert "rendering its chat template takes too much memory" in refusal(folder)
 
 
+def test_a_template_that_writes_much_of_a_few_words_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ 'x ' * 10000000 }}")
+    assert "rendering its chat template gives too long a text" in refusal(folder)
+
+
 def test_a_template_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded, "SECONDS", 1)
     folder = save_model(tmp_path / "model")
