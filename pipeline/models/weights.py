@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,14 @@ def validate_files(folder: Path, model: Any) -> str | None:
         first = f"{other[0]} has the shape {shapes[other[0]]} instead of {wanted[other[0]]}"
         return f"its weights are not those of its config.json ({first}); copy the model again"
     if type(model).__name__ not in (model.config.architectures or []) or not set(shapes) <= set(wanted):
-        return None  # saved from a different class or under older names, so that missing weights cannot be recognised
+        # Saved from a different class or under older names, so that missing weights cannot be recognised by these.
+        # Quantized files pack several weights into one number.
+        held, expected = sum(map(math.prod, shapes.values())), model.num_parameters()
+        if held < expected / 2 and not hasattr(model.config, "quantization_config"):
+            return (
+                f"its weight files hold {held:,} of the {expected:,} weights of its config.json; copy the model again"
+            )
+        return None
     return validate_complete(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
 
 

@@ -133,6 +133,14 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
     assert f"its base model {tmp_path / 'base'}: does not contain weights" in refusal(folder)
 
 
+def test_files_of_another_model_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    sizes = {"hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_layers": 100, "head_dim": 1 << 14}
+    edit_json(folder / "config.json", architectures=None, **sizes)
+    save_file({"foo": torch.zeros(2)}, folder / "model.safetensors")
+    assert "its weight files hold 2 of the" in refusal(folder)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     folder = save_model(tmp_path / "model")
