@@ -297,6 +297,12 @@ def _build(folder: Path) -> None:
         AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
+def _adapt(model: PreTrainedModel, name: str) -> None:
+    """Add an adapter to a model on the meta device, without its weights as well."""
+    with torch.device("meta"):
+        get_peft_model(model, PeftConfig.from_pretrained(name), low_cpu_mem_usage=True)
+
+
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Load the configuration of a model, or that of an adapter's base model.
 
@@ -372,8 +378,9 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
         if isinstance(error, ValueError) and type(config) not in getattr(model_class, "_model_mapping", ()):
             return f"is a {config.model_type} model, which cannot be used here"
         return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
-    if base is not None and (fault := exceeds(lambda: get_peft_model(model, PeftConfig.from_pretrained(name)))):
-        return f"to add what its adapter_config.json asks for {fault}"  # a pattern of modules may take for ever
+    # A pattern of modules may take for ever.
+    if base is not None and (fault := exceeds(lambda: _adapt(model, name))):
+        return f"to add what its adapter_config.json asks for {fault}"
     # Buffers that no file contains, such as a mask of all positions, are made when the model is loaded.
     if sum(buffer.nbytes for buffer in model.buffers()) > max(MAX_BUFFER_BYTES, 4 * model.num_parameters()):
         return f"its config.json asks for more than {MAX_BUFFER_BYTES >> 30} GiB in addition to the weights; correct it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     GitForCausalLM,
     GPTNeoForCausalLM,
     LlamaForCausalLM,
@@ -28,7 +30,14 @@ from transformers import (
 from pipeline import bounded, hardware
 from pipeline.errors import UserError
 from pipeline.models.adapters import merge_into_base
-from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer, user_error_for
+from pipeline.models.loading import (
+    is_reward_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    user_error_for,
+    validate_weights,
+)
 from tests.word_model import TEMPLATE, word_model_config, word_tokenizer
 
 WORDS = ["where", "is", "fox"]
@@ -285,6 +294,31 @@ def test_an_adapter_whose_pattern_of_modules_never_ends_is_refused(
     folder = save_model(tmp_path / "model", adapter=True)
     edit_json(folder / "adapter_config.json", target_modules="(.*.*)*=(.*.*)*=x")
     assert "to add what its adapter_config.json asks for takes too" in refusal(folder)
+
+
+def test_an_adapter_is_tried_without_memory_for_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "MEMORY", 64 << 20)
+    folder = save_model(tmp_path / "model", adapter=True)
+    rank = 1 << 22
+    edit_json(folder / "adapter_config.json", r=rank)
+    file = folder / "adapter_model.safetensors"
+    shapes = {
+        name: [rank, weight.shape[1]] if "lora_A" in name else [weight.shape[0], rank]
+        for name, weight in load_file(file).items()
+    }
+    write_header(file, shapes)
+    assert validate_weights(str(folder), load_config(str(folder)), AutoModelForCausalLM) is None
+
+
+def write_header(file: Path, shapes: dict[str, list[int]]) -> None:
+    """Write a safetensors file of zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + end)
 
 
 def test_an_adapter_of_a_rank_that_its_weights_do_not_have_is_refused(tmp_path: Path) -> None:
