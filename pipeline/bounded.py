@@ -21,13 +21,13 @@ import psutil
 MAX_LAYERS = 1024
 """More are certainly a mistake: the deepest models in use have a few hundred, and a configuration names each layer."""
 
-SECONDS = 10
+SECONDS = 5
 """Seconds of CPU time; building the largest models, without their weights, takes two, and importing them as many."""
 
 MEMORY = 1 << 30
 """Bytes, in addition to those of this process."""
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 30.0
 """Wall-clock time, for a machine that is too busy to give the child its seconds: a quarter of them then suffices for a
 verdict, and with less it is left open."""
 

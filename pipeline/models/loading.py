@@ -64,6 +64,9 @@ MAX_LABELS = 1 << 16
 MAX_ENTRIES = {"config.json": MAX_LABELS, "tokenizer_config.json": 200_000, "special_tokens_map.json": 200_000}
 """Entries of a list. A model of speech adds a token for each sound: Orpheus-3B has 28,672."""
 
+MANY_TOKENS = 20_000
+"""Added tokens. With more, a tokenizer is first tried, because each is compared with those before it."""
+
 MAX_USUAL, MAX_USUAL_COUNT = 1 << 24, 1024
 """Sizes, and numbers of parts, of a usual model. A configuration with larger ones is first tried."""
 
@@ -171,12 +174,12 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
         name = local_copy(name)
         check_config(name, revision)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+            tokenizer = _load_tokenizer(name, revision)
         except (OSError, ValueError):  # adapters on the Hub may come without one
             if (base := base_of(name, revision)) is None:
                 raise
             check_config(base)
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+            tokenizer = _load_tokenizer(base)
         if fault := validate_tokenizer(tokenizer):
             raise ValueError(fault)
         tokenizer("Hello")  # fails if a setting in its files is of the wrong type
@@ -184,6 +187,27 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
     # Rows that are too long are cut or left out, and reported; this warning would announce errors that do not come.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def _load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, in a child process first if that may take long."""
+    load = functools.partial(AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False)
+    if (count := _added_tokens(Path(name))) > MANY_TOKENS and (fault := exceeds(load)):
+        raise RuntimeError(f"loading its {count:,} added tokens {fault}")
+    return load()
+
+
+def _added_tokens(folder: Path) -> int:
+    """Return about how many tokens the files of a local tokenizer add to its vocabulary."""
+    count = 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
+        if not file.is_file() or file.stat().st_size < (100 if name == "tokenizer.json" else 4) * MANY_TOKENS:
+            continue
+        content = json.loads(file.read_text(encoding="utf-8"))
+        count = max(count, _longest(content.get("added_tokens") if name == "tokenizer.json" else content))
+    return count
 
 
 def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -272,6 +272,23 @@ def test_what_does_not_count_layers_labels_or_tokens_may_be_large(tmp_path: Path
     load_model(str(folder), "--model")
 
 
+def test_many_added_tokens_are_loaded(tmp_path: Path) -> None:
+    """Models of speech have tens of thousands."""
+    folder = save_model(tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokens = [{"id": 1000 + number, "content": f"<custom_token_{number}>", **token} for number in range(28_672)]
+    edit_json(folder / "tokenizer.json", added_tokens=content["added_tokens"] + tokens)
+    assert len(load_tokenizer(str(folder), "--model")) > 28_672
+
+
+def test_added_tokens_that_take_long_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    folder = save_model(tmp_path / "model")
+    edit_json(folder / "tokenizer_config.json", extra_special_tokens=[f"<{number}>" for number in range(60_000)])
+    assert "loading its 60,000 added tokens takes too long" in refusal(folder)
+
+
 def test_a_header_of_more_weights_than_a_model_has_is_refused(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     size = (5 << 20).to_bytes(8, "little")
