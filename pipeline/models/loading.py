@@ -40,7 +40,7 @@ from pipeline import hardware
 from pipeline.bounded import MAX_LAYERS, exceeds
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import is_missing_path, split_revision
-from pipeline.models.tokenizer import validate_tokenizer
+from pipeline.models.tokenizer import MANY_TOKENS, added_tokens, longest, validate_tokenizer
 from pipeline.models.weights import (
     ADAPTER,
     stored_weights,
@@ -61,11 +61,11 @@ MAX_BUFFER_BYTES = 2 << 30
 MAX_LABELS = 1 << 16
 """More are certainly a mistake; a configuration names its labels one by one."""
 
-MAX_ENTRIES = {"config.json": MAX_LABELS, "tokenizer_config.json": 200_000, "special_tokens_map.json": 200_000}
-"""Entries of a list. A model of speech adds a token for each sound: Orpheus-3B has 28,672."""
-
-MANY_TOKENS = 20_000
-"""Added tokens. With more, a tokenizer is first tried, because each is compared with those before it."""
+MAX_ENTRIES = {
+    "config.json": MAX_LABELS, "tokenizer_config.json": 200_000, "special_tokens_map.json": 200_000,
+    "generation_config.json": 200_000, "adapter_config.json": 200_000,
+}  # fmt: skip
+"""Entries of a list, by file. A model of speech adds a token for each sound: Orpheus-3B has 28,672."""
 
 MAX_USUAL, MAX_USUAL_COUNT = 1 << 24, 1024
 """Sizes, and numbers of parts, of a usual model. A configuration with larger ones is first tried."""
@@ -192,22 +192,9 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
 def _load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer, in a child process first if that may take long."""
     load = functools.partial(AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False)
-    if (count := _added_tokens(Path(name))) > MANY_TOKENS and (fault := exceeds(load)):
+    if (count := added_tokens(Path(name))) > MANY_TOKENS and (fault := exceeds(load)):
         raise RuntimeError(f"loading its {count:,} added tokens {fault}")
     return load()
-
-
-def _added_tokens(folder: Path) -> int:
-    """Return about how many tokens the files of a local tokenizer add to its vocabulary."""
-    count = 0
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        file = folder / name
-        # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
-        if not file.is_file() or file.stat().st_size < (100 if name == "tokenizer.json" else 4) * MANY_TOKENS:
-            continue
-        content = json.loads(file.read_text(encoding="utf-8"))
-        count = max(count, _longest(content.get("added_tokens") if name == "tokenizer.json" else content))
-    return count
 
 
 def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -273,13 +260,12 @@ def check_files(folder: Path) -> None:
         limit = MAX_MIB.get(file.name) or MAX_MIB.get(file.suffix)
         if limit and file.is_file() and file.stat().st_size > limit << 20:
             raise ValueError(f"its {file.name} is larger than {limit} MiB")
-        entries = MAX_ENTRIES.get(file.name)
-        if entries and file.is_file() and _longest(json.loads(file.read_text(encoding="utf-8"))) > entries:
-            raise ValueError(f"its {file.name} has a list of more than {entries:,} entries")
+        if file.name in MAX_ENTRIES and file.is_file() and longest(_read(file)) > MAX_ENTRIES[file.name]:
+            raise ValueError(f"its {file.name} has a list of more than {MAX_ENTRIES[file.name]:,} entries")
     file = folder / "config.json"
     if not file.is_file():
         return
-    numbers = list(_numbers(json.loads(file.read_text(encoding="utf-8"))))
+    numbers = list(_numbers(_read(file)))
     for name, value in numbers:
         # Other names may count something else: layers from `max_window_layers` on attend to a window.
         what = re.fullmatch(r"(?:num_hidden|num|n)_(layers?)|num_(labels)", name)
@@ -293,11 +279,15 @@ def check_files(folder: Path) -> None:
         raise ValueError(f"to build the model of its config.json ({', '.join(unusual[:3])}) {fault}")
 
 
-def _longest(value: Any) -> int:
-    """Return the number of entries of the longest list or mapping in a JSON value."""
-    if not isinstance(value, dict | list):
-        return 0
-    return max(len(value), *map(_longest, value.values() if isinstance(value, dict) else value), 0)
+def _read(file: Path) -> dict[str, Any]:
+    """Read a configuration; one that transformers cannot read raises a `ValueError`, whatever is wrong with it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {file.name} is not JSON in UTF-8: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"its {file.name} is not a JSON object")
+    return content
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

@@ -6,6 +6,7 @@ learned. It reserves the chat tokens before any training, so that no later stage
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -137,6 +138,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
         tokenizer.save_pretrained(folder)
 
 
+MANY_TOKENS = 20_000
+"""Added tokens. With more, a tokenizer is first tried, because each is compared with those before it."""
+
 MAX_RENDERED = 1 << 20
 """Characters of a short conversation after its chat template, which the caller will tokenize without limits."""
 
@@ -185,3 +189,23 @@ def _render(tokenizer: PreTrainedTokenizerBase) -> str | None:
             except Exception:  # noqa: BLE001 - templates raise anything
                 continue
     return None
+
+
+def added_tokens(folder: Path) -> int:
+    """Return about how many tokens the files of a local tokenizer add to its vocabulary."""
+    count = 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
+        if not file.is_file() or file.stat().st_size < (100 if name == "tokenizer.json" else 4) * MANY_TOKENS:
+            continue
+        content = json.loads(file.read_text(encoding="utf-8"))
+        count = max(count, longest(content.get("added_tokens") if name == "tokenizer.json" else content))
+    return count
+
+
+def longest(value: Any) -> int:
+    """Return the number of entries of the longest list or mapping in a JSON value."""
+    if not isinstance(value, dict | list):
+        return 0
+    return max(len(value), *map(longest, value.values() if isinstance(value, dict) else value), 0)

@@ -289,6 +289,20 @@ def test_added_tokens_that_take_long_are_refused(tmp_path: Path, monkeypatch: py
     assert "loading its 60,000 added tokens takes too long" in refusal(folder)
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_configurations_that_are_not_readable_are_one_line(tmp_path: Path, file: str) -> None:
+    folder = save_model(tmp_path / "model")
+    for content, said in (
+        ((folder / file).read_text().encode("utf-16"), "is not JSON in UTF-8"),
+        (b"[" * 100_000, "is not JSON in UTF-8"),
+        (b"null", "is not a JSON object"),
+    ):
+        (folder / file).write_bytes(content)
+        assert f"its {file} {said}" in refusal(folder)
+        with pytest.raises(ValueError, match=said):
+            load_config(str(folder))
+
+
 def test_a_header_of_more_weights_than_a_model_has_is_refused(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     size = (5 << 20).to_bytes(8, "little")
