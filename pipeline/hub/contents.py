@@ -61,13 +61,26 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
         if not path.resolve().is_relative_to(folder.resolve()):
             logger.warning("%s is not pushed: it is a link to a file outside of %s.", path, folder)
             continue
-        files[name.as_posix()] = path
+        content: Path | bytes = path
         if is_cleaned(path):
-            text = path.read_text(encoding="utf-8", errors="replace")
+            raw = path.read_bytes()
+            if (text := _decoded(raw)) is None:
+                logger.warning("%s is not pushed: it is not UTF-8 text, and may name paths of this machine.", path)
+                continue
             public = rename(text, ids) if ids and path.name in SETTINGS else text
-            if (public := clean(public, path.suffix, known)) != text:
-                files[name.as_posix()] = to_bytes(public)
+            cleaned = to_bytes(clean(public, path.suffix, known))
+            content = path if cleaned == raw else cleaned
+        files[name.as_posix()] = content
     return files
+
+
+def _decoded(raw: bytes) -> str | None:
+    """Return the text of a file in UTF-8, UTF-16 or UTF-32, or None for anything else."""
+    try:
+        text = raw.decode(json.detect_encoding(raw))
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
 
 
 def is_cleaned(path: Path) -> bool:
@@ -78,6 +91,8 @@ def is_cleaned(path: Path) -> bool:
 def clean(text: str, suffix: str, known: set[str]) -> str:
     """Return the text of a file without the paths of this machine, those that its own JSON names included."""
     if suffix == ".json":
+        # JSON may escape slashes: `\/` and `\u002f` mean `/`, unless the backslash is itself escaped.
+        text = re.sub(r"(?<!\\)((?:\\\\)*)\\(?:/|u002[fF])", r"\1/", text)
         with contextlib.suppress(ValueError, RecursionError):
             known = known | _named_paths(json.loads(text))
     return without_paths(text, known)
@@ -130,7 +145,7 @@ def _named_paths(value: Any) -> set[str]:
     words = [value]
     with contextlib.suppress(ValueError):  # an open quotation mark: it is not a command
         words += shlex.split(value)
-    paths = [re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word) for word in words]
+    paths = [re.sub("/+", "/", re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)) for word in words]
     return {path.rstrip("/") for path in paths if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path)}
 
 
@@ -163,21 +178,26 @@ def without_paths(text: str, known: Iterable[str] = ()) -> str:
 def _replace(text: str, names: Mapping[str, str]) -> str:
     """Replace paths by names, as they stand in a text, in JSON, in HTML or in a URL; the longest that fits."""
     spelled = {found: name for path, name in names.items() for found in _spellings(path)}
-    found = [path for path in sorted(spelled, key=len, reverse=True) if path in text]
+    # A doubled slash means the same as a single one.
+    single = re.sub("/+", "/", text)
+    found = [path for path in sorted(spelled, key=len, reverse=True) if path in single]
     if not found:
         return text
-    pattern = "|".join(re.escape(path) + ("" if path.endswith("/") else f"(?!{GOES_ON.pattern})") for path in found)
-    return re.sub(f"{BEFORE}(?:{pattern})", lambda match: spelled[match.group()], text)
+    pattern = "|".join(
+        re.escape(path).replace("/", "/+") + ("" if path.endswith("/") else f"(?!{GOES_ON.pattern})") for path in found
+    )
+    return re.sub(f"{BEFORE}(?:{pattern})", lambda match: spelled[re.sub("/+", "/", match.group())], text)
 
 
 def _spellings(path: str) -> set[str]:
     """Return how a path is written in texts."""
-    return {path, json.dumps(path)[1:-1], html.escape(path), quote(path), path.replace(" ", "\\ ")}
+    escaped = {path.replace(" ", "\\ "), path.replace("/", "\\/")}
+    return {path, json.dumps(path)[1:-1], html.escape(path), quote(path), *escaped}
 
 
-BEFORE = r"(?:(?<![\w/.~<-])|(?<=\\[nrt])|(?<=(?<![\w-])-[A-Za-z]))"
+BEFORE = r"(?:(?<![\w/.~<-])|(?<=\\[nrt])|(?<=(?<![\w-])-[A-Za-z]))(?!(?<=:)//(?!/))"
 """Not before a path: the rest of a URL, of a relative path, or of an HTML tag that is closed. A line that ends in JSON
-and an option of one letter are before one."""
+and an option of one letter are before one. Two slashes begin a path as well, but after a colon they begin a host."""
 
 GOES_ON = re.compile(r"[\w-]|\.\w")
 """Not after the name of a file or a folder: the rest of a longer name."""
@@ -189,7 +209,7 @@ INNER = r"[^\s\"'`<>|;:,()\[\]{}\\/]+"
 def _replace_others(text: str) -> str:
     """Replace the paths that begin with a directory of this machine's root by their last names."""
     tops = "|".join(re.escape(spelled) for name in sorted(_names(os.sep)) for spelled in _spellings(name))
-    begins = re.compile(rf"{BEFORE}/(?:{tops})/+(?=[^/\s])")
+    begins = re.compile(rf"{BEFORE}/+(?:{tops})/+(?=[^/\s])")
     kept, position = [], 0
     while match := begins.search(text, position):
         end = _existing(text, match.start())
