@@ -327,8 +327,8 @@ def _samples(trained: Trained) -> str:
 
 def _circumstances(trained: Trained) -> Iterator[tuple[str, str]]:
     state = read_json(trained.folder / "trainer_state.json")
-    if state.get("global_step"):
-        yield "Optimizer steps", f"{state['global_step']:,}"
+    if isinstance(steps := state.get("global_step"), int) and steps > 0:
+        yield "Optimizer steps", f"{steps:,}"
     if tokens := trained.metrics.get("tokens", {}).get(trained.stage):
         yield "Tokens", f"{tokens:,}"
     if trained.seconds and trained.seconds >= 1:

@@ -109,17 +109,21 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rename(text: str, ids: Mapping[Path, str]) -> str:
-    """Replace folders by their ids on the Hub in the JSON `text`, except for the folder that was written."""
+    """Replace folders by their ids on the Hub in the JSON `text`, except for the folder that was written.
+
+    A text that is not a JSON object, as in a damaged file, stays as it is.
+    """
 
     def replace(value: Any) -> Any:
         if isinstance(value, list):
             return [replace(item) for item in value]
         return ids.get(Path(value).absolute(), value) if isinstance(value, str) and value else value
 
-    values = json.loads(text)
-    return json.dumps(
-        {key: value if key == "output_dir" else replace(value) for key, value in values.items()}, indent=1
-    )
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(values := json.loads(text), dict):
+            renamed = {key: value if key == "output_dir" else replace(value) for key, value in values.items()}
+            return json.dumps(renamed, indent=1)
+    return text
 
 
 def places(folder: Path) -> set[str]:
@@ -137,16 +141,21 @@ def places(folder: Path) -> set[str]:
 
 def _named_paths(value: Any) -> set[str]:
     """Return the absolute paths among the texts of a JSON value, and among the words of its commands."""
-    if isinstance(value, dict | list):
-        items = [*value, *value.values()] if isinstance(value, dict) else value
-        return set().union(*map(_named_paths, items))
-    if not isinstance(value, str) or os.sep not in value:
-        return set()
-    words = [value]
-    with contextlib.suppress(ValueError):  # an open quotation mark: it is not a command
-        words += shlex.split(value)
-    paths = [re.sub("/+", "/", re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)) for word in words]
-    return {path.rstrip("/") for path in paths if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path)}
+    found: set[str] = set()
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list):
+            pending += value
+        elif isinstance(value, str) and os.sep in value:
+            words = [value]
+            with contextlib.suppress(ValueError):  # an open quotation mark: it is not a command
+                words += shlex.split(value)
+            paths = [re.sub("/+", "/", re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)) for word in words]
+            found |= {path.rstrip("/") for path in paths if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path)}
+    return found
 
 
 def without_paths(text: str, known: Iterable[str] = ()) -> str:

@@ -321,6 +321,40 @@ def test_a_damaged_file_is_one_line(
     assert line.startswith(f"RUN: {path}: ") and says in line
 
 
+DEEP = "[" * 100_000
+DAMAGED = (
+    "",
+    "null",
+    "[1, 2]",
+    DEEP,
+    '{"a": ' + "9" * 5000 + "}",
+    '{"global_step": "5", "steps": []}',
+    b"\xff\x00",
+    None,
+)
+"""Contents of a damaged file; None is a pipe."""
+
+
+def damage(path: Path, content: str | bytes | None) -> None:
+    """Replace a file by a damaged one."""
+    path.unlink(missing_ok=True)
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def test_damaged_files_of_a_stage_do_not_keep_it_from_the_hub(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "mini")
+    for content in DAMAGED:
+        for name in ("2_sft/arguments.json", "2_sft/trainer_state.json", "evaluations/2_sft.json"):
+            damage(tmp_path / "mini" / name, content)
+        assert push(tmp_path / "mini" / "2_sft", "--repo_id", "alice/mini", "--dry-run") == 0, content
+        assert "README.md" in capsys.readouterr().out
+
+
 def test_a_token_for_one_repository_pushes_to_that(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
