@@ -65,7 +65,9 @@ class Problem:
     def __str__(self) -> str:
         value = str(self.value)
         value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
-        return TOKEN.sub("hf_***", " ".join(f"{self.field}: {value}: {self.remedy}".split()))
+        line = TOKEN.sub("hf_***", " ".join(f"{self.field}: {value}: {self.remedy}".split()))
+        # A recipe of the Hub could otherwise send codes to the terminal, which hide lines or change its title.
+        return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
 
 
 class UserError(Exception):

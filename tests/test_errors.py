@@ -29,6 +29,11 @@ def test_an_end_for_a_known_reason_is_a_message_and_an_exit_code(
     assert capsys.readouterr().err == said
 
 
+def test_a_message_sends_no_codes_to_the_terminal() -> None:
+    problem = Problem("a\x9b2J", "\x1b]0;title\x07\x1b[2J\n\u202eé 日本 🙂\ud800", "omit\x00 it")
+    assert str(problem) == r"a\x9b2J: \x1b]0;title\x07\x1b[2J \u202eé 日本 🙂\ud800: omit\x00 it"
+
+
 def test_any_other_error_keeps_its_traceback_whatever_it_says() -> None:
     with pytest.raises(ValueError, match="optim"), exit_on_user_error():
         raise ValueError("optim is wrong")
