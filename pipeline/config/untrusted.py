@@ -58,6 +58,9 @@ CHOICES = {"report_to": ("none", "tensorboard"), "vllm_mode": ("colocate",)}
 SWITCHES = re.compile(r"push_to_hub|hub_.+|trust_remote_code|allow_unconfined_code|env|.*kernels.*")
 """Fields that push, run code or change the environment, whatever their value is."""
 
+PATHS = re.compile(rf"{'|'.join(NAMES)}|.*_(path|dir|file|config|checkpoint)|deepspeed")
+"""Fields in which a number is text as well: `dataset_name: 2024` would be a folder of this machine."""
+
 HUB_ID = re.compile(r"\w[\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
 ADVICE = "download the folder, read it, and run your copy"
 
@@ -99,8 +102,13 @@ def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]
     elif isinstance(value, list):
         for item in value:
             yield from _faults(key, item, homes)
-    elif isinstance(value, str) and (fault := _fault(key, value, homes)):
+    elif _is_text(key, value) and (fault := _fault(key, str(value), homes)):
         yield value, fault
+
+
+def _is_text(key: str, value: Any) -> bool:
+    """Return whether a value is a text, or a number that its field takes as one; a switch is never."""
+    return isinstance(value, str) or (type(value) in (int, float) and bool(PATHS.fullmatch(key)))
 
 
 def _fault_in_mapping(key: str, inner: str, value: Any) -> str | None:

@@ -19,6 +19,9 @@ from pipeline.errors import Problem, UserError
 MAX_BYTES = 1 << 20
 """A file of this size or more is certainly not a recipe's."""
 
+TYPES = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
+"""Types of YAML that a field may have. Others are sets, pairs, dates and bytes, and objects of Python."""
+
 MAX_NODES, MAX_DEPTH = 10_000, 20
 """Limits on the values in a file, with every alias expanded, and on their nesting."""
 
@@ -38,6 +41,9 @@ class _Loader(yaml.SafeLoader):
             self._refuse(event, f"nested more than {MAX_DEPTH} deep")
         node = super().compose_node(parent, index)
         self._depth -= 1
+        name = node.tag.rpartition(":")[2] if node else ""
+        if node and node.tag not in [f"tag:yaml.org,2002:{known}" for known in TYPES]:
+            self._refuse(event, f"a value of the type {name}; write text in quotes")
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
             children = [child for pair in children for child in pair]

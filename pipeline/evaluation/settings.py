@@ -133,7 +133,7 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
                 templates |= {key: given} if (given := _template(values)) else {}
     outputs = {str(home / name) for name, _, _ in stages}
     first: Values = next((values for _, _, values in stages if values.get("model_name_or_path")), {})
-    base = first if first and first["model_name_or_path"] not in outputs else {}
+    base = first if first and str(first["model_name_or_path"]) not in outputs else {}
     return {
         "home": str(home),
         "trained_on": trained_on,
@@ -141,7 +141,9 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         "against": last["sft"][0] if "sft" in last else BASE if base else None,
         "base": base.get("model_name_or_path"),
         "base_tokenizer": base.get("tokenizer_name_or_path"),
-        "reward_models": [path for _, kind, values in stages if kind == "ppo" for path in _listed(values)],
+        "reward_models": [
+            path for _, kind, values in stages if kind == "ppo" for path in _listed(values, "reward_model_path")
+        ],
         ADDED: templates or None,
     }
 
@@ -164,22 +166,22 @@ def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]
     return found.get(stage) or found.get(key) or {}
 
 
-def _listed(values: Values) -> list[str]:
-    paths = values.get("reward_model_path") or []
-    return [paths] if isinstance(paths, str) else list(paths)
+def _listed(values: Values, name: str) -> list[Any]:
+    """Return the values of a field that may have one or several, whatever their type, which the stage checks."""
+    value = values.get(name) or []
+    return value if isinstance(value, list) else [value]
 
 
 def _own_source(key: str, values: Values) -> dict[str, Any]:
     """Return the data set of a stage as a `Source`."""
     source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
     if isinstance(names := source["dataset_name"], list):  # people's votes have a metric of their own
-        source["dataset_name"] = next((name for name in names if Path(name).name != VOTES), names[0])
+        source["dataset_name"] = next((name for name in names if Path(str(name)).name != VOTES), names[0])
     source.setdefault("validation_share", DataArguments.validation_share)
     if source.get("dataset_test_split") == DataArguments.dataset_test_split:
         del source["dataset_test_split"]  # it is what training is evaluated on; a split `test` is better
     if key == "problems":
-        rewards = values.get("reward_funcs") or []
-        first = rewards if isinstance(rewards, str) else next(iter(rewards), "")
+        first = next(iter(_listed(values, "reward_funcs")), "")
         if first not in ("exact_answer", "math_answer", "answer_format", "hidden_taste", ""):
             source["grade"] = first
     return source

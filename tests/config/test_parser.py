@@ -47,7 +47,14 @@ def test_values_are_converted_to_the_types_of_fields(tmp_path: Path, line: str, 
     assert getattr(sft(tmp_path, line), field) == value
 
 
-@pytest.mark.parametrize("content", ["seed: 1\nseed: 2", "- seed", "seed: ["])
+ODD = [
+    "dataset_name: !!omap [a: b]", "dataset_name: !!pairs [a: b]", "dataset_name: !!set {a}", "seed: [!!binary YQ==]",
+    "run_name: 2024-01-01", "~: {a: !!python/name:os.system }",
+]  # fmt: skip
+"""Types of YAML that no field has."""
+
+
+@pytest.mark.parametrize("content", ["seed: 1\nseed: 2", "- seed", "seed: [", *ODD])
 def test_a_file_that_cannot_be_read_is_the_only_problem(tmp_path: Path, content: str) -> None:
     (tmp_path / "sft.yaml").write_text(content)
     with pytest.raises(UserError) as caught:

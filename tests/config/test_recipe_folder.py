@@ -101,6 +101,13 @@ allow_unconfined_code: true
 env: {HF_ENDPOINT: "http://elsewhere"}
 keep_rows: [runs/r/a, --push_to_hub]
 unheard_of: some/file
+dataset_name: 2024
+dataset_name: [1]
+model_name_or_path: 2024
+text: {dataset_name: 2024}
+output_dir: 2024
+chat_template_path: 2024
+fsdp_config: 2024
 """.strip().splitlines()
 
 

@@ -72,6 +72,13 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("value", [2024, 1.5, True, [2024], [[2024]], {"a": 1}, [None], [{"a": 1}]])
+def test_values_of_a_wrong_type_are_left_to_the_check_of_their_step(value: object) -> None:
+    values = dict.fromkeys(("model_name_or_path", "dataset_name", "reward_funcs", "reward_model_path"), value)
+    derived = derive([("2_sft", "sft", values), ("3_ppo", "ppo", values), ("4_grpo", "grpo", values)], Path("r"))
+    assert set(derived["trained_on"]) > {"instructions", "problems"}
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "jsonl.gz"])
 def test_the_rows_that_a_stage_holds_out_are_measured_without_a_file(tmp_path: Path, kind: str) -> None:
     run, questions = tmp_path / "run", write_rows(tmp_path / f"questions.{kind}", FRENCH)
