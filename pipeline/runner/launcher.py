@@ -21,6 +21,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -106,11 +107,21 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
-        config = vars(load_config_from_file(path))
+        loaded = load_config_from_file(path)
     except Exception as error:  # noqa: BLE001 - each kind of mistake raises a different error
         reason = " ".join(str(error).split())
         return Problem("--config_file", path, f"is not a launch file of accelerate ({reason}); correct it")
-    valid = {"num_processes": range(1, 1 << 16), "main_process_port": range(1 << 16), "mixed_precision": PRECISIONS}
+    config = vars(loaded)
+    for item in fields(loaded):
+        value, wanted = config[item.name], _shape(str(item.type))
+        if value is not None and _shape(type(value).__name__) != wanted:
+            return Problem("--config_file", path, f"{item.name} must be a {wanted}; correct it")
+        if isinstance(value, dict) and (other := [str(key) for key in value if not isinstance(key, str)]):
+            return Problem("--config_file", path, f"{item.name} has no option {', '.join(other)}; remove it")
+    valid: dict[str, range | tuple[str, ...]] = dict.fromkeys(
+        ("num_machines", "machine_rank", "main_process_port"), range(1 << 16)
+    )
+    valid |= {"num_processes": range(1, 1 << 16), "mixed_precision": PRECISIONS}
     for name, values in valid.items():
         if config.get(name) is not None and config[name] not in values:
             known = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
@@ -126,6 +137,11 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
         remedy = f"asks for other machines ({', '.join(asked)}); name it with --config_file if that is what you want"
         return Problem("--config_file", path, remedy)
     return None
+
+
+def _shape(kind: str) -> str:
+    """Return what a type is in YAML, by its name, such as "typing.Optional[dict]"."""
+    return "mapping" if "dict" in kind else "list" if "list" in kind else "single value"
 
 
 def install_exit_hook() -> None:
