@@ -137,8 +137,8 @@ def model_card(trained: Trained) -> str:
         pipeline_tag="text-classification" if is_reward else "text-generation",
         tags=["fourstage", *text.tags],
     )
-    answers = trained.evaluation.get("answers") or []
-    prompt = answers[0]["prompt"] if answers else "What is an LLM?"
+    answers = _answers(trained, "answers", "prompt")
+    prompt = answers[0][0] if answers else "What is an LLM?"
     number = re.match(r"\d+", trained.stage)
     stage = f"**Stage {number.group()}, {text.title}.** " if number else f"**{text.title.capitalize()}.** "
     body = (
@@ -238,15 +238,28 @@ def count_parameters(folder: Path) -> int:
 
 def _estimates(trained: Trained) -> Iterator[tuple[str, Values]]:
     """Yield the metrics of a stage that have a value, those of lm-eval included."""
-    others = trained.metrics.get("other", {}).get("lm_eval", {})
-    for found in (trained.metrics.get("stages", {}), others):
-        for metric, entry in (found.get(trained.stage) or {}).items():
+    for above in (("stages",), ("other", "lm_eval")):
+        for metric, entry in _inner(trained.metrics, *above, trained.stage).items():
             if isinstance(entry, Mapping) and isinstance(entry.get("value"), int | float) and isfinite(entry["value"]):
                 yield metric, entry
 
 
 def _label(trained: Trained, metric: str) -> str:
-    return trained.metrics.get("metrics", {}).get(metric, {}).get("label", metric.replace("_", " "))
+    return str(_inner(trained.metrics, "metrics", metric).get("label", metric.replace("_", " ")))
+
+
+def _inner(values: Any, *keys: str) -> Values:
+    """Return a mapping inside mappings, empty if it is missing or, as in a damaged file, something else."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values if isinstance(values, Mapping) else {}
+
+
+def _answers(trained: Trained, key: str, question: str) -> list[tuple[str, str]]:
+    """Return what an evaluation recorded under a key: each question with its answer."""
+    found = trained.evaluation.get(key)
+    records = [record for record in found if isinstance(record, Mapping)] if isinstance(found, list) else []
+    return [(str(one[question]), str(one["answer"])) for one in records if {question, "answer"} <= set(one)]
 
 
 def _results(trained: Trained) -> Iterator[EvalResult]:
@@ -275,19 +288,19 @@ def _results(trained: Trained) -> Iterator[EvalResult]:
 def _table(trained: Trained) -> str:
     """Return the metrics of a stage beside those of the stage before it and of the baselines that have them."""
     own = dict(_estimates(trained))
-    stages, baselines = trained.metrics.get("stages", {}), trained.metrics.get("baselines", {})
+    stages, baselines = _inner(trained.metrics, "stages"), _inner(trained.metrics, "baselines")
     before = Path(str(trained.settings.get("model_name_or_path") or "0_random")).name
     columns = {f"`{trained.stage}`": own}
-    if before != trained.stage and set(own) & set(stages.get(before, {})):
+    if before != trained.stage and set(own) & set(_inner(stages, before)):
         columns[f"`{before}`"] = stages[before]
-    columns |= {f"{name} (baseline)": found for name, found in baselines.items() if set(own) & set(found)}
+    columns |= {f"{name} (baseline)": baselines[name] for name in baselines if set(own) & set(_inner(baselines, name))}
     if not own:
         return ""
     lines = [["metric", *columns, "rows"], ["---"] + ["---:"] * (len(columns) + 1)]
     for metric, entry in own.items():
         cells = [_figure(found.get(metric)) for found in columns.values()]
-        better = trained.metrics.get("metrics", {}).get(metric, {}).get("better")
-        label = _label(trained, metric).replace("|", "\\|") + {"up": " ↑", "down": " ↓"}.get(better, "")
+        better = _inner(trained.metrics, "metrics", metric).get("better")
+        label = _label(trained, metric).replace("|", "\\|") + {"up": " ↑", "down": " ↓"}.get(str(better), "")
         lines.append([label, *cells, str(entry.get("n") or "")])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -296,28 +309,31 @@ def _figure(entry: Any) -> str:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), int | float):
         return ""
     digits = 3 if abs(entry["value"]) < 10 else 1
-    ends = entry.get("ci95")
-    return f"{entry['value']:.{digits}f}" + (f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else "")
+    shown, ends = f"{entry['value']:.{digits}f}", entry.get("ci95")
+    if isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends):
+        shown += f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    return shown
 
 
 def _remarks(trained: Trained) -> Iterator[str]:
     own, against = dict(_estimates(trained)), trained.evaluation.get("against") or "the stage before it"
-    for name, entry in trained.metrics.get("baselines", {}).items():
-        if set(own) & set(entry) and name in BASELINES:
+    for name, entry in _inner(trained.metrics, "baselines").items():
+        if isinstance(entry, Mapping) and set(own) & set(entry) and name in BASELINES:
             yield f"{name}: " + BASELINES[name].format(against=against, text=entry.get("text", ""))
     if "win_rate" in own:
         judge = trained.evaluation.get("judge") or trained.metrics.get("judge") or "annotators"
         yield f"Win rates are those against `{against}`, judged by {judge}; 0.5 is as good."
-    for data, count in (trained.evaluation.get("cut_off") or {}).items():
-        if isinstance(count, Mapping) and count.get("cut off"):
+    for data, count in _inner(trained.evaluation, "cut_off").items():
+        if isinstance(count, Mapping) and {"cut off", "answers", "limit"} <= set(count) and count["cut off"]:
             yield f"{data}: {count['cut off']} of {count['answers']} answers were cut off at {count['limit']} tokens"
-    yield from trained.evaluation.get("left_out") or ()
+    if isinstance(left_out := trained.evaluation.get("left_out"), list):
+        yield from map(str, left_out)
 
 
 def _samples(trained: Trained) -> str:
     """Return some prompts and problems, each with the model's answer."""
-    pairs = [(item["prompt"], item["answer"]) for item in trained.evaluation.get("answers") or ()][:SAMPLES]
-    pairs += [(item["problem"], item["answer"]) for item in trained.evaluation.get("traces") or ()][: SAMPLES // 2]
+    pairs = _answers(trained, "answers", "prompt")[:SAMPLES]
+    pairs += _answers(trained, "traces", "problem")[: SAMPLES // 2]
     shown = [
         f"> {prompt.strip()}\n{answer[:LONGEST_SAMPLE].strip()}{' …' * (len(answer) > LONGEST_SAMPLE)}"
         for prompt, answer in pairs
@@ -329,7 +345,7 @@ def _circumstances(trained: Trained) -> Iterator[tuple[str, str]]:
     state = read_json(trained.folder / "trainer_state.json")
     if isinstance(steps := state.get("global_step"), int) and steps > 0:
         yield "Optimizer steps", f"{steps:,}"
-    if tokens := trained.metrics.get("tokens", {}).get(trained.stage):
+    if isinstance(tokens := _inner(trained.metrics, "tokens").get(trained.stage), int) and tokens:
         yield "Tokens", f"{tokens:,}"
     if trained.seconds and trained.seconds >= 1:
         yield "Time", f"{trained.seconds:,.0f} s"

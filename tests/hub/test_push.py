@@ -322,7 +322,11 @@ def test_a_damaged_file_is_one_line(
 
 
 DEEP = "[" * 100_000
+WRONG = dict.fromkeys(("global_step", "answers", "traces", "cut_off", "left_out", "stages", "metrics", "baselines"), 5)
 DAMAGED = (
+    json.dumps(WRONG),
+    json.dumps({key: [5] for key in WRONG}),
+    json.dumps({"stages": {"2_sft": [5]}, "other": 1}),
     "",
     "null",
     "[1, 2]",
@@ -333,6 +337,8 @@ DAMAGED = (
     None,
 )
 """Contents of a damaged file; None is a pipe."""
+
+MEASURED = ("evaluations/2_sft.json", "report/metrics.json")
 
 
 def damage(path: Path, content: str | bytes | None) -> None:
@@ -349,7 +355,7 @@ def test_damaged_files_of_a_stage_do_not_keep_it_from_the_hub(
 ) -> None:
     shutil.copytree(run, tmp_path / "mini")
     for content in DAMAGED:
-        for name in ("2_sft/arguments.json", "2_sft/trainer_state.json", "evaluations/2_sft.json"):
+        for name in ("2_sft/arguments.json", "2_sft/trainer_state.json", *MEASURED):
             damage(tmp_path / "mini" / name, content)
         assert push(tmp_path / "mini" / "2_sft", "--repo_id", "alice/mini", "--dry-run") == 0, content
         assert "README.md" in capsys.readouterr().out
