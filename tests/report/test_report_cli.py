@@ -320,6 +320,8 @@ DAMAGE = {
     "evaluations/2_sft.json": "[]",
     "evaluations/1_pretrain.jsonl": '{"metric": "pass@1", "id": 1, "value": 1.0}\n{"metric": "pa\n',
     "1_pretrain/trainer_state.json": "\x00",
+    "2_sft/trainer_state.json": "[" * 100_000,
+    "evaluations/2_sft.jsonl": "\xff\x00[",
     "2_sft/config.json": "no",
     "2_sft/model.safetensors": "\xff" * 20,
 }
