@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
-import re
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,10 +35,10 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pipeline import hardware
-from pipeline.bounded import MAX_LAYERS, exceeds
+from pipeline.bounded import check_files, exceeds
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import is_missing_path, split_revision
-from pipeline.models.tokenizer import MANY_TOKENS, added_tokens, longest, validate_tokenizer
+from pipeline.models.tokenizer import MANY_TOKENS, added_tokens, validate_tokenizer
 from pipeline.models.weights import (
     ADAPTER,
     stored_weights,
@@ -57,26 +55,6 @@ MAX_READ_BYTES = 4 << 30
 
 MAX_BUFFER_BYTES = 2 << 30
 """Size of the tensors of a model that are not weights; a model of 1 GB has a few MB of them."""
-
-MAX_LABELS = 1 << 16
-"""More are certainly a mistake; a configuration names its labels one by one."""
-
-MAX_ENTRIES = {
-    "config.json": MAX_LABELS, "tokenizer_config.json": 200_000, "special_tokens_map.json": 200_000,
-    "generation_config.json": 200_000, "adapter_config.json": 200_000,
-}  # fmt: skip
-"""Entries of a list, by file. A model of speech adds a token for each sound: Orpheus-3B has 28,672."""
-
-MAX_USUAL, MAX_USUAL_COUNT = 1 << 24, 1024
-"""Sizes, and numbers of parts, of a usual model. A configuration with larger ones is first tried."""
-
-MAX_MIB = {
-    "tokenizer.json": 64, "vocab.json": 32, "added_tokens.json": 8, "special_tokens_map.json": 8,
-    "tokenizer_config.json": 32, "config.json": 8, "generation_config.json": 8, "adapter_config.json": 8,
-    "vocab.txt": 64, "merges.txt": 64, "tokenizer.model": 64, "spiece.model": 64, "sentencepiece.bpe.model": 64,
-    "sentencepiece.model": 64, "spm.model": 64, "tiktoken.model": 64, ".jinja": 1, ".tiktoken": 64,
-}  # fmt: skip
-"""Sizes of files that are read as a whole, by name or suffix. The largest tokenizer in use has 34 MB."""
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
@@ -245,70 +223,6 @@ def check_config(name: str, revision: str | None = None) -> None:
     with contextlib.suppress(OSError):  # who loads it reports that
         if file := cached_file(name, "config.json", revision=revision or "main"):
             check_files(Path(file).parent)
-
-
-def check_files(folder: Path) -> None:
-    """Check the configuration of a model and the sizes of its tokenizer's files before anything is made of them.
-
-    Args:
-        folder: A local model, or the folder of the cache that has its config.json.
-
-    Raises:
-        ValueError: If they ask for more than a model can have.
-    """
-    for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
-        limit = MAX_MIB.get(file.name) or MAX_MIB.get(file.suffix)
-        if limit and file.is_file() and file.stat().st_size > limit << 20:
-            raise ValueError(f"its {file.name} is larger than {limit} MiB")
-        if file.name in MAX_ENTRIES and file.is_file() and longest(_read(file)) > MAX_ENTRIES[file.name]:
-            raise ValueError(f"its {file.name} has a list of more than {MAX_ENTRIES[file.name]:,} entries")
-    file = folder / "config.json"
-    if not file.is_file():
-        return
-    numbers = list(_numbers(_read(file)))
-    for name, value in numbers:
-        # Other names may count something else: layers from `max_window_layers` on attend to a window.
-        what = re.fullmatch(r"(?:num_hidden|num|n)_(layers?)|num_(labels)", name)
-        if what and value > (MAX_LAYERS if what[1] else MAX_LABELS):
-            raise ValueError(f"its config.json asks for {value} {'layers' if what[1] else 'labels'}")
-    unusual = [
-        f"{name}: {value}" for name, value in numbers
-        if value > (MAX_USUAL_COUNT if re.search(r"^(num|n)_|layer|expert|block|head|depth|stage", name) else MAX_USUAL)
-    ]  # fmt: skip
-    if unusual and (fault := exceeds(lambda: _build(folder))):
-        raise ValueError(f"to build the model of its config.json ({', '.join(unusual[:3])}) {fault}")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Read a configuration; one that transformers cannot read raises a `ValueError`, whatever is wrong with it."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {file.name} is not JSON in UTF-8: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"its {file.name} is not a JSON object")
-    return content
-
-
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the whole numbers of a configuration, each with the key that names it."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            # A label may have any name, and any number.
-            if key != "label2id":
-                yield from _numbers(item, key)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _numbers(item, name)
-    elif isinstance(value, int):
-        yield name, value
-
-
-def _build(folder: Path) -> None:
-    """Build a model without its weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _adapt(model: PreTrainedModel, name: str) -> None:

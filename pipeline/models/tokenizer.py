@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.bounded import TOO_LONG, exceeds
+from pipeline.bounded import TOO_LONG, exceeds, longest
 from pipeline.errors import Problem, UserError
 from pipeline.files import write_folder
 
@@ -202,10 +202,3 @@ def added_tokens(folder: Path) -> int:
         content = json.loads(file.read_text(encoding="utf-8"))
         count = max(count, longest(content.get("added_tokens") if name == "tokenizer.json" else content))
     return count
-
-
-def longest(value: Any) -> int:
-    """Return the number of entries of the longest list or mapping in a JSON value."""
-    if not isinstance(value, dict | list):
-        return 0
-    return max(len(value), *map(longest, value.values() if isinstance(value, dict) else value), 0)
