@@ -9,10 +9,16 @@ function whenReady(selector, use) {
   watcher.observe(document.documentElement, { childList: true, subtree: true });
 }
 
-// The section that the address names is not there yet when the browser looks for it.
+// The section that the address names is not there yet when the browser looks for it, and what is above it still grows:
+// keep it in sight until somebody moves.
 whenReady("#report", () => {
-  const section = /^#\w+$/.test(location.hash) && document.querySelector(location.hash);
-  if (section) setTimeout(() => section.scrollIntoView({ behavior: "instant" }), 100);
+  if (!/^#\w+$/.test(location.hash)) return;
+  const show = () => document.querySelector(location.hash)?.scrollIntoView({ behavior: "instant" });
+  const growing = new ResizeObserver(show);
+  growing.observe(document.body);
+  const leave = () => growing.disconnect();
+  for (const kind of ["wheel", "touchstart", "keydown", "pointerdown"]) addEventListener(kind, leave, { once: true });
+  setTimeout(leave, 10000);
 });
 
 // Gradio gives an id to the box around a field; scripts and tests look for the field.
