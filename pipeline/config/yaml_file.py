@@ -19,8 +19,9 @@ from pipeline.errors import Problem, UserError
 MAX_BYTES = 1 << 20
 """A file of this size or more is certainly not a recipe's."""
 
-TYPES = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
-"""Types of YAML that a field may have. Others are sets, pairs, dates and bytes, and objects of Python."""
+TYPES = ("str", "int", "float", "bool", "null", "seq", "map", "merge", "timestamp")
+"""Types of YAML that are read. Others are sets, pairs and bytes, and objects of Python; the check of a field reports a
+date, which may be a text without its quotes."""
 
 MAX_NODES, MAX_DEPTH = 10_000, 20
 """Limits on the values in a file, with every alias expanded, and on their nesting."""

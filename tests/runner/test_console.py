@@ -126,6 +126,8 @@ def terminal(*arguments: str, columns: int = 80, rows: int = 40) -> Terminal:
 
     def take_terminal() -> None:
         os.setsid()
+        # These tests may run under `nohup`, which a run obeys.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches the run
 
     process = subprocess.Popen(
