@@ -52,9 +52,11 @@ _ABBREVIATION = re.compile(
     r"|\.{2,}(?=\s*\S)|\b(?:Rs|No|Vol|approx|ca)\.(?=\s?\d)|\b(?:sq|cu|approx|i\.e|e\.g)\.(?=[\s,]*[a-z])"
 )
 """Full stops that do not end a sentence: "J. R. Tolkien", "Dr. Who", "Rs. 20", "sq. ft"."""
+_TAKEN_BACK = re.compile(r"[\W_]*[Oo]r\b")
 _SENTENCE_END = re.compile(
-    r"[.!?](?!\s+or\b)(?=\s|$|[*_\"'”’)$<`\]])|\n|</|\s\|(?=[ \t]*$)|,?\s(?=(?:because|since)\s)"
+    rf"(?:[.!?](?=\s|$|[*_\"'”’)$<`\]])|\n)(?!{_TAKEN_BACK.pattern})|</|\s\|(?=[ \t]*$)|,?\s(?=(?:because|since)\s)"
 )
+"""A sentence that begins with "Or" belongs to the one before, whose answer it takes back: "B. Or C."."""
 _RELATIVE = re.compile(r",\s(?=(?:which|who|where|as|so|that)\s)")
 _AFTER_VALUE = re.compile(r",\s(?=[a-z])|\s(?=[(\[])|;\s|:\s|\s→\s|\s-{1,2}\s|\s?[—–]\s?|\s(?=as\s)")
 """Where an explanation may begin: after an answer of any kind, and after a value."""
@@ -101,6 +103,7 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^(?:\\approx|≈|~|(?:approximately|approx\.?|about|roughly|around)\s)\s*", ""),
     (r"^(?:exactly|therefore|simply|equal to|a total of)\s+", ""),
     (r"^(?:negative|minus)\s(?=\d)", "-"),
+    (r"(?<![A-Za-z])per\s?cents?\b", "%"),
     (rf"(?<=\d)[{_SPACES}'’_](?=\d{{3}})", ","),
     (r"^(\d{1,3})((?: \d{3})+)(?![\d/]| \d)", lambda match: match[1] + match[2].replace(" ", ",")),
     # "1.234.567" and "1.234,5", as in Germany or Brazil
@@ -153,6 +156,7 @@ _UNITS = {
         "in": "inch inches", "ft": "ft foot feet", "yd": "yard yards", "mi": "mile miles", "mg": "mg milligrams",
         "g": "g gram grams", "kg": "kg kilogram kilograms", "lb": "lb lbs pounds", "ml": "ml milliliters millilitres",
         "l": "l liter liters litre litres", "$": "$ dollar dollars usd", "c": "cent cents ¢", "eur": "€ euro euros eur",
+        "%": "%",
     }.items()
     for name in names.split()
 }  # fmt: skip
@@ -184,7 +188,7 @@ def extract_answer(text: str) -> str | None:
     rest = text[last.end() : last.end() + 2 * MAX_ANSWER_LENGTH]
     answer: str | None
     if last["before"]:
-        answer = last["before"]
+        answer = None if _TAKEN_BACK.match(rest) else last["before"]
     elif last.group().startswith("\\"):
         answer = _boxed(text, announcements)
     elif last.group().startswith("<"):
@@ -257,7 +261,7 @@ def _quantity(answer: str, reduced: bool) -> tuple[Fraction | None, str | None]:
         text = exact
     *left, text = re.split(r"=|≈|\\approx(?![a-z])", text)
     value = _plain(text.strip(), reduced)
-    named = re.search(r"[$€¢]|(?<=[\d\s])[A-Za-z]+", text)
+    named = re.search(r"[$€¢%]|(?<=[\d\s])[A-Za-z]+", text)
     unit = _UNITS.get(named[0].casefold()) if named else None
     if value is None or not left:
         return value, unit
@@ -307,14 +311,16 @@ def _plain(text: str, reduced: bool) -> Fraction | None:
 def same_answer(reference: str, given: str) -> bool:
     """Return whether an answer is its reference, as normalised text or as a plain number in lowest terms.
 
-    A per cent sign is ignored, and so is a unit, unless both have one and they differ. Graders of MATH demand lowest
-    terms, too: other fractions are unsolved divisions.
+    A unit is ignored, unless both have one and they differ. A per cent sign is not, because 36% is 0.36: the reference
+    must have one, too. Graders of MATH demand lowest terms, too: other fractions are unsolved divisions.
     """
     if normalise_answer(given) == normalise_answer(reference):
         return True
     expected, expected_unit = _quantity(reference, reduced=False)
     value, unit = _quantity(given, reduced=True)
-    return expected is not None and value == expected and (None in (unit, expected_unit) or unit == expected_unit)
+    if expected is None or value != expected:
+        return False
+    return unit in (None, expected_unit) or (expected_unit is None and unit != "%")
 
 
 def _sentence(text: str) -> str:

@@ -39,6 +39,7 @@ Rewards = list[float | None]
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:\s+[^\W\d_]{2,})*")
 _DELIMITERS = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ()\[\]]|\$|(?<=\\)[dtc](?=frac)")
 _POWER = re.compile(r"\^|\*\*|\d[eE][-+]?\d|[⁰¹²³⁴-⁹]")
+_PERCENT = re.compile(r"\s*(?:\\?%|\bper\s?cent(?:age)?s?\b)", re.IGNORECASE)
 _LETTER = re.compile(
     r"(?:option|choice|letter)?\s*(?:\(([a-z])\)|\[([a-z])\]|([a-z])\)?)"
     r"(?:(?:[.):,]|\s[—–-]\s|\s(?=\()|(?<=\))\s|\\\s)(.*))?",
@@ -46,7 +47,7 @@ _LETTER = re.compile(
 )
 _OTHER_LETTER = re.compile(
     r"(?<!\w)(?:[B-HJ-Z](?!\w|['’])|[AI](?!\w|['’]|\s+(?!is\b|and\b|or\b|too\b)[a-z]))|[(\[][a-z][)\]]|(?<!\w)[a-z]\)|^\W*[a-z](?:\W*$|\W*[,.:;/)])"
-    r"|^\W*(?:or|and|nor|not?|wrong|incorrect|maybe|is\s+(?:not|wrong))\b"
+    r"|^\W*(?:[Oo]r|and|nor|not?|wrong|incorrect|maybe|is\s+(?:not|wrong))\b"
 )
 """Another letter in what follows the answer's, or a word that takes it back."""
 
@@ -62,7 +63,8 @@ def math_answer(
 
     If the reference is a plain number, the answer must be a value, too: "14 + 6" and "40/2" are not 20. Otherwise it
     must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_check`): the problem
-    is not its solution. Times, dates and scores ("3:30") are compared as text.
+    is not its solution. Times, dates and scores ("3:30") are compared as text. "36%" is 36 only if the reference has a
+    per cent sign, too, or the problem speaks of per cent.
 
     Args:
         completions: Texts, or lists of messages that end with the assistant's.
@@ -74,7 +76,7 @@ def math_answer(
         One reward per completion; None if the reference is empty or consists of words (see `exact_answer`).
     """
     references = [_reference(text) for text in answer]
-    found = [extract_answer(text) for text in _texts(completions, prompts)]
+    found = _answers(completions, references, prompts)
     rewards: Rewards = []
     pending: list[tuple[int, math_check.Question]] = []
     for index, (reference, given) in enumerate(zip(references, found, strict=True)):
@@ -104,10 +106,11 @@ def exact_answer(
     Plain numbers are compared by value ("1,000" is "1000"). The reward is None if the reference is empty. Arguments are
     those of `math_answer`.
     """
-    found = [extract_answer(text) for text in _texts(completions, prompts)]
+    references = [_reference(text) for text in answer]
+    found = _answers(completions, references, prompts)
     rewards: Rewards = [
         None if reference is None else float(given is not None and same_answer(reference, given))
-        for reference, given in zip(map(_reference, answer), found, strict=True)
+        for reference, given in zip(references, found, strict=True)
     ]
     _log("exact_answer", found, rewards, log_metric)
     return rewards
@@ -258,6 +261,19 @@ def _reference(text: object) -> str | None:
     if len(text) > MAX_ANSWER_LENGTH:
         return extract_answer(text)
     return extract_answer(text) or unwrap(text) or None
+
+
+def _answers(
+    completions: Sequence[Completion], references: Sequence[str | None], prompts: Sequence[Completion] | None
+) -> list[str | None]:
+    """Return the final answers, without a per cent sign that the problem asks for and the reference leaves out."""
+    found = [extract_answer(text) for text in _texts(completions, prompts)]
+    for index, (given, reference) in enumerate(zip(found, references, strict=True)):
+        if given is None or prompts is None or _PERCENT.search(reference or ""):
+            continue
+        if _PERCENT.search(_problem(prompts[index])):
+            found[index] = _PERCENT.sub("", given)
+    return found
 
 
 def _is_copied(answer: str, problem: str) -> bool:

@@ -4,6 +4,7 @@ r"""How models write their final answers, and what a policy might write to be pa
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -28,13 +29,13 @@ PAID = [
     # in LaTeX
     (r"\boxed{12}", "12"), (r"$\boxed{12}$.", "12"), (r"\[ \boxed{ 12 } \]", "12"), (r"\fbox{12}", "12"), (r"\boxed{\text{12}}", "12"),
     (r"\boxed{x = 12}", "12"), (r"\boxed{12\text{ apples}}", "12"), (r"\boxed{12\,\mathrm{cm}^2}", "12"), (r"\boxed{12^\circ}", "12"),
-    (r"\boxed{12^{\circ}}", "12"), (r"\boxed{\$12}", "12"), (r"\boxed{12\%}", "12"), (r"\boxed{10,\!000}", "10000"), (r"\boxed{10\,000}", "10000"),
+    (r"\boxed{12^{\circ}}", "12"), (r"\boxed{\$12}", "12"), (r"\boxed{12\%}", "12%"), (r"\boxed{10,\!000}", "10000"), (r"\boxed{10\,000}", "10000"),
     (r"The answer is $12$ dollars.", "12"), (r"The answer is \(12\) apples.", "12"), (r"The answer is $-\frac{3}{4}$.", "-0.75"), (r"\boxed{\dfrac12}", "0.5"),
     (r"\boxed{1\frac{1}{2}}", "1.5"), (r"\boxed{\frac{3}{4}}", "3/4"), (r"The answer is $12.$ It is even.", "12"),
     # with units, currencies, separators and signs
     ("Answer: $12", "12"), ("Answer: $ 12.00", "12"), ("Answer: 12$", "12"), ("The answer is €12.", "12"), ("The answer is US$1,200.50.", "1200.5"), ("The answer is USD 12.", "12"),
     ("The answer is 12 dollars per hour.", "12"), ("The answer is 12 dollars a day.", "12"), ("The answer is 12cm.", "12"), ("The answer is 12 km/h.", "12"), ("The answer is 12 cm².", "12"), ("The answer is 12 m^2.", "12"),
-    ("The answer is 12°.", "12"), ("The answer is 50 percent.", "50"), ("The answer is 50%.", "50"), ("The answer is 50.", "50%"), ("The answer is 1,234,567.", "1234567"), ("The answer is 1\u202f234.", "1234"),
+    ("The answer is 12°.", "12"), ("The answer is 50 percent.", "50%"), ("The answer is 50%.", "50 per cent"), ("The answer is 50.", "50%"), ("The answer is 1,234,567.", "1234567"), ("The answer is 1\u202f234.", "1234"),
     ("The answer is \u221212.", "-12"), ("The answer is –12.", "-12"), ("The answer is -$12.", "-12"), ("The answer is $-12.", "-12"), ("The answer is - 12.", "-12"), ("The answer is +12.", "12"),
     ("The answer is 3/4.", "0.75"), ("The answer is 1 1/2.", "1.5"), ("The answer is .5.", "1/2"), ("The answer is 12.0.", "12"), ("The answer is 012.", "12"),
     ("The answer is 7 + 5 = 12.", "12"), ("The answer is 3*4 = 6+6 = 12 apples.", "12"), ("#### 2 \\times 6 = \\$12", "12"), ("The answer is A = 12 m.", "12"),
@@ -52,10 +53,11 @@ UNPAID = [
     ("The answer is 12 and 13.", "13"), ("The answer is 12/13.", "12"), ("The answer is 12-13.", "12"), ("The answer is between 11 and 13.", "12"), ("The answer is 12 ± 1.", "12"), ("The answer is 12 (or 13).", "12"),
     (r"\boxed{12, 13}", "13"), (r"\boxed{x = 11, x = 12}", "12"), (r"\boxed{x = 11 \text{ or } x = 12}", "12"), (r"\boxed{\{11, 12\}}", "12"), (r"\boxed{12}, or \boxed{13}", "12"), ("<answer>11\n12</answer>", "12"), ("<answer>12</answer><answer>13</answer>", "12"),
     ("The answer is $11$ or $12$.", "12"), ("The answer is:\n\\[11\\] or \\[12\\]\n", "12"), ("The answer is 12 maybe.", "12"), ("The answer is probably 12.", "12"), ("The answer is not 12.", "12"), ("The answer is not 12 but 13.", "12"), ("The answer isn't 12.", "12"),
+    ("The answer is 12. Or is it 5?", "12"), ("The answer is **12.** Or 13", "12"), ("The answer is 12? Or maybe 13.", "12"), ("The answer is 12\n\nOr 13", "12"), ("12 is the answer. Or is it 13?", "12"),
     ("The answer is 12 is wrong.", "12"), ("The answers are 12.", "12"), ("The answer is > 11.", "11"), ("The answer is x != 12.", "12"), ("The answer is x <= 12.", "12"), (r"The answer is $x \neq 12$.", "12"), (r"The answer is $x \ge 12$.", "12"),
     ("The answer is 12 The answer is 13", "12"), ("#### 12\n#### 13", "12"), ("Answer: 12\nAnswer: 13", "12"), ("A: 12\nB: 13\nThe answer is 13.", "12"), ("The answer is 13.\n### Answer\n12", "13"),
     # other values
-    (r"\boxed{12\pi}", "12"), (r"\boxed{12x}", "12"), ("The answer is 12 pi.", "12"), (r"\boxed{12\sqrt{2}}", "12"), ("The answer is 12 x.", "12"), ("The answer is 12k.", "12"), ("The answer is 12 million.", "12"), ("The answer is 12 thirds.", "12"), ("The answer is 5².", "52"),
+    (r"\boxed{12\pi}", "12"), (r"\boxed{12x}", "12"), ("The answer is 12 pi.", "12"), (r"\boxed{12\sqrt{2}}", "12"), ("The answer is 12 x.", "12"), ("The answer is 12k.", "12"), ("The answer is 12 million.", "12"), ("The answer is 12%.", "12"), ("The answer is 12 percent.", "12"), (r"\boxed{12\%}", "12"), ("The answer is 12% of them.", "12"), ("The answer is 12%.", "0.12"), ("The answer is 12 thirds.", "12"), ("The answer is 5².", "52"),
     ("The answer is 12 hours and 30 minutes.", "12"), ("The answer is 12:30.", "12"), ("The answer is 1,2.", "12"), ("The answer is 1 2.", "12"), ("The answer is 12.5.3.", "12"), ("The answer is -12.", "12"), ("The answer is $12a$.", "12"), ("The answer is 1 12.", "112"),
     # no answer: a number in the text, in thought, cut off, or nothing
     ("12", "12"), ("So 7 + 5 = 12.", "12"), ("**12**", "12"), ("```\n12\n```", "12"), ("<think>The answer is 12.", "12"), ("<answer>12", "12"), (r"\boxed{12", "12"), ("The answer is", "12"), ("### Answer", "12"), ("**Answer:**", "12"), ("<answer></answer>12", "12"),
@@ -127,17 +129,40 @@ def test_a_part_of_the_prompt_is_no_solution(problem: str, answer: str, referenc
     assert math_answer([f"The answer is {answer}."], [reference], prompts=[problem]) == [reward]
 
 
+@pytest.mark.parametrize(
+    ("text", "reference", "reward"),
+    [
+        ("B or C? The answer is B.", "B", 1.0),
+        ("12 or 13? The answer is 12. Ornithologists know.", "12", 1.0),
+        ("Is it 13? Or 12? 12 is the answer. It is not 13.", "12", 1.0),
+        ("The answer is B. Or C? No. The answer is B.", "B", 1.0),
+    ],
+)
+def test_a_question_before_the_answer_takes_nothing_back(text: str, reference: str, reward: float) -> None:
+    assert (choice if reference == "B" else math_answer)([text], [reference]) == [reward]
+
+
+@pytest.mark.parametrize("answer", ["45%", r"\boxed{45\%}", "45 percent", "45 per cent", "45"])
+@pytest.mark.parametrize("grade", [math_answer, exact_answer])
+def test_a_percentage_is_paid_where_one_is_asked_for(grade: Callable[..., list[float]], answer: str) -> None:
+    text = f"The answer is {answer}."
+    assert grade([text], ["45%"]) == [1.0]
+    for problem in ("What percentage is that?", "What is it in %?", "How many per cent?"):
+        assert grade([text], ["45"], prompts=[[{"role": "user", "content": problem}]]) == [1.0]
+    assert grade([text], ["45"], prompts=["How many apples?"]) == [float(answer == "45")]
+
+
 @pytest.mark.parametrize("name", ["Dr. Who", "St. Louis", "J. R. Tolkien", "[1, 2, 3]", "[1,2,3]", "U.S.", "3:30 p.m."])
 def test_names_and_lists_are_read_to_their_end(name: str) -> None:
     assert exact_answer([f"The answer is {name}, which is known."], [name.replace(", ", ",")]) == [1.0]
 
 
-@pytest.mark.parametrize("text", ["(A)(B)(C)(D)", "A) B) C)", "A: B", "A, B", "A. B. C. D", "A)(B", "A (B is also right)", "[A][B]", "a) b)", "A - B", "A, or B"])  # fmt: skip
+@pytest.mark.parametrize("text", ["(A)(B)(C)(D)", "A) B) C)", "A: B", "A, B", "A. B. C. D", "A)(B", "A (B is also right)", "[A][B]", "a) b)", "A - B", "A, or B", "A. Or B", "A. Or maybe b", "A.** Or neither", "A\nOr B"])  # fmt: skip
 def test_a_list_of_letters_is_no_choice(text: str) -> None:
     assert choice([f"The answer is {text}."], ["A"]) == [0.0]
 
 
-@pytest.mark.parametrize("text", ["B) Berlin", "(B) Berlin", "B - Berlin", "B (Berlin)", "B, because it is Berlin", "[B]", r"$\textbf{(B)}\ 20$"])  # fmt: skip
+@pytest.mark.parametrize("text", ["B) Berlin", "(B) Berlin", "B - Berlin", "B (Berlin)", "B, because it is Berlin", "[B]", r"$\textbf{(B)}\ 20$", "B. Orange"])  # fmt: skip
 def test_a_letter_may_be_explained(text: str) -> None:
     assert choice([f"The answer is {text}."], ["B"]) == [1.0]
 
