@@ -23,13 +23,12 @@ from pipeline.app.site import Site
 from pipeline.data import votes
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
-from pipeline.data.votes import Vote
+from pipeline.data.votes import Vote, VoteLog
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.settings import SOURCE_FIELDS, VOTES, move, recorded, with_layout
 from pipeline.files import read_json
 from pipeline.models.loading import is_reward_model, load_config, load_model
 from pipeline.preferences.judges import score
-from pipeline.preferences.votes import VoteLog
 from pipeline.report.text import visible
 from pipeline.rewards.annotators import judge_match
 from pipeline.rewards.grading import is_gradable

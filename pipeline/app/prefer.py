@@ -20,9 +20,8 @@ from markdown_it import MarkdownIt
 from pipeline.app.pairs import Pair
 from pipeline.app.poll import Ballot, Page, Poll, Typed, default_source
 from pipeline.app.site import Site
-from pipeline.data.votes import OTHER
+from pipeline.data.votes import OTHER, Conflict
 from pipeline.errors import UserError
-from pipeline.preferences.votes import Conflict
 from pipeline.report.text import visible
 
 LONGEST = 200_000

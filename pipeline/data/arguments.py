@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-VOTES_FILE = "votes.jsonl"
-"""People's votes, in a folder that `pipeline.data.votes` makes a data set."""
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+"""Splits of the data sets that are made here. No prompt of one occurs in another."""
 
 
 @dataclass

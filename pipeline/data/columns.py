@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, Value
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import (
@@ -23,6 +23,7 @@ from pipeline.data.messages import (
     refuse_special_tokens,
     shorten,
 )
+from pipeline.data.writing import MESSAGES
 from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
@@ -34,19 +35,9 @@ Kind = Literal["text", "tokens", "conversation", "preference", "prompt"]
 Split: TypeAlias = Dataset | IterableDataset
 Row = Mapping[str, Any]
 
-MESSAGES = List({"role": Value("string"), "content": Value("string")})
 FEATURES = {"text": Value("string"), "answer": Value("string"), "margin": Value("float64")} | dict.fromkeys(
     ("messages", "prompt", "chosen", "rejected"), MESSAGES
 )
-
-PREFERENCES = Features(
-    {
-        **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
-        **dict.fromkeys(("annotator", "first", "kind"), Value("string")),
-        **dict.fromkeys(("taste_chosen", "taste_rejected"), Value("float64")),
-    }
-)
-"""The columns of pairs that are made here, labelled by annotators or by people."""
 
 FEW, MOST_LEFT_OUT = 50, 0.1
 """Number of the first rows of a stream, and share of the rows of another data set of the Hub, that may not have the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Messages = list[dict[str, str]]
@@ -144,6 +144,38 @@ def is_informative(pair: Mapping[str, Any]) -> bool:
     """Return whether a pair says which answer is better: neither is empty, and they are not the same."""
     chosen, rejected = (pair[side][0]["content"].strip() for side in ("chosen", "rejected"))
     return bool(chosen and rejected) and chosen != rejected
+
+
+def labelled_pair(
+    prompt: Messages,
+    chosen: str,
+    rejected: str,
+    *,
+    annotator: str,
+    chosen_first: bool,
+    kind: str = "",
+    tastes: Sequence[float | None] = (None, None),
+) -> dict[str, Any]:
+    """Return a pair of answers with a label, as a row of a preference data set that is made here.
+
+    Args:
+        prompt: The messages that both answer.
+        chosen, rejected: The answers.
+        annotator: Who prefers the chosen answer.
+        chosen_first: Whether the annotator was shown the chosen answer first.
+        kind: Kind of the prompt, if it has one.
+        tastes: The noise-free taste for both answers, where it is known and may be kept.
+    """
+    return {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "annotator": annotator,
+        "first": "chosen" if chosen_first else "rejected",
+        "kind": kind,
+        "taste_chosen": tastes[0],
+        "taste_rejected": tastes[1],
+    }
 
 
 def _read_answer(value: object, prompt: Messages, column: str, system_prompt: str | None) -> dict[str, str]:

@@ -24,9 +24,8 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from pipeline.data import votes
-from pipeline.data.arguments import VOTES_FILE
 from pipeline.data.shards import is_shards, open_shards
+from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError
 from pipeline.files import check_directory, is_missing_path, split_revision
 
@@ -73,7 +72,7 @@ def open_source(
     if not name:
         raise UserError(Problem("dataset_name", "nothing", "give a Hub id, a file or a folder"))
     path = Path(name).expanduser()
-    if (path / VOTES_FILE).is_file() and not votes.update_data_set(path):
+    if (path / VOTES_FILE).is_file() and not update_data_set(path):
         remedy = (
             "does not contain a vote that prefers one of two answers yet; collect some with `python -m pipeline app`"
         )

@@ -1,14 +1,19 @@
-"""People's votes, `votes.jsonl`, and the preference data set that is made of them beside it.
+"""People's votes: the log to which the page appends them, and the preference data set that is made from it.
 
-A line of the file is a vote of a person on two answers to a prompt, `a` by `model_a` and `b` by `model_b`:
+Both lie in one folder, such as `runs/pocket/votes`:
+
+    votes.jsonl                          the log: one line per vote, appended and never changed
+    train.parquet, validation.parquet,   the data set: one row per vote that prefers one of the two answers,
+    test.parquet, README.md              written again whenever the log has grown
+
+A line of the log is a vote of a person on two answers to a prompt, `a` by `model_a` and `b` by `model_b`:
 
     {"id": "…", "pair": "…", "time": "…", "annotator": "ann", "prompt": [...], "a": "It is red.", "b": "Red.",
      "model_a": "2_sft", "model_b": "3_ppo", "sampling": {...}, "shown_first": "b", "choice": "a",
      "undoes": null, "seconds": 3.2, "comment": ""}
 
-`choice` is "a", "b", "tie", "bad" (both are), "skip", or null if the line only takes a vote back. `undoes` is the id of
-that vote; with a choice, the line corrects it. Lines are appended and never changed. The data set has the form of that
-of `pipeline.preferences.files`, one row for each vote that prefers one answer; the others are counted in README.md.
+`choice` is "a", "b", "tie", "bad" (both answers are), "skip", or null. `undoes` is the id of an earlier vote of the
+same person: with a choice, the line corrects that vote; with null, it only takes it back.
 """
 
 from __future__ import annotations
@@ -16,27 +21,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.arguments import VOTES_FILE
+from pipeline.data.arguments import SPLITS
+from pipeline.data.messages import labelled_pair
 from pipeline.errors import Problem, UserError
-from pipeline.files import check_regular, lock, write_text
+from pipeline.files import append_line, check_regular, lock, write_text
+
+VOTES_FILE = "votes.jsonl"
 
 CHOICES = ("a", "b", "tie", "bad", "skip")
 OTHER = {"a": "b", "b": "a"}
 OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
 """The outcome of a vote for answer `a`; a skipped pair has none."""
-SPLITS = ("train", "validation", "test")
-
-Vote = dict[str, Any]
 
 TEXT = ("id", "pair", "annotator", "a", "b", "model_a", "model_b")
 """Fields of a vote that are text."""
 
-CARD = """
+CARD = """\
 # People's preferences between two answers
 
 Answers of {models}, compared in pairs by {annotators}, who did not know whose answers they are. `first` says which of
@@ -47,11 +54,13 @@ votes on a prompt are in one split.
 Made from `votes.jsonl` with the SHA-256 digest {digest}.
 """
 
+Vote = dict[str, Any]
+
 
 def read_votes(path: Path) -> list[Vote]:
-    """Return the lines of a file of votes, each vote once. There are none in a file that does not exist.
+    """Return the votes in a log, each once; none if the file does not exist.
 
-    A last line that was not written whole is left out: this vote was never confirmed.
+    A last line that was not written whole is ignored: its vote was never confirmed.
 
     Raises:
         UserError: If another line is not a vote, or the file cannot be read.
@@ -63,31 +72,62 @@ def read_votes(path: Path) -> list[Vote]:
             content = path.read_bytes()
     except OSError as error:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error.strerror or error})")) from None
+
     votes: dict[str, Vote] = {}
-    lines = content.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            vote = _checked(json.loads(line))
-            votes.setdefault(vote["id"], vote)
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            if number < len(lines):
-                remedy = f"is not a vote ({error}); correct or remove it"
-                raise UserError(Problem("dataset_name", f"{path}, line {number}", remedy)) from None
+    whole_lines, _, last_line = content.rpartition(b"\n")
+    for vote in parse_lines(whole_lines, check_vote, path, "dataset_name", "correct or remove it"):
+        votes.setdefault(vote["id"], vote)
+    try:
+        vote = check_vote(json.loads(last_line))
+        votes.setdefault(vote["id"], vote)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
     return list(votes.values())
 
 
-def _checked(vote: Any) -> Vote:
+def parse_lines(
+    content: bytes, check: Callable[[Any], Vote], path: Path, field: str, remedy: str
+) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of the lines of a file of votes; empty lines are skipped.
+
+    Args:
+        content: What the file contains.
+        check: Returns a vote, or raises a `ValueError`, `LookupError` or `TypeError` that says what is wrong with it.
+        path: The file, for messages.
+        field: Argument that named the file, for messages.
+        remedy: What to do about a line that is not a vote.
+
+    Raises:
+        UserError: If a line is not a vote.
+    """
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            vote = check(json.loads(line))
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(Problem(field, f"{path}, line {number}", f"is not a vote ({error}); {remedy}")) from None
+        yield vote
+
+
+def check_vote(vote: Any) -> Vote:
+    """Return a line of the log.
+
+    Raises:
+        ValueError, LookupError, TypeError: If it is not a vote.
+    """
     wrong = [name for name in TEXT if not isinstance(vote[name], str)]
     turns = vote["prompt"]
     if not turns or not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):
         wrong.append("prompt")
+
     undoes = vote.get("undoes")
-    if vote["choice"] not in CHOICES and not (vote["choice"] is None and isinstance(undoes, str)):
+    takes_back = vote["choice"] is None and isinstance(undoes, str)
+    if vote["choice"] not in CHOICES and not takes_back:
         wrong.append("choice")
     if not isinstance(undoes, str | None):
         wrong.append("undoes")
+
     if wrong:
         raise ValueError(f"{wrong[0]} is {json.dumps(vote[wrong[0]])[:80]}")
     return dict(vote)
@@ -99,6 +139,101 @@ def standing(votes: Sequence[Vote]) -> list[Vote]:
     return [vote for vote in votes if vote["choice"] is not None and (vote["annotator"], vote["id"]) not in undone]
 
 
+class Conflict(Exception):
+    """A vote that cannot count: its annotator has voted on this pair already, or what it undoes does not stand."""
+
+
+class VoteLog:
+    """The votes of a run. One process appends to them, from any of its threads; a vote is on disk before `add` returns.
+
+    Half a line, written when the process or the machine died, is removed: its vote was never confirmed.
+
+    Args:
+        folder: Where `votes.jsonl` is, or will be.
+
+    Raises:
+        UserError: If another process appends to the same file, the folder cannot be written to, or a line is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / VOTES_FILE
+        self._mutex = threading.RLock()
+        # If anything fails here, the stack closes the file and releases the lock.
+        with ExitStack() as stack:
+            stack.enter_context(lock(folder / ".votes.lock", orphans_only=True))
+            self._file = stack.enter_context(self.path.open("a+b", buffering=0))
+            self._recover()
+            self._by_id = {vote["id"]: vote for vote in read_votes(self.path)}
+            self._held = stack.pop_all()
+        counted = standing(list(self._by_id.values()))
+        self._standing = {(vote["annotator"], vote["pair"]): vote for vote in counted}
+
+    def close(self) -> None:
+        """Release the file."""
+        self._held.close()
+
+    def _recover(self) -> None:
+        """End a last line that lacks only its end, and remove one that is not whole."""
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end == len(content):
+            return
+        try:
+            json.loads(content[end:])
+            self._file.write(b"\n")
+        except ValueError:
+            self._file.truncate(end)
+        os.fsync(self._file.fileno())
+
+    def add(self, vote: Vote) -> bool:
+        """Append a vote. One that is sent again, with the same `id`, is confirmed again and counts once.
+
+        Returns:
+            Whether it is new.
+
+        Raises:
+            Conflict: If it cannot count.
+            OSError: If it cannot be written; the file is as before.
+        """
+        with self._mutex:
+            key = vote["annotator"], vote["pair"]
+            known = self._by_id.get(vote["id"])
+            if known is not None:
+                if (known["annotator"], known["pair"]) != key:
+                    raise Conflict("another vote has this id")
+                return False
+
+            if vote.get("undoes"):
+                if self._standing.get(key, {}).get("id") != vote["undoes"]:
+                    raise Conflict("that vote has been taken back or corrected already")
+            elif vote["choice"] is None:
+                raise Conflict("it does not say which vote it takes back")
+            elif key in self._standing:
+                raise Conflict("this pair has your vote already")
+
+            # Lone surrogates, which UTF-8 cannot encode, stay as they are in JSON's escapes.
+            append_line(self._file, json.dumps(vote, ensure_ascii=True).encode())
+            self._by_id[vote["id"]] = vote
+            if vote["choice"] is None:
+                del self._standing[key]
+            else:
+                self._standing[key] = vote
+            return True
+
+    def standing(self, annotator: str | None = None) -> list[Vote]:
+        """Return the votes that count, of everybody or of one annotator, the oldest first."""
+        with self._mutex:
+            return [vote for (name, _), vote in self._standing.items() if annotator in (None, name)]
+
+    def has_vote(self, annotator: str, pair: str) -> bool:
+        """Return whether an annotator has voted on a pair."""
+        return (annotator, pair) in self._standing
+
+    def of_pair(self, pair: str) -> list[Vote]:
+        """Return the votes on a pair."""
+        return [vote for vote in self.standing() if vote["pair"] == pair]
+
+
 def split_of(prompt: Sequence[dict[str, str]]) -> str:
     """Return the split of all votes on a prompt: of ten prompts, one is for the test and one for validation."""
     text = json.dumps([[turn["role"], turn["content"]] for turn in prompt])
@@ -107,20 +242,17 @@ def split_of(prompt: Sequence[dict[str, str]]) -> str:
 
 
 def as_pairs(votes: Sequence[Vote]) -> list[dict[str, Any]]:
-    """Return the votes that prefer one answer, as rows of a preference data set."""
-    return [
-        {
-            "prompt": [{key: turn[key] for key in ("role", "content")} for turn in vote["prompt"]],
-            "chosen": [{"role": "assistant", "content": vote[vote["choice"]]}],
-            "rejected": [{"role": "assistant", "content": vote[OTHER[vote["choice"]]]}],
-            "annotator": vote["annotator"],
-            "first": "chosen" if vote.get("shown_first") == vote["choice"] else "rejected",
-            "kind": "",
-            **dict.fromkeys(("taste_chosen", "taste_rejected")),
-        }
-        for vote in votes
-        if vote["choice"] in OTHER and vote["a"].strip() != vote["b"].strip()
-    ]
+    """Return the votes that prefer one of two different answers, as rows of a preference data set."""
+    pairs = []
+    for vote in votes:
+        choice = vote["choice"]
+        if choice not in OTHER or vote["a"].strip() == vote["b"].strip():
+            continue
+        prompt = [{key: turn[key] for key in ("role", "content")} for turn in vote["prompt"]]
+        chosen, rejected = vote[choice], vote[OTHER[choice]]
+        is_first = vote.get("shown_first") == choice
+        pairs.append(labelled_pair(prompt, chosen, rejected, annotator=vote["annotator"], chosen_first=is_first))
+    return pairs
 
 
 def update_data_set(folder: Path) -> int:
@@ -130,56 +262,57 @@ def update_data_set(folder: Path) -> int:
         The number of its rows.
 
     Raises:
-        UserError: If a line of the file is not a vote, or the folder cannot be written to.
+        UserError: If a line of the log is not a vote, or the folder cannot be written to.
     """
-    card = folder / "README.md"
-    rows, text = _data_set(folder)
-    total = sum(map(len, rows.values()))
-    if card.exists() and card.read_text(encoding="utf-8", errors="replace") == text:
-        return total
-    from datasets import Dataset  # a second, which the report does not need
+    # Imported here, because `datasets` takes a second, and the report only reads votes.
+    from pipeline.data.writing import write_preferences
 
-    from pipeline.data.columns import PREFERENCES
-
-    with lock(folder / ".data.lock"):  # several processes may read the same data
-        rows, text = _data_set(folder)
-        for name in SPLITS:
-            path = folder / f"{name}.parquet"
-            if rows[name]:
-                tmp_file = folder / f".{name}.tmp"
-                Dataset.from_list(rows[name], features=PREFERENCES).to_parquet(tmp_file)
-                os.replace(tmp_file, path)
-            else:  # `load_dataset` refuses a split without rows
-                path.unlink(missing_ok=True)
-        write_text(card, text)
+    path = folder / "README.md"
+    rows, card = _data_set(folder)
+    if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != card:
+        # Several processes may read the same data, and update them at the same time.
+        with lock(folder / ".data.lock"):
+            rows, card = _data_set(folder)
+            for name in SPLITS:
+                file = folder / f"{name}.parquet"
+                if rows[name]:
+                    tmp_file = folder / f".{name}.tmp"
+                    write_preferences(tmp_file, rows[name])
+                    os.replace(tmp_file, file)
+                else:
+                    # `load_dataset` refuses a split without rows.
+                    file.unlink(missing_ok=True)
+            # The card comes last: without it, the next reader writes everything again.
+            write_text(path, card)
     return sum(map(len, rows.values()))
 
 
 def _data_set(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """Return the rows of each split, and the card."""
+    from pipeline.data import writing
+
+    # Read before the votes: of votes that are added meanwhile, the digest knows nothing, and the card is out of date.
     digest = hashlib.sha256((folder / VOTES_FILE).read_bytes()).hexdigest()
-    by_split: dict[str, list[Vote]] = {name: [] for name in SPLITS}
+    votes: dict[str, list[Vote]] = {name: [] for name in SPLITS}
     for vote in standing(read_votes(folder / VOTES_FILE)):
-        by_split[split_of(vote["prompt"])].append(vote)
-    rows = {name: as_pairs(part) for name, part in by_split.items()}
-    return rows, _card(by_split, rows, digest)
+        votes[split_of(vote["prompt"])].append(vote)
+    rows = {name: as_pairs(part) for name, part in votes.items()}
 
-
-def _card(votes: dict[str, list[Vote]], rows: dict[str, list[dict[str, Any]]], digest: str) -> str:
-    from huggingface_hub import DatasetCardData
-
-    data_files = [{"split": name, "path": f"{name}.parquet"} for name in SPLITS if rows[name]]
-    configs = [{"config_name": "default", "data_files": data_files}] if data_files else None
-    header = DatasetCardData(configs=configs, tags=["preference", "human-feedback"])
-    table = "| split | prompts | votes | pairs | ties | both bad | skipped |\n| --- |" + " ---: |" * 6 + "\n"
+    counts = []
     for name, part in votes.items():
-        counts = Counter(vote["choice"] for vote in part)
-        prompts = len({json.dumps(vote["prompt"]) for vote in part})
-        numbers = [prompts, len(part), len(rows[name]), counts["tie"], counts["bad"], counts["skip"]]
-        table += f"| {name} | {' | '.join(map(str, numbers))} |\n"
+        prompts = {json.dumps(vote["prompt"]) for vote in part}
+        choices = Counter(vote["choice"] for vote in part)
+        counts.append([name, len(prompts), len(part), len(rows[name]), choices["tie"], choices["bad"], choices["skip"]])
+
     every = [vote for part in votes.values() for vote in part]
     models = sorted({vote[side] for vote in every for side in ("model_a", "model_b")})
     people = len({vote["annotator"] for vote in every})
-    named = ", ".join(f"`{Path(name).name}`" for name in models) or "no model yet"
-    annotators = "one person" if people == 1 else f"{people} people"
-    return f"---\n{header}\n---\n{CARD.format(models=named, annotators=annotators, table=table, digest=digest)}"
+    text = CARD.format(
+        models=", ".join(f"`{Path(name).name}`" for name in models) or "no model yet",
+        annotators="one person" if people == 1 else f"{people} people",
+        table=writing.table(["split", "prompts", "votes", "pairs", "ties", "both bad", "skipped"], counts),
+        digest=digest,
+    )
+    filled = [name for name in SPLITS if rows[name]]
+    tags = ["preference", "human-feedback"]
+    return rows, writing.card({"default": filled} if filled else {}, text, tags=tags)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.arguments import VOTES_FILE
-from pipeline.data.votes import OTHER, OUTCOMES, as_pairs, read_votes, split_of, standing
+from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, as_pairs, read_votes, split_of, standing
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.settings import VOTES

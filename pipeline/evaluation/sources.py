@@ -20,13 +20,12 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from pipeline.data import votes
-from pipeline.data.arguments import VOTES_FILE
 from pipeline.data.columns import Kind, Split, are_few, column_names, converter, is_of_hub
 from pipeline.data.messages import ShapeError, shorten
 from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
 from pipeline.data.splits import keep_rows, load_splits
+from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.graders import COMPARED
 from pipeline.evaluation.settings import STAGES_OF, Source
@@ -131,7 +130,7 @@ class Reader:
         wanted = [source.dataset_test_split, *([] if is_exact else HELD_OUT_SPLITS)]
         path = Path(name)
         if (path / VOTES_FILE).is_file():
-            votes.update_data_set(path)
+            update_data_set(path)
         folder = path / (source.dataset_config or "")
         files = {one: folder / f"{one}.parquet" for one in (split, *wanted, train) if one}
         files = {one: file for one, file in files.items() if file.is_file()}

@@ -29,7 +29,7 @@ from pipeline.models.experts import RouteCounter, routes, worst
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer, user_error_for
 from pipeline.models.vllm_sampler import VLLMSampler
 from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
-from pipeline.preferences.votes import load_votes
+from pipeline.preferences.people import load_votes
 from pipeline.rewards.grading import is_gradable
 
 Settings = Mapping[str, Any]

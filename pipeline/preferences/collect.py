@@ -35,23 +35,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline import hardware, launch
 from pipeline.config.checks import check_ranges
 from pipeline.config.output_directory import recorded_template
-from pipeline.data.arguments import DataArguments
+from pipeline.data import writing
+from pipeline.data.arguments import SPLITS, DataArguments
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
-from pipeline.files import check_replaceable
+from pipeline.files import check_replaceable, write_folder
 from pipeline.models.checks import check_model, check_room, check_template_arguments
 from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.tokenizer import special_tokens
-from pipeline.preferences import files
-from pipeline.preferences.files import SPLITS, Counts
 from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
-from pipeline.preferences.labels import label_answers
+from pipeline.preferences.labels import Counts, label_answers
 from pipeline.progress import report_progress
 from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
 
-logger = logging.getLogger("pipeline.preferences.collect")  # `__name__` is "__main__" if launched
+logger = logging.getLogger("pipeline.preferences.collect")
+
+TITLE = "# Preferences between two answers"
+CARD = f"""\
+{TITLE}
+
+Answers sampled from {{origin}}, compared in pairs by {{judge}}.
+
+`first` says which of the two answers was shown first. Ties are dropped. `taste_chosen` and `taste_rejected` are the
+annotators' taste without the noise. Only the test split has them: they are for evaluation, and no model may train on
+them.
+
+{{table}}"""
 
 
 @dataclass
@@ -122,17 +133,45 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
         UserError: If the model, the prompts or the output folder cannot be used, or there are no pairs to train on.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
-    if problems := check_replaceable(args.output_dir, files.FILES, files.TITLE, args.dataset_name):
+    own_files = ("README.md", *(f"{split}.parquet" for split in SPLITS))
+    if problems := check_replaceable(args.output_dir, own_files, TITLE, args.dataset_name):
         raise UserError(*problems)
     judge = load_judge(args.judge)
     splits, counts = label_samples(args, judge)
     if state.is_main_process:
         sampled_from = f"`{args.model_name_or_path}` at temperature {args.temperature} (min_p {args.min_p})"
         origin = f"{sampled_from}, to prompts of `{args.dataset_name}`"
-        files.write(Path(args.output_dir), splits, counts, origin, judge.name if args.judge else files.ANNOTATORS)
+        write(Path(args.output_dir), splits, counts, origin, judge.name if args.judge else "simulated annotators")
     state.wait_for_everyone()
     state.destroy_process_group()
     return counts
+
+
+def write(
+    output_dir: Path,
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    counts: Mapping[str, Counts],
+    origin: str,
+    judge: str = "simulated annotators",
+) -> None:
+    """Write a preference data set, either whole or not at all.
+
+    Args:
+        output_dir: Folder of the data set; replaced if it exists.
+        splits: Labelled pairs of each split.
+        counts: What became of the answers of each split.
+        origin: The model that answered and the data set of the prompts, as a phrase.
+        judge: Who labelled the pairs, as a phrase.
+    """
+    # `load_dataset` refuses a split without rows.
+    filled = [name for name, rows in splits.items() if rows]
+    table = writing.table(["split", *Counts().texts()], [[name, *own.texts().values()] for name, own in counts.items()])
+    text = CARD.format(origin=origin, judge=judge, table=table)
+    with write_folder(output_dir) as folder:
+        for name in filled:
+            writing.write_preferences(folder / f"{name}.parquet", splits[name])
+        card = writing.card({"default": filled}, text, tags=["preference"])
+        (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
 
 def label_samples(

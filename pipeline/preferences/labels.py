@@ -1,18 +1,19 @@
-"""Labels of pairs of answers: which of the two annotators, or a judge, prefer."""
+"""Labels of pairs of answers: which of two answers the simulated annotators, or a judge, prefer."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from operator import itemgetter
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from pipeline.data.messages import labelled_pair
 from pipeline.errors import UserError
-from pipeline.preferences.files import Counts
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
 
@@ -21,6 +22,54 @@ JUDGED_AT_ONCE = 64
 
 CHOICES: dict[float | None, int] = {1.0: 0, 0.0: 1}
 """The outcome of a match for the answer shown first -> the answer that is preferred."""
+
+
+@dataclass
+class Counts:
+    """Counts of the prompts, answers and pairs of one split.
+
+    Attributes:
+        prompts: Prompts sampled from.
+        answers: Answers sampled.
+        dropped: Answers that were empty or repeated another one to the same prompt.
+        compared: Pairs of the remaining answers that were shown to an annotator.
+        ties: Pairs that the annotator found equally good.
+        pairs: Pairs that got a label.
+        agreement: Share (0 to 1) of the labels that agree with the noise-free taste, among pairs on which the taste is
+            not indifferent: the accuracy of a perfect reward model. None if there are no such pairs.
+    """
+
+    prompts: int = 0
+    answers: int = 0
+    dropped: int = 0
+    compared: int = 0
+    ties: int = 0
+    pairs: int = 0
+    agreement: float | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {text}" for name, text in self.texts().items())
+
+    def texts(self) -> dict[str, str]:
+        """Return every count as text, by name."""
+        return {k: f"{value:.3f}" if isinstance(value, float) else str(value) for k, value in asdict(self).items()}
+
+
+@dataclass
+class Comparison:
+    """Two answers to a prompt that somebody compares.
+
+    Attributes:
+        row: Index of the prompt's row.
+        shown: The answers, in the order in which they are shown.
+        annotator: Name of who compares them.
+        choice: Index of the preferred answer in `shown`; None is a tie.
+    """
+
+    row: int
+    shown: list[str]
+    annotator: str = "judge"
+    choice: int | None = None
 
 
 def label_answers(
@@ -46,82 +95,83 @@ def label_answers(
     Returns:
         The labelled pairs, as rows of the data set to write, and what became of the answers.
     """
-    labelled: list[dict[str, Any]] = []
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
-    agreements: list[bool] = []
-    compared: list[tuple[int, list[str], int | None, str]] = []
-    tasted: list[dict[str, Any]] = []
+    comparisons: list[Comparison] = []
+    # What the annotators see in each answer to a prompt; nothing if a judge compares.
+    seen: list[dict[str, Any]] = []
     for index, (row, candidates) in enumerate(zip(rows, answers, strict=True)):
-        rng = random.Random(f"{seed}/{index}")
         distinct = list(dict.fromkeys(text for answer in candidates if (text := answer.strip())))
         counts.dropped += len(candidates) - len(distinct)
-        tasted.append({answer: judge_components(answer, row) for answer in distinct if judge is ANNOTATORS})
+        seen.append({answer: judge_components(answer, row) for answer in distinct if judge is ANNOTATORS})
+
+        # The draws come in the same order with and without a judge, who so compares the same pairs.
+        rng = random.Random(f"{seed}/{index}")
         pairs = list(itertools.combinations(distinct, 2))
         for pair in rng.sample(pairs, min(pairs_per_prompt, len(pairs))):
             shown = rng.sample(pair, 2)
             annotator = rng.choice(PANEL)
-            choice = None
+            comparison = Comparison(index, shown)
             if judge is ANNOTATORS:
-                first, second = (annotator.weigh(tasted[index][answer]) for answer in shown)
-                choice = choose(annotator, first, second, rng)
-            compared.append((index, shown, choice, annotator.name))
+                first, second = (annotator.weigh(seen[index][answer]) for answer in shown)
+                comparison.annotator = annotator.name
+                comparison.choice = choose(annotator, first, second, rng)
+            comparisons.append(comparison)
     if judge is not ANNOTATORS:
-        choices = _judge(judge, rows, [(index, shown) for index, shown, _, _ in compared])
-        compared = [
-            (index, shown, choice, "judge") for (index, shown, *_), choice in zip(compared, choices, strict=True)
-        ]
-    counts.compared = len(compared)
-    for index, shown, choice, annotator_name in compared:
-        row, components = rows[index], tasted[index]
-        if choice is None:
+        _judge(judge, rows, comparisons)
+
+    labelled: list[dict[str, Any]] = []
+    agreements: list[bool] = []
+    for comparison in comparisons:
+        if comparison.choice is None:
             counts.ties += 1
             continue
-        chosen, rejected = shown[choice], shown[1 - choice]
+        row, components = rows[comparison.row], seen[comparison.row]
+        chosen, rejected = comparison.shown[comparison.choice], comparison.shown[1 - comparison.choice]
         tastes = [mean_taste(components[answer]) for answer in (chosen, rejected) if components]
         if tastes and abs(tastes[0] - tastes[1]) >= INDIFFERENCE:
             agreements.append(tastes[0] > tastes[1])
         labelled.append(
-            {
-                "prompt": row["prompt"],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-                "annotator": annotator_name,
-                "first": "chosen" if choice == 0 else "rejected",
-                "kind": row.get("kind") or "",
-                "taste_chosen": tastes[0] if tastes and keep_taste else None,
-                "taste_rejected": tastes[1] if tastes and keep_taste else None,
-            }
+            labelled_pair(
+                row["prompt"],
+                chosen,
+                rejected,
+                annotator=comparison.annotator,
+                chosen_first=comparison.choice == 0,
+                kind=row.get("kind") or "",
+                tastes=tastes if tastes and keep_taste else (None, None),
+            )
         )
+    counts.compared = len(comparisons)
     counts.pairs = len(labelled)
     counts.agreement = sum(agreements) / len(agreements) if agreements else None
     return labelled, counts
 
 
-def _judge(
-    judge: Judge, rows: Sequence[Mapping[str, Any]], compared: Sequence[tuple[int, Sequence[str]]]
-) -> list[int | None]:
-    """Return which of two answers, shown in this order to the prompt of a row, a judge prefers; None is a tie.
-
-    The calls do not depend on the number of processes.
+def _judge(judge: Judge, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison]) -> None:
+    """Let a judge make the choice of each comparison. The calls do not depend on the number of processes.
 
     Raises:
         UserError: On every process, if the judge raises one on any. One process of a machine reports it.
     """
     state = PartialState()
     judged: list[tuple[int, list[float | None] | UserError]] = []
-    groups = itertools.groupby(compared, key=lambda pair: pair[0] // JUDGED_AT_ONCE)
+    groups = itertools.groupby(comparisons, key=lambda comparison: comparison.row // JUDGED_AT_ONCE)
     for number, (_, group) in enumerate(groups):
-        if number % state.num_processes == state.process_index:
-            pairs = list(group)
-            first, second = ([shown[side] for _, shown in pairs] for side in (0, 1))
-            try:
-                judged.append((number, list(judge.match(first, second, [rows[index] for index, _ in pairs]))))
-            except UserError as error:
-                judged.append((number, error))
-                break
+        if number % state.num_processes != state.process_index:
+            continue
+        asked = list(group)
+        first, second = ([comparison.shown[side] for comparison in asked] for side in (0, 1))
+        try:
+            outcomes = judge.match(first, second, [rows[comparison.row] for comparison in asked])
+            judged.append((number, list(outcomes)))
+        except UserError as error:
+            judged.append((number, error))
+            break
+
     choices: list[int | None] = []
     for _, outcomes in sorted(gather_object(judged), key=itemgetter(0)):
         if isinstance(outcomes, UserError):
             raise outcomes
         choices += map(CHOICES.get, outcomes)
-    return choices
+    for comparison, choice in zip(comparisons, choices, strict=True):
+        comparison.choice = choice

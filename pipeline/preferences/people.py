@@ -1,19 +1,37 @@
-"""The step of a run at which people vote: it waits until they have, and makes their votes a data set."""
+"""People in place of annotators: the step of a run that waits for their votes, and the judge that decides as they did.
+
+`pipeline.data.votes` describes the votes that the page collects. People may also vote by hand, in the file that the
+judge writes for each evaluation, with a line for each pair of answers that it was asked about and found no votes on:
+
+    {"prompt": [...], "first": "It is red.", "second": "Red. Bye.", "choice": null}
+
+`choice` becomes "first", "second" or "tie". The order does not tell whose answers they are. A line may occur several
+times, once for each person.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from pipeline.data.arguments import VOTES_FILE
-from pipeline.data.votes import update_data_set
+from pipeline.data.votes import OUTCOMES, VOTES_FILE, VoteLog, parse_lines, read_votes, standing, update_data_set
 from pipeline.errors import EXIT_WAITING, RunStopped
+from pipeline.files import write_text
 from pipeline.preferences.collect import PreferenceArguments, label_samples
-from pipeline.preferences.votes import VoteLog
+from pipeline.preferences.judges import Judge
 
 logger = logging.getLogger("pipeline.preferences.people")
+
+BY_HAND = {"first": 1.0, "second": 0.0, "tie": 0.5}
+"""The outcome of a choice by hand for the answer that is named first."""
 
 
 @dataclass
@@ -28,10 +46,10 @@ class VoteArguments(PreferenceArguments):
 
 
 def wait_for_votes(args: VoteArguments) -> int:
-    """Write the data set of the votes. Returns the number of those that prefer one answer.
+    """Write the data set of the votes, and return the number of votes that prefer one answer.
 
     Raises:
-        RunStopped: If there are fewer than are wanted.
+        RunStopped: If there are fewer than `min_votes`.
         UserError: If the votes are damaged.
     """
     folder = Path(args.output_dir)
@@ -51,6 +69,7 @@ def wait_for_votes(args: VoteArguments) -> int:
 def _simulate(args: VoteArguments, folder: Path) -> None:
     """Write votes of the simulated annotators, as the page would."""
     splits, _ = label_samples(args)
+    model = Path(args.model_name_or_path).name
     sampling = {"temperature": args.temperature, "min_p": args.min_p, "max_new_tokens": args.max_new_tokens}
     log = VoteLog(folder)
     for number, row in enumerate(row for rows in splits.values() for row in rows):
@@ -63,7 +82,8 @@ def _simulate(args: VoteArguments, folder: Path) -> None:
                 "prompt": row["prompt"],
                 "a": row["chosen"][0]["content"],
                 "b": row["rejected"][0]["content"],
-                **dict.fromkeys(("model_a", "model_b"), Path(args.model_name_or_path).name),
+                "model_a": model,
+                "model_b": model,
                 "sampling": sampling,
                 "shown_first": "a" if row["first"] == "chosen" else "b",
                 "choice": "a",
@@ -73,3 +93,70 @@ def _simulate(args: VoteArguments, folder: Path) -> None:
             }
         )
     log.close()
+
+
+def load_votes(path: Path) -> Judge:
+    """Return the judge that decides as most people did.
+
+    Votes that were given on the page and votes by hand in `path` count alike. To pairs without votes the judge gives no
+    outcome, and it adds them to `path`.
+
+    Raises:
+        UserError: If a line of a file is not a vote.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    lines = list(parse_lines(content, _check_line, path, "judge", "a choice is first, second, tie or null"))
+
+    # What people decided about an answer against another one, and so, turned around, about the other one.
+    decided: dict[str, list[float]] = defaultdict(list)
+
+    def count(prompt: Any, one: str, other: str, outcome: float) -> None:
+        decided[_key(prompt, one, other)].append(outcome)
+        decided[_key(prompt, other, one)].append(1 - outcome)
+
+    for line in lines:
+        if line["choice"]:
+            count(line["prompt"], line["first"], line["second"], BY_HAND[line["choice"]])
+    for vote in standing(read_votes(path.with_name(VOTES_FILE))):
+        if vote["choice"] != "skip":
+            count(vote["prompt"], vote["a"], vote["b"], OUTCOMES[vote["choice"]])
+    listed = {_key(line["prompt"], *sorted((line["first"], line["second"]))) for line in lines}
+
+    def match(
+        answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> list[float | None]:
+        outcomes: list[float | None] = []
+        for answer, opponent, row in zip(answers, opponents, rows, strict=True):
+            votes = decided.get(_key(row["prompt"], answer, opponent))
+            pair = _key(row["prompt"], *sorted((answer, opponent)))
+            if answer == opponent:
+                outcomes.append(0.5)
+            elif votes:
+                outcomes.append(_majority(votes))
+            else:
+                outcomes.append(None)
+                if pair not in listed:
+                    listed.add(pair)
+                    # In an order that the pair determines, so that a later evaluation finds the same line.
+                    first, second = random.Random(pair).sample((answer, opponent), 2)
+                    lines.append({"prompt": row["prompt"], "first": first, "second": second, "choice": None})
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        return outcomes
+
+    return Judge("people's votes", match, constants=0)
+
+
+def _check_line(line: Any) -> dict[str, Any]:
+    """Return a line of the file for votes by hand."""
+    if line["choice"] not in (None, *BY_HAND) or not all(isinstance(line[side], str) for side in ("first", "second")):
+        raise ValueError(f"its choice is {line['choice']!r}")
+    return {name: line[name] for name in ("prompt", "first", "second", "choice")}
+
+
+def _majority(outcomes: Sequence[float]) -> float:
+    mean = fmean(outcomes)
+    return 0.5 if mean == 0.5 else float(mean > 0.5)
+
+
+def _key(prompt: Any, answer: str, opponent: str) -> str:
+    return json.dumps([prompt, answer, opponent])

@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.config.effects import has_effect
-from pipeline.data.arguments import VOTES_FILE
+from pipeline.data.votes import VOTES_FILE
 from pipeline.files import read_json
 from pipeline.runner.steps import KINDS, Step
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
-from pipeline.data.arguments import VOTES_FILE
+from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.settings import BASE, STAGES_OF, VOTES, complete, derive
 from pipeline.evaluation.settings import FILE as EVALUATE

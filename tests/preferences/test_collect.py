@@ -34,14 +34,13 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.config.parser import parse
-from pipeline.data.arguments import VOTES_FILE, DataArguments
+from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
-from pipeline.data.votes import read_votes
+from pipeline.data.votes import VOTES_FILE, read_votes
 from pipeline.errors import EXIT_WAITING, Problem, RunStopped, UserError
 from pipeline.models.generation import Completion
 from pipeline.preferences import labels
-from pipeline.preferences.collect import PreferenceArguments, collect, encode, label_answers, read_prompts
-from pipeline.preferences.files import write
+from pipeline.preferences.collect import PreferenceArguments, collect, encode, label_answers, read_prompts, write
 from pipeline.preferences.judges import Judge, compare, score
 from pipeline.preferences.people import VoteArguments, wait_for_votes
 from pipeline.rewards.annotators import PANEL, taste

@@ -17,11 +17,10 @@ from datasets import load_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.arguments import VOTES_FILE, DataArguments
+from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
-from pipeline.data.votes import Vote, read_votes, split_of, standing
+from pipeline.data.votes import VOTES_FILE, Conflict, Vote, VoteLog, read_votes, split_of, standing
 from pipeline.errors import UserError
-from pipeline.preferences.votes import Conflict, VoteLog
 
 FORK = multiprocessing.get_context("fork")
 ANSWERS = st.text(max_size=20) | st.sampled_from(

@@ -1,0 +1,65 @@
+"""Write data sets in the layout of the Hub: README.md, whose header lists the files, and one Parquet file per split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, List, Value
+from huggingface_hub import DatasetCardData
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+
+PREFERENCES = Features(
+    {
+        **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
+        **dict.fromkeys(("annotator", "first", "kind"), Value("string")),
+        **dict.fromkeys(("taste_chosen", "taste_rejected"), Value("float64")),
+    }
+)
+"""Columns of pairs that annotators, a judge or people have labelled."""
+
+ROWS_PER_GROUP = 2_000
+
+
+def card(files: Mapping[str, Sequence[str]], text: str, **metadata: Any) -> str:
+    """Return the content of README.md.
+
+    Args:
+        files: The splits of each configuration. The files of `default` lie at the top, others in a folder of the name
+            of their configuration.
+        text: What follows the YAML header.
+        metadata: Further fields of the header, such as `license` and `tags`.
+    """
+    configs = []
+    for config, splits in files.items():
+        folder = "" if config == "default" else f"{config}/"
+        data_files = [{"split": split, "path": f"{folder}{split}.parquet"} for split in splits]
+        configs.append({"config_name": config, "data_files": data_files})
+
+    header = DatasetCardData(**metadata, configs=configs or None)
+    return f"---\n{header}\n---\n\n{text}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table whose first column is text, and whose others are numbers."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
+
+
+def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows to a Parquet file, `ROWS_PER_GROUP` at a time, so that only these are in memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = iter(rows)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while group := list(islice(rows, ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+def write_preferences(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write labelled pairs, with the columns of `PREFERENCES`, to a Parquet file."""
+    Dataset.from_list(list(rows), features=PREFERENCES).to_parquet(path)
