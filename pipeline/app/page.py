@@ -18,6 +18,7 @@ from pipeline.report.load import load_run
 from pipeline.report.page import headline, render, report_html
 from pipeline.report.path import path_steps
 from pipeline.report.text import visible
+from pipeline.stages import STAGES
 
 SECTIONS = {
     "path": "The path",
@@ -54,8 +55,7 @@ def build(site: Site) -> gr.Blocks:
 def path_of(site: Site) -> str:
     """Return the picture of the run at the top of the page."""
     run = load_run(site.run)
-    links = {"random": "compare", "pretrain": "compare", "sft": "compare", "ppo": "prefer", "grpo": "rollout"}
-    steps = path_steps(run, {kind: f"#{section}" for kind, section in links.items()})
+    steps = path_steps(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
     return Markup("<h1>{}</h1>").format(visible(headline(run))) + Markup(render("path.html.jinja", {"steps": steps}))
 
 

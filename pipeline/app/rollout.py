@@ -17,17 +17,9 @@ from pipeline.app.models import Loaded, well_formed
 from pipeline.app.site import Site
 from pipeline.errors import LIBRARY_ERRORS, UserError
 from pipeline.models.generation import Completion
-from pipeline.report.labels import stage_info, stage_kind
+from pipeline.report.labels import stage_info
 from pipeline.report.load import load_run
 from pipeline.report.text import number, signed, visible
-
-ABOUT = {
-    "grpo": "GRPO lets the model try a problem several times. What did better than the average of its group becomes "
-    "more likely.",
-    "ppo": "PPO gives each token its own reward: minus the distance that the model has moved from its reference, and "
-    "for the last token the score of the reward model. The critic guesses before each token what is still to come; "
-    "the advantage is by how much the token did better than that.",
-}
 
 SHOWN = 4000
 """Characters of a completion that are shown."""
@@ -35,7 +27,7 @@ SHOWN = 4000
 
 def build(site: Site) -> None:
     """Add the section to the page."""
-    stages = [name for name in site.models.stages if stage_kind(name) in ABOUT]
+    stages = [name for name in site.models.stages if stage_info(name).watch]
     gr.HTML("<h2>Watch a rollout</h2>")
     if not stages:
         gr.HTML("<p>The run has neither a PPO nor a GRPO stage.</p>")
@@ -65,7 +57,7 @@ def build(site: Site) -> None:
             return []
 
     def choose(stage: str) -> tuple[Any, Any]:
-        if stage_kind(stage) == "ppo":
+        if stage_info(stage).has_critic:
             return stage, gr.update(visible=False)
         return before(site, stage), gr.update(visible=True)
 
@@ -80,7 +72,7 @@ def build(site: Site) -> None:
         row = next((dict(row) for row in rows(stage) if row["prompt"][-1]["content"] == text), {})
         messages = row.get("prompt") or [{"role": "user", "content": text}]
         row |= {"answer": answer} if answer else {}
-        steps = grpo if stage_kind(stage) == "grpo" else ppo
+        steps = ppo if stage_info(stage).has_critic else grpo
         parts: list[Markup] = []
         try:
             settings = watch.stage_settings(site.run, stage)
@@ -173,7 +165,7 @@ def ppo(
 def prompt_part(stage: str, messages: Sequence[dict[str, str]], ids: Sequence[int]) -> Markup:
     """Return step 1."""
     text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    return part(1, "Prompt", ABOUT[stage_kind(stage)]) + Markup(
+    return part(1, "Prompt", stage_info(stage).watch) + Markup(
         '<div class="answer">{}</div><p class="soft facts">{} tokens</p></section>'
     ).format(visible(text, SHOWN), len(ids))
 

@@ -17,10 +17,10 @@ from pipeline.data.messages import is_informative
 from pipeline.data.overlap import overlap
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.graders import COMPARED, Grader, load_grader
-from pipeline.evaluation.settings import STAGES_OF
 from pipeline.evaluation.sources import Example, Part, Reader
 from pipeline.files import read_json
 from pipeline.rewards.sandbox.run import validate_sandbox
+from pipeline.stages import HELD_OUT
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
     reader = Reader(run, settings, flags)
     limit = settings.get("limit")
     most = {name: min(n, limit or n) for name, n in MAX_EXAMPLES.items()}
-    parts = {key: part for key in STAGES_OF if (part := reader.find(key)) is not None}
+    parts = {key: part for key in HELD_OUT if (part := reader.find(key)) is not None}
     # Problems have metrics of their own, which compare final answers instead of looking for words.
     rows = {
         key: reader.read(key, part, most[key], left_out="reasoning" if key == "instructions" else None)
@@ -129,7 +129,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         fixed_prompts=_fixed_prompts(run, settings, rows),
         suspects=reader.suspects(parts),
     )
-    if flags and not any(map(found.of, STAGES_OF)):
+    if flags and not any(map(found.of, HELD_OUT)):
         raise UserError(
             *(Problem(f"--{key}", settings[key]["dataset_name"], "has no rows to measure on") for key in flags)
         )

@@ -24,6 +24,7 @@ from pipeline.config.yaml_file import read_yaml
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import Problem, UserError
 from pipeline.files import is_missing_path, read_json
+from pipeline.stages import HELD_OUT, OPPONENT, STAGES, kinds_with_data
 
 FILE = "evaluate.yaml"
 """Name of the file in a recipe folder."""
@@ -34,18 +35,6 @@ VOTES = "votes"
 DEFAULT_LENGTH = 64
 """Tokens of an answer where no stage says how long one may be."""
 
-STAGES_OF = {
-    "text": ("pretrain",),
-    "instructions": ("sft",),
-    "problems": ("grpo",),
-    "prompts": ("ppo", "preferences"),
-    "pairs": ("reward",),
-}
-"""Data that stages are measured on -> kinds of stages whose own data they are by default, the first that there is."""
-LENGTHS = {"instructions": "max_length", "problems": "max_completion_length", "prompts": "max_completion_length"}
-"""The field of that stage that says how long an answer may be."""
-LAYOUT = {"text": "pretrain", "instructions": "sft", "problems": "reasoning", "prompts": "preferences"}
-"""Configurations of the data set that `recipes.data` writes."""
 GRADES = {"exact": "exact_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
 """Short names of rewards that grade answers."""
 ADDED = "chat_template_kwargs"
@@ -121,15 +110,15 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
     stages = list(stages)
     # The last stage of each kind, but the first reward model: it is the one that PPO is trained with.
     last = {kind: (name, values) for name, kind, values in stages}
-    last |= {kind: (name, values) for name, kind, values in reversed(stages) if kind == "reward"}
+    last |= {kind: (name, values) for name, kind, values in reversed(stages) if _scores(kind)}
     trained_on, lengths = {}, {}
     templates = {name: given for name, _, values in stages if (given := _template(values))}
-    for key, kinds in STAGES_OF.items():
-        values = next((last[kind][1] for kind in kinds if kind in last), None)
+    for key, held_out in HELD_OUT.items():
+        values = next((last[kind][1] for kind in kinds_with_data(key) if kind in last), None)
         if values and values.get("dataset_name"):
             trained_on[key] = _own_source(key, values)
-            if key in LENGTHS:
-                lengths[key] = values.get(LENGTHS[key])
+            if held_out.length:
+                lengths[key] = values.get(held_out.length)
                 templates |= {key: given} if (given := _template(values)) else {}
     outputs = {str(home / name) for name, _, _ in stages}
     first: Values = next((values for _, _, values in stages if values.get("model_name_or_path")), {})
@@ -138,14 +127,22 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         "home": str(home),
         "trained_on": trained_on,
         "lengths": lengths,
-        "against": last["sft"][0] if "sft" in last else BASE if base else None,
+        "against": last[OPPONENT][0] if OPPONENT in last else BASE if base else None,
         "base": base.get("model_name_or_path"),
         "base_tokenizer": base.get("tokenizer_name_or_path"),
         "reward_models": [
-            path for _, kind, values in stages if kind == "ppo" for path in _listed(values, "reward_model_path")
+            path
+            for _, kind, values in stages
+            if kind in STAGES and STAGES[kind].has_critic
+            for path in _listed(values, "reward_model_path")
         ],
         ADDED: templates or None,
     }
+
+
+def _scores(kind: str) -> bool:
+    """Return whether stages of a kind make reward models."""
+    return kind in STAGES and not STAGES[kind].generates
 
 
 def _template(values: Values) -> dict[str, Any]:
@@ -189,7 +186,7 @@ def _own_source(key: str, values: Values) -> dict[str, Any]:
 
 def defaults() -> dict[str, Any]:
     """Return the values of the keys that do not name data where they are not given."""
-    return {item.name: item.default for item in fields(EvaluationArguments) if item.name not in STAGES_OF}
+    return {item.name: item.default for item in fields(EvaluationArguments) if item.name not in HELD_OUT}
 
 
 def complete(content: Values, derived: Values, only_named: bool = False) -> dict[str, Any]:
@@ -205,7 +202,7 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
     settings["against"] = content.get("against") or derived["against"]
     if isinstance(tasks := settings["lm_eval_tasks"], str):
         settings["lm_eval_tasks"] = [tasks]
-    for key in STAGES_OF:
+    for key in HELD_OUT:
         if key in content:
             settings[key] = _named_source(content[key], own)
         elif only_named:
@@ -275,13 +272,14 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
 def with_layout(settings: Values, run: Path) -> dict[str, Any]:
     """Add what RUN has and the settings do not mention: data in RUN/data and RUN/3_preferences, and an SFT stage."""
     found: dict[str, Any] = {
-        key: {"dataset_name": str(run / "data"), "dataset_config": config}
-        for key, config in LAYOUT.items()
-        if (run / "data" / config / "test.parquet").is_file()
+        key: {"dataset_name": str(run / "data"), "dataset_config": held_out.config}
+        for key, held_out in HELD_OUT.items()
+        if held_out.config and (run / "data" / held_out.config / "test.parquet").is_file()
     }
     if (run / "3_preferences" / "test.parquet").is_file():
         found["pairs"] = {"dataset_name": str(run / "3_preferences")}
-    against = settings["against"] or max((path.parent.name for path in run.glob("[0-9]*_sft*/*.json")), default=None)
+    opponents = [path.parent.name for path in run.glob(f"[0-9]*_{OPPONENT}*/*.json")]
+    against = settings["against"] or max(opponents, default=None)
     return {**found, **settings, "trained_on": found | settings["trained_on"], "against": against}
 
 
@@ -314,7 +312,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         problems.append(Problem("samples", samples, f"must be at most {MAX_SAMPLES}"))
     if content.get("vllm") and (fault := validate_vllm()):
         problems.append(Problem("vllm", True, fault))
-    for key in STAGES_OF:
+    for key in HELD_OUT:
         source = content.get(key)
         if not isinstance(source, Mapping) or source == settings["trained_on"].get(key):
             continue  # a stage's own data are checked with the stage
@@ -353,15 +351,15 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
     given = {name: value for name, value in vars(args).items() if value is not None}
     columns = {name: given[name] for name in SOURCE_FIELDS if name in given}
     columns |= {"dataset_test_split": given["split"]} if "split" in given else {}
-    data = {key: {"dataset_name": given[key], **columns} for key in STAGES_OF if key in given}
+    data = {key: {"dataset_name": given[key], **columns} for key in HELD_OUT if key in given}
     options = {name: given[name] for name in defaults() if name in given}
     content = read_yaml(args.config) if args.config else without_derived(own)
     alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)  # nothing else is measured
-    content = {key: value for key, value in content.items() if not alone or key not in STAGES_OF} | data | options
-    settings = complete(content, own, only_named=alone or any(key in content for key in STAGES_OF if args.name))
-    checked = {key: settings.get(key) for key in STAGES_OF if args.config or key in data}
+    content = {key: value for key, value in content.items() if not alone or key not in HELD_OUT} | data | options
+    settings = complete(content, own, only_named=alone or any(key in content for key in HELD_OUT if args.name))
+    checked = {key: settings.get(key) for key in HELD_OUT if args.config or key in data}
     rewards = [*settings["reward_models"], *move(settings, Path(args.run))["reward_models"]]
-    problems = check({**settings, **dict.fromkeys(STAGES_OF), **checked, "reward_models": rewards})
+    problems = check({**settings, **dict.fromkeys(HELD_OUT), **checked, "reward_models": rewards})
 
     def as_option(problem: Problem) -> Problem:
         key, colon, name = problem.field.partition(": ")

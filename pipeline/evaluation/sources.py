@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from pipeline.data.columns import Kind, Split, are_few, column_names, converter, is_of_hub
+from pipeline.data.columns import Split, are_few, column_names, converter, is_of_hub
 from pipeline.data.messages import ShapeError, shorten
 from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
@@ -28,8 +28,9 @@ from pipeline.data.splits import keep_rows, load_splits
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.graders import COMPARED
-from pipeline.evaluation.settings import STAGES_OF, Source
+from pipeline.evaluation.settings import Source
 from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
+from pipeline.stages import HELD_OUT
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,6 @@ HELD_OUT_SPLITS = ("test", "validation")
 
 READ_WHOLE_BYTES = 64 << 20
 """Size of Parquet files up to which they are read as they are; `datasets` copies larger ones into its cache."""
-
-KINDS: Mapping[str, Kind] = {
-    "text": "text", "instructions": "conversation", "problems": "prompt", "prompts": "prompt", "pairs": "preference",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class Reader:
 
     def __init__(self, run: Path, settings: Mapping[str, Any], flags: Collection[str]) -> None:
         self.run, self.flags = run, flags
-        self.sources = {key: documents_of(Source(**settings[key])) for key in STAGES_OF if settings.get(key)}
+        self.sources = {key: documents_of(Source(**settings[key])) for key in HELD_OUT if settings.get(key)}
         self.own = {key: documents_of(Source(**source)) for key, source in settings["trained_on"].items()}
         self.named = {key for key in self.sources if key in flags or self.sources[key] != self.own.get(key)}
         self._opened: dict[tuple[str | None, ...], DatasetDict | IterableDatasetDict] = {}
@@ -174,7 +171,7 @@ class Reader:
         faults: list[tuple[int, ShapeError]] = []
         with self._naming(key):
             columns = column_names(part.data)
-            convert, _ = converter(part.data, columns, part.source, KINDS[key])
+            convert, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
             if key == "problems" and part.source.grade in COMPARED and part.source.answer_column not in columns:
                 remedy = f"does not exist; choose from: {', '.join(columns)}"
                 raise UserError(Problem("answer_column", part.source.answer_column, remedy))

@@ -21,7 +21,7 @@ from pipeline.evaluation.held_out import HeldOut, find_overlaps
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.results import StageResult, held_out_pairs
 from pipeline.evaluation.reward_model import measure_pairs, measure_people
-from pipeline.evaluation.settings import BASE, DEFAULT_LENGTH, LENGTHS, VOTES, template_arguments
+from pipeline.evaluation.settings import BASE, DEFAULT_LENGTH, VOTES, template_arguments
 from pipeline.evaluation.sources import Example
 from pipeline.files import check_directory
 from pipeline.models.checks import check_lengths
@@ -31,6 +31,7 @@ from pipeline.models.vllm_sampler import VLLMSampler
 from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
 from pipeline.preferences.people import load_votes
 from pipeline.rewards.grading import is_gradable
+from pipeline.stages import HELD_OUT
 
 Settings = Mapping[str, Any]
 
@@ -253,17 +254,18 @@ def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]
         UserError: If one that the user gave exceeds the model's context.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    answered = [key for key, held_out in HELD_OUT.items() if held_out.length]
     given = settings.get("max_new_tokens")
     if given:
         if problems := check_lengths(positions, max_new_tokens=given):
             raise UserError(*(replace(problem, field=f"--{problem.field}") for problem in problems))
-        return dict.fromkeys(LENGTHS, int(given))
+        return dict.fromkeys(answered, int(given))
     from trl import GRPOConfig, SFTConfig
 
     own = {"max_length": SFTConfig.max_length, "max_completion_length": GRPOConfig.max_completion_length}
-    found: dict[str, int] = {key: length or own[LENGTHS[key]] for key, length in settings["lengths"].items()}
+    found: dict[str, int] = {key: length or own[HELD_OUT[key].length] for key, length in settings["lengths"].items()}
     other = next(iter(found.values()), DEFAULT_LENGTH)
-    return {key: min(found.get(key, other), positions or 1 << 30) for key in LENGTHS}
+    return {key: min(found.get(key, other), positions or 1 << 30) for key in answered}
 
 
 def holds_model(path: Path) -> bool:

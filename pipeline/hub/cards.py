@@ -16,24 +16,10 @@ from safetensors import safe_open
 
 from pipeline.files import read_json, split_revision
 from pipeline.hub.contents import places, public_settings, without_paths
-from pipeline.hub.stages import GENERAL, STAGES, StageText, registration, uses
+from pipeline.hub.stages import GENERAL, registration, uses
+from pipeline.stages import BASELINES, HELD_OUT, STAGES, StageKind
 
 Values = Mapping[str, Any]
-
-MEASURED_ON = {
-    "text": ("bits_per_byte",),
-    "instructions": ("instruction_", "answer_", "stop_rate", "mean_length"),
-    "problems": ("pass@", "maj@", "step_rate", "reasoning_"),
-    "prompts": ("win_rate", "last_sentence"),
-    "pairs": ("reward_",),
-}
-"""Data, as the settings of an evaluation call them -> beginnings of the names of what is measured there."""
-
-BASELINES = {
-    "elicited": "`{against}`, its answer begun with “{text}”",
-    "majority": "the most frequent answer of the training data to each kind of problem",
-    "constant": "`{against}`, with a fixed text before or after its answer",
-}
 
 CRITIC = "value_model"
 SAMPLES = 4
@@ -86,9 +72,9 @@ class Trained:
         return self.folder.name
 
     @property
-    def text(self) -> StageText:
+    def about(self) -> StageKind:
         """What is known about its kind."""
-        return STAGES.get(self.kind) or StageText(self.kind, "A model.", "As below.", "Its limits are not known.")
+        return STAGES.get(self.kind, StageKind(name=self.kind))
 
     @property
     def config(self) -> Values:
@@ -122,10 +108,10 @@ class Trained:
 
 def model_card(trained: Trained) -> str:
     """Return the README.md of a model."""
-    text, settings = trained.text, trained.settings
+    about, settings = trained.about, trained.settings
     base = trained.on_hub(settings.get("model_name_or_path"))
     results = list(_results(trained))
-    is_reward = trained.kind == "reward"
+    text, title = about.card, about.name.lower()
     data = ModelCardData(
         base_model=base,
         datasets=trained.datasets or None,
@@ -134,13 +120,13 @@ def model_card(trained: Trained) -> str:
         library_name="peft" if trained.adapter else "transformers",
         license=trained.license,
         model_name=trained.name.rsplit("/", 1)[-1] if results else None,
-        pipeline_tag="text-classification" if is_reward else "text-generation",
+        pipeline_tag="text-generation" if about.generates else "text-classification",
         tags=["fourstage", *text.tags],
     )
     answers = _answers(trained, "answers", "prompt")
     prompt = answers[0][0] if answers else "What is an LLM?"
     number = re.match(r"\d+", trained.stage)
-    stage = f"**Stage {number.group()}, {text.title}.** " if number else f"**{text.title.capitalize()}.** "
+    stage = f"**Stage {number.group()}, {title}.** " if number else f"**{title.capitalize()}.** "
     body = (
         _environment()
         .get_template("model.md.jinja")
@@ -200,7 +186,7 @@ def _facts(trained: Trained, base: str | None) -> Iterator[tuple[str, str]]:
         yield "Trained from", f"[{base}](https://huggingface.co/{base})"
     elif start:
         yield "Trained from", f"`{Path(str(start)).name}`, which was not pushed"
-    elif trained.kind == "pretrain":
+    elif trained.about.from_scratch:
         yield "Trained from", "random weights"
     if found := trained.datasets:
         config = trained.settings.get("dataset_config")
@@ -209,7 +195,7 @@ def _facts(trained: Trained, base: str | None) -> Iterator[tuple[str, str]]:
     rewards = trained.settings.get("reward_model_path")
     for reward in rewards if isinstance(rewards, list) else [rewards]:
         if found_reward := trained.on_hub(reward):
-            yield "Reward model", f"[{found_reward}](https://huggingface.co/{found_reward})"
+            yield STAGES["reward"].name, f"[{found_reward}](https://huggingface.co/{found_reward})"
     if names := trained.settings.get("reward_funcs"):
         yield "Reward functions", ", ".join(f"`{name}`" for name in ([names] if isinstance(names, str) else names))
     parameters = count_parameters(trained.folder)
@@ -264,16 +250,15 @@ def _answers(trained: Trained, key: str, question: str) -> list[tuple[str, str]]
 
 def _results(trained: Trained) -> Iterator[EvalResult]:
     """Yield what the Hub shows of a model's metrics. It has no field for intervals; they are among the arguments."""
-    is_reward = trained.kind == "reward"
     for metric, entry in _estimates(trained):
-        key = next((key for key, names in MEASURED_ON.items() if metric.startswith(names)), "")
+        key = next((key for key, held_out in HELD_OUT.items() if metric.startswith(held_out.metrics)), "")
         source = trained.measured_on.get(key) or {}
         name = source.get("dataset_name")
         name = ", ".join(name) if isinstance(name, list) else name
         shown = trained.on_hub(name) or Path(str(name or "held-out data")).name
         task, colon, own = metric.partition(":")  # of lm-eval
         yield EvalResult(
-            task_type="text-classification" if is_reward else "text-generation",
+            task_type="text-generation" if trained.about.generates else "text-classification",
             dataset_type=task if colon else shown,
             dataset_name=task if colon else shown.rsplit("/", 1)[-1],
             dataset_config=source.get("dataset_config"),
@@ -319,7 +304,7 @@ def _remarks(trained: Trained) -> Iterator[str]:
     own, against = dict(_estimates(trained)), trained.evaluation.get("against") or "the stage before it"
     for name, entry in _inner(trained.metrics, "baselines").items():
         if isinstance(entry, Mapping) and set(own) & set(entry) and name in BASELINES:
-            yield f"{name}: " + BASELINES[name].format(against=against, text=entry.get("text", ""))
+            yield f"{name}: " + BASELINES[name].card.format(against=against, text=entry.get("text", ""))
     if "win_rate" in own:
         judge = trained.evaluation.get("judge") or trained.metrics.get("judge") or "annotators"
         yield f"Win rates are those against `{against}`, judged by {judge}; 0.5 is as good."

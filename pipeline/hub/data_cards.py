@@ -20,7 +20,10 @@ def base_card(name: str, trained: Trained) -> str:
     """Return the README.md of the base model `name` of an adapter, if it was merged from an earlier adapter."""
     start = trained.on_hub(trained.settings.get("model_name_or_path"))
     data = ModelCardData(
-        base_model=start, license=trained.license, library_name="transformers", tags=["fourstage", *trained.text.tags]
+        base_model=start,
+        license=trained.license,
+        library_name="transformers",
+        tags=["fourstage", *trained.about.card.tags],
     )
     source = f"[{start}](https://huggingface.co/{start})" if start else "an earlier adapter"
     text = (

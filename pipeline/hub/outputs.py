@@ -20,6 +20,7 @@ from pipeline.hub.cards import CRITIC, Trained, model_card
 from pipeline.hub.contents import Files, clean, places, public_settings, publishable, to_bytes
 from pipeline.hub.data_cards import base_card, critic_card, dataset_card, load_card, space_card
 from pipeline.hub.upload import retry
+from pipeline.stages import STAGES
 
 BASE = "base"
 """Folder of an adapter that holds its base model, if that was itself merged from an adapter."""
@@ -247,7 +248,8 @@ class Outputs:
             folder=self.folders[output],
             kind=kind,
             name=self.id_of(output),
-            settings={} if kind == "random" else settings,  # it shares the file of pretraining
+            # The settings of a stage without a file are those of another stage.
+            settings={} if kind in STAGES and STAGES[kind].file_of else settings,
             command=step.get("command") or "",
             seconds=step.get("seconds"),
             machine=step,

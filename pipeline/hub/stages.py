@@ -1,80 +1,14 @@
-"""What model cards say about each kind of stage, and how its model is used."""
+"""How the model of a stage is used, as model cards say."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from pipeline.stages import STAGES, StageKind
+
 GENERAL = "It was measured only as shown here, and not for safety: test it yourself before people use it."
-
-
-@dataclass(frozen=True)
-class StageText:
-    """A kind of stage.
-
-    Attributes:
-        title: What it is called.
-        summary: What its model is, in one or two sentences.
-        how: How it is trained.
-        limit: What its model cannot do.
-        tags: Tags of its repository.
-    """
-
-    title: str
-    summary: str
-    how: str
-    limit: str
-    tags: tuple[str, ...] = ()
-
-
-STAGES = {
-    "random": StageText(
-        "random weights",
-        "A model that has learned nothing yet. It is what pretraining starts from, and what the other stages of the "
-        "run are compared with.",
-        "It was not: these are the random weights that pretraining starts from.",
-        "It writes gibberish.",
-    ),
-    "pretrain": StageText(
-        "pretraining",
-        "A base model, which continues text. It has not been tuned to follow instructions.",
-        "By predicting the next token of documents, with `transformers.Trainer`.",
-        "It continues a text and does not answer; for answers, take a later stage.",
-    ),
-    "sft": StageText(
-        "instruction tuning",
-        "A chat model, which answers questions and follows instructions.",
-        "By predicting the answers of example conversations, with `trl.SFTTrainer`.",
-        "It imitates the answers that it was shown, with their mistakes, and states what it does not know as "
-        "confidently as what it does.",
-        ("trl", "sft"),
-    ),
-    "reward": StageText(
-        "reward model",
-        "A model that scores answers: the higher the score, the more the annotators would like the answer. It does not "
-        "write text.",
-        "On pairs of answers of which one was preferred, with `trl.RewardTrainer`.",
-        "Its scores compare answers to the same prompt; across prompts, and for answers unlike those that it was "
-        "trained on, they mean little. A policy that is trained against it for long finds its blind spots.",
-        ("trl", "reward-trainer"),
-    ),
-    "ppo": StageText(
-        "preference tuning",
-        "A chat model that was tuned to answer as people prefer.",
-        "By PPO against a reward model, with a critic, on TRL's `GRPOTrainer`.",
-        "It was tuned to please a reward model, which is not the same as being right.",
-        ("trl", "ppo", "rlhf"),
-    ),
-    "grpo": StageText(
-        "reasoning",
-        "A chat model that was tuned to reason its way to right answers.",
-        "By GRPO, with rewards for right final answers, with `trl.GRPOTrainer`.",
-        "It was rewarded for its final answer: the steps before it may be wrong where the answer is right.",
-        ("trl", "grpo", "reasoning"),
-    ),
-}
 
 
 def registration(config: Mapping[str, Any]) -> str:
@@ -97,7 +31,8 @@ def uses(kind: str, name: str, adapter: bool, prompt: str, imports: str = "") ->
         imports: What a reward model needs, of `registration`.
     """
     prompt = json.dumps(prompt, ensure_ascii=False)
-    if kind == "reward":
+    stage = STAGES.get(kind, StageKind())
+    if not stage.generates:
         model_class = "AutoModelForSequenceClassification"
         code = f"""\
 {imports}import torch
@@ -110,7 +45,7 @@ inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dic
 with torch.no_grad():
     print(model(**inputs).logits.item())"""
         return [("The score of an answer:", "python", code)]
-    if kind in ("random", "pretrain"):
+    if not stage.chats:
         code = f"""\
 from transformers import pipeline
 

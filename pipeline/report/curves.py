@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.evaluation.intervals import finite
-from pipeline.report.labels import stage_kind
+from pipeline.report.labels import stage_info
 from pipeline.report.load import Run, Stage
 
 Points = list[tuple[float, float]]
@@ -42,59 +42,19 @@ class Chart:
     note: str = ""
 
 
-# Kind of stage -> charts as (title, ((name of the line, logged key), ...), note).
-_STEP_CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, str], ...], str], ...]] = {
-    "pretrain": (
-        ("Loss, nats per token", (("training", "loss"), ("validation", "eval_loss")), ""),
-        ("Bits per byte, validation", (("validation", "eval_bits_per_byte"),), ""),
-    ),
-    "sft": (
-        ("Loss, nats per token", (("training", "loss"), ("validation", "eval_loss")), "Answers only."),
-        ("Token accuracy", (("training", "mean_token_accuracy"), ("validation", "eval_mean_token_accuracy")), ""),
-    ),
-    "reward": (
-        (
-            "Reward-model accuracy",
-            (("training", "accuracy"), ("validation", "eval_accuracy")),
-            "Share of pairs whose preferred answer scores higher; 0.5 is chance.",
-        ),
-        ("Loss", (("training", "loss"), ("validation", "eval_loss")), ""),
-    ),
-    "ppo": (
-        (
-            "What PPO maximises",
-            (("score", "objective/scores"), ("score minus KL penalty", "objective/rlhf_reward")),
-            "Scores are normalised as in training.",
-        ),
-        ("KL to the initial policy, nats per answer", (("KL", "objective/kl"),), ""),
-        ("Entropy, nats per token", (("entropy", "policy/entropy_avg"),), ""),
-        ("Answer length, tokens", (("mean", "completions/mean_length"),), ""),
-    ),
-    "grpo": (
-        ("Reward", (("training", "reward"), ("validation", "eval_reward")), "Correctness only."),
-        ("Entropy, nats per token", (("entropy", "entropy"),), ""),
-        (
-            "Answer length, tokens",
-            (("mean", "completions/mean_length"), ("validation", "eval_completions/mean_length")),
-            "The reward does not depend on length.",
-        ),
-    ),
-}
-
-
 def charts_of(run: Run) -> list[Chart]:
     """Return every chart for which the run logged at least two points, in the order of training."""
     charts: list[Chart] = []
     for stage in run.stages.values():
-        kind = stage_kind(stage.name)
-        if kind == "ppo":
+        info = stage_info(stage.name)
+        if info.has_critic:
             title, keys = _scores(stage)
             series = [Series(name, logged(stage, key)) for name, key in keys.items()]
             charts.extend(_chart(stage.name, title, "training steps", series, ""))
-        for title, lines, note in _STEP_CHARTS.get(kind, ()):
-            series = [Series(name, logged(stage, key)) for name, key in lines]
-            charts.extend(_chart(stage.name, title, "training steps", series, note))
-        if kind == "ppo":
+        for chart in info.charts:
+            series = [Series(name, logged(stage, key)) for name, key in chart.lines]
+            charts.extend(_chart(stage.name, chart.title, "training steps", series, chart.note))
+        if info.has_critic:
             charts.extend(_against_kl(stage))
         charts.extend(_routers(stage))
     return charts

@@ -20,7 +20,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.evaluation.intervals import Estimate, finite
 from pipeline.evaluation.results import win_rates
 from pipeline.files import check_regular, read_shapes
-from pipeline.report.labels import STAGES, stage_info, stage_kind, stage_order
+from pipeline.report.labels import stage_info, stage_order
 
 Outcomes = dict[str, tuple[float, float, str]]
 """Example id, followed by the hash of the example's content -> (value, weight, kind)."""
@@ -193,7 +193,7 @@ def _set_machine(run: Run) -> None:
         for name, step in run.steps.items()
         if name != "report" and any(map(step.get, MACHINE_KEYS))
     }
-    trained = [name for name in facts if stage_kind(name) in STAGES and stage_info(name).trained]
+    trained = [name for name in facts if stage_info(name).trained]
     last = max(trained or facts, key=lambda name: str(run.steps[name].get("finished_at") or ""), default=None)
     if last is None:  # older runs have one record for all steps
         whole = {"commit": run.record.get("git_commit"), **run.record}

@@ -21,9 +21,7 @@ from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, experts, figures, gains, others, remarks, show_targets, tiles
 from pipeline.report.targets import Target, TargetResult, check_targets, is_pocket, load_targets
 from pipeline.report.text import code, duration, magnitude, markdown, number, visible
-
-PLACES = {"random": "#answers", "pretrain": "#curves", "sft": "#answers", "ppo": "#gains", "grpo": "#reasoning"}
-"""Where the boxes of the path lead to in the report."""
+from pipeline.stages import STAGES
 
 
 def write_report(run: Run, found: Sequence[Difference], targets: Sequence[Target], directory: Path) -> Path:
@@ -75,13 +73,14 @@ def page_content(
     """Return what report.html.jinja and report.md.jinja show."""
     answers, changes, traces = _answers(run), gains(run, found), _traces(run)
     charts = charts_of(run)
-    parts = {"#answers": answers, "#curves": charts, "#gains": changes, "#reasoning": traces["pairs"]}
+    parts = {"answers": answers, "curves": charts, "gains": changes, "reasoning": traces["pairs"]}
+    links = {kind: f"#{info.box.place}" for kind, info in STAGES.items() if info.box and parts[info.box.place]}
     return {
         "name": run.name,
         "headline": headline(run),
         "facts": facts(summary),
         "path": str(run.path),
-        "steps": path_steps(run, {kind: place for kind, place in PLACES.items() if parts[place]}),
+        "steps": path_steps(run, links),
         "tiles": tiles(run),
         "targets": show_targets(results),
         "alarms": [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.evaluation.metric_info import is_share, metric_info
@@ -11,81 +10,11 @@ from pipeline.report.labels import stage_info, stage_kind, twins
 from pipeline.report.load import Run, Stage
 from pipeline.report.summary import training_cost
 from pipeline.report.text import magnitude, number
+from pipeline.stages import STAGES
 
 LONGEST_SAMPLE = 160
 """Characters of a sample."""
 
-
-@dataclass(frozen=True)
-class Step:
-    """A box of the picture.
-
-    Attributes:
-        kinds: The stages that it stands for; the last of the run gives the figure and the sample.
-        title: Its name.
-        about: What happens, in one sentence.
-        goes_in: What the model is given.
-        trains: What changes its weights.
-        parts: The steps within it, as (name, what happens); the kind of a stage in place of a name adds its figure.
-    """
-
-    kinds: tuple[str, ...]
-    title: str
-    about: str
-    goes_in: str
-    trains: str
-    parts: tuple[tuple[str, str], ...] = ()
-
-
-STEPS = (
-    Step(
-        ("random", "base"),
-        "Random weights",
-        "A new model: numbers drawn at random. It has read nothing, and writes gibberish.",
-        "nothing",
-        "nothing yet",
-    ),
-    Step(
-        ("pretrain",),
-        "Pretraining",
-        "It reads much text and learns to guess the next token, which is a word or a piece of one. Now it knows "
-        "language, but only continues what it is given.",
-        "plain text",
-        "its wrong guesses of the next token",
-    ),
-    Step(
-        ("sft",),
-        "Instruction tuning",
-        "It reads questions with good answers and learns to answer, and to stop.",
-        "questions with answers",
-        "the difference from the given answer",
-    ),
-    Step(
-        ("ppo",),
-        "Preference tuning",
-        "It learns which of its answers people like better.",
-        "prompts without answers",
-        "the score of its own answers",
-        (
-            ("Choices", "two answers to one prompt: which is better?"),
-            ("reward", "a second model learns to score answers as the choices would"),
-            ("PPO", "answers with high scores become more likely, in small steps"),
-        ),
-    ),
-    Step(
-        ("grpo",),
-        "Reasoning",
-        "It tries problems whose answer can be checked, and learns to work them out.",
-        "problems with a known result",
-        "whether the result is right",
-        (
-            ("Prompt", "a problem"),
-            ("Completions", "several attempts at it"),
-            ("Check", "is the result right?"),
-            ("Update", "right attempts become more likely, wrong ones less; then the next problem"),
-        ),
-    ),
-)
 
 PHRASES = {
     "bits_per_byte": "{now} bits for each byte of unseen text, the fewer the better",
@@ -104,25 +33,27 @@ def path_steps(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
         run: The run whose figures and samples they show.
         links: Kind of a stage -> where its box leads.
     """
-    boxes = []
+    boxes: list[dict[str, Any]] = []
     before: Stage | None = None
-    for place, step in enumerate(STEPS):
-        stage = next((stage for kind in step.kinds for stage in _stages(run, kind)), None)
+    for kind, info in STAGES.items():
+        if (box := info.box) is None:
+            continue
+        stage = next((stage for one in (kind, *box.others) for stage in _stages(run, one)), None)
         prompt, sample = _sample(run, stage)
         boxes.append(
             {
-                "drawing": step.kinds[0],
-                "number": place,
-                "title": stage_info(stage.name).title if stage and step.kinds[-1] == "base" else step.title,
+                "drawing": box.drawing,
+                "number": len(boxes),
+                "title": STAGES[stage_kind(stage.name)].name if stage else info.name,
                 "stage": stage.name if stage else "",
-                "about": step.about,
-                "goes_in": _amount(stage) + step.goes_in,
-                "trains": step.trains,
-                "parts": [_part(run, name, what) for name, what in step.parts],
+                "about": box.about,
+                "goes_in": _amount(stage) + box.goes_in,
+                "trains": box.trains,
+                "parts": [_part(run, name, what) for name, what in box.parts],
                 "figure": _figure(run, stage, before) if stage else "",
                 "prompt": prompt,
                 "sample": sample,
-                "link": links.get(step.kinds[0], ""),
+                "link": links.get(kind, ""),
             }
         )
         before = stage or before
@@ -137,7 +68,7 @@ def _stages(run: Run, kind: str) -> list[Stage]:
 
 def _part(run: Run, name: str, what: str) -> dict[str, str]:
     stages = _stages(run, name)
-    title = stage_info(name).title if name == "reward" else name
+    title = STAGES[name].name if name in STAGES else name
     return {"title": title, "what": what, "figure": _figure(run, stages[0], None) if stages else ""}
 
 
@@ -167,7 +98,7 @@ def _sample(run: Run, stage: Stage | None) -> tuple[str, str]:
     """Return a prompt and what the stage answers: the first problem for reasoning, otherwise the first prompt."""
     if stage is None:
         return "", ""
-    if stage_kind(stage.name) == "grpo" and stage.traces:
+    if stage_info(stage.name).held_out == "problems" and stage.traces:
         return _cut(str(stage.traces[0]["problem"])), _cut(str(stage.traces[0]["answer"]))
     if stage.answers:
         return _cut(str(stage.answers[0]["prompt"])), _cut(str(stage.answers[0]["answer"]))

@@ -10,12 +10,13 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
 from pipeline.evaluation.results import remarks as said
 from pipeline.report.differences import Difference
-from pipeline.report.labels import BASELINES, EVALUATE, stage_info, stage_kind, step_order, twins
+from pipeline.report.labels import EVALUATE, stage_info, step_order, twins
 from pipeline.report.load import Run, Stage
 from pipeline.report.summary import evaluation_seconds, seconds
 from pipeline.report.svg import interval_bar, share_bar
 from pipeline.report.targets import TargetResult
 from pipeline.report.text import duration, interval, magnitude, number, signed
+from pipeline.stages import BASELINES
 
 
 def tiles(run: Run) -> list[dict[str, Any]]:
@@ -104,7 +105,8 @@ def _of_kind(estimate: Estimate | None, kind: str) -> Estimate | None:
 def baseline_title(run: Run, baseline: Stage) -> str:
     """Return what a baseline is called, with the text or texts that its answers share."""
     texts = " or ".join(f"“{text}”" for text in dict.fromkeys(baseline.texts.values()))
-    title = BASELINES.get(baseline.name, baseline.name).replace("{against}", run.against)
+    title = BASELINES[baseline.name].title if baseline.name in BASELINES else baseline.name
+    title = title.replace("{against}", run.against)
     return f"{title} {texts}".strip()
 
 
@@ -194,7 +196,7 @@ def experts(run: Run) -> dict[str, Any]:
     loads = {
         name: stage.experts.get("layers", []) for name, stage in run.stages.items() if "expert_load" in stage.metrics
     }
-    shown = next((name for name in loads if stage_kind(name) == "pretrain"), "")
+    shown = next((name for name in loads if stage_info(name).from_scratch), "")
     documents = run.stages[shown].experts.get("documents", []) if shown else []
     try:
         rows = [

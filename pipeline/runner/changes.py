@@ -9,13 +9,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.config.effects import has_effect
 from pipeline.data.votes import VOTES_FILE
 from pipeline.files import read_json
-from pipeline.runner.steps import KINDS, Step
+from pipeline.runner.steps import Step, recipe_types
 
 OF_RANDOM_MODEL = ("seed", "tokenizer_name_or_path", "output_dir")
 """Fields of pretraining that an untrained model depends on, besides its sizes."""
@@ -51,8 +50,8 @@ class Changes:
         now = recorded_values(step)
         pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
         changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        effective = {name: pair for name, pair in changed.items() if _matters(step.kind, name, now)}
-        if effective and step.kind in KINDS:
+        effective = {name: pair for name, pair in changed.items() if _matters(step, name, now)}
+        if effective and step.stage.module:
             effective = _with_defaults(step, effective, before, now)
         return cls(effective, {name: pair for name, pair in changed.items() if name not in effective})
 
@@ -68,11 +67,12 @@ class Changes:
         return ", ".join(texts[:SHOWN]) + more
 
 
-def _matters(kind: str, name: str, now: Mapping[str, Any]) -> bool:
+def _matters(step: Step, name: str, now: Mapping[str, Any]) -> bool:
     """Return whether the field `name` has an effect on what a step writes whose settings are `now`."""
-    if kind == "evaluate":  # reward models are named to check the judge; lengths limit answers if nothing else does
+    # An evaluation names reward models to check the judge, and lengths to limit answers if nothing else does.
+    if step.kind == "evaluate":
         return name != "reward_models" and not (name == "lengths" and now.get("max_new_tokens"))
-    return not (kind in KINDS and KINDS[kind].measured) or has_effect(name, now)
+    return not step.stage.measured or has_effect(name, now)
 
 
 def _with_defaults(
@@ -81,17 +81,17 @@ def _with_defaults(
     """Return those of the `changed` fields that still differ once defaults and types are known."""
     from pipeline import hardware  # these imports take seconds
     from pipeline.config.output_directory import RECORD
-    from pipeline.config.parser import argument_types, field_types
+    from pipeline.config.parser import field_types
     from pipeline.config.yaml_file import convert
     from pipeline.models.llama4 import ScratchArguments
 
-    types = argument_types(resolve_name(f"{KINDS[step.kind].module}:main"))
+    types = recipe_types(step)
     hints = field_types(*types)
     defaults = {item.name: item.default for kind in types for item in dataclasses.fields(kind)}
     machine = {name: choice.value for name, choice in hardware.training_defaults().items()}
     # Only training records it.
     ran_with = read_json(step.output / RECORD)
-    if step.kind == "random":
+    if step.stage.file_of:
         read = {*OF_RANDOM_MODEL, *(item.name for item in dataclasses.fields(ScratchArguments))}
         changed = {name: pair for name, pair in changed.items() if name in read}
 

@@ -189,7 +189,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]
         problems = check_steps(due) if due else []
         if shards(file := launch_file(args)):
             remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
-            problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in due if step.kind == "ppo"]
+            problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in due if step.stage.has_critic]
     if problems:
         raise UserError(*problems)
     return plan, decided

@@ -32,14 +32,14 @@ from pipeline.errors import Problem, UserError
 from pipeline.progress import short_count, time_in_words
 from pipeline.runner.launcher import check_launch_file, launch_file, shards
 from pipeline.runner.plan import read_plan
-from pipeline.runner.steps import KINDS, Settings, Step, check_steps, override_steps, settings_of
+from pipeline.runner.steps import Settings, Step, check_steps, override_steps, settings_of
+from pipeline.stages import STAGES
 
 if TYPE_CHECKING:  # these imports take seconds, which `--help` must not
     from transformers import PreTrainedModel
 
     from pipeline.hardware import Processor
 
-SAMPLING = ("preferences", "ppo", "grpo")
 TEXT, ANSWER = 1 / 4, 1 / 3
 LAYER, VLLM_LAYER = 1e-3, 1e-4
 """Seconds of a layer for one position of all answers: transformers launches its kernels one by one."""
@@ -81,7 +81,7 @@ class Stage:
 
 def row_length(stage: Stage, longest: bool = False) -> float:
     """Return the tokens of an average row, or of the longest: a block, a text, or a prompt with its answer."""
-    if stage.kind in SAMPLING:
+    if STAGES[stage.kind].samples:
         return stage.text + stage.cut * (1 if longest else ANSWER)
     return stage.cut if longest or stage.own.packing else min(stage.text, stage.cut)
 
@@ -125,7 +125,7 @@ def flops(stage: Stage) -> float:
 def sampled_at_once(stage: Stage) -> int:
     """Return the answers that a process samples at once."""
     own = stage.own
-    if stage.kind not in SAMPLING or own.generation_batch_size:
+    if not STAGES[stage.kind].samples or own.generation_batch_size:
         return (own.generation_batch_size or 0) // stage.processes
     batches = own.steps_per_generation or own.gradient_accumulation_steps
     return own.batch_size or own.per_device_train_batch_size * batches
@@ -133,7 +133,7 @@ def sampled_at_once(stage: Stage) -> int:
 
 def sampling_seconds(stage: Stage) -> float:
     """Return the time of sampling: a batch of answers is sampled position by position, up to the longest answer."""
-    if stage.kind not in SAMPLING:
+    if not STAGES[stage.kind].samples:
         return 0.0
     positions = rows(stage) / (sampled_at_once(stage) * stage.processes) * stage.cut
     layer = VLLM_LAYER if stage.own.use_vllm else LAYER
@@ -223,16 +223,16 @@ def read_stage(step: Step, made: dict[str, Any], processes: int, sharded: bool, 
     kind, own = step.kind, settings_of(step)
     if kind in ("tokenizer", "votes"):
         made[own.output_dir] = own.vocab_size or own.min_votes
-    if not KINDS[kind].launched:
+    if not step.stage.launched:
         return None
-    if kind == "pretrain":
+    if step.stage.from_scratch:
         name = own.tokenizer_name_or_path
         vocabulary = made.get(name) or len(load_tokenizer(name, "tokenizer_name_or_path"))
         model = build_empty(own.build(ScratchArguments), vocabulary)
     else:
         name = own.model_name_or_path
         model = made.get(name) or load_empty(name, "model_name_or_path", own.model_revision)
-    content: Any = {"pretrain": "text", "sft": "conversation", "reward": "preference"}.get(kind, "prompt")
+    content: Any = step.stage.data
     needed = not own.max_prompts and (own.max_steps or 0) <= 0
     data, text = count_rows(own.build(DataArguments), content, made, needed)
     trained = 0 if kind == "preferences" else count_trainable(model, own.build(ModelConfig))
@@ -250,7 +250,7 @@ def read_stage(step: Step, made: dict[str, Any], processes: int, sharded: bool, 
     if kind == "ppo":
         trained += trained if adapts_critic or not own.use_peft else model.num_parameters()
     cut = own.block_size or own.max_length or own.max_completion_length or own.max_new_tokens or positions
-    text = text or cut * (ANSWER if kind in SAMPLING else TEXT)
+    text = text or cut * (ANSWER if step.stage.samples else TEXT)
     size = 4 if full or (step.values.get("bf16") is False and not own.fp16) else 2
     return Stage(step.output.name, kind, own, model, trained, data, text, cut, processes, sharded, size)
 
@@ -284,7 +284,7 @@ def main(args: argparse.Namespace) -> int:
     if problems:
         raise UserError(*problems)
     processes, sharded = args.num_processes or read_yaml(path).get("num_processes") or 1, shards(path)
-    steps = override_steps([step for step in read_plan(args.recipe).steps if step.kind in KINDS], args.overrides)
+    steps = override_steps([step for step in read_plan(args.recipe).steps if step.stage.module], args.overrides)
     problems = check_steps(steps, rewards=False)
     if (processor := hardware.find_processor(args.gpu, args.tflops, args.gpu_memory, processes)) is None:
         remedy = f"is not known; give --tflops and --gpu_memory, or choose from: {', '.join(hardware.CARDS)}"
@@ -295,7 +295,7 @@ def main(args: argparse.Namespace) -> int:
     entries = {}
     for step in steps:
         try:
-            stage = read_stage(step, made, processes, sharded and step.kind != "ppo", full=not processor.half)
+            stage = read_stage(step, made, processes, sharded and not step.stage.has_critic, full=not processor.half)
         except UserError as error:
             raise UserError(*(replace(p, field=f"{step.name}: {p.field}") for p in error.problems)) from None
         if stage is not None:

@@ -13,19 +13,17 @@ from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.settings import BASE, STAGES_OF, VOTES, complete, derive
+from pipeline.evaluation.settings import BASE, VOTES, complete, derive
 from pipeline.evaluation.settings import FILE as EVALUATE
 from pipeline.files import check_directory, check_path, read_json, split_revision
 from pipeline.runner.smoke import smoke_overrides
-from pipeline.runner.steps import KINDS, REPORT, Step, tidy_paths
+from pipeline.runner.steps import REPORT, Step, tidy_paths
 from pipeline.runner.trash import TRASH
+from pipeline.stages import HELD_OUT, OPPONENT, STAGES
 
-RANDOM = "0_random"
-UNMEASURED = ("data", "tokenizer", "random")
-"""Kinds of steps whose settings do not say how stages are measured."""
+RANDOM = STAGES["random"].directory
 RESERVED = ("report", "evaluations", "logs", VOTES, RANDOM, BASE, "run.json", "run.lock", TRASH)
-"""Names in the directory of a run that no step of a recipe may write to, but for those of the kinds in `OWN`."""
-OWN = {"random": RANDOM, "votes": VOTES}
+"""Names in the directory of a run that no step may write to unless its kind has this name for its directory."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     steps: list[Step] = []
     for stem, (path, written) in configurations.items():
         values = tidy_paths(written, home)
-        from_scratch = (kind := _kind_of(stem)) == "pretrain" and not values.get("model_name_or_path")
+        kind = _kind_of(stem)
+        from_scratch = STAGES[kind].from_scratch and not values.get("model_name_or_path")
         if from_scratch and not any(step.kind == "random" for step in steps):
             steps.append(_step(RANDOM, "random", path, {**values, "output_dir": str(home / RANDOM)}, seed, smoke))
         steps.append(_step(stem, kind, path, values, seed, smoke))
@@ -80,7 +79,7 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     for item in _in_order(steps, settings):
         step = item if isinstance(item, Step) else _evaluation(item, planned, run_dir, settings, seed, smoke)
         planned.append(step)
-    editable = {step.name: step.output for step in steps if KINDS[step.kind].editable}
+    editable = {step.name: step.output for step in steps if step.stage.editable}
     planned = [replace(s, data={need: editable[need] for need in s.needs if need in editable}) for s in planned]
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
@@ -105,7 +104,7 @@ def _in_order(steps: Sequence[Step], settings: Mapping[str, Any]) -> list[Step |
     for step in steps:
         starts = bool(settings["base"]) and step.values.get("model_name_or_path") == settings["base"]
         order += [BASE, step] if starts and BASE not in order else [step]
-        order += [step.output.name] if KINDS[step.kind].measured else []
+        order += [step.output.name] if step.stage.measured else []
     against, judge = settings["against"], Path(str(settings["judge"]))
     trains = (place for place, step in enumerate(order) if isinstance(step, Step) and step.output.name == judge.name)
     if judge.parent == Path(settings["home"]) and against in order[: (last := next(trains, 0))]:
@@ -129,32 +128,32 @@ def _read_folder(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     if not files:
         raise UserError(Problem("recipe", folder, f"does not contain a step; {remedy}"))
     problems = []
+    order = [name for name, stage in STAGES.items() if stage.module]
     read: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in files:
         kind = _kind_of(path.stem)
-        if kind not in KINDS:
-            problems.append(Problem("recipe", path, f"unknown kind of step; choose from: {', '.join(KINDS)}"))
+        if kind not in order:
+            problems.append(Problem("recipe", path, f"unknown kind of step; choose from: {', '.join(order)}"))
             continue
         try:
             content = read_yaml(str(path))
         except UserError as error:
             problems += [replace(problem, field="recipe") for problem in error.problems]
             continue
-        output_dir = content.get("output_dir")
+        output_dir, own_name = content.get("output_dir"), STAGES[kind].directory
         if not isinstance(output_dir, str):
             problems.append(Problem("output_dir", path, "must name the directory that this step writes"))
         elif output_dir.startswith("~"):
             problems.append(Problem("output_dir", output_dir, f"write it without ~ in {path}"))
-        elif (name := Path(output_dir).name).casefold() in RESERVED and OWN.get(kind) != name:
+        elif (name := Path(output_dir).name).casefold() in RESERVED and own_name != name:
             problems.append(Problem("output_dir", output_dir, f"the runner writes there itself; rename it in {path}"))
-        elif OWN.get(kind, name) != name:
-            problems.append(Problem("output_dir", output_dir, f"must end in {OWN[kind]}; rename it in {path}"))
+        elif own_name not in ("", name):
+            problems.append(Problem("output_dir", output_dir, f"must end in {own_name}; rename it in {path}"))
         elif path.stem in read:
             problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one of them"))
         read.setdefault(path.stem, (path, {str(key): value for key, value in content.items()}))
     if problems:
         raise UserError(*problems)
-    order = list(KINDS)
     stems = sorted(read, key=lambda stem: (int(stem.split("_")[0]), order.index(_kind_of(stem)), stem))
     return {stem: read[stem] for stem in stems}
 
@@ -207,18 +206,21 @@ def check_of_recipe(run_dir: Path, recipe: Path) -> Problem | None:
 
 def _step(name: str, kind: str, path: Path, values: Mapping[str, Any], seed: int | None, smoke: bool) -> Step:
     overrides: dict[str, Any] = smoke_overrides(kind, values) if smoke else {}
-    if seed is not None and KINDS[kind].seeded:
+    stage = STAGES[kind]
+    if seed is not None and stage.seeded:
         overrides["seed"] = seed
-    own = ["--output_dir", values["output_dir"]] if kind == "random" else []  # it shares the file of pretraining
+    # The file that it shares names the directory of another step.
+    own = ["--output_dir", values["output_dir"]] if stage.file_of else []
     output = Path(values["output_dir"])
     return Step(
         name=name,
         kind=kind,
-        module=KINDS[kind].module,
-        launched=KINDS[kind].launched,
+        module=stage.module,
+        launched=stage.launched,
         arguments=("--config", str(path), *own, *_flags(overrides)),
         output=output,
-        leftovers=() if kind == "votes" else (output,),  # people's work is never moved or deleted
+        # People's work is never moved or deleted.
+        leftovers=() if stage.by_people else (output,),
         values={**values, **overrides},
     )
 
@@ -251,7 +253,7 @@ def _connect(steps: Sequence[Step], home: Path) -> list[Step]:
     for position, step in enumerate(steps):
         needs, files = [], []
         for key, value in step.values.items():
-            unread = key == "output_dir" or (step.kind == "random" and key == "dataset_name")
+            unread = key == "output_dir" or (step.stage.file_of and key == "dataset_name")
             for text in () if unread else _paths(value):
                 inner = _relative_to(text, home)
                 if inner is None and _names_file(key, text):
@@ -299,7 +301,7 @@ def _move(step: Step, home: Path, run_dir: Path) -> Step:
             raise UserError(Problem(f"{step.name}: {key}", value, remedy))
         overrides[key] = moved[0] if isinstance(value, str) else moved
     arguments = list(step.arguments)
-    if step.kind == "random":
+    if step.stage.file_of:
         position = arguments.index("--output_dir")
         del arguments[position : position + 2]
     output = run_dir / step.output.relative_to(home)
@@ -310,17 +312,17 @@ def _move(step: Step, home: Path, run_dir: Path) -> Step:
 def _evaluation_settings(folder: Path, steps: Iterable[Step], home: Path) -> dict[str, Any]:
     """Return the settings of all evaluations: evaluate.yaml, completed with what the stages read."""
     steps, file = list(steps), folder / EVALUATE
-    stages = [(step.output.name, step.kind, step.values) for step in steps if step.kind not in UNMEASURED]
+    stages = [(step.output.name, step.kind, step.values) for step in steps]
     content = tidy_paths(read_yaml(str(file)), home) if file.exists() else {}
     settings = complete(content, derive(stages, home))
     named = {key: value.get("dataset_name") if isinstance(value, Mapping) else value for key, value in content.items()}
     problems = []
-    for field, text in (("judge", settings["judge"]), *((key, named.get(key)) for key in STAGES_OF)):
+    for field, text in (("judge", settings["judge"]), *((key, named.get(key)) for key in HELD_OUT)):
         inner = _relative_to(text, home) if isinstance(text, str) else None
         made = inner is None or not inner.parts or any(step.output.name == inner.parts[0] for step in steps)
         if not made and not os.path.exists(text):
             problems.append(Problem(f"{EVALUATE}: {field}", text, "no step of this recipe writes it"))
-    known = [step.output.name for step in steps if KINDS[step.kind].measured] + [BASE] * bool(settings["base"])
+    known = [step.output.name for step in steps if step.stage.measured] + [BASE] * bool(settings["base"])
     if (against := content.get("against")) is not None and against not in known:
         problems.append(Problem(f"{EVALUATE}: against", against, f"no such stage; choose from: {', '.join(known)}"))
     if problems:
@@ -337,8 +339,8 @@ def _evaluation(
     inputs = [settings.get("judge"), *(source["dataset_name"] for source in _sources(settings))]
     inputs += [settings["base"]] if stage == BASE else []
     own = [step for step in before if step.output == run_dir / stage]
-    judges, people = any(step.kind == "reward" for step in own), run_dir / VOTES / VOTES_FILE
-    voted = people.is_file() or any(step.kind == "votes" for step in before)  # perhaps only in the course of the run
+    judges, people = any(not step.stage.generates for step in own), run_dir / VOTES / VOTES_FILE
+    voted = people.is_file() or any(step.stage.by_people for step in before)  # perhaps only in the course of the run
     # Only reward models are measured on people's votes, which may become more at any time.
     read = {Path(name) for name in inputs if isinstance(name, str) and (judges or Path(name).name != VOTES)}
     home = Path(settings["home"])
@@ -347,7 +349,8 @@ def _evaluation(
     shared = [
         other.name
         for other in before
-        if other.kind in ("data", "preferences", "sft")
+        if (other.stage.editable and not other.stage.by_people)
+        or other.kind == OPPONENT
         or any(run_dir / path.relative_to(home) == other.output for path in written)
     ]
     results = run_dir / "evaluations" / stage
@@ -365,5 +368,5 @@ def _evaluation(
 
 def _sources(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the data that stages are measured on."""
-    sources = [settings.get(key) for key in STAGES_OF]
+    sources = [settings.get(key) for key in HELD_OUT]
     return [source for source in sources if isinstance(source, Mapping) and "dataset_name" in source]

@@ -217,7 +217,7 @@ def _judge(
     if is_longer:
         return Decision("continue", f"goes on from its last checkpoint ({changes}), on the schedule of the new total")
     if not record.is_finished(step.name):
-        return Decision("resume", "waits for people's votes" if step.kind == "votes" else "was interrupted")
+        return Decision("resume", "waits for people's votes" if step.stage.by_people else "was interrupted")
     if not step.is_complete:
         return Decision("start", f"finished, but {step.product} is missing or incomplete")
     total = number_of(newest_state(step.output), "max_steps") if step.launched else 0

@@ -15,7 +15,8 @@ from pipeline.evaluation.settings import BASE
 from pipeline.files import read_json
 from pipeline.progress import duration
 from pipeline.runner.records import Decision
-from pipeline.runner.steps import KINDS, Step
+from pipeline.runner.steps import Step
+from pipeline.stages import STAGES
 
 UNGRADED = {"instruction_accuracy": "answer_bits_per_byte"}
 """Metrics that need rows to say how answers are graded -> what is measured where they do not."""
@@ -117,10 +118,8 @@ class RunState:
         chosen = {step.name for step, _ in todo if step.kind != "report"}
         last = max((index for index, step in enumerate(steps) if step.name in chosen), default=len(steps))
         before = steps[: last + 1]
-        self.kinds = {BASE: "random"} if any(step.name == f"evaluate_{BASE}" for step in before) else {}
-        self.kinds |= {
-            stage_name(step): step.kind for step in before if step.kind in KINDS and KINDS[step.kind].measured
-        }
+        self.kinds = {BASE: "base"} if any(step.name == f"evaluate_{BASE}" for step in before) else {}
+        self.kinds |= {stage_name(step): step.kind for step in before if step.stage.measured}
         self.stages: dict[str, Stage] = {}
         for step, decision in todo:
             directory = stage_name(step)
@@ -136,7 +135,7 @@ class RunState:
         self.taken: dict[str, float] = {}
         self._resumed = {step.name for step, decision in todo if decision.action in ("resume", "continue")}
         self._is_guess = not measured
-        self.expected = {step.name: measured.get(step.name, step.usual_seconds) for step in self.due}
+        self.expected = {step.name: measured.get(step.name, step.stage.seconds) for step in self.due}
 
     def start(self, step: Step) -> None:
         """Note that a step begins."""
@@ -188,7 +187,7 @@ class RunState:
 
     def metric(self, stage: str) -> str:
         """Return the metric by which a stage is judged, "" if there is none."""
-        metric = KINDS[self.kinds[stage]].figure if stage in self.kinds else ""
+        metric = STAGES[self.kinds[stage]].figure if stage in self.kinds else ""
         ungraded = UNGRADED.get(metric, "")
         return ungraded if ungraded and not self.value(stage, metric) and self.value(stage, ungraded) else metric
 
@@ -197,7 +196,7 @@ class RunState:
         metric = self.metric(stage)
         names = list(self.kinds)[: list(self.kinds).index(stage)] if metric else []
         # A second pretraining is for comparison: no stage starts from it, and it starts from random weights.
-        pretrained = [name for name in self.kinds if self.kinds[name] == "pretrain"]
+        pretrained = [name for name in self.kinds if STAGES[self.kinds[name]].from_scratch]
         beside = pretrained if stage in pretrained else pretrained[1:]
         before = [self.value(name, metric) for name in names if name not in beside]
         own = self.value(stage, metric) if metric else ""

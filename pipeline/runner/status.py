@@ -81,14 +81,14 @@ def _state(step: Step, decision: Decision, record: RunRecord, is_running: bool) 
         return "not run yet"
     if record.is_finished(step.name):
         return "out of date"
-    return "running" if is_running else "waiting" if step.kind == "votes" else "cut short"
+    return "running" if is_running else "waiting" if step.stage.by_people else "cut short"
 
 
 def _expected_seconds(steps: tuple[Step, ...], measured: Mapping[str, float]) -> dict[str, float]:
     """Return the seconds that each step takes from its beginning: what it took or, failing that, in proportion."""
-    usual = sum(step.usual_seconds for step in steps if step.name in measured)
+    usual = sum(step.stage.seconds for step in steps if step.name in measured)
     speed = sum(measured[step.name] for step in steps if step.name in measured) / usual if usual else 1.0
-    return {step.name: measured.get(step.name, speed * step.usual_seconds) for step in steps}
+    return {step.name: measured.get(step.name, speed * step.stage.seconds) for step in steps}
 
 
 def _share_left(step: Step, decision: Decision, is_begun: bool) -> float:

@@ -1,4 +1,4 @@
-"""The kinds of steps that a recipe folder can have, and one step: what it runs, reads and writes."""
+"""One step of a run: what it runs, reads and writes."""
 
 from __future__ import annotations
 
@@ -15,49 +15,11 @@ from typing import Any
 from pipeline.config.yaml_file import unknown_field
 from pipeline.errors import Problem, UserError
 from pipeline.files import is_missing_path
+from pipeline.stages import STAGES, StageKind
 
 REPORT = "report"
 INPUTS = ("model_name_or_path", "dataset_name")
 """Fields without which a step has nothing to start from."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of step, which a file named `<number>_<kind>.yaml` configures.
-
-    Attributes:
-        module: Module to run with `python -m`.
-        seconds: Time that it takes in recipes/pocket. Before a run has times of its own, its time left is estimated
-            from these proportions.
-        launched: Whether it runs under `accelerate launch`, on the requested number of processes.
-        measured: Whether it writes a model, which is then evaluated.
-        seeded: Whether it draws random numbers and takes a seed.
-        editable: Whether it writes data, which people may correct by hand.
-        figure: Metric by which the stage is judged, if it is measured.
-    """
-
-    module: str
-    seconds: float
-    launched: bool = False
-    measured: bool = False
-    seeded: bool = True
-    editable: bool = False
-    figure: str = ""
-
-
-KINDS = {
-    "data": Kind("recipes.data", 4, editable=True),
-    "tokenizer": Kind("recipes.tokenizer", 2, seeded=False),
-    "random": Kind("recipes.untrained", 1, measured=True, figure="bits_per_byte"),
-    "pretrain": Kind("recipes.pretrain", 77, launched=True, measured=True, figure="bits_per_byte"),
-    "sft": Kind("recipes.sft", 29, launched=True, measured=True, figure="instruction_accuracy"),
-    "preferences": Kind("recipes.preferences", 17, launched=True, editable=True),
-    "votes": Kind("recipes.votes", 1, editable=True),
-    "reward": Kind("recipes.reward", 19, launched=True, measured=True, figure="reward_accuracy"),
-    "ppo": Kind("recipes.ppo", 53, launched=True, measured=True, figure="win_rate"),
-    "grpo": Kind("recipes.grpo", 40, launched=True, measured=True, figure="pass@1"),
-}
-"""Steps of the same number run in this order."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +28,7 @@ class Step:
 
     Attributes:
         name: Stem of its YAML file, `0_random`, `evaluate_<directory of a stage>` or `report`.
-        kind: Key of `KINDS`, "evaluate" or "report".
+        kind: Key of `STAGES`, "evaluate" or "report".
         arguments: Arguments of the module.
         output: Directory that it writes.
         module: Module to run with `python -m`.
@@ -91,9 +53,9 @@ class Step:
     data: Mapping[str, Path] = field(default_factory=dict)
 
     @property
-    def usual_seconds(self) -> float:
-        """Time that it takes in recipes/pocket."""
-        return KINDS[self.kind].seconds if self.kind in KINDS else 6.0
+    def stage(self) -> StageKind:
+        """What is known about its kind; of an evaluation and of the report, nothing in particular."""
+        return STAGES.get(self.kind, StageKind())
 
     @property
     def product(self) -> Path:
@@ -105,7 +67,7 @@ class Step:
     @property
     def is_complete(self) -> bool:
         """Whether the product exists; a model needs its configuration and its weights."""
-        if self.kind not in KINDS or not KINDS[self.kind].measured:
+        if not self.stage.measured:
             return self.product.exists()
         configured = any((self.output / name).exists() for name in ("config.json", "adapter_config.json"))
         return configured and any(self.output.glob("*.safetensors"))
@@ -113,7 +75,7 @@ class Step:
     @property
     def push(self) -> tuple[str, ...]:
         """Arguments of `python -m pipeline` that push what it wrote; empty if its settings do not ask for that."""
-        if self.kind == "random" or not self.values.get("push_to_hub"):  # an untrained model shares a file
+        if self.stage.file_of or not self.values.get("push_to_hub"):
             return ()
         name, revision = self.values.get("hub_model_id"), self.values.get("hub_revision")
         options = ["--revision", str(revision)] if revision else []
@@ -204,7 +166,7 @@ def recipe_types(step: Step) -> list[type]:
     """Return the argument dataclasses of the step's recipe."""
     from pipeline.config.parser import argument_types
 
-    return argument_types(resolve_name(f"{KINDS[step.kind].module}:main"))
+    return argument_types(resolve_name(f"{step.stage.module}:main"))
 
 
 class Settings(SimpleNamespace):
@@ -241,7 +203,6 @@ def check_steps(steps: Iterable[Step], rewards: bool = True) -> list[Problem]:
     from pipeline.config.parser import check_values
     from pipeline.evaluation.settings import check
     from pipeline.launch import quiet_libraries
-    from pipeline.preferences.collect import check_judge
     from pipeline.rewards.loading import load_rewards
     from pipeline.training.checks import preflight
 
@@ -255,7 +216,8 @@ def check_steps(steps: Iterable[Step], rewards: bool = True) -> list[Problem]:
 
             problems += check_tasks(list(map(str, tasks)), "evaluate.yaml: lm_eval_tasks")
     for step in steps:
-        if step.kind not in KINDS or step.kind == "random":  # it shares the file of pretraining
+        # A step that shares the file of another one is checked with that one.
+        if not step.stage.module or step.stage.file_of:
             continue
         types = recipe_types(step)
         built, found = check_values(step.values, types) if types else ([], [])
@@ -268,7 +230,8 @@ def check_steps(steps: Iterable[Step], rewards: bool = True) -> list[Problem]:
                     found.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
                 elif is_missing_path(value) and not Path(value).is_relative_to(Path(step.values["output_dir"]).parent):
                     found.append(Problem(name, value, "there is no such file or folder; correct the path"))
-        found += check_judge(step.values) if step.kind == "preferences" else []
+        if step.stage.check:
+            found += resolve_name(step.stage.check)(step.values)
         names = step.values.get("reward_funcs")
         if rewards and names and isinstance(names, list) and all(isinstance(name, str) for name in names):
             try:

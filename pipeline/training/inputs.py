@@ -8,6 +8,7 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
-from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
+from trl import ModelConfig, RewardConfig
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS, Kind, Split
@@ -43,8 +44,8 @@ from pipeline.models.loading import (
     validate_weights,
 )
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
+from pipeline.stages import STAGES
 from pipeline.training import checks
-from pipeline.training.pretraining import PretrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +56,6 @@ ROWS_MEASURED = 1000
 
 ROWS_MEASURED_OF_STREAM = 100
 """The same for a stream, whose rows are read over the network."""
-
-CONTENTS: dict[type, tuple[Kind, str]] = {
-    PretrainConfig: ("text", "block_size"),
-    SFTConfig: ("conversation", "max_length"),
-    RewardConfig: ("preference", "max_length"),
-    GRPOConfig: ("prompt", "max_completion_length"),
-}
-"""What the data of a stage contain, and the field that limits the length of its sequences, by training arguments."""
 
 
 @runtime_checkable
@@ -108,7 +101,8 @@ def load_inputs(
             problems.extend(error.problems)
             return None
 
-    length = {field: getattr(training_args, field, None) for other, field in CONTENTS.values() if other == kind}
+    fields = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
+    length = {field: getattr(training_args, field, None) for field in fields}
     pretrained = model_args if isinstance(model_args, ModelConfig) else None
     name = pretrained.model_name_or_path if pretrained else None
     own, tokenizer = data_args.tokenizer_name_or_path, None
@@ -202,7 +196,8 @@ def preflight_inputs(arguments: Sequence[Any], types: Sequence[type]) -> list[Pr
     def find(kind: Any) -> Any:
         return next((item for item in arguments if isinstance(item, kind)), None)
 
-    kind = next((CONTENTS[stage][0] for stage in CONTENTS if any(issubclass(other, stage) for other in types)), None)
+    known = {stage.arguments: stage.data for stage in STAGES.values() if stage.arguments}
+    kind: Any = next((known[name] for name in known if any(issubclass(t, resolve_name(name)) for t in types)), None)
     data_args, training_args = find(DataArguments), find(TrainingArguments)
     model_args, reward_args = find((ModelConfig, ScratchArguments)), find(RewardChecks)
     if kind is None or data_args is None:

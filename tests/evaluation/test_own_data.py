@@ -24,7 +24,7 @@ from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.evaluation import chat_model, metrics
 from pipeline.evaluation.held_out import read_held_out
-from pipeline.evaluation.settings import LENGTHS, check, complete, derive, recorded, template_arguments
+from pipeline.evaluation.settings import check, complete, derive, recorded, template_arguments
 from pipeline.evaluation.sources import Part, Reader, Source
 from pipeline.models.generation import Completion
 from tests import vllm_stub
@@ -381,7 +381,7 @@ def test_settings_say_with_which_template_arguments_stages_are_asked(run: Path) 
         ("4_grpo", "grpo", {**own, "chat_template_kwargs": '{"quick": true}'}),
     ]
     settings = complete({}, derive(stages, Path("runs/x")))
-    asked = [template_arguments(settings, stage, key) for stage in ("2_sft", "4_grpo") for key in LENGTHS]
+    asked = [template_arguments(settings, stage, key) for stage in ("2_sft", "4_grpo") for key in ANSWERED]
     assert asked == [{}, {"quick": True}, {}] + [{"quick": True}] * 3
     assert complete({}, derive(stages[:2], Path("runs/x")))["chat_template_kwargs"] is None, "as in earlier records"
     # The record of an earlier release lacks the key, which the arguments of the stages still tell.
@@ -469,6 +469,7 @@ def test_rows_that_training_leaves_out_of_a_data_set_of_the_hub_are_not_measured
         reader.read("text", Part(nothing, Source("someone/texts"), "text", "someone/texts"), 10)
 
 
+ANSWERED = ("instructions", "problems", "prompts")
 STAGES = [
     ("1_pretrain", "pretrain", {"dataset_name": "novel.txt", "block_size": 64}),
     ("2_sft", "sft", {"dataset_name": "runs/x/data", "dataset_config": "talk", "max_length": 256}),

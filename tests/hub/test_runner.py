@@ -12,9 +12,10 @@ import yaml
 from small_model import save_model
 
 from pipeline.__main__ import main
-from pipeline.runner import steps, warm
+from pipeline.runner import warm
 from pipeline.runner.plan import read_plan
 from pipeline.runner.records import Decision, RunRecord
+from pipeline.stages import STAGES
 from tests.hub.hub_server import Hub
 
 TESTS = Path(__file__).parents[1]
@@ -51,8 +52,8 @@ def configure(**changes: object) -> None:
 
 
 def test_a_push_that_failed_is_tried_again_at_the_end(hub: Hub, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = replace(steps.KINDS["sft"], module="stand_in_step", launched=False, measured=False)
-    monkeypatch.setitem(steps.KINDS, "sft", stand_in)
+    stand_in = replace(STAGES["sft"], module="stand_in_step", launched=False, measured=False)
+    monkeypatch.setitem(STAGES, "sft", stand_in)
     code, written = run(**PUSH, fails=3)
     assert code == 0, written
     assert "2_sft was not pushed to the Hub, which is tried again at the end" in written and COMMAND in written

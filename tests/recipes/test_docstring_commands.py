@@ -15,8 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.data.pocket.build import PocketArguments, build
 from pipeline.models.llama import LlamaArguments, build_model
-from pipeline.runner.smoke import OVERRIDES
-from pipeline.runner.steps import KINDS
+from pipeline.stages import STAGES
 from tests.forked import run_forked
 
 LAUNCH = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
@@ -26,7 +25,9 @@ TRAINED = ("pretrain", "sft", "reward", "ppo", "grpo")
 def commands() -> list[tuple[str, list[str]]]:
     """Kind and arguments of every printed command; the plain pocket runs of trainers are tested with the whole run."""
     found = []
-    for kind, step in KINDS.items():
+    for kind, step in STAGES.items():
+        if not step.module:
+            continue
         blocks = re.findall(r"```bash\n(.*?)```", importlib.import_module(step.module).__doc__ or "", re.DOTALL)
         assert blocks, f"{step.module} does not say how to run it"
         for block in blocks:
@@ -95,10 +96,10 @@ def test_a_printed_command_runs(kind: str, argv: list[str], project: Path, tmp_p
     if kind in TRAINED:
         argv += shlex.split("--max_steps 1 --save_strategy no --eval_strategy no")
     else:
-        argv += [word for name, value in OVERRIDES[kind].items() for word in (f"--{name}", str(value))]
+        argv += [word for name, value in STAGES[kind].smoke.items() for word in (f"--{name}", str(value))]
     if "--max_completion_length" in argv:
         argv += ["--max_completion_length", "16"]
-    command = [sys.executable, "-m", KINDS[kind].module, *argv, "--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, "-m", STAGES[kind].module, *argv, "--output_dir", str(tmp_path / "out")]
     done = run_forked(command, project)
     assert done.returncode == 0, done.stderr
     written = {"data": "README.md", "tokenizer": "tokenizer.json", "preferences": "README.md", "votes": "README.md"}

@@ -24,7 +24,7 @@ from pipeline.__main__ import main
 from pipeline.app import watch
 from pipeline.data.pocket.build import PocketArguments, build
 from pipeline.runner.smoke import smoke_overrides
-from pipeline.runner.steps import KINDS
+from pipeline.stages import STAGES
 from pipeline.training import entry
 
 PRODUCT = re.compile("mm|mv|dot|linear|matmul|einsum|convol|attention")
@@ -115,7 +115,7 @@ def take_two_steps(run: Path, kind: str, output: str, **changes: Any) -> None:
     values |= smoke_overrides(kind, values) | {"output_dir": str(run / output)} | changes
     config = run / f"{output}.yaml"
     config.write_text(yaml.safe_dump(values))
-    entry.run(importlib.import_module(KINDS[kind].module).main, ["--config", str(config)])
+    entry.run(importlib.import_module(STAGES[kind].module).main, ["--config", str(config)])
 
 
 def measured(run: Path, stage: str, *options: str) -> set[str]:

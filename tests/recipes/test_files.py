@@ -15,7 +15,7 @@ from small_model import ROOT
 from pipeline.config.parser import argument_types, parse
 from pipeline.runner.plan import read_plan
 from pipeline.runner.smoke import smoke_overrides
-from pipeline.runner.steps import KINDS
+from pipeline.stages import STAGES
 
 RECIPES = ROOT / "recipes"
 FOLDER = RECIPES / "pocket"
@@ -27,7 +27,8 @@ def kind_of(path: Path) -> str:
 
 
 def parsed(path: Path, *argv: str) -> dict[str, Any]:
-    built = parse(*argument_types(import_module(KINDS[kind_of(path)].module).main), argv=["--config", str(path), *argv])
+    recipe = import_module(STAGES[kind_of(path)].module)
+    built = parse(*argument_types(recipe.main), argv=["--config", str(path), *argv])
     return {name: value for item in built for name, value in vars(item).items()}
 
 
@@ -37,7 +38,8 @@ def name_of(path: Path) -> str:
 
 
 def test_the_folder_contains_a_file_for_every_stage() -> None:
-    assert {kind_of(path) for path in FILES if path.parent == FOLDER} == set(KINDS) - {"random", "votes"}
+    recipes = {name for name, kind in STAGES.items() if kind.module}
+    assert {kind_of(path) for path in FILES if path.parent == FOLDER} == recipes - {"random", "votes"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -14,13 +14,14 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import METRICS
 from pipeline.report.curves import Chart, Series, charts_of, overlay
 from pipeline.report.differences import differences, paired
-from pipeline.report.labels import STAGES, stage_order, step_order
+from pipeline.report.labels import stage_order, step_order
 from pipeline.report.load import Run, Stage, load_run
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart, ticks
 from pipeline.report.tables import experts
 from pipeline.report.targets import Target, check_targets, load_targets
 from pipeline.report.text import duration, magnitude, number, signed
+from pipeline.stages import STAGES
 
 
 def run_with(**values: float) -> Run:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pipeline.report.load import load_run
 from pipeline.report.page import render
-from pipeline.report.path import STEPS, path_steps
+from pipeline.report.path import path_steps
+from pipeline.stages import STAGES
 
 
 def test_each_step_has_the_figure_and_the_sample_of_its_stage(whole_run: Path) -> None:
@@ -37,7 +38,8 @@ def test_stages_that_a_run_does_not_have_are_explained_all_the_same(short_run: P
     steps = path_steps(load_run(short_run), {})
     shown = render("path.html.jinja", {"steps": steps})
     assert shown.count("not in this run") == 2
-    assert all(step.title in shown and step.about in shown for step in STEPS)
+    boxes = {kind.name: kind.box.about for kind in STAGES.values() if kind.box}
+    assert len(boxes) == 5 and all(name in shown and about in shown for name, about in boxes.items())
 
 
 def test_texts_of_a_run_are_escaped_in_the_picture(hostile_run: Path) -> None:

@@ -35,10 +35,12 @@ ROOT = TESTS.parent
 DRIVER = """
 import sys
 from dataclasses import replace
-from pipeline.runner import console, steps, warm
+from pipeline.runner import console, warm
+from pipeline.stages import STAGES
 from pipeline.__main__ import main
-for name, kind in steps.KINDS.items():
-    steps.KINDS[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
+for name, kind in STAGES.items():
+    if kind.module:
+        STAGES[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
 warm.PRELOADED = ()
 console.PROGRESS_SECONDS = 0
 sys.exit(main(["run", "recipe", *sys.argv[1:]]))

@@ -18,8 +18,10 @@ import pytest
 import yaml
 
 from pipeline.__main__ import main
-from pipeline.runner import steps, warm
+from pipeline.runner import warm
 from pipeline.runner.plan import read_plan
+from pipeline.runner.steps import Step
+from pipeline.stages import STAGES
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -38,10 +40,12 @@ RECIPE = {
 DRIVER = """
 import sys
 from dataclasses import replace
-from pipeline.runner import steps, warm
+from pipeline.runner import warm
+from pipeline.stages import STAGES
 from pipeline.__main__ import main
-for name, kind in steps.KINDS.items():
-    steps.KINDS[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
+for name, kind in STAGES.items():
+    if kind.module:
+        STAGES[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
 warm.PRELOADED = ()
 sys.exit(main(sys.argv[1:]))
 """
@@ -63,9 +67,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step is a stand-in, and nothing is evaluated."""
-    for name, kind in steps.KINDS.items():
-        stand_in = replace(kind, module="stand_in_step", launched=False, measured=False)
-        monkeypatch.setitem(steps.KINDS, name, stand_in)
+    for name, kind in list(STAGES.items()):
+        if kind.module:
+            stand_in = replace(kind, module="stand_in_step", launched=False, measured=False)
+            monkeypatch.setitem(STAGES, name, stand_in)
     monkeypatch.setattr(warm, "PRELOADED", ())  # the stand-in imports none of it
 
 
@@ -682,8 +687,9 @@ def test_the_machine_of_each_step_is_recorded(folder: Path, run: Runner) -> None
 
 def test_a_finished_step_whose_module_was_renamed_is_skipped(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     run()
-    for name, kind in steps.KINDS.items():
-        monkeypatch.setitem(steps.KINDS, name, replace(kind, module=f"renamed.{name}"))
+    for name, kind in list(STAGES.items()):
+        if kind.module:
+            monkeypatch.setitem(STAGES, name, replace(kind, module=f"renamed.{name}"))
     code, out, _ = run()
     assert code == 0 and "$ " not in out
     assert out.count("finished, skipped") == len(ALL)
@@ -837,15 +843,15 @@ for path in map(Path, sys.argv[1:]):
 @pytest.fixture
 def measured(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """`2_sft` is evaluated by a stand-in."""
-    executable = steps.Step.executable
+    executable = Step.executable
 
-    def stand_in(step: steps.Step, launch: list[str], launcher: Sequence[str] = ()) -> list[str]:
+    def stand_in(step: Step, launch: list[str], launcher: Sequence[str] = ()) -> list[str]:
         evaluation = [sys.executable, "-c", EVALUATION, str(step.leftovers[0])] if step.kind == "evaluate" else []
         return evaluation or executable(step, launch, launcher)
 
-    monkeypatch.setitem(steps.KINDS, "sft", replace(steps.KINDS["sft"], measured=True))
-    monkeypatch.setattr(steps.Step, "is_complete", property(lambda step: step.product.exists()))
-    monkeypatch.setattr(steps.Step, "executable", stand_in)
+    monkeypatch.setitem(STAGES, "sft", replace(STAGES["sft"], measured=True))
+    monkeypatch.setattr(Step, "is_complete", property(lambda step: step.product.exists()))
+    monkeypatch.setattr(Step, "executable", stand_in)
 
 
 def read_report(run_dir: str = "runs/r") -> dict[str, Any]:

@@ -1,0 +1,497 @@
+"""What each kind of step is, in one table: everything that the runner, the report, the page and the Hub say about it.
+
+A recipe folder holds one file for each step, named `<number>_<kind>.yaml`. `STAGES` has an entry for each kind:
+
+    3_ppo.yaml  ->  STAGES["ppo"]  ->  recipes/ppo.py, "Preference tuning (PPO)", win_rate, two steps of --smoke, ...
+
+To add a kind, write its recipe and its entry here. Recipes and their arguments are given by dotted names, which
+`pkgutil.resolve_name` imports when they are used, so that this module can lie below all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+OPPONENT = "sft"
+"""Kind of the stage that the others are compared with."""
+
+
+@dataclass(frozen=True)
+class LoggedChart:
+    """A chart of what a stage logs while it trains.
+
+    Attributes:
+        title: What is drawn.
+        lines: Name and logged key of each line.
+        note: A sentence about how to read it, or "".
+    """
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box in the picture of the path from random weights to reasoning.
+
+    Attributes:
+        about: What happens, in one sentence.
+        goes_in: What the model is given.
+        trains: What changes its weights.
+        parts: The steps within it, as (name, what happens). The kind of a stage in place of a name adds its figure.
+        drawing: Name of its drawing in path.html.jinja, "" for none.
+        section: Section of the page that it leads to.
+        place: Part of the report that it leads to.
+        others: Other kinds that it stands for.
+    """
+
+    about: str
+    goes_in: str
+    trains: str
+    parts: tuple[tuple[str, str], ...] = ()
+    drawing: str = ""
+    section: str = "compare"
+    place: str = "answers"
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card of a model says about its stage.
+
+    Attributes:
+        summary: What the model is, in one or two sentences.
+        how: How it was trained.
+        limit: What it cannot do.
+        tags: Tags of its repository.
+    """
+
+    summary: str = "A model."
+    how: str = "As below."
+    limit: str = "Its limits are not known."
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """A kind of step.
+
+    Attributes:
+        name: Its name for people, "" if the report does not mention it.
+        method: Abbreviation of its algorithm, which follows the name in titles.
+        module: Recipe, which is run with `python -m`. A kind without a recipe is only measured.
+        arguments: Class that its training arguments are, or extend.
+        seconds: Time that it takes in recipes/pocket. Before a run has times of its own, the time left is estimated
+            from these proportions.
+        launched: Whether it runs under `accelerate launch`, on the requested number of processes.
+        measured: Whether it writes a model, which is then evaluated.
+        seeded: Whether it draws random numbers and takes a seed.
+        editable: Whether it writes data, which people may correct by hand.
+        trained: Whether its model has taken training steps.
+        generates: Whether its model writes text. A reward model does not.
+        chats: Whether its model answers questions. A base model only continues a text.
+        from_scratch: Whether it may start from random weights.
+        samples: Whether it samples answers.
+        has_critic: Whether it trains a critic beside the model, to please reward models.
+        by_people: Whether it waits for people's votes.
+        file_of: Kind whose YAML file configures it, if it has none of its own.
+        directory: Name that its output directory must have, "" for any.
+        check: Function that checks its settings beyond their types, `(settings) -> list of problems`.
+        data: What the rows that it reads contain.
+        held_out: Key of `HELD_OUT` that its own data serve as.
+        length: Field that limits the length of its texts or of its answers, in tokens.
+        aims: Metrics that it is trained to improve, the main one first.
+        smoke: Settings that `--smoke` overrides.
+        charts: Charts of what it logs.
+        box: Its box in the path, if it has one.
+        watch: What the page says about its rollouts, "" if they cannot be watched.
+        card: What its model card says.
+    """
+
+    name: str = ""
+    method: str = ""
+    module: str = ""
+    arguments: str = ""
+    seconds: float = 6.0
+    launched: bool = False
+    measured: bool = False
+    seeded: bool = True
+    editable: bool = False
+    trained: bool = True
+    generates: bool = True
+    chats: bool = True
+    from_scratch: bool = False
+    samples: bool = False
+    has_critic: bool = False
+    by_people: bool = False
+    file_of: str = ""
+    directory: str = ""
+    check: str = ""
+    data: Literal["text", "conversation", "preference", "prompt", ""] = ""
+    held_out: Literal["text", "instructions", "problems", "prompts", "pairs", ""] = ""
+    length: str = ""
+    aims: tuple[str, ...] = ()
+    smoke: Mapping[str, Any] = field(default_factory=dict)
+    charts: tuple[LoggedChart, ...] = ()
+    box: Box | None = None
+    watch: str = ""
+    card: Card = Card()
+
+    @property
+    def title(self) -> str:
+        """The name with the algorithm, such as "Reasoning (GRPO)"."""
+        return f"{self.name} ({self.method})" if self.method else self.name
+
+    @property
+    def figure(self) -> str:
+        """The metric by which the stage is judged."""
+        return self.aims[0] if self.aims else "bits_per_byte"
+
+
+@dataclass(frozen=True)
+class HeldOutData:
+    """Data that stages are measured on.
+
+    Attributes:
+        data: What the rows contain, as in `StageKind.data`.
+        metrics: How the names of the metrics begin that are measured on it.
+        config: Configuration of the data set that `recipes.data` writes, "" for none.
+        length: Field of these stages that limits the length of an answer, "" if models do not answer it.
+    """
+
+    data: Literal["text", "conversation", "preference", "prompt"]
+    metrics: tuple[str, ...]
+    config: str = ""
+    length: str = ""
+
+
+HELD_OUT = {
+    "text": HeldOutData("text", ("bits_per_byte",), "pretrain"),
+    "instructions": HeldOutData(
+        "conversation", ("instruction_", "answer_", "stop_rate", "mean_length"), "sft", length="max_length"
+    ),
+    "problems": HeldOutData(
+        "prompt", ("pass@", "maj@", "step_rate", "reasoning_"), "reasoning", length="max_completion_length"
+    ),
+    "prompts": HeldOutData("prompt", ("win_rate", "last_sentence"), "preferences", length="max_completion_length"),
+    "pairs": HeldOutData("preference", ("reward_",)),
+}
+"""By the keys of `evaluate.yaml`."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the opponent reaches by a trick that needs no training; see `pipeline.evaluation.baselines`.
+
+    Attributes:
+        title: Its name in the report, to which the texts of its answers are appended. `{against}` is the opponent.
+        card: Its description in a model card, with `{against}` and `{text}`.
+    """
+
+    title: str
+    card: str
+
+
+BASELINES = {
+    "elicited": Baseline("{against}, begun with", "`{against}`, its answer begun with “{text}”"),
+    "constant": Baseline("{against}, always with", "`{against}`, with a fixed text before or after its answer"),
+    "majority": Baseline(
+        "Most frequent training answer of each kind",
+        "the most frequent answer of the training data to each kind of problem",
+    ),
+}
+
+# Two steps on a miniature take seconds, whatever the recipe asks for.
+SMOKE_TRAINING: Mapping[str, Any] = {
+    "max_steps": 2,
+    "warmup_steps": 1,
+    "max_train_samples": 64,
+    "max_eval_samples": 16,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "torch_compile": False,
+    "report_to": "none",
+    "push_to_hub": False,
+}
+# Each process samples four completions in a step.
+SMOKE_ROLLOUTS: Mapping[str, Any] = {
+    **SMOKE_TRAINING,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 16,
+}
+SMOKE_MODEL: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+SMOKE_SAMPLING: Mapping[str, Any] = {"max_prompts": 64, "max_eval_prompts": 32, "max_new_tokens": 16}
+
+STAGES: dict[str, StageKind] = {
+    "data": StageKind(
+        module="recipes.data",
+        seconds=4,
+        editable=True,
+        trained=False,
+        smoke={"size_mb": 0.3, "sft_rows": 400, "preference_rows": 64, "reasoning_rows": 128},
+    ),
+    "tokenizer": StageKind(
+        module="recipes.tokenizer",
+        seconds=2,
+        seeded=False,
+        trained=False,
+        smoke={"vocab_size": 512, "max_train_samples": 2000},
+    ),
+    "random": StageKind(
+        name="Random weights",
+        module="recipes.untrained",
+        seconds=1,
+        measured=True,
+        trained=False,
+        chats=False,
+        file_of="pretrain",
+        directory="0_random",
+        smoke=SMOKE_MODEL,
+        box=Box(
+            about="A new model: numbers drawn at random. It has read nothing, and writes gibberish.",
+            goes_in="nothing",
+            trains="nothing yet",
+            drawing="noise",
+            others=("base",),
+        ),
+        card=Card(
+            summary="A model that has learned nothing yet. It is what pretraining starts from, and what the other "
+            "stages of the run are compared with.",
+            how="It was not: these are the random weights that pretraining starts from.",
+            limit="It writes gibberish.",
+        ),
+    ),
+    # Not a step: a model of the Hub that the first stage starts from is measured as 0_base.
+    "base": StageKind(name="The model to start from", trained=False),
+    "pretrain": StageKind(
+        name="Pretraining",
+        module="recipes.pretrain",
+        arguments="pipeline.training.pretraining:PretrainConfig",
+        seconds=77,
+        launched=True,
+        measured=True,
+        chats=False,
+        from_scratch=True,
+        data="text",
+        held_out="text",
+        length="block_size",
+        aims=("bits_per_byte",),
+        # With fewer rows, the held-out texts would not fill a block.
+        smoke={**SMOKE_MODEL, **SMOKE_TRAINING, "max_train_samples": 512, "block_size": 256},
+        charts=(
+            LoggedChart("Loss, nats per token", (("training", "loss"), ("validation", "eval_loss"))),
+            LoggedChart("Bits per byte, validation", (("validation", "eval_bits_per_byte"),)),
+        ),
+        box=Box(
+            about="It reads much text and learns to guess the next token, which is a word or a piece of one. Now it "
+            "knows language, but only continues what it is given.",
+            goes_in="plain text",
+            trains="its wrong guesses of the next token",
+            drawing="next token",
+            place="curves",
+        ),
+        card=Card(
+            summary="A base model, which continues text. It has not been tuned to follow instructions.",
+            how="By predicting the next token of documents, with `transformers.Trainer`.",
+            limit="It continues a text and does not answer; for answers, take a later stage.",
+        ),
+    ),
+    "sft": StageKind(
+        name="Instruction tuning",
+        module="recipes.sft",
+        arguments="trl:SFTConfig",
+        seconds=29,
+        launched=True,
+        measured=True,
+        data="conversation",
+        held_out="instructions",
+        length="max_length",
+        aims=("instruction_accuracy", "answer_bits_per_byte", "stop_rate"),
+        smoke=SMOKE_TRAINING,
+        charts=(
+            LoggedChart(
+                "Loss, nats per token", (("training", "loss"), ("validation", "eval_loss")), note="Answers only."
+            ),
+            LoggedChart(
+                "Token accuracy", (("training", "mean_token_accuracy"), ("validation", "eval_mean_token_accuracy"))
+            ),
+        ),
+        box=Box(
+            about="It reads questions with good answers and learns to answer, and to stop.",
+            goes_in="questions with answers",
+            trains="the difference from the given answer",
+            drawing="answer",
+        ),
+        card=Card(
+            summary="A chat model, which answers questions and follows instructions.",
+            how="By predicting the answers of example conversations, with `trl.SFTTrainer`.",
+            limit="It imitates the answers that it was shown, with their mistakes, and states what it does not know as "
+            "confidently as what it does.",
+            tags=("trl", "sft"),
+        ),
+    ),
+    "preferences": StageKind(
+        name="Preferences",
+        module="recipes.preferences",
+        seconds=17,
+        launched=True,
+        editable=True,
+        trained=False,
+        samples=True,
+        check="pipeline.preferences.collect:check_judge",
+        data="prompt",
+        held_out="prompts",
+        smoke=SMOKE_SAMPLING,
+    ),
+    "votes": StageKind(
+        module="recipes.votes",
+        seconds=1,
+        editable=True,
+        trained=False,
+        by_people=True,
+        directory="votes",
+        smoke={**SMOKE_SAMPLING, "min_votes": 1, "simulated_votes": True},
+    ),
+    "reward": StageKind(
+        name="Reward model",
+        module="recipes.reward",
+        arguments="trl:RewardConfig",
+        seconds=19,
+        launched=True,
+        measured=True,
+        generates=False,
+        data="preference",
+        held_out="pairs",
+        length="max_length",
+        aims=("reward_accuracy", "reward_accuracy_noise_free"),
+        smoke=SMOKE_TRAINING,
+        charts=(
+            LoggedChart(
+                "Reward-model accuracy",
+                (("training", "accuracy"), ("validation", "eval_accuracy")),
+                note="Share of pairs whose preferred answer scores higher; 0.5 is chance.",
+            ),
+            LoggedChart("Loss", (("training", "loss"), ("validation", "eval_loss"))),
+        ),
+        card=Card(
+            summary="A model that scores answers: the higher the score, the more the annotators would like the answer. "
+            "It does not write text.",
+            how="On pairs of answers of which one was preferred, with `trl.RewardTrainer`.",
+            limit="Its scores compare answers to the same prompt; across prompts, and for answers unlike those that it "
+            "was trained on, they mean little. A policy that is trained against it for long finds its blind spots.",
+            tags=("trl", "reward-trainer"),
+        ),
+    ),
+    # Not a step: a reward model whose directory is called N_judge.
+    "judge": StageKind(name="Reward model that judges", generates=False, aims=("reward_accuracy",)),
+    "ppo": StageKind(
+        name="Preference tuning",
+        method="PPO",
+        module="recipes.ppo",
+        arguments="trl:GRPOConfig",
+        seconds=53,
+        launched=True,
+        measured=True,
+        samples=True,
+        has_critic=True,
+        data="prompt",
+        held_out="prompts",
+        length="max_completion_length",
+        aims=("win_rate", "win_rate_greedy"),
+        smoke=SMOKE_ROLLOUTS,
+        charts=(
+            LoggedChart(
+                "What PPO maximises",
+                (("score", "objective/scores"), ("score minus KL penalty", "objective/rlhf_reward")),
+                note="Scores are normalised as in training.",
+            ),
+            LoggedChart("KL to the initial policy, nats per answer", (("KL", "objective/kl"),)),
+            LoggedChart("Entropy, nats per token", (("entropy", "policy/entropy_avg"),)),
+            LoggedChart("Answer length, tokens", (("mean", "completions/mean_length"),)),
+        ),
+        box=Box(
+            about="It learns which of its answers people like better.",
+            goes_in="prompts without answers",
+            trains="the score of its own answers",
+            parts=(
+                ("Choices", "two answers to one prompt: which is better?"),
+                ("reward", "a second model learns to score answers as the choices would"),
+                ("PPO", "answers with high scores become more likely, in small steps"),
+            ),
+            drawing="score",
+            section="prefer",
+            place="gains",
+        ),
+        watch="PPO gives each token its own reward: minus the distance that the model has moved from its reference, "
+        "and for the last token the score of the reward model. The critic guesses before each token what is still to "
+        "come; the advantage is by how much the token did better than that.",
+        card=Card(
+            summary="A chat model that was tuned to answer as people prefer.",
+            how="By PPO against a reward model, with a critic, on TRL's `GRPOTrainer`.",
+            limit="It was tuned to please a reward model, which is not the same as being right.",
+            tags=("trl", "ppo", "rlhf"),
+        ),
+    ),
+    "grpo": StageKind(
+        name="Reasoning",
+        method="GRPO",
+        module="recipes.grpo",
+        arguments="trl:GRPOConfig",
+        seconds=40,
+        launched=True,
+        measured=True,
+        samples=True,
+        data="prompt",
+        held_out="problems",
+        length="max_completion_length",
+        aims=("pass@1", "pass@1_sampled", "pass@8", "step_rate"),
+        smoke={**SMOKE_ROLLOUTS, "num_generations": 4},
+        charts=(
+            LoggedChart("Reward", (("training", "reward"), ("validation", "eval_reward")), note="Correctness only."),
+            LoggedChart("Entropy, nats per token", (("entropy", "entropy"),)),
+            LoggedChart(
+                "Answer length, tokens",
+                (("mean", "completions/mean_length"), ("validation", "eval_completions/mean_length")),
+                note="The reward does not depend on length.",
+            ),
+        ),
+        box=Box(
+            about="It tries problems whose answer can be checked, and learns to work them out.",
+            goes_in="problems with a known result",
+            trains="whether the result is right",
+            parts=(
+                ("Prompt", "a problem"),
+                ("Completions", "several attempts at it"),
+                ("Check", "is the result right?"),
+                ("Update", "right attempts become more likely, wrong ones less; then the next problem"),
+            ),
+            drawing="attempts",
+            section="rollout",
+            place="reasoning",
+        ),
+        watch="GRPO lets the model try a problem several times. What did better than the average of its group becomes "
+        "more likely.",
+        card=Card(
+            summary="A chat model that was tuned to reason its way to right answers.",
+            how="By GRPO, with rewards for right final answers, with `trl.GRPOTrainer`.",
+            limit="It was rewarded for its final answer: the steps before it may be wrong where the answer is right.",
+            tags=("trl", "grpo", "reasoning"),
+        ),
+    ),
+}
+"""Steps of the same number run in this order, and are shown in it."""
+
+
+def kinds_with_data(held_out: str) -> list[str]:
+    """Return the kinds of stages whose own data serve as `held_out`, the last in the order of training first."""
+    return [name for name, kind in reversed(STAGES.items()) if kind.held_out == held_out]

@@ -1,0 +1,133 @@
+"""A stage in one place: an invented kind is one entry of the table and one recipe, and all who need it find it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small_model import ROOT
+
+from pipeline.__main__ import main
+from pipeline.evaluation.settings import recorded
+from pipeline.hub.cards import Trained, model_card
+from pipeline.report.load import load_run
+from pipeline.report.page import render
+from pipeline.report.path import path_steps
+from pipeline.runner.plan import read_plan
+from pipeline.stages import STAGES, Box, Card, LoggedChart, StageKind
+from tests.report.fake_run import write_run
+
+RECIPE = """
+from trl import ModelConfig, SFTConfig
+from pipeline.data.arguments import DataArguments
+
+def main(data_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    pass
+"""
+
+DISTIL = StageKind(
+    name="Distillation",
+    method="KD",
+    module="distil_recipe",
+    arguments="trl:SFTConfig",
+    launched=True,
+    measured=True,
+    data="conversation",
+    held_out="instructions",
+    length="max_length",
+    aims=("stop_rate",),
+    smoke={"max_steps": 2, "max_train_samples": 64},
+    charts=(LoggedChart("Divergence from the teacher", (("training", "loss"),)),),
+    box=Box("It imitates a larger model.", "the teacher's answers", "the distance from the teacher", place="curves"),
+    card=Card("A small chat model.", "By imitating a larger one.", "It knows no more than its teacher.", ("distil",)),
+)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe folder whose last stage is of an invented kind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(STAGES, "distil", DISTIL)
+    (tmp_path / "distil_recipe.py").write_text(RECIPE)
+    (tmp_path / "accelerate_config.yaml").write_text((ROOT / "accelerate_config.yaml").read_text())
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "What is a fox?", "completion": "A mammal."}\n')
+    (tmp_path / "recipe").mkdir()
+    values = {
+        "output_dir": "runs/r/5_distil",
+        "model_name_or_path": "runs/r/4_grpo",
+        "dataset_name": "rows.jsonl",
+        "max_length": 99,
+    }
+    earlier = {"output_dir": "runs/r/4_grpo", "model_name_or_path": "sshleifer/tiny-gpt2", "dataset_name": "rows.jsonl"}
+    (tmp_path / "recipe" / "4_sft.yaml").write_text(yaml.safe_dump(earlier))
+    (tmp_path / "recipe" / "5_distil.yaml").write_text(yaml.safe_dump(values))
+    yield tmp_path / "recipe"
+    sys.modules.pop("distil_recipe", None)
+
+
+def test_the_runner_runs_measures_and_shrinks_an_invented_stage(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "recipe", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "-m distil_recipe --config recipe/5_distil.yaml" in out
+    assert "run evaluate_5_distil: has not run yet" in out
+
+    assert main(["run", "recipe", "--dry-run", "--smoke"]) == 0
+    assert re.search(r"-m distil_recipe .*--max_steps 2 --max_train_samples 64", capsys.readouterr().out)
+
+    plan = read_plan(Path("recipe"))
+    measured = next(step for step in plan.steps if step.name == "evaluate_5_distil").values
+    assert measured["trained_on"]["instructions"]["dataset_name"] == "rows.jsonl"
+    assert measured["lengths"]["instructions"] == 99, "as the last stage that is trained on conversations"
+
+
+def test_an_invented_stage_has_a_state_and_settings(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"recipe": "recipe", "steps": {}}
+    run = Path("runs/r")
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps(record))
+    assert main(["status", str(run)]) == 0
+    assert re.search(r"5_distil +not run yet", capsys.readouterr().out)
+
+    (run / "5_distil").mkdir()
+    arguments = {"output_dir": "runs/r/5_distil", "dataset_name": "rows.jsonl", "max_length": 99}
+    (run / "5_distil" / "arguments.json").write_text(json.dumps(arguments))
+    assert recorded(run, "5_distil")["lengths"]["instructions"] == 99
+
+
+def test_an_invented_stage_is_in_report_page_and_card(recipe: Path) -> None:
+    run = write_run(recipe.parent / "runs/r")
+    for path in (run / "evaluations").glob("4_grpo.*"):
+        path.with_stem("5_distil").write_text(path.read_text().replace("4_grpo", "5_distil"))
+    (run / "5_distil").mkdir()
+    for name in ("config.json", "trainer_state.json"):
+        (run / "5_distil" / name).write_text((run / "2_sft" / name).read_text())
+    assert main(["report", str(run)]) == 0
+    page = (run / "report" / "index.html").read_text()
+    assert "Distillation (KD)" in page and "Divergence from the teacher" in page
+    assert "It imitates a larger model." in page
+    assert "5_distil" in (run / "report" / "report.md").read_text()
+
+    boxes = path_steps(load_run(run), {"distil": "#compare"})
+    assert [box["stage"] for box in boxes][-1] == "5_distil"
+    assert boxes[-1]["link"] == "#compare" and boxes[-1]["figure"].startswith("Stop rate")
+    assert "the teacher&#39;s answers" in render("path.html.jinja", {"steps": boxes})
+
+    card = model_card(Trained(run / "5_distil", "distil", "me/distil"))
+    assert "**Stage 5, distillation.** A small chat model." in card and "- distil" in card
+
+
+def test_one_file_names_the_title_of_a_stage() -> None:
+    """What a stage is called, what happens in it and what its card says stands in `pipeline/stages.py` alone."""
+    own = ROOT / "pipeline" / "stages.py"
+    texts = [kind.box.about for kind in STAGES.values() if kind.box] + [kind.card.summary for kind in STAGES.values()]
+    texts += [f'"{kind.name}"' for kind in STAGES.values() if kind.name] + [f'"{k.module}"' for k in STAGES.values()]
+    others = {path: path.read_text() for path in (ROOT / "pipeline").rglob("*.py") if path != own}
+    found = [(path, text) for path, content in others.items() for text in texts if text != '""' and text in content]
+    assert not found
