@@ -281,14 +281,26 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
             os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; {} if there is none, or the file is damaged."""
+def read_json(path: Path, notes: list[str] | None = None) -> dict[str, Any]:
+    """Return the JSON object in a file; {} if there is none, or the file is damaged.
+
+    Args:
+        path: The file.
+        notes: Takes a line if the file exists and is damaged.
+    """
     try:
+        if not path.exists():
+            return {}
         check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        if isinstance(content, dict):
+            return content
+        fault = "is not a JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        fault = f"cannot be read ({error})"
+    if notes is not None:
+        notes.append(f"{path}: {fault}; skipped")
+    return {}
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:

@@ -25,7 +25,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import Vote, VoteLog
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.settings import SOURCE_FIELDS, VOTES, move, recorded, with_layout
+from pipeline.evaluation.settings import SOURCE_FIELDS, VOTES, move, recorded
 from pipeline.files import read_json
 from pipeline.models.loading import is_reward_model, load_config, load_model
 from pipeline.preferences.judges import score
@@ -105,7 +105,7 @@ def load_prompts(site: Site) -> Sequence[Mapping[str, Any]]:
     if site.options.prompts:
         args = DataArguments(dataset_name=site.options.prompts, dataset_config=site.options.prompts_config)
     else:
-        settings = with_layout(move(recorded(site.run, ""), site.run), site.run)
+        settings = move(recorded(site.run, ""), site.run)
         source = settings["trained_on"].get("prompts")
         if not source:
             return ()

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pipeline.data.pocket.problems import WORKING
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.evaluation.chat_model import ChatModel
-from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.held_out import Example, HeldOut, subsample
 from pipeline.evaluation.matches import Matches, answer_both, record_wins
 from pipeline.evaluation.metrics import record_greedy
 from pipeline.evaluation.results import StageResult
-from pipeline.evaluation.sources import Example, subsample
 from pipeline.preferences.judges import ANNOTATORS, Judge
 
 CONSTANTS = (

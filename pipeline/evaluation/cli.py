@@ -16,6 +16,12 @@ run's own:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.errors import Problem
+    from pipeline.evaluation.results import StageResult
 
 OPTIONS = {
     "judge": "judge of the win rate: a reward model, votes, or package.module:function (default: the annotators)",
@@ -58,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, meaning in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, help=meaning)
     for name, meaning in DATA.items():
-        names = [f"--{name}", *(["--reasoning"] if name == "problems" else [])]  # the option's earlier name
+        # `--reasoning` is the earlier name of `--problems`.
+        names = ["--problems", "--reasoning"] if name == "problems" else [f"--{name}"]
         parser.add_argument(*names, metavar="DATASET", help=f"{meaning}, instead of the run's")
     for name, meaning in COLUMNS.items():
         parser.add_argument(f"--{name}", help=meaning)
@@ -74,48 +81,114 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If the run, the stage, a setting or a data set cannot be used.
     """
-    from pathlib import Path
-
     from pipeline.errors import UserError
-    from pipeline.evaluation.held_out import read_held_out
-    from pipeline.evaluation.results import check_own, format_table, write_result
-    from pipeline.evaluation.settings import move, read_settings, with_layout, without_derived
-    from pipeline.evaluation.stage import check_opponent, check_run, check_stage, evaluate_stage
+    from pipeline.evaluation.results import format_table
     from pipeline.launch import quiet_libraries
     from pipeline.rewards.sandbox import run as sandbox
 
     quiet_libraries()
     sandbox.allow_unconfined = args.allow_unconfined_code
-    run = Path(args.run)
     if args.lm_eval_tasks and not (args.name or args.config or any(getattr(args, key) for key in DATA)):
-        args.name = "lm_eval"  # beside the run's own figures
+        # Tasks of the command line do not replace the run's own figures.
+        args.name = "lm_eval"
+    try:
+        result = evaluate(args)
+    except UserError as error:
+        raise UserError(*(as_option(problem, args) for problem in error.problems)) from error.__cause__
+    path = result.write(Path(args.run) / "evaluations" / (args.name or ""))
+    if any(":" in name for name in result.metrics):
+        from pipeline.evaluation.harness import update_card
+
+        update_card(Path(args.run) / args.stage, result)
+    print(format_table(result))
+    print(f"{path} ({result.seconds:.1f} s)")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> StageResult:
+    """Measure the stage by the options of the command.
+
+    Raises:
+        UserError: If the run, the stage, a setting or a data set cannot be used; it names keys of `evaluate.yaml`.
+    """
+    from pipeline.errors import UserError
+    from pipeline.evaluation.held_out import read_held_out
+    from pipeline.evaluation.results import check_own
+    from pipeline.evaluation.settings import move, without_derived
+    from pipeline.evaluation.stage import check_opponent, check_run, check_stage, evaluate_stage
+
+    run = Path(args.run)
     settings, problems = read_settings(args)
-    problems += [] if args.name else check_own(run, args.stage, without_derived(settings))
+    if not args.name:
+        problems += check_own(run, args.stage, without_derived(settings))
     if problems:
         raise UserError(*problems)
     check_run(run)
-    moved = with_layout(move(settings, run), run)
+    moved = move(settings, run)
     check_stage(run, args.stage, moved, "--stage")
     if args.against:
         check_stage(run, args.against, moved, "--against")
     if moved["against"]:
         check_opponent(run, moved["against"])
-    tasks = moved["lm_eval_tasks"]
-    if tasks:
-        from pipeline.evaluation.harness import check_tasks  # optional
+    if moved["lm_eval_tasks"]:
+        # lm-eval is optional.
+        from pipeline.evaluation.harness import check_tasks
 
-        if problems := check_tasks(tasks, "--lm_eval_tasks" if args.lm_eval_tasks else "lm_eval_tasks"):
+        if problems := check_tasks(moved["lm_eval_tasks"]):
             raise UserError(*problems)
     flags = [name for name in DATA if getattr(args, name)]
     held_out = read_held_out(run, moved, flags, baselines=args.stage == moved["against"])
-    folder = run / "evaluations" / (args.name or "")
-    result = evaluate_stage(run, args.stage, held_out, moved, folder)
+    result = evaluate_stage(run, args.stage, held_out, moved, run / "evaluations" / (args.name or ""))
     result.settings = without_derived(settings)
-    path = write_result(folder, result)
-    if tasks:
-        from pipeline.evaluation.harness import update_card
+    return result
 
-        update_card(run / args.stage, result)
-    print(format_table(result))
-    print(f"{path} ({result.seconds:.1f} s)")
-    return 0
+
+def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the settings of an evaluation by the options of the command, and what is wrong with them.
+
+    Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; what neither of them names
+    follows from the stages.
+
+    Raises:
+        UserError: If the file of `--config` cannot be read.
+    """
+    from pipeline.config.yaml_file import read_yaml
+    from pipeline.errors import Problem
+    from pipeline.evaluation.settings import SOURCE_FIELDS, check, complete, defaults, move, recorded, without_derived
+
+    own = recorded(Path(args.run), args.stage)
+    options = {name: value for name, value in vars(args).items() if value is not None}
+    # `--problems FILE --prompt_column question --split test` is one data set with its columns.
+    columns = {name: options[name] for name in SOURCE_FIELDS if name in options}
+    if args.split:
+        columns["dataset_test_split"] = args.split
+    data = {key: {"dataset_name": options[key], **columns} for key in DATA if options.get(key)}
+
+    content = read_yaml(args.config) if args.config else without_derived(own)
+    # An evaluation with a name measures only what the command names, on the data or tasks that it names.
+    alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
+    if alone:
+        content = {key: value for key, value in content.items() if key not in DATA}
+    content |= data | {name: options[name] for name in defaults() if name in options}
+    settings = complete(content, own, only_named=alone or bool(args.name and content.keys() & DATA.keys()))
+
+    # A run that was moved still knows its reward models by their old paths.
+    rewards = [*settings["reward_models"], *move(settings, Path(args.run))["reward_models"]]
+    problems = check({**settings, "reward_models": rewards})
+    if columns and not data:
+        problems.append(Problem(f"--{next(iter(columns))}", next(iter(columns.values())), "name its data set as well"))
+    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
+        problems.append(Problem("--name", args.name, "must be the name of a folder, without a slash or a leading dot"))
+    return settings, problems
+
+
+def as_option(problem: Problem, args: argparse.Namespace) -> Problem:
+    """Name the option in a problem with a value that an option gave, in place of the key of `evaluate.yaml`."""
+    from dataclasses import replace
+
+    key, colon, name = problem.field.partition(": ")
+    if colon and key in DATA and getattr(args, key):
+        name = {"dataset_name": key, "dataset_test_split": "split"}.get(name, name)
+        return replace(problem, field=f"--{name}")
+    is_option = key in (*OPTIONS, *NUMBERS, "lm_eval_tasks", "vllm") and getattr(args, key) is not None
+    return replace(problem, field=f"--{key}") if is_option and not colon else problem

@@ -1,37 +1,70 @@
-"""The rows that stages are measured on, and the prompts that all of them answer."""
+"""The held-out rows that stages are measured on.
+
+    evaluate.yaml, completed by what the stages read           a data set whose rows are all in one split
+            |    pipeline.evaluation.settings                  (validation_share 0.05, so the period is 20)
+            v
+    Source: data set, columns, share to hold out                   row  0    held out
+            |    Reader.find                                       row  1    trained on
+            v                                                      ...
+    Part: the rows of a split that are held out, or                row 19    trained on
+          the rows that a stage trains on                          row 20    held out
+            |    Part.sample, Reader.read                          ...
+            v
+    Example: a row with the columns that metrics expect
+
+Training divides a single split in the same way (`pipeline.data.splits`), so no stage is measured on rows that it trains
+on. However large a data set is, only a sample of it is kept in memory.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import random
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from datasets import Dataset
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
-from pipeline.data.messages import is_informative
-from pipeline.data.overlap import overlap
+from pipeline.data.columns import Split, are_few, column_names, converter, is_of_hub
+from pipeline.data.messages import ShapeError, is_informative, shorten
+from pipeline.data.shards import documents_of
+from pipeline.data.sources import open_source
+from pipeline.data.splits import keep_rows, load_splits
+from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.graders import COMPARED, Grader, load_grader
-from pipeline.evaluation.sources import Example, Part, Reader
-from pipeline.files import read_json
+from pipeline.evaluation.settings import Source
+from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
 from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.stages import HELD_OUT
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+Example = dict[str, Any]
+"""A row of a data set, with its index as `id` and its `kind`, "" if it has none."""
+
+HELD_OUT_SPLITS = ("test", "validation")
+"""Splits on which stages are measured, the better one first."""
+
+READ_WHOLE_BYTES = 64 << 20
+"""Size of Parquet files up to which they are read directly; `datasets` copies larger ones into its cache."""
+
 MAX_EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
 """Largest number of examples used: intervals a few hundredths wide, in seconds of CPU time."""
 
 MAX_TRAINING_ROWS = 10_000
-"""Rows that stages train on in which held-out rows and the most frequent answers are looked for, in a few seconds."""
-
-OVERLAP_WORDS = 13
-"""Words in a row that a held-out row has in common with one that is trained on only if it is a copy (as for GPT-3)."""
+"""Training rows in which held-out rows and the most frequent answers are looked for, in a few seconds."""
 
 FIXED_PROMPTS: tuple[str, ...] = (
     "What is an LLM?",
@@ -51,10 +84,10 @@ FIXED_PROMPTS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out examples; without data of a kind, its list is empty.
+    """Held-out examples, in a list for each key of `evaluate.yaml`; without data of a kind, its list is empty.
 
     Attributes:
-        texts: `text` and `kind`, for bits per byte.
+        text: `text` and `kind`, for bits per byte.
         instructions: `messages`, `kind` and perhaps how they are graded.
         problems: `prompt`, `answer` and `kind`, for pass@k.
         longer: Problems that are longer than those of the training split.
@@ -65,10 +98,10 @@ class HeldOut:
         graders: Graders of `instructions` and `problems`; without one, each instruction says how it is graded.
         can_vote: Whether samples can vote on the answer to a problem.
         fixed_prompts: Conversations that every stage answers.
-        suspects: Data that might overlap with what stages train on -> the rows that these train on.
+        suspects: Key of data that might overlap with training data -> the training rows.
     """
 
-    texts: list[Example] = field(default_factory=list)
+    text: list[Example] = field(default_factory=list)
     instructions: list[Example] = field(default_factory=list)
     problems: list[Example] = field(default_factory=list)
     longer: list[Example] = field(default_factory=list)
@@ -81,20 +114,15 @@ class HeldOut:
     fixed_prompts: Sequence[Sequence[dict[str, str]]] = ()
     suspects: Mapping[str, Part] = field(default_factory=dict)
 
-    def of(self, key: str) -> list[Example]:
-        """Return the examples of a key of `evaluate.yaml`."""
-        examples: list[Example] = getattr(self, "texts" if key == "text" else key)
-        return examples
-
 
 def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str], baselines: bool) -> HeldOut:
-    """Read what the settings name.
+    """Read the held-out rows of the data that the settings name.
 
     Args:
         run: Directory of the run.
         settings: From `pipeline.evaluation.settings.complete`, with paths that exist.
-        flags: Data that options name, for messages.
-        baselines: Whether what only baselines need is wanted.
+        flags: Keys of the data that options name.
+        baselines: Whether to read what only baselines need as well.
 
     Raises:
         UserError: If data that options name have no rows, or a data set cannot be read.
@@ -105,90 +133,64 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
     parts = {key: part for key in HELD_OUT if (part := reader.find(key)) is not None}
     # Problems have metrics of their own, which compare final answers instead of looking for words.
     rows = {
-        key: reader.read(key, part, most[key], left_out="reasoning" if key == "instructions" else None)
+        key: reader.read(key, part, most[key], without="reasoning" if key == "instructions" else None)
         for key, part in parts.items()
     }
     _warn_of_system_prompts(reader, rows)
-    graders: dict[str, Grader] = {
-        key: load_grader(grade, f"{key}: grade")
-        for key in ("instructions", "problems")
-        if key in parts and ((grade := parts[key].source.grade) is not None or key == "problems")
-    }
+
+    graders: dict[str, Grader] = {}
+    for key in ("instructions", "problems"):
+        if key in parts and (parts[key].source.grade is not None or key == "problems"):
+            graders[key] = load_grader(parts[key].source.grade, f"{key}: grade")
+
+    validation: list[Example] = []
+    majority: dict[str, str] = {}
+    if baselines:
+        candidates = _find_validation(reader)
+        if candidates is not None:
+            validation = reader.read("prompts", candidates, most["prompts"])
+        majority = _most_frequent_answers(reader)
+
+    # A held-out row may have a copy among the training rows of the same split, or if the user chose the data.
+    suspects = {}
+    for key, part in parts.items():
+        if part.divided or (key in reader.named and key in reader.own):
+            trained_on = reader.find(key, trained_on=True)
+            if trained_on is not None:
+                suspects[key] = trained_on
+
     longer = reader.find("problems", "test_longer")
     found = HeldOut(
-        texts=[row for row in rows.get("text", ()) if row["text"].strip()],
+        text=[row for row in rows.get("text", ()) if row["text"].strip()],
         instructions=drop_ungradable(rows.get("instructions", ())),
         problems=rows.get("problems", []),
         longer=reader.read("problems", longer, most["longer"]) if longer else [],
-        majority=_most_frequent_answers(reader) if baselines else {},
+        majority=majority,
         prompts=drop_ungradable(rows.get("prompts", ())),
-        validation=reader.read_validation(most["prompts"]) if baselines else [],
+        validation=[row for row in validation if not row.get("test")],
         pairs=[row for row in rows.get("pairs", ()) if is_informative(row)],
         graders=graders,
         can_vote="problems" in parts and parts["problems"].source.grade in COMPARED,
         fixed_prompts=_fixed_prompts(run, settings, rows),
-        suspects=reader.suspects(parts),
+        suspects=suspects,
     )
-    if flags and not any(map(found.of, HELD_OUT)):
-        raise UserError(
-            *(Problem(f"--{key}", settings[key]["dataset_name"], "has no rows to measure on") for key in flags)
-        )
+    if flags and not any(getattr(found, key) for key in HELD_OUT):
+        remedy = "has no rows to measure on"
+        raise UserError(*(Problem(f"{key}: dataset_name", settings[key]["dataset_name"], remedy) for key in flags))
     return found
 
 
-def _warn_of_system_prompts(reader: Reader, rows: Mapping[str, Sequence[Example]]) -> None:
-    """Warn of named data without a system prompt, if a stage was trained with one."""
-    trained = next((source.system_prompt for source in reader.own.values() if source.system_prompt), None)
-    for key in sorted(reader.named & rows.keys() - {"text"}) if trained else ():
-        column = "messages" if key == "instructions" else "prompt"
-        if any(row[column][0]["role"] != "system" for row in rows[key]):
-            logger.warning("%s: has no system prompt, and a stage was trained with %r (system_prompt)", key, trained)
+def _find_validation(reader: Reader) -> Part | None:
+    """Return prompts on which no stage is measured.
 
-
-def find_overlaps(held_out: HeldOut, folder: Path) -> dict[str, dict[str, Any]]:
-    """Look for held-out rows in those that stages train on, where both come from one split or the user names the data.
-
-    Args:
-        held_out: The rows.
-        folder: Where the evaluations of other stages are written, whose findings are used again.
-
-    Returns:
-        For each kind of data: the number of `rows`, of those `found`, the number `trained_on` that were looked at, the
-        `n` words in a row that must agree, and a `key` that identifies all of these.
+    They are the validation split or, if there is none or stages are measured on it, prompts that are trained on.
     """
-    known = [entry for path in sorted(folder.glob("*.json")) for entry in read_json(path).get("overlap", {}).values()]
-    overlaps: dict[str, dict[str, Any]] = {}
-    for key, part in held_out.suspects.items():
-        tests = [_text_of(key, row) for row in held_out.of(key)]
-        size = len(part.data) if isinstance(part.data, Dataset) else None
-        path = Path(str(part.source.dataset_name))
-        state = path.stat().st_mtime_ns if path.exists() else None
-        content = json.dumps([part.place, part.period, size, state, OVERLAP_WORDS, tests], default=str)
-        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-        found = next((entry for entry in known if isinstance(entry, dict) and entry.get("key") == digest), None)
-        if found is None:
-            rows = (row for _, row in part.sample(MAX_TRAINING_ROWS))
-            shared = overlap(rows, tests, OVERLAP_WORDS)
-            counts = {"rows": shared.test_rows, "found": len(shared.matches), "trained_on": shared.train_rows}
-            found = {**counts, "n": OVERLAP_WORDS, "key": digest}
-        overlaps[key] = found
-    return overlaps
-
-
-def _text_of(key: str, row: Example) -> dict[str, Any]:
-    """Return what is looked for: a text, or messages without those of the system, which many rows share."""
-    if key == "text":
-        return {"text": row["text"]}
-    messages = row["messages" if key == "instructions" else "prompt"]
-    return {"messages": [message for message in messages if message["role"] != "system"]}
-
-
-def drop_ungradable(rows: Sequence[Example]) -> list[Example]:
-    """Leave out rows whose answers are code, with one line in the log, where code cannot be graded."""
-    if any(row.get("test") for row in rows) and (fault := validate_sandbox()):
-        logger.warning("answers that are code are left out: %s", fault)
-        return [row for row in rows if not row.get("test")]
-    return list(rows)
+    measured, validation = reader.find("prompts"), reader.find("prompts", "validation")
+    if measured is None:
+        return None
+    if validation is None or validation.place == measured.place:
+        return reader.find("prompts", trained_on=True)
+    return validation
 
 
 def _most_frequent_answers(reader: Reader) -> dict[str, str]:
@@ -201,12 +203,263 @@ def _most_frequent_answers(reader: Reader) -> dict[str, str]:
     return {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()}
 
 
+def _warn_of_system_prompts(reader: Reader, rows: Mapping[str, Sequence[Example]]) -> None:
+    """Warn of named data without a system prompt, if a stage was trained with one."""
+    trained = next((source.system_prompt for source in reader.own.values() if source.system_prompt), None)
+    for key in sorted(reader.named & rows.keys() - {"text"}) if trained else ():
+        column = "messages" if key == "instructions" else "prompt"
+        if any(row[column][0]["role"] != "system" for row in rows[key]):
+            logger.warning("%s: has no system prompt, and a stage was trained with %r (system_prompt)", key, trained)
+
+
 def _fixed_prompts(
     run: Path, settings: Mapping[str, Any], rows: Mapping[str, Sequence[Example]]
 ) -> list[list[dict[str, str]]]:
-    """Return the prompts that the settings name, or those of the data that the run generates, or held-out ones."""
+    """Return the prompts that the settings name or, for data that the run generates, `FIXED_PROMPTS`.
+
+    Without either, they are the first of `FIXED_PROMPTS` and some held-out prompts.
+    """
     own: Sequence[str] = settings.get("fixed_prompts") or (FIXED_PROMPTS if (run / "data").is_dir() else ())
+    if own:
+        return [[{"role": "user", "content": text}] for text in own]
     held_out = [row["messages"][:-1] for row in rows.get("instructions", ())[:5]]
     held_out += [row["prompt"] for key in ("problems", "prompts") for row in rows.get(key, ())[:4]]
-    asked = [[{"role": "user", "content": text}] for text in own or FIXED_PROMPTS[:1]]
-    return asked if own else [*asked, *held_out][: len(FIXED_PROMPTS)]
+    return [[{"role": "user", "content": FIXED_PROMPTS[0]}], *held_out][: len(FIXED_PROMPTS)]
+
+
+def drop_ungradable(rows: Sequence[Example]) -> list[Example]:
+    """Drop the rows whose answers are code, with one line in the log, where code cannot be graded."""
+    if any(row.get("test") for row in rows) and (fault := validate_sandbox()):
+        logger.warning("answers that are code are left out: %s", fault)
+        return [row for row in rows if not row.get("test")]
+    return list(rows)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of a split that are held out, or the rows that are trained on.
+
+    Attributes:
+        data: The split.
+        source: The data set that it belongs to.
+        field: What messages call the data set.
+        place: What messages call the split.
+        period: One row in so many is held out; 1 if the rows are all rows of `data`.
+        trained_on: Whether the rows are trained on.
+        divided: Whether one split has rows of both kinds.
+    """
+
+    data: Split
+    source: Source
+    field: str
+    place: str
+    period: int = 1
+    trained_on: bool = False
+    divided: bool = False
+
+    def sample(self, most: int, without: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Yield the number in the split and the content of at most `most` rows, in order; of a stream, the first ones.
+
+        Rows of the kind `without` are skipped.
+        """
+
+        def is_wanted(number: int, kind: object) -> bool:
+            belongs = self.period == 1 or (number % self.period > 0) == self.trained_on
+            return belongs and (without is None or kind != without)
+
+        if not isinstance(self.data, Dataset):
+            numbered = ((number, row) for number, row in enumerate(self.data) if is_wanted(number, row.get("kind")))
+            yield from islice(numbered, most)
+            return
+        size = len(self.data)
+        numbers: Sequence[int] = range(0, size, self.period)
+        if without and "kind" in self.data.column_names:
+            batches = self.data.select_columns("kind").iter(1000)
+            kinds = chain.from_iterable(batch["kind"] for batch in batches)
+            numbers = array("q", (number for number, kind in enumerate(kinds) if is_wanted(number, kind)))
+        elif self.trained_on and self.period > 1:
+            # The rows between the held-out ones: 1 to 19, 21 to 39 and so on for a period of 20. They are drawn by
+            # their place among themselves, so that no list of millions of numbers is made.
+            drawn = subsample(range(size - len(numbers)), most)
+            numbers = [place + place // (self.period - 1) + 1 for place in drawn]
+        chosen = subsample(numbers, most)
+        yield from zip(chosen, self.data.select(chosen), strict=True)
+
+
+def subsample(rows: Sequence[T], most: int) -> list[T]:
+    """Return at most `most` rows, drawn with a fixed seed and kept in their order.
+
+    Neither the first rows nor every n-th one would do: data sets are sorted by kind, or their kinds alternate.
+    """
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
+
+
+class Reader:
+    """Opens data sets, each once, and reads the rows that are held out or trained on.
+
+    Attributes:
+        sources: What stages are measured on, by key of `evaluate.yaml`.
+        own: What stages are trained on, by the same keys.
+        named: Keys whose data the user names. No stage may train on them, so all their rows may be measured.
+    """
+
+    def __init__(self, run: Path, settings: Mapping[str, Any], flags: Collection[str]) -> None:
+        self.run = run
+        self.sources = {key: documents_of(Source(**settings[key])) for key in HELD_OUT if settings.get(key)}
+        self.own = {key: documents_of(Source(**source)) for key, source in settings["trained_on"].items()}
+        self.named = {key for key in self.sources if key in flags or self.sources[key] != self.own.get(key)}
+        self._opened: dict[tuple[str | None, ...], DatasetDict | IterableDatasetDict] = {}
+
+    def find(self, key: str, split: str | None = None, trained_on: bool = False) -> Part | None:
+        """Return rows of the data set of `key`, None if there are none.
+
+        Args:
+            key: Key of `evaluate.yaml`.
+            split: The split. Default: the held-out rows, wherever they are.
+            trained_on: Return the rows that a stage trains on instead.
+
+        Raises:
+            UserError: If a split that the user names does not exist.
+        """
+        source = (self.own if trained_on else self.sources).get(key)
+        if source is None:
+            return None
+        train, named = source.dataset_train_split, source.dataset_test_split
+        is_exact = key in self.named and bool(named)
+        held_out = [named] if is_exact else [named, *HELD_OUT_SPLITS]
+        with _problems_of(key):
+            splits = self._open(source, [split or "", *held_out, train])
+            if split is None and list(splits) == [train] and source.validation_share > 0:
+                return self._divide(key, source, splits[train], trained_on)
+        if not splits:
+            return None
+
+        wanted = [split] if split else [train] if trained_on else held_out
+        found = next((name for name in wanted if name in splits), None)
+        if found is None and key in self.named and not split and not trained_on:
+            # The user's file has one split, whatever it is called.
+            found = next(iter(splits)) if len(splits) == 1 and not is_exact else None
+            if found is None:
+                remedy = f"there is no such split; choose from: {', '.join(splits)}"
+                raise UserError(Problem(f"{key}: dataset_test_split", named or "test", remedy))
+        if found is None:
+            return None
+        rows = splits[found]
+        if isinstance(rows, Path):
+            return Part(_read_parquet(rows), source, "RUN", str(rows))
+        place = f"{source.dataset_names[0]}, split {found}"
+        return Part(rows, source, f"{key}: dataset_name", place, trained_on=trained_on)
+
+    def _open(self, source: Source, wanted: Sequence[str]) -> Mapping[str, Split | Path]:
+        """Return the splits of a data set by name. It has none if a step of the run has not made it yet.
+
+        A folder with a Parquet file for each split, such as the run's own data, is not opened by `datasets`, which
+        would copy it: of the `wanted` splits, it returns the files.
+        """
+        name, train = source.dataset_names[0], source.dataset_train_split
+        path = Path(name)
+        if (path / VOTES_FILE).is_file():
+            update_data_set(path)
+        folder = path / (source.dataset_config or "")
+        files = {split: folder / f"{split}.parquet" for split in wanted}
+        files = {split: file for split, file in files.items() if file.is_file()}
+        if files.keys() - {train}:
+            return files
+        if path.is_relative_to(self.run) and not path.exists():
+            return {}
+        opened = (name, source.dataset_config, *(source.keep_rows or []))
+        if opened not in self._opened:
+            whole = open_source(name, source.dataset_config, source.dataset_streaming)
+            self._opened[opened] = keep_rows(whole, source)
+        return self._opened[opened]
+
+    def _divide(self, key: str, source: Source, rows: Any, trained_on: bool) -> Part:
+        """Return the rows of the only split that are held out, or the others, as training divides them."""
+        name, field = source.dataset_names[0], f"{key}: dataset_name"
+        if key == "pairs":
+            # Training drops the pairs that say nothing before it divides the others.
+            divided = load_splits(replace(source, dataset_test_split="validation"), "preference", True)
+            standard = replace(source, prompt_column="prompt")
+            return Part(divided[0 if trained_on else 1], standard, field, name, 1, trained_on, divided=True)
+        if not isinstance(rows, Dataset):
+            # Training holds out rows of the stream's first file only.
+            rows = rows.shard(rows.num_shards, 0)
+        period = round(1 / source.validation_share)
+        return Part(rows, source, field, f"{name}, split {source.dataset_train_split}", period, trained_on, True)
+
+    def read(self, key: str, part: Part, most: int, without: str | None = None) -> list[Example]:
+        """Return rows with the columns that metrics expect, and their own.
+
+        Args:
+            key: Key of `evaluate.yaml`, which determines these columns.
+            part: The rows.
+            most: Number of rows to draw.
+            without: Kind of rows to skip.
+
+        Raises:
+            UserError: If a column is missing or a row is malformed. In a data set of the Hub, where training skips a
+                few malformed rows, they are skipped here too.
+        """
+        columns = column_names(part.data)
+        with _problems_of(key):
+            convert, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
+            if key == "problems" and part.source.grade in COMPARED and part.source.answer_column not in columns:
+                remedy = f"does not exist; choose from: {', '.join(columns)}"
+                raise UserError(Problem("answer_column", part.source.answer_column, remedy))
+        examples: list[Example] = []
+        faults: list[tuple[int, ShapeError]] = []
+        for number, row in part.sample(most, without):
+            try:
+                example = {**row, **convert(row)}
+                _check_columns(example)
+            except ShapeError as error:
+                faults.append((number, error))
+                continue
+            examples.append({**example, "kind": str(row.get("kind") or ""), "id": number})
+        if faults:
+            number, fault = faults[0]
+            read = len(faults) + len(examples)
+            if not is_of_hub(part.source) or not are_few(len(faults), read):
+                raise UserError(
+                    Problem(part.field, f"{part.place}, row {number}", f"{fault}; correct or remove that row")
+                )
+            what = f"{part.place}: {len(faults)} of {read} rows are left out"
+            logger.warning("%s, as in training; row %d, for instance: %s.", what, number, fault)
+        return examples
+
+
+@contextmanager
+def _problems_of(key: str) -> Iterator[None]:
+    """Name the key of `evaluate.yaml` in problems with its data set."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(replace(one, field=f"{key}: {one.field}") for one in error.problems)) from None
+
+
+def _read_parquet(path: Path) -> Dataset:
+    try:
+        if path.stat().st_size <= READ_WHOLE_BYTES:
+            return Dataset(pq.read_table(path))
+        return load_dataset("parquet", data_files=str(path), split="train")
+    except (OSError, pa.ArrowException, DatasetGenerationError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(Problem("RUN", path, f"cannot be read ({reason}); generate the data again")) from None
+
+
+def _check_columns(row: Example) -> None:
+    """Check the columns by which a row is graded, and fill in the ones that it lacks.
+
+    Raises:
+        ShapeError: If a column does not contain what its name says.
+    """
+    for column in ("taste_chosen", "taste_rejected"):
+        if not isinstance(row.get(column, 0.0), int | float | None):
+            raise ShapeError(f"{column} is {shorten(row[column])}, not a number")
+    if set(RULE_COLUMNS) & set(row):
+        if fault := validate_rule(row):
+            raise ShapeError(fault)
+        defaults = {"require": [], "reject": [], "max_words": 0, "test": ""}
+        row.update({column: row.get(column) or defaults[column] for column in RULE_COLUMNS})

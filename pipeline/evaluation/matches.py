@@ -19,9 +19,9 @@ import transformers
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
+from pipeline.evaluation.held_out import Example
 from pipeline.evaluation.metrics import STRING, info, output
 from pipeline.evaluation.results import StageResult
-from pipeline.evaluation.sources import Example
 from pipeline.files import read_json
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import judge_match

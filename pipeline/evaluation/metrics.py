@@ -19,9 +19,9 @@ import evaluate
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.graders import Grader, grade_final_answers
+from pipeline.evaluation.held_out import Example, subsample
 from pipeline.evaluation.likelihood import answer_losses, document_losses
 from pipeline.evaluation.results import StageResult
-from pipeline.evaluation.sources import Example, subsample
 from pipeline.models.generation import Completion, end_tokens, stopped
 from pipeline.rewards.answers import extract_answer, normalise_answer, number
 from pipeline.rewards.grading import RULE_COLUMNS, grade, has_steps, is_gradable

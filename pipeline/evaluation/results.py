@@ -1,47 +1,66 @@
-"""The results of an evaluation: the files that it writes, and the table that it prints."""
+"""What is known about one stage: what its evaluation measured and its training logged, and the files of the former."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, as_pairs, read_votes, split_of, standing
-from pipeline.errors import Problem, UserError
-from pipeline.evaluation.intervals import Estimate, outcome_mean
-from pipeline.evaluation.settings import VOTES
-from pipeline.files import read_json, write_text
+from pipeline.errors import Problem
+from pipeline.evaluation.intervals import Estimate, finite, outcome_mean
+from pipeline.files import check_regular, read_json, write_text
+
+Outcomes = dict[str, tuple[float, float, str]]
+"""Id of an example, followed by the hash of its content -> (value, weight, kind)."""
+
+# Fields that STAGE.json has as they are -> the keys that each entry of the field must have, None if it may be anything.
+WRITTEN: dict[str, set[str] | None] = {
+    "answers": {"prompt", "answer"},
+    "traces": {"kind", "problem", "answer"},
+    "texts": set(),
+    "opponent": None,
+    "against": None,
+    "judge": None,
+    "left_out": None,
+    "cut_off": {"answers", "limit"},
+    "experts": None,
+    "overlap": {"rows", "found", "trained_on", "n"},
+    "settings": None,
+}
 
 
 @dataclass
 class StageResult:
-    """Everything measured on one stage.
+    """Everything that is known about a stage, or about a baseline that was measured with it.
 
     Attributes:
-        stage: Directory name, such as "2_sft".
-        metrics: Metric -> estimate.
+        name: Directory name, such as "2_sft".
+        metrics: Metric -> estimate. The metric of a baseline is named `<baseline>/<metric>`.
         examples: `{"metric", "id", "row", "kind", "value", ...}` for each example of each metric; `row` is a hash of
             its content.
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
         texts: Baseline -> what its answers begin with or have in common, by a key such as "text".
-        opponent: What its answers in the win rates depend on, if others are compared with it; see `matches`.
+        opponent: What its answers in the win rates depend on, if others are compared with it; see `win_rate`.
         against: The stage that it is compared with in the win rates.
         judge: Who judges the win rates, as reports name it.
         left_out: What there is no data for, one line each.
-        cut_off: Data -> its `answers`, those `cut off`, and the `limit` in tokens.
+        cut_off: Data -> its `answers`, how many of them were `cut off`, and the `limit` in tokens.
         experts: The load of each expert in `layers`, over its fair share, and in `documents` the `pieces` of some texts
             with the expert `chosen` for each, by layer; {} for a dense model.
-        overlap: Data -> how many of its `rows` are `found` in those that a stage trains on, see `find_overlaps`.
+        overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
         settings: How it was measured.
-        seconds: How long it took, loading included.
+        seconds: How long the evaluation took, loading included; None if that is not known.
+        state: The content of trainer_state.json, with the logged values in `log_history`.
+        config: The model's config.json.
+        parameters: Number of weights saved, None if there are none.
+        active_parameters: Number of weights that a token passes: of the experts, only the ones it is routed to.
     """
 
-    stage: str
+    name: str
     metrics: dict[str, Estimate] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
@@ -55,7 +74,50 @@ class StageResult:
     experts: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    parameters: int | None = None
+    active_parameters: int | None = None
+
+    @classmethod
+    def read(cls, path: Path, notes: list[str]) -> StageResult:
+        """Read STAGE.json and STAGE.jsonl. A missing file is empty; what is damaged is skipped, with a line in `notes`.
+
+        Args:
+            path: Path of STAGE.json.
+            notes: Takes one line for each damaged file and each figure that is not a number.
+        """
+        content = read_json(path, notes)
+        result = cls(path.stem, seconds=finite(content.get("seconds")))
+        metrics = content.get("metrics")
+        for name, entry in metrics.items() if isinstance(metrics, dict) else ():
+            try:
+                result.metrics[name] = Estimate.from_json(entry)
+            except ValueError as error:
+                # An older release wrote null for a metric that it could not measure.
+                if entry is not None:
+                    notes.append(f"{path}: {name}: {error}; skipped")
+        for name, keys in WRITTEN.items():
+            value, default = content.get(name), getattr(result, name)
+            if isinstance(value, type(default)):
+                setattr(result, name, _without_damage(value, keys))
+        result.examples = _read_examples(path.with_suffix(".jsonl"), notes)
+        return result
+
+    def write(self, folder: Path) -> Path:
+        """Write STAGE.jsonl, then STAGE.json, each whole or not at all. Return the path of the latter."""
+        path = folder / f"{self.name}.json"
+        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples]
+        write_text(path.with_suffix(".jsonl"), "".join(lines))
+        content = {
+            "stage": self.name,
+            "metrics": {name: estimate.to_json() for name, estimate in self.metrics.items()},
+            **{name: getattr(self, name) for name in WRITTEN},
+            "seconds": round(self.seconds or 0.0, 2),
+        }
+        write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        return path
 
     def record(
         self,
@@ -94,11 +156,90 @@ class StageResult:
             example = {"metric": name, "id": row["id"], "row": hashlib.sha256(content).hexdigest()[:16]}
             self.examples.append({**example, "kind": row["kind"], "value": float(value), **extra})
 
+    def outcomes(self, metric: str) -> Outcomes:
+        """Return the outcome of each example of a metric. A value per byte, for instance, weighs as many bytes."""
+        return {
+            f"{example['id']} {example.get('row', '')}": (
+                example["value"],
+                example.get("weight", 1.0),
+                str(example.get("kind", "")),
+            )
+            for example in self.examples
+            if example["metric"] == metric
+        }
 
-WRITTEN = (
-    "answers", "traces", "texts", "opponent", "against", "judge", "left_out", "cut_off", "experts", "overlap",
-    "settings",
-)  # fmt: skip
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The logged records of training, oldest first."""
+        history = self.state.get("log_history")
+        return [record for record in history if isinstance(record, dict)] if isinstance(history, list) else []
+
+    def take_baselines(self) -> dict[str, StageResult]:
+        """Move the figures named `<baseline>/<metric>`, with their examples and texts, to results of their own."""
+        found: dict[str, StageResult] = {}
+        whole, self.metrics = self.metrics, {}
+        for figure, estimate in whole.items():
+            baseline, _, metric = figure.rpartition("/")
+            owner = found.setdefault(baseline, StageResult(baseline)) if baseline else self
+            owner.metrics[metric] = estimate
+        for baseline, texts in self.texts.items():
+            found.setdefault(baseline, StageResult(baseline)).texts[baseline] = texts
+        everything, self.examples = self.examples, []
+        for example in everything:
+            baseline, _, metric = example["metric"].rpartition("/")
+            owner = found.setdefault(baseline, StageResult(baseline)) if baseline else self
+            owner.examples.append({**example, "metric": metric})
+        return found
+
+    def remarks(self) -> list[str]:
+        """Return a line for each kind of data with answers cut off, with rows that are trained on, or without rows."""
+        lines = [
+            f"{key}: {counts['cut off']} of {counts['answers']} answers were cut off at {counts['limit']} tokens"
+            for key, counts in self.cut_off.items()
+            if counts.get("cut off")
+        ]
+        lines += [
+            f"{key}: {found['found']} of {found['rows']} held-out rows share {found['n']} words in a row, or all their "
+            f"words, with the {found['trained_on']} training rows looked at"
+            for key, found in self.overlap.items()
+        ]
+        return lines + self.left_out
+
+
+def _without_damage(value: Any, keys: set[str] | None) -> Any:
+    """Return a list or a mapping without the entries that lack one of `keys`."""
+    if keys is None:
+        return value
+    if isinstance(value, list):
+        return [entry for entry in value if isinstance(entry, dict) and keys <= entry.keys()]
+    return {key: entry for key, entry in value.items() if isinstance(entry, dict) and keys <= entry.keys()}
+
+
+def _read_examples(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        check_regular(path)
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        notes.append(f"{path}: cannot be read, skipped: {error}")
+        return []
+    examples = []
+    damaged = 0
+    for line in filter(str.strip, lines):
+        try:
+            example = json.loads(line)
+            value, weight = finite(example["value"]), finite(example.get("weight", 1.0))
+            is_whole = isinstance(example["metric"], str) and "id" in example
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            is_whole = False
+        if is_whole and value is not None and weight is not None:
+            examples.append({**example, "value": value, "weight": weight})
+        else:
+            damaged += 1
+    if damaged:
+        notes.append(f"{path}: {damaged} damaged line(s) skipped")
+    return examples
 
 
 def check_own(run: Path, stage: str, settings: Mapping[str, Any]) -> list[Problem]:
@@ -118,92 +259,11 @@ def check_own(run: Path, stage: str, settings: Mapping[str, Any]) -> list[Proble
     return [Problem("--name", "nothing", remedy)]
 
 
-def write_result(folder: Path, result: StageResult) -> Path:
-    """Write STAGE.jsonl, then STAGE.json, each whole or not at all. Returns the path of the latter."""
-    path = folder / f"{result.stage}.json"
-    lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in result.examples]
-    write_text(path.with_suffix(".jsonl"), "".join(lines))
-    content = {
-        "stage": result.stage,
-        "metrics": {name: estimate.to_json() for name, estimate in result.metrics.items()},
-        **{name: getattr(result, name) for name in WRITTEN},
-        "seconds": round(result.seconds, 2),
-    }
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-    return path
-
-
 def format_table(result: StageResult) -> str:
     """Format the metrics, one per line, with the kinds of examples indented below, and what else is to be said."""
-    lines = [f"{result.stage:<30} {'value':>8}  95% interval         n"]
+    lines = [f"{result.name:<30} {'value':>8}  95% interval         n"]
     for name, estimate in result.metrics.items():
         for label, shown in {name: estimate, **{f"  {kind}": part for kind, part in estimate.by_kind.items()}}.items():
             ends = " ".join("       " if end is None else f"{end:>7.3f}" for end in (shown.low, shown.high))
             lines.append(f"{label:<30} {shown.value:>8.3f}  {ends} {shown.n or '':>10}")
-    return "\n".join([*lines, *remarks(result.cut_off, result.overlap), *result.left_out])
-
-
-def remarks(cut_off: Mapping[str, Mapping[str, int]], overlap: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a line for each kind of data with answers that were cut off, or with rows that are trained on."""
-    lines = [
-        f"{key}: {counts['cut off']} of {counts['answers']} answers were cut off at {counts['limit']} tokens"
-        for key, counts in cut_off.items()
-        if counts.get("cut off")
-    ]
-    return lines + [
-        f"{key}: {found['found']} of {found['rows']} held-out rows share {found['n']} words in a row, or all their "
-        f"words, with the {found['trained_on']} training rows looked at"
-        for key, found in overlap.items()
-    ]
-
-
-def held_out_pairs(run: Path, stage: str) -> list[dict[str, Any]]:
-    """Return the pairs that a reward model was not trained on, with the preferences of people as labels.
-
-    These are the test split of the votes if it was trained on votes, and all votes otherwise.
-
-    Raises:
-        UserError: If the votes of the run are damaged.
-    """
-    trained_on = read_json(run / stage / "arguments.json").get("dataset_name") or []
-    names = [trained_on] if isinstance(trained_on, str) else trained_on
-    is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
-    votes = standing(read_votes(run / VOTES / VOTES_FILE))
-    held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
-    return [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]
-
-
-def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
-    """Estimate how often people preferred the answers of a stage to those of another one; ties count one half.
-
-    Args:
-        run: The run.
-        against: The stage that others are compared with. Two other stages that people compared are reported at the
-            later one, if nothing else is.
-        notes: Takes a line if the votes are damaged.
-
-    Returns:
-        The win rate of each stage, by its name. `by_kind` has one for each opponent, unless that is `against` alone.
-    """
-    outcomes: dict[str, dict[str, tuple[list[float], list[str]]]] = defaultdict(dict)
-    try:
-        votes = standing(read_votes(run / VOTES / VOTES_FILE))
-    except (UserError, OSError) as error:
-        notes.append(f"people's votes are left out: {error}")
-        return {}
-    for vote in votes:
-        models = {"a": vote["model_a"], "b": vote["model_b"]}
-        if vote["choice"] not in OUTCOMES or models["a"] == models["b"]:
-            continue
-        own = max(models, key=lambda side: (models[side] != against, models[side]))
-        outcome = OUTCOMES[vote["choice"]]
-        values, prompts = outcomes[models[own]].setdefault(models[OTHER[own]], ([], []))
-        values.append(outcome if own == "a" else 1 - outcome)
-        prompts.append(json.dumps(vote["prompt"]))
-    rates = {}
-    for stage, opponents in outcomes.items():
-        found = {name: outcome_mean(values, units=prompts) for name, (values, prompts) in opponents.items()}
-        main = max(found, key=lambda name: (name == against, found[name].n or 0))
-        kinds = {} if list(found) == [against] else {f"against {name}": rate for name, rate in found.items()}
-        rates[stage] = Estimate(found[main].value, found[main].low, found[main].high, found[main].n, kinds)
-    return rates
+    return "\n".join([*lines, *result.remarks()])

@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import evaluate
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.data.votes import VOTES_FILE, as_pairs, read_votes, split_of, standing
 from pipeline.evaluation import intervals
 from pipeline.evaluation.held_out import Example
 from pipeline.evaluation.metrics import NUMBER, info, output
 from pipeline.evaluation.results import StageResult
+from pipeline.evaluation.settings import VOTES
+from pipeline.files import read_json
 from pipeline.preferences.judges import score
 from pipeline.rewards.annotators import INDIFFERENCE
 
@@ -157,6 +161,22 @@ def measure_people(
     prompts = [json.dumps(row["prompt"]) for row in pairs]
     agrees = RewardAccuracy().compute(predictions=chosen, references=rejected, units=prompts, seed=seed)
     result.record("reward_accuracy_people", agrees, pairs, units=prompts)
+
+
+def held_out_pairs(run: Path, stage: str) -> list[dict[str, Any]]:
+    """Return the pairs that a reward model was not trained on, with the preferences of people as labels.
+
+    These are the test split of the votes if it was trained on votes, and all votes otherwise.
+
+    Raises:
+        UserError: If the votes of the run are damaged.
+    """
+    trained_on = read_json(run / stage / "arguments.json").get("dataset_name") or []
+    names = [trained_on] if isinstance(trained_on, str) else trained_on
+    is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
+    votes = standing(read_votes(run / VOTES / VOTES_FILE))
+    held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
+    return [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]
 
 
 def _score_both(

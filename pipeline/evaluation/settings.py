@@ -11,7 +11,6 @@ The file is optional, and so is each key. Data that it does not name are the hel
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.yaml_file import read_yaml
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import Problem, UserError
 from pipeline.files import is_missing_path, read_json
@@ -251,36 +249,22 @@ def move(settings: Values, run: Path) -> dict[str, Any]:
 def recorded(run: Path, stage: str) -> dict[str, Any]:
     """Return the settings that the runner recorded for the evaluation of RUN/STAGE, or for another one of the run.
 
-    Without a record, they follow from the arguments that the stages left in their directories.
+    What the record lacks follows from the arguments that the stages left in their directories: all of it if the stages
+    were trained without the runner, or a key that an earlier release did not record.
     """
     steps: dict[str, Any] = read_json(run / "run.json").get("steps", {})
     names = [f"evaluate_{stage}", *(name for name in steps if name.startswith("evaluate_"))]
     found: dict[str, Any] = next((steps[name].get("values", {}) for name in names if name in steps), {})
-    if all(name in found for name in DERIVED):
+    known = {name: found[name] for name in DERIVED if name in found}
+    if len(known) == len(DERIVED):
         return dict(found)
     stages = [
         (path.parent.name, path.parent.name.partition("_")[2].partition("_")[0], read_json(path))
         for path in sorted(run.glob("[0-9]*_*/arguments.json"))
     ]
     outputs = [values["output_dir"] for _, _, values in stages if isinstance(values.get("output_dir"), str)]
-    derived = derive(stages, Path(outputs[0]).parent if outputs else run)
-    if all(name in found for name in DERIVED if name != ADDED):
-        return found | {ADDED: derived[ADDED]}
-    return complete(found, derived)
-
-
-def with_layout(settings: Values, run: Path) -> dict[str, Any]:
-    """Add what RUN has and the settings do not mention: data in RUN/data and RUN/3_preferences, and an SFT stage."""
-    found: dict[str, Any] = {
-        key: {"dataset_name": str(run / "data"), "dataset_config": held_out.config}
-        for key, held_out in HELD_OUT.items()
-        if held_out.config and (run / "data" / held_out.config / "test.parquet").is_file()
-    }
-    if (run / "3_preferences" / "test.parquet").is_file():
-        found["pairs"] = {"dataset_name": str(run / "3_preferences")}
-    opponents = [path.parent.name for path in run.glob(f"[0-9]*_{OPPONENT}*/*.json")]
-    against = settings["against"] or max(opponents, default=None)
-    return {**found, **settings, "trained_on": found | settings["trained_on"], "against": against}
+    home = Path(outputs[0]).parent if outputs else run
+    return complete(found, derive(stages, home) | known)
 
 
 def check(settings: Values, prefix: str = "") -> list[Problem]:
@@ -339,39 +323,3 @@ def _training(model: str) -> Path:
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # a loop of links, or no name that a file can have
         path = path.resolve()
     return path.parent if path.name.startswith("checkpoint-") else path
-
-
-def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the settings of an evaluation by the options of `pipeline.evaluation.cli`, and what is wrong with them.
-
-    Raises:
-        UserError: If the file of `--config` cannot be read.
-    """
-    own = recorded(Path(args.run), args.stage)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    columns = {name: given[name] for name in SOURCE_FIELDS if name in given}
-    columns |= {"dataset_test_split": given["split"]} if "split" in given else {}
-    data = {key: {"dataset_name": given[key], **columns} for key in HELD_OUT if key in given}
-    options = {name: given[name] for name in defaults() if name in given}
-    content = read_yaml(args.config) if args.config else without_derived(own)
-    alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)  # nothing else is measured
-    content = {key: value for key, value in content.items() if not alone or key not in HELD_OUT} | data | options
-    settings = complete(content, own, only_named=alone or any(key in content for key in HELD_OUT if args.name))
-    checked = {key: settings.get(key) for key in HELD_OUT if args.config or key in data}
-    rewards = [*settings["reward_models"], *move(settings, Path(args.run))["reward_models"]]
-    problems = check({**settings, **dict.fromkeys(HELD_OUT), **checked, "reward_models": rewards})
-
-    def as_option(problem: Problem) -> Problem:
-        key, colon, name = problem.field.partition(": ")
-        if colon and key in data:
-            name = {"dataset_name": key, "dataset_test_split": "split"}.get(name, name)
-        elif problem.field not in options:
-            return problem
-        return replace(problem, field=f"--{name or key}")
-
-    problems = [as_option(problem) for problem in problems]
-    if columns and not data:
-        problems.append(Problem(f"--{next(iter(columns))}", next(iter(columns.values())), "name its data set as well"))
-    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
-        problems.append(Problem("--name", args.name, "must be the name of a folder, without a slash or a leading dot"))
-    return settings, problems

@@ -17,12 +17,12 @@ from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation import baselines, matches, metrics
 from pipeline.evaluation.chat_model import ChatModel
-from pipeline.evaluation.held_out import HeldOut, find_overlaps
+from pipeline.evaluation.held_out import Example, HeldOut
 from pipeline.evaluation.intervals import Estimate
-from pipeline.evaluation.results import StageResult, held_out_pairs
-from pipeline.evaluation.reward_model import measure_pairs, measure_people
+from pipeline.evaluation.overlaps import find_overlaps
+from pipeline.evaluation.results import StageResult
+from pipeline.evaluation.reward_model import held_out_pairs, measure_pairs, measure_people
 from pipeline.evaluation.settings import BASE, DEFAULT_LENGTH, VOTES, template_arguments
-from pipeline.evaluation.sources import Example
 from pipeline.files import check_directory
 from pipeline.models.checks import check_lengths
 from pipeline.models.experts import RouteCounter, routes, worst
@@ -39,7 +39,7 @@ DRAWN = 3
 """Texts of which the report shows which expert took which token."""
 
 WITHOUT = {
-    "texts": "bits per byte: left out, no text is held out (`text`)",
+    "text": "bits per byte: left out, no text is held out (`text`)",
     "instructions": "answers to instructions: left out, no conversations are held out (`instructions`)",
     "problems": "pass@k: left out, no problems are held out (`problems`)",
     "prompts": "win rate: left out, no prompts are held out (`prompts`)",
@@ -135,7 +135,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
 def _measure_language_model(
     result: StageResult, run: Path, held_out: HeldOut, settings: Settings, folder: Path
 ) -> None:
-    stage, against, seed = result.stage, settings["against"] or "", settings.get("seed") or 0
+    stage, against, seed = result.name, settings["against"] or "", settings.get("seed") or 0
     result.against = against
     path = model_of(run, stage, settings)
     own = settings.get("base_tokenizer") if stage == BASE else None
@@ -149,10 +149,10 @@ def _measure_language_model(
         for key, limit in limits.items()
     }
     result.left_out += [line for name, line in WITHOUT.items() if not getattr(held_out, name)]
-    if held_out.texts:
+    if held_out.text:
         with RouteCounter(model) as counter:
-            metrics.measure_texts(result, chats["instructions"], held_out.texts, seed)
-        _record_experts(result, counter, chats["instructions"], held_out.texts)
+            metrics.measure_texts(result, chats["instructions"], held_out.text, seed)
+        _record_experts(result, counter, chats["instructions"], held_out.text)
     if settings.get("lm_eval_tasks"):
         from pipeline.evaluation.harness import measure_tasks  # optional
 
@@ -235,7 +235,7 @@ def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Set
     if not held_out.prompts:
         return None
     if name == VOTES:
-        return load_votes(run / VOTES / f"{result.stage}.jsonl")
+        return load_votes(run / VOTES / f"{result.name}.jsonl")
     if name and Path(name).is_relative_to(run) and not holds_model(Path(name)):
         result.left_out.append(f"win rate: left out, the judge {name} is not trained yet")
         return None
@@ -258,7 +258,7 @@ def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]
     given = settings.get("max_new_tokens")
     if given:
         if problems := check_lengths(positions, max_new_tokens=given):
-            raise UserError(*(replace(problem, field=f"--{problem.field}") for problem in problems))
+            raise UserError(*problems)
         return dict.fromkeys(answered, int(given))
     from trl import GRPOConfig, SFTConfig
 

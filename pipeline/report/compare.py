@@ -28,10 +28,11 @@ from pipeline.report.labels import stage_info
 
 if TYPE_CHECKING:
     from pipeline.evaluation.intervals import Estimate
-    from pipeline.report.load import Run, Stage
+    from pipeline.evaluation.results import StageResult
+    from pipeline.report.load import Run
 
     Pairs = Sequence[tuple[Run, Run]]
-    Figures = dict[tuple[str, str], Stage]
+    Figures = dict[tuple[str, str], StageResult]
     Changes = dict[str, dict[str, Estimate]]
 
 ROW = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
@@ -143,10 +144,10 @@ def _figures(run: Run) -> Figures:
 
 def _rows(figures: Figures, stage: str, metric: str) -> set[str]:
     """Return the test rows of a metric; of reward models none, because each run has pairs of its own."""
-    return set(figures[stage, metric].outcomes.get(metric, ())) if stage_info(stage).generates else set()
+    return set(figures[stage, metric].outcomes(metric)) if stage_info(stage).generates else set()
 
 
-def _difference(metric: str, own: Stage, other: Stage) -> Estimate:
+def _difference(metric: str, own: StageResult, other: StageResult) -> Estimate:
     """Return the paired difference of a metric; of a reward model or without rows, that of independent estimates.
 
     The interval of the latter combines those of the two (Newcombe 1998, "Interval estimation for the difference between
@@ -155,7 +156,7 @@ def _difference(metric: str, own: Stage, other: Stage) -> Estimate:
     from pipeline.evaluation.intervals import Estimate
     from pipeline.report.differences import paired
 
-    change = paired(other.outcomes.get(metric, {}), own.outcomes.get(metric, {}))
+    change = paired(other.outcomes(metric), own.outcomes(metric))
     if change is not None and stage_info(own.name).generates:
         return change
     a, b = own.metrics[metric], other.metrics[metric]

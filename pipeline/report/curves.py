@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.evaluation.intervals import finite
+from pipeline.evaluation.results import StageResult
 from pipeline.report.labels import stage_info
-from pipeline.report.load import Run, Stage
+from pipeline.report.load import Run
 
 Points = list[tuple[float, float]]
 
@@ -65,7 +66,7 @@ def _chart(stage: str, title: str, x_label: str, series: Sequence[Series], note:
     return [Chart(stage, title, x_label, drawn, note)] if drawn else []
 
 
-def _against_kl(stage: Stage) -> list[Chart]:
+def _against_kl(stage: StageResult) -> list[Chart]:
     """Return the reward model's score and the annotators' hidden taste, each over the KL to the initial policy."""
     charts = []
     title, scores = _scores(stage)
@@ -78,7 +79,7 @@ def _against_kl(stage: Stage) -> list[Chart]:
     return charts
 
 
-def _routers(stage: Stage) -> list[Chart]:
+def _routers(stage: StageResult) -> list[Chart]:
     """Return the load of each expert, a chart for each layer that has experts, and the entropy of their routers."""
     keys = {key for record in stage.history for key in record if key.startswith("router/")}
     found = [match.groups() for key in keys if (match := re.fullmatch(r"router/layer_(\d+)/expert_(\d+)", key))]
@@ -97,7 +98,7 @@ def _routers(stage: Stage) -> list[Chart]:
     return charts + _chart(stage.name, "Entropy of the routers, nats", "training steps", series, "")
 
 
-def _scores(stage: Stage) -> tuple[str, dict[str, str]]:
+def _scores(stage: StageResult) -> tuple[str, dict[str, str]]:
     """Return what PPO's rewards are called, and the logged key of each one's mean (before weighting) by its name."""
     rewards = {name: key for name, key in _reward_means(stage).items() if "taste" not in name}
     if len(rewards) > 1:
@@ -105,7 +106,7 @@ def _scores(stage: Stage) -> tuple[str, dict[str, str]]:
     return "Reward-model score", {"score": next(iter(rewards.values()), "reward")}
 
 
-def _reward_means(stage: Stage) -> dict[str, str]:
+def _reward_means(stage: StageResult) -> dict[str, str]:
     """Return the key of each reward's mean, as logged in training, by the reward's name."""
     keys = {key for record in stage.history for key in record}
     found = (re.fullmatch(r"(?:eval_)?rewards/(.+)/mean", key) for key in keys)
@@ -113,7 +114,7 @@ def _reward_means(stage: Stage) -> dict[str, str]:
     return {name: f"rewards/{name}/mean" for name in names}
 
 
-def _over_kl(stage: Stage, key: str) -> Points:
+def _over_kl(stage: StageResult, key: str) -> Points:
     for prefix in ("", "eval_"):
         if len(points := logged(stage, prefix + key, f"{prefix}objective/kl")) > 1:
             return points
@@ -131,13 +132,13 @@ def overlay(runs: Sequence[Run]) -> list[Chart]:
     return list(merged.values())
 
 
-def logged(stage: Stage, key: str, x: str = "step") -> list[tuple[float, float]]:
+def logged(stage: StageResult, key: str, x: str = "step") -> list[tuple[float, float]]:
     """Return the points (x, value) at which the stage logged both `key` and `x`, in the order of logging."""
     points = [(finite(record.get(x)), finite(record.get(key))) for record in stage.history]
     return [(at, value) for at, value in points if at is not None and value is not None]
 
 
-def last_logged(stage: Stage, key: str) -> float | None:
+def last_logged(stage: StageResult, key: str) -> float | None:
     """Return the last finite value that the stage logged under `key`, None if there is none."""
     return next((v for record in reversed(stage.history) if (v := finite(record.get(key))) is not None), None)
 

@@ -7,8 +7,9 @@ from typing import Literal
 
 from pipeline.evaluation.intervals import Estimate, ratio
 from pipeline.evaluation.metric_info import metric_info, metric_order
+from pipeline.evaluation.results import Outcomes, StageResult
 from pipeline.report.labels import stage_info, twins
-from pipeline.report.load import Outcomes, Run, Stage
+from pipeline.report.load import Run
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def differences(run: Run) -> list[Difference]:
     """
     others = twins(run.stages)
     found: list[Difference] = []
-    before: Stage | None = None
+    before: StageResult | None = None
     for stage in run.stages.values():
         if not stage_info(stage.name).generates or not stage.metrics:
             continue
@@ -59,13 +60,13 @@ def differences(run: Run) -> list[Difference]:
     return found
 
 
-def _between(before: Stage, stage: Stage) -> list[Difference]:
+def _between(before: StageResult, stage: StageResult) -> list[Difference]:
     aims = stage_info(stage.name).aims
     shared = [name for name in stage.metrics if name in before.metrics]
     rows = []
     for metric in sorted(shared, key=lambda name: (name not in aims, metric_order(name))):
         was, now = before.metrics[metric], stage.metrics[metric]
-        change = paired(before.outcomes.get(metric, {}), stage.outcomes.get(metric, {}), by_kind=bool(now.by_kind))
+        change = paired(before.outcomes(metric), stage.outcomes(metric), by_kind=bool(now.by_kind))
         if change is not None:
             aim, verdict = metric in aims, judge(metric, change)
             rows.append(Difference(stage.name, before.name, metric, change, was.value, now.value, aim, verdict))

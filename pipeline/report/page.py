@@ -147,9 +147,10 @@ def _answers(run: Run) -> list[dict[str, Any]]:
 
 def _traces(run: Run) -> dict[str, Any]:
     """Return the problems that the last stage with traces solved, with the answers of the stage before it."""
-    if run.traced is None:
+    traced = [stage for stage in run.stages.values() if stage.traces]
+    if len(traced) < 2:
         return {"pairs": []}
-    before, after = run.traced
+    before, after = traced[-2:]
     earlier = {str(item["problem"]): item for item in before.traces}
     pairs = []
     for item in after.traces:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.evaluation.metric_info import is_share, metric_info
+from pipeline.evaluation.results import StageResult
 from pipeline.report.labels import stage_info, stage_kind, twins
-from pipeline.report.load import Run, Stage
+from pipeline.report.load import Run
 from pipeline.report.summary import training_cost
 from pipeline.report.text import magnitude, number
 from pipeline.stages import STAGES
@@ -34,7 +35,7 @@ def path_steps(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
         links: Kind of a stage -> where its box leads.
     """
     boxes: list[dict[str, Any]] = []
-    before: Stage | None = None
+    before: StageResult | None = None
     for kind, info in STAGES.items():
         if (box := info.box) is None:
             continue
@@ -60,7 +61,7 @@ def path_steps(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
     return boxes
 
 
-def _stages(run: Run, kind: str) -> list[Stage]:
+def _stages(run: Run, kind: str) -> list[StageResult]:
     """Return the stages of a kind, the last one first, without those that only serve for comparison."""
     names = [name for name in reversed(run.stages) if stage_kind(name) == kind and name not in twins(run.stages)]
     return [run.stages[name] for name in names]
@@ -72,13 +73,13 @@ def _part(run: Run, name: str, what: str) -> dict[str, str]:
     return {"title": title, "what": what, "figure": _figure(run, stages[0], None) if stages else ""}
 
 
-def _amount(stage: Stage | None) -> str:
+def _amount(stage: StageResult | None) -> str:
     """Return how much the stage was trained on, to put before what it is."""
     tokens = training_cost(stage)[0] if stage else 0
     return f"{magnitude(tokens)} tokens of " if tokens else ""
 
 
-def _figure(run: Run, stage: Stage, before: Stage | None) -> str:
+def _figure(run: Run, stage: StageResult, before: StageResult | None) -> str:
     """Return the key figure of a stage in words, with that of the stage before it."""
     aims = stage_info(stage.name).aims or ("bits_per_byte",)
     aim = next((name for name in aims if name in stage.metrics), None)
@@ -94,7 +95,7 @@ def _figure(run: Run, stage: Stage, before: Stage | None) -> str:
     return f"{shown} (before: {show(was.value)})" if was else shown
 
 
-def _sample(run: Run, stage: Stage | None) -> tuple[str, str]:
+def _sample(run: Run, stage: StageResult | None) -> tuple[str, str]:
     """Return a prompt and what the stage answers: the first problem for reasoning, otherwise the first prompt."""
     if stage is None:
         return "", ""

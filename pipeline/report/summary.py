@@ -6,16 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.intervals import finite
+from pipeline.evaluation.intervals import Estimate, finite
 from pipeline.evaluation.metric_info import metric_info
+from pipeline.evaluation.results import StageResult
 from pipeline.report.curves import alarms, last_logged
 from pipeline.report.differences import Difference
-from pipeline.report.labels import EVALUATE
-from pipeline.report.load import Run, Stage
+from pipeline.report.load import Run
 from pipeline.report.targets import TargetResult
 
 NAMED = ("stage", "before", "metric", "aim", "verdict")
 """What an entry of `differences` says about the change that it gives."""
+
+
+def _to_json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {metric: estimate.to_json() for metric, estimate in metrics.items()}
 
 
 def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetResult]) -> dict[str, Any]:
@@ -29,27 +33,21 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         `versions` and `commit` of the last training step, `seed`, `run`, `parameters`, `tokens` and `flops` (by stage),
         `differences`, `promises` (the targets) and `notes`.
     """
+    stages: dict[str, dict[str, Any]] = {}
+    for name, stage in run.stages.items():
+        if stage.metrics:
+            stages[name] = _to_json(stage.metrics)
+        if "expert_load" in stage.metrics:
+            stages[name]["expert_load"]["layers"] = stage.experts.get("layers") or []
     costs = {name: training_cost(stage) for name, stage in run.stages.items()}
     return {
         "run": run.name,
-        "stages": {
-            name: {
-                metric: estimate.to_json() | ({"layers": loads} if metric == "expert_load" else {})
-                for metric, estimate in stage.metrics.items()
-            }
-            for name, stage in run.stages.items()
-            if (loads := stage.experts.get("layers") or []) or stage.metrics
-        },
+        "stages": stages,
         "baselines": {
-            name: {metric: estimate.to_json() for metric, estimate in baseline.metrics.items()} | baseline.texts
-            for name, baseline in run.baselines.items()
+            name: _to_json(baseline.metrics) | baseline.texts.get(name, {}) for name, baseline in run.baselines.items()
         },
         "other": {
-            name: {
-                stage: {metric: estimate.to_json() for metric, estimate in metrics.items()}
-                for stage, metrics in stages.items()
-            }
-            for name, stages in run.others.items()
+            name: {stage: _to_json(metrics) for stage, metrics in stages.items()} for name, stages in run.others.items()
         },
         "metrics": {
             metric: {"label": metric_info(metric).label, "better": metric_info(metric).better}
@@ -78,10 +76,17 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
 
 
 def seconds(run: Run) -> dict[str, float]:
-    """Return the seconds of each step from the record; for a stage that it lacks, those of training from its log."""
-    # The report cannot know how long it takes itself.
-    found = {_stage_of(run, name): finite(step.get("seconds")) for name, step in run.steps.items() if name != "report"}
-    taken = {name: value for name, value in found.items() if value is not None}
+    """Return the seconds of each step from the record, or of training from the log of a stage that the record lacks."""
+    taken: dict[str, float] = {}
+    for name, step in run.steps.items():
+        value = finite(step.get("seconds"))
+        # The report cannot know how long it takes itself.
+        if name == "report" or value is None:
+            continue
+        # The directory of a stage may have another name than its step.
+        values = step.get("values")
+        written = Path(str(values.get("output_dir"))).name if isinstance(values, dict) else name
+        taken[written if written in run.stages else name] = value
     for name, stage in run.stages.items():
         runtime = last_logged(stage, "train_runtime")
         if name not in taken and runtime is not None:
@@ -89,19 +94,7 @@ def seconds(run: Run) -> dict[str, float]:
     return taken
 
 
-def _stage_of(run: Run, name: str) -> str:
-    """Return the stage that a step writes, whose directory may have another name, or the name of another step."""
-    values = run.steps[name].get("values")
-    written = Path(str(values.get("output_dir"))).name if isinstance(values, dict) else name
-    return written if written in run.stages else name
-
-
-def evaluation_seconds(run: Run, stage: str, taken: Mapping[str, float]) -> float | None:
-    """Return how long the stage's evaluation took: `taken` from the record, or what it measured itself."""
-    return taken.get(EVALUATE + stage, run.stages[stage].evaluation_seconds)
-
-
-def training_cost(stage: Stage) -> tuple[float | None, float | None]:
+def training_cost(stage: StageResult) -> tuple[float | None, float | None]:
     """Return the number of tokens that the stage trained on and its floating-point operations, None where unknown.
 
     The operations are 6 x parameters that a token passes x tokens (forward and backward; Kaplan et al. 2020). They are

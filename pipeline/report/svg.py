@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
 from markupsafe import Markup, escape
 
@@ -28,13 +30,29 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
-def _label(value: float, step: float) -> str:
-    if abs(value) >= 1000:
-        return magnitude(value)
-    return number(value, max(0, -math.floor(math.log10(step) + 1e-9)))
+@dataclass(frozen=True)
+class _Axis:
+    """An axis from the value `low`, drawn at `start`, to the value `high`, drawn at `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        """Return where a value is drawn."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return the place and the label of each tick."""
+        values = ticks(self.low, self.high)
+        step = values[1] - values[0] if len(values) > 1 else 1.0
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        labels = [magnitude(value) if abs(value) >= 1000 else number(value, digits) for value in values]
+        return [(self.at(value), label) for value, label in zip(values, labels, strict=True)]
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
+def _range(values: Sequence[float]) -> tuple[float, float]:
     """Return the lowest and the highest value, moved apart if they are too close to draw."""
     low, high = min(values), max(values)
     size = max(abs(low), abs(high))
@@ -44,91 +62,60 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _bounds(values: Sequence[float]) -> tuple[float, float]:
-    low, high = _span(values)
-    pad = (high - low) * 0.05
-    # The axis of a quantity that is never negative starts at 0, unless that wastes half of the chart.
-    return (0.0 if 0 <= low < (high - low) else low - pad), high + pad
-
-
-def _means(points: Points) -> Points:
-    """Average `points` over at most `MAX_POINTS` segments of equally many points."""
-    size = math.ceil(len(points) / MAX_POINTS)
-    parts = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
-
-
-class _Axes:
-    """Map values to the units of the drawing."""
-
-    def __init__(self, series: Sequence[Series]) -> None:
-        self.x_low, self.x_high = _span([x for line in series for x, _ in line.points])
-        self.y_low, self.y_high = _bounds([y for line in series for _, y in line.points])
-
-    def x(self, value: float) -> float:
-        return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
-
-    def path(self, points: Points) -> str:
-        return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
-
-
 def line_chart(chart: Chart) -> Markup:
     """Draw the chart as an `<svg>` with a title and a description in words."""
-    axes = _Axes(chart.series)
-    lines = [_line(axes, line, index) for index, line in enumerate(chart.series)]
-    title = f"{stage_info(chart.stage).title}: {chart.title}"
-    return _figure(WIDTH, HEIGHT, title, _in_words(chart), "".join([_grid(axes, chart.x_label), *lines]), "chart")
+    left, right = _range([x for line in chart.series for x, _ in line.points])
+    low, high = _range([y for line in chart.series for _, y in line.points])
+    pad = (high - low) * 0.05
+    # The axis of a quantity that is never negative starts at 0, unless that wastes half of the chart.
+    bottom = 0.0 if 0 <= low < (high - low) else low - pad
+    x_axis = _Axis(left, right, LEFT, WIDTH - RIGHT)
+    y_axis = _Axis(bottom, high + pad, HEIGHT - BOTTOM, TOP)
 
-
-def _grid(axes: _Axes, x_label: str) -> str:
     parts = []
-    y_ticks = ticks(axes.y_low, axes.y_high)
-    y_step = y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else 1.0
-    for value in y_ticks:
-        y = axes.y(value)
+    for y, label in y_axis.ticks():
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_label(value, y_step)}</text>')
-    x_ticks = ticks(axes.x_low, axes.x_high)
-    x_step = x_ticks[1] - x_ticks[0] if len(x_ticks) > 1 else 1.0
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     base = HEIGHT - BOTTOM
-    for value in x_ticks:
-        x = axes.x(value)
+    for x, label in x_axis.ticks():
         anchor = "end" if x > WIDTH - RIGHT - 8 else "middle"
         parts.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="{anchor}">{_label(value, x_step)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="{anchor}">{label}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    return "".join(parts)
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(chart.x_label)}</text>')
 
-
-def _line(axes: _Axes, line: Series, index: int) -> str:
-    css = f"s{index % 6}"
-    if line.dots:
-        return "".join(
-            f'<circle class="dot {css}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.4"/>' for x, y in line.points
-        )
-    parts = []
-    points = line.points
-    if len(points) > MAX_POINTS:
-        parts.append(f'<path class="raw {css}" d="{axes.path(points)}"/>')
-        points = _means(points)
-    parts.append(f'<path class="line {css}" d="{axes.path(points)}"/>')
-    x, y = points[-1]
-    parts.append(f'<circle class="end {css}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.6"/>')
-    return "".join(parts)
-
-
-def _in_words(chart: Chart) -> str:
-    sentences = []
-    for line in chart.series:
+    words = f"Over {chart.x_label}."
+    for index, line in enumerate(chart.series):
+        parts += _line(line, index, x_axis, y_axis)
         (x_first, first), (x_last, last) = line.points[0], line.points[-1]
         ends = f"from {first:.3g} at {x_first:.3g} to {last:.3g} at {x_last:.3g}"
-        sentences.append(f"{line.name}: {len(line.points)} points, {ends}.")
-    return f"Over {chart.x_label}. " + " ".join(sentences)
+        words += f" {line.name}: {len(line.points)} points, {ends}."
+    title = f"{stage_info(chart.stage).title}: {chart.title}"
+    return _figure(WIDTH, HEIGHT, title, words, "".join(parts), "chart")
+
+
+def _line(line: Series, index: int, x_axis: _Axis, y_axis: _Axis) -> list[str]:
+    """Draw a line in the colour with this index, or its dots; a line of many points also as means of segments."""
+    css = f"s{index % 6}"
+    drawn = [(x_axis.at(x), y_axis.at(y)) for x, y in line.points]
+    if line.dots:
+        return [f'<circle class="dot {css}" cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>' for x, y in drawn]
+    parts = []
+    if len(line.points) > MAX_POINTS:
+        parts.append(f'<path class="raw {css}" d="{_path(drawn)}"/>')
+        size = math.ceil(len(line.points) / MAX_POINTS)
+        segments = [line.points[start : start + size] for start in range(0, len(line.points), size)]
+        means = [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
+        drawn = [(x_axis.at(x), y_axis.at(y)) for x, y in means]
+    parts.append(f'<path class="line {css}" d="{_path(drawn)}"/>')
+    x, y = drawn[-1]
+    parts.append(f'<circle class="end {css}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
+    return parts
+
+
+def _path(points: Points) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
 def _figure(width: int, height: int, title: str, description: str, body: str, css: str) -> Markup:
@@ -141,33 +128,29 @@ def _figure(width: int, height: int, title: str, description: str, body: str, cs
 def interval_bar(change: Estimate, reach: float, verdict: str, title: str) -> Markup:
     """Draw a dot and its 95% interval on an axis from -`reach` to `reach`, with 0 marked, coloured by `verdict`."""
     width, height = 160, 18
-
-    def place(value: float) -> float:
-        return width / 2 + max(-1.0, min(1.0, value / reach)) * (width / 2 - 5)
-
     low = change.value if change.low is None else change.low
     high = change.value if change.high is None else change.high
+    x1, x, x2 = (
+        width / 2 + max(-1.0, min(1.0, value / reach)) * (width / 2 - 5) for value in (low, change.value, high)
+    )
     body = (
         f'<line class="axis" x1="{width / 2}" x2="{width / 2}" y1="1" y2="{height - 1}"/>'
-        f'<line class="whisker" x1="{place(low):.1f}" x2="{place(high):.1f}" y1="9" y2="9"/>'
-        f'<circle class="mean" cx="{place(change.value):.1f}" cy="9" r="4"/>'
+        f'<line class="whisker" x1="{x1:.1f}" x2="{x2:.1f}" y1="9" y2="9"/>'
+        f'<circle class="mean" cx="{x:.1f}" cy="9" r="4"/>'
     )
     words = f"{signed(change.value)}, from {signed(low)} to {signed(high)}"
     return _figure(width, height, title, words, body, f"interval {verdict}")
 
 
 def share_bar(value: float, low: float | None, high: float | None) -> Markup:
-    """Draw a share between 0 and 1 as a bar with its interval, to decorate the number beside it."""
+    """Draw a share between 0 and 1 as a bar with its interval, to decorate the number next to it."""
     width, height = 80, 6
-
-    def place(share: float) -> float:
-        return max(0.0, min(1.0, share)) * width
-
+    filled, x1, x2 = (max(0.0, min(1.0, share or 0.0)) * width for share in (value, low, high))
     whisker = ""
     if low is not None and high is not None:
-        whisker = f'<line class="whisker" x1="{place(low):.1f}" x2="{place(high):.1f}" y1="3" y2="3"/>'
+        whisker = f'<line class="whisker" x1="{x1:.1f}" x2="{x2:.1f}" y1="3" y2="3"/>'
     return Markup(
         f'<svg class="share" viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="track" width="{width}" height="{height}"/>'
-        f'<rect class="fill" width="{place(value):.1f}" height="{height}"/>{whisker}</svg>'
+        f'<rect class="fill" width="{filled:.1f}" height="{height}"/>{whisker}</svg>'
     )

@@ -7,12 +7,12 @@ from itertools import groupby
 from typing import Any
 
 from pipeline.evaluation.intervals import Estimate
-from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
-from pipeline.evaluation.results import remarks as said
+from pipeline.evaluation.metric_info import metric_info, metric_order
+from pipeline.evaluation.results import StageResult
 from pipeline.report.differences import Difference
 from pipeline.report.labels import EVALUATE, stage_info, step_order, twins
-from pipeline.report.load import Run, Stage
-from pipeline.report.summary import evaluation_seconds, seconds
+from pipeline.report.load import Run
+from pipeline.report.summary import seconds
 from pipeline.report.svg import interval_bar, share_bar
 from pipeline.report.targets import TargetResult
 from pipeline.report.text import duration, interval, magnitude, number, signed
@@ -22,14 +22,14 @@ from pipeline.stages import BASELINES
 def tiles(run: Run) -> list[dict[str, Any]]:
     """Return the main aim of each stage that is trained for something, before and after, and beside the baselines."""
     shown = []
-    before: Stage | None = None
+    before: StageResult | None = None
     for stage in run.stages.values():
         if stage.name in twins(run.stages):
             continue
         info = stage_info(stage.name)
         aim = next((name for name in info.aims if name in stage.metrics), None)
         if aim is not None:
-            digits = 2 if is_share(aim) else metric_info(aim).digits
+            digits = 2 if metric_info(aim).share else metric_info(aim).digits
             # The stage before is often 2_sft itself, which wins half of the time by definition.
             was = before.metrics.get(aim) if before is not None and info.generates and aim != "win_rate" else None
             shown.append(
@@ -64,23 +64,34 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
     rows = []
     for metric in sorted({name for stage in stages for name in stage.metrics}, key=metric_order):
         info = metric_info(metric)
-        meaning = info.meaning.replace("{against}", run.against).replace("{judge}", run.judge)
         whole = [stage.metrics.get(metric) for stage in stages]
         kinds = sorted({kind for item in whole if item for kind in item.by_kind}) if by_kind else [""]
         for kind in kinds:
-            estimates = [_of_kind(item, kind) for item in whole]
-            beside = {item.name: _cell(_of_kind(item.metrics.get(metric), kind), metric, False) for item in baselines}
+            estimates = [item.by_kind.get(kind) if item and kind else item for item in whole]
+            counts = sorted({item.n for item in estimates if item is not None and item.n is not None})
+            meaning = []
+            if info.meaning and not kind:
+                meaning.append(info.meaning.replace("{against}", run.against).replace("{judge}", run.judge))
+            if counts:
+                meaning.append(f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}")
+            beside = []
+            for baseline in baselines:
+                reached = baseline.metrics.get(metric)
+                if reached and kind:
+                    reached = reached.by_kind.get(kind)
+                if reached:
+                    beside.append({"name": baseline.name, **_cell(reached, metric)})
             rows.append(
                 {
                     "label": f"{info.label}: {kind}" if kind else info.label,
-                    "meaning": _meaning("" if kind else meaning, estimates),
+                    "meaning": "; ".join(meaning),
                     "arrow": {"up": "↑", "down": "↓", "": ""}[info.better],
                     "direction": {"up": "higher is better", "down": "lower is better", "": ""}[info.better],
                     "cells": [
-                        _cell(estimate, metric, metric in stage_info(stage.name).aims)
+                        estimate and _cell(estimate, metric, metric in stage_info(stage.name).aims)
                         for stage, estimate in zip(stages, estimates, strict=True)
                     ],
-                    "baselines": [{"name": name, **cell} for name, cell in beside.items() if cell is not None],
+                    "baselines": beside,
                 }
             )
     columns = [{"name": stage.name, "title": stage_info(stage.name).title} for stage in stages]
@@ -89,8 +100,7 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
             "name": item.name,
             "title": baseline_title(run, item),
             "figures": [
-                {"label": metric_info(name).label, **(_cell(estimate, name, False) or {})}
-                for name, estimate in item.metrics.items()
+                {"label": metric_info(name).label, **_cell(estimate, name)} for name, estimate in item.metrics.items()
             ],
         }
         for item in baselines
@@ -98,30 +108,23 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
     return {"columns": columns, "baselines": legend, "rows": rows}
 
 
-def _of_kind(estimate: Estimate | None, kind: str) -> Estimate | None:
-    return estimate.by_kind.get(kind) if estimate and kind else estimate
-
-
-def baseline_title(run: Run, baseline: Stage) -> str:
+def baseline_title(run: Run, baseline: StageResult) -> str:
     """Return what a baseline is called, with the text or texts that its answers share."""
-    texts = " or ".join(f"“{text}”" for text in dict.fromkeys(baseline.texts.values()))
+    texts = " or ".join(f"“{text}”" for text in dict.fromkeys(baseline.texts.get(baseline.name, {}).values()))
     title = BASELINES[baseline.name].title if baseline.name in BASELINES else baseline.name
     title = title.replace("{against}", run.against)
     return f"{title} {texts}".strip()
 
 
-def _cell(estimate: Estimate | None, metric: str, aim: bool) -> dict[str, Any] | None:
-    if estimate is None:
-        return None
-    digits = metric_info(metric).digits
-    bar = share_bar(estimate.value, estimate.low, estimate.high) if is_share(metric) else ""
-    return {"value": number(estimate.value, digits), "range": interval(estimate, digits), "bar": bar, "aim": aim}
-
-
-def _meaning(meaning: str, estimates: Sequence[Estimate | None]) -> str:
-    counts = sorted({item.n for item in estimates if item is not None and item.n is not None})
-    known = [f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}"] if counts else []
-    return "; ".join(filter(None, [meaning, *known]))
+def _cell(estimate: Estimate, metric: str, aim: bool = False) -> dict[str, Any]:
+    info = metric_info(metric)
+    bar = share_bar(estimate.value, estimate.low, estimate.high) if info.share else ""
+    return {
+        "value": number(estimate.value, info.digits),
+        "range": interval(estimate, info.digits),
+        "bar": bar,
+        "aim": aim,
+    }
 
 
 def remarks(run: Run) -> list[str]:
@@ -129,7 +132,7 @@ def remarks(run: Run) -> list[str]:
     measured = [stage for stage in run.stages.values() if stage.metrics]
     lines: dict[str, list[str]] = {}
     for stage in measured:
-        for line in (*said(stage.cut_off, stage.overlap), *stage.left_out):
+        for line in stage.remarks():
             lines.setdefault(line, []).append(stage.name)
     of_all = len([stage for stage in measured if stage_info(stage.name).generates])
     return [line if len(names) >= of_all else f"{line} ({', '.join(names)})" for line, names in lines.items()]
@@ -137,58 +140,58 @@ def remarks(run: Run) -> list[str]:
 
 def others(run: Run) -> list[dict[str, Any]]:
     """Return the figures of the evaluations with a name."""
-    return [
-        {"name": name, "stage": stage, "label": metric_info(metric).label, "n": f"{estimate.n or 0:,}"}
-        | (_cell(estimate, metric, False) or {})
-        for name, stages in run.others.items()
-        for stage, metrics in stages.items()
-        for metric, estimate in sorted(metrics.items(), key=lambda item: metric_order(item[0]))
-    ]
+    rows = []
+    for name, stages in run.others.items():
+        for stage, metrics in stages.items():
+            for metric in sorted(metrics, key=metric_order):
+                estimate = metrics[metric]
+                row = {"name": name, "stage": stage, "label": metric_info(metric).label, "n": f"{estimate.n or 0:,}"}
+                rows.append(row | _cell(estimate, metric))
+    return rows
 
 
 def gains(run: Run, found: Sequence[Difference]) -> list[dict[str, Any]]:
-    """Return the paired differences grouped by their two stages, each with a bar on the axis of its group."""
+    """Return the paired differences grouped by their two stages, each with a bar on the axis of its group.
+
+    A change of a share is drawn as it is, and any other change relative to the earlier value.
+    """
     groups = []
     for (stage, before), changes in groupby(found, key=lambda item: (item.stage, item.before)):
-        rows = list(changes)
-        reach = max(max(map(abs, _ends(item.change))) / _unit(item) for item in rows) or 1.0
-        relative = any(_unit(item) != 1 for item in rows)
+        items = list(changes)
+        units = [1.0 if metric_info(item.metric).share else abs(item.was) or 1.0 for item in items]
+        reach = 0.0
+        for item, unit in zip(items, units, strict=True):
+            ends = [end for end in (item.change.low, item.change.value, item.change.high) if end is not None]
+            reach = max(reach, max(map(abs, ends)) / unit)
+        reach = reach or 1.0
+        rows = []
+        for item, unit in zip(items, units, strict=True):
+            info = metric_info(item.metric)
+            title = f"Change of {info.label} from {before} to {stage}"
+            rows.append(
+                {
+                    "label": info.label,
+                    "aim": item.aim,
+                    "was": number(item.was, info.digits),
+                    "now": number(item.now, info.digits),
+                    "change": signed(item.change.value, info.digits),
+                    "range": interval(item.change, info.digits, sign=True),
+                    "bar": interval_bar(item.change, reach * unit, item.verdict, title),
+                    "verdict": item.verdict,
+                    "n": f"{item.change.n:,}" if item.change.n is not None else "–",
+                }
+            )
         groups.append(
             {
                 "stage": stage,
                 "before": before,
                 "title": stage_info(stage).title,
                 "baseline": baseline_title(run, run.baselines[before]) if before in run.baselines else "",
-                "axis": f"±{reach:.2f}" + (f" or ±{reach:.0%}" if relative else ""),
-                "rows": [_gain(item, reach) for item in rows],
+                "axis": f"±{reach:.2f}" + (f" or ±{reach:.0%}" if any(unit != 1 for unit in units) else ""),
+                "rows": rows,
             }
         )
     return groups
-
-
-def _ends(change: Estimate) -> list[float]:
-    return [end for end in (change.low, change.value, change.high) if end is not None]
-
-
-def _unit(item: Difference) -> float:
-    """Return the change that is drawn as 1: 1 for a share, the earlier value for any other metric."""
-    return 1.0 if is_share(item.metric) else abs(item.was) or 1.0
-
-
-def _gain(item: Difference, reach: float) -> dict[str, Any]:
-    info = metric_info(item.metric)
-    title = f"Change of {info.label} from {item.before} to {item.stage}"
-    return {
-        "label": info.label,
-        "aim": item.aim,
-        "was": number(item.was, info.digits),
-        "now": number(item.now, info.digits),
-        "change": signed(item.change.value, info.digits),
-        "range": interval(item.change, info.digits, sign=True),
-        "bar": interval_bar(item.change, reach * _unit(item), item.verdict, title),
-        "verdict": item.verdict,
-        "n": f"{item.change.n:,}" if item.change.n is not None else "–",
-    }
 
 
 def experts(run: Run) -> dict[str, Any]:
@@ -198,30 +201,32 @@ def experts(run: Run) -> dict[str, Any]:
     }
     shown = next((name for name in loads if stage_info(name).from_scratch), "")
     documents = run.stages[shown].experts.get("documents", []) if shown else []
+    rows: list[dict[str, Any]] = []
+    drawn: list[list[dict[str, Any]]] = []
     try:
-        rows = [
-            {"stage": name, "layer": str(layer), "shares": [number(float(share), 2) for share in shares]}
-            for name, layers in loads.items()
-            for layer, shares in enumerate(layers, 1)
-        ]
-        drawn = [[_routes(*each, item["pieces"]) for each in enumerate(item["chosen"], 1)] for item in documents]
-    except (TypeError, ValueError, LookupError):  # a damaged evaluation
+        for name, layers in loads.items():
+            for layer, shares in enumerate(layers, 1):
+                rows.append({"stage": name, "layer": str(layer), "shares": [number(float(x), 2) for x in shares]})
+        for item in documents:
+            panels = []
+            for layer, chosen in enumerate(item["chosen"], 1):
+                # Neighbouring tokens that went to the same expert are shown as one piece of text.
+                runs = groupby(zip(chosen, item["pieces"], strict=True), key=lambda pair: pair[0])
+                texts = [{"expert": int(expert), "text": "".join(text for _, text in run)} for expert, run in runs]
+                panels.append({"layer": layer, "runs": texts})
+            drawn.append(panels)
+    except (TypeError, ValueError, LookupError):
+        # The evaluation is damaged.
         rows, drawn = [], []
     count = max((len(row["shares"]) for row in rows), default=0)
     names = [f"expert {expert}" for expert in range(1, count + 1)]
     return {"names": names, "rows": rows, "stage": shown, "drawn": drawn}
 
 
-def _routes(layer: int, chosen: Sequence[int], pieces: Sequence[str]) -> dict[str, Any]:
-    """Return the runs of tokens that went to one expert of a layer."""
-    runs = groupby(zip(chosen, pieces, strict=True), key=lambda item: item[0])
-    return {"layer": layer, "runs": [{"expert": int(e), "text": "".join(text for _, text in run)} for e, run in runs]}
-
-
 def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """Return the time, tokens and operations of each step; the evaluation of a stage is in the row of the stage."""
     taken = seconds(run)
-    measuring = {name: evaluation_seconds(run, name, taken) for name in run.stages}
+    measuring = {name: taken.get(EVALUATE + name, stage.seconds) for name, stage in run.stages.items()}
     steps = {name: value for name, value in taken.items() if not name.startswith(EVALUATE)}
     longest = max(steps.values(), default=0.0)
     rows = []

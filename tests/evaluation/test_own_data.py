@@ -23,9 +23,8 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.evaluation import chat_model, metrics
-from pipeline.evaluation.held_out import read_held_out
+from pipeline.evaluation.held_out import Part, Reader, Source, read_held_out
 from pipeline.evaluation.settings import check, complete, derive, recorded, template_arguments
-from pipeline.evaluation.sources import Part, Reader, Source
 from pipeline.models.generation import Completion
 from tests import vllm_stub
 
@@ -232,7 +231,7 @@ def test_rows_that_are_trained_on_are_found_once_for_all_stages(
     def look_again(*_: object) -> None:
         raise AssertionError("it is known")
 
-    monkeypatch.setattr("pipeline.evaluation.held_out.overlap", look_again)
+    monkeypatch.setattr("pipeline.evaluation.overlaps.overlap", look_again)
     assert evaluate(run, "2_sft")[0]["overlap"] == first["overlap"]
 
 

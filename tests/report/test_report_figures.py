@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import METRICS
+from pipeline.evaluation.results import StageResult
 from pipeline.report.curves import Chart, Series, charts_of, overlay
 from pipeline.report.differences import differences, paired
 from pipeline.report.labels import stage_order, step_order
-from pipeline.report.load import Run, Stage, load_run
+from pipeline.report.load import Run, load_run
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart, ticks
 from pipeline.report.tables import experts
@@ -27,8 +28,8 @@ from pipeline.stages import STAGES
 def run_with(**values: float) -> Run:
     """Return a run of two stages, `before` and `after` the pass@1 of each."""
     stages = {
-        "3_ppo": Stage("3_ppo", {"pass@1": Estimate(values["before"], 0.1, 0.9, 10)}),
-        "4_grpo": Stage("4_grpo", {"pass@1": Estimate(values["after"], 0.2, 0.95, 10)}),
+        "3_ppo": StageResult("3_ppo", {"pass@1": Estimate(values["before"], 0.1, 0.9, 10)}),
+        "4_grpo": StageResult("4_grpo", {"pass@1": Estimate(values["after"], 0.2, 0.95, 10)}),
     }
     return Run(Path("run"), stages=stages)
 
@@ -49,9 +50,8 @@ def test_without_shared_examples_there_is_no_difference() -> None:
 
 def test_an_unchanged_metric_is_the_same() -> None:
     run = run_with(before=0.5, after=0.5)
-    outcomes = {str(i): (float(i % 2), 1.0, "") for i in range(20)}
     for stage in run.stages.values():
-        stage.outcomes["pass@1"] = outcomes
+        stage.examples = [{"metric": "pass@1", "id": i, "value": float(i % 2)} for i in range(20)]
     (found,) = differences(run)
     assert found.change.value == 0 and found.verdict == "same"
 
@@ -82,7 +82,7 @@ def test_a_stage_is_compared_with_the_baselines_of_its_aims(whole_run: Path) -> 
         ("4_grpo", "majority", "pass@1"),
     }
     for (stage, baseline, metric), item in found.items():
-        of, by = run.stages[stage].outcomes[metric], run.baselines[baseline].outcomes[metric]
+        of, by = run.stages[stage].outcomes(metric), run.baselines[baseline].outcomes(metric)
         by_hand = sum(of[key][0] - by[key][0] for key in of) / len(of)
         assert item.change.value == pytest.approx(by_hand) and item.change.n == len(of) == 60
     assert found["4_grpo", "elicited", "pass@1"].verdict == "better"
@@ -258,10 +258,10 @@ def test_numbers_read_well() -> None:
 
 def test_a_second_pretraining_is_beside_the_first_and_not_before_the_next_stage() -> None:
     stages = {
-        name: Stage(
+        name: StageResult(
             name,
             {"bits_per_byte": Estimate(bits, None, None, 2)},
-            {"bits_per_byte": {"a": (bits, 1.0, ""), "b": (bits, 1.0, "")}},
+            [{"metric": "bits_per_byte", "id": letter, "value": bits} for letter in "ab"],
         )
         for name, bits in (("1_pretrain", 1.0), ("1_pretrain_dense", 1.25), ("2_sft", 1.5))
     }
@@ -270,7 +270,7 @@ def test_a_second_pretraining_is_beside_the_first_and_not_before_the_next_stage(
 
 
 def test_the_experts_are_in_a_table_in_curves_and_in_the_colours_of_a_text() -> None:
-    stage = Stage("1_pretrain", {"expert_load": Estimate(0.5)})
+    stage = StageResult("1_pretrain", {"expert_load": Estimate(0.5)})
     stage.experts = {"layers": [[0.5, 1.5]], "documents": [{"pieces": ["a", "b", "c"], "chosen": [[1, 1, 0]]}]}
     logged = {"router/layer_0/expert_0": 0.5, "router/layer_0/expert_1": 1.5, "router/layer_0/entropy": 0.6}
     stage.state = {"log_history": [{"step": step, **logged} for step in (1, 2)]}
