@@ -151,7 +151,7 @@ def _environment_before_launch() -> Mapping[str, str]:
 
 
 def attention() -> Choice:
-    """Return the attention to train with (`pipeline.models.attention`), or None to leave the choice to transformers."""
+    """Return the attention to train with (`pipeline.models.kernels.attention`), or None to let transformers choose."""
     if accelerator() is None:
         return Choice("blockwise", "kernels for CPUs also compute what documents do not see of each other")
     if accelerator() == "cuda" and precision().value == "bf16":

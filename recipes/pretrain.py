@@ -23,7 +23,7 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
 """
 
 from pipeline.data.arguments import DataArguments
-from pipeline.models.llama4 import ScratchArguments, build_model, log_model
+from pipeline.models.scratch import ScratchArguments, build_model, log_model
 from pipeline.training.entry import run
 from pipeline.training.optimizer import OptimizerArguments
 from pipeline.training.pretraining import PretrainConfig
@@ -35,13 +35,11 @@ def main(
     model_args: ScratchArguments,
     optimizer_args: OptimizerArguments,
 ) -> None:
-    from transformers import Trainer
-
     from pipeline.data.packing import PackedBlocks
-    from pipeline.data.streams import pack_splits, use_stream
+    from pipeline.data.streams import pack_splits
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
-    from pipeline.training.pretraining import adapt_to_machine, add_router_losses, bits_per_byte, sequence_losses
+    from pipeline.training.pretraining import PretrainTrainer, adapt_to_machine, bits_per_byte, sequence_losses
     from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, *documents = load_inputs("text", data_args, training_args, model_args)
@@ -49,7 +47,7 @@ def main(
     log_model(model)
     train_dataset, eval_dataset = pack_splits(documents, tokenizer, training_args, data_args)
     adapt_to_machine(training_args, model, train_dataset)
-    trainer = Trainer(
+    trainer = PretrainTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -60,9 +58,8 @@ def main(
         preprocess_logits_for_metrics=sequence_losses,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
+        router_losses=(model_args.router_aux_loss_coef or 0.0, model_args.router_z_loss_coef or 0.0),
     )
-    use_stream(trainer)
-    add_router_losses(trainer, model_args)
     train_and_save(trainer)
 
 

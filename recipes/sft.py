@@ -35,17 +35,19 @@ def main(
 ) -> None:
     from trl import SFTTrainer, get_peft_config
 
-    from pipeline.data.packing import log_truncated, use_padded_packing
+    from pipeline.data.packing import log_truncated
     from pipeline.models.adapters import starting_model
-    from pipeline.models.attention import choose_attention
+    from pipeline.models.kernels.attention import choose_attention
+    from pipeline.models.kernels.output_layer import project_labelled_positions
+    from pipeline.models.kernels.packed_rows import pad_packed_rows
     from pipeline.training.inputs import load_inputs
-    from pipeline.training.labelled_head import project_labelled_positions
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
+    from pipeline.training.reliable import reliable
     from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("conversation", data_args, training_args, model_args)
     log_truncated(train_dataset, training_args)
-    trainer = SFTTrainer(
+    trainer = reliable(SFTTrainer)(
         model=starting_model(model_args, training_args),
         args=training_args,
         train_dataset=train_dataset,
@@ -55,7 +57,7 @@ def main(
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
-    use_padded_packing(trainer)
+    pad_packed_rows(trainer)
     project_labelled_positions(trainer)
     choose_attention(trainer.model, model_args.attn_implementation)
     train_and_save(trainer)

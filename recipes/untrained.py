@@ -9,7 +9,7 @@ Write the model that `recipes.pretrain` starts from with the same file: the same
 """
 
 from pipeline.data.arguments import DataArguments
-from pipeline.models.llama4 import ScratchArguments, build_model, log_model
+from pipeline.models.scratch import ScratchArguments, build_model, log_model
 from pipeline.training.entry import run
 from pipeline.training.optimizer import OptimizerArguments
 from pipeline.training.pretraining import PretrainConfig

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.models.llama4 import ScratchArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.rl.ppo import PPOConfig
 from tests.word_model import word_model_config, word_tokenizer
 

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.scratch import LlamaArguments, build_model
 from pipeline.models.tokenizer import train_tokenizer
 from tests.forked import run_forked
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pipeline.models.generation import sample
+from pipeline.models.kernels.sampler import sample
 
 
 class SamplingParams(SimpleNamespace):

@@ -23,7 +23,8 @@ from transformers import (
 from pipeline import hardware
 from pipeline.config.output_directory import recorded_template
 from pipeline.errors import Problem, UserError
-from pipeline.models.generation import Messages, accepts_argument, encode_prompts
+from pipeline.models.generation import Messages, encode_prompts
+from pipeline.models.kernels.sampler import accepts_argument
 from pipeline.models.loading import load_model
 from pipeline.report.labels import stage_info, stage_order
 
@@ -170,7 +171,7 @@ def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling) -> Iterator
 
 @torch.inference_mode()
 def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-    """Yield one token after the other, without end. `pipeline.models.generation.sample` is for whole batches."""
+    """Yield one token after the other, without end. `pipeline.models.kernels.sampler.sample` is for whole batches."""
     process = LogitsProcessorList()
     if sampling.temperature > 0:
         process.append(TemperatureLogitsWarper(sampling.temperature))

@@ -17,14 +17,13 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
-from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.data.columns import TOKENS, Split
 from pipeline.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -196,54 +195,3 @@ def log_truncated(dataset: Split, args: SFTConfig) -> None:
             "model does not learn to stop after long answers.",
             *(args.max_length, longer, len(lengths), max(lengths), end),
         )
-
-
-def use_padded_packing(trainer: SFTTrainer) -> None:
-    """Install a collator that pads packed rows instead of concatenating them, where that is faster.
-
-    TRL flattens a packed batch into one sequence, as FlashAttention expects it. Other attention computes the whole
-    square of that sequence and then masks most of it: with 8 rows of 256 tokens, a 3.7M-parameter model and one CPU
-    core, training takes 1.7 times as long as with padded rows.
-
-    Args:
-        trainer: Changed in place, before `train`; left alone if it does not pack, if it uses FlashAttention, or if it
-            pads to a multiple.
-    """
-    attention = trainer.model.config._attn_implementation or ""
-    packs = trainer.args.packing and trainer.args.packing_strategy != "wrapped"
-    if packs and "flash" not in attention and not trainer.args.pad_to_multiple_of:
-        trainer.data_collator = PackedRows(trainer.processing_class.pad_token_id)
-
-
-@dataclass
-class PackedRows:
-    """Collator that pads rows of packed conversations.
-
-    Attributes:
-        pad_token_id: Token that fills rows up to the longest one; each is a sequence of its own, without loss.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate a batch.
-
-        Args:
-            examples: `input_ids`, `labels` (default: all tokens) and `seq_lengths`, the lengths of a row's
-                conversations (default: the row is one, as in an evaluation that is not packed).
-
-        Returns:
-            `input_ids`, `labels` and `position_ids`, each `(batch, longest row)`.
-        """
-        ids = [torch.tensor(example["input_ids"]) for example in examples]
-        labels = [torch.tensor(example.get("labels", example["input_ids"])) for example in examples]
-        lengths = [example.get("seq_lengths", [len(example["input_ids"])]) for example in examples]
-        positions = [torch.cat([torch.arange(length) for length in row]) for row in lengths]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-            "position_ids": pad_sequence(positions, batch_first=True, padding_value=0),
-        }
-        # The first token of a conversation has no context that could predict it.
-        batch["labels"][batch["position_ids"] == 0] = IGNORED
-        return batch

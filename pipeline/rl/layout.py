@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from pipeline.models.generation import accepts_argument
+from pipeline.models.kernels.sampler import accepts_argument
 
 CPU_TOKENS = 768
 """Tokens in a forward pass on a CPU, enough to keep it busy. An accelerator takes all of them at once."""

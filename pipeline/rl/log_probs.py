@@ -11,7 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.models.generation import accepts_argument
+from pipeline.models.kernels.sampler import accepts_argument
 from pipeline.rl.layout import ForwardPass, forward_passes
 
 

@@ -21,6 +21,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -145,6 +146,7 @@ class PPOTrainer(GRPOTrainer):
         self.value_model = self.accelerator.prepare_model(critic)
         if self.lr_scheduler is not None:
             check_in_optimizer(self.optimizer, critic)
+        self.parts.append(Critic(self))
         self._score_moments = ppo_math.Moments()
         self._critic_gradients_used = False
         self._rollout_sums: Tensor | float = 0.0
@@ -296,14 +298,6 @@ class PPOTrainer(GRPOTrainer):
 
     # ---- Checkpoints
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        save_value_model(self._bare(self.value_model), output_dir or self.args.output_dir)
-
-    def _load_remaining_weights(self, checkpoint: str) -> None:
-        super()._load_remaining_weights(checkpoint)
-        load_value_model(self._bare(self.value_model), self.model, checkpoint)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the critic to the Hub with the policy, also during training."""
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
@@ -348,6 +342,23 @@ class PPOTrainer(GRPOTrainer):
         for _ in means[: len(self._logs["advantages"])]:  # holds at most one rollout
             self._logs["advantages"].pop()  # the parent's
         self._logs["advantages"].extend(means)
+
+
+class Critic:
+    """A part of checkpoints (`pipeline.training.reliable`) and of the final model: the critic, in `value_model/`."""
+
+    belongs_to_model = True
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def save(self, folder: Path) -> None:
+        """Save the critic."""
+        save_value_model(self.trainer._bare(self.trainer.value_model), str(folder))
+
+    def load(self, folder: Path) -> None:
+        """Load the critic's weights."""
+        load_value_model(self.trainer._bare(self.trainer.value_model), self.trainer.model, str(folder))
 
 
 def _sampled_tokens(batch: dict[str, Any]) -> Tensor:

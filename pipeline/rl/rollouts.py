@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from trl.generation.vllm_generation import VLLMGeneration
 
+from pipeline.models.patches import replace_sync_weights
+
 
 def save_rollout(path: str, batches: Sequence[dict[str, Tensor | None]], state: dict[str, Any]) -> None:
     """Write the micro-batches of a rollout and the state that belongs to them.
@@ -72,7 +74,7 @@ def keep_frozen_weights(vllm: VLLMGeneration) -> None:
         for weight, copy in kept:
             weight.data.copy_(copy)
 
-    vllm.sync_weights = sync_and_restore
+    replace_sync_weights(vllm, sync_and_restore)
 
 
 class EpochSampler(Sampler[int]):

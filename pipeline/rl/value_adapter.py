@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from pipeline.errors import Problem, UserError
 from pipeline.models.adapters import MERGED
 from pipeline.models.classifiers import classifier
+from pipeline.models.patches import bind_forward
 from pipeline.rl.ppo_config import PPOConfig
 
 HEAD_NAMES = ("score", "classifier")
@@ -131,8 +131,7 @@ def compute_in_float32(head: nn.Module) -> None:
     head.__dict__.pop("forward", None)
     for layer in head.modules():
         if isinstance(layer, nn.Linear):
-            # As a method, it belongs to the copy in a copy of the model.
-            layer.forward = MethodType(_linear_in_float32, layer)
+            bind_forward(layer, _linear_in_float32)
 
 
 def _linear_in_float32(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,7 @@ def _with_defaults(
     from pipeline.config.output_directory import RECORD
     from pipeline.config.parser import field_types
     from pipeline.config.yaml_file import convert
-    from pipeline.models.llama4 import ScratchArguments
+    from pipeline.models.scratch import ScratchArguments
 
     types = recipe_types(step)
     hints = field_types(*types)

@@ -217,8 +217,8 @@ def read_stage(step: Step, made: dict[str, Any], processes: int, sharded: bool, 
     from pipeline.data.arguments import DataArguments
     from pipeline.data.splits import count_rows
     from pipeline.models.adapters import count_trainable
-    from pipeline.models.llama4 import ScratchArguments, build_empty
     from pipeline.models.loading import load_empty, load_tokenizer
+    from pipeline.models.scratch import ScratchArguments, build_empty
 
     kind, own = step.kind, settings_of(step)
     if kind in ("tokenizer", "votes"):

@@ -7,9 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +19,10 @@ from pipeline.errors import RunStopped, leave_closed_terminal, stop_signals
 from pipeline.models.experts import RouteCounter, active_parameters
 from pipeline.progress import duration, report_progress
 
-if TYPE_CHECKING:  # importing it takes seconds, too long for `--help`
-    from transformers import Trainer
-
 logger = logging.getLogger(__name__)
 
 SHOWN = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")
 """Metrics in the line of a log; all of them are in `trainer_state.json`."""
-
-
-def call_on_train_begin(trainer: Trainer, function: Callable[..., None]) -> None:
-    """Call a function when training begins, with what trainers pass to callbacks by name."""
-
-    class OnTrainBegin(TrainerCallback):  # a class of its own, because transformers warns of two callbacks of one class
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            function(**kwargs)
-
-    trainer.add_callback(OnTrainBegin())
 
 
 class InterruptCallback(TrainerCallback):
@@ -175,36 +161,6 @@ class ThroughputCallback(TrainerCallback):
             entry.update(figures)
             # TRL counts a batch of packed rows as a single row; `num_input_tokens_seen` is right.
             entry.pop("num_tokens", None)
-
-
-def count_tokens_locally(trainer: Trainer) -> None:
-    """Make a trainer add up the tokens of all processes only when it logs or saves, not in every micro-batch.
-
-    transformers gathers each count, for which the fastest process waits for the slowest, and the host for its GPU.
-
-    Args:
-        trainer: Changed in place, before `train`.
-    """
-    log_save_evaluate = trainer._maybe_log_save_evaluate
-    counted = 0
-
-    def count(inputs: dict[str, Any]) -> None:
-        nonlocal counted
-        if (ids := inputs.get(trainer.model.main_input_name)) is not None:
-            counted += ids.numel()
-
-    def add_up_first(*args: Any, **kwargs: Any) -> None:
-        nonlocal counted
-        control = trainer.control
-        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
-            total = sum_over_processes(torch.tensor(counted, dtype=torch.int64), trainer.args)
-            trainer.state.num_input_tokens_seen += int(total)
-            counted = 0
-        log_save_evaluate(*args, **kwargs)
-
-    if trainer.args.include_num_input_tokens_seen == "all":
-        trainer._track_num_input_tokens = count
-        trainer._maybe_log_save_evaluate = add_up_first
 
 
 def sum_over_processes(tensor: Tensor, args: TrainingArguments) -> Tensor:

@@ -42,7 +42,7 @@ from pipeline.hub.access import check_access
 from pipeline.models.checks import check_template_arguments
 from pipeline.models.loading import skip_unreachable_hub
 from pipeline.models.vllm_sampler import validate_vllm
-from pipeline.training.checkpoint_manifest import STATE
+from pipeline.training.checkpoints import STATE
 
 logger = logging.getLogger(__name__)
 

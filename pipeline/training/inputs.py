@@ -33,7 +33,6 @@ from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.files import is_missing_path
 from pipeline.launch import once_per_node
 from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
-from pipeline.models.llama4 import ScratchArguments, build_model
 from pipeline.models.loading import (
     base_of,
     is_reward_model,
@@ -43,6 +42,7 @@ from pipeline.models.loading import (
     user_error_for,
     validate_weights,
 )
+from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.stages import STAGES
 from pipeline.training import checks

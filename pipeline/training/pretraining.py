@@ -11,13 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from pipeline import hardware
-from pipeline.models.attention import choose_attention
+from pipeline.data.streams import PackedStream, StreamPlace
 from pipeline.models.experts import balancing_loss, routers, z_loss
-from pipeline.models.llama4 import ScratchArguments
+from pipeline.models.kernels.attention import choose_attention
 from pipeline.training.callbacks import training_flops_per_token
+from pipeline.training.reliable import Reliable
 
 logger = logging.getLogger(__name__)
 
@@ -79,32 +89,71 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
     logger.info("torch.compile: %s (%s)", choice.value, choice.reason)
 
 
-def add_router_losses(trainer: Trainer, model_args: ScratchArguments) -> None:
-    """Add the load-balancing loss and the z-loss to a trainer's loss, each the mean over the layers with experts.
+class PretrainTrainer(Reliable):
+    """transformers' `Trainer` for packed documents, stored or streamed, and for models with experts.
 
-    The model returns the logits of its routers, and computes neither. An evaluation measures the loss of the text
-    alone.
+    Each process reads its stream by itself, and checkpoints contain the place in it. Workers are not used, because a
+    stream has a thread of its own.
+
+    A model with experts also learns from the load-balancing loss and the z-loss of its routers, each the mean over the
+    layers with experts. The model returns the logits of its routers, and computes neither. An evaluation measures the
+    loss of the text alone.
 
     Args:
-        trainer: Changed in place, before `train`; left alone if its model is dense.
-        model_args: `router_aux_loss_coef` and `router_z_loss_coef`; if both are 0, nothing changes either.
+        *args, **kwargs: As for transformers' `Trainer`.
+        router_losses: `router_aux_loss_coef` and `router_z_loss_coef`, the factors of the two losses; 0 for none.
     """
-    gates = routers(trainer.model)
-    balance, size = model_args.router_aux_loss_coef or 0.0, model_args.router_z_loss_coef or 0.0
-    if not gates or not (balance or size):
-        return
-    compute_loss = trainer.compute_loss
 
-    def compute_all(model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        if not model.training:
-            return compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        loss, outputs = compute_loss(model, {**inputs, "output_router_logits": True}, return_outputs=True, **kwargs)
-        layers, rows = zip(gates, outputs.router_logits, strict=True), len(inputs["input_ids"])
-        added = sum(balance * balancing_loss(gate, logits, rows) + size * z_loss(logits) for gate, logits in layers)
-        loss = loss + added / len(gates) / trainer.current_gradient_accumulation_steps
+    def __init__(self, *args: Any, router_losses: tuple[float, float] = (0.0, 0.0), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.router_losses = router_losses
+        self._routers = routers(self.model) if any(router_losses) else []
+        if isinstance(self.train_dataset, PackedStream):
+            self.args.ignore_data_skip = True
+            if self.args.dataloader_num_workers and self.is_world_process_zero():
+                logger.warning(
+                    "dataloader_num_workers has no effect on training: a stream is read by a thread of its own"
+                )
+            self.parts.append(StreamPlace(self.train_dataset))
+            self.add_callback(StreamEpoch())
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Read a stream in this process alone, and stored blocks as every trainer does."""
+        if not isinstance(self.train_dataset, PackedStream):
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,
+            self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+            # The loader draws from this generator, and not from the one of training.
+            generator=torch.Generator(),
+        )
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Add the losses of the routers to the loss of the text."""
+        if not self._routers or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "output_router_logits": True}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        balance, size = self.router_losses
+        rows = len(inputs["input_ids"])
+        added = sum(
+            balance * balancing_loss(router, logits, rows) + size * z_loss(logits)
+            for router, logits in zip(self._routers, outputs.router_logits, strict=True)
+        )
+        loss = loss + added / len(self._routers) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    trainer.compute_loss = compute_all
+
+class StreamEpoch(TrainerCallback):
+    """The share of a stream that was trained on, which transformers counts from where training was resumed."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Correct the epoch."""
+        state.epoch = state.global_step / state.max_steps
 
 
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from pipeline.hub.checkpoints import LAST
 from pipeline.hub.contents import Files, clean, is_cleaned, places, publishable
 from pipeline.hub.outputs import Outputs
 from pipeline.hub.upload import explain, is_replaced, push
-from pipeline.training.checkpoint_manifest import MANIFEST, STATE
+from pipeline.training.checkpoints import MANIFEST, STATE
 
 logger = logging.getLogger(__name__)
 

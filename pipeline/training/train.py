@@ -10,7 +10,7 @@ import os
 import pickle
 import shlex
 import shutil
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeVar, cast
@@ -19,9 +19,8 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline import files, launch
 from pipeline.config import output_directory
@@ -31,30 +30,29 @@ from pipeline.hub.cards import Trained, model_card
 from pipeline.hub.checkpoints import fetch_checkpoints
 from pipeline.hub.outputs import BASE
 from pipeline.models.adapters import MERGED
-from pipeline.models.weights import resume_renamed_weights
-from pipeline.training import checkpoints
-from pipeline.training.callbacks import (
-    InterruptCallback,
-    ReportCallback,
-    RouterCallback,
-    ThroughputCallback,
-    count_tokens_locally,
-)
-from pipeline.training.checkpoint_manifest import (
+from pipeline.training.callbacks import InterruptCallback, ReportCallback, RouterCallback, ThroughputCallback
+from pipeline.training.checkpoints import (
     MANIFEST,
     STATE,
-    check_architecture,
+    UNFINISHED,
+    checkpoint_folder,
+    newest_complete,
     save_state,
     validate_checkpoint,
-    wait_for_completion,
 )
 from pipeline.training.checks import check_length
-from pipeline.training.divergence import last_good, stop_on_divergence
 from pipeline.training.push import PushCallback
+from pipeline.training.reliable import Reliable, cache_enabled
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+SIZES = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "num_labels",
+)  # fmt: skip
+"""Fields of a model's configuration that a checkpoint and the model to train must agree on."""
 
 
 def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
@@ -72,7 +70,7 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     return [ThroughputCallback(length or 0), RouterCallback(), PushCallback(args)]
 
 
-def train_and_save(trainer: Trainer) -> None:
+def train_and_save(trainer: Reliable) -> None:
     """Train from the latest checkpoint, save the model with tokenizer and card, and push it if requested.
 
     The run logs the hardware and settings in use, writes only complete checkpoints, saves and stops on SIGINT,
@@ -80,7 +78,7 @@ def train_and_save(trainer: Trainer) -> None:
     meanwhile.
 
     Args:
-        trainer: Any trainer of transformers or TRL.
+        trainer: Any trainer of transformers or TRL with `Reliable` mixed in.
 
     Raises:
         RunStopped: After a signal, a loss that is not a number, a failing reward function, a failed save or push.
@@ -106,17 +104,36 @@ def train_and_save(trainer: Trainer) -> None:
         _train_and_save(trainer, own[0] if own else checkpoint)
 
 
-def _on_first(trainer: Trainer, compute: Callable[[], T]) -> T:
+def _on_first(trainer: Reliable, compute: Callable[[], T]) -> T:
     """Return what the first process computes, on every process: reading all of a large checkpoint takes minutes."""
     found = [compute() if trainer.is_world_process_zero() else None]
     broadcast_object_list(found)
     return cast(T, found[0])
 
 
-def _copy_checkpoint(checkpoint: Path, trainer: Trainer) -> Path:
+def check_architecture(checkpoint: Path, config: Any) -> None:
+    """Reject a checkpoint of a different model, whose weights would be loaded only in part.
+
+    Adapters pass, because their checkpoints do not contain a model configuration.
+
+    Raises:
+        UserError: If the model type or a size differs.
+    """
+    saved, present = files.read_json(checkpoint / "config.json"), config.to_dict()
+    changed = [
+        f"{name} {saved[name]} instead of {present[name]}"
+        for name in SIZES
+        if name in saved and name in present and saved[name] != present[name]
+    ]
+    if changed:
+        remedy = f"has a different architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
+        raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
+
+
+def _copy_checkpoint(checkpoint: Path, trainer: Reliable) -> Path:
     """Copy a checkpoint into a trainer's output directory, on the first process. Return where it lies there."""
     step = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
-    target = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    target = checkpoint_folder(trainer.args.output_dir, step)
     if trainer.is_world_process_zero():
         try:
             with files.write_folder(target) as folder:
@@ -127,14 +144,9 @@ def _copy_checkpoint(checkpoint: Path, trainer: Trainer) -> Path:
     return target
 
 
-def _train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
+def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
     launch.log_active(trainer)
-    drop_incomplete_batches(trainer)
-    checkpoints.make_checkpoints_atomic(trainer)
-    count_tokens_locally(trainer)
     _name_base(trainer)
-    resume_renamed_weights(trainer)
-    stop_on_divergence(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
     own = (item for item in trainer.callback_handler.callbacks if isinstance(item, PushCallback))
@@ -146,13 +158,11 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
         # Last, so that it shows what other callbacks add to a log, or take from it.
         trainer.add_callback(trainer.pop_callback(tracker))
     if checkpoint is None:
-        checkpoint = _on_first(trainer, lambda: checkpoints.newest_complete(trainer.args.output_dir))
+        checkpoint = _on_first(trainer, lambda: newest_complete(trainer.args.output_dir))
     if checkpoint is not None:
         check_architecture(checkpoint, trainer.model.config)
         logger.info("%-11s from %s", "resuming", checkpoint)
-    if checkpoint is None or not checkpoints.restore_finished(trainer, checkpoint):
-        if checkpoint is not None:
-            checkpoints.adopt_present_length(trainer, checkpoint)
+    if checkpoint is None or not trainer.restore_finished(checkpoint):
         _train(trainer, checkpoint)
     interrupts.restore()
     stop = interrupts.reason_to_stop(trainer.state, str(trainer.args.output_dir))
@@ -166,10 +176,10 @@ def _train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
     pushes.push_model()
 
 
-def _train(trainer: Trainer, checkpoint: Path | None) -> None:
+def _train(trainer: Reliable, checkpoint: Path | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        checkpoints.finish_checkpoint(trainer)
+        trainer.finish_checkpoint()
     except KeyError as error:
         if "metric_for_best_model" not in str(error):
             raise
@@ -183,14 +193,14 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from error
     except SystemExit as error:
         message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
-        raise RunStopped(f"{message}; {last_good(trainer)}.") from error
+        raise RunStopped(f"{message}; {trainer.last_good()}.") from error
     finally:
-        if (failure := wait_for_completion(trainer.args.output_dir)) is not None:  # which did not end the run
-            step = getattr(failure, "__notes__", ["?"])[0]
-            logger.warning("The checkpoint of step %s could not be written: %s", step, failure)
+        # Something else has ended the run, so a failure is reported and not raised.
+        if (failure := trainer.failed_completion()) is not None:
+            logger.warning("The checkpoint of step %d could not be written: %s", trainer.saved_step, failure)
 
 
-def _end(trainer: Trainer) -> None:
+def _end(trainer: Reliable) -> None:
     """Finish the trackers and the process group.
 
     Models wrapped for several processes refer to the group and are released first: a group that lives until the
@@ -204,14 +214,14 @@ def _end(trainer: Trainer) -> None:
     gc.collect()
 
 
-def _name_base(trainer: Trainer) -> None:
+def _name_base(trainer: Reliable) -> None:
     """Make an adapter name its base model so that it loads whatever the current directory is.
 
     A model that was itself merged from an adapter lies in no folder: it is saved beside the new adapter.
     """
     model, base = trainer.model, Path(trainer.args.output_dir).absolute() / BASE
     if isinstance(model, PeftModel) and hasattr(model.get_base_model(), MERGED) and trainer.args.should_save:
-        with files.write_folder(base) as folder, checkpoints.cache_enabled(model):
+        with files.write_folder(base) as folder, cache_enabled(model):
             # Its frozen weights may have been converted for training.
             copy.deepcopy(model).unload().to(model.config.dtype).save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)  # by which TRL loads an adapted reward model
@@ -224,35 +234,13 @@ def _name_base(trainer: Trainer) -> None:
                 config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
 
 
-def drop_incomplete_batches(trainer: Trainer) -> None:
-    """Leave out the rows of each epoch that do not fill a whole batch, unless that would leave none.
-
-    Accelerate would repeat rows to give every process a batch, so that training on two processes would differ from
-    training on one. `dataloader_drop_last` does the same, but also drops rows from evaluations.
-    """
-    args, dataset = trainer.args, trainer.train_dataset
-    get_train_dataloader = trainer.get_train_dataloader
-    if not isinstance(dataset, Sized) or len(dataset) < args.train_batch_size * args.world_size:
-        return
-
-    def with_whole_batches() -> Any:
-        asked, args.dataloader_drop_last = args.dataloader_drop_last, True
-        try:
-            return get_train_dataloader()
-        finally:
-            args.dataloader_drop_last = asked
-
-    trainer.get_train_dataloader = with_whole_batches
-
-
-def save_final(trainer: Trainer) -> None:
+def save_final(trainer: Reliable) -> None:
     """Save the trained model, its tokenizer and its card beside the checkpoints."""
     args = trainer.args
     output_dir = Path(args.output_dir)
-    tmp_dir = output_dir / checkpoints.UNFINISHED
+    tmp_dir = output_dir / UNFINISHED
     try:
-        with checkpoints.cache_enabled(trainer.model):
-            trainer.save_model(str(tmp_dir), _internal_call=True)
+        trainer.save_model(str(tmp_dir), _internal_call=True)
         if args.should_save:
             # Files are moved one by one, so that a kill leaves only whole files.
             for path in sorted(tmp_dir.iterdir()):
@@ -274,7 +262,7 @@ def save_final(trainer: Trainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _model_card(trainer: Trainer) -> str:
+def _model_card(trainer: Reliable) -> str:
     """Return the card of a trained model, as far as its own recipe knows it. A run knows more when it is pushed."""
     args = trainer.args
     asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})

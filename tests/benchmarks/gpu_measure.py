@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline import hardware
 from pipeline.config.parser import argument_types, parse
 from pipeline.evaluation.likelihood import answer_losses
-from pipeline.models.attention import validate_varlen
 from pipeline.models.generation import encode_prompts, end_tokens, generate
+from pipeline.models.kernels.attention import validate_varlen
 from pipeline.models.loading import load_model
 from pipeline.rl.log_probs import token_log_probs
 from pipeline.rl.value_model import token_values, value_model_from

@@ -14,7 +14,7 @@ from pipeline import hardware
 from pipeline.bounded import MAX_LAYERS
 from pipeline.config.checks import HALF_PRECISION, MAY_BE_EMPTY, check_supported
 from pipeline.config.parser import REQUIRED, argument_types, check_values
-from pipeline.models.llama import LlamaArguments
+from pipeline.models.scratch import LlamaArguments
 from pipeline.rl.ppo_config import PPOConfig
 
 RECIPES = ("data", "tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "grpo")

@@ -19,7 +19,7 @@ from trl import SFTConfig
 from word_model import word_tokenizer
 
 from pipeline.data.packing import PackedBlocks, log_truncated, pack_documents
-from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.scratch import LlamaArguments, build_model
 
 BLOCK = 32
 IGNORED = -100

@@ -25,7 +25,7 @@ from pipeline.data.shards import documents_of
 from pipeline.data.splits import load_splits
 from pipeline.data.streams import PackedStream, join_states
 from pipeline.errors import RunStopped, UserError
-from pipeline.models.llama4 import ScratchArguments
+from pipeline.models.scratch import ScratchArguments
 from pipeline.models.tokenizer import train_tokenizer
 from pipeline.training.inputs import load_inputs
 from pipeline.training.pretraining import PretrainConfig

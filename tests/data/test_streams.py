@@ -15,16 +15,16 @@ import pytest
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset
 from small_model import save_model, tokenizer, write_lines
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM
 
 from pipeline.data import streams
 from pipeline.data.arguments import DataArguments
 from pipeline.data.packing import Encoder, PackedBlocks
 from pipeline.data.splits import load_splits
-from pipeline.data.streams import PackedStream, join_states, pack_splits, use_stream
+from pipeline.data.streams import PackedStream, join_states, pack_splits
 from pipeline.errors import RunStopped, UserError
 from pipeline.launch import once_per_node
-from pipeline.training.pretraining import PretrainConfig
+from pipeline.training.pretraining import PretrainConfig, PretrainTrainer
 
 BLOCK, ROWS = 32, 40
 EMPTY = 2
@@ -174,7 +174,7 @@ def test_a_stream_is_read_no_further_than_it_is_asked_for() -> None:
     assert max(read) <= 3 * streams.DOCUMENTS
 
 
-def trainer(folder: Path, output: str = "out", seed: int = 0, steps: int = 4, **options: Any) -> Trainer:
+def trainer(folder: Path, output: str = "out", seed: int = 0, steps: int = 4, **options: Any) -> PretrainTrainer:
     """Return a trainer on a stream of two files, which keeps what it trains on as `trained_on`."""
     made, model = folder / "data", folder / "model"
     data = rows(str(made) if made.exists() else write_files(made, "jsonl", 2))
@@ -189,8 +189,7 @@ def trainer(folder: Path, output: str = "out", seed: int = 0, steps: int = 4, **
         return collate(examples)
 
     path = str(model) if model.exists() else save_model(model)
-    built = Trainer(AutoModelForCausalLM.from_pretrained(path), args, record, stream)
-    use_stream(built)
+    built = PretrainTrainer(AutoModelForCausalLM.from_pretrained(path), args, record, stream)
     built.trained_on = trained_on
     return built
 

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
-from pipeline.models.llama import LlamaArguments, build_model
-from pipeline.models.llama4 import ScratchArguments, log_model
+from pipeline.models.scratch import LlamaArguments, ScratchArguments, build_model, log_model
 from pipeline.training.optimizer import OptimizerArguments
 from recipes.untrained import main
 

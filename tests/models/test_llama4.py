@@ -20,7 +20,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     GenerationConfig,
     Llama4ForCausalLM,
-    Trainer,
     TrainingArguments,
     default_data_collator,
 )
@@ -29,13 +28,13 @@ from trl import ModelConfig
 from pipeline.errors import UserError
 from pipeline.models.adapters import without_adapters
 from pipeline.models.experts import RouteCounter, active_parameters, balancing_loss, routers, worst
-from pipeline.models.generation import sample
-from pipeline.models.llama4 import ScratchArguments, build_model, log_model
+from pipeline.models.kernels.sampler import sample
+from pipeline.models.scratch import ScratchArguments, build_model, log_model
 from pipeline.rl.value_model import value_model_from
 from pipeline.training.callbacks import training_flops_per_token
 from pipeline.training.checks import check_lora
 from pipeline.training.optimizer import build_optimizer
-from pipeline.training.pretraining import add_router_losses
+from pipeline.training.pretraining import PretrainTrainer
 
 SIZES: dict[str, Any] = {
     "model_type": "llama4_text",
@@ -140,7 +139,7 @@ def test_skewed_layers_do_not_cancel_out_and_balanced_ones_cost_1() -> None:
     assert balancing_loss(gate, even, rows=2).item() == pytest.approx(2, abs=0.01), "each row is of one expert"
 
 
-def trainer(trained: Llama4ForCausalLM, folder: Path, balance: float, **options: Any) -> Trainer:
+def trainer(trained: Llama4ForCausalLM, folder: Path, balance: float, **options: Any) -> PretrainTrainer:
     rows = tokens(64, 32, seed=3)
     data = [{"input_ids": row, "labels": row} for row in rows]
     args = TrainingArguments(
@@ -153,10 +152,9 @@ def trainer(trained: Llama4ForCausalLM, folder: Path, balance: float, **options:
         logging_steps=1,
         **{"max_steps": 1, **options},
     )
-    made = Trainer(trained, args, train_dataset=data, data_collator=default_data_collator)
-    given = ScratchArguments(**SIZES, router_aux_loss_coef=balance, router_z_loss_coef=balance)
-    add_router_losses(made, given)
-    return made
+    return PretrainTrainer(
+        trained, args, train_dataset=data, data_collator=default_data_collator, router_losses=(balance, balance)
+    )
 
 
 def skewed_model() -> Llama4ForCausalLM:

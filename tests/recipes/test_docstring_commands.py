@@ -14,7 +14,7 @@ from small_model import ROOT, conversation, save_tokenizer, tokenizer, write_dat
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.data.pocket.build import PocketArguments, build
-from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.scratch import LlamaArguments, build_model
 from pipeline.stages import STAGES
 from tests.forked import run_forked
 

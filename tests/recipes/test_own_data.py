@@ -20,7 +20,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from small_model import CHATML, ROOT, conversation, tokenizer, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.scratch import LlamaArguments, build_model
 
 LINES = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater mit seinem Kind;\n\n"
 QUESTIONS = [

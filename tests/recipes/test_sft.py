@@ -14,7 +14,7 @@ from small_model import conversation, run_recipe, save_model, tokenizer
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.data.packing import PackedRows
+from pipeline.models.kernels.packed_rows import PackedRows
 
 CONVERSATIONS = [conversation(f"What is {i}?", f"It is {i * 7}.") for i in range(6)]
 CONVERSATIONS[2] += conversation("And then?", "Nothing.")

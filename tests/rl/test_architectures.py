@@ -18,12 +18,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
-    Trainer,
     TrainingArguments,
 )
 
-from pipeline.models.weights import resume_renamed_weights
 from pipeline.rl.ppo import PPOTrainer
+from pipeline.training.reliable import Reliable
 from tests import ppo_toy as toy
 
 TOKENS: dict[str, Any] = {"vocab_size": 15, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -99,8 +98,7 @@ def test_any_trainer_resumes_renamed_weights(tmp_path: Path) -> None:
         rows = [{"input_ids": torch.arange(3, 11), "labels": torch.arange(3, 11)} for _ in range(8)]
         options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "use_cpu": True, "report_to": "none"}
         network = model(CONFIGS["mixtral (experts that are renamed)"])
-        plain = Trainer(network, TrainingArguments(str(folder), **options), train_dataset=rows)
-        resume_renamed_weights(plain)
+        plain = Reliable(network, TrainingArguments(str(folder), **options), train_dataset=rows)
         plain.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return weights(plain.model)
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForTokenClassification
 
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.rollouts import load_rollout_state
-from pipeline.training.checkpoints import restore_finished
 from tests import ppo_toy as toy
 
 # A rollout of 8 lasts 4 optimizer steps (2 per PPO epoch, 2 epochs); the 16 prompts last two rollouts.
@@ -110,7 +109,7 @@ def test_resumes_and_restores_a_compiled_run(tmp_path: Path, monkeypatch: pytest
     with torch.compiler.set_stance("force_eager"):
         assert_resumes_exactly(tmp_path, [2], **compiled)
         finished = trainer(tmp_path / "whole", **compiled)
-        assert restore_finished(finished, tmp_path / "whole" / "checkpoint-3")
+        assert finished.restore_finished(tmp_path / "whole" / "checkpoint-3")
     expected = toy.reward_model().state_dict()
     judge = finished.reward_funcs[0]._orig_mod
     assert all(torch.equal(weight, expected[name]) for name, weight in judge.state_dict().items())

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline.__main__ import main
 from pipeline.models.gguf import is_own
-from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.scratch import LlamaArguments, build_model
 from pipeline.models.tokenizer import pre_tokenizer, train_tokenizer
 
 HEADS, WIDTH = 2, 32

@@ -9,7 +9,7 @@ import pytest
 from small_model import tokenizer, weights
 from transformers import AutoConfig
 
-from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.scratch import LlamaArguments, build_model
 
 WEIGHTS = re.compile(
     r"model\.(embed_tokens\.weight|norm\.weight|layers\.\d+\.((input|post_attention)_layernorm\.weight|"

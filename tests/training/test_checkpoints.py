@@ -12,27 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, TrainerCallback, TrainingArguments
 
-import pipeline.training.checkpoints as module
+import pipeline.training.checkpoints as folders
+import pipeline.training.reliable as module
 from pipeline.errors import RunStopped, UserError
-from pipeline.training import checkpoint_manifest
-from pipeline.training.checkpoint_manifest import (
-    check_architecture,
-    validate_checkpoint,
-    wait_for_completion,
-    write_manifest,
-)
-from pipeline.training.checkpoints import (
-    adopt_present_length,
-    checkpoints,
-    make_checkpoints_atomic,
-    newest_complete,
-    restore_finished,
-)
+from pipeline.training.checkpoints import checkpoints, newest_complete, validate_checkpoint, write_manifest
 from pipeline.training.checks import check_length
-from pipeline.training.divergence import stop_on_divergence
+from pipeline.training.reliable import Reliable
 from pipeline.training.train import _train as train
+from pipeline.training.train import check_architecture
 
 
 class Line(torch.nn.Module):
@@ -61,7 +50,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return [self[i] for i in indices]
 
 
-def make_trainer(folder: Path, bad: int | None = None, **options: Any) -> Trainer:
+def make_trainer(folder: Path, bad: int | None = None, **options: Any) -> Reliable:
     torch.manual_seed(0)
     defaults: dict[str, Any] = {
         "max_steps": 12,
@@ -76,9 +65,7 @@ def make_trainer(folder: Path, bad: int | None = None, **options: Any) -> Traine
         "report_to": "none",
     }
     args = TrainingArguments(str(folder), **{**defaults, **options})
-    trainer = Trainer(Line(), args, train_dataset=Rows(bad), eval_dataset=Rows())
-    make_checkpoints_atomic(trainer)
-    return trainer
+    return Reliable(Line(), args, train_dataset=Rows(bad), eval_dataset=Rows())
 
 
 def names(folder: Path) -> list[str]:
@@ -174,7 +161,7 @@ def test_when_it_is_evaluated_has_no_effect_on_the_weights(tmp_path: Path, optio
         assert torch.equal(weight, other.model.state_dict()[name])
 
 
-def learning_rates(trainer: Trainer) -> list[float]:
+def learning_rates(trainer: Reliable) -> list[float]:
     """Return the learning rate of each step, whatever was logged."""
     rates: list[float] = []
     step = trainer.create_optimizer().step
@@ -198,15 +185,14 @@ def test_a_finished_run_goes_on_with_more_steps_on_the_schedule_of_the_new_total
     again = make_trainer(tmp_path / "parts", **more, save_steps=5)
     found = learning_rates(again)
     last = tmp_path / "parts/checkpoint-8"
-    assert not restore_finished(again, last)
-    adopt_present_length(again, last)
+    assert not again.restore_finished(last)
     with caplog.at_level(logging.INFO):
         again.train(resume_from_checkpoint=str(last))
     assert len(found) == 12 and found == pytest.approx(expected[8:], rel=1e-12)
     assert names(tmp_path / "parts") == ["checkpoint-8", "checkpoint-10", "checkpoint-15", "checkpoint-20"]
     assert "at step 8, to 20 steps instead of 8" in caplog.text
     finished = make_trainer(tmp_path / "parts", **more)
-    assert restore_finished(finished, tmp_path / "parts/checkpoint-20")
+    assert finished.restore_finished(tmp_path / "parts/checkpoint-20")
     with pytest.raises(UserError, match="max_steps: 12: the checkpoint has 20 steps already"):
         check_length(tmp_path / "parts/checkpoint-20", make_trainer(tmp_path / "less"))
 
@@ -323,7 +309,6 @@ def test_the_best_checkpoint_stays_and_is_loaded(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, bad=17, save_steps=1)
-    stop_on_divergence(trainer)
     with pytest.raises(RunStopped) as stopped:
         trainer.train()
     message = str(stopped.value)
@@ -368,7 +353,7 @@ def test_a_checkpoint_that_cannot_be_completed_ends_the_run_at_the_next_step(
         write(checkpoint, step, due)
 
     def go_on_once_it_has_failed() -> None:
-        assert wait_for_completion(tmp_path)
+        assert trainer.failed_completion()
         assert not (tmp_path / module.UNFINISHED).exists(), "its room on the disk is free again"
         if disturbed:
             raise RunStopped("The loss is not a number.")
@@ -381,7 +366,7 @@ def test_a_checkpoint_that_cannot_be_completed_ends_the_run_at_the_next_step(
         train(trainer, None)
     assert trainer.state.global_step == (6 if disturbed else 7)
     assert (message in caplog.text) == disturbed, "reported although something else ends the run"
-    wait_for_completion(tmp_path)
+    trainer.failed_completion()
 
 
 def test_the_best_checkpoint_alone_is_complete_before_it_is_loaded(
@@ -427,10 +412,10 @@ def test_large_files_have_checksums_of_their_blocks_and_manifests_without_them_s
 ) -> None:
     folder = tmp_path / "checkpoint-12"
     shutil.copytree(finished / "checkpoint-12", folder)
-    monkeypatch.setattr(checkpoint_manifest, "BLOCK", 100)
+    monkeypatch.setattr(folders, "BLOCK", 100)
     assert validate_checkpoint(folder) is None, "written with whole files"
     (folder / "manifest.json").unlink()
-    checkpoint_manifest.write_manifest(folder, 12, False)
+    write_manifest(folder, 12, False)
     assert "sha256_of_blocks" in (folder / "manifest.json").read_text()
     assert validate_checkpoint(folder) is None
     flip(folder)

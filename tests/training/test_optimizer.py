@@ -15,8 +15,8 @@ from small_model import tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from pipeline.errors import UserError
-from pipeline.models.llama import LlamaArguments, build_model
-from pipeline.training import optimizer as optimizer_module
+from pipeline.models.kernels import muon
+from pipeline.models.scratch import LlamaArguments, build_model
 from pipeline.training.optimizer import MuonWithAdamW, OptimizerArguments, build_optimizer, optimizer_cls_and_kwargs
 
 SETTINGS = {"muon_lr": 0.03, "lr": 0.01, "embedding_lr": None, "weight_decay": 0.1, "betas": (0.9, 0.98), "eps": 1e-8}
@@ -88,7 +88,7 @@ def test_large_matrices_are_orthogonalized_one_by_one(monkeypatch: pytest.Monkey
     together, alone = model(), model()
     for trained in (together, alone):
         steps(trained, [build_optimizer(trained, **SETTINGS)], [next(batches())])
-        monkeypatch.setattr(optimizer_module, "NUMBERS_AT_ONCE", 1)
+        monkeypatch.setattr(muon, "NUMBERS_AT_ONCE", 1)
     assert difference(together, alone) < 0.001
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from small_model import ROOT, run_recipe
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.training import train
 from pipeline.training.callbacks import InterruptCallback
 from pipeline.training.divergence import stop_on_failing_rewards
+from pipeline.training.reliable import Reliable
 from tests import sampling_recipes
 
 REWARD = """
@@ -83,9 +84,12 @@ def refusing(completions: Any, **columns: Any) -> Any:
 )
 def test_every_kind_of_reward_function_is_found(call: Any, said: str, tmp_path: Path) -> None:
     functions: list[Any] = [refusing, Judge(), waiting]
-    state, args = SimpleNamespace(global_step=0), SimpleNamespace(output_dir=str(tmp_path))
-    names = ["refusing", "Judge", "waiting"]
-    trainer: Any = SimpleNamespace(reward_funcs=functions, reward_func_names=names, state=state, args=args)
+    trainer: Any = SimpleNamespace(
+        reward_funcs=functions,
+        reward_func_names=["refusing", "Judge", "waiting"],
+        state=SimpleNamespace(global_step=0),
+        last_good=lambda: "the run has saved no checkpoint yet",
+    )
     with pytest.raises(RunStopped, match=rf"{said}.*{__file__}:\d+\) in step 1"), stop_on_failing_rewards(trainer):
         call()
     unusable = r"^reward_funcs: refusing: returned nothing \(in step 1; "
@@ -96,22 +100,12 @@ def test_every_kind_of_reward_function_is_found(call: Any, said: str, tmp_path: 
 
 
 def test_leaving_training_by_sys_exit_is_an_error(tmp_path: Path) -> None:
-    class Leaving:
-        class args:
-            output_dir = str(tmp_path)
-
-        class state:
-            global_step = 3
-
-        callback_handler = SimpleNamespace(callbacks=[])
-
-        def add_callback(self, callback: Any) -> None:
-            pass
-
+    class Leaving(Reliable):
         def train(self, resume_from_checkpoint: str | None) -> None:
             raise SystemExit(0)
 
-    trainer: Trainer = Leaving()  # type: ignore[assignment]
+    trainer = Leaving(torch.nn.Linear(1, 1), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    trainer.state.global_step = 3
     with pytest.raises(
         RunStopped, match=r"sys.exit\(0\) was called .* after step 3; the run has saved no checkpoint yet"
     ) as stop:

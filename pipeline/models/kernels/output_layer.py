@@ -17,6 +17,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from pipeline import hardware
+from pipeline.models.patches import replace_forward
 
 LOGITS = 2**27
 """Logits of a batch above which TRL's head, which needs less memory, is used."""
@@ -46,7 +47,7 @@ def project_labelled_positions(trainer: SFTTrainer) -> None:
             return forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         return labelled_log_probs(model, labels, *args, **kwargs)
 
-    model.forward = forward_labelled
+    replace_forward(model, forward_labelled)
 
 
 def labelled_log_probs(model: PreTrainedModel, labels: Tensor, *args: Any, **kwargs: Any) -> FusedCausalLMOutput:

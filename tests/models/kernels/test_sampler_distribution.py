@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pipeline.models.generation import sample, unsupported_settings
+from pipeline.models.kernels.sampler import sample, unsupported_settings
 from tests import ppo_toy as toy
 
 ROWS, LENGTH, END = 6000, 3, 2

@@ -8,8 +8,9 @@ import torch
 from transformers import GenerationConfig
 
 from pipeline.evaluation.likelihood import document_losses
-from pipeline.models.generation import GrowingLayer, encode_prompts, generate, overrides_generate
-from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.generation import encode_prompts, generate
+from pipeline.models.kernels.sampler import GrowingLayer, overrides_generate
+from pipeline.models.scratch import LlamaArguments, build_model
 
 PROMPTS = [
     [{"role": "user", "content": content}]

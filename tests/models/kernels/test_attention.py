@@ -18,9 +18,9 @@ from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel
 from pipeline.data.packing import PackedBlocks
 from pipeline.errors import UserError
 from pipeline.hardware import Choice
-from pipeline.models import attention
-from pipeline.models.attention import BLOCKWISE, VARLEN, BlockMask, blockwise_mask, choose_attention
-from pipeline.models.llama import LlamaArguments, build_model
+from pipeline.models.kernels import attention
+from pipeline.models.kernels.attention import BLOCKWISE, VARLEN, BlockMask, blockwise_mask, choose_attention
+from pipeline.models.scratch import LlamaArguments, build_model
 
 LENGTH = 150  # two blocks and a part of one
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.patches import replace_forward
+
 TOGETHER = 32
 """Texts that are computed together."""
 
@@ -39,4 +41,4 @@ def group_by_length(model: nn.Module) -> None:
             )
         return type(outputs[0])(logits=torch.cat([output.logits for output in outputs])[order.argsort()])
 
-    model.forward = in_groups
+    replace_forward(model, in_groups)

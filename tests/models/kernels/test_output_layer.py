@@ -11,13 +11,13 @@ from peft import LoraConfig
 from small_model import conversation, save_model, tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.training import labelled_head
-from pipeline.training.labelled_head import project_labelled_positions
+from pipeline.models.kernels import output_layer
+from pipeline.models.kernels.output_layer import project_labelled_positions
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("labelled_head")
+    return tmp_path_factory.mktemp("output_layer")
 
 
 def trainer(folder: Path, peft_config: LoraConfig | None = None) -> SFTTrainer:
@@ -88,8 +88,8 @@ def test_the_head_is_left_to_trl_where_it_is_better(folder: Path, monkeypatch: p
     capped.model.config.final_logit_softcapping = 30.0
     assert uses_ours(trainer(folder)) and not uses_ours(capped)
     large = trainer(folder)
-    monkeypatch.setattr(labelled_head, "LOGITS", 100)
+    monkeypatch.setattr(output_layer, "LOGITS", 100)
     assert not uses_ours(large)
-    monkeypatch.setattr(labelled_head.hardware, "accelerator", lambda: "cuda")
-    monkeypatch.setattr(labelled_head, "LOGITS", 10**9)
+    monkeypatch.setattr(output_layer.hardware, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(output_layer, "LOGITS", 10**9)
     assert not uses_ours(trainer(folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.models.grouping import group_by_length
+from pipeline.models.kernels.length_groups import group_by_length
 from tests import ppo_toy as toy
 
 LENGTHS = torch.randint(1, 30, (200,), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,87 @@
+"""Muon that orthogonalises matrices of one shape together: small matrices, one by one, do not keep the cores busy.
+
+torch's `Muon` takes the matrices one by one, and refuses stacks of matrices. Here the gradients of a step are sorted
+into stacks by their shape. For a block of width 64 with an inner width of 192 and 4 experts:
+
+    q, k, v, o        (64, 64)   x 4    one stack of 4
+    gate, up          (192, 64)  x 2    transposed, since products of the short side are cheaper
+    down              (64, 192)         one stack of 3 with the two above
+    experts' weights  (4, 64, 192)      a stack already, added to the last one
+
+Each stack is orthogonalised by a few Newton-Schulz iterations. State and updates are torch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import hardware
+
+NUMBERS_AT_ONCE = 2**22
+"""Size of a stack of matrices that are orthogonalised together. Larger ones use all cores anyway, and take memory."""
+
+
+class Muon(torch.optim.Muon):
+    """torch's `Muon`, orthogonalising matrices of one shape together; the state and the updates are the same.
+
+    Args:
+        params: Matrices and stacks of matrices (the experts of a layer), which torch refuses.
+        **options: As for torch's.
+    """
+
+    def __init__(self, params: Sequence[Tensor], **options: Any) -> None:
+        super().__init__([param for param in params if param.ndim == 2], **options)
+        self.param_groups[0]["params"] += [param for param in params if param.ndim == 3]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step."""
+        for group in self.param_groups:
+            stacks: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(param.grad)
+                momentum = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
+                update = param.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                # Experts are stored as (experts, in, out), the weights of linear layers as (out, in).
+                matrices = [(param, update)] if param.ndim == 2 else zip(param.mT, update.mT, strict=True)
+                for matrix, change in matrices:
+                    # Tall matrices are transposed, so that products of their short sides are multiplied.
+                    tall = change.shape[0] > change.shape[1]
+                    pair = (matrix.mT, change.mT) if tall else (matrix, change)
+                    stacks[pair[1].shape, tall, param.device].append(pair)
+            for (shape, tall, _), pairs in stacks.items():
+                lr = group["lr"] * (math.sqrt(shape[1] / shape[0]) if tall else 1)
+                size = max(1, NUMBERS_AT_ONCE // shape.numel())
+                for begin in range(0, len(pairs), size):
+                    some, raw = zip(*pairs[begin : begin + size], strict=True)
+                    steps = orthogonalize(torch.stack(raw), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                    for param, step in zip(some, steps, strict=True):
+                        param.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-lr)
+
+
+def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Replace the singular values of matrices by numbers near 1, with Newton-Schulz iterations.
+
+    They need few digits: torch's `Muon` always takes bfloat16, which is 25 times slower than float32 if it is emulated.
+
+    Args:
+        matrices: Shape (matrices, rows, columns), with at least as many columns as rows.
+        coefficients, steps, eps: As for `torch.optim.Muon`.
+    """
+    a, b, c = coefficients
+    x = matrices.to(hardware.fast_dtype())
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x

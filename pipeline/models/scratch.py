@@ -1,0 +1,271 @@
+"""The model that is trained from scratch: a dense Llama or a Llama 4, by its sizes, with random weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LlamaArguments:
+    """Sizes of a dense Llama (Touvron et al. 2023), with the names and meanings of `transformers.LlamaConfig`.
+
+    It has rotary embeddings (Su et al. 2021) and, with fewer key and value heads than query heads, grouped-query
+    attention (Ainslie et al. 2023).
+
+    Raises:
+        UserError: If the sizes are out of range or do not fit together.
+    """
+
+    hidden_size: int = field(default=256, metadata={"help": "Width of the residual stream."})
+    intermediate_size: int | None = field(
+        default=None,
+        metadata={"help": "Width of the SwiGLU layer (default: 8/3 of hidden_size, rounded up to a multiple of 64)."},
+    )
+    num_hidden_layers: int = field(default=4, metadata={"help": "Transformer blocks."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Query heads."})
+    num_key_value_heads: int | None = field(
+        default=None, metadata={"help": "Key and value heads (default: as many as query heads)."}
+    )
+    max_position_embeddings: int = field(default=512, metadata={"help": "Maximum context length, in tokens."})
+    rope_theta: float = field(default=10_000.0, metadata={"help": "Base of the rotary embedding."})
+    attention_bias: bool = field(
+        default=False,
+        metadata={"help": "Add biases to the attention projections, as in Qwen2: small models learn to copy earlier."},
+    )
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "Share the input and output embeddings."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the random weights."})
+
+    def __post_init__(self) -> None:
+        if problems := self.check():
+            raise UserError(*problems)
+
+    def check(self) -> list[Problem]:
+        """Check that the sizes are in range and fit together."""
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        positive = {
+            name: getattr(self, name)
+            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        }
+        if self.intermediate_size is not None:
+            positive["intermediate_size"] = self.intermediate_size
+        problems = [
+            Problem(name, size, "must be a positive whole number") for name, size in positive.items() if size < 1
+        ]
+        if self.rope_theta <= 0:
+            problems.append(Problem("rope_theta", self.rope_theta, "must be positive"))
+        if not 0 <= self.initializer_range <= 1:
+            problems.append(Problem("initializer_range", self.initializer_range, "must be from 0 to 1"))
+        if heads > 0 and self.hidden_size % (2 * heads):
+            remedy = f"must be a multiple of 2 x num_attention_heads ({2 * heads})"
+            problems.append(Problem("hidden_size", self.hidden_size, remedy))
+        if groups is not None and (groups < 1 or (heads > 0 and heads % groups)):
+            remedy = f"must be a divisor of num_attention_heads ({heads})"
+            problems.append(Problem("num_key_value_heads", groups, remedy))
+        return problems
+
+    @property
+    def width(self) -> int:
+        """Width of the SwiGLU layer: by default 8/3 of `hidden_size`, rounded up to a multiple of 64."""
+        return self.intermediate_size or 64 * -(-self.hidden_size * 8 // (3 * 64))
+
+
+@dataclass
+class ScratchArguments(LlamaArguments):
+    """A model to train from scratch: a dense Llama, or a Llama 4 with the names of `transformers.Llama4TextConfig`.
+
+    Llama 4 (Meta 2025) is a mixture of experts. A layer of experts has, besides those that the router chooses among,
+    one shared expert that takes every token, so that each token passes `num_experts_per_tok` + 1 experts of width
+    `intermediate_size`. transformers computes all experts for all tokens, and adds what the router did not choose with
+    weight 0: few experts are fast.
+
+    Raises:
+        UserError: If the sizes are out of range or do not fit together, or belong to the other kind of model.
+    """
+
+    model_type: Literal["llama", "llama4_text"] = field(
+        default="llama", metadata={"help": "llama is dense, llama4_text a mixture of experts."}
+    )
+    intermediate_size_mlp: int | None = field(
+        default=None,
+        metadata={"help": "Llama 4: width of the layers without experts (default: the experts that a token passes)."},
+    )
+    num_local_experts: int | None = field(default=None, metadata={"help": "Llama 4: experts of a layer (default: 4)."})
+    num_experts_per_tok: int | None = field(
+        default=None, metadata={"help": "Llama 4: experts that the router chooses for a token (default: 1)."}
+    )
+    interleave_moe_layer_step: int | None = field(
+        default=None, metadata={"help": "Llama 4: every n-th layer has experts (default: 1, each)."}
+    )
+    no_rope_layer_interval: int | None = field(
+        default=None, metadata={"help": "Llama 4: every n-th layer has no rotary embedding (default: 4)."}
+    )
+    attention_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Llama 4: tokens of a chunk, within which layers with rotary embedding attend."},
+    )
+    use_qk_norm: bool | None = field(
+        default=None, metadata={"help": "Llama 4: normalise queries and keys (default: true)."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Llama 4: weight of the loss that balances the experts in pretraining (default: 0.01)."},
+    )
+    router_z_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Llama 4: weight of the z-loss, which keeps router logits small (default: 0.001)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_type == "llama4_text":
+            for name, default in LLAMA4.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, default)
+
+    def check(self) -> list[Problem]:
+        """Check the sizes of a dense Llama, and the fields of a Llama 4."""
+        problems = super().check()
+        given = {name: getattr(self, name) for name in LLAMA4 if getattr(self, name) is not None}
+        if self.model_type == "llama":
+            return problems + [Problem(name, value, "needs model_type: llama4_text") for name, value in given.items()]
+        wrong = []
+        for name, value in given.items():
+            if name.startswith("router"):
+                if value < 0:
+                    wrong.append(Problem(name, value, "must not be negative"))
+            elif name != "use_qk_norm" and value < 1:
+                wrong.append(Problem(name, value, "must be a positive whole number"))
+        if wrong:
+            return problems + wrong
+        values = LLAMA4 | given
+        experts, chosen, step = (
+            values[name] for name in ("num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step")
+        )
+        if chosen > experts:
+            problems.append(Problem("num_experts_per_tok", chosen, f"there are {experts} experts; lower it"))
+        if step > self.num_hidden_layers:
+            remedy = f"no layer would have experts: there are {self.num_hidden_layers} layers; lower it"
+            problems.append(Problem("interleave_moe_layer_step", step, remedy))
+        return problems
+
+
+LLAMA4: dict[str, Any] = {
+    "intermediate_size_mlp": None,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 1,
+    "no_rope_layer_interval": 4,
+    "attention_chunk_size": None,
+    "use_qk_norm": True,
+    "router_aux_loss_coef": 0.01,
+    "router_z_loss_coef": 0.001,
+}
+"""The fields that only a Llama 4 has, and their defaults."""
+
+
+def build_model(args: LlamaArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """Build the model with random weights in float32.
+
+    Args:
+        args: Its sizes.
+        tokenizer: Its tokenizer, which sets the vocabulary size and the ids of pad, bos and eos in the configuration
+            and in the generation configuration.
+        seed: The same seed gives the same weights; the global random state does not change.
+    """
+    import torch
+    from transformers import GenerationConfig, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
+
+    from pipeline import hardware
+
+    special_ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.width,
+        "num_hidden_layers": args.num_hidden_layers,
+        "num_attention_heads": args.num_attention_heads,
+        "num_key_value_heads": args.num_key_value_heads or args.num_attention_heads,
+        "max_position_embeddings": args.max_position_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        "attention_bias": args.attention_bias,
+        "tie_word_embeddings": args.tie_word_embeddings,
+        "initializer_range": args.initializer_range,
+        "dtype": torch.float32,
+        **special_ids,
+    }
+    model_class, config = LlamaForCausalLM, None
+    if isinstance(args, ScratchArguments) and args.model_type == "llama4_text":
+        model_class = Llama4ForCausalLM
+        config = Llama4TextConfig(
+            **sizes,
+            intermediate_size_mlp=args.intermediate_size_mlp or args.width * (1 + (args.num_experts_per_tok or 1)),
+            num_local_experts=args.num_local_experts,
+            num_experts_per_tok=args.num_experts_per_tok,
+            interleave_moe_layer_step=args.interleave_moe_layer_step,
+            no_rope_layer_interval=args.no_rope_layer_interval,
+            attention_chunk_size=args.attention_chunk_size,
+            use_qk_norm=args.use_qk_norm,
+            head_dim=args.hidden_size // args.num_attention_heads,
+            # The scale of queries by their place in the row, which begins at 8,192 tokens, ignores `position_ids`:
+            # packed documents would get each other's.
+            attn_temperature_tuning=False,
+            # TRL takes any other coefficient for a loss that the model returns, which it does not.
+            # `pipeline.training.pretraining` computes it.
+            router_aux_loss_coef=0.0,
+        )
+    with hardware.unchanged_rng():
+        torch.manual_seed(seed)
+        model = model_class(config or LlamaConfig(**sizes))
+    model.generation_config = GenerationConfig(**special_ids)
+    return model
+
+
+class Vocabulary(list[int]):
+    """As much of a tokenizer as a model is built with."""
+
+    pad_token_id = bos_token_id = eos_token_id = None
+
+
+def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
+    """Build the model for a vocabulary of `size` tokens on the meta device, where it takes no memory."""
+    import torch
+
+    tokenizer: Any = Vocabulary(range(size))
+    with torch.device("meta"):
+        return build_model(args, tokenizer, 0)
+
+
+def log_model(model: PreTrainedModel) -> None:
+    """Log what follows from the sizes: the numbers of parameters and of FLOPs per token, and the dtype."""
+    from pipeline.models.experts import active_parameters
+
+    parameters, active = model.num_parameters(), active_parameters(model)
+    embedding = model.get_input_embeddings().weight.numel()
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    # Each weight that multiplies an activation costs 2 FLOPs forward and 4 backward; an embedding lookup costs none.
+    multiplied = active - (0 if tied else embedding)
+    logger.info(
+        "%-11s %s, %.2fM parameters (%s%.2fM of them embeddings%s), %.1f MFLOPs per token in training without "
+        "attention, weights in %s",
+        "model",
+        type(model).__name__,
+        parameters / 1e6,
+        f"{active / 1e6:.2f}M of them active for a token, " if active != parameters else "",
+        embedding / 1e6,
+        ", tied" if tied else "",
+        6 * multiplied / 1e6,
+        str(model.dtype).removeprefix("torch."),
+    )
