@@ -59,6 +59,7 @@ def pack_documents(
 
     def pack(batch: pa.Table) -> pa.Table:
         ids = encode(batch[column].to_pylist())
+        # Drop the rest that does not fill a block.
         ids = ids[: len(ids) // block_size * block_size]
         return pa.table({TOKENS: pa.FixedSizeListArray.from_arrays(pa.array(ids), block_size)})
 
@@ -99,8 +100,10 @@ class Encoder:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         """Return the encoder of a tokenizer, which has the same hash in all processes that prepare the same data."""
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        # Ids may have gaps, so that the size of the vocabulary is not enough.
         largest = max(tokenizer.get_vocab().values())
-        if isinstance(backend, Tokenizer):  # the hash includes what an earlier call has set
+        # An earlier call may have set truncation or padding, which would be part of the hash.
+        if isinstance(backend, Tokenizer):
             backend = Tokenizer.from_str(backend.to_str())
             backend.no_truncation()
             backend.no_padding()
@@ -110,7 +113,7 @@ class Encoder:
         """Return the tokens of documents, which are texts, or tokens already, of shape (tokens,).
 
         Raises:
-            UserError: If tokens are not those of this tokenizer.
+            UserError: If tokens come from another tokenizer.
         """
         if not isinstance(documents[0], str):
             return self._join(documents)
@@ -129,10 +132,12 @@ class Encoder:
 
     def _encode(self, texts: Sequence[str]) -> np.ndarray:
         if isinstance(self.backend, Tokenizer):
-            self.backend.encode_special_tokens = True  # a document that spells a special token must not end there
+            # A document that spells a special token must not end there.
+            self.backend.encode_special_tokens = True
             texts_ids = (text.ids for text in self.backend.encode_batch_fast(texts, add_special_tokens=False))
         else:
             texts_ids = self.backend(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        # One array at once: lists of Python integers take 30 bytes a token.
         documents = ((self.bos, *ids, self.eos) for ids in texts_ids)
         return np.fromiter(chain.from_iterable(documents), self.dtype)
 
@@ -165,13 +170,16 @@ class PackedBlocks:
         places = np.arange(ids.shape[1])
         begins = ids == self.bos
         if self.bos == self.eos:
+            # The place of the latest token that is text. Behind it, eos and bos alternate.
             last_text = np.maximum.accumulate(np.where(begins, -1, places), 1)
             # A block may begin with the eos of the document before it. Its first run ends with a bos.
             first_run = np.where(begins.all(1), 1, begins.argmin(1))[:, None]
             begins &= (places - last_text - 1 + np.where(last_text < 0, first_run, 0)) % 2 == 1
         else:
             begins[:, 1:] &= ids[:, :-1] == self.eos
+        # A document that is cut by the end of a block goes on as if it began there.
         begins[:, 0] = True
+        # The distance to the latest beginning.
         positions = places - np.maximum.accumulate(np.where(begins, places, 0), 1)
         batch = {"input_ids": ids, "position_ids": positions, "labels": np.where(begins, IGNORED, ids)}
         return {name: torch.from_numpy(values) for name, values in batch.items()}

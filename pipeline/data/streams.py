@@ -4,10 +4,16 @@ The files of a streamed data set are dealt to lanes, whose number depends on the
 an order drawn from the seed, shuffles and packs some hundred documents at a time, and begins again when it has read
 them all. The stream takes one block from each lane in turn, and process r of W gets the blocks r, r + W, r + 2W ...:
 two processes with half the batch each train on the batches of one. If W divides the number of lanes, no document is
-read twice; otherwise processes share lanes, and each tokenizes those that it has a part in.
+read twice; otherwise processes share lanes, and each tokenizes the lanes that it has a part in. With four lanes:
 
-What `datasets` keeps in the state of a stream leaves out a shuffle buffer and loses batches of `map`. Here it is the
-state of a file before the documents that a lane is at, which are read once more when training resumes.
+    lane        a    b    c    d    a    b    c    d    a  ...
+    block       0    1    2    3    4    5    6    7    8
+    process     0    1    0    1    0    1    0    1    0        two processes: 0 tokenizes a and c, 1 tokenizes b and d
+    process     0    1    2    0    1    2    0    1    2        three processes: all lanes are tokenized three times
+
+The state that `datasets` keeps of a stream does not contain a shuffle buffer, and loses batches of `map`. Here the
+state of a lane is the place in its file before the present chunk of documents, which is read once more when training
+resumes.
 """
 
 from __future__ import annotations
@@ -44,7 +50,7 @@ DOCUMENTS = 256
 """Documents of a lane that are shuffled and tokenized together."""
 
 CHOOSING = ("max_train_samples", "validation_share", "keep_rows")
-"""Fields of the data arguments by which a stream has other rows."""
+"""Fields of the data arguments that choose the rows of a stream."""
 
 STATE = "stream.json"
 """File in a checkpoint."""
@@ -77,15 +83,20 @@ class PackedStream(torch.utils.data.IterableDataset):
         processes: int = 1,
         chosen: Mapping[str, Any] | None = None,
     ) -> None:
+        chosen = chosen or {}
         self.rows, self.process, self.processes = rows, process, processes
         self.encode = Encoder.of(tokenizer)
-        files = 1 if (chosen or {}).get("max_train_samples") is not None else rows.num_shards
+        files = 1 if chosen.get("max_train_samples") is not None else rows.num_shards
+        # A power of two, so that the usual numbers of processes divide it.
         self.lanes = min(LANES, 2 ** int(math.log2(files)))
-        self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed, **(chosen or {})}
+        # A resumed run has to have the same of all these, or its place is one in another stream.
+        self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed, **chosen}
         self.column = _column(rows)
         if self.column == TOKENS:
             self.kind["column"] = TOKENS
+        # The first block of the stream in this run, and how many this process has given since.
         self.begin, self.given = 0, 0
+        # Places of the lanes at `begin`, and of the chunks that are being given.
         self.start: dict[int, Place] = {}
         self.places: dict[int, Place] = {}
         share = math.gcd(processes, self.lanes)
@@ -98,17 +109,20 @@ class PackedStream(torch.utils.data.IterableDataset):
         lanes: dict[int, Iterator[tuple[int, np.ndarray]]] = {}
         self.places = dict(self.start)
         numbers = count(self.begin + self.process, self.processes)
-        with ThreadPoolExecutor(1) as thread:  # documents are tokenized beside training
+        # A thread tokenizes the next documents during training.
+        with ThreadPoolExecutor(1) as thread:
             for self.given, number in enumerate(numbers, start=1):
                 block, lane = divmod(number, self.lanes)
                 if lane not in lanes:
                     lanes[lane] = self._blocks(lane, thread)
+                # A lane that other processes read as well has blocks between those of this process.
                 yield {"input_ids": next(ids for place, ids in lanes[lane] if place == block)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on after the last block that was given, as JSON."""
         given = self.given * self.processes
-        share = math.gcd(self.processes, self.lanes)  # other lanes are at places that this process does not know
+        # This process does not know at which places the lanes of other processes are.
+        share = math.gcd(self.processes, self.lanes)
         own = {str(k): v for k, v in self.places.items() if (k - self.begin - self.process) % share == 0}
         return {"kind": self.kind, "begin": self.begin + given, "places": own}
 
@@ -124,7 +138,8 @@ class PackedStream(torch.utils.data.IterableDataset):
         while True:
             try:
                 place, blocks = ahead.result()
-            except (UserError, *LIBRARY_ERRORS) as error:  # of one process, perhaps, and only the first reports those
+            except (UserError, *LIBRARY_ERRORS) as error:
+                # Only the first process reports these, and another one may have failed.
                 raise RunStopped(f"The stream cannot be read: {' '.join(str(error).split())}") from error
             self.places[lane] = place
             ahead = thread.submit(next, chunks)
@@ -137,7 +152,9 @@ class PackedStream(torch.utils.data.IterableDataset):
         rest = np.array(place["rest"], self.encode.dtype)
         reader, rows = self._open(lane, place)
         while True:
-            before, place, ended = place, dict(place), 0
+            before, place = place, dict(place)
+            # How many files in a row had no rows.
+            ended = 0
             documents: list[Any] = []
             while len(documents) < DOCUMENTS:
                 read = [row[self.column] for row in islice(rows, DOCUMENTS - len(documents))]
@@ -145,16 +162,20 @@ class PackedStream(torch.utils.data.IterableDataset):
                 place["rows"] = reader.state_dict()
                 if len(documents) == DOCUMENTS:
                     break
+                # The file has ended: go on with the next one of the lane.
                 place |= {"file": place["file"] + 1, "rows": None}
                 ended, files = 0 if read else ended + 1, len(self._files(lane, place))
                 if ended > files:
                     if place["whole"]:
                         raise UserError(Problem("dataset_name", "the stream", "has no rows to train on"))
-                    place |= {"file": 0, "whole": True}  # the files of the lane are empty: it reads all others
+                    # The files of this lane are empty, so it reads the files of all lanes.
+                    place |= {"file": 0, "whole": True}
                     ended = 0
                 reader, rows = self._open(lane, place)
+                # End the chunk with the epoch, so that no document is given again before all others.
                 if documents and place["file"] % files == 0:
-                    break  # so that no document is given again before all others
+                    break
+            # Shuffle, tokenize and cut into blocks. What does not fill a block begins the next chunk.
             order = np.random.default_rng([seed, lane, place["chunk"]]).permutation(len(documents))
             ids = np.concatenate([rest, self.encode([documents[i] for i in order])])
             blocks, rest = np.split(ids, [len(ids) // size * size])
@@ -163,6 +184,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             yield before, blocks
 
     def _files(self, lane: int, place: Place) -> np.ndarray:
+        """Return the numbers of the files that a lane reads in each epoch."""
         dealt = np.random.default_rng(self.kind["seed"]).permutation(self.kind["files"])
         return dealt if place["whole"] else dealt[lane :: self.lanes]
 
@@ -174,7 +196,8 @@ class PackedStream(torch.utils.data.IterableDataset):
             logger.info("stream      lane %d has read its files %d times, and begins again", lane, epoch)
         file = int(np.random.default_rng([self.kind["seed"], lane, epoch]).permutation(files)[number])
         reader = self.rows.shard(self.kind["files"], file) if self.kind["files"] > 1 else self.rows
-        reader = reader.reshard()  # by row groups, which are skipped without being read
+        # Divided by row groups, the rows before the place are skipped without being read.
+        reader = reader.reshard()
         if place["rows"] is not None:
             reader.load_state_dict(place["rows"])
         return reader, iter(reader)
@@ -198,16 +221,25 @@ def pack_splits(
         UserError: If the documents of a split do not fill a block.
     """
     if args.dataset_num_proc:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread in each process
+        # Each of the processes tokenizes with one thread.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     processes = f"{args.dataset_num_proc} processes" if args.dataset_num_proc else "one process, all cores"
     logger.info("%-11s %s%s", "packing", processes, ", on each node once" if args.world_size > 1 else "")
     packed: list[Dataset | PackedStream | None] = []
     for number, split in enumerate(splits):
         if isinstance(split, IterableDataset) and number == 0:
-            seed = args.seed if args.data_seed is None else args.data_seed
-            chosen, place = {name: getattr(data_args, name) for name in CHOOSING}, (args.process_index, args.world_size)
-            packed.append(PackedStream(split, tokenizer, args.block_size, seed, *place, chosen))
+            stream = PackedStream(
+                split,
+                tokenizer,
+                args.block_size,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                process=args.process_index,
+                processes=args.world_size,
+                chosen={name: getattr(data_args, name) for name in CHOOSING},
+            )
+            packed.append(stream)
         elif split is not None:
+            # An evaluation reads the same rows each time, so a stream of them is stored.
             rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
             with once_per_node(args):
                 blocks = pack_documents(rows, tokenizer, args.block_size, _column(rows), args.dataset_num_proc)
@@ -226,16 +258,21 @@ def _column(rows: Split) -> str:
 
 
 def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Join the states of all processes, of which each knows the lanes that it reads."""
-    places = sorted((item for state in states for item in state["places"].items()), key=lambda item: -item[1]["block"])
-    return {**states[0], "places": dict(places)}  # of a lane that several read, the place of the last of them
+    """Join the states of all processes. Each knows only the lanes that it reads."""
+    places: dict[str, Place] = {}
+    for state in states:
+        for lane, place in state["places"].items():
+            # Where several processes read a lane, resume at the first of their places.
+            if lane not in places or place["block"] <= places[lane]["block"]:
+                places[lane] = place
+    return {**states[0], "places": places}
 
 
 class StreamPlace:
     """A part of checkpoints (`pipeline.training.reliable`): the place in a stream, also where only the model is saved.
 
     Args:
-        stream: The stream, of which each process reads its lanes.
+        stream: The stream. Each process reads its own lanes.
     """
 
     belongs_to_model = False

@@ -56,7 +56,8 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
         training_args.model_init_kwargs = options
         return name
     logger.info("%-11s the adapter %s, merged into %s", "model", name, base)
-    set_seed(training_args.seed)  # the head of a new reward model is random
+    # The head of a new reward model is random.
+    set_seed(training_args.seed)
     with user_error_for("model_name_or_path", name, checked=True):
         kind = AutoModelForSequenceClassification if isinstance(training_args, RewardConfig) else None
         return merge_into_base(name, kind, **options)
@@ -82,16 +83,14 @@ def merge_into_base(
         ValueError: If merging would make weights that are not finite.
     """
     config = PeftConfig.from_pretrained(name, revision=revision)
-    config.task_type = None  # a reward model may start from the adapter of a language model
-    labels = {"num_labels": 1} if model_class else {}
-    options = {
-        "device_map": None,
-        "trust_remote_code": False,
-        "revision": config.revision or "main",
-        **labels,
-        **options,
-    }
+    # A reward model may start from the adapter of a language model.
+    config.task_type = None
+    defaults = {"device_map": None, "trust_remote_code": False, "revision": config.revision or "main"}
+    if model_class:
+        defaults["num_labels"] = 1
+    options = defaults | options
     base = create_model_from_path(config.base_model_name_or_path, model_class, **options)
+    # PEFT only warns of missing weights, and would leave them random.
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         place = str(base.device)
@@ -102,7 +101,7 @@ def merge_into_base(
 
 
 def count_trainable(model: PreTrainedModel, model_args: ModelConfig) -> int:
-    """Return how many parameters of a model on the meta device would be trained: all, or those of an adapter."""
+    """Return how many parameters of a model on the meta device would be trained: all, or an adapter's."""
     if not model_args.use_peft:
         return model.num_parameters()
     with torch.device("meta"):
@@ -122,7 +121,8 @@ def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
         return model
     merged = copy.deepcopy(model)
-    adapted: list[str] = []  # prefixes of the layers replaced so far, whose inner modules went with them
+    # Names of the layers that were replaced so far. Their inner modules went with them.
+    adapted: list[str] = []
     for name, module in list(merged.named_modules()):
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or name.startswith(tuple(adapted)):
             continue
@@ -131,7 +131,8 @@ def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
             plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         else:
             plain = module
-            while isinstance(plain, BaseTunerLayer):  # adapters of several parameters wrap each other
+            # Adapters of several parameters of one layer wrap each other.
+            while isinstance(plain, BaseTunerLayer):
                 plain.merge()
                 plain = plain.base_layer
         merged.set_submodule(name, plain)

@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import Problem
-from pipeline.models.loading import is_reward_model, validate_vocabulary
+from pipeline.models.loading import validate_kind, validate_vocabulary
 
 TEMPLATE_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 """What is passed to chat templates in any case."""
@@ -60,13 +60,11 @@ def check_model(
         faults.append("is quantised, and quantised training is not supported; give the original weights")
     if getattr(config, "is_encoder_decoder", False):
         faults.append("is an encoder-decoder model; give a decoder-only language model")
-    if is_reward_model(config):
-        if not reward:
-            faults.append("is a reward model; give a language model")
-        elif config.num_labels != 1:
-            faults.append(f"has {config.num_labels} labels; give a reward model, which has one, or a language model")
+    if fault := validate_kind(config, reward=reward):
+        faults.append(fault)
     elif architectures and not reward:
-        model_class = getattr(transformers, architectures[0], None)  # the one that TRL loads
+        # TRL loads the class that config.json names.
+        model_class = getattr(transformers, architectures[0], None)
         if model_class is None:
             faults.append(f"its config.json names an unknown architecture, {architectures[0]}; correct it")
         elif not model_class.can_generate():

@@ -1,7 +1,7 @@
 """Classifiers of architectures for which transformers has none: reward models and critics of a Llama 4.
 
 Importing `pipeline.models` registers them, so that `AutoModelForSequenceClassification` and
-`AutoModelForTokenClassification` make, save and load them like those of transformers.
+`AutoModelForTokenClassification` make, save and load them like the ones that transformers has.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def classifier(config_class: type[PreTrainedConfig], task: Task) -> type[PreTrai
     language_model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     base = next(cls for cls in language_model.__mro__ if cls.__name__.endswith("PreTrainedModel"))
     name = base.__name__.removesuffix("PreTrainedModel") + f"For{task}"
-    # The attribute of the body is that of the language model, whose weights then fit by their names.
+    # The body has the same attribute as in the language model, so that the names of its weights fit.
     own: dict[str, Any] = {
         "config_class": config_class,
         "base_model_prefix": language_model.base_model_prefix,
@@ -59,15 +59,11 @@ def classifier(config_class: type[PreTrainedConfig], task: Task) -> type[PreTrai
     return type(name, (mixin, base), own)
 
 
-def register() -> None:
-    """Make the Auto classes know the classifiers of a Llama 4, and correct the name of its language model's body."""
-    name_body_of_llama4()
-    auto_classes: dict[Task, Any] = {
-        "SequenceClassification": AutoModelForSequenceClassification,
-        "TokenClassification": AutoModelForTokenClassification,
-    }
-    for task, auto_class in auto_classes.items():
-        auto_class.register(Llama4TextConfig, classifier(Llama4TextConfig, task), exist_ok=True)
-
-
-register()
+# Make the Auto classes know the classifiers of a Llama 4.
+name_body_of_llama4()
+AutoModelForSequenceClassification.register(
+    Llama4TextConfig, classifier(Llama4TextConfig, "SequenceClassification"), exist_ok=True
+)
+AutoModelForTokenClassification.register(
+    Llama4TextConfig, classifier(Llama4TextConfig, "TokenClassification"), exist_ok=True
+)

@@ -17,7 +17,7 @@ def routers(model: nn.Module) -> list[Llama4Router]:
 
 
 def active_parameters(model: nn.Module) -> int:
-    """Return the number of parameters that a token passes: all but those of the experts that it is not routed to."""
+    """Return the number of parameters that a token passes: all except the experts that it is not routed to."""
     total = sum(parameter.numel() for parameter in model.parameters())
     chosen = {router.num_experts: router.top_k for router in routers(model)}
     for module in model.modules():
@@ -41,15 +41,16 @@ def choices(router: Llama4Router, logits: Tensor) -> Tensor:
 def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
     """Return the load-balancing loss of a layer (Fedus et al. 2021, "Switch Transformers", eq. 4): 1 if balanced.
 
-    It is that of each row, averaged: experts balanced over a whole batch may each take one kind of text, and are not
-    balanced on text of another mixture. Means over rows are the same on any number of processes, too. Layers are not
-    pooled, as transformers' `load_balancing_loss_func` does: two that are skewed could cancel out.
+    The loss is computed for each row and averaged. Experts that are balanced over a whole batch may each take one kind
+    of text, and are then not balanced on text of another mixture. Means over rows are also the same on any number of
+    processes. Layers are not pooled as by transformers' `load_balancing_loss_func`: two skewed ones could cancel out.
 
     Args:
         router: The router of the layer.
         logits: Its logits, shape (tokens, experts).
         rows: Rows of equal length that the tokens come from.
     """
+    # The share of the tokens that each expert gets, which has no gradient, and the mean probability, which has one.
     shares = choices(router, logits.detach()).view(rows, -1, router.num_experts).mean(1) / router.top_k
     probabilities = logits.float().softmax(-1).view(rows, -1, router.num_experts).mean(1)
     return router.num_experts * (shares * probabilities).sum(-1).mean()
@@ -61,11 +62,10 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 class RouteCounter:
-    """Counts which experts take how many tokens, while a model computes, until its context ends.
+    """Counts how many tokens each expert takes while a model computes. As a context manager, it stops at the end.
 
-    Padding does not count.
-
-    A forward pass that is computed again, for activation checkpointing, counts twice, which changes no share.
+    Padding does not count. A forward pass that is computed again, for activation checkpointing, counts twice, which
+    does not change any share.
 
     Args:
         model: The model. If it is dense, nothing is counted.
@@ -130,6 +130,7 @@ class RouteCounter:
         if (self.training and not router.training) or self.counts is None or self.entropy is None:
             return
         logits = logits.float()
+        # The totals move to the device with the first batch.
         if self.counts.device != logits.device:
             # MPS does not have float64.
             dtype = torch.float32 if logits.device.type == "mps" else torch.float64

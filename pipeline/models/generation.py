@@ -56,7 +56,7 @@ def encode_prompts(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's eos token, and those of the model's generation_config.json.
+    """Return the ids that end an answer: the eos tokens of the tokenizer and of generation_config.json.
 
     Chat models often end a turn with another token than the one that ends a document.
     """

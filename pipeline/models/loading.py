@@ -56,6 +56,9 @@ MAX_READ_BYTES = 4 << 30
 MAX_BUFFER_BYTES = 2 << 30
 """Size of the tensors of a model that are not weights; a model of 1 GB has a few MB of them."""
 
+REJECTIONS = (OSError, ValueError, RuntimeError, UserWarning, SafetensorError, MemoryError)
+"""Exceptions by which the libraries reject files."""
+
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
 
@@ -86,27 +89,26 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
         field: Argument that named it.
         name: What it named.
         what: What is loaded.
-        checked: Whether its files were read and checked before. What else goes wrong is then a defect, which keeps its
-            traceback, unless it is an error by which the libraries reject files.
+        checked: Whether its files were read and checked before. An unexpected exception is then a defect, which keeps
+            its traceback.
     """
     try:
         yield
     except UserError:
         raise
-    except MemoryError:
-        raise UserError(
-            Problem(field, name, f"no {what} can be loaded from it (the memory does not suffice)")
-        ) from None
-    except (OSError, ValueError, RuntimeError, UserWarning, SafetensorError) as error:
-        reason = "there is no such folder" if is_missing_path(str(name)) else shorten(str(error), 250)
-        remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
-        raise UserError(Problem(field, name, remedy)) from None
     except Exception as error:
         # A damaged tokenizer.json or config.json raises anything.
-        if checked:
+        is_expected = isinstance(error, REJECTIONS)
+        if checked and not is_expected:
             raise
-        remedy = f"no {what} can be loaded from it ({shorten(repr(error), 250)})"
-        raise UserError(Problem(field, name, remedy)) from error
+        if is_missing_path(str(name)):
+            reason = "there is no such folder"
+        elif isinstance(error, MemoryError):
+            reason = "the memory does not suffice"
+        else:
+            reason = shorten(str(error) if is_expected else repr(error), 250)
+        remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
+        raise UserError(Problem(field, name, remedy)) from (None if is_expected else error)
 
 
 def local_copy(name: str, inner: str | None = None) -> str:
@@ -153,16 +155,18 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
         check_config(name, revision)
         try:
             tokenizer = _load_tokenizer(name, revision)
-        except (OSError, ValueError):  # adapters on the Hub may come without one
+        except (OSError, ValueError):
+            # Adapters on the Hub may come without a tokenizer. Take the one of the base model.
             if (base := base_of(name, revision)) is None:
                 raise
             check_config(base)
             tokenizer = _load_tokenizer(base)
         if fault := validate_tokenizer(tokenizer):
             raise ValueError(fault)
-        tokenizer("Hello")  # fails if a setting in its files is of the wrong type
+        # Encode a word, which fails if a setting in its files has the wrong type.
+        tokenizer("Hello")
     separate_pad_token(tokenizer, name)
-    # Rows that are too long are cut or left out, and reported; this warning would announce errors that do not come.
+    # Rows that are too long are cut or skipped, and reported. transformers' warning would announce an error.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
@@ -189,10 +193,12 @@ def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         return
     taken = f"{eos} {tokenizer.bos_token} {tokenizer.chat_template}"
     turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant")]
-    with contextlib.suppress(TemplateError, *LIBRARY_ERRORS):  # a template that does not work is reported elsewhere
+    # A template that does not work is reported by `validate_chat`.
+    with contextlib.suppress(TemplateError, *LIBRARY_ERRORS):
         taken += tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     free = [token for token in special if token not in taken]
+    # Prefer a token whose name says that it pads, then the unknown token.
     free.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
     tokenizer.pad_token = free[0] if free else eos
     reason = "it has no pad token" if pad is None else f"{pad} also ends answers"
@@ -220,7 +226,8 @@ def check_config(name: str, revision: str | None = None) -> None:
     if Path(name).is_dir():
         check_files(Path(name))
         return
-    with contextlib.suppress(OSError):  # who loads it reports that
+    # A configuration that cannot be downloaded is reported when the model is loaded.
+    with contextlib.suppress(OSError):
         if file := cached_file(name, "config.json", revision=revision or "main"):
             check_files(Path(file).parent)
 
@@ -232,7 +239,7 @@ def _adapt(model: PreTrainedModel, name: str) -> None:
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """Load the configuration of a model, or that of an adapter's base model.
+    """Load the configuration of a model, or of an adapter's base model.
 
     The configuration of an adapter that is a classifier says so in `architectures`, and has one label, as
     `RewardTrainer` makes it.
@@ -242,11 +249,12 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         revision: Branch, tag or commit on the Hub. Default: "main".
 
     Raises:
-        OSError, ValueError: If there is none, or it cannot be that of a model.
+        OSError, ValueError: If there is none, or no model can have it.
     """
     name = local_copy(name)
     base = base_of(name, revision)
     adapter = PeftConfig.from_pretrained(name, revision=revision) if base else None
+    # An adapter names a revision of its base model.
     revision = (adapter.revision if adapter else revision) or "main"
     check_config(base or name, revision)
     config = AutoConfig.from_pretrained(base or name, revision=revision, trust_remote_code=False)
@@ -257,7 +265,8 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     if layers < 1:
         raise ValueError(f"its config.json asks for {layers} layers")
     if (Path(base or name) / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(base or name).validate(strict=True)  # saving the model does this too
+        # Saving the trained model does this as well, and would fail at the end of the run.
+        GenerationConfig.from_pretrained(base or name).validate(strict=True)
     if adapter and adapter.task_type in ARCHITECTURES:
         config.num_labels = 1
         config.architectures = [ARCHITECTURES[adapter.task_type]]
@@ -273,6 +282,15 @@ def load_empty(name: str, field: str, revision: str | None = None) -> PreTrained
 def is_reward_model(config: PreTrainedConfig) -> bool:
     """Return whether a model is a sequence classifier, by the configuration that `load_config` returns."""
     return any("SequenceClassification" in name for name in config.architectures or ())
+
+
+def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
+    """Report a reward model where a language model is wanted, or one with several labels. Return None if it fits."""
+    if not is_reward_model(config):
+        return None
+    if not reward:
+        return "is a reward model; give a language model"
+    return f"has {config.num_labels} labels; give a reward model, which has one" if config.num_labels != 1 else None
 
 
 def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
@@ -295,7 +313,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
             return fault
         folder, model_class = Path(base), AutoModelForCausalLM
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    # The files are those of the class that saved them: a reward model may start from a language model.
+    # Compare the files with the class that saved them: a reward model may start from a language model.
     saved_by = getattr(transformers, (config.architectures or [""])[0], None) or model_class
     try:
         with torch.device("meta"):
@@ -324,7 +342,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
 def validate_vocabulary(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, whose: str = "its tokenizer"
 ) -> str | None:
-    """Return what is wrong with a tokenizer (`whose`) that has more tokens than the model, or None."""
+    """Report a tokenizer (`whose`) that has more tokens than the model knows. Return None if it fits."""
     known = getattr(config.get_text_config(), "vocab_size", None)
     if known is None or len(tokenizer) <= known:
         return None
@@ -346,7 +364,7 @@ def load_model(
         name: A folder or an id on the Hub; an adapter is loaded with its base model.
         field: Argument that named it, for messages.
         reward: Whether a reward model is wanted.
-        dtype: Default: that of the weights, or float32 if the machine emulates that.
+        dtype: Default: the dtype of the weights, or float32 if the machine emulates it.
         chat: Whether the tokenizer must be able to format conversations.
         tokenizer: A folder or an id on the Hub. Default: the model's.
 
@@ -358,13 +376,13 @@ def load_model(
     model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     with user_error_for(field, name):
         config = load_config(name)
-        if is_reward_model(config) and not reward:
-            fault: str | None = "is a reward model; give a language model"
-        elif is_reward_model(config) and config.num_labels != 1:
-            fault = f"has {config.num_labels} labels; give a reward model, which has one"
-        else:
-            fault = (validate_chat(words) if chat else None) or validate_vocabulary(config, words)
-        fault = fault or validate_weights(name, config, model_class)
+        # The first fault is reported, and the costliest check comes last.
+        fault = (
+            validate_kind(config, reward=reward)
+            or (validate_chat(words) if chat else None)
+            or validate_vocabulary(config, words)
+            or validate_weights(name, config, model_class)
+        )
         if fault is None:
             with without_table():
                 source = local_copy(name)
@@ -385,7 +403,7 @@ def avoid_emulation(model: PreTrainedModel) -> None:
 
 
 def validate_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what is wrong with a tokenizer that is to format conversations, or None."""
+    """Check that a tokenizer can format conversations. Return what is wrong, or None."""
     if not tokenizer.chat_template:
         return "its tokenizer has no chat template; give a model tuned on conversations"
     if tokenizer.eos_token_id is None:
@@ -411,7 +429,7 @@ def without_table() -> Iterator[None]:
 
 
 def validate_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Return what is wrong with weights that are NaN or infinite, as a run that diverged leaves them, or None."""
+    """Report weights that are NaN or infinite, as a run that diverged leaves them. Return None if all are finite."""
     for name, weight in weights:
         if weight.is_floating_point() and weight.element_size() > 1 and not torch.isfinite(weight).all():
             return f"its weights are not finite numbers ({name}); train it again"

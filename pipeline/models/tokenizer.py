@@ -99,7 +99,7 @@ def train_tokenizer(
 
 
 def pre_tokenizer(algorithm: Literal["bpe", "character"]) -> PreTokenizer:
-    """Return what splits a text before the merges apply: that of SmolLM, or one that splits it into characters."""
+    """Return what splits a text before the merges apply: SmolLM's pre-tokenizer, or one that splits into characters."""
     from tokenizers import Regex, pre_tokenizers
 
     if algorithm == "bpe":
@@ -113,7 +113,8 @@ def pre_tokenizer(algorithm: Literal["bpe", "character"]) -> PreTokenizer:
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return a pattern of the texts that a tokenizer encodes as special tokens, wherever they occur."""
     tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")  # never matches
+    # Longer tokens first, because one may begin with another. "(?!)" never matches.
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> list[dict[str, Any]]:

@@ -16,12 +16,14 @@ from pipeline.models.adapters import without_adapters
 from pipeline.models.generation import Completion, end_tokens, stopped
 
 MEMORY = 0.4
-"""Share of a GPU's memory for each sampler: a model that is measured and its opponent both have one, beside their
-weights in PyTorch."""
+"""Share of a GPU's memory for each sampler. A model that is measured and its opponent have one each, and their weights
+in PyTorch as well."""
 
 LENGTH_THAT_FITS = -1
-"""`max_model_len` by which vLLM takes all of a model's positions, or as many as its memory has room for. By default, it
-does not start if there is no room for one text of all of them, which are 131,072 in many small models."""
+"""Value of `max_model_len` that makes vLLM use as many of a model's positions as its memory has room for.
+
+By default, vLLM does not start if there is no room for one text of all positions, which are 131,072 in many small
+models."""
 
 
 def validate_vllm() -> str | None:
@@ -45,7 +47,7 @@ class VLLMSampler:
 
     @cached_property
     def _engine(self) -> Any:
-        from vllm import LLM  # optional
+        from vllm import LLM
 
         with TemporaryDirectory() as folder:
             without_adapters(self.model).save_pretrained(folder)
@@ -63,8 +65,8 @@ class VLLMSampler:
         min_p: float = 0.0,
         seed: int = 0,
     ) -> list[list[Completion]]:
-        """Return `samples` completions of each prompt; the arguments are those of `generation.generate`."""
-        from vllm import SamplingParams  # optional
+        """Return `samples` completions of each prompt; the arguments are the same as for `generation.generate`."""
+        from vllm import SamplingParams
 
         ends, seeds = end_tokens(self.model, self.tokenizer), random.Random(seed)
         settings = [
@@ -74,7 +76,8 @@ class VLLMSampler:
                 min_p=min_p,
                 max_tokens=max_new_tokens,
                 stop_token_ids=ends,
-                seed=seeds.randrange(2**32),  # vLLM adds the number of the sample
+                # vLLM adds the number of the sample to the seed of its prompt.
+                seed=seeds.randrange(2**32),
                 detokenize=False,
             )
             for _ in prompts

@@ -101,7 +101,8 @@ def validate_complete(names: Collection[str]) -> str | None:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return [path for path in [folder / WEIGHTS] if path.is_file()]  # no pipe, which would be waited for
+        # Reading a pipe of that name would wait for a writer.
+        return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
     try:
         names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         return [folder / name for name in sorted(set(names))]

@@ -61,7 +61,9 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the trainer to save and stop if any process has received a signal."""
-        agreed = self._own  # a signal that arrives from here on is for the next step
+        # A signal that arrives from here on is for the next step: a process that stopped alone would leave the others
+        # waiting for it.
+        agreed = self._own
         if args.world_size > 1 and torch.distributed.is_initialized():
             number = torch.tensor(agreed, device=args.device)
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
@@ -111,7 +113,33 @@ def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
     return 6 * weights + attention
 
 
-class ThroughputCallback(TrainerCallback):
+class LogFigures(TrainerCallback):
+    """A callback that adds figures to every log of training, where trackers see them and in the trainer's state.
+
+    Subclasses have `figures(args, state)`, which returns the figures since the last log, or None if there are none.
+    """
+
+    def figures(self, args: TrainingArguments, state: TrainerState) -> dict[str, float] | None:
+        """Return the figures since the last log."""
+        raise NotImplementedError
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the figures."""
+        if logs is None or "loss" not in logs:
+            return
+        figures = self.figures(args, state)
+        if figures is None:
+            return
+        entries = [logs]
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            entries.append(state.log_history[-1])
+        for entry in entries:
+            entry.update(figures)
+            # TRL counts a batch of packed rows as a single row. `num_input_tokens_seen` is right.
+            entry.pop("num_tokens", None)
+
+
+class ThroughputCallback(LogFigures):
     """Add `tokens_per_second` (of all processes), `mfu` and `eta_seconds` to the training logs.
 
     `mfu` is the share of the measured speed of large matrix multiplications (`hardware.matmul_peak`) that the model's
@@ -125,28 +153,20 @@ class ThroughputCallback(TrainerCallback):
     def __init__(self, length: int) -> None:
         self.length = length
         self.flops_per_token = 0.0
-        self.last = (0.0, 0, 0.0)  # time in seconds, step, tokens
+        # Time in seconds, step and tokens at the last log.
+        self.last = (0.0, 0, 0.0)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start the clock."""
-        self.flops_per_token = training_flops_per_token(kwargs["model"], self.length)
+        self.flops_per_token = training_flops_per_token(model, self.length)
         self.last = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add the figures of the steps since the last log."""
+    def figures(self, args: TrainingArguments, state: TrainerState) -> dict[str, float] | None:
+        """Return the speed since the last log, and the time left at that speed."""
         now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
         seconds, steps, tokens = (a - b for a, b in zip(now, self.last, strict=True))
-        if logs is None or "loss" not in logs or steps <= 0 or seconds <= 0:
-            return
+        if steps <= 0 or seconds <= 0:
+            return None
         self.last = now
         figures: dict[str, float] = {"eta_seconds": round(seconds / steps * (state.max_steps - state.global_step))}
         if tokens > 0:
@@ -154,13 +174,7 @@ class ThroughputCallback(TrainerCallback):
             peak = hardware.matmul_peak(dtype) * args.world_size
             figures["tokens_per_second"] = round(tokens / seconds)
             figures["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
-        entries = [logs]
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            entries.append(state.log_history[-1])
-        for entry in entries:
-            entry.update(figures)
-            # TRL counts a batch of packed rows as a single row; `num_input_tokens_seen` is right.
-            entry.pop("num_tokens", None)
+        return figures
 
 
 def sum_over_processes(tensor: Tensor, args: TrainingArguments) -> Tensor:
@@ -171,7 +185,7 @@ def sum_over_processes(tensor: Tensor, args: TrainingArguments) -> Tensor:
     return tensor
 
 
-class RouterCallback(TrainerCallback):
+class RouterCallback(LogFigures):
     """Log the load of each expert and the entropy of each router in training, if the model has experts.
 
     `router/layer_<n>/expert_<m>` is an expert's tokens over its fair number of tokens since the last log, and
@@ -181,47 +195,33 @@ class RouterCallback(TrainerCallback):
 
     counter: RouteCounter | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start counting."""
-        self.counter = RouteCounter(kwargs["model"], training=True)
+        self.counter = RouteCounter(model, training=True)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add the figures since the last log."""
-        if logs is None or "loss" not in logs or self.counter is None or self.counter.counts is None:
-            return
-        counts = sum_over_processes(self.counter.counts, args).cpu()
-        entropy = sum_over_processes(self.counter.entropy, args).cpu()
-        self.counter.counts, self.counter.entropy = counts, entropy
-        figures = {
-            f"router/layer_{layer}/expert_{expert}": round(share, 3)
-            for layer, shares in enumerate(self.counter.shares)
-            for expert, share in enumerate(shares)
-        }
-        tokens = counts.sum(1) / self.counter.routers[0].top_k
-        figures |= {
-            f"router/layer_{layer}/entropy": round(mean, 4) for layer, mean in enumerate((entropy / tokens).tolist())
-        }
-        self.counter.clear()
-        logs.update(figures)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(figures)
+    def figures(self, args: TrainingArguments, state: TrainerState) -> dict[str, float] | None:
+        """Return the figures of all processes, and start counting again."""
+        counter = self.counter
+        if counter is None or counter.counts is None:
+            return None
+        counter.counts = sum_over_processes(counter.counts, args).cpu()
+        counter.entropy = sum_over_processes(counter.entropy, args).cpu()
+        figures = {}
+        for layer, shares in enumerate(counter.shares):
+            for expert, share in enumerate(shares):
+                figures[f"router/layer_{layer}/expert_{expert}"] = round(share, 3)
+        # A token is counted once for each expert that it goes to.
+        tokens = counter.counts.sum(1) / counter.routers[0].top_k
+        for layer, mean in enumerate((counter.entropy / tokens).tolist()):
+            figures[f"router/layer_{layer}/entropy"] = round(mean, 4)
+        counter.clear()
+        return figures
 
 
 class ReportCallback(TrainerCallback):
     """Log a line for each log of the trainer instead of a dictionary, and report every step to the runner."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report where training begins, which is later than at 0 if it resumes."""
         report_progress(done=state.global_step, total=state.max_steps)
 
@@ -229,14 +229,7 @@ class ReportCallback(TrainerCallback):
         """Report the step."""
         report_progress(done=state.global_step, total=state.max_steps)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Log the main figures of `logs`, to which `ThroughputCallback` has added its own."""
         logs = logs or {}
         names = [name for name in logs if name.removeprefix("eval_") in SHOWN]

@@ -143,12 +143,6 @@ def validate_checkpoint(checkpoint: Path) -> str | None:
     return None
 
 
-def evaluation_is_due(checkpoint: Path) -> bool:
-    """Return whether an evaluation was to follow a complete checkpoint."""
-    manifest = checkpoint / MANIFEST
-    return manifest.exists() and bool(json.loads(manifest.read_text(encoding="utf-8")).get("evaluation_due"))
-
-
 def save_state(state: TrainerState, path: Path) -> None:
     """Write the state of a trainer. Name the best checkpoint without its path: it may be read on another machine."""
     best = state.best_model_checkpoint

@@ -21,7 +21,7 @@ def stop_on_broken_rewards(trainer: Any, rewards: torch.Tensor) -> None:
     """Stop at a reward that is infinite, or that is NaN and comes from a reward model.
 
     TRL turns a reward function's None into NaN and reads NaN as "not scored". Completions whose reward model broke
-    would be left out silently.
+    would silently not count.
 
     Args:
         trainer: A `pipeline.rl.grpo.GRPOTrainer`.
@@ -47,7 +47,8 @@ def stop_on_failing_rewards(trainer: Any) -> Iterator[None]:
     """Stop with a short message if a reward function called in the block fails or returns something unusable."""
     try:
         yield
-    except UserError as error:  # of one process, perhaps, and only the first process reports a `UserError`
+    except UserError as error:
+        # Only the first process reports a `UserError`, and this one may have been raised by another.
         where = f"in step {trainer.state.global_step + 1}; {trainer.last_good()}"
         raise RunStopped(f"{error} ({where}. Correct the reward, and start again.)") from error
     except (Exception, SystemExit) as error:

@@ -25,7 +25,7 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
 
     Args:
         main: A recipe's function, whose parameters are annotated with argument dataclasses.
-        argv: Command line without the program name. Default: that of the process.
+        argv: Command line without the program name. Default: the command line of the process.
 
     Raises:
         SystemExit: As `exit_on_user_error`.
@@ -34,7 +34,8 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         try:
             arguments = parse(*argument_types(main), argv=argv)
         except RefusedArguments as refusal:
-            from pipeline.training.inputs import preflight_inputs  # importing it takes seconds, too long for `--help`
+            # Importing it takes seconds, too long for `--help`.
+            from pipeline.training.inputs import preflight_inputs
 
             reported = {problem.field for problem in refusal.problems}
             more = [p for p in preflight_inputs(refusal.built, refusal.types) if p.field not in reported]
@@ -42,8 +43,10 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         configs, _ = split_config(sys.argv[1:] if argv is None else argv)
         if configs and (problem := missing_input(arguments, configs[0])):
             raise UserError(problem)
-        gc.enable()  # `recipes/__init__.py` disables it while the modules of a recipe are imported
-        gc.freeze()  # they live as long as the process: without this, each collection looks through a million objects
+        # `recipes/__init__.py` disables the collector while the modules of a recipe are imported. Their million objects
+        # live as long as the process: unless they are frozen, each collection looks through all of them.
+        gc.enable()
+        gc.freeze()
         with _without_new_directories(arguments), stop_as_one():
             main(*arguments)
 

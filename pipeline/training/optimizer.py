@@ -38,7 +38,7 @@ class OptimizerArguments:
         default=False, metadata={"help": "Use Muon for the matrices of the blocks, and AdamW for everything else."}
     )
     muon_learning_rate: float = field(
-        default=0.02, metadata={"help": "Learning rate of Muon; learning_rate is that of everything else."}
+        default=0.02, metadata={"help": "Learning rate of Muon; learning_rate is for everything else."}
     )
     embedding_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of embeddings and output layer (default: learning_rate)."}
@@ -78,7 +78,7 @@ def build_optimizer(
     """Build the optimizer of a model, with weight decay only for the matrices of its blocks.
 
     Args:
-        model: The model to train. Parameters that do not require gradients are left out.
+        model: The model to train. Parameters that do not require gradients are skipped.
         muon_lr: Learning rate of Muon for the matrices of the blocks. If None, AdamW with `lr` updates them.
         lr: Learning rate of everything else.
         embedding_lr: Learning rate of embeddings and output layer. If None, `lr`.
@@ -87,23 +87,31 @@ def build_optimizer(
     Raises:
         UserError: If an argument is about parameters that are not trained, such as embeddings with LoRA.
     """
-    tables = {
-        id(parameter)
-        for name in ("get_input_embeddings", "get_output_embeddings")
-        if (module := getattr(model, name, lambda: None)()) is not None
-        for parameter in module.parameters()
-    }
-    trained = [p for p in model.parameters() if p.requires_grad]
+    # Tied embeddings are one parameter, under two names.
+    tables = set()
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, name, lambda: None)()
+        if module is not None:
+            tables |= {id(parameter) for parameter in module.parameters()}
+    # The weights of experts are stacks of matrices, with three dimensions.
     stacks = {id(parameter) for parameter in expert_weights(model)}
-    matrices = [p for p in trained if (p.ndim == 2 or id(p) in stacks) and id(p) not in tables]
-    embeddings = [p for p in trained if id(p) in tables]
-    vectors = [p for p in trained if p.ndim != 2 and id(p) not in tables and id(p) not in stacks]
+    embeddings, matrices, vectors = [], [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in tables:
+            embeddings.append(parameter)
+        elif parameter.ndim == 2 or id(parameter) in stacks:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
     if embedding_lr is not None and not embeddings:
-        raise UserError(Problem("embedding_learning_rate", embedding_lr, "embeddings are not trained; leave it out"))
+        raise UserError(Problem("embedding_learning_rate", embedding_lr, "embeddings are not trained; omit it"))
     groups: list[dict[str, Any]] = [
         {"params": embeddings, "lr": lr if embedding_lr is None else embedding_lr},
         {"params": vectors, "lr": lr},
     ]
+    # torch refuses a group without parameters.
     others = [group for group in groups if group["params"]]
     if muon_lr is None:
         others.insert(0, {"params": matrices, "lr": lr, "weight_decay": weight_decay})

@@ -70,7 +70,7 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
     Args:
         args: Changed in place.
         model: Changed in place.
-        train_dataset: Its length is that of the run if `args.max_steps` is not given.
+        train_dataset: Its length determines the length of the run if `args.max_steps` is not given.
     """
     choose_attention(model, args.attn_implementation)
     # A layer is compiled once for all layers, in less time than the model as a whole, which would be compiled again
@@ -166,12 +166,12 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         Losses of shape (batch,), summed over tokens, in nats.
     """
-    losses = [
-        torch.nn.functional.cross_entropy(
-            row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum"
-        )  # row by row, because a copy of all logits in float32 would be the largest tensor of the run
-        for row, label in zip(logits, labels, strict=True)
-    ]
+    losses = []
+    # Row by row, because a copy of all logits in float32 would be the largest tensor of the run.
+    for row, label in zip(logits, labels, strict=True):
+        losses.append(
+            torch.nn.functional.cross_entropy(row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum")
+        )
     return torch.stack(losses)
 
 

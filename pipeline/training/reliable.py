@@ -35,16 +35,16 @@ from transformers.trainer_utils import SaveStrategy
 
 from pipeline import hardware
 from pipeline.errors import RunStopped
-from pipeline.files import replace_folder
+from pipeline.files import read_json, replace_folder
 from pipeline.models.patches import record_rows
 from pipeline.models.weights import RenamedWeights
 from pipeline.training.callbacks import sum_over_processes
 from pipeline.training.checkpoints import (
+    MANIFEST,
     STATE,
     UNFINISHED,
     checkpoint_folder,
     delete_surplus,
-    evaluation_is_due,
     newest_complete,
     replace_state,
     save_state,
@@ -99,22 +99,36 @@ class Reliable(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.parts: list[Part] = []
-        self._written_to: Path | None = None
         self.saved_step = 0
+        # While a checkpoint is written, the folder that takes the place of `output_dir`.
+        self._written_to: Path | None = None
+        # What completes the latest checkpoint in a thread.
         self._completion: Future[None] | None = None
         self._evaluation_due = False
         self._resumed_from: Path | None = None
         self._uncounted_tokens = 0
+        # The rows of each batch that was fetched and not yet trained on.
         self._fetched_rows: deque[list[int]] = deque()
         super().__init__(*args, **kwargs)
         self.parts.append(RenamedWeights(self))
         self.add_callback(_TrainingBegins(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and wait until the last checkpoint is complete.
+
+        Raises:
+            RunStopped: If a checkpoint could not be written, or a loss was not finite.
+        """
+        output = super().train(*args, **kwargs)
+        self.finish_checkpoint()
+        return output
 
     # ---- Writing checkpoints
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Do what is due after a step. A checkpoint is saved before the evaluation, which may take long."""
         self._add_up_tokens()
+        # A checkpoint that could not be completed ends the run at the next step, not at the next checkpoint.
         if self._completion is not None and self._completion.done() and self._completion.exception() is not None:
             self.finish_checkpoint()
         control = self.control
@@ -125,6 +139,7 @@ class Reliable(Trainer):
         control.should_evaluate, self._evaluation_due = False, True
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._evaluation_due = False
+        # A run that a signal stops evaluates when it is resumed.
         if not self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_evaluate = True
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -155,6 +170,7 @@ class Reliable(Trainer):
                     part.save(written)
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            # transformers has set a path below `.unfinished`.
             self._find_best()
             if args.should_save:
                 # A pickle, which may contain a token; and the card that PEFT drafts, with paths of this machine.
@@ -306,7 +322,7 @@ class Reliable(Trainer):
         self._adopt_present_length()
 
     def _find_best(self) -> None:
-        """Set the path of the best checkpoint, of which a state on the disk contains the name only."""
+        """Set the path of the best checkpoint. A state on the disk contains its name only."""
         state, saving = self.state, self._written_to is not None
         if not state.best_global_step:
             return
@@ -319,7 +335,8 @@ class Reliable(Trainer):
     def _evaluate_if_missed(self) -> None:
         """Run the evaluation that a kill prevented after the checkpoint that the run has resumed from."""
         step = self.state.global_step
-        if step == 0 or not evaluation_is_due(checkpoint_folder(self.args.output_dir, step)):
+        manifest = read_json(checkpoint_folder(self.args.output_dir, step) / MANIFEST)
+        if step == 0 or not manifest.get("evaluation_due"):
             return
         logged = [entry for entry in self.state.log_history if entry.get("step") == step]
         if not any("eval_loss" in entry for entry in logged):
@@ -356,8 +373,8 @@ class Reliable(Trainer):
             for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = base * factor(schedule.last_epoch)
         logger.info(
-            "%-11s at step %d, to %d steps instead of %d: the learning-rate schedule is that of the new total, %.2e "
-            "instead of %.2e here",
+            "%-11s at step %d, to %d steps instead of %d: the learning rate follows the schedule of the new total, "
+            "%.2e instead of %.2e here",
             *("continuing", state.global_step, state.max_steps, before, groups[0]["lr"], rate_before),
         )
 

@@ -11,6 +11,7 @@ import pickle
 import shlex
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeVar, cast
@@ -86,12 +87,14 @@ def train_and_save(trainer: Reliable) -> None:
     """
     launch.check_active(trainer)
     args, name = trainer.args, trainer.args.resume_from_checkpoint
+    # A name that is not a folder is a checkpoint on the Hub, which comes with the best one so far.
     fetched = fetch_checkpoints(name, "resume_from_checkpoint") if name and not os.path.isdir(name) else []
-    checkpoint = fetched[0] if fetched else Path(name) if name else None
-    # A checkpoint that another program wrote does not have a manifest.
-    known = [folder for folder in fetched or filter(None, [checkpoint]) if (folder / MANIFEST).exists()]
-    if damage := _on_first(trainer, lambda: next(filter(None, map(validate_checkpoint, known)), None)):
-        raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
+    named = fetched or ([Path(name)] if name else [])
+    checkpoint = named[0] if named else None
+    for folder in named:
+        # A checkpoint that another program wrote does not have a manifest.
+        if (folder / MANIFEST).exists() and (damage := _on_first(trainer, partial(validate_checkpoint, folder))):
+            raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
     if checkpoint is not None:
         check_architecture(checkpoint, trainer.model.config)
         check_length(checkpoint, trainer)
@@ -149,16 +152,17 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
     _name_base(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
-    own = (item for item in trainer.callback_handler.callbacks if isinstance(item, PushCallback))
-    pushes = next(own, None) or PushCallback(trainer.args)
-    for callback in (PrinterCallback, ProgressCallback):  # dictionaries and bars
-        trainer.remove_callback(callback)
+    own = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, PushCallback)]
+    pushes = own[0] if own else PushCallback(trainer.args)
+    # Lines of the log take the place of transformers' dictionaries and bars.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ReportCallback())
-    for tracker in map(INTEGRATION_TO_CALLBACK.get, trainer.args.report_to):
-        # Last, so that it shows what other callbacks add to a log, or take from it.
-        trainer.add_callback(trainer.pop_callback(tracker))
+    # Trackers come last, so that they show what other callbacks add to a log, or take from it.
+    for tracker in trainer.args.report_to:
+        trainer.add_callback(trainer.pop_callback(INTEGRATION_TO_CALLBACK[tracker]))
     if checkpoint is None:
-        checkpoint = _on_first(trainer, lambda: newest_complete(trainer.args.output_dir))
+        checkpoint = _on_first(trainer, partial(newest_complete, trainer.args.output_dir))
     if checkpoint is not None:
         check_architecture(checkpoint, trainer.model.config)
         logger.info("%-11s from %s", "resuming", checkpoint)
@@ -170,7 +174,15 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
         save_final(trainer)
         logger.info("%-11s in %s", "saved", trainer.args.output_dir)
     pushes.finish(is_complete=stop is None)
-    _end(trainer)
+    # Finish the trackers and the process group. Models wrapped for several processes refer to the group and are
+    # released first: a group that lives until the interpreter ends sometimes aborts the process ("terminate called
+    # without an active exception").
+    for name, value in list(vars(trainer).items()):
+        if isinstance(value, DistributedDataParallel):
+            setattr(trainer, name, value.module)
+    trainer.accelerator.free_memory()
+    trainer.end()
+    gc.collect()
     if stop is not None:
         raise stop
     pushes.push_model()
@@ -179,7 +191,6 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
 def _train(trainer: Reliable, checkpoint: Path | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.finish_checkpoint()
     except KeyError as error:
         if "metric_for_best_model" not in str(error):
             raise
@@ -187,9 +198,7 @@ def _train(trainer: Reliable, checkpoint: Path | None) -> None:
         problem = Problem("metric_for_best_model", trainer.args.metric_for_best_model, str(error.args[0]))
         raise UserError(problem) from error
     except pickle.UnpicklingError as error:
-        remedy = (
-            "has a file that is damaged or would run code, and is not loaded; delete it, or resume from another one"
-        )
+        remedy = "has a file that is damaged or would run code; delete the checkpoint, or resume from another one"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from error
     except SystemExit as error:
         message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
@@ -200,33 +209,22 @@ def _train(trainer: Reliable, checkpoint: Path | None) -> None:
             logger.warning("The checkpoint of step %d could not be written: %s", trainer.saved_step, failure)
 
 
-def _end(trainer: Reliable) -> None:
-    """Finish the trackers and the process group.
-
-    Models wrapped for several processes refer to the group and are released first: a group that lives until the
-    interpreter ends sometimes aborts the process ("terminate called without an active exception").
-    """
-    for name, value in list(vars(trainer).items()):
-        if isinstance(value, DistributedDataParallel):
-            setattr(trainer, name, value.module)
-    trainer.accelerator.free_memory()
-    trainer.end()
-    gc.collect()
-
-
 def _name_base(trainer: Reliable) -> None:
     """Make an adapter name its base model so that it loads whatever the current directory is.
 
-    A model that was itself merged from an adapter lies in no folder: it is saved beside the new adapter.
+    A base model that was itself merged from an adapter is not in any folder yet: it is saved next to the new adapter.
     """
     model, base = trainer.model, Path(trainer.args.output_dir).absolute() / BASE
     if isinstance(model, PeftModel) and hasattr(model.get_base_model(), MERGED) and trainer.args.should_save:
         with files.write_folder(base) as folder, cache_enabled(model):
             # Its frozen weights may have been converted for training.
             copy.deepcopy(model).unload().to(model.config.dtype).save_pretrained(folder)
-            trainer.processing_class.save_pretrained(folder)  # by which TRL loads an adapted reward model
-    critic = getattr(trainer, "value_model", None)
-    for adapted in (model, *([trainer.accelerator.unwrap_model(critic)] if critic is not None else [])):
+            # TRL loads an adapted reward model with the tokenizer of its base model.
+            trainer.processing_class.save_pretrained(folder)
+    adapted_models = [model]
+    if hasattr(trainer, "value_model"):
+        adapted_models.append(trainer.accelerator.unwrap_model(trainer.value_model))
+    for adapted in adapted_models:
         for config in getattr(adapted, "peft_config", {}).values():
             if hasattr(adapted.get_base_model(), MERGED):
                 config.base_model_name_or_path = str(base)
@@ -235,7 +233,7 @@ def _name_base(trainer: Reliable) -> None:
 
 
 def save_final(trainer: Reliable) -> None:
-    """Save the trained model, its tokenizer and its card beside the checkpoints."""
+    """Save the trained model, its tokenizer and its card in the output directory, next to the checkpoints."""
     args = trainer.args
     output_dir = Path(args.output_dir)
     tmp_dir = output_dir / UNFINISHED
@@ -244,7 +242,8 @@ def save_final(trainer: Reliable) -> None:
         if args.should_save:
             # Files are moved one by one, so that a kill leaves only whole files.
             for path in sorted(tmp_dir.iterdir()):
-                if path.name == "training_args.bin":  # a pickle, which may contain a token
+                # This file is a pickle, which may contain a token.
+                if path.name == "training_args.bin":
                     continue
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
@@ -263,7 +262,7 @@ def save_final(trainer: Reliable) -> None:
 
 
 def _model_card(trainer: Reliable) -> str:
-    """Return the card of a trained model, as far as its own recipe knows it. A run knows more when it is pushed."""
+    """Return the card of a trained model. It says what this recipe knows; a run knows more when it is pushed."""
     args = trainer.args
     asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
     kind = type(args).__name__.removesuffix("Config").lower()

@@ -127,7 +127,7 @@ def test_an_unwritable_directory_is_refused_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = save_adapter(tmp_path, "CAUSAL_LM")
-    monkeypatch.setattr("pipeline.models.merge._merge", None)
+    monkeypatch.setattr("pipeline.models.loading.load_tokenizer", None)
     with pytest.raises(SystemExit) as stop:
         main(["merge", str(adapter), "--output_dir", "/proc/merged"])
     assert stop.value.code == 2

@@ -1,8 +1,16 @@
 """Attention for packed documents: torch's kernels compute the whole square of the scores if there is a mask.
 
-Documents see little of it: with 65 tokens in each, 512 tokens need a third of the square. `blockwise`, for CPUs,
-computes only those blocks in which some query sees some key. `varlen`, for GPUs, is FlashAttention, which reads each
-document alone, or torch's attention with the mask where that cannot do what is asked.
+Documents see little of it. A row of 512 tokens with documents of 65 tokens needs a third of the square. `blockwise`,
+for CPUs, cuts queries and keys into blocks of 64, and computes the blocks in which some query sees some key (x):
+
+                    keys 0    1    2    3    4    5
+    queries 0            x
+    queries 1            x    x                          one document in blocks 0 and 1
+    queries 2                 x    x                     another one begins in the middle of block 1
+    queries 3                      x    x
+
+`varlen`, for GPUs, is FlashAttention, which reads each document alone. It falls back to torch's attention with the mask
+where it cannot do what is asked.
 """
 
 from __future__ import annotations
@@ -23,7 +31,8 @@ from pipeline.errors import Problem, UserError
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch 2.9
+except ImportError:
+    # torch 2.9 does not have it.
     varlen_attn = None
 
 logger = logging.getLogger(__name__)
@@ -53,12 +62,14 @@ def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 def blockwise_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> BlockMask:
     """Cut the mask of a forward pass into blocks, in the place of `transformers.masking_utils.sdpa_mask`."""
+    # Ask for the mask itself: transformers would return None for plain causal attention.
     mask = sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     dtype = autocast_dtype(mask.device, dtype)
     # A query that sees no key is padding: all its scores are equally low, so that their softmax is a number.
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     keys, biases = [], []
     for seen, part in zip(mask.split(BLOCK, 2), bias.split(BLOCK, 2), strict=True):
+        # The keys that any query of this block sees, in any row of the batch.
         some = seen.flatten(0, 2).any(0).nonzero()
         first, last = (int(some.min()) // BLOCK, int(some.max()) // BLOCK) if len(some) else (0, 0)
         keys.append(slice(first, last + 1))
@@ -91,6 +102,7 @@ def blockwise_attention(
     Returns:
         Output of shape (batch, queries, heads, channels), and None for the attention weights.
     """
+    # With grouped-query attention, several query heads share one key head.
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -138,6 +150,7 @@ def varlen_mask(
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
         return sdpa_mask(**sizes, mask_function=mask_function, **kwargs)
     row, place = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)
+    # Rows are put one after the other, so each row begins a document as well.
     # A token that does not see the one before it begins a document.
     sees = mask_function(row, row.new_zeros(()), place, place - 1).expand(batch_size, q_length)
     begins = (~sees | (place == 0)).flatten().nonzero()[:, 0]
@@ -156,7 +169,7 @@ def varlen_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention in each document alone; arguments and result are those of `blockwise_attention`.
+    """Compute attention in each document alone, with arguments and result as for `blockwise_attention`.
 
     Args:
         attention_mask: Result of `varlen_mask`.
@@ -193,6 +206,7 @@ def choose_attention(model: PreTrainedModel, requested: str | None = None) -> No
     config, reason = model.config.get_text_config(), "requested"
     if requested is None:
         choice = hardware.attention()
+        # transformers loads most models with sdpa.
         # Models that torch's kernels cannot express have more arguments than a mask, such as sinks or soft caps.
         fits = config._attn_implementation == "sdpa" and (choice.value != VARLEN or _fits_varlen(model))
         fault = validate_varlen(model, hardware.accelerator()) if fits and choice.value == VARLEN else None
@@ -201,7 +215,8 @@ def choose_attention(model: PreTrainedModel, requested: str | None = None) -> No
         reason = fault or (choice.reason if choice.value and fits else "transformers' choice for this model")
     elif requested == "flex_attention" and hardware.accelerator() is None:
         raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
-    elif requested != config._attn_implementation:  # most models are loaded with it
+    # Most models are loaded with the requested one already.
+    elif requested != config._attn_implementation:
         model.set_attn_implementation(requested)
     logger.info("%-11s %s (%s)", "attention", config._attn_implementation, reason)
 
@@ -226,6 +241,7 @@ def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
         states = [
             torch.randn(1, n, 12, size, generator=random).to(device, torch.bfloat16).requires_grad_() for n in heads
         ]
+        # Training needs the backward pass as well, which is another kernel.
         found = varlen_attention(model, *states, Documents(bounds, 7))[0]
         found.float().sum().backward()
         alone = [
@@ -242,14 +258,15 @@ def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
 
 def _fits_varlen(model: PreTrainedModel) -> bool:
     """Return whether FlashAttention computes what a model asks for: causal attention to all of a document."""
+    # Early releases of torch's function lack these arguments.
     if varlen_attn is None or not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-        return False  # an early release of it
+        return False
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])}
     whole = not windows or windows == {"full_attention"}
-    drops = any(
-        getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    )
-    alike = not hasattr(config, "v_head_dim")  # multi-head latent attention has values of another size than queries
+    dropouts = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    drops = any(getattr(config, name, 0.0) for name in dropouts)
+    # Multi-head latent attention has values of another size than queries.
+    alike = not hasattr(config, "v_head_dim")
     return bool(model._supports_flash_attn and whole and alike and not drops and size % 8 == 0 and size <= 256)

@@ -1,4 +1,13 @@
-"""Batches of a sequence classifier in groups of similar length: on a CPU, padding costs as much as text."""
+"""Batches of a sequence classifier in groups of similar length: on a CPU, padding costs as much as text.
+
+one batch of 6             two groups of 3 (here: of 32)
+a a a a a a a a            b b .        a a a a a a a a
+b b . . . . . .            d d d        c c c c c . . .
+c c c c c . . .            e . .        f f f f f f . .
+d d d . . . . .
+e . . . . . . .            48 positions become 9 + 24
+f f f f f f . .
+"""
 
 from __future__ import annotations
 
@@ -31,6 +40,7 @@ def group_by_length(model: nn.Module) -> None:
         if args or "attention_mask" not in inputs:
             return forward(*args, **inputs)
         mask = inputs["attention_mask"]
+        # The place after the last token of each text. Padding on the left stays.
         ends = mask.shape[1] - mask.flip(1).argmax(1)
         order = ends.argsort(stable=True)
         outputs = []

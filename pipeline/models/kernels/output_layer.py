@@ -1,7 +1,12 @@
 """The output layer of instruction tuning on a CPU: applied only to the positions that have a label.
 
-TRL's fused head does so where Triton exists. On a CPU it projects all positions, prompts and padding included, in tiles
-that the backward pass computes again in float32, which takes three times as long as projecting them in one piece.
+    tokens    <user> What is 2 ? <assistant> 4 . <end> <pad> <pad>
+    labels                                   4 . <end>
+    projected                        x       x x               3 of 11 positions: each predicts the next token
+
+The output matrix is the largest one of a small model. TRL's fused head projects only these positions where Triton
+exists. On a CPU it projects all positions, prompts and padding included, in tiles that the backward pass computes again
+in float32, which takes three times as long as projecting them in one piece.
 """
 
 from __future__ import annotations
@@ -58,6 +63,7 @@ def labelled_log_probs(model: PreTrainedModel, labels: Tensor, *args: Any, **kwa
         labels: Shape (batch, length), not shifted; -100 for tokens without a loss.
         *args, **kwargs: Inputs of its backbone.
     """
+    # A position predicts the token after it.
     hidden = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
     labels = labels[:, 1:]
     mask = labels != -100
@@ -65,6 +71,7 @@ def labelled_log_probs(model: PreTrainedModel, labels: Tensor, *args: Any, **kwa
     logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, places)).float()
     targets = labels.flatten()[places].unsqueeze(1)
     all_log_probs = logits.log_softmax(-1)
+    # TRL logs entropy and accuracy, and has no gradients through them.
     with torch.no_grad():
         entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
         is_top1 = logits.argmax(-1, keepdim=True) == targets

@@ -178,7 +178,7 @@ def cut(completions: Tensor, ends: Tensor) -> list[list[int]]:
 
 
 def as_list(tokens: int | Sequence[int] | None) -> list[int]:
-    """Return token ids, of which configurations contain one, several or none, as a list."""
+    """Return token ids as a list. Configurations contain one, several or None."""
     if tokens is None:
         return []
     return [tokens] if isinstance(tokens, int) else list(tokens)
@@ -258,7 +258,7 @@ class GrowingLayer(DynamicLayer):
     values: Tensor
 
     room = 16
-    """Tokens by which the memory grows."""
+    """Number of tokens that the memory grows by."""
 
     length = 0
     """Tokens in use."""
