@@ -3,9 +3,11 @@
 import gc
 import sys
 
-import pipeline  # noqa: F401 - before torch, whose threads it keeps from waiting busily
+# Imported before torch: it keeps torch's threads from spinning while they wait.
+import pipeline  # noqa: F401
 
-if sys.argv[:1] == ["-m"]:  # `python -m recipes.NAME` is about to import the module
-    # torch and transformers create millions of objects, and searching them for garbage takes a sixth of the time until
-    # `--help` is printed. `pipeline.training.entry.run` enables the collector again.
+# `python -m recipes.NAME` is about to import the module, and with it torch and transformers. They create millions of
+# objects, and searching them for garbage takes a sixth of the time until `--help` is printed.
+# `pipeline.training.entry.run` enables the collector again.
+if sys.argv[:1] == ["-m"]:
     gc.disable()
