@@ -13,14 +13,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.app.cli import check_limits
 from pipeline.errors import Problem, UserError
 
-if TYPE_CHECKING:  # these imports take seconds, which `--help` must not
+# These imports take seconds, which `--help` does not need.
+if TYPE_CHECKING:
     from pipeline.app.models import Loaded, Sampling
 
 HELP = """/stage NAME  go on with another stage of the run, such as 2_sft, or another folder or Hub id
 /new         begin a new conversation
 /quit        end (or Ctrl-D); Ctrl-C ends an answer"""
+
+LIMITS = {
+    "max_new_tokens": (1, 1 << 20),
+    "temperature": (0, 100),
+    "top_p": (0.0001, 1),
+    "top_k": (0, 1 << 20),
+}
+"""The smallest and the largest value of each option."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,32 +49,33 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If the model cannot be loaded, or an option is out of range.
     """
-    bounds = {"max_new_tokens": (1, 1 << 20), "temperature": (0, 100), "top_p": (1e-6, 1), "top_k": (0, 1 << 20)}
-    if problems := [
-        Problem(f"--{name}", value, f"is not between {low:g} and {high:g}")
-        for name, (low, high) in bounds.items()
-        if not low <= (value := getattr(args, name)) <= high
-    ]:
+    if problems := check_limits(args, LIMITS):
         raise UserError(*problems)
+    # Bytes that are not UTF-8 become question marks. This must be set before anything is read.
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # Once something has been read, this is an error.
         sys.stdin.reconfigure(errors="replace")
+
     from transformers.utils import logging
 
     from pipeline.app.models import Sampling
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # the tokenizer warns of a long prompt, which is refused anyway
+    # The tokenizer would warn of a prompt beyond the context, which is refused anyway.
+    logging.set_verbosity_error()
     loaded = find_model(args.path, "PATH")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+
+    # With readline, `input` has a history and understands arrow keys.
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives `input` a history and arrow keys
-    if sys.stdin.isatty():
+        import readline  # noqa: F401
+    typed = sys.stdin.isatty()
+    if typed:
         print(f"{loaded.name} answers. Other commands:\n{HELP}")
+
     messages: list[dict[str, str]] = []
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " if typed else "").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
@@ -82,10 +93,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def find_model(name: str, option: str) -> Loaded:
-    """Load a model; in a folder that is not a model, the stages are named.
+    """Load a model.
+
+    Args:
+        name: A folder, or an id on the Hub.
+        option: The argument that named it, for messages.
 
     Raises:
-        UserError: If it cannot be loaded.
+        UserError: If it cannot be loaded. If the folder is a run, the message names one of its stages.
     """
     from pipeline.app.models import load, stages_that_write
 
@@ -96,10 +111,18 @@ def find_model(name: str, option: str) -> Loaded:
 
 
 def switch(loaded: Loaded, name: str, path: str) -> Loaded:
-    """Return the model that `/stage` names, or the present one if it cannot be loaded."""
-    beside = Path(path).parent / name
+    """Return the model that `/stage` names, or the present one if it cannot be loaded.
+
+    Args:
+        loaded: The present model.
+        name: A stage of the same run as `path`, another folder, or an id on the Hub.
+        path: The model that the chat began with.
+    """
+    stage = Path(path).parent / name
+    if name and stage.is_dir():
+        name = str(stage)
     try:
-        found = find_model(str(beside if name and beside.is_dir() else name or "."), "/stage")
+        found = find_model(name or ".", "/stage")
     except UserError as error:
         print(*error.problems, sep="\n")
         return loaded
@@ -109,7 +132,7 @@ def switch(loaded: Loaded, name: str, path: str) -> Loaded:
 
 def reply(loaded: Loaded, messages: list[dict[str, str]], line: str, sampling: Sampling) -> list[dict[str, str]]:
     """Print the answer as it is written. Return the conversation, unchanged if it does not fit the context."""
-    from pipeline.app.models import write
+    from pipeline.app.models import ENDED, write
     from pipeline.report.text import visible
 
     asked = [*messages, {"role": "user", "content": line}]
@@ -118,16 +141,15 @@ def reply(loaded: Loaded, messages: list[dict[str, str]], line: str, sampling: S
     except UserError as error:
         print(*error.problems, "; or /new" if messages else "", sep="")
         return messages
+
     shown, answer = "", None
     with contextlib.suppress(KeyboardInterrupt):
         for answer in write(loaded, prompt, sampling):
             text = visible(answer.text, len(answer.text))
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    if answer is None or answer.stopped == "":
-        print(" [stopped]")
-    elif answer.stopped != "ended its turn":
-        print(f" [{answer.stopped}]")
-    else:
-        print()
+
+    stopped = answer.stopped if answer else ""
+    # An answer without a reason to stop was ended by Ctrl-C.
+    print("" if stopped == ENDED else f" [{stopped or 'stopped'}]")
     return [*asked, {"role": "assistant", "content": answer.text.strip() if answer else ""}]

@@ -1,4 +1,4 @@
-"""Compare: one prompt, and the answers of several models side by side, as they are written."""
+"""Compare: one prompt, and the answers of several models in columns, as they are written."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 from jinja2 import TemplateError
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from pipeline.app.models import Answer, Sampling, well_formed, write
-from pipeline.app.site import Site
+from pipeline.app.site import TEMPLATES, Site
 from pipeline.errors import LIBRARY_ERRORS, UserError
 from pipeline.report.labels import stage_info
 from pipeline.report.load import load_run
@@ -22,19 +22,21 @@ LONGEST = 1024
 """Tokens of an answer, at most."""
 
 USUAL = 128
-"""The same, unless the page sets another limit."""
+"""Tokens of an answer, unless the visitor sets another limit."""
 
 SHOWN = 20_000
 """Characters of an answer that are shown."""
 
 REFRESH = 0.06
-"""Seconds between two pictures of the answers."""
+"""Seconds between two updates of the columns."""
 
 
 def build(site: Site) -> None:
     """Add the section to the page."""
     names = site.models.names
-    prompts = report_prompts(site)
+    # The prompts that every stage was asked for the report.
+    asked = [item["prompt"] for stage in load_run(site.run).answering for item in stage.answers]
+    prompts = list(dict.fromkeys(well_formed(str(prompt)) for prompt in asked))
     gr.HTML(
         "<h2>Compare</h2><p>One prompt, answered by every stage of the run, from random weights to reasoning. "
         "The models have no memory of earlier prompts.</p>"
@@ -68,111 +70,89 @@ def build(site: Site) -> None:
             # Columns that did not change are not sent again.
             yield [shown.get(name, "" if name not in asked else gr.skip()) for name in names]
 
-    inputs = [prompt, chosen, temperature, top_p, top_k, longest, seed, shaded]
+    # Two visitors share the cores, and others wait in the queue. With "multiple", a page whose server was restarted in
+    # the middle of an answer can ask again.
     running = gr.on(
         [send.click, prompt.submit],
         answer,
-        inputs,
+        [prompt, chosen, temperature, top_p, top_k, longest, seed, shaded],
         columns,
         show_progress="hidden",
-        concurrency_limit=2,  # two visitors share the cores; others wait in the queue
-        trigger_mode="multiple",  # a page whose server was restarted in the middle of an answer can ask again
+        concurrency_limit=2,
+        trigger_mode="multiple",
         api_visibility="private",
     )
     stop.click(None, cancels=[running], api_visibility="private")
 
 
-def report_prompts(site: Site) -> list[str]:
-    """Return the prompts that every stage was asked for the report."""
-    answering = load_run(site.run).answering
-    return list(dict.fromkeys(well_formed(str(item["prompt"])) for stage in answering for item in stage.answers))
-
-
 def answer_all(
     site: Site, text: str, names: Sequence[str], sampling: Sampling, shade: bool
 ) -> Iterator[dict[str, Markup]]:
-    """Answer a prompt with several models, each in its turn for one token.
+    """Answer a prompt with several models, which take turns and write one token in each.
 
     Yields:
         The columns that changed, by name.
     """
-    yield {name: waiting(name) for name in names}
+    yield {name: column(name) for name in names}
+    writers = {name: answer_one(site, text, name, sampling) for name in names}
+    changed: dict[str, Answer | str] = {}
     latest = 0.0
-    changed: dict[str, Answer | Markup] = {}
-    answers: dict[str, Iterator[Answer]] = {}
-
-    def shown() -> dict[str, Markup]:
-        return {
-            name: written(name, found, shade) if isinstance(found, Answer) else found for name, found in changed.items()
-        }
-
-    for name in names:
-        try:
-            loaded = site.models.get(name)
-            answers[name] = write(loaded, loaded.encode([{"role": "user", "content": text}]), sampling)
-        except UserError as error:
-            changed[name] = failed(name, "\n".join(map(str, error.problems)))
-        except (TemplateError, *LIBRARY_ERRORS) as error:  # of a model's own code or template
-            changed[name] = failed(name, f"{type(error).__name__}: {error}")
-    while answers:
-        for name, tokens in list(answers.items()):
-            try:
-                answer = next(tokens)
-            except LIBRARY_ERRORS as error:  # one model's failure must not end the others' answers
-                changed[name] = failed(name, f"{type(error).__name__}: {error}")
-                del answers[name]
-                continue
-            changed[name] = answer
-            if answer.stopped:
-                del answers[name]
-        if time.perf_counter() - latest > REFRESH:
-            yield shown()
+    while writers:
+        for name, writer in list(writers.items()):
+            found = next(writer, None)
+            if found is None:
+                del writers[name]
+            else:
+                changed[name] = found
+        if not writers or time.perf_counter() - latest > REFRESH:
+            yield {name: column(name, found, shade) for name, found in changed.items()}
             changed, latest = {}, time.perf_counter()
-    if changed:
-        yield shown()
 
 
-def title(name: str) -> Markup:
-    """Return the heading of a column."""
-    about = stage_info(name).title if name[:1].isdigit() else ""
-    return Markup("<h3>{} <small>{}</small></h3>").format(visible(name), about)
+def answer_one(site: Site, text: str, name: str, sampling: Sampling) -> Iterator[Answer | str]:
+    """Yield a model's answer after each of its tokens, or why the model cannot answer."""
+    try:
+        loaded = site.models.get(name)
+        yield from write(loaded, loaded.encode([{"role": "user", "content": text}]), sampling)
+    except UserError as error:
+        yield "\n".join(map(str, error.problems))
+    # The template or the code of one model must not end the answers of the others.
+    except (TemplateError, *LIBRARY_ERRORS) as error:
+        yield f"{type(error).__name__}: {error}"
 
 
-def waiting(name: str) -> Markup:
-    """Return a column before its first token."""
-    return title(name) + Markup('<p class="soft">waiting for its first token</p>')
+def column(name: str, found: Answer | str = "", shade: bool = False) -> Markup:
+    """Return the column of a model.
+
+    Args:
+        name: The model.
+        found: Its answer or the beginning of it, or why it cannot answer. Default: it has not begun.
+        shade: Whether the colour of a token shows how probable it was.
+    """
+    title = stage_info(name).title if name[:1].isdigit() else ""
+    values: dict[str, Any] = {"name": visible(name), "title": title}
+    if isinstance(found, str):
+        values["failed"] = visible(found, SHOWN)
+    else:
+        count = len(found.tokens)
+        speed = [f"{count / found.seconds:.0f} tokens/s"] if found.seconds > 0 else []
+        values["facts"] = [f"{count} token{'s' * (count != 1)}", *speed, found.stopped or "writing"]
+        values["done"] = bool(found.stopped)
+        values["tokens"] = shaded_tokens(found) if shade else []
+        values["text"] = visible(found.text, SHOWN)
+    return Markup(TEMPLATES.get_template("answer.html.jinja").render(values))
 
 
-def failed(name: str, message: str) -> Markup:
-    """Return a column of a model that cannot answer."""
-    return title(name) + Markup('<p class="failed" role="alert">{}</p>').format(visible(message, SHOWN))
-
-
-def written(name: str, answer: Answer, shade: bool) -> Markup:
-    """Return a column with an answer, or with its beginning."""
-    text = shaded_tokens(answer) if shade else escape(visible(answer.text, SHOWN))
-    count = len(answer.tokens)
-    speed = f"{count / answer.seconds:.0f} tokens/s" if answer.seconds > 0 else ""
-    facts = [f"{count} token{'s' * (count != 1)}", speed, answer.stopped or "writing"]
-    done = ' data-done="1"' if answer.stopped else ""
-    return title(name) + Markup(f'<div class="answer"{done}>{{}}</div><p class="soft facts">{{}}</p>').format(
-        text, " · ".join(filter(None, facts))
-    )
-
-
-def shaded_tokens(answer: Answer) -> Markup:
-    """Return the tokens, coloured by log-probability, each with the alternatives to it."""
-    parts = []
-    for index, (token, piece) in enumerate(zip(answer.tokens, answer.pieces, strict=True)):
-        others = ", ".join(f"{quoted(answer.piece(other))} {share(value)}" for other, value in token.alternatives)
+def shaded_tokens(answer: Answer) -> list[dict[str, Any]]:
+    """Return the text of each token, its shade, and a sentence about it and its alternatives."""
+    shown = []
+    for token, piece, alternatives in zip(answer.tokens, answer.pieces, answer.alternatives, strict=True):
+        others = ", ".join(f"{quoted(other)} {share(value)}" for other, value in alternatives)
+        # From 0 for a certain token, one more for each halving of the probability.
+        level = min(5, int(-token.log_prob / math.log(2)))
         about = f"{quoted(piece)} {share(token.log_prob)}. Most probable here: {others}"
-        level = min(5, int(-token.log_prob / math.log(2)))  # halvings of the probability
-        parts.append(
-            Markup('<span class="token p{}" tabindex="{}" data-about="{}">{}</span>').format(
-                level, -1 if index else 0, about, visible(piece)
-            )
-        )
-    return Markup("").join(parts)
+        shown.append({"text": visible(piece), "level": level, "about": about})
+    return shown
 
 
 def quoted(piece: str) -> str:

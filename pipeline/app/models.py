@@ -1,4 +1,4 @@
-"""The models of the page and of the chat: loaded at first use, and asked token by token."""
+"""The models of the page and of the chat: loaded when they are first used, and asked token by token."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from transformers import (
 from pipeline import hardware
 from pipeline.config.output_directory import recorded_template
 from pipeline.errors import Problem, UserError
-from pipeline.models.generation import Messages, encode_prompts
+from pipeline.models.generation import Messages, encode_prompts, end_tokens
 from pipeline.models.kernels.sampler import accepts_argument
 from pipeline.models.loading import load_model
 from pipeline.report.labels import stage_info, stage_order
 
 ALTERNATIVES = 5
-"""How many of the most probable tokens are shown beside the one that was chosen."""
+"""How many of the most probable tokens are kept with the token that was chosen."""
+
+ENDED = "ended its turn"
+"""Why an answer stopped that the model itself ended."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Token:
     Attributes:
         id: Its id.
         log_prob: Its log-probability under the model, before temperature, top-k and top-p, in nats.
-        alternatives: The most probable ids there, with their log-probabilities.
+        alternatives: The most probable ids at its place, with their log-probabilities.
     """
 
     id: int
@@ -65,7 +68,7 @@ class Loaded:
     Attributes:
         name: What the page calls it.
         model: On its device, in evaluation mode. On a CPU its attention is plain, which is the fastest for single
-            tokens and which nothing changes later, so that several threads may use the model at once.
+            tokens. Nothing changes the model later, so that several threads may use it at once.
         tokenizer: Its tokenizer.
         context: The length of its context in tokens, 0 if it is not limited.
         template: The arguments of the chat template that it was trained with.
@@ -82,7 +85,7 @@ class Loaded:
 
         Args:
             messages: The conversation.
-            template: Arguments of the chat template. Default: those that the model was trained with.
+            template: Arguments of the chat template. Default: the ones that the model was trained with.
 
         Raises:
             UserError: If they leave no room for an answer.
@@ -99,12 +102,14 @@ class Loaded:
             raise UserError(Problem("prompt", f"{len(ids)} tokens", remedy))
         return ids
 
-    @property
-    def ends(self) -> set[int]:
-        """The tokens that end an answer: the tokenizer's, and those of the generation settings."""
-        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        listed = configured if isinstance(configured, list) else [configured]
-        return {token for token in [self.tokenizer.eos_token_id, *listed] if token is not None}
+    def room(self, prompt: int, wanted: int) -> int:
+        """Return how many tokens an answer may have.
+
+        Args:
+            prompt: Length of the prompt in tokens.
+            wanted: Most tokens that are wanted.
+        """
+        return min(wanted, self.context - prompt) if self.context else wanted
 
 
 @dataclass
@@ -115,18 +120,18 @@ class Answer:
         loaded: The model.
         tokens: What it has written so far.
         pieces: The text of each token.
+        alternatives: The texts of the most probable tokens at each place, with their log-probabilities.
         seconds: Time of its own forward passes.
         stopped: Why it stopped, "" while it writes.
-        decoded: The text of single tokens, which is looked up often.
     """
 
     loaded: Loaded
     tokens: list[Token] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    alternatives: list[list[tuple[str, float]]] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""
-    _text: str = ""
-    decoded: dict[int, str] = field(default_factory=dict)
+    _decoded: str = ""
 
     @property
     def text(self) -> str:
@@ -135,43 +140,50 @@ class Answer:
         return str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True)).rstrip("\ufffd")
 
     def add(self, token: Token) -> None:
-        """Append a token. A piece is what it adds to the text, because some tokenizers join words without a space."""
+        """Append a token."""
+        decode = self.loaded.tokenizer.decode
         self.tokens.append(token)
-        whole = str(self.loaded.tokenizer.decode([token.id for token in self.tokens]))
-        self.pieces.append(whole[len(self._text) :] if whole.startswith(self._text) else self.piece(token.id))
-        self._text = whole
-
-    def piece(self, token: int) -> str:
-        """Return the text of a token by itself."""
-        if token not in self.decoded:
-            self.decoded[token] = str(self.loaded.tokenizer.decode([token]))
-        return self.decoded[token]
+        before, self._decoded = self._decoded, str(decode([one.id for one in self.tokens]))
+        # A piece is what the token adds to the text, not its own text: some tokenizers join words without a space.
+        added = self._decoded.startswith(before)
+        self.pieces.append(self._decoded[len(before) :] if added else str(decode([token.id])))
+        self.alternatives.append([(str(decode([other])), value) for other, value in token.alternatives])
 
 
 def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling) -> Iterator[Answer]:
-    """Answer a prompt, from `Loaded.encode`. Yields the same answer after each of its tokens."""
+    """Answer a prompt.
+
+    Args:
+        loaded: The model.
+        prompt: Token ids, from `Loaded.encode`.
+        sampling: How tokens are drawn.
+
+    Yields:
+        The same answer after each of its tokens.
+    """
     answer = Answer(loaded)
-    room = loaded.context - len(prompt) if loaded.context else sampling.max_new_tokens
-    limit = min(room, sampling.max_new_tokens)
-    ends, tokens = loaded.ends, stream(loaded.model, prompt, sampling)
-    for _ in range(limit):
+    ends = end_tokens(loaded.model, loaded.tokenizer)
+    limit = loaded.room(len(prompt), sampling.max_new_tokens)
+    tokens = stream(loaded.model, prompt, sampling)
+    while not answer.stopped:
         start = time.perf_counter()
         token = next(tokens)
         answer.seconds += time.perf_counter() - start
         answer.add(token)
         if token.id in ends:
-            answer.stopped = "ended its turn"
+            answer.stopped = ENDED
         elif len(answer.tokens) == limit:
             full = limit < sampling.max_new_tokens
             answer.stopped = f"the context of {loaded.context} tokens is full" if full else f"limit of {limit} tokens"
         yield answer
-        if answer.stopped:
-            return
 
 
 @torch.inference_mode()
 def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-    """Yield one token after the other, without end. `pipeline.models.kernels.sampler.sample` is for whole batches."""
+    """Yield one token after the other, without end.
+
+    `pipeline.models.kernels.sampler.sample` is faster for batches, but returns only whole completions.
+    """
     process = LogitsProcessorList()
     if sampling.temperature > 0:
         process.append(TemperatureLogitsWarper(sampling.temperature))
@@ -179,20 +191,22 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
             process.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             process.append(TopPLogitsWarper(sampling.top_p))
+
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     optional = {"logits_to_keep": 1} if accepts_argument(model, "logits_to_keep") else {}
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([list(prompt)], device=model.device)
     while True:
         logits = model(input_ids=ids, cache=cache, use_cache=True, **optional).logits[:, -1].float()
-        log_probs = logits.log_softmax(-1)[0]
         if sampling.temperature > 0:
             chosen = torch.multinomial(process(ids, logits).softmax(-1)[0], 1, generator=generator)
         else:
             chosen = logits[0].argmax().reshape(1)
+        log_probs = logits.log_softmax(-1)[0]
         best = log_probs.topk(min(ALTERNATIVES, len(log_probs)))
         alternatives = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         yield Token(int(chosen), float(log_probs[chosen]), alternatives)
+        # The cache holds what came before, so that the next pass needs the new token alone.
         ids = chosen.reshape(1, 1)
 
 
@@ -202,7 +216,12 @@ def well_formed(text: str) -> str:
 
 
 def load(path: str, name: str, option: str) -> Loaded:
-    """Load a model for answering; `option` is the argument that named it.
+    """Load a model for answering.
+
+    Args:
+        path: A folder, or an id on the Hub.
+        name: What the page calls it.
+        option: The argument that named it, for messages.
 
     Raises:
         UserError: If it cannot be loaded.
@@ -224,16 +243,21 @@ def stages_that_write(run: Path) -> list[str]:
 
 
 class Models:
-    """The models that the page knows by name. No other can be named by a page.
+    """The models that the page knows by name. A visitor cannot name any other.
 
     Args:
         run: The run, whose stages are called by the names of their folders.
         others: Folders and Hub ids of further models.
+
+    Attributes:
+        stages: The names of the run's own models.
+        names: The names of all models.
     """
 
     def __init__(self, run: Path, others: Sequence[str] = ()) -> None:
-        self._paths = {name: (str(run / name), "RUN") for name in stages_that_write(run)}
-        self.stages = list(self._paths)
+        self.stages = stages_that_write(run)
+        # Name -> path, and the option that named it.
+        self._paths = {name: (str(run / name), "RUN") for name in self.stages}
         self._paths |= {name: (name, "--model") for name in others}
         self.names = list(self._paths)
         self._loaded: dict[str, Loaded | UserError] = {}
@@ -246,13 +270,23 @@ class Models:
             KeyError: If the page has no model of that name.
             UserError: If it cannot be loaded; it is not tried again.
         """
+        # Several visitors may ask at once. A lock for each model, because one that is loaded must not wait for another.
         with self._locks[name]:
             if name not in self._loaded:
+                path, option = self._paths[name]
                 try:
-                    self._loaded[name] = load(self._paths[name][0], name, self._paths[name][1])
+                    self._loaded[name] = load(path, name, option)
                 except UserError as error:
                     self._loaded[name] = error
             found = self._loaded[name]
         if isinstance(found, UserError):
             raise found
         return found
+
+    def load_stages(self) -> None:
+        """Load the models of the run, so that the first visitor does not wait. Print why one cannot be loaded."""
+        for name in self.stages:
+            try:
+                self.get(name)
+            except UserError as error:
+                print(error, flush=True)

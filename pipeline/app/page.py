@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import threading
 from importlib.resources import files
 
+# Gradio reads this when it is imported.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 from markupsafe import Markup
 
-from pipeline.app import compare, prefer, rollout
+from pipeline.app import compare, rollout, voting
 from pipeline.app.site import Site
-from pipeline.errors import UserError
 from pipeline.report.load import load_run
-from pipeline.report.page import headline, render, report_html
+from pipeline.report.page import headline, render
 from pipeline.report.path import path_steps
 from pipeline.report.text import visible
 from pipeline.stages import STAGES
@@ -29,6 +28,10 @@ SECTIONS = {
 }
 """The sections by their ids, in order."""
 
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
+FONTS_MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+"""Fonts of the visitor's machine. Gradio's own are files that the browser would have to fetch."""
+
 
 def build(site: Site) -> gr.Blocks:
     """Return the page."""
@@ -40,9 +43,10 @@ def build(site: Site) -> gr.Blocks:
         with gr.Column(elem_id="compare"):
             compare.build(site)
         with gr.Column(elem_id="prefer"):
-            prefer.build(site)
+            voting.build(site)
         with gr.Column(elem_id="rollout"):
             rollout.build(site)
+        # The report is a page with styles of its own, which an iframe keeps apart.
         with gr.Column(elem_id="report"):
             gr.HTML(
                 '<h2>Report</h2><p><a href="report" target="_blank">Open it alone</a></p>'
@@ -59,55 +63,18 @@ def path_of(site: Site) -> str:
     return Markup("<h1>{}</h1>").format(visible(headline(run))) + Markup(render("path.html.jinja", {"steps": steps}))
 
 
-def report_of(site: Site) -> str:
-    """Return the report of the run as it is now."""
-    return report_html(load_run(site.run))
-
-
-def warm_up(site: Site) -> None:
-    """Load the models of the run in the background, so that the first visitor does not wait for them."""
-
-    def load() -> None:
-        for name in site.models.stages:
-            try:
-                site.models.get(name)
-            except UserError as error:
-                print(error, flush=True)
-
-    threading.Thread(target=load, daemon=True).start()
-
-
 def theme() -> gr.themes.Base:
-    """Return a theme with fonts of the visitor's machine; Gradio's own are fetched."""
-    sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
-    return gr.themes.Base(
-        font=[SystemFont(name) for name in sans],
-        font_mono=[SystemFont(name) for name in ("ui-monospace", "Menlo", "Consolas", "monospace")],
-    )
-
-
-class SystemFont(gr.themes.Font):
-    """A font of the visitor's machine."""
-
-    def stylesheet(self) -> dict[str, str | None]:
-        """Return nothing to fetch."""
-        return {"url": None, "css": None}
-
-
-def style() -> str:
-    """Return the style sheet: the colours of the report and the rules of the page."""
-    shared = files("pipeline.report") / "templates"
-    return "".join((shared / name).read_text(encoding="utf-8") for name in ("colours.css", "path.css")) + _static(
-        ".css"
-    )
+    """Return Gradio's plain theme; `static/page.css` sets its colours."""
+    font, font_mono = ([gr.themes.Font(name) for name in names] for names in (FONTS, FONTS_MONO))
+    return gr.themes.Base(font=font, font_mono=font_mono)
 
 
 def head() -> str:
-    """Return what is put into the page's head. Gradio's own parameter for styles drops rules for dark screens."""
-    return f'<link rel="icon" href="data:,"><style>{style()}</style><script>{_static(".js")}</script>'
-
-
-def _static(suffix: str) -> str:
-    folder = files(__package__) / "static"
-    found = sorted((file for file in folder.iterdir() if file.name.endswith(suffix)), key=lambda f: f.name)
-    return "\n".join(file.read_text(encoding="utf-8") for file in found)
+    """Return what is put into the page's head: the colours of the report, and the files in `static/`."""
+    colours = [files("pipeline.report") / "templates" / name for name in ("colours.css", "path.css")]
+    static = sorted((files(__package__) / "static").iterdir(), key=lambda file: file.name)
+    styles = [*colours, *(file for file in static if file.name.endswith(".css"))]
+    scripts = [file for file in static if file.name.endswith(".js")]
+    # In the head and not in Gradio's own parameter for styles, which drops the rules for dark screens.
+    style, script = ("\n".join(file.read_text(encoding="utf-8") for file in found) for found in (styles, scripts))
+    return f'<link rel="icon" href="data:,"><style>{style}</style><script>{script}</script>'

@@ -1,18 +1,30 @@
 """Pairs of answers for people to compare: sampled in the background, kept in `votes/pairs.jsonl`, and allotted.
 
-Each annotator has a sequence of pairs, in which pairs that everybody sees come at regular intervals. A line of the file
-is a pair, or allots one: `{"pair": ID, "for": ANNOTATOR, "shared": true}`. So a restarted server goes on where it was.
+A line of the file is a pair, or allots one to an annotator:
+
+    {"pair": "5f…", "prompt": [...], "a": "It is red.", "b": "Red.", "model_a": "2_sft", "model_b": "3_ppo", ...}
+    {"pair": "5f…", "for": "ann", "shared": false}
+
+What the server knows of pairs follows from these lines, in their order, so that a restarted server goes on where it
+was. For each two models it has
+
+- a stock of pairs that nobody has seen, which a thread fills up while people read;
+- a sequence for each annotator: the pairs that were allotted to them, each of which is shown until it has a vote;
+- shared pairs, which everybody sees. They come at regular intervals of each sequence: with an overlap of 0.25, every
+  fourth pair is a shared one.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import queue
 import random
 import secrets
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +32,7 @@ from typing import Any
 from pipeline.app.models import Loaded, Models
 from pipeline.errors import Problem, UserError
 from pipeline.files import append_line
-from pipeline.models.generation import Messages, generate
+from pipeline.models.generation import generate
 from pipeline.models.tokenizer import special_tokens
 from pipeline.rewards.grading import RULE_COLUMNS
 
@@ -29,12 +41,18 @@ logger = logging.getLogger(__name__)
 Source = tuple[str, str]
 """The models of the answers `a` and `b`; they may be the same."""
 
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "min_p": 0.05, "max_new_tokens": 128}
+"""How answers are sampled, unless the run or the command line says otherwise."""
+
 BATCH = 4
 """Prompts that are answered at once, which takes little longer than one."""
+
 AHEAD = 4
 """Pairs that are kept ready, beyond one for each page that is open."""
+
 ATTEMPTS = 16
-"""Batches without a pair to compare after which there is something wrong."""
+"""After so many batches without a pair to compare, the models are taken to give the same answers always."""
+
 PATIENCE = 120.0
 """Seconds that a page waits for its first pair; a large model loads first."""
 
@@ -51,7 +69,7 @@ class Pair:
         model_a: The name of a model.
         model_b: The name of a model.
         sampling: How both were sampled.
-        rule: By what the simulated annotators judge an answer, empty if they cannot.
+        rule: Columns by which the simulated annotators judge an answer, empty if there are none.
     """
 
     pair: str
@@ -73,51 +91,48 @@ class Pair:
         return random.Random(f"{self.pair}/{annotator}/{self.sampling.get('seed')}").choice("ab")
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled."""
-
-    temperature: float = 1.0
-    min_p: float = 0.05
-    max_new_tokens: int = 128
-
-
 class Pairs:
     """The pairs of a run.
 
     Args:
         path: The file.
         models: The models that answer.
-        prompts: Rows with `prompt`, and perhaps with what the simulated annotators judge by.
-        sampling: How answers are sampled.
+        prompts: Rows with `prompt`, and perhaps with the columns by which the simulated annotators judge.
+        sampling: How answers are sampled, like `SAMPLING`.
         overlap: The share of pairs that everybody sees.
+
+    Attributes:
+        by_id: All pairs, by their ids.
     """
 
     def __init__(
-        self, path: Path, models: Models, prompts: Sequence[Mapping[str, Any]], sampling: Sampling, overlap: float
+        self, path: Path, models: Models, prompts: Sequence[Mapping[str, Any]], sampling: dict[str, Any], overlap: float
     ) -> None:
         self.models, self.prompts, self.sampling, self.overlap = models, prompts, sampling, overlap
         self.by_id: dict[str, Pair] = {}
         self._stock: dict[Source, list[Pair]] = defaultdict(list)
         self._shared: dict[Source, dict[str, Pair]] = defaultdict(dict)
         self._sequences: dict[tuple[str, Source], list[Pair]] = defaultdict(list)
+
+        # Models that wait for the thread, how many pairs each needs in stock, and why one cannot have any.
+        self._queue: queue.Queue[Source] = queue.Queue()
+        self._wanted: dict[Source, int] = {}
         self._errors: dict[Source, Exception] = {}
         self._changed = threading.Condition(threading.RLock())
-        self._due: dict[Source, int] = {}
-        self._order = random.Random(0).sample(range(len(prompts)), len(prompts))
+
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         for line in lines:
-            try:
+            # A line that was not written whole is skipped. A vote has all that is known of its pair.
+            with suppress(ValueError, LookupError, TypeError):
                 self._take_in(json.loads(line))
-            except (ValueError, LookupError, TypeError):  # half a line; a vote has all that is known of its pair
-                continue
         self._file = path.open("ab", buffering=0)
         if lines[-1]:
             append_line(self._file, b"")
         threading.Thread(target=self._work, daemon=True).start()
 
     def _take_in(self, line: dict[str, Any]) -> None:
+        """Add what a line of the file says."""
         if "for" not in line:
             pair = self.by_id[line["pair"]] = Pair(**line)
             self._stock[pair.source].append(pair)
@@ -157,7 +172,9 @@ class Pairs:
         """
         with self._changed:
             sequence = self._sequences[annotator, source]
-            is_shared = int(round((len(sequence) + 1) * self.overlap, 6)) > int(round(len(sequence) * self.overlap, 6))
+            # Rounded, because a product such as 3 * 0.1 is a little more, or less, than it should be.
+            due = [int(round(length * self.overlap, 6)) for length in (len(sequence), len(sequence) + 1)]
+            is_shared = due[1] > due[0]
 
             def ready() -> Pair | None:
                 """Return the first shared pair that this annotator has not seen, or a new one."""
@@ -166,12 +183,15 @@ class Pairs:
 
             # What failed for an earlier visitor may go well now, for instance once the disk has room again.
             self._errors.pop(source, None)
-            self._need(source, AHEAD + pages)
-            self._changed.wait_for(lambda: ready() or source in self._errors, PATIENCE)
+            if source not in self._wanted:
+                self._queue.put(source)
+            self._wanted[source] = max(AHEAD + pages, self._wanted.get(source, 0))
+
+            self._changed.wait_for(lambda: ready() or source not in self._wanted, PATIENCE)
             pair = ready()
             if pair is None:
                 late = UserError(Problem("answers", " and ".join(source), "take too long; try again"))
-                raise self._errors.pop(source, late)
+                raise self._errors.get(source, late)
             self._write({"pair": pair.pair, "for": annotator, "shared": is_shared})
             return pair
 
@@ -197,39 +217,29 @@ class Pairs:
                 return pairs[0]
         raise _alike(source)
 
-    def _need(self, source: Source, number: int) -> None:
-        """Have `number` pairs sampled in the background, unless they are there already."""
-        self._due[source] = max(number, self._due.get(source, 0))
-        self._changed.notify_all()
-
-    def _missing(self) -> Source | None:
-        """Return the models of which pairs are wanted; first those of which there are none."""
-        short = [source for source, number in self._due.items() if len(self._stock[source]) < number]
-        return min(short, key=lambda source: len(self._stock[source]), default=None)
-
     def _work(self) -> None:
+        """Fill up the stocks, a batch for each of the models that wait, and again until they have what they need."""
+        order = random.Random(0).sample(range(len(self.prompts)), len(self.prompts))
         position = len(self.by_id)
-        failures: dict[Source, int] = defaultdict(int)
+        without: Counter[Source] = Counter()
         while True:
-            with self._changed:
-                self._changed.wait_for(self._missing)
-                source = self._missing()
-            if source is None:
-                continue
+            source = self._queue.get()
             try:
                 if not self.prompts:
                     raise UserError(Problem("prompts", "nothing", "there is no data set of prompts; type one"))
-                rows = [self.prompts[self._order[(position + i) % len(self._order)]] for i in range(BATCH)]
+                rows = [self.prompts[order[(position + i) % len(order)]] for i in range(BATCH)]
                 position += BATCH
                 found = self._sample(source, rows)
-                failures[source] = 0 if found else failures[source] + 1
-                if failures[source] == ATTEMPTS:
+                without[source] = 0 if found else without[source] + 1
+                if without[source] == ATTEMPTS:
                     raise _alike(source)
                 with self._changed:
                     for pair in found:
                         self._write(asdict(pair))
-                    if len(self._stock[source]) >= self._due[source]:
-                        self._due[source] = 0
+                    if len(self._stock[source]) < self._wanted[source]:
+                        self._queue.put(source)
+                    else:
+                        del self._wanted[source]
                     self._changed.notify_all()
             # The thread must survive whatever happens, because nobody would get a pair any more.
             except Exception as error:
@@ -237,22 +247,35 @@ class Pairs:
                     logger.exception("no answers of %s", " and ".join(source))
                     error = UserError(Problem("answers", " and ".join(source), f"cannot be sampled ({error!r})"))
                 with self._changed:
-                    failures[source] = self._due[source] = 0
+                    without[source] = 0
+                    del self._wanted[source]
                     self._errors[source] = error
                     self._changed.notify_all()
 
     def _sample(self, source: Source, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
-        """Sample a pair of answers to each prompt; pairs that there is nothing to choose between are left out."""
+        """Sample a pair of answers to each prompt that fits.
+
+        Pairs between which there is nothing to choose are dropped: empty answers, equal ones, and answers that spell a
+        special token, which no data may contain.
+        """
         first, second = self.models.get(source[0]), self.models.get(source[1])
-        fitting = [row for row in rows if _fits(first, row["prompt"]) and _fits(second, row["prompt"])]
+        fitting, for_first, for_second = [], [], []
+        for row in rows:
+            # A prompt that is longer than the context of a model is passed over.
+            with suppress(UserError):
+                prompts = first.encode(row["prompt"]), second.encode(row["prompt"])
+                fitting.append(row)
+                for_first.append(prompts[0])
+                for_second.append(prompts[1])
         if not fitting:
             return []
+
         seed = secrets.randbelow(1 << 31)
         if first is second:
-            answers = self._answer(first, fitting, 2, seed)
+            answers = self._answer(first, for_first, 2, seed)
         else:
-            both = self._answer(first, fitting, 1, seed), self._answer(second, fitting, 1, seed + 1)
-            answers = [[one[0], two[0]] for one, two in zip(*both, strict=True)]
+            of_first, of_second = self._answer(first, for_first, 1, seed), self._answer(second, for_second, 1, seed + 1)
+            answers = [one + other for one, other in zip(of_first, of_second, strict=True)]
         return [
             Pair(
                 pair=secrets.token_hex(8),
@@ -261,36 +284,20 @@ class Pairs:
                 b=b,
                 model_a=source[0],
                 model_b=source[1],
-                sampling=asdict(self.sampling) | {"seed": seed},
+                sampling=self.sampling | {"seed": seed},
                 rule={name: row[name] for name in RULE_COLUMNS if row.get(name)},
             )
             for row, (a, b) in zip(fitting, answers, strict=True)
             if a and b and a != b
         ]
 
-    def _answer(self, loaded: Loaded, rows: Sequence[Mapping[str, Any]], samples: int, seed: int) -> list[list[str]]:
-        """Return `samples` answers to each prompt; one that spells a special token, which no data may, is ""."""
-        encoded = [loaded.encode(row["prompt"]) for row in rows]
-        room = loaded.context - max(map(len, encoded)) if loaded.context else self.sampling.max_new_tokens
-        completions = generate(
-            loaded.model,
-            loaded.tokenizer,
-            encoded,
-            max_new_tokens=min(room, self.sampling.max_new_tokens),
-            samples=samples,
-            temperature=self.sampling.temperature,
-            min_p=self.sampling.min_p,
-            seed=seed,
-        )
+    def _answer(self, loaded: Loaded, prompts: Sequence[list[int]], samples: int, seed: int) -> list[list[str]]:
+        """Return `samples` answers to each prompt, "" for one that spells a special token."""
+        room = loaded.room(max(map(len, prompts)), self.sampling["max_new_tokens"])
+        settings = self.sampling | {"max_new_tokens": room, "samples": samples, "seed": seed}
+        completions = generate(loaded.model, loaded.tokenizer, prompts, **settings)
         tokens = special_tokens(loaded.tokenizer)
         return [["" if tokens.search(one.text) else one.text for one in answers] for answers in completions]
-
-
-def _fits(loaded: Loaded, prompt: Messages) -> bool:
-    try:
-        return bool(loaded.encode(prompt))
-    except UserError:
-        return False
 
 
 def _alike(source: Source) -> UserError:

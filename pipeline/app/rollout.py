@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pipeline.app import watch
 from pipeline.app.compare import quoted, share
 from pipeline.app.models import Loaded, well_formed
-from pipeline.app.site import Site
+from pipeline.app.site import TEMPLATES, Site
 from pipeline.errors import LIBRARY_ERRORS, UserError
 from pipeline.models.generation import Completion
 from pipeline.report.labels import stage_info
@@ -165,9 +165,7 @@ def ppo(
 def prompt_part(stage: str, messages: Sequence[dict[str, str]], ids: Sequence[int]) -> Markup:
     """Return step 1."""
     text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    return part(1, "Prompt", stage_info(stage).watch) + Markup(
-        '<div class="answer">{}</div><p class="soft facts">{} tokens</p></section>'
-    ).format(visible(text, SHOWN), len(ids))
+    return part(1, "Prompt", stage_info(stage).watch, prompt=visible(text, SHOWN), facts=f"{len(ids)} tokens")
 
 
 def group_part(
@@ -178,19 +176,29 @@ def group_part(
     facts: Sequence[Sequence[str]],
     marks: Sequence[float] = (),
 ) -> Markup:
-    """Return a step of the group; `marks` above and below their mean colour the completions."""
-    middle = sum(marks) / len(marks) if marks else 0.0
-    cards = []
+    """Return a step that shows the completions of a group.
+
+    Args:
+        place: Number of the step.
+        title: Its name.
+        about: What it shows.
+        group: The completions.
+        facts: What is said about each completion. By default, how many tokens it has.
+        marks: A number for each completion. Its colour shows whether it is above or below their mean.
+    """
+    mean = sum(marks) / len(marks) if marks else 0.0
+    completions = []
     for i, completion in enumerate(group):
-        mark = marks[i] - middle if marks else 0.0
-        css = "up" if mark > 1e-6 else "down" if mark < -1e-6 else ""
+        mark = marks[i] - mean if marks else 0.0
         lines = facts[i] if facts else [f"{len(completion.tokens)} tokens{'' if completion.stopped else ', cut off'}"]
-        cards.append(
-            Markup('<li class="{}"><div class="answer">{}</div><p class="soft facts">{}</p></li>').format(
-                css, visible(completion.text, SHOWN) or "(nothing)", " · ".join(map(visible, lines))
-            )
+        completions.append(
+            {
+                "css": "up" if mark > 1e-6 else "down" if mark < -1e-6 else "",
+                "text": visible(completion.text, SHOWN) or "(nothing)",
+                "facts": " · ".join(map(visible, lines)),
+            }
         )
-    return part(place, title, about) + Markup('<ol class="group">{}</ol></section>').format(Markup("").join(cards))
+    return part(place, title, about, completions=completions)
 
 
 def token_part(policy: Loaded, reference: str, settings: dict[str, Any], view: watch.TokenView) -> Markup:
@@ -200,30 +208,26 @@ def token_part(policy: Loaded, reference: str, settings: dict[str, Any], view: w
         + (f", less {view.penalty:g} because the answer did not end" if view.penalty else "")
         + f". KL from {reference}: {number(sum(view.kl), 2)} nats, each of which costs {settings['kl_coef']:g}."
     )
+    # The larger an advantage, the stronger its colour; the largest of the answer has half of the full strength.
     top = max(map(abs, view.advantages), default=0.0) or 1.0
-    rows = []
+    tokens = []
     columns = zip(view.tokens, view.log_probs, view.kl, view.rewards, view.values, view.advantages, strict=True)
     for token, log_prob, *figures in columns:
-        strength = round(100 * abs(figures[-1]) / top / 2)
-        css = "up" if figures[-1] > 0 else "down"
-        cells = Markup("").join(Markup('<td class="number">{}</td>').format(signed(figure, 2)) for figure in figures)
-        piece = quoted(str(policy.tokenizer.decode([token])))
-        rows.append(
-            Markup(
-                '<tr class="{}" style="--strength: {}%"><th scope="row">{}</th><td class="number">{}</td>{}</tr>'
-            ).format(css, strength, piece, share(log_prob), cells)
+        tokens.append(
+            {
+                "css": "up" if figures[-1] > 0 else "down",
+                "strength": round(100 * abs(figures[-1]) / top / 2),
+                "text": quoted(str(policy.tokenizer.decode([token]))),
+                "cells": [share(log_prob), *(signed(figure, 2) for figure in figures)],
+            }
         )
-    names = ("Token", "Probability", "KL", "Reward", "Value", "Advantage")
-    heads = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in names)
-    return part(3, "What PPO sees", about) + Markup(
-        '<div class="scroll" role="region" aria-label="What PPO sees of each token" tabindex="0"><table class="tokens">'
-        "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div></section>"
-    ).format(heads, Markup("").join(rows))
+    return part(3, "What PPO sees", about, tokens=tokens)
 
 
-def part(place: int, title: str, about: str) -> Markup:
-    """Return the beginning of a step."""
-    return Markup('<section class="rollout-part"><h3>{}. {}</h3><p>{}</p>').format(place, title, visible(about, SHOWN))
+def part(place: int, title: str, about: str, **content: Any) -> Markup:
+    """Return the HTML of a step, with the content that `rollout.html.jinja` names."""
+    template = TEMPLATES.get_template("rollout.html.jinja")
+    return Markup(template.render(place=place, title=title, about=visible(about, SHOWN), **content))
 
 
 def failed(message: str) -> Markup:

@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import random
 import re
+import threading
 from collections import Counter
 from collections.abc import Awaitable, MutableMapping
 from html import escape
@@ -24,8 +25,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pipeline.app import page, prefer
-from pipeline.app.site import Site
+from pipeline.app import page, voting
+from pipeline.app.site import TEMPLATES, Site
+from pipeline.report.load import load_run
+from pipeline.report.page import report_html
 
 ROUTES = re.compile(
     r"/(login|report|config|theme\.css|favicon\.ico|manifest\.json|prefer/.*|assets/.*|static/.*"
@@ -33,14 +36,20 @@ ROUTES = re.compile(
 )
 """Paths that the page asks for. Gradio has many more, which open files, fetch addresses or take uploads."""
 
-LARGEST_REQUEST, LARGEST_LOGIN = 1 << 20, 1 << 12
-"""Bytes of a request's body, and of the form that anybody may send."""
+LARGEST_REQUEST = 1 << 20
+"""Bytes of a request's body, at most."""
+
+LARGEST_LOGIN = 1 << 12
+"""Bytes of the login form, which anybody may send."""
 
 SECONDS_AFTER_WRONG = 1.0
 """Seconds after a wrong password in which no other one is checked."""
 
-MOST_WAITING, NEWEST = 256, 8
-"""Passwords that wait to be checked, of more of which the oldest are refused; those from which the next is drawn."""
+MOST_WAITING = 256
+"""Passwords that may wait to be checked; one more, and the oldest is refused."""
+
+NEWEST = 8
+"""The next password is drawn from so many of the newest."""
 
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -48,19 +57,11 @@ POLICY = (
 )
 """What the browser may load: nothing from another host."""
 
-LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,"><title>Fourstage</title>
-<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 22rem; margin: 12vh auto; padding: 0 1rem }}
-label, input, button {{ display: block; width: 100%; font: inherit; box-sizing: border-box }}
-input, button {{ margin: .2rem 0 1rem; padding: .5rem }}</style>
-<h1>Fourstage</h1><p role="alert">{message}</p>
-<form method="post" action="login"><label for="username">Your name, under which you vote</label>
-<input id="username" name="username" autocomplete="username" maxlength="80" required autofocus>
-<label for="password">Password</label>
-<input id="password" name="password" type="password" autocomplete="current-password" required>
-<button>Log in</button></form></html>
-"""
+NAME_LENGTH = 80
+"""Characters of a visitor's name."""
+
+COOKIE_SECONDS = 30 * 86400
+"""Time for which a browser stays logged in."""
 
 
 class Attempts:
@@ -72,6 +73,8 @@ class Attempts:
     """
 
     def __init__(self) -> None:
+        # Each visitor who waits has a turn and an address. The turn becomes True when the password may be checked, and
+        # False when there are too many.
         self._waiting: list[tuple[asyncio.Future[bool], str]] = []
         self._wrong: Counter[str] = Counter()
         self._pausing = False
@@ -89,8 +92,10 @@ class Attempts:
         turn: asyncio.Future[bool] = loop.create_future()
         self._waiting.append((turn, address))
         if len(self._waiting) > MOST_WAITING:
-            self._waiting.pop(0)[0].set_result(False)
+            oldest, _ = self._waiting.pop(0)
+            oldest.set_result(False)
         self._call_next()
+
         leaving = asyncio.ensure_future(gone)
         await asyncio.wait({turn, leaving}, return_when=asyncio.FIRST_COMPLETED)
         leaving.cancel()
@@ -98,6 +103,8 @@ class Attempts:
             turn.cancel()
         if turn.cancelled() or not turn.result():
             return None
+
+        # Takes the same time wherever the two differ, so that it does not give away how many characters are right.
         right = hmac.compare_digest(given.encode(), password.encode())
         self._wrong[address] += not right
         loop.call_later(0 if right else SECONDS_AFTER_WRONG, self._end_pause)
@@ -126,22 +133,23 @@ class Gate:
     Args:
         app: What is behind the gate.
         password: The password, None if there is none.
-        port: Makes the name of the cookie that of this server; browsers share cookies between ports.
+        port: Port of this server. It is part of the cookie's name, because browsers share cookies between ports.
     """
 
     def __init__(self, app: ASGIApp, password: str | None, port: int) -> None:
         self.app, self.password, self.cookie = app, password, f"fourstage_{port}"
         self.attempts = Attempts()
-        # Signed with a key that a restarted server has again. Slow to compute, so that a cookie does not give away the
-        # password.
+        # Cookies are signed with a key that follows from the password, so that a login outlives a restart of the
+        # server. The key is slow to compute: a stolen cookie must not give away the password.
         salt = b"fourstage"
         self.key = hashlib.scrypt(password.encode(), salt=salt, n=1 << 14, r=8, p=1) if password else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on with the visitor's name in `request.state.annotator`, None if not known."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        # The page has no websockets, which are the only other type.
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
             return
         request = Request(scope, receive)
         name = self.visitor(request.cookies.get(self.cookie, ""))
@@ -163,10 +171,13 @@ class Gate:
         path, headers = request.url.path, Headers(scope=request.scope)
         if not ROUTES.fullmatch(path):
             return PlainTextResponse("Not found", 404)
-        # Another port of this machine is the same site, but another origin.
+
+        # A link on another site may open the page, but no script there may use it. Another port of this machine is the
+        # same site, but another origin.
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         if foreign and (request.method != "GET" or headers.get("sec-fetch-mode") == "cors"):
             return PlainTextResponse("Refused: the request comes from another site", 403)
+
         # A body in chunks has no length in advance, and overrides one that the request claims.
         size = headers.get("content-length", "" if request.method == "POST" else "0")
         if not size.isdigit() or "transfer-encoding" in headers:
@@ -174,6 +185,7 @@ class Gate:
         largest = LARGEST_LOGIN if path == "/login" else LARGEST_REQUEST
         if int(size) > largest:
             return PlainTextResponse(f"Too large: {size} bytes, at most {largest}", 413)
+
         if self.password is None:
             return None
         if path == "/login" and request.method == "POST":
@@ -181,7 +193,7 @@ class Gate:
         if name is not None:
             return None
         if request.method == "GET" and path in ("/", "/login"):
-            return HTMLResponse(LOGIN.format(message=""))
+            return login_form()
         return PlainTextResponse("Log in first", 401)
 
     async def log_in(self, request: Request) -> Response:
@@ -190,54 +202,61 @@ class Gate:
             form = parse_qs((await request.body()).decode("utf-8", "replace"))
         except ClientDisconnect:
             return PlainTextResponse("The request ended early", 400)
-        name, given = form.get("username", [""])[0].strip(), form.get("password", [""])[0]
+        name = form.get("username", [""])[0].strip()[:NAME_LENGTH]
+        given = form.get("password", [""])[0]
         address = request.client.host if request.client else ""
         right = await self.attempts.check(given, str(self.password), address, request.receive())
         if right is None:
-            return HTMLResponse(LOGIN.format(message="Too many people try to log in. Try again."), 429)
+            return login_form("Too many people try to log in. Try again.", 429)
         if not right:
-            return HTMLResponse(LOGIN.format(message="Name or password is wrong."), 401)
+            return login_form("Name or password is wrong.", 401)
         if not name:
-            return HTMLResponse(LOGIN.format(message="Give a name as well."), 401)
+            return login_form("Give a name as well.", 401)
         response = RedirectResponse("./", 303)
-        value = f"{base64.urlsafe_b64encode(name[:80].encode()).decode()}.{self.sign(name[:80])}"
-        response.set_cookie(self.cookie, value, max_age=30 * 86400, httponly=True, samesite="lax")
+        response.set_cookie(self.cookie, self.sign(name), max_age=COOKIE_SECONDS, httponly=True, samesite="lax")
         return response
 
     def sign(self, name: str) -> str:
-        """Return what only this server can add to a name."""
-        return hmac.new(self.key, name.encode(), "sha256").hexdigest()
+        """Return the content of a cookie: a name, and what only this server can add to it."""
+        signature = hmac.new(self.key, name.encode(), "sha256").hexdigest()
+        return f"{base64.urlsafe_b64encode(name.encode()).decode()}.{signature}"
 
     def visitor(self, cookie: str) -> str | None:
         """Return the name in a cookie, or None if this server did not sign it."""
-        encoded, _, signature = cookie.partition(".")
         try:
-            name = base64.urlsafe_b64decode(encoded).decode()
+            name = base64.urlsafe_b64decode(cookie.partition(".")[0]).decode()
         except ValueError:
             return None
         if not name or not self.password:
             return None
-        return name if hmac.compare_digest(self.sign(name).encode(), signature.encode()) else None
+        return name if hmac.compare_digest(self.sign(name).encode(), cookie.encode()) else None
+
+
+def login_form(message: str = "", status: int = 200) -> Response:
+    """Return the form that asks for a name and the password."""
+    return HTMLResponse(TEMPLATES.get_template("login.html.jinja").render(message=message), status)
 
 
 def build_app(site: Site) -> ASGIApp:
     """Return the whole server as an ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(prefer.routes(site))
+    app.include_router(voting.routes(site))
 
+    # FastAPI's own answer repeats what was sent, and fails if that cannot be encoded.
     @app.exception_handler(RequestValidationError)
     def refuse(request: Request, error: RequestValidationError) -> PlainTextResponse:
-        """Answer without what was sent, as FastAPI's own answer cannot, since not all of it can be encoded."""
         return PlainTextResponse("The server does not understand this request.", 422)
 
     @app.get("/report")
     def report() -> HTMLResponse:
         policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
-        return HTMLResponse(page.report_of(site), headers={"Content-Security-Policy": policy})
+        return HTMLResponse(report_html(load_run(site.run)), headers={"Content-Security-Policy": policy})
 
     blocks = page.build(site)
     # Several visitors compare at once, but a machine has few cores: further calls wait their turn.
     blocks.queue(max_size=64, default_concurrency_limit=4)
+    # Whatever is not given here, Gradio takes from environment variables. Without `run_history`, prompts and answers
+    # are not kept in the browser.
     gr.mount_gradio_app(
         app,
         blocks,
@@ -245,7 +264,7 @@ def build_app(site: Site) -> ASGIApp:
         server_name=site.options.host,
         server_port=site.options.port,
         footer_links=[],
-        run_history=False,  # prompts and answers are not kept in the browser
+        run_history=False,
         allowed_paths=[],
         show_error=False,
         max_file_size=1,
@@ -256,10 +275,11 @@ def build_app(site: Site) -> ASGIApp:
         theme=page.theme(),
         head=page.head(),
     )
-    gated: ASGIApp = Gate(app, site.options.password, site.options.port)
-    if site.options.password is None:  # a page of another site, whose name leads here, must not read this one
-        gated = TrustedHostMiddleware(gated, ["127.0.0.1", "localhost", "[::1]", site.options.host])
-    return gated
+    gate = Gate(app, site.options.password, site.options.port)
+    if site.options.password is not None:
+        return gate
+    # Without a password, a page of another site must not read this one under a host name that leads to this machine.
+    return TrustedHostMiddleware(gate, ["127.0.0.1", "localhost", "[::1]", site.options.host])
 
 
 def serve(site: Site) -> None:
@@ -268,7 +288,7 @@ def serve(site: Site) -> None:
     options = site.options
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{escape(host)}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
-    page.warm_up(site)
+    threading.Thread(target=site.models.load_stages, daemon=True).start()
     # h11 bounds the headers of a request, and the page has no websockets.
     uvicorn.run(
         app,

@@ -6,7 +6,12 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader
+
 from pipeline.app.models import Models
+
+TEMPLATES = Environment(loader=PackageLoader("pipeline.app", "static"), autoescape=True)
+"""The HTML in `static/`; whatever is filled in is escaped."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,7 @@ class Site:
 
     Attributes:
         run: Its folder.
-        models: Its models, and those that were named on the command line.
+        models: Its models, and the ones that were named on the command line.
         options: The command line.
     """
 

@@ -19,8 +19,8 @@ from starlette.testclient import TestClient
 
 from pipeline.app import cli
 from pipeline.app.models import Models
-from pipeline.app.prefer import routes
 from pipeline.app.site import Site
+from pipeline.app.voting import routes
 from pipeline.errors import EXIT_WAITING
 from pipeline.runner.plan import read_plan
 from pipeline.runner.records import RunRecord, decide

@@ -1,4 +1,4 @@
-// Calls `use` with the element once it is on the page, which Gradio renders after it has loaded.
+// Calls `use` with an element once it is on the page: Gradio renders the page after it has loaded.
 function whenReady(selector, use) {
   const found = document.querySelector(selector);
   if (found) return use(found);
@@ -9,8 +9,8 @@ function whenReady(selector, use) {
   watcher.observe(document.documentElement, { childList: true, subtree: true });
 }
 
-// The section that the address names is not there yet when the browser looks for it, and what is above it still grows:
-// keep it in sight until somebody moves.
+// When the browser looks for the section that the address names, it is not there yet, and the page above it still grows.
+// Keep the section in sight until the visitor moves.
 whenReady("#report", () => {
   if (!/^#\w+$/.test(location.hash)) return;
   const show = () => document.querySelector(location.hash)?.scrollIntoView({ behavior: "instant" });
@@ -42,7 +42,7 @@ document.addEventListener("keydown", event => {
   event.preventDefault();
 });
 
-// Gradio stops answers without a word.
+// Gradio stops answers without saying so.
 document.addEventListener("click", event => {
   if (event.target.closest?.("#stop")) setTimeout(() => {
     for (const line of document.querySelectorAll("#answers .soft")) {

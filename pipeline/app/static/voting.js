@@ -1,5 +1,6 @@
-// Prefer: shows pairs, and sends votes until the server confirms that they are on its disk. What this page has not sent
-// yet, and which pair it shows, is kept in the tab, so that neither a reload nor a restarted server changes its place.
+// The section Prefer: shows pairs, and sends votes until the server confirms that they are on its disk. The tab keeps
+// the vote that is not confirmed yet and the pair that is shown, so that neither a reload nor a restarted server changes
+// its place. `pipeline/app/voting.py` is the server's side.
 whenReady("#prefer-section", (section) => {
   const byId = (id) => document.getElementById(id);
   const NAMES = { first: "A", second: "B", tie: "tie", bad: "both bad", skip: "skipped" };
@@ -17,8 +18,9 @@ whenReady("#prefer-section", (section) => {
   let remembered = "";
   try { remembered = localStorage.getItem("prefer.annotator") || ""; } catch { /* private */ }
   byId("annotator").value = asked || remembered;
-  let named = byId("annotator").value;  // whose pair is shown
-  if (tab.get("named") !== named) tab.set("stack", stack = []);  // an address may name somebody else
+  // The annotator whose pair is shown. The address may name somebody else than the tab did before.
+  let named = byId("annotator").value;
+  if (tab.get("named") !== named) tab.set("stack", stack = []);
   tab.set("named", named);
   const who = () => ({ annotator: byId("annotator").value.slice(0, 80), page, a: byId("prefer-model-a").value, b: byId("prefer-model-b").value });
 
@@ -28,12 +30,13 @@ whenReady("#prefer-section", (section) => {
     status.classList.toggle("bad", bad);
   }
 
-  // Asks again until the server answers; what it refuses is thrown.
+  // Asks again until the server answers. Throws an error if it refuses the request.
   async function ask(path, body) {
     for (let wait = 300; ; wait = Math.min(wait * 2, 3000)) {
       let response = null;
       try {
-        const text = JSON.stringify(body, (key, value) => value?.toWellFormed?.() ?? value);  // half an emoji is no text
+        // The server cannot read half an emoji, which a text field can contain.
+        const text = JSON.stringify(body, (key, value) => value?.toWellFormed?.() ?? value);
         const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: text };
         response = await fetch("prefer/" + path, options);
         if (response.ok) {
@@ -107,7 +110,8 @@ whenReady("#prefer-section", (section) => {
     try {
       const have = tab.get("pair") || "";
       const answer = await ask("next?have=" + encodeURIComponent(have), who());
-      if (typing || name !== named) return;  // the next pair of another name is on its way
+      // Another name was typed meanwhile, and its pair is on its way.
+      if (typing || name !== named) return;
       say("");
       showPair(answer.pair);
       showState(answer.state);
@@ -115,7 +119,7 @@ whenReady("#prefer-section", (section) => {
     setBusy(false);
   }
 
-  // Sends a vote that is kept in the tab until it is confirmed.
+  // Sends a vote, which the tab keeps until it is confirmed.
   async function send(ballot) {
     setBusy(true);
     tab.set("unsent", ballot);
@@ -223,7 +227,8 @@ whenReady("#prefer-section", (section) => {
   for (const id of ["prefer-model-a", "prefer-model-b"]) {
     byId(id).addEventListener("change", () => { tab.set("pair", null); next(); });
   }
-  // A name has a pair as soon as it is typed, and none is shown meanwhile: a click that ends the typing is then a vote.
+  // The pair of a new name is asked for as soon as the name is typed, and no pair is shown meanwhile. Otherwise the click
+  // that ends the typing could be a vote on the pair of the old name.
   function rename() {
     const name = byId("annotator").value;
     if (!typing && name === named) return;
@@ -257,7 +262,8 @@ whenReady("#prefer-section", (section) => {
     const unsent = tab.get("unsent");
     if (unsent) await send(unsent);
     else await next();
-    for (;;) {  // other people vote, and the server may be started anew
+    // Other people vote, and the server may be started anew.
+    for (;;) {
       await new Promise((done) => setTimeout(done, 4000));
       if (busy || document.hidden) continue;
       const before = losses, name = named;

@@ -21,11 +21,10 @@ from small_model import save_model, tokenizer, write_lines
 from starlette.testclient import TestClient
 
 from pipeline.app import cli
-from pipeline.app.agreement import agreement
 from pipeline.app.models import Models
 from pipeline.app.pairs import BATCH, Pair
-from pipeline.app.prefer import build, routes
 from pipeline.app.site import Site
+from pipeline.app.voting import agreement, build, routes
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import read_votes

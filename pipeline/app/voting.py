@@ -1,0 +1,437 @@
+"""Prefer: which of two answers is better? The section of the page where people vote, and the server's side of it.
+
+The section is a small client of its own, `static/voting.js`, because a vote must be sent again until it is confirmed,
+also to a server that was started anew:
+
+    page    POST /prefer/next            which pair?
+    server  the pair that this page has, or the annotator's first one without a vote, or a new one
+    page    POST /prefer/vote            "the first one is better"
+    server  appends the vote to votes/votes.jsonl, then answers with the next pair
+
+A pair comes without the names of its models. What the simulated annotators and the reward model would have said is
+answered only for a pair that has the annotator's vote.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import krippendorff
+import numpy as np
+from datasets import Dataset
+from fastapi import APIRouter, Depends, HTTPException, Request
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from pydantic import BaseModel, Field
+
+from pipeline.app.pairs import SAMPLING, Pair, Pairs, Source
+from pipeline.app.site import TEMPLATES, Site
+from pipeline.data.arguments import DataArguments
+from pipeline.data.splits import load_splits
+from pipeline.data.votes import CHOICES, OTHER, Conflict, Vote, VoteLog, update_data_set
+from pipeline.errors import Problem, UserError
+from pipeline.evaluation.settings import SOURCE_FIELDS, VOTES, move, recorded
+from pipeline.files import read_json
+from pipeline.models.loading import load_model
+from pipeline.preferences.judges import score
+from pipeline.report.text import visible
+from pipeline.rewards.annotators import judge_match
+from pipeline.rewards.grading import is_gradable
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 200_000
+"""Characters of a text that the page shows."""
+
+LISTED = 200
+"""Own votes that the page lists, the newest ones."""
+
+LISTED_LENGTH = 300
+"""Characters of each text in that list."""
+
+STREAMED = 10_000
+"""Prompts that are read of a stream."""
+
+EXPORT_SECONDS = 2.0
+"""The data set is written again so long after a vote, at most."""
+
+OPINIONS = {1.0: "A", 0.0: "B", 0.5: "neither"}
+"""What the outcome of a match means to somebody who sees the answers A and B."""
+
+NAME = Field(default="", max_length=80)
+ID = Field(pattern=r"^[\w-]{1,64}$")
+
+
+class Page(BaseModel):
+    """A page in a browser: who looks at it, its id, and the models whose answers it compares."""
+
+    annotator: str = NAME
+    page: str = ID
+    a: str = NAME
+    b: str = NAME
+
+
+class Ballot(Page):
+    """A vote as the page sends it.
+
+    `choice` is by the order of the answers on the page. It is null to take the vote `undoes` back.
+    """
+
+    vote: str = ID
+    pair: str = ID
+    choice: str | None = Field(pattern=r"^(first|second|tie|bad|skip)$")
+    undoes: str | None = Field(default=None, max_length=64)
+    seconds: float | None = Field(default=None, ge=0, le=1e9)
+    comment: str = Field(default="", max_length=5000)
+
+
+class Typed(Page):
+    """A prompt that was typed."""
+
+    text: str = Field(min_length=1)
+
+
+def build(site: Site) -> None:
+    """Add the section to the page."""
+    guidelines = site.options.guidelines or files(__package__) / "static" / "guidelines.md"
+    # Without raw HTML and images, nothing in the file acts on the page or is fetched from elsewhere.
+    markdown = MarkdownIt("commonmark", {"html": False}).disable("image")
+    html = TEMPLATES.get_template("voting.html.jinja").render(
+        guidelines=Markup(markdown.render(guidelines.read_text(encoding="utf-8"))),
+        models=site.models.names,
+        chosen=compared_models(site),
+    )
+    gr.HTML(html, padding=False)
+
+
+def routes(site: Site) -> APIRouter:
+    """Return what the section asks the server for."""
+    voting = Voting(site)
+    router = APIRouter(prefix="/prefer", on_shutdown=[voting.close], dependencies=[Depends(report_full_disk)])
+    answers: dict[str, Callable[..., Any]] = {
+        "next": voting.next_pair,
+        "prompt": voting.typed_prompt,
+        "vote": voting.vote,
+        "state": voting.state,
+        "votes": voting.own_votes,
+        "opinions": voting.opinions,
+    }
+    for path, answer in answers.items():
+        router.add_api_route(f"/{path}", answer, methods=["POST"])
+    return router
+
+
+def report_full_disk() -> Iterator[None]:
+    """Answer a request whose pair or vote could not be written so that the page tries again: nothing was recorded."""
+    try:
+        yield
+    except OSError as error:
+        raise HTTPException(507, f"The disk cannot be written to ({error.strerror or error}).") from None
+
+
+def compared_models(site: Site) -> Source:
+    """Return the models that are compared unless the visitor chooses others.
+
+    They are the models of `--pair`, or else the model of the run's step for votes, or the one of instruction tuning.
+
+    Raises:
+        UserError: If `--pair` names a model that the page does not have.
+    """
+    names = site.models.names
+    if unknown := [name for name in site.options.pair or () if name not in names]:
+        raise UserError(Problem("--pair", unknown[0], f"is not a model of the page; choose from: {', '.join(names)}"))
+    if site.options.pair:
+        return site.options.pair[0], site.options.pair[-1]
+    asked = Path(votes_step(site).get("model_name_or_path", "")).name
+    tuned = asked if asked in names else next((name for name in names if "_sft" in name), names[-1])
+    return tuned, tuned
+
+
+def votes_step(site: Site) -> dict[str, Any]:
+    """Return the settings of the run's step for votes, {} if it has none."""
+    for step in read_json(site.run / "run.json").get("steps", {}).values():
+        if "min_votes" in step.get("values", {}):
+            return dict(step["values"])
+    return {}
+
+
+def load_prompts(site: Site) -> Sequence[Mapping[str, Any]]:
+    """Return the prompts of `--prompts`, or the ones that the run's stage 3 is trained on; there may be none.
+
+    Raises:
+        UserError: If the data set of `--prompts` cannot be read.
+    """
+    if site.options.prompts:
+        args = DataArguments(dataset_name=site.options.prompts, dataset_config=site.options.prompts_config)
+    else:
+        settings = move(recorded(site.run, ""), site.run)
+        source = settings["trained_on"].get("prompts")
+        if not source:
+            return ()
+        args = DataArguments(**{k: v for k, v in source.items() if k in SOURCE_FIELDS and k != "grade"})
+    try:
+        prompts, _ = load_splits(args, "prompt", evaluation=False)
+    except UserError as error:
+        # Without the data of the run, prompts can still be typed.
+        if not site.options.prompts:
+            return ()
+        raise UserError(*(Problem("--prompts", one.value, one.remedy) for one in error.problems)) from None
+    return prompts if isinstance(prompts, Dataset) else list(prompts.take(STREAMED))
+
+
+class Voting:
+    """The votes on the pairs of a run, and what the page asks of them; each public method answers a request."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.source = site, compared_models(site)
+        self.folder = site.run / VOTES
+        self.log = VoteLog(self.folder)
+
+        # The command line comes before the run's step for votes, and both before the defaults.
+        step = votes_step(site)
+        sampling = dict(SAMPLING)
+        for name in SAMPLING:
+            for value in (step.get(name), getattr(site.options, name)):
+                sampling[name] = sampling[name] if value is None else value
+        prompts = load_prompts(site)
+        self.pairs = Pairs(self.folder / "pairs.jsonl", site.models, prompts, sampling, site.options.overlap)
+        self.goal: int | None = site.options.goal or step.get("min_votes")
+
+        # The pair that each page shows, by annotator and page.
+        self._open: dict[tuple[str, str], Pair] = {}
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+        self._voted = threading.Event()
+        self._export()
+        threading.Thread(target=self._export_after_votes, daemon=True).start()
+
+    def close(self) -> None:
+        """End with a data set that is up to date."""
+        self._export()
+        self.log.close()
+
+    def _export_after_votes(self) -> None:
+        """Write the data set again after votes, once for all votes of `EXPORT_SECONDS`."""
+        while self._voted.wait():
+            time.sleep(EXPORT_SECONDS)
+            self._voted.clear()
+            self._export()
+
+    def _export(self) -> None:
+        """Write the data set of the votes, if there are any."""
+        try:
+            if self.log.standing():
+                update_data_set(self.folder)
+        # The votes themselves are safe, and the data set is written again after the next one.
+        except (OSError, UserError) as error:
+            logger.warning("The data set of the votes cannot be written (%s).", error)
+
+    def next_pair(self, request: Request, page: Page, have: str = "") -> dict[str, Any]:
+        """Answer with the pair that a page shows; `have` is the id of the one that it has shown so far."""
+        identify(request, page)
+        return self._answer(page, lambda: self._choose(page, have))
+
+    def typed_prompt(self, request: Request, typed: Typed) -> dict[str, Any]:
+        """Answer with a pair of answers to a prompt that was typed."""
+        identify(request, typed)
+
+        def sample() -> Pair:
+            with self._locks[typed.annotator]:
+                pair = self.pairs.typed(typed.annotator, self._source_of(typed), typed.text)
+                self._open[typed.annotator, typed.page] = pair
+                return pair
+
+        return self._answer(typed, sample)
+
+    def vote(self, request: Request, ballot: Ballot) -> dict[str, Any]:
+        """Record a vote, and answer with the next pair. The vote is on disk when this returns."""
+        identify(request, ballot)
+        name, pair = ballot.annotator, self._find(ballot.pair)
+        if pair not in self.pairs.sequence(name, pair.source) and not self.log.has_vote(name, pair.pair):
+            raise HTTPException(410, "This pair was shown under another name; here is another one.")
+        first = pair.shown_first(name)
+        choice = {"first": first, "second": OTHER[first]}.get(ballot.choice or "", ballot.choice)
+        vote = asdict(pair) | {
+            "id": ballot.vote,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "annotator": name,
+            "shown_first": first,
+            "choice": choice,
+            "undoes": ballot.undoes,
+            "seconds": ballot.seconds,
+            "comment": ballot.comment,
+        }
+        del vote["rule"]
+
+        refused = ""
+        try:
+            self.log.add(vote)
+            self._voted.set()
+            # A pair whose vote was taken back is shown again.
+            if choice is None:
+                self._open[name, ballot.page] = pair
+        except Conflict as error:
+            refused = f"Not counted: {error}."
+        return {**self._answer(ballot, lambda: self._choose(ballot)), "refused": refused}
+
+    def state(self, request: Request, page: Page) -> dict[str, Any]:
+        """Answer with what the page says about the votes so far."""
+        identify(request, page)
+        return self._summary(page.annotator)
+
+    def own_votes(self, request: Request, page: Page) -> list[dict[str, Any]]:
+        """Answer with an annotator's votes as the page lists them, the newest first."""
+        identify(request, page)
+        newest = [vote for vote in reversed(self.log.standing(page.annotator)) if vote["pair"] in self.pairs.by_id]
+        listed = []
+        for vote in newest[:LISTED]:
+            first = vote["shown_first"]
+            texts = {"first": vote[first], "second": vote[OTHER[first]], "comment": vote.get("comment") or ""}
+            texts["prompt"] = vote["prompt"][-1]["content"]
+            shown = {name: visible(text, LISTED_LENGTH) for name, text in texts.items()}
+            listed.append({"vote": vote["id"], "pair": vote["pair"], "choice": as_shown(vote, first), **shown})
+        return listed
+
+    def opinions(self, request: Request, page: Page, pair: str) -> list[str]:
+        """Answer with what others would have said about a pair that has the annotator's vote, one line each."""
+        identify(request, page)
+        voted = self._find(pair)
+        if not self.log.has_vote(page.annotator, pair):
+            raise HTTPException(403, "Vote first.")
+        first = voted.shown_first(page.annotator)
+        texts = [getattr(voted, side) for side in (first, OTHER[first])]
+        lines = []
+        if is_gradable(voted.rule):
+            (outcome,) = judge_match(texts[:1], texts[1:], [{**voted.rule, "prompt": voted.prompt}])
+            lines.append(f"The simulated annotators, without noise, would have preferred {OPINIONS[outcome]}.")
+        if self.reward_model is not None:
+            conversations = [[*voted.prompt, {"role": "assistant", "content": text}] for text in texts]
+            scores = score(*self.reward_model, conversations)
+            lines.append(f"The reward model scores A {scores[0]:+.2f} and B {scores[1]:+.2f}.")
+        others = [as_shown(vote, first) for vote in self.log.of_pair(pair) if vote["annotator"] != page.annotator]
+        if others:
+            counts = f"{others.count('first')} A, {others.count('second')} B"
+            lines.append(f"Of {len(others)} other people who saw this pair: {counts}.")
+        names = [getattr(voted, f"model_{side}") for side in (first, OTHER[first])]
+        return [*lines, f"A was written by {names[0]}, B by {names[1]}."]
+
+    @cached_property
+    def reward_model(self) -> Any:
+        """The run's reward model with its tokenizer, None if there is none that can be loaded."""
+        for folder in sorted(self.site.run.glob("[0-9]*_reward*")):
+            with suppress(UserError, OSError, ValueError):
+                return load_model(str(folder), "RUN", reward=True)
+        return None
+
+    def _find(self, pair: str) -> Pair:
+        """Return a pair by its id."""
+        found = self.pairs.by_id.get(pair)
+        if found is None:
+            raise HTTPException(410, "This pair is not known any more; here is another one.")
+        return found
+
+    def _source_of(self, page: Page) -> Source:
+        """Return the models that a page compares."""
+        chosen = page.a or self.source[0], page.b or self.source[1]
+        if not set(chosen) <= set(self.site.models.names):
+            raise HTTPException(422, "There is no such model on this page.")
+        return chosen
+
+    def _answer(self, page: Page, find: Callable[[], Pair]) -> dict[str, Any]:
+        """Return the pair that `find` returns and the state of the votes, or why there is no pair."""
+        try:
+            pair: Any = as_json(find(), page.annotator)
+        except UserError as error:
+            pair = {"error": visible(str(error), 1000)}
+        return {"pair": pair, "state": self._summary(page.annotator)}
+
+    def _choose(self, page: Page, have: str = "") -> Pair:
+        """Return the pair that a page shows.
+
+        It is the one that the page has already, or else the annotator's first pair without a vote that no other page
+        shows, or else a new one.
+        """
+        name, source = page.annotator, self._source_of(page)
+        # Of two pages of the same person, the second waits until the first has its pair.
+        with self._locks[name]:
+            held = self._open.pop((name, page.page), None)
+            # Copied, because pages of other people come and go meanwhile.
+            elsewhere = {pair.pair for (person, _), pair in list(self._open.items()) if person == name}
+            sequence = self.pairs.sequence(name, source)
+            own = [pair for pair in sequence if pair.pair == have or pair == held]
+            free = [pair for pair in sequence if pair.pair not in elsewhere]
+            pair = next((pair for pair in own + free if not self.log.has_vote(name, pair.pair)), None)
+            if pair is None:
+                pair = self.pairs.allot(name, source, pages=len(self._open) + 1)
+            self._open[name, page.page] = pair
+            return pair
+
+    def _summary(self, annotator: str) -> dict[str, Any]:
+        """Return what the page says about the votes so far."""
+        standing = self.log.standing()
+        alpha, shared = agreement(standing)
+        return {
+            "annotator": annotator,
+            "count": sum(vote["annotator"] == annotator for vote in standing),
+            "all": len(standing),
+            "usable": sum(vote["choice"] in OTHER for vote in standing),
+            "people": len({vote["annotator"] for vote in standing}),
+            "goal": self.goal,
+            "alpha": None if math.isnan(alpha) else round(alpha, 3),
+            "shared": shared,
+        }
+
+
+def identify(request: Request, page: Page) -> None:
+    """Give a page the name of the login; without a login, the name that was typed."""
+    name = getattr(request.state, "annotator", None) or page.annotator
+    page.annotator = visible(" ".join(name.split()), 80) or "anonymous"
+
+
+def as_json(pair: Pair, annotator: str) -> dict[str, Any]:
+    """Return a pair as a page gets it: without the names of its models, and with every character visible."""
+    first = pair.shown_first(annotator)
+    prompt = [{"role": visible(turn["role"], 40), "content": visible(turn["content"], LONGEST)} for turn in pair.prompt]
+    answers = [visible(getattr(pair, side), LONGEST) for side in (first, OTHER[first])]
+    return {"pair": pair.pair, "prompt": prompt, "first": answers[0], "second": answers[1]}
+
+
+def as_shown(vote: Vote, first: str) -> str:
+    """Return the choice of a vote for somebody who sees answer `first` first: "first", "second", "tie", ..."""
+    choice = str(vote["choice"])
+    return {first: "first", OTHER[first]: "second"}.get(choice, choice)
+
+
+def agreement(votes: Sequence[Vote]) -> tuple[float, int]:
+    """Return Krippendorff's alpha of the votes on pairs that several people voted on, and the number of these pairs.
+
+    Alpha is 1 if all agree, 0 if they agree as often as by chance, and NaN if that is not defined: nobody voted on the
+    same pair, or all votes are the same. Skipped pairs are missing values.
+    """
+    by_pair: dict[str, dict[str, int]] = defaultdict(dict)
+    for vote in votes:
+        if vote["choice"] != "skip":
+            by_pair[vote["pair"]][vote["annotator"]] = CHOICES.index(vote["choice"])
+    shared = [named for named in by_pair.values() if len(named) > 1]
+    if len({choice for named in shared for choice in named.values()}) < 2:
+        return math.nan, len(shared)
+    # One row for each person, one column for each pair, NaN where a person did not vote on a pair.
+    people = sorted({name for named in shared for name in named})
+    data = np.array([[named.get(name, np.nan) for named in shared] for name in people], dtype=float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(krippendorff.alpha(reliability_data=data, level_of_measurement="nominal")), len(shared)
