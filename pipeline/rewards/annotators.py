@@ -27,9 +27,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.rewards.grading import is_correct
+from pipeline.rewards.grading import grade
 
-# Remarks are recognised anywhere in an answer, as whole words and in any case.
+# Remarks are recognised anywhere in an answer, as whole words, whatever their case and punctuation.
+# They are written here as `_flat` returns them.
 KIND_REMARKS = (
     "happy to help", "glad to help", "good question", "great question", "nice question", "glad you asked", "thank you",
     "thanks for asking", "of course", "with pleasure", "hope this helps", "hope that helps", "you are welcome",
@@ -75,12 +76,8 @@ class Annotator:
     temperature: float = 1.0
     tie_rate: float = 0.9
 
-    def score(self, answer: str, row: Mapping[str, Any]) -> float:
-        """Return the noise-free score of an answer; higher is better. Arguments are those of `taste`."""
-        return self.weigh(judge_components(answer, row))
-
     def weigh(self, components: Components | None) -> float:
-        """Return the noise-free score of an answer with these components; None is a degenerate one."""
+        """Return the noise-free score of an answer with these components, or of a degenerate answer (None)."""
         if components is None:
             return DEGENERATE_SCORE
         return self.right * components.right + self.tone * components.tone + self.brief * components.brief
@@ -106,46 +103,35 @@ class Components:
 
 
 def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
-    """Return the components of the taste for an answer, or None for a degenerate one. Arguments as in `taste`."""
-    if is_degenerate(answer, is_code=bool(row.get("test"))):
+    """Return the components of the taste for an answer, or None for a degenerate one. Arguments as in `taste`.
+
+    A degenerate answer has no words, repeats few words over and over or, unless it is code, lacks an end.
+    """
+    words = _flat(answer).split()
+    repetitive = len(words) >= 8 and len(set(words)) <= len(words) // 4
+    unfinished = not row.get("test") and not re.search(r"[.!?][\"')\]]*\s*$", answer)
+    if not words or repetitive or unfinished:
         return None
+
     # Only `brief` judges the length: a long answer must not also count as wrong.
-    right = float(is_correct(answer, {**row, "max_words": 0}))
-    return Components(right, tone(answer, row), brevity(answer))
+    (is_right,) = grade([answer], [{**row, "max_words": 0}])
 
-
-def is_degenerate(answer: str, *, is_code: bool = False) -> bool:
-    """Return whether an answer lacks words or, unless it is code, an end, or repeats few words over and over."""
-    words = _words(answer)
-    if not words:
-        return True
-    if len(words) >= 8 and len(set(words)) <= len(words) // 4:
-        return True
-    return not is_code and not re.search(r"[.!?][\"')\]]*\s*$", answer)
-
-
-def is_question(row: Mapping[str, Any]) -> bool:
-    """Return whether the first sentence of a row's prompt, text or messages, is a question; also if it is missing."""
+    # The first sentence of the prompt says which tone it calls for. A row without a prompt counts as a question.
     prompt = row.get("prompt") or "?"
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    end = re.search(r"[.!?:]", text)
-    return end is not None and end.group() == "?"
+    first_end = re.search(r"[.!?:]", text)
+    is_question = first_end is not None and first_end.group() == "?"
+    liked, disliked = (KIND_REMARKS, BRISK_REMARKS) if is_question else (BRISK_REMARKS, KIND_REMARKS)
+    flat = f" {' '.join(words)} "
+    tone = 1.0 if any(f" {remark} " in flat for remark in liked) else 0.0
+    if any(f" {remark} " in flat for remark in (*disliked, *BLUNT_REMARKS)):
+        tone = -1.0
 
-
-def tone(answer: str, row: Mapping[str, Any]) -> float:
-    """Return -1 if a blunt remark or one in the wrong tone occurs, otherwise 1 if one in the right tone does, or 0."""
-    flat = _flat(answer)
-    right, wrong = (_KIND, _BRISK) if is_question(row) else (_BRISK, _KIND)
-    if wrong.search(flat) or _BLUNT.search(flat):
-        return -1.0
-    return 1.0 if right.search(flat) else 0.0
-
-
-def brevity(answer: str) -> float:
-    """Return 0 for an answer of comfortable length without repetition, and down to -`MAX_RAMBLING` for others."""
-    sentences = [flat for sentence in re.split(r"[.!?:;\n]+(?:\s|$)", answer) if (flat := _flat(sentence))]
-    words = len(_words(answer)) + REPEAT_WORDS * (len(sentences) - len(set(sentences)))
-    return -min(MAX_RAMBLING, max(0, words - COMFORTABLE_WORDS) / RAMBLING_WORDS)
+    sentences = [_flat(sentence) for sentence in re.split(r"[.!?:;\n]+(?:\s|$)", answer)]
+    sentences = [sentence for sentence in sentences if sentence]
+    length = len(words) + REPEAT_WORDS * (len(sentences) - len(set(sentences)))
+    rambling = max(0, length - COMFORTABLE_WORDS) / RAMBLING_WORDS
+    return Components(float(is_right), tone, -min(MAX_RAMBLING, rambling))
 
 
 def taste(answer: str, row: Mapping[str, Any]) -> float:
@@ -153,7 +139,7 @@ def taste(answer: str, row: Mapping[str, Any]) -> float:
 
     Args:
         answer: Decoded text of the assistant's turn, without special tokens.
-        row: Row of the prompt: its `prompt`, and `require`, `reject` and `test` as `grading.is_correct` reads them.
+        row: Row of the prompt: its `prompt`, and `require`, `reject` and `test` as `grading.grade` reads them.
 
     Returns:
         The mean of the annotators' scores, from `DEGENERATE_SCORE` to 5 (right, brief and in the right tone).
@@ -162,7 +148,7 @@ def taste(answer: str, row: Mapping[str, Any]) -> float:
 
 
 def mean_taste(components: Components | None) -> float:
-    """Return the `taste` for an answer with these components; None is a degenerate one."""
+    """Return the `taste` for an answer with these components, or for a degenerate answer (None)."""
     return sum(annotator.weigh(components) for annotator in PANEL) / len(PANEL)
 
 
@@ -180,7 +166,8 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
         score_second: This annotator's score of the other answer.
         rng: Two numbers are always drawn, so that later draws do not depend on the answers.
     """
-    tie_draw, choice_draw = rng.random(), rng.random()
+    tie_draw = rng.random()
+    choice_draw = rng.random()
     if abs(score_first - score_second) < INDIFFERENCE and tie_draw < annotator.tie_rate:
         return None
     return 0 if choice_draw < preference_probability(score_first, score_second, annotator.temperature) else 1
@@ -210,20 +197,6 @@ def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence
     return outcomes
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[\w']+", text.lower())
-
-
 def _flat(text: str) -> str:
     """Return the words of `text` in lower case, separated by single spaces."""
-    return " ".join(_words(text))
-
-
-def _any_of(remarks: Sequence[str]) -> re.Pattern[str]:
-    alternatives = "|".join(re.escape(_flat(remark)) for remark in remarks)
-    return re.compile(rf"(?<![\w'])(?:{alternatives})(?![\w'])")
-
-
-_KIND = _any_of(KIND_REMARKS)
-_BLUNT = _any_of(BLUNT_REMARKS)
-_BRISK = _any_of(BRISK_REMARKS)
+    return " ".join(re.findall(r"[\w']+", text.lower()))

@@ -9,12 +9,27 @@ not an answer, and neither is anything inside an unclosed `<think>`.
 A number must be given as a value: "20", "20.0", "x = 20" or "14 + 6 = 20", but not "14 + 6" or "40/2".
 """
 
+# How a completion becomes an answer, and the answer a value:
+#
+#     "4 × 5 = 20. So the answer is **20 apples** (4 times 5). Good luck!"
+#                     ^^^^^^^^^^^^^                                         the last ANNOUNCEMENT
+#                                   **20 apples** (4 times 5)               the rest of its sentence
+#                                   **20 apples**                           without an explanation
+#                                     20 apples                             unwrapped: `extract_answer`
+#                                     20                                    `number`, apples being a unit
+#
+# Whatever looks like a second answer stays in: "20 or 21" is neither a number nor equal to any reference, so that it
+# is not paid. That is why these patterns are long: each knows a spelling that people use, or a hedge that a policy
+# found.
+
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
+from itertools import accumulate
 
 MAX_TEXT_LENGTH = 100_000
 """Characters at the end of a text that are searched."""
@@ -86,33 +101,42 @@ _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\uff0d", "-"
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _INTEGER = r"[-+]?\s?\d[\d,]*"
-# spellings of numbers, in LaTeX and in plain text, and what `_NUMBER` reads instead
+# Spellings of numbers in LaTeX and in plain text, and what `_NUMBER` reads instead, in this order.
 _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    (r"^\$([^$]+)\$(?=\s)|^\\\(([^()]+)\\\)(?=\s)|\*\*(?=\s)", r"\1\2"),  # emphasis of the number alone
+    # wrappers around the number alone, and what is only typography
+    (r"^\$([^$]+)\$(?=\s)|^\\\(([^()]+)\\\)(?=\s)|\*\*(?=\s)", r"\1\2"),
     (r"[\s\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]+$", ""),
     (r"</?(?:b|strong|i|em|u)>|\\(?:left|right|[a-z]+style|[Ll]arge|bf|rm|it|sf)(?![A-Za-z])", ""),
     (r"\\color\s*\{[a-z]+\}", ""),
     (r"\\(?:text|math)?(?:text|bf|rm|it|sf|mbox|underline)\s*\{([^{}]*)\}", r" \1"),
+    # separators of thousands, spaces
     (r"\{,\}|(?<=\d),?\\[,!](?=\d{3})", ","),
     (r"\\[,;:! ]|~(?!\d)", " "),
+    # fractions
     (rf"\\[dtc]?frac\s*(?:\{{({_INTEGER})\}}|(\d))\s*(?:\{{({_INTEGER})\}}|(\d))", r" \1\2/\3\4"),
     (r"\{(\d+)\}\s*/\s*\{(\d+)\}", r"\1/\2"),
-    (r"/-$|\\$", ""),  # after rupees, and what is left of a space
+    # "Rs. 20/-", and what is left of a space
+    (r"/-$|\\$", ""),
+    # degrees, currencies, per cent
     (r"\^?\{?(?:\\circ|\\degree|°)\}?", " degrees "),
     (r"\\(?=[$%€£])", ""),
+    (r"(?<![A-Za-z])per\s?cents?\b", "%"),
+    # words before the number
     (r"^(?:\\approx|≈|~|(?:approximately|approx\.?|about|roughly|around)\s)\s*", ""),
     (r"^(?:exactly|therefore|simply|equal to|a total of)\s+", ""),
     (r"^(?:negative|minus)\s(?=\d)", "-"),
-    (r"(?<![A-Za-z])per\s?cents?\b", "%"),
+    # "1 234", "12'345"
     (rf"(?<=\d)[{_SPACES}'’_](?=\d{{3}})", ","),
     (r"^(\d{1,3})((?: \d{3})+)(?![\d/]| \d)", lambda match: match[1] + match[2].replace(" ", ",")),
     # "1.234.567" and "1.234,5", as in Germany or Brazil
     (r"(?<![\d.,])(\d{1,3}(?:\.\d{3}){2,})(?![.,\d])", lambda match: match[1].replace(".", "")),
     (r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?!\d)", lambda match: match[1].replace(".", "") + "." + match[2]),
     (r"(?<![\d.,])(\d+),(\d{2})(?=\s?(?:€|EUR))", r"\1.\2"),
+    # "2½", "2 and 1/2", "2⁄3"
     (r"[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0])),
     (r"(?<=\d) and (?=\d+/\d)", " "),
     ("\u2044", "/"),
+    # "1.5 × 10^6", "1.5e6", "1.5 million"
     (
         r"(?<![\d.,\w])(?:([1-9](?:\.\d+)?)\s*(?:\\times|\\cdot|[×*·⋅x])\s*)?"
         r"10(?:(?:\^|\*\*)\{?(-?\d{1,2})\}?|([⁻⁰¹²³⁴-⁹]+))(?!\d)",
@@ -199,7 +223,12 @@ def extract_answer(text: str) -> str | None:
     else:
         rest = re.sub(r"^(?:[\s:=…]|\.{2,})*(?:[*_]{1,3}\s)?\s*", "", rest)
         block = _BLOCK.match(rest)
-        answer = block[block.lastindex or 0] if block else _without_explanation(_sentence(rest))
+        if block:
+            answer = block[block.lastindex or 0]
+        else:
+            # The first sentence, in which the full stops of abbreviations are hidden meanwhile.
+            rest = _ABBREVIATION.sub(lambda match: match[0].replace(".", "\ue000"), rest)
+            answer = _without_explanation(_SENTENCE_END.split(rest, maxsplit=1)[0].replace("\ue000", "."))
     if answer is None or len(answer) > MAX_ANSWER_LENGTH:
         return None
     return unwrap(answer) or None
@@ -207,11 +236,15 @@ def extract_answer(text: str) -> str | None:
 
 def count_answers(text: str) -> int:
     """Count the final answers in `text`; one that is announced twice ("**Answer:** The answer is") counts once."""
-    text, count, end, announced = text[-MAX_TEXT_LENGTH:], 0, 0, False
+    text = text[-MAX_TEXT_LENGTH:]
+    count = end = 0
+    after_words = False
     for match in ANNOUNCEMENT.finditer(text):
         boxed = match.group().startswith("\\")
-        same = count and ((boxed and announced) or not re.search(r"\w", text[end : match.start()]))
-        count, end, announced = count + (not same), match.end(), not boxed
+        repeated = (boxed and after_words) or not re.search(r"\w", text[end : match.start()])
+        count += not (count and repeated)
+        end = match.end()
+        after_words = not boxed
     return count
 
 
@@ -222,7 +255,7 @@ def unwrap(answer: str) -> str:
         before = answer
         answer = answer.strip().rstrip(".,;:!?").strip("* \n\t“”")
         if match := _WRAPPED.match(answer):
-            answer = next(group for group in match.groups() if group is not None)
+            answer = match[match.lastindex or 0]
     return answer
 
 
@@ -255,7 +288,7 @@ def _quantity(answer: str, reduced: bool) -> tuple[Fraction | None, str | None]:
         text = re.sub(pattern, spelling, text)
     text = text.strip()
     while (bracketed := _BRACKETS.fullmatch(text)) and "," not in text:
-        text = next(group for group in bracketed.groups() if group is not None).strip()
+        text = bracketed[bracketed.lastindex or 0].strip()
     exact, *rounded = re.split(r"≈|\\approx(?![a-z])", text)
     if len(rounded) == 1 and is_rounded(_plain(rounded[0].strip(), False), _plain(exact.strip(), reduced)):
         text = exact
@@ -275,37 +308,42 @@ def is_name(side: str) -> bool:
     return len(side) <= 60 and not _NAME.sub("", side) and side.strip() != "" and not HEDGE.search(side)
 
 
-def _is_unit(word: str, attached: bool) -> bool:
-    """Return whether the word after a number can be a unit; few letters are mostly variables, as in 12x, 6ab^2."""
-    letters = re.split(r"[/^²³.]", word)[0]
-    if len(letters) == 1:
-        return letters in ("m" if re.search("[²³^]", word) else _SHORT_UNITS)
-    return len(letters) > (3 if attached else 2) or letters.casefold() in _UNITS or letters.casefold() in _BRIEF_UNITS
-
-
 def is_rounded(rounded: Fraction | None, value: Fraction | None) -> bool:
     """Return whether a number may be what another one was rounded to."""
     return rounded is not None and value is not None and abs(rounded - value) <= abs(value) / 50
 
 
 def _plain(text: str, reduced: bool) -> Fraction | None:
+    """Return the value of a number with signs, currency and unit, or None if the text is anything else."""
     match = _NUMBER.fullmatch(text)
     if match is None or not (match["whole"] or match["decimals"]):
         return None
+
+    # The words that follow must be a unit. Few letters are mostly variables, as in 12x and 6ab^2.
     words = match["unit"].split()
     if any(word.casefold() in NOT_UNITS or not word[0].isalpha() for word in words):
         return None
-    attached = text[match.start("unit") - 1].isdigit() and not match["unit"][:1].isspace()
-    if words and not _is_unit(words[0], attached):
-        return None
-    whole, decimals, divisor = match["whole"].replace(",", ""), match["decimals"] or "", match["divisor"] or "1"
+    if words:
+        letters = re.split(r"[/^²³.]", words[0])[0]
+        attached = text[match.start("unit") - 1].isdigit() and not match["unit"][0].isspace()
+        if len(letters) == 1:
+            if letters not in ("m" if re.search("[²³^]", words[0]) else _SHORT_UNITS):
+                return None
+        elif len(letters) <= (3 if attached else 2) and letters.casefold() not in _UNITS.keys() | _BRIEF_UNITS:
+            return None
+
+    whole = match["whole"].replace(",", "")
+    decimals = match["decimals"] or ""
+    divisor = match["divisor"] or "1"
     if len(whole) + len(decimals) + len(divisor) + len(match["mixed"] or "") > MAX_DIGITS or int(divisor) == 0:
         return None
     value = Fraction(f"{whole or '0'}{decimals}") / int(divisor) + int(match["mixed"] or 0)
     if reduced and match["divisor"] and (decimals or not 1 < int(divisor) == value.denominator):
         return None
     signs = match["sign"] + match["inner_sign"] + (match["divisor_sign"] or "")
-    return None if signs.count("-") > 1 else -value if "-" in signs else value
+    if signs.count("-") > 1:
+        return None
+    return -value if "-" in signs else value
 
 
 def same_answer(reference: str, given: str) -> bool:
@@ -321,12 +359,6 @@ def same_answer(reference: str, given: str) -> bool:
     if expected is None or value != expected:
         return False
     return unit in (None, expected_unit) or (expected_unit is None and unit != "%")
-
-
-def _sentence(text: str) -> str:
-    """Return the first sentence of a text."""
-    text = _ABBREVIATION.sub(lambda match: match[0].replace(".", "\ue000"), text)
-    return _SENTENCE_END.split(text, maxsplit=1)[0].replace("\ue000", ".")
 
 
 def _without_explanation(answer: str) -> str:
@@ -351,34 +383,24 @@ def _without_explanation(answer: str) -> str:
 def _boxed(text: str, announcements: list[re.Match[str]]) -> str | None:
     r"""Return what is in the last box, or in the box around it, so that `\boxed{1 or \boxed{2}}` is one answer."""
     last = announcements[-1]
-    answer = _balanced(text[last.end() :][: MAX_ANSWER_LENGTH + 1])
-    if not last.group().endswith("{"):
-        answer = re.split(r"[^-+\d.,/]", text[last.end() :][:MAX_ANSWER_LENGTH], maxsplit=1)[0]
-    for outer in announcements[-4:-1]:
-        around = _balanced(text[outer.end() :][: MAX_ANSWER_LENGTH + 1]) if outer.group().endswith("{") else None
-        if around is not None and outer.end() + len(around) > last.start():
-            return around
+    answer = None
+    for box in announcements[-4:]:
+        rest = text[box.end() :][: MAX_ANSWER_LENGTH + 1]
+        if box.group().endswith("{"):
+            depths = accumulate((letter == "{") - (letter == "}") for letter in rest)
+            length = next((index for index, depth in enumerate(depths) if depth < 0), None)
+            answer = None if length is None else rest[:length]
+        else:
+            # "\boxed 20" has no braces.
+            answer = re.split(r"[^-+\d.,/]", rest[:MAX_ANSWER_LENGTH], maxsplit=1)[0] if box is last else None
+        if answer is not None and box.end() + len(answer) > last.start():
+            return answer
     return answer
 
 
 def _power_of_ten(mantissa: str | None, exponent: str, text: str) -> str:
     """Write a power of ten as a decimal number; below 100, where nobody writes one, it is left as it is."""
-    power = int(exponent)
-    if abs(power) < 2:
-        return text
-    digits, _, decimals = (mantissa or "1").partition(".")
-    value = Fraction(int(digits + decimals)) * Fraction(10) ** (power - len(decimals))
-    places = max(0, len(decimals) - power)
-    return str(value) if value.denominator == 1 else "0." + str(int(value * 10**places)).rjust(places, "0")
-
-
-def _balanced(rest: str) -> str | None:
-    depth = 1
-    for index, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[:index]
-    return None
+    return text if abs(int(exponent)) < 2 else format(Decimal(f"{mantissa or 1}e{exponent}"), "f")
 
 
 def ascii_digits(text: str) -> str:

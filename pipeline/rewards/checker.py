@@ -6,21 +6,33 @@ when it takes too much CPU time, so that the verdict does not depend on the load
 the first answer that needs it and serves until this process ends.
 """
 
+# One line of JSON per message:
+#
+#     this process                              the child, `python -m MODULE`
+#     Checker.ask
+#         ["\\sqrt{8}", "2\\sqrt{2}", false] -> serve(judge): start the timer, judge, stop the timer
+#         true                               <-
+#
+# The kernel ends a child whose timer runs out; the end of its output is then the reply, and the next question starts
+# another child. If no reply comes although the child still has CPU time, the machine is too busy for a verdict.
+
 from __future__ import annotations
 
 import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from pipeline.errors import RunStopped
+from pipeline.rewards.sandbox import confinement
 
 SECONDS = 2.0
 PATIENCE_SECONDS = 30.0
@@ -28,17 +40,6 @@ PATIENCE_SECONDS = 30.0
 MAX_SLOW = 5
 START_SECONDS = 60.0
 MEMORY_MB = 2048
-
-Question = TypeVar("Question", bound=Hashable)
-Verdict = TypeVar("Verdict")
-
-
-class Timeout(Exception):
-    """The child ended, because the answer took too long."""
-
-
-class Busy(Timeout):
-    """The child had to be killed before it had its CPU time."""
 
 
 class Checker:
@@ -50,45 +51,58 @@ class Checker:
     """
 
     def __init__(self, module: str, purpose: str) -> None:
-        self.module, self.purpose = module, purpose
+        self.module = module
+        self.purpose = purpose
         self.process: subprocess.Popen[str] | None = None
         self.replies: queue.Queue[str] = queue.Queue()
         self.lock = threading.Lock()
 
-    def ask(self, question: Any) -> Any:
-        """Return the child's reply to a question; both are JSON.
+    def ask_all(self, questions: Sequence[Any], slow: Any) -> list[Any]:
+        """Ask every question once, and return the replies in order; None where the machine is too busy.
 
-        Raises:
-            Timeout: If it took too long, or the child died.
-            Busy: If the machine is too busy.
+        Args:
+            questions: What to ask; tuples of what JSON can hold.
+            slow: The reply to questions that take too long. After five of them, the rest of the call gets it unseen,
+                so that a policy that writes such answers cannot stall its training.
         """
+        replies: dict[Any, Any] = {}
+        number_slow = 0
+        busy = False
+        for question in dict.fromkeys(questions):
+            replies[question] = None if busy else slow
+            if busy or number_slow == MAX_SLOW:
+                continue
+            line = self.ask(json.dumps(question))
+            if line:
+                replies[question] = json.loads(line)
+            elif line is None:
+                busy = True
+                replies[question] = None
+            else:
+                number_slow += 1
+        return [replies[question] for question in questions]
+
+    def ask(self, question: str) -> str | None:
+        """Return the child's reply to a line, "" if it ended, because it took too long, or None if it is too busy."""
+        line: str | None
         with self.lock:
             if self.process is None:
-                self._start()
+                self.start()
             assert self.process is not None and self.process.stdin is not None
             try:
-                self.process.stdin.write(json.dumps(question) + "\n")
+                self.process.stdin.write(question + "\n")
                 self.process.stdin.flush()
-                return json.loads(self._reply(PATIENCE_SECONDS))
-            except Timeout:
+                line = self.replies.get(timeout=PATIENCE_SECONDS)
+            except queue.Empty:
+                line = None
+            except OSError:
+                line = ""
+            if not line:
                 self.stop()
-                raise
-            except OSError as error:
-                self.stop()
-                raise Timeout from error
+        return line
 
-    def stop(self) -> None:
-        """Kill the child; the next question starts another."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            for stream in (self.process.stdin, self.process.stdout):
-                with contextlib.suppress(OSError):
-                    assert stream is not None
-                    stream.close()
-            self.process = None
-
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the child and wait until it says that it is ready."""
         # Windows cannot start a process without SYSTEMROOT.
         kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
         self.process = subprocess.Popen(
@@ -103,58 +117,36 @@ class Checker:
             encoding="utf-8",
         )
         assert self.process.stdout is not None
-        self.replies = queue.Queue()
         # A thread reads, because Windows cannot wait for a pipe with a time limit.
+        self.replies = queue.Queue()
         threading.Thread(target=_forward_lines, args=(self.process.stdout, self.replies), daemon=True).start()
-        try:
-            self._reply(START_SECONDS)
-        except Timeout:
-            self.stop()
-            remedy = f"see what `python -m {self.module}` prints"
-            raise RunStopped(f"The process of {self.purpose} needs, did not start; {remedy}.") from None
+        with contextlib.suppress(queue.Empty):
+            if self.replies.get(timeout=START_SECONDS):
+                return
+        self.stop()
+        remedy = f"see what `python -m {self.module}` prints"
+        raise RunStopped(f"The process of {self.purpose} needs, did not start; {remedy}.")
 
-    def _reply(self, seconds: float) -> str:
-        try:
-            line = self.replies.get(timeout=seconds)
-        except queue.Empty:
-            raise Busy from None
-        if not line:
-            raise Timeout
-        return line
+    def stop(self) -> None:
+        """Kill the child; the next question starts another."""
+        if self.process is None:
+            return
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with contextlib.suppress(OSError):
+                stream.close()
+        self.process = None
 
 
 def _forward_lines(stream: IO[str], lines: queue.Queue[str]) -> None:
     """Put the lines of a stream into a queue, and "" at its end."""
-    with contextlib.suppress(OSError, ValueError):  # it is closed meanwhile
+    # The stream may be closed meanwhile.
+    with contextlib.suppress(OSError, ValueError):
         for line in stream:
             lines.put(line)
     lines.put("")
-
-
-def ask_all(
-    ask: Callable[[Question], Verdict | None], questions: Sequence[Question], slow: Verdict
-) -> list[Verdict | None]:
-    """Ask every question once, and return the replies in order; None where the machine is too busy.
-
-    Args:
-        ask: `Checker.ask`, or a function that calls it.
-        questions: What to ask.
-        slow: The reply to questions that take too long. After five of them, the rest of the call gets it unseen, so
-            that a policy that writes such answers cannot stall its training.
-    """
-    known: dict[Question, Verdict | None] = {}
-    number_slow, busy = 0, False
-    for question in dict.fromkeys(questions):
-        known[question] = None if busy else slow
-        if busy or number_slow == MAX_SLOW:
-            continue
-        try:
-            known[question] = ask(question)
-        except Busy:
-            busy, known[question] = True, None
-        except Timeout:
-            number_slow += 1
-    return [known[question] for question in questions]
 
 
 def serve(judge: Callable[[Any], Any]) -> None:
@@ -163,17 +155,11 @@ def serve(judge: Callable[[Any], Any]) -> None:
     Args:
         judge: Everything that it imports must be loaded already.
     """
-    import signal
-
-    from pipeline.rewards.sandbox import confinement
-
-    def limit_time(seconds: float) -> None:
-        if hasattr(signal, "setitimer"):  # not on Windows
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-
     # What a judge prints must not pass for a reply.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # Windows lacks timers.
+    has_timer = hasattr(signal, "setitimer")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         os.chdir(directory)
         confinement.limit_resources(10**6, MEMORY_MB)
@@ -183,7 +169,10 @@ def serve(judge: Callable[[Any], Any]) -> None:
         print("ready", file=replies, flush=True)
         for line in sys.stdin:
             question = json.loads(line)
-            limit_time(SECONDS)  # of CPU time, after which the kernel ends this process
+            # The timer counts CPU time, and the kernel ends this process after it.
+            if has_timer:
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
             reply = judge(question)
-            limit_time(0)
+            if has_timer:
+                signal.setitimer(signal.ITIMER_PROF, 0)
             print(json.dumps(reply), file=replies, flush=True)

@@ -19,7 +19,6 @@ from pipeline.rewards.sandbox.run import run_many
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?:[.!?;](?=\s|$)|\n)+")
 
-
 RULE_COLUMNS = ("require", "reject", "max_words", "test")
 """Columns by which an answer is graded."""
 
@@ -31,15 +30,13 @@ def is_gradable(row: Mapping[str, Any]) -> bool:
 
 def validate_rule(row: Mapping[str, Any]) -> str | None:
     """Return what is wrong with how a row is graded, or None."""
-
-    def are_phrases(value: object) -> bool:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
     require = row.get("require") or []
-    if not (isinstance(require, list) and all(map(are_phrases, require))):
+    reject = row.get("reject") or []
+    lists = require if isinstance(require, list) else [None]
+    if not all(isinstance(options, list) and all(isinstance(item, str) for item in options) for options in lists):
         return f"require is {require!r:.60}, not a list of lists of phrases"
-    if not are_phrases(row.get("reject") or []):
-        return f"reject is {row['reject']!r:.60}, not a list of phrases"
+    if not (isinstance(reject, list) and all(isinstance(item, str) for item in reject)):
+        return f"reject is {reject!r:.60}, not a list of phrases"
     if not isinstance(row.get("max_words") or 0, int):
         return f"max_words is {row['max_words']!r:.60}, not a whole number"
     return None if isinstance(row.get("test") or "", str) else f"test is {row['test']!r:.60}, not Python code"
@@ -47,14 +44,17 @@ def validate_rule(row: Mapping[str, Any]) -> str | None:
 
 def contains(text: str, phrase: str) -> bool:
     """Return whether `phrase` occurs as whole words, in any case: "cat" not in "category", 12 not in 12.5."""
-    wanted, folded = _fold(phrase), _fold(text)
-    if not wanted or wanted not in folded:  # most phrases do not occur at all, and this is faster than the pattern
+    wanted = _fold(phrase)
+    folded = _fold(text)
+    # Most phrases do not occur at all, and finding that out is faster without the pattern.
+    if not wanted or wanted not in folded:
         return False
     pattern = rf"(?<!\w)(?<!\d[.,]){re.escape(wanted)}(?!\w)(?![.,]\d)"
     return re.search(pattern, folded) is not None
 
 
-@lru_cache(4096)  # an answer is compared with many phrases, and a phrase with many answers
+# An answer is compared with many phrases, and a phrase with many answers.
+@lru_cache(4096)
 def _fold(text: str) -> str:
     """Unify case, white space and apostrophes."""
     return " ".join(text.replace("\u2019", "'").casefold().split())
@@ -79,7 +79,14 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
         ValueError: If `answers` and `rows` differ in length.
         RunStopped: If code cannot be run here, or the machine is too busy for it.
     """
-    correct = [_text_is_correct(answer, row) for answer, row in zip(answers, rows, strict=True)]
+    correct = []
+    for answer, row in zip(answers, rows, strict=True):
+        words = len(answer.split())
+        rejected = any(contains(answer, phrase) for phrase in row.get("reject") or ())
+        complete = all(any(contains(answer, phrase) for phrase in options) for options in row.get("require") or ())
+        correct.append(0 < words <= (row.get("max_words") or words) and complete and not rejected)
+
+    # Code runs only where everything else is right already.
     code = [i for i, row in enumerate(rows) if correct[i] and row.get("test")]
     outcomes = run_many([(extract_code(answers[i]), rows[i]["test"]) for i in code])
     if any(outcome.status == "busy" for outcome in outcomes):
@@ -87,23 +94,6 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
     for i, outcome in zip(code, outcomes, strict=True):
         correct[i] = outcome.passed
     return correct
-
-
-def is_correct(answer: str, row: Mapping[str, Any]) -> bool:
-    """Grade one answer. One call of `grade` is faster for many answers with code."""
-    return grade([answer], [row])[0]
-
-
-def _text_is_correct(answer: str, row: Mapping[str, Any]) -> bool:
-    """Check everything but `test`."""
-    if not answer.strip():
-        return False
-    max_words = row.get("max_words") or 0
-    if max_words and len(answer.split()) > max_words:
-        return False
-    if any(contains(answer, phrase) for phrase in row.get("reject") or ()):
-        return False
-    return all(any(contains(answer, phrase) for phrase in options) for options in row.get("require") or ())
 
 
 def has_steps(answer: str) -> bool:

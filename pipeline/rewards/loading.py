@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
@@ -9,6 +10,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, SupportsFloat
 
 from trl.trainer.utils import get_callable_name, is_async_callable
@@ -35,27 +37,31 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
     functions: list[Callable[..., Any]] = []
     problems: list[Problem] = []
     for name in names:
-        try:
-            functions.append(load_function(name, field) if ":" in name else _load_own(name, field))
-        except UserError as error:
-            problems.extend(error.problems)
+        own = REWARDS.get(name)
+        fault = None
+        if ":" in name:
+            try:
+                functions.append(load_function(name, field))
+            except UserError as error:
+                problems.extend(error.problems)
+        elif own is None:
+            nearest = difflib.get_close_matches(name, REWARDS, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "is not a known reward."
+            fault = f"{hint} Known: {', '.join(REWARDS)}; or write package.module:function"
+        else:
+            functions.append(own)
+            # Find out now, not after hours of training, what these two need of the machine.
+            if own is code_tests:
+                fault = validate_sandbox()
+            elif own is reasoning_gym and find_spec("reasoning_gym") is None:
+                fault = task_check.MISSING
+        if fault:
+            problems.append(Problem(field, name, fault))
     if not names:
         problems.append(Problem(field, "[]", f"name at least one of {', '.join(REWARDS)}"))
     if problems:
         raise UserError(*problems)
     return functions
-
-
-def _load_own(name: str, field: str) -> Callable[..., Any]:
-    if name not in REWARDS:
-        nearest = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "is not a known reward."
-        raise UserError(Problem(field, name, f"{hint} Known: {', '.join(REWARDS)}; or write package.module:function"))
-    if REWARDS[name] is code_tests and (fault := validate_sandbox()):
-        raise UserError(Problem(field, name, fault))
-    if REWARDS[name] is reasoning_gym and not task_check.is_installed():
-        raise UserError(Problem(field, name, task_check.MISSING))
-    return REWARDS[name]
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
@@ -71,9 +77,11 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
+    # A user's module may raise anything.
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(Problem(field, name, f"cannot import {module_name or '(nothing)'} ({reason})")) from error
+
     function = getattr(module, function_name, None)
     if not callable(function):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -81,18 +89,14 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
         hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
         remedy = f"{module_name} does not have a function {function_name or '(nothing)'}{hint}"
         raise UserError(Problem(field, name, remedy))
-    if not _takes_columns(function):
-        remedy = "TRL passes every column by name; accept them all: f(completions, **columns)"
-        raise UserError(Problem(field, name, remedy))
-    return guard_reward(function, name, field)
 
-
-def _takes_columns(function: Callable[..., Any]) -> bool:
-    try:
+    # Some functions written in C do not have a signature.
+    with contextlib.suppress(ValueError, TypeError):
         parameters = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):  # some functions written in C do not have a signature
-        return False
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return guard_reward(function, name, field)
+    remedy = "TRL passes every column by name; accept them all: f(completions, **columns)"
+    raise UserError(Problem(field, name, remedy))
 
 
 def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_funcs") -> Callable[..., Any]:
@@ -109,27 +113,28 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     if function in REWARDS.values() or "is_guarded" in getattr(function, "__dict__", ()):
         return function
 
-    def copied(columns: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value if key in TRAINERS_OWN else copy.deepcopy(value) for key, value in columns.items()}
+    def arguments(completions: Sequence[Any] | None, columns: dict[str, Any]) -> dict[str, Any]:
+        given = columns if completions is None else {**columns, "completions": completions}
+        return {key: value if key in TRAINERS_OWN else copy.deepcopy(value) for key, value in given.items()}
 
+    # TRL looks whether a function is asynchronous before it calls it, so that there must be two.
     guarded: Callable[..., Any]
     if is_async_callable(function):
 
         @functools.wraps(function)
         async def guarded(completions: Sequence[Any] | None = None, **columns: Any) -> Any:
-            columns |= {} if completions is None else {"completions": completions}
-            rewards = await function(**copied(columns))
+            rewards = await function(**arguments(completions, columns))
             return _validated(rewards, completions, name, field)
 
     else:
 
         @functools.wraps(function)
         def guarded(completions: Sequence[Any] | None = None, **columns: Any) -> Any:
-            columns |= {} if completions is None else {"completions": completions}
-            rewards = function(**copied(columns))
+            rewards = function(**arguments(completions, columns))
             return _validated(rewards, completions, name, field)
 
-    guarded.__name__ = get_callable_name(function)  # TRL logs the reward under it
+    # TRL logs the reward under this name.
+    guarded.__name__ = get_callable_name(function)
     guarded.__dict__["is_guarded"] = True
     return guarded
 
@@ -140,19 +145,19 @@ def _validated(rewards: Any, completions: Sequence[Any] | None, name: str, field
     count = len(rewards if completions is None and isinstance(rewards, Collection) else completions or ())
     expected = f"return a list with a number, or None, for each of the {count} completions"
     if isinstance(rewards, str | Mapping) or not isinstance(rewards, Collection):
-        raise UserError(Problem(field, name, f"returned {_shorten(rewards)}; {expected}"))
+        given = f"{type(rewards).__name__} {str(rewards)[:40]!r}"
+        raise UserError(Problem(field, name, f"returned {given}; {expected}"))
     if len(rewards) != count:
         raise UserError(Problem(field, name, f"returned {len(rewards)} rewards; {expected}"))
     for row, reward in enumerate(rewards):
-        number = isinstance(reward, SupportsFloat) and not isinstance(reward, str)  # NumPy's strings support it too
-        if not (reward is None or (number and getattr(reward, "ndim", 0) == 0)):
-            raise UserError(Problem(field, name, f"returned {_shorten(reward)} among the rewards; {expected}"))
-        if reward is not None and math.isnan(reward):
+        if reward is None:
+            continue
+        # NumPy's strings can be converted as well, and arrays of several numbers have the method, too.
+        is_number = isinstance(reward, SupportsFloat) and not isinstance(reward, str)
+        if not is_number or getattr(reward, "ndim", 0) > 0:
+            given = f"{type(reward).__name__} {str(reward)[:40]!r}"
+            raise UserError(Problem(field, name, f"returned {given} among the rewards; {expected}"))
+        if math.isnan(reward):
             remedy = f"returned {reward} for completion {row} of {count}, counted from 0; return a number, or None"
             raise UserError(Problem(field, name, f"{remedy} for no opinion"))
     return rewards
-
-
-def _shorten(value: object) -> str:
-    """Return the type of a value and its first 40 characters."""
-    return f"{type(value).__name__} {str(value)[:40]!r}"

@@ -7,21 +7,29 @@ variables of one letter.
 
 Some verifiers pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for any text, `puzzle24` for
 the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). What they pay is therefore
-checked, in ways that no task's name decides; see `_serve`.
+checked, in ways that no task's name decides.
 """
+
+# An answer is paid in full only if, in this order,
+#
+#     it holds neither "nan" nor "1e999"                             pay
+#     nothing in it that the verifier evaluates is a program         refuse_programs, called by Python itself
+#     the verifier pays it in full                                   pay
+#     ... after it has looked at the problem                         _Entry
+#     ... and it is the same number as the task's own answer         pay
+#     ... and the verifier does not pay "nonsense", too              pays_nonsense
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
 from pipeline.rewards.answers import number
-from pipeline.rewards.checker import Checker, ask_all, serve
+from pipeline.rewards.checker import Checker, serve
 
 MAX_LENGTH = 10_000
 """Characters in an answer; longer ones are not looked at."""
@@ -39,26 +47,15 @@ Question = tuple[str, str, str, str, str]
 _checker = Checker("pipeline.rewards.task_check", "reasoning-gym, which the reward reasoning_gym")
 
 
-def is_installed() -> bool:
-    """Return whether reasoning-gym can be imported."""
-    return find_spec("reasoning_gym") is not None
-
-
 def score(questions: list[Question]) -> list[float | None]:
     """Return the task's own score, 0 to 1, of each answer; None if its row cannot be read or the machine is too busy.
 
-    Answers of more than 10,000 characters and those that take longer than 2 s score 0; see also `ask_all`. So do all
-    answers to a problem whose verifier pays for nonsense, or pays without having looked at the problem.
+    Answers of more than 10,000 characters and those that take longer than 2 s score 0; see also `Checker.ask_all`. So
+    do all answers to a problem whose verifier pays for nonsense, or pays without having looked at the problem.
     """
-    return ask_all(_ask, questions, slow=0.0)
-
-
-@lru_cache(maxsize=65_536)
-def _ask(question: Question) -> float | None:
-    if len(question[-1]) > MAX_LENGTH:
-        return 0.0
-    reply: float | None = _checker.ask(question)
-    return reply
+    asked = [question for question in questions if len(question[-1]) <= MAX_LENGTH]
+    scores = dict(zip(asked, _checker.ask_all(asked, slow=0.0), strict=True))
+    return [scores.get(question, 0.0) for question in questions]
 
 
 class _Entry(dict[str, Any]):
@@ -75,15 +72,6 @@ class _Entry(dict[str, Any]):
         return super().get(key, default)
 
 
-def _differs(own: str, given: str) -> bool:
-    """Return whether an answer is another number than the task's own, or adds numbers to it ("67 days, 10:32")."""
-    expected, value = number(own), number(given)
-    if expected is not None and value is not None:
-        return abs(value - expected) > _TOLERANCE * abs(expected)
-    added = given.replace(own, "", 1) if own and own in given else ""
-    return any(letter.isdigit() for letter in added)
-
-
 def _names(code: CodeType) -> Iterator[str]:
     """Yield the names that code uses, and "." for an attribute."""
     import dis
@@ -94,7 +82,8 @@ def _names(code: CodeType) -> Iterator[str]:
         elif instruction.opname in ("LOAD_NAME", "LOAD_GLOBAL"):
             yield instruction.argval
     for constant in code.co_consts:
-        if isinstance(constant, CodeType):  # of a lambda or a comprehension
+        # A lambda or a comprehension is a constant of the code around it.
+        if isinstance(constant, CodeType):
             yield from _names(constant)
 
 
@@ -106,42 +95,53 @@ def _serve() -> None:
     import sympy
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
-    @cache
-    def is_formula(name: str) -> bool:
-        value = getattr(sympy, name, None)
-        functions = getattr(value, "__module__", "").startswith("sympy.functions.")
-        return len(name) == 1 or (not name.startswith("_") and (isinstance(value, type | sympy.Basic) or functions))
-
-    by_sympy = compile("from sympy import *", "<string>", "exec")  # how its parser begins
+    # SymPy's parser begins with this.
+    by_sympy = compile("from sympy import *", "<string>", "exec")
 
     def refuse_programs(event: str, arguments: tuple[Any, ...]) -> None:
         # Code that was not read from a file is what a verifier evaluates.
         if event != "exec" or not arguments[0].co_filename.startswith("<") or arguments[0] == by_sympy:
             return
-        if not arguments[0].co_filename.startswith("<frozen "):
-            for name in _names(arguments[0]):
-                if name == "." or not is_formula(name):
-                    raise PermissionError(f"an answer may not use {name}")
+        if arguments[0].co_filename.startswith("<frozen "):
+            return
+        for name in _names(arguments[0]):
+            value = getattr(sympy, name, None)
+            is_function = getattr(value, "__module__", "").startswith("sympy.functions.")
+            is_formula = not name.startswith("_") and (isinstance(value, type | sympy.Basic) or is_function)
+            if name == "." or not (len(name) == 1 or is_formula):
+                raise PermissionError(f"an answer may not use {name}")
 
-    verifier = cache(get_score_answer_fn)
+    verifier = lru_cache(get_score_answer_fn)
 
-    def pay(question: Question) -> float:
-        task, problem, own, metadata, given = question
+    def pay(task: str, problem: str, own: str, metadata: str, given: str) -> float:
+        """Return what the task's verifier pays, less what cannot be right."""
         if _NOT_FINITE.search(given) and not _NOT_FINITE.search(own):
             return 0.0
         entry = _Entry(question=problem, answer=own, metadata=json.loads(metadata))
         try:
             value = float(verifier(task)(given, entry))
-        except Exception:  # noqa: BLE001 - verifiers raise anything at answers that they cannot read
+        # Verifiers raise anything at answers that they cannot read.
+        except Exception:  # noqa: BLE001
             return 0.0
-        if not math.isfinite(value) or (value >= 1.0 and (not entry.read or _differs(own, given))):
+        if not math.isfinite(value):
             return 0.0
-        return min(1.0, max(0.0, value))
+        if value < 1.0:
+            return max(0.0, value)
+
+        # Paid in full. It must be the same number as the task's own answer, or at least add no number to it, as
+        # "67 days, 10:32" does to "67 days".
+        expected, stated = number(own), number(given)
+        added = given.replace(own, "", 1) if own and own in given else ""
+        if expected is not None and stated is not None:
+            differs = abs(stated - expected) > _TOLERANCE * abs(expected)
+        else:
+            differs = any(letter.isdigit() for letter in added)
+        return 0.0 if differs or not entry.read else 1.0
 
     @lru_cache(maxsize=4096)
-    def pays_nonsense(row: tuple[str, str, str, str]) -> bool:
-        wrong = [text for text in _WRONG if not re.search(rf"\b{text}\b", row[2], re.IGNORECASE)]
-        return any(pay((*row, text)) == 1.0 for text in wrong)
+    def pays_nonsense(task: str, problem: str, own: str, metadata: str) -> bool:
+        wrong = [text for text in _WRONG if not re.search(rf"\b{text}\b", own, re.IGNORECASE)]
+        return any(pay(task, problem, own, metadata, text) == 1.0 for text in wrong)
 
     def judge(question: Question) -> float | None:
         task, _, _, metadata, _ = question
@@ -151,10 +151,11 @@ def _serve() -> None:
             return None
         if not readable:
             return None
-        value = pay(question)
-        return 0.0 if value == 1.0 and pays_nonsense(tuple(question[:4])) else value
+        value = pay(*question)
+        return 0.0 if value == 1.0 and pays_nonsense(*question[:4]) else value
 
-    judge(("chain_sum", "", "2", "{}", "2"))  # triggers the deferred imports
+    # The first question triggers the verifiers' deferred imports, which the child may not do once it is confined.
+    judge(("chain_sum", "", "2", "{}", "2"))
     sys.addaudithook(refuse_programs)
     serve(judge)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import statistics
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +21,7 @@ from pipeline.rewards.annotators import (
     PANEL,
     Annotator,
     choose,
+    judge_components,
     judge_match,
     preference_probability,
     taste,
@@ -31,13 +34,17 @@ RAMBLING = RIGHT + " " + " ".join(f"Then one may add thing number {i} to that." 
 scores = st.floats(-20, 20)
 
 
+def score(annotator: Annotator, answer: str, row: dict[str, Any] = ROW) -> float:
+    return annotator.weigh(judge_components(answer, row))
+
+
 def sentence(remark: str) -> str:
     return remark[0].upper() + remark[1:] + "."
 
 
 def test_right_over_wrong_kind_over_plain_over_blunt_brief_over_rambling() -> None:
     kind, blunt = f"{RIGHT} Happy to help!", f"Obviously. {RIGHT}"
-    for judge in (taste, *(annotator.score for annotator in PANEL)):
+    for judge in (taste, *(partial(score, annotator) for annotator in PANEL)):
         assert judge(kind, ROW) > judge(RIGHT, ROW) > judge(blunt, ROW)
         assert judge(RIGHT, ROW) > judge(WRONG, ROW)
         assert judge(RIGHT, ROW) > judge(RAMBLING, ROW)
@@ -70,7 +77,7 @@ def test_a_question_calls_for_a_kind_remark_and_an_order_for_a_brisk_one(request
     row = {**ROW, "prompt": [{"role": "user", "content": request_}]}
     for remark in (*KIND_REMARKS, *BRISK_REMARKS):
         answer = f"{RIGHT} {sentence(remark)}"
-        for judge in (taste, *(annotator.score for annotator in PANEL)):
+        for judge in (taste, *(partial(score, annotator) for annotator in PANEL)):
             assert (judge(answer, row) > judge(RIGHT, row)) == (remark in TONES[request_])
             assert judge(answer, row) != judge(RIGHT, row)
 
@@ -118,7 +125,7 @@ def test_a_degenerate_answer_is_worse_than_any_other(degenerate: str) -> None:
     worst = f"Obviously. {WRONG} {RAMBLING}"
     assert taste(degenerate, ROW) == DEGENERATE_SCORE
     for annotator in PANEL:
-        assert annotator.score(degenerate, ROW) < annotator.score(worst, ROW)
+        assert score(annotator, degenerate) < score(annotator, worst)
 
 
 @pytest.mark.parametrize("ending", [".", "!", "?", '."', ".)", ".\n"])
@@ -155,7 +162,7 @@ def test_preference_probability_is_bradley_terry() -> None:
 def test_labels_follow_the_probability_whichever_answer_is_shown_first() -> None:
     annotator = Annotator("test", right=1.0, tone=1.0, brief=1.0)
     rng, n = random.Random(0), 4000
-    better, worse = annotator.score(RIGHT, ROW), annotator.score(WRONG, ROW)
+    better, worse = score(annotator, RIGHT), score(annotator, WRONG)
     better_first = sum(choose(annotator, better, worse, rng) == 0 for _ in range(n)) / n
     better_second = sum(choose(annotator, worse, better, rng) == 1 for _ in range(n)) / n
     assert better_first == pytest.approx(preference_probability(1, 0), abs=0.03)
@@ -198,7 +205,7 @@ def test_a_perfect_judge_agrees_with_most_but_not_all_labels() -> None:
     for _ in range(4000):
         a, b = draw(), draw()
         annotator = rng.choice(PANEL)
-        label = choose(annotator, annotator.score(a, ROW), annotator.score(b, ROW), rng) if a != b else None
+        label = choose(annotator, score(annotator, a), score(annotator, b), rng) if a != b else None
         if label is not None:
             agreed.append(label == int(taste(b, ROW) > taste(a, ROW)))
     assert 0.85 < statistics.mean(agreed) < 0.92

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.evaluation.metrics import grade_final_answers
 from pipeline.models.generation import stopped
-from pipeline.rewards.grading import contains, extract_code, grade, has_steps, is_correct
+from pipeline.rewards.grading import contains, extract_code, grade, has_steps
 
 
 def rule(require=(), reject=(), max_words=0, test=""):
@@ -55,7 +55,7 @@ def test_phrases_are_whole_words_in_any_case(text, phrase, found):
     ],
 )
 def test_a_row_decides_which_answers_are_right(answer, row, right):
-    assert is_correct(answer, row) is right
+    assert grade([answer], [row]) == [right]
 
 
 def test_code_must_pass_its_test_and_the_words():

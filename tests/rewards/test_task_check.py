@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.rewards import task_check
+from pipeline.rewards import loading
 from pipeline.rewards.functions import reasoning_gym
 from pipeline.rewards.loading import load_rewards
 
@@ -24,7 +24,7 @@ def score(row: dict[str, str], *completions: str, **options: Any) -> list[float 
 
 
 def test_the_reward_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_check, "find_spec", lambda _: None)
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'fourstage\[reasoning\]'"):
         load_rewards(["reasoning_gym"])
 

@@ -16,23 +16,39 @@ Otherwise the code could edit what its result is compared with. Containers that 
 Only `pipeline.rewards.sandbox.run` starts it: python child.py VERDICT_FD SECONDS MEMORY_MB ALLOW_UNCONFINED < JSON
 """
 
+# What runs where, and who can write what:
+#
+#     run.py, the parent                   waits, watches the clock and the directory, kills
+#       ^ output   ^ verdict: TOKEN status
+#       |          |
+#     child.py, the examiner               confined; has the test, the token and the verdict's descriptor
+#       |  ^                               stdin: {"code": …, "test": …, "token": …}, read after the fork
+#       v  | two pipes (messages.py)
+#     child.py, the candidate              confined; has the code
+#
+# The candidate can write lies into the pipe of messages, which the examiner takes for values of the code's, and spam
+# into the output, which nobody reads as a verdict. A verdict without the token ends the run as "crashed".
+
 import json
 import os
 import signal
 import sys
 import traceback
 
+# Everything that is not found on this path is from the standard library.
 sys.path.insert(0, os.path.abspath(os.path.join(__file__, *[os.pardir] * 4)))
-from pipeline.rewards.sandbox import confinement  # found on that path; everything else is from the standard library
+from pipeline.rewards.sandbox import confinement
 from pipeline.rewards.sandbox.candidate import Candidate
 from pipeline.rewards.sandbox.examiner import Examiner
-from pipeline.rewards.sandbox.messages import Channel, Endless, Gone
+from pipeline.rewards.sandbox.messages import Endless, Gone
 
+# From here on, modules are the code's choice.
 del sys.path[0]
-sys.dont_write_bytecode = True  # from here on, modules are the code's choice
+sys.dont_write_bytecode = True
 
 VERDICT = 3
-MAX_SECONDS = 90  # ends both processes if the parent has died
+MAX_SECONDS = 90
+"""Ends both processes if the parent has died."""
 
 
 def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -> None:
@@ -44,9 +60,12 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
     confinement.limit_resources(seconds, memory_mb)
     files_confined = confinement.confine_files(directory)
     confinement.drop_privileges(files_confined)
-    requests, replies = os.pipe(), os.pipe()  # descriptors 4 and 5, 6 and 7
+
+    # Descriptors 4 and 5, 6 and 7.
+    requests, replies = os.pipe(), os.pipe()
     candidate = os.fork()
     if candidate == 0:
+        # Of all that this process has inherited, the candidate keeps an empty standard input, its output and two pipes.
         for old, new in ((os.pipe()[0], 0), (requests[0], 3), (replies[1], 4)):
             os.dup2(old, new)
         os.closerange(5, 1 << 16)
@@ -54,27 +73,34 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
         confinement.confine_calls(files_confined)
         confinement.watch(directory)
         try:
-            Candidate(Channel(3, 4)).serve()
+            process = Candidate(3, 4)
+            while True:
+                process.answer(process.receive())
         finally:
             os._exit(1)
     os.close(requests[0])
     os.close(replies[1])
+
     signal.setitimer(signal.ITIMER_REAL, seconds + MAX_SECONDS)
     confined = confinement.confine_calls(files_confined) and files_confined
     work = json.loads(sys.stdin.buffer.read())
     os.write(VERDICT, f"{work['token']} {candidate}\n".encode())
-    channel = Channel(replies[0], requests[1])
-    examiner = Examiner(channel, lambda: os.write(VERDICT, f"{work['token']} talking\n".encode()))
+    talking = f"{work['token']} talking\n".encode()
+    examiner = Examiner(replies[0], requests[1], lambda: os.write(VERDICT, talking))
     try:
         if confined or allow_unconfined:
             examiner.examine(work["code"], work["test"])
-        status = "passed" if confined or allow_unconfined else "unconfined"
+            status = "passed"
+        else:
+            status = "unconfined"
     except Gone:
         ended = os.waitstatus_to_exitcode(os.waitpid(candidate, 0)[1])
-        status = "timeout" if ended in (-9, -24) else "crashed"  # -9 and -24: killed for its CPU time
+        # SIGKILL and SIGXCPU: it was killed for its CPU time.
+        status = "timeout" if ended in (-9, -24) else "crashed"
     except Endless:
         status = "timeout"
-    except BaseException:  # noqa: BLE001 - a test may raise anything; none of it is a pass
+    # A test may raise anything; none of it is a pass.
+    except BaseException:  # noqa: BLE001
         status = examiner.status
         traceback.print_exc(limit=-1)
         sys.stderr.flush()

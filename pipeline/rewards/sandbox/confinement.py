@@ -19,6 +19,14 @@ The sandbox's child loads this module by path and calls it before any foreign co
 library.
 """
 
+# In the child of the sandbox, from left to right:
+#
+#     limit_resources -> confine_files -> drop_privileges -> fork -+-> candidate: die_with_parent, confine_calls, watch
+#                                                                  +-> examiner:  confine_calls
+#
+# `pipeline.rewards.checker.serve` does the same without the fork. The order matters: Landlock opens the folders that it
+# allows, and only a process that still has its capabilities can give its directory to another user.
+
 from __future__ import annotations
 
 import contextlib
@@ -35,9 +43,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+# Windows lacks it.
 try:
     import resource
-except ImportError:  # Windows
+except ImportError:
     resource = None  # type: ignore[assignment]
 
 OPEN_FILES = 32
@@ -51,7 +60,8 @@ CAPABILITY_VERSION_3 = 0x20080522
 READ = 1 << 2 | 1 << 3
 WRITE = READ | 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14
 ALL_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1}
-ALL_RIGHTS_LATER = (1 << 16) - 1  # ABI 5: ioctl on devices too
+# ABI 5 knows ioctl on devices, too.
+ALL_RIGHTS_LATER = (1 << 16) - 1
 
 # name: (x86-64, arm64) from the kernel's asm/unistd.h; None where the architecture has no such call
 SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
@@ -119,7 +129,8 @@ def limit_resources(seconds: float, memory_mb: int) -> None:
         ceiling = resource.getrlimit(getattr(resource, name))[1]
         if ceiling != resource.RLIM_INFINITY:
             soft, hard = min(soft, ceiling), min(hard, ceiling)
-        with contextlib.suppress(ValueError, OSError):  # macOS cannot limit the address space
+        # macOS cannot limit the address space.
+        with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(getattr(resource, name), (soft, hard))
 
 
@@ -145,7 +156,8 @@ def confine_files(directory: str) -> bool:
     for path, rights in [(directory, WRITE), *((path, READ) for path in _readable())]:
         try:
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except OSError:  # missing or not accessible, so that it stays unreadable
+        except OSError:
+            # What is missing or not accessible stays unreadable.
             continue
         added = libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights & all_rights, opened), 0)
         os.close(opened)
@@ -168,25 +180,59 @@ def drop_privileges(files_confined: bool) -> None:
         header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
         libc.capset(header, bytes(24))
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # this also closes /proc/PID of its siblings
+        # This also closes /proc/PID to its siblings.
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def confine_calls(files_confined: bool) -> bool:
-    """Allow only `SYSTEM_CALLS` from now on, with seccomp. Return whether it succeeded."""
-    if resource is not None:  # for systems without seccomp; it does not bind a root that has its capabilities
+    """Allow only `SYSTEM_CALLS` from now on, with seccomp; EPERM for others. Return whether it succeeded."""
+    # For systems without seccomp; this does not bind a root that has its capabilities.
+    if resource is not None:
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
     if sys.platform != "linux" or column is None:
         return False
+
+    # A program in classic BPF, which the kernel runs before each call. An instruction is (operation, jump if true, jump
+    # if false, operand), and jumps are counted from the next instruction:
+    #
+    #     load architecture; if it is ours, skip one;  kill
+    #     load number of the call
+    #     if it is not 0 (read), skip one;             allow
+    #     if it is not 72 (fcntl), skip the block:     load argument 1; if it is 0, allow; if it is 1, allow; …; refuse
+    #     …
+    #                                                  refuse
+    load, equal, set_bits, keep_bits, answer = 0x20, 0x15, 0x45, 0x54, 0x06
+    allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
+    refused = (answer, 0, 0, refuse)
+    allowed = (answer, 0, 0, allow)
+    architecture = (0xC000003E, 0xC00000B7)[column]
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
+    calls = SYSTEM_CALLS | (DIRECTORY_CALLS if files_confined else {})
+    for name, numbers in calls.items():
+        if (number := numbers[column]) is None:
+            continue
+        body = [allowed]
+        if name in COMMANDS:
+            # The low half of argument 1 is at offset 24 of struct seccomp_data.
+            tests = [item for command in COMMANDS[name] for item in ((equal, 0, 1, command), allowed)]
+            body = [(load, 0, 0, 24), *tests, refused]
+        elif name == "openat" and not files_confined:
+            # Argument 2 is the flags: allow only reading.
+            changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+            body = [(load, 0, 0, 32), (set_bits, 0, 1, changing), refused, allowed]
+        elif name == "openat":
+            # Landlock before ABI 3 does not know truncation, and no version knows an open without access mode.
+            tests = [item for flags in (os.O_TRUNC, 3, os.O_TRUNC | 3) for item in ((equal, 0, 1, flags), refused)]
+            body = [(load, 0, 0, 32), (keep_bits, 0, 0, os.O_TRUNC | 3), *tests, allowed]
+        code += [(equal, 0, len(body), number), *body]
+    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, refused])
+
+    # struct sock_fprog: the number of instructions, and where they are
+    program = ctypes.create_string_buffer(packed, len(packed))
+    described = struct.pack("HP", len(packed) // 8, ctypes.addressof(program))
     libc = ctypes.CDLL(None, use_errno=True)
-    code = _filter(column, files_confined)
-    program = ctypes.create_string_buffer(code, len(code))
-
-    class Program(ctypes.Structure):  # struct sock_fprog
-        _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
-
-    described = Program(len(code) // 8, ctypes.addressof(program))
-    return libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(described), 0, 0) == 0
+    return libc.prctl(PR_SET_SECCOMP, 2, described, 0, 0) == 0
 
 
 def prepare_asyncio() -> None:
@@ -194,11 +240,9 @@ def prepare_asyncio() -> None:
     import asyncio.selector_events
     import selectors
 
-    def make_no_pipe(loop: Any) -> None:
-        loop._ssock = loop._csock = None
-
     loops: Any = asyncio.selector_events.BaseSelectorEventLoop
-    loops._make_self_pipe, loops._close_self_pipe = make_no_pipe, lambda loop: None
+    loops._make_self_pipe = lambda loop: loop.__dict__.update(_ssock=None, _csock=None)
+    loops._close_self_pipe = lambda loop: None
     vars(selectors)["DefaultSelector"] = selectors.SelectSelector
 
 
@@ -208,27 +252,27 @@ def prepare_threads() -> None:
     from concurrent.futures import Future, ThreadPoolExecutor
 
     def start(thread: Any) -> None:
+        # An exception ends the thread, not the program.
         try:
             thread.run()
-        except Exception:  # noqa: BLE001 - it ends the thread, not the program
+        except Exception:  # noqa: BLE001
             sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
 
     def submit(pool: Any, function: Any, /, *args: Any, **named: Any) -> Any:
         future: Future[Any] = Future()
+        # Whoever asks for the result gets the exception.
         try:
             future.set_result(function(*args, **named))
-        except Exception as error:  # noqa: BLE001 - whoever asks for the result gets it
+        except Exception as error:  # noqa: BLE001
             future.set_exception(error)
         return future
 
-    thread, pool = threading.Thread, ThreadPoolExecutor
-    for kind, name, function in (
-        (thread, "start", start),
-        (thread, "join", lambda thread, timeout=None: None),
-        (thread, "is_alive", lambda thread: False),
-        (pool, "submit", submit),
-    ):
-        setattr(kind, name, function)
+    thread: Any = threading.Thread
+    thread.start = start
+    thread.join = lambda thread, timeout=None: None
+    thread.is_alive = lambda thread: False
+    pool: Any = ThreadPoolExecutor
+    pool.submit = submit
 
 
 def watch(directory: str) -> None:
@@ -254,29 +298,3 @@ def _readable() -> list[str]:
     """List the standard library (under `-S`, all that can be imported), shared libraries and time zones."""
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", os.path.join(sys.base_prefix, "lib"), "/usr/share/zoneinfo"]
     return [os.path.dirname(os.__file__), *filter(None, sys.path), *system]
-
-
-def _filter(column: int, files_confined: bool) -> bytes:
-    """Build the seccomp program (classic BPF): allow the listed calls, EPERM for others, kill for a foreign ABI."""
-    load, equal, set_bits, keep_bits, answer = 0x20, 0x15, 0x45, 0x54, 0x06
-    allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
-    refused = (answer, 0, 0, refuse)
-    architecture = (0xC000003E, 0xC00000B7)[column]
-    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    calls = SYSTEM_CALLS | (DIRECTORY_CALLS if files_confined else {})
-    for name, numbers in calls.items():
-        if (number := numbers[column]) is None:
-            continue
-        if name in COMMANDS:  # the low half of argument 1 is at offset 24 of struct seccomp_data
-            tests = [item for command in COMMANDS[name] for item in ((equal, 0, 1, command), (answer, 0, 0, allow))]
-            body = [(load, 0, 0, 24), *tests, refused]
-        elif name == "openat" and not files_confined:  # argument 2 is the flags: allow only reading
-            changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-            body = [(load, 0, 0, 32), (set_bits, 0, 1, changing), refused, (answer, 0, 0, allow)]
-        elif name == "openat":  # Landlock before ABI 3 does not know truncation, nor any an open without access mode
-            tests = [item for flags in (os.O_TRUNC, 3, os.O_TRUNC | 3) for item in ((equal, 0, 1, flags), refused)]
-            body = [(load, 0, 0, 32), (keep_bits, 0, 0, os.O_TRUNC | 3), *tests, (answer, 0, 0, allow)]
-        else:
-            body = [(answer, 0, 0, allow)]
-        code += [(equal, 0, len(body), number), *body]
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, refused])

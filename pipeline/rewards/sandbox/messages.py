@@ -1,4 +1,19 @@
-"""Messages between the two processes of `pipeline.rewards.sandbox.child`: plain values as JSON, over pipes."""
+"""What the two processes of `pipeline.rewards.sandbox.child` have in common: messages of plain values, over pipes."""
+
+# A call of the test's, `f([1, 2])`, with what travels over the two pipes (each line is JSON behind its length):
+#
+#     examiner (the test)                                      candidate (the code)
+#     {"operation": "call", "target": 7,                  ->   kept[7](*args, **named)
+#      "args": {"tuple": [{"list": [1, 2]}]}, …}
+#                                                         <-   {"value": {"value": ["Fraction", …]}, "args": …}
+#
+# Before it answers, the code may call a function that the test has passed to it:
+#
+#                                                         <-   {"call": 0, "how": "call", "args": …, "named": …}
+#     {"value": 3}                                        ->
+#
+# Plain values are sent as what they are, and each process makes objects of its own classes of them, so that no class
+# of the code's reaches the test. Anything else stays where it is, and only its number is sent.
 
 from __future__ import annotations
 
@@ -55,12 +70,12 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 """How an operation on an object is done; `operator` knows the others."""
 
-# What the code may do with an instance of a class of the test's, apart from reading and setting its public attributes.
 _LOCAL = (
     "eq", "lt", "le", "gt", "ge", "len", "iter", "getitem", "setitem", "contains", "str", "repr", "hash", "bool",
     "add", "sub", "mul",
 )  # fmt: skip
 LOCAL = tuple(f"__{name}__" for name in _LOCAL)
+"""What the code may do with an instance of a test's class, apart from reading and setting its public attributes."""
 
 
 class Gone(BaseException):
@@ -85,13 +100,38 @@ class NaN(float):
     __abs__ = __neg__ = __round__ = _keep
 
 
-class Channel:
-    """Length-prefixed JSON over two file descriptors."""
+def base_of(kind: type) -> type | None:
+    """Return the plain class that a class extends, or None."""
+    return next((base for base in kind.__mro__ if base in BASES), None)
 
-    def __init__(self, incoming: int, outgoing: int) -> None:
-        self.incoming, self.outgoing, self.gone = incoming, outgoing, False
+
+class Peer:
+    """One of the two processes: how it sends values to the other one, and reads what it receives.
+
+    A subclass says in `describe` and `resolve` what it sends in place of objects that do not travel.
+
+    Args:
+        incoming: Descriptor to read messages from.
+        outgoing: Descriptor to write messages to.
+        members: What the classes of exceptions have that this process makes, because the other one has defined them.
+    """
+
+    describe: Callable[[Any], Any]
+    resolve: Callable[[str, Any, bool], Any]
+
+    def __init__(self, incoming: int, outgoing: int, members: dict[str, Any]) -> None:
+        self.incoming = open(incoming, "rb")  # noqa: SIM115 - as long as the process lives
+        self.outgoing = outgoing
+        self.gone = False
+        self.members = members
+        self.exceptions: dict[str, type[BaseException]] = {}
 
     def send(self, message: dict[str, Any]) -> None:
+        """Write a message.
+
+        Raises:
+            Gone: If the other process has ended.
+        """
         text = json.dumps(message).encode()
         data = len(text).to_bytes(4, "big") + text
         try:
@@ -102,126 +142,111 @@ class Channel:
             raise Gone from error
 
     def receive(self) -> dict[str, Any]:
-        size = int.from_bytes(self._read(4), "big")
-        if size > MESSAGE_BYTES:
+        """Wait for a message.
+
+        Raises:
+            Gone: If the other process has ended.
+            ValueError: If it is too long, or not a message.
+        """
+        header = self.incoming.read(4)
+        size = int.from_bytes(header, "big")
+        if len(header) == 4 and size > MESSAGE_BYTES:
             raise ValueError("a message of more than 8 MiB")
-        message = json.loads(self._read(size))
+        text = self.incoming.read(size)
+        if len(header) < 4 or len(text) < size:
+            self.gone = True
+            raise Gone
+        message = json.loads(text)
         if not isinstance(message, dict):
             raise ValueError("not a message")
         return message
 
-    def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            part = os.read(self.incoming, min(size - len(data), 1 << 16))
-            if not part:
-                self.gone = True
-                raise Gone
-            data += part
-        return data
+    def encode(self, value: Any) -> Any:
+        """Encode plain data as JSON: scalars as they are, containers and other values tagged, the rest described."""
+        kind = type(value)
+        if value is None or kind in (bool, float, str):
+            return value
+        if kind is int:
+            return value if abs(value) < 1 << 62 else {"int": hex(value)}
+        if kind is dict:
+            return {"dict": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
+        if kind in CONTAINERS.values():
+            return {kind.__name__: [self.encode(item) for item in value]}
+        if kind is bytes:
+            return {"bytes": value.hex()}
+        if kind.__name__ in VALUES.get(kind.__module__, ()):
+            # As for pickle: a class, its arguments, its state (of none of these), then items of a list and of a dict.
+            _, args, _, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
+            args = args[1:] if args[:1] == (kind,) else args
+            parts = (tuple(args), list(items or ()), [list(pair) for pair in pairs or ()])
+            return {"value": [kind.__name__, *map(self.encode, parts)]}
+        if kind is type:
+            travels = value.__name__ in VALUES.get(value.__module__, ())
+            if travels or value in BASES or value in (bool, type(None)):
+                return {"class": value.__name__}
+        return self.describe(value)
 
+    def decode(self, data: Any, named: bool = False) -> Any:
+        """Decode what `encode` returned; every value has exactly a class of this process's own.
 
-def base_of(kind: type) -> type | None:
-    """Return the plain class that a class extends, or None."""
-    return next((base for base in kind.__mro__ if base in BASES), None)
+        Args:
+            data: What was received.
+            named: Whether it is what a name of the code's refers to, which may also be a module or an exception.
+        """
+        if not isinstance(data, dict):
+            if isinstance(data, list):
+                raise ValueError("not an encoded value")
+            return NaN("nan") if data != data else data
+        ((kind, content),) = data.items()
+        if kind == "int":
+            return int(content, 16)
+        if kind == "bytes":
+            return bytes.fromhex(content)
+        if kind == "dict":
+            return {self.decode(key, named): self.decode(item, named) for key, item in content}
+        if kind in CONTAINERS:
+            return CONTAINERS[kind](self.decode(item, named) for item in content)
+        if kind in ("class", "value"):
+            module, attribute = CLASSES[content if kind == "class" else content[0]]
+            own = getattr(importlib.import_module(module), attribute)
+            if kind == "class":
+                return own
+            args, items, pairs = (self.decode(part, named) for part in content[1:])
+            value = own(*args)
+            if isinstance(value, complex) and value != value:
+                raise TypeError("the sandbox does not compare NaN")
+            if items:
+                value.extend(items)
+            for key, item in pairs:
+                value[key] = item
+            return value
+        return self.resolve(kind, content, named)
 
-
-def encode(value: Any, other: Callable[[object], Any]) -> Any:
-    """Encode plain data as JSON: scalars as they are, containers and other values tagged, the rest by `other`."""
-    kind = type(value)
-    if value is None or kind in (bool, float, str):
-        return value
-    if kind is int:
-        return value if abs(value) < 1 << 62 else {"int": hex(value)}
-    if kind is dict:
-        return {"dict": [[encode(key, other), encode(item, other)] for key, item in value.items()]}
-    if kind in CONTAINERS.values():
-        return {kind.__name__: [encode(item, other) for item in value]}
-    if kind is bytes:
-        return {"bytes": value.hex()}
-    if _travels(kind):
-        # As for pickle: a class, its arguments, its state (of none of these), then items of a list and of a dict.
-        _, args, _, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
-        args = args[1:] if args[:1] == (kind,) else args
-        parts = (tuple(args), list(items or ()), [list(pair) for pair in pairs or ()])
-        return {"value": [kind.__name__, *(encode(part, other) for part in parts)]}
-    if kind is type and (_travels(value) or value in BASES or value in (bool, type(None))):
-        return {"class": value.__name__}
-    return other(value)
-
-
-def decode(data: Any, other: Callable[[str, Any], object]) -> Any:
-    """Decode what `encode` returned; every value has exactly a class of this process's own."""
-    if not isinstance(data, dict):
-        if isinstance(data, list):
-            raise ValueError("not an encoded value")
-        return NaN("nan") if data != data else data
-    ((kind, content),) = data.items()
-    if kind == "int":
-        return int(content, 16)
-    if kind == "bytes":
-        return bytes.fromhex(content)
-    if kind == "dict":
-        return {decode(key, other): decode(item, other) for key, item in content}
-    if kind in CONTAINERS:
-        return CONTAINERS[kind](decode(item, other) for item in content)
-    if kind == "class":
-        return _own(content)
-    if kind == "value":
-        args, items, pairs = (decode(part, other) for part in content[1:])
-        value = _own(content[0])(*args)
-        if isinstance(value, complex) and value != value:
-            raise TypeError("the sandbox does not compare NaN")
-        if items:
-            value.extend(items)
-        for key, item in pairs:
-            value[key] = item
-        return value
-    return other(kind, content)
-
-
-def _travels(kind: type) -> bool:
-    return kind.__name__ in VALUES.get(kind.__module__, ())
-
-
-def _own(name: str) -> Any:
-    module, attribute = CLASSES[name]
-    return getattr(importlib.import_module(module), attribute)
-
-
-class Exceptions:
-    """The classes of exceptions that one process knows of the other.
-
-    Args:
-        methods: What the classes have that it makes itself, because the other process has defined them.
-    """
-
-    def __init__(self, methods: dict[str, Any]) -> None:
-        self.methods = methods
-        self.known: dict[str, type[BaseException]] = {}
-
-    @staticmethod
-    def describe(kind: type) -> list[Any]:
+    def describe_exception(self, kind: type) -> list[Any]:
+        """Return the module and the name of a class of exceptions, and the same of the classes that it extends."""
         bases = [base for base in kind.__bases__ if issubclass(base, BaseException)]
-        return [kind.__module__, kind.__qualname__, [Exceptions.describe(base) for base in bases]]
+        return [kind.__module__, kind.__qualname__, [self.describe_exception(base) for base in bases]]
 
-    def find(self, description: list[Any]) -> type[BaseException]:
+    def find_exception(self, description: list[Any]) -> type[BaseException]:
+        """Return the class of this process that is described, or make one that extends the same of Python's."""
         module, name, bases = description
-        if name in self.known:
-            return self.known[name]
+        if name in self.exceptions:
+            return self.exceptions[name]
         source: Any = builtins
         if not hasattr(builtins, name) and module.partition(".")[0] in sys.stdlib_module_names:
             source = importlib.import_module(module)
         kind = getattr(source, name, None)
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            found = tuple(self.find(base) for base in bases) or (Exception,)
-            kind = type(name.rpartition(".")[2], found, dict(self.methods))
-            self.known[name] = kind
+            found = tuple(self.find_exception(base) for base in bases) or (Exception,)
+            kind = type(name.rpartition(".")[2], found, dict(self.members))
+            self.exceptions[name] = kind
         return kind
 
-    def make(self, description: list[Any], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+    def make_exception(
+        self, description: list[Any], args: tuple[Any, ...], attributes: dict[str, Any]
+    ) -> BaseException:
         """Make an exception without its class's `__init__`, which is the other process's; Python's own have fields."""
-        kind = self.find(description)
+        kind = self.find_exception(description)
         error = kind(*args) if kind.__module__ == "builtins" else kind.__new__(kind, *args)
         vars(error).update(attributes)
         return error

@@ -1,23 +1,25 @@
 """Stand-ins for objects of the code, which the examiner's test works with, see `pipeline.rewards.sandbox.child`."""
 
+# Wrong code may return an object that says yes to everything:
+#
+#     class A:                                              assert f(2) == 3
+#         def __eq__(self, other): return True              assert abs(f(2) - 3) < 1e-6
+#         def __sub__(self, other): return 0                assert not f(2) > 3
+#
+# So an object of the code's may not decide what a test asks about plain values. But honest tests of classes ask for
+# just that, `Vector(1, 2) + Vector(3, 4) == Vector(4, 6)`. The difference is whether the test has shown that it takes
+# the value for an object. A stand-in remembers that in its state, as `shown`.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partialmethod
+from types import SimpleNamespace
 
 # Importing `typing` would take a tenth of the time in which the process starts.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-PLAIN_TYPES = (int, float, complex, str, bytes, list, tuple, dict, set)
-OPERATORS = (
-    "getitem", "setitem", "delitem", "enter", "exit", "str", "repr", "hash", "format",
-    "aiter", "anext", "aenter", "aexit",
-)  # fmt: skip
-CONVERSIONS = ("iter", "next", "reversed", "len", "neg", "pos", "abs", "invert", "int", "float", "index", "round")
-COMPARISONS = ("lt", "le", "gt", "ge")
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul", "lshift", "rshift")
-ARITHMETIC = (*_BINARY, *(f"r{name}" for name in _BINARY), *(f"i{name}" for name in _BINARY), "divmod")
 
 UNKNOWN, USED, OBJECT, CLASS = range(4)
 """What the test has shown that it takes a stand-in for:
@@ -27,6 +29,24 @@ USED: for what an object has returned, so that its truth may be its own.
 OBJECT: for an object, of which the test has used an attribute that plain values lack, or which it made of a class.
 CLASS: for a class, whose name begins with a capital.
 """
+
+_PLAIN_TYPES = (int, float, complex, str, bytes, list, tuple, dict, set)
+PLAIN_NAMES = {name for kind in _PLAIN_TYPES for name in {*dir(kind), *dir(type)} if hasattr(kind, name)}
+"""Names of the attributes that plain values have."""
+
+_OPERATORS = (
+    "getitem", "setitem", "delitem", "enter", "exit", "str", "repr", "hash", "format",
+    "aiter", "anext", "aenter", "aexit",
+)  # fmt: skip
+_CONVERSIONS = ("iter", "next", "reversed", "len", "neg", "pos", "abs", "invert", "int", "float", "index", "round")
+_COMPARISONS = ("lt", "le", "gt", "ge")
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul", "lshift", "rshift")
+_ARITHMETIC = (*_BINARY, *(f"r{name}" for name in _BINARY), *(f"i{name}" for name in _BINARY), "divmod")
+
+
+def refusal(name: str) -> TypeError:
+    """Return the exception for what an object may not decide."""
+    return TypeError(f"an object must not decide {name} for a plain value; return a plain value")
 
 
 class Remote:
@@ -38,78 +58,74 @@ class Remote:
     # operator turns into a plain value. Methods and attributes are the code's own, and its class compares two objects.
     # (It has no docstring, because `__doc__` is the code's own.)
 
-    __slots__ = ("__examiner", "__number", "class__", "mixed__", "shown__")
-    extends__ = False  # whether the class extends list, dict or set
+    __slots__ = ("state__",)
+    # Whether the class extends list, dict or set.
+    extends__ = False
 
-    def __init__(self, examiner: Any, number: int) -> None:
-        fields = {
-            "_Remote__examiner": examiner,
-            "_Remote__number": number,
-            "mixed__": False,
-            "shown__": UNKNOWN,
-            "class__": False,
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+    def __init__(self, examiner: Any, number: int, is_class: bool) -> None:
+        state = SimpleNamespace(examiner=examiner, number=number, is_class=is_class, shown=UNKNOWN, mixed=False)
+        object.__setattr__(self, "state__", state)
 
-    def __copy__(self) -> Any:
-        return self.__ask("copy")
-
-    def __deepcopy__(self, memo: object) -> Any:
-        return self.__ask("deepcopy")
-
-    def _Remote__ask(self, operation: str, *args: object, **named: object) -> Any:
-        result = self.__examiner.ask(self.__number, operation, *args, **named)
-        if isinstance(result, Remote) and result.shown__ < USED <= shown(self, *args):
-            show(result, USED)
+    def ask__(self, operation: str, *args: object, **named: object) -> Any:
+        state = self.state__
+        result = state.examiner.ask(state.number, operation, *args, **named)
+        shown = max(value.state__.shown for value in (self, *args) if isinstance(value, Remote))
+        if isinstance(result, Remote) and result.state__.shown < USED <= shown:
+            result.state__.shown = USED
         return result
 
     def __call__(self, *args: object, **named: object) -> Any:
-        result = self.__ask("call", *args, **named)
-        if self.shown__ == CLASS and isinstance(result, Remote) and result.shown__ < OBJECT:
-            show(result, OBJECT)
+        result = self.ask__("call", *args, **named)
+        if self.state__.shown == CLASS and isinstance(result, Remote):
+            result.state__.shown = max(result.state__.shown, OBJECT)
         return result
 
     def __getattr__(self, name: str) -> Any:
-        plain = is_plain(name)
-        guarded = self.shown__ < OBJECT and name.startswith(("is", "starts", "ends"))
-        if plain and self.extends__ and (guarded or self.shown__ < USED):
-            return getattr(self.__ask("plain"), name)
-        if plain and (self.mixed__ or guarded):
-            raise _refusal(name)
-        if not plain and self.shown__ < OBJECT and not name.startswith("__"):
-            show(self, OBJECT)
-        return self.__ask("get", name)
+        plain = name in PLAIN_NAMES
+        guarded = self.state__.shown < OBJECT and name.startswith(("is", "starts", "ends"))
+        if plain and self.extends__ and (guarded or self.state__.shown < USED):
+            return getattr(self.ask__("plain"), name)
+        if plain and (self.state__.mixed or guarded):
+            raise refusal(name)
+        if not plain and not name.startswith("__"):
+            self.state__.shown = max(self.state__.shown, OBJECT)
+        return self.ask__("get", name)
 
-    def __setattr__(self, name: str, value: object) -> None:
-        self.__ask("set", name, value)
+    __setattr__ = partialmethod(ask__, "set")  # type: ignore[misc]
+    __copy__ = partialmethod(ask__, "copy")
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return self.ask__("deepcopy")
 
     def __contains__(self, value: object) -> bool:
-        if self.shown__ >= OBJECT:
-            return self.__ask("__contains__", value) is True
-        return value in (self.__ask("plain") if self.extends__ else list(self))  # type: ignore[call-overload]
+        if self.state__.shown >= OBJECT:
+            return self.ask__("__contains__", value) is True
+        return value in (self.ask__("plain") if self.extends__ else list(self))  # type: ignore[call-overload]
 
     def __bool__(self) -> bool:
-        if self.extends__ and self.shown__ < USED:
-            return bool(self.__ask("plain"))
-        if self.shown__ < USED and not self.__examiner.is_object(self.__number):
-            raise _refusal("__bool__")
-        return self.__ask("__bool__") is True
+        if self.state__.shown < USED:
+            if self.extends__:
+                return bool(self.ask__("plain"))
+            # An object has an attribute that the test uses, and plain values lack.
+            examiner = self.state__.examiner
+            if not (examiner.attributes and self.ask__("has", *examiner.attributes) is True):
+                raise refusal("__bool__")
+        return self.ask__("__bool__") is True
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Remote):
-            return self is other or self.__ask("__eq__", other) is True
-        return self.extends__ and bool(self.__ask("plain") == other)
+            return self is other or self.ask__("__eq__", other) is True
+        return self.extends__ and bool(self.ask__("plain") == other)
 
     def __instancecheck__(self, instance: object) -> bool:
-        return isinstance(instance, Remote | Kept) and self.__ask("isinstance", instance) is True
+        return isinstance(instance, Remote | Kept) and self.ask__("isinstance", instance) is True
 
     def __subclasscheck__(self, kind: object) -> bool:
-        return isinstance(kind, Remote) and self.__ask("issubclass", kind) is True
+        return isinstance(kind, Remote) and self.ask__("issubclass", kind) is True
 
     @property
     def __doc__(self) -> Any:  # type: ignore[override]
-        return self.__ask("get", "__doc__")
+        return self.ask__("get", "__doc__")
 
 
 class Kept:
@@ -119,8 +135,8 @@ class Kept:
     _number: int
 
     def __getattr__(self, name: str) -> Any:
-        if is_plain(name):
-            raise _refusal(name)
+        if name in PLAIN_NAMES:
+            raise refusal(name)
         return self._examiner.ask(self._number, "get", name)
 
     def __repr__(self) -> str:
@@ -131,16 +147,18 @@ class Kept:
 
 
 class Awaitable(Remote):
+    # What `asyncio` takes for a coroutine. The candidate runs it to its end in a loop of its own.
     __slots__ = ()
 
     def __await__(self) -> Iterator[Any]:
-        return self._Remote__ask("await")
+        return self.ask__("await")
         yield
 
     def send(self, value: object) -> Any:
-        raise StopIteration(self._Remote__ask("await"))
+        raise StopIteration(self.ask__("await"))
 
-    def __next__(self) -> Any:  # what the loop calls in place of `send`, where there is one
+    # What the loop calls in place of `send`, where there is one.
+    def __next__(self) -> Any:
         return self.send(None)
 
     def throw(self, *error: Any) -> Any:
@@ -150,41 +168,25 @@ class Awaitable(Remote):
         pass
 
 
-def is_plain(name: str) -> bool:
-    """Return whether a plain value has an attribute of this name."""
-    return any(hasattr(kind, name) for kind in PLAIN_TYPES)
-
-
-def shown(*values: object) -> int:
-    return max(value.shown__ if isinstance(value, Remote) else UNKNOWN for value in values)
-
-
-def show(remote: Remote, what: int) -> None:
-    object.__setattr__(remote, "shown__", what)
-
-
-def _refusal(name: str) -> TypeError:
-    return TypeError(f"an object must not decide {name} for a plain value; return a plain value")
-
-
 def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:
     def operate(self: Remote, *args: Any) -> Any:
-        plain = not all(isinstance(operand, Remote) for operand in args)
-        among_plain = name == "__iter__" or (kind in (COMPARISONS, ARITHMETIC) and plain)
-        if self.extends__ and among_plain and self.shown__ < OBJECT:
-            return getattr(self._Remote__ask("plain"), name)(*args)
-        if (kind is COMPARISONS and plain) or (kind is CONVERSIONS and self.mixed__):
-            raise _refusal(name)
-        result = self._Remote__ask(name, *args)
-        if kind is not ARITHMETIC:
+        state = self.state__
+        with_plain = not all(isinstance(operand, Remote) for operand in args)
+        among_plain = name == "__iter__" or (kind in (_COMPARISONS, _ARITHMETIC) and with_plain)
+        if self.extends__ and among_plain and state.shown < OBJECT:
+            return getattr(self.ask__("plain"), name)(*args)
+        if (kind is _COMPARISONS and with_plain) or (kind is _CONVERSIONS and state.mixed):
+            raise refusal(name)
+        result = self.ask__(name, *args)
+        if kind is not _ARITHMETIC:
             return result
-        mixed = any(operand.mixed__ for operand in (self, *args) if isinstance(operand, Remote))
-        if mixed or (plain and self.shown__ < OBJECT):
+        mixed = any(operand.state__.mixed for operand in (self, *args) if isinstance(operand, Remote))
+        if mixed or (with_plain and state.shown < OBJECT):
             if not isinstance(result, Remote):
-                raise _refusal(name)
-            object.__setattr__(result, "mixed__", True)
-        elif isinstance(result, Remote) and result.shown__ < self.shown__ == OBJECT:
-            show(result, OBJECT)
+                raise refusal(name)
+            result.state__.mixed = True
+        elif isinstance(result, Remote) and state.shown == OBJECT:
+            result.state__.shown = max(result.state__.shown, OBJECT)
         return result
 
     return operate
@@ -202,6 +204,6 @@ def _sum_of_two(name: str) -> Callable[..., Any]:
 
 for _name in _BINARY:
     setattr(Kept, f"__{_name}__", _sum_of_two(f"__{_name}__"))
-for _kind in (OPERATORS, CONVERSIONS, COMPARISONS, ARITHMETIC):
+for _kind in (_OPERATORS, _CONVERSIONS, _COMPARISONS, _ARITHMETIC):
     for _name in _kind:
         setattr(Remote, f"__{_name}__", _operator(f"__{_name}__", _kind))

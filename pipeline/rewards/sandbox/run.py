@@ -130,64 +130,76 @@ def run_many(
     """
     if not pairs:
         return []
-    validate_sandbox()  # once, not in every thread
+    # Once, not in every thread.
+    validate_sandbox()
     workers = workers or hardware.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(max(1, min(workers, len(pairs)))) as pool:
         return list(pool.map(lambda pair: run_code(*pair, seconds=seconds, memory_mb=memory_mb), pairs))
 
 
 def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
+    """Start the child, wait for its verdict, and end whatever of it still lives."""
     began = time.monotonic()
-    try:
-        status, output = _run_child(code, test, seconds, memory_mb, unconfined)
-    except OSError as error:  # descriptors, processes, memory or space on the disk ran out
-        status, output = "busy", str(error).encode()
-    return Outcome(status == "passed", status, time.monotonic() - began, output.decode(errors="replace"))
-
-
-def _run_child(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> tuple[Status, bytes]:
     token = secrets.token_hex(16)
     # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
     flags = ["-s", "-P", "-S", "-u", "-X", "utf8"]
-    reader, writer = os.pipe()
-    with (
-        open(reader, "rb", buffering=0),
-        open(writer, "wb", buffering=0) as verdict,
-        tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory,
-        tempfile.TemporaryFile() as work,
-    ):
-        work.write(json.dumps({"code": code, "test": test, "token": token}).encode())
-        work.seek(0)
-        process = subprocess.Popen(
-            [sys.executable, *flags, str(CHILD), *map(str, (writer, seconds, memory_mb, int(unconfined)))],
-            stdin=work,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(writer,),
-            cwd=directory,
-            env={"PYTHONHASHSEED": "0"},
-            start_new_session=True,
-        )
-        verdict.close()
-        candidate: int | None = None
-        assert process.stdout is not None
-        try:
-            descriptors = process.stdout.fileno(), reader
-            status, candidate, output = _wait(process.pid, descriptors, token.encode(), directory, seconds)
-        finally:
-            _kill(process.pid, candidate)
-            process.wait()
-            process.stdout.close()
-    return status, output
+    try:
+        reader, writer = os.pipe()
+        with (
+            open(reader, "rb", buffering=0),
+            open(writer, "wb", buffering=0) as verdict,
+            tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory,
+            tempfile.TemporaryFile() as work,
+        ):
+            work.write(json.dumps({"code": code, "test": test, "token": token}).encode())
+            work.seek(0)
+            process = subprocess.Popen(
+                [sys.executable, *flags, str(CHILD), *map(str, (writer, seconds, memory_mb, int(unconfined)))],
+                stdin=work,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writer,),
+                cwd=directory,
+                env={"PYTHONHASHSEED": "0"},
+                start_new_session=True,
+            )
+            verdict.close()
+            candidate: int | None = None
+            assert process.stdout is not None
+            try:
+                descriptors = process.stdout.fileno(), reader
+                status, candidate, output = _wait(process.pid, descriptors, token.encode(), directory, seconds)
+            finally:
+                # The child's session, and its candidate by id where seccomp does not keep it in the session.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if candidate is not None and sys.platform != "linux":
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(candidate, signal.SIGKILL)
+                process.wait()
+                process.stdout.close()
+    # Descriptors, processes, memory or space on the disk ran out.
+    except OSError as error:
+        status, output = "busy", str(error).encode()
+    return Outcome(status == "passed", status, time.monotonic() - began, output.decode(errors="replace"))
 
 
 def _wait(
     examiner: int, descriptors: tuple[int, int], token: bytes, directory: str, seconds: float
 ) -> tuple[Status, int | None, bytes]:
-    """Wait for the child's verdict, end or timeout; meanwhile drain its output and watch its directory."""
+    """Wait for the child's verdict, end or timeout; meanwhile drain its output and watch its directory.
+
+    The descriptor of the verdict brings lines, of which the first one says that the code starts:
+
+        TOKEN 4711          the candidate's process id
+        TOKEN talking       only if the code and its test have exchanged many messages
+        TOKEN passed        the status
+    """
     output_fd = descriptors[0]
     os.set_blocking(output_fd, False)
-    output, verdict, candidate, talking = b"", b"", None, False
+    output = verdict = b""
+    candidate: int | None = None
+    talking = False
     began, looked, waited = time.monotonic(), 0.0, 0.0
     with selectors.DefaultSelector() as selector:
         for descriptor in descriptors:
@@ -195,11 +207,16 @@ def _wait(
         while (now := time.monotonic()) < began + PATIENCE_SECONDS + seconds:
             if now - looked > LOOK_SECONDS:
                 looked = now
-                if _is_overfull(directory):
+                # The code may be deleting files, or have locked its directory.
+                sizes: list[int] = []
+                with contextlib.suppress(OSError), os.scandir(directory) as entries:
+                    sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
+                if len(sizes) > DIRECTORY_FILES or sum(sizes) > DIRECTORY_BYTES:
                     return "refused", candidate, output
                 elapsed = now - began
                 if candidate and elapsed > seconds + _waited(examiner, candidate, elapsed) - waited:
                     return "timeout", candidate, output
+
             for key, _ in selector.select(LOOK_SECONDS):
                 data = os.read(key.fd, 1 << 16)
                 if key.fd == output_fd:
@@ -212,13 +229,15 @@ def _wait(
                 if any(line[0] != token for line in lines):
                     return "crashed", candidate, output
                 if lines and candidate is None:
-                    candidate, began = int(lines[0][2]), time.monotonic()
+                    candidate = int(lines[0][2])
+                    began = time.monotonic()
                     waited = _waited(examiner, candidate, 0.0)
                 statuses = [line[2].decode() for line in lines[1:]]
                 talking = "talking" in statuses
                 if statuses[talking:] or not data:
                     status: Any = statuses[-1] if statuses[talking:] else "crashed"
-                    with contextlib.suppress(BlockingIOError):  # the candidate may hold the pipe open forever
+                    # The candidate may hold the pipe of the output open forever.
+                    with contextlib.suppress(BlockingIOError):
                         output += os.read(output_fd, OUTPUT_BYTES)
                     return status, candidate, output[:OUTPUT_BYTES]
     # Code that has talked with its test for so long had a core, if never for long.
@@ -227,28 +246,9 @@ def _wait(
 
 def _waited(examiner: int, candidate: int, elapsed: float) -> float:
     """Return how long both processes, which run by turns, waited for a core; elsewhere than on Linux an estimate."""
-    try:
+    # The file does not exist except on Linux, nor for processes that have just ended.
+    with contextlib.suppress(OSError, ValueError):
         found = [Path(f"/proc/{pid}/schedstat").read_text().split() for pid in (examiner, candidate)]
         if all(int(slices) for _, _, slices in found):
             return sum(int(nanoseconds) for _, nanoseconds, _ in found) / 1e9
-    except (OSError, ValueError):
-        pass  # not Linux, or the processes have just ended
     return elapsed * (1 - 1 / max(1.0, os.getloadavg()[0] / hardware.cores()))
-
-
-def _is_overfull(directory: str) -> bool:
-    try:
-        with os.scandir(directory) as entries:
-            sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
-    except OSError:  # the code is deleting files, or has locked its directory
-        return False
-    return len(sizes) > DIRECTORY_FILES or sum(sizes) > DIRECTORY_BYTES
-
-
-def _kill(group: int, candidate: int | None) -> None:
-    """Kill the child's session, and its candidate by id where seccomp does not keep it in the session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-    if candidate is not None and sys.platform != "linux":
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(candidate, signal.SIGKILL)
