@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -120,6 +120,20 @@ def is_missing_path(name: str) -> bool:
     """Return whether a name is that of a file or folder that does not exist, rather than an id on the Hub."""
     repo, _ = split_revision(name)  # a revision may contain slashes
     return not os.path.exists(name) and (name.startswith((".", "/", "~")) or repo.count("/") > 1)
+
+
+def relocate(value: Any, home: str | Path, to: str | Path) -> Any:
+    """Return a setting in which each path inside the folder `home` is the same path inside the folder `to`.
+
+    Lists and mappings are searched for paths. All other values are returned as they are.
+    """
+    if isinstance(value, Mapping):
+        return {key: relocate(item, home, to) for key, item in value.items()}
+    if isinstance(value, list):
+        return [relocate(item, home, to) for item in value]
+    if isinstance(value, str) and Path(value).is_relative_to(home):
+        return str(to / Path(value).relative_to(home))
+    return value
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

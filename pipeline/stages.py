@@ -95,7 +95,7 @@ class StageKind:
         chats: Whether its model answers questions. A base model only continues a text.
         from_scratch: Whether it may start from random weights.
         samples: Whether it samples answers.
-        has_critic: Whether it trains a critic beside the model, to please reward models.
+        has_critic: Whether it trains a critic with the model, against reward models.
         by_people: Whether it waits for people's votes.
         file_of: Kind whose YAML file configures it, if it has none of its own.
         directory: Name that its output directory must have, "" for any.
@@ -147,7 +147,7 @@ class StageKind:
 
     @property
     def figure(self) -> str:
-        """The metric by which the stage is judged."""
+        """Its main metric, which the terminal shows."""
         return self.aims[0] if self.aims else "bits_per_byte"
 
 
@@ -204,7 +204,7 @@ BASELINES = {
     ),
 }
 
-# Two steps on a miniature take seconds, whatever the recipe asks for.
+# Two steps on so few rows take seconds, even if the recipe is for a large model.
 SMOKE_TRAINING: Mapping[str, Any] = {
     "max_steps": 2,
     "warmup_steps": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import Problem, RunStopped, UserError, exit_on_user_error
-from pipeline.runner.changes import without_secrets
+from pipeline.runner.records import without_secrets
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import Problem, UserError
-from pipeline.files import is_missing_path, read_json
+from pipeline.files import is_missing_path, read_json, relocate
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES, kinds_with_data
 
 FILE = "evaluate.yaml"
@@ -230,20 +230,8 @@ def without_derived(settings: Values) -> dict[str, Any]:
 
 def move(settings: Values, run: Path) -> dict[str, Any]:
     """Return the settings with the paths in `home` in the directory `run`."""
-    home = Path(settings["home"])
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: moved(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [moved(item) for item in value]
-        if isinstance(value, str) and Path(value).is_relative_to(home):
-            return str(run / Path(value).relative_to(home))
-        return value
-
-    if home == run:
-        return dict(settings)
-    return {key: value if key in ("home", "against") else moved(value) for key, value in settings.items()}
+    kept = {key: settings[key] for key in ("home", "against") if key in settings}
+    return relocate(settings, settings["home"], run) | kept
 
 
 def recorded(run: Path, stage: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
@@ -36,48 +36,48 @@ from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError
 from pipeline.files import lock
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
+from pipeline.runner.due import Decision, decide
 from pipeline.runner.launcher import check_launch_file, exit_code, launch_file, launch_options, shards
 from pipeline.runner.plan import Plan, check_of_recipe, check_writable, read_plan
 from pipeline.runner.processes import push_finished, run
-from pipeline.runner.records import Decision, RunRecord, decide, measured_seconds
+from pipeline.runner.records import RunRecord, measured_seconds
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, check_steps, find_step
-from pipeline.runner.trash import TRASH
 from pipeline.runner.warm import WarmProcess
 
 MAX_PROCESSES = 16
 """Limit on the processes of a training step, unless the machine has more cores: they would exhaust its memory."""
 
+Decided = list[tuple[Step, Decision]]
+"""Steps, and what to do about each."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run` to `parser`."""
-    parser.add_argument("recipe", type=Path, help="folder of YAML files, here or on the Hub (NAME/repo), or pocket")
+    add = parser.add_argument
+    add("recipe", type=Path, help="folder of YAML files, here or on the Hub (NAME/repo), or pocket")
     meaning = "run this step and all after it, even if they have finished; the steps it needs must have finished"
-    parser.add_argument("--from", dest="start", metavar="STEP", help=meaning)
-    parser.add_argument("--until", metavar="STEP", help="stop after this step, its evaluation and the report")
+    add("--from", dest="start", metavar="STEP", help=meaning)
+    add("--until", metavar="STEP", help="stop after this step, its evaluation and the report")
     meaning = "delete what these steps have written (default: all, from --from on), and run them and what needs them"
-    parser.add_argument("--force", nargs="*", metavar="STEP", help=meaning)
-    parser.add_argument("--dry-run", action="store_true", help="print which steps would run and why; write nothing")
+    add("--force", nargs="*", metavar="STEP", help=meaning)
+    add("--dry-run", action="store_true", help="print which steps would run and why; write nothing")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, help="seed of every step (default: the seeds in the YAML files)")
     meaning = "one run for each of these seeds, in <run>/seedN, and the report over them in <run>/report"
     seeds.add_argument("--seeds", type=int, nargs="+", metavar="N", help=meaning)
-    parser.add_argument("--output_dir", type=Path, help="directory of the run (default: the one in the YAML files)")
-    parser.add_argument("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
-    meaning = f"launch file of accelerate (default: {LAUNCH_FILE}, in the recipe folder or in the current one)"
-    parser.add_argument("--config_file", help=meaning)
-    meaning = (
-        "what starts the launched steps, on all machines of a cluster: 'srun --ntasks-per-node=1' (default: nothing)"
-    )
-    parser.add_argument("--launcher", default="", help=meaning)
+    add("--output_dir", type=Path, help="directory of the run (default: the one in the YAML files)")
+    add("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
+    places = f"{LAUNCH_FILE}, in the recipe folder or in the current one"
+    add("--config_file", help=f"launch file of accelerate (default: {places})")
+    meaning = "what starts training steps on all machines of a cluster, such as 'srun --ntasks-per-node=1'"
+    add("--launcher", default="", help=meaning)
     meaning = "fetch the models and data that the recipe names into the cache, for machines without internet, and stop"
-    parser.add_argument("--download", action="store_true", help=meaning)
-    meaning = "start each step as a new process, instead of forking it from one that has imported the libraries"
-    parser.add_argument("--no-fork", action="store_true", help=meaning)
-    meaning = "print a line for each event, as without a terminal, instead of a live view"
-    parser.add_argument("--plain", action="store_true", help=meaning)
-    parser.add_argument("--verbose", action="store_true", help="print all that the steps print, which is in <run>/logs")
-    parser.add_argument("--smoke", action="store_true", help="two steps of every stage on a miniature, in <run>-smoke")
+    add("--download", action="store_true", help=meaning)
+    add("--no-fork", action="store_true", help="start each step as a new process, which imports the libraries itself")
+    add("--plain", action="store_true", help="print a line for each event, as without a terminal, not a live view")
+    add("--verbose", action="store_true", help="print all that the steps print, which is in <run>/logs")
+    add("--smoke", action="store_true", help="two steps of every stage on a miniature, in <run>-smoke")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -95,10 +95,12 @@ def main(args: argparse.Namespace) -> int:
     with show_checks(args):
         _check(args)
     print(show_fetched(args.recipe), end="", flush=True)
+    # With --seeds, it is the command for all seeds that resumes the run of one.
     args.resume = resume_command(args)
     alone = args.num_processes == 1 and not args.launcher
     forks = sys.platform == "linux" and alone and not (args.no_fork or args.dry_run or args.download)
-    with WarmProcess(os.environ) if forks else contextlib.nullcontext() as args.warm:  # it imports during the checks
+    # The warm process imports the libraries while this one checks the steps.
+    with WarmProcess(os.environ) if forks else contextlib.nullcontext() as args.warm:
         if args.seeds is not None:
             return _run_seeds(args)
         plan, decided = _prepare(args)
@@ -106,7 +108,8 @@ def main(args: argparse.Namespace) -> int:
             _show(decided, args)
             return 0
         if args.download:
-            from pipeline.training.download import download  # takes seconds to import
+            # Importing it takes seconds.
+            from pipeline.training.download import download
 
             return download([step.values for step in plan.steps], read_plan(args.recipe).run_dir)
         return _run(plan, args)
@@ -116,7 +119,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse arguments that are wrong by themselves."""
     problems = []
     most = max(os.cpu_count() or 1, MAX_PROCESSES)
-    if not 1 <= args.num_processes <= most and not args.launcher:  # which is for other machines as well
+    # With a launcher, the processes may be on other machines.
+    if not 1 <= args.num_processes <= most and not args.launcher:
         problems.append(Problem("--num_processes", args.num_processes, f"must be between 1 and {most} on this machine"))
     file = launch_file(args)
     if not os.path.isfile(file):
@@ -126,7 +130,8 @@ def _check(args: argparse.Namespace) -> None:
         problems.append(problem)
     if args.output_dir is None and is_fetched(args.recipe):
         run_dir = read_plan(args.recipe, smoke=args.smoke).run_dir
-        problems += filter(None, [check_of_recipe(run_dir, args.recipe)])
+        if problem := check_of_recipe(run_dir, args.recipe):
+            problems.append(problem)
     option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
     for seed in seeds:
         if not 0 <= seed < 2**32:
@@ -138,9 +143,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run_seeds(args: argparse.Namespace) -> int:
-    """Run, or with `--dry-run` print, the steps of each seed and the report over them. Return the exit code."""
+    """Run the steps of each seed and the report over them, or print them for `--dry-run`. Return the exit code."""
     run_dir = read_plan(args.recipe, args.output_dir, smoke=args.smoke).run_dir
     problems: list[Problem] = []
+    # Every seed is checked before the first one runs.
     runs = []
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
@@ -150,6 +156,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
             problems += error.problems
     if problems:
         raise UserError(*problems)
+
     arguments = ("report", str(run_dir), "--seeds", *map(str, args.seeds))
     report = Step(REPORT, "report", arguments, output=run_dir / "report")
     is_reported = all(decided[-1][0].kind == "report" for _, _, decided in runs)
@@ -174,7 +181,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
         return 128 + int(received) if received is not None else exit_code(code)
 
 
-def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]]]:
+def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
     """Read the plan of a run and decide about its steps, before anything is written.
 
     Raises:
@@ -183,38 +190,40 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, list[tuple[Step, Decision]
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
     if not args.dry_run and (problems := check_writable(plan)):
         raise UserError(*problems)
-    decided = list(_decide(plan, RunRecord.read(plan.run_dir), args))
+    decided = _decide(plan, RunRecord.read(plan.run_dir), args)
     due = [step for step, decision in decided if decision.action != "skip"]
     with show_checks(args):
         problems = check_steps(due) if due else []
         if shards(file := launch_file(args)):
             remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
-            problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in due if step.stage.has_critic]
+            sharded = [step for step in due if step.stage.has_critic]
+            problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in sharded]
     if problems:
         raise UserError(*problems)
     return plan, decided
 
 
-def _show(decided: Sequence[tuple[Step, Decision]], args: argparse.Namespace) -> None:
+def _show(decided: Decided, args: argparse.Namespace) -> None:
     """Print the decision about each step, and the command of one that is due."""
+    due = 0
     for step, decision in decided:
-        verb = {"start": "run"}.get(decision.action, decision.action)
-        print(f"{verb} {step.name}: {decision.reason}")
-        kept = ", without its checkpoints" * (decision.action == "continue")
+        print(f"{'run' if decision.action == 'start' else decision.action} {step.name}: {decision.reason}")
         for path in decision.replaced:
-            print(f"    deletes {path}" if decision.deletes else f"    moves {path} to {TRASH}{kept}")
+            kept = ", without its checkpoints" if decision.action == "continue" else ""
+            print(f"    deletes {path}" if decision.deletes else f"    moves {path} to {trash.TRASH}{kept}")
         if decision.action != "skip":
             print(f"    {_command_line(step, args)}")
-    due = [decision for _, decision in decided if decision.action != "skip"]
-    print(f"{len(due)} of {len(decided)} steps would run; nothing was written")
+            due += 1
+    print(f"{due} of {len(decided)} steps would run; nothing was written")
 
 
 def _run(plan: Plan, args: argparse.Namespace) -> int:
     """Run the steps that are due. Return the exit code."""
+    # The steps inherit the lock: if this process is killed, no other run starts before they have ended.
     with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
-        todo = list(_decide(plan, record, args))
+        todo = _decide(plan, record, args)
         measured = measured_seconds(plan.run_dir, str(args.recipe), args.smoke)
         seed = "" if plan.seed is None else f", seed {plan.seed}"
         if args.seeds is not None:
@@ -240,58 +249,64 @@ def promises_kept(metrics: Path) -> str:
     return f", all {len(promises)} promises kept" if promises else ""
 
 
-def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Iterable[tuple[Step, Decision]]:
-    """Decide what to do about each step between `--from` and `--until`, in order."""
+def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:
+    """Decide what to do about each step between `--from` and `--until`, in order.
+
+    Raises:
+        UserError: If there is no such step, or the input of a chosen one is missing or out of date.
+    """
     steps = plan.steps
     first = 0 if args.start is None else steps.index(find_step(steps, args.start, "--from"))
     last = len(steps) - 1
     if args.until is not None:
-        last = steps.index(until := find_step(steps, args.until, "--until"))
+        until = find_step(steps, args.until, "--until")
+        last = steps.index(until)
+        # The evaluation of a stage follows it.
         last += f"evaluate_{until.output.name}" in [step.name for step in steps[last + 1 : last + 2]]
     if first > last:
         raise UserError(Problem("--from", args.start, f"comes after --until {args.until}"))
-    forced = {find_step(steps, name, "--force").name for name in args.force or ()}
+    chosen = steps[first : last + 1]
+
+    # `--force` without names means every step from `--from` on.
     from_start = {step.name for step in steps[first:]}
+    forced = {find_step(steps, name, "--force").name for name in args.force or ()}
     if args.force == []:
         forced |= from_start
     decisions = decide(steps, record, from_start if args.start is not None else (), forced)
-    chosen = steps[first : last + 1]
-    _check_needs(steps[:first], chosen, decisions)
-    measured = any(step.kind == "evaluate" and (step in chosen or record.is_finished(step.name)) for step in steps)
-    for step in chosen:
-        if step.name != REPORT:
-            yield step, decisions[step.name]
-    if not measured and chosen == (steps[-1],):
-        raise UserError(Problem("--from", args.start, "no stage has been evaluated yet; start at an earlier step"))
-    if measured:
-        due = any(decisions[step.name].action != "skip" for step in chosen if step.name != REPORT)
-        yield steps[-1], decide(steps[-1:], record, {REPORT} if due or REPORT in forced else ())[REPORT]
-
-
-def _check_needs(before: Iterable[Step], chosen: Iterable[Step], decisions: Mapping[str, Decision]) -> None:
-    """Refuse to start at a step whose inputs are missing or out of date."""
     needed = {name for step in chosen for name in step.needs if step.kind not in ("evaluate", "report")}
-    problems = [
-        Problem("--from", step.name, f"is needed first ({decisions[step.name].reason}); start there, or omit --from")
-        for step in before
-        if step.name in needed and decisions[step.name].action != "skip"
-    ]
+    problems = []
+    for step in steps[:first]:
+        if step.name in needed and decisions[step.name].action != "skip":
+            remedy = f"is needed first ({decisions[step.name].reason}); start there, or omit --from"
+            problems.append(Problem("--from", step.name, remedy))
     if problems:
         raise UserError(*problems)
 
+    # The report follows any other step, even with --until, as soon as one stage is measured.
+    report = steps[-1]
+    decided = [(step, decisions[step.name]) for step in chosen if step is not report]
+    if any(step.kind == "evaluate" and (step in chosen or record.is_finished(step.name)) for step in steps):
+        due = any(decision.action != "skip" for _, decision in decided)
+        again = {REPORT} if due or REPORT in forced else ()
+        decided.append((report, decide([report], record, again)[REPORT]))
+    elif chosen == (report,):
+        raise UserError(Problem("--from", args.start, "no stage has been evaluated yet; start at an earlier step"))
+    return decided
+
 
 def _run_all(
-    todo: list[tuple[Step, Decision]],
+    todo: Decided,
     record: RunRecord,
     replaced: Path,
     console: RunConsole,
     args: argparse.Namespace,
     descriptors: Sequence[int],
 ) -> int:
+    """Run the steps of `todo` that are due, and push them. Return the exit code."""
     for position, (step, decision) in enumerate(todo, start=1):
-        skips = decision.action == "skip"
-        console.event(f"[{position}/{len(todo)}] {step.name}: {decision.reason}" + ", skipped" * skips)
-        if skips:
+        skipped = ", skipped" if decision.action == "skip" else ""
+        console.event(f"[{position}/{len(todo)}] {step.name}: {decision.reason}{skipped}")
+        if skipped:
             continue
         if decision.deletes:
             cleared = trash.delete(decision.replaced)
@@ -301,54 +316,52 @@ def _run_all(
             cleared = trash.move([*decision.replaced, console.log(step)] if decision.replaced else [], replaced)
         for line in cleared:
             console.event(line)
+
         command = _command_line(step, args)
         console.event(f"$ {command}")
-        record.start(step, decision, command)
+        record.start(step, decision.action, command)
         started = time.monotonic()
         with console.step(step, command, resumes=decision.action != "start") as (output, variables):
             executable = step.executable(launch_options(args), shlex.split(args.launcher))
             code, received = run(executable, os.environ | variables, descriptors, output, args.warm)
         seconds = time.monotonic() - started
         code = exit_code(code)
+        # A step whose push failed is complete: it is pushed again at the end, and not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
         record.stop(step, seconds, finished=complete)
-        if complete and received is None:
-            console.finish(step, seconds)
-            if code == 0 and step.push:
-                record.set_pushed(step)
-            elif code:
-                console.event(f"    {step.name} was not pushed to the Hub, which is tried again at the end")
-            continue
+
         if received is not None:
             stopped = f"{step.name} was stopped by {received.name}"
             kept = f"kept: {console.state.kept(step, code)}"
             console.stop(step, seconds, 0, stopped, kept, f"to resume: {args.resume}")
             return 128 + int(received)
-        failed = f"failed with exit code {code}" if code else f"failed: it ended without writing {step.product}"
-        failed = "waits for people" if code == EXIT_WAITING else failed
-        resume = f"to go on from there: {args.resume}"
-        console.stop(step, seconds, code or 1, f"{step.name} {failed}; the steps before it are kept", resume)
-        return code or 1
+        if not complete:
+            failed = f"failed with exit code {code}" if code else f"failed: it ended without writing {step.product}"
+            if code == EXIT_WAITING:
+                failed = "waits for people"
+            failed = f"{step.name} {failed}; the steps before it are kept"
+            console.stop(step, seconds, code or 1, failed, f"to go on from there: {args.resume}")
+            return code or 1
+        console.finish(step, seconds)
+        if code == 0 and step.push:
+            record.set_pushed(step)
+        elif code:
+            console.event(f"    {step.name} was not pushed to the Hub, which is tried again at the end")
     console.conclude()
     return push_finished((step for step, _ in todo), record, descriptors, args.warm)
 
 
 def _command_line(step: Step, args: argparse.Namespace) -> str:
+    """Return the command of a step as typed in a shell."""
     return shlex.join(step.command(launch_options(args), shlex.split(args.launcher)))
 
 
 def resume_command(args: argparse.Namespace) -> str:
     """Return the command that resumes this run, without --from and --force, which would repeat finished steps."""
     command = ["python", "-m", "pipeline", "run", str(args.recipe)]
-    for flag, value in (
-        ("--until", args.until),
-        ("--seed", args.seed),
-        ("--seeds", args.seeds),
-        ("--output_dir", args.output_dir),
-        ("--num_processes", args.num_processes if args.num_processes > 1 else None),
-        ("--config_file", args.config_file),
-        ("--launcher", args.launcher or None),
-    ):
-        if value is not None:
-            command += [flag, *map(str, value if isinstance(value, list) else [value])]
+    for name in ("until", "seed", "seeds", "output_dir", "num_processes", "config_file", "launcher"):
+        value = getattr(args, name)
+        # An option that was not given has its default.
+        if value not in (None, "") and not (name == "num_processes" and value == 1):
+            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join([*command, "--smoke"] if args.smoke else command)

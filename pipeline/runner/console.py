@@ -44,7 +44,7 @@ MARKS = {
 
 
 def is_live(args: argparse.Namespace) -> bool:
-    """Return whether stdout is a terminal to draw on, and neither an option nor the environment asks for lines."""
+    """Return whether to draw a live view: stdout is a terminal, and no option or variable asks for plain lines."""
     plain = os.environ.get("CI") or os.environ.get("NO_COLOR") or args.plain or args.verbose
     console = Console()
     # With FORCE_COLOR, a pipe is interactive for rich. It draws with characters that only UTF has.
@@ -53,6 +53,11 @@ def is_live(args: argparse.Namespace) -> bool:
 
 class RunConsole:
     """The view of one run; a context manager, within which its steps run one after the other.
+
+    A step writes two files, which a thread reads while the step runs:
+
+        logs/2_sft.log        all that it prints                         -> --verbose, and the last lines if it fails
+        logs/2_sft.progress   a line of JSON for each fact it reports    -> the bar, the loss and the time that is left
 
     Args:
         title: First line of the live view.
@@ -64,8 +69,10 @@ class RunConsole:
         self.title, self.state = title, state
         self._is_verbose = args.verbose
         self._began = time.monotonic()
-        self._printed = (0.0, 0)  # when the running step's progress was printed, and up to which quarter
-        self._log_begin = 0  # where the running step's part of its log begins
+        # When the running step's progress was printed last, and up to which quarter.
+        self._printed = (0.0, 0)
+        # A step that resumes appends to its log; its own part begins here.
+        self._log_begin = 0
         self._console = Console(highlight=False)
         live = Live(console=self._console, get_renderable=self._view, auto_refresh=False)
         self._live = live if is_live(args) else None
@@ -83,6 +90,7 @@ class RunConsole:
     def close(self) -> None:
         """End the live view, whose last state stays on the screen."""
         if self._live is not None and self._live.is_started:
+            self._live.refresh()
             self._live.stop()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -112,6 +120,7 @@ class RunConsole:
             log.open(encoding="utf-8", errors="replace") as printed,
             reports.open(encoding="utf-8") as reported,
         ):
+            # A log begins with the command, so that it can be repeated by hand.
             output.write(f"$ {command}\n".encode())
             self._log_begin = printed.seek(0, os.SEEK_END)
             ended = threading.Event()
@@ -130,20 +139,39 @@ class RunConsole:
                 self._take_in(reported, printed)
                 reports.unlink(missing_ok=True)
 
+    def _take_in(self, reported: IO[str], printed: IO[str]) -> None:
+        """Take in what the running step has reported and printed since the last time."""
+        for line in reported:
+            # The last line may be half written.
+            with contextlib.suppress(ValueError, TypeError, LookupError):
+                self.state.progress.update(json.loads(line))
+        facts = self.state.progress.facts
+        if self._is_verbose:
+            print(printed.read(), end="", flush=True)
+        elif self._live is not None:
+            self._live.refresh()
+        elif facts.get("total"):
+            now, quarter = time.monotonic(), 4 * facts["done"] // facts["total"]
+            if self._printed[1] < quarter < 4 and now - self._printed[0] >= PROGRESS_SECONDS:
+                self._printed = now, quarter
+                shown = str(self.state.progress).split("  ")
+                of_step, of_run = self.state.seconds_left()
+                shown += [f"{duration(of_step)} left"] if of_step is not None else []
+                shown += [f"{duration(of_run)} left of the run"] if of_run is not None else []
+                say(f"    {', '.join(shown)}")
+
     def finish(self, step: Step, seconds: float) -> None:
         """Show that a step has finished, and what its stage has reached."""
         stage = self.state.end(step, seconds, finished=True)
         reached = f"{stage.name}: {stage.figure}, {duration(stage.seconds)}"
         self.event(f"    {reached if stage.figure else f'done in {duration(seconds)}'}")
-        self._refresh()
 
     def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
         """End the view, because a step was stopped or failed with exit code `code`, and print `messages`.
 
-        Of a step that failed, the last lines of its output are shown as well, and where all of it is.
+        If a step failed, the last lines of its output are shown as well, and where all of it is.
         """
         self.state.end(step, seconds, finished=False)
-        self._refresh()
         self.close()
         if code and not self._is_verbose:
             with self.log(step).open(encoding="utf-8", errors="replace") as file:
@@ -155,43 +183,25 @@ class RunConsole:
 
     def conclude(self) -> None:
         """End the view of a run that went through, and print the key figures of its stages."""
-        self._refresh()
         self.close()
-        kinds = self.state.kinds
-        own_metrics = {name: self.state.metric(name) for name in kinds}
-        metrics = [m for m in dict.fromkeys(own_metrics.values()) if m and any(self.state.value(n, m) for n in kinds)]
+        if not self.state.taken:
+            say("nothing to do: all steps had finished")
+            return
+        # A row for each measured stage, and a column for each of their main metrics.
+        judged_by = {name: self.state.metric(name) for name in self.state.kinds}
+        metrics = list(dict.fromkeys(filter(None, judged_by.values())))
+        values = {(name, metric): self.state.value(name, metric) for name in judged_by for metric in metrics}
+        metrics = [metric for metric in metrics if any(values[name, metric] for name in judged_by)]
         table = Table("", box=None, pad_edge=False, header_style="")
         for metric in metrics:
             table.add_column(metric_info(metric).label, justify="right")
-        for name in kinds:
-            values = [(self.state.value(name, metric), metric == own_metrics[name]) for metric in metrics]
-            if any(value for value, _ in values):
-                table.add_row(name, *(Text(value, "bold" if own and self._live else "") for value, own in values))
-        if self.state.taken:
-            if table.row_count:
-                self._console.print("", table, "", sep="\n")
-            say(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
-        else:
-            say("nothing to do: all steps had finished")
-
-    def _take_in(self, reported: IO[str], printed: IO[str]) -> None:
-        """Take in what the running step has reported and printed since the last time."""
-        for line in reported:
-            with contextlib.suppress(ValueError, TypeError, LookupError):  # half a line
-                self.state.progress.update(json.loads(line))
-        facts = self.state.progress.facts
-        if self._is_verbose:
-            print(printed.read(), end="", flush=True)
-        elif self._live is None and facts.get("total"):
-            when, quarter = time.monotonic(), 4 * facts["done"] // facts["total"]
-            if self._printed[1] < quarter < 4 and when - self._printed[0] >= PROGRESS_SECONDS:
-                self._printed = when, quarter
-                say(f"    {', '.join(self.state.status())}")
-        self._refresh()
-
-    def _refresh(self) -> None:
-        if self._live is not None and self._live.is_started:
-            self._live.refresh()
+        for name, own in judged_by.items():
+            if any(values[name, metric] for metric in metrics):
+                styles = ["bold" if metric == own and self._live else "" for metric in metrics]
+                table.add_row(name, *(Text(values[name, m], style) for m, style in zip(metrics, styles, strict=True)))
+        if table.row_count:
+            self._console.print("", table, "", sep="\n")
+        say(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
 
     def _view(self) -> RenderableType:
         """Return what the live view shows now."""
@@ -216,21 +226,25 @@ class RunConsole:
 
     def _line(self, stage: Stage) -> tuple[RenderableType, Text]:
         """Return what is shown after the name of a stage: what it does or has reached, and a time."""
+        progress, step = self.state.progress, self.state.running
         if stage.status == "waiting":
             return Text(stage.note, "dim"), Text("")
+        if stage.status == "kept":
+            return Text(stage.figure), Text("kept", "dim")
         if stage.status != "running":
-            reached = str(self.state.progress) if stage.status == "stopped" else stage.figure
-            return Text(reached), Text("kept" if stage.status == "kept" else duration(stage.seconds), "dim")
-        progress, step = self.state.progress, self.state.running
+            reached = str(progress) if stage.status == "stopped" else stage.figure
+            return Text(reached), Text(duration(stage.seconds), "dim")
+
         left = self.state.seconds_left()[0]
         done, total = progress.facts.get("done", 0), progress.facts.get("total")
         if not total and left:
+            # A step that reports nothing is shown by the time that it took before.
             done, total = progress.elapsed, progress.elapsed + left
+        measuring = ["measuring"] if step is not None and step.kind == "evaluate" else []
         line = Table.grid(padding=(0, 2, 0, 0), expand=True)
         line.add_column(ratio=1)
         line.add_column(no_wrap=True)
-        text = "  ".join(["measuring"] * (step is not None and step.kind == "evaluate") + [str(progress)])
-        line.add_row(ProgressBar(total, done, pulse=not total), text)
+        line.add_row(ProgressBar(total, done, pulse=not total), "  ".join([*measuring, str(progress)]))
         return line, Text(f"{duration(left)} left" if left else duration(stage.seconds + progress.elapsed))
 
 

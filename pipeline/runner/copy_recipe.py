@@ -47,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
     if problems:
         raise UserError(*problems)
     run_dir = f"runs/{args.folder.resolve().name}"
+    # The text is changed, not the values, so that comments and order stay as they are. A name counts only as a whole:
+    # `runs/pocket` is not the beginning of `runs/pocket-people`.
     renamed = {
         rf"\b{re.escape(read_plan(SHIPPED / name).run_dir.as_posix())}(?![\w-])": run_dir,
         rf"\brecipes/{name}(?![\w-])": args.folder.as_posix(),

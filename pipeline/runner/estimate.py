@@ -32,10 +32,11 @@ from pipeline.errors import Problem, UserError
 from pipeline.progress import short_count, time_in_words
 from pipeline.runner.launcher import check_launch_file, launch_file, shards
 from pipeline.runner.plan import read_plan
-from pipeline.runner.steps import Settings, Step, check_steps, override_steps, settings_of
-from pipeline.stages import STAGES
+from pipeline.runner.steps import Settings, Step, check_steps, override_steps
+from pipeline.stages import StageKind
 
-if TYPE_CHECKING:  # these imports take seconds, which `--help` must not
+# These imports take seconds, which `--help` must not.
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pipeline.hardware import Processor
@@ -58,7 +59,7 @@ class Stage:
     """A step that trains or samples.
 
     Attributes:
-        name, kind, own: Folder that it writes, and kind and settings of the step.
+        name, kind, own: Folder that it writes, what is known about its kind, and its settings.
         model, trained: Its model, on the meta device, and how many of its parameters are trained.
         data, text: Rows of its data, and tokens of one or, if answers are sampled, of a prompt.
         cut: Tokens at which a text or an answer is cut off.
@@ -67,7 +68,7 @@ class Stage:
     """
 
     name: str
-    kind: str
+    kind: StageKind
     own: Settings
     model: PreTrainedModel
     trained: int
@@ -80,8 +81,8 @@ class Stage:
 
 
 def row_length(stage: Stage, longest: bool = False) -> float:
-    """Return the tokens of an average row, or of the longest: a block, a text, or a prompt with its answer."""
-    if STAGES[stage.kind].samples:
+    """Return the tokens of an average or the longest row: a block, a text, or a prompt with its answer."""
+    if stage.kind.samples:
         return stage.text + stage.cut * (1 if longest else ANSWER)
     return stage.cut if longest or stage.own.packing else min(stage.text, stage.cut)
 
@@ -89,25 +90,28 @@ def row_length(stage: Stage, longest: bool = False) -> float:
 def rows(stage: Stage) -> float:
     """Return the rows that all processes read: blocks, texts, both texts of pairs, or answers."""
     own = stage.own
-    if stage.kind == "preferences":
+    if not stage.kind.measured:
+        # Answers are sampled for people or annotators to choose from.
         return (own.max_prompts or stage.data) * own.samples_per_prompt
     batch = own.per_device_train_batch_size * own.gradient_accumulation_steps * stage.processes
     uses, steps = own.num_iterations or 1, own.max_steps
     if steps <= 0:
         each = stage.text / stage.cut if own.packing else (own.num_generations or 1) * uses
         steps = math.ceil(math.ceil(stage.data * each / batch) * own.num_train_epochs)
-    return steps * batch * (2 if stage.kind == "reward" else 1) / uses
+    return steps * batch * (1 if stage.kind.generates else 2) / uses
 
 
 def passes(stage: Stage) -> int:
     """Return the passes over each token, where a backward pass counts as two."""
     own, training, uses = stage.own, 3 + stage.own.recompute, stage.own.num_iterations
-    if stage.kind not in ("ppo", "grpo"):
-        return 1 if stage.kind == "preferences" else training
-    if stage.kind == "ppo":
+    if not stage.kind.measured:
+        return 1
+    if not stage.kind.samples:
+        return training
+    if stage.kind.has_critic:
         # Sampling, old log-probabilities and values; then policy and critic are trained.
         return 3 + own.judges + own.reference + 2 * uses * training
-    # The old log-probabilities of a rollout that is used in one step are those of training.
+    # If a rollout is used in one step, training itself computes the old log-probabilities.
     every = (own.steps_per_generation or own.gradient_accumulation_steps) * uses
     old = own.gradient_accumulation_steps % every > 0
     return 1 + old + own.judges + own.reference + uses * training
@@ -125,7 +129,7 @@ def flops(stage: Stage) -> float:
 def sampled_at_once(stage: Stage) -> int:
     """Return the answers that a process samples at once."""
     own = stage.own
-    if not STAGES[stage.kind].samples or own.generation_batch_size:
+    if not stage.kind.samples or own.generation_batch_size:
         return (own.generation_batch_size or 0) // stage.processes
     batches = own.steps_per_generation or own.gradient_accumulation_steps
     return own.batch_size or own.per_device_train_batch_size * batches
@@ -133,7 +137,7 @@ def sampled_at_once(stage: Stage) -> int:
 
 def sampling_seconds(stage: Stage) -> float:
     """Return the time of sampling: a batch of answers is sampled position by position, up to the longest answer."""
-    if not STAGES[stage.kind].samples:
+    if not stage.kind.samples:
         return 0.0
     positions = rows(stage) / (sampled_at_once(stage) * stage.processes) * stage.cut
     layer = VLLM_LAYER if stage.own.use_vllm else LAYER
@@ -146,8 +150,11 @@ def memory(stage: Stage) -> dict[str, float]:
     # Sharded weights are gathered, and copied, layer by layer.
     shares, layers = (stage.processes, config.num_hidden_layers) if stage.sharded else (1, 1)
     trained, longest = stage.trained / shares, row_length(stage, longest=True)
-    read = (own.per_device_train_batch_size or 0) * (2 if stage.kind == "reward" else 1) * longest
-    logits = min({"pretrain": math.inf, "reward": 0}.get(stage.kind, TILE), read * config.vocab_size)
+    read = (own.per_device_train_batch_size or 0) * (1 if stage.kind.generates else 2) * longest
+    # Pretraining has all logits at once, TRL's trainers a tile of them, and a reward model has a score.
+    logits = read * config.vocab_size if stage.kind.generates else 0
+    if not stage.kind.from_scratch:
+        logits = min(TILE, logits)
     half = own.use_peft and own.frozen_dtype in ("auto", "bfloat16")
     return {
         "weights": 4 * trained + (2 * parameters / layers if stage.size == 2 else 0),
@@ -184,31 +191,30 @@ def _widths(config: Any) -> tuple[int, int]:
     return heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
 
 
-def disk(stage: Stage) -> int:
-    """Return the bytes of checkpoints and model."""
-    from pipeline.training.checks import disk_bytes
-
-    return disk_bytes(stage.trained, stage.trained, stage.own)[1] if stage.trained else 0
-
-
 def advice(stage: Stage, room: float) -> str:
     """Return what makes a stage fit into `room` bytes, the least change first."""
-    options = [(stage.sharded, stage.own.recompute, ""), (stage.sharded, True, "--activation_checkpointing true, ")]
-    if stage.processes > 1 and stage.kind != "ppo":
-        fsdp = f"--config_file recipes/accelerate/fsdp2.yaml --num_processes {stage.processes}, "
-        options += [(True, recompute, fsdp + words) for _, recompute, words in options]
-    batch = stage.own.per_device_train_batch_size or 0
-    for sharded, recompute, words in options:
-        for size in (size for size in range(batch, 0, -1) if batch % size == 0):
-            own = Settings(**{**vars(stage.own), "recompute": recompute, "per_device_train_batch_size": size})
-            if sum(memory(replace(stage, sharded=sharded, own=own)).values()) <= room:
-                smaller = f"--per_device_train_batch_size {size} and {batch // size} times the accumulation"
-                return (words + smaller if size < batch else words).removesuffix(", ")
-    return "LoRA (use_peft: true), more or larger GPUs" + ", or recipes/accelerate/zero3.yaml" * (stage.kind != "ppo")
+    own = stage.own
+    # Whether the model is sharded, whether activations are computed again, and the options that ask for this.
+    choices = [(stage.sharded, own.recompute, ""), (stage.sharded, True, "--activation_checkpointing true, ")]
+    larger = "LoRA (use_peft: true), more or larger GPUs"
+    if not stage.kind.has_critic:
+        larger += ", or recipes/accelerate/zero3.yaml"
+        if stage.processes > 1:
+            fsdp = f"--config_file recipes/accelerate/fsdp2.yaml --num_processes {stage.processes}, "
+            choices += [(True, recompute, fsdp + words) for _, recompute, words in choices]
+    batch = own.per_device_train_batch_size or 0
+    for sharded, recompute, words in choices:
+        for size in [size for size in range(batch, 0, -1) if batch % size == 0]:
+            smaller = Settings(**{**vars(own), "recompute": recompute, "per_device_train_batch_size": size})
+            if sum(memory(replace(stage, sharded=sharded, own=smaller)).values()) <= room:
+                if size < batch:
+                    words += f"--per_device_train_batch_size {size} and {batch // size} times the accumulation"
+                return words.removesuffix(", ")
+    return larger
 
 
 def read_stage(step: Step, made: dict[str, Any], processes: int, sharded: bool, full: bool) -> Stage | None:
-    """Return a step as `Stage`, or None for one that neither trains nor samples; `full` if this machine needs float32.
+    """Return a step as a `Stage`, or None if it neither trains nor samples. `full`: whether this machine needs float32.
 
     `made` holds what earlier steps make, by folder: a model, the size of a vocabulary, or rows. This step's is added.
     """
@@ -220,37 +226,38 @@ def read_stage(step: Step, made: dict[str, Any], processes: int, sharded: bool, 
     from pipeline.models.loading import load_empty, load_tokenizer
     from pipeline.models.scratch import ScratchArguments, build_empty
 
-    kind, own = step.kind, settings_of(step)
-    if kind in ("tokenizer", "votes"):
+    kind, own = step.stage, Settings.of(step)
+    # Later steps need to know the size of the vocabulary, and how many choices people make.
+    if step.kind in ("tokenizer", "votes"):
         made[own.output_dir] = own.vocab_size or own.min_votes
-    if not step.stage.launched:
+    if not kind.launched:
         return None
-    if step.stage.from_scratch:
+    if kind.from_scratch:
         name = own.tokenizer_name_or_path
         vocabulary = made.get(name) or len(load_tokenizer(name, "tokenizer_name_or_path"))
         model = build_empty(own.build(ScratchArguments), vocabulary)
     else:
         name = own.model_name_or_path
         model = made.get(name) or load_empty(name, "model_name_or_path", own.model_revision)
-    content: Any = step.stage.data
+    content: Any = kind.data
     needed = not own.max_prompts and (own.max_steps or 0) <= 0
     data, text = count_rows(own.build(DataArguments), content, made, needed)
-    trained = 0 if kind == "preferences" else count_trainable(model, own.build(ModelConfig))
+    trained = count_trainable(model, own.build(ModelConfig)) if kind.measured else 0
     made[own.output_dir] = model if trained else (own.max_prompts or data) * own.pairs_per_prompt
     # What several fields say together.
     positions = model.config.get_text_config().max_position_embeddings
-    own.packing = kind == "pretrain" or own.packing
+    own.packing = kind.from_scratch or own.packing
     chosen = own.activation_checkpointing
     own.recompute = bool(own.gradient_checkpointing if chosen is None else chosen)
     own.judges = 1 if isinstance(own.reward_model_path, str) else len(own.reward_model_path or [])
-    own.reference = ((own.kl_coef if kind == "ppo" else own.beta) or 0) > 0
+    own.reference = ((own.kl_coef if kind.has_critic else own.beta) or 0) > 0
     # Under LoRA, the reference is the model without its adapter.
     adapts_critic = bool(own.use_peft and own.value_use_peft)
     own.frozen = own.judges + (1 + adapts_critic if own.use_peft or not trained else own.reference)
-    if kind == "ppo":
+    if kind.has_critic:
         trained += trained if adapts_critic or not own.use_peft else model.num_parameters()
     cut = own.block_size or own.max_length or own.max_completion_length or own.max_new_tokens or positions
-    text = text or cut * (ANSWER if step.stage.samples else TEXT)
+    text = text or cut * (ANSWER if kind.samples else TEXT)
     size = 4 if full or (step.values.get("bf16") is False and not own.fp16) else 2
     return Stage(step.output.name, kind, own, model, trained, data, text, cut, processes, sharded, size)
 
@@ -310,6 +317,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _entry(stage: Stage, processor: Processor, args: argparse.Namespace, sharded: bool) -> dict[str, Any]:
     """Return the figures of a stage, as `--json` prints them."""
+    from pipeline.training.checks import disk_bytes
+
     speed = args.mfu * ((processor.half if stage.size == 2 else None) or processor.single)
     hours = (flops(stage) / (stage.processes * speed) + sampling_seconds(stage)) / 3600
     parts = {part: round(size) for part, size in memory(stage).items()}
@@ -321,7 +330,7 @@ def _entry(stage: Stage, processor: Processor, args: argparse.Namespace, sharded
         "tokens": round(rows(stage) * row_length(stage)),
         "flops": flops(stage),
         "memory_bytes": {**parts, "total": total},
-        "disk_bytes": disk(stage),
+        "disk_bytes": disk_bytes(stage.trained, stage.trained, stage.own)[1] if stage.trained else 0,
         "hours": hours,
         "sampling_hours": sampling_seconds(stage) / 3600,
         "cost": None if args.price is None else hours * stage.processes * args.price,

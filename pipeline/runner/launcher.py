@@ -8,8 +8,8 @@ module of this project. The runner uses
 
 which takes the arguments of `accelerate launch`, does not need the project to be installed, and checks the launch file.
 
-Where NUM_MACHINES is above 1, it joins the launchers of the other machines: each is told its place by MACHINE_RANK (or
-SLURM_NODEID), and where to meet by MASTER_ADDR and MASTER_PORT.
+If NUM_MACHINES is above 1, it joins the launchers of the other machines: MACHINE_RANK (or SLURM_NODEID) is its place
+among them, and they meet at MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import EXIT_USER_ERROR, Problem
 
-PRECISIONS = ("no", "fp16", "bf16", "fp8")
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SAVE_SECONDS = 600
 """Seconds in which processes may save after a signal; the default of torch's agent, 30, is short for large models."""
@@ -41,6 +40,15 @@ BEYOND_ONE_PROCESS = (
     "use_megatron_lm", "use_parallelism_config",
 )  # fmt: skip
 """Arguments of `accelerate launch` that change more than the environment of one process."""
+
+VALUES: Mapping[str, range | tuple[str, ...]] = {
+    "num_machines": range(1 << 16),
+    "machine_rank": range(1 << 16),
+    "main_process_port": range(1 << 16),
+    "num_processes": range(1, 1 << 16),
+    "mixed_precision": ("no", "fp16", "bf16", "fp8"),
+}
+"""Allowed values. accelerate accepts others, and fails with a traceback later."""
 
 PLUGIN_OPTIONS = {
     "deepspeed_config": ("deepspeed_", "zero", "offload_", "gradient_"),
@@ -75,7 +83,7 @@ def launch_options(args: argparse.Namespace) -> list[str]:
 
 
 def launch_file(args: argparse.Namespace) -> str:
-    """Return the launch file that the command names, or that of a local recipe folder, or the one in this folder."""
+    """Return the launch file: the one that the command names, else the recipe folder's, else the one in this folder."""
     own = args.recipe / LAUNCH_FILE
     named = args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE)
     return str(find_shipped(Path(named)))
@@ -106,41 +114,37 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
     """
     from accelerate.commands.config.config_args import load_config_from_file
 
+    def problem(remedy: str) -> Problem:
+        return Problem("--config_file", path, remedy)
+
     try:
         loaded = load_config_from_file(path)
     except Exception as error:  # noqa: BLE001 - each kind of mistake raises a different error
         reason = " ".join(str(error).split())
-        return Problem("--config_file", path, f"is not a launch file of accelerate ({reason}); correct it")
+        return problem(f"is not a launch file of accelerate ({reason}); correct it")
     config = vars(loaded)
     for item in fields(loaded):
         value, wanted = config[item.name], _shape(str(item.type))
         if value is not None and _shape(type(value).__name__) != wanted:
-            return Problem("--config_file", path, f"{item.name} must be a {wanted}; correct it")
-        if isinstance(value, dict) and (other := [str(key) for key in value if not isinstance(key, str)]):
-            return Problem("--config_file", path, f"{item.name} has no option {', '.join(other)}; remove it")
-    valid: dict[str, range | tuple[str, ...]] = dict.fromkeys(
-        ("num_machines", "machine_rank", "main_process_port"), range(1 << 16)
-    )
-    valid |= {"num_processes": range(1, 1 << 16), "mixed_precision": PRECISIONS}
-    for name, values in valid.items():
-        if config.get(name) is not None and config[name] not in values:
+            return problem(f"{item.name} must be a {wanted}; correct it")
+        # The keys of a mapping become options, which have names.
+        options = list(value) if isinstance(value, dict) else []
+        prefixes = PLUGIN_OPTIONS.get(item.name, ("",))
+        if other := [str(key) for key in options if not isinstance(key, str) or not key.startswith(prefixes)]:
+            return problem(f"{item.name} has no option {', '.join(other)}; remove it")
+        values = VALUES.get(item.name, ())
+        if values and value is not None and value not in values:
             known = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
-            return Problem(
-                "--config_file", path, f"{name} is {config[name]}, and here must be one of {known}; correct it"
-            )
-    for name, prefixes in PLUGIN_OPTIONS.items():
-        if other := [str(key) for key in config.get(name) or () if not str(key).startswith(prefixes)]:
-            return Problem("--config_file", path, f"{name} has no option {', '.join(other)}; remove it")
+            return problem(f"{item.name} is {value}, and here must be one of {known}; correct it")
     if (config.get("num_machines") or 1) > 1 and not config.get("main_process_ip"):
-        return Problem("--config_file", path, "has several machines and no main_process_ip; add it")
+        return problem("has several machines and no main_process_ip; add it")
     if not named and (asked := [name for name, usual in ON_THIS_MACHINE.items() if config.get(name) not in usual]):
-        remedy = f"asks for other machines ({', '.join(asked)}); name it with --config_file if that is what you want"
-        return Problem("--config_file", path, remedy)
+        return problem(f"asks for other machines ({', '.join(asked)}); name it with --config_file if you want that")
     return None
 
 
 def _shape(kind: str) -> str:
-    """Return what a type is in YAML, by its name, such as "typing.Optional[dict]"."""
+    """Return how YAML writes a type with this name, such as "typing.Optional[dict]"."""
     return "mapping" if "dict" in kind else "list" if "list" in kind else "single value"
 
 
@@ -189,11 +193,13 @@ def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
+    # Options that the user gives come last, and win.
     argv = [*machines(), *(sys.argv[1:] if argv is None else argv)]
     args = launch_command_parser().parse_args(argv)
     if args.config_file and (problem := check_launch_file(args.config_file)):
         print(problem, file=sys.stderr)
         return EXIT_USER_ERROR
+    # A single process needs no launcher: this one becomes it, with the environment that it would be given.
     if forked and (environment := _single_process(argv)) is not None:
         os.environ.update(environment)
         sys.argv = [args.training_script, *args.training_script_args]

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from pipeline.errors import EXIT_PUSH_FAILED, leave_closed_terminal, stop_signals
 from pipeline.runner.records import RunRecord
 from pipeline.runner.steps import Step
-from pipeline.runner.warm import Fork, WarmProcess, add_defaults, signal_with_parent
+from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess, signal_with_parent
 
 
 def run(
@@ -42,6 +44,7 @@ def run(
         The child's return code, as `subprocess` defines it, and the first signal that the runner received, or by which
         the child says that it was stopped: a cluster signals what a launcher has started. None without a signal.
     """
+    # The handler below stays in place until the child has ended, however often a signal comes.
     received: list[signal.Signals] = []
     process: subprocess.Popen[bytes] | Fork | None = None
 
@@ -51,22 +54,30 @@ def run(
         if process is None or (len(received) > 1 and received[-1].name == "SIGHUP"):
             return
         if len(received) > 1:
-            _kill_tree(process.pid)
-        elif os.name == "posix":  # Windows sends Ctrl-C to the child as well
+            # The user does not want to wait until it has saved. A launcher's workers have sessions of their own.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                top = psutil.Process(process.pid)
+                for descendant in [*top.children(recursive=True), top]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        descendant.kill()
+        elif os.name == "posix":
+            # Windows sends Ctrl-C to the child as well.
             process.send_signal(number)
 
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
     if os.name == "posix":
         options |= {"process_group": 0, "pass_fds": descriptors}
     if sys.platform == "linux":
-        options["preexec_fn"] = signal_with_parent(signal.SIGTERM)  # it saves when the runner dies
-    environment = add_defaults(environment)
+        # The step saves when the runner dies.
+        options["preexec_fn"] = signal_with_parent(signal.SIGTERM)
+    environment = {**DEFAULTS, **environment}
     before = {number: signal.signal(number, forward_signal) for number in stop_signals()}
     try:
         process = warm.fork(command, environment, descriptors, output) if warm is not None else None
         if process is None:
             process = subprocess.Popen(command, env=environment, **options)
-        if received:  # between installing the handlers and starting the child
+        # A signal may come between installing the handlers and starting the child.
+        if received:
             process.send_signal(received[0])
         code = process.wait()
     finally:
@@ -94,6 +105,7 @@ def push_finished(
         if record.is_pushed(step):
             continue
         print(f"$ {shlex.join(['python', '-m', 'pipeline', *step.push])}", flush=True)
+        # The token and the environment that the step itself was given, unless this process has others.
         own = {str(name): str(value) for name, value in (step.values.get("env") or {}).items()}
         own |= {"HF_TOKEN": str(step.values["hub_token"])} if step.values.get("hub_token") else {}
         command = [sys.executable, "-m", "pipeline", *step.push]
@@ -105,14 +117,3 @@ def push_finished(
         else:
             result = EXIT_PUSH_FAILED
     return result
-
-
-def _kill_tree(pid: int) -> None:
-    """Kill a process and all its descendants; the workers of a launcher have sessions of their own."""
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        top = psutil.Process(pid)
-        for process in [*top.children(recursive=True), top]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()

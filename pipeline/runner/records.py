@@ -1,46 +1,31 @@
-"""The record of what a run has done (`run.json`), and which of its steps are due."""
+"""The record of what a run has done (`run.json`): the settings and inputs of each step that was started."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import secrets
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pipeline.config.effects import continues, newest_state, number_of
 from pipeline.config.machine import describe_machine
+from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_regular, write_text
-from pipeline.runner.changes import Changes, fingerprint_path, recorded_values
 from pipeline.runner.steps import Step
-
-MOST_NAMED = 4
-"""Steps that a reason names at most."""
 
 CENTURY = 3.2e9
 """Seconds; no step takes longer."""
 
+READ_WHOLE_BYTES = 64 * 2**20
+"""A larger file is identified by its size and modification time, because reading a whole corpus takes minutes."""
 
-@dataclass(frozen=True)
-class Decision:
-    """A decision about a step.
-
-    Attributes:
-        action: "skip" it, "start" it from the beginning, "resume" it from what it has saved, or "continue" it from its
-            last checkpoint with more steps.
-        reason: Why, as a phrase.
-        replaced: What it wrote before and will write again; a step that continues keeps its checkpoints.
-        deletes: Whether that is deleted instead of moved to the trash.
-    """
-
-    action: Literal["skip", "start", "resume", "continue"]
-    reason: str
-    replaced: tuple[Path, ...] = ()
-    deletes: bool = False
+SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
+"""Settings that are neither written to disk nor hashed."""
 
 
 @dataclass
@@ -51,9 +36,9 @@ class RunRecord:
 
     - `id`, which changes whenever the step starts from the beginning or continues; `values`, its settings
     - `inputs`, the `id` of each step that it was made from; `data` and `files`, fingerprints of what it was made from
-    - `command`; `hardware`, `versions` and `commit` of the machine that ran it; if it was resumed, of its last part
+    - `command`; `hardware`, `versions` and `commit` of the machine that ran it last
     - `seconds`, over all its parts; `started_at`; `finished_at`, null until it has finished
-    - `pushed`, the arguments of `python -m pipeline` by which it was pushed to the Hub, if it was
+    - `pushed`, the arguments of `python -m pipeline` that pushed it to the Hub, if it was pushed
     """
 
     path: Path
@@ -97,55 +82,42 @@ class RunRecord:
     def update(self, **facts: Any) -> None:
         """Record facts about the whole run."""
         self.content.update(facts)
-        self._write()
+        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
-    def start(self, step: Step, decision: Decision, command: str) -> None:
+    def start(self, step: Step, action: str, command: str) -> None:
         """Record that a step starts, resumes or continues, with `command` as typed in a shell."""
-        before = {} if decision.action == "start" else self.steps.get(step.name, {})
-        kept = before.get("id") if decision.action == "resume" else None
+        # A step that goes on adds to its seconds. Its id changes with its length, so that what is made from it is due.
+        before = {} if action == "start" else self.steps.get(step.name, {})
+        kept = before.get("id") if action == "resume" else None
         self.steps[step.name] = {
             "id": kept or secrets.token_hex(8),
             "values": recorded_values(step),
             "inputs": self.inputs(step),
-            "data": _fingerprints(step.data),
-            "files": _fingerprints({str(path): path for path in step.files}),
+            "data": {name: fingerprint(folder) for name, folder in step.data.items()},
+            "files": {str(path): fingerprint(path) for path in step.files},
             "command": command,
             **describe_machine(),
             "seconds": before.get("seconds", 0.0),
-            "started_at": _now(),
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "finished_at": None,
         }
-        self._write()
+        self.update()
 
     def stop(self, step: Step, seconds: float, finished: bool) -> None:
         """Record that a step has ended, after `seconds` more. A step that has `finished` is not run again."""
         entry = self.steps[step.name]
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
-        entry["finished_at"] = _now() if finished else None
-        self._write()
+        entry["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds") if finished else None
+        self.update()
 
     def is_pushed(self, step: Step) -> bool:
-        """Return whether the step was pushed to the Hub as its settings ask for, or does not have to be, or cannot."""
+        """Return whether no push is due: it was pushed as its settings ask, or they do not ask, or it is unfinished."""
         return not self.is_finished(step.name) or self.steps[step.name].get("pushed", []) == list(step.push)
 
     def set_pushed(self, step: Step) -> None:
         """Record that a finished step was pushed."""
         self.steps[step.name]["pushed"] = list(step.push)
-        self._write()
-
-    def _write(self) -> None:
-        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
-
-
-def measured_seconds(run_dir: Path, recipe: str, smoke: bool) -> dict[str, float]:
-    """Return the seconds of each step that finished in this run or, failing that, in a run of this recipe beside it."""
-    seconds: dict[str, float] = {}
-    for path in [*sorted(run_dir.parent.glob("*/run.json")), run_dir / "run.json"]:
-        with contextlib.suppress(UserError):
-            record = RunRecord.read(path.parent)
-            if (record.content.get("recipe"), record.content.get("smoke")) == (recipe, smoke):
-                seconds |= {name: entry["seconds"] for name, entry in record.steps.items() if record.is_finished(name)}
-    return seconds
+        self.update()
 
 
 def _is_entry(entry: Any) -> bool:
@@ -159,73 +131,52 @@ def _is_entry(entry: Any) -> bool:
     )
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def measured_seconds(run_dir: Path, recipe: str, smoke: bool) -> dict[str, float]:
+    """Return the seconds of each step that finished in this run or else in another run of this recipe next to it."""
+    seconds: dict[str, float] = {}
+    # This run comes last, so that its own times count.
+    for path in [*sorted(run_dir.parent.glob("*/run.json")), run_dir / "run.json"]:
+        with contextlib.suppress(UserError):
+            record = RunRecord.read(path.parent)
+            if (record.content.get("recipe"), record.content.get("smoke")) == (recipe, smoke):
+                seconds |= {name: entry["seconds"] for name, entry in record.steps.items() if record.is_finished(name)}
+    return seconds
 
 
-def decide(
-    steps: Sequence[Step], record: RunRecord, again: Collection[str] = (), forced: Collection[str] = ()
-) -> dict[str, Decision]:
-    """Decide what to do about each step. Moving or renaming the modules of a step does not make it due.
+def recorded_values(step: Step) -> dict[str, Any]:
+    """Return the step's settings as they are read back from `run.json`."""
+    values: dict[str, Any] = json.loads(json.dumps(without_secrets(step.values), default=str))
+    return values
 
-    Args:
-        steps: Each after all that it needs.
-        record: What was done before.
-        again: Names of the steps that run even if they have finished.
-        forced: Names of those of which nothing is kept.
+
+def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that may be written down and hashed."""
+    plain = {key: value for key, value in values.items() if key not in SECRETS}
+    # Any environment variable may hold a key.
+    if isinstance(variables := plain.get("env"), Mapping):
+        plain["env"] = sorted(map(str, variables))
+    return plain
+
+
+def fingerprint(path: Path) -> str:
+    """Hash the content of a file or of all files in a folder; for large or unreadable ones, their size and time.
+
+    In a folder of people's votes, only the votes count. The other files there are made from them, or wait for more.
 
     Returns:
-        The decisions by name.
+        64 hexadecimal digits.
     """
-    decisions: dict[str, Decision] = {}
-    data = _fingerprints({need: folder for step in steps for need, folder in step.data.items()})
-    for step in steps:
-        decision = _judge(step, record, {*again, *forced}, decisions, data)
-        if step.name in record.steps:
-            written = step.leftovers if decision.action == "start" else ()
-            if decision.action == "continue" and record.is_finished(step.name):
-                written = (step.output,)
-            there = tuple(path for path in written if path.is_file() or (path.is_dir() and any(path.iterdir())))
-            decision = replace(decision, replaced=there, deletes=step.name in forced)
-        decisions[step.name] = decision
-    return decisions
-
-
-def _judge(
-    step: Step, record: RunRecord, again: Collection[str], decisions: Mapping[str, Decision], data: Mapping[str, str]
-) -> Decision:
-    """Return what to do about a step; `decisions` are those about the steps before it."""
-    entry = record.steps.get(step.name)
-    if entry is None:
-        return Decision("start", "has not run yet")
-    if step.name in again and record.is_finished(step.name):
-        return Decision("start", "finished, but asked to run again")
-    changes = Changes.find(step, entry.get("values", {}))
-    is_longer = continues(step.output, changes.effective, step.values)
-    if changes.effective and not is_longer:
-        return Decision("start", f"its configuration changed ({changes})")
-    if due := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
-        others = f" and {len(due) - MOST_NAMED} more" if len(due) > MOST_NAMED else ""
-        return Decision("start", f"depends on {', '.join(due[:MOST_NAMED])}{others}")
-    if {need: run for need, run in entry.get("inputs", {}).items() if need in step.needs} != record.inputs(step):
-        return Decision("start", "its inputs have been made again")
-    if edited := [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]:
-        return Decision("start", f"the data of {', '.join(edited)} were changed")
-    files = {str(path): fingerprint_path(path) for path in step.files}
-    if entry.get("files", files) != files:
-        return Decision("start", "the files that it reads changed")
-    if is_longer:
-        return Decision("continue", f"goes on from its last checkpoint ({changes}), on the schedule of the new total")
-    if not record.is_finished(step.name):
-        return Decision("resume", "waits for people's votes" if step.stage.by_people else "was interrupted")
-    if not step.is_complete:
-        return Decision("start", f"finished, but {step.product} is missing or incomplete")
-    total = number_of(newest_state(step.output), "max_steps") if step.launched else 0
-    if total > number_of(step.values, "max_steps") > 0:
-        return Decision("start", f"was continued outside of this run, to {total} steps; raise max_steps to keep that")
-    return Decision("skip", f"finished; without effect on it: {changes}" if changes.harmless else "finished")
-
-
-def _fingerprints(folders: Mapping[str, Path]) -> dict[str, str]:
-    """Return the fingerprints of files and folders, by the same names."""
-    return {name: fingerprint_path(folder) for name, folder in folders.items()}
+    if (path / VOTES_FILE).is_file():
+        path /= VOTES_FILE
+    digest = hashlib.sha256()
+    # A file that is renamed inside of its folder changes the hash; moving the whole folder does not.
+    for file in [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file()):
+        name = file.relative_to(path).as_posix() if file != path else ""
+        status = file.stat()
+        digest.update(f"{name}\0{status.st_size}\0".encode())
+        content = None
+        # The step itself reports a file that cannot be read.
+        with contextlib.suppress(OSError):
+            content = file.read_bytes() if status.st_size <= READ_WHOLE_BYTES else None
+        digest.update(str(status.st_mtime_ns).encode() if content is None else content)
+    return digest.hexdigest()

@@ -13,13 +13,12 @@ from typing import Any, Literal
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.settings import BASE
 from pipeline.files import read_json
-from pipeline.progress import duration
-from pipeline.runner.records import Decision
+from pipeline.runner.due import Decision
 from pipeline.runner.steps import Step
 from pipeline.stages import STAGES
 
 UNGRADED = {"instruction_accuracy": "answer_bits_per_byte"}
-"""Metrics that need rows to say how answers are graded -> what is measured where they do not."""
+"""A metric for which rows must say how answers are graded -> the metric to show if they do not."""
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Progress:
     """What the running step has reported, and when.
 
     Attributes:
-        began: When the step began; times are those of `time.monotonic`.
+        began: When the step began, by `time.monotonic`, as all times here.
         facts: The last value of each fact, see `pipeline.progress`.
         begin: Units that were done at the first report.
         first: When the next units were reported, and how many; until then, models are compiled.
@@ -64,6 +63,7 @@ class Progress:
             self.last = (time.monotonic(), facts["done"])
             if facts["total"] != self.facts.get("total"):
                 self.begin = facts["done"]
+            # The first units are slow, because models are compiled; the speed is measured after them.
             if self.first[1] <= self.begin:
                 self.first = self.last
         self.facts.update(facts)
@@ -79,14 +79,19 @@ class Progress:
         units = self.last[1] - self.first[1]
         if not units:
             return None
-        whole = (self.last[0] - self.first[0]) / units * (self.facts["total"] - self.facts["done"])
-        return max(whole - (time.monotonic() - self.last[0]), 0.0)
+        each = (self.last[0] - self.first[0]) / units
+        left = each * (self.facts["total"] - self.facts["done"])
+        return max(left - (time.monotonic() - self.last[0]), 0.0)
 
     def __str__(self) -> str:
-        shown = [f"{self.facts['done']:,}/{self.facts['total']:,}"] if "done" in self.facts else []
-        shown += [f"{name} {self.facts[name]:.3g}" for name in ("reward", "loss") if name in self.facts][:1]
-        if "tokens_per_second" in self.facts:
-            shown.append(f"{self.facts['tokens_per_second']:,} tokens/s")
+        facts, shown = self.facts, []
+        if "done" in facts:
+            shown.append(f"{facts['done']:,}/{facts['total']:,}")
+        # A trainer that has a reward shows it in place of the loss, which means little to people then.
+        if name := next((name for name in ("reward", "loss") if name in facts), None):
+            shown.append(f"{name} {facts[name]:.3g}")
+        if "tokens_per_second" in facts:
+            shown.append(f"{facts['tokens_per_second']:,} tokens/s")
         return "  ".join(shown)
 
 
@@ -117,9 +122,15 @@ class RunState:
         self.run_dir = run_dir
         chosen = {step.name for step, _ in todo if step.kind != "report"}
         last = max((index for index, step in enumerate(steps) if step.name in chosen), default=len(steps))
-        before = steps[: last + 1]
-        self.kinds = {BASE: "base"} if any(step.name == f"evaluate_{BASE}" for step in before) else {}
-        self.kinds |= {stage_name(step): step.kind for step in before if step.stage.measured}
+        # Evaluations of later stages may be left from an earlier run with other settings.
+        self.kinds: dict[str, str] = {}
+        for step in steps[: last + 1]:
+            if step.name == f"evaluate_{BASE}":
+                self.kinds[BASE] = "base"
+            elif step.stage.measured:
+                self.kinds[stage_name(step)] = step.kind
+
+        # A step and its evaluation are one stage on the screen.
         self.stages: dict[str, Stage] = {}
         for step, decision in todo:
             directory = stage_name(step)
@@ -130,6 +141,7 @@ class RunState:
                 stage.status = "waiting"
                 stage.note = "" if decision.reason == "has not run yet" else decision.reason
         self.due = [step for step, decision in todo if decision.action != "skip"]
+
         self.running: Step | None = None
         self.progress = Progress()
         self.taken: dict[str, float] = {}
@@ -144,16 +156,17 @@ class RunState:
 
     def end(self, step: Step, seconds: float, finished: bool) -> Stage:
         """Note that a step has ended after `seconds`. Return its stage."""
-        stage = self.stages[stage_name(step)]
+        directory = stage_name(step)
+        stage = self.stages[directory]
         stage.seconds += seconds
         self.running = None
-        if finished:
-            self.taken[step.name] = seconds
-            stage.figure = self.figure(stage_name(step)) if step.kind == "evaluate" else ""
-            steps = [other for other in self.due if stage_name(other) == stage_name(step)]
-            stage.status = "done" if all(other.name in self.taken for other in steps) else "waiting"
-        else:
+        if not finished:
             stage.status = "stopped"
+            return stage
+        self.taken[step.name] = seconds
+        stage.figure = self.figure(directory) if step.kind == "evaluate" else ""
+        missing = [other for other in self.due if stage_name(other) == directory and other.name not in self.taken]
+        stage.status = "waiting" if missing else "done"
         return stage
 
     def seconds_left(self) -> tuple[float | None, float | None]:
@@ -162,10 +175,11 @@ class RunState:
         The step's comes from what it reports. All else takes what it took before, at the speed of this run.
 
         Returns:
-            Seconds of the step and of the run; None as long as nothing is known, neither of an earlier run nor of this.
+            Seconds of the step and of the run. Each is None while neither this run nor an earlier one says.
         """
         running = self.running.name if self.running is not None else ""
         left = self.progress.left if running else None
+        # A step that resumes takes less than its usual time, and says nothing about the speed of this machine.
         taken = {name: seconds for name, seconds in self.taken.items() if name not in self._resumed}
         if left is not None and running not in self._resumed:
             taken[running] = self.progress.elapsed + left
@@ -179,30 +193,32 @@ class RunState:
         return left, (left or 0.0) + speed * sum(due)
 
     def value(self, stage: str, metric: str) -> str:
-        """Return a figure of a stage's evaluation as text, "" if it has none."""
+        """Return a metric of a stage as text, or "" if the stage was not evaluated or lacks it."""
         content = read_json(self.run_dir / "evaluations" / f"{stage}.json")
         with contextlib.suppress(ValueError, LookupError, TypeError):
             return f"{content['metrics'][metric]['value']:.{metric_info(metric).digits}f}"
         return ""
 
     def metric(self, stage: str) -> str:
-        """Return the metric by which a stage is judged, "" if there is none."""
+        """Return the main metric of a stage, or "" if it is not evaluated."""
         metric = STAGES[self.kinds[stage]].figure if stage in self.kinds else ""
         ungraded = UNGRADED.get(metric, "")
         return ungraded if ungraded and not self.value(stage, metric) and self.value(stage, ungraded) else metric
 
     def figure(self, stage: str) -> str:
-        """Return the main figure of a stage, after that of the stage before it: "win rate 0.507 -> 0.772"."""
+        """Return the main figure of a stage, after the figure of the stage before it: "win rate 0.507 -> 0.772"."""
         metric = self.metric(stage)
-        names = list(self.kinds)[: list(self.kinds).index(stage)] if metric else []
+        own = self.value(stage, metric) if metric else ""
+        if not own:
+            return ""
         # A second pretraining is for comparison: no stage starts from it, and it starts from random weights.
         pretrained = [name for name in self.kinds if STAGES[self.kinds[name]].from_scratch]
-        beside = pretrained if stage in pretrained else pretrained[1:]
-        before = [self.value(name, metric) for name in names if name not in beside]
-        own = self.value(stage, metric) if metric else ""
+        skipped = pretrained if stage in pretrained else pretrained[1:]
+        names = list(self.kinds)
+        before = [self.value(name, metric) for name in names[: names.index(stage)] if name not in skipped]
         label = metric_info(metric).label
         shown = " -> ".join([*list(filter(None, before))[-1:], own])
-        return f"{label[:1].lower()}{label[1:]} {shown}" if own else ""
+        return f"{label[:1].lower()}{label[1:]} {shown}"
 
     def kept(self, step: Step, code: int) -> str:
         """Return what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""
@@ -211,15 +227,8 @@ class RunState:
             return f"{step.name}, which has finished, and the steps before it"
         if "stopping" in facts and code == 128 + signal.Signals[facts["stopping"]]:
             return f"{step.name} up to {facts['done']} of {facts['total']}, and the steps before it"
-        trains = step.kind in self.kinds.values() and step.launched
+        trains = step.kind in self.kinds.values() and step.stage.launched
         return f"the steps before it{', and its last checkpoint, if any' if trains and 'done' in facts else ''}"
-
-    def status(self) -> list[str]:
-        """Return how far the running step is, and the time that is left."""
-        left, of_run = self.seconds_left()
-        shown = str(self.progress).split("  ")
-        shown += [f"{duration(left)} left"] if left is not None else []
-        return shown + ([f"{duration(of_run)} left of the run"] if of_run is not None else [])
 
 
 def stage_name(step: Step) -> str:

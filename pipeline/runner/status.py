@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.config.effects import newest_state, number_of
 from pipeline.errors import Problem, UserError
 from pipeline.files import is_locked
 from pipeline.progress import duration
+from pipeline.runner.due import Decision, decide
 from pipeline.runner.plan import read_plan
-from pipeline.runner.records import Decision, RunRecord, decide, measured_seconds
+from pipeline.runner.records import RunRecord, measured_seconds
 from pipeline.runner.steps import Step
 
 
@@ -45,26 +45,44 @@ def show(run: Path) -> None:
     record = RunRecord.read(run)
     recipe, smoke = Path(str(record.content.get("recipe"))), bool(record.content.get("smoke"))
     asked = any("--seed" in str(entry.get("command")).split() for entry in record.steps.values())
-    seed = record.content.get("seed") if asked else None
-    steps = read_plan(recipe, run, seed, smoke).steps
-    if not any(step.kind == "evaluate" for step in steps):  # there is nothing to report then
+    seed = record.content.get("seed")
+    steps = read_plan(recipe, run, seed if asked else None, smoke).steps
+    if not any(step.kind == "evaluate" for step in steps):
+        # Without an evaluation, there is nothing to report.
         steps = steps[:-1]
     decisions = decide(steps, record)
-    full = _expected_seconds(steps, measured_seconds(run, str(recipe), smoke))
-    is_running = is_locked(run / "run.lock")
-    print(f"{run}: {recipe}" + (f", seed {shown}" if (shown := record.content.get("seed")) is not None else ""))
+
+    # A step takes what it took before. Others take their time in recipes/pocket, at the speed of this machine.
+    measured = measured_seconds(run, str(recipe), smoke)
+    usual = sum(step.stage.seconds for step in steps if step.name in measured)
+    speed = sum(measured[step.name] for step in steps if step.name in measured) / usual if usual else 1.0
+
+    print(f"{run}: {recipe}" + (f", seed {seed}" if seed is not None else ""))
     left, done = 0.0, 0
+    is_running = is_locked(run / "run.lock")
     width = max(len(step.name) for step in steps)
     for step in steps:
         decision, entry = decisions[step.name], record.steps.get(step.name, {})
-        share = _share_left(step, decision, is_begun=bool(entry))
-        seconds = share * full[step.name]
-        left, done = left + seconds, done + (decision.action == "skip")
-        state = _state(step, decision, record, is_running)
+        done += decision.action == "skip"
+        share, saved = _still_to_do(step, decision, is_begun=bool(entry))
+        seconds = share * measured.get(step.name, speed * step.stage.seconds)
+        left += seconds
+
+        if decision.action == "skip":
+            state = "done"
+        elif not entry:
+            state = "not run yet"
+        elif record.is_finished(step.name):
+            state = "out of date"
+        elif is_running:
+            state = "running"
+        else:
+            state = "waiting" if step.stage.by_people else "cut short"
         took = duration(entry["seconds"]) if entry.get("seconds") else ""
         reason = "" if decision.reason in ("finished", "has not run yet", "was interrupted") else decision.reason
-        notes = [reason, _progress(step, decision), f"about {duration(seconds)}" if seconds else ""]
-        print(f"{step.name:{width}}  {state:11}  {took:>8}  {'; '.join(filter(None, notes))}".rstrip())
+        notes = filter(None, [reason, saved, f"about {duration(seconds)}" if seconds else ""])
+        print(f"{step.name:{width}}  {state:11}  {took:>8}  {'; '.join(notes)}".rstrip())
+
     command = ["python", "-m", "pipeline", "run", str(recipe), *(["--seed", str(seed)] if asked else [])]
     command += ["--output_dir", str(run), *(["--smoke"] if smoke else [])]
     if done == len(steps):
@@ -73,35 +91,17 @@ def show(run: Path) -> None:
         print(f"{done} of {len(steps)} steps are done; the rest takes about {duration(left)}: {shlex.join(command)}")
 
 
-def _state(step: Step, decision: Decision, record: RunRecord, is_running: bool) -> str:
-    """Return a step's state in two or three words."""
+def _still_to_do(step: Step, decision: Decision, is_begun: bool) -> tuple[float, str]:
+    """Return the share of a step that is still to be done, and how far it was saved, if it goes on from there.
+
+    A step that gets more steps has a share of the steps that it had before, which may exceed 1.
+    """
     if decision.action == "skip":
-        return "done"
-    if step.name not in record.steps:
-        return "not run yet"
-    if record.is_finished(step.name):
-        return "out of date"
-    return "running" if is_running else "waiting" if step.stage.by_people else "cut short"
-
-
-def _expected_seconds(steps: tuple[Step, ...], measured: Mapping[str, float]) -> dict[str, float]:
-    """Return the seconds that each step takes from its beginning: what it took or, failing that, in proportion."""
-    usual = sum(step.stage.seconds for step in steps if step.name in measured)
-    speed = sum(measured[step.name] for step in steps if step.name in measured) / usual if usual else 1.0
-    return {step.name: measured.get(step.name, speed * step.stage.seconds) for step in steps}
-
-
-def _share_left(step: Step, decision: Decision, is_begun: bool) -> float:
-    """Return the share of a step that is still to be done; for one that gets more steps, relative to those before."""
-    if decision.action in ("skip", "start") or not is_begun:
-        return float(decision.action != "skip")
+        return 0.0, ""
+    if decision.action == "start" or not is_begun:
+        return 1.0, ""
     state = newest_state(step.output)
+    saved = f"saved up to step {state['global_step']} of {state['max_steps']}" if state.get("max_steps") else ""
     done, before = number_of(state, "global_step"), number_of(state, "max_steps")
     total = number_of(step.values, "max_steps") if decision.action == "continue" else before
-    return (max(total, done) - done) / before if before else 1.0
-
-
-def _progress(step: Step, decision: Decision) -> str:
-    """Return how far training has been saved, if it goes on from there."""
-    state = newest_state(step.output) if decision.action in ("resume", "continue") else {}
-    return f"saved up to step {state['global_step']} of {state['max_steps']}" if state.get("max_steps") else ""
+    return (max(total, done) - done) / before if before else 1.0, saved

@@ -1,4 +1,4 @@
-"""One step of a run: what it runs, reads and writes."""
+"""One step of a run: what it runs, reads and writes; and the settings of steps, checked and overridden."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ REPORT = "report"
 INPUTS = ("model_name_or_path", "dataset_name")
 """Fields without which a step has nothing to start from."""
 
+SMOKE_EVALUATION: Mapping[str, Any] = {"limit": 8, "max_new_tokens": 16}
+"""What `--smoke` changes in evaluations; `STAGES` has what it changes in the other steps."""
+
+LIMITS = ("size_mb", "block_size", "min_votes", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
+"""Limits, like all fields that begin with `max_`. A recipe's own value is kept if it is lower."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -29,10 +35,8 @@ class Step:
     Attributes:
         name: Stem of its YAML file, `0_random`, `evaluate_<directory of a stage>` or `report`.
         kind: Key of `STAGES`, "evaluate" or "report".
-        arguments: Arguments of the module.
+        arguments: Arguments of its module.
         output: Directory that it writes.
-        module: Module to run with `python -m`.
-        launched: Whether it runs under `accelerate launch`.
         leftovers: Files and directories to delete before it runs from the beginning.
         values: Its settings, with paths as in the YAML file; the fingerprint is taken of these.
         needs: Names of the steps whose output it reads.
@@ -44,8 +48,6 @@ class Step:
     kind: str
     arguments: tuple[str, ...]
     output: Path
-    module: str = "pipeline"
-    launched: bool = False
     leftovers: tuple[Path, ...] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
@@ -75,6 +77,7 @@ class Step:
     @property
     def push(self) -> tuple[str, ...]:
         """Arguments of `python -m pipeline` that push what it wrote; empty if its settings do not ask for that."""
+        # An untrained model shares the file of pretraining, and with it the settings of that push.
         if self.stage.file_of or not self.values.get("push_to_hub"):
             return ()
         name, revision = self.values.get("hub_model_id"), self.values.get("hub_revision")
@@ -90,24 +93,22 @@ class Step:
             launcher: Command that starts it on several machines.
         """
         entry = ["python", "-m", "pipeline.runner.launcher"] if launcher else ["accelerate", "launch"]
-        start = [*launcher, *entry, *launch] if self.launched else ["python"]
-        return [*start, "-m", self.module, *self.arguments]
+        start = [*launcher, *entry, *launch] if self.stage.launched else ["python"]
+        return [*start, "-m", self.stage.module or "pipeline", *self.arguments]
 
     def executable(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
         """Return the same command for this Python interpreter; it ends with the exit code of the step itself."""
         start = [sys.executable]
-        if self.launched:
+        if self.stage.launched:
             start = [*launcher, sys.executable, "-m", "pipeline.runner.launcher", *launch]
-        return [*start, "-m", self.module, *self.arguments]
+        return [*start, "-m", self.stage.module or "pipeline", *self.arguments]
 
+    @property
+    def argument_types(self) -> list[type]:
+        """The argument dataclasses of its recipe; importing the recipe may take seconds."""
+        from pipeline.config.parser import argument_types
 
-def tidy_paths(value: Any, home: Path) -> Any:
-    """Return a value of a YAML file with paths in `home` as steps are compared: `runs/r/2_sft/` is `runs/r/2_sft`."""
-    if isinstance(value, Mapping):
-        return {key: tidy_paths(item, home) for key, item in value.items()}
-    if isinstance(value, list):
-        return [tidy_paths(item, home) for item in value]
-    return str(Path(value)) if isinstance(value, str) and Path(value).is_relative_to(home) else value
+        return argument_types(resolve_name(f"{self.stage.module}:main"))
 
 
 def find_step(steps: Iterable[Step], name: str, field: str) -> Step:
@@ -116,28 +117,21 @@ def find_step(steps: Iterable[Step], name: str, field: str) -> Step:
     Raises:
         UserError: If no step or several steps have this name; it names `field` and lists them.
     """
-    steps = list(steps)
     wanted = Path(name).name.removesuffix(".yaml")
-    for same in (lambda step: step.name == wanted, lambda step: _short(step.name) == wanted):
-        found = [step for step in steps if same(step)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise UserError(Problem(field, name, f"choose one of {', '.join(step.name for step in found)}"))
-    raise UserError(Problem(field, name, f"no such step; choose from: {', '.join(step.name for step in steps)}"))
-
-
-def _short(name: str) -> str:
-    """Shorten a name: `2_sft` -> `sft`, `evaluate_2_sft` -> `evaluate_sft`."""
-    return re.sub(r"^(evaluate_)?\d+_", r"\1", name)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    names = {step.name: step for step in steps}
+    if wanted in names:
+        return names[wanted]
+    # Without its number: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.
+    found = [step for step in names.values() if re.sub(r"^(evaluate_)?\d+_", r"\1", step.name) == wanted]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(Problem(field, name, f"choose one of {', '.join(step.name for step in found)}"))
+    raise UserError(Problem(field, name, f"no such step; choose from: {', '.join(names)}"))
 
 
 def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
-    """Return the steps with the options of a command line, each option in all steps that know it.
+    """Return the steps with the options of a command line. Each option applies to all steps that know it.
 
     Raises:
         UserError: If no step knows an option, or a value is of the wrong type.
@@ -145,11 +139,12 @@ def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
     from pipeline.config.command_line import Parser, read_command_line
     from pipeline.config.parser import field_types
 
+    if not words:
+        return list(steps)
     changed, problems, known, unknown = [], [], set(), []
     for step in steps:
-        types = recipe_types(step)
-        hints = field_types(*types)
-        values, found = read_command_line(Parser(types), list(words), hints) if words else ({}, [])
+        hints = field_types(*step.argument_types)
+        values, found = read_command_line(Parser(step.argument_types), list(words), hints)
         changed.append(dataclasses.replace(step, values={**step.values, **values}))
         problems += [problem for problem in found if problem.field in hints]
         unknown.append({problem.field: problem for problem in found if problem.field not in hints})
@@ -162,11 +157,29 @@ def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
     return changed
 
 
-def recipe_types(step: Step) -> list[type]:
-    """Return the argument dataclasses of the step's recipe."""
-    from pipeline.config.parser import argument_types
+def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that `--smoke` changes, so that a step takes seconds on a miniature of its model and data.
 
-    return argument_types(resolve_name(f"{step.stage.module}:main"))
+    Args:
+        kind: Kind of the step, such as "sft", or "evaluate".
+        values: Content of the step's YAML file.
+    """
+    stage = STAGES.get(kind, StageKind(smoke=SMOKE_EVALUATION))
+    overrides: dict[str, Any] = {}
+    for name, limit in stage.smoke.items():
+        own = values.get(name)
+        is_limit = name.startswith("max_") or name in LIMITS
+        # `True` is an int, but not a limit. 0 and -1 mean that there is none.
+        is_lower = isinstance(own, int | float) and not isinstance(own, bool) and 0 < own < limit
+        if not (is_limit and is_lower):
+            overrides[name] = limit
+    if stage.samples and stage.measured:
+        # TRL refuses a configuration with both of these fields.
+        if "generation_batch_size" in values:
+            overrides["generation_batch_size"] = stage.smoke["per_device_train_batch_size"]
+        else:
+            overrides["steps_per_generation"] = 1
+    return overrides
 
 
 class Settings(SimpleNamespace):
@@ -175,17 +188,17 @@ class Settings(SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
         return None
 
+    @classmethod
+    def of(cls, step: Step) -> Settings:
+        """Return the settings of a step."""
+        items = [item for kind in step.argument_types for item in dataclasses.fields(kind)]
+        defaults = {item.name: item.default for item in items if item.default is not dataclasses.MISSING}
+        return cls(**{**defaults, **step.values})
+
     def build(self, kind: type) -> Any:
         """Return the dataclass `kind` with these settings."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(kind)}
         return kind(**{name: value for name, value in values.items() if value is not None})
-
-
-def settings_of(step: Step) -> Settings:
-    """Return the settings of a step."""
-    items = [item for kind in recipe_types(step) for item in dataclasses.fields(kind)]
-    defaults = {item.name: item.default for item in items if item.default is not dataclasses.MISSING}
-    return Settings(**{**defaults, **step.values})
 
 
 def check_steps(steps: Iterable[Step], rewards: bool = True) -> list[Problem]:
@@ -198,7 +211,8 @@ def check_steps(steps: Iterable[Step], rewards: bool = True) -> list[Problem]:
     Returns:
         Values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
     """
-    from transformers import TrainingArguments  # these imports take seconds
+    # These imports take seconds.
+    from transformers import TrainingArguments
 
     from pipeline.config.parser import check_values
     from pipeline.evaluation.settings import check
@@ -207,29 +221,30 @@ def check_steps(steps: Iterable[Step], rewards: bool = True) -> list[Problem]:
     from pipeline.training.checks import preflight
 
     quiet_libraries()
-    problems = []
+    problems: list[Problem] = []
     steps = list(steps)
-    for evaluation in [step for step in steps if step.kind == "evaluate"][:1]:  # all have the same settings
+    # All evaluations have the same settings.
+    if evaluation := next((step for step in steps if step.kind == "evaluate"), None):
         problems += check(evaluation.values, "evaluate.yaml: ")
-        if isinstance(tasks := evaluation.values.get("lm_eval_tasks"), list):
-            from pipeline.evaluation.harness import check_tasks  # lm-eval takes seconds to list its tasks
+        tasks = evaluation.values.get("lm_eval_tasks")
+        if isinstance(tasks, list):
+            # lm-eval takes seconds to list its tasks.
+            from pipeline.evaluation.harness import check_tasks
 
             problems += check_tasks(list(map(str, tasks)), "evaluate.yaml: lm_eval_tasks")
+
     for step in steps:
         # A step that shares the file of another one is checked with that one.
         if not step.stage.module or step.stage.file_of:
             continue
-        types = recipe_types(step)
+        types = step.argument_types
         built, found = check_values(step.values, types) if types else ([], [])
         for item in built:
-            found += preflight(item) if isinstance(item, TrainingArguments) else []
-            inputs = {name: getattr(item, name) for name in INPUTS if hasattr(item, name)}
-            listed = [(name, one) for name, value in inputs.items() for one in _listed(value)]
-            for name, value in listed:
-                if not value:
-                    found.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
-                elif is_missing_path(value) and not Path(value).is_relative_to(Path(step.values["output_dir"]).parent):
-                    found.append(Problem(name, value, "there is no such file or folder; correct the path"))
+            if isinstance(item, TrainingArguments):
+                found += preflight(item)
+            for name in INPUTS:
+                if hasattr(item, name):
+                    found += _check_input(step, name, getattr(item, name))
         if step.stage.check:
             found += resolve_name(step.stage.check)(step.values)
         names = step.values.get("reward_funcs")
@@ -239,4 +254,16 @@ def check_steps(steps: Iterable[Step], rewards: bool = True) -> list[Problem]:
             except UserError as error:
                 found += error.problems
         problems += [dataclasses.replace(problem, field=f"{step.name}: {problem.field}") for problem in found]
+    return problems
+
+
+def _check_input(step: Step, name: str, value: Any) -> list[Problem]:
+    """Check that a model or each of several data sets is named and, if it is a path, exists or is made by the run."""
+    problems = []
+    home = Path(step.values["output_dir"]).parent
+    for one in value if isinstance(value, list) else [value]:
+        if not one:
+            problems.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
+        elif is_missing_path(one) and not Path(one).is_relative_to(home):
+            problems.append(Problem(name, one, "there is no such file or folder; correct the path"))
     return problems

@@ -15,16 +15,17 @@ TRASH = ".trash"
 
 
 def new_trash(run_dir: Path) -> Path:
-    """Return the folder to which a command that starts now moves what it replaces; it is not created yet."""
+    """Return the folder for what a command that starts now replaces. The folder is not created yet."""
+    # Windows does not allow colons in names.
     now = datetime.now(UTC).replace(tzinfo=None)
     return run_dir / TRASH / now.isoformat(timespec="milliseconds").replace(":", "-")
 
 
 def move(paths: Sequence[Path], trash: Path, kept: str = "") -> list[str]:
-    """Move files, and the content of directories, to the same place below `trash`, beside the record of their run.
+    """Move files, and the content of directories, to the same place below `trash`, with a copy of their run's record.
 
     Args:
-        paths: Paths in the directory of a run; those that do not exist are left out.
+        paths: Paths in the directory of a run; those that do not exist are skipped.
         trash: As `new_trash` returns it.
         kept: Pattern of what stays in its directory.
 
@@ -34,21 +35,28 @@ def move(paths: Sequence[Path], trash: Path, kept: str = "") -> list[str]:
     Raises:
         UserError: If something cannot be moved.
     """
+    # `trash` is <run>/.trash/<time>.
     run_dir = trash.parents[1]
     lines = []
     for path in filter(Path.exists, paths):
         target = trash / path.relative_to(run_dir)
         try:
+            # The record says with which settings the files were made.
             if not trash.exists():
                 trash.mkdir(parents=True)
                 shutil.copy2(run_dir / "run.json", trash)
-            (target if path.is_dir() else target.parent).mkdir(parents=True, exist_ok=True)
-            for child in list(path.iterdir()) if path.is_dir() else [path]:  # the folder itself may be a link
-                if not fnmatch(child.name, kept):
-                    shutil.move(child, target / child.name if path.is_dir() else target)
+            if path.is_dir():
+                # The folder itself stays: it may be a link to another disk.
+                target.mkdir(parents=True, exist_ok=True)
+                for child in list(path.iterdir()):
+                    if not fnmatch(child.name, kept):
+                        shutil.move(child, target / child.name)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, target)
         except OSError as error:
             raise UserError(Problem("output_dir", path, f"cannot be moved ({error.strerror}); move it")) from error
-        lines.append(f"moved {path} to {target}" + f", without {kept}" * bool(kept))
+        lines.append(f"moved {path} to {target}" + (f", without {kept}" if kept else ""))
     return lines
 
 
@@ -65,6 +73,7 @@ def delete(paths: Sequence[Path]) -> list[str]:
     for path in filter(Path.exists, paths):
         try:
             for child in list(path.iterdir()) if path.is_dir() else [path]:
+                # A link goes, and what it points to stays.
                 if child.is_dir() and not child.is_symlink():
                     shutil.rmtree(child)
                 else:

@@ -4,9 +4,18 @@ Importing torch, transformers and TRL takes longer than many a step. The runner 
 once and forks for each step. The fork takes over the environment and the output that a new process would have, and runs
 the step's module as `python -m` would.
 
+    runner                           warm process                       step
+    WarmProcess.fork  -- request -->  serve: os.fork()  ------------->  runs the module, writes to the runner's
+                      <-- pid, handle --                                descriptors and holds its locks
+    Fork.send_signal  ------------------------------------------------> SIGINT, SIGTERM
+    Fork.wait         <-- exit code --  waitpid  <--------------------  ends
+
 Forking is safe only while nothing else runs in the process. So the warm process never computes, which would start the
 threads of OpenMP, and it ends if there is an accelerator, whose driver does not survive a fork, or a thread of Python.
 The runner then starts each step as a new process, as it does on other systems than Linux.
+
+The forkserver of multiprocessing would not do: a step that it forks does not run its exit functions, ends with 1 after
+a KeyboardInterrupt, and is forked from a server that goes on even if there are threads.
 """
 
 from __future__ import annotations
@@ -25,15 +34,16 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pkgutil import resolve_name
-from types import TracebackType
 
 from pipeline.errors import RunStopped
 from pipeline.runner import launcher
 
 DEFAULTS = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",  # for TRL and the Hub client
+    # TRL and the Hub client report their use otherwise.
+    "HF_HUB_DISABLE_TELEMETRY": "1",
     "DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # tokenizers warn when a process that used threads forks
+    # Tokenizers warn when a process that has used threads forks.
+    "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
 """Environment variables of a step, unless the user has set them."""
@@ -52,7 +62,8 @@ PRELOADED = (
 )
 """What the steps import, as `pkgutil.resolve_name` takes it."""
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PR_SET_PDEATHSIG = 1
+"""As <linux/prctl.h> has it."""
 MAX_DESCRIPTORS = 16
 """File descriptors that a step takes over at most."""
 
@@ -96,7 +107,7 @@ class WarmProcess:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno()), *PRELOADED],
-                env=add_defaults(environment),
+                env={**DEFAULTS, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -109,9 +120,7 @@ class WarmProcess:
     def __enter__(self) -> WarmProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._channel.close()
         self._process.kill()
         self._process.wait()
@@ -134,12 +143,14 @@ class WarmProcess:
         if not self._is_ready:
             return None
         streams = (1, 2) if output is None else (output, output)
+        # A message on the socket would be too short for some environments.
         with tempfile.TemporaryFile("w+") as request:
             json.dump([command[2:], dict(environment)], request)
             request.flush()
             try:
                 socket.send_fds(self._channel, [b"fork"], [request.fileno(), *streams, *descriptors])
-            except OSError:  # it has ended since
+            except OSError:
+                # The warm process has ended since the last step.
                 self._is_ready = False
                 return None
         pid, handles, *_ = socket.recv_fds(self._channel, 32, 1)
@@ -152,11 +163,6 @@ def signal_with_parent(number: signal.Signals) -> Callable[[], object]:
     """Return a function by which a new process on Linux makes the kernel signal it when its parent dies."""
     prctl = ctypes.CDLL(None).prctl
     return lambda: prctl(PR_SET_PDEATHSIG, number)
-
-
-def add_defaults(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a step: the user's, and the defaults that do not replace a choice of the user's."""
-    return {**DEFAULTS, **environment}
 
 
 def _receive(channel: socket.socket) -> bytes:
@@ -179,16 +185,20 @@ def serve(channel: socket.socket) -> list[str]:
         pid = os.fork()
         if pid == 0:
             break
-        for descriptor in descriptors:  # the locks among them would otherwise outlive the step
+        # The locks among them would otherwise outlive the step.
+        for descriptor in descriptors:
             os.close(descriptor)
         handle = os.pidfd_open(pid)
         socket.send_fds(channel, [b"%d" % pid], [handle])
         os.close(handle)
         channel.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    # This is the fork.
     channel.close()
     os.setpgid(0, 0)
     signal_step()
-    if os.getppid() != parent:  # it died before the kernel was asked to say so
+    # If the warm process died before the kernel was asked to signal that, nobody else will.
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
     request, out, err, *_ = descriptors
     for source, target in ((out, 1), (err, 2)):
@@ -204,17 +214,21 @@ def serve(channel: socket.socket) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Import `argv[1:]`, then fork a step for each request on the socket `argv[0]`, and run it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the runner may have been started with it ignored
+    # The runner may have been started with these signals ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.disable()
     for name in argv[1:]:
         resolve_name(name)
     torch = sys.modules.get("torch")
     if threading.active_count() > 1 or (torch is not None and torch.accelerator.is_available()):
-        os._exit(1)  # at once, without waiting for threads
-    os.close(os.pidfd_open(os.getpid()))  # kernels before 5.3 cannot
+        # At once, without waiting for threads.
+        os._exit(1)
+    # Kernels before 5.3 have no handles of processes. The error ends this process.
+    os.close(os.pidfd_open(os.getpid()))
+    # Collections in the forks do not touch, and thereby copy, what was imported.
     gc.collect()
-    gc.freeze()  # collections in the forks do not touch, and thereby copy, what was imported
+    gc.freeze()
     module, *arguments = serve(socket.socket(fileno=int(argv[0])))
     gc.enable()
     if module == launcher.__name__:

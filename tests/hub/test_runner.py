@@ -14,7 +14,7 @@ from small_model import save_model
 from pipeline.__main__ import main
 from pipeline.runner import warm
 from pipeline.runner.plan import read_plan
-from pipeline.runner.records import Decision, RunRecord
+from pipeline.runner.records import RunRecord
 from pipeline.stages import STAGES
 from tests.hub.hub_server import Hub
 
@@ -68,7 +68,7 @@ def test_a_push_that_is_turned_on_later_trains_nothing(hub: Hub, run: Run) -> No
     plan = read_plan(Path("recipe"))
     record = RunRecord.read(plan.run_dir)
     for step in plan.steps:  # all have finished, as far as the runner can see
-        record.start(step, Decision("start", "has not run yet"), "")
+        record.start(step, "start", "")
         record.stop(step, 1.0, finished=True)
         step.product.parent.mkdir(parents=True, exist_ok=True)
         if not step.product.exists():

@@ -23,7 +23,7 @@ from pipeline import hardware
 from pipeline.__main__ import main
 from pipeline.app import watch
 from pipeline.data.pocket.build import PocketArguments, build
-from pipeline.runner.smoke import smoke_overrides
+from pipeline.runner.steps import smoke_overrides
 from pipeline.stages import STAGES
 from pipeline.training import entry
 

@@ -14,7 +14,7 @@ from small_model import ROOT
 
 from pipeline.config.parser import argument_types, parse
 from pipeline.runner.plan import read_plan
-from pipeline.runner.smoke import smoke_overrides
+from pipeline.runner.steps import smoke_overrides
 from pipeline.stages import STAGES
 
 RECIPES = ROOT / "recipes"

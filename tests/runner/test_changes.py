@@ -14,8 +14,9 @@ import yaml
 from pipeline import hardware
 from pipeline.config.effects import has_effect
 from pipeline.runner import records
+from pipeline.runner.due import Decision, decide
 from pipeline.runner.plan import read_plan
-from pipeline.runner.records import Decision, RunRecord, decide
+from pipeline.runner.records import RunRecord
 
 POCKET = Path(__file__).parents[2] / "recipes/pocket"
 ORDER = (
@@ -41,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 step.product.write_text("{}")
             else:
                 write_model(step.output, step.values)
-            record.start(step, Decision("start", "has not run yet"), "")
+            record.start(step, "start", "")
             record.stop(step, 1.0, finished=True)
     return folder
 

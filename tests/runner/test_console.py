@@ -25,7 +25,7 @@ import yaml
 from pipeline.progress import VARIABLE, duration, report_progress
 from pipeline.runner.cli import promises_kept
 from pipeline.runner.console import is_live
-from pipeline.runner.records import Decision
+from pipeline.runner.due import Decision
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
 
@@ -312,7 +312,7 @@ def test_a_file_where_the_logs_belong_is_refused_before_anything_is_written() ->
 
 
 STEPS = [
-    Step(name, kind, (), Path("runs/r", name), launched=True)
+    Step(name, kind, (), Path("runs/r", name))
     for name, kind in (("0_random", "random"), ("1_pretrain", "pretrain"), ("2_sft", "sft"), ("3_ppo", "ppo"))
 ]
 TODO = [(step, Decision("start", "has not run yet", "")) for step in STEPS]
@@ -330,7 +330,7 @@ def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
         metrics = {metric: {"value": value} for metric, value in values.items()}
         Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
     Path("runs/r/evaluations/3_ppo.json").write_text("{")
-    twin = Step("1_pretrain_dense", "pretrain", (), Path("runs/r/1_pretrain_dense"), launched=True)
+    twin = Step("1_pretrain_dense", "pretrain", (), Path("runs/r/1_pretrain_dense"))
     todo = [*TODO[:2], (twin, TODO[0][1]), *TODO[2:]]
     state = RunState(Path("runs/r"), [step for step, _ in todo], todo, {})
     assert state.figure("0_random") == "bits per byte 2.644"

@@ -1,0 +1,197 @@
+"""Which steps of a run are due, and why: what has changed in the settings and inputs of each since it ran.
+
+has not run yet                                      -> start
+a setting with an effect on what it writes changed   -> start, or continue if only the number of steps was raised
+a step that it needs runs, or its inputs changed     -> start
+was interrupted                                      -> resume from its last checkpoint
+none of these                                        -> skip
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config.effects import continues, has_effect, newest_state, number_of
+from pipeline.files import read_json
+from pipeline.runner.records import RunRecord, fingerprint, recorded_values
+from pipeline.runner.steps import Step
+
+FIELDS_OF_UNTRAINED = ("seed", "tokenizer_name_or_path", "output_dir")
+"""Fields of pretraining that an untrained model depends on, besides its sizes."""
+
+STEPS_NAMED, FIELDS_NAMED, LONGEST_FIELD = 4, 5, 80
+"""How many steps and fields a reason names, and characters above which a field is named without its values."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A decision about a step.
+
+    Attributes:
+        action: "skip" it, "start" it from the beginning, "resume" it from what it has saved, or "continue" it from its
+            last checkpoint with more steps.
+        reason: Why, as a phrase.
+        replaced: What it wrote before and will write again; a step that continues keeps its checkpoints.
+        deletes: Whether that is deleted instead of moved to the trash.
+    """
+
+    action: Literal["skip", "start", "resume", "continue"]
+    reason: str
+    replaced: tuple[Path, ...] = ()
+    deletes: bool = False
+
+
+def decide(
+    steps: Sequence[Step], record: RunRecord, again: Collection[str] = (), forced: Collection[str] = ()
+) -> dict[str, Decision]:
+    """Decide what to do about each step. Moving or renaming the modules of a step does not make it due.
+
+    Args:
+        steps: Each after all that it needs.
+        record: What was done before.
+        again: Names of the steps that run even if they have finished.
+        forced: Names of the steps whose output is deleted.
+
+    Returns:
+        The decisions by name.
+    """
+    decisions: dict[str, Decision] = {}
+    folders = {need: folder for step in steps for need, folder in step.data.items()}
+    data = {need: fingerprint(folder) for need, folder in folders.items()}
+    for step in steps:
+        decision = _decide_one(step, record, {*again, *forced}, decisions, data)
+        # What a step wrote before is in the way if it starts again. One that continues keeps its checkpoints.
+        if step.name in record.steps:
+            written = step.leftovers if decision.action == "start" else ()
+            if decision.action == "continue" and record.is_finished(step.name):
+                written = (step.output,)
+            there = tuple(path for path in written if path.is_file() or (path.is_dir() and any(path.iterdir())))
+            decision = replace(decision, replaced=there, deletes=step.name in forced)
+        decisions[step.name] = decision
+    return decisions
+
+
+def _decide_one(
+    step: Step, record: RunRecord, again: Collection[str], decisions: Mapping[str, Decision], data: Mapping[str, str]
+) -> Decision:
+    """Return what to do about a step; `decisions` holds what to do about the steps before it."""
+    entry = record.steps.get(step.name)
+    if entry is None:
+        return Decision("start", "has not run yet")
+    if step.name in again and record.is_finished(step.name):
+        return Decision("start", "finished, but asked to run again")
+
+    # What it is set to do.
+    changes = Changes.find(step, entry.get("values", {}))
+    is_longer = continues(step.output, changes.effective, step.values)
+    if changes.effective and not is_longer:
+        return Decision("start", f"its configuration changed ({changes})")
+    # What it is made from: other steps, data that people may have edited, and files outside of the run.
+    if due := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
+        others = f" and {len(due) - STEPS_NAMED} more" if len(due) > STEPS_NAMED else ""
+        return Decision("start", f"depends on {', '.join(due[:STEPS_NAMED])}{others}")
+    if {need: run for need, run in entry.get("inputs", {}).items() if need in step.needs} != record.inputs(step):
+        return Decision("start", "its inputs have been made again")
+    if edited := [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]:
+        return Decision("start", f"the data of {', '.join(edited)} were changed")
+    files = {str(path): fingerprint(path) for path in step.files}
+    if entry.get("files", files) != files:
+        return Decision("start", "the files that it reads changed")
+
+    # Only now: more steps from an old checkpoint make sense if nothing else has changed.
+    if is_longer:
+        return Decision("continue", f"goes on from its last checkpoint ({changes}), on the schedule of the new total")
+    if not record.is_finished(step.name):
+        return Decision("resume", "waits for people's votes" if step.stage.by_people else "was interrupted")
+    if not step.is_complete:
+        return Decision("start", f"finished, but {step.product} is missing or incomplete")
+    # `python -m recipes.sft` may have trained it further since.
+    total = number_of(newest_state(step.output), "max_steps") if step.stage.launched else 0
+    if total > number_of(step.values, "max_steps") > 0:
+        return Decision("start", f"was continued outside of this run, to {total} steps; raise max_steps to keep that")
+    return Decision("skip", f"finished; without effect on it: {changes}" if changes.harmless else "finished")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The settings that differ, by field: the value before and the present one.
+
+    Attributes:
+        effective: Settings with an effect on what the step writes.
+        harmless: Settings without one.
+    """
+
+    effective: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    harmless: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, step: Step, before: Mapping[str, Any]) -> Changes:
+        """Compare the settings `before` of a step with its present ones.
+
+        A field that is not given has its default, so that writing the default down is no change.
+        """
+        now = recorded_values(step)
+        pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
+        changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+        effective = dict(changed)
+        if step.kind == "evaluate":
+            # Reward models are named to check the judge, and lengths limit answers if nothing else does.
+            effective.pop("reward_models", None)
+            if now.get("max_new_tokens"):
+                effective.pop("lengths", None)
+        elif step.stage.measured:
+            effective = {name: pair for name, pair in changed.items() if has_effect(name, now)}
+        if effective and step.stage.module:
+            effective = _without_defaults(step, effective, before, now)
+        return cls(effective, {name: pair for name, pair in changed.items() if name not in effective})
+
+    def __str__(self) -> str:
+        """Name the fields: first the ones whose values are short, with these; of many, only the first."""
+        short, long = [], []
+        for name, (before, now) in (self.effective or self.harmless).items():
+            text = f"{name}: {before} -> {now}"
+            if len(text) <= LONGEST_FIELD:
+                short.append(text)
+            else:
+                long.append(name)
+        texts = short + long
+        more = f" and {len(texts) - FIELDS_NAMED} more" if len(texts) > FIELDS_NAMED else ""
+        return ", ".join(texts[:FIELDS_NAMED]) + more
+
+
+def _without_defaults(
+    step: Step, changed: Mapping[str, tuple[Any, Any]], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return the `changed` fields that still differ once defaults and types are known."""
+    # These imports take seconds.
+    from pipeline import hardware
+    from pipeline.config.output_directory import RECORD
+    from pipeline.config.parser import field_types
+    from pipeline.config.yaml_file import convert
+    from pipeline.models.scratch import ScratchArguments
+
+    types = step.argument_types
+    hints = field_types(*types)
+    defaults = {item.name: item.default for kind in types for item in dataclasses.fields(kind)}
+    machine = {name: choice.value for name, choice in hardware.training_defaults().items()}
+    # An untrained model reads few of the fields in the file that it shares with pretraining.
+    if step.stage.file_of:
+        read = {*FIELDS_OF_UNTRAINED, *(item.name for item in dataclasses.fields(ScratchArguments))}
+        changed = {name: pair for name, pair in changed.items() if name in read}
+
+    def resolve(name: str, values: Mapping[str, Any]) -> Any:
+        # The step itself reports a value of a wrong type.
+        with contextlib.suppress(TypeError):
+            return convert(values.get(name), hints[name]) if name in hints else values.get(name)
+        return values.get(name)
+
+    # Training records in its directory what it ran with.
+    earlier = {**defaults, **read_json(step.output / RECORD), **before}
+    present = {**defaults, **machine, **now}
+    return {name: pair for name, pair in changed.items() if resolve(name, earlier) != resolve(name, present)}
