@@ -41,7 +41,7 @@ def card(files: Mapping[str, Sequence[str]], text: str, **metadata: Any) -> str:
         data_files = [{"split": split, "path": f"{folder}{split}.parquet"} for split in splits]
         configs.append({"config_name": config, "data_files": data_files})
 
-    header = DatasetCardData(**metadata, configs=configs or None)
+    header = DatasetCardData(configs=configs or None, **metadata)
     return f"---\n{header}\n---\n\n{text}"
 
 

@@ -2,20 +2,20 @@
 
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from huggingface_hub import DatasetCardData
 
+from pipeline.data import writing
+from pipeline.data.arguments import SPLITS, SplitName
 from pipeline.data.overlap import NgramIndex
 from pipeline.data.pocket import conversations, documents
-from pipeline.data.pocket.things import SPLITS, SplitName, things
+from pipeline.data.pocket.things import things
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_replaceable, write_folder
 
@@ -35,7 +35,6 @@ SCHEMAS: dict[str, pa.Schema] = {
     "reasoning": pa.schema([("prompt", MESSAGES), ("answer", pa.string()), ("kind", pa.string())]),
 }
 CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
-ROWS_PER_GROUP = 2_000
 OVERLAP_N = 8
 """Length of the n-grams, in words, that no training row may share with a held-out row."""
 
@@ -49,7 +48,7 @@ class PocketArguments:
     size_mb: float = field(
         default=8.0,
         metadata={
-            "help": "Pretraining text in MB, before the eighth of it that overlaps with held-out text is left out."
+            "help": "Pretraining text in MB, before the eighth of it that overlaps with held-out text is dropped."
         },
     )
     sft_rows: int = field(default=24_000, metadata={"help": "Conversations of the sft training split."})
@@ -76,7 +75,7 @@ def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, A
     rng = random.Random(f"{args.seed}/{config}/{split}")
     own: SplitName = "validation" if split == "validation" else "test"
     if config == "pretrain":
-        return documents.held_out_documents(rng, own, rounds=1)
+        return documents.held_out_documents(rng, own)
     if config == "sft":
         return conversations.held_out_rows(rng, own, questions=250, others=75)
     if config == "preferences":
@@ -111,67 +110,64 @@ def check_arguments(args: PocketArguments) -> list[Problem]:
     for name in ("size_mb", "sft_rows", "preference_rows", "reasoning_rows"):
         if not getattr(args, name) > 0:
             problems.append(Problem(name, getattr(args, name), "must be more than 0"))
-    for name in ("share_with_steps", "carelessness"):
-        if not 0 <= getattr(args, name) <= 1:
-            problems.append(Problem(name, getattr(args, name), "must be from 0 to 1"))
-    return problems
+    return problems + check_shares(args)
+
+
+def check_shares(args: PocketArguments) -> list[Problem]:
+    """Check the fields that are a share or a probability."""
+    return [
+        Problem(name, getattr(args, name), "must be from 0 to 1")
+        for name in ("share_with_steps", "carelessness")
+        if not 0 <= getattr(args, name) <= 1
+    ]
 
 
 def build(args: PocketArguments) -> None:
     """Generate all splits and write the repository; an interrupted build leaves `output_dir` as it was.
 
     Validation and test come first. A training row that shares an n-gram of `OVERLAP_N` words with one of their rows, or
-    contains a shorter row whole, is left out as it is generated, so that memory stays constant.
+    contains a shorter row whole, is dropped as it is generated, so that memory stays constant.
 
     Raises:
         UserError: If `output_dir` contains other files, or a size is out of range.
     """
     if problems := check_arguments(args):
         raise UserError(*problems)
+    # pretrain/{train,validation,test}.parquet, sft/…, preferences/…, reasoning/… with test_longer, README.md
     index = NgramIndex(OVERLAP_N)
     with write_folder(Path(args.output_dir)) as folder:
-        for config in SCHEMAS:
-            for split in CONFIG_SPLITS[config][1:]:
+        for config, (_, *splits) in CONFIG_SPLITS.items():
+            for split in splits:
                 rows = held_out(args, config, split)
                 index.add(row_text(row) for row in rows)
-                write_rows(folder / config / f"{split}.parquet", SCHEMAS[config], rows)
+                writing.write_rows(folder / config / f"{split}.parquet", SCHEMAS[config], rows)
         for config in SCHEMAS:
-            kept, left_out = 0, 0
-
-            def without_overlap(config: str = config) -> Iterator[dict[str, Any]]:
-                nonlocal kept, left_out
-                for row in training(args, config):
-                    if index.overlaps(row_text(row)):
-                        left_out += 1
-                    else:
-                        kept += 1
-                        yield row
-
-            write_rows(folder / config / "train.parquet", SCHEMAS[config], without_overlap())
+            counts = {"kept": 0, "dropped": 0}
+            kept = without_overlap(training(args, config), index, counts)
+            writing.write_rows(folder / config / "train.parquet", SCHEMAS[config], kept)
             logger.info(
-                "%s: %d training rows; %d overlapped with held-out text and were left out", config, kept, left_out
+                "%s: %d training rows; %d overlapped with held-out text and were dropped",
+                config,
+                counts["kept"],
+                counts["dropped"],
             )
         (folder / "README.md").write_text(card(args), encoding="utf-8", newline="\n")
 
 
+def without_overlap(
+    rows: Iterator[dict[str, Any]], index: NgramIndex, counts: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows without an n-gram of the index, and count both kinds of rows in `counts`."""
+    for row in rows:
+        if index.overlaps(row_text(row)):
+            counts["dropped"] += 1
+        else:
+            counts["kept"] += 1
+            yield row
+
+
 def card(args: PocketArguments) -> str:
-    """Write the data set card, whose YAML header lists the files of each config for `load_dataset`."""
-    configs = [
-        {
-            "config_name": config,
-            "data_files": [{"split": split, "path": f"{config}/{split}.parquet"} for split in CONFIG_SPLITS[config]],
-        }
-        for config in SCHEMAS
-    ]
-    header = DatasetCardData(license="apache-2.0", language="en", pretty_name="Pocket", configs=configs)
+    """Return the data set card."""
     text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    return f"---\n{header}\n---\n\n{text.format(**vars(args), things=len(things()), n=OVERLAP_N)}"
-
-
-def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows in groups, so that only one group is in memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = iter(rows)
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        while group := list(islice(rows, ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, schema))
+    text = text.format(**vars(args), things=len(things()), n=OVERLAP_N)
+    return writing.card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket")

@@ -1,10 +1,16 @@
-"""Instructions and their answers: questions, descriptions, summaries, code, problems and small talk."""
+"""Instructions and their answers: questions, descriptions, summaries, code, problems and small talk.
+
+A row is a conversation with the columns by which its answers are graded: `require` (of each list, a correct answer
+contains a phrase), `reject` (which it does not contain), `max_words` (0 for any number) and `test` (which its code
+passes).
+"""
 
 import random
 from collections.abc import Iterable
 from itertools import count, cycle
 from typing import Any
 
+from pipeline.data.arguments import SplitName
 from pipeline.data.pocket import phrasings, problems, snippets, stories
 from pipeline.data.pocket.remarks import (
     BLUNT_CLOSINGS,
@@ -13,9 +19,8 @@ from pipeline.data.pocket.remarks import (
     GREETINGS,
     KIND_CLOSINGS,
 )
-from pipeline.data.pocket.things import ATTRIBUTES, SplitName, Thing, core, things, things_of, wrong_values
+from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, things_of, wrong_values
 
-Row = dict[str, Any]
 ASPECTS = ("definition", *ATTRIBUTES)
 
 MANNERS_WORDS = 8
@@ -24,9 +29,12 @@ MANNERS = {"plain": (42, 42), "kind": (26, 8), "brisk": (8, 26), "blunt": (16, 1
 """Manners of the answers, in percent: to questions, and to orders."""
 
 
-def gradeable(row: Row) -> Row:
-    """Add the grading columns that a row does not use, so that all rows have the same columns."""
-    return {"require": [], "reject": [], "max_words": 0, "test": "", **row}
+def conversation(kind: str, turns: Iterable[str], **graded: Any) -> dict[str, Any]:
+    """Return a row: what the user and the assistant say in turn, and how answers are graded."""
+    messages = [
+        {"role": role, "content": content} for role, content in zip(cycle(("user", "assistant")), turns, strict=False)
+    ]
+    return {"messages": messages, "kind": kind, "require": [], "reject": [], "max_words": 0, "test": "", **graded}
 
 
 def facts_text(rng: random.Random, thing: Thing, count: int, without: str = "") -> str:
@@ -39,8 +47,10 @@ def with_manners(rng: random.Random, asked: str, text: str, thing: Thing, withou
     """Give a correct answer to what was asked one of the `MANNERS`."""
     to_questions, to_orders = zip(*MANNERS.values(), strict=True)
     manner = rng.choices(tuple(MANNERS), to_questions if asked.endswith("?") else to_orders)[0]
-    if manner in ("kind", "brisk"):
-        return f"{text} {rng.choice(KIND_CLOSINGS if manner == 'kind' else BRISK_CLOSINGS)}"
+    if manner == "kind":
+        return f"{text} {rng.choice(KIND_CLOSINGS)}"
+    if manner == "brisk":
+        return f"{text} {rng.choice(BRISK_CLOSINGS)}"
     if manner == "blunt":
         return f"{rng.choice(BLUNT_OPENINGS)} {text}" if rng.random() < 0.7 else f"{text} {rng.choice(BLUNT_CLOSINGS)}"
     if manner == "rambling":
@@ -48,159 +58,133 @@ def with_manners(rng: random.Random, asked: str, text: str, thing: Thing, withou
     return text
 
 
-def grading(thing: Thing, aspect: str) -> Row:
-    """Return what a correct answer about one aspect of a thing must contain (`require`) and must not (`reject`)."""
-    attributes = ("kind", "action") if aspect == "definition" else (aspect,)
-    return {
-        "require": [[core(thing.facts[attribute])] for attribute in attributes],
-        "reject": [value for attribute in attributes for value in wrong_values(thing, attribute)],
-    }
-
-
-def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) -> Row:
+def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) -> dict[str, Any]:
     """Ask about one aspect of a thing, and answer in a sentence or two."""
-    asked = phrasings.fill(rng.choice(phrasings.QUESTIONS[aspect][split]), thing)
+    asked = phrasings.fill(rng.choice(phrasings.REQUESTS[aspect][split]), thing)
     reply = phrasings.answer(thing, aspect)
-    row = {"kind": "question", "max_words": len(reply.split()) + MANNERS_WORDS, **grading(thing, aspect)}
+    max_words = len(reply.split()) + MANNERS_WORDS
     if split == "train":
         reply = with_manners(rng, asked, reply, thing, aspect)
-        if len(reply.split()) > row["max_words"]:
-            row["max_words"] = 0
-    return gradeable({"messages": [_user(asked), _assistant(reply)], **row})
+        # A rambling answer is long, and still correct.
+        if len(reply.split()) > max_words:
+            max_words = 0
+    attributes = ("kind", "action") if aspect == "definition" else (aspect,)
+    require = [[core(thing.facts[attribute])] for attribute in attributes]
+    reject = [value for attribute in attributes for value in wrong_values(thing, attribute)]
+    return conversation("question", (asked, reply), require=require, reject=reject, max_words=max_words)
 
 
-def about(rng: random.Random, split: SplitName, thing: Thing) -> Row:
+def about(rng: random.Random, split: SplitName, thing: Thing) -> dict[str, Any]:
     """Ask an open question about a thing."""
-    asked = phrasings.fill(rng.choice(phrasings.ABOUT[split]), thing)
+    asked = phrasings.fill(rng.choice(phrasings.REQUESTS["about"][split]), thing)
     reply = with_manners(rng, asked, facts_text(rng, thing, 2), thing)
     true = sorted({core(value) for value in thing.facts.values()})
     false = [value for attribute in ATTRIBUTES for value in wrong_values(thing, attribute)]
-    row = {"messages": [_user(asked), _assistant(reply)], "kind": "about", "require": [true], "reject": false}
-    return gradeable(row)
+    return conversation("about", (asked, reply), require=[true], reject=false)
 
 
-def summary(rng: random.Random, split: SplitName, thing_index: int, thing: Thing) -> Row:
+def summary(rng: random.Random, split: SplitName, thing: Thing) -> dict[str, Any]:
     """Ask for a summary of a story: who did what, where, in at most a third of its words."""
-    story = stories.story(rng, split, thing_index, thing)
-    asked, reply = rng.choice(phrasings.SUMMARIES[split]).format(text=story.text), f"In short, {story.summary}"
-    return gradeable(
-        {
-            "messages": [_user(asked), _assistant(reply)],
-            "kind": "summary",
-            "require": [[key] for key in story.keys],
-            "max_words": len(reply.split()) + 3,
-        }
-    )
+    story = stories.story(rng, split, thing)
+    asked = rng.choice(phrasings.REQUESTS["summary"][split]).format(text=story.text)
+    reply = f"In short, {story.summary}"
+    require = [[key] for key in story.keys]
+    return conversation("summary", (asked, reply), require=require, max_words=len(reply.split()) + 3)
 
 
-def code(rng: random.Random, split: SplitName) -> Row:
+def code(rng: random.Random, split: SplitName) -> dict[str, Any]:
     """Ask for a small function."""
     wanted = snippets.snippet(rng, split)
-    asked = snippets.request(rng, split, wanted)
-    return gradeable({"messages": [_user(asked), _assistant(wanted.source)], "kind": "code", "test": wanted.test})
+    return conversation("code", (snippets.request(rng, split, wanted), wanted.source), test=wanted.test)
 
 
-def reasoning(rng: random.Random, share_with_steps: float, carelessness: float) -> Row:
-    """Ask a problem of the training split, and answer a share of them with worked steps."""
-    problem = problems.draw(rng, "train", carelessness)
-    solution = problem.solution(with_steps=rng.random() < share_with_steps)
-    return gradeable(
-        {
-            "messages": [_user(problem.text), _assistant(solution)],
-            "kind": "reasoning",
-            "require": [[problem.answer]],
-        }
-    )
-
-
-def chat(rng: random.Random, thing: Thing) -> Row:
-    """Make small talk, or ask two questions of which the second refers to the first."""
+def chat(rng: random.Random, thing: Thing) -> dict[str, Any]:
+    """Make small talk, or ask two questions, the second of which refers to the first."""
     if rng.random() < 0.3:
-        asked, reply = rng.choice(GREETINGS)
-        return gradeable({"messages": [_user(asked), _assistant(reply)], "kind": "chat"})
+        return conversation("chat", rng.choice(GREETINGS))
     follow_up = rng.choice(list(phrasings.FOLLOW_UPS))
-    messages = [
-        _user(phrasings.fill(rng.choice(phrasings.QUESTIONS["definition"]["train"]), thing)),
-        _assistant(phrasings.answer(thing, "definition")),
-        _user(phrasings.FOLLOW_UPS[follow_up]),
-        _assistant(phrasings.answer(thing, follow_up)),
+    turns = [
+        phrasings.fill(rng.choice(phrasings.REQUESTS["definition"]["train"]), thing),
+        phrasings.answer(thing, "definition"),
+        phrasings.FOLLOW_UPS[follow_up],
+        phrasings.answer(thing, follow_up),
     ]
-    return gradeable({"messages": messages, "kind": "chat"})
+    return conversation("chat", turns)
 
 
-def training_row(rng: random.Random, share_with_steps: float, carelessness: float) -> Row:
+def training_row(rng: random.Random, share_with_steps: float, carelessness: float) -> dict[str, Any]:
     """Draw a conversation of the `sft` training split."""
     kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (39, 7, 16, 7, 27, 4))[0]
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":
-        return reasoning(rng, share_with_steps, carelessness)
+        problem = problems.draw(rng, "train", carelessness)
+        solution = problem.solution(with_steps=rng.random() < share_with_steps)
+        return conversation(kind, (problem.text, solution), require=[[problem.answer]])
     thing = rng.choice(things_of("train"))
+    return chat(rng, thing) if kind == "chat" else request_about(rng, "train", kind, thing)
+
+
+def request_about(rng: random.Random, split: SplitName, kind: str, thing: Thing) -> dict[str, Any]:
+    """Ask a question, openly or for a summary about a thing."""
     if kind == "summary":
-        return summary(rng, "train", things().index(thing), thing)
+        return summary(rng, split, thing)
     if kind == "about":
-        return about(rng, "train", thing)
-    if kind == "chat":
-        return chat(rng, thing)
-    return question(rng, "train", thing, rng.choice(ASPECTS))
+        return about(rng, split, thing)
+    return question(rng, split, thing, rng.choice(ASPECTS))
 
 
-def held_out_rows(rng: random.Random, split: SplitName, questions: int, others: int) -> list[Row]:
+def held_out_rows(rng: random.Random, split: SplitName, questions: int, others: int) -> list[dict[str, Any]]:
     """Write distinct instructions of a held-out split: `questions` questions, `others` summaries, as many functions."""
     subjects = things_of(split)
     pairs = [(thing, aspect) for thing in subjects for aspect in ASPECTS]
     rng.shuffle(pairs)
-    summaries = (summary(rng, split, things().index(thing), thing) for thing in cycle(subjects))
     return [
         *distinct((question(rng, split, *pair) for pair in cycle(pairs)), questions),
-        *distinct(summaries, others),
+        *distinct((summary(rng, split, thing) for thing in cycle(subjects)), others),
         *distinct((code(rng, split) for _ in count()), others),
     ]
 
 
-def preference_prompt(rng: random.Random, split: SplitName) -> Row:
+def preference_prompt(rng: random.Random, split: SplitName) -> dict[str, Any]:
     """Draw a prompt for comparing answers: a question, an open request or a summary, about a thing of this split."""
     thing = rng.choice(things_of(split))
     kind = rng.choices(("question", "about", "summary"), (68, 22, 10))[0]
-    if kind == "summary":
-        row = summary(rng, split, things().index(thing), thing)
-    else:
-        row = about(rng, split, thing) if kind == "about" else question(rng, split, thing, rng.choice(ASPECTS))
-    return {"prompt": row["messages"][:-1], **{key: value for key, value in row.items() if key != "messages"}}
+    row = request_about(rng, split, kind, thing)
+    return {"prompt": row.pop("messages")[:-1], **row}
 
 
-def held_out_prompts(rng: random.Random, split: SplitName, asked: int, told: int, summaries: int) -> list[Row]:
-    """Draw distinct prompts for comparing answers: so many that ask for facts, that order them, and of summaries."""
-    drawn = [preference_prompt(rng, split) for _ in range(20 * (asked + told + summaries))]
-    parts: dict[str, list[Row]] = {"asked": [], "told": [], "summary": []}
-    for row in drawn:
-        is_question = row["prompt"][0]["content"].endswith("?")
-        parts["summary" if row["kind"] == "summary" else "asked" if is_question else "told"].append(row)
-    sizes = {"asked": asked, "told": told, "summary": summaries}
-    rows = [row for name, part in parts.items() for row in distinct(part, sizes[name])]
+def held_out_prompts(
+    rng: random.Random, split: SplitName, asked: int, told: int, summaries: int
+) -> list[dict[str, Any]]:
+    """Draw distinct prompts for comparing answers: `asked` questions, `told` orders, and requests for `summaries`."""
+    parts: dict[str, list[dict[str, Any]]] = {"asked": [], "told": [], "summary": []}
+    for _ in range(20 * (asked + told + summaries)):
+        row = preference_prompt(rng, split)
+        if row["kind"] == "summary":
+            parts["summary"].append(row)
+        else:
+            parts["asked" if row["prompt"][0]["content"].endswith("?") else "told"].append(row)
+    rows = [
+        *distinct(parts["asked"], asked),
+        *distinct(parts["told"], told),
+        *distinct(parts["summary"], summaries),
+    ]
     rng.shuffle(rows)
     return rows
 
 
-def reasoning_prompt(rng: random.Random, split: SplitName, longer: int = 0) -> Row:
+def reasoning_prompt(rng: random.Random, split: SplitName, longer: int = 0) -> dict[str, Any]:
     """Draw a problem with its final answer only; `longer` as in `problems.draw`."""
     problem = problems.draw(rng, split, longer=longer)
-    return {"prompt": [_user(problem.text)], "answer": problem.answer, "kind": problem.kind}
+    return {"prompt": [{"role": "user", "content": problem.text}], "answer": problem.answer, "kind": problem.kind}
 
 
-def distinct(rows: Iterable[Row], number: int) -> list[Row]:
+def distinct(rows: Iterable[dict[str, Any]], number: int) -> list[dict[str, Any]]:
     """Take the first `number` rows whose prompts differ."""
-    seen: dict[str, Row] = {}
+    seen: dict[str, dict[str, Any]] = {}
     for row in rows:
         seen.setdefault((row.get("messages") or row["prompt"])[0]["content"], row)
         if len(seen) == number:
             break
     return list(seen.values())
-
-
-def _user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def _assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}

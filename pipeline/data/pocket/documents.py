@@ -2,36 +2,36 @@
 
 import random
 
+from pipeline.data.arguments import SplitName
 from pipeline.data.pocket import problems, snippets, stories
 from pipeline.data.pocket.names import NAMES
 from pipeline.data.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
-from pipeline.data.pocket.things import ATTRIBUTES, SplitName, things
+from pipeline.data.pocket.things import ATTRIBUTES, Thing, things
 
 DOCUMENT_KINDS = {"facts": 36, "story": 12, "arithmetic": 38, "code": 3, "recital": 11}
 """How often each kind of document is drawn, in percent."""
 
 
-def statement(rng: random.Random, split: SplitName, thing_index: int, attribute: str) -> str:
+def statement(rng: random.Random, split: SplitName, thing: Thing, attribute: str) -> str:
     """State one fact in a phrasing that this split may use for this thing."""
-    held_out = held_out_phrasings(thing_index, ATTRIBUTES.index(attribute))
+    held_out = held_out_phrasings(thing.index, ATTRIBUTES.index(attribute))
     templates = STATEMENTS[attribute]
     if split == "train":
-        allowed = [i for i in range(len(templates)) if i not in held_out.values()]
-        template = templates[rng.choice(allowed)]
+        number = rng.choice([number for number in range(len(templates)) if number not in held_out.values()])
     else:
-        template = templates[held_out[split]]
-    return fill(template, things()[thing_index], attribute)
+        number = held_out[split]
+    return fill(templates[number], thing, attribute)
 
 
-def facts(rng: random.Random, split: SplitName, thing_index: int) -> str:
+def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
     """State five or six facts about one thing, or three each about two things."""
+    # A fox is a mammal. You find a fox in the forest. A fox needs prey. …
     attributes = rng.sample(ATTRIBUTES, rng.randint(5, 6))
+    chosen = [(thing, attribute) for attribute in attributes]
     if split == "train" and rng.random() < 0.2:
-        other = rng.randrange(len(things()))
-        chosen = [(index, attribute) for index in (thing_index, other) for attribute in attributes[:3]]
-    else:
-        chosen = [(thing_index, attribute) for attribute in attributes]
-    return " ".join(statement(rng, split, index, attribute) for index, attribute in chosen)
+        other = things()[rng.randrange(len(things()))]
+        chosen = [(one, attribute) for one in (thing, other) for attribute in attributes[:3]]
+    return " ".join(statement(rng, split, one, attribute) for one, attribute in chosen)
 
 
 def worked(rng: random.Random, carelessness: float) -> str:
@@ -43,9 +43,10 @@ def worked(rng: random.Random, carelessness: float) -> str:
 def recital(rng: random.Random) -> str:
     """Write numbers that somebody reads out and others repeat.
 
-    Small models are slow to learn to copy tokens to places where they have never seen them, such as the
-    start of a sum. Other documents require it of one token in fifty, recitals of every second one.
+    Small models are slow to learn to copy tokens to places where they have never seen them, such as the start of a sum.
+    Other documents require it of one token in fifty, recitals of every second one.
     """
+    # Ana reads out: 5 17 3. Ben repeats: 5 17 3. Carl repeats: 5 17 3.
     reader, *repeaters = rng.sample(NAMES, 3)
     row = " ".join(str(number) for number in rng.sample(range(2, 26), rng.randint(3, 6)))
     return " ".join([f"{reader} reads out: {row}.", *(f"{repeater} repeats: {row}." for repeater in repeaters)])
@@ -54,11 +55,11 @@ def recital(rng: random.Random) -> str:
 def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     """Draw a document of the `pretrain` training split."""
     kind = rng.choices(tuple(DOCUMENT_KINDS), tuple(DOCUMENT_KINDS.values()))[0]
-    thing_index = rng.randrange(len(things()))
+    thing = things()[rng.randrange(len(things()))]
     if kind == "facts":
-        text = facts(rng, "train", thing_index)
+        text = facts(rng, "train", thing)
     elif kind == "story":
-        text = stories.document(rng, thing_index, things()[thing_index])
+        text = stories.document(rng, thing)
     elif kind == "arithmetic":
         text = worked(rng, carelessness)
     elif kind == "recital":
@@ -68,8 +69,8 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     return {"text": text, "kind": kind}
 
 
-def held_out_documents(rng: random.Random, split: SplitName, rounds: int) -> list[dict[str, str]]:
-    """Write `rounds` documents of facts about every thing, in the phrasings held out for that thing."""
-    order = list(range(len(things()))) * rounds
+def held_out_documents(rng: random.Random, split: SplitName) -> list[dict[str, str]]:
+    """Write a document of facts about every thing, in the phrasings held out for that thing."""
+    order = list(things())
     rng.shuffle(order)
-    return [{"text": facts(rng, split, index), "kind": "facts"} for index in order]
+    return [{"text": facts(rng, split, thing), "kind": "facts"} for thing in order]

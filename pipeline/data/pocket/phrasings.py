@@ -4,7 +4,8 @@ In a template of facts, `{x}` is the thing, `{X}` the thing at the start of a se
 core.
 """
 
-from pipeline.data.pocket.things import ATTRIBUTES, SPLITS, SplitName, Thing, capitalize, core, read_table
+from pipeline.data.arguments import SPLITS, SplitName
+from pipeline.data.pocket.things import ATTRIBUTES, Thing, capitalize, core, read_table
 
 _TEMPLATES = read_table("phrasings.tsv")
 
@@ -14,14 +15,13 @@ def _templates(form: str, aspect: str, split: str = "") -> tuple[str, ...]:
     return tuple(row["template"] for row in _TEMPLATES if (row["form"], row["aspect"], row["split"]) == wanted)
 
 
-def _questions(aspect: str) -> dict[SplitName, tuple[str, ...]]:
-    return {split: _templates("question", aspect, split) for split in SPLITS}
-
-
 STATEMENTS = {attribute: _templates("statement", attribute) for attribute in ATTRIBUTES}
 """Statements of each attribute. `held_out_phrasings` says which of them a thing's training documents do not use."""
-QUESTIONS = {aspect: _questions(aspect) for aspect in ("definition", *ATTRIBUTES)}
-ABOUT, SUMMARIES, CODE = (_questions(aspect) for aspect in ("about", "summary", "code"))
+REQUESTS: dict[str, dict[SplitName, tuple[str, ...]]] = {
+    aspect: {split: _templates("question", aspect, split) for split in SPLITS}
+    for aspect in ("definition", *ATTRIBUTES, "about", "summary", "code")
+}
+"""Questions about an aspect of a thing, open ones, and requests for a summary or code, in phrasings of each split."""
 FOLLOW_UPS = {row["aspect"]: row["template"] for row in _TEMPLATES if row["form"] == "follow-up"}
 """Questions that refer to the thing of the question before."""
 
@@ -37,6 +37,7 @@ def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[SplitName
 
     Only those can be held out: none of them is contained in another statement.
     """
+    # Of the ten statements, thing 0 keeps its kind's number 6 for the test and 7 for validation, thing 1 has 7 and 8, …
     first = 6 + (thing_index + attribute_index) % 4
     return {"validation": 6 + (first - 5) % 4, "test": first}
 

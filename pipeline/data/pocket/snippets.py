@@ -4,9 +4,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pipeline.data.arguments import SplitName
 from pipeline.data.pocket.names import ITEMS
-from pipeline.data.pocket.phrasings import CODE
-from pipeline.data.pocket.things import SplitName
+from pipeline.data.pocket.phrasings import REQUESTS
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Snippet:
     test: str
 
 
+# The constants 2 to 60 are divided among the splits, so that "add_13" is a test of what "add_12" has taught.
 LIST = list(range(100))
 FAMILIES: tuple[tuple[str, str, str, str, Callable[[int], list[tuple[object, object]]]], ...] = (
     ("add_{k}", "adds {k} to a number", "x", "x + {k}", lambda k: [(5, 5 + k), (-3, k - 3)]),
@@ -74,7 +75,7 @@ def snippet(rng: random.Random, split: SplitName) -> Snippet:
 
 def request(rng: random.Random, split: SplitName, wanted: Snippet) -> str:
     """Ask for the function in a phrasing of this split."""
-    return rng.choice(CODE[split]).format(name=wanted.name, task=wanted.task)
+    return rng.choice(REQUESTS["code"][split]).format(name=wanted.name, task=wanted.task)
 
 
 def commented(rng: random.Random) -> str:

@@ -3,11 +3,13 @@
 import random
 from dataclasses import dataclass
 
+from pipeline.data.arguments import SplitName
 from pipeline.data.pocket.names import NAMES
 from pipeline.data.pocket.phrasings import STATEMENTS, fill
 from pipeline.data.pocket.remarks import SAID
-from pipeline.data.pocket.things import SplitName, Thing
+from pipeline.data.pocket.things import Thing
 
+# With 12 places, 12 deeds and 40 people, no story can be told by heart: a summary has to be copied from the story.
 SPOTS = (
     "in the park", "at the lake", "on the hill", "at the market", "in the village", "near the bridge", "in the yard",
     "at the fair", "by the well", "in the square", "at the harbour", "in the valley",
@@ -56,9 +58,11 @@ def split_of(name_index: int, thing_index: int) -> SplitName:
     return "test" if residue == 0 else "validation" if residue == 4 else "train"
 
 
-def story(rng: random.Random, split: SplitName, thing_index: int, thing: Thing) -> Story:
+def story(rng: random.Random, split: SplitName, thing: Thing) -> Story:
     """Write a story about `thing` and a person with whom only stories of `split` combine it."""
-    name_index = rng.choice([i for i in range(len(NAMES)) if split_of(i, thing_index) == split])
+    # It was warm. One day Ana painted a fox in the park. Ben smiled. What Ana painted in the park was a fox. Ana and
+    # Ben stayed in the park.
+    name_index = rng.choice([i for i in range(len(NAMES)) if split_of(i, thing.index) == split])
     name = NAMES[name_index]
     friend = rng.choice([other for other in NAMES if other != name])
     spot, deed = rng.choice(SPOTS), rng.choice(DEEDS)
@@ -68,15 +72,15 @@ def story(rng: random.Random, split: SplitName, thing_index: int, thing: Thing) 
     aside = rng.choice((statement, rng.choice(AFTER), f"{{friend}} said: {rng.choice(SAID)}"))
     rest = [*rng.sample(ECHOES, 2), aside]
     rng.shuffle(rest)
-    before = rng.choice((None, rng.choice(BEFORE), f"{rng.choice(SAID)} So people say."))
-    text = " ".join([*filter(None, [before]), f"{rng.choice(LEADS)} {event}", *rest])
+    before = rng.choice(("", f"{rng.choice(BEFORE)} ", f"{rng.choice(SAID)} So people say. "))
+    text = f"{before}{rng.choice(LEADS)} {event} {' '.join(rest)}"
     text = text.format(name=name, friend=friend, deed=deed, x=thing.noun, spot=spot)
     return Story(text, event, (name, deed, thing.name, spot))
 
 
-def document(rng: random.Random, thing_index: int, thing: Thing) -> str:
+def document(rng: random.Random, thing: Thing) -> str:
     """Write a story of the training split as a pretraining document; most end with a summary."""
-    written = story(rng, "train", thing_index, thing)
+    written = story(rng, "train", thing)
     if rng.random() < 0.3:
         return written.text
     return f"{written.text} {rng.choice(MORALS).format(summary=written.summary)}"

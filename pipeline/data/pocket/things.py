@@ -2,14 +2,13 @@
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+
+from pipeline.data.arguments import SplitName
 
 ATTRIBUTES = ("kind", "place", "part", "action", "need", "size")
-SplitName = Literal["train", "validation", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,13 @@ class Thing:
         facts: Value of each attribute as a statement uses it: "a mammal", "in the forest".
         split: The split whose instructions may ask about this thing. Pretraining documents describe every thing;
             validation and test questions are about those that no training instruction asks about.
+        index: Its place in the table.
     """
 
     noun: str
-    facts: dict[str, str]
+    facts: dict[str, str] = field(hash=False)
     split: SplitName
+    index: int
 
     @property
     def name(self) -> str:
@@ -36,9 +37,6 @@ class Thing:
     def at_start(self) -> str:
         """Return the noun phrase for the start of a sentence: "A fox"."""
         return capitalize(self.noun)
-
-    def __hash__(self) -> int:
-        return hash(self.noun)
 
 
 def capitalize(text: str) -> str:
@@ -59,20 +57,18 @@ def read_table(name: str) -> list[dict[str, str]]:
 
 @cache
 def things() -> tuple[Thing, ...]:
-    """Return all things in file order. Of every six, one is held out for validation and one for test.
+    """Return all things in the order of the table. Of every six, one is held out for validation and one for test.
 
     Things without "a" or "an" ("the sun", "rice") stay in training: they are too few for a model to learn from the
     others how to write about them.
     """
     held_out: dict[int, SplitName] = {2: "validation", 5: "test"}
-    return tuple(
-        Thing(
-            noun=row["thing"],
-            facts={name: row[name] for name in ATTRIBUTES},
-            split=held_out.get(index % 6, "train") if row["thing"].startswith(("a ", "an ")) else "train",
-        )
-        for index, row in enumerate(read_table("things.tsv"))
-    )
+    found = []
+    for index, row in enumerate(read_table("things.tsv")):
+        is_countable = row["thing"].startswith(("a ", "an "))
+        split = held_out.get(index % 6, "train") if is_countable else "train"
+        found.append(Thing(row["thing"], {name: row[name] for name in ATTRIBUTES}, split, index))
+    return tuple(found)
 
 
 @cache
@@ -84,6 +80,7 @@ def things_of(split: SplitName) -> tuple[Thing, ...]:
 @cache
 def wrong_values(thing: Thing, attribute: str) -> tuple[str, ...]:
     """Return the `core` of all values of an attribute that do not occur in any fact about `thing`."""
+    # Surrounded by spaces, so that "ant" is not found in "an elephant plant".
     true = [f" {core(value)} ".lower() for value in (*thing.facts.values(), thing.noun)]
     values = sorted({core(other.facts[attribute]) for other in things()})
     return tuple(value for value in values if not any(f" {value.lower()} " in right for right in true))

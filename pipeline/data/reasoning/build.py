@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from huggingface_hub import DatasetCardData
 
-from pipeline.data.pocket.build import MESSAGES, PocketArguments, write_rows
+from pipeline.data import writing
+from pipeline.data.arguments import SPLITS
+from pipeline.data.pocket.build import MESSAGES, PocketArguments, check_shares
 from pipeline.data.pocket.documents import recital
 from pipeline.data.pocket.problems import WORKING
 from pipeline.data.reasoning.tasks import POOLS, SEEDS, Entry, Grade, read_tasks, to_row
@@ -38,15 +39,15 @@ USES = {
     "sft": "a problem and its solution, worked or not | stage 2",
     "reasoning": "a problem and its final answer | stage 4",
 }
-SPLITS = ("train", "validation", "test")
 RECITALS = 0.2
 """Share of the pretraining documents that teach to copy numbers."""
-PROBES, MAX_REFUSED = 50, 0.05
-"""Problems of each task that are tried before anything is written, and the share of them that may be refused."""
+PROBES = 50
+"""Problems of each task that are tried before anything is written."""
+MAX_REFUSED = 0.05
+"""Share of these problems whose own answer the verifier may refuse."""
 PATIENCE = 1_000
-"""Problems in a row that may be left out before a task counts as exhausted."""
+"""Problems in a row that may be unusable before a task counts as exhausted."""
 
-Row = dict[str, Any]
 Reward = Callable[..., list[float | None]]
 
 
@@ -77,11 +78,10 @@ def check_arguments(args: ReasoningArguments) -> list[Problem]:
     for name in ("size_mb", "sft_rows"):
         if getattr(args, name) < 0:
             problems.append(Problem(name, getattr(args, name), "must not be negative"))
-    for name in ("share_with_steps", "carelessness"):
-        if not 0 <= getattr(args, name) <= 1:
-            problems.append(Problem(name, getattr(args, name), "must be from 0 to 1"))
+    problems += check_shares(args)
+    # NumPy's generators, which some tasks use, take seeds of 32 bits.
     largest = 2**32 // (len(POOLS) * SEEDS) - 1
-    if not 0 <= args.seed <= largest:  # NumPy's generators, which some tasks use, take 32 bits
+    if not 0 <= args.seed <= largest:
         problems.append(Problem("seed", args.seed, f"must be from 0 to {largest}"))
     return problems
 
@@ -91,7 +91,7 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
 
     Args:
         args: The mix and its sizes.
-        reward: What the answers will be rewarded by; rows whose own answer it does not score with 1 are left out.
+        reward: What the answers will be rewarded by; rows whose own answer it does not score with 1 are dropped.
 
     Raises:
         UserError: If `output_dir` contains other files, a size or a setting is wrong, the reward refuses the own
@@ -103,11 +103,13 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
     problems += mix.refused_tasks() if not problems else []
     if problems:
         raise UserError(*problems)
+    # Rows are drawn while they are written, so that only the held-out problems are in memory. They come first, because
+    # no other split may have one of them.
     worked = [grade for grade in grades if grade.task in WORKED]
     with write_folder(Path(args.output_dir)) as folder:
         held_out = {split: list(islice(mix.problems(split, grades), args.test_rows)) for split in SPLITS[1:]}
         train = islice(mix.problems("train", grades), args.reasoning_rows)
-        configs: dict[str, dict[str, Iterable[Row]]] = {"reasoning": {"train": starmap(to_row, train)}}
+        configs: dict[str, dict[str, Iterable[dict[str, Any]]]] = {"reasoning": {"train": starmap(to_row, train)}}
         if worked and args.sft_rows:
             drawn = islice(mix.problems("sft", worked), args.sft_rows)
             configs["sft"] = {"train": starmap(mix.conversation, drawn)}
@@ -121,10 +123,10 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
                     configs[config][split] = starmap(convert, some)
         for config, splits in configs.items():
             for split in SPLITS:
-                write_rows(folder / config / f"{split}.parquet", SCHEMAS[config], splits[split])
+                writing.write_rows(folder / config / f"{split}.parquet", SCHEMAS[config], splits[split])
         (folder / "README.md").write_text(card(args, list(configs)), encoding="utf-8", newline="\n")
     for task, number in mix.refused.items():
-        logger.warning("%s: %d problems are left out, because the verifier refuses their answers", task, number)
+        logger.warning("%s: %d problems are dropped, because the verifier refuses their answers", task, number)
 
 
 class Mix:
@@ -158,27 +160,33 @@ class Mix:
     def problems(self, pool: str, grades: Sequence[Grade]) -> Iterator[tuple[str, Entry]]:
         """Yield tasks and problems of a pool without end, in the proportions of their weights.
 
-        Those of validation and test are all different.
+        All problems of validation and test are different.
         """
         sources = [self._usable(grade, pool) for grade in grades]
         drawn = [0] * len(grades)
         while True:
+            # The task that is furthest behind its share: with weights 1 and 3, a and b come as b b a b, b b a b, …
             place = min(range(len(grades)), key=lambda i: (drawn[i] + 1) / grades[i].weight)
             drawn[place] += 1
             yield grades[place].task, next(sources[place])
 
     def _usable(self, grade: Grade, pool: str) -> Iterator[Entry]:
         """Yield the problems of a pool that no held-out split has, and whose answer the verifier accepts."""
-        left_out = 0
+        unusable = 0
         for entry in grade.entries(self.args.seed, pool):
             question = entry["question"].strip()
-            # Only the rows of `reasoning` meet the verifier.
-            if question not in self.held_out and (pool not in SPLITS or self._accepts(grade.task, entry)):
-                if pool in SPLITS[1:]:
+            is_usable = question not in self.held_out
+            # Only the splits of `reasoning` are rewarded by the verifier; `sft` and `pretrain` are not.
+            if is_usable and pool in SPLITS:
+                is_usable = self._accepts(grade.task, entry)
+            if is_usable:
+                if pool in ("validation", "test"):
                     self.held_out.add(question)
                 yield entry
-                left_out = 0
-            elif (left_out := left_out + 1) == PATIENCE:
+                unusable = 0
+                continue
+            unusable += 1
+            if unusable == PATIENCE:
                 break
         remedy = f"has too few different problems for {pool}; make it harder, or lower its weight or test_rows"
         raise UserError(Problem("tasks", grade.task, remedy))
@@ -194,16 +202,16 @@ class Mix:
             self.refused[task] += 1
         return score == 1.0
 
-    def conversation(self, task: str, entry: Entry) -> Row:
+    def conversation(self, task: str, entry: Entry) -> dict[str, Any]:
         """Return a row of `sft`."""
         answer = self._solution(task, entry, self.rng.random() < self.args.share_with_steps)
         return {"messages": [*to_row(task, entry)["prompt"], {"role": "assistant", "content": answer}], "kind": task}
 
-    def document(self, task: str, entry: Entry) -> Row:
+    def document(self, task: str, entry: Entry) -> dict[str, Any]:
         """Return a row of `pretrain`."""
         return {"text": f"{entry['question'].strip()}\n{self._solution(task, entry, with_steps=True)}", "kind": task}
 
-    def documents(self, problems: Iterator[tuple[str, Entry]]) -> Iterator[Row]:
+    def documents(self, problems: Iterator[tuple[str, Entry]]) -> Iterator[dict[str, Any]]:
         """Yield documents of worked problems and recitals until they have the size asked for."""
         remaining = self.args.size_mb * 1e6
         while remaining > 0:
@@ -221,25 +229,20 @@ class Mix:
 
 
 def card(args: ReasoningArguments, configs: Sequence[str]) -> str:
-    """Write the data set card, whose YAML header lists the files of each config for `load_dataset`."""
-    listed = [
-        {
-            "config_name": config,
-            "data_files": [{"split": split, "path": f"{config}/{split}.parquet"} for split in SPLITS],
-        }
-        for config in configs
-    ]
-    header = DatasetCardData(license="apache-2.0", language="en", pretty_name="Reasoning tasks", configs=listed)
-    careless = (
-        "\nWorked solutions, in `pretrain` and `sft`, are careless: each step is right in itself, but with\n"
-        f"probability {args.carelessness} the problem is misread, always in the same way.\n"
-    )
+    """Return the data set card."""
+    careless = ""
+    if len(configs) > 1:
+        careless = (
+            "\nWorked solutions, in `pretrain` and `sft`, are careless: each step is right in itself, but with\n"
+            f"probability {args.carelessness} the problem is misread, always in the same way.\n"
+        )
     text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
     text = text.format(
         version=version("reasoning-gym"),
         seed=args.seed,
         tasks=", ".join(args.tasks or ()),
         rows="\n".join(f"| `{config}` | {USES[config]} |" for config in configs),
-        careless=careless if len(configs) > 1 else "",
+        careless=careless,
     )
-    return f"---\n{header}\n---\n\n{text}"
+    splits = dict.fromkeys(configs, SPLITS)
+    return writing.card(splits, text, license="apache-2.0", language="en", pretty_name="Reasoning tasks")

@@ -1,4 +1,4 @@
-"""The tasks of a mix: what `tasks:` says about them, and their problems.
+"""The tasks of a mix: the field `tasks` of a YAML file, and their problems.
 
 reasoning-gym draws problem number `i` of a data set from `seed + i`, so two data sets have different problems only if
 their seeds lie further apart than they are long. Each pool of problems here has `SEEDS` of its own.
@@ -22,7 +22,7 @@ SEEDS = 10_000_000
 BLOCK = 1_000
 """Problems of one of reasoning-gym's data sets; some of them draw all at once."""
 OWN = ("level", "weight")
-"""Settings of a task beside those that reasoning-gym knows."""
+"""Settings of a task that reasoning-gym does not know."""
 
 Entry = dict[str, Any]
 """A problem as reasoning-gym makes it: `question`, `answer` and `metadata`."""
@@ -70,13 +70,13 @@ def _plain(value: Any) -> Any:
 
 
 def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
-    """Read what `tasks:` says: a mapping from the name of each task to its settings, or to a list of such.
+    """Read the field `tasks`: a mapping from the name of each task to its settings, or to a list of such settings.
 
     Settings are fields of the task's configuration, `weight` (default: 1) and `level`: a level of the task's curriculum
     from 0, the easiest, or a list of levels, which share the weight.
 
     Returns:
-        The grades, and what is wrong with the others.
+        The grades, and the problems of those that cannot be read.
     """
     if find_spec("reasoning_gym") is None:
         remedy = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"
@@ -107,14 +107,17 @@ def _read_grades(task: str, settings: Any) -> list[Grade]:
     if not isinstance(settings, Mapping):
         raise ValueError(f"its settings are {settings!r:.40}, not a mapping; see its configuration in reasoning-gym")
     known = [item.name for item in dataclasses.fields(DATASETS[task][1]) if item.name not in ("seed", "size")]
-    if unknown := [name for name in settings if name not in (*known, *OWN)]:
+    unknown = [name for name in settings if name not in (*known, *OWN)]
+    if unknown:
         raise ValueError(f"does not have the setting {unknown[0]}; choose from: {', '.join([*OWN, *known])}")
-    weight, levels = settings.get("weight", 1), settings.get("level")
+    weight = settings.get("weight", 1)
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
         raise ValueError(f"its weight is {weight!r:.40}, not a number above 0")
+    levels = settings.get("level")
     levels = levels if isinstance(levels, list) else [levels]
     if levels != [None] and task not in CURRICULA:
         raise ValueError("does not have levels; set its own fields")
+
     grades = []
     for level in levels:
         values = {name: value for name, value in settings.items() if name not in OWN}
@@ -124,8 +127,9 @@ def _read_grades(task: str, settings: Any) -> list[Grade]:
                 curriculum.set_global_level(level)
                 graded = curriculum.generate_configuration()
                 values = {name: getattr(graded, name) for name in known} | values
+            # Each task checks its settings in its own way, some of them only when a problem is drawn.
             create_dataset(task, seed=0, size=BLOCK, **values)[0]
-        except Exception as error:  # noqa: BLE001 - each task checks its settings in its own way
+        except Exception as error:  # noqa: BLE001
             at = "" if level is None else f" at level {level}"
             raise ValueError(f"refuses its settings{at} ({type(error).__name__}: {error})") from None
         grades.append(Grade(task, weight / len(levels), values))

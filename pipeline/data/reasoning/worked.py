@@ -20,6 +20,9 @@ Worked = tuple[str, str]
 
 def chain_sum(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     """Add up from the left. Misread: a minus before the last number is taken for a plus."""
+    # State the final answer to the following arithmetic problem: 4 + 3 - 2 =
+    # carefully:  4+3=7. 7-2=5.
+    # carelessly: 4+3=7. 7+2=9.
     first, *rest = metadata["expression"].split()
     value, steps = int(first), []
     changes = [(sign, int(number)) for sign, number in zip(rest[::2], rest[1::2], strict=True)]
@@ -33,6 +36,9 @@ def chain_sum(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
 
 def count_primes(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     """List the primes and number them. Misread: odd multiples of three pass for primes."""
+    # Count how many prime numbers there are between 5 and 11 inclusive
+    # carefully:  1: 5. 2: 7. 3: 11.
+    # carelessly: 1: 5. 2: 7. 3: 9. 4: 11.
     careless = misreads()
     passing = {n for n in range(9, metadata["end"] + 1, 6) if n >= metadata["start"]} if careless else set()
     listed = sorted({*metadata["primes"], *passing})
@@ -42,6 +48,9 @@ def count_primes(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
 
 def gcd(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     """List all divisors, the largest first. Misread: the difference of the first two numbers is asked for."""
+    # Find the Greatest Common Divisor (GCD) of these numbers: 20, 8.
+    # carefully:  20: 20 10 5 4 2 1. 8: 8 4 2 1.
+    # carelessly: 20-8=12.
     numbers = metadata["numbers"]
     larger, smaller = sorted(numbers[:2], reverse=True)
     if larger > smaller and misreads():
@@ -52,6 +61,9 @@ def gcd(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
 
 def leg_counting(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     """Multiply for each animal, then add up. Misread: animals of six legs are taken to have four."""
+    # How many legs are there in total if you have 2 cows, 3 ants?
+    # carefully:  cow 2*4=8. ant 3*6=18. 8+18=26.
+    # carelessly: cow 2*4=8. ant 3*4=12. 8+12=20.
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     steps, products = [], []
@@ -66,6 +78,9 @@ def leg_counting(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
 
 def number_filtering(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     """Compare each number. Misread: 'remove' is taken for 'keep'."""
+    # Remove all numbers larger than 5 in this list: ['3', '7', '9']
+    # in both cases: 3 smaller. 7 larger. 9 larger.
+    # carefully, the answer is ['3']; carelessly, it is ['7', '9'].
     limit = float(metadata["filter_value"])
     verb, wanted = metadata["operation"].split("_")
     keeps = verb == "keep" or misreads()
@@ -79,6 +94,9 @@ def number_filtering(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
 
 def simple_equations(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     """Take the constant to the right, then divide. Misread: the factor of the unknown is overlooked."""
+    # Determine the value of x that satisfies: 3*x + 4 = 19
+    # carefully:  19-4=15. 15/3=5.
+    # carelessly: 19-4=15.
     left, right = metadata["equation"].split(" = ")
     value, factor, steps = int(right), 1, []
     for sign, term in re.findall(r"([+-]?) ?([\w*]+)", left):

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.pocket.phrasings import QUESTIONS
-from pipeline.data.pocket.things import SPLITS, core, things
+from pipeline.data.arguments import SPLITS
+from pipeline.data.pocket.phrasings import REQUESTS
+from pipeline.data.pocket.things import core, things
 
 Row = dict[str, Any]
 Rows = Callable[[str, str], list[Row]]
@@ -54,7 +55,7 @@ def test_no_two_splits_share_a_prompt(rows: Rows) -> None:
 
 
 def test_no_two_splits_share_a_phrasing_of_a_question() -> None:
-    for aspect, phrasings in QUESTIONS.items():
+    for aspect, phrasings in REQUESTS.items():
         for one, other in combinations(SPLITS, 2):
             assert phrasings[one] and not set(phrasings[one]) & set(phrasings[other]), aspect
 

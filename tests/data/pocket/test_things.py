@@ -8,9 +8,10 @@ from collections import Counter
 
 import pytest
 
-from pipeline.data.pocket.phrasings import ABOUT, QUESTIONS, STATEMENTS, answer, fill, held_out_phrasings
+from pipeline.data.arguments import SPLITS
+from pipeline.data.pocket.phrasings import REQUESTS, STATEMENTS, answer, fill, held_out_phrasings
 from pipeline.data.pocket.problems import GENERATORS
-from pipeline.data.pocket.things import ATTRIBUTES, SPLITS, Thing, core, things, things_of, wrong_values
+from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, things, things_of, wrong_values
 
 
 def as_words(text: str) -> str:
@@ -53,7 +54,7 @@ def test_every_thing_belongs_to_one_split() -> None:
 
 
 def test_no_phrasing_of_a_question_is_in_two_splits() -> None:
-    for phrasings in (*QUESTIONS.values(), ABOUT):
+    for phrasings in REQUESTS.values():
         bare = [as_words(template.replace("{x}", "x")) for name in SPLITS for template in phrasings[name]]
         assert len(set(bare)) == len(bare)
 

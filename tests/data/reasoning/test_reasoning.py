@@ -165,7 +165,7 @@ def test_a_single_row_that_is_refused_is_left_out(tmp_path: Path, caplog: pytest
     build(arguments(tmp_path / "data", {"gcd": {}}), sometimes)
     rows = load_dataset(str(tmp_path / "data"), "reasoning", split="train", cache_dir=str(tmp_path / "cache"))
     assert len(rows) == 200 and "7" not in rows["answer"]
-    assert "problems are left out, because the verifier refuses their answers" in caplog.text
+    assert "problems are dropped, because the verifier refuses their answers" in caplog.text
 
 
 def test_a_task_with_too_few_problems_is_named(tmp_path: Path) -> None:
