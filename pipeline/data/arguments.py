@@ -42,7 +42,7 @@ class DataArguments:
     keep_rows: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Keep the rows of which a column has one of these values, such as source=gsm8k source=math, in any "
+            "help": "Keep only rows whose column has one of these values, such as source=gsm8k source=math, in any "
             "case (default: all)."
         },
     )
@@ -73,7 +73,7 @@ class DataArguments:
         default=None, metadata={"help": "System message for conversations and prompts that do not have one."}
     )
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer. Default: that of `model_name_or_path`."}
+        default=None, metadata={"help": "Tokenizer (default: the one of `model_name_or_path`)."}
     )
 
     def __post_init__(self) -> None:

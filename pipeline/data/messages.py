@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Messages = list[dict[str, str]]
+Row = Mapping[str, Any]
 
 MAX_MARGIN = 1e6
 """Bound of how much better an answer may be than another; the loss would not be finite with an infinite one."""
@@ -57,10 +58,11 @@ def read_prompt(value: object, column: str, system_prompt: str | None = None) ->
     return messages
 
 
-def refuse_special_tokens(row: Mapping[str, Any], tokens: re.Pattern[str]) -> None:
-    """Raise `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens.
+def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
+    """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens.
 
-    Chat templates write a conversation as one text, in which the tokenizer cannot tell them from the template's own.
+    Chat templates write a conversation as one text, in which the tokenizer cannot tell such a text from the special
+    tokens of the template.
     """
     for column in ("messages", "prompt", "chosen", "rejected"):
         for message in row.get(column) or ():
@@ -89,18 +91,16 @@ def shorten(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def has_prompt(pair: Mapping[str, Any], column: str) -> bool:
+def has_prompt(pair: Row, column: str) -> bool:
     """Return whether a pair has its prompt in a column of its own.
 
-    Beside two whole conversations, the text of a prompt is only one message of what precedes the answers.
+    If the answers are whole conversations, a text in that column is only the last message of their prompt.
     """
     whole = all(isinstance(pair[side], list) and len(pair[side]) > 1 for side in ("chosen", "rejected"))
     return pair.get(column) is not None and not (whole and isinstance(pair[column], str))
 
 
-def read_pair(
-    row: Mapping[str, Any], prompt_column: str = "prompt", system_prompt: str | None = None
-) -> dict[str, Any]:
+def read_pair(row: Row, prompt_column: str = "prompt", system_prompt: str | None = None) -> dict[str, Any]:
     """Read a prompt with two answers; a prompt with which both conversations begin is taken out of them.
 
     Args:
@@ -115,6 +115,13 @@ def read_pair(
     Raises:
         ShapeError: If the row has a different shape.
     """
+    # The shapes that data sets have, with M for a message and Q, A, B for texts:
+    #
+    #   prompt     chosen      rejected
+    #   Q or [M]   A           B           texts
+    #   Q or [M]   [M]         [M]         one message each
+    #   -          [M, M, M]   [M, M, M]   conversations, which begin alike
+    #   Q or [M]   [M, M, M]   [M, M, M]   conversations that repeat the prompt
     chosen, rejected = row["chosen"], row["rejected"]
     if has_prompt(row, prompt_column):
         prompt = read_prompt(row[prompt_column], prompt_column, system_prompt)
@@ -140,7 +147,7 @@ def read_pair(
     return {**pair, "margin": float(row["margin"])}
 
 
-def is_informative(pair: Mapping[str, Any]) -> bool:
+def is_informative(pair: Row) -> bool:
     """Return whether a pair says which answer is better: neither is empty, and they are not the same."""
     chosen, rejected = (pair[side][0]["content"].strip() for side in ("chosen", "rejected"))
     return bool(chosen and rejected) and chosen != rejected
@@ -182,8 +189,9 @@ def _read_answer(value: object, prompt: Messages, column: str, system_prompt: st
     """Return the assistant's message, which may be empty."""
     if isinstance(value := as_answer(value), str):
         return {"role": "assistant", "content": value}
+    # The answer may be a whole conversation, which repeats the prompt.
     if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], column, system_prompt) == prompt:
-        value = value[-1:]  # the answer repeats the prompt
+        value = value[-1:]
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
         raise ShapeError(f"{column} is {shorten(value)}, not one answer to the prompt")
     role, content = value[0].get("role"), value[0].get("content")

@@ -79,6 +79,7 @@ class NgramIndex:
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
         self.n = n
+        # By length in words: texts of fewer than n words are indexed whole.
         self._hashes: dict[int, set[int]] = {n: set()}
 
     def add(self, texts: Iterable[str]) -> list[int]:
@@ -86,6 +87,7 @@ class NgramIndex:
         added: list[int] = []
         for text in texts:
             tokens = words(text)
+            # The whole text if it is shorter, nothing if it has no words.
             if size := min(self.n, len(tokens)):
                 hashes = list(map(hash, ngrams(tokens, size)))
                 self._hashes.setdefault(size, set()).update(hashes)
@@ -96,8 +98,12 @@ class NgramIndex:
         """Yield the hash and words of each indexed n-gram in a text, in order, shorter indexed texts last."""
         tokens = words(text)
         for size, indexed in self._hashes.items():
-            if not indexed.isdisjoint(map(hash, ngrams(tokens, size))):
-                yield from ((hash(gram), " ".join(gram)) for gram in ngrams(tokens, size) if hash(gram) in indexed)
+            # Almost no text overlaps, and `isdisjoint` runs in C.
+            if indexed.isdisjoint(map(hash, ngrams(tokens, size))):
+                continue
+            for gram in ngrams(tokens, size):
+                if hash(gram) in indexed:
+                    yield hash(gram), " ".join(gram)
 
     def overlaps(self, text: str) -> bool:
         """Return whether a text shares an n-gram with, or contains, an indexed text."""
@@ -127,6 +133,8 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
     """
     index = NgramIndex(n)
     hashes_per_row = [index.add(texts(row)) for row in test_rows]
+
+    # The first training row with an n-gram of the test data, and its words, by the hash of the n-gram.
     first: dict[int, tuple[int, str]] = {}
     train_count = 0
     for row in train_rows:
@@ -134,6 +142,7 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
             for value, shared in index.find(text):
                 first.setdefault(value, (train_count, shared))
         train_count += 1
+
     matches = []
     for number, hashes in enumerate(hashes_per_row):
         found = next((value for value in hashes if value in first), None)
@@ -144,12 +153,14 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
 
 def texts(row: Mapping[str, Any]) -> list[str]:
     """Return the texts of a row: the prompt alone, and with each answer. Without known columns, all text columns."""
+    # {"question": "2 + 3?", "answer": "5", "chosen": "Five."}  ->  "2 + 3?", "2 + 3? 5", "2 + 3? Five."
     prompt = " ".join(filter(None, (_flatten(row[name]) for name in PROMPT_COLUMNS if name in row)))
     answers = [text for name in ANSWER_COLUMNS if name in row and (text := _flatten(row[name]))]
     if not prompt and not answers:
         return [value for value in row.values() if isinstance(value, str)]
     found = [prompt, *(f"{prompt} {answer}" for answer in answers)]
-    if isinstance(row.get("messages"), list | tuple):  # the question of a conversation, without its answer
+    # The question of a conversation, without its answer.
+    if isinstance(row.get("messages"), list | tuple):
         found.append(_flatten([message for message in row["messages"] if message.get("role") != "assistant"]))
     return list(dict.fromkeys(text for text in found if text))
 
@@ -164,7 +175,7 @@ def _flatten(value: object) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments to `parser`."""
+    """Add the arguments of `python -m pipeline check-overlap` to `parser`."""
     where = "data set, as DATASET[:CONFIG[:SPLIT]]: a Hub id, a folder or a file"
     parser.add_argument("--train", nargs="+", required=True, metavar="DATASET", help=f"training {where} (split: train)")
     parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help=f"test {where} (split: test)")
@@ -207,7 +218,8 @@ def _open_rows(name: str, field: str, default_split: str) -> Sequence[Mapping[st
     Raises:
         UserError: If the data set, configuration or split does not exist, or its rows do not contain text.
     """
-    from pipeline.data.sources import open_source  # imports `datasets`, which takes seconds
+    # Imported here, because `datasets` takes seconds, and `--help` does not need it.
+    from pipeline.data.sources import open_source
 
     dataset, config, split = (name, "", "") if Path(name).exists() else (*name.split(":"), "", "")[:3]
     if config and Path(dataset).is_file():
@@ -218,9 +230,11 @@ def _open_rows(name: str, field: str, default_split: str) -> Sequence[Mapping[st
     if split not in splits:
         raise UserError(Problem(field, name, f"there is no split {split}; choose from: {', '.join(splits)}"))
     rows = splits[split]
-    if len(rows) == 0 or not texts(rows[0]):
-        why = f"its columns {', '.join(rows.column_names)} do not contain text" if len(rows) else "does not have rows"
-        raise UserError(Problem(field, name, f"{why}; choose other data"))
+    if not len(rows):
+        raise UserError(Problem(field, name, "does not have rows; choose other data"))
+    if not texts(rows[0]):
+        columns = ", ".join(rows.column_names)
+        raise UserError(Problem(field, name, f"its columns {columns} do not contain text; choose other data"))
     if name.count(":") > 2 and not Path(name).exists():
         print(f"{name}: only DATASET:CONFIG:SPLIT is read", file=sys.stderr)
     return rows

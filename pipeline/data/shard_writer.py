@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,8 +22,8 @@ from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory, write_text
 
-CHOOSING = ("dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column")
-"""Fields of the data arguments by which shards are of other documents."""
+RECORDED = ("dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column")
+"""Fields of the data arguments that determine which documents the shards contain."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ShardArguments:
     """Where shards are written, and by which processes."""
 
     output_dir: str = field(
-        metadata={"help": "Folder of the shards: a data set of which each split is a folder, written one by one."}
+        metadata={"help": "Folder of the shards: a data set with one folder for each split, written one by one."}
     )
     executor: Literal["local", "slurm", "ray"] = field(
         default="local",
@@ -49,7 +49,7 @@ class ShardArguments:
 
 
 @dataclass
-class Documents:
+class DocumentReader:
     """The first step of a pipeline of datatrove: the documents of one file.
 
     Attributes:
@@ -81,7 +81,8 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     Raises:
         UserError: If an argument is wrong, or if the folder has shards of other documents or of another tokenizer.
     """
-    for name in ("LOGURU_BACKTRACE", "LOGURU_DIAGNOSE"):  # the log of an error would show the values of all variables
+    # By default, loguru logs the values of all variables with an error.
+    for name in ("LOGURU_BACKTRACE", "LOGURU_DIAGNOSE"):
         os.environ.setdefault(name, "false")
     try:
         from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -92,22 +93,65 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     if len(data_args.dataset_names) > 1:
         remedy = "are several data sets; give a command for each, with a folder of its own, and pretraining all folders"
         raise UserError(Problem("dataset_name", ", ".join(data_args.dataset_names), remedy))
+
     source = Path(data_args.dataset_names[0]).expanduser()
     name = str(source.absolute()) if source.exists() else data_args.dataset_names[0]
     data_args = replace(data_args, dataset_name=name, dataset_streaming=True, validation_share=0.0)
-    folder = Path(args.output_dir, data_args.dataset_train_split).absolute()
-    made = document_tokenizer(tokenizer)
     rows, _ = load_splits(data_args, "text", evaluation=False)
     tasks = rows.num_shards if data_args.max_train_samples is None else 1
-    made_of = {"tasks": tasks, "digest": digest_of(source) if source.exists() else None}
-    record = json.dumps({**made_of, **{name: getattr(data_args, name) for name in CHOOSING}}, indent=2)
-    problems = [problem] if (problem := check_directory(args.output_dir)) else []
-    if folder.resolve().is_relative_to(source.resolve()):
-        remedy = "lies inside dataset_name, and would be read as data; choose another directory"
-        problems.append(Problem("output_dir", args.output_dir, remedy))
+    record = {"tasks": tasks, "digest": digest_of(source) if source.exists() else None}
+    record |= {field: getattr(data_args, field) for field in RECORDED}
+
+    folder = Path(args.output_dir, data_args.dataset_train_split).absolute()
+    made = document_tokenizer(tokenizer)
+    files = {TOKENIZER: made or "", RECORD: json.dumps(record, indent=2)}
+    problems = check_arguments(args, folder, source, files)
     if made is None:
         remedy = "is not of the library tokenizers, with which datatrove tokenizes; choose another one"
         problems.append(Problem("tokenizer_name_or_path", data_args.tokenizer_name_or_path, remedy))
+    if problems:
+        raise UserError(*problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_text(folder / name, content)
+
+    # Not shuffled, because a stream of shards is shuffled when it is read.
+    write = DocumentTokenizer(
+        str(folder), str(folder / TOKENIZER), batch_size=DOCUMENTS_AT_ONCE, shuffle_documents=False
+    )
+    # datatrove would choose the size by the size of the vocabulary, in which it does not count special tokens.
+    write.token_size = np.dtype(Encoder.of(tokenizer).dtype).itemsize
+    steps = [DocumentReader(data_args), write]
+    options: dict[str, Any] = {"tasks": tasks, "logging_dir": str(folder / "logs"), "workers": args.workers or -1}
+    if args.executor == "slurm":
+        SlurmPipelineExecutor(steps, time=args.time, partition=args.partition, mem_per_cpu_gb=4, **options).run()
+    elif args.executor == "ray":
+        RayPipelineExecutor(steps, **options).run()
+        # Ray does not raise the error of a task; the shards that it leaves are incomplete.
+        open_shards(folder)
+    else:
+        options["workers"] = min(tasks, args.workers or os.cpu_count() or 1)
+        if options["workers"] > 1:
+            # Each process keeps to one thread.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        LocalPipelineExecutor(steps, **options).run()
+
+
+def check_arguments(args: ShardArguments, folder: Path, source: Path, files: Mapping[str, str]) -> list[Problem]:
+    """Check how and where shards are to be written.
+
+    Args:
+        args: The arguments.
+        folder: Folder of this split.
+        source: The data set, if it is local.
+        files: What `TOKENIZER` and `RECORD` are to contain, by name.
+    """
+    problems = []
+    if problem := check_directory(args.output_dir):
+        problems.append(problem)
+    if folder.resolve().is_relative_to(source.resolve()):
+        remedy = "lies inside dataset_name, and would be read as data; choose another directory"
+        problems.append(Problem("output_dir", args.output_dir, remedy))
     if args.workers is not None and args.workers < 1:
         problems.append(Problem("workers", args.workers, "must be at least 1"))
     if args.executor == "slurm" and not args.partition:
@@ -116,30 +160,9 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
         problems.append(Problem("executor", args.executor, "needs Slurm's sbatch, which is not on this machine"))
     if args.executor == "ray" and find_spec("ray") is None:
         problems.append(Problem("executor", args.executor, "needs Ray, which is not installed; pip install ray"))
-    files = {TOKENIZER: made or "", RECORD: record}
     for name, content in files.items():
         if (folder / name).exists() and (folder / name).read_text() != content:
             what = "another tokenizer" if name == TOKENIZER else "other documents"
             remedy = f"has shards of {what}, as {name} says; give another folder, or delete {folder}"
             problems.append(Problem("output_dir", args.output_dir, remedy))
-    if problems:
-        raise UserError(*problems)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_text(folder / name, content)
-    paths = str(folder), str(folder / TOKENIZER)
-    # Not shuffled, because streams are when they are read.
-    write = DocumentTokenizer(*paths, batch_size=DOCUMENTS_AT_ONCE, shuffle_documents=False)
-    write.token_size = np.dtype(Encoder.of(tokenizer).dtype).itemsize  # datatrove does not count special tokens
-    pipeline = [Documents(data_args), write]
-    options: dict[str, Any] = {"tasks": tasks, "logging_dir": str(folder / "logs"), "workers": args.workers or -1}
-    if args.executor == "slurm":
-        SlurmPipelineExecutor(pipeline, time=args.time, partition=args.partition, mem_per_cpu_gb=4, **options).run()
-    elif args.executor == "ray":
-        RayPipelineExecutor(pipeline, **options).run()
-        open_shards(folder)  # a task that fails there does not raise
-    else:
-        options["workers"] = min(tasks, args.workers or os.cpu_count() or 1)
-        if options["workers"] > 1:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread in each process
-        LocalPipelineExecutor(pipeline, **options).run()
+    return problems

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +25,10 @@ from pipeline.errors import Problem, UserError
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
 
-TOKENIZER, RECORD = "tokenizer.json", "documents.json"
-"""Files beside shards of `pipeline.data.shard_writer`: what `document_tokenizer` returns, and what was tokenized."""
+TOKENIZER = "tokenizer.json"
+"""File next to the shards of `pipeline.data.shard_writer`: what `document_tokenizer` returns."""
+RECORD = "documents.json"
+"""File next to them that says what was tokenized."""
 
 
 def is_shards(path: Path) -> bool:
@@ -62,11 +63,12 @@ def open_shards(folder: Path) -> IterableDatasetDict:
 
 def documents_of(args: Arguments) -> Arguments:
     """Return the arguments of the documents that shards were made from, for what reads text; others as they are."""
-    made = _read_record(Path(args.dataset_names[0], args.dataset_train_split))
+    folder = Path(args.dataset_names[0], args.dataset_train_split)
+    chosen = {name: value for name, value in _read_record(folder).items() if name not in ("tasks", "digest")}
     try:
-        return replace(args, **{name: value for name, value in made.items() if name not in ("tasks", "digest")})
+        return replace(args, **chosen)
     except (TypeError, ValueError):
-        raise _no_record(Path(args.dataset_names[0], args.dataset_train_split, RECORD)) from None
+        raise _no_record(folder / RECORD) from None
 
 
 def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -91,20 +93,24 @@ def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def check_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    """Compare the tokenizers that shards were made with, where they are known, with that of the model."""
+    """Report shards that were made with a tokenizer other than the model's. Shards of other programs do not say."""
     expected = document_tokenizer(tokenizer)
     own = Tokenizer.from_str(expected).to_str() if expected else None
-    files = (record.with_name(TOKENIZER) for record in folder.rglob(RECORD))
-    remedy = "is not the tokenizer of the model, whose tokens mean other texts; give that one, or make the shards again"
-    return [
-        Problem("tokenizer_name_or_path", file, remedy)
-        for file in files
-        if Tokenizer.from_file(str(file)).to_str() != own
-    ]
+    problems = []
+    for record in folder.rglob(RECORD):
+        file = record.with_name(TOKENIZER)
+        if Tokenizer.from_file(str(file)).to_str() != own:
+            remedy = "is not the tokenizer of the model; give that of the shards, or make them again"
+            problems.append(Problem("tokenizer_name_or_path", file, remedy))
+    return problems
 
 
 def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
     """Yield the documents of shards. Those that a resumed run skips are not read."""
+    # With documents of three and two tokens:
+    #
+    #   NAME.ds         [bos a eos][bos eos]
+    #   NAME.ds.index   3          5
     for file in files:
         ends = np.fromfile(f"{file}.index", "<u8")
         size = file.stat().st_size // int(ends[-1]) if len(ends) else 2
@@ -116,7 +122,7 @@ def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """Return what the shards in a folder were made from; nothing of those that another program has made."""
+    """Return what the shards in a folder were made from; nothing for shards that another program has made."""
     path = folder / RECORD
     if not path.exists():
         return {}
@@ -135,26 +141,34 @@ def _no_record(path: Path) -> UserError:
 
 def _validate(files: Sequence[Path]) -> list[Problem]:
     """Check the shards of a split."""
-    faults: dict[Path, str] = {}
+    faults: list[tuple[Path, str]] = []
     total = 0
     for file in files:
         try:
+            # The first lines are, for instance, "/tokens/tokenizer.json|2" (bytes of a token) and "51200" (tokens).
             name, number, *_ = Path(f"{file}.metadata").read_text(encoding="utf-8").split("\n")
             size, tokens = int(name.rpartition("|")[2]), int(number)
             end = int(np.memmap(f"{file}.index", "<u8", "r")[-1]) if tokens else 0
         except (OSError, ValueError):
-            faults[file] = "has no .index or .metadata that can be read: it is being written, or must be made again"
+            fault = "has no .index or .metadata that can be read: it is being written, or must be made again"
+            faults.append((file, fault))
             continue
         if size not in (2, 4) or file.stat().st_size != size * tokens or end != tokens:
-            faults[file] = "does not have the tokens that its .index and .metadata say; make it again"
+            faults.append((file, "does not have the tokens that its .index and .metadata say; make it again"))
         elif Path(f"{file}.loss").exists():
-            faults[file] = "has a mask of losses (.ds.loss), which is not supported"
+            faults.append((file, "has a mask of losses (.ds.loss), which is not supported"))
         total += tokens
-    others = f" ({len(faults)} shards have faults)" if len(faults) > 1 else ""
-    problems = [Problem("dataset_name", file, fault + others) for file, fault in islice(faults.items(), 1)]
-    if (tasks := _read_record(files[0].parent).get("tasks", len(files))) != len(files):
+
+    problems = []
+    folder = files[0].parent
+    if faults:
+        file, fault = faults[0]
+        others = f" ({len(faults)} shards have faults)" if len(faults) > 1 else ""
+        problems.append(Problem("dataset_name", file, fault + others))
+    tasks = _read_record(folder).get("tasks", len(files))
+    if tasks != len(files):
         remedy = f"has {len(files)} of {tasks} shards; give the command that makes them once more, which makes the rest"
-        problems.append(Problem("dataset_name", files[0].parent, remedy))
+        problems.append(Problem("dataset_name", folder, remedy))
     if not problems and not total:
-        problems.append(Problem("dataset_name", files[0].parent, "is empty; choose one that has rows"))
+        problems.append(Problem("dataset_name", folder, "is empty; choose one that has rows"))
     return problems

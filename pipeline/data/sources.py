@@ -73,10 +73,8 @@ def open_source(
         raise UserError(Problem("dataset_name", "nothing", "give a Hub id, a file or a folder"))
     path = Path(name).expanduser()
     if (path / VOTES_FILE).is_file() and not update_data_set(path):
-        remedy = (
-            "does not contain a vote that prefers one of two answers yet; collect some with `python -m pipeline app`"
-        )
-        raise UserError(Problem("dataset_name", name, remedy))
+        remedy = "does not contain a vote that prefers one of two answers yet; collect some with"
+        raise UserError(Problem("dataset_name", name, f"{remedy} `python -m pipeline app`"))
     if is_shards(path):
         if not streaming:
             remedy = f"must be true for the shards of {name}, which are read during training"
@@ -84,18 +82,21 @@ def open_source(
         if config is not None:
             logger.info("dataset_config %s is ignored: shards do not have configurations", config)
         return open_shards(path)
+
     builder, options = _choose_builder(name, path, config)
+    revision = options.get("revision")
     if streaming and "revision" in options and constants.HF_HUB_OFFLINE:
-        place = {"repo_type": "dataset", "revision": options["revision"], "local_files_only": True}
-        with contextlib.suppress(LocalEntryNotFoundError):  # the folder of the files that `run --download` fetches
-            builder = snapshot_download(builder, allow_patterns="README.md", **place)
-            options = {"name": config, "data_files": _files_of_config(Path(builder) / "README.md", config)}
+        with contextlib.suppress(LocalEntryNotFoundError):
+            builder, options = _choose_fetched(builder, revision, config)
     if builder not in BUILDERS.values():
         _check_config(builder, config, options.get("revision"))
     elif config is not None:
         # A recipe's data set was replaced on the command line, but its configuration was not.
         logger.info("dataset_config %s is ignored: plain files do not have configurations", config)
-    if check_directory(cache := Path(datasets.config.HF_DATASETS_CACHE)):  # `datasets` converts every file into it
+
+    # `datasets` converts every file into its cache.
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    if check_directory(cache):
         remedy = "this cache of data sets is not writable; set HF_HOME to a writable directory"
         raise UserError(Problem("HF_HOME", cache, remedy))
     # It logs the traceback of a file that cannot be parsed, which is reported below in one line.
@@ -105,13 +106,14 @@ def open_source(
     except ConnectionError:
         raise UserError(Problem("dataset_name", name, HUB_UNREACHABLE)) from None
     except (DatasetNotFoundError, FileNotFoundError) as error:
-        remedy = "is neither a local path nor a public data set on the Hub (log in for a private one)"
-        if (revision := options.get("revision")) is not None:
-            remedy = f"there is no such data set with a revision {revision} on the Hub (log in for a private one)"
-        if constants.HF_HUB_OFFLINE:
-            remedy = HUB_UNREACHABLE
         if path.exists():
             remedy = f"does not contain data ({_first_line(error)}); give a file or folder of {', '.join(BUILDERS)}"
+        elif constants.HF_HUB_OFFLINE:
+            remedy = HUB_UNREACHABLE
+        elif revision is not None:
+            remedy = f"there is no such data set with a revision {revision} on the Hub (log in for a private one)"
+        else:
+            remedy = "is neither a local path nor a public data set on the Hub (log in for a private one)"
         raise UserError(Problem("dataset_name", name, remedy)) from None
     except (DatasetGenerationError, StopIteration, *UNREADABLE) as error:
         raise UserError(*locate_error(path, error)) from None
@@ -126,30 +128,40 @@ def _choose_builder(name: str, path: Path, config: str | None) -> tuple[str, dic
     def refuse(remedy: str) -> UserError:
         return UserError(Problem("dataset_name", name, remedy))
 
-    literal = glob.escape(str(path.absolute()))  # `datasets` reads paths as patterns
+    # `datasets` reads paths as patterns.
+    literal = glob.escape(str(path.absolute()))
     if path.is_dir():
-        options: dict[str, Any] = {"cache_dir": _cache_of_folder(path)}
-        card = config is not None or (path / "README.md").exists()
-        if not card and any(".txt" in file.suffixes for file in path.rglob("*")):
+        # `datasets` caches a folder with a card under the name of the folder, whatever its path and content: from the
+        # common cache it would return the rows of another run's `data`, or of this one's before it was generated again.
+        cache = Path(datasets.config.HF_DATASETS_CACHE, "folders", digest_of(path))
+        options: dict[str, Any] = {"cache_dir": str(cache)}
+        has_card = config is not None or (path / "README.md").exists()
+        if not has_card and any(".txt" in file.suffixes for file in path.rglob("*")):
             return "text", {**options, "data_dir": literal, "keep_linebreaks": True}
         if glob.has_magic(str(path.resolve())):
             raise refuse("contains one of the characters *?[ in its path, which `datasets` cannot read; rename it")
         return str(path), {**options, "name": config}
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
-    suffix = suffixes[-1] if suffixes else ""
+
     if not path.exists():
         if is_missing_path(name) or path.suffix in {*BUILDERS, *COMPRESSIONS}:
             raise refuse("there is no such file or folder; correct the path")
         repo_id, revision = split_revision(name)
         return repo_id, {"name": config, "revision": revision}
+
     if not path.is_file():
         raise refuse("is neither a file nor a folder; give one of them")
+    suffix = next((suffix for suffix in reversed(path.suffixes) if suffix not in COMPRESSIONS), "")
     if suffix not in BUILDERS:
         raise refuse(f"files of this type are not supported; give one of {', '.join(BUILDERS)}, also compressed (.gz)")
     if path.stat().st_size == 0:
         raise refuse("is an empty file; give one that has rows")
-    if path.suffix == ".json" and not _begins_json(path):
-        raise refuse("must contain a list of rows, or an object; correct the file")
+    if path.suffix == ".json":
+        # Any value but a list or an object crashes pyarrow's reader.
+        with path.open("rb") as file:
+            first = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        if first not in (b"[", b"{"):
+            raise refuse("must contain a list of rows, or an object; correct the file")
+
     options = {"data_files": {"train": literal}}
     if BUILDERS[suffix] == "text":
         options["keep_linebreaks"] = True
@@ -158,19 +170,21 @@ def _choose_builder(name: str, path: Path, config: str | None) -> tuple[str, dic
     return BUILDERS[suffix], options
 
 
-def _begins_json(path: Path) -> bool:
-    """Return whether a list or an object begins there; any other value crashes pyarrow's reader."""
-    with path.open("rb") as file:
-        return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{")
+def _choose_fetched(repo_id: str, revision: str | None, config: str | None) -> tuple[str, dict[str, Any]]:
+    """Return the folder of a repository that `run --download` has fetched, and the options of `load_dataset` for it.
 
-
-def _cache_of_folder(path: Path) -> str:
-    """Return a cache directory for the present content of a folder.
-
-    `datasets` caches a local data set repository under the folder's name, whatever its path and content: with the
-    common cache, it would return the rows of another run's `data`, or of this one's before it was generated again.
+    Raises:
+        LocalEntryNotFoundError: If it has not been fetched.
     """
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / digest_of(path))
+    place = {"repo_type": "dataset", "revision": revision, "local_files_only": True}
+    folder = snapshot_download(repo_id, allow_patterns="README.md", **place)
+    # Without file names, `datasets` looks for the files of the first configuration, which may not have been fetched.
+    files = None
+    card = Path(folder, "README.md")
+    if card.exists():
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+        files = configs.get(config or "default", {}).get("data_files")
+    return folder, {"name": config, "data_files": files}
 
 
 def digest_of(path: Path) -> str:
@@ -182,18 +196,8 @@ def digest_of(path: Path) -> str:
 
 
 def _join_lines(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Make one document of consecutive lines. The last line of a file may lack its end."""
     return {"text": ["".join(line if line.endswith("\n") else line + "\n" for line in batch["text"])]}
-
-
-def _files_of_config(card: Path, config: str | None) -> Any:
-    """Return the patterns of a configuration's files, by split, or None if the card of a data set names none.
-
-    Without them, `datasets` looks for the files of the card's first configuration, which may not have been fetched.
-    """
-    if not card.exists():
-        return None
-    configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
-    return configs.get(config or "default", {}).get("data_files")
 
 
 def _check_config(builder: str, config: str | None, revision: str | None) -> None:
@@ -201,7 +205,8 @@ def _check_config(builder: str, config: str | None, revision: str | None) -> Non
     try:
         known = datasets.get_dataset_config_names(builder, revision=revision)
     except (DatasetNotFoundError, *UNREADABLE):
-        return  # loading the data gives a better message
+        # Loading the data gives a better message.
+        return
     if config is None and len(known) > 1 and "default" not in known:
         raise UserError(Problem("dataset_config", "nothing", f"must be given; choose from: {', '.join(known)}"))
     if config is not None and config not in known:
@@ -215,24 +220,22 @@ def locate_error(path: Path, error: Exception) -> list[Problem]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     problems = []
     for file in files:
-        if file.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
-            with contextlib.suppress(OSError, EOFError, zlib.error):  # reported below as `error`
-                problems += _find_broken_line(file)
+        if not file.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+            continue
+        opener = gzip.open if file.suffix == ".gz" else open
+        # A file that cannot be read at all is reported below.
+        with contextlib.suppress(OSError, EOFError, zlib.error), opener(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    json.loads(line if line.strip() else "null")
+                except (ValueError, RecursionError) as fault:
+                    remedy = f"is not valid JSON ({fault}); correct or remove it"
+                    problems.append(Problem("dataset_name", f"{file}, line {number}", remedy))
+                    break
+    if problems:
+        return problems
     cause = error.__cause__ or error
-    return problems or [Problem("dataset_name", path, f"cannot be read ({_first_line(cause)}); correct the file")]
-
-
-def _find_broken_line(file: Path) -> list[Problem]:
-    """Return the problem of the first line that is not JSON."""
-    opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as fault:
-                remedy = f"is not valid JSON ({fault}); correct or remove it"
-                return [Problem("dataset_name", f"{file}, line {number}", remedy)]
-    return []
+    return [Problem("dataset_name", path, f"cannot be read ({_first_line(cause)}); correct the file")]
 
 
 def _first_line(error: BaseException) -> str:

@@ -31,8 +31,19 @@ SHUFFLE_BUFFER = 1000
 HELD_OUT_OF_STREAM = 1000
 """Default of `max_eval_samples` where rows of a stream are held out, which each evaluation would read to its end."""
 
-MEASURED, CHARACTERS = 200, 4
-"""Rows whose characters are counted, and the characters of a token."""
+MEASURED = 200
+"""Rows whose characters are counted."""
+
+CHARACTERS = 4
+"""Characters of an average token."""
+
+SHOWN_COLUMNS: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "conversation": ("messages",),
+    "preference": ("prompt", "chosen"),
+    "prompt": ("prompt",),
+}
+"""Columns that make one sequence of tokens, by kind of rows."""
 
 
 def load_splits(
@@ -61,11 +72,12 @@ def load_splits(
     Raises:
         UserError: If the data set, a split or a column does not exist, a split is empty, or a row is malformed.
     """
+    # This is the only place that knows of several data sets: everything below is about one, and names it alone.
     parts = [_load_one(replace(args, dataset_name=name), kind, evaluation, tokens) for name in args.dataset_names]
     train = _join([train for train, _ in parts], args.max_train_samples)
     test = _join([test for _, test in parts if test is not None], args.max_eval_samples) if evaluation else None
     if isinstance(train, IterableDataset) and kind not in ("text", "tokens"):
-        # Trainers shuffle only what has a length. The order depends on the seed and the epoch.
+        # Trainers shuffle only data with a length. The order of a stream depends on the seed and the epoch.
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return train, test
 
@@ -83,12 +95,11 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
         UserError: If it is needed and not known.
     """
     names = args.dataset_names
-    columns = {"text": ("text",), "conversation": ("messages",), "preference": ("prompt", "chosen")}
     try:
         if all(Path(name).exists() for name in names) and not args.dataset_streaming:
             rows = load_splits(args, kind, evaluation=False)[0]
             first = rows.take(min(MEASURED, len(rows)))
-            characters = sum(len(str(text)) for column in columns.get(kind, ("prompt",)) for text in first[column])
+            characters = sum(len(str(text)) for column in SHOWN_COLUMNS[kind] for text in first[column])
             return len(rows), characters / len(first) / CHARACTERS
         if args.max_train_samples or not needed:
             return args.max_train_samples or 0, 0
@@ -96,31 +107,12 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
             return sum(planned[name] for name in names), 0
         splits = [load_dataset_builder(name, args.dataset_config).info.splits for name in names]
         return sum(split[args.dataset_train_split].num_examples for split in splits), 0
-    except Exception as error:  # each way of not being there raises another one
+    except Exception as error:
+        # A data set that cannot be read, a Hub that cannot be reached and a card without numbers all raise their own.
         if not needed:
             return 0, 0
         remedy = "its rows can be counted neither here nor on the Hub; give --max_train_samples"
         raise UserError(Problem("dataset_name", args.dataset_name, remedy)) from error
-
-
-def _load_one(
-    args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
-) -> tuple[Split, Split | None]:
-    source = keep_rows(open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming), args)
-    try:
-        return _divide(source, args, kind, evaluation, tokens)
-    except UnicodeDecodeError as error:  # the rows are read only now
-        raise UserError(*locate_error(Path(args.dataset_names[0]), error)) from None
-
-
-def _join(parts: list[Split], most: int | None) -> Split:
-    """Put the rows of several data sets one after the other, at most `most` of them."""
-    if len(parts) == 1:
-        return parts[0]
-    joined = concatenate_datasets(parts)
-    if most is None:
-        return joined
-    return joined.take(min(most, len(joined)) if isinstance(joined, Dataset) else most)
 
 
 def keep_rows(source: DatasetDict | IterableDatasetDict, args: DataArguments) -> DatasetDict | IterableDatasetDict:
@@ -144,47 +136,72 @@ def keep_rows(source: DatasetDict | IterableDatasetDict, args: DataArguments) ->
     return source.filter(lambda row: all(str(row[name]).casefold() in values for name, values in kept.items()))
 
 
-def _divide(
-    source: DatasetDict | IterableDatasetDict,
-    args: DataArguments,
-    kind: Kind,
-    evaluation: bool,
-    tokens: re.Pattern[str] | None,
+def _join(parts: list[Split], most: int | None) -> Split:
+    """Put the rows of several data sets one after the other, at most `most` of them."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = concatenate_datasets(parts)
+    return joined if most is None else _take(joined, most)
+
+
+def _load_one(
+    args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
 ) -> tuple[Split, Split | None]:
-    """Return both splits, with standard columns and limited to the samples asked for."""
+    """Load one data set. Arguments, results and errors are as for `load_splits`."""
+    name, train = args.dataset_names[0], args.dataset_train_split
+    source = keep_rows(open_source(name, args.dataset_config, args.dataset_streaming), args)
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
         logger.info("The data set has no split validation: training is evaluated on its split test.")
         args = replace(args, dataset_test_split="test")
-    train, test = args.dataset_train_split, args.dataset_test_split
-    single = list(source) == [train] and train != test and args.validation_share > 0
-    if single and (evaluation or not isinstance(source[train], Dataset) or len(source[train]) > 1):
-        if isinstance(source[train], Dataset) and is_of_hub(args):  # where checks leave rows out, evaluations count all
-            kept, held_out = (standardise(part, args, kind, tokens) for part in _hold_out(source[train], args))
-        else:  # checked before they are divided, so that errors give the numbers of rows in the file
-            kept, held_out = _hold_out(standardise(source[train], args, kind, tokens), args)
-        if args.max_eval_samples is None and isinstance(held_out, IterableDataset):
-            logger.info("max_eval_samples %d (default for a stream)", HELD_OUT_OF_STREAM)
-            args = replace(args, max_eval_samples=HELD_OUT_OF_STREAM)
-        second = _limit(held_out, args, "max_eval_samples") if evaluation else None
-        return _limit(kept, args, "max_train_samples"), second
-    _check_splits(list(source), args, evaluation)
-    first = _limit(source[train], args, "max_train_samples")
-    second = _limit(source[test], args, "max_eval_samples") if evaluation else None
-    return standardise(first, args, kind, tokens), second and standardise(second, args, kind, tokens)
+    is_single = list(source) == [train] and args.dataset_test_split != train and args.validation_share > 0
+    # A single row is trained on, if nothing is to be evaluated.
+    can_be_divided = evaluation or not isinstance(source.get(train), Dataset) or len(source[train]) > 1
+    try:
+        if is_single and can_be_divided:
+            return _divide(source[train], args, kind, evaluation, tokens)
+        _check_splits(list(source), args, evaluation)
+        trained_on = standardise(_limit(source[train], args, "max_train_samples"), args, kind, tokens)
+        if not evaluation:
+            return trained_on, None
+        held_out = _limit(source[args.dataset_test_split], args, "max_eval_samples")
+        return trained_on, standardise(held_out, args, kind, tokens)
+    except UnicodeDecodeError as error:
+        # The rows of a text file are decoded only now.
+        raise UserError(*locate_error(Path(name), error)) from None
+
+
+def _divide(
+    only: Split, args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
+) -> tuple[Split, Split | None]:
+    """Divide a single split into rows to train on and rows that are held out."""
+    if isinstance(only, Dataset) and is_of_hub(args):
+        # Faulty rows are dropped afterwards: evaluations, which drop them as well, count all rows.
+        train, test = (standardise(part, args, kind, tokens) for part in _hold_out(only, args))
+    else:
+        # Rows are checked first, so that errors give their numbers in the file.
+        train, test = _hold_out(standardise(only, args, kind, tokens), args)
+
+    if args.max_eval_samples is None and isinstance(test, IterableDataset):
+        logger.info("max_eval_samples %d (default for a stream)", HELD_OUT_OF_STREAM)
+        args = replace(args, max_eval_samples=HELD_OUT_OF_STREAM)
+    held_out = _limit(test, args, "max_eval_samples") if evaluation else None
+    return _limit(train, args, "max_train_samples"), held_out
 
 
 def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
-    """Divide rows, or those of the first file of a stream, into those to train on and those to evaluate on."""
+    """Divide rows into a part to train on and a part to evaluate on; of a stream, only its first file is divided."""
     period = round(1 / args.validation_share)
     logger.info("The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period)
     if isinstance(only, Dataset):
         if len(only) < 2:
             remedy = f"has {len(only)} row, which leaves nothing to hold out; give more rows, or --eval_strategy no"
             raise UserError(Problem("dataset_name", args.dataset_name, remedy))
+        # The rows 0, 20, 40, … for a share of 0.05.
         rows = range(len(only))
         held_out = rows[::period]
         return only.select([row for row in rows if row not in held_out]), only.select(held_out)
-    # Only of the first file: processes that read other files would not know the numbers of their rows.
+
+    # Only the first file is divided: processes that read other files do not know the numbers of their rows.
     first, *others = (only.shard(only.num_shards, file) for file in range(only.num_shards))
     kept = first.filter(lambda _, index: index % period != 0, with_indices=True)
     held_out = first.filter(lambda _, index: index % period == 0, with_indices=True)
@@ -192,6 +209,7 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
 
 
 def _check_splits(names: list[str], args: DataArguments, evaluation: bool) -> None:
+    """Report splits that do not exist, and an evaluation on the training split."""
     missing = f"there is no such split; choose from: {', '.join(names)}"
     train, test = args.dataset_train_split, args.dataset_test_split
     problems = []
@@ -211,8 +229,12 @@ def _limit(split: Split, args: DataArguments, field: str) -> Split:
     if samples is not None:
         if samples < 1:
             raise UserError(Problem(field, samples, "must be at least 1"))
-        split = split.take(min(samples, len(split)) if isinstance(split, Dataset) else samples)
-    first = next(iter(split.take(1) if isinstance(split, IterableDataset) else split), None)
-    if first is None:
+        split = _take(split, samples)
+    if next(iter(_take(split, 1)), None) is None:
         raise UserError(Problem("dataset_name", place_of(split, args), "is empty; choose one that has rows"))
     return split
+
+
+def _take(split: Split, most: int) -> Split:
+    """Take the first rows, at most `most` of them. (`Dataset.take` refuses to take more than there are.)"""
+    return split.take(min(most, len(split)) if isinstance(split, Dataset) else most)

@@ -17,7 +17,7 @@ from pipeline.errors import Problem, UserError
 logger = logging.getLogger(__name__)
 
 PROMPTS_MEASURED = 100
-"""Prompts that are counted in any case; those of a stream are read over the network."""
+"""Prompts of a stream that are measured before training, which may have to be downloaded for it."""
 
 
 def drop_long_prompts(
@@ -48,37 +48,38 @@ def drop_long_prompts(
         )
         return [len(ids) for ids in encoded["input_ids"]]
 
-    measured = count([row["prompt"] for row in split.take(PROMPTS_MEASURED)])
-    if not min(measured):
+    first = count([row["prompt"] for row in split.take(PROMPTS_MEASURED)])
+    if not min(first):
         raise ValueError("it makes no tokens of it")
     if positions is None:
         return split
+
     room = positions - length
-    if not isinstance(split, Dataset):
-        _check_shortest(measured, length, positions)
-        return split.filter(
-            lambda prompts: [size <= room for size in count(prompts)], batched=True, input_columns="prompt"
-        )
-    sizes = [size for batch in split.select_columns("prompt").iter(1000) for size in count(batch["prompt"])]
-    kept = [number for number, size in enumerate(sizes) if size <= room]
-    if len(kept) == len(split):
-        return split
-    _check_shortest(sizes, length, positions)
-    logger.warning(
-        "%d of %d prompts have more than %d tokens, which leaves no room for an answer, and are left out.",
-        *(len(split) - len(kept), len(split), room),
-    )
-    return split.select(kept)
-
-
-def _check_shortest(sizes: Sequence[int], length: int, positions: int) -> None:
-    """Refuse prompts none of which leaves room for an answer."""
-    if min(sizes) > positions - length:
+    is_stream = not isinstance(split, Dataset)
+    sizes = first
+    if not is_stream:
+        sizes = [size for batch in split.select_columns("prompt").iter(1000) for size in count(batch["prompt"])]
+    if min(sizes) > room:
         remedy = (
             f"every prompt takes {min(sizes)} tokens or more of the model's context of {positions} "
             f"(max_position_embeddings), which leaves {max(0, positions - min(sizes))}; lower it or shorten prompts"
         )
         raise UserError(Problem("max_completion_length", length, remedy))
+    if is_stream:
+        return split.filter(
+            lambda prompts: [size <= room for size in count(prompts)], batched=True, input_columns="prompt"
+        )
+
+    kept = [number for number, size in enumerate(sizes) if size <= room]
+    if len(kept) == len(split):
+        return split
+    logger.warning(
+        "%d of %d prompts have more than %d tokens, which leaves no room for an answer, and are dropped.",
+        len(split) - len(kept),
+        len(split),
+        room,
+    )
+    return split.select(kept)
 
 
 def template_for_labels(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -127,27 +128,28 @@ def add_tokens(
         if template is None:
             return _label_by_prefixes(batch["messages"], tokenizer)
         encoded = encode(batch["messages"], chat_template=template, return_assistant_tokens_mask=True)
-        masks = encoded["assistant_masks"]
-        if not all(map(any, masks)):
-            remedy = "the chat template marks no token of a conversation as the assistant's; correct {% generation %}"
-            raise UserError(Problem("assistant_only_loss", True, remedy))
-        labels = [
-            [token if kept else IGNORED for token, kept in zip(row, mask, strict=True)]
-            for row, mask in zip(encoded["input_ids"], masks, strict=True)
-        ]
+        labels = []
+        for row, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+            if not any(mask):
+                remedy = "the chat template marks no token of a conversation as the assistant's"
+                raise UserError(Problem("assistant_only_loss", True, f"{remedy}; correct {{% generation %}}"))
+            labels.append([token if kept else IGNORED for token, kept in zip(row, mask, strict=True)])
         return {"input_ids": encoded["input_ids"], "labels": labels}
 
     def pairs(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        def tokens(side: str) -> list[list[int]]:
+        tokens = {}
+        for side in ("chosen", "rejected"):
             rows = zip(batch["prompt"], batch[side], strict=True)
-            return encode([prompt + answer for prompt, answer in rows])["input_ids"]
-
-        return {f"{side}_ids": tokens(side) for side in ("chosen", "rejected")}
+            tokens[f"{side}_ids"] = encode([prompt + answer for prompt, answer in rows])["input_ids"]
+        return tokens
 
     function = {"conversation": conversations, "preference": pairs}.get(kind)
-    if function and isinstance(split, Dataset):
+    if function is None:
+        return split
+    if isinstance(split, Dataset):
         return split.map(function, batched=True, num_proc=num_proc)
-    return split.map(function, batched=True) if function and answers_only and template is None else split
+    needs_labels = kind == "conversation" and answers_only and template is None
+    return split.map(function, batched=True) if needs_labels else split
 
 
 def _label_by_prefixes(
@@ -157,30 +159,35 @@ def _label_by_prefixes(
 
     An answer begins where the turns before it end, followed by the generation prompt, and it ends with the eos token.
     """
-    turns = [(row, end) for row, messages in enumerate(rows) for end in _answers(messages)]
-    texts = [rows[row][:end] for row, end in turns]
 
     def encode(conversations: Sequence[Any], prompt: bool = False) -> list[list[int]]:
         return tokenizer.apply_chat_template(
             list(conversations), add_generation_prompt=prompt, tokenize=True, return_dict=True
         )["input_ids"]
 
+    # One text per answer: the conversation up to and including it, and the number of its row.
+    numbers: list[int] = []
+    texts: list[list[dict[str, str]]] = []
+    for number, messages in enumerate(rows):
+        for end, message in enumerate(messages, start=1):
+            if message["role"] == "assistant":
+                numbers.append(number)
+                texts.append(messages[:end])
+
     ids = encode(rows)
     labels = [[IGNORED] * len(row) for row in ids]
-    for (row, _), before, whole in zip(turns, encode([t[:-1] for t in texts], True), encode(texts), strict=True):
+    befores, wholes = encode([text[:-1] for text in texts], prompt=True), encode(texts)
+    for number, before, whole in zip(numbers, befores, wholes, strict=True):
         answer = whole[len(before) :]
-        if tokenizer.eos_token_id not in answer or ids[row][: len(whole)] != whole or whole[: len(before)] != before:
+        is_prefix = ids[number][: len(whole)] == whole and whole[: len(before)] == before
+        if not is_prefix or tokenizer.eos_token_id not in answer:
             remedy = (
                 "the answers in a conversation cannot be found by the chat template, which neither marks them with "
                 f"{{% generation %}} nor ends each with the eos token ({tokenizer.eos_token}) without a change to the "
                 "turns before it; give a template that does (chat_template_path), or the right eos_token"
             )
             raise UserError(Problem("assistant_only_loss", True, remedy))
+        # Up to the last eos token: what the template writes after it, such as a line break, does not get a label.
         end = len(whole) - answer[::-1].index(tokenizer.eos_token_id)
-        labels[row][len(before) : end] = whole[len(before) : end]
+        labels[number][len(before) : end] = whole[len(before) : end]
     return {"input_ids": ids, "labels": labels}
-
-
-def _answers(messages: Sequence[dict[str, str]]) -> list[int]:
-    """Return the numbers of messages up to and including each answer of the assistant."""
-    return [number for number, message in enumerate(messages, start=1) if message["role"] == "assistant"]

@@ -181,7 +181,7 @@ def test_few_rows_of_the_hub_without_the_shape_are_left_out(
     args = DataArguments(dataset_name="someone/chats", validation_share=0)
     train, _ = load_splits(args, "conversation", False, re.compile("<end>"))
     assert train["messages"] == [row["messages"] for i, row in enumerate(rows) if i not in (7, 9)]
-    assert "2 of 40 rows are left out; row 7, for instance: messages has an empty message" in caplog.text
+    assert "2 of 40 rows are dropped; row 7, for instance: messages has an empty message" in caplog.text
     args.validation_share = 0.1
     train, held_out = load_splits(args, "conversation", True, re.compile("<end>"))
     assert held_out is not None and held_out["messages"] == [rows[i]["messages"] for i in (0, 10, 20, 30)]
@@ -222,7 +222,7 @@ def test_pairs_without_information_are_left_out_with_a_warning(
     train, _ = load_splits(args, "preference", evaluation=False)
     assert sorted(row["margin"] for row in train) == [0.0, 1.0, 1.5, 2.5]  # TRL's loss subtracts it
     if not streaming:
-        assert "2 of 6 pairs are left out" in caplog.text
+        assert "2 of 6 pairs are dropped" in caplog.text
 
 
 def test_a_stream_is_shuffled_by_the_seed_and_anew_each_epoch(tmp_path: Path) -> None:
