@@ -1,8 +1,8 @@
 """Preference data: pairs of answers sampled from a model, each labelled with the preferred one.
 
-The labels come from the simulated annotators of `pipeline.rewards.annotators`, who tell by the columns of a prompt
-whether an answer is right, or from a judge (`pipeline.preferences.judges`), whose labels have no noise. The result is a
-data set in Hub layout and in TRL's preference format with explicit prompts, one Parquet file per split:
+The labels come from the simulated annotators of `pipeline.rewards.annotators`, who see in the columns of a
+prompt whether an answer is right, or from a judge (`pipeline.preferences.judges`), whose labels have no noise. The
+result is a data set in Hub layout and in TRL's preference format with explicit prompts, one Parquet file per split:
 
 - `prompt`, `chosen`, `rejected`: lists of messages;
 - `annotator`: who labelled the pair, "judge" for a judge;
@@ -194,6 +194,7 @@ def label_samples(
     model.to(state.device, hardware.fast_dtype())
     launch.log_threads()
     encoded = encode(model, tokenizer, prompts, args)
+
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, Counts] = {}
     total, done = sum(map(len, encoded.values())), 0
@@ -236,33 +237,37 @@ def read_prompts(
     source = DataArguments(
         dataset_name=args.dataset_name, dataset_config=args.dataset_config, prompt_column=args.prompt_column
     )
-    available = set(open_source(args.dataset_name, args.dataset_config))
-    divided: dict[str, Any] = {}
-    if available == {"train"}:
-        divided = dict(zip(("train", "validation"), load_splits(source, "prompt", True, tokens), strict=True))
+    available = open_source(args.dataset_name, args.dataset_config)
+    # Held-out splits come first, so that training can leave their prompts out.
+    splits: dict[str, Any] = {}
+    if set(available) == {"train"}:
+        train, validation = load_splits(source, "prompt", True, tokens)
+        splits = {"validation": validation, "train": train}
+    else:
+        for own in reversed(SPLITS):
+            if own in available or own == "train":
+                splits[own], _ = load_splits(replace(source, dataset_train_split=own), "prompt", False, tokens)
+
     held_out: set[str] = set()
     prompts: dict[str, list[dict[str, Any]]] = {}
-    for name in reversed(SPLITS):  # held-out splits first, so that training leaves their prompts out
-        if name not in (available | {"train"} | divided.keys()):
-            continue
-        split = divided.get(name)
-        if split is None:
-            split, _ = load_splits(replace(source, dataset_train_split=name), "prompt", False, tokens)
+    for name, split in splits.items():
         texts = [str(prompt) for prompt in split["prompt"]]
         kept = [index for index, text in enumerate(texts) if text not in held_out]
         if len(kept) < len(texts):
             logger.warning("%-11s leaves out %d prompts of a held-out split", name, len(texts) - len(kept))
         held_out.update(texts)
+
+        # Shuffled, because data sets are often sorted, and perhaps only the first of them are wanted.
         random.Random(f"{args.seed}/{name}").shuffle(kept)
         most = args.max_prompts if name == "train" else args.max_eval_prompts
         prompts[name] = split.select(kept[:most]).to_list()
         for row in prompts[name]:
             if fault := validate_rule(row):
                 raise UserError(Problem("dataset_name", args.dataset_name, f"in a row of {name}, {fault}; correct it"))
-        if unknown := sum(not judge.can_judge(row) for row in prompts[name]):
-            raise UserError(
-                _without_judge(args.dataset_name, f"{unknown} of {len(prompts[name])} prompts of {name} lack")
-            )
+        unknown = sum(not judge.can_judge(row) for row in prompts[name])
+        if unknown:
+            lack = f"{unknown} of {len(prompts[name])} prompts of {name} lack"
+            raise UserError(_without_judge(args.dataset_name, lack))
     return {name: prompts[name] for name in SPLITS if name in prompts}
 
 
@@ -272,10 +277,10 @@ def _without_judge(name: str, lack: str) -> Problem:
 
 
 def check_judge(values: Mapping[str, Any]) -> list[Problem]:
-    """Check, before anything is trained, that there is a judge of the answers, and by the columns of local data whether
-    one is needed.
+    """Check, before anything is trained, that the judge can be loaded, or that the annotators can judge by local data.
 
-    `values` are the fields of a YAML file.
+    Args:
+        values: The fields of a YAML file.
     """
     name, judge = values.get("dataset_name"), values.get("judge")
     try:
@@ -287,7 +292,8 @@ def check_judge(values: Mapping[str, Any]) -> list[Problem]:
         return list(error.problems)
     try:
         splits = open_source(name, values.get("dataset_config"))
-    except UserError:  # the step itself says it better
+    except UserError:
+        # The step itself reports data that cannot be read.
         return []
     columns = {column for split in splits.values() for column in split.column_names}
     return [] if columns.intersection(RULE_COLUMNS) else [_without_judge(name, "its prompts lack")]
@@ -307,10 +313,10 @@ def encode(
     template = args.chat_template_kwargs
     if not isinstance(template, dict):
         template = recorded_template(args.model_name_or_path)
+    encoded = {}
     try:
-        encoded = {
-            name: encode_prompts(tokenizer, [row["prompt"] for row in rows], template) for name, rows in prompts.items()
-        }
+        for name, rows in prompts.items():
+            encoded[name] = encode_prompts(tokenizer, [row["prompt"] for row in rows], template)
     except TemplateError as error:
         remedy = f"its chat template refuses a prompt of the data ({error}); correct one of them"
         raise UserError(Problem("model_name_or_path", args.model_name_or_path, remedy)) from None
@@ -341,17 +347,18 @@ def sample_answers(
         prompts: Token ids.
         args: Settings.
         seed: Seed of the first batch.
-        progress: Prompts answered before, and those of all splits, to report.
+        progress: Prompts answered before, and prompts in all splits, to report.
 
     Returns:
-        The answers to each of `prompts`, on every process. One that spells a special token, piece by piece, is empty:
-        no stage would take it as data.
+        The answers to each of `prompts`, on every process. An answer that spells a special token is empty: no stage
+        would accept it as data.
     """
     state = PartialState()
     tokens = special_tokens(tokenizer)
     size = max(1, args.batch_size // args.samples_per_prompt)
     sampled: list[tuple[int, list[list[str]]]] = []
     for number, start in enumerate(range(0, len(prompts), size)):
+        # Process 1 of 3 samples the batches 1, 4, 7, …
         if number % state.num_processes != state.process_index:
             continue
         report_progress(done=progress[0] + start, total=progress[1])
@@ -366,6 +373,6 @@ def sample_answers(
             seed=seed + number,
             batch_size=args.batch_size,
         )
-        texts = [[c.text if tokens.search(c.text) is None else "" for c in answers] for answers in completions]
+        texts = [[one.text if tokens.search(one.text) is None else "" for one in answers] for answers in completions]
         sampled.append((start, texts))
     return [answers for _, batch in sorted(gather_object(sampled)) for answers in batch]

@@ -8,7 +8,7 @@ for a tie.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import hardware
+from pipeline.data.messages import Row
 from pipeline.errors import Problem, UserError
 from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
 from pipeline.models.tokenizer import as_text, special_tokens
@@ -26,7 +27,6 @@ from pipeline.rewards.loading import load_function
 BATCH_TOKENS = 8192
 """Tokens in a batch of conversations to score on an accelerator, padding included."""
 
-Row = Mapping[str, Any]
 Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float | None]]
 """Answers, their opponents and the rows of the prompts -> 1 for a win, 0 for a loss, 0.5 for a tie, None if unknown."""
 
@@ -69,51 +69,47 @@ def load_judge(name: str | None, field: str = "judge") -> Judge:
         return ANNOTATORS
     if ":" in name:
         return Judge(f"the function {name}", _judge_by_function(load_function(name, field)))
-    check_reward_model(name, field)
+    with user_error_for(field, name):
+        is_judge = is_reward_model(load_config(name))
+    if not is_judge:
+        raise UserError(Problem(field, name, "is not a reward model; give one, or package.module:function"))
     model, tokenizer = load_model(name, field, reward=True, dtype=torch.float32)
     return Judge(f"the reward model {name}", _judge_by_score(model.to(hardware.accelerator() or "cpu"), tokenizer))
 
 
-def check_reward_model(name: str, field: str = "judge") -> None:
-    """Raise a `UserError` unless `name` is a reward model."""
-    with user_error_for(field, name):
-        if is_reward_model(load_config(name)):
-            return
-    raise UserError(Problem(field, name, "is not a reward model; give one, or package.module:function"))
-
-
 def _judge_by_function(function: Callable[..., Any]) -> Match:
-    in_pairs = "opponents" in inspect.signature(function).parameters
+    """Return the matches that a function decides: in pairs if it has a parameter `opponents`, otherwise by rewards."""
 
     def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
         names = {name for row in rows for name in row} - {"prompt", "completions", "prompts", "opponents"}
         columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
-        rewards = function(_as_completions(answers), prompts=[row["prompt"] for row in rows], **columns, **more)
+        prompts = [row["prompt"] for row in rows]
+        rewards = function([_messages(answer) for answer in answers], prompts=prompts, **columns, **more)
         return [float(reward or 0.0) for reward in rewards]
 
     def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
-        if in_pairs:
-            return rate(answers, rows, opponents=_as_completions(opponents))
+        if "opponents" in inspect.signature(function).parameters:
+            return rate(answers, rows, opponents=[_messages(opponent) for opponent in opponents])
         return compare(rate(answers, rows), rate(opponents, rows))
 
     return match
 
 
-def _as_completions(answers: Sequence[str]) -> list[list[dict[str, str]]]:
-    return [[{"role": "assistant", "content": answer}] for answer in answers]
-
-
 def _judge_by_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Match:
+    """Return the matches that a reward model decides."""
+
     def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
-        both = [
-            [*row["prompt"], *answer]
-            for side in (answers, opponents)
-            for row, answer in zip(rows, _as_completions(side), strict=True)
-        ]
-        scores = score(model, tokenizer, both)
-        return compare(scores[: len(answers)], scores[len(answers) :])
+        ours = [[*row["prompt"], *_messages(answer)] for row, answer in zip(rows, answers, strict=True)]
+        theirs = [[*row["prompt"], *_messages(answer)] for row, answer in zip(rows, opponents, strict=True)]
+        # Together, because answers that occur in several pairs are scored once.
+        scores = score(model, tokenizer, ours + theirs)
+        return compare(scores[: len(ours)], scores[len(ours) :])
 
     return match
+
+
+def _messages(answer: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": answer}]
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -150,7 +146,8 @@ def score(
         for conversation in conversations
     ]
     pad = model.config.get_text_config().pad_token_id
-    # Answers occur in several pairs. The longest remaining one determines the width of a batch.
+    # Each conversation once, because an answer occurs in several pairs. The longest one that remains determines the
+    # width of a batch, so that conversations of similar length share one.
     remaining = sorted(set(encoded), key=lambda ids: (len(ids), ids))
     scores: dict[tuple[int, ...], float] = {}
     while remaining:

@@ -95,6 +95,8 @@ def label_answers(
     Returns:
         The labelled pairs, as rows of the data set to write, and what became of the answers.
     """
+    # prompt     answers             comparisons           labels
+    # "fox?"     A, B, "", A, C  ->  A or B, C or A   ->   chosen B, rejected A; the second is a tie, and dropped
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
     comparisons: list[Comparison] = []
     # What the annotators see in each answer to a prompt; nothing if a judge compares.

@@ -132,7 +132,8 @@ def load_votes(path: Path) -> Judge:
             if answer == opponent:
                 outcomes.append(0.5)
             elif votes:
-                outcomes.append(_majority(votes))
+                mean = fmean(votes)
+                outcomes.append(0.5 if mean == 0.5 else float(mean > 0.5))
             else:
                 outcomes.append(None)
                 if pair not in listed:
@@ -151,11 +152,6 @@ def _check_line(line: Any) -> dict[str, Any]:
     if line["choice"] not in (None, *BY_HAND) or not all(isinstance(line[side], str) for side in ("first", "second")):
         raise ValueError(f"its choice is {line['choice']!r}")
     return {name: line[name] for name in ("prompt", "first", "second", "choice")}
-
-
-def _majority(outcomes: Sequence[float]) -> float:
-    mean = fmean(outcomes)
-    return 0.5 if mean == 0.5 else float(mean > 0.5)
 
 
 def _key(prompt: Any, answer: str, opponent: str) -> str:
