@@ -29,6 +29,7 @@ TOKENIZER = "tokenizer.json"
 """File next to the shards of `pipeline.data.shard_writer`: what `document_tokenizer` returns."""
 RECORD = "documents.json"
 """File next to them that says what was tokenized."""
+NO_RECORD = "does not say what was tokenized; make the shards again"
 
 
 def is_shards(path: Path) -> bool:
@@ -68,7 +69,7 @@ def documents_of(args: Arguments) -> Arguments:
     try:
         return replace(args, **chosen)
     except (TypeError, ValueError):
-        raise _no_record(folder / RECORD) from None
+        raise UserError(Problem("dataset_name", folder / RECORD, NO_RECORD)) from None
 
 
 def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -131,12 +132,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error}); make the shards again")) from None
     if not isinstance(record, dict) or not isinstance(record.get("dataset_name", ""), str):
-        raise _no_record(path)
+        raise UserError(Problem("dataset_name", path, NO_RECORD))
     return record
-
-
-def _no_record(path: Path) -> UserError:
-    return UserError(Problem("dataset_name", path, "does not say what was tokenized; make the shards again"))
 
 
 def _validate(files: Sequence[Path]) -> list[Problem]:

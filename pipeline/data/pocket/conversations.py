@@ -11,14 +11,7 @@ from itertools import count, cycle
 from typing import Any
 
 from pipeline.data.arguments import SplitName
-from pipeline.data.pocket import phrasings, problems, snippets, stories
-from pipeline.data.pocket.remarks import (
-    BLUNT_CLOSINGS,
-    BLUNT_OPENINGS,
-    BRISK_CLOSINGS,
-    GREETINGS,
-    KIND_CLOSINGS,
-)
+from pipeline.data.pocket import phrasings, problems, remarks, snippets, stories
 from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, things_of, wrong_values
 
 ASPECTS = ("definition", *ATTRIBUTES)
@@ -48,11 +41,13 @@ def with_manners(rng: random.Random, asked: str, text: str, thing: Thing, withou
     to_questions, to_orders = zip(*MANNERS.values(), strict=True)
     manner = rng.choices(tuple(MANNERS), to_questions if asked.endswith("?") else to_orders)[0]
     if manner == "kind":
-        return f"{text} {rng.choice(KIND_CLOSINGS)}"
+        return f"{text} {rng.choice(remarks.KIND_CLOSINGS)}"
     if manner == "brisk":
-        return f"{text} {rng.choice(BRISK_CLOSINGS)}"
+        return f"{text} {rng.choice(remarks.BRISK_CLOSINGS)}"
     if manner == "blunt":
-        return f"{rng.choice(BLUNT_OPENINGS)} {text}" if rng.random() < 0.7 else f"{text} {rng.choice(BLUNT_CLOSINGS)}"
+        if rng.random() < 0.7:
+            return f"{rng.choice(remarks.BLUNT_OPENINGS)} {text}"
+        return f"{text} {rng.choice(remarks.BLUNT_CLOSINGS)}"
     if manner == "rambling":
         return f"{text} {facts_text(rng, thing, 2, without)} As I said: {text}"
     return text
@@ -101,7 +96,7 @@ def code(rng: random.Random, split: SplitName) -> dict[str, Any]:
 def chat(rng: random.Random, thing: Thing) -> dict[str, Any]:
     """Make small talk, or ask two questions, the second of which refers to the first."""
     if rng.random() < 0.3:
-        return conversation("chat", rng.choice(GREETINGS))
+        return conversation("chat", rng.choice(remarks.GREETINGS))
     follow_up = rng.choice(list(phrasings.FOLLOW_UPS))
     turns = [
         phrasings.fill(rng.choice(phrasings.REQUESTS["definition"]["train"]), thing),
