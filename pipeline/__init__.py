@@ -4,7 +4,8 @@ import os
 
 __version__ = "0.1.0"
 
-if "OMP_WAIT_POLICY" not in os.environ:  # the variable would replace it
+# OMP_WAIT_POLICY would replace the number.
+if "OMP_WAIT_POLICY" not in os.environ:
     # How often a thread of OpenMP looks for work before it sleeps; read when torch is imported. By default it looks for
     # milliseconds: on a busy machine a training step took 21 times as long as on an idle one, and with this number 8
     # times. On an idle one it costs nothing; 1000, or OMP_WAIT_POLICY=PASSIVE, make training up to a sixth slower and

@@ -2,7 +2,7 @@
 
 A configuration may ask for 10^9 labels, a chat template may never end, and a tokenizer may double each letter sixty
 times. None of that can be seen in the files, so it is done first where it can be ended. The child is a fork, which
-takes some milliseconds, and whatever it has made ends with it.
+takes some milliseconds, and everything that it made ends with it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SECONDS = 5
 """Seconds of CPU time; building the largest models, without their weights, takes two, and importing them as many."""
 
 MEMORY = 1 << 30
-"""Bytes, in addition to those of this process."""
+"""Bytes that the child may use in addition to its copy of this process."""
 
 PATIENCE_SECONDS = 30.0
 """Wall-clock time, for a machine that is too busy to give the child its seconds: a quarter of them then suffices for a
@@ -71,9 +71,14 @@ def exceeds(call: Callable[[], object]) -> str | None:
     """
     if sys.platform != "linux":
         return None
+    # The child holds the writing end of a pipe for as long as it lives, so that the end of the pipe is the end of the
+    # child. That can be waited for with a time limit, which `os.wait4` does not have:
+    #
+    #     parent   fork ---- poll(alive) ---------------- ready, or PATIENCE_SECONDS: kill --- wait4, for the usage
+    #     child      `------ setrlimit, call() ---- _exit, or a signal of the kernel, closes `held`
     alive, held = os.pipe()
     with warnings.catch_warnings():
-        # Other threads may hold locks, of which a busy child would wait for ever: PATIENCE_SECONDS.
+        # Other threads may hold locks, for which the child would wait for ever. PATIENCE_SECONDS ends that.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -90,6 +95,7 @@ def exceeds(call: Callable[[], object]) -> str | None:
             os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
     seconds = usage.ru_utime + usage.ru_stime
+    # On a busy machine the child may be killed before it got its seconds. It is only to blame if it used a good part.
     if not is_over:
         return TOO_SLOW if seconds > SECONDS / 4 else None
     if os.WIFSIGNALED(status) and seconds > SECONDS - 1:
@@ -117,7 +123,8 @@ def _run(call: Callable[[], object]) -> NoReturn:
             resource.RLIMIT_AS: psutil.Process().memory_info().vms + MEMORY,
         }
         for limit, value in limits.items():
-            with contextlib.suppress(ValueError, OSError):  # there is a lower one
+            # A lower limit, set by the user, cannot be raised.
+            with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(limit, (value, value))
         if call() is TOO_LONG:
             code = OUT_OF_ROOM
@@ -165,7 +172,7 @@ def check_files(folder: Path) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read a configuration; one that transformers cannot read raises a `ValueError`, whatever is wrong with it."""
+    """Read a configuration. Anything that transformers could not read raises a `ValueError`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -141,12 +141,15 @@ def stop_signals() -> list[signal.Signals]:
 
 
 def leave_closed_terminal() -> None:
-    """Write to nowhere if the terminal was closed, where writing fails. May be called in a signal handler."""
+    """Send output to the null device if the terminal was closed, because writing to it fails.
+
+    May be called in a signal handler.
+    """
     for descriptor in (1, 2):
         try:
             os.get_terminal_size(descriptor)
         except OSError as error:
-            # A file or a pipe, which is no terminal, fails with ENOTTY.
+            # A file or a pipe, which is not a terminal, fails with ENOTTY.
             if error.errno == errno.EIO:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -21,6 +22,9 @@ from safetensors import safe_open
 from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
+
+STATE, MANIFEST = "trainer_state.json", "manifest.json"
+"""Files of a checkpoint: the trainer's state, and the list of all files, which makes it complete."""
 
 MAX_HEADER = 4 << 20
 """Bytes of a safetensors header, for more than 30,000 weights: each of them takes time whenever the file is read."""
@@ -50,20 +54,15 @@ def check_replaceable(
         return [Problem("output_dir", output_dir, "is or lies inside the folder of dataset_name; choose another one")]
     if path.resolve() == Path.cwd():
         return [Problem("output_dir", output_dir, "is the current directory, which cannot be replaced; name another")]
-    if path.exists() and not (path.is_dir() and _is_own(path, set(own), title)):
-        return [Problem("output_dir", output_dir, "contains other files; give a new or an empty folder")]
+    if path.exists():
+        found = {inner.name for inner in path.iterdir()}
+        card = path / "README.md"
+        has_title = card.is_file() and title in card.read_text(encoding="utf-8", errors="replace")
+        if not found <= set(own) or (found and title and not has_title):
+            return [Problem("output_dir", output_dir, "contains other files; give a new or an empty folder")]
     # The folder itself is replaced, for which its parent must be writable.
     problem = check_directory(path.absolute().parent)
     return [problem] if problem else []
-
-
-def _is_own(folder: Path, own: set[str], title: str) -> bool:
-    """Return whether everything in a folder was written by the step that writes `own`."""
-    found = {inner.name for inner in folder.iterdir()}
-    if not found <= own:
-        return False
-    card = folder / "README.md"
-    return not found or not title or (card.is_file() and title in card.read_text(encoding="utf-8", errors="replace"))
 
 
 def check_path(path: str | Path, field: str = "output_dir") -> Problem | None:
@@ -104,7 +103,8 @@ def check_directory(path: str | Path, field: str = "output_dir") -> Problem | No
     try:
         before = nearest.stat()
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
-        os.utime(nearest, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had been written
+        # Leave the folder as if nothing had been written.
+        os.utime(nearest, ns=(before.st_atime_ns, before.st_mtime_ns))
     except OSError as error:
         remedy = f"no permission to write to {nearest} ({error.strerror}); choose another directory"
         return Problem(field, path, remedy)
@@ -117,8 +117,9 @@ def _nearest(path: Path) -> Path:
 
 
 def is_missing_path(name: str) -> bool:
-    """Return whether a name is that of a file or folder that does not exist, rather than an id on the Hub."""
-    repo, _ = split_revision(name)  # a revision may contain slashes
+    """Return whether a name is a path to something that does not exist, rather than an id on the Hub."""
+    # A revision may contain slashes.
+    repo, _ = split_revision(name)
     return not os.path.exists(name) and (name.startswith((".", "/", "~")) or repo.count("/") > 1)
 
 
@@ -172,6 +173,7 @@ def write_text(path: Path, text: str) -> None:
     Its folder is created if it does not exist. Lone surrogates, which UTF-8 cannot encode, become question marks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Without `fsync`, some file systems rename the file before its content is on the disk.
     tmp_file = path.with_name(f".{path.name}.tmp")
     tmp_file.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     fsync(tmp_file)
@@ -183,7 +185,7 @@ def write_folder(path: Path) -> Iterator[Path]:
     """Write a folder, either whole or not at all.
 
     Yields:
-        An empty folder beside `path`, which replaces it once the block has ended without an error.
+        An empty folder next to `path`, which replaces it once the block has ended without an error.
     """
     tmp_dir = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(tmp_dir, ignore_errors=True)
@@ -197,6 +199,7 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 def replace_folder(path: Path, new: Path) -> None:
     """Rename the folder `new`, on the same file system, to `path`, and delete an earlier folder of that name."""
+    # A folder cannot be replaced in one step. Between the two renames there is none, but never half of one.
     trash_dir = new.with_name(f".{path.name}.trash")
     shutil.rmtree(trash_dir, ignore_errors=True)
     if path.exists():
@@ -221,7 +224,8 @@ def fsync(path: Path) -> None:
 def is_locked(path: Path) -> bool:
     """Return whether a process holds the lock file `path`; False where the kernel does not keep locks."""
     try:
-        import fcntl  # not on Windows
+        # Windows does not have this module.
+        import fcntl
 
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -251,14 +255,28 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
         UserError: If another process still holds the lock, or the folder cannot be written to.
     """
     descriptors: list[int] = []
-    holder: int | None = None
 
     def publish(descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 1, os.SEEK_SET)  # Windows locks the first byte, so that others could not read it
+        # Windows locks the first byte, so that other processes could not read it.
+        os.lseek(descriptor, 1, os.SEEK_SET)
         os.write(descriptor, str(os.getpid()).encode())
-        if os.name == "posix":  # a copy, because filelock closes its own descriptor in forked children
+        # filelock closes its own descriptor in forked children.
+        if os.name == "posix":
             descriptors.append(os.dup(descriptor))
+
+    held = _acquire(path, publish, orphans_only)
+    try:
+        yield tuple(descriptors)
+    finally:
+        held.release()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _acquire(path: Path, publish: Callable[[int], None], orphans_only: bool) -> BaseFileLock:
+    """Take a lock file, and call `publish` with its descriptor; arguments and exceptions as for `lock`."""
+    holder: int | None = None
 
     def give_up() -> bool:
         nonlocal holder
@@ -272,6 +290,8 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
             logger.warning("Waiting for process %s, which is writing to %s.", holder, path.parent)
         return False
 
+    # The lock of the kernel ends with the last process that has the descriptor. That may be a child which goes on
+    # writing after its parent was killed, and whose files the next run must not touch.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -279,7 +299,8 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
             held.acquire(cancel_check=give_up)
         except Timeout:
             raise
-        except (OSError, ValueError):  # this file system or platform has no such locks
+        except (OSError, ValueError):
+            # This file system or platform does not have such locks.
             held = SoftFileLock(path.with_name(f"{path.name}.pid"), LOCK_SECONDS, poll_interval=0.2)
             held.acquire(cancel_check=give_up)
     except OSError as error:
@@ -287,12 +308,24 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
         if isinstance(error, Timeout):
             remedy = f"process {holder} is writing there; wait for it, stop it, or choose another directory"
         raise UserError(Problem("output_dir", path.parent, remedy)) from error
-    try:
-        yield tuple(descriptors)
-    finally:
-        held.release()
-        for descriptor in descriptors:
-            os.close(descriptor)
+    return held
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the values of a field that takes one or several: a list as it is, anything else as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a finished model or adapter: its configuration and its weights."""
+    configured = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return configured and any(folder.glob("*.safetensors"))
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, notes: list[str] | None = None) -> dict[str, Any]:

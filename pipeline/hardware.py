@@ -21,8 +21,8 @@ COMPILATION_PAYS_AFTER = 180.0
 """Seconds of estimated training above which `torch.compile`, which saves a tenth, makes up for its warm-up."""
 
 FLOPS_PER_CORE, FLOPS_OF_ACCELERATOR = 7.5e10, 4e13
-"""Speed of training a small model, by which the length of a run is estimated: cores with AMX or AVX512-BF16 reach 6e10
-to 9e10. Nothing is measured, so that every start of the same run makes the same choice."""
+"""Speed of training a small model, to estimate the length of a run: cores with AMX or AVX512-BF16 reach 6e10 to
+9e10. Nothing is measured, so that every start of the same run makes the same choice."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def precision() -> Choice:
         return Choice("bf16", "Intel GPUs compute in bfloat16")
     if device is not None:
         return Choice("fp32", f"mixed precision is not known to be faster on {device}")
+    # Without such instructions, torch converts each operand to float32 and back, which takes longer than it saves.
     capabilities = torch.cpu.get_capabilities()
     for feature, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("bf16", "BF16 instructions")):
         if capabilities.get(feature):
@@ -99,7 +100,7 @@ def supports(dtype: str) -> bool:
 
 
 def is_emulated(dtype: torch.dtype) -> bool:
-    """Return whether the machine multiplies numbers of `dtype` by other instructions, which is slower than float32."""
+    """Return whether the machine emulates products in `dtype`, which is slower than float32."""
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     return dtype in half and not supports(half[dtype])
 
@@ -115,6 +116,7 @@ def fast_dtype() -> torch.dtype:
 @cache
 def cores() -> int:
     """Return the physical cores that this process may use; hardware threads of one core share its matrix units."""
+    # In a container or a job of a cluster, the process may use fewer cores than the machine has.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     physical = torch.cpu.get_capabilities().get("num_physical_cores") or allowed
     return max(1, min(allowed, physical))
@@ -273,13 +275,14 @@ def training_defaults() -> dict[str, Choice]:
     return defaults
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+# Options of `mallopt`, from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 NEVER_TRIM = 2**31 - 1
 """Bytes that must be free at the end of the heap before they are returned: the maximum that `mallopt` accepts."""
 KEPT_BLOCK_SIZES = (2**30, 2**25)
 """Bytes above which blocks come from the kernel and go back to it; the second is for releases that reject the first."""
 OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
-"""Variables by which users configure the allocator themselves."""
+"""Variables with which users configure the allocator themselves."""
 
 
 @cache

@@ -24,7 +24,8 @@ from filelock import FileLock
 from pipeline import hardware
 from pipeline.errors import Problem, RunStopped, UserError
 
-if TYPE_CHECKING:  # importing them takes seconds, too long for `--help`
+# Importing them takes seconds, too long for `--help`.
+if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ STOPPED = "fourstage/stopped"
 
 
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
-"""Ways of splitting a model over processes, and the variables by which a launch file asks for them."""
+"""Ways of splitting a model over processes, and the variables with which a launch file asks for them."""
 
 
 def prepare_process(*, shards: bool = False) -> None:
@@ -47,7 +48,7 @@ def prepare_process(*, shards: bool = False) -> None:
         shards: Whether the arguments ask for FSDP or DeepSpeed, as a launch file may do as well.
 
     Raises:
-        UserError: If the variables of a process group are not those that a launcher sets.
+        UserError: If the variables of a process group are not as a launcher sets them.
     """
     check_group()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -82,9 +83,12 @@ def once_per_node(args: TrainingArguments) -> Iterator[None]:
         return
     from accelerate import PartialState
 
+    #     first process   acquire ---- wait_for_everyone ---- prepare ---- release
+    #     others                       wait_for_everyone ---- acquire (waits) ---- release ---- read the cache
     state = PartialState()
     # Two locks take turns: the first process may be here again before the others have seen that it released one.
-    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # in a container, a user may have no name
+    # In a container, a user may not have a name.
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     # Nodes may share the folder, and launchers that form one group may share a node.
     node = f"{socket.gethostname()}-{os.environ.get('GROUP_RANK')}"
     name = f"fourstage-{user}-{node}-{os.environ.get('MASTER_PORT')}-{next(_prepared) % 2}.lock"
@@ -110,7 +114,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     datasets.disable_progress_bars()
     shows_downloads = not are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()  # those of the Hub as well
+    # This hides the bars of the Hub's client as well, which are wanted.
+    transformers_logging.disable_progress_bar()
     if shows_downloads:
         enable_progress_bars()
 
@@ -161,7 +166,7 @@ def is_asked(sharding: str) -> bool:
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
-    """Train on one GPU if there is no process group; transformers would take all that are visible.
+    """Train on one GPU if there is no process group; transformers would use every visible GPU.
 
     Its `nn.DataParallel` multiplies the batch by their number, at the same learning rate.
 
@@ -203,7 +208,7 @@ def _store() -> torch.distributed.Store | None:
 
 
 def check_launch(args: TrainingArguments) -> list[Problem]:
-    """Compare the settings of the launch file with those that are active.
+    """Compare what the launch file asks for with what is active.
 
     Args:
         args: Training arguments, which contain the state of the process group.
@@ -214,8 +219,9 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     problems = []
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != args.world_size:
-        remedy = f"only {args.world_size} would train together; on CPUs, leave out use_cpu and ddp_backend"
+        remedy = f"only {args.world_size} would train together; on CPUs, omit use_cpu and ddp_backend"
         problems.append(Problem("num_processes", asked, remedy))
+    # accelerate ignores the sharding of a launch file without a word if the process cannot shard.
     inactive = None
     if args.device.type == "cpu":
         inactive = "is never active on CPUs, so that the model would not be sharded"

@@ -17,13 +17,14 @@ def report_progress(**facts: float | str) -> None:
 
     Args:
         **facts: `done` of `total` units, such as updates; `loss` or `reward`; `tokens_per_second`; `stopping`, the
-            signal after which it saves. Facts that are left out keep their last values.
+            signal after which it saves. Omitted facts keep their last values.
     """
     path = os.environ.get(VARIABLE)
     if not path or os.environ.get("RANK", "0") != "0":
         return
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)  # without O_CREAT: the runner may have gone
+        # Without O_CREAT no file is made if the runner, which owns it, has ended.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(descriptor, json.dumps(facts).encode() + b"\n")
         finally:

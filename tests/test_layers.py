@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "hardware", "progress", "bounded", "stages"},
     {"files", "launch"},
-    {"config", "data", "models", "rewards", "hub"},
-    {"preferences"},
+    {"config", "data", "models", "rewards"},
+    {"hub", "preferences"},
     {"training", "evaluation"},
     {"rl", "report", "runner"},
     {"app"},

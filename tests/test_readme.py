@@ -22,7 +22,8 @@ from test_layers import LAYERS
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.__main__ import COMMANDS, build_parser, main
-from pipeline.config.parser import argument_types, parse
+from pipeline.config.fields import argument_types
+from pipeline.config.parser import parse
 from pipeline.evaluation.settings import check, complete, derive
 
 PAGES = [

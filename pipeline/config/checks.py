@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -16,8 +16,9 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from pipeline import hardware, launch
 from pipeline.bounded import MAX_LAYERS
 from pipeline.errors import Problem
-from pipeline.files import is_missing_path, split_revision
+from pipeline.files import as_list, is_missing_path, read_json, split_revision
 
+T = TypeVar("T")
 Range = tuple[Callable[[Any], bool], str]
 
 LARGEST = 2**53
@@ -37,12 +38,16 @@ def _between(low: float, high: float) -> Range:
     return lambda value: low <= value <= high, f"must be between {low:,} and {high:,}"
 
 
+def _each(table: Mapping[str, T]) -> dict[str, T]:
+    """Return a table by name of one whose keys are several names, with spaces between them."""
+    return {name: value for names, value in table.items() for name in names.split()}
+
+
 ANY_OTHER = _at_least(0)
 """Range of the numbers that `RANGES` does not list."""
 
-RANGES: dict[str, Range] = {
-    name: fits
-    for names, fits in {
+RANGES: dict[str, Range] = _each(
+    {
         # Data
         "max_train_samples max_eval_samples max_prompts max_eval_prompts limit samples pairs_per_prompt": _at_least(1),
         "block_size max_length samples_per_prompt": _at_least(2),
@@ -55,7 +60,8 @@ RANGES: dict[str, Range] = {
         "hidden_size intermediate_size max_position_embeddings model_max_length": _between(1, 1 << 24),
         "num_hidden_layers": _between(1, MAX_LAYERS),
         "num_attention_heads num_key_value_heads": _between(1, 4096),
-        "vocab_size": _between(1, 1 << 24),  # the trainer of the tokenizer allocates all of it at once
+        # The trainer of the tokenizer allocates all of it at once.
+        "vocab_size": _between(1, 1 << 24),
         "rope_theta initializer_range": _above(0),
         "lora_r": _at_least(1),
         "lora_alpha": _above(0),
@@ -67,7 +73,8 @@ RANGES: dict[str, Range] = {
         "per_device_train_batch_size per_device_eval_batch_size batch_size": _between(1, 1 << 24),
         "gradient_accumulation_steps num_generations num_generations_eval num_iterations": _between(1, 1 << 24),
         "save_total_limit eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb": _at_least(1),
-        "ddp_timeout": _between(1, 10**9),  # seconds; more overflow a timedelta
+        # More seconds overflow a timedelta.
+        "ddp_timeout": _between(1, 10**9),
         "warmup_ratio": _between(0, 1),
         "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout min_p": (
             lambda value: 0 <= value < 1,
@@ -90,10 +97,9 @@ RANGES: dict[str, Range] = {
         "vllm_server_port vllm_group_port": _between(1, 65535),
         "vllm_tensor_parallel_size vllm_max_model_length": _at_least(1),
         "reward_weights": (math.isfinite, "must be numbers"),
-    }.items()
-    for name in names.split()
-}
-"""Sensible values of fields, whatever their dataclass; of a list, every item must have one."""
+    }
+)
+"""Sensible values of fields, in any dataclass. Every item of a list must have one."""
 
 NEVER_NULL = ("num_generations",)
 """Fields whose types allow null, with which TRL fails."""
@@ -102,7 +108,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "lora_task_type": ("CAUSAL_LM", "SEQ_CLS"),
-    "pad_to_multiple_of": ("auto", "none"),  # or a number
+    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
+    # A number is accepted as well.
+    "pad_to_multiple_of": ("auto", "none"),
 }
 """Fields that accept any text when they are parsed, and fail on most values only once training has begun."""
 
@@ -117,31 +125,26 @@ ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Such fields of `GRPOConfig`; other dataclasses have fields of the same names with other values."""
 
-UNSUPPORTED = {
-    "trust_remote_code": "code from the Hub is never run here",
-    "load_in_8bit": "quantised training is not supported",
-    "load_in_4bit": "quantised training is not supported",
-    "model_init_kwargs": "is replaced by model_revision, attn_implementation and dtype",
-    "dataset_text_field": "is replaced by messages_column",
-    "completion_only_loss": "has no effect on conversations, use assistant_only_loss",
-    "batch_eval_metrics": "metrics are computed once, of a whole evaluation",
-    "do_train": "every recipe trains",
-    "do_predict": "is replaced by `python -m pipeline evaluate`",
-    "max_tool_calling_iterations": "models do not call tools here",
-    **dict.fromkeys(
-        (
-            "use_transformers_continuous_batching",
-            "use_transformers_paged",
-            "transformers_continuous_batching_config",
+UNSUPPORTED = _each(
+    {
+        "trust_remote_code": "code from the Hub is never run here",
+        "load_in_8bit load_in_4bit": "quantised training is not supported",
+        "model_init_kwargs": "is replaced by model_revision, attn_implementation and dtype",
+        "dataset_text_field": "is replaced by messages_column",
+        "completion_only_loss": "has no effect on conversations, use assistant_only_loss",
+        "batch_eval_metrics": "metrics are computed once, of a whole evaluation",
+        "do_train": "every recipe trains",
+        "do_predict": "is replaced by `python -m pipeline evaluate`",
+        "max_tool_calling_iterations": "models do not call tools here",
+        "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config": (
+            "TRL casts the trained weights themselves to bf16 for continuous batching, which loses small updates"
         ),
-        "TRL casts the trained weights themselves to bf16 for continuous batching, which loses small updates",
-    ),
-}
+    }
+)
 """Fields of the libraries' dataclasses that the recipes do not offer, and why."""
 
-UNUSED_IN_ROLLOUTS: dict[str, str] = {
-    name: why
-    for names, why in {
+UNUSED_IN_ROLLOUTS: dict[str, str] = _each(
+    {
         "label_names label_smoothing_factor": "completions do not have labels",
         "prediction_loss_only include_for_metrics batch_eval_metrics": "an evaluation does not collect predictions",
         "data_seed train_sampling_strategy length_column_name": "seed alone determines the order of the prompts",
@@ -149,9 +152,8 @@ UNUSED_IN_ROLLOUTS: dict[str, str] = {
         "include_num_input_tokens_seen": "tokens are always counted",
         "log_multimodal": "the data are text",
         "local_rank": "the launcher numbers the processes",
-    }.items()
-    for name in names.split()
-}
+    }
+)
 """Fields of `TrainingArguments` and `GRPOConfig` that have no effect on GRPO and PPO, and why."""
 
 HALF_PRECISION: dict[tuple[str, Any], str] = {
@@ -165,24 +167,26 @@ HALF_PRECISION: dict[tuple[str, Any], str] = {
 }
 """Values that ask for products in half precision, and which."""
 
-SWITCHES: dict[str, tuple[str, Any]] = {
-    name: (switch, on)
-    for names, switch, on in (
-        ("muon_learning_rate", "use_muon", True),
-        ("lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters", "use_peft", True),
-        ("lora_modules_to_save use_rslora use_dora value_use_peft", "use_peft", True),
-        ("ref_model_mixup_alpha ref_model_sync_steps", "sync_ref_model", True),
-        ("entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target", "use_adaptive_entropy", True),
-        ("num_completions_to_print log_unique_prompts", "log_completions", True),
-        ("sapo_temperature_neg sapo_temperature_pos", "loss_type", "sapo"),
-        ("vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", "loss_type", "vespo"),
-    )
-    for name in names.split()
-}
-"""Fields that have an effect only if another field, the first in their pair, has the value beside it."""
+SWITCHES: dict[str, tuple[str, Any]] = _each(
+    {
+        "muon_learning_rate": ("use_muon", True),
+        "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters": ("use_peft", True),
+        "lora_modules_to_save use_rslora use_dora value_use_peft": ("use_peft", True),
+        "ref_model_mixup_alpha ref_model_sync_steps": ("sync_ref_model", True),
+        "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target": ("use_adaptive_entropy", True),
+        "num_completions_to_print log_unique_prompts": ("log_completions", True),
+        "sapo_temperature_neg sapo_temperature_pos": ("loss_type", "sapo"),
+        "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg": ("loss_type", "vespo"),
+    }
+)
+"""Fields that have an effect only if another field has a certain value: field -> the other field, and its value."""
+
+WARMUPS = {"warmup_steps": "the learning rate would never be reached", "value_warmup_steps": "the policy never trained"}
+"""Lengths of warm-ups, and what happens in a run that is shorter."""
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """The values of `optim` that name the optimizer which updates what Muon does not."""
+
 
 CHECKPOINT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "use_reentrant": (True, False),
@@ -197,15 +201,11 @@ MAY_BE_EMPTY = ("debug", "system_prompt")
 """Text fields for which the empty string is a value."""
 
 
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
     """Return the numbers that are out of range; other types, and most None, are left to the dataclass."""
     problems = [Problem(name, "null", "must be set") for name in NEVER_NULL if values.get(name, "") is None]
     for name, value in values.items():
-        numbers = [item for item in _items(value) if isinstance(item, int | float) and not isinstance(item, bool)]
+        numbers = [item for item in as_list(value) if isinstance(item, int | float) and not isinstance(item, bool)]
         fits, remedy = RANGES.get(name, ANY_OTHER)
         if not all(map(fits, numbers)):
             problems.append(Problem(name, value, remedy))
@@ -223,7 +223,7 @@ def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: boo
     problems = []
     choices = {**CHOICES, **(ROLLOUT_CHOICES if rollouts else {})}
     for name, value in asked.items():
-        texts = [item for item in _items(value) if isinstance(item, str)]
+        texts = [item for item in as_list(value) if isinstance(item, str)]
         if any("\0" in text for text in texts):
             problems.append(Problem(name, repr(value), "contains a NUL character; remove it"))
         elif "" in texts and name not in MAY_BE_EMPTY:
@@ -232,17 +232,14 @@ def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: boo
             problems.append(Problem(name, value, f"must be one of {', '.join(choices[name])}"))
         # The libraries take the path of a JSON file for some mappings, but not for keyword arguments.
         elif texts and "dict" in str(hints[name]) and (name.endswith("_kwargs") or value.startswith("{")):
-            problems += _check_mapping(name, value)
+            fault = ""
+            try:
+                is_mapping = isinstance(json.loads(value), dict)
+            except (ValueError, RecursionError) as error:
+                is_mapping, fault = False, f" ({error})"
+            if not is_mapping:
+                problems.append(Problem(name, value, f"write a mapping as JSON, such as '{{\"name\": 1}}'{fault}"))
     return problems
-
-
-def _check_mapping(name: str, text: str) -> list[Problem]:
-    expected = "write a mapping as JSON, such as '{\"name\": 1}'"
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return [Problem(name, text, f"{expected} ({error})")]
-    return [] if isinstance(content, dict) else [Problem(name, text, expected)]
 
 
 def check_accelerator(asked: Mapping[str, Any]) -> list[Problem]:
@@ -263,7 +260,7 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
     problems = []
     best = hardware.precision()
     for (name, value), dtype in HALF_PRECISION.items():
-        # Whatever the frozen weights are stored in, training in fp16 multiplies in fp16.
+        # Training in fp16 multiplies in fp16, with any dtype of the frozen weights.
         cast = name == "frozen_dtype" and asked.get("fp16", best.value == "fp16")
         if asked.get(name) == value and not cast and not hardware.supports(dtype):
             remedy = f"not supported on this machine; omit it to use {best.value} ({best.reason})"
@@ -311,91 +308,97 @@ def check_together(
 
     Args:
         arguments: Argument dataclasses.
-        reported: Fields whose values are known to be wrong, and were left out.
+        reported: Fields whose values are known to be wrong, and were omitted.
         on_command_line: Fields that the command line gave.
     """
+    # Most fields have a default, and a check must not confuse it with a wish. The rules are therefore written so that
+    # the defaults of every recipe pass them, and a field that only some recipes have is None in all others.
+    arguments = list(arguments)
     values = {name: getattr(item, name) for item in arguments for name in vars(item)}
-    problems = []
-    steps = values.get("max_steps", 0)
-    if values.get("dataset_streaming") and "max_steps" in values and steps <= 0 and "max_steps" not in reported:
-        problems.append(Problem("max_steps", steps, "must be given: a stream has no length"))
-    # A trial, `--max_steps 2`, does not have to lower the file's warm-up as well.
-    never = {
-        "warmup_steps": "the learning rate would never be reached",
-        "value_warmup_steps": "the policy never trained",
-    }
-    for field, result in never.items():
-        warmup = values.get(field, 0)
-        if warmup > steps > 0 and not ("max_steps" in on_command_line and field not in on_command_line):
-            problems.append(Problem(field, f"{warmup:g}", f"is more than max_steps ({steps}), and {result}; lower it"))
+    get = values.get
+    problems: list[Problem] = []
+
+    def refuse(field: str, remedy: str) -> None:
+        if field not in reported:
+            problems.append(Problem(field, getattr(get(field), "value", get(field)), remedy))
+
+    steps = get("max_steps", 0)
+    if get("dataset_streaming") and get("max_steps", 1) <= 0:
+        refuse("max_steps", "must be given: a stream has no length")
+    for field, result in WARMUPS.items():
+        # A trial, `--max_steps 2`, does not have to lower the file's warm-up as well.
+        is_trial = "max_steps" in on_command_line and field not in on_command_line
+        if get(field, 0) > steps > 0 and not is_trial:
+            refuse(field, f"is more than max_steps ({steps}), and {result}; lower it")
     defaults = {name: getattr(type(item), name, None) for item in arguments for name in vars(item)}
     for field, (switch, on) in SWITCHES.items():
         # `--use_peft false` does not have to remove the file's LoRA options as well.
         excused = (switch in on_command_line and field not in on_command_line) or switch in reported
-        if values.get(field) != defaults.get(field) and values.get(switch) != on and not excused:
-            remedy = f"has no effect unless {switch} is {str(on).lower()}; set that, or omit it"
-            problems.append(Problem(field, values[field], remedy))
-    if own := [name for name in ("use_muon", "embedding_learning_rate") if values.get(name)]:
-        remedy = f"has no effect with {' and '.join(own)}, which come with AdamW; omit one of them"
+        if get(field) != defaults.get(field) and get(switch) != on and not excused:
+            refuse(field, f"has no effect unless {switch} is {str(on).lower()}; set that, or omit it")
+
+    # Muon updates the matrices inside of the blocks, and AdamW everything else, with rates of their own.
+    if own := [name for name in ("use_muon", "embedding_learning_rate") if get(name)]:
         for field in ("optim", "optim_args", "optim_target_modules"):
-            if (value := values.get(field)) and value not in ADAMW:
-                problems.append(Problem(field, getattr(value, "value", value), remedy))
-    if values.get("use_muon") and (values.get("deepspeed") or launch.is_asked("DeepSpeed")):
+            if get(field) and get(field) not in ADAMW:
+                refuse(field, f"has no effect with {' and '.join(own)}, which come with AdamW; omit one of them")
+    if get("use_muon") and (get("deepspeed") or launch.is_asked("DeepSpeed")):
         remedy = "needs matrices, and DeepSpeed's optimizers get flat tensors; set it to false, or use fsdp2.yaml"
-        problems.append(Problem("use_muon", True, remedy))
-    layers = f"{values.get('lora_target_modules')} {values.get('lora_modules_to_save')}"
-    if values.get("use_peft") and "embed" not in layers and "lm_head" not in layers:
-        for field, unset in (("use_muon", "false"), ("embedding_learning_rate", "null")):
-            if values.get(field):
-                remedy = f"LoRA does not train embeddings; omit it, or set it to {unset}"
-                problems.append(Problem(field, values[field], remedy))
-    name = str(values.get("resume_from_checkpoint") or "")
-    on_hub = "/" in name and not os.path.exists(name) and not is_missing_path(split_revision(name)[0])
-    if name and not on_hub and (fault := _validate_checkpoint_folder(Path(name))):
-        remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
-        problems.append(Problem("resume_from_checkpoint", name, remedy))
-    options = values.get("gradient_checkpointing_kwargs")
-    if isinstance(options, dict) and (unknown := set(options) - set(CHECKPOINT_OPTIONS)):
-        known = ", ".join(sorted(CHECKPOINT_OPTIONS))
-        remedy = f"unknown option {', '.join(sorted(unknown))}; choose from: {known}"
-        problems.append(Problem("gradient_checkpointing_kwargs", options, remedy))
-    elif isinstance(options, dict):
-        for name, value in options.items():
-            if value not in CHECKPOINT_OPTIONS[name]:
-                remedy = f"{name} must be one of {', '.join(map(str, CHECKPOINT_OPTIONS[name]))}"
-                problems.append(Problem("gradient_checkpointing_kwargs", options, remedy))
-    if values.get("label_names") not in (None, ["labels"]):
-        problems.append(Problem("label_names", values["label_names"], "rows have their labels in `labels`; omit it"))
+        refuse("use_muon", remedy)
+    layers = f"{get('lora_target_modules')} {get('lora_modules_to_save')}"
+    if get("use_peft") and "embed" not in layers and "lm_head" not in layers:
+        for field in own:
+            unset = "false" if get(field) is True else "null"
+            refuse(field, f"LoRA does not train embeddings; omit it, or set it to {unset}")
+
+    if get("label_names") not in (None, ["labels"]):
+        refuse("label_names", "rows have their labels in `labels`; omit it")
     for field in ("eval_on_start", "do_eval"):
-        if values.get(field) and values.get("eval_strategy") == "no":
-            problems.append(Problem(field, True, "needs an eval_strategy other than no; omit it"))
-    if values.get("save_strategy") == "best" and not values.get("metric_for_best_model"):
-        remedy = "needs metric_for_best_model, by which checkpoints are compared; set that, or choose another strategy"
-        problems.append(Problem("save_strategy", "best", remedy))
-    if values.get("packing") and values.get("max_length") is None and "max_length" not in reported:
-        problems.append(Problem("max_length", None, "must be given with packing, whose rows are of that length"))
-    if values.get("padding_free") and not values.get("packing") and values.get("max_length") is not None:
-        remedy = "does not cut rows at max_length; set packing to true, or max_length to null"
-        problems.append(Problem("padding_free", True, remedy))
-    if values.get("sync_ref_model") and not values.get("beta"):
-        remedy = "needs a reference model, and there is none with a beta of 0; raise beta, or omit it"
-        problems.append(Problem("sync_ref_model", True, remedy))
-    elif values.get("sync_ref_model") and values.get("use_peft"):
+        if get(field) and get("eval_strategy") == "no":
+            refuse(field, "needs an eval_strategy other than no; omit it")
+    if get("save_strategy") == "best" and not get("metric_for_best_model"):
+        remedy = "needs metric_for_best_model to compare checkpoints; set that, or choose another strategy"
+        refuse("save_strategy", remedy)
+    if get("packing") and get("max_length", 0) is None:
+        refuse("max_length", "must be given with packing, whose rows are of that length")
+    if get("padding_free") and not get("packing") and get("max_length") is not None:
+        refuse("padding_free", "does not cut rows at max_length; set packing to true, or max_length to null")
+    if get("sync_ref_model") and not get("beta"):
+        refuse("sync_ref_model", "needs a reference model, and there is none with a beta of 0; raise beta, or omit it")
+    elif get("sync_ref_model") and get("use_peft"):
         remedy = "needs a reference model of its own, and with use_peft it is the policy without its adapter; omit it"
-        problems.append(Problem("sync_ref_model", True, remedy))
-    if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
-        problems.append(Problem("dataloader_persistent_workers", True, "needs dataloader_num_workers; omit it"))
-    return problems
+        refuse("sync_ref_model", remedy)
+    if get("dataloader_persistent_workers") and not get("dataloader_num_workers"):
+        refuse("dataloader_persistent_workers", "needs dataloader_num_workers; omit it")
+    problems += _check_checkpoint(str(get("resume_from_checkpoint") or ""))
+    return problems + _check_checkpointing_options(get("gradient_checkpointing_kwargs"))
 
 
-def _validate_checkpoint_folder(path: Path) -> str | None:
-    """Return what is wrong with the folder of a checkpoint, or None."""
+def _check_checkpoint(name: str) -> list[Problem]:
+    """Check the folder of a checkpoint, unless `name` is empty or an id on the Hub."""
+    path = Path(name)
+    on_hub = "/" in name and not path.exists() and not is_missing_path(split_revision(name)[0])
+    if not name or on_hub:
+        return []
+    fault = None
     if not path.is_dir():
-        return "is not a directory"
-    if not (path / "trainer_state.json").is_file():
-        return "is not a checkpoint"
-    try:
-        intact = "global_step" in dict(json.loads((path / "trainer_state.json").read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        intact = False
-    return None if intact else "is damaged"
+        fault = "is not a directory"
+    elif not (path / "trainer_state.json").is_file():
+        fault = "is not a checkpoint"
+    elif "global_step" not in read_json(path / "trainer_state.json"):
+        fault = "is damaged"
+    remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
+    return [Problem("resume_from_checkpoint", name, remedy)] if fault else []
+
+
+def _check_checkpointing_options(options: Any) -> list[Problem]:
+    """Check the options of activation checkpointing, which torch would only reject once training has begun."""
+    if not isinstance(options, dict):
+        return []
+    remedies = []
+    if unknown := sorted(set(options) - set(CHECKPOINT_OPTIONS)):
+        remedies = [f"unknown option {', '.join(unknown)}; choose from: {', '.join(sorted(CHECKPOINT_OPTIONS))}"]
+    for name, known in CHECKPOINT_OPTIONS.items():
+        if name in options and options[name] not in known:
+            remedies.append(f"{name} must be one of {', '.join(map(str, known))}")
+    return [Problem("gradient_checkpointing_kwargs", options, remedy) for remedy in remedies]

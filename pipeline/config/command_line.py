@@ -1,35 +1,27 @@
-"""The command line of a recipe: `argparse`, reporting every mistake instead of stopping at the first one."""
+"""The command line of a recipe: its words are converted to the values that a YAML file would give."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from trl import TrlParser
 
+from pipeline.config.fields import describe_type, field_types, is_enumeration, members, read_values, unknown_field
 from pipeline.config.recipe_folder import find_shipped
-from pipeline.config.yaml_file import describe_type, read_yaml, unknown_field
+from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError
 
-
-class Parser(TrlParser):
-    """TRL's parser; a mistake on the command line is raised as `argparse.ArgumentError`, never printed.
-
-    Args:
-        dataclass_types: Dataclasses whose fields are the options.
-    """
-
-    def __init__(self, dataclass_types: Iterable[Any]) -> None:
-        # Abbreviations (`--learn 1`) are off: the next release may give them another meaning.
-        super().__init__(dataclass_types, allow_abbrev=False, exit_on_error=False)
-        if not dataclass_types:  # TRL then leaves the attribute out
-            self.dataclass_types: list[Any] = []
-        self.option_choices = {action.dest: list(action.choices) for action in self._actions if action.choices}
-
-    def error(self, message: str) -> Any:
-        raise argparse.ArgumentError(None, message)
+SWITCH = {
+    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
+}
+"""What may be written after a switch, in any case. A switch without a word is on."""
 
 
 def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -40,17 +32,12 @@ def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return found.config, rest
 
 
-def take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Remove `--config PATH` from the command line, and read that file.
-
-    Args:
-        arguments: The command line, changed in place. A path that does not exist may name a file of a recipe that comes
-            with the package.
+def read_config(paths: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """Read the file of `--config PATH`, which may be a file of a recipe that comes with the package.
 
     Returns:
         The content of the file, empty without one, and what is wrong with it.
     """
-    paths, arguments[:] = split_config(arguments)
     if not paths:
         return {}, []
     if "" in paths:
@@ -63,69 +50,82 @@ def take_config(arguments: list[str]) -> tuple[dict[str, Any], list[Problem]]:
         return {}, list(error.problems)
 
 
-def read_command_line(
-    parser: Parser, arguments: list[str], hints: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[Problem]]:
-    """Parse the options.
+def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Read the options in one pass, in which every option takes any number of words.
+
+    With types, `argparse` would stop at the first word that does not fit. Here it only finds out which words belong to
+    which option; they are then converted and judged as the values of a YAML file are.
 
     Args:
-        parser: Changed in place: no option is required, and none has a default.
-        arguments: The command line without `--config`, changed in place.
-        hints: Type of every field, by name.
+        arguments: The command line without `--config`. `--help` prints all options, and ends the process.
+        dataclass_types: Dataclasses whose fields are the options.
 
     Returns:
         The values by field name, and the problems of the rest.
     """
-    problems: list[Problem] = []
-    for action in parser._actions:
-        action.required = False
-        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
-            action.nargs, action.const = "?", True  # `--bf16` alone, as for every other switch
-        if action.dest in hints:
-            action.default = argparse.SUPPRESS
-    while True:
-        try:
-            namespace, rest = parser.parse_known_args(arguments)
-            break
-        except argparse.ArgumentError as error:
-            # argparse stops at the first mistake: note it, remove that option, and parse the rest.
-            names = (error.argument_name or "").split("/")
-            values = {
-                i: _values_at(arguments, i) for i, text in enumerate(arguments) if text.partition("=")[0] in names
-            }
-            if not values:
-                return {}, [*problems, Problem("command line", " ".join(arguments), error.message)]
-            # An option may be given twice; the message contains the value of the wrong one.
-            quoted = {i: repr(words[-1:]).strip("[]") for i, words in values.items()}
-            wrong = next((i for i in reversed(values) if quoted[i] in error.message), min(values))
-            name = names[0].lstrip("-").replace("-", "_")
-            expected = parser.option_choices.get(name)
-            remedy = f"one of {', '.join(map(str, expected))}" if expected else describe_type(hints.get(name, str))
-            problems.append(Problem(name, repr(" ".join(values[wrong])), f"must be {remedy}"))
-            del arguments[wrong : wrong + 1 + (0 if "=" in arguments[wrong] else len(values[wrong]))]
+    if {"-h", "--help"} & set(arguments):
+        TrlParser(dataclass_types).parse_args(["--help"])
+    # Abbreviations (`--learn 1`) are off: the next release may give them another meaning.
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    fields = {item.name: item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init}
+    for name, item in fields.items():
+        reader.add_argument(*_spellings(name), *item.metadata.get("aliases", ()), dest=name, nargs="*")
+        if item.default is True:
+            reader.add_argument(*_spellings(f"no_{name}"), dest=name, action="store_const", const=["false"])
+    found, rest = reader.parse_known_args(arguments)
+
+    hints = field_types(*dataclass_types)
+    given: dict[str, Any] = {}
+    switched_on: dict[str, Any] = {}
+    strays: list[str] = []
+    problems = []
+    for name, words in vars(found).items():
+        kinds = members(hints[name])
+        lists = [kind for kind in kinds if get_origin(kind) is list]
+        on = fields[name].metadata.get("const", True if bool in kinds else None)
+        if not words and on is not None:
+            switched_on[name] = on
+        elif not words:
+            problems.append(Problem(name, "''", f"must be {describe_type(hints[name])}"))
+        elif words == ["null"] and NoneType in kinds:
+            # This unsets a field of the file.
+            given[name] = None
+        elif lists and (len(words) > 1 or next(kind for kind in kinds if kind is not NoneType) in lists):
+            given[name] = [_from_word(word, members(get_args(lists[0])[0])) for word in words]
+        else:
+            given[name] = _from_word(words[0], kinds)
+            strays += words[1:]
+    values, refused = read_values(given, dataclass_types)
+
     while rest:
         name, _, value = rest.pop(0).partition("=")
         if not name.startswith("--"):
-            problems.append(Problem("command line", name, "does not belong to any option; see --help"))
+            strays.append(name)
             continue
         if not value and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
         problems.append(unknown_field(name[2:].replace("-", "_"), value, hints))
-    given = {name: value for name, value in vars(namespace).items() if name in hints}
-    for name, value in given.items():  # argparse reads the value of a union as text
-        options = get_args(hints[name])
-        if type(None) in options and value in ("null", ["null"]):  # this unsets a field of the file
-            given[name] = None
-        elif int in options and isinstance(value, str) and value.lstrip("-").isdecimal():
-            given[name] = int(value)
-    return given, problems
+    problems += [Problem("command line", word, "does not belong to any option; see --help") for word in strays]
+    return values | switched_on, refused + problems
 
 
-def _values_at(arguments: list[str], position: int) -> list[str]:
-    """Return the values of the option at a position: `--option=value`, or all words until the next option."""
-    _, sign, value = arguments[position].partition("=")
-    if sign:
-        return [value]
-    rest = arguments[position + 1 :]
-    end = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
-    return rest[:end]
+def _spellings(name: str) -> list[str]:
+    """Return how an option may be written: with underscores or with hyphens."""
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _from_word(word: str, kinds: Sequence[Any]) -> Any:
+    """Return the value that a word stands for in a field of these types, or the word itself if it fits none."""
+    for kind in kinds:
+        if get_origin(kind) is Literal or is_enumeration(kind):
+            known = get_args(kind) or [option.value for option in kind]
+            for value in known:
+                if str(value) == word:
+                    return value
+    if bool in kinds and word.lower() in SWITCH:
+        return SWITCH[word.lower()]
+    for number in (int, float):
+        if number in kinds:
+            with contextlib.suppress(ValueError):
+                return number(word)
+    return word

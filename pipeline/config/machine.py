@@ -21,8 +21,13 @@ def describe_machine() -> dict[str, Any]:
 def hardware() -> dict[str, Any]:
     """Return system, GPUs if any, cores that this process may use, processor, and memory in GiB where known."""
     facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
-    if accelerators := _accelerators():
-        facts["gpu"] = accelerators
+    # The driver names the GPUs, such as "2 x NVIDIA H100"; importing torch would take seconds.
+    names: Counter[str] = Counter()
+    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        names.update(line.partition(":")[2].strip() for line in lines if line.startswith("Model:"))
+    if names:
+        facts["gpu"] = ", ".join(f"{count} x {name}" for name, count in sorted(names.items()))
     facts["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -34,15 +39,6 @@ def hardware() -> dict[str, Any]:
     facts["processor"] = models[0] if models else platform.processor()
     facts["memory_gib"] = round(pages / 2**30, 1)
     return facts
-
-
-def _accelerators() -> str:
-    """Return the NVIDIA GPUs as the driver names them, such as "2 x NVIDIA H100"; importing torch takes seconds."""
-    names: Counter[str] = Counter()
-    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        names.update(line.partition(":")[2].strip() for line in lines if line.startswith("Model:"))
-    return ", ".join(f"{count} x {name}" for name, count in sorted(names.items()))
 
 
 def versions() -> dict[str, str]:

@@ -12,10 +12,10 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pipeline.config.effects import continues, has_effect
 from pipeline.config.recipe_folder import READ
+from pipeline.config.weight_fields import continues, has_effect
 from pipeline.errors import Problem
-from pipeline.files import check_directory, write_text
+from pipeline.files import as_list, check_directory, read_json, write_text
 
 RECORD = "arguments.json"
 """The resolved arguments of the run that a directory belongs to."""
@@ -38,10 +38,7 @@ def recorded_template(model: str) -> dict[str, Any]:
     folder = Path(model).absolute()
     # The record of a checkpoint is its run's.
     folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
-    try:
-        given = json.loads((folder / RECORD).read_text(encoding="utf-8"))["chat_template_kwargs"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
+    given = read_json(folder / RECORD).get("chat_template_kwargs")
     return given if isinstance(given, dict) else {}
 
 
@@ -73,7 +70,7 @@ def _check_inputs(path: Path, present: Mapping[str, Any]) -> str | None:
     """Return why a run that reads `present` must not write to `path`, or None."""
     for name in READ:
         value = present.get(name)
-        for other in map(Path, map(str, filter(None, value if isinstance(value, list) else [value]))):
+        for other in map(Path, map(str, filter(None, as_list(value)))):
             if os.path.exists(other) and other.resolve() == path.resolve():
                 return f"is the value of {name} too, and would be overwritten; choose another directory"
             inside = name == "dataset_name" and os.path.isdir(other) and path.resolve().is_relative_to(other.resolve())
@@ -92,9 +89,11 @@ def _check_earlier_run(path: Path, present: Mapping[str, Any], machine: Collecti
         earlier = dict(json.loads(record.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"{record} cannot be read ({error}); choose another directory"
+    # The record is compared, not the YAML file: defaults of the libraries may change from release to release.
     changed = [
         name
-        for name in sorted(set(earlier) & set(present))  # another release may know other fields
+        # Another release may know other fields.
+        for name in sorted(set(earlier) & set(present))
         if earlier[name] != present[name] and name != "output_dir" and name not in machine and has_effect(name, present)
     ]
     if not changed or continues(path, changed, present):

@@ -1,4 +1,14 @@
-"""Build a recipe's argument dataclasses from a YAML file and the command line, reporting all mistakes at once."""
+"""Build a recipe's argument dataclasses from a YAML file and the command line, reporting all mistakes at once.
+
+A value goes through four checks, and the first that refuses it ends its way:
+
+    read_values       its type, for the YAML file and for the command line, which overrides the file
+    _check_each       the value by itself: ranges, words, what this machine supports
+    _build            the dataclass that has the field, as far as the library that it belongs to checks it
+    check_together    fields that contradict each other
+
+A field that was refused is omitted from the later checks, and what is wrong only because it is missing is not reported.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +17,16 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_type_hints
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from transformers import TrainingArguments, set_seed
 from trl import GRPOConfig
 
 from pipeline import hardware, launch
 from pipeline.config import checks, output_directory
-from pipeline.config.command_line import Parser, read_command_line, take_config
-from pipeline.config.yaml_file import convert, unknown_field
+from pipeline.config.command_line import read_command_line, read_config, split_config
+from pipeline.config.fields import field_types, read_values
 from pipeline.errors import Problem, UserError
 from pipeline.files import split_revision
 
@@ -28,31 +38,13 @@ REFUSALS = (ValueError, ImportError, OSError)
 SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
 """Fields whose defaults depend on the machine, and the field with which the user may have set the same thing."""
 
-
 OF_THE_MACHINE = (
     "use_cpu", "bf16", "fp16", "tf32", "fsdp", "fsdp_config", "deepspeed", "torch_compile", "ddp_backend",
 )  # fmt: skip
 """Fields that only the process that will use them can judge."""
 
-
-class RefusedArguments(UserError):
-    """Arguments that are wrong.
-
-    Args:
-        problems: What is wrong with the YAML file and the command line.
-        built: The dataclasses that could be built nevertheless; empty if the YAML file could not be read.
-        types: All dataclasses of the recipe.
-    """
-
-    def __init__(self, problems: Sequence[Problem], built: Sequence[Any], types: Sequence[type]) -> None:
-        super().__init__(*problems)
-        self.built, self.types = built, types
-
-
-def argument_types(main: Callable[..., Any]) -> list[type]:
-    """Return the argument dataclasses in the signature of a recipe's `main`, in order."""
-    hints = get_type_hints(main)
-    return [hint for name, hint in hints.items() if name != "return" and isinstance(hint, type)]
+UNNAMED = {"at least 2 generations per prompt": "num_generations"}
+"""Parts of messages in which a library does not name the field, and that field."""
 
 
 def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -63,70 +55,185 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 
     Args:
         *dataclass_types: Dataclasses whose fields are the options, as for TRL's and transformers' parsers.
-        argv: Command line without the program's name. Default: that of the process.
+        argv: Command line without the program's name. Default: `sys.argv`.
 
     Returns:
         One instance of each type, in order.
 
     Raises:
-        RefusedArguments: With everything that is wrong with the file and the command line.
+        UserError: With everything that is wrong with the file and the command line.
     """
-    parser = Parser(dataclass_types)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    hints = field_types(*dataclass_types)
-    command = list(arguments)
-    config, problems = take_config(arguments)
-    unreadable = bool(problems)
-    problems += _set_environment(config.pop("env", None))
-    from_file, more = _read_values(config, hints, parser)
-    problems += more
-    from_command_line, more = read_command_line(parser, arguments, hints)
-    problems += more
+    words = list(sys.argv[1:] if argv is None else argv)
+    paths, options = split_config(words)
+    content, problems = read_config(paths)
+    is_unreadable = bool(problems)
+    problems += _set_environment(content.pop("env", None))
+    from_file, wrong = read_values(content, dataclass_types)
+    from_command_line, more = read_command_line(options, dataclass_types)
+    problems += wrong + more
     asked = {name: output_directory.expand(name, value) for name, value in {**from_file, **from_command_line}.items()}
+
     if asked.get("use_cpu") is True:
         hardware.keep_to_cpu()
     launch.prepare_process(shards=bool(asked.get("fsdp") or asked.get("deepspeed")))
     if asked.get("hub_token"):
         # As an argument it would be written to disk with all the others.
         os.environ["HF_TOKEN"] = token = asked.pop("hub_token")
-        command = [text.replace(token, "hf_***") for text in command]
-    problems += _check_each(asked, hints, dataclass_types)
-    reported = dict.fromkeys(problem.field for problem in problems)
-    kept = {name: value for name, value in asked.items() if name not in reported}
+        words = [text.replace(token, "hf_***") for text in words]
+
     machine = {
         name: choice.value
         for name, choice in hardware.training_defaults().items()
-        if name in hints and name not in kept and SAME_SETTING.get(name) not in asked
+        if name in field_types(*dataclass_types) and SAME_SETTING.get(name) not in asked
     }
-    built, refused = _build(dataclass_types, machine, kept)
-    refused = [
-        problem
-        for problem in refused
-        if not (unreadable and problem.remedy == REQUIRED)  # the field may be in that file
-        # A field that is already reported was left out, and its default is not to be judged.
-        and problem.field not in reported
-        and _named_in(problem.remedy, reported) is None
-    ]
+    problems += _check_each(asked, dataclass_types)
+    built = _build_checked(dataclass_types, asked, machine, problems, from_command_line)
+    if is_unreadable:
+        # A required field may be in the file that could not be read.
+        problems = [problem for problem in problems if problem.remedy != REQUIRED]
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
-    if training is not None:
-        launch.use_one_gpu(training)
-    problems += refused + _split_model_revision(built, asked)
-    problems += checks.check_together(built, reported, from_command_line)
     problems += launch.check_launch(training) if training is not None else []
-    problems += output_directory.check_output_directory(built, machine)
+    problems += output_directory.check_output_directory(built, machine.keys() - asked.keys())
     if problems:
-        raise RefusedArguments(problems, [] if unreadable else built, dataclass_types)
+        raise UserError(*problems)
+
     if training is not None:
         # Trainers set the seed themselves, but only after TRL has drawn adapters and score heads.
         set_seed(training.seed)
         setattr(training, output_directory.RESOLVED, output_directory.to_record(built))
         settings = json.loads(json.dumps(asked, default=str))
-        setattr(training, output_directory.ASKED, {"settings": settings, "command": command})
+        setattr(training, output_directory.ASKED, {"settings": settings, "command": words})
     for item in built:
+        # TRL turns a list of one name into a string, which PEFT reads as a pattern of whole names.
         if isinstance(targets := getattr(item, "lora_target_modules", None), str) and targets.isidentifier():
-            # TRL turns a list of one name into a string, which PEFT reads as a pattern of whole names.
             item.lora_target_modules = [targets]
     return tuple(built)
+
+
+def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> tuple[list[Any], list[Problem]]:
+    """Check the values of a YAML file (`config`), without the files that they name and the processes that will run.
+
+    Returns:
+        The dataclasses that do not depend on the number of processes, as far as they can be built, and the problems.
+    """
+    config = dict(config)
+    before = dict(os.environ)
+    try:
+        problems = _set_environment(config.pop("env", None))
+        values, wrong = read_values(config, dataclass_types)
+        problems += wrong + _check_each(values, dataclass_types)
+        values = {name: value for name, value in values.items() if name not in OF_THE_MACHINE}
+        # Whether the batches of GRPO and PPO can be divided depends on the number of processes.
+        types = [kind for kind in dataclass_types if not issubclass(kind, GRPOConfig)]
+        return _build_checked(types, values, {"use_cpu": True, "bf16": False}, problems), problems
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _set_environment(variables: Any) -> list[Problem]:
+    """Set the variables of a YAML file's `env` that the user's environment does not set."""
+    if variables is not None and not isinstance(variables, dict):
+        return [Problem("env", repr(variables), "must be a mapping from variables to values")]
+    problems = []
+    for name, value in (variables or {}).items():
+        try:
+            if not isinstance(value, str | int | float):
+                raise ValueError(f"its value is {value}, not text or a number")
+            os.environ.setdefault(str(name), str(value))
+        except (ValueError, OSError) as error:
+            problems.append(Problem("env", repr(name), f"cannot be set ({error}); correct it"))
+    return problems
+
+
+def _check_each(asked: Mapping[str, Any], types: Sequence[Any]) -> list[Problem]:
+    """Check each value by itself, and return the first problem of each field."""
+    rollouts = [kind for kind in types if issubclass(kind, GRPOConfig)]
+    problems = checks.check_ranges(asked) + checks.check_text(asked, field_types(*types), bool(rollouts))
+    problems += checks.check_supported(asked) + checks.check_accelerator(asked)
+    for kind in rollouts:
+        problems += checks.check_unused(asked, kind, checks.UNUSED_IN_ROLLOUTS)
+    first: dict[str, Problem] = {}
+    for problem in problems:
+        first.setdefault(problem.field, problem)
+    return list(first.values())
+
+
+def _build_checked(
+    dataclass_types: Iterable[Any],
+    asked: Mapping[str, Any],
+    machine: Mapping[str, Any],
+    problems: list[Problem],
+    on_command_line: Collection[str] = (),
+) -> list[Any]:
+    """Build the dataclasses, and check their fields together.
+
+    Args:
+        dataclass_types: The dataclasses.
+        asked: Values that the user gave.
+        machine: Values of fields that the user did not give.
+        problems: What is known to be wrong. What is found is added to it.
+        on_command_line: Fields that the command line gave.
+
+    Returns:
+        The dataclasses that could be built.
+    """
+    reported = dict.fromkeys(problem.field for problem in problems)
+    kept = {**machine, **{name: value for name, value in asked.items() if name not in reported}}
+    built = []
+    for kind in dataclass_types:
+        own = {name: kept[name] for name in field_types(kind) if name in kept}
+        fields = [item for item in dataclasses.fields(kind) if item.init]
+        # Without a default, both are `MISSING`.
+        missing = [item.name for item in fields if item.default is item.default_factory and item.name not in own]
+        refused = [Problem(name, "nothing", REQUIRED) for name in missing]
+        if not missing:
+            try:
+                built.append(kind(**own))
+            except (UserError, *REFUSALS) as error:
+                refused = _problems_of(error, kind, own, is_expected=bool(problems))
+        # A field that is already reported was omitted, and its default is not to be judged.
+        problems += [p for p in refused if p.field not in reported and _named_in(p.remedy, reported) is None]
+    for item in built:
+        if isinstance(item, TrainingArguments):
+            launch.use_one_gpu(item)
+    problems += _split_model_revision(built, asked) + checks.check_together(built, reported, on_command_line)
+    return built
+
+
+def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expected: bool) -> list[Problem]:
+    """Return the problems that a dataclass lists, or its message as the problem of the field that it names.
+
+    Args:
+        error: What the constructor raised.
+        kind: The dataclass.
+        own: The values that it was given.
+        is_expected: Whether values of the user are missing, so that a message about another field is a consequence.
+
+    Raises:
+        Exception: `error`, if it names no field: then this is a defect.
+    """
+    listed = error if isinstance(error, UserError) else error.__cause__
+    if isinstance(listed, UserError):
+        return list(listed.problems)
+    message = " ".join(str(error).split())
+    # Most messages of the libraries name their field: "--load_best_model_at_end requires ...". Others quote its value,
+    # "'x' is not a valid DebugOption", and a few do neither.
+    unnamed = (name for part, name in UNNAMED.items() if part in message)
+    quoted = (name for name, value in own.items() if isinstance(value, str) and value and repr(value) in message)
+    name = _named_in(message, own) or next(unnamed, None) or next(quoted, None)
+    if name is None and not is_expected:
+        name = _named_in(message, field_types(kind))
+        if name is None:
+            raise error
+    return [Problem(name, own.get(name, "not given"), message)] if name else []
+
+
+def _named_in(message: str, names: Iterable[str]) -> str | None:
+    """Return the field that a message names first."""
+    found = {name: re.search(rf"\b{re.escape(name)}\b", message) for name in names}
+    places = {name: match.start() for name, match in found.items() if match}
+    return min(places, key=lambda name: places[name], default=None)
 
 
 def _split_model_revision(arguments: Iterable[Any], asked: Mapping[str, Any]) -> list[Problem]:
@@ -148,148 +255,3 @@ def _split_model_revision(arguments: Iterable[Any], asked: Mapping[str, Any]) ->
             return [Problem("model_revision", asked["model_revision"], remedy)]
         item.model_name_or_path, item.model_revision = name, revision
     return []
-
-
-def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> tuple[list[Any], list[Problem]]:
-    """Check the values of a YAML file (`config`), without the files that they name and the processes that will run.
-
-    Returns:
-        The dataclasses that do not depend on the number of processes, as far as they can be built, and the problems.
-    """
-    hints = field_types(*dataclass_types)
-    config = dict(config)
-    before = dict(os.environ)
-    try:
-        problems = _set_environment(config.pop("env", None))
-        values, more = _read_values(config, hints, Parser(dataclass_types))
-        problems += more + _check_each(values, hints, dataclass_types)
-        reported = {problem.field for problem in problems}
-        kept = {name: value for name, value in values.items() if name not in {*reported, *OF_THE_MACHINE}}
-        # Whether the batches of GRPO and PPO can be divided depends on the number of processes.
-        types = [kind for kind in dataclass_types if not issubclass(kind, GRPOConfig)]
-        built, refused = _build(types, {"use_cpu": True, "bf16": False}, kept)
-        problems += [problem for problem in refused if problem.field not in reported]
-        problems += _split_model_revision(built, values)
-        return built, problems + checks.check_together(built, reported, ())
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _check_each(asked: Mapping[str, Any], hints: Mapping[str, Any], types: Iterable[type]) -> list[Problem]:
-    """Check each value by itself, and return the first problem of each field."""
-    rollouts = [kind for kind in types if issubclass(kind, GRPOConfig)]
-    problems = checks.check_ranges(asked) + checks.check_text(asked, hints, bool(rollouts))
-    problems += checks.check_supported(asked) + checks.check_accelerator(asked)
-    problems += [p for kind in rollouts for p in checks.check_unused(asked, kind, checks.UNUSED_IN_ROLLOUTS)]
-    return list({problem.field: problem for problem in reversed(problems)}.values())[::-1]
-
-
-def field_types(*dataclass_types: Any) -> dict[str, Any]:
-    """Return the type of every field of argument dataclasses, by name."""
-    resolved = {kind: get_type_hints(kind) for kind in dataclass_types}
-    return {item.name: resolved[kind][item.name] for kind in resolved for item in dataclasses.fields(kind) if item.init}
-
-
-def _set_environment(variables: Any) -> list[Problem]:
-    """Set the variables of a YAML file's `env` that the user's environment does not set."""
-    if variables is not None and not isinstance(variables, dict):
-        return [Problem("env", repr(variables), "must be a mapping from variables to values")]
-    problems = []
-    for name, value in (variables or {}).items():
-        try:
-            if not isinstance(value, str | int | float):
-                raise ValueError(f"its value is {value}, not text or a number")
-            os.environ.setdefault(str(name), str(value))
-        except (ValueError, OSError) as error:
-            problems.append(Problem("env", repr(name), f"cannot be set ({error}); correct it"))
-    return problems
-
-
-def _read_values(
-    config: Mapping[str, Any], hints: Mapping[str, Any], parser: Parser
-) -> tuple[dict[str, Any], list[Problem]]:
-    """Convert a YAML file's values to their fields' types; also return the problems of the others."""
-    values: dict[str, Any] = {}
-    problems = []
-    for name, value in config.items():
-        if name not in hints:
-            problems.append(unknown_field(str(name), value, hints))
-            continue
-        try:
-            converted = convert(value, hints[name])
-        except TypeError as error:
-            problems.append(Problem(name, repr(value), str(error)))
-            continue
-        known = parser.option_choices.get(name)
-        items = converted if isinstance(converted, list) else [converted]
-        if known is not None and converted is not None and any(item not in known for item in items):
-            problems.append(Problem(name, repr(value), f"must be one of {', '.join(map(str, known))}"))
-        else:
-            values[name] = converted
-    return values, problems
-
-
-def _build(
-    dataclass_types: Iterable[Any], machine: Mapping[str, Any], asked: Mapping[str, Any]
-) -> tuple[list[Any], list[Problem]]:
-    """Instantiate the dataclasses; also return what their own validation rejects, in its own words."""
-    built: list[Any] = []
-    problems: list[Problem] = []
-    messages: set[str] = set()  # one that is repeated for a further field adds nothing
-    for kind in dataclass_types:
-        own = {name: value for name, value in {**machine, **asked}.items() if name in field_types(kind)}
-        required = [
-            item.name for item in dataclasses.fields(kind) if item.init and item.default is item.default_factory
-        ]
-        missing = [name for name in required if name not in own]  # without a default, both are MISSING
-        problems += [Problem(name, "nothing", REQUIRED) for name in missing]
-        while not missing:
-            try:
-                built.append(kind(**own))
-                break
-            except (UserError, *REFUSALS) as error:
-                refused = _refused(error, kind, own, () if problems else asked)
-                if not refused and not problems:
-                    raise
-                message = str(error)
-            fields = [problem.field for problem in refused if problem.field in own]
-            if not fields and problems:
-                break  # a consequence of what was left out
-            problems += refused if message not in messages else []
-            messages.add(message)
-            if not fields:
-                break
-            for name in fields:
-                del own[name]  # and try again, to find what else is wrong
-    return built, problems
-
-
-def _refused(error: Exception, kind: Any, own: Mapping[str, Any], asked: Iterable[str]) -> Sequence[Problem]:
-    """Return the problems that a dataclass lists, or its message as the problem of the field that is to blame.
-
-    There is none if no field is: the dataclass fails whatever the user gives.
-    """
-    listed = error if isinstance(error, UserError) else error.__cause__
-    if isinstance(listed, UserError):
-        return listed.problems
-    message = " ".join(str(error).split())
-    name = _named_in(message, own) or _find_culprit(kind, own, asked, message)
-    return [Problem(name, own[name], message)] if name else []
-
-
-def _named_in(message: str, names: Iterable[str]) -> str | None:
-    """Return the first field whose name is in a message."""
-    return next((name for name in names if re.search(rf"\b{re.escape(name)}\b", message)), None)
-
-
-def _find_culprit(kind: Any, values: Mapping[str, Any], asked: Iterable[str], message: str) -> str | None:
-    """Return the field, of those that the user gave, without which a dataclass no longer raises this message."""
-    for name in [name for name in asked if name in values]:
-        try:
-            kind(**{other: value for other, value in values.items() if other != name})
-        except Exception as error:  # noqa: BLE001 - only the message counts
-            if " ".join(str(error).split()) == message:
-                continue
-        return name
-    return None

@@ -1,4 +1,4 @@
-"""Recipe folders: those that are installed with the package or lie on the Hub, and what a step needs from others."""
+"""Find recipe folders, in the package and on the Hub, and the inputs of a step that other steps write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config.untrusted import FILE, check_untrusted, recipe_files
 from pipeline.config.yaml_file import MAX_BYTES, read_yaml
 from pipeline.errors import Problem, UserError, is_network_error
-from pipeline.files import split_revision
+from pipeline.files import as_list, split_revision
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 LAUNCH_FILE = "accelerate_config.yaml"
@@ -64,7 +64,8 @@ def fetch_recipes(name: str) -> Path | None:
     repo_id, revision = split_revision(name)
     for repo_type in ("model", "dataset"):
         options = {"repo_type": repo_type, "revision": revision}
-        disable_progress_bars()  # of a few small files
+        # A bar for each of a few small files would only be noise.
+        disable_progress_bars()
         try:
             # Not `list_repo_files`, which tries for half a minute if the Hub cannot be reached.
             online = not constants.HF_HUB_OFFLINE
@@ -95,7 +96,7 @@ def fetch_recipes(name: str) -> Path | None:
 
 
 def is_fetched(path: Path) -> bool:
-    """Return whether a recipe folder is one of the Hub, neither a local one nor one of the package."""
+    """Return whether a recipe folder lies on the Hub, and neither on this disk nor in the package."""
     return not os.path.exists(path) and (found := find_shipped(path)) != path and not found.is_relative_to(SHIPPED)
 
 
@@ -118,13 +119,14 @@ def missing_input(arguments: Iterable[Any], config: str) -> Problem | None:
     folder = Path(config).parent
     steps: list[tuple[str, Path]] = []
     for path in sorted(find_shipped(folder).glob("[0-9]*.y*ml")):
-        with contextlib.suppress(UserError):  # the file of another step is wrong
+        # The file of another step may be wrong, which is reported when that step runs.
+        with contextlib.suppress(UserError):
             output = Path(str(read_yaml(str(path)).get("output_dir", "")))
             steps += [(path.stem, output)] if output.parts else []
     missing: dict[str, tuple[str, str]] = {}
     for name in READ:
         for value in (getattr(item, name, None) for item in arguments):
-            for text in filter(None, value if isinstance(value, list) else [value]):
+            for text in filter(None, as_list(value)):
                 writer = next((step for step, output in steps if Path(text).is_relative_to(output)), None)
                 if writer is not None and not os.path.exists(text):
                     missing.setdefault(writer, (name, text))

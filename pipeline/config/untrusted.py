@@ -1,4 +1,4 @@
-"""What a recipe folder of the Hub may say. It is written by somebody else, and runs as soon as it is named.
+"""Check what a recipe folder from the Hub asks for. Somebody else wrote it, and it runs as soon as it is named.
 
 A value is a number, a switch, or a text of one of the fields below; where it names a model or data, they lie on the
 Hub or in the run itself. Everything else is refused: files of this machine, code, pushes, other hosts. People who want
@@ -17,7 +17,7 @@ from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError
 
 FILE = re.compile(r"\d+_.+\.ya?ml|evaluate\.yaml")
-"""Files of a recipe folder that the runner reads, its launch file aside."""
+"""Files of a recipe folder that the runner reads, except for the launch file."""
 
 SOURCES = ("text", "instructions", "problems", "prompts", "pairs")
 """Keys of evaluate.yaml that name data, by an id or by a mapping of fields."""
@@ -49,14 +49,14 @@ WORDS = (
 )  # fmt: skip
 """Fields whose values are words: names of columns, of methods, of layers."""
 
-MAPPINGS = ("chat_template_kwargs", "lr_scheduler_kwargs", "tasks")
-"""Fields whose mappings may contain words; other mappings contain numbers and switches only."""
+MAPPINGS = re.compile(r"(chat_template_kwargs|lr_scheduler_kwargs|tasks)\..+")
+"""What may be a word inside a mapping. Other mappings contain numbers and switches only."""
 
 CHOICES = {"report_to": ("none", "tensorboard"), "vllm_mode": ("colocate",)}
 """Words that send nothing to another host."""
 
 SWITCHES = re.compile(r"push_to_hub|hub_.+|trust_remote_code|allow_unconfined_code|env|.*kernels.*")
-"""Fields that push, run code or change the environment, whatever their value is."""
+"""Fields that push, run code or change the environment with any value."""
 
 PATHS = re.compile(rf"{'|'.join(NAMES)}|.*_(path|dir|file|config|checkpoint)|deepspeed")
 """Fields in which a number is text as well: `dataset_name: 2024` would be a folder of this machine."""
@@ -66,7 +66,7 @@ ADVICE = "download the folder, read it, and run your copy"
 
 
 def check_untrusted(folder: Path) -> list[Problem]:
-    """Return what a downloaded recipe folder says and may not say, and its files that cannot be read."""
+    """Return the values in a downloaded recipe folder that are not allowed, and the files that cannot be read."""
     problems: list[Problem] = []
     contents: dict[str, dict[str, Any]] = {}
     for path in recipe_files(folder):
@@ -89,77 +89,58 @@ def recipe_files(folder: Path) -> list[Path]:
 
 
 def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]:
-    """Yield the values of a field that a recipe of the Hub may not set, each with the reason."""
-    if SWITCHES.fullmatch(key) and value not in (None, False):
+    """Yield the values of a field that a recipe of the Hub may not set, each with the reason.
+
+    What lies in a mapping has the keys of both, such as `generation_kwargs.top_h`. In evaluate.yaml, the fields of a
+    mapping that names data have their own: `problems: {dataset_name: ...}`.
+    """
+    if SWITCHES.fullmatch(key.rpartition(".")[2]) and value not in (None, False):
         shown = ", ".join(map(str, value)) if isinstance(value, Mapping | list) else value
         yield shown, "a recipe of the Hub may not push, run code or set variables of the environment"
     elif isinstance(value, Mapping):
         for inner, item in value.items():
-            if key in SOURCES:
-                yield from _faults(str(inner), item, homes)
-            elif fault := _fault_in_mapping(key, str(inner), item):
-                yield f"{inner}: {item}", fault
+            yield from _faults(str(inner) if key in SOURCES else f"{key}.{inner}", item, homes)
     elif isinstance(value, list):
         for item in value:
             yield from _faults(key, item, homes)
-    elif _is_text(key, value) and (fault := _fault(key, str(value), homes)):
-        yield value, fault
-
-
-def _is_text(key: str, value: Any) -> bool:
-    """Return whether a value is a text, or a number that its field takes as one; a switch is never."""
-    return isinstance(value, str) or (type(value) in (int, float) and bool(PATHS.fullmatch(key)))
-
-
-def _fault_in_mapping(key: str, inner: str, value: Any) -> str | None:
-    """Return why a mapping may not hold this value, or None."""
-    texts = list(_texts(value))
-    if texts and key not in MAPPINGS:
-        return "a recipe of the Hub may only set numbers and switches in this mapping"
-    if SWITCHES.fullmatch(inner) or not all(map(_is_word, texts)):
-        return "a recipe of the Hub may not name files of this machine, or run code"
-    return None
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every string inside a value, the keys of mappings aside."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
+    else:
+        # A switch is a number for Python, and never a text.
+        is_text = isinstance(value, str) or (type(value) in (int, float) and PATHS.fullmatch(key))
+        if is_text and (fault := _fault(key, str(value), homes)):
+            yield value, fault
 
 
 def _fault(key: str, text: str, homes: set[Path]) -> str | None:
     """Return why a recipe of the Hub may not set a field to this text, or None."""
-    if key in TEXTS:
+    if key in TEXTS or (key == "judge" and text == "votes"):
         return None
     if key in FUNCTIONS and ":" in text:
         return "code of the Hub is never run, nor any other function that a recipe of the Hub names"
     if key == "output_dir":
-        if _is_output(text):
-            return None
-        return "a recipe of the Hub may only write to a directory below the current one, such as runs/NAME/2_sft"
+        wrong = "a recipe of the Hub may only write to a directory below the current one, such as runs/NAME/2_sft"
+        return None if _is_output(text) else wrong
     if key in NAMES:
-        in_run = _is_inside(text) and any(Path(text).is_relative_to(home) for home in homes)
-        if in_run or (key == "judge" and text == "votes"):
+        if _is_inside(text) and any(Path(text).is_relative_to(home) for home in homes):
             return None
         if not HUB_ID.fullmatch(text) or ".." in text:
             return "a recipe of the Hub may only read models and data of the Hub (NAME/repo) and of its own run"
-        if os.path.exists(text) or os.path.exists(text.partition("@")[0]):
-            return "is a path on this machine, which a recipe of the Hub may not read"
-        return None
-    if key not in WORDS:
-        return "a recipe of the Hub may not set this field"
+        exists = os.path.exists(text) or os.path.exists(text.partition("@")[0])
+        return "is a path on this machine, which a recipe of the Hub may not read" if exists else None
+    if key not in WORDS and not MAPPINGS.fullmatch(key):
+        return "a recipe of the Hub may not set this field to a text"
     if key in CHOICES and text not in CHOICES[key]:
         return f"a recipe of the Hub may only set it to {' or '.join(CHOICES[key])}"
-    if not _is_word(text) or (key in ("attn_implementation", *FUNCTIONS) and re.search(r"[/\\]|\.ya?ml$", text)):
+    # A word is neither an option nor a path that leaves the current directory. Signs of arithmetic are words.
+    paths = PurePosixPath(text), PureWindowsPath(text)
+    leaves = "://" in text or text.startswith(("~", "-")) or any(path.anchor or ".." in path.parts for path in paths)
+    names_file = key in ("attn_implementation", *FUNCTIONS) and re.search(r"[/\\]|\.ya?ml$", text)
+    if (leaves and text not in ("/", "-")) or names_file:
         return "a recipe of the Hub may not name files of this machine, or run code"
     return None
 
 
 def _is_output(text: str) -> bool:
-    """Return whether a path is that of a directory in the directory of a run."""
+    """Return whether a path leads to a directory in the directory of a run."""
     return _is_inside(text) and len(Path(text).parts) > 1
 
 
@@ -167,12 +148,3 @@ def _is_inside(text: str) -> bool:
     """Return whether a path stays below the current directory, and is neither hidden nor in a hidden folder."""
     parts = text.removeprefix("./").rstrip("/").split("/")
     return all(re.fullmatch(r"\w[^\\:\0]*", part) for part in parts)
-
-
-def _is_word(text: str) -> bool:
-    """Return whether a word is neither an option nor a path that leaves the current directory."""
-    if text in ("/", "-"):  # signs of arithmetic
-        return True
-    if "://" in text or text.startswith(("~", "-")):
-        return False
-    return not any(path.anchor or ".." in path.parts for path in (PurePosixPath(text), PureWindowsPath(text)))

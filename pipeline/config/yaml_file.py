@@ -1,16 +1,10 @@
-"""Read YAML files, and convert their values to the types of the fields that they set."""
+"""Read the YAML files of recipes."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import os
 import re
-import types
-from collections.abc import Iterable
-from dataclasses import is_dataclass
-from enum import Enum
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 
@@ -37,6 +31,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
+        # An alias expands to the value that it refers to, so that nine lines of aliases of aliases make 8^9 values.
+        # No limit on the size of the file prevents that: the values are counted before they are made.
         self._depth += 1
         if self._depth > MAX_DEPTH:
             self._refuse(event, f"nested more than {MAX_DEPTH} deep")
@@ -101,7 +97,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(Problem("--config", path, f"cannot be read ({error.strerror}); give a YAML file")) from None
     except UnicodeDecodeError:
         raise UserError(Problem("--config", path, "is not UTF-8 text; give a YAML file")) from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError for a date or a number that cannot be one
+    except (yaml.YAMLError, ValueError) as error:
+        # PyYAML raises a ValueError for a date or a number that cannot be one.
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
         what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
@@ -109,70 +106,3 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(Problem("--config", path, "must consist of `field: value` lines")) from None
     return content
-
-
-def unknown_field(name: str, value: object, known: Iterable[str]) -> Problem:
-    """Return the problem of a field that no dataclass has, with the nearest name as a suggestion."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    remedy = f"unknown field; did you mean `{nearest[0]}`?" if nearest else "unknown field; see --help for those known"
-    return Problem(name, value, remedy)
-
-
-def describe_type(hint: Any) -> str:
-    """Return a type in words, to follow "must be"."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(describe_type(option) for option in _options(hint))
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(option) for option in get_args(hint))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(str(option.value) for option in hint)
-    if get_origin(hint) is list:
-        return f"a list, each item {describe_type(get_args(hint)[0])}"
-    if is_dataclass(hint):
-        return "null"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
-    return names.get(get_origin(hint) or hint, "of a different type")
-
-
-def _options(union: Any) -> list[Any]:
-    """Return the members of a union, without `None` and without `str` where that only stands for an enumeration."""
-    members = [member for member in get_args(union) if member is not type(None)]
-    named = any(isinstance(member, type) and issubclass(member, Enum) for member in members)
-    return [member for member in members if not (named and member is str)]
-
-
-def convert(value: Any, hint: Any) -> Any:
-    """Convert a value from YAML to the type of its field (1 to 1.0, one item to a list of one).
-
-    Raises:
-        TypeError: If it has a different type.
-    """
-    origin = get_origin(hint) or hint
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = {
-        bool: isinstance(value, bool),
-        int: number and value == value // 1,
-        float: number,
-        str: number or isinstance(value, str),  # `run_name: 2026` means text, whatever YAML takes it for
-        dict: isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")),
-    }
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in get_args(hint):
-            return None
-        # An exact match first: for `int | str`, 5 stays a number.
-        for option in sorted(_options(hint), key=lambda option: type(value) is not (get_origin(option) or option)):
-            with contextlib.suppress(TypeError):
-                return convert(value, option)
-    elif origin is list:
-        if value is not None:
-            return [convert(item, get_args(hint)[0]) for item in (value if isinstance(value, list) else [value])]
-    elif origin is Literal:
-        if value in get_args(hint):
-            return value
-    elif isinstance(origin, type) and issubclass(origin, Enum):
-        if value in [option.value for option in origin]:
-            return value
-    # Neither YAML nor a text is an instance of a dataclass, such as accelerate's `ParallelismConfig`.
-    elif fits.get(origin, not is_dataclass(origin)):
-        return origin(value) if origin in (int, str) else value
-    raise TypeError(f"must be {describe_type(hint)}")

@@ -20,11 +20,11 @@ def full_id(repo_id: str | None, output_dir: str | Path) -> str:
     """Return the id of the repository that an output directory is pushed to, with its namespace.
 
     Args:
-        repo_id: `NAME/repo`; or `repo`, which is the user's own. Default: the name of the directory.
+        repo_id: `NAME/repo`; or `repo`, in the user's own namespace. Default: the name of the directory.
         output_dir: The directory.
 
     Raises:
-        PUSH_ERRORS: If the user's name is needed, and the Hub does not tell it.
+        PUSH_ERRORS: If the user's name is needed, and the Hub does not return it.
     """
     name = repo_id or Path(output_dir).absolute().name
     return name if "/" in name else f"{retry(lambda: whoami(cache=True))['name']}/{name}"
@@ -39,7 +39,7 @@ def check_access(
         repo_ids: The repositories, each with its namespace or the user's own.
         field: Argument that asks for the push, for messages.
         repo_type: "model", "dataset" or "space".
-        token: The token. Default: that of `hf auth login` or HF_TOKEN.
+        token: The token. Default: the one of `hf auth login`, or HF_TOKEN.
 
     Returns:
         At most one problem: the first repository to which it may not write, or why that could not be found out.
@@ -66,12 +66,14 @@ def _find_fault(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: st
     namespace, token = repo_id.split("/")[0], (user.get("auth") or {}).get("accessToken") or {}
     try:
         retry(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
-        if token.get("role") != "read":  # of which a Hub may answer that it may read
+        # Some Hubs answer that a token may write although it may only read.
+        if token.get("role") != "read":
             return None
         status = 200
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if status not in (403, 404, 405, 501):  # it does not exist, or this Hub does not answer that question
+        # The repository does not exist, or this Hub does not answer that question.
+        if status not in (403, 404, 405, 501):
             raise
     roles = {org["name"]: org.get("roleInOrg", "write") for org in user.get("orgs") or []} | {user["name"]: "admin"}
     if namespace not in roles:
@@ -79,15 +81,11 @@ def _find_fault(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: st
         return f"belongs to {namespace}, and the token to {user['name']}; push to {own}"
     if token.get("role") == "read":
         return "the token may only read; make one that may write, and log in with `hf auth login`"
-    if token.get("role") == "fineGrained" and not (scopes := _writable(token)) & {repo_id, namespace}:
-        known = ", ".join(sorted(scopes)) or "nothing"
+    scopes = token.get("fineGrained", {}).get("scoped", [])
+    writable = {scope["entity"]["name"] for scope in scopes if "repo.write" in scope.get("permissions", [])}
+    if token.get("role") == "fineGrained" and not writable & {repo_id, namespace}:
+        known = ", ".join(sorted(writable)) or "nothing"
         return f"the token may write to {known} only; push there, or make a token that may write to {namespace}"
     if status == 403 or roles[namespace] not in WRITING_ROLES:
         return f"the token of {user['name']} may not write to it; use one that may"
     return None
-
-
-def _writable(token: Mapping[str, Any]) -> set[str]:
-    """Return the users, organizations and repositories that a fine-grained token may write to."""
-    scopes = token.get("fineGrained", {}).get("scoped", [])
-    return {scope["entity"]["name"] for scope in scopes if "repo.write" in scope.get("permissions", [])}

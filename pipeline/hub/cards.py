@@ -1,34 +1,36 @@
-"""The card of a model: what a reader of its repository on the Hub sees."""
+"""The cards of what is pushed: what a reader of a repository on the Hub sees. Their text is in `templates/`."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, DatasetCard, EvalResult, ModelCard, ModelCardData, SpaceCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from safetensors import safe_open
 
-from pipeline.files import read_json, split_revision
-from pipeline.hub.contents import places, public_settings, without_paths
-from pipeline.hub.stages import GENERAL, registration, uses
+from pipeline.errors import Problem, UserError
+from pipeline.files import STATE, as_list, read_json, read_shapes, split_revision
+from pipeline.hub.published_files import places, public_settings, without_paths
 from pipeline.stages import BASELINES, HELD_OUT, STAGES, StageKind
 
 Values = Mapping[str, Any]
 
 CRITIC = "value_model"
-SAMPLES = 4
-LONGEST_SAMPLE = 400
+"""Folder of a policy that holds its critic."""
+
+SAMPLES, LONGEST_SAMPLE = 4, 400
+"""Answers that a card shows, and the characters of the longest one."""
 
 
 @dataclass
 class Trained:
-    """What the card of a model is made from; whatever is missing is left out of the card.
+    """What the card of a model is made from. The card omits what is missing.
 
     Attributes:
         folder: Its folder.
@@ -68,7 +70,7 @@ class Trained:
 
     @property
     def stage(self) -> str:
-        """Name of its directory, by which metrics.json calls it."""
+        """Name of its directory, which is its name in metrics.json."""
         return self.folder.name
 
     @property
@@ -91,78 +93,111 @@ class Trained:
         if not isinstance(name, str) or not name:
             return None
         name, _ = split_revision(name)
-        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-        return self.ids.get(name) or (name if is_id and not self._is_output(name) else None)
-
-    def _is_output(self, name: str) -> bool:
-        """Return whether a name is that of another directory of the run, which need not exist on this machine."""
+        # Another directory of the run need not exist on this machine.
         home = Path(str(self.settings.get("output_dir") or ".")).parent
-        return home != Path() and Path(name).is_relative_to(home)
+        is_output = home != Path() and Path(name).is_relative_to(home)
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() and not is_output
+        return self.ids.get(name) or (name if is_id else None)
 
-    @property
-    def datasets(self) -> list[str]:
-        """Ids of the data sets that it was trained on."""
-        names = self.settings.get("dataset_name")
-        return [found for name in (names if isinstance(names, list) else [names]) if (found := self.on_hub(name))]
+    def all_on_hub(self, setting: str) -> list[str]:
+        """Return the ids of what a setting names, which may be one thing or a list."""
+        found = map(self.on_hub, as_list(self.settings.get(setting)))
+        return [name for name in found if name is not None]
+
+
+def _render(template: str, data: CardData, **values: Any) -> str:
+    """Return a card: its metadata, and the text of a file in `templates/`."""
+    environment = Environment(
+        loader=PackageLoader("pipeline.hub"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "fenced": fenced,
+        "figure": _figure,
+        "json": lambda text: json.dumps(text, ensure_ascii=False),
+        "link": lambda name, kind="": f"[{name}](https://huggingface.co/{kind}{name})",
+    }
+    return f"---\n{data.to_yaml()}\n---\n\n{environment.get_template(template).render(values)}"
+
+
+def fenced(code: str, language: str) -> str:
+    """Return a block of code in Markdown, whose fence is longer than any in the code."""
+    longest = max(map(len, re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code.strip()}\n{fence}"
+
+
+def _figure(entry: Any) -> str:
+    """Return a metric and its interval, empty if the entry has no number."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), int | float):
+        return ""
+    digits = 3 if abs(entry["value"]) < 10 else 1
+    shown, ends = f"{entry['value']:.{digits}f}", entry.get("ci95")
+    if isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends):
+        shown += f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    return shown
 
 
 def model_card(trained: Trained) -> str:
     """Return the README.md of a model."""
-    about, settings = trained.about, trained.settings
-    base = trained.on_hub(settings.get("model_name_or_path"))
-    results = list(_results(trained))
-    text, title = about.card, about.name.lower()
+    about, settings, config = trained.about, trained.settings, trained.config
+    own = dict(_estimates(trained))
+    results = [_result(trained, metric, entry) for metric, entry in own.items()]
+    base, datasets = trained.on_hub(settings.get("model_name_or_path")), trained.all_on_hub("dataset_name")
+    title = trained.name.rsplit("/", 1)[-1]
     data = ModelCardData(
         base_model=base,
-        datasets=trained.datasets or None,
+        datasets=datasets or None,
         eval_results=results or None,
         language=trained.language,
         library_name="peft" if trained.adapter else "transformers",
         license=trained.license,
-        model_name=trained.name.rsplit("/", 1)[-1] if results else None,
+        model_name=title if results else None,
         pipeline_tag="text-generation" if about.generates else "text-classification",
-        tags=["fourstage", *text.tags],
+        tags=["fourstage", *about.card.tags],
     )
     answers = _answers(trained, "answers", "prompt")
-    prompt = answers[0][0] if answers else "What is an LLM?"
+    # The settings as the YAML file has them, with the ids of what was pushed.
+    shown = rename(public_settings(settings), trained.ids)
+    steps = read_json(trained.folder / STATE).get("global_step")
+    weights = trained.folder.glob("*.safetensors")
     number = re.match(r"\d+", trained.stage)
-    stage = f"**Stage {number.group()}, {title}.** " if number else f"**{title.capitalize()}.** "
-    body = (
-        _environment()
-        .get_template("model.md.jinja")
-        .render(
-            title=data.model_name or trained.name.rsplit("/", 1)[-1],
-            summary=stage + text.summary,
-            facts=dict(_facts(trained, base)),
-            uses=uses(trained.kind, trained.name, bool(trained.adapter), prompt, registration(trained.config)),
-            report=trained.report,
-            table=_table(trained),
-            remarks=list(_remarks(trained)),
-            samples=_samples(trained),
-            how=text.how,
-            settings=_yaml(trained),
-            command=trained.command,
-            circumstances=dict(_circumstances(trained)),
-            limits=[text.limit, GENERAL],
-        )
+    card = _render(
+        "model.md.jinja",
+        data,
+        base=base,
+        columns=_columns(trained, own),
+        datasets=datasets,
+        critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
+        entries=own,
+        imports=_registration(config),
+        labels=_inner(trained.metrics, "metrics"),
+        parameters=sum(math.prod(shape) for file in weights for shape in read_shapes(file).values()),
+        prompt=answers[0][0] if answers else "What is an LLM?",
+        remarks=list(_remarks(trained, own)),
+        reward_models=trained.all_on_hub("reward_model_path"),
+        samples=(answers[:SAMPLES] + _answers(trained, "traces", "problem")[: SAMPLES // 2]),
+        longest=LONGEST_SAMPLE,
+        stage=f"Stage {number.group()}, {about.name.lower()}." if number else f"{about.name.capitalize()}.",
+        start=Path(str(settings.get("model_name_or_path") or "")).name,
+        steps=steps if isinstance(steps, int) else 0,
+        title=title,
+        tokens=_inner(trained.metrics, "tokens").get(trained.stage),
+        trained=trained,
+        yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else "",
     )
-    card = f"---\n{data.to_yaml()}\n---\n\n{body}"
     return str(ModelCard(without_paths(card, places(trained.folder))))
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("pipeline.hub"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["fenced"] = fenced
-    return environment
+def _registration(config: Values) -> str:
+    """Return the class of a classifier that transformers does not have, and that `pipeline.models` registers."""
+    import transformers
 
-
-def fenced(code: str, language: str) -> str:
-    """Return a block of code in Markdown, whatever it contains."""
-    longest = max(map(len, re.findall("`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{code}\n{fence}"
+    known = dir(transformers)
+    return next((name for name in config.get("architectures") or () if name not in known), "")
 
 
 def rename(value: Any, ids: Mapping[str, str]) -> Any:
@@ -174,66 +209,6 @@ def rename(value: Any, ids: Mapping[str, str]) -> Any:
     return ids.get(value, value) if isinstance(value, str) else value
 
 
-def _yaml(trained: Trained) -> str:
-    """Return the settings of a stage as its YAML file has them, with the ids of what was pushed."""
-    settings = rename(public_settings(trained.settings), trained.ids)
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip() if settings else ""
-
-
-def _facts(trained: Trained, base: str | None) -> Iterator[tuple[str, str]]:
-    start = trained.settings.get("model_name_or_path")
-    if base:
-        yield "Trained from", f"[{base}](https://huggingface.co/{base})"
-    elif start:
-        yield "Trained from", f"`{Path(str(start)).name}`, which was not pushed"
-    elif trained.about.from_scratch:
-        yield "Trained from", "random weights"
-    if found := trained.datasets:
-        config = trained.settings.get("dataset_config")
-        links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in found)
-        yield "Data", links + (f", configuration `{config}`" if config else "")
-    rewards = trained.settings.get("reward_model_path")
-    for reward in rewards if isinstance(rewards, list) else [rewards]:
-        if found_reward := trained.on_hub(reward):
-            yield STAGES["reward"].name, f"[{found_reward}](https://huggingface.co/{found_reward})"
-    if names := trained.settings.get("reward_funcs"):
-        yield "Reward functions", ", ".join(f"`{name}`" for name in ([names] if isinstance(names, str) else names))
-    parameters = count_parameters(trained.folder)
-    if parameters:
-        yield "Parameters", f"{parameters:,}" + (" (the adapter)" if trained.adapter else "")
-    config = trained.config
-    if config.get("model_type"):
-        context = config.get("max_position_embeddings")
-        yield "Architecture", f"{config['model_type']}" + (f", context of {context} tokens" if context else "")
-    if (trained.folder / CRITIC).is_dir():
-        yield "Critic", f"in `{CRITIC}/`, for resuming PPO or starting another one"
-
-
-def count_parameters(folder: Path) -> int:
-    """Return the number of weights in a folder's safetensors files."""
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            for key in file.keys():  # noqa: SIM118 (it is not a mapping)
-                size = 1
-                for length in file.get_slice(key).get_shape():
-                    size *= length
-                total += size
-    return total
-
-
-def _estimates(trained: Trained) -> Iterator[tuple[str, Values]]:
-    """Yield the metrics of a stage that have a value, those of lm-eval included."""
-    for above in (("stages",), ("other", "lm_eval")):
-        for metric, entry in _inner(trained.metrics, *above, trained.stage).items():
-            if isinstance(entry, Mapping) and isinstance(entry.get("value"), int | float) and isfinite(entry["value"]):
-                yield metric, entry
-
-
-def _label(trained: Trained, metric: str) -> str:
-    return str(_inner(trained.metrics, "metrics", metric).get("label", metric.replace("_", " ")))
-
-
 def _inner(values: Any, *keys: str) -> Values:
     """Return a mapping inside mappings, empty if it is missing or, as in a damaged file, something else."""
     for key in keys:
@@ -241,67 +216,57 @@ def _inner(values: Any, *keys: str) -> Values:
     return values if isinstance(values, Mapping) else {}
 
 
+def _estimates(trained: Trained) -> Iterator[tuple[str, Values]]:
+    """Yield the metrics of a stage that have a value, including the metrics of lm-eval."""
+    for above in (("stages",), ("other", "lm_eval")):
+        for metric, entry in _inner(trained.metrics, *above, trained.stage).items():
+            value = entry.get("value") if isinstance(entry, Mapping) else None
+            if isinstance(value, int | float) and math.isfinite(value):
+                yield metric, entry
+
+
 def _answers(trained: Trained, key: str, question: str) -> list[tuple[str, str]]:
     """Return what an evaluation recorded under a key: each question with its answer."""
     found = trained.evaluation.get(key)
-    records = [record for record in found if isinstance(record, Mapping)] if isinstance(found, list) else []
-    return [(str(one[question]), str(one["answer"])) for one in records if {question, "answer"} <= set(one)]
+    records = found if isinstance(found, list) else []
+    whole = (one for one in records if isinstance(one, Mapping) and {question, "answer"} <= set(one))
+    return [(str(one[question]), str(one["answer"])) for one in whole]
 
 
-def _results(trained: Trained) -> Iterator[EvalResult]:
-    """Yield what the Hub shows of a model's metrics. It has no field for intervals; they are among the arguments."""
-    for metric, entry in _estimates(trained):
-        key = next((key for key, held_out in HELD_OUT.items() if metric.startswith(held_out.metrics)), "")
-        source = trained.measured_on.get(key) or {}
-        name = source.get("dataset_name")
-        name = ", ".join(name) if isinstance(name, list) else name
-        shown = trained.on_hub(name) or Path(str(name or "held-out data")).name
-        task, colon, own = metric.partition(":")  # of lm-eval
-        yield EvalResult(
-            task_type="text-generation" if trained.about.generates else "text-classification",
-            dataset_type=task if colon else shown,
-            dataset_name=task if colon else shown.rsplit("/", 1)[-1],
-            dataset_config=source.get("dataset_config"),
-            dataset_split=None if colon else "test_longer" if metric.endswith("_longer") else "test",
-            metric_type=own or metric,
-            metric_name=_label(trained, metric),
-            metric_value=entry["value"],
-            metric_args={key: entry[key] for key in ("ci95", "n") if entry.get(key) is not None} or None,
-        )
+def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
+    """Return what the Hub shows of a metric. It has no field for intervals; they are among the arguments."""
+    key = next((key for key, held_out in HELD_OUT.items() if metric.startswith(held_out.metrics)), "")
+    source = trained.measured_on.get(key) or {}
+    name = source.get("dataset_name")
+    name = ", ".join(name) if isinstance(name, list) else name
+    shown = trained.on_hub(name) or Path(str(name or "held-out data")).name
+    # A metric of lm-eval is named `task:metric`.
+    task, colon, own = metric.partition(":")
+    return EvalResult(
+        task_type="text-generation" if trained.about.generates else "text-classification",
+        dataset_type=task if colon else shown,
+        dataset_name=task if colon else shown.rsplit("/", 1)[-1],
+        dataset_config=source.get("dataset_config"),
+        dataset_split=None if colon else "test_longer" if metric.endswith("_longer") else "test",
+        metric_type=own or metric,
+        metric_name=str(_inner(trained.metrics, "metrics", metric).get("label", metric.replace("_", " "))),
+        metric_value=entry["value"],
+        metric_args={key: entry[key] for key in ("ci95", "n") if entry.get(key) is not None} or None,
+    )
 
 
-def _table(trained: Trained) -> str:
-    """Return the metrics of a stage beside those of the stage before it and of the baselines that have them."""
-    own = dict(_estimates(trained))
+def _columns(trained: Trained, own: Values) -> dict[str, Values]:
+    """Return the columns of the table: the stage, the stage before it, and the baselines with the same metrics."""
     stages, baselines = _inner(trained.metrics, "stages"), _inner(trained.metrics, "baselines")
     before = Path(str(trained.settings.get("model_name_or_path") or "0_random")).name
-    columns = {f"`{trained.stage}`": own}
-    if before != trained.stage and set(own) & set(_inner(stages, before)):
-        columns[f"`{before}`"] = stages[before]
-    columns |= {f"{name} (baseline)": baselines[name] for name in baselines if set(own) & set(_inner(baselines, name))}
-    if not own:
-        return ""
-    lines = [["metric", *columns, "rows"], ["---"] + ["---:"] * (len(columns) + 1)]
-    for metric, entry in own.items():
-        cells = [_figure(found.get(metric)) for found in columns.values()]
-        better = _inner(trained.metrics, "metrics", metric).get("better")
-        label = _label(trained, metric).replace("|", "\\|") + {"up": " ↑", "down": " ↓"}.get(str(better), "")
-        lines.append([label, *cells, str(entry.get("n") or "")])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    columns = {f"`{trained.stage}`": own, f"`{before}`": _inner(stages, before)}
+    columns |= {f"{name} (baseline)": _inner(baselines, name) for name in baselines}
+    return {name: found for name, found in columns.items() if set(own) & set(found)}
 
 
-def _figure(entry: Any) -> str:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), int | float):
-        return ""
-    digits = 3 if abs(entry["value"]) < 10 else 1
-    shown, ends = f"{entry['value']:.{digits}f}", entry.get("ci95")
-    if isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends):
-        shown += f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
-    return shown
-
-
-def _remarks(trained: Trained) -> Iterator[str]:
-    own, against = dict(_estimates(trained)), trained.evaluation.get("against") or "the stage before it"
+def _remarks(trained: Trained, own: Values) -> Iterator[str]:
+    """Yield what a reader of the metrics `own` has to know: baselines, judges, and answers that were cut off."""
+    against = trained.evaluation.get("against") or "the stage before it"
     for name, entry in _inner(trained.metrics, "baselines").items():
         if isinstance(entry, Mapping) and set(own) & set(entry) and name in BASELINES:
             yield f"{name}: " + BASELINES[name].card.format(against=against, text=entry.get("text", ""))
@@ -315,30 +280,71 @@ def _remarks(trained: Trained) -> Iterator[str]:
         yield from map(str, left_out)
 
 
-def _samples(trained: Trained) -> str:
-    """Return some prompts and problems, each with the model's answer."""
-    pairs = _answers(trained, "answers", "prompt")[:SAMPLES]
-    pairs += _answers(trained, "traces", "problem")[: SAMPLES // 2]
-    shown = [
-        f"> {prompt.strip()}\n{answer[:LONGEST_SAMPLE].strip()}{' …' * (len(answer) > LONGEST_SAMPLE)}"
-        for prompt, answer in pairs
-    ]
-    return "\n\n".join(shown)
+def base_card(name: str, trained: Trained) -> str:
+    """Return the README.md of the base model `name` of an adapter, if it was merged from an earlier adapter."""
+    start = trained.on_hub(trained.settings.get("model_name_or_path"))
+    data = ModelCardData(
+        base_model=start,
+        license=trained.license,
+        library_name="transformers",
+        tags=["fourstage", *trained.about.card.tags],
+    )
+    card = _render("base.md.jinja", data, title=name.rsplit("/", 1)[-1], adapter=trained.name, start=start)
+    return str(ModelCard(card))
 
 
-def _circumstances(trained: Trained) -> Iterator[tuple[str, str]]:
-    state = read_json(trained.folder / "trainer_state.json")
-    if isinstance(steps := state.get("global_step"), int) and steps > 0:
-        yield "Optimizer steps", f"{steps:,}"
-    if isinstance(tokens := _inner(trained.metrics, "tokens").get(trained.stage), int) and tokens:
-        yield "Tokens", f"{tokens:,}"
-    if trained.seconds and trained.seconds >= 1:
-        yield "Time", f"{trained.seconds:,.0f} s"
-    hardware = trained.machine.get("hardware") or {}
-    if hardware:
-        parts = (hardware.get("gpu"), hardware.get("processor"), f"{hardware['cores']} cores" * ("cores" in hardware))
-        yield "Hardware", ", ".join(filter(None, [*parts, hardware.get("system")]))
-    if versions := trained.machine.get("versions"):
-        yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
-    if commit := trained.machine.get("commit"):
-        yield "Commit", f"`{commit}`"
+def critic_card(name: str, config: Values) -> str:
+    """Return the README.md of the critic inside the repository `name` of a policy.
+
+    Args:
+        name: The repository.
+        config: The critic's configuration; empty if it is an adapter.
+    """
+    data = ModelCardData(library_name="transformers" if config else "peft", tags=["fourstage", "critic", "ppo"])
+    title, imports = name.rsplit("/", 1)[-1], _registration(config)
+    card = _render("critic.md.jinja", data, name=name, title=title, folder=CRITIC, whole=bool(config), imports=imports)
+    return str(ModelCard(card))
+
+
+def load_card(folder: Path) -> DatasetCard:
+    """Return the card of a folder of data, empty if it has none.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    path = folder / "README.md"
+    try:
+        return DatasetCard.load(path) if path.exists() else DatasetCard("---\n{}\n---\n")
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(Problem("RUN", path, f"cannot be read as a data card ({reason}); correct it")) from None
+
+
+def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any = None) -> str:
+    """Return the README.md of a folder of data, with its licence, tags and how to load it.
+
+    Args:
+        folder: The folder. The text of its own card is kept.
+        name: Id of its repository.
+        ids: Repositories of the other outputs of the run, which the text may name, by the names of their directories.
+        license: Its licence. Default: the one that its own card names.
+    """
+    card = load_card(folder)
+    card.data.license = license or card.data.license
+    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), "fourstage"]))
+    card.data.task_categories = card.data.task_categories or ["text-generation"]
+    configs = [config["config_name"] for config in card.data.get("configs") or []]
+    text = card.text.strip() or f"# {name.rsplit('/', 1)[-1]}"
+    for output, found in ids.items():
+        text = re.sub(rf"(?<![\w/.~-])[\w/.~-]*/{re.escape(output)}(?![\w/-])", found, text)
+    chosen = configs[0] if configs and configs != ["default"] else ""
+    return without_paths(_render("data.md.jinja", card.data, text=text, name=name, config=chosen), places(folder))
+
+
+def space_card(title: str, models: Sequence[str], datasets: Sequence[str]) -> str:
+    """Return the README.md of a static Space that shows a report."""
+    data = SpaceCardData(
+        title=title, sdk="static", app_file="index.html", emoji="📈", colorFrom="blue", colorTo="indigo", pinned=False,
+        models=list(models), datasets=list(datasets), tags=["fourstage"],
+    )  # fmt: skip
+    return _render("space.md.jinja", data, title=title, models=models)

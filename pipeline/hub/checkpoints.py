@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from pipeline.errors import Problem, UserError
-from pipeline.files import split_revision
+from pipeline.files import STATE, read_json, split_revision
 from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 
 LAST = "last-checkpoint"
@@ -26,7 +25,7 @@ def fetch_checkpoints(name: str, field: str) -> list[Path]:
         field: Argument that named it, for messages.
 
     Returns:
-        Its folder, and after it that of the best checkpoint so far if the repository has it as well.
+        Its folder, followed by the folder of the best checkpoint so far if the repository has it as well.
 
     Raises:
         UserError: If there is no such repository or no checkpoint in it, or if it cannot be downloaded.
@@ -40,30 +39,17 @@ def fetch_checkpoints(name: str, field: str) -> list[Path]:
     try:
         validate_repo_id(repo_id)
         paths = retry(lambda: [item.path for item in HfApi().list_repo_tree(repo_id, revision=revision)])
-        newest = _newest(paths)
+        numbered = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path)]
+        newest = LAST if LAST in paths else max(numbered, key=lambda path: int(path.partition("-")[2]), default=None)
         if newest is None:
             remedy = "is neither a folder nor a repository with a checkpoint; push one with hub_strategy checkpoint"
             raise UserError(Problem(field, name, remedy))
         found = download(newest)
-        best = _best(found)
-        return [found, download(best)] if best is not None and best in paths and best != newest else [found]
+        # Resuming validates the state, and so it may be damaged here.
+        best = Path(str(read_json(found / STATE).get("best_model_checkpoint") or "")).name
+        return [found, download(best)] if best in paths and best != newest else [found]
     except HFValidationError as error:
         raise UserError(Problem(field, name, f"is neither a folder nor an id on the Hub ({error})")) from error
     except PUSH_ERRORS as error:
         remedy = f"is not a folder, and cannot be downloaded: {explain(error, repo_id)}"
         raise UserError(Problem(field, name, remedy)) from error
-
-
-def _newest(paths: list[str]) -> str | None:
-    """Return the folder of the newest checkpoint among the paths at the top of a repository, or None."""
-    steps = {int(match[1]): path for path in paths if (match := re.fullmatch(r"checkpoint-(\d+)", path))}
-    return LAST if LAST in paths else steps[max(steps)] if steps else None
-
-
-def _best(checkpoint: Path) -> str | None:
-    """Return the folder of the best checkpoint so far, as a checkpoint's state names it, or None."""
-    try:
-        named = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"]
-    except (OSError, ValueError, LookupError, TypeError):  # it is validated later
-        return None
-    return Path(str(named)).name if named else None

@@ -6,7 +6,7 @@
     python -m pipeline push runs/mine/2_sft --repo_id alice/mine
 
 Each stage becomes a model repository, `alice/pocket-2_sft`; data become data sets, the report a static Space, and a
-collection ties them together. A second push uploads only what has changed and deletes whatever else a repository
+collection ties them together. A second push uploads only what has changed and deletes what else a repository
 holds, but for checkpoints; one that was interrupted goes on. The last form pushes a single output directory.
 """
 
@@ -22,7 +22,10 @@ from pipeline.errors import EXIT_PUSH_FAILED, Problem, RunStopped, UserError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from pipeline.hub.outputs import Repository
+    from pipeline.hub.repositories import Repository
+
+UNKNOWN_REQUEST = (404, 405, 501)
+"""Statuses with which a Hub answers a request that it does not know, such as one for Spaces or collections."""
 
 LONGEST_TITLE = 60
 """Characters that the Hub allows in the title of a collection."""
@@ -39,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="let nobody else see the repositories")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; it is created (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open pull requests instead of writing to main")
-    meaning = "licence of the models and data, such as apache-2.0 (default: that of the data, if their card names one)"
+    meaning = (
+        "licence of the models and data, such as apache-2.0 (default: the licence that the card of the data names)"
+    )
     parser.add_argument("--license", metavar="ID", help=meaning)
     meaning = "also push the weights of each checkpoint, to a branch such as step-1000"
     parser.add_argument("--checkpoints", action="store_true", help=meaning)
@@ -57,14 +62,16 @@ def main(args: argparse.Namespace) -> int:
     from huggingface_hub.utils import disable_progress_bars, logging
 
     from pipeline.hub.access import check_access, full_id
-    from pipeline.hub.outputs import Outputs, is_data, names_of_people
+    from pipeline.hub.repositories import Outputs, is_data, names_of_people
     from pipeline.hub.upload import PUSH_ERRORS
 
     if problems := _check(args):
         raise UserError(*problems)
-    logging.set_verbosity_error()  # the client reports each request that it repeats in two lines
+    # The client would report each request that it repeats in two lines.
+    logging.set_verbosity_error()
     api = HfApi(library_name="fourstage")
-    if args.repo_id and "/" not in args.repo_id and not args.dry_run:  # the user's own
+    # A name without a namespace is in the user's own.
+    if args.repo_id and "/" not in args.repo_id and not args.dry_run:
         if problems := check_access([], "--repo_id"):
             raise UserError(*problems)
         args.repo_id = full_id(args.repo_id, args.run)
@@ -97,7 +104,8 @@ def main(args: argparse.Namespace) -> int:
             print(f"{name} is an adapter of {base.name}, which is not on the Hub: push that as well.", file=sys.stderr)
     disable_progress_bars()
     report = next((item for item in repositories if item.type == "space"), None)
-    if report is not None and not any(_push(api, report, args) for _ in range(2)):  # one 404 may be an accident
+    # A single 404 may be an accident.
+    if report is not None and not any(_push(api, report, args) for _ in range(2)):
         # The report is pushed first, because it goes into the last model where there are no Spaces.
         repositories.remove(report)
         last = repositories[-1]
@@ -183,7 +191,7 @@ def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> bool:
             done = f"{len(changed)} files pushed" if changed else "up to date"
             print(f"{where}{f', branch {branch}' if branch else ''}: {done}", flush=True)
     except PUSH_ERRORS as error:
-        if item.type == "space" and _is_missing(error):
+        if item.type == "space" and _status(error) in UNKNOWN_REQUEST:
             return False
         raise _stopped(where, error, item.id) from error
     return True
@@ -200,17 +208,13 @@ def _stopped(what: str, error: BaseException, repo_id: str) -> RunStopped:
     )
 
 
-def _is_missing(error: BaseException) -> bool:
-    """Return whether a Hub answers that it does not know such a request."""
-    return _status(error) in (404, 405, 501)
-
-
 def _status(error: BaseException) -> int | None:
+    """Return the status of the Hub's answer that an error is about, if there was one."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: list[Repository]) -> None:
-    """Put the repositories into the collection of the run, which is created if it does not exist."""
+    """Add the repositories to the collection of the run, and create that if it does not exist."""
     from pipeline.hub.upload import PUSH_ERRORS, retry
 
     def attempt() -> str:
@@ -230,14 +234,15 @@ def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: lis
         try:
             slug = retry(attempt)
         except PUSH_ERRORS as error:
-            if not _is_missing(error):
+            if _status(error) not in UNKNOWN_REQUEST:
                 raise
-            slug = retry(attempt)  # one 404 may be an accident
+            # A single 404 may be an accident.
+            slug = retry(attempt)
         print(f"collection: {slug}")
     except PUSH_ERRORS as error:
         # A token for some repositories only, or the namespace of somebody else.
         is_refused = (args.stage is not None or args.create_pr) and _status(error) == 403
-        if not (is_refused or _is_missing(error)):
+        if not is_refused and _status(error) not in UNKNOWN_REQUEST:
             raise _stopped(f"The collection {title}", error, args.namespace) from error
         reason = "The token may not write to collections" if is_refused else "This Hub has no collections"
         print(f"{reason}: the repositories are not tied together.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Push files to a repository on the Hub: each file once, whatever the network does meanwhile."""
+"""Push files to a repository on the Hub, each file once, over a network that may fail at any request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.sha import git_hash
 
-from pipeline.hub.contents import Files
+from pipeline.hub.published_files import Files
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ TIMEOUT = 60.0
 
 
 def is_replaced(path: str) -> bool:
-    """Return whether the push of a model replaces a path: any but those of its checkpoints and of Git."""
+    """Return whether the push of a model replaces a path: all but checkpoints and the files of Git."""
     return not path.startswith((".git", "last-checkpoint/", "checkpoint-"))
 
 
@@ -83,59 +83,38 @@ def push(
     Raises:
         PUSH_ERRORS: If it still fails after some attempts, for the reason that `explain` gives.
     """
+    # Any request may fail, and even a request that succeeded may seem to have failed, because its answer was lost. An
+    # attempt therefore trusts nothing that an earlier one has done, but compares the branch with the files anew:
+    #
+    #     look up the branch --- missing ---> create it, and look again
+    #          |
+    #     compare sizes and hashes --- equal ---> done, also if an earlier attempt made the commit and never heard of it
+    #          |
+    #     upload what differs, and commit on top of `parent` --- somebody else committed ---> 409 or 412, try again
     changed: dict[str, None] = {}
 
     def attempt() -> bool:
         """Return whether the branch holds the files; if not, something that they need was created."""
         branch = _open_pull_request(api, repo_id, repo_type, message) if create_pr else revision
-        parent = None
-        try:
-            info = api.repo_info(repo_id, revision=branch, repo_type=repo_type)
-            parent = info.sha
-            if private and not info.private:
-                api.update_repo_settings(repo_id, private=True, repo_type=repo_type)
-            tree = api.list_repo_tree(repo_id, recursive=True, revision=branch, repo_type=repo_type)
-            remote = {item.path: item for item in tree if isinstance(item, RepoFile)}
-        except RemoteEntryNotFoundError:  # an empty repository
-            remote = {}
-        except RevisionNotFoundError:
-            if revision is None:
-                raise
-            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        found = _read_branch(api, repo_id, repo_type, branch, revision, private)
+        if found is None:
             return False
-        except HfHubHTTPError as error:
-            is_unknown = isinstance(error, RepositoryNotFoundError)
-            if not is_unknown and error.response.status_code != 404:
-                raise
-            sdk = "static" if repo_type == "space" else None
-            with contextlib.suppress(KeyError):  # of the client, if a conflict (409) does not name the repository
-                api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True, space_sdk=sdk)
-            if revision is not None and not is_unknown:  # the Hub did not say what is missing
-                api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-            return False
+        parent, remote = found
         stale = [path for path in remote if path not in files and replaces(path)]
-        new = [
-            addition
-            for path, content in files.items()
-            if not _is_same(addition := CommitOperationAdd(path, _source(content)), remote.get(path))
-        ]
+        new = []
+        for path, content in files.items():
+            addition = CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
+            if not _is_same(addition, remote.get(path)):
+                new.append(addition)
         changed.update(dict.fromkeys([*(item.path_in_repo for item in new), *stale]))
         if new or stale:
-            operations = [*new, *(CommitOperationDelete(path) for path in stale)]
+            where: dict[str, Any] = {"repo_type": repo_type, "revision": branch, "create_pr": create_pr and not branch}
             # Files of the same content are uploaded once: `create_commit` alone would upload each.
             distinct = {addition.upload_info.sha256: addition for addition in new}
             if len(distinct) < len(new):
-                where = {"repo_type": repo_type, "revision": branch, "create_pr": create_pr and branch is None}
                 api.preupload_lfs_files(repo_id, list(distinct.values()), free_memory=False, **where)
-            api.create_commit(
-                repo_id,
-                operations,
-                commit_message=message,
-                repo_type=repo_type,
-                revision=branch,
-                create_pr=create_pr and branch is None,
-                parent_commit=parent,
-            )
+            operations = [*new, *map(CommitOperationDelete, stale)]
+            api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent, **where)
         return True
 
     for _ in range(5):
@@ -157,8 +136,50 @@ def _open_pull_request(api: HfApi, repo_id: str, repo_type: str, title: str) -> 
     return None
 
 
-def _source(content: Path | bytes) -> str | bytes:
-    return content if isinstance(content, bytes) else str(content)
+def _read_branch(
+    api: HfApi, repo_id: str, repo_type: str, branch: str | None, revision: str | None, private: bool
+) -> tuple[str | None, dict[str, RepoFile]] | None:
+    """Look up what a branch holds, and make the repository private if that is asked for.
+
+    Args:
+        api: The client.
+        repo_id: The repository.
+        repo_type: "model", "dataset" or "space".
+        branch: The branch or open pull request that is read. Default: "main".
+        revision: The branch that may be created, if any.
+        private: Whether nobody else may see it.
+
+    Returns:
+        The newest commit and the files by path; None if the repository or the branch did not exist, and was created.
+    """
+    where = {"repo_id": repo_id, "repo_type": repo_type}
+    parent = None
+    try:
+        info = api.repo_info(revision=branch, **where)
+        parent = info.sha
+        if private and not info.private:
+            api.update_repo_settings(private=True, **where)
+        tree = api.list_repo_tree(recursive=True, revision=branch, **where)
+        return parent, {item.path: item for item in tree if isinstance(item, RepoFile)}
+    except RemoteEntryNotFoundError:
+        # The repository is empty.
+        return parent, {}
+    except RevisionNotFoundError:
+        if revision is None:
+            raise
+    except HfHubHTTPError as error:
+        if error.response.status_code != 404 and not isinstance(error, RepositoryNotFoundError):
+            raise
+        sdk = "static" if repo_type == "space" else None
+        # The client fails with a KeyError if a conflict (409) does not name the repository.
+        with contextlib.suppress(KeyError):
+            api.create_repo(private=private or None, exist_ok=True, space_sdk=sdk, **where)
+        if isinstance(error, RepositoryNotFoundError):
+            return None
+    # Some Hubs do not say whether the repository or its branch is missing.
+    if revision is not None:
+        api.create_branch(branch=revision, exist_ok=True, **where)
+    return None
 
 
 def _is_same(addition: CommitOperationAdd, remote: RepoFile | None) -> bool:
@@ -240,10 +261,12 @@ def explain(error: BaseException, repo_id: str) -> str:
 
 def _response(error: BaseException) -> Any:
     """Return the answer of the Hub that an error is about, if there was one."""
-    return next((found for item in _causes(error) if (found := getattr(item, "response", None)) is not None), None)
+    responses = (getattr(item, "response", None) for item in _causes(error))
+    return next((response for response in responses if response is not None), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__  # not the context, which may be the answer to an earlier request
+        # Not the context, which may be the answer to an earlier request.
+        error = error.__cause__

@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
             return 0
         if args.download:
             # Importing it takes seconds.
-            from pipeline.training.download import download
+            from pipeline.hub.download import download
 
             return download([step.values for step in plan.steps], read_plan(args.recipe).run_dir)
         return _run(plan, args)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.effects import continues, has_effect, newest_state, number_of
+from pipeline.config.weight_fields import continues, has_effect, newest_state, number_of
 from pipeline.files import read_json
 from pipeline.runner.records import RunRecord, fingerprint, recorded_values
 from pipeline.runner.steps import Step
@@ -171,9 +171,8 @@ def _without_defaults(
     """Return the `changed` fields that still differ once defaults and types are known."""
     # These imports take seconds.
     from pipeline import hardware
+    from pipeline.config.fields import convert, field_types
     from pipeline.config.output_directory import RECORD
-    from pipeline.config.parser import field_types
-    from pipeline.config.yaml_file import convert
     from pipeline.models.scratch import ScratchArguments
 
     types = step.argument_types

@@ -11,7 +11,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from pipeline.config.effects import newest_state, number_of
+from pipeline.config.weight_fields import newest_state, number_of
 from pipeline.errors import Problem, UserError
 from pipeline.files import is_locked
 from pipeline.progress import duration

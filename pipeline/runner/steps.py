@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config.yaml_file import unknown_field
+from pipeline.config.fields import unknown_field
 from pipeline.errors import Problem, UserError
 from pipeline.files import is_missing_path
 from pipeline.stages import STAGES, StageKind
@@ -106,7 +106,7 @@ class Step:
     @property
     def argument_types(self) -> list[type]:
         """The argument dataclasses of its recipe; importing the recipe may take seconds."""
-        from pipeline.config.parser import argument_types
+        from pipeline.config.fields import argument_types
 
         return argument_types(resolve_name(f"{self.stage.module}:main"))
 
@@ -136,15 +136,15 @@ def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
     Raises:
         UserError: If no step knows an option, or a value is of the wrong type.
     """
-    from pipeline.config.command_line import Parser, read_command_line
-    from pipeline.config.parser import field_types
+    from pipeline.config.command_line import read_command_line
+    from pipeline.config.fields import field_types
 
     if not words:
         return list(steps)
     changed, problems, known, unknown = [], [], set(), []
     for step in steps:
         hints = field_types(*step.argument_types)
-        values, found = read_command_line(Parser(step.argument_types), list(words), hints)
+        values, found = read_command_line(words, step.argument_types)
         changed.append(dataclasses.replace(step, values={**step.values, **values}))
         problems += [problem for problem in found if problem.field in hints]
         unknown.append({problem.field: problem for problem in found if problem.field not in hints})

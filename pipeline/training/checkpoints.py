@@ -27,12 +27,10 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline import hardware
-from pipeline.files import fsync, write_text
+from pipeline.files import MANIFEST, STATE, fsync, write_text
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-STATE = "trainer_state.json"
 UNFINISHED = ".unfinished"
 
 BLOCK = 1 << 28

@@ -38,11 +38,11 @@ from trl import GRPOConfig, ModelConfig, RewardConfig, get_peft_config
 
 from pipeline import hardware
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
+from pipeline.files import STATE
 from pipeline.hub.access import check_access
 from pipeline.models.checks import check_template_arguments
 from pipeline.models.loading import skip_unreachable_hub
 from pipeline.models.vllm_sampler import validate_vllm
-from pipeline.training.checkpoints import STATE
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ SET_BY_TRL = (
     "temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "max_new_tokens", "max_length",
     "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
-"""Options of generation that TRL sets, whatever the model's generation_config.json says."""
+"""Options of generation that TRL sets, so that the model's generation_config.json has no effect on them."""
 
 SET_FOR_VLLM = {"n", "seed", "logprobs", "prompt_logprobs", "max_tokens", "detokenize"}
 """Options of vLLM's sampling without which TRL cannot use its output. With a seed, equal prompts get equal answers."""
@@ -71,7 +71,7 @@ VLLM_SERVER = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
     "--logprobs-mode processed_logprobs --max-logprobs -1"
 )
-"""The command by which a server takes the weights of each step from TRL."""
+"""Command that starts a server which accepts the weights of each step from TRL."""
 
 
 def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
@@ -79,10 +79,13 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
 
     Args:
         model_args: The LoRA options.
-        model: The model, which is of no use afterwards: PEFT puts adapters on it.
+        model: The model. PEFT puts adapters on it, and so it cannot be used afterwards.
     """
     if not model_args.use_peft:
         return []
+    # PEFT compares a list with the ends of names, and a string, as a pattern, with whole names:
+    #     ["q_proj"]     model.layers.0.self_attn.q_proj
+    #     ".*q_proj"     the same
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, LORA_LAYERS)}
     projections = sorted({end for name in modules if (end := name.rpartition(".")[2]).endswith("_proj")})
@@ -99,7 +102,8 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
                 remedy = f"includes the routers, to which LoRA cannot add; name projections: {', '.join(projections)}"
                 problems.append(Problem(field, "all-linear", remedy))
             continue
-        if isinstance(targets, str):  # PEFT matches it with whole names
+        # PEFT matches a string with whole names.
+        if isinstance(targets, str):
             try:
                 missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
             except re.error as error:
@@ -145,7 +149,7 @@ def _try_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
 
 
 def check_generation_config(name: str, revision: str | None) -> list[Problem]:
-    """Report options in a policy's generation_config.json by which tokens are sampled otherwise than training assumes.
+    """Report options in a policy's generation_config.json with which sampling differs from what training assumes.
 
     Args:
         name: A folder or an id on the Hub.
@@ -153,7 +157,8 @@ def check_generation_config(name: str, revision: str | None) -> list[Problem]:
     """
     try:
         file = GenerationConfig.from_pretrained(name, revision=revision or "main")
-    except OSError:  # it is optional
+    except OSError:
+        # The file is optional.
         return []
     known = (*NEUTRAL, *SET_BY_TRL, "transformers_version", "_from_model_config")
     neutral = file._get_default_generation_params()
@@ -213,12 +218,13 @@ def disk_bytes(parameters: int, trainable: int, args: TrainingArguments, beside:
         parameters: Weights that are saved with each checkpoint, in 4 bytes each.
         trainable: Weights for which the optimizer keeps two numbers each.
         args: Training arguments.
-        beside: Weights of a base model that is saved beside an adapter, once.
+        beside: Weights of a base model that is saved once, next to an adapter.
     """
     if args.save_strategy == "no":
         kept = 0
     elif args.save_total_limit:
-        kept = args.save_total_limit + 1  # the next one is written before the oldest is deleted
+        # The next checkpoint is written before the oldest is deleted.
+        kept = args.save_total_limit + 1
     else:
         # Without a limit all are kept, as many as the number of steps says if that is known.
         kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
@@ -258,7 +264,7 @@ def _try_optimizer(args: TrainingArguments) -> list[Problem]:
     fault = _reject_optimizer(args)
     if fault is None:
         return []
-    # A field is to blame if transformers accepts its default. If that of neither field helps, this is a defect.
+    # A field is to blame if transformers accepts its default. If neither default helps, this is a defect.
     plain = copy.copy(args)
     for field, default in (("optim_args", None), ("optim", type(args.optim)(TrainingArguments.default_optim))):
         setattr(plain, field, default)
@@ -280,6 +286,7 @@ def _reject_optimizer(args: TrainingArguments) -> Exception | None:
 
 
 def _try_schedule(args: TrainingArguments) -> list[Problem]:
+    # The schedule is built for an optimizer of one number, and its learning rate read at some fifty steps.
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
     known = {"optimizer", "num_warmup_steps", "num_training_steps", *(options or {})}
@@ -316,7 +323,8 @@ def _check_packages(args: TrainingArguments) -> list[Problem]:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             problems.append(Problem("report_to", name, f"no such tracker; choose from: none, {known}"))
-        elif name not in installed and not (name == "flyte" and find_spec("flytekit")):  # which it cannot detect
+        elif name not in installed and not (name == "flyte" and find_spec("flytekit")):
+            # transformers cannot detect flyte by its package.
             problems.append(Problem("report_to", name, "is not installed; install it, or write `none`"))
     return problems
 
@@ -373,14 +381,15 @@ def _check_vllm(args: GRPOConfig) -> list[Problem]:
         problems.append(Problem("use_cpu", True, "vLLM samples on the GPU that trains; omit one of the two"))
     options = args.generation_kwargs or {}
     if taken := SET_FOR_VLLM.intersection(options):
-        remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL depends on it; leave it out"
+        remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL depends on it; omit it"
         problems.append(Problem("generation_kwargs", options, remedy))
     if args.vllm_mode == "colocate":
         if args.world_size % args.vllm_tensor_parallel_size:
             remedy = f"must divide the number of processes, {args.world_size}"
             problems.append(Problem("vllm_tensor_parallel_size", args.vllm_tensor_parallel_size, remedy))
     elif not problems and os.environ.get("RANK", "0") == "0":
-        from trl.generation.vllm_client import VLLMClient  # imports parts of vLLM, which take seconds
+        # This imports parts of vLLM, which take seconds.
+        from trl.generation.vllm_client import VLLMClient
 
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         try:
@@ -389,7 +398,7 @@ def _check_vllm(args: GRPOConfig) -> list[Problem]:
         except Exception as error:  # noqa: BLE001 - TRL raises bare exceptions for what a server answers
             fault = str(error)
         if not fault and args.vllm_importance_sampling_correction and mode != "processed_logprobs":
-            fault = f"its log-probabilities are {mode}, by which the loss cannot be corrected"
+            fault = f"its log-probabilities are {mode}, which the loss cannot be corrected with"
         if fault:
             problems.append(Problem("vllm_mode", "server", f"{url}: {fault}; start it as {VLLM_SERVER}"))
     return problems

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.command_line import split_config
-from pipeline.config.parser import RefusedArguments, argument_types, parse
+from pipeline.config.fields import argument_types
+from pipeline.config.parser import parse
 from pipeline.config.recipe_folder import missing_input
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.launch import stop_as_one
@@ -20,26 +21,18 @@ from pipeline.launch import stop_as_one
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Parse the dataclasses in the signature of `main` from the command line, and call it with them.
 
-    If arguments are refused, the inputs that the others name are checked as well, so that one message lists everything
-    that is wrong. If an earlier step of the recipe has not run yet, the message is the command that runs it.
+    Everything that is wrong with the arguments is reported together. What is wrong with the inputs that they name is
+    reported by `main`. If an earlier step of the recipe has not run yet, the message is the command that runs it.
 
     Args:
         main: A recipe's function, whose parameters are annotated with argument dataclasses.
-        argv: Command line without the program name. Default: the command line of the process.
+        argv: Command line without the program name. Default: `sys.argv`.
 
     Raises:
         SystemExit: As `exit_on_user_error`.
     """
     with exit_on_user_error():
-        try:
-            arguments = parse(*argument_types(main), argv=argv)
-        except RefusedArguments as refusal:
-            # Importing it takes seconds, too long for `--help`.
-            from pipeline.training.inputs import preflight_inputs
-
-            reported = {problem.field for problem in refusal.problems}
-            more = [p for p in preflight_inputs(refusal.built, refusal.types) if p.field not in reported]
-            raise UserError(*refusal.problems, *more) from None
+        arguments = parse(*argument_types(main), argv=argv)
         configs, _ = split_config(sys.argv[1:] if argv is None else argv)
         if configs and (problem := missing_input(arguments, configs[0])):
             raise UserError(problem)

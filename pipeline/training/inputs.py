@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -30,7 +29,7 @@ from pipeline.data.shards import check_tokenizers, is_shards
 from pipeline.data.splits import load_splits
 from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_labels
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
-from pipeline.files import is_missing_path
+from pipeline.files import as_list, is_missing_path
 from pipeline.launch import once_per_node
 from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
 from pipeline.models.loading import (
@@ -58,33 +57,23 @@ ROWS_MEASURED_OF_STREAM = 100
 """The same for a stream, whose rows are read over the network."""
 
 
-@runtime_checkable
-class RewardChecks(Protocol):
-    """Arguments that define the rewards: see `pipeline.rl.arguments`."""
-
-    trains_critic: ClassVar[bool]
-
-    def preflight(
-        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
-    ) -> list[Problem]:
-        """Validate the reward arguments. `tokenizer` and `train` are None if they failed to load."""
-
-
 def load_inputs(
     kind: Kind,
     data_args: DataArguments,
     training_args: TrainingArguments,
     model_args: ModelConfig | ScratchArguments,
-    reward_args: RewardChecks | None = None,
+    reward_args: Any = None,
 ) -> tuple[PreTrainedTokenizerBase, Split, Split | None]:
     """Load a stage's tokenizer and data, and check them together with the model's configuration and the arguments.
+
+    Each part is loaded even if an earlier one could not be, so that the report lists everything that is wrong.
 
     Args:
         kind: Content of the data, as for `load_splits`.
         data_args: Data and tokenizer.
         training_args: Any `TrainingArguments`; they say whether an evaluation split is needed.
         model_args: The model to load, or the sizes of a new one.
-        reward_args: What is rewarded, if anything is.
+        reward_args: What is rewarded, if anything is: one of the dataclasses of `pipeline.rl.arguments`.
 
     Returns:
         The tokenizer, the training split, and the evaluation split or None; see `add_tokens` for their columns.
@@ -93,47 +82,36 @@ def load_inputs(
         UserError: With everything that is wrong.
     """
     problems: list[Problem] = []
-
-    def attempt(load: Callable[[], T]) -> T | None:
-        try:
-            return load()
-        except UserError as error:
-            problems.extend(error.problems)
-            return None
-
-    fields = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
-    length = {field: getattr(training_args, field, None) for field in fields}
     pretrained = model_args if isinstance(model_args, ModelConfig) else None
-    name = pretrained.model_name_or_path if pretrained else None
-    own, tokenizer = data_args.tokenizer_name_or_path, None
-    rewards = [*(getattr(reward_args, "reward_model_path", None) or []), getattr(reward_args, "value_model_path", None)]
-    names = filter(None, (name, own, *data_args.dataset_names, *rewards))
+    name, own = pretrained.model_name_or_path if pretrained else None, data_args.tokenizer_name_or_path
+    rewards = [getattr(reward_args, field, None) for field in ("reward_model_path", "value_model_path")]
+    names = filter(None, (name, own, *data_args.dataset_names, *(path for value in rewards for path in as_list(value))))
     if not all(os.path.exists(given) or is_missing_path(given) for given in names):
         skip_unreachable_hub()
-    config = attempt(lambda: _load_config(pretrained)) if pretrained else None
-    named_by = "tokenizer_name_or_path" if own or not name else "model_name_or_path"
+
+    # A part that cannot be loaded is None from here on, and the checks that need it are omitted.
+    config = _attempt(problems, lambda: _load_config(pretrained)) if pretrained else None
+    # The field that names the tokenizer, and its value.
+    words_from = ("tokenizer_name_or_path", own) if own or not name else ("model_name_or_path", name)
+    tokenizer = None
     if own is not None or config is not None or pretrained is None:
         revision = pretrained.model_revision if pretrained and not own else None
-        tokenizer = attempt(lambda: load_tokenizer(own or name, named_by, revision))
-    tokens = special_tokens(tokenizer) if tokenizer is not None and kind != "text" else None
-    if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
-        remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
-        problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
-        tokens = None  # every row would be refused because of it
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    shards = _shards(kind, data_args)
-    content: Kind = "tokens" if shards else kind
-    with once_per_node(training_args):
-        splits = attempt(lambda: load_splits(data_args, content, training_args.eval_strategy != "no", tokens, seed))
-    answers_only = bool(getattr(training_args, "assistant_only_loss", False))
+        tokenizer = _attempt(problems, lambda: load_tokenizer(words_from[1], words_from[0], revision))
+    splits = _load_splits(kind, data_args, training_args, tokenizer, problems)
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
-        faults = check_tokenizer(tokenizer, named_by, own or str(name), kind != "text")
-        problems += faults or [problem for folder in shards for problem in check_tokenizers(folder, tokenizer)]
+        faults = check_tokenizer(tokenizer, words_from[0], str(words_from[1]), kind != "text")
+        for folder in _shards(kind, data_args) if not faults else ():
+            faults += check_tokenizers(folder, tokenizer)
+        problems += faults
+
+    # The field that limits the length of this stage's sequences, such as `max_length`.
+    fields = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
+    length = {field: getattr(training_args, field, None) for field in fields}
     if pretrained is None:
         problems += check_lengths(model_args.max_position_embeddings, **length)
         with torch.device("meta"):
-            made = attempt(lambda: build_model(model_args, tokenizer, 0)) if tokenizer is not None else None
+            made = _attempt(problems, lambda: build_model(model_args, tokenizer, 0)) if tokenizer is not None else None
         problems += checks.check_disk(made.num_parameters(), made.num_parameters(), training_args) if made else []
     elif config is not None:
         faults = check_model(config, tokenizer, str(name), reward=kind == "preference", **length)
@@ -142,80 +120,100 @@ def load_inputs(
             problems += checks.check_generation_config(base_of(str(name)) or str(name), pretrained.model_revision)
         if all(fault.field in length for fault in faults):
             problems += _check_weights(config, training_args, pretrained, reward_args)
-    if splits is not None:
-        if tokenizer is not None and (kind == "text" or tokenizer.chat_template):
-            positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-            try:
-                if kind == "prompt":
-                    limit = training_args.max_completion_length or 0
-                    given = training_args.chat_template_kwargs or {}
-                    template = {k: value for k, value in given.items() if k not in TEMPLATE_ARGUMENTS}
-                    train, held_out = (
-                        s and drop_long_prompts(s, tokenizer, limit, positions, template) for s in splits
-                    )
-                    splits = train, held_out
+
+    if splits is not None and tokenizer is not None and (kind == "text" or tokenizer.chat_template):
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+        with _report_template(words_from, problems):
+            if kind == "prompt":
+                splits = _drop_long_prompts(splits, tokenizer, training_args, positions)
+            else:
                 for split in splits if kind == "preference" else splits[:1]:
-                    if split is not None and kind != "prompt":
-                        problems += _check_tokens(kind, split, tokenizer, training_args)
-            except UserError as error:
-                problems += error.problems
-            except (TemplateError, *LIBRARY_ERRORS) as error:
-                frames = traceback.walk_tb(error.__traceback__)
-                # jinja2 gives the code that it makes of a template this file name.
-                rendered = any(frame.f_code.co_filename == "<template>" for frame, _ in frames)
-                if not (rendered or isinstance(error, TemplateError | ValueError)):
-                    raise
-                remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
-                problems.append(Problem(named_by, own or name, remedy))
-        rows = len(splits[0]) if isinstance(splits[0], Dataset) else None
-        problems += checks.check_batches(rows, training_args)
+                    problems += _check_tokens(kind, split, tokenizer, training_args) if split is not None else []
+    if splits is not None:
+        problems += checks.check_batches(len(splits[0]) if isinstance(splits[0], Dataset) else None, training_args)
     if reward_args is not None:
         problems += reward_args.preflight(training_args, tokenizer, splits[0] if splits else None)
     problems += checks.preflight(training_args)
     if problems or tokenizer is None or splits is None:
         raise UserError(*problems)
-    num_proc = getattr(training_args, "dataset_num_proc", None)
+    return tokenizer, *_encode(kind, splits, tokenizer, training_args)
+
+
+def _attempt(problems: list[Problem], load: Callable[[], T]) -> T | None:
+    """Return what `load` returns, or None after adding what is wrong to `problems`."""
+    try:
+        return load()
+    except UserError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def _load_splits(
+    kind: Kind,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    problems: list[Problem],
+) -> tuple[Split, Split | None] | None:
+    """Load the data, and check that neither they nor the system prompt contain special tokens of the tokenizer."""
+    tokens = special_tokens(tokenizer) if tokenizer is not None and kind != "text" else None
+    if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
+        remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
+        problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
+        # Every row would be refused because of it.
+        tokens = None
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    content: Kind = "tokens" if _shards(kind, data_args) else kind
+    evaluates = training_args.eval_strategy != "no"
     with once_per_node(training_args):
-        train, held_out = (split and add_tokens(split, kind, tokenizer, answers_only, num_proc) for split in splits)
-    if answers_only and template_for_labels(tokenizer) is None:
-        training_args.assistant_only_loss = False  # the rows have their labels, and TRL would refuse the template
-    return tokenizer, train, held_out
+        return _attempt(problems, lambda: load_splits(data_args, content, evaluates, tokens, seed))
 
 
-def preflight_inputs(arguments: Sequence[Any], types: Sequence[type]) -> list[Problem]:
-    """Check the inputs of a configuration that is refused already, so that one message lists everything.
+def _drop_long_prompts(
+    splits: tuple[Split, Split | None], tokenizer: PreTrainedTokenizerBase, args: Any, positions: int | None
+) -> tuple[Split, Split | None]:
+    """Drop the prompts after which the model has no room for an answer; `positions` is its context."""
+    given = args.chat_template_kwargs or {}
+    template = {name: value for name, value in given.items() if name not in TEMPLATE_ARGUMENTS}
+    limit = args.max_completion_length or 0
+    train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions, template) for s in splits)
+    return train, held_out
+
+
+@contextmanager
+def _report_template(words_from: tuple[str, str | None], problems: list[Problem]) -> Iterator[None]:
+    """Add what a chat template raises for the data to `problems`; an error of anything else is a defect.
 
     Args:
-        arguments: Those argument dataclasses of a recipe that could be built.
-        types: All of its argument dataclasses.
-
-    Returns:
-        The problems of its data, its model and its rewards.
+        words_from: The field that names the tokenizer, and its value.
+        problems: What is known to be wrong.
     """
-
-    def find(kind: Any) -> Any:
-        return next((item for item in arguments if isinstance(item, kind)), None)
-
-    known = {stage.arguments: stage.data for stage in STAGES.values() if stage.arguments}
-    kind: Any = next((known[name] for name in known if any(issubclass(t, resolve_name(name)) for t in types)), None)
-    data_args, training_args = find(DataArguments), find(TrainingArguments)
-    model_args, reward_args = find((ModelConfig, ScratchArguments)), find(RewardChecks)
-    if kind is None or data_args is None:
-        return []
-    problems: list[Problem] = []
     try:
-        if training_args is not None and model_args is not None:
-            load_inputs(kind, data_args, training_args, model_args, reward_args)
-        else:
-            problems = reward_args.preflight(training_args, None, None) if reward_args else []
-            if training_args is None:  # without them, the weights are unknown
-                problems = [problem for problem in problems if problem.field != "reward_weights"]
-            load_splits(data_args, "tokens" if _shards(kind, data_args) else kind, evaluation=False)
+        yield
     except UserError as error:
         problems += error.problems
-    except LIBRARY_ERRORS:
-        pass  # a consequence of a known problem
-    return problems
+    except (TemplateError, *LIBRARY_ERRORS) as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        # jinja2 gives the code that it makes of a template this file name.
+        rendered = any(frame.f_code.co_filename == "<template>" for frame, _ in frames)
+        if not (rendered or isinstance(error, TemplateError | ValueError)):
+            raise
+        remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
+        problems.append(Problem(*words_from, remedy))
+
+
+def _encode(
+    kind: Kind, splits: tuple[Split, Split | None], tokenizer: PreTrainedTokenizerBase, args: Any
+) -> tuple[Split, Split | None]:
+    """Add the tokens of the rows, as `add_tokens` describes them."""
+    answers_only = bool(getattr(args, "assistant_only_loss", False))
+    num_proc = getattr(args, "dataset_num_proc", None)
+    with once_per_node(args):
+        train, held_out = (split and add_tokens(split, kind, tokenizer, answers_only, num_proc) for split in splits)
+    # The rows have their labels, and TRL would refuse a template that does not mark the answers.
+    if answers_only and template_for_labels(tokenizer) is None:
+        args.assistant_only_loss = False
+    return train, held_out
 
 
 def _shards(kind: Kind, data_args: DataArguments) -> list[Path]:
@@ -258,9 +256,7 @@ def _load_config(model_args: ModelConfig) -> Any:
         return load_config(name, model_args.model_revision)
 
 
-def _check_weights(
-    config: Any, args: TrainingArguments, model_args: ModelConfig, reward_args: RewardChecks | None
-) -> list[Problem]:
+def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig, reward_args: Any) -> list[Problem]:
     """Check weights, attention, LoRA targets and disk space with a model on the meta device."""
     name, reward = str(model_args.model_name_or_path), isinstance(args, RewardConfig)
     if reward and not is_reward_model(config):
@@ -284,10 +280,12 @@ def _check_weights(
         remedy = "TRL does not find the embeddings under an adapter that the output layer shares; omit it"
         problems.append(Problem("cast_lm_head_to_fp32", True, remedy))
     size = model.num_parameters()
-    trained = round(0.05 * size) if model_args.use_peft else size  # adapters are smaller, by their rank and targets
+    # Adapters are smaller, by their rank and targets.
+    trained = round(0.05 * size) if model_args.use_peft else size
     if reward_args is not None and reward_args.trains_critic:
         trained += trained if _critic_is_like(config, reward_args) else size
-    beside = size if model_args.use_peft and base_of(name, model_args.model_revision) else 0  # merged from an adapter
+    # An adapter of an adapter is saved with its base model, into which the earlier one was merged.
+    beside = size if model_args.use_peft and base_of(name, model_args.model_revision) else 0
     return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args, beside)
 
 
@@ -295,7 +293,8 @@ def _critic_is_like(config: Any, reward_args: Any) -> bool:
     """Return whether a critic is trained as the policy is: an adapter needs a source of the policy's architecture."""
     sources = [reward_args.value_model_path, *(reward_args.reward_model_path or [])]
     source = next(filter(None, sources), None)
-    with contextlib.suppress(*LIBRARY_ERRORS):  # reported elsewhere
+    # `preflight` of the reward arguments reports what is wrong with the source.
+    with suppress(*LIBRARY_ERRORS):
         return bool(reward_args.value_use_peft and (source is None or type(load_config(source)) is type(config)))
     return True
 
@@ -316,8 +315,9 @@ def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, 
     if kind == "text":
         if TOKENS in rows[0]:
             Encoder.of(tokenizer)([row[TOKENS] for row in rows])
+        # A thousand documents fill enough blocks.
         if not isinstance(split, Dataset) or len(rows) < len(split):
-            return []  # a thousand documents fill enough blocks
+            return []
         options = {"add_special_tokens": False, "split_special_tokens": True}
         tokens = sum(len(tokenizer(row["text"], **options)["input_ids"]) + 2 for row in rows)
         if tokens >= args.block_size:
@@ -327,10 +327,11 @@ def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, 
     if args.max_length is None:
         return []
     if kind == "conversation":
-        roles = [[message["role"] for message in row["messages"]] for row in rows]
-        prompts = [
-            row["messages"][: r.index("assistant")] for r, row in zip(roles, rows, strict=True) if "assistant" in r
-        ]
+        prompts = []
+        for row in rows:
+            roles = [message["role"] for message in row["messages"]]
+            if "assistant" in roles:
+                prompts.append(row["messages"][: roles.index("assistant")])
         shortest = min((count(prompt, True) for prompt in prompts), default=0)
         if shortest >= args.max_length:
             remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left; raise it"

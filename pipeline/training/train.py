@@ -27,9 +27,10 @@ from pipeline import files, launch
 from pipeline.config import output_directory
 from pipeline.config.machine import describe_machine
 from pipeline.errors import Problem, RunStopped, UserError
+from pipeline.hub.callback import PushCallback
 from pipeline.hub.cards import Trained, model_card
 from pipeline.hub.checkpoints import fetch_checkpoints
-from pipeline.hub.outputs import BASE
+from pipeline.hub.repositories import BASE
 from pipeline.models.adapters import MERGED
 from pipeline.training.callbacks import InterruptCallback, ReportCallback, RouterCallback, ThroughputCallback
 from pipeline.training.checkpoints import (
@@ -42,7 +43,6 @@ from pipeline.training.checkpoints import (
     validate_checkpoint,
 )
 from pipeline.training.checks import check_length
-from pipeline.training.push import PushCallback
 from pipeline.training.reliable import Reliable, cache_enabled
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import hardware
-from pipeline.config.parser import argument_types, parse
+from pipeline.config.fields import argument_types
+from pipeline.config.parser import parse
 from pipeline.evaluation.likelihood import answer_losses
 from pipeline.models.generation import encode_prompts, end_tokens, generate
 from pipeline.models.kernels.attention import validate_varlen

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard
 
-from pipeline.hub.outputs import Outputs
+from pipeline.hub.repositories import Outputs
 from tests.hub.small_run import MODELS, STARTS_FROM, write_small_run
 
 TASKS = {"text-generation", "text-classification"}

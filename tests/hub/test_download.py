@@ -15,7 +15,7 @@ from small_model import conversation, save_model
 from pipeline.__main__ import main
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
-from pipeline.training.download import FILES
+from pipeline.hub.download import FILES
 from tests.hub.hub_server import Hub
 
 SHARDS = [("small", "train", 0), ("small", "train", 1), ("small", "extra", 0), ("large", "train", 0)]
@@ -94,7 +94,7 @@ def test_a_stream_larger_than_the_disk_is_refused(
     values |= {"max_steps": 2, "report_to": "none", "output_dir": "runs/r/2_sft"}
     (tmp_path / "recipe/2_sft.yaml").write_text(yaml.safe_dump(values))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("pipeline.training.download.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("pipeline.hub.download.shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(SystemExit) as caught:
         main(["run", "recipe", "--download"])
     assert caught.value.code == 2

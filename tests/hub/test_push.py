@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from pipeline.__main__ import main
-from pipeline.hub.outputs import Outputs
+from pipeline.hub.repositories import Outputs
 from tests.hub.conftest import use
 from tests.hub.hub_server import Hub, Token
 from tests.hub.small_run import TOKEN, write_small_run

@@ -208,26 +208,20 @@ def test_a_defect_is_not_a_mistake_of_the_user(
     assert raised.value is error
 
 
-def test_everything_that_is_wrong_is_reported_at_once(
+def test_all_arguments_that_are_wrong_are_reported_at_once_and_then_all_inputs(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text("max_steps: ten\nlearning_rat: 1\neval_strategy: often\nmax_length: 9999\n")
-    argv = [
-        "--config",
-        str(config),
-        "--model_name_or_path",
-        str(inputs / "model"),
-        "--seed",
-        "x",
-        "--foo",
-        "1",
-    ]
-    argv += ["--dataset_name", str(inputs / "pairs.jsonl"), "--use_peft", "--lora_target_modules", "qkv"]
-    lines = refuse("sft", [*argv, "--output_dir", str(inputs / "text.txt")], capsys)
-    fields = {line.split(":")[0] for line in lines}
-    wrong = {"max_steps", "learning_rat", "eval_strategy", "max_length", "seed", "foo", "messages_column"}
-    assert fields == {*wrong, "lora_target_modules", "output_dir"}
+    config.write_text("max_steps: ten\nlearning_rat: 1\neval_strategy: often\nlora_r: 0\n")
+    inputs_of_run = ["--model_name_or_path", str(inputs / "model"), "--dataset_name", str(inputs / "pairs.jsonl")]
+    inputs_of_run += ["--max_length", "9999", "--use_peft", "--lora_target_modules", "qkv"]
+    wrong = ["--config", str(config), "--seed", "x", "--foo", "1", "--output_dir", str(inputs / "text.txt")]
+    lines = refuse("sft", [*inputs_of_run, *wrong], capsys)
+    fields = ["eval_strategy", "foo", "learning_rat", "lora_r", "max_steps", "output_dir", "seed"]
+    assert sorted(line.split(":")[0] for line in lines) == fields
+
+    lines = refuse("sft", [*inputs_of_run, "--output_dir", str(tmp_path / "run")], capsys)
+    assert sorted(line.split(":")[0] for line in lines) == ["lora_target_modules", "max_length", "messages_column"]
 
 
 def test_a_full_disk_is_reported_before_training(

@@ -21,7 +21,8 @@ from small_model import ROOT, equal, recipe_command, run_recipe, save_tokenizer,
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from pipeline import launch
-from pipeline.config.parser import argument_types, parse
+from pipeline.config.fields import argument_types
+from pipeline.config.parser import parse
 from tests.emulated_gpus import emulated_gpus
 from tests.sampling_recipes import write_config
 

@@ -20,7 +20,8 @@ from trl import GRPOConfig
 from trl.trainer import callbacks
 
 from pipeline.config.checks import UNSUPPORTED, UNUSED_IN_ROLLOUTS
-from pipeline.config.parser import RefusedArguments, parse
+from pipeline.config.parser import parse
+from pipeline.errors import UserError
 from pipeline.rl import value_model
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
@@ -151,7 +152,7 @@ def test_what_is_refused_is_refused(kind: Any, name: str, tmp_path: Path) -> Non
     argv += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8"]
     try:
         problems = preflight(*parse(kind, argv=argv))
-    except RefusedArguments as error:
+    except UserError as error:
         problems = list(error.problems)
     assert [problem.field for problem in problems] == [name]
     assert {**UNUSED, **UNSUPPORTED}.get(name, "") in problems[0].remedy

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline import hardware
-from pipeline.config.effects import has_effect
+from pipeline.config.weight_fields import has_effect
 from pipeline.runner import records
 from pipeline.runner.due import Decision, decide
 from pipeline.runner.plan import read_plan

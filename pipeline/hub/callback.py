@@ -22,12 +22,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, suppress_progress_bars
 
 from pipeline.errors import EXIT_PUSH_FAILED, RunStopped
+from pipeline.files import MANIFEST, STATE, read_json
 from pipeline.hub.access import full_id
 from pipeline.hub.checkpoints import LAST
-from pipeline.hub.contents import Files, clean, is_cleaned, places, publishable
-from pipeline.hub.outputs import Outputs
+from pipeline.hub.published_files import Files, clean, is_cleaned, places, publishable
+from pipeline.hub.repositories import Outputs
 from pipeline.hub.upload import explain, is_replaced, push
-from pipeline.training.checkpoints import MANIFEST, STATE
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ STAGED = ".pushed"
 
 
 class PushCallback(TrainerCallback):
-    """Pushes for a trainer, in place of transformers.
+    """Pushes checkpoints and the model of a trainer, instead of transformers.
 
     While it trains, every checkpoint is pushed in the background, unless an earlier one still is (`hub_always_push`) or
     `hub_strategy` is "end": its model, and all of it as `last-checkpoint/`, or as `checkpoint-N/` if `hub_strategy` is
@@ -76,7 +76,7 @@ class PushCallback(TrainerCallback):
             self._begin(checkpoint)
 
     def finish(self, is_complete: bool) -> None:
-        """Wait for the push that is running. If it was not that of the last checkpoint, and that is of use, push it.
+        """Wait for the push that is running, and push the last checkpoint if that was missed and is of use.
 
         Args:
             is_complete: Whether the run has trained to its end, so that its model will be pushed.
@@ -119,16 +119,21 @@ class PushCallback(TrainerCallback):
 
     def _begin(self, checkpoint: Path) -> None:
         """Link the files of a checkpoint, which the run may delete meanwhile, and push them in the background."""
+        # A push may take longer than `save_total_limit` lets the checkpoint live. Hard links cost no space, and keep
+        # its files until the push ends:
+        #
+        #     runs/x/2_sft/checkpoint-40/model.safetensors                          deleted by the trainer at step 60
+        #     runs/x/2_sft/.pushed-checkpoint-40/checkpoint-40/model.safetensors    deleted here once it is pushed
         staged = checkpoint.with_name(f"{STAGED}-{checkpoint.name}")
         folders = [checkpoint]
+        best = Path(str(read_json(checkpoint / STATE).get("best_model_checkpoint") or "")).name
+        if self._args.load_best_model_at_end and best not in ("", checkpoint.name):
+            folders.append(checkpoint.with_name(best))
         try:
-            named = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["best_model_checkpoint"]
-            if self._args.load_best_model_at_end and named and named != checkpoint.name:
-                folders.append(checkpoint.with_name(named))
             shutil.rmtree(staged, ignore_errors=True)
             for folder in folders:
                 shutil.copytree(folder, staged / folder.name, copy_function=_link)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             self._warn(checkpoint.name, error)
         else:
             self._running = self._api.run_as_future(self._push_checkpoint, staged, checkpoint.name)
@@ -151,7 +156,7 @@ class PushCallback(TrainerCallback):
             name = full_id(self._args.hub_model_id, str(self._args.output_dir))
             self._send(name, files, message, lambda path: _is_weights(path) or path.startswith(replaced))
             logger.info("%-11s %s to %s/%s", "pushed", newest, self._api.endpoint, name)
-        except Exception as error:  # noqa: BLE001 - whatever happens to a push, training goes on
+        except Exception as error:  # noqa: BLE001 - training continues if a push fails
             self._warn(newest, error)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -178,7 +183,8 @@ def checkpoint_files(checkpoint: Path, folder: str) -> Files:
         files[f"{folder}/{name}"] = path
         if is_cleaned(path):
             text = path.read_text(encoding="utf-8")
-            if (public := clean(text, path.suffix, known)) != text:  # an adapter names its base model
+            # An adapter, for instance, names its base model.
+            if (public := clean(text, path.suffix, known)) != text:
                 content = public.encode()
                 entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
                 files[f"{folder}/{name}"] = content

@@ -1,4 +1,12 @@
-"""What of an output directory is of use on the Hub, without the paths of this machine."""
+"""The files of an output directory that are published on the Hub, without paths and tokens of this machine.
+
+A path may stand in a text as it is, in JSON (`\\/home\\/alice`), in HTML, in a URL (`file:///home/al%20ice`) or in a
+command (`--config=/home/alice/x.yaml`). Paths are therefore removed in three passes:
+
+1. the paths that the settings and records of the run name, with any characters (`places`),
+2. the current directory and the home directory,
+3. anything else that begins with a directory of the root of this machine (`_replace_others`).
+"""
 
 from __future__ import annotations
 
@@ -39,8 +47,9 @@ SETTINGS = ("arguments.json", "adapter_config.json")
 """Files with fields that name other models and data."""
 
 SHORTEST_TOKEN = 8
+"""Characters of a token. A shorter one would also match ordinary words."""
 
-LEFT_OUT = ("checkpoint-", "completions", "manifest.json", ".")
+UNPUBLISHED = ("checkpoint-", "completions", "manifest.json", ".")
 """Beginnings of names of files and folders that are for resuming and for debugging."""
 
 
@@ -55,7 +64,7 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
     known = places(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        unread = any(part.startswith(LEFT_OUT) for part in name.parts)
+        unread = any(part.startswith(UNPUBLISHED) for part in name.parts)
         if unread or path.suffix not in SUFFIXES or not path.is_file():
             continue
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -64,7 +73,11 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
         content: Path | bytes = path
         if is_cleaned(path):
             raw = path.read_bytes()
-            if (text := _decoded(raw)) is None:
+            try:
+                text = raw.decode(json.detect_encoding(raw))
+            except UnicodeDecodeError:
+                text = "\0"
+            if "\0" in text:
                 logger.warning("%s is not pushed: it is not UTF-8 text, and may name paths of this machine.", path)
                 continue
             public = rename(text, ids) if ids and path.name in SETTINGS else text
@@ -74,22 +87,13 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
     return files
 
 
-def _decoded(raw: bytes) -> str | None:
-    """Return the text of a file in UTF-8, UTF-16 or UTF-32, or None for anything else."""
-    try:
-        text = raw.decode(json.detect_encoding(raw))
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text else text
-
-
 def is_cleaned(path: Path) -> bool:
     """Return whether a file is a text that may name places of this machine."""
     return path.suffix in TEXTS and path.name not in WORDS
 
 
 def clean(text: str, suffix: str, known: set[str]) -> str:
-    """Return the text of a file without the paths of this machine, those that its own JSON names included."""
+    """Return the text of a file without the paths of this machine, including the paths that its own JSON names."""
     if suffix == ".json":
         # JSON may escape slashes: `\/` and `\u002f` mean `/`, unless the backslash is itself escaped.
         text = re.sub(r"(?<!\\)((?:\\\\)*)\\(?:/|u002[fF])", r"\1/", text)
@@ -104,7 +108,7 @@ def to_bytes(text: str) -> bytes:
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without those that may hold secrets: tokens, and variables of the environment."""
+    """Return settings without tokens and variables of the environment, which may be secrets."""
     return {name: value for name, value in settings.items() if name != "env" and not name.endswith("_token")}
 
 
@@ -127,7 +131,7 @@ def rename(text: str, ids: Mapping[Path, str]) -> str:
 
 
 def places(folder: Path) -> set[str]:
-    """Return the absolute paths that a folder and its settings name, whatever characters they contain.
+    """Return the absolute paths that a folder and its settings name; they may contain any characters.
 
     Args:
         folder: A run, an output directory, or a folder in it; the settings of the directories around it count as well.
@@ -151,10 +155,14 @@ def _named_paths(value: Any) -> set[str]:
             pending += value
         elif isinstance(value, str) and os.sep in value:
             words = [value]
-            with contextlib.suppress(ValueError):  # an open quotation mark: it is not a command
+            # A text with an open quotation mark is not a command.
+            with contextlib.suppress(ValueError):
                 words += shlex.split(value)
-            paths = [re.sub("/+", "/", re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)) for word in words]
-            found |= {path.rstrip("/") for path in paths if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path)}
+            for word in words:
+                path = re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)
+                path = re.sub("/+", "/", path)
+                if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path):
+                    found.add(path.rstrip("/"))
     return found
 
 
@@ -169,15 +177,18 @@ def without_paths(text: str, known: Iterable[str] = ()) -> str:
             parts of it only if it exists.
     """
     text = TOKEN.sub("hf_***", text)
-    for token in {get_token() or "", *get_stored_tokens().values()}:  # they may be of another form
+    # The user's own tokens may have another form.
+    for token in {get_token() or "", *get_stored_tokens().values()}:
         text = text.replace(token, "hf_***") if len(token) >= SHORTEST_TOKEN else text
     text = re.sub(r"\bfile://[\w.-]*(?=/)", "", text)
     text = _replace(text, {f"{Path.cwd()}/": "", str(Path.cwd()): "."} if len(Path.cwd().parts) > 1 else {})
+    # `/data/team/runs/x` becomes `x`, and `/data/team/other` becomes `other`, because its parent is known as well.
     names: dict[str, str] = {}
     for path in map(Path, known):
         names[str(path)] = path.name
         for parent in path.parents:
-            if len(parent.parts) > 2:  # the directories of the root are everybody's
+            # The directories of the root are everybody's.
+            if len(parent.parts) > 2:
                 names |= {f"{parent}/": "", str(parent): names.get(str(parent), ".")}
     text = _replace(text, names)
     text = _replace(text, {str(root): "~" for root in {Path.home(), Path.home().resolve()} if len(root.parts) > 1})
@@ -231,6 +242,8 @@ def _replace_others(text: str) -> str:
 
 def _existing(text: str, start: int) -> int:
     """Return where the longest path of this machine ends that begins there, which may contain any characters."""
+    # In `/home/al ice/notes and more`, the path could end at any space. Directories are therefore followed from the
+    # root, each time by the longest name in the directory that the text goes on with: `home`, `al ice`, `notes`.
     folder, end = os.sep, start
     while text.startswith("/", end):
         while text.startswith("/", end):

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from pipeline.__main__ import main
-from pipeline.hub.contents import clean, places, publishable, to_bytes, without_paths
+from pipeline.hub.published_files import clean, places, publishable, to_bytes, without_paths
 
 
 @pytest.mark.parametrize(

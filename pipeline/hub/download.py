@@ -13,11 +13,12 @@ from huggingface_hub import HfFileSystem, constants, snapshot_download, try_to_l
 
 from pipeline.data.sources import open_source
 from pipeline.errors import Problem, UserError
-from pipeline.files import is_missing_path, split_revision
+from pipeline.files import as_list, is_missing_path, split_revision
 from pipeline.models.loading import user_error_for
 
 MODELS = ("model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "value_model_path", "judge")
 """Fields that may name models or tokenizers of the Hub."""
+
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 """What models are loaded from; pickles are left where they are."""
 
@@ -39,21 +40,21 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
     data: dict[tuple[str, str | None], bool] = {}
     for values in steps:
         for field in MODELS:
-            for name in _listed(values.get(field)):
-                models.setdefault(name, (field, values.get("model_revision")))
+            for name in as_list(values.get(field)):
+                if _is_of_hub(name, home):
+                    models.setdefault(name, (field, values.get("model_revision")))
+        # The settings of an evaluation name data in mappings.
         for source in (values, *(value for value in values.values() if isinstance(value, Mapping))):
-            for name in _listed(source.get("dataset_name")):
-                key = (name, source.get("dataset_config"))
-                data[key] = data.get(key, True) and bool(source.get("dataset_streaming"))
+            for name in as_list(source.get("dataset_name")):
+                if _is_of_hub(name, home):
+                    key = (name, source.get("dataset_config"))
+                    data[key] = data.get(key, True) and bool(source.get("dataset_streaming"))
     for name, (field, revision) in models.items():
-        if _is_of_hub(name, home):
-            with user_error_for(field, name):
-                repo_id, own = split_revision(name)
-                snapshot_download(repo_id, revision=own or revision, allow_patterns=FILES)
-            print(f"fetched the model {name}")
+        with user_error_for(field, name):
+            repo_id, own = split_revision(name)
+            snapshot_download(repo_id, revision=own or revision, allow_patterns=FILES)
+        print(f"fetched the model {name}")
     for (name, config), streamed in data.items():
-        if not _is_of_hub(name, home):
-            continue
         if streamed:
             _fetch_stream(name, config)
         else:
@@ -67,7 +68,8 @@ def _fetch_stream(name: str, config: str | None) -> None:
 
     All of its splits are fetched, because `datasets` does not open a folder that lacks one.
     """
-    open_source(name, config, streaming=True)  # with errors that name the fault
+    # Opening it reports what is wrong with the name or the configuration.
+    open_source(name, config, streaming=True)
     repo_id, revision = split_revision(name)
     files = load_dataset_builder(repo_id, config, revision=revision).config.data_files
     hub, urls = HfFileSystem(), [url for split in files.values() for url in split]
@@ -86,10 +88,8 @@ def _fetch_stream(name: str, config: str | None) -> None:
     print(f"fetched the stream {name}")
 
 
-def _listed(value: Any) -> list[str]:
-    return [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
-
-
-def _is_of_hub(name: str, home: Path) -> bool:
+def _is_of_hub(name: object, home: Path) -> bool:
     """Return whether a name is an id of the Hub: not a folder, and not the name of a function either."""
-    return not (Path(name).is_relative_to(home) or Path(name).exists() or is_missing_path(name) or ":" in name)
+    return isinstance(name, str) and not (
+        Path(name).is_relative_to(home) or Path(name).exists() or is_missing_path(name) or ":" in name
+    )

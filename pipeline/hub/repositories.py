@@ -15,10 +15,9 @@ from huggingface_hub import HfApi
 from pyarrow.parquet import read_table
 
 from pipeline.errors import Problem, UserError
-from pipeline.files import read_json
-from pipeline.hub.cards import CRITIC, Trained, model_card
-from pipeline.hub.contents import Files, clean, places, public_settings, publishable, to_bytes
-from pipeline.hub.data_cards import base_card, critic_card, dataset_card, load_card, space_card
+from pipeline.files import holds_model, read_json
+from pipeline.hub.cards import CRITIC, Trained, base_card, critic_card, dataset_card, load_card, model_card, space_card
+from pipeline.hub.published_files import Files, clean, places, public_settings, publishable, to_bytes
 from pipeline.hub.upload import retry
 from pipeline.stages import STAGES
 
@@ -61,7 +60,7 @@ class Outputs:
         namespace: User or organization whose repositories they are.
         repo_id: The repository of a single output directory.
         only: Names of the directories that are pushed. Default: all.
-        license: Licence of models and data. Default: that which the cards of the data name.
+        license: Licence of models and data. Default: the one that the cards of the data name.
         checkpoints: Whether checkpoints are pushed as well.
         api: The client, which looks for what was pushed before; None to make no request.
     """
@@ -76,7 +75,7 @@ class Outputs:
 
     @property
     def name(self) -> str:
-        """Name of the run: that of its directory, and of the one around it if that is the run of a seed."""
+        """Name of the run: the name of its directory, after the name of the recipe if the directory is for a seed."""
         path = self.path.resolve()
         return f"{path.parent.name}-{path.name}" if re.fullmatch(r"seed\d+", path.name) else path.name
 
@@ -84,10 +83,11 @@ class Outputs:
     def folders(self) -> dict[str, Path]:
         """The output directories that hold a finished model or data, by name."""
         paths = sorted(self.path.iterdir())
-        if self.repo_id and not self.record:  # anything may lie beside a single output directory
+        # Anything may lie next to a single output directory.
+        if self.repo_id and not self.record:
             paths = [path for path in paths if path.name in (self.only or ())]
         found = (path for path in paths if path.name not in OTHERS and path.name[0] != ".")
-        return {path.name: path.resolve() for path in found if is_data(path) or is_model(path)}
+        return {path.name: path.resolve() for path in found if is_data(path) or holds_model(path)}
 
     @cached_property
     def record(self) -> Mapping[str, Any]:
@@ -98,8 +98,10 @@ class Outputs:
         """
         path = self.path / "run.json"
         steps = read_json(path).get("steps") if path.exists() else {}
-        if isinstance(steps, dict) and all(map(_is_entry, steps.values())):
-            return steps
+        if isinstance(steps, dict):
+            entries = steps.values()
+            if all(isinstance(step, dict) and isinstance(step.get("values", {}), dict) for step in entries):
+                return steps
         raise UserError(Problem("RUN", path, "is not the record of a run; remove it"))
 
     @cached_property
@@ -149,13 +151,14 @@ class Outputs:
             return None
         if self._has_own_base(output):
             return f"{self.id_of(output)}-{BASE}"
-        cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{base}/")  # of the Hub's client
-        return "/".join(cached.groups()) if cached else self.ids.get(base.name)  # of this run, also if it was moved
+        # The base model may lie in the cache of the Hub's client, or be a stage of this run, which may have been moved.
+        cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{base}/")
+        return "/".join(cached.groups()) if cached else self.ids.get(base.name)
 
     def _has_own_base(self, output: str) -> bool:
         """Return whether an adapter comes with its base model, which was itself merged from an adapter."""
         base = self.base_of(output)
-        return base is not None and base.name == BASE and is_model(self.folders[output] / BASE)
+        return base is not None and base.name == BASE and holds_model(self.folders[output] / BASE)
 
     def repositories(self) -> list[Repository]:
         """Return what is pushed: data sets first, which the cards of the models name, then models, then the report."""
@@ -195,11 +198,13 @@ class Outputs:
             }
             if (base := self.base_of(output)) and (base_id := self.base_id(output)):
                 ids[base] = base_id
+            # The base model of an adapter has a repository of its own, because PEFT does not look in a subfolder.
             contents = publishable(checkpoint or folder, ids)
             if self._has_own_base(output):
                 contents = {path: file for path, file in contents.items() if not path.startswith(f"{BASE}/")}
             own = contents.get("README.md")
-            if isinstance(own, bytes | Path) and checkpoint is None and not trained.machine:  # its recipe
+            # Without a record of the run, the card is the one that the recipe wrote.
+            if isinstance(own, bytes | Path) and checkpoint is None and not trained.machine:
                 text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
                 text = re.sub(r'((model=|from_pretrained\()"|vllm serve )[^"\n]+', rf"\1{trained.name}", text)
                 contents["README.md"] = to_bytes(text)
@@ -211,7 +216,7 @@ class Outputs:
                 )
             return contents
 
-        found = [path for path in folder.glob("checkpoint-*") if self.checkpoints and is_model(path)]
+        found = [path for path in folder.glob("checkpoint-*") if self.checkpoints and holds_model(path)]
         return Repository(
             trained.name,
             "model",
@@ -238,17 +243,22 @@ class Outputs:
         kind = step_name.split("_")[1] if "_" in step_name else step_name
         settings = step.get("values") or {}
         measured_on = (self.record.get(f"evaluate_{output}") or {}).get("values") or {}
+        # A card names what was pushed, so that a reader can follow its links and run its YAML anywhere:
+        #
+        #     model_name_or_path: runs/pocket/1_pretrain   ->   alice/pocket-1_pretrain
+        #
         # Settings name directories as the YAML files do, which need not be where the run is.
         home = str(measured_on.get("home") or Path(str(settings.get("output_dir") or output)).parent)
         ids = {f"{home}/{name}{inner}": found for name, found in self.ids.items() for inner in ("", f"/{CRITIC}")}
         models = [name for name in self.ids if not is_data(self.folders[name])]
-        ids[f"{home}/{TOKENIZER}"] = self.ids[models[0]]  # each model comes with it
+        # Every model's repository contains the tokenizer.
+        ids[f"{home}/{TOKENIZER}"] = self.ids[models[0]]
         license, language = self._license
         return Trained(
             folder=self.folders[output],
             kind=kind,
             name=self.id_of(output),
-            # The settings of a stage without a file are those of another stage.
+            # A stage without a file of its own shares the settings of another stage.
             settings={} if kind in STAGES and STAGES[kind].file_of else settings,
             command=step.get("command") or "",
             seconds=step.get("seconds"),
@@ -267,7 +277,8 @@ class Outputs:
 
         def files() -> Files:
             card = dataset_card(folder, repo_id, self.ids, self._license[0])
-            rows: Files = {name: folder / name for name in publishable(folder)}  # data are never changed
+            # Data are published as they are: only models and reports name paths.
+            rows: Files = {name: folder / name for name in publishable(folder)}
             return rows | {"README.md": to_bytes(card)}
 
         return Repository(repo_id, "dataset", files)
@@ -284,10 +295,6 @@ class Outputs:
             "run.json": to_bytes(clean(json.dumps(record, indent=1), ".json", places(self.path)) + "\n"),
             "README.md": to_bytes(card),
         }
-
-
-def _is_entry(step: object) -> bool:
-    return isinstance(step, dict) and isinstance(step.get("values", {}), dict)
 
 
 def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,9 +317,3 @@ def names_of_people(path: Path) -> list[str]:
         return []
     columns = (read_table(file, columns=["annotator"])["annotator"] for file in sorted(path.glob("*.parquet")))
     return sorted({str(name) for column in columns for name in column.unique().to_pylist()})
-
-
-def is_model(path: Path) -> bool:
-    """Return whether a directory holds a finished model or adapter."""
-    configured = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
-    return configured and any(path.glob("*.safetensors"))

@@ -36,11 +36,14 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
     """Return whether the field `name` of a training run has an effect on the weights, given all its `values`."""
     if name == "num_train_epochs":
         return number_of(values, "max_steps") <= 0
+    # Documents are packed into blocks, in any run that pretrains or that packs its conversations.
     pretrains = "model_name_or_path" not in values
-    if name == "dataloader_num_workers" and values.get("dataset_streaming") and not pretrains:  # they take turns
+    # The workers of a stream take turns, so that their number changes the order of the rows.
+    if name == "dataloader_num_workers" and values.get("dataset_streaming") and not pretrains:
         return True
     packs = values.get("packing") or pretrains
-    if name == "dataset_num_proc" and packs and not values.get("dataset_streaming"):  # each packs a part of the data
+    # Each process packs a part of the data, so that their number changes the rows.
+    if name == "dataset_num_proc" and packs and not values.get("dataset_streaming"):
         return True
     chosen = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") in STEERED_BY_EVALUATION
     return not WITHOUT_EFFECT.fullmatch(name) or bool(chosen and BY_EVALUATION.fullmatch(name))
@@ -51,7 +54,7 @@ def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, A
 
     Args:
         output_dir: Where it has saved.
-        changed: Fields that were changed, of those that have an effect.
+        changed: Fields that have an effect, and were changed.
         values: Its present settings.
     """
     if not changed or not LENGTH.issuperset(changed) or values.get("save_only_model"):

@@ -1,0 +1,131 @@
+"""The fields of argument dataclasses, and conversion of values to their types, for YAML files and the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pipeline.errors import Problem
+from pipeline.files import as_list
+
+
+def argument_types(main: Callable[..., Any]) -> list[type]:
+    """Return the argument dataclasses in the signature of a recipe's `main`, in order."""
+    hints = get_type_hints(main)
+    return [hint for name, hint in hints.items() if name != "return" and isinstance(hint, type)]
+
+
+def field_types(*dataclass_types: Any) -> dict[str, Any]:
+    """Return the type of every field of argument dataclasses, by name."""
+    resolved = {kind: get_type_hints(kind) for kind in dataclass_types}
+    return {item.name: resolved[kind][item.name] for kind in resolved for item in dataclasses.fields(kind) if item.init}
+
+
+def read_values(given: Mapping[str, Any], dataclass_types: Sequence[Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Convert values to the types of their fields; also return the problems of the others."""
+    hints = field_types(*dataclass_types)
+    choices = {item.name: item.metadata.get("choices") for kind in dataclass_types for item in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    problems = []
+    for name, value in given.items():
+        if name not in hints:
+            problems.append(unknown_field(str(name), value, hints))
+            continue
+        try:
+            converted = convert(value, hints[name])
+        except TypeError as error:
+            problems.append(Problem(name, repr(value), str(error)))
+            continue
+        known = choices[name]
+        if known is not None and any(item not in known for item in as_list(converted) if item is not None):
+            problems.append(Problem(name, repr(value), f"must be one of {', '.join(map(str, known))}"))
+        else:
+            values[name] = converted
+    return values, problems
+
+
+def unknown_field(name: str, value: object, known: Iterable[str]) -> Problem:
+    """Return the problem of a field that no dataclass has, with the nearest name as a suggestion."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    remedy = f"unknown field; did you mean `{nearest[0]}`?" if nearest else "unknown field; see --help for those known"
+    return Problem(name, value, remedy)
+
+
+def members(hint: Any) -> list[Any]:
+    """Return the types that a field accepts: the members of a union, or the type itself."""
+    return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+
+
+def is_enumeration(hint: Any) -> bool:
+    """Return whether a type is an `Enum`."""
+    return isinstance(hint, type) and issubclass(hint, Enum)
+
+
+def _options(hint: Any) -> list[Any]:
+    """Return the members of a type, without `None` and without `str` where that only stands for an enumeration."""
+    found = [member for member in members(hint) if member is not types.NoneType]
+    return [member for member in found if member is not str or not any(map(is_enumeration, found))]
+
+
+def describe_type(hint: Any) -> str:
+    """Return a type in words, to follow "must be"."""
+    options = _options(hint)
+    if len(options) > 1:
+        return " or ".join(map(describe_type, options))
+    (kind,) = options
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if is_enumeration(kind):
+        return "one of " + ", ".join(str(option.value) for option in kind)
+    if get_origin(kind) is list:
+        return f"a list, each item {describe_type(get_args(kind)[0])}"
+    if dataclasses.is_dataclass(kind):
+        return "null"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+    return names.get(get_origin(kind) or kind, "of a different type")
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """Convert a value to the type of its field (1 to 1.0, one item to a list of one).
+
+    Raises:
+        TypeError: If it has a different type.
+    """
+    if value is None and types.NoneType in members(hint):
+        return None
+    # An exact match first: for `int | str`, 5 stays a number.
+    for kind in sorted(_options(hint), key=lambda kind: type(value) is not (get_origin(kind) or kind)):
+        with contextlib.suppress(TypeError):
+            return _convert_to(value, kind)
+    raise TypeError(f"must be {describe_type(hint)}")
+
+
+def _convert_to(value: Any, kind: Any) -> Any:
+    """Convert a value to one type that is not a union; the message of its `TypeError` is not shown."""
+    origin = get_origin(kind) or kind
+    if origin is list and value is not None:
+        return [convert(item, get_args(kind)[0]) for item in as_list(value)]
+    if origin is Literal or is_enumeration(kind):
+        if value in (get_args(kind) or [option.value for option in kind]):
+            return value
+        raise TypeError
+    # For Python, True is a number as well.
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: number and value == value // 1,
+        float: number,
+        # `run_name: 2026` means text, although YAML reads a number.
+        str: number or isinstance(value, str),
+        dict: isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")),
+        list: False,
+    }
+    # Neither YAML nor a text is an instance of a dataclass, such as accelerate's `ParallelismConfig`.
+    if not fits.get(origin, not dataclasses.is_dataclass(origin)):
+        raise TypeError
+    return origin(value) if origin in (int, str) else value
