@@ -41,6 +41,7 @@ IMPORTS = {
     "peft.utils.other:AuxiliaryTrainingWrapper": "adapters are merged into a critic",
     "peft.utils.other:ModulesToSaveWrapper": "modules beside an adapter that would be multiplied with those in bf16",
     "transformers.cache_utils:DynamicLayer": "rollouts write into a cache that does not copy itself for each token",
+    "transformers.hf_argparser:HfArg": "fields of argument dataclasses have a default and a help text",
     "transformers.integrations.integration_utils:INTEGRATION_TO_CALLBACK": "the values of report_to",
     "transformers.integrations.integration_utils:get_available_reporting_integrations": "the values of report_to",
     "transformers.integrations.sdpa_attention:sdpa_attention_forward": "FlashAttention leaves padding to it",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from transformers.hf_argparser import HfArg
 
 from pipeline.errors import Problem, UserError
 
@@ -25,24 +27,20 @@ class LlamaArguments:
         UserError: If the sizes are out of range or do not fit together.
     """
 
-    hidden_size: int = field(default=256, metadata={"help": "Width of the residual stream."})
-    intermediate_size: int | None = field(
-        default=None,
-        metadata={"help": "Width of the SwiGLU layer (default: 8/3 of hidden_size, rounded up to a multiple of 64)."},
+    hidden_size: int = HfArg(default=256, help="Width of the residual stream.")
+    intermediate_size: int | None = HfArg(
+        default=None, help="Width of the SwiGLU layer (default: 8/3 of hidden_size, rounded up to a multiple of 64)."
     )
-    num_hidden_layers: int = field(default=4, metadata={"help": "Transformer blocks."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Query heads."})
-    num_key_value_heads: int | None = field(
-        default=None, metadata={"help": "Key and value heads (default: as many as query heads)."}
+    num_hidden_layers: int = HfArg(default=4, help="Transformer blocks.")
+    num_attention_heads: int = HfArg(default=4, help="Query heads.")
+    num_key_value_heads: int | None = HfArg(default=None, help="Key and value heads (default: as many as query heads).")
+    max_position_embeddings: int = HfArg(default=512, help="Maximum context length, in tokens.")
+    rope_theta: float = HfArg(default=10_000.0, help="Base of the rotary embedding.")
+    attention_bias: bool = HfArg(
+        default=False, help="Add biases to the attention projections, as in Qwen2: small models learn to copy earlier."
     )
-    max_position_embeddings: int = field(default=512, metadata={"help": "Maximum context length, in tokens."})
-    rope_theta: float = field(default=10_000.0, metadata={"help": "Base of the rotary embedding."})
-    attention_bias: bool = field(
-        default=False,
-        metadata={"help": "Add biases to the attention projections, as in Qwen2: small models learn to copy earlier."},
-    )
-    tie_word_embeddings: bool = field(default=True, metadata={"help": "Share the input and output embeddings."})
-    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the random weights."})
+    tie_word_embeddings: bool = HfArg(default=True, help="Share the input and output embeddings.")
+    initializer_range: float = HfArg(default=0.02, help="Standard deviation of the random weights.")
 
     def __post_init__(self) -> None:
         if problems := self.check():
@@ -91,37 +89,31 @@ class ScratchArguments(LlamaArguments):
         UserError: If the sizes are out of range or do not fit together, or belong to the other kind of model.
     """
 
-    model_type: Literal["llama", "llama4_text"] = field(
-        default="llama", metadata={"help": "llama is dense, llama4_text a mixture of experts."}
+    model_type: Literal["llama", "llama4_text"] = HfArg(
+        default="llama", help="llama is dense, llama4_text a mixture of experts."
     )
-    intermediate_size_mlp: int | None = field(
-        default=None,
-        metadata={"help": "Llama 4: width of the layers without experts (default: the experts that a token passes)."},
+    intermediate_size_mlp: int | None = HfArg(
+        default=None, help="Llama 4: width of the layers without experts (default: the experts that a token passes)."
     )
-    num_local_experts: int | None = field(default=None, metadata={"help": "Llama 4: experts of a layer (default: 4)."})
-    num_experts_per_tok: int | None = field(
-        default=None, metadata={"help": "Llama 4: experts that the router chooses for a token (default: 1)."}
+    num_local_experts: int | None = HfArg(default=None, help="Llama 4: experts of a layer (default: 4).")
+    num_experts_per_tok: int | None = HfArg(
+        default=None, help="Llama 4: experts that the router chooses for a token (default: 1)."
     )
-    interleave_moe_layer_step: int | None = field(
-        default=None, metadata={"help": "Llama 4: every n-th layer has experts (default: 1, each)."}
+    interleave_moe_layer_step: int | None = HfArg(
+        default=None, help="Llama 4: every n-th layer has experts (default: 1, each)."
     )
-    no_rope_layer_interval: int | None = field(
-        default=None, metadata={"help": "Llama 4: every n-th layer has no rotary embedding (default: 4)."}
+    no_rope_layer_interval: int | None = HfArg(
+        default=None, help="Llama 4: every n-th layer has no rotary embedding (default: 4)."
     )
-    attention_chunk_size: int | None = field(
-        default=None,
-        metadata={"help": "Llama 4: tokens of a chunk, within which layers with rotary embedding attend."},
+    attention_chunk_size: int | None = HfArg(
+        default=None, help="Llama 4: tokens of a chunk, within which layers with rotary embedding attend."
     )
-    use_qk_norm: bool | None = field(
-        default=None, metadata={"help": "Llama 4: normalise queries and keys (default: true)."}
+    use_qk_norm: bool | None = HfArg(default=None, help="Llama 4: normalise queries and keys (default: true).")
+    router_aux_loss_coef: float | None = HfArg(
+        default=None, help="Llama 4: weight of the loss that balances the experts in pretraining (default: 0.01)."
     )
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={"help": "Llama 4: weight of the loss that balances the experts in pretraining (default: 0.01)."},
-    )
-    router_z_loss_coef: float | None = field(
-        default=None,
-        metadata={"help": "Llama 4: weight of the z-loss, which keeps router logits small (default: 0.001)."},
+    router_z_loss_coef: float | None = HfArg(
+        default=None, help="Llama 4: weight of the z-loss, which keeps router logits small (default: 0.001)."
     )
 
     def __post_init__(self) -> None:

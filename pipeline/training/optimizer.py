@@ -10,11 +10,12 @@ so the embedding of a token that never occurs in the tuning data moves as far as
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from pipeline.errors import Problem, UserError
 from pipeline.models.experts import expert_weights
@@ -34,14 +35,12 @@ class OptimizerArguments:
             if it is given. Default: `learning_rate`.
     """
 
-    use_muon: bool = field(
-        default=False, metadata={"help": "Use Muon for the matrices of the blocks, and AdamW for everything else."}
+    use_muon: bool = HfArg(
+        default=False, help="Use Muon for the matrices of the blocks, and AdamW for everything else."
     )
-    muon_learning_rate: float = field(
-        default=0.02, metadata={"help": "Learning rate of Muon; learning_rate is for everything else."}
-    )
-    embedding_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of embeddings and output layer (default: learning_rate)."}
+    muon_learning_rate: float = HfArg(default=0.02, help="Learning rate of Muon; learning_rate is for everything else.")
+    embedding_learning_rate: float | None = HfArg(
+        default=None, help="Learning rate of embeddings and output layer (default: learning_rate)."
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.hf_argparser import HfArg
 
 from pipeline import hardware
 from pipeline.data.streams import PackedStream, StreamPlace
@@ -39,29 +40,21 @@ IGNORED = -100
 class PretrainConfig(TrainingArguments):
     """Arguments of transformers' `Trainer`, and the length of the blocks that documents are packed into."""
 
-    block_size: int = field(
-        default=512, metadata={"help": "Tokens per training sequence, filled completely by packed documents."}
-    )
-    dataset_num_proc: int | None = field(
+    block_size: int = HfArg(default=512, help="Tokens per training sequence, filled completely by packed documents.")
+    dataset_num_proc: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Processes that tokenize and pack (default: one, whose tokenizer uses all cores). Each packs a "
-            "part of the data, whose end it leaves out if it does not fill a block."
-        },
+        help="Processes that tokenize and pack (default: one, whose tokenizer uses all cores). Each packs a part of "
+        "the data, whose end it drops if it does not fill a block.",
     )
-    torch_compile: bool | None = field(
-        default=None, metadata={"help": "Compile the model (default: if that makes a run of this length shorter)."}
+    torch_compile: bool | None = HfArg(
+        default=None, help="Compile the model (default: if that makes a run of this length shorter)."
     )
-    attn_implementation: str | None = field(
+    attn_implementation: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Attention (default: the fastest that this machine has for packed documents).",
-            "choices": ["eager", "sdpa", "flex_attention"],
-        },
+        help="Attention (default: the fastest that this machine has for packed documents).",
+        metadata={"choices": ["eager", "sdpa", "flex_attention"]},
     )
-    include_num_input_tokens_seen: str | bool = field(
-        default="all", metadata={"help": "Count tokens, for the speed in the logs."}
-    )
+    include_num_input_tokens_seen: str | bool = HfArg(default="all", help="Count tokens, for the speed in the logs.")
 
 
 def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
