@@ -33,6 +33,7 @@ def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool) -> list[P
         chat: Whether conversations are to be formatted.
     """
     faults = []
+    # Answers and documents end with eos.
     if tokenizer.eos_token_id is None:
         faults.append("has no eos token; add one to the tokenizer")
     if not chat and tokenizer.bos_token_id is None:

@@ -138,6 +138,7 @@ class ScratchArguments(LlamaArguments):
                 wrong.append(Problem(name, value, "must be a positive whole number"))
         if wrong:
             return problems + wrong
+        # What is not given has its default.
         values = LLAMA4 | given
         experts, chosen, step = (
             values[name] for name in ("num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step")
@@ -247,7 +248,7 @@ def log_model(model: PreTrainedModel) -> None:
     parameters, active = model.num_parameters(), active_parameters(model)
     embedding = model.get_input_embeddings().weight.numel()
     tied = getattr(model.config, "tie_word_embeddings", False)
-    # Each weight that multiplies an activation costs 2 FLOPs forward and 4 backward; an embedding lookup costs none.
+    # A weight that multiplies an activation costs 2 FLOPs forward and 4 backward. Looking up an embedding costs none.
     multiplied = active - (0 if tied else embedding)
     logger.info(
         "%-11s %s, %.2fM parameters (%s%.2fM of them embeddings%s), %.1f MFLOPs per token in training without "

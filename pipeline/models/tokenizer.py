@@ -106,6 +106,7 @@ def pre_tokenizer(algorithm: Literal["bpe", "character"]) -> PreTokenizer:
         split: PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
     else:
         split = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    # GPT-2's pattern, which ByteLevel applies, keeps merges within words.
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=algorithm == "bpe")
     return pre_tokenizers.Sequence([split, to_bytes])
 
@@ -155,6 +156,7 @@ def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    # The vocabulary, which may be large, does not matter for how long a text takes.
     key = pickle.dumps((str(tokenizer.chat_template), parts))
     if key not in _tokenizers:
         fault = exceeds(lambda: tokenizer.decode(tokenizer("Hello world").input_ids))

@@ -67,6 +67,7 @@ def validate_files(folder: Path, model: Any) -> str | None:
         return f"does not contain weights ({WEIGHTS})"
     if damaged := next(filter(None, map(validate_file, files)), None):
         return damaged
+    # Compare the shapes of the weights whose names both sides know.
     shapes = stored_shapes(folder)
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     if other := [name for name, shape in wanted.items() if shapes.get(name, shape) != shape]:
@@ -138,6 +139,7 @@ class RenamedWeights:
         sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
         if sharded or not isinstance(model, PreTrainedModel) or set(stored_shapes(folder)) <= set(model.state_dict()):
             return
+        # Loading initialises weights at random before it fills them.
         with torch.random.fork_rng(devices=[]):
             saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())

@@ -41,6 +41,7 @@ class InterruptCallback(TrainerCallback):
         self._earlier = {number: signal.signal(number, self._receive) for number in stop_signals()}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        # Only note the signal: this may interrupt anything, and the step has to end first.
         self._own = number
         name = signal.Signals(number).name
         self.restore()
@@ -103,9 +104,11 @@ def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
     config = model.config.get_text_config()
     embeddings = model.get_input_embeddings()
     weights = active_parameters(model)
+    # Looking up an embedding multiplies nothing, but the same matrix multiplies as an output layer.
     if isinstance(embeddings, nn.Module) and not config.tie_word_embeddings:
         weights -= sum(parameter.numel() for parameter in embeddings.parameters())
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # In some layers of a Llama 4, tokens attend within their chunk of the row.
     chunk = getattr(config, "attention_chunk_size", None) or length
     chunked = (getattr(config, "layer_types", None) or []).count("chunked_attention")
     attended = (config.num_hidden_layers - chunked) * length + chunked * min(length, chunk)

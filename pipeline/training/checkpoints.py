@@ -50,6 +50,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return all checkpoints in an output directory, damaged or not, ordered by step."""
     found = []
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        # Other programs write folders such as checkpoint-best.
         match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
         if match and path.is_dir():
             found.append((int(match.group(1)), path))
@@ -109,6 +110,7 @@ def write_manifest(checkpoint: Path, step: int, evaluation_due: bool) -> None:
         "files": entries,
     }
     write_text(checkpoint / MANIFEST, json.dumps(content, indent=1) + "\n")
+    # The folder comes last: once its entries are on the disk, so is everything that they name.
     for path in [*files, checkpoint / STATE, checkpoint]:
         fsync(path)
 

@@ -116,6 +116,7 @@ def build_optimizer(
         others.insert(0, {"params": matrices, "lr": lr, "weight_decay": weight_decay})
     elif not matrices or not others:
         raise UserError(Problem("use_muon", True, "needs both matrices and other parameters to train; set it to false"))
+    # Weight decay is for matrices, which either Muon or the first group of AdamW has.
     adamw = torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps)
     if muon_lr is None:
         return adamw

@@ -75,6 +75,7 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.max_steps
     if args.max_steps <= 0 and isinstance(train_dataset, Sized):
         sequences = int(len(train_dataset) * args.num_train_epochs / args.world_size)
+    # Compiling takes a minute or more, which pays only in a run that is long enough.
     flops = training_flops_per_token(model, args.block_size) * args.block_size * sequences
     choice = hardware.compilation(flops)
     args.torch_compile = choice.value
@@ -102,6 +103,7 @@ class PretrainTrainer(Reliable):
         self.router_losses = router_losses
         self._routers = routers(self.model) if any(router_losses) else []
         if isinstance(self.train_dataset, PackedStream):
+            # A stream goes on at its place by itself. transformers would read and drop the batches before it.
             self.args.ignore_data_skip = True
             if self.args.dataloader_num_workers and self.is_world_process_zero():
                 logger.warning(
@@ -129,6 +131,7 @@ class PretrainTrainer(Reliable):
         """Add the losses of the routers to the loss of the text."""
         if not self._routers or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Each layer with experts returns the logits of its router.
         inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         balance, size = self.router_losses
@@ -175,6 +178,7 @@ def bits_per_byte(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPredictio
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
+        # The first token of a row is never predicted.
         predicted = np.asarray(prediction.label_ids)[:, 1:]
         texts = tokenizer.batch_decode(
             [row[row != IGNORED] for row in predicted],
