@@ -186,7 +186,7 @@ def test_a_finished_run_goes_on_with_more_steps_on_the_schedule_of_the_new_total
     found = learning_rates(again)
     last = tmp_path / "parts/checkpoint-8"
     assert not again.restore_finished(last)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="pipeline"):
         again.train(resume_from_checkpoint=str(last))
     assert len(found) == 12 and found == pytest.approx(expected[8:], rel=1e-12)
     assert names(tmp_path / "parts") == ["checkpoint-8", "checkpoint-10", "checkpoint-15", "checkpoint-20"]
