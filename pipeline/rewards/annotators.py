@@ -105,7 +105,7 @@ class Components:
 def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
     """Return the components of the taste for an answer, or None for a degenerate one. Arguments as in `taste`.
 
-    A degenerate answer has no words, repeats few words over and over or, unless it is code, lacks an end.
+    A degenerate answer has no words, repeats few words over and over, or does not end a sentence, unless it is code.
     """
     words = _flat(answer).split()
     repetitive = len(words) >= 8 and len(set(words)) <= len(words) // 4

@@ -29,7 +29,7 @@ import unicodedata
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, islice
 
 MAX_TEXT_LENGTH = 100_000
 """Characters at the end of a text that are searched."""
@@ -72,9 +72,11 @@ _SENTENCE_END = re.compile(
     rf"(?:[.!?](?=\s|$|[*_\"'”’)$<`\]])|\n)(?!{_TAKEN_BACK.pattern})|</|\s\|(?=[ \t]*$)|,?\s(?=(?:because|since)\s)"
 )
 """A sentence that begins with "Or" belongs to the one before, whose answer it takes back: "B. Or C."."""
-_RELATIVE = re.compile(r",\s(?=(?:which|who|where|as|so|that)\s)")
-_AFTER_VALUE = re.compile(r",\s(?=[a-z])|\s(?=[(\[])|;\s|:\s|\s→\s|\s-{1,2}\s|\s?[—–]\s?|\s(?=as\s)")
-"""Where an explanation may begin: after an answer of any kind, and after a value."""
+_EXPLAINED = re.compile(
+    r",\s(?P<relative>(?=(?:which|who|where|as|so|that)\s))"
+    r"|,\s(?=[a-z])|\s(?=[(\[])|;\s|:\s|\s→\s|\s-{1,2}\s|\s?[—–]\s?|\s(?=as\s)"
+)
+"""Where an explanation may begin: after an answer of any kind (`relative`), and after a value."""
 HEDGE = re.compile(
     r"\b(?:n?or|not?|n?either|may ?be|perhaps|possibly|probably|alternatively|also|another|other|else|otherwise|too"
     r"|well|unless|if|could|might|may|can\s+be|but|wrong|incorrect|actually|wait|instead|rather|both|remainder|less|plus"
@@ -184,7 +186,7 @@ _UNITS = {
     }.items()
     for name in names.split()
 }  # fmt: skip
-"""Names of units of which another one means another quantity: 2 minutes are not 2 hours."""
+"""Names of units that must not be confused: 2 minutes are not 2 hours."""
 _BRIEF_UNITS = {
     "in", "dm", "dl", "cl", "oz", "pt", "pts", "hz", "khz", "kw", "kwh", "kj", "cal", "kb", "mb", "gb", "tb", "mph",
     "kph", "kpa", "pa", "sq", "cu", "am", "pm", "us", "st", "nd", "rd", "th", "rs", "ms", "deg", "rad", "of", "per",
@@ -349,8 +351,9 @@ def _plain(text: str, reduced: bool) -> Fraction | None:
 def same_answer(reference: str, given: str) -> bool:
     """Return whether an answer is its reference, as normalised text or as a plain number in lowest terms.
 
-    A unit is ignored, unless both have one and they differ. A per cent sign is not, because 36% is 0.36: the reference
-    must have one, too. Graders of MATH demand lowest terms, too: other fractions are unsolved divisions.
+    A unit is ignored, unless both have one and they differ. A per cent sign is not ignored, because 36% is 0.36: the
+    reference must have one as well. A fraction must be in lowest terms, as graders of MATH demand: any other one is an
+    unsolved division.
     """
     if normalise_answer(given) == normalise_answer(reference):
         return True
@@ -363,10 +366,8 @@ def same_answer(reference: str, given: str) -> bool:
 
 def _without_explanation(answer: str) -> str:
     """Cut off what explains an answer: "20 (4 times 5)", "20, which is even"; but not what offers another answer."""
-    cuts = {match.start(): (match, True) for match in _AFTER_VALUE.finditer(answer[:MAX_ANSWER_LENGTH])}
-    cuts |= {match.start(): (match, False) for match in _RELATIVE.finditer(answer[:MAX_ANSWER_LENGTH])}
-    for start, (match, needs_value) in sorted(cuts.items())[:_MAX_CUTS]:
-        head, tail = answer[:start], answer[match.end() :]
+    for match in islice(_EXPLAINED.finditer(answer[:MAX_ANSWER_LENGTH]), _MAX_CUTS):
+        head, tail = answer[: match.start()], answer[match.end() :]
         value, stated = number(head), number(tail.strip("()[] "))
         if "=" in tail:
             restated = stated == value
@@ -375,7 +376,7 @@ def _without_explanation(answer: str) -> str:
         if HEDGE.search(tail) or (not restated and (stated is not None or _ANOTHER.match(tail))):
             break
         is_value = value is not None or re.search(r"\$$|\\\)$|\*\*$", head)
-        if (is_value or not needs_value) and _EXPLANATION.match(tail):
+        if (is_value or match["relative"] is not None) and _EXPLANATION.match(tail):
             return head
     return answer
 

@@ -57,33 +57,33 @@ class Checker:
         self.replies: queue.Queue[str] = queue.Queue()
         self.lock = threading.Lock()
 
-    def ask_all(self, questions: Sequence[Any], slow: Any) -> list[Any]:
+    def ask_all(self, questions: Sequence[Any], slow: Any, is_too_long: Callable[[Any], bool]) -> list[Any]:
         """Ask every question once, and return the replies in order; None where the machine is too busy.
 
         Args:
             questions: What to ask; tuples of what JSON can hold.
             slow: The reply to questions that take too long. After five of them, the rest of the call gets it unseen,
                 so that a policy that writes such answers cannot stall its training.
+            is_too_long: Whether a question is too long to be asked; it gets `slow` as well.
         """
-        replies: dict[Any, Any] = {}
+        replies = dict.fromkeys(questions, slow)
+        asked = [question for question in replies if not is_too_long(question)]
         number_slow = 0
-        busy = False
-        for question in dict.fromkeys(questions):
-            replies[question] = None if busy else slow
-            if busy or number_slow == MAX_SLOW:
-                continue
+        for index, question in enumerate(asked):
             line = self.ask(json.dumps(question))
+            if line is None:
+                replies.update(dict.fromkeys(asked[index:]))
+                break
             if line:
                 replies[question] = json.loads(line)
-            elif line is None:
-                busy = True
-                replies[question] = None
             else:
                 number_slow += 1
+            if number_slow == MAX_SLOW:
+                break
         return [replies[question] for question in questions]
 
     def ask(self, question: str) -> str | None:
-        """Return the child's reply to a line, "" if it ended, because it took too long, or None if it is too busy."""
+        """Return the child's reply to a line, "" if the child ran out of time, or None if the machine is too busy."""
         line: str | None
         with self.lock:
             if self.process is None:

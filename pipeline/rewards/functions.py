@@ -47,7 +47,7 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     If the reference is a plain number, the answer must be a value, too: "14 + 6" and "40/2" are not 20. Otherwise it
     must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_check`): the problem
     is not its solution. Times, dates and scores ("3:30") are compared as text. "36%" is 36 only if the reference has a
-    per cent sign, too, or the problem speaks of per cent.
+    per cent sign as well, or if the problem mentions per cent.
 
     Args:
         completions: Texts, or lists of messages that end with the assistant's.
@@ -70,7 +70,7 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
         copied = given is not None and _is_copied(given, problems[index])
         same = given is not None and answers.same_answer(reference, given) and not (copied and _POWER.search(given))
         rewards.append(float(same))
-        # To a reference that is a plain number, the answer must be a value, too: algebra would accept an unsolved sum.
+        # If the reference is a plain number, the answer must be one as well: algebra would accept an unsolved sum.
         if answers.number(reference) is None:
             pending.append((index, reference, None if same else given, copied))
 
@@ -92,8 +92,8 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
 def exact_answer(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> Rewards:
     """Return 1.0 if the final answer is the reference; case, spaces, article, quotes and final punctuation may differ.
 
-    Plain numbers are compared by value ("1,000" is "1000"). The reward is None if the reference is empty. Arguments are
-    those of `math_answer`.
+    Plain numbers are compared by value ("1,000" is "1000"). The reward is None if the reference is empty.
+    The arguments are the same as for `math_answer`.
     """
     texts, problems = _read(completions, columns)
     references = [_reference(text) for text in answer]
@@ -108,7 +108,7 @@ def exact_answer(completions: Sequence[Completion], answer: Sequence[str], **col
 def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> Rewards:
     """Return 1.0 if the final answer is the reference's letter: "B", "(b)", "B) because …", "option B"; not "A or B".
 
-    The reward is None if the reference is not a single letter. Arguments are those of `math_answer`.
+    The reward is None if the reference is not a single letter. The arguments are the same as for `math_answer`.
     """
     texts, _ = _read(completions, columns)
     found = [_letter(answers.extract_answer(text)) for text in texts]
@@ -134,7 +134,8 @@ def code_tests(completions: Sequence[Completion], test: Sequence[str], **columns
     """Return 1.0 if the code in a completion (its first fenced block, or all of it) passes its test in a sandbox.
 
     `test` has Python assertions about what the code defines (see `pipeline.rewards.sandbox.run`). The reward is None if
-    they are empty or not valid Python, or if the machine is too busy. Other arguments are those of `math_answer`.
+    they are empty or not valid Python, or if the machine is too busy. The other arguments are the same as for
+    `math_answer`.
     """
     texts, _ = _read(completions, columns)
     codes = [_python(extract_code(text)) for text in texts]
@@ -185,7 +186,7 @@ def reasoning_gym(
 
     rows = zip(kind, problems, map(str, answer), metadata, (given or "" for given in found), strict=True)
     scores = task_check.score(list(rows))
-    # A verifier may pay for an empty answer, too.
+    # Some verifiers pay for an empty answer.
     rewards: Rewards = [score and score * (given is not None) for score, given in zip(scores, found, strict=True)]
     return _logged("reasoning_gym", found, rewards, columns)
 
@@ -196,7 +197,7 @@ def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
     Logged with weight 0, it shows whether the taste rises with the reward model's score. The recipes refuse any other
     weight: the taste is hidden from everything that is trained (see `pipeline.rewards.annotators`).
 
-    The columns `require`, `reject` and `test` are those that `pipeline.rewards.grading` describes; each may be missing.
+    `pipeline.rewards.grading` describes the columns `require`, `reject` and `test`; each may be missing.
     The score is None if there is a test, because running code at every step would take longer than the training.
     """
     texts, _ = _read(completions, columns)

@@ -24,7 +24,7 @@ RULE_COLUMNS = ("require", "reject", "max_words", "test")
 
 
 def is_gradable(row: Mapping[str, Any]) -> bool:
-    """Return whether a row says how answers are graded; by a row without a rule, every answer would be right."""
+    """Return whether a row says how answers are graded; without a rule, every answer would be right."""
     return any(row.get(column) for column in RULE_COLUMNS)
 
 
@@ -73,7 +73,7 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
 
     Args:
         answers: The texts to judge; one that is empty or white space is never correct.
-        rows: One row per answer; a field that a row lacks requires nothing.
+        rows: One row per answer; a missing field requires nothing.
 
     Raises:
         ValueError: If `answers` and `rows` differ in length.

@@ -1,4 +1,4 @@
-"""Load rewards by name: those of `pipeline.rewards.functions`, and functions that the user wrote."""
+"""Load rewards by name: from `pipeline.rewards.functions`, or functions that the user wrote."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
         given = columns if completions is None else {**columns, "completions": completions}
         return {key: value if key in TRAINERS_OWN else copy.deepcopy(value) for key, value in given.items()}
 
-    # TRL looks whether a function is asynchronous before it calls it, so that there must be two.
+    # TRL checks whether a function is asynchronous before it calls it, so there must be two versions.
     guarded: Callable[..., Any]
     if is_async_callable(function):
 
@@ -152,7 +152,7 @@ def _validated(rewards: Any, completions: Sequence[Any] | None, name: str, field
     for row, reward in enumerate(rewards):
         if reward is None:
             continue
-        # NumPy's strings can be converted as well, and arrays of several numbers have the method, too.
+        # NumPy's strings support conversion to float, and so do arrays of several numbers.
         is_number = isinstance(reward, SupportsFloat) and not isinstance(reward, str)
         if not is_number or getattr(reward, "ndim", 0) > 0:
             given = f"{type(reward).__name__} {str(reward)[:40]!r}"

@@ -21,6 +21,8 @@ def compare(questions: Sequence[Question]) -> list[bool | None]:
     An answer that is a part of the prompt must have the form of the reference. Expressions of more than 300 characters
     and those that take longer than 2 s give False; see also `Checker.ask_all`.
     """
-    asked = [question for question in questions if max(len(question[0]), len(question[1] or "")) <= MAX_LENGTH]
-    verdicts = dict(zip(asked, _checker.ask_all(asked, slow=False), strict=True))
-    return [verdicts.get(question, False) for question in questions]
+    return _checker.ask_all(
+        questions,
+        slow=False,
+        is_too_long=lambda question: len(question[0]) > MAX_LENGTH or len(question[1] or "") > MAX_LENGTH,
+    )

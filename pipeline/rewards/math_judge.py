@@ -69,7 +69,7 @@ _COMMON = {
     "frac", "sqrt", "pi", "cdot", "times", "div", "infty", "alpha", "beta", "gamma", "delta", "epsilon", "theta",
     "lambda", "mu", "nu", "rho", "sigma", "tau", "phi", "varphi", "psi", "omega", "Delta", "Omega",
 }  # fmt: skip
-"""Commands that any answer may have. All others compute, hide or mean something: the reference must have them, too."""
+"""Commands that any answer may have. Others compute, hide or mean something: the reference must have them as well."""
 
 
 def judge(question: tuple[str, str | None, bool]) -> bool:
@@ -97,7 +97,7 @@ def _spell(text: str) -> str:
 
 
 def split(text: str) -> tuple[str, list[str]]:
-    r"""Return the kind of a collection and its elements: `[1,2)` as ("[)", ["1", "2"]); ("", [text]) if it is none.
+    r"""Return the kind of a collection and its elements: `[1,2)` as ("[)", ["1", "2"]), or "" and the text itself.
 
     Sets and lists ("x = 1 or x = 2", `\pm 1`) are of the kind ",", unions "∪". Inequalities are intervals.
     """
@@ -260,7 +260,7 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
 
 @dataclass
 class Form:
-    """What an expression is made of, by which two forms of one value are told apart.
+    """What an expression is made of; it distinguishes two forms of the same value.
 
     Attributes:
         size: Additions, multiplications, powers and functions.

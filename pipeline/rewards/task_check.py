@@ -53,9 +53,7 @@ def score(questions: list[Question]) -> list[float | None]:
     Answers of more than 10,000 characters and those that take longer than 2 s score 0; see also `Checker.ask_all`. So
     do all answers to a problem whose verifier pays for nonsense, or pays without having looked at the problem.
     """
-    asked = [question for question in questions if len(question[-1]) <= MAX_LENGTH]
-    scores = dict(zip(asked, _checker.ask_all(asked, slow=0.0), strict=True))
-    return [scores.get(question, 0.0) for question in questions]
+    return _checker.ask_all(questions, slow=0.0, is_too_long=lambda question: len(question[-1]) > MAX_LENGTH)
 
 
 class _Entry(dict[str, Any]):

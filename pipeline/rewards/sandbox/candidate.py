@@ -80,7 +80,7 @@ class Candidate(Peer):
         target = self.kept[request["target"]]
         args = self.decode(request["args"])
         value = self.operate(operation, target, args, self.decode(request["named"]))
-        # The arguments return, too: the code may have changed them in place.
+        # The code may have changed its arguments in place, so they are sent back.
         return {"value": self.encode(value), "args": self.encode(args)}
 
     def operate(self, operation: str, target: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -118,7 +118,7 @@ class Candidate(Peer):
         return value
 
     def describe(self, value: object) -> Any:
-        """Describe what is not plain: an exception or a module by name, a function of the test's by its number."""
+        """Describe a value that is not plain: an exception or module by name, a function of the test by number."""
         if isinstance(value, type) and issubclass(value, BaseException):
             self.exceptions.setdefault(value.__qualname__, value)
             return {"exception": self.describe_exception(value)}
@@ -149,7 +149,7 @@ class Candidate(Peer):
         return self.numbers[id(value)]
 
     def failure(self, error: BaseException) -> dict[str, Any]:
-        """Describe an exception of the code's."""
+        """Describe an exception that the code has raised."""
         kinds = {MemoryError: "memory", PermissionError: "refused"}
         status = next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
         reply: dict[str, Any] = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
@@ -165,7 +165,7 @@ class Candidate(Peer):
         return {**reply, "error": self.describe_exception(type(error)), "kept": self.keep(error)}
 
     def resolve(self, kind: str, content: Any, named: bool) -> object:
-        """Return the object that is kept, or the stand-in for a function, an iterator or an object of the test's."""
+        """Return a kept object, or a stand-in for a function, iterator or object of the test."""
         if kind == "kept":
             return self.kept[content]
         number, name, doc = content
@@ -177,7 +177,7 @@ class Candidate(Peer):
         if kind == "iterator":
             stand_in = self.items(stand_in)
         elif kind == "local":
-            # An instance of a class of the test's: whatever the code does with it, the examiner does.
+            # An instance of a class of the test: the examiner does whatever the code wants to do with it.
             ways = {operation: operation for operation in LOCAL} | {"__getattr__": "get", "__setattr__": "set"}
             members = {method: staticmethod(self.function(number, way)) for method, way in ways.items()}
             stand_in = type(name, (), members)()
@@ -185,7 +185,7 @@ class Candidate(Peer):
         return stand_in
 
     def function(self, number: int, operation: str) -> Callable[..., Any]:
-        """Return a stand-in for a function of the test's, or for an operation on an object of the test's."""
+        """Return a stand-in for a function of the test, or for an operation on an object of the test."""
 
         def call(*args: object, **named: object) -> object:
             printed = self.printed()
@@ -202,7 +202,7 @@ class Candidate(Peer):
 
     @staticmethod
     def items(following: Callable[[], Any]) -> Iterator[Any]:
-        """Go through an iterator of the test's."""
+        """Yield the items of an iterator of the test."""
         while True:
             try:
                 item = following()

@@ -26,8 +26,9 @@ Only `pipeline.rewards.sandbox.run` starts it: python child.py VERDICT_FD SECOND
 #       v  | two pipes (messages.py)
 #     child.py, the candidate              confined; has the code
 #
-# The candidate can write lies into the pipe of messages, which the examiner takes for values of the code's, and spam
-# into the output, which nobody reads as a verdict. A verdict without the token ends the run as "crashed".
+# The candidate can write lies into the pipe of messages, but the examiner only takes them for values that the code has
+# returned. It can write spam into the output, which is never read as a verdict. A verdict without the token ends the
+# run as "crashed".
 
 import json
 import os

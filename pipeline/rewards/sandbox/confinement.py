@@ -59,9 +59,8 @@ CAPABILITY_VERSION_3 = 0x20080522
 # make regular file 1<<8, truncate 1<<14 (ABI 3)
 READ = 1 << 2 | 1 << 3
 WRITE = READ | 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14
-ALL_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1}
-# ABI 5 knows ioctl on devices, too.
-ALL_RIGHTS_LATER = (1 << 16) - 1
+# All rights that ABI 1, 2, … know; from ABI 5 on, they include ioctl on devices.
+ALL_RIGHTS = [(1 << bits) - 1 for bits in (13, 14, 15, 15, 16)]
 
 # name: (x86-64, arm64) from the kernel's asm/unistd.h; None where the architecture has no such call
 SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
@@ -147,7 +146,7 @@ def confine_files(directory: str) -> bool:
     abi = landlock_abi(libc)
     if abi < 1 or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
-    all_rights = ALL_RIGHTS.get(abi, ALL_RIGHTS_LATER)
+    all_rights = ALL_RIGHTS[min(abi, len(ALL_RIGHTS)) - 1]
     # The network's 3 is TCP bind and connect; the scope's 3 is abstract sockets of others and signals to them.
     attributes, size = struct.pack("QQQ", all_rights, 3, 3), 24 if abi >= 6 else 16 if abi >= 4 else 8
     ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)

@@ -28,7 +28,7 @@ KINDS = {"function": FunctionType, "generator": GeneratorType}
 
 
 class Type(type):
-    """What a test has in place of `type`, so that the class of a stand-in is that of its object."""
+    """Replacement for `type` in a test, which returns the class of an object instead of the class of its stand-in."""
 
     def __new__(cls, *args: Any) -> Any:
         if len(args) > 1:
@@ -110,9 +110,9 @@ class Examiner(Peer):
 
             vars(random)["seed"] = seed
 
-        # This process is confined, too.
+        # The test runs in a process that is confined as well.
         exec(compile(test, "test", "exec"), namespace | {"__name__": "test"})  # noqa: S102
-        # Both even if the test, or the code, has caught it.
+        # The test or the code may have caught these two.
         if self.gone:
             raise Gone
         for error in self.raised:
@@ -120,7 +120,7 @@ class Examiner(Peer):
                 raise error
 
     def ask(self, target: int, operation: str, *args: object, **named: object) -> Any:
-        """Return what an operation on an object of the code's results in."""
+        """Do an operation on an object of the candidate and return the result."""
         reply = self.request(operation, {"target": target, "args": self.encode(args), "named": self.encode(named)})
         if any(isinstance(arg, CHANGEABLE) for arg in args):
             # What the code has changed must not be what its result is compared with.
@@ -202,14 +202,14 @@ class Examiner(Peer):
         return error
 
     def attribute(self, error: BaseException, name: str) -> Any:
-        """Return an attribute of an exception of the code's."""
+        """Return an attribute of an exception that the code has raised."""
         number = vars(error).get("__kept__")
         if number is None or name.startswith("__"):
             raise AttributeError(name)
         return self.ask(number, "get", name)
 
     def describe(self, value: Any) -> Any:
-        """Describe what is not plain: an object of the code's; a function, an iterator or an object of the test's."""
+        """Describe a value that is not plain: an object of the code, or a function, iterator or object of the test."""
         if isinstance(value, Remote):
             return {"kept": value.state__.number}
         if isinstance(value, Kept):
@@ -243,7 +243,7 @@ class Examiner(Peer):
         return {kind: [number, str(getattr(value, "__name__", "function")), doc if isinstance(doc, str) else None]}
 
     def resolve(self, kind: str, content: Any, named: bool) -> Any:
-        """Return a function of the test's, or a stand-in for an object of the code's."""
+        """Return a function of the test, or a stand-in for an object of the code."""
         if named and kind == "module" and content.partition(".")[0] in sys.stdlib_module_names:
             return importlib.import_module(content)
         if named and kind == "exception":
@@ -262,7 +262,7 @@ class Examiner(Peer):
         # What extends int, float, str, bytes or tuple comes with its value. For the others, a `Remote` asks.
         value = self.decode(plain)
         base = next((base for base in CHANGEABLE if base.__name__ == extends), None) if plain is None else type(value)
-        # Each class of the code's has a class of stand-ins of the same name.
+        # Each class of the code gets its own class of stand-ins, with the same name.
         key = str(name), base, plain is None and bool(awaitable)
         if key not in self.classes:
             if base is None or base in CHANGEABLE:

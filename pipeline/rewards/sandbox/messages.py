@@ -1,6 +1,6 @@
 """What the two processes of `pipeline.rewards.sandbox.child` have in common: messages of plain values, over pipes."""
 
-# A call of the test's, `f([1, 2])`, with what travels over the two pipes (each line is JSON behind its length):
+# The test calls `f([1, 2])`. This is what travels over the two pipes, each line as JSON behind its length:
 #
 #     examiner (the test)                                      candidate (the code)
 #     {"operation": "call", "target": 7,                  ->   kept[7](*args, **named)
@@ -13,7 +13,7 @@
 #     {"value": 3}                                        ->
 #
 # Plain values are sent as what they are, and each process makes objects of its own classes of them, so that no class
-# of the code's reaches the test. Anything else stays where it is, and only its number is sent.
+# of the code reaches the test. Anything else stays in its process, and only its number is sent.
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ VIEWS: dict[type, str] = {type(getattr({}, name)()): name for name in ("keys", "
 CLASSES = {name: ("builtins", name) for name in ("bool", "bytes", "dict", "float", "int", "str", *CONTAINERS)}
 CLASSES["NoneType"] = ("types", "NoneType")
 CLASSES |= {name: (module, name) for module, names in VALUES.items() for name in names}
-# The value of an instance of a subclass, whatever that subclass overrides.
+# How to get the plain value of an instance of a subclass without calling anything that the subclass overrides.
 BASES: dict[type, Callable[[Any], Any]] = {
     int: int.__index__,
     float: float.__float__,
@@ -175,7 +175,8 @@ class Peer:
         if kind is bytes:
             return {"bytes": value.hex()}
         if kind.__name__ in VALUES.get(kind.__module__, ()):
-            # As for pickle: a class, its arguments, its state (of none of these), then items of a list and of a dict.
+            # What pickle would write: a class, its arguments, its state (None for all of these), items of a list, items
+            # of a dict.
             _, args, _, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
             args = args[1:] if args[:1] == (kind,) else args
             parts = (tuple(args), list(items or ()), [list(pair) for pair in pairs or ()])
@@ -191,7 +192,7 @@ class Peer:
 
         Args:
             data: What was received.
-            named: Whether it is what a name of the code's refers to, which may also be a module or an exception.
+            named: Whether it was found by its name in the code; it may then also be a module or an exception class.
         """
         if not isinstance(data, dict):
             if isinstance(data, list):

@@ -6,7 +6,7 @@
 #         def __eq__(self, other): return True              assert abs(f(2) - 3) < 1e-6
 #         def __sub__(self, other): return 0                assert not f(2) > 3
 #
-# So an object of the code's may not decide what a test asks about plain values. But honest tests of classes ask for
+# So an object of the code must not decide what a test asks about plain values. But honest tests of classes ask for
 # just that, `Vector(1, 2) + Vector(3, 4) == Vector(4, 6)`. The difference is whether the test has shown that it takes
 # the value for an object. A stand-in remembers that in its state, as `shown`.
 
@@ -26,7 +26,7 @@ UNKNOWN, USED, OBJECT, CLASS = range(4)
 
 UNKNOWN: perhaps for a plain value, such as what a function has returned.
 USED: for what an object has returned, so that its truth may be its own.
-OBJECT: for an object, of which the test has used an attribute that plain values lack, or which it made of a class.
+OBJECT: for an object, because the test has used an attribute that plain values lack, or has called a class.
 CLASS: for a class, whose name begins with a capital.
 """
 
@@ -129,8 +129,8 @@ class Remote:
 
 
 class Kept:
-    # A plain value of a class of the code's that extends int, float, str, bytes or tuple. What those can do, it does
-    # as they do, and what they lack, the code does.
+    # A value whose class in the code extends int, float, str, bytes or tuple. It behaves like the plain value, and
+    # whatever the plain class lacks is done by the code.
     _examiner: Any
     _number: int
 
@@ -166,6 +166,16 @@ class Awaitable(Remote):
 
     def close(self) -> None:
         pass
+
+
+# What an operator of a stand-in does, by the other operand. What extends list, dict or set compares, adds and iterates
+# as its plain value does, until the test has shown that it takes it for an object.
+#
+#                     a plain value                                        another stand-in
+#     <, <=, >, >=    is refused                                           the code compares
+#     +, -, *, ...    the code calculates. Before the test has shown       the code calculates; what is made of
+#                     OBJECT, the result must be an object (`mixed`)       something mixed must be an object
+#     len, int, ...   the code converts, but nothing that is mixed
 
 
 def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:

@@ -138,7 +138,7 @@ def run_many(
 
 
 def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
-    """Start the child, wait for its verdict, and end whatever of it still lives."""
+    """Start the child, wait for its verdict, and kill all of its processes."""
     began = time.monotonic()
     token = secrets.token_hex(16)
     # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
@@ -189,11 +189,11 @@ def _wait(
 ) -> tuple[Status, int | None, bytes]:
     """Wait for the child's verdict, end or timeout; meanwhile drain its output and watch its directory.
 
-    The descriptor of the verdict brings lines, of which the first one says that the code starts:
+    The child writes these lines to the descriptor of the verdict. The time limit begins with the first one:
 
-        TOKEN 4711          the candidate's process id
+        TOKEN 4711          process id of the candidate
         TOKEN talking       only if the code and its test have exchanged many messages
-        TOKEN passed        the status
+        TOKEN passed        status
     """
     output_fd = descriptors[0]
     os.set_blocking(output_fd, False)
