@@ -14,7 +14,8 @@ from typing import Any, get_type_hints
 import torch
 
 from pipeline.config.parser import parse
-from pipeline.rl import grpo, layout, ppo
+from pipeline.models.kernels import rollout_layout
+from pipeline.rl import grpo, ppo
 from tests import ppo_toy as toy
 
 
@@ -33,6 +34,11 @@ def fixed_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
 
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Return copies of the gradients of a model, flattened."""
+    return [weight.grad.flatten().clone() for weight in model.parameters() if weight.grad is not None]
+
+
 def with_fixed_rollouts(kind: type) -> type:
     """Return a subclass of a trainer that does not sample, and records its gradients."""
 
@@ -40,10 +46,22 @@ def with_fixed_rollouts(kind: type) -> type:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, rollout_func=fixed_rollout, **kwargs)
             self.gradients: list[torch.Tensor] = []
+            self.of_critic: list[torch.Tensor] = []
+            if hasattr(self, "critic"):
+                self._record_critic()
+
+        def _record_critic(self) -> None:
+            step = self.critic.step
+
+            def recorded_step(share: float) -> float:
+                self.of_critic = gradients(self.critic.model)
+                norm: float = step(share)
+                return norm
+
+            self.critic.step = recorded_step
 
         def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]).clone())
+            self.gradients.append(torch.cat([*gradients(model), *self.of_critic]))
             return super()._clip_grad_norm(model)
 
         def end(self) -> None:
@@ -56,7 +74,7 @@ def with_fixed_rollouts(kind: type) -> type:
 
 
 def main(recipe: str, argv: list[str]) -> None:
-    layout.CPU_TOKENS = 20  # several forward passes per backward pass, also on two processes
+    rollout_layout.CPU_TOKENS = 20  # several forward passes per backward pass, also on two processes
     module, name = (ppo, "PPOTrainer") if recipe == "ppo" else (grpo, "GRPOTrainer")
     setattr(module, name, with_fixed_rollouts(getattr(module, name)))
     main_of_recipe = importlib.import_module(f"recipes.{recipe}").main

@@ -15,11 +15,18 @@ from pipeline.app import watch
 from pipeline.app.compare import quoted, share
 from pipeline.app.models import Loaded, well_formed
 from pipeline.app.site import TEMPLATES, Site
-from pipeline.errors import LIBRARY_ERRORS, UserError
+from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
 from pipeline.models.generation import Completion
 from pipeline.report.labels import stage_info
 from pipeline.report.load import load_run
 from pipeline.report.text import number, signed, visible
+
+SCALED = {
+    "group": "The advantage is the reward less the mean, in standard deviations of the group.",
+    "batch": "The advantage is the reward less the mean, in standard deviations of the batch, here this group.",
+    "none": "The advantage is the reward less the mean.",
+}
+"""What the advantages are, by `scale_rewards`."""
 
 SHOWN = 4000
 """Characters of a completion that are shown."""
@@ -70,7 +77,7 @@ def build(site: Site) -> None:
 
     def roll_out(stage: str, policy: str, text: str, answer: str, seed: int) -> Iterator[Markup]:
         row = next((dict(row) for row in rows(stage) if row["prompt"][-1]["content"] == text), {})
-        messages = row.get("prompt") or [{"role": "user", "content": text}]
+        messages = row.setdefault("prompt", [{"role": "user", "content": text}])
         row |= {"answer": answer} if answer else {}
         steps = ppo if stage_info(stage).has_critic else grpo
         parts: list[Markup] = []
@@ -81,8 +88,10 @@ def build(site: Site) -> None:
                 yield Markup("").join(parts)
         except UserError as error:
             yield Markup("").join([*parts, failed("; ".join(map(str, error.problems)))])
-        except LIBRARY_ERRORS as error:  # a reward function of the user's may raise anything
-            yield Markup("").join([*parts, failed(f"{type(error).__name__}: {error}")])
+        except (RunStopped, *LIBRARY_ERRORS) as error:
+            # A reward function may raise anything; what it raised says more here than which step it stopped.
+            reason = error.__cause__ or error
+            yield Markup("").join([*parts, failed(f"{type(reason).__name__}: {reason}")])
 
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "trigger_mode": "multiple"}
     stage.change(choose, stage, [policy, reference], **options)
@@ -109,35 +118,35 @@ def grpo(
     seed: int,
 ) -> Iterator[list[Markup]]:
     """Yield GRPO's four steps as they are made: all parts so far."""
-    loaded = site.models.get(policy)
+    loaded, reference = site.models.get(policy), site.models.get(before(site, stage))
     ids = loaded.encode(messages, settings.get("chat_template_kwargs") or {})
     parts = [prompt_part(stage, messages, ids)]
     yield parts
-    group, batch = watch.sample_group(loaded, ids, settings, settings["num_generations"], seed)
+    group = watch.sample_group(loaded, ids, settings, settings["num_generations"], seed)
     about = f"{len(group)} attempts of {policy}, sampled at temperature {settings['temperature']:g}."
-    yield [*parts, group_part(2, "Completions", about, group, [])]
-    rewards, totals = watch.check(settings, messages, group, row)
-    advantages = watch.group_advantages(totals, settings)
-    facts = [
-        [f"{name}: {number(given[i], 2)}" for name, given in rewards.items()]
-        + [f"advantage: {signed(float(advantages[i]), 2)}"]
-        for i in range(len(group))
-    ]
-    mean = sum(totals) / len(totals)
-    about = f"Mean reward {number(mean, 2)}. The advantage is the reward less the mean, in standard deviations."
-    if max(totals) == min(totals):
-        about += " All are equal here, so that nothing is learned from this prompt."
-    parts.append(group_part(2, "Completions", f"{len(group)} attempts of {policy}.", group, []))
-    parts.append(group_part(3, "Check", about, group, facts, totals))
+    parts.append(group_part(2, "Completions", about, group, []))
     yield parts
-    changes = watch.update(loaded, batch, advantages, settings)
-    lines = [[f"{change:.2f} times as likely", *facts[i][-1:]] for i, change in enumerate(changes)]
+    seen = watch.update(loaded, reference, settings, row, ids, group)
+    advantages = [f"advantage: {signed(advantage, 2)}" for advantage in seen.advantages]
+    facts = []
+    for i, advantage in enumerate(advantages):
+        given = [f"{name}: {number(rewards[i], 2)}" for name, rewards in seen.rewards.items()]
+        facts.append([*given, advantage])
+    mean = sum(seen.totals) / len(seen.totals)
+    about = f"Mean reward {number(mean, 2)}. {SCALED[str(settings.get('scale_rewards', 'group')).lower()]}"
+    if max(seen.totals) == min(seen.totals):
+        about += " All are equal here, so that nothing is learned from this prompt."
+    parts.append(group_part(3, "Check", about, group, facts, seen.totals))
+    yield parts
+    lines = [
+        [f"{change:.2f} times as likely", advantage] for change, advantage in zip(seen.changes, advantages, strict=True)
+    ]
     about = (
         f"One step on a copy of the model, with this group alone and the learning rate of the run "
         f"({settings['learning_rate']:g}). A step of the run takes {settings['per_device_train_batch_size']} "
         "completions."
     )
-    yield [*parts, group_part(4, "Update", about, group, lines, [change - 1 for change in changes])]
+    yield [*parts, group_part(4, "Update", about, group, lines, [change - 1 for change in seen.changes])]
 
 
 def ppo(
@@ -155,10 +164,10 @@ def ppo(
     ids = loaded.encode(messages, settings.get("chat_template_kwargs") or {})
     parts = [prompt_part(stage, messages, ids)]
     yield parts
-    group, batch = watch.sample_group(loaded, ids, settings, 1, seed)
+    group = watch.sample_group(loaded, ids, settings, 1, seed)
     parts.append(group_part(2, "Completion", f"One answer of {policy}.", group, []))
     yield parts
-    view = watch.token_view(loaded, reference, site.run, stage, settings, messages, group[0], batch)
+    view = watch.token_view(loaded, reference, site.run, stage, settings, row, ids, group[0])
     yield [*parts, token_part(loaded, reference.name, settings, view)]
 
 

@@ -1,19 +1,28 @@
-"""What PPO and GRPO compute for one prompt, on the models of a run and with the functions that train them."""
+"""What PPO and GRPO compute for one prompt: the stage's own trainer, on copies of the models of a run.
+
+The page samples the completions itself, with the seed that it shows. Everything after that is the trainer's: rewards,
+advantages, loss and optimizer step, under the settings that the stage was trained with (`arguments.json`). Only what
+needs more than one prompt is switched off: normalisation over a rollout, accumulation of gradients, schedules.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
-from trl.trainer.utils import get_callable_name
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from trl import GRPOConfig
 
 from pipeline.app.models import Loaded
 from pipeline.data.arguments import DataArguments
@@ -25,36 +34,63 @@ from pipeline.models.generation import Completion, generate
 from pipeline.models.loading import avoid_emulation, load_config, load_model, user_error_for
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl import ppo_math
-from pipeline.rl.grpo import TextsAsTheyStand
-from pipeline.rl.log_probs import token_log_probs
-from pipeline.rl.value_model import VALUE_MODEL_FOLDER, auto_class, token_values
+from pipeline.rl.critic import VALUE_MODEL_FOLDER
+from pipeline.rl.grpo import GRPOTrainer
+from pipeline.rl.ppo import PPOTrainer
+from pipeline.rl.ppo_config import PPOConfig
+from pipeline.rl.reference_model import frozen_copy
+from pipeline.rl.value_model import auto_class
+from pipeline.training.reliable import unchanged_random_state
 
 ROWS = 500
 """Prompts of the stage's data that are offered."""
 
+OPTIMIZER = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+)
+"""Options of transformers that the step depends on. Those of TRL and of PPO are all kept, but for `SWITCHED_OFF`."""
+
+SWITCHED_OFF = (
+    "use_vllm",
+    "use_transformers_continuous_batching",
+    "generation_batch_size",
+    "steps_per_generation",
+    "num_iterations",
+    "num_generations_eval",
+    "model_init_kwargs",
+    "sync_ref_model",
+    "log_completions",
+    "log_completions_hub_repo",
+    "use_liger_kernel",
+    "whiten_advantages",
+    "reward_normalization",
+    "value_warmup_steps",
+    "frozen_dtype",
+)
+
 
 @dataclass(frozen=True)
-class Batch:
-    """A prompt with its completions, as the trainers have it.
+class Update:
+    """What GRPO computes for a group of completions, each list by completion.
 
     Attributes:
-        ids: (B, L), the prompt followed by each completion, padded on the right.
-        attention_mask: (B, L).
-        mask: (B, T), 1 for the tokens of the completions.
+        rewards: What each reward function gives, by its name; None for no opinion.
+        totals: The weighted sums.
+        advantages: What the loss multiplies the probability ratios by.
+        changes: How many times as likely one step made the completion.
     """
 
-    ids: Tensor
-    attention_mask: Tensor
-    mask: Tensor
-
-    def log_probs(self, model: PreTrainedModel, temperature: float) -> Tensor:
-        """Return the log-probabilities (B, T) of the completions."""
-        length = self.mask.shape[1]
-        options: dict[str, Any] = {"entropy": False, "entropy_gradient": False, "autocast": nullcontext}
-        found, _ = token_log_probs(
-            model, self.ids, self.attention_mask, length, batch_size=None, temperature=temperature, **options
-        )
-        return found * self.mask
+    rewards: dict[str, list[float | None]]
+    totals: list[float]
+    advantages: list[float]
+    changes: list[float]
 
 
 @dataclass(frozen=True)
@@ -88,7 +124,7 @@ def load_rows(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def sample_group(
     policy: Loaded, prompt: Sequence[int], settings: Mapping[str, Any], number: int, seed: int
-) -> tuple[list[Completion], Batch]:
+) -> list[Completion]:
     """Sample `number` completions of a prompt as the trainer does."""
     room = policy.context - len(prompt) if policy.context else settings["max_completion_length"]
     (group,) = generate(
@@ -101,114 +137,170 @@ def sample_group(
         seed=seed,
     )
     # The trainers do not strip what the model wrote.
-    group = [replace(c, text=policy.tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in group]
-    length = max(len(completion.tokens) for completion in group)
-    pad = policy.tokenizer.pad_token_id or 0
-    rows = [[*prompt, *c.tokens, *[pad] * (length - len(c.tokens))] for c in group]
-    mask = torch.tensor([[1] * len(c.tokens) + [0] * (length - len(c.tokens)) for c in group])
-    ids = torch.tensor(rows, device=policy.model.device)
-    whole = torch.cat([torch.ones(len(group), len(prompt), dtype=mask.dtype), mask], dim=1)
-    return group, Batch(ids, whole.to(ids.device), mask.to(ids.device))
+    return [replace(c, text=policy.tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in group]
 
 
-def check(
+def update(
+    policy: Loaded,
+    reference: Loaded,
     settings: Mapping[str, Any],
-    prompt: Sequence[Mapping[str, str]],
-    group: Sequence[Completion],
     row: Mapping[str, Any],
-) -> tuple[dict[str, list[float | None]], list[float]]:
-    """Return what each reward function gives each completion, and their weighted sums."""
+    prompt: Sequence[int],
+    group: Sequence[Completion],
+) -> Update:
+    """Take one optimizer step of GRPO on a copy of the policy.
+
+    Args:
+        policy: The model that wrote the completions.
+        reference: The model that the stage started from, for the KL penalty, if `beta` asks for one.
+        settings: The stage's.
+        row: The prompt, as messages, and the other columns of the data.
+        prompt: The prompt's tokens.
+        group: Completions of it.
+    """
     functions = load_rewards(settings["reward_funcs"])
-    size = len(group)
-    columns = {name: [value] * size for name, value in row.items() if name != "prompt"}
-    completions = [[{"role": "assistant", "content": completion.text}] for completion in group]
-    ids = [completion.tokens for completion in group]
-    rewards = {
-        get_callable_name(function): function(
-            completions=completions, prompts=[list(prompt)] * size, completion_ids=ids, **columns
+    with _trainer(GRPOTrainer, GRPOConfig, policy.model, policy, settings, row, prompt, group, functions) as trainer:
+        if settings.get("beta"):
+            trainer.beta = trainer.args.beta = settings["beta"]
+            trainer.ref_model = frozen_copy(reference.model, trainer.temperature, cast_lm_head_to_fp32=False)
+        before = _log_probs(trainer, prompt, group)
+        trainer.train()
+        after = _log_probs(trainer, prompt, group)
+        table = trainer.rewards.table
+        columns = [[None if math.isnan(reward) else reward for reward in column] for column in table.T.tolist()]
+        return Update(
+            rewards=dict(zip(trainer.reward_func_names, columns, strict=True)),
+            totals=(table * trainer.reward_weights).nansum(dim=1).tolist(),
+            advantages=list(trainer._logs["advantages"]),
+            changes=(after - before).exp().tolist(),
         )
-        for function in functions
-    }
-    weights = settings.get("reward_weights") or [1.0] * len(functions)
-    pairs = list(zip(weights, rewards.values(), strict=True))
-    return rewards, [sum(w * (given[i] or 0.0) for w, given in pairs) for i in range(size)]
 
 
-def group_advantages(rewards: Sequence[float], settings: Mapping[str, Any]) -> Tensor:
-    """Return how much better each completion is than its group, as TRL's `GRPOTrainer` computes it."""
-    totals = torch.tensor(rewards)
-    advantages = totals - totals.mean()
-    return advantages if settings.get("scale_rewards") == "none" else advantages / (totals.std() + 1e-4)
-
-
-def update(policy: Loaded, batch: Batch, advantages: Tensor, settings: Mapping[str, Any]) -> list[float]:
-    """Take one optimizer step on a copy of the policy. Returns how many times as likely it made each completion."""
-    model = copy.deepcopy(policy.model)
-    betas = settings["adam_beta1"], settings["adam_beta2"]
-    optimizer = torch.optim.AdamW(model.parameters(), settings["learning_rate"], betas, settings["adam_epsilon"])
-    before = batch.log_probs(model, settings["temperature"])
-    losses, _ = ppo_math.clipped_policy_loss(
-        before - before.detach(), advantages.to(before.device).unsqueeze(1), settings["epsilon"]
-    )
-    ppo_math.masked_mean(losses, batch.mask).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), settings["max_grad_norm"] or float("inf"))
-    optimizer.step()
-    with torch.inference_mode():
-        after = batch.log_probs(model, settings["temperature"])
-    change: list[float] = (after - before.detach()).sum(1).exp().tolist()
-    return change
-
-
-@torch.inference_mode()
 def token_view(
     policy: Loaded,
     reference: Loaded,
     run: Path,
     stage: str,
     settings: Mapping[str, Any],
-    prompt: Sequence[Mapping[str, str]],
+    row: Mapping[str, Any],
+    prompt: Sequence[int],
     completion: Completion,
-    batch: Batch,
 ) -> TokenView:
-    """Return what PPO computes for each token of a completion, before advantages are whitened over a rollout."""
-    critic = load_critic(run / stage)
-    log_probs = batch.log_probs(policy.model, settings["temperature"])
-    kl = ppo_math.kl_estimate(log_probs, batch.log_probs(reference.model, settings["temperature"]), "k1") * batch.mask
-    values = token_values(critic, batch.ids, batch.attention_mask, batch.mask.shape[1], None, nullcontext) * batch.mask
-    conversation = [*map(dict, prompt), {"role": "assistant", "content": completion.text}]
-    total = 0.0
-    weights = settings.get("reward_weights") or []
+    """Return what PPO computes for each token of a completion. The arguments are those of `update`."""
     paths = settings.get("reward_model_path") or []
-    for weight, path in zip([*weights[: len(paths)], *[1.0] * (len(paths) - len(weights))], paths, strict=True):
-        total += weight * score(path, conversation, completion.stopped, settings.get("chat_template_kwargs"))
-    penalty = 0.0 if completion.stopped else settings.get("missing_eos_penalty") or 0.0
-    rewards = ppo_math.token_rewards(
-        torch.tensor([total - penalty], device=kl.device), settings["kl_coef"] * kl, batch.mask
-    )
-    advantages, _ = ppo_math.generalized_advantages(rewards, values, batch.mask, settings["gamma"], settings["lam"])
-    columns = {"log_probs": log_probs, "kl": kl, "rewards": rewards, "values": values, "advantages": advantages}
-    lists = {name: column[0].tolist() for name, column in columns.items()}
-    return TokenView(completion.tokens, **lists, score=total, penalty=penalty)
-
-
-def score(
-    path: str, conversation: list[dict[str, str]], stopped: bool, template: Mapping[str, Any] | None = None
-) -> float:
-    """Return a reward model's score of a conversation, whose answer it reads without an end of turn if it has none.
-
-    `template` are further arguments of the chat template, with which the trainer writes the conversation, too.
-    """
-    model, tokenizer = load_model(path, "reward_model_path", reward=True)
-    text = TextsAsTheyStand(tokenizer, [stopped]).apply_chat_template(conversation, tokenize=False, **template or {})
-    inputs = tokenizer(text=text, return_tensors="pt", add_special_tokens=False)
-    return float(model.eval()(**inputs).logits[0, 0])
+    judges, tokenizers = [], []
+    for path in paths:
+        judge, tokenizer = load_model(path, "reward_model_path", reward=True)
+        judges.append(judge.eval())
+        tokenizers.append(tokenizer)
+    functions = load_rewards(settings["reward_funcs"]) if settings.get("reward_funcs") else []
+    weights = settings.get("reward_weights") or [1.0] * (len(judges) + len(functions))
+    # What is only measured may need columns that a prompt of the page does not have.
+    trained = [(function, weight) for function, weight in zip(functions, weights[len(judges) :], strict=True) if weight]
+    chosen = dict(settings) | {"reward_weights": [*weights[: len(judges)], *(weight for _, weight in trained)]}
+    options = {
+        "reward_processing_classes": [*tokenizers, *[None] * len(trained)],
+        "value_model": load_critic(run / stage),
+    }
+    rewards = [*judges, *(function for function, _ in trained)]
+    # PPO compares every completion with the policy as it was when the trainer was made. A rollout has two of them.
+    given = (reference.model, policy, chosen, row, prompt, [completion] * 2, rewards)
+    with _trainer(PPOTrainer, PPOConfig, *given, **options) as trainer, torch.no_grad():
+        trainer.model.load_state_dict(policy.model.state_dict())
+        trainer.model.train()
+        batch = trainer._generate_and_score_completions([dict(row)] * 2)
+        mask, logps = batch["completion_mask"], batch["old_per_token_logps"]
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention_mask = torch.cat([batch["prompt_mask"], mask], dim=1)
+        kl = torch.zeros_like(logps)
+        if trainer.args.kl_coef > 0:
+            compared = trainer._reference_logps(ids, attention_mask, mask.shape[1], len(ids))
+            kl = ppo_math.kl_estimate(logps, compared, trainer.args.kl_estimator) * mask
+        score = float((trainer.rewards.table[0] * trainer.reward_weights).nansum())
+        penalty = 0.0 if completion.stopped else settings.get("missing_eos_penalty") or 0.0
+        scores = torch.full((len(ids),), score - penalty, device=kl.device)
+        columns = {
+            "log_probs": logps,
+            "kl": kl,
+            "rewards": ppo_math.token_rewards(scores, trainer.args.kl_coef * kl, mask),
+            "values": batch["old_values"],
+            "advantages": batch["advantages"],
+        }
+        lists = {name: column[0].tolist() for name, column in columns.items()}
+    return TokenView(completion.tokens, **lists, score=score, penalty=penalty)
 
 
 def load_critic(folder: Path) -> PreTrainedModel:
-    """Load the critic that PPO saved beside the policy."""
+    """Load the critic that PPO saved with the policy."""
     path = str(folder / VALUE_MODEL_FOLDER)
     with user_error_for("RUN", path, "critic"):
         config = load_config(path)
         critic: PreTrainedModel = auto_class(config).from_pretrained(path, config=config, trust_remote_code=False)
         avoid_emulation(critic)
     return critic.eval()
+
+
+@contextmanager
+def _trainer(
+    kind: type[Any],
+    config: type[GRPOConfig],
+    model: PreTrainedModel,
+    policy: Loaded,
+    settings: Mapping[str, Any],
+    row: Mapping[str, Any],
+    prompt: Sequence[int],
+    group: Sequence[Completion],
+    rewards: list[Any],
+    **options: Any,
+) -> Iterator[Any]:
+    """Make a trainer of a copy of `model` for one step on a prompt, whose completions are given."""
+    inherited = {item.name for item in fields(TrainingArguments)}
+    own = {item.name for item in fields(config)} - inherited - set(SWITCHED_OFF)
+    kept = {name: settings[name] for name in (*OPTIMIZER, *own) if name in settings and not name.startswith("vllm_")}
+    fixed: dict[str, Any] = {
+        "beta": 0.0,
+        "num_generations": len(group),
+        "per_device_train_batch_size": len(group),
+        "max_steps": 1,
+        "lr_scheduler_type": "constant",
+        "bf16": False,
+        "use_cpu": policy.model.device.type == "cpu",
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+    fixed |= {"whiten_advantages": False, "num_iterations": 1} if config is PPOConfig else {}
+
+    def sampled(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
+        ids = [completion.tokens for completion in group]
+        return {"prompt_ids": [list(prompt)] * len(group), "completion_ids": ids, "logprobs": None}
+
+    with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings():
+        # That `rollout_func` is experimental.
+        warnings.simplefilter("ignore", UserWarning)
+        trainer = kind(
+            model=copy.deepcopy(model),
+            reward_funcs=rewards,
+            args=config(**kept | fixed, output_dir=folder),
+            train_dataset=Dataset.from_list([dict(row)] * len(group)),
+            # TRL gives it a padding token.
+            processing_class=copy.deepcopy(policy.tokenizer),
+            rollout_func=sampled,
+            **options,
+        )
+        trainer.remove_callback(PrinterCallback)
+        yield trainer
+
+
+@torch.no_grad()
+def _log_probs(trainer: Any, prompt: Sequence[int], group: Sequence[Completion]) -> Tensor:
+    """Return the log-probability of each completion under the trainer's policy."""
+    length = max(len(completion.tokens) for completion in group)
+    padding = [length - len(completion.tokens) for completion in group]
+    rows = [[*prompt, *c.tokens, *[0] * n] for c, n in zip(group, padding, strict=True)]
+    masks = [[1] * (len(row) - n) + [0] * n for row, n in zip(rows, padding, strict=True)]
+    ids, mask = (torch.tensor(values, device=trainer.accelerator.device) for values in (rows, masks))
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length)
+    total: Tensor = (logps * mask[:, -length:]).sum(dim=1)
+    return total

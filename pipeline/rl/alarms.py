@@ -74,7 +74,8 @@ class CollapseAlarms(TrainerCallback):
         self._start: dict[str, float] = {}
         self._reward, self._lowest, self._highest, self._deviation = math.nan, math.inf, -math.inf, 0.0
         self._raised: set[str] = set()
-        self._against: Counter[str] = Counter()  # entries in a row that say the opposite
+        # How many entries in a row speak for changing the state of an alarm, by its name.
+        self._against: Counter[str] = Counter()
 
     def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Read what was logged before a resumed run stopped."""
@@ -95,6 +96,7 @@ class CollapseAlarms(TrainerCallback):
         """Take in an entry of the log, and return the figures of the alarms that it raises."""
         raised = {}
         for name, value, severity in self._severities({k: v for k, v in entry.items() if v is not None}):
+            # Bad entries speak against an alarm that is not raised, good ones against one that is.
             against = severity < RECOVERY if name in self._raised else severity >= 1
             self._against[name] = self._against[name] + 1 if against else 0
             if self._against[name] == self._patience:
@@ -109,6 +111,7 @@ class CollapseAlarms(TrainerCallback):
         self._reward = entry.get("reward", self._reward)
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
+        # A mean reward that is nearly as high as any single one was is success, not collapse.
         way = self._highest - self._lowest
         mastered = self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way
         if (length := entry.get("completions/mean_length")) is not None:

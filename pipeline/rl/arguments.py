@@ -12,7 +12,8 @@ from trl import GRPOConfig, ModelConfig
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import Problem
 
-if TYPE_CHECKING:  # these imports take seconds, which `--help` must not
+# These imports take seconds, which `--help` must not.
+if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,7 +27,7 @@ class PPORewardArguments:
     """Rewards and critic of PPO. The score of a completion is the sum of its rewards, weighted by `reward_weights`."""
 
     trains_critic: ClassVar[bool] = True
-    """Whether a critic as large as the model is trained and saved beside it."""
+    """Whether a critic as large as the model is trained and saved with it."""
 
     reward_model_path: list[str] | None = field(
         default=None,

@@ -17,11 +17,11 @@ per token inside the reward, generalised advantage estimation and the clipped va
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -31,22 +31,15 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy
+from trl.trainer.utils import use_adapter
 
-from pipeline.rl import ppo_math
+from pipeline.rl import ppo_math, ppo_metrics
+from pipeline.rl.critic import VALUE_MODEL_FOLDER, Critic, CriticOptimizer, token_values
+from pipeline.rl.frozen_weights import prepare_frozen
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
-from pipeline.rl.ppo_metrics import rollout_means, rollout_sums, update_means, update_sums
-from pipeline.rl.reference_model import copy_adapter, reference_adapter
-from pipeline.rl.value_adapter import prepare_frozen
-from pipeline.rl.value_model import (
-    VALUE_MODEL_FOLDER,
-    add_to_optimizer,
-    build_value_model,
-    check_in_optimizer,
-    load_value_model,
-    save_value_model,
-    token_values,
-)
+from pipeline.rl.reference_model import REFERENCE_ADAPTER, copy_adapter
+from pipeline.rl.value_model import build_value_model
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -56,8 +49,8 @@ class PPOTrainer(GRPOTrainer):
 
     Each rollout, of `generation_batch_size` completions, is sampled, scored and given advantages once, and then trained
     on `num_iterations` times, in optimizer steps of `per_device_train_batch_size x gradient_accumulation_steps x
-    processes` completions. Policy and critic are two networks stepped by one optimizer: one loss, one schedule, each
-    with its own learning rate and its own gradient norm, clipped to `max_grad_norm` separately. In the first
+    processes` completions. Policy and critic are two networks, each with an optimizer and a learning rate of its own,
+    on the same schedule, and each with its own gradient norm, clipped to `max_grad_norm`. In the first
     `value_warmup_steps` steps the policy has no gradients: nothing of it changes, its state in the optimizer included.
 
     The score of a completion belongs to its last token. A completion that was cut off at `max_completion_length` is
@@ -84,12 +77,14 @@ class PPOTrainer(GRPOTrainer):
             the policy. The head of a reward model is copied in the units of the score, times the weight, if that model
             is the only reward and is not normalised. Every other critic starts by expecting nothing.
         peft_config: Train an adapter instead of the policy's own weights.
-        value_use_peft: Beside an adapter, make the critic an adapter, too, on the frozen weights that it starts from.
-        **kwargs: Any other argument of `GRPOTrainer`. The critic's parameters are added to an optimizer in
-            `optimizers`. A scheduler beside it must know them: add those of `value_model` before you make it.
+        value_use_peft: If the policy is an adapter, make the critic one as well, on the frozen weights it starts from.
+        **kwargs: Any other argument of `GRPOTrainer`. An optimizer and a scheduler in `optimizers` are the policy's.
+
+    Attributes:
+        critic: The critic and what trains it.
 
     Raises:
-        ValueError: For a multimodal model, a critic with several labels, or a scheduler that does not know the critic.
+        ValueError: For a multimodal model, a critic with several labels, or an optimizer that has the critic's weights.
     """
 
     _tag_names: ClassVar = ["trl", "ppo"]
@@ -113,6 +108,8 @@ class PPOTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PPOConfig(f"{name.split('/')[-1]}-PPO")
+        # TRL knows of no reference as long as beta is 0, so PPO makes its own: an adapter's is a frozen copy of it, a
+        # new adapter's the base model, and for a model without adapters, a frozen copy of the model.
         if args.kl_coef > 0 and isinstance(model, PeftModel):
             copy_adapter(model)
         super().__init__(
@@ -130,27 +127,31 @@ class PPOTrainer(GRPOTrainer):
         if args.kl_coef > 0 and not is_peft_model(self.model):
             self._copy_reference()
         # Compiled and wrapped models hide the classes and the names of weights that decide what becomes of them.
-        reference, *rewards = (
-            self._bare(model) if isinstance(model, nn.Module) else model
-            for model in (self.ref_model, *self.reward_funcs)
-        )
-        prepare_frozen(self.model, [reference, *rewards], args)
+        reference = None if self.ref_model is None else self._bare(self.ref_model)
+        judges = [None if judge is None else self._bare(judge.model) for judge in self.rewards.models]
+        prepare_frozen(self.model, [reference, *judges], args)
         critic = build_value_model(
             value_model,
             policy=self.model,
             tokenizer=self._tokenizer,
-            rewards=list(zip(rewards, self.reward_processing_classes, self.reward_weights.tolist(), strict=True)),
+            rewards=list(zip(judges, self.reward_processing_classes, self.reward_weights.tolist(), strict=True)),
             args=args,
             use_peft=value_use_peft,
         ).to(self.accelerator.device)
-        self.value_model = self.accelerator.prepare_model(critic)
-        if self.lr_scheduler is not None:
-            check_in_optimizer(self.optimizer, critic)
-        self.parts.append(Critic(self))
+        # A critic that was stepped by both optimizers would learn twice from each batch.
+        if self.optimizer is not None:
+            given = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+            if any(id(weight) in given for weight in critic.parameters()):
+                raise ValueError("the critic has an optimizer of its own: keep its parameters out of `optimizers`")
+        self.critic = Critic(critic, self.model, self.accelerator, args.max_grad_norm)
+        self.parts += [self.critic, CriticOptimizer(self.critic, args)]
         self._score_moments = ppo_math.Moments()
-        self._critic_gradients_used = False
-        self._rollout_sums: Tensor | float = 0.0
-        self._update_sums: Tensor | float = 0.0
+        self._averages = ppo_metrics.Averages()
+
+    @property
+    def value_model(self) -> Any:
+        """The critic's model, wrapped as the policy is."""
+        return self.critic.model
 
     def _bare(self, model: nn.Module) -> Any:
         """Return a model without what wraps it for several processes or for `torch.compile`."""
@@ -158,17 +159,15 @@ class PPOTrainer(GRPOTrainer):
 
     # ---- The rollout
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Keep the parent's rewards, which it turns into group-relative advantages and discards."""
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards_per_func
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Let the parent sample and score, then replace its advantages (B,) by PPO's (B, T)."""
         mode = "train" if self.model.training else "eval"
         batch = super()._generate_and_score_completions(inputs)
-        self._metrics[mode].pop("frac_reward_zero_std", None)  # PPO does not have groups
+        # PPO does not compare the completions of a prompt.
+        self._metrics[mode].pop("frac_reward_zero_std", None)
 
+        # What the policy chose is trained on, but for completions that nothing scored. Their tokens count nowhere, so
+        # that the loss is an average over the others.
         mask = _sampled_tokens(batch)
         ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
         scores, scored = self._scores(mask.any(dim=1), ended, mode)
@@ -176,6 +175,8 @@ class PPOTrainer(GRPOTrainer):
             mask = batch["tool_mask"] = mask * scored.unsqueeze(1).int()
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
+        # Policy, reference and critic read the texts as they were sampled, before the first update: later log ratios
+        # and clipping ranges are relative to what they compute here.
         ids, attention_mask = _whole_texts(batch)
         args, length = self.args, mask.shape[1]
         size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
@@ -191,15 +192,13 @@ class PPOTrainer(GRPOTrainer):
                 penalty = args.kl_coef * ppo_math.kl_estimate(logps, ref_logps, args.kl_estimator)
             values = self._values(ids, attention_mask, length, size)
 
+        # Each token is rewarded by minus its KL penalty, and the last one by the score as well.
         rewards = ppo_math.token_rewards(scores, penalty, mask)
         advantages, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.lam)
         if args.value_lam is not None:
             _, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.value_lam)
-        self._rollout_sums = self._rollout_sums + rollout_sums(
-            scores, scored, penalty, logps, ref_logps, values, returns, ended, mask
-        )
-        if mode == "train":
-            self._log_rollouts()
+        self._averages.add(scored, ppo_metrics.of_completions(scores, penalty, logps, ref_logps, ended, mask))
+        self._averages.add(mask, ppo_metrics.of_estimates(returns, values))
         self._log_advantages(advantages, mask)
         if args.whiten_advantages:
             advantages = ppo_math.masked_whiten(advantages, mask, self._sum_over_processes)
@@ -213,7 +212,8 @@ class PPOTrainer(GRPOTrainer):
             ended: (B,), whether it ended with an end of turn.
             mode: "train" or "eval".
         """
-        rewards = self._rewards_per_func  # from all processes
+        # Scores are normalised over the completions of all processes; each process then keeps its own.
+        rewards = self._all_rewards
         all_scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         all_scored = ~rewards.isnan().all(dim=1) & self.accelerator.gather(trained)
         running = self.args.reward_normalization == "running"
@@ -229,8 +229,13 @@ class PPOTrainer(GRPOTrainer):
 
     def _reference_logps(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int) -> Tensor:
         """Return the log-probabilities (B, `length`) of the last `length` tokens under the reference."""
+        policy = self._bare(self.model)
+        adapter: Any = nullcontext()
+        if isinstance(policy, PeftModel):
+            # The copy of the policy's first adapter, or none at all.
+            adapter = use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None)
         model = self.model if self.ref_model is None else self.ref_model
-        with reference_adapter(self._bare(self.model)):
+        with adapter:
             logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, attention_mask, length, batch_size)
         return logps
 
@@ -241,62 +246,91 @@ class PPOTrainer(GRPOTrainer):
 
     # ---- The update
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        """Keep the latest result, which the parent's loss consumes and the metrics need."""
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._latest_logps = [None if x is None else x.detach() for x in result]
-        return result
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Make the schedule of the policy, and optimizer and schedule of the critic in the same way."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        # These two methods of `Trainer` see a shallow copy of it, with another model and learning rate.
+        twin = copy.copy(self)
+        twin.args, twin.optimizer, twin.lr_scheduler = copy.copy(self.args), self.critic.optimizer, None
+        if self.args.value_learning_rate is not None:
+            twin.args.learning_rate = self.args.value_learning_rate
+        self.critic.optimizer = GRPOTrainer.create_optimizer(twin, self.critic.bare)
+        self.critic.schedule = GRPOTrainer.create_scheduler(twin, num_training_steps)
+        return schedule
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Add the value loss to the parent's policy loss."""
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Add a micro-batch to the gradients of both networks. With its last one, step the critic.
+
+        The policy is stepped by `Trainer`, afterwards.
+        """
+        last = self.accelerator.sync_gradients
+        # Processes exchange gradients once per optimizer step.
+        with nullcontext() if last else self.accelerator.no_sync(self.critic.model):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if last:
+            peak, present = self.args.learning_rate, self.optimizer.param_groups[0]["lr"]
+            norm = self.critic.step(present / peak if peak else 1.0)
+            self._metrics["train"]["val/grad_norm"].append(norm)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """Return the clipped policy loss, which TRL computes from the advantages (B, T), plus the critic's loss.
+
+        TRL's loss of a token is `-min(ratio * advantage, clip(ratio, 1 - cliprange, 1 + cliprange) * advantage)`.
+        """
+        # Without gradients of the policy, its optimizer leaves it and its own state alone.
         trains_policy = self.state.global_step >= self.args.value_warmup_steps
-        mask = _sampled_tokens(inputs)
-        values = self._values(*_whole_texts(inputs), mask.shape[1])
-        losses, clipped = ppo_math.clipped_value_loss(
-            values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
-        )
-        # As the parent normalises loss_type="dapo": by the tokens that an optimizer step has on average, per process.
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self.model.training:
-            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        value_loss = self.args.vf_coef * ((losses * mask).sum() / tokens)
-        if self.model.training and trains_policy:  # at once, so that one network at a time has activations
+        value_loss = self._value_loss(inputs)
+        if self.model.training and trains_policy:
+            # At once, so that only one network at a time has activations in memory.
             self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
-            policy_loss = super()._compute_loss(model, inputs)
-        logps, entropies, _ = self._latest_logps
-        log_ratio = logps - inputs["old_per_token_logps"]
-        self._update_sums = self._update_sums + update_sums(
-            log_ratio, entropies, inputs["advantages"], self.args.cliprange, losses.detach(), clipped, mask
-        )
+            policy_loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        log_ratio = self._latest_logps - inputs["old_per_token_logps"]
+        self._averages.add(_sampled_tokens(inputs), ppo_metrics.of_update(log_ratio, *self._value_losses))
         if self.model.training and self.accelerator.sync_gradients:
-            self._log_updates()
+            self._log_averages()
         return policy_loss + value_loss
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Add the critic's parameters to the policy's optimizer, with `value_learning_rate`."""
-        optimizer = super().create_optimizer(model)
-        critic = self._bare(self.value_model)
-        add_to_optimizer(optimizer, critic, self.get_decay_parameter_names(critic), self.args)
-        return optimizer
+    def _value_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Return the critic's loss, weighted by `vf_coef`."""
+        mask = _sampled_tokens(batch)
+        values = self._values(*_whole_texts(batch), mask.shape[1])
+        losses, clipped = ppo_math.clipped_value_loss(
+            values, batch["old_values"], batch["returns"], self.args.cliprange_value
+        )
+        self._value_losses = losses.detach(), clipped
+        # As TRL normalises loss_type="dapo": by the tokens that an optimizer step has on average, per process.
+        tokens = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:
+            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return self.args.vf_coef * ((losses * mask).sum() / tokens)
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Do for the critic what `Trainer` does for the model: zero its gradients, and reduce them once per step."""
-        if self._critic_gradients_used:
-            self.value_model.zero_grad()
-        last = self._critic_gradients_used = self.accelerator.sync_gradients
-        with nullcontext() if last else self.accelerator.no_sync(self.value_model):
-            return super().training_step(model, inputs, num_items_in_batch)
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
+        """Keep the latest log-probabilities, which TRL's loss consumes and the metrics need."""
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._latest_logps = result[0].detach()
+        return result
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip policy and critic each by its own norm, so that large gradients of one do not shrink the other's."""
-        policy_norm = super()._clip_grad_norm(model)
-        norm = nn.utils.clip_grad_norm_(self.value_model.parameters(), self.args.max_grad_norm)
-        self._metrics["train"]["val/grad_norm"].append(norm.item())
-        return policy_norm
+    def end(self) -> None:
+        """Release what refers to the group of processes before it is left, the wrapped critic included."""
+        self.critic.model = self.critic.bare
+        super().end()
 
     # ---- Checkpoints
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Refuse a checkpoint of an earlier version before its optimizer is read."""
+        if checkpoint is not None:
+            CriticOptimizer.check(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the critic to the Hub with the policy, also during training."""
@@ -305,11 +339,13 @@ class PPOTrainer(GRPOTrainer):
             shutil.copytree(os.path.join(checkpoint_folder, VALUE_MODEL_FOLDER), copied, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _rollout_state(self) -> dict[str, Any]:
-        return super()._rollout_state() | {"moments": asdict(self._score_moments)}
+    def rollout_state(self) -> dict[str, Any]:
+        """Add the moments of all scores so far."""
+        return super().rollout_state() | {"moments": asdict(self._score_moments)}
 
-    def _restore_rollout_state(self, state: dict[str, Any]) -> None:
-        super()._restore_rollout_state(state)
+    def restore_rollout_state(self, state: dict[str, Any]) -> None:
+        """Restore what `rollout_state` returned."""
+        super().restore_rollout_state(state)
         self._score_moments = ppo_math.Moments(**state["moments"])
 
     # ---- Metrics
@@ -320,45 +356,20 @@ class PPOTrainer(GRPOTrainer):
     def _evaluation_means(self) -> dict[str, float | None]:
         """Add PPO's metrics, from sums over the whole evaluation."""
         if self._evaluated:
-            self._log_rollouts()
-            self._log_updates()
+            self._log_averages()
         return super()._evaluation_means()
 
-    def _log_rollouts(self) -> None:
-        sums, self._rollout_sums = self._sum_over_processes(self._rollout_sums), 0.0
-        self._log_metrics(rollout_means(sums, with_kl=self.args.kl_coef > 0))
-
-    def _log_updates(self) -> None:
-        sums, self._update_sums = self._sum_over_processes(self._update_sums), 0.0
-        self._log_metrics(update_means(sums))
-
-    def _log_metrics(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
+    def _log_averages(self) -> None:
+        for name, value in self._averages.take(self._sum_over_processes).items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def _log_advantages(self, advantages: Tensor, mask: Tensor) -> None:
         """Show one advantage per completion in the table of completions: the mean over its tokens."""
         means = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
-        for _ in means[: len(self._logs["advantages"])]:  # holds at most one rollout
-            self._logs["advantages"].pop()  # the parent's
+        # They replace TRL's in the table, which holds at most one rollout.
+        for _ in means[: len(self._logs["advantages"])]:
+            self._logs["advantages"].pop()
         self._logs["advantages"].extend(means)
-
-
-class Critic:
-    """A part of checkpoints (`pipeline.training.reliable`) and of the final model: the critic, in `value_model/`."""
-
-    belongs_to_model = True
-
-    def __init__(self, trainer: PPOTrainer) -> None:
-        self.trainer = trainer
-
-    def save(self, folder: Path) -> None:
-        """Save the critic."""
-        save_value_model(self.trainer._bare(self.trainer.value_model), str(folder))
-
-    def load(self, folder: Path) -> None:
-        """Load the critic's weights."""
-        load_value_model(self.trainer._bare(self.trainer.value_model), self.trainer.model, str(folder))
 
 
 def _sampled_tokens(batch: dict[str, Any]) -> Tensor:

@@ -39,8 +39,8 @@ NO_REMOTE_CODE = (
 )
 
 K3_IS_NO_PENALTY = (
-    "hardly penalises as a part of the reward: near the reference, its gradient vanishes (it is that of the KL minus "
-    "that of the reverse KL); use k1. k3 is logged as objective/kl_k3"
+    "hardly penalises as a part of the reward: near the reference, its gradient vanishes (it is the gradient of "
+    "the KL minus the gradient of the reverse KL); use k1. k3 is logged as objective/kl_k3"
 )
 
 
@@ -65,8 +65,8 @@ class PPOConfig(GRPOConfig):
     `trust_remote_code` is refused, because transformers builds the critic, which it cannot for a model whose code lies
     on the Hub: load such a policy yourself, and pass it with a `value_model` and a tokenizer.
 
-    Precision and device are those of `pipeline.hardware.training_defaults` unless they are set: TRL's default, bf16,
-    is refused on CPUs without it.
+    `pipeline.hardware.training_defaults` chooses precision and device unless they are set: TRL's default, bf16, is
+    refused on CPUs without it.
 
     Raises:
         ValueError: If a value is out of range or contradicts PPO, or if a rollout has a single completion.
@@ -100,7 +100,7 @@ class PPOConfig(GRPOConfig):
         "How far the critic's estimate of a token may move in the updates of one rollout, in units of the (normalised) "
         "reward.",
     )
-    vf_coef: float = _option(0.1, "Weight of the value loss beside the policy loss.")
+    vf_coef: float = _option(0.1, "Weight of the value loss relative to the policy loss.")
     value_learning_rate: float | None = _option(
         None, "Peak learning rate of the critic, on the policy's schedule. Default: `learning_rate`."
     )
@@ -112,7 +112,7 @@ class PPOConfig(GRPOConfig):
     frozen_dtype: str = _option(
         "auto",
         "Dtype of the weights that are not trained: float32 keeps the one they were loaded in; bfloat16; auto "
-        "(bfloat16 beside an adapter if training is in bf16, else float32). Heads and adapters stay as they are.",
+        "(bfloat16 for an adapter's base if training is in bf16, else float32). Heads and adapters stay as they are.",
         choices=["auto", "bfloat16", "float32"],
     )
     whiten_advantages: bool = _option(
@@ -121,8 +121,7 @@ class PPOConfig(GRPOConfig):
     reward_normalization: str = _option(
         "none",
         "Normalise the sum of all rewards, before `missing_eos_penalty` and KL: none; batch (by mean and standard "
-        "deviation of its rollout); running (by those of all rollouts so far, over all processes, which each "
-        "checkpoint contains).",
+        "deviation of its rollout); running (by mean and deviation of all rollouts so far, which checkpoints contain).",
         choices=["none", "batch", "running"],
     )
     missing_eos_penalty: float | None = _option(
@@ -177,15 +176,17 @@ class PPOConfig(GRPOConfig):
             refuse("trust_remote_code", NO_REMOTE_CODE)
         if self.kl_estimator == "k3":
             refuse("kl_estimator", K3_IS_NO_PENALTY)
-        elif self.kl_estimator != "k1":
-            refuse("kl_estimator", "must be k1")
-        if self.reward_normalization not in ("none", "batch", "running"):
-            refuse("reward_normalization", "must be none, batch or running")
-        if self.frozen_dtype not in ("auto", "bfloat16", "float32"):
-            refuse("frozen_dtype", "must be auto, bfloat16 or float32")
+        for item in fields(self):
+            choices = item.metadata.get("choices")
+            if item.name in own and choices and own[item.name] not in choices:
+                refuse(item.name, f"must be {' or '.join(choices)}")
         optimizer = str(getattr(self.optim, "value", self.optim))
-        if "lomo" in optimizer or optimizer.endswith("layerwise"):  # they update a parameter when its gradient is known
+        # These update a parameter as soon as its gradient is known.
+        if "lomo" in optimizer or optimizer.endswith("layerwise"):
             refuse("optim", "updates one network during its backward pass, and PPO trains two; choose another one")
+        if self.fp16 and self.value_warmup_steps > 0:
+            # The scale of fp16 follows the gradients of the policy, which has none during the warm-up.
+            refuse("value_warmup_steps", "does not work with fp16; set it to 0, or train in bf16")
         if self.epsilon not in (GRPOConfig.epsilon, self.cliprange):
             refuse("epsilon", "must be unset: set cliprange")
         if wrong:

@@ -1,11 +1,11 @@
-"""The arithmetic of PPO, as pure functions of tensors.
+"""The arithmetic of PPO, as pure functions of tensors. The clipped policy loss is TRL's: see `PPOTrainer.compute_loss`.
 
 Notation: `B` completions of up to `T` tokens. A tensor is (B, T), and so is what a function returns, unless its
 docstring says otherwise. Names mean the same everywhere in `pipeline.rl`:
 
 - `mask`: 1 for the tokens that the policy chose (its end of turn included); 0 for padding, for text inserted by tools,
   and for completions without a score. A masked token is skipped: its reward, advantage and return are 0, and the value
-  that follows a token is that of the next unmasked one.
+  that follows a token is the value of the next unmasked one.
 - `logps`, `ref_logps`: Log-probabilities of the tokens under the policy and under the reference, in nats.
 - `log_ratio`: Log-probability under the current policy minus that under the policy that sampled the token.
 - `scores`: (B,), the reward of each completion as a whole.
@@ -56,8 +56,8 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator) -> Ten
 
     Both estimators are unbiased. `k1`, the log ratio, can be negative at a token, and sums to the log ratio of the
     completion. `k3`, `exp(-k1) - 1 + k1`, is never negative and varies less, but it is only for measuring. As a reward,
-    its gradient is that of KL(policy || reference) - KL(reference || policy), which cancel near the reference (Tang and
-    Munos, 2025, "On a few pitfalls in KL divergence gradient estimation for RL", 2506.09477).
+    its gradient is the one of KL(policy || reference) - KL(reference || policy), which cancel near the reference (Tang
+    and Munos, 2025, "On a few pitfalls in KL divergence gradient estimation for RL", 2506.09477).
     """
     log_ratio = logps - ref_logps
     return log_ratio if estimator == "k1" else torch.expm1(-log_ratio) + log_ratio
@@ -102,6 +102,13 @@ def generalized_advantages(
     Returns:
         Advantages, and returns (advantage + value: what the critic should have estimated).
     """
+    # From the last token to the first, with `delta` the surprise of a token: what it paid, and what is still expected
+    # after it, less what was expected before it.
+    #
+    #   advantage[t] = delta[t] + gamma * lam * advantage[t + 1]
+    #   delta[t]     = reward[t] + gamma * value[t + 1] - value[t]
+    #
+    # Where t is masked, nothing is written, and t + 1 stays the next token that is not masked.
     real = mask > 0
     next_value = torch.zeros_like(values[:, 0])
     next_advantage = torch.zeros_like(next_value)
@@ -113,23 +120,6 @@ def generalized_advantages(
         next_value = torch.where(real[:, t], values[:, t], next_value)
         advantages[:, t] = torch.where(real[:, t], advantage, 0.0)
     return advantages, torch.where(real, advantages + values, 0.0)
-
-
-def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
-    """Compute PPO's policy loss at each token.
-
-    Args:
-        log_ratio: The log ratio.
-        advantages: The advantages.
-        cliprange: How far the probability ratio may move from 1.
-
-    Returns:
-        The loss, and a boolean tensor: where clipping removed the gradient.
-    """
-    ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    return torch.maximum(unclipped, clipped), clipped > unclipped
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
@@ -169,7 +159,8 @@ class Moments:
         """Add scores: `x` of shape (N,), without NaN; N may be 0."""
         if x.numel() == 0:
             return
-        x = x.cpu().double()  # not every accelerator has float64
+        # Not every accelerator has float64.
+        x = x.cpu().double()
         count, mean = float(x.numel()), float(x.mean())
         m2 = float((x - mean).square().sum())
         total, delta = self.count + count, mean - self.mean

@@ -1,9 +1,8 @@
 """The metrics that `PPOTrainer` logs, under the names of TRL's former `PPOTrainer`.
 
-Means are over completions or over unmasked tokens, of all processes. Each statistic is first summed, so that the sums
-of several batches and processes can be added up before they are divided. `pipeline.rl.ppo_math` defines the notation.
+Means are over completions or over unmasked tokens, of all processes. `pipeline.rl.ppo_math` defines the notation.
 
-Of each rollout, as it was sampled (`rollout_means`):
+Of each rollout, as it was sampled:
 
 - `objective/scores`: Score of a completion, normalised and penalised.
 - `objective/kl`, `objective/kl_k3`: KL to the reference, in nats per completion, by the estimators of
@@ -14,131 +13,103 @@ Of each rollout, as it was sampled (`rollout_means`):
 - `val/explained_variance`: 1 for a critic that foresaw every return, 0 for one that knows only their mean.
 - `val/num_eos_tokens`: How many completions ended with an end of turn.
 
-Of each optimizer step (`update_means`), averaged over tokens, except for the last:
+Of each optimizer step, averaged over tokens, except for the last. (TRL logs the policy's entropy and clipping, as
+`entropy` and `clip_ratio/*`.)
 
 - `policy/approxkl_avg`: Half the squared log ratio.
-- `policy/clipfrac_avg`, `val/clipfrac_avg`: Share of tokens at which policy and critic were clipped.
-- `policy/entropy_avg`: Entropy of the policy, in nats.
-- `loss/policy_avg`, `loss/value_avg`: The losses, before `vf_coef`.
+- `loss/value_avg`: The critic's loss, before `vf_coef`.
+- `val/clipfrac_avg`: Share of tokens at which the critic was clipped.
 - `val/ratio`, `val/ratio_var`: Mean and variance of the probability ratio.
 - `val/grad_norm`: The critic's gradient norm before clipping.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from pipeline.rl.ppo_math import clipped_policy_loss, kl_estimate
+from pipeline.rl.ppo_math import Reduce, kl_estimate
 
-KL = ("objective/kl", "objective/kl_k3")
-PER_COMPLETION = ("objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores", *KL)
-PER_TOKEN = (
-    "policy/approxkl_avg",
-    "policy/clipfrac_avg",
-    "policy/entropy_avg",
-    "loss/policy_avg",
-    "loss/value_avg",
-    "val/clipfrac_avg",
-    "val/ratio",
-    "val/ratio_var",
-)
+TOTALS = ("val/num_eos_tokens",)
+"""What is a sum over all completions, not a mean."""
+
+RETURN, SQUARE, ERROR = "_return", "_squared return", "_squared error"
+"""What `val/explained_variance` is made of, as means over tokens."""
 
 
-def rollout_sums(
-    scores: Tensor,
-    scored: Tensor,
-    penalty: Tensor,
-    logps: Tensor,
-    ref_logps: Tensor | None,
-    values: Tensor,
-    returns: Tensor,
-    ended: Tensor,
-    mask: Tensor,
-) -> Tensor:
-    """Sum the statistics of a rollout, for `rollout_means`.
+class Averages:
+    """Statistics of several batches and processes, whose sums are added up before they are divided."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, weights: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Add values by name, each of the shape of `weights`: 1 for what counts, 0 for what does not."""
+        # Not every accelerator has float64.
+        exact = torch.float32 if weights.device.type == "mps" else torch.float64
+        count = weights.sum().to(exact)
+        for name, value in values.items():
+            sums = torch.stack([(value.to(exact) * weights).sum(), count])
+            self._sums[name] = self._sums.get(name, 0.0) + sums
+
+    def take(self, reduce: Reduce) -> dict[str, float]:
+        """Return the metrics over all processes by name, NaN where nothing counted, and start anew."""
+        sums, self._sums = self._sums, {}
+        metrics = {}
+        for name, (total, count) in zip(sums, reduce(torch.stack([*sums.values()])).tolist(), strict=True):
+            metrics[name] = total if name in TOTALS else total / count if count else math.nan
+        if RETURN in metrics:
+            mean, square, error = (metrics.pop(name) for name in (RETURN, SQUARE, ERROR))
+            metrics["val/explained_variance"] = 1 - error / max(square - mean**2, 1e-8)
+        if "val/ratio" in metrics:
+            metrics["val/ratio_var"] -= metrics["val/ratio"] ** 2
+        return metrics
+
+
+def of_completions(
+    scores: Tensor, penalty: Tensor, logps: Tensor, ref_logps: Tensor | None, ended: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    """Return the statistics of the completions of a rollout, each (B,).
 
     Args:
         scores: Scores, normalised and penalised.
-        scored: (B,) boolean, False for a completion that nothing is learned from.
         penalty: Reward subtracted at each token for its KL.
         logps: Log-probabilities under the policy that sampled the tokens.
         ref_logps: The same under the reference; None without one.
-        values: The critic's estimates.
-        returns: Returns.
         ended: (B,) boolean, whether a completion ended with an end of turn.
         mask: The mask.
-
-    Returns:
-        One sum for each statistic, in float64 where the device has it.
     """
-    compared = logps if ref_logps is None else ref_logps
-    kls = [(kl_estimate(logps, compared, estimator) * mask).sum(1) for estimator in ("k1", "k3")]
-    total = (penalty * mask).sum(1)
-    per_completion = (-(logps * mask).sum(1), -total, scores - total, scores, *kls, torch.ones_like(scores))
-    exact = torch.float32 if scores.device.type == "mps" else torch.float64
-    returns, values = returns.to(exact), values.to(exact)
-    per_token = (returns, returns.square(), (returns - values).square(), torch.ones_like(returns))
-    sums = [(x.to(exact) * scored).sum() for x in per_completion]
-    sums += [(x * mask).sum() for x in per_token]
-    return torch.stack([*sums, (ended & scored).sum().to(exact)])
-
-
-def rollout_means(sums: Tensor, with_kl: bool) -> dict[str, float]:
-    """Return the metrics of rollouts by name, NaN where there is nothing to average.
-
-    Args:
-        sums: The sums of `rollout_sums`, added up.
-        with_kl: Whether there was a reference.
-    """
-    *totals, completions, returns, squares, errors, tokens, ended = sums.tolist()
-    metrics = {
-        name: total / completions if completions else float("nan")
-        for name, total in zip(PER_COMPLETION, totals, strict=True)
-        if with_kl or name not in KL
+    penalties = (penalty * mask).sum(1)
+    values = {
+        "objective/entropy": -(logps * mask).sum(1),
+        "objective/non_score_reward": -penalties,
+        "objective/rlhf_reward": scores - penalties,
+        "objective/scores": scores,
+        "val/num_eos_tokens": ended,
     }
-    tokens = max(tokens, 1.0)
-    spread = squares / tokens - (returns / tokens) ** 2
-    metrics["val/explained_variance"] = 1 - errors / tokens / max(spread, 1e-8)
-    metrics["val/num_eos_tokens"] = ended
-    return metrics
+    if ref_logps is not None:
+        values["objective/kl"] = (kl_estimate(logps, ref_logps, "k1") * mask).sum(1)
+        values["objective/kl_k3"] = (kl_estimate(logps, ref_logps, "k3") * mask).sum(1)
+    return values
 
 
-def update_sums(
-    log_ratio: Tensor,
-    entropies: Tensor,
-    advantages: Tensor,
-    cliprange: float,
-    value_losses: Tensor,
-    value_clipped: Tensor,
-    mask: Tensor,
-) -> Tensor:
-    """Sum the statistics of one forward pass, for `update_means`: one sum for each of `PER_TOKEN`, and the tokens.
+def of_estimates(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """Return the statistics of the critic's estimates of the returns in a rollout, each (B, T)."""
+    exact = torch.float32 if returns.device.type == "mps" else torch.float64
+    returns, values = returns.to(exact), values.to(exact)
+    return {RETURN: returns, SQUARE: returns.square(), ERROR: (returns - values).square()}
 
-    `entropies` are those of the policy's distribution before each token, in nats; `cliprange` is the policy's;
-    `value_losses` and `value_clipped` are as `clipped_value_loss` returns them.
-    """
-    policy_losses, policy_clipped = clipped_policy_loss(log_ratio, advantages, cliprange)
+
+def of_update(log_ratio: Tensor, value_losses: Tensor, value_clipped: Tensor) -> dict[str, Tensor]:
+    """Return the statistics of a forward pass of the update, each (B, T)."""
     ratio = log_ratio.exp()
-    per_token = (
-        0.5 * log_ratio.square(),
-        policy_clipped,
-        entropies,
-        policy_losses,
-        value_losses,
-        value_clipped,
-        ratio,
-        ratio.square(),
-        torch.ones_like(ratio),
-    )
-    return torch.stack([(x * mask).sum().float() for x in per_token])
-
-
-def update_means(sums: Tensor) -> dict[str, float]:
-    """Return the metrics of updates by name, from the sums of `update_sums`, added up; empty without tokens."""
-    *totals, tokens = sums.tolist()
-    if not tokens:
-        return {}
-    metrics = {name: total / tokens for name, total in zip(PER_TOKEN, totals, strict=True)}
-    metrics["val/ratio_var"] -= metrics["val/ratio"] ** 2
-    return metrics
+    return {
+        "policy/approxkl_avg": 0.5 * log_ratio.square(),
+        "loss/value_avg": value_losses,
+        "val/clipfrac_avg": value_clipped,
+        "val/ratio": ratio,
+        "val/ratio_var": ratio.square(),
+    }

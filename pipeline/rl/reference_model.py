@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.trainer.utils import add_fused_lm_head
 
 REFERENCE_ADAPTER = "ref"
 """Name of the frozen copy of an adapter that training started from."""
@@ -33,6 +31,7 @@ def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp3
 
 def copy_adapter(model: PeftModel) -> None:
     """Add a frozen copy of a model's active adapter, which stays active, under the name `REFERENCE_ADAPTER`."""
+    # TRL does the same, under the same name, if `beta` asks for a reference.
     source = model.active_adapter
     model.add_adapter(REFERENCE_ADAPTER, model.peft_config[source])
     for name, parameter in model.named_parameters():
@@ -40,13 +39,3 @@ def copy_adapter(model: PeftModel) -> None:
             copied = model.get_parameter(name.replace(f".{source}.", f".{REFERENCE_ADAPTER}."))
             copied.data.copy_(parameter.data)
             copied.requires_grad_(False)
-
-
-@contextmanager
-def reference_adapter(policy: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Turn a policy with an adapter into its reference: activate the copy of `copy_adapter`, or no adapter at all."""
-    if isinstance(policy, PeftModel):
-        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
-            yield
-    else:
-        yield

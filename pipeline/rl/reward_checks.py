@@ -25,7 +25,8 @@ from pipeline.models.loading import (
 )
 from pipeline.rewards.functions import MEASURED_ONLY
 from pipeline.rewards.loading import load_rewards
-from pipeline.rl.value_model import VALUE_MODEL_FOLDER, auto_class
+from pipeline.rl.critic import VALUE_MODEL_FOLDER
+from pipeline.rl.value_model import auto_class
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
@@ -82,27 +83,24 @@ def check_reward_model(path: str) -> list[Problem]:
     Its tokenizer may differ from the policy's, because it is given text.
     """
     field = "reward_model_path"
+    wanted = "give a reward model: a sequence classifier with one label"
+    faults: list[str | None] = []
     try:
         with user_error_for(field, path):
             config = load_config(path)
-    except UserError as error:
-        return list(error.problems)
-    faults = []
-    if config.num_labels != 1:
-        faults.append(f"has {config.num_labels} labels; give a reward model: a sequence classifier with one label")
-    elif config.architectures and not is_reward_model(config):
-        faults.append(f"is a {config.architectures[0]}; give a reward model: a sequence classifier with one label")
-    elif fault := validate_weights(path, config, AutoModelForSequenceClassification):
-        faults.append(fault)
-    try:
+        if config.num_labels != 1:
+            faults.append(f"has {config.num_labels} labels; {wanted}")
+        elif config.architectures and not is_reward_model(config):
+            faults.append(f"is a {config.architectures[0]}; {wanted}")
+        else:
+            faults.append(validate_weights(path, config, AutoModelForSequenceClassification))
         tokenizer = load_tokenizer(path, field)
+        if not tokenizer.chat_template:
+            faults.append("its tokenizer lacks a chat template; add one")
+        faults.append(validate_vocabulary(config, tokenizer))
     except UserError as error:
-        return [Problem(field, path, fault) for fault in faults] + list(error.problems)
-    if not tokenizer.chat_template:
-        faults.append("its tokenizer lacks a chat template; add one")
-    if fault := validate_vocabulary(config, tokenizer):
-        faults.append(fault)
-    return [Problem(field, path, fault) for fault in faults]
+        return [*_problems(field, path, faults), *error.problems]
+    return _problems(field, path, faults)
 
 
 def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Problem]:
@@ -117,21 +115,23 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
             config = load_config(source)
     except UserError as error:
         return list(error.problems)
-    faults = []
+    faults: list[str | None]
     if config.num_labels != 1 and any("Classification" in name for name in config.architectures or []):
-        faults.append(f"has {config.num_labels} labels; give a critic or a reward model, which has one")
-    elif fault := validate_weights(source, config, auto_class(config)):
-        faults.append(fault)
+        faults = [f"has {config.num_labels} labels; give a critic or a reward model, which has one"]
+    else:
+        faults = [validate_weights(source, config, auto_class(config))]
     if tokenizer is not None:
         try:
-            same = load_tokenizer(source, field).get_vocab() == tokenizer.get_vocab()
-        except UserError:  # a critic is saved without a tokenizer
-            if fault := validate_vocabulary(config, tokenizer, "the policy's tokenizer"):
-                faults.append(fault)
-        else:
-            if not same:
+            if load_tokenizer(source, field).get_vocab() != tokenizer.get_vocab():
                 faults.append("has another tokenizer than the policy; give a model that has the same one")
-    return [Problem(field, path, fault) for fault in faults]
+        except UserError:
+            # A critic is saved without a tokenizer.
+            faults.append(validate_vocabulary(config, tokenizer, "the policy's tokenizer"))
+    return _problems(field, path, faults)
+
+
+def _problems(field: str, path: str, faults: Sequence[str | None]) -> list[Problem]:
+    return [Problem(field, path, fault) for fault in faults if fault]
 
 
 def _check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> list[Problem]:
@@ -151,6 +151,7 @@ def _check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]
 
 def _try_reward(name: str, reward: Callable[..., Any], row: Mapping[str, Any]) -> list[Problem]:
     """Call the user's reward function once, as TRL will, so that one that fails is found before training."""
+    # TRL passes each column as a list, with a row for each completion.
     columns = {column: [value, value] for column, value in row.items() if column != "prompt"}
     completion = [{"role": "assistant", "content": "The answer is 1."}]
     ignore = {"log_extra": lambda *_: None, "log_metric": lambda *_: None}

@@ -3,22 +3,23 @@
 It is transformers' token classification model with one label, so that it trains, is saved and loads like any other:
 `AutoModelForTokenClassification.from_pretrained("<run>/value_model")`, if transformers has such a classifier of its
 architecture, or `pipeline.models.classifiers` (Llama 4). A critic of any architecture loads as
-`PPOTrainer(value_model="<run>/value_model")`. Beside a policy that is an adapter, the critic is one as well
-(`pipeline.rl.value_adapter`), and PEFT loads it: `AutoPeftModelForTokenClassification`, with `num_labels=1`.
+`PPOTrainer(value_model="<run>/value_model")`. Beside a policy that is an adapter, the critic is one as well, on frozen
+weights that other models of the run have in memory anyway, and PEFT loads it: `AutoPeftModelForTokenClassification`,
+with `num_labels=1`.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from accelerate import init_empty_weights
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    MODEL_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -28,25 +29,13 @@ from transformers import (
 )
 from trl.trainer.utils import disable_dropout_in_model
 
-from pipeline.errors import Problem, UserError
-from pipeline.models.adapters import without_adapters
+from pipeline.models.adapters import MERGED, without_adapters
 from pipeline.models.classifiers import classifier
 from pipeline.models.loading import load_config, local_copy
-from pipeline.rl.layout import ForwardPass
-from pipeline.rl.log_probs import at, over_passes
+from pipeline.rl.critic import VALUE_MODEL_FOLDER
+from pipeline.rl.frozen_weights import convert_frozen, plain_name, share_frozen_weights
+from pipeline.rl.heads import HEAD_NAMES, compute_in_float32, find_head
 from pipeline.rl.ppo_config import PPOConfig
-from pipeline.rl.value_adapter import (
-    HEAD_NAMES,
-    adapter_value_model,
-    convert_frozen,
-    share_frozen_weights,
-    untrained_critic,
-)
-
-VALUE_MODEL_FOLDER = "value_model"
-"""Subfolder of a checkpoint or an output directory that contains the critic."""
-
-# ---- Making a critic
 
 
 def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
@@ -66,38 +55,25 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
         ValueError: If the weights of `source` do not fit, or transformers does not know its architecture.
     """
     source = without_adapters(source)
-    critic = untrained_critic(source.config)
-    critic.to(device=source.device, dtype=source.dtype)
-
-    head_name, head = _head(critic)
-    wanted = critic.state_dict().keys()
-    state = {}
-    for name, weight in source.state_dict().items():
-        owner, _, rest = name.partition(".")
-        own = f"{head_name if owner in HEAD_NAMES else owner}.{rest}"
-        if own in wanted:  # a language model's output head is not
-            state[own] = weight
-    missing, _ = critic.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not name.startswith(f"{head_name}.")]
-    if missing:
+    critic = untrained_critic(source.config).to(device=source.device, dtype=source.dtype)
+    weights = _weights_for(critic, source)
+    if missing := sorted(critic.state_dict().keys() - weights.keys()):
         raise ValueError(
             f"{type(source).__name__} cannot become a critic (weights missing: {missing}): pass your own `value_model`"
         )
-    with torch.no_grad():
-        if f"{head_name}.weight" not in state:
-            head.weight.zero_()
-        if head.bias is not None and f"{head_name}.bias" not in state:
-            head.bias.zero_()
+    critic.load_state_dict(weights)
     return critic
 
 
-def _head(critic: PreTrainedModel) -> tuple[str, nn.Linear]:
-    """Return the scalar head and its name."""
-    for name in HEAD_NAMES:
-        head = getattr(critic, name, None)
-        if isinstance(head, nn.Linear):
-            return name, head
-    raise ValueError(f"{type(critic).__name__} does not have a linear head named any of {HEAD_NAMES}")
+def _weights_for(critic: PreTrainedModel, source: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights of `source` that a critic has, under its names, and zeros for a head that `source` lacks."""
+    head, _ = find_head(critic)
+    wanted = critic.state_dict()
+    weights = {_renamed(plain_name(name), head): weight for name, weight in source.state_dict().items()}
+    for name, untrained in wanted.items():
+        if name.startswith(f"{head}.") and name not in weights:
+            weights[name] = torch.zeros(untrained.shape, device=source.device)
+    return {name: weight for name, weight in weights.items() if name in wanted}
 
 
 def build_value_model(
@@ -125,21 +101,32 @@ def build_value_model(
     Raises:
         ValueError: If the critic has several labels.
     """
+    # The policy's adapter is the pattern of the critic's, unless the critic is trained in full.
     adapter = None
     if isinstance(policy, PeftModel):
         adapter = policy.active_peft_config if use_peft and not policy.active_peft_config.is_prompt_learning else None
         policy = policy.get_base_model()
     dtype = next((weight.dtype for weight in policy.parameters() if weight.requires_grad), policy.dtype)
-    source = _load(value_model, policy, dtype) if isinstance(value_model, str) else value_model
+    source: Any = value_model
+    if isinstance(value_model, str):
+        name = local_copy(value_model, VALUE_MODEL_FOLDER)
+        config = load_config(name)
+        cls = auto_class(config)
+        if cls is AutoModelForTokenClassification and type(config) is type(policy.config):
+            cls = classifier(type(config), "TokenClassification")
+        source = cls.from_pretrained(name, config=config, dtype=dtype, trust_remote_code=False)
+    # A reward that is only measured says nothing about the score.
     rewards = [reward for reward in rewards if reward[2]]
     if source is None:
         source = next((model for model, own, _ in rewards if _reads(model, own, policy, tokenizer)), policy)
     if type(source.config) is not type(policy.config) and not hasattr(source, "peft_config"):
-        adapter = None  # it has no modules of the names that the policy's adapter is put on: it is trained in full
+        # It has no modules of the names that the policy's adapter is put on: it is trained in full.
+        adapter = None
     is_reward_model = type(source).__name__.endswith("ForSequenceClassification")
     is_critic = not is_reward_model and source.get_output_embeddings() is None
     if (is_reward_model or is_critic) and source.config.num_labels != 1:
         raise ValueError(f"value_model has {source.config.num_labels} labels; a critic or a reward model has one")
+    # A critic from a path is trained itself, like one that was passed, unless it is an adapter: that is copied, too.
     is_given = is_critic and (source is value_model or not hasattr(source, "peft_config"))
     critic: PreTrainedModel | PeftModel
     if adapter is not None and source is not value_model:
@@ -151,14 +138,18 @@ def build_value_model(
     if is_reward_model:
         # The score is the reward that the head predicts, times its weight, or something else.
         in_units = len(rewards) == 1 and args.reward_normalization == "none" and _equal(source, rewards[0][0])
-        _scale_head(critic, rewards[0][2] if in_units else 0.0)
+        _, head = find_head(critic.get_base_model() if isinstance(critic, PeftModel) else critic)
+        with torch.no_grad():
+            for weight in head.parameters():
+                weight.mul_(rewards[0][2] if in_units else 0.0)
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if args.disable_dropout:
         disable_dropout_in_model(critic)
     if args.activation_checkpointing:
         critic.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         if isinstance(critic, PeftModel):
-            critic.enable_input_require_grads()  # as TRL does for the policy
+            # As TRL does for the policy.
+            critic.enable_input_require_grads()
     return critic
 
 
@@ -174,7 +165,7 @@ def _reads(
 
 
 def _equal(source: PreTrainedModel, reward: Any) -> bool:
-    """Return whether a reward is a model with the weights of `source`, wherever and in whatever dtype it was loaded."""
+    """Return whether a reward is a model with the weights of `source`, from any folder and in any dtype."""
     if source is reward or not isinstance(reward, nn.Module):
         return source is reward
     # What a module of an adapter replaces is not used, and random if it is a head.
@@ -193,14 +184,6 @@ def _equal(source: PreTrainedModel, reward: Any) -> bool:
     return True
 
 
-@torch.no_grad()
-def _scale_head(critic: PreTrainedModel | PeftModel, factor: float) -> None:
-    base = critic.get_base_model() if isinstance(critic, PeftModel) else critic
-    head = next(getattr(base, name) for name in HEAD_NAMES if hasattr(base, name))
-    for weight in head.parameters():
-        weight.mul_(factor)
-
-
 def auto_class(config: PreTrainedConfig) -> Any:
     """Return the Auto class that loads what `config` was saved with: a critic (also if it names no architecture), a
     reward model or a language model."""
@@ -212,113 +195,76 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForTokenClassification
 
 
-def _load(name: str, policy: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model from a path or the Hub, in the class that it was saved with."""
-    name = local_copy(name, VALUE_MODEL_FOLDER)
-    config = load_config(name)
-    cls = auto_class(config)
-    if cls is AutoModelForTokenClassification and type(config) is type(policy.config):
-        cls = classifier(type(config), "TokenClassification")
-    return cls.from_pretrained(name, config=config, dtype=dtype, trust_remote_code=False)
+# ---- Making a critic of an adapter
 
 
-# ---- Using it
-
-
-def token_values(
-    critic: nn.Module,
-    ids: Tensor,
-    attention_mask: Tensor,
-    length: int,
-    batch_size: int | None,
-    autocast: Callable[[], AbstractContextManager[None]],
-) -> Tensor:
-    """Compute what the critic expects before each of the last tokens of each text is chosen.
+def untrained_critic(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a critic with random weights, and leave the random numbers of training alone.
 
     Args:
-        critic: The critic, wrapped or not.
-        ids: As for `over_passes`, like the other arguments.
-
-    Returns:
-        (B, `length`), in float32.
-    """
-
-    def of_pass(critic: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
-        return (at(critic(**batch.inputs).logits, batch.before)[:, 0].float(),)
-
-    (values,) = over_passes(of_pass, critic, ids, attention_mask, length, batch_size, autocast)
-    return values
-
-
-def save_value_model(critic: PreTrainedModel | PeftModel, folder: str) -> None:
-    """Save the critic in `folder`, without the card that PEFT drafts, which has paths of this machine."""
-    path = Path(folder) / VALUE_MODEL_FOLDER
-    critic.save_pretrained(str(path))
-    (path / "README.md").unlink(missing_ok=True)
-
-
-def load_value_model(critic: PreTrainedModel | PeftModel, policy: nn.Module, checkpoint: str) -> None:
-    """Load the critic's weights from a checkpoint.
-
-    transformers, which has loaded the policy, takes a critic that is an adapter for another adapter of the policy.
+        config: The configuration of the model that the critic starts from; it is not changed.
 
     Raises:
-        ValueError: If it does not contain a critic.
-        UserError: If it contains an adapter and the critic is trained in full, or the other way round.
+        ValueError: If transformers does not know the architecture, because the model has code of its own.
     """
-    folder = os.path.join(checkpoint, VALUE_MODEL_FOLDER)
-    if not os.path.isdir(folder):
-        raise ValueError(f"{checkpoint} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")
-    saved_adapter = os.path.isfile(os.path.join(folder, "adapter_config.json"))
-    if saved_adapter != isinstance(critic, PeftModel):
-        was = str(saved_adapter).lower()
-        raise UserError(Problem("value_use_peft", not saved_adapter, f"{checkpoint} was trained with {was}; set it so"))
-    if isinstance(critic, PeftModel):
-        if isinstance(policy, PeftModel) and VALUE_MODEL_FOLDER in policy.peft_config:
-            policy.delete_adapter(VALUE_MODEL_FOLDER)
-        set_peft_model_state_dict(critic, load_peft_weights(folder), adapter_name=critic.active_adapter)
-        return
-    saved = type(critic).from_pretrained(folder, config=critic.config, dtype=critic.dtype)
-    critic.load_state_dict(saved.state_dict())
+    kind = type(config)
+    # Of a model whose code lies on the Hub, transformers would ask on the terminal whether to run it.
+    if kind not in MODEL_MAPPING:
+        raise ValueError(f"transformers cannot make a critic from a {kind.__name__}: pass your own `value_model`")
+    config = copy.deepcopy(config)
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    with torch.random.fork_rng(devices=[]):
+        return classifier(kind, "TokenClassification")(config)
 
 
-def add_to_optimizer(optimizer: torch.optim.Optimizer, critic: nn.Module, decayed: list[str], args: PPOConfig) -> None:
-    """Add the critic's trainable parameters to the policy's optimizer, except those that it already has.
+def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """Build a critic that trains an adapter and a value head, on the frozen weights of `source`.
+
+    An adapter of `source` is copied with its configuration, and the head of a classifier, too. The critic of a language
+    model gets a head of zeros.
 
     Args:
-        optimizer: The policy's optimizer.
-        critic: The critic.
-        decayed: Names of the parameters that `args.weight_decay` applies to.
-        args: The configuration.
+        source: A causal language model or a classifier with one label, on its device, maybe with an adapter. It is not
+            changed.
+        peft_config: The adapter, if `source` has none.
     """
-    rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
-    known = _parameter_ids(optimizer)
-    for decays in (True, False):
-        parameters = [
-            parameter
-            for name, parameter in critic.named_parameters()
-            if parameter.requires_grad and (name in decayed) == decays and id(parameter) not in known
-        ]
-        if parameters:
-            decay = args.weight_decay if decays else 0.0
-            optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": decay})
-    if type(optimizer).__module__.startswith("bitsandbytes"):
-        from bitsandbytes.optim import GlobalOptimManager  # optional
+    # A critic must not change any other random number.
+    with torch.random.fork_rng(devices=[]):
+        with init_empty_weights(include_buffers=False):
+            critic = untrained_critic(source.config)
+        head, module = find_head(critic)
+        weights = _weights_for(critic, source)
+        for name, _ in module.named_parameters(prefix=head):
+            # The head is trained, in float32. All other weights are shared with `source`.
+            weights[name] = weights[name].float().clone()
+        critic.load_state_dict(weights, assign=True)
+        # What is left are buffers.
+        critic.to(source.device)
+        adapters = getattr(source, "peft_config", {})
+        name, adapter = next(iter(adapters.items()), ("default", peft_config))
+        base = adapter.base_model_name_or_path if adapters else source.name_or_path
+        adapter = copy.deepcopy(adapter)
+        # PEFT loads a critic by its adapter alone, which names its base model.
+        adapter.task_type, adapter.inference_mode, adapter.base_model_name_or_path = TaskType.TOKEN_CLS, False, base
+        if saved := getattr(adapter, "modules_to_save", None):
+            modules = [f".{module}" for module, _ in critic.named_modules()]
+            found = [end for end in saved if any(module.endswith(f".{end}") for module in modules)]
+            # PEFT adds the head.
+            adapter.modules_to_save = [end for end in found if end not in HEAD_NAMES]
+        # PEFT takes the name of the base model from there.
+        critic.name_or_path = adapter.base_model_name_or_path
+        adapted = get_peft_model(critic, adapter, adapter_name=name)
+    own = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
+    for name, weight in source.named_parameters():
+        if (copied := own.get(_renamed(name, head))) is not None:
+            copied.data.copy_(weight)
+    if hasattr(source, MERGED):
+        setattr(critic, MERGED, getattr(source, MERGED))
+    compute_in_float32(find_head(critic)[1])
+    return adapted
 
-        for module in critic.modules():  # as transformers does for the policy: 8 bits are too few for embeddings
-            if isinstance(module, nn.Embedding):
-                GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
 
-
-def check_in_optimizer(optimizer: torch.optim.Optimizer, critic: nn.Module) -> None:
-    """Raise `ValueError` unless an optimizer that has a scheduler has all of the critic's trainable parameters."""
-    trainable = {id(parameter) for parameter in critic.parameters() if parameter.requires_grad}
-    if not trainable <= _parameter_ids(optimizer):
-        raise ValueError(
-            "the learning rate scheduler does not know the critic: add the parameters of `value_model` to the "
-            "optimizer before making the scheduler, or pass the optimizer alone"
-        )
-
-
-def _parameter_ids(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def _renamed(name: str, head: str) -> str:
+    """Return the name that a weight of a classifier has in one whose head has the name `head`."""
+    owner, _, rest = name.partition(".")
+    return f"{head}.{rest}" if owner in HEAD_NAMES else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.app import watch
 from pipeline.app.models import Models
-from pipeline.rl import ppo_math
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 
 PROMPT = [{"role": "user", "content": "What is 12?"}]
+ANSWERS = ("7", "12", "no", "5")
 
 
 def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
@@ -24,8 +25,10 @@ def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
     models = Models(run)
     policy, reference = models.get("3_ppo"), models.get("2_sft")
     ids = policy.encode(PROMPT)
-    (completion,), batch = watch.sample_group(policy, ids, settings, 1, seed=3)
-    view = watch.token_view(policy, reference, run, "3_ppo", settings, PROMPT, completion, batch)
+    (completion,) = watch.sample_group(policy, ids, settings, 1, seed=3)
+    before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
+    view = watch.token_view(policy, reference, run, "3_ppo", settings, {"prompt": PROMPT}, ids, completion)
+    assert all(torch.equal(before[name], weight) for name, weight in policy.model.state_dict().items())
 
     config = PPOConfig(
         str(tmp_path), kl_coef=0.5, lam=0.9, missing_eos_penalty=1.0, max_completion_length=8, use_cpu=True, bf16=False,
@@ -47,27 +50,41 @@ def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
         assert rollout[name][0].tolist() == pytest.approx(shown, abs=1e-3)
     assert rollout["advantages"][0].tolist() == pytest.approx(view.advantages, abs=2e-3)
     assert any(abs(kl) > 1e-3 for kl in view.kl)
+    assert sum(view.rewards) == pytest.approx(view.score - view.penalty - 0.5 * sum(view.kl), abs=1e-3)
 
 
-def test_grpo_shows_trls_advantages_and_an_update_that_follows_them(run: Path) -> None:
-    settings = watch.stage_settings(run, "4_grpo")
-    policy = Models(run).get("4_grpo")
-    group, batch = watch.sample_group(policy, policy.encode(PROMPT), settings, 4, seed=0)
-    advantages = watch.group_advantages([0.0, 1.0, 0.0, 0.0], settings)
-    assert advantages.tolist() == pytest.approx([-0.4998, 1.4994, -0.4998, -0.4998], abs=1e-3)
-    assert watch.group_advantages([1.0, 1.0], settings).tolist() == [0.0, 0.0]
+def seen(run: Path, **changes: Any) -> watch.Update:
+    """Watch four answers, of which the second is right."""
+    models = Models(run)
+    policy, reference = models.get("4_grpo"), models.get("3_ppo")
+    settings = watch.stage_settings(run, "4_grpo") | changes
+    tokenizer = policy.tokenizer
+    texts = [f"The answer is {text}." for text in ANSWERS]
+    group = [watch.Completion(text, [*tokenizer(text)["input_ids"], tokenizer.eos_token_id], True) for text in texts]
     before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
-    changes = watch.update(policy, batch, advantages, settings)
-    assert changes[1] > 1 > min(changes)
+    row = {"prompt": PROMPT, "answer": "12"}
+    found = watch.update(policy, reference, settings, row, policy.encode(PROMPT), group)
     assert all(torch.equal(before[name], weight) for name, weight in policy.model.state_dict().items())
-    assert ppo_math.ended(
-        batch.ids[:, -batch.mask.shape[1] :], batch.mask, [policy.tokenizer.eos_token_id]
-    ).tolist() == [completion.stopped for completion in group]
+    return found
 
 
-def test_rewards_are_those_of_the_stage(run: Path) -> None:
-    settings = watch.stage_settings(run, "4_grpo") | {"reward_weights": [2.0]}
-    row = watch.load_rows(settings)[3]
-    group = [watch.Completion(f"The answer is {text}.", [5], True) for text in (row["answer"], "7")]
-    rewards, totals = watch.check(settings, row["prompt"], group, row)
-    assert rewards == {"exact_answer": [1.0, 0.0]} and totals == [2.0, 0.0]
+def test_grpo_shows_trls_rewards_and_advantages_and_an_update_that_follows_them(run: Path) -> None:
+    update = seen(run, reward_weights=[2.0])
+    assert update.rewards == {"exact_answer": [0.0, 1.0, 0.0, 0.0]} and update.totals == [0.0, 2.0, 0.0, 0.0]
+    assert update.advantages == pytest.approx([-0.5, 1.5, -0.5, -0.5], abs=1e-3)
+    assert update.changes[1] > 1 and update.changes[1] == max(update.changes)
+
+
+def test_grpo_shows_the_stages_own_settings(run: Path) -> None:
+    """How advantages are scaled, and a step that is so held to the reference that it goes to it."""
+    assert seen(run, scale_rewards="none").advantages == pytest.approx([-0.25, 0.75, -0.25, -0.25])
+    assert seen(run, learning_rate=0.0).changes == pytest.approx([1.0] * 4, abs=1e-4)
+    free, held = seen(run, max_grad_norm=0.0), seen(run, max_grad_norm=0.0, beta=100.0)
+    assert free.changes != pytest.approx(held.changes, rel=1e-3)
+
+
+def test_the_rows_are_those_of_the_stage(run: Path) -> None:
+    rows = watch.load_rows(watch.stage_settings(run, "4_grpo"))
+    answers = {row["prompt"][0]["content"]: row["answer"] for row in rows}
+    assert len(answers) >= 8, "one is held out"
+    assert answers.items() <= {f"What is {i} and {i}?": str(2 * i) for i in range(9)}.items()

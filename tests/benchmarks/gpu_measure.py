@@ -25,9 +25,10 @@ from pipeline.config.parser import parse
 from pipeline.evaluation.likelihood import answer_losses
 from pipeline.models.generation import encode_prompts, end_tokens, generate
 from pipeline.models.kernels.attention import validate_varlen
+from pipeline.models.kernels.log_probs import token_log_probs
 from pipeline.models.loading import load_model
-from pipeline.rl.log_probs import token_log_probs
-from pipeline.rl.value_model import token_values, value_model_from
+from pipeline.rl.critic import token_values
+from pipeline.rl.value_model import value_model_from
 from tests.small_model import conversation, tokenizer
 
 DEVICE = hardware.accelerator() or "cpu"

@@ -186,7 +186,7 @@ def _history(stage: str, rng: random.Random) -> list[dict[str, Any]]:
             record["reward"] = 0.4 + 3 * done + noise * 5
             record |= {"objective/rlhf_reward": 2 * done - 1 - 0.05 * kl + noise * 5}
             record |= {
-                "policy/entropy_avg": 0.9 - 0.5 * done + noise,
+                "entropy": 0.9 - 0.5 * done + noise,
                 "completions/mean_length": 15 + 5 * done + noise * 20,
             }
             record["rewards/hidden_taste/mean"] = 1.6 + 1.1 * done + noise * 5

@@ -22,7 +22,7 @@ from trl.trainer import callbacks
 from pipeline.config.checks import UNSUPPORTED, UNUSED_IN_ROLLOUTS
 from pipeline.config.parser import parse
 from pipeline.errors import UserError
-from pipeline.rl import value_model
+from pipeline.rl import critic, frozen_weights, value_model
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import UNUSED, PPOConfig
@@ -120,7 +120,7 @@ def method_sources(kind: type) -> str:
 
 @functools.cache
 def sources(kind: type) -> str:
-    modules = (trainer_optimizer, trainer_callback, integration_utils, callbacks, value_model)
+    modules = (trainer_optimizer, trainer_callback, integration_utils, callbacks, critic, frozen_weights, value_model)
     texts = [inspect.getsource(module) for module in modules]
     return "\n".join([method_sources(TRAINERS[kind]), method_sources(kind), *texts])
 

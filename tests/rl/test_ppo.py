@@ -120,8 +120,11 @@ def test_the_critic_alone_is_trained_at_first(tmp_path: Path) -> None:
     policies, critics = zip(*seen, strict=True)
     assert [not torch.equal(a, b) for a, b in pairwise(policies)] == [False, False, True]
     assert [not torch.equal(a, b) for a, b in pairwise(critics)] == [True, True, True]
-    for network, expected in ((ppo.model, 1), (ppo.value_model, 3)):
-        steps = {int(ppo.optimizer.state[parameter]["step"]) for parameter in network.parameters()}
+    for network, optimizer, expected in (
+        (ppo.model, ppo.optimizer, 1),
+        (ppo.value_model, ppo.critic.optimizer, 3),
+    ):
+        steps = {int(optimizer.state[parameter]["step"]) for parameter in network.parameters()}
         assert steps == {expected}
 
 
@@ -276,21 +279,44 @@ def test_several_optimizer_steps_per_rollout(tmp_path: Path) -> None:
     assert all(abs(ratios[step] - 1) > 1e-6 for step in (1, 7, 9, 15))
 
 
-def test_clipping_learning_rates_and_decay_are_in_force(tmp_path: Path) -> None:
-    ppo = trainer(tmp_path, max_steps=1, max_grad_norm=1e-3, value_learning_rate=0.5, learning_rate=0.25)
-    norms = []
+def test_clipping_and_learning_rates_are_in_force(tmp_path: Path) -> None:
+    options = {"max_grad_norm": 1e-3, "value_learning_rate": 0.5, "learning_rate": 0.25, "warmup_steps": 2}
+    ppo = trainer(tmp_path, max_steps=3, lr_scheduler_type="constant_with_warmup", **options)
+    ppo.create_optimizer()
+    ppo.create_scheduler(3)
+    norms: dict[str, list[float]] = {"policy": [], "critic": []}
+    rates: dict[str, list[float]] = {"policy": [], "critic": []}
 
-    def spy(*_: Any) -> None:
-        for model in (ppo.model, ppo.value_model):
-            norms.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
+    def spy(name: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        def look(*_: Any) -> None:
+            gradients = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
+            norms[name].append(round(torch.cat(gradients).norm().item(), 5))
+            rates[name] += {group["lr"] for group in optimizer.param_groups}
 
-    ppo.create_optimizer().register_step_pre_hook(spy)
+        optimizer.register_step_pre_hook(look)
+
+    spy("policy", ppo.model, ppo.optimizer)
+    spy("critic", ppo.value_model, ppo.critic.optimizer)
     ppo.train()
-    assert [round(norm.item(), 5) for norm in norms] == [1e-3, 1e-3]
+    assert norms == {"policy": [1e-3] * 3, "critic": [1e-3] * 3}
     assert logged(ppo, "grad_norm")[0] > 1e-3
     assert logged(ppo, "val/grad_norm")[0] > 1e-3
-    assert sorted({group["lr"] for group in ppo.optimizer.param_groups}) == [0.25, 0.5]
-    assert {group["initial_lr"] for group in ppo.optimizer.param_groups} == {0.25, 0.5}
+    assert rates == {"policy": [0.0, 0.125, 0.25], "critic": [0.0, 0.25, 0.5]}
+
+
+def test_a_schedule_that_follows_evaluations_is_the_critics_as_well(tmp_path: Path) -> None:
+    """The reward never changes, so that both learning rates are halved again and again."""
+
+    def same(prompts: list[Any], **kwargs: Any) -> list[float]:
+        return [1.0] * len(prompts)
+
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"factor": 0.5, "patience": 0}}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "reward", "max_steps": 4}
+    ppo = trainer(tmp_path, same, eval_dataset=toy.prompts(2), value_learning_rate=3e-3, **plateau, **evaluation)
+    ppo.train()
+    policy, critic = (o.param_groups[0]["lr"] for o in (ppo.optimizer, ppo.critic.optimizer))
+    assert policy < 1e-3
+    assert critic in (3 * policy, pytest.approx(6 * policy)), "that of the last step, or of the step before"
 
 
 def test_critic_gradients_are_zeroed_at_every_step(tmp_path: Path) -> None:
@@ -415,23 +441,44 @@ def test_the_reference_does_not_change(tmp_path: Path) -> None:
         assert torch.equal(ppo.ref_model(input_ids=ids).logits, before)
 
 
-def test_an_optimizer_of_the_user_gets_the_critic(tmp_path: Path) -> None:
-    """A scheduler that was made before does not know the critic, and is refused."""
-
-    def build(value_model: Any, parameters: list[Any], scheduled: bool) -> PPOTrainer:
-        optimizer = torch.optim.SGD(parameters, lr=1e-2)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0) if scheduled else None
-        both = (optimizer, scheduler)
-        return trainer(tmp_path, model=policy, value_model=value_model, optimizers=both, max_steps=1)
-
+def test_an_optimizer_of_the_user_is_the_policys(tmp_path: Path) -> None:
+    """The critic has one of its own, whose schedule the user's scheduler does not change."""
     policy = toy.policy()
     critic = AutoModelForTokenClassification.from_config(toy.llama_config(num_labels=1))
-    with pytest.raises(ValueError, match="scheduler does not know the critic"):
-        build(critic, [*policy.parameters()], scheduled=True)
-    for parameters, scheduled in ([*policy.parameters()], False), ([*policy.parameters(), *critic.parameters()], True):
-        before = weights(critic)
-        build(critic, parameters, scheduled).train()
-        assert not torch.equal(weights(critic), before)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
+    both = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.0))
+    before, policy_before = weights(critic), weights(policy)
+    trainer(tmp_path, model=policy, value_model=critic, optimizers=both, max_steps=1).train()
+    assert not torch.equal(weights(critic), before)
+    assert torch.equal(weights(policy), policy_before)
+    shared = torch.optim.SGD([*policy.parameters(), *critic.parameters()], lr=1e-2)
+    with pytest.raises(ValueError, match="the critic has an optimizer of its own"):
+        trainer(tmp_path, model=policy, value_model=critic, optimizers=(shared, None))
+
+
+def test_the_policy_loss_is_the_clipped_one(tmp_path: Path) -> None:
+    """Compare TRL's loss with a loop over tokens, of which some are clipped and some are padding."""
+    ppo = trainer(tmp_path, cliprange=0.2, vf_coef=0.0, max_completion_length=5, kl_coef=0.0)
+    ppo.model.train()
+    batch = ppo._generate_and_score_completions([dict(row) for row in toy.prompts(8)])
+    generator = torch.Generator().manual_seed(0)
+    shape = batch["completion_ids"].shape
+    batch["advantages"] = torch.randn(shape, generator=generator)
+    moved = torch.randn(shape, generator=generator) * 0.5
+    logps = batch["old_per_token_logps"].clone()
+    batch["old_per_token_logps"] = logps - moved
+    ppo.current_gradient_accumulation_steps = 1
+    loss = ppo.compute_loss(ppo.model, batch)
+    expected, tokens, clipped = 0.0, 0, 0
+    for ratios, advantages, mask in zip(moved.exp(), batch["advantages"], batch["completion_mask"], strict=True):
+        for ratio, advantage, real in zip(ratios.tolist(), advantages.tolist(), mask.tolist(), strict=True):
+            bounded = min(max(ratio, 0.8), 1.2)
+            expected += real * max(-advantage * ratio, -advantage * bounded)
+            clipped += real * (-advantage * bounded > -advantage * ratio)
+            tokens += real
+    assert loss.item() == pytest.approx(expected / tokens, rel=1e-4)
+    assert ppo._metrics["train"]["clip_ratio/region_mean"][-1] == pytest.approx(clipped / tokens)
+    assert 0 < clipped < tokens < mask.numel() * len(moved)
 
 
 def test_evaluation_measures_and_does_not_change_training(tmp_path: Path) -> None:
@@ -487,7 +534,7 @@ def test_metrics_count_real_tokens_only(tmp_path: Path) -> None:
     assert logged(ppo, "objective/kl")[0] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
     assert logged(ppo, "objective/kl_k3")[0] == pytest.approx(sum(k3s) / len(k3s), rel=1e-3)
     assert logged(ppo, "objective/non_score_reward")[0] == pytest.approx(-0.5 * sum(kls) / len(kls), rel=1e-3)
-    assert logged(ppo, "policy/entropy_avg")[0] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
+    assert logged(ppo, "entropy")[0] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
 
 
 def test_lora(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForTokenClassification
 
+from pipeline.errors import UserError
 from pipeline.rl.ppo import PPOTrainer
-from pipeline.rl.rollouts import load_rollout_state
+from pipeline.rl.rollout_state import read_state
 from tests import ppo_toy as toy
 
 # A rollout of 8 lasts 4 optimizer steps (2 per PPO epoch, 2 epochs); the 16 prompts last two rollouts.
@@ -45,9 +46,15 @@ def trainer(output_dir: Path, **changes: Any) -> PPOTrainer:
 
 
 def everything(trainer: PPOTrainer) -> list[torch.Tensor]:
-    """Return the weights of both networks and the state of the optimizer."""
+    """Return the weights of both networks and the states of their optimizers."""
     parameters = [*trainer.model.parameters(), *trainer.value_model.parameters()]
-    memory = [torch.as_tensor(x) for state in trainer.optimizer.state_dict()["state"].values() for x in state.values()]
+    states = [
+        state
+        for optimizer in (trainer.optimizer, trainer.critic.optimizer)
+        for state in optimizer.state_dict()["state"].values()
+    ]
+    memory = [torch.as_tensor(x) for state in states for x in state.values()]
+    assert len(memory) > sum(parameter.requires_grad for parameter in parameters), "each of them has a state"
     return [x.detach() for x in parameters] + memory
 
 
@@ -111,7 +118,7 @@ def test_resumes_and_restores_a_compiled_run(tmp_path: Path, monkeypatch: pytest
         finished = trainer(tmp_path / "whole", **compiled)
         assert finished.restore_finished(tmp_path / "whole" / "checkpoint-3")
     expected = toy.reward_model().state_dict()
-    judge = finished.reward_funcs[0]._orig_mod
+    judge = finished.rewards.functions[0].model._orig_mod
     assert all(torch.equal(weight, expected[name]) for name, weight in judge.state_dict().items())
     best = Path(finished.state.best_model_checkpoint)
     critic = AutoModelForTokenClassification.from_pretrained(best / "value_model")
@@ -136,11 +143,40 @@ def test_a_checkpoint_without_critic_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Policy and critic had one optimizer. A finished run needs no optimizer, and is restored."""
+    ppo = trainer(tmp_path, max_steps=2)
+    ppo.train()
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}" / "critic_optimizer.pt").unlink()
+    with pytest.raises(UserError) as refused:
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    (line,) = map(str, refused.value.problems)
+    assert line.startswith("resume_from_checkpoint: ") and "an earlier version wrote it" in line
+    finished = trainer(tmp_path, max_steps=2)
+    assert finished.restore_finished(tmp_path / "checkpoint-2")
+    for a, b in zip(ppo.value_model.parameters(), finished.value_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_that_goes_on_to_more_steps_follows_their_schedule(tmp_path: Path) -> None:
+    """Both networks do, from the first step on."""
+    trainer(tmp_path, max_steps=4).train()
+    resumed = trainer(tmp_path, max_steps=8)
+    rates: list[float] = []
+    resumed.create_optimizer()
+    resumed.create_scheduler(8)
+    resumed.critic.optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    optimizer = resumed.critic.optimizer
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert rates == pytest.approx([1e-3 * (8 - step) / 8 for step in range(2, 8)])
+
+
 def test_a_rollout_that_does_not_fit_is_sampled_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A checkpoint from the middle of a rollout, of a run with other batches. The scores so far are kept."""
     trainer(tmp_path, max_steps=3).train()
     checkpoint = tmp_path / "checkpoint-3"
-    moments = load_rollout_state(str(checkpoint / "rollout_0.safetensors"))["moments"]
+    moments = read_state(checkpoint / "rollout_0.safetensors")["moments"]
     # Twice the rows and half the accumulation, as with twice the processes.
     resumed = trainer(tmp_path, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=1)
     resumed.train(resume_from_checkpoint=str(checkpoint))

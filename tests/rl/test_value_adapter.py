@@ -15,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.models.loading import load_config
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.reward_checks import check_value_model
-from pipeline.rl.value_model import load_value_model
 from tests import ppo_toy as toy
 from tests.rl.test_value_model import estimate_at_the_end, reward_of, save_adapter, trainer
 
@@ -51,14 +50,14 @@ def is_adapter(name: str) -> bool:
 
 def test_adapters_of_one_base_have_it_in_memory_once(models: Path, tmp_path: Path) -> None:
     ppo = adapted(models, tmp_path, [str(models / "adapter")])
-    assert base_bytes(ppo.model, ppo.value_model, ppo.reward_funcs[0]) == base_bytes(toy.policy())
+    assert base_bytes(ppo.model, ppo.value_model, ppo.rewards.functions[0].model) == base_bytes(toy.policy())
 
 
 def test_it_starts_from_the_reward_models_adapter_and_trains_that_and_the_head_alone(
     models: Path, tmp_path: Path
 ) -> None:
     ppo = adapted(models, tmp_path, [str(models / "adapter")])
-    judge, critic = ppo.reward_funcs[0], ppo.value_model
+    judge, critic = ppo.rewards.functions[0].model, ppo.value_model
     assert estimate_at_the_end(critic) == pytest.approx(reward_of(judge), abs=1e-5) and reward_of(judge) != 0
     before = {name: weight.clone() for name, weight in critic.named_parameters()}
     score = reward_of(judge)
@@ -76,7 +75,7 @@ def test_without_an_adapter_to_start_from_it_gets_a_new_one(models: Path, tmp_pa
     ppo = adapted(models, tmp_path / "a", [reward])
     expected = reward_of(reward) if source == "whole reward model" else 0.0
     assert estimate_at_the_end(ppo.value_model) == pytest.approx(expected, abs=1e-6)
-    owner = ppo.reward_funcs[0] if source == "whole reward model" else ppo.model
+    owner = ppo.rewards.functions[0].model if source == "whole reward model" else ppo.model
     assert base_bytes(ppo.value_model, owner) == base_bytes(owner)
     after = torch.get_rng_state()
     torch.set_rng_state(state)
@@ -113,7 +112,7 @@ def test_a_checkpoint_with_the_other_kind_of_critic_is_refused(models: Path, tmp
     ppo.save_model(str(tmp_path / "checkpoint"))
     other = adapted(models, tmp_path / "other", [toy.share_of_red], value_use_peft=not adapter)
     with pytest.raises(UserError, match=f"value_use_peft.*was trained with {str(adapter).lower()}"):
-        load_value_model(other.value_model, other.model, str(tmp_path / "checkpoint"))
+        other.critic.load(tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
@@ -128,7 +127,7 @@ def test_what_is_not_trained_is_in_bf16_where_training_is(models: Path, tmp_path
         reward_processing_classes=[toy.tokenizer()],
         peft_config=LORA,
     )
-    judge, critic = ppo.reward_funcs[0], ppo.value_model
+    judge, critic = ppo.rewards.functions[0].model, ppo.value_model
     # In float32, the reward model is as it was loaded.
     heads = [model.score for model in ((judge, critic) if asked != "float32" else (critic,))]
     errors = [toy.rounding_errors(head) for head in heads]

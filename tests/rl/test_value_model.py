@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from pipeline.rl.arguments import PPORewardArguments
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.reward_checks import check_reward_model, check_value_model
-from pipeline.rl.value_model import add_to_optimizer, value_model_from
+from pipeline.rl.value_model import value_model_from
 from tests import ppo_toy as toy
 
 IDS = torch.tensor([[3, 5, 6, 4, 7, 2]])
@@ -196,7 +196,7 @@ def test_an_adapter_is_merged_into_the_copy(tmp_path: Path, given: str) -> None:
     adapter = str(tmp_path / "adapter")
     if given == "reward":
         ppo = trainer(tmp_path, [adapter])
-        assert reward_of(ppo.reward_funcs[0]) == pytest.approx(expected, abs=1e-5)
+        assert reward_of(ppo.rewards.functions[0].model) == pytest.approx(expected, abs=1e-5)
     else:
         judge = AutoModelForSequenceClassification.from_pretrained(adapter, num_labels=1)
         ppo = trainer(tmp_path, [judge], value_model=adapter)
@@ -258,8 +258,16 @@ def test_an_8_bit_optimizer_keeps_the_moments_of_the_critics_embeddings_in_32(
     manager = SimpleNamespace(register_module_override=lambda *given: registered.append(given))
     optim = SimpleNamespace(GlobalOptimManager=SimpleNamespace(get_instance=lambda: manager))
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
-    kind = type("AdamW", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
-    critic = value_model_from(toy.policy())
-    add_to_optimizer(kind(toy.policy().parameters()), critic, [], toy.config(tmp_path))
-    assert registered == [(critic.model.embed_tokens, "weight", {"optim_bits": 32})]
+
+    class AdamW(torch.optim.AdamW):
+        __module__ = "bitsandbytes.optim.adamw"
+
+        def __init__(self, params: Any, optim_bits: int) -> None:
+            super().__init__(params)
+
+    settings = staticmethod(lambda args, model=None: (AdamW, {"optim_bits": 8}))
+    monkeypatch.setattr(PPOTrainer, "get_optimizer_cls_and_kwargs", settings)
+    ppo = trainer(tmp_path, [toy.share_of_red])
+    ppo.create_optimizer_and_scheduler(1)
+    assert isinstance(ppo.critic.optimizer, AdamW)
+    assert (ppo.value_model.model.embed_tokens, "weight", {"optim_bits": 32}) in registered

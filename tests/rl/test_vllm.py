@@ -15,9 +15,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig
 
+from pipeline.rl.frozen_weights import keep_frozen_weights
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOConfig, PPOTrainer
-from pipeline.rl.rollouts import keep_frozen_weights
 from tests import ppo_toy as toy
 from tests.vllm_stub import LLM, SamplingParams
 

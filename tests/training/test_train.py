@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from small_model import ROOT, run_recipe
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.errors import Problem, RunStopped, UserError
+from pipeline.errors import RunStopped
 from pipeline.training import train
 from pipeline.training.callbacks import InterruptCallback
-from pipeline.training.divergence import stop_on_failing_rewards
 from pipeline.training.reliable import Reliable
 from tests import sampling_recipes
 
@@ -60,43 +57,6 @@ def test_a_reward_that_fails_ends_the_run_with_its_name_its_reason_and_its_line(
     assert f"the last good checkpoint is {tmp_path}/run/checkpoint-" in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "config.json").exists()
-
-
-class Judge:
-    def __call__(self, completions: Any, **columns: Any) -> Any:
-        raise ValueError("no verdict")
-
-
-async def waiting(completions: Any, **columns: Any) -> Any:
-    return int(completions)
-
-
-def refusing(completions: Any, **columns: Any) -> Any:
-    raise UserError(Problem("reward_funcs", "refusing", "returned nothing"))
-
-
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        (lambda: Judge()("x"), "The reward Judge raised ValueError: no verdict "),
-        (lambda: asyncio.run(waiting("x")), "The reward waiting raised ValueError: invalid literal"),
-    ],
-)
-def test_every_kind_of_reward_function_is_found(call: Any, said: str, tmp_path: Path) -> None:
-    functions: list[Any] = [refusing, Judge(), waiting]
-    trainer: Any = SimpleNamespace(
-        reward_funcs=functions,
-        reward_func_names=["refusing", "Judge", "waiting"],
-        state=SimpleNamespace(global_step=0),
-        last_good=lambda: "the run has saved no checkpoint yet",
-    )
-    with pytest.raises(RunStopped, match=rf"{said}.*{__file__}:\d+\) in step 1"), stop_on_failing_rewards(trainer):
-        call()
-    unusable = r"^reward_funcs: refusing: returned nothing \(in step 1; "
-    with pytest.raises(RunStopped, match=unusable), stop_on_failing_rewards(trainer):
-        refusing("x")
-    with pytest.raises(ZeroDivisionError), stop_on_failing_rewards(trainer):
-        _ = 1 / 0  # outside of the rewards
 
 
 def test_leaving_training_by_sys_exit_is_an_error(tmp_path: Path) -> None:

@@ -41,3 +41,10 @@ def test_every_reproduction_is_listed(found: dict[str, str | None]) -> None:
 )
 def test_a_library_is_correct(found: dict[str, str | None], name: str) -> None:
     assert found[name] is None, found[name]
+
+
+def test_trl_trains_on_advantages_per_token() -> None:
+    """Not wrong, but untested there."""
+    script = Path(__file__).with_name("advantages.py")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(script)], check=False)
+    assert done.returncode == 0

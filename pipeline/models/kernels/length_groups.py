@@ -12,6 +12,7 @@ f f f f f f . .
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,18 +38,28 @@ def group_by_length(model: nn.Module) -> None:
 
     @functools.wraps(forward)
     def in_groups(*args: Any, **inputs: Any) -> Any:
-        if args or "attention_mask" not in inputs:
-            return forward(*args, **inputs)
-        mask = inputs["attention_mask"]
-        # The place after the last token of each text. Padding on the left stays.
-        ends = mask.shape[1] - mask.flip(1).argmax(1)
-        order = ends.argsort(stable=True)
-        outputs = []
-        for rows in order.split(TOGETHER):
-            stop = int(ends[rows].max())
-            outputs.append(
-                forward(**{name: x[rows, :stop] if isinstance(x, Tensor) else x for name, x in inputs.items()})
-            )
-        return type(outputs[0])(logits=torch.cat([output.logits for output in outputs])[order.argsort()])
+        return forward(*args, **inputs) if args or "attention_mask" not in inputs else call_by_length(forward, inputs)
 
     replace_forward(model, in_groups)
+
+
+def call_by_length(classify: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+    """Call a sequence classifier with texts of similar length together.
+
+    Args:
+        classify: The classifier, or its forward method.
+        inputs: Its arguments, among them `attention_mask`; tensors are (B, L).
+
+    Returns:
+        The output of the classifier, with logits (B, labels) alone.
+    """
+    mask = inputs["attention_mask"]
+    # The place after the last token of each text. Padding on the left stays.
+    ends = mask.shape[1] - mask.flip(1).argmax(1)
+    order = ends.argsort(stable=True)
+    outputs = []
+    for rows in order.split(TOGETHER):
+        stop = int(ends[rows].max())
+        group = {name: x[rows, :stop] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        outputs.append(classify(**group))
+    return type(outputs[0])(logits=torch.cat([output.logits for output in outputs])[order.argsort()])

@@ -61,6 +61,9 @@ OTHER_SETTINGS = (
 )  # fmt: skip
 """Settings that `sample` honours as well, or that cannot change what it returns."""
 
+GENERATE = GenerationMixin.generate
+"""The method that `sample` stands in for, as it is before anything replaces it."""
+
 
 def unsupported_settings(config: GenerationConfig) -> dict[str, Any]:
     """Return the settings, with their values, that `model.generate` honours and `sample` does not."""
@@ -74,7 +77,7 @@ def overrides_generate(model: nn.Module) -> bool:
     """Return whether a model, wrapped or not, has another `generate` than transformers': its class's or its own."""
     bare = _unwrap(extract_model_from_parallel(model, keep_torch_compile=False))
     own = any("generate" in vars(module) for module in (model, bare))
-    return own or getattr(type(bare), "generate", GenerationMixin.generate) is not GenerationMixin.generate
+    return own or getattr(type(bare), "generate", GENERATE) is not GENERATE
 
 
 def accepts_argument(model: nn.Module, argument: str) -> bool:

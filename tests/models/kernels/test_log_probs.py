@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from pipeline.rl import layout
-from pipeline.rl.layout import shares_prompts
-from pipeline.rl.log_probs import token_log_probs
-from pipeline.rl.value_model import token_values, value_model_from
+from pipeline.models.kernels import rollout_layout as layout
+from pipeline.models.kernels.log_probs import token_log_probs
+from pipeline.models.kernels.rollout_layout import shares_prompts
+from pipeline.rl.critic import token_values
+from pipeline.rl.value_model import value_model_from
 from tests import ppo_toy as toy
 
 SIZES: dict[str, Any] = {"vocab_size": 15, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}

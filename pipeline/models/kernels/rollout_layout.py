@@ -1,8 +1,15 @@
 """How the texts of a rollout are laid out in forward passes: without the padding of the batch, each prompt once.
 
-A batch has prompts padded on the left and completions padded on the right. Its texts, padded on one side only, are
-shorter, and completions of the same prompt may follow it in one row, where each sees the prompt and itself. Neither
-changes what is computed for a token, apart from rounding.
+A batch as TRL has it, of two completions of one prompt and one of another (`p`, `q` and letters are tokens, `.` is
+padding), is a rectangle as wide as the longest prompt and the longest completion together:
+
+    . p p | a a a .          one row of a forward pass here:        p p a a a b
+    . p p | b . . .    ──►   and another one, in the same pass:     q q q c c c c
+    q q q | c c c c                                                 (padded to the longest row of its pass)
+
+Completions of one prompt follow it in one row. Each of them sees the prompt and itself, and its positions go on from
+the prompt's. On a CPU, rows are grouped by length into passes of about `CPU_TOKENS` tokens. None of this changes what
+is computed for a token, apart from rounding.
 """
 
 from __future__ import annotations
@@ -91,8 +98,9 @@ def shares_prompts(model: nn.Module) -> bool:
     return (
         accepts_argument(model, "position_ids")
         and config._attn_implementation in ("eager", "sdpa")
-        and not getattr(config, "alibi", False)  # distances as they are in the row
-        and not hasattr(config, "window_size")  # GPT-Neo masks by itself
+        # ALiBi counts distances as they are in the row, and GPT-Neo masks by itself.
+        and not getattr(config, "alibi", False)
+        and not hasattr(config, "window_size")
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     )
 
@@ -138,18 +146,23 @@ def _forward_pass(
 ) -> ForwardPass:
     """Lay out rows; `length` is that of the completions in the batch."""
     width = max(map(len, rows))
-    ids, positions, owners = [], [], []  # of each token of the rows; a token of the prompt belongs to 0, padding to -1
+    ids: list[list[int]] = []
+    positions: list[list[int]] = []
+    # Whose each token is: 0 stands for the prompt, 1 and up for the completions of the row, -1 for padding.
+    owners: list[list[int]] = []
     before: list[int] = []
     tokens: list[int] = []
     places: list[int] = []
     for number, row in enumerate(rows):
-        size, end = len(row.prompt), len(row.prompt) - 1
-        row_ids, row_positions, row_owners = [*row.prompt], [*range(size)], [0] * size
+        start = number * width
+        size = len(row.prompt)
+        row_ids, row_positions, row_owners = list(row.prompt), list(range(size)), [0] * size
         for owner, (text, completion) in enumerate(zip(row.texts, row.completions, strict=True), start=1):
+            # The token before the first one of a completion is the last one of the prompt, wherever in the row it is.
             first = len(row_ids)
-            steps = range(len(completion))
-            before += [number * width + (first + step - 1 if step else end) for step in steps]
-            places += [text * length + step for step in steps]
+            previous = [size - 1, *range(first, first + len(completion) - 1)][: len(completion)]
+            before += [start + place for place in previous]
+            places += [text * length + step for step in range(len(completion))]
             tokens += completion
             row_ids += completion
             row_positions += range(size, size + len(completion))
@@ -162,15 +175,16 @@ def _forward_pass(
     def made(values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    owner = made(owners)
+    owner_of = made(owners)
     inputs: dict[str, Tensor | bool] = {"input_ids": made(ids), "use_cache": False}
     if any(len(row.texts) > 1 for row in rows):
-        seen = ((owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])).tril()
-        inputs["attention_mask"] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[
-            :, None
-        ]
+        same = owner_of[:, None, :] == owner_of[:, :, None]
+        of_prompt = owner_of[:, None, :] == 0
+        seen = (of_prompt | same).tril()
+        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        inputs["attention_mask"] = mask[:, None]
     else:
-        inputs["attention_mask"] = (owner >= 0).long()
+        inputs["attention_mask"] = (owner_of >= 0).long()
     if positioned:
         inputs["position_ids"] = made(positions)
     return ForwardPass(inputs, made(before), made(tokens), made(places))

@@ -11,8 +11,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.models.kernels.rollout_layout import ForwardPass, forward_passes
 from pipeline.models.kernels.sampler import accepts_argument
-from pipeline.rl.layout import ForwardPass, forward_passes
 
 
 def token_log_probs(
@@ -50,7 +50,8 @@ def token_log_probs(
         finally:
             chosen.remove()
         log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        del logits  # with a large vocabulary, each of these takes more memory than the rest of the model
+        # With a large vocabulary, each of these takes more memory than the rest of the model.
+        del logits
         scored = log_probs.gather(-1, batch.tokens.unsqueeze(-1)).squeeze(-1)
         if not entropy:
             return (scored,)
@@ -80,7 +81,7 @@ def over_passes(
         compute: Takes a model and the layout of a forward pass; returns any number of tensors (N,), for the N tokens of
             the completions in it.
         model: The model, bare or wrapped for DDP.
-        ids: As for `pipeline.rl.layout.forward_passes`, like `attention_mask`, `length` and `batch_size`.
+        ids: As for `rollout_layout.forward_passes`, like `attention_mask`, `length` and `batch_size`.
         autocast: Makes the context of the forward passes, as `Accelerator.autocast` does.
 
     Returns:
@@ -89,7 +90,8 @@ def over_passes(
     passes = forward_passes(model, ids, attention_mask, length, batch_size)
     # Processes may differ in their number of passes, and DDP communicates in each that goes through it.
     inside = model.module if isinstance(model, DistributedDataParallel) else model
-    with autocast():  # once, so that the weights are cast once
+    # One context for all passes casts the weights only once.
+    with autocast():
         parts = [compute(inside if number else model, batch) for number, batch in enumerate(passes)]
     places = torch.cat([batch.places for batch in passes])
     whole = (torch.cat(several) for several in zip(*parts, strict=True))

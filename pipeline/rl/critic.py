@@ -1,0 +1,183 @@
+"""The critic of PPO, with the optimizer and the schedule that train it.
+
+Policy and critic are two networks that learn from the same micro-batches. transformers' `Trainer` zeroes, clips and
+steps the policy; `Critic.step` does the same for the critic, when the gradients of all micro-batches of an optimizer
+step are there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, TrainingArguments
+
+from pipeline.errors import Problem, UserError
+from pipeline.models.kernels.log_probs import at, over_passes
+from pipeline.models.kernels.rollout_layout import ForwardPass
+
+VALUE_MODEL_FOLDER = "value_model"
+"""Subfolder of a checkpoint or an output directory that contains the critic."""
+
+STATE = "critic_optimizer.pt"
+"""File of a checkpoint with the state of the critic's optimizer and schedule."""
+
+
+class Critic:
+    """A value model and what trains it. It is a part of checkpoints and of the final model, in `value_model/`.
+
+    Args:
+        model: The value model, on its device.
+        policy: The policy.
+        accelerator: Wraps the model for several processes, `torch.compile` and autocast.
+        max_grad_norm: Gradients are clipped to this norm, by themselves: large ones of the policy do not shrink them.
+
+    Attributes:
+        model: The wrapped model.
+        optimizer, schedule: None until training begins.
+    """
+
+    belongs_to_model = True
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, policy: nn.Module, accelerator: Accelerator, max_grad_norm: float
+    ) -> None:
+        self.policy, self.accelerator, self.max_grad_norm = policy, accelerator, max_grad_norm
+        self.model: Any = accelerator.prepare_model(model)
+        self.optimizer: Any = None
+        self.schedule: Any = None
+
+    @property
+    def bare(self) -> Any:
+        """The model without wrappers."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def step(self, share: float) -> float:
+        """Take an optimizer step. Return the norm that the gradients had before they were clipped.
+
+        Args:
+            share: Present learning rate of the policy as a share of its peak. It is the critic's, too, on a schedule
+                that follows evaluations, which `Trainer` reports to the policy's schedule only.
+        """
+        if not isinstance(self.schedule, LambdaLR):
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
+        # The scale of fp16 is updated after the step of the policy, which comes next.
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        if scaler is not None:
+            scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+        if isinstance(self.schedule, LambdaLR):
+            self.schedule.step()
+        self.model.zero_grad()
+        return norm.item()
+
+    def save(self, folder: Path) -> None:
+        """Save the model, without the card that PEFT drafts, which has paths of this machine."""
+        path = folder / VALUE_MODEL_FOLDER
+        self.bare.save_pretrained(str(path))
+        (path / "README.md").unlink(missing_ok=True)
+
+    def load(self, folder: Path) -> None:
+        """Load the model.
+
+        transformers, which has loaded the policy, takes a critic that is an adapter for another adapter of the policy,
+        which is deleted here.
+
+        Raises:
+            ValueError: If there is no critic in the folder.
+            UserError: If there is an adapter and the critic is trained in full, or the other way round.
+        """
+        path, model, policy = folder / VALUE_MODEL_FOLDER, self.bare, self.policy
+        if not path.is_dir():
+            raise ValueError(f"{folder} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")
+        saved_adapter = (path / "adapter_config.json").is_file()
+        if saved_adapter != isinstance(model, PeftModel):
+            remedy = f"{folder} was trained with {str(saved_adapter).lower()}; set it so"
+            raise UserError(Problem("value_use_peft", not saved_adapter, remedy))
+        if isinstance(model, PeftModel):
+            if isinstance(policy, PeftModel) and VALUE_MODEL_FOLDER in policy.peft_config:
+                policy.delete_adapter(VALUE_MODEL_FOLDER)
+            set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name=model.active_adapter)
+        else:
+            saved = type(model).from_pretrained(path, config=model.config, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+
+
+class CriticOptimizer:
+    """The part of checkpoints with the state of the critic's optimizer and schedule.
+
+    Args:
+        critic: The critic.
+        args: Say whether this process saves, and whether only models are saved.
+    """
+
+    belongs_to_model = False
+
+    def __init__(self, critic: Critic, args: TrainingArguments) -> None:
+        self.critic, self.args = critic, args
+
+    def save(self, folder: Path) -> None:
+        """Save the states."""
+        if self.args.should_save and not self.args.save_only_model:
+            parts = {"optimizer": self.critic.optimizer, "schedule": self.critic.schedule}
+            torch.save({name: part.state_dict() for name, part in parts.items()}, folder / STATE)
+
+    def load(self, folder: Path) -> None:
+        """Load the states."""
+        critic = self.critic
+        if not (folder / STATE).is_file():
+            return
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        critic.optimizer.load_state_dict(state["optimizer"])
+        critic.schedule.load_state_dict(state["schedule"])
+        if isinstance(critic.schedule, LambdaLR):
+            # A run that goes on to another number of steps follows the schedule of the new number.
+            schedule, groups = critic.schedule, critic.optimizer.param_groups
+            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = base * factor(schedule.last_epoch)
+
+    @staticmethod
+    def check(checkpoint: str) -> None:
+        """Raise `UserError` for a checkpoint of an earlier version, in which policy and critic share one optimizer."""
+        files = os.listdir(checkpoint)
+        if "optimizer.pt" in files and STATE not in files:
+            remedy = "an earlier version wrote it, with one optimizer for policy and critic; start again, or resume it"
+            raise UserError(Problem("resume_from_checkpoint", checkpoint, f"{remedy} with that version"))
+
+
+def token_values(
+    critic: nn.Module,
+    ids: Tensor,
+    attention_mask: Tensor,
+    length: int,
+    batch_size: int | None,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    """Compute what a value model expects before each of the last tokens of each text is chosen.
+
+    Args:
+        critic: The value model, wrapped or not.
+        ids: As for `over_passes`, like the other arguments.
+
+    Returns:
+        (B, `length`), in float32.
+    """
+
+    def of_pass(critic: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
+        return (at(critic(**batch.inputs).logits, batch.before)[:, 0].float(),)
+
+    (values,) = over_passes(of_pass, critic, ids, attention_mask, length, batch_size, autocast)
+    return values

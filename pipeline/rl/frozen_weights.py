@@ -1,0 +1,120 @@
+"""Weights that are not trained: their dtype, kept in memory once, and unchanged by merged adapters.
+
+Policy, reference, reward model and critic stay modules of their own, each with its active adapter, its hooks and its
+wrapper for several processes. What they share is the storage of frozen weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.generation.vllm_generation import VLLMGeneration
+
+from pipeline.errors import Problem, UserError
+from pipeline.models.patches import replace_sync_weights
+from pipeline.rl.heads import HEAD_NAMES, compute_in_float32, find_head
+from pipeline.rl.ppo_config import PPOConfig
+
+
+def prepare_frozen(policy: PreTrainedModel | PeftModel, others: Sequence[Any], args: PPOConfig) -> None:
+    """Convert what is not trained to `frozen_dtype`, except for heads and adapters, and keep equal weights once.
+
+    Args:
+        policy: The policy.
+        others: Among other things, the reference and the reward models.
+        args: The configuration.
+
+    Raises:
+        UserError: If modules that an adapter contains whole, in float32, would get bfloat16 outside of autocast.
+    """
+    adapted = isinstance(policy, PeftModel)
+    models = [model for model in others if isinstance(model, nn.Module)]
+    if args.frozen_dtype == "bfloat16" and not (args.bf16 or args.fp16):
+        named = (item for model in (policy, *models) for item in model.named_modules())
+        whole = {name.rpartition(".")[2] for name, module in named if isinstance(module, ModulesToSaveWrapper)}
+        if found := ", ".join(sorted(whole.difference(HEAD_NAMES))):
+            remedy = f"does not fit {found}, which the adapter contains in float32; set bf16 to true, or omit this"
+            raise UserError(Problem("frozen_dtype", "bfloat16", remedy))
+    if adapted or args.frozen_dtype == "bfloat16":
+        for model in models:
+            model.requires_grad_(False)
+    if args.frozen_dtype == "bfloat16" or (args.frozen_dtype == "auto" and adapted and args.bf16):
+        for model in (policy, *models):
+            convert_frozen(model, torch.bfloat16)
+        for model in models:
+            compute_in_float32(find_head(model)[1])
+    share_frozen_weights(policy, models)
+
+
+def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights that are not trained from float32, except for heads and adapters."""
+    for weight in _frozen(model).values():
+        if weight.dtype == torch.float32:
+            weight.data = weight.data.to(dtype)
+
+
+def share_frozen_weights(policy: nn.Module, others: Sequence[nn.Module]) -> None:
+    """Let models use the frozen weights of the policy in place of equal ones of their own.
+
+    Which models are adapters of one base is thus seen by the weights, wherever those were loaded from.
+
+    Args:
+        policy: The policy.
+        others: Reward models and critic. Those of their weights that are not trained are shared.
+    """
+    known = _frozen(policy)
+    for model in others:
+        for name, weight in _frozen(model).items():
+            shared = known.get(name)
+            if shared is not None and shared.dtype == weight.dtype and torch.equal(shared, weight):
+                weight.data = shared.data
+
+
+def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights that are not trained by their plain names, without heads and adapters."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapters = getattr(model, "peft_config", {})
+    return {
+        plain_name(name): weight
+        for name, weight in model.named_parameters()
+        if not weight.requires_grad
+        and name.partition(".")[0] not in HEAD_NAMES
+        and not any(f".{adapter}." in f"{name}." for adapter in adapters)
+    }
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a weight had before adapters were added to its model."""
+    return name.replace(".base_layer", "").replace(".original_module", "").replace(".token_adapter", "")
+
+
+def keep_frozen_weights(vllm: VLLMGeneration) -> None:
+    """Restore the frozen weights after each time that an adapter was merged into them, to be loaded by vLLM.
+
+    Unmerging rounds them, in 16 bits by up to 0.4% each time, and other models may share them. Only layers with an
+    adapter are merged, so only their weights are kept, in the memory of the CPU.
+
+    Args:
+        vllm: That of a trainer whose policy has an adapter and is not sharded; changed in place.
+    """
+    sync_weights = vllm.sync_weights
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def sync_and_restore() -> None:
+        if not kept:
+            adapted = (m.get_base_layer() for m in vllm.model.modules() if isinstance(m, BaseTunerLayer))
+            # Several adapters of one layer, one for each parameter, wrap each other.
+            frozen = {weight: None for layer in adapted for weight in layer.parameters() if not weight.requires_grad}
+            kept.extend((weight, weight.detach().to("cpu", copy=True)) for weight in frozen)
+        sync_weights()
+        for weight, copy in kept:
+            weight.data.copy_(copy)
+
+    replace_sync_weights(vllm, sync_and_restore)
