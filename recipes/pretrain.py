@@ -12,8 +12,8 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
     --config recipes/gsm8k-shakespeare/1_pretrain.yaml --dataset_name shakespeare.txt
 ```
 
-On a stream from the Hub, of which each process reads its own files, and a resumed run only what comes next (or on the
-shards that `recipes.shards` makes of it, `--dataset_name shards/tinystories`):
+On a stream from the Hub, or on the shards that `recipes.shards` makes of it (`--dataset_name shards/tinystories`). Each
+process reads its own files, and a resumed run goes on where the stream was:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \

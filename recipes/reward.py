@@ -40,7 +40,8 @@ def main(
     from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("preference", data_args, training_args, model_args)
-    model_args.lora_task_type = "SEQ_CLS"  # so that PEFT also trains and saves the score head
+    # With this type, PEFT also trains and saves the score head, which is new.
+    model_args.lora_task_type = "SEQ_CLS"
     trainer = reliable(RewardTrainer)(
         model=starting_model(model_args, training_args),
         args=training_args,

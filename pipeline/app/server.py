@@ -272,7 +272,7 @@ def build_app(site: Site) -> ASGIApp:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=page.theme(),
+        theme=gr.themes.Base(),
         head=page.head(),
     )
     gate = Gate(app, site.options.password, site.options.port)
