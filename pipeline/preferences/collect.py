@@ -284,6 +284,7 @@ def check_judge(values: Mapping[str, Any]) -> list[Problem]:
     """
     name, judge = values.get("dataset_name"), values.get("judge")
     try:
+        # A function can be loaded at once; a reward model may be trained by the run itself.
         if isinstance(judge, str) and ":" in judge:
             load_judge(judge)
         if judge or not isinstance(name, str) or not os.path.exists(name):
@@ -311,6 +312,7 @@ def encode(
         UserError: If the chat template refuses a prompt, or a prompt does not leave room for `max_new_tokens`.
     """
     template = args.chat_template_kwargs
+    # By default, prompts are written as they were in the training of the model.
     if not isinstance(template, dict):
         template = recorded_template(args.model_name_or_path)
     encoded = {}
@@ -353,6 +355,7 @@ def sample_answers(
         The answers to each of `prompts`, on every process. An answer that spells a special token is empty: no stage
         would accept it as data.
     """
+    # batch_size counts answers, and a prompt has samples_per_prompt of them.
     state = PartialState()
     tokens = special_tokens(tokenizer)
     size = max(1, args.batch_size // args.samples_per_prompt)

@@ -81,6 +81,7 @@ def _judge_by_function(function: Callable[..., Any]) -> Match:
     """Return the matches that a function decides: in pairs if it has a parameter `opponents`, otherwise by rewards."""
 
     def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
+        # As trainers do, every column of the data set is passed by name.
         names = {name for row in rows for name in row} - {"prompt", "completions", "prompts", "opponents"}
         columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
         prompts = [row["prompt"] for row in rows]
@@ -140,6 +141,7 @@ def score(
     if batch_tokens is None:
         batch_tokens = 0 if model.device.type == "cpu" else BATCH_TOKENS
     tokens = special_tokens(tokenizer)
+    # Without a limit, `[-0:]` keeps all tokens.
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     encoded = [
         tuple(tokenizer.apply_chat_template(as_text(conversation, tokens), return_dict=False)[-positions:])

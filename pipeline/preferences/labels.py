@@ -170,6 +170,7 @@ def _judge(judge: Judge, rows: Sequence[Mapping[str, Any]], comparisons: Sequenc
             judged.append((number, error))
             break
 
+    # In the order of the groups, whichever process judged them.
     choices: list[int | None] = []
     for _, outcomes in sorted(gather_object(judged), key=itemgetter(0)):
         if isinstance(outcomes, UserError):

@@ -68,6 +68,7 @@ def wait_for_votes(args: VoteArguments) -> int:
 
 def _simulate(args: VoteArguments, folder: Path) -> None:
     """Write votes of the simulated annotators, as the page would."""
+    # The annotators know no models, so both answers come from the same one, and `a` is always the better answer.
     splits, _ = label_samples(args)
     model = Path(args.model_name_or_path).name
     sampling = {"temperature": args.temperature, "min_p": args.min_p, "max_new_tokens": args.max_new_tokens}

@@ -90,7 +90,8 @@ def summary(rng: random.Random, split: SplitName, thing: Thing) -> dict[str, Any
 def code(rng: random.Random, split: SplitName) -> dict[str, Any]:
     """Ask for a small function."""
     wanted = snippets.snippet(rng, split)
-    return conversation("code", (snippets.request(rng, split, wanted), wanted.source), test=wanted.test)
+    asked = rng.choice(phrasings.REQUESTS["code"][split]).format(name=wanted.name, task=wanted.task)
+    return conversation("code", (asked, wanted.source), test=wanted.test)
 
 
 def chat(rng: random.Random, thing: Thing) -> dict[str, Any]:

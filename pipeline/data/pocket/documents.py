@@ -12,32 +12,25 @@ DOCUMENT_KINDS = {"facts": 36, "story": 12, "arithmetic": 38, "code": 3, "recita
 """How often each kind of document is drawn, in percent."""
 
 
-def statement(rng: random.Random, split: SplitName, thing: Thing, attribute: str) -> str:
-    """State one fact in a phrasing that this split may use for this thing."""
-    held_out = held_out_phrasings(thing.index, ATTRIBUTES.index(attribute))
-    templates = STATEMENTS[attribute]
-    if split == "train":
-        number = rng.choice([number for number in range(len(templates)) if number not in held_out.values()])
-    else:
-        number = held_out[split]
-    return fill(templates[number], thing, attribute)
-
-
 def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
-    """State five or six facts about one thing, or three each about two things."""
+    """State five or six facts about one thing, or three each about two things, in phrasings that this split may use."""
     # A fox is a mammal. You find a fox in the forest. A fox needs prey. …
     attributes = rng.sample(ATTRIBUTES, rng.randint(5, 6))
     chosen = [(thing, attribute) for attribute in attributes]
     if split == "train" and rng.random() < 0.2:
         other = things()[rng.randrange(len(things()))]
         chosen = [(one, attribute) for one in (thing, other) for attribute in attributes[:3]]
-    return " ".join(statement(rng, split, one, attribute) for one, attribute in chosen)
 
-
-def worked(rng: random.Random, carelessness: float) -> str:
-    """Write one or two problems with their worked solutions."""
-    drawn = [problems.draw(rng, "train", carelessness) for _ in range(rng.randint(1, 2))]
-    return "\n".join(f"{problem.text}\n{problem.solution(with_steps=True)}" for problem in drawn)
+    sentences = []
+    for one, attribute in chosen:
+        held_out = held_out_phrasings(one.index, ATTRIBUTES.index(attribute))
+        templates = STATEMENTS[attribute]
+        if split == "train":
+            number = rng.choice([number for number in range(len(templates)) if number not in held_out.values()])
+        else:
+            number = held_out[split]
+        sentences.append(fill(templates[number], one, attribute))
+    return " ".join(sentences)
 
 
 def recital(rng: random.Random) -> str:
@@ -61,7 +54,8 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     elif kind == "story":
         text = stories.document(rng, thing)
     elif kind == "arithmetic":
-        text = worked(rng, carelessness)
+        drawn = [problems.draw(rng, "train", carelessness) for _ in range(rng.randint(1, 2))]
+        text = "\n".join(f"{problem.text}\n{problem.solution(with_steps=True)}" for problem in drawn)
     elif kind == "recital":
         text = recital(rng)
     else:

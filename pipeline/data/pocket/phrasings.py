@@ -29,7 +29,7 @@ FOLLOW_UPS = {row["aspect"]: row["template"] for row in _TEMPLATES if row["form"
 def fill(template: str, thing: Thing, attribute: str | None = None) -> str:
     """Fill a template with a thing and the value of one of its attributes."""
     value = thing.facts[attribute] if attribute else ""
-    return template.format(x=thing.noun, X=thing.at_start, v=value, V=capitalize(value), c=core(value))
+    return template.format(x=thing.noun, X=capitalize(thing.noun), v=value, V=capitalize(value), c=core(value))
 
 
 def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[SplitName, int]:

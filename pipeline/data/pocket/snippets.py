@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from pipeline.data.arguments import SplitName
 from pipeline.data.pocket.names import ITEMS
-from pipeline.data.pocket.phrasings import REQUESTS
 
 
 @dataclass(frozen=True)
@@ -57,29 +56,22 @@ COMMENTS = (
 )
 
 
-def constants(family: int, split: SplitName) -> list[int]:
-    """Return the constants (2 to 60) that functions of a family use in this split."""
-    residues = {"test": (0,), "validation": (4,), "train": (1, 2, 3, 5, 6, 7)}[split]
-    return [k for k in range(2, 61) if (k + family) % 8 in residues]
-
-
 def snippet(rng: random.Random, split: SplitName) -> Snippet:
     """Draw a function of a random family with a constant of this split."""
     family = rng.randrange(len(FAMILIES))
-    k = rng.choice(constants(family, split))
+    residues = {"test": (0,), "validation": (4,), "train": (1, 2, 3, 5, 6, 7)}[split]
+    k = rng.choice([k for k in range(2, 61) if (k + family) % 8 in residues])
     *templates, make_cases = FAMILIES[family]
     name, task, parameter, expression = (template.format(k=k) for template in templates)
     test = "\n".join(f"assert {name}({given!r}) == {expected!r}" for given, expected in make_cases(k))
     return Snippet(name, task, f"def {name}({parameter}):\n    return {expression}", test)
 
 
-def request(rng: random.Random, split: SplitName, wanted: Snippet) -> str:
-    """Ask for the function in a phrasing of this split."""
-    return rng.choice(REQUESTS["code"][split]).format(name=wanted.name, task=wanted.task)
-
-
 def commented(rng: random.Random) -> str:
     """Write a pretraining document of two or three functions with comments."""
+    # # add_3 adds 3 to a number.
+    # def add_3(x):
+    #     return x + 3
     parts = []
     for _ in range(rng.randint(2, 3)):
         wanted = snippet(rng, "train")

@@ -33,11 +33,6 @@ class Thing:
         """Return the noun without its article: "fox"."""
         return core(self.noun)
 
-    @property
-    def at_start(self) -> str:
-        """Return the noun phrase for the start of a sentence: "A fox"."""
-        return capitalize(self.noun)
-
 
 def capitalize(text: str) -> str:
     """Make the first letter upper case and keep the others: "an LLM" -> "An LLM"."""
