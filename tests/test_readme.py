@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.__main__ import COMMANDS, build_parser, main
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
-from pipeline.evaluation.settings import check, complete, derive
+from pipeline.evaluation.evaluate_yaml import check, complete, derive
 
 PAGES = [
     ROOT / name

@@ -12,7 +12,7 @@ import yaml
 from small_model import ROOT
 
 from pipeline.__main__ import main
-from pipeline.evaluation.settings import recorded
+from pipeline.evaluation.evaluate_yaml import recorded
 from pipeline.hub.cards import Trained, model_card
 from pipeline.report.load import load_run
 from pipeline.report.page import render

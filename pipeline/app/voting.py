@@ -44,7 +44,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import CHOICES, OTHER, Conflict, Vote, VoteLog, update_data_set
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.settings import SOURCE_FIELDS, VOTES, move, recorded
+from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, VOTES, move, recorded
 from pipeline.files import read_json
 from pipeline.models.loading import load_model
 from pipeline.preferences.judges import score

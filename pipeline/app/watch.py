@@ -28,7 +28,7 @@ from pipeline.app.models import Loaded
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.settings import move
+from pipeline.evaluation.evaluate_yaml import move
 from pipeline.files import read_json
 from pipeline.models.generation import Completion, generate
 from pipeline.models.loading import avoid_emulation, load_config, load_model, user_error_for

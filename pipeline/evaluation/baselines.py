@@ -15,9 +15,9 @@ from pipeline.data.pocket.problems import WORKING
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import Example, HeldOut, subsample
-from pipeline.evaluation.matches import Matches, answer_both, record_wins
 from pipeline.evaluation.metrics import record_greedy
 from pipeline.evaluation.results import StageResult
+from pipeline.evaluation.win_rate import Matches, answer_both, record_wins
 from pipeline.preferences.judges import ANNOTATORS, Judge
 
 CONSTANTS = (

@@ -16,62 +16,56 @@ run's own:
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import Problem, UserError
+from pipeline.evaluation.evaluate_yaml import (
+    SOURCE_FIELDS,
+    EvaluationArguments,
+    Source,
+    check,
+    complete,
+    defaults,
+    move,
+    recorded,
+    without_derived,
+)
+from pipeline.stages import HELD_OUT
+
 if TYPE_CHECKING:
-    from pipeline.errors import Problem
     from pipeline.evaluation.results import StageResult
 
-OPTIONS = {
-    "judge": "judge of the win rate: a reward model, votes, or package.module:function (default: the annotators)",
-    "against": "stage that is the opponent in win_rate (default: the last instruction tuning)",
-    "elicit": "what the answers of the baseline `elicited` begin with",
-}
-NUMBERS = {
-    "limit": "use at most this many examples for each kind of measurement",
-    "samples": "sampled answers per reasoning problem (default: 8)",
-    "max_new_tokens": "length limit of an answer (default: that of the stages' settings, or 64)",
-    "seed": "seed of the sampled answers and of the intervals",
-}
-DATA = {
-    "text": "text to predict (bits_per_byte)",
-    "instructions": "conversations, or questions with --completion_column (accuracy, or bits per byte of answers)",
-    "problems": "problems with final answers (pass@k)",
-    "prompts": "prompts (win_rate)",
-    "pairs": "pairs of answers (reward_accuracy)",
-}
-COLUMNS = {
-    "text_column": "column of --text (default: text)",
-    "prompt_column": "column of problems, prompts and questions (default: prompt)",
-    "completion_column": "column of the answers to instructions",
-    "answer_column": "column of the final answers (default: answer)",
-    "answer_pattern": "regular expression that finds the final answer in that column",
-    "grade": "how answers are graded: exact, math, choice, code, another reward, or package.module:function",
-    "system_prompt": "system message of prompts that have none",
-    "dataset_config": "configuration of the data set, if it has several",
-}
+COLUMNS = (
+    *("text_column", "prompt_column", "completion_column", "answer_column", "answer_pattern", "grade"),
+    *("system_prompt", "dataset_config"),
+)
+"""Fields of a data set that are options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `evaluate` to `parser`."""
+    """Add the arguments of `evaluate` to `parser`: the keys of `evaluate.yaml` and the columns of one data set."""
     parser.add_argument("run", metavar="RUN", help="run directory, for instance runs/pocket")
     parser.add_argument("--stage", required=True, help="directory of the model inside RUN, for instance 2_sft")
     parser.add_argument("--config", metavar="FILE", help="evaluate.yaml to use instead of the run's own")
-    parser.add_argument("--name", help="write to RUN/evaluations/NAME, beside the run's own figures")
-    for name, meaning in OPTIONS.items():
-        parser.add_argument(f"--{name}", help=meaning)
-    for name, meaning in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=int, help=meaning)
-    for name, meaning in DATA.items():
+    parser.add_argument("--name", help="write to RUN/evaluations/NAME, not among the run's own figures")
+    for item in fields(EvaluationArguments):
         # `--reasoning` is the earlier name of `--problems`.
-        names = ["--problems", "--reasoning"] if name == "problems" else [f"--{name}"]
-        parser.add_argument(*names, metavar="DATASET", help=f"{meaning}, instead of the run's")
-    for name, meaning in COLUMNS.items():
-        parser.add_argument(f"--{name}", help=meaning)
+        names = [f"--{item.name}", *(["--reasoning"] if item.name == "problems" else [])]
+        meaning = item.metadata["help"]
+        if item.name in HELD_OUT:
+            parser.add_argument(*names, metavar="DATASET", help=meaning)
+        elif item.name == "vllm":
+            parser.add_argument(*names, action="store_true", default=None, help=meaning)
+        elif item.name == "lm_eval_tasks":
+            parser.add_argument(*names, nargs="+", metavar="TASK", help=meaning)
+        elif item.name != "fixed_prompts":
+            parser.add_argument(*names, type=int if "int" in str(item.type) else str, help=meaning)
+    for item in fields(Source):
+        if item.name in COLUMNS:
+            parser.add_argument(f"--{item.name}", help=item.metadata["help"])
     parser.add_argument("--split", help="split of the data set (default: test; all of a plain file)")
-    parser.add_argument("--lm_eval_tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness")
-    parser.add_argument("--vllm", action="store_true", default=None, help="sample answers with vLLM, on a GPU")
     parser.add_argument("--allow_unconfined_code", action="store_true", help="grade code even where it is not confined")
 
 
@@ -81,14 +75,13 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If the run, the stage, a setting or a data set cannot be used.
     """
-    from pipeline.errors import UserError
     from pipeline.evaluation.results import format_table
     from pipeline.launch import quiet_libraries
     from pipeline.rewards.sandbox import run as sandbox
 
     quiet_libraries()
     sandbox.allow_unconfined = args.allow_unconfined_code
-    if args.lm_eval_tasks and not (args.name or args.config or any(getattr(args, key) for key in DATA)):
+    if args.lm_eval_tasks and not (args.name or args.config or any(getattr(args, key) for key in HELD_OUT)):
         # Tasks of the command line do not replace the run's own figures.
         args.name = "lm_eval"
     try:
@@ -111,11 +104,9 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     Raises:
         UserError: If the run, the stage, a setting or a data set cannot be used; it names keys of `evaluate.yaml`.
     """
-    from pipeline.errors import UserError
     from pipeline.evaluation.held_out import read_held_out
     from pipeline.evaluation.results import check_own
-    from pipeline.evaluation.settings import move, without_derived
-    from pipeline.evaluation.stage import check_opponent, check_run, check_stage, evaluate_stage
+    from pipeline.evaluation.stage import check_stages, evaluate_stage
 
     run = Path(args.run)
     settings, problems = read_settings(args)
@@ -123,20 +114,16 @@ def evaluate(args: argparse.Namespace) -> StageResult:
         problems += check_own(run, args.stage, without_derived(settings))
     if problems:
         raise UserError(*problems)
-    check_run(run)
     moved = move(settings, run)
-    check_stage(run, args.stage, moved, "--stage")
-    if args.against:
-        check_stage(run, args.against, moved, "--against")
-    if moved["against"]:
-        check_opponent(run, moved["against"])
+    named = {"--stage": args.stage, "--against": args.against}
+    check_stages(run, {option: stage for option, stage in named.items() if stage is not None}, moved)
     if moved["lm_eval_tasks"]:
         # lm-eval is optional.
         from pipeline.evaluation.harness import check_tasks
 
         if problems := check_tasks(moved["lm_eval_tasks"]):
             raise UserError(*problems)
-    flags = [name for name in DATA if getattr(args, name)]
+    flags = [name for name in HELD_OUT if getattr(args, name)]
     held_out = read_held_out(run, moved, flags, baselines=args.stage == moved["against"])
     result = evaluate_stage(run, args.stage, held_out, moved, run / "evaluations" / (args.name or ""))
     result.settings = without_derived(settings)
@@ -153,8 +140,6 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
         UserError: If the file of `--config` cannot be read.
     """
     from pipeline.config.yaml_file import read_yaml
-    from pipeline.errors import Problem
-    from pipeline.evaluation.settings import SOURCE_FIELDS, check, complete, defaults, move, recorded, without_derived
 
     own = recorded(Path(args.run), args.stage)
     options = {name: value for name, value in vars(args).items() if value is not None}
@@ -162,15 +147,15 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
     columns = {name: options[name] for name in SOURCE_FIELDS if name in options}
     if args.split:
         columns["dataset_test_split"] = args.split
-    data = {key: {"dataset_name": options[key], **columns} for key in DATA if options.get(key)}
+    data = {key: {"dataset_name": options[key], **columns} for key in HELD_OUT if options.get(key)}
 
     content = read_yaml(args.config) if args.config else without_derived(own)
     # An evaluation with a name measures only what the command names, on the data or tasks that it names.
     alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
     if alone:
-        content = {key: value for key, value in content.items() if key not in DATA}
+        content = {key: value for key, value in content.items() if key not in HELD_OUT}
     content |= data | {name: options[name] for name in defaults() if name in options}
-    settings = complete(content, own, only_named=alone or bool(args.name and content.keys() & DATA.keys()))
+    settings = complete(content, own, only_named=alone or bool(args.name and content.keys() & HELD_OUT.keys()))
 
     # A run that was moved still knows its reward models by their old paths.
     rewards = [*settings["reward_models"], *move(settings, Path(args.run))["reward_models"]]
@@ -184,11 +169,9 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
 
 def as_option(problem: Problem, args: argparse.Namespace) -> Problem:
     """Name the option in a problem with a value that an option gave, in place of the key of `evaluate.yaml`."""
-    from dataclasses import replace
-
     key, colon, name = problem.field.partition(": ")
-    if colon and key in DATA and getattr(args, key):
+    if colon and key in HELD_OUT and getattr(args, key):
         name = {"dataset_name": key, "dataset_test_split": "split"}.get(name, name)
         return replace(problem, field=f"--{name}")
-    is_option = key in (*OPTIONS, *NUMBERS, "lm_eval_tasks", "vllm") and getattr(args, key) is not None
+    is_option = key in defaults() and getattr(args, key, None) is not None
     return replace(problem, field=f"--{key}") if is_option and not colon else problem

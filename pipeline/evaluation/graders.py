@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipeline.evaluation.settings import GRADES
+from pipeline.evaluation.evaluate_yaml import GRADES
 from pipeline.rewards.functions import exact_answer, math_answer
 from pipeline.rewards.loading import load_rewards
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -26,17 +25,14 @@ from statistics import NormalDist, fmean
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from pipeline import hardware
 from pipeline.errors import Problem, UserError, is_network_error
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.intervals import Estimate
-from pipeline.evaluation.likelihood import over_tokens, padding
+from pipeline.evaluation.likelihood import MAX_LOGITS
 from pipeline.evaluation.metrics import output
 from pipeline.evaluation.results import StageResult
 from pipeline.files import write_text
@@ -48,7 +44,7 @@ FIELD = "lm_eval_tasks"
 HEADING = "## Measured by lm-evaluation-harness"
 """Heading of its figures in a model card."""
 BATCH_SIZE = 8
-"""Requests in a batch on a CPU; on an accelerator, lm-eval finds the largest that fits."""
+"""Requests in a batch on a CPU, at most."""
 
 
 @cache
@@ -110,24 +106,30 @@ def measure_tasks(
         UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.
     """
     from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of models that are loaded
+    # lm-eval warns of every model that is loaded already.
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     index, found, _ = find_tasks(tasks)
-    batch_size = "auto" if hardware.accelerator() else BATCH_SIZE
+    # It computes the logits of a whole batch. On an accelerator, it finds the largest batch that fits.
+    vocabulary: int = chat.model.config.get_text_config().vocab_size
+    batch_size = "auto" if hardware.accelerator() else max(1, min(BATCH_SIZE, MAX_LOGITS // (1024 * vocabulary)))
     try:
         measured = simple_evaluate(
-            _bounded_model()(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),
+            HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),
             tasks=found,
             task_manager=index,
             limit=limit,
             bootstrap_iters=intervals.RESAMPLES,
         )
-    except Exception as error:  # tasks, their data and their templates raise anything
+    # Tasks are code of others: they, their data and their templates raise anything.
+    except Exception as error:
         reason = f"lm-eval cannot measure it ({shorten(str(error) or repr(error), 250)})"
         if is_network_error(error) or isinstance(error, ConnectionError):
             reason = "its data are not in the cache, and the Hub cannot be reached; check the network (HF_HUB_OFFLINE?)"
         raise UserError(Problem(FIELD, ", ".join(tasks), reason)) from error
 
+    # A group is recorded with its tasks as kinds, which have no metrics of their own then.
     results, groups = measured["results"], measured.get("groups", {})
     parts = {group: measured["group_subtasks"][group] for group in groups}
     inner = {part for found in parts.values() for part in found}
@@ -139,43 +141,6 @@ def measure_tasks(
         for key, estimate in estimates[group].items() if group not in inner else ():
             kinds = {part: estimates[part][key] for part in parts[group] if key in estimates[part]}
             result.metrics[_name(group, key)] = replace(estimate, by_kind=kinds)
-
-
-@cache
-def _bounded_model() -> type:
-    """Return lm-eval's model, whose log-likelihoods are computed from a bounded number of logits at once."""
-    from lm_eval.models.huggingface import HFLM
-
-    class BoundedModel(HFLM):  # type: ignore[misc]
-        def _loglikelihood_tokens(
-            self, requests: Sequence[Any], *args: Any, **options: Any
-        ) -> list[tuple[float, bool]]:
-            # Answers that differ in their last token alone have the same input: multiple choice by letters.
-            asked = defaultdict(list)
-            for number, (_, context, continuation) in enumerate(requests):
-                tokens = [*context, *continuation][-self.max_length - 1 :]
-                asked[tuple(tokens[:-1])].append((number, continuation))
-            passes = [
-                (
-                    list(ids),
-                    [place for _, tokens in several for place in range(len(ids) - len(tokens), len(ids))],
-                    [token for _, tokens in several for token in tokens],
-                )
-                for ids, several in asked.items()
-            ]
-            groups, answers = list(asked.values()), {}
-            for at, found in over_tokens(self.model, passes, padding(self.tokenizer), compute=_compare):
-                sizes = [len(tokens) for _, tokens in groups[at]]
-                for (number, _), part in zip(groups[at], found.cpu().double().split(sizes), strict=True):
-                    answers[number] = float(part[:, 0].sum()), bool(part[:, 1].all())
-            return [answers[number] for number in range(len(requests))]
-
-    return BoundedModel
-
-
-def _compare(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log-probability of each token, and 1 if it is the most probable one."""
-    return torch.stack([-cross_entropy(logits, tokens, reduction="none"), (logits.argmax(-1) == tokens).float()], dim=1)
 
 
 def _name(task: str, key: str) -> str:

@@ -1,7 +1,7 @@
 """The held-out rows that stages are measured on.
 
     evaluate.yaml, completed by what the stages read           a data set whose rows are all in one split
-            |    pipeline.evaluation.settings                  (validation_share 0.05, so the period is 20)
+            |    pipeline.evaluation.evaluate_yaml                  (validation_share 0.05, so the period is 20)
             v
     Source: data set, columns, share to hold out                   row  0    held out
             |    Reader.find                                       row  1    trained on
@@ -41,8 +41,8 @@ from pipeline.data.sources import open_source
 from pipeline.data.splits import keep_rows, load_splits
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError
+from pipeline.evaluation.evaluate_yaml import Source
 from pipeline.evaluation.graders import COMPARED, Grader, load_grader
-from pipeline.evaluation.settings import Source
 from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
 from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.stages import HELD_OUT
@@ -120,7 +120,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
 
     Args:
         run: Directory of the run.
-        settings: From `pipeline.evaluation.settings.complete`, with paths that exist.
+        settings: From `pipeline.evaluation.evaluate_yaml.complete`, with paths that exist.
         flags: Keys of the data that options name.
         baselines: Whether to read what only baselines need as well.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,13 +104,9 @@ def _losses(
     losses = [0.0] * count
     passes = [(ids, range(first - 1, len(ids) - 1), ids[first:]) for _, ids, first in sequences]
     for number, found in over_tokens(model, passes, pad, batch_tokens):
-        losses[sequences[number][0]] += float(found.cpu().double().sum())  # not every accelerator has float64
+        # Summed on the CPU, because not every accelerator has float64.
+        losses[sequences[number][0]] += float(found.cpu().double().sum())
     return losses
-
-
-def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return what each token (N,) costs in nats under logits (N, vocabulary)."""
-    return cross_entropy(logits, tokens, reduction="none")
 
 
 @torch.inference_mode()
@@ -119,20 +115,17 @@ def over_tokens(
     sequences: Sequence[tuple[list[int], Sequence[int], list[int]]],
     pad: int,
     batch_tokens: int = BATCH_TOKENS,
-    compute: Callable[[Tensor, Tensor], Tensor] = negative_log_likelihood,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Compute something from the predictions that a model makes in each sequence, the longest sequences first.
+    """Compute the negative log-likelihoods of tokens in each sequence, the longest sequences first.
 
     Args:
         model: A causal language model.
         sequences: Its input tokens, places among them, and the token that is to follow each place.
         pad: Token that fills up the rows of a batch.
         batch_tokens: Tokens per batch, padding included.
-        compute: Takes logits in float32, shape (N, vocabulary), and the N tokens that are to follow; returns a tensor
-            of N rows. Default: the negative log-likelihoods in nats.
 
     Yields:
-        The number of a sequence, and what was computed for its places.
+        The number of a sequence, and in nats what the tokens at its places cost.
     """
     model.eval()
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number][0]))
@@ -146,22 +139,27 @@ def over_tokens(
         places = [number * width + place for number, (_, some, _) in enumerate(rows) for place in some]
         targets = [token for _, _, some in rows for token in some]
         ids, at, following = (torch.tensor(x, dtype=torch.long, device=model.device) for x in (padded, places, targets))
-        results = _in_pieces(model, ids, at, following, compute)
+        results = _in_pieces(model, ids, at, following)
         yield from zip(batch, results.split([len(some) for _, _, some in rows]), strict=True)
 
 
-def _in_pieces(
-    model: PreTrainedModel, ids: Tensor, places: Tensor, targets: Tensor, compute: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Compute something from the logits at `places` of the flattened batch `ids` (rows, tokens).
+def _in_pieces(model: PreTrainedModel, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+    """Return what the `targets` cost in nats at `places` of the flattened batch `ids` (rows, tokens).
 
-    The hidden states of the batch are computed once, and their logits in pieces: with a vocabulary of 150,000, all
-    logits of a batch would take 10 GB.
+    With a vocabulary of 150,000, all logits of a batch would take 10 GB, and their softmax as much again. So the hidden
+    states of the batch are computed once, and their logits in pieces:
+
+        ids  ->  layers  ->  hidden states at `places`  ->  piece 1  ->  head  ->  logits  ->  losses
+                                                            piece 2  ->  head  ->  logits  ->  losses
+                                                            ...
+
+    A hook on the head cuts the pieces out of its input. Some models cap or scale what their head returns, so each piece
+    passes through the model: from the second piece on it takes the place of a single token, which costs little.
     """
     size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     head = model.get_output_embeddings() or nn.Identity()
     hidden: list[Tensor] = []
-    results: list[Tensor] = []
+    losses: list[Tensor] = []
 
     def narrow(
         _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
@@ -169,26 +167,19 @@ def _in_pieces(
         if not hidden:
             states = [*inputs, *named.values()][0]
             hidden.extend(states.flatten(0, 1)[places].split(size))
-        return (hidden[len(results)].unsqueeze(0),), {}
+        return (hidden[len(losses)].unsqueeze(0),), {}
 
-    def through_model(tokens: Tensor) -> Tensor:
-        hook = head.register_forward_pre_hook(narrow, with_kwargs=True)
-        try:
-            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-        finally:
-            hook.remove()
-        return logits.flatten(0, 1)
-
-    logits = through_model(ids)
-    if not hidden:
-        # The model does not call a head of its own: these are all its logits.
-        return compute(logits[places].float(), targets)
-    # Some models cap or scale what the head returns. They do it to each piece, if it replaces the head's input in a
-    # pass of a single token.
-    is_plain = len(hidden) > 1 and torch.equal(head(hidden[0]), logits)
-    for piece in targets.split(size):
-        if results:
-            logits = head(hidden[len(results)]) if is_plain else through_model(ids[:1, :1])
-        results.append(compute(logits.float(), piece))
-        del logits
-    return torch.cat(results)
+    hook = head.register_forward_pre_hook(narrow, with_kwargs=True)
+    try:
+        for piece in targets.split(size):
+            tokens = ids[:1, :1] if losses else ids
+            logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+            if not hidden:
+                # The model does not call a head of its own: these are all its logits.
+                return cross_entropy(logits[places].float(), targets, reduction="none")
+            losses.append(cross_entropy(logits.float(), piece, reduction="none"))
+            # Otherwise these logits would be in memory beside the next ones.
+            del logits
+    finally:
+        hook.remove()
+    return torch.cat(losses)

@@ -1,4 +1,4 @@
-"""The metrics of language models, and how each is measured on held-out data; see also `matches` and `reward_model`.
+"""The metrics of language models, and how each is measured on held-out data; see also `win_rate` and `reward_model`.
 
 To add a metric, write its class and record it in the function of the data that it needs; then describe it (label,
 meaning, better direction, digits) in `metric_info.METRICS`.
@@ -10,11 +10,12 @@ The classes work offline, unlike `evaluate.load("accuracy")`. `compute` returns 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
+from datasets import Features, List, Value
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
@@ -29,39 +30,50 @@ from pipeline.rewards.grading import RULE_COLUMNS, grade, has_steps, is_gradable
 MAX_SAMPLED_PROBLEMS = 64
 """Problems to which several answers are sampled: eight samples each cost more than all greedy answers together."""
 
-NUMBER, STRING = datasets.Value("float64"), datasets.Value("string")
+NUMBER, STRING = Value("float64"), Value("string")
 RULE = {
-    "require": datasets.List(datasets.List(STRING)),
-    "reject": datasets.List(STRING),
-    "max_words": datasets.Value("int64"),
+    "require": List(List(STRING)),
+    "reject": List(STRING),
+    "max_words": Value("int64"),
     "test": STRING,
 }
 
 
-def info(metric: evaluate.Metric, inputs: str, citation: str = "", **features: Any) -> evaluate.MetricInfo:
-    """Describe a metric by its docstring, its inputs in words and their types."""
-    return evaluate.MetricInfo(
-        description=type(metric).__doc__ or "",
-        citation=citation,
-        inputs_description=inputs,
-        features=datasets.Features(features),
-    )
+class Metric(evaluate.Metric):
+    """A metric that is described by its docstring.
+
+    Attributes:
+        inputs: What it is computed from, in words.
+        columns: Types of the predictions and, if it has any, of the references.
+        paper: Its source.
+    """
+
+    inputs: str
+    columns: Features
+    paper = ""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation=self.paper,
+            inputs_description=self.inputs,
+            features=self.columns,
+        )
 
 
 def output(estimate: intervals.Estimate, values: Sequence[float]) -> dict[str, Any]:
     """Return what `compute` of every metric returns."""
-    return {**estimate.to_json(), "values": values}
+    return estimate.to_json() | {"values": values}
 
 
-class BitsPerByte(evaluate.Metric):
+class BitsPerByte(Metric):
     """Total negative log-likelihood over total bytes: a long document weighs more than a short one.
 
     It does not depend on the tokenizer. The interval is bootstrapped over documents.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        inputs = "predictions: loss of each document in nats; references: the documents."
-        return info(self, inputs, predictions=NUMBER, references=STRING)
+    inputs = "predictions: loss of each document in nats; references: the documents."
+    columns = Features(predictions=NUMBER, references=STRING)
 
     def _compute(self, predictions: list[float], references: list[str], seed: int = 0) -> dict[str, Any]:
         sizes = [len(text.encode()) for text in references]
@@ -70,54 +82,51 @@ class BitsPerByte(evaluate.Metric):
         return output(intervals.ratio(bits, sizes, seed), values)
 
 
-class InstructionAccuracy(evaluate.Metric):
+class InstructionAccuracy(Metric):
     """The share of answers that are right by the rule of their row: words required and forbidden, length, code tests.
 
     An answer that runs into the token limit counts if it meets the rule; the stop rate measures whether answers end.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        inputs = "predictions: answers; references: rules, see pipeline.rewards.grading."
-        return info(self, inputs, predictions=STRING, references=RULE)
+    inputs = "predictions: answers; references: rules, see pipeline.rewards.grading."
+    columns = Features(predictions=STRING, references=RULE)
 
     def _compute(self, predictions: list[str], references: list[dict[str, Any]]) -> dict[str, Any]:
         values = [float(correct) for correct in grade(predictions, references)]
         return output(intervals.proportion(values), values)
 
 
-class StopRate(evaluate.Metric):
+class StopRate(Metric):
     """The share of answers that contain an end-of-turn token, that is, end before the token limit."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        inputs = "predictions: token ids of each answer; eos_token_id: the id, or ids, that end one."
-        return info(self, inputs, predictions=datasets.List(datasets.Value("int64")))
+    inputs = "predictions: token ids of each answer; eos_token_id: the id, or ids, that end one."
+    columns = Features(predictions=List(Value("int64")))
 
     def _compute(self, predictions: list[list[int]], eos_token_id: int | list[int]) -> dict[str, Any]:
         values = [float(stopped(tokens, eos_token_id)) for tokens in predictions]
         return output(intervals.proportion(values), values)
 
 
-class StepRate(evaluate.Metric):
+class StepRate(Metric):
     """The share of answers with a sentence or an equation before "The answer is", right or wrong."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return info(self, "predictions: answers.", predictions=STRING)
+    inputs = "predictions: answers."
+    columns = Features(predictions=STRING)
 
     def _compute(self, predictions: list[str]) -> dict[str, Any]:
         values = [float(has_steps(answer)) for answer in predictions]
         return output(intervals.proportion(values), values)
 
 
-class PassAtK(evaluate.Metric):
+class PassAtK(Metric):
     """The probability that at least one of k sampled answers to a problem is right; only final answers are compared.
 
     The interval is over problems, never over samples.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        inputs = "predictions: sampled answers to each problem; references: final answers; k; rows, for the grader."
-        citation = "Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374"
-        return info(self, inputs, citation, predictions=datasets.List(STRING), references=STRING)
+    inputs = "predictions: sampled answers to each problem; references: final answers; k; rows, for the grader."
+    columns = Features(predictions=List(STRING), references=STRING)
+    paper = "Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374"
 
     def _compute(
         self,
@@ -129,28 +138,27 @@ class PassAtK(evaluate.Metric):
         rows: Sequence[Example] = (),
     ) -> dict[str, Any]:
         flat = [answer for answers in predictions for answer in answers]
+        # All answers are graded at once, so each of them needs the reference and the row of its problem.
+        problem_of = [number for number, answers in enumerate(predictions) for _ in answers]
         if grader is None:
-            repeated = [ref for answers, ref in zip(predictions, references, strict=True) for _ in answers]
-            verdicts = iter(grade_final_answers(flat, repeated))
+            verdicts = grade_final_answers(flat, [references[number] for number in problem_of])
         else:
-            verdicts = iter(
-                grader(flat, [row for answers, row in zip(predictions, rows, strict=True) for _ in answers])
-            )
-        values = [estimate_pass_at_k(len(answers), sum(next(verdicts) for _ in answers), k) for answers in predictions]
+            verdicts = grader(flat, [rows[number] for number in problem_of])
+        right = Counter(number for number, verdict in zip(problem_of, verdicts, strict=True) if verdict)
+        values = [estimate_pass_at_k(len(answers), right[number], k) for number, answers in enumerate(predictions)]
         return output(intervals.outcome_mean(values, seed), values)
 
 
-class MajorityVote(evaluate.Metric):
+class MajorityVote(Metric):
     """The share of problems whose most frequent final answer, among the samples, is right.
 
     Equal numbers are one answer. Samples without a final answer do not vote. Of answers with equally many votes, the
     one that was drawn first counts.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        inputs = "predictions: sampled answers to each problem; references: final answers."
-        citation = "Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171"
-        return info(self, inputs, citation, predictions=datasets.List(STRING), references=STRING)
+    inputs = "predictions: sampled answers to each problem; references: final answers."
+    columns = Features(predictions=List(STRING), references=STRING)
+    paper = "Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171"
 
     def _compute(
         self,
@@ -223,36 +231,23 @@ def measure_instructions(
     if graded:
         some, texts = [rows[i] for i in graded], [answers[i] for i in graded]
         if grader:
-            values = [float(right) for right in grader(texts, [_as_problem(row) for row in some])]
+            # A conversation is a problem whose reference is the last message, unless the row has an answer.
+            problems = [
+                {"answer": row["messages"][-1]["content"], **row, "prompt": row["messages"][:-1]} for row in some
+            ]
+            values = [float(right) for right in grader(texts, problems)]
             accuracy = output(intervals.proportion(values), values)
         else:
             rules = [{column: row[column] for column in RULE_COLUMNS} for row in some]
             accuracy = InstructionAccuracy().compute(predictions=texts, references=rules)
         result.record("instruction_accuracy", accuracy, some, extras=[{"answer": text} for text in texts])
-    record_stops(result, chat, completions, rows)
-    _record_lengths(result, "mean_length", completions, rows, seed)
-
-
-def _as_problem(row: Example) -> Example:
-    """Return a conversation as a problem, whose reference is the assistant's message unless the row has an answer."""
-    *prompt, last = row["messages"]
-    return {"answer": last["content"], **row, "prompt": prompt}
-
-
-def record_stops(
-    result: StageResult, chat: ChatModel, completions: Sequence[Completion], rows: Sequence[Example]
-) -> None:
-    """Record `stop_rate`."""
-    tokens = [completion.tokens for completion in completions]
-    stops = StopRate().compute(predictions=tokens, eos_token_id=end_tokens(chat.model, chat.tokenizer))
-    result.record("stop_rate", stops, rows)
+    _record_ends(result, chat, completions, rows, "mean_length", seed)
 
 
 def measure_prompts(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
     """Record `stop_rate` and `mean_length` of greedy answers to prompts, for data without instructions."""
     completions = chat.greedy([row["prompt"] for row in rows])
-    record_stops(result, chat, completions, rows)
-    _record_lengths(result, "mean_length", completions, rows, seed)
+    _record_ends(result, chat, completions, rows, "mean_length", seed)
 
 
 def measure_problems(
@@ -274,9 +269,7 @@ def measure_problems(
     answers = [completion.text for completion in completions]
     values = record_greedy(result, "pass@1", answers, rows, grader)
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
-    _record_lengths(result, "reasoning_length", completions, rows, seed)
-    if "stop_rate" not in result.metrics:
-        record_stops(result, chat, completions, rows)
+    _record_ends(result, chat, completions, rows, "reasoning_length", seed)
     for row, text, value in zip(rows, answers, values, strict=True):
         if all(trace["kind"] != row["kind"] for trace in result.traces):
             trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row.get("answer") or ""}
@@ -285,7 +278,11 @@ def measure_problems(
     some = subsample(rows, MAX_SAMPLED_PROBLEMS)
     sampled = chat.sample([row["prompt"] for row in some], samples=samples, temperature=1.0, seed=seed)
     predictions = [[completion.text for completion in completions] for completions in sampled]
-    graded: dict[str, Any] = {"references": _references(some), "grader": grader, "rows": some}
+    graded: dict[str, Any] = {
+        "references": [str(row.get("answer") or "") for row in some],
+        "grader": grader,
+        "rows": some,
+    }
     names = {1: "pass@1_sampled"} | ({samples: f"pass@{samples}"} if samples > 1 else {})
     for k, name in names.items():
         estimate = PassAtK().compute(predictions=predictions, k=k, seed=seed, **graded)
@@ -295,22 +292,13 @@ def measure_problems(
         result.record(f"maj@{samples}", votes, some)
 
 
-def _references(rows: Sequence[Example]) -> list[str]:
-    return [str(row.get("answer") or "") for row in rows]
-
-
-def measure_longer(result: StageResult, chat: ChatModel, rows: Sequence[Example], grader: Grader | None = None) -> None:
-    """Record `pass@1_longer`: greedy answers to problems that are longer than those of the training split."""
-    answers = [completion.text for completion in chat.greedy([row["prompt"] for row in rows])]
-    record_greedy(result, "pass@1_longer", answers, rows, grader)
-
-
 def record_greedy(
     result: StageResult, name: str, answers: Sequence[str], rows: Sequence[Example], grader: Grader | None = None
 ) -> list[float]:
     """Record under `name` how many of the answers, one to each problem, are right. Returns 1 or 0 for each."""
+    references = [str(row.get("answer") or "") for row in rows]
     greedy = PassAtK().compute(
-        predictions=[[text] for text in answers], references=_references(rows), k=1, grader=grader, rows=rows
+        predictions=[[text] for text in answers], references=references, k=1, grader=grader, rows=rows
     )
     result.record(name, greedy, rows, extras=[{"answer": text} for text in answers])
     values: list[float] = greedy["values"]
@@ -325,8 +313,18 @@ def answer_fixed_prompts(result: StageResult, chat: ChatModel, prompts: Sequence
     ]
 
 
-def _record_lengths(
-    result: StageResult, name: str, completions: Sequence[Completion], rows: Sequence[Example], seed: int
+def _record_ends(
+    result: StageResult,
+    chat: ChatModel,
+    completions: Sequence[Completion],
+    rows: Sequence[Example],
+    name: str,
+    seed: int,
 ) -> None:
+    """Record the length of the answers under `name`, and `stop_rate` unless it has been measured on other answers."""
+    if "stop_rate" not in result.metrics:
+        tokens = [completion.tokens for completion in completions]
+        stops = StopRate().compute(predictions=tokens, eos_token_id=end_tokens(chat.model, chat.tokenizer))
+        result.record("stop_rate", stops, rows)
     lengths = [float(len(completion.tokens)) for completion in completions]
     result.record(name, output(intervals.mean(lengths, seed), lengths), rows, by_kind=intervals.mean)

@@ -16,16 +16,16 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
+from datasets import Features
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.votes import VOTES_FILE, as_pairs, read_votes, split_of, standing
 from pipeline.evaluation import intervals
+from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.held_out import Example
-from pipeline.evaluation.metrics import NUMBER, info, output
+from pipeline.evaluation.metrics import NUMBER, Metric, output
 from pipeline.evaluation.results import StageResult
-from pipeline.evaluation.settings import VOTES
 from pipeline.files import read_json
 from pipeline.preferences.judges import score
 from pipeline.rewards.annotators import INDIFFERENCE
@@ -82,16 +82,15 @@ def calibration_error(
     return intervals.Estimate(value, low, high, len(margins))
 
 
-class RewardAccuracy(evaluate.Metric):
+class RewardAccuracy(Metric):
     """The share of pairs whose preferred answer scores higher; equal scores count one half.
 
     `compute` also returns `margin`, the mean difference of the scores, and `calibration_error`. The intervals are over
     `units`, such as the prompts, which several pairs may share. Default: each pair is its own unit.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        inputs = "predictions: scores of the preferred answers; references: scores of the others; units: prompts."
-        return info(self, inputs, predictions=NUMBER, references=NUMBER)
+    inputs = "predictions: scores of the preferred answers; references: scores of the others; units: prompts."
+    columns = Features(predictions=NUMBER, references=NUMBER)
 
     def _compute(
         self, predictions: list[float], references: list[float], units: Sequence[Hashable] | None = None, seed: int = 0

@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation import baselines, matches, metrics
+from pipeline.evaluation import baselines, metrics, win_rate
 from pipeline.evaluation.chat_model import ChatModel
+from pipeline.evaluation.evaluate_yaml import BASE, DEFAULT_LENGTH, VOTES, template_arguments
 from pipeline.evaluation.held_out import Example, HeldOut
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.overlaps import find_overlaps
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import held_out_pairs, measure_pairs, measure_people
-from pipeline.evaluation.settings import BASE, DEFAULT_LENGTH, VOTES, template_arguments
 from pipeline.files import check_directory
 from pipeline.models.checks import check_lengths
 from pipeline.models.experts import RouteCounter, routes, worst
@@ -47,16 +47,35 @@ WITHOUT = {
 """What to say if there is no data of a kind, and the key of evaluate.yaml that names them."""
 
 
-def check_run(run: Path) -> None:
-    """Check, before anything is loaded, that RUN exists and RUN/evaluations can be written.
+def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> None:
+    """Check, before anything is loaded, that the evaluations can be written and the stages are models.
+
+    Args:
+        run: The run directory.
+        named: Option -> the stage that it names.
+        settings: As for `evaluate_stage`.
 
     Raises:
-        UserError: If RUN does not exist, or the evaluations cannot be written.
+        UserError: If one of these is not so, or the opponent in the win rates is a reward model.
     """
     if not run.is_dir():
         raise UserError(Problem("RUN", run, "no such directory; make it with `python -m pipeline run RECIPES`"))
     if problem := check_directory(run / "evaluations", "RUN"):
         raise UserError(problem)
+    for option, stage in named.items():
+        # Whether the model that the run starts from exists shows when it is loaded: it may be on the Hub.
+        is_base = model_of(run, stage, settings) != run / stage
+        if not is_base and (stage == ".." or Path(stage).name != stage or not holds_model(run / stage)):
+            found = sorted(path.name for path in run.iterdir() if holds_model(path))
+            remedy = f"is not the directory of a model; choose from: {', '.join(found) or 'none, train one first'}"
+            raise UserError(Problem(option, stage, remedy))
+    against = settings["against"]
+    if against and holds_model(run / against):
+        with user_error_for("--against", against):
+            rewards = is_reward_model(load_config(str(run / against)))
+        if rewards:
+            remedy = "is a reward model, which does not write answers; choose another"
+            raise UserError(Problem("--against", against, remedy))
 
 
 def model_of(run: Path, stage: str, settings: Settings) -> Path:
@@ -64,30 +83,9 @@ def model_of(run: Path, stage: str, settings: Settings) -> Path:
     return Path(settings["base"]) if stage == BASE and settings["base"] else run / stage
 
 
-def check_stage(run: Path, stage: str, settings: Settings, option: str) -> None:
-    """Check that RUN/STAGE, which `option` names, contains a model.
-
-    Raises:
-        UserError: If it does not.
-    """
-    if model_of(run, stage, settings) != run / stage:
-        return  # loading it gives a better message
-    if stage == ".." or Path(stage).name != stage or not holds_model(run / stage):
-        found = sorted(path.name for path in run.iterdir() if holds_model(path))
-        remedy = f"is not the directory of a model; choose from: {', '.join(found) or 'none, train one first'}"
-        raise UserError(Problem(option, stage, remedy))
-
-
-def check_opponent(run: Path, stage: str) -> None:
-    """Check that RUN/STAGE, if it contains a model, can be an opponent in the win rate.
-
-    Raises:
-        UserError: If it is a reward model.
-    """
-    with user_error_for("--against", stage):
-        rewards = holds_model(run / stage) and is_reward_model(load_config(str(run / stage)))
-    if rewards:
-        raise UserError(Problem("--against", stage, "is a reward model, which does not write answers; choose another"))
+def holds_model(path: Path) -> bool:
+    """Return whether the directory `path` contains a model, or a LoRA adapter that names its base model."""
+    return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
 
 
 def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings, folder: Path) -> StageResult:
@@ -97,7 +95,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
         run: The run directory.
         stage: Directory of the model in `run`. A sequence classifier is measured as a reward model.
         held_out: What it is measured on.
-        settings: From `pipeline.evaluation.settings.complete`, with paths that exist.
+        settings: From `pipeline.evaluation.evaluate_yaml.complete`, with paths that exist.
         folder: Where the evaluations are written; what those of other stages say is used again.
 
     Raises:
@@ -113,14 +111,15 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
         rewards = is_reward_model(load_config(str(path)))
     if rewards:
         model, tokenizer = load_model(str(path), "--stage", reward=True, dtype=torch.float32)
+        model = model.to(hardware.accelerator() or "cpu").eval()
         if held_out.pairs:
-            with RouteCounter(_place(model)) as counter:
+            with RouteCounter(model) as counter:
                 measure_pairs(result, model, tokenizer, held_out.pairs, seed)
             _record_experts(result, counter)
         else:
             result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
         if votes := held_out_pairs(run, stage):
-            measure_people(result, _place(model), tokenizer, votes, seed)
+            measure_people(result, model, tokenizer, votes, seed)
     else:
         try:
             _measure_language_model(result, run, held_out, settings, folder)
@@ -135,26 +134,29 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
 def _measure_language_model(
     result: StageResult, run: Path, held_out: HeldOut, settings: Settings, folder: Path
 ) -> None:
-    stage, against, seed = result.name, settings["against"] or "", settings.get("seed") or 0
-    result.against = against
+    stage, seed = result.name, settings.get("seed") or 0
     path = model_of(run, stage, settings)
-    own = settings.get("base_tokenizer") if stage == BASE else None
-    can_chat = bool(load_tokenizer(own or str(path), "--stage").chat_template)
-    model, tokenizer = load_model(str(path), "--stage", dtype=torch.float32, chat=can_chat, tokenizer=own)
-    model = _place(model)
-    limits = answer_lengths(model, settings)
+    words = settings.get("base_tokenizer") if stage == BASE else None
+    can_chat = bool(load_tokenizer(words or str(path), "--stage").chat_template)
+    model, tokenizer = load_model(str(path), "--stage", dtype=torch.float32, chat=can_chat, tokenizer=words)
+    model = model.to(hardware.accelerator() or "cpu").eval()
     vllm = VLLMSampler(model, tokenizer) if settings.get("vllm") else None
+    # The same model for each kind of data, whose answers have limits of their own and perhaps another template.
     chats = {
         key: ChatModel(model, tokenizer, limit, vllm, template=template_arguments(settings, stage, key))
-        for key, limit in limits.items()
+        for key, limit in answer_lengths(model, settings).items()
     }
+    result.against = settings["against"] or ""
     result.left_out += [line for name, line in WITHOUT.items() if not getattr(held_out, name)]
+
+    # Likelihoods are computed in float32, answers in the precision that is fast on this machine.
     if held_out.text:
         with RouteCounter(model) as counter:
             metrics.measure_texts(result, chats["instructions"], held_out.text, seed)
         _record_experts(result, counter, chats["instructions"], held_out.text)
     if settings.get("lm_eval_tasks"):
-        from pipeline.evaluation.harness import measure_tasks  # optional
+        # lm-eval is optional.
+        from pipeline.evaluation.harness import measure_tasks
 
         measure_tasks(result, chats["instructions"], settings["lm_eval_tasks"], settings.get("limit"), seed)
     if not can_chat:
@@ -162,71 +164,53 @@ def _measure_language_model(
         return
     judge = _find_judge(result, run, held_out, settings)
     judged = [row for row in held_out.prompts if judge and judge.can_judge(row)]
-    opponent: ChatModel | dict[str, list[str]] | None = None
-    its_path = model_of(run, against, settings)
-    if judge and judged and against and (its_path != run / against or holds_model(its_path)):
-        result.judge = judge.name
-        answer = {"seed": seed, "max_new_tokens": limits["prompts"], "dtype": hardware.fast_dtype()}
-        answer |= {"vllm": True} if vllm else {}
-        template = template_arguments(settings, against, "prompts")
-        answer |= {"template": template} if template else {}
-        answered = matches.fingerprint(its_path, judged, device=hardware.accelerator(), **answer)
-        if stage == against:
-            opponent, result.opponent = chats["prompts"], answered
-        elif settings.get("judge") == VOTES or (opponent := matches.saved_answers(folder, against, answered)) is None:
-            own = settings.get("base_tokenizer") if against == BASE else None
-            opponent = load_chat_model(its_path, "--against", limits["prompts"], own, bool(vllm), template)
-            opponent.model.to(hardware.fast_dtype())
-    ungraded = [row for row in held_out.instructions if not is_gradable(row)] if not _graded(held_out) else []
+    opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder) if judge and judged else None
+    grader = held_out.graders.get("instructions")
+    ungraded = [] if grader else [row for row in held_out.instructions if not is_gradable(row)]
     if ungraded:
         metrics.measure_answers(result, chats["instructions"], ungraded, seed)
+
     model.to(hardware.fast_dtype())
     if held_out.instructions:
-        grader = held_out.graders.get("instructions")
         metrics.measure_instructions(result, chats["instructions"], held_out.instructions, grader, seed)
     elif held_out.prompts:
         metrics.measure_prompts(result, chats["prompts"], held_out.prompts, seed)
     if held_out.problems:
-        grader, chat = held_out.graders["problems"], chats["problems"]
         metrics.measure_problems(
-            result, chat, held_out.problems, settings["samples"], seed, grader, can_vote=held_out.can_vote
+            result,
+            chats["problems"],
+            held_out.problems,
+            settings["samples"],
+            seed,
+            held_out.graders["problems"],
+            can_vote=held_out.can_vote,
         )
     if held_out.longer:
-        metrics.measure_longer(result, chats["problems"], held_out.longer, held_out.graders["problems"])
-    answers: matches.Matches = {}
+        longer = [answer.text for answer in chats["problems"].greedy([row["prompt"] for row in held_out.longer])]
+        metrics.record_greedy(result, "pass@1_longer", longer, held_out.longer, held_out.graders["problems"])
+    answers: win_rate.Matches = {}
     if opponent is not None and judge:
-        answers = matches.answer_both(chats["prompts"], opponent, judged, seed)
-        matches.measure_matches(result, answers, judged, seed, judge)
+        result.judge = judge.name
+        answers = win_rate.answer_both(chats["prompts"], opponent, judged, seed)
+        win_rate.measure_matches(result, answers, judged, seed, judge)
     result.cut_off = {
         key: {**chat.counts, "limit": chat.max_new_tokens} for key, chat in chats.items() if chat.counts["answers"]
     }
-    if stage == against:
-        chat, matching = (replace(chats[key], counts=Counter()) for key in ("problems", "prompts"))
+
+    # Answers of baselines and to the fixed prompts do not count as cut off.
+    chats = {key: replace(chat, counts=Counter()) for key, chat in chats.items()}
+    if stage == result.against:
         baselines.measure_baselines(
-            result, chat, held_out, answers, seed, settings["elicit"], judge or ANNOTATORS, matching
+            result,
+            chats["problems"],
+            held_out,
+            answers,
+            seed,
+            settings["elicit"],
+            judge or ANNOTATORS,
+            matching=chats["prompts"],
         )
-    metrics.answer_fixed_prompts(result, replace(chats["instructions"], counts=Counter()), held_out.fixed_prompts)
-
-
-def _record_experts(
-    result: StageResult, counter: RouteCounter, chat: ChatModel | None = None, texts: Sequence[Example] = ()
-) -> None:
-    """Record which experts took the tokens that were counted, and those of a few texts, if the model has experts."""
-    if counter.counts is None or not counter.shares:
-        return
-    tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k
-    result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
-    result.experts["layers"] = [[round(share, 4) for share in layer] for layer in counter.shares]
-    result.experts["documents"] = []
-    for row in texts[:DRAWN]:
-        assert chat is not None  # texts come with the model that reads them
-        ids = chat.tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
-        drawn = {"pieces": [chat.tokenizer.decode([token]) for token in ids], "chosen": routes(chat.model, ids)}
-        result.experts["documents"].append(drawn)
-
-
-def _graded(held_out: HeldOut) -> bool:
-    return "instructions" in held_out.graders
+    metrics.answer_fixed_prompts(result, chats["instructions"], held_out.fixed_prompts)
 
 
 def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:
@@ -247,6 +231,55 @@ def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Set
     return judge
 
 
+def _find_opponent(
+    result: StageResult, run: Path, rows: Sequence[Example], own: ChatModel, settings: Settings, folder: Path
+) -> ChatModel | dict[str, list[str]] | None:
+    """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet.
+
+    Every stage is compared with the same answers. They are written with the evaluation of the opponent, and identified
+    by a hash of all that they depend on; without them, it answers again.
+    """
+    against, path = result.against, model_of(run, result.against, settings)
+    if not against or (path == run / against and not holds_model(path)):
+        return None
+    template = template_arguments(settings, against, "prompts")
+    how: dict[str, Any] = {"seed": settings.get("seed") or 0, "max_new_tokens": own.max_new_tokens}
+    how |= {"dtype": hardware.fast_dtype(), "device": hardware.accelerator()}
+    how |= {"vllm": True} if own.vllm else {}
+    how |= {"template": template} if template else {}
+    answered = win_rate.fingerprint(path, rows, **how)
+    if result.name == against:
+        result.opponent = answered
+        return own
+    # People's votes are about the answers that they were shown, so both models answer again.
+    saved = None if settings.get("judge") == VOTES else win_rate.saved_answers(folder, against, answered)
+    if saved is not None:
+        return saved
+    words = settings.get("base_tokenizer") if against == BASE else None
+    model, tokenizer = load_model(str(path), "--against", dtype=torch.float32, tokenizer=words)
+    vllm = VLLMSampler(model, tokenizer) if own.vllm else None
+    model = model.to(hardware.accelerator() or "cpu", hardware.fast_dtype()).eval()
+    return ChatModel(model, tokenizer, own.max_new_tokens, vllm, template=template)
+
+
+def _record_experts(
+    result: StageResult, counter: RouteCounter, chat: ChatModel | None = None, texts: Sequence[Example] = ()
+) -> None:
+    """Record which experts took the counted tokens, and the tokens of a few texts, if the model has experts."""
+    if counter.counts is None or not counter.shares:
+        return
+    tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k
+    result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
+    documents = []
+    for row in texts[:DRAWN] if chat else ():
+        assert chat is not None
+        ids = chat.tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
+        pieces = [chat.tokenizer.decode([token]) for token in ids]
+        documents.append({"pieces": pieces, "chosen": routes(chat.model, ids)})
+    layers = [[round(share, 4) for share in layer] for layer in counter.shares]
+    result.experts = {"layers": layers, "documents": documents}
+
+
 def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]:
     """Return the length limit of answers to instructions, problems and prompts, in tokens.
 
@@ -260,32 +293,10 @@ def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]
         if problems := check_lengths(positions, max_new_tokens=given):
             raise UserError(*problems)
         return dict.fromkeys(answered, int(given))
+    # TRL takes seconds to import. Its defaults hold for a stage that does not set a length.
     from trl import GRPOConfig, SFTConfig
 
     own = {"max_length": SFTConfig.max_length, "max_completion_length": GRPOConfig.max_completion_length}
     found: dict[str, int] = {key: length or own[HELD_OUT[key].length] for key, length in settings["lengths"].items()}
     other = next(iter(found.values()), DEFAULT_LENGTH)
     return {key: min(found.get(key, other), positions or 1 << 30) for key in answered}
-
-
-def holds_model(path: Path) -> bool:
-    """Return whether the directory `path` contains a model, or a LoRA adapter that names its base model."""
-    return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
-
-
-def load_chat_model(
-    path: Path,
-    option: str,
-    max_new_tokens: int,
-    tokenizer: str | None = None,
-    vllm: bool = False,
-    template: Mapping[str, Any] | None = None,
-) -> ChatModel:
-    """Load the language model in `path`, which `option` names, in float32 on the accelerator if there is one."""
-    model, words = load_model(str(path), option, dtype=torch.float32, tokenizer=tokenizer)
-    sampler = VLLMSampler(model, words) if vllm else None
-    return ChatModel(_place(model), words, max_new_tokens, sampler, template=template or {})
-
-
-def _place(model: PreTrainedModel) -> PreTrainedModel:
-    return model.to(hardware.accelerator() or "cpu").eval()

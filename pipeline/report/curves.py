@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from pipeline.evaluation.intervals import finite
 from pipeline.evaluation.results import StageResult
 from pipeline.report.labels import stage_info
 from pipeline.report.load import Run
+from pipeline.stages import LoggedChart
 
 Points = list[tuple[float, float]]
 
@@ -45,80 +47,66 @@ class Chart:
 
 def charts_of(run: Run) -> list[Chart]:
     """Return every chart for which the run logged at least two points, in the order of training."""
-    charts: list[Chart] = []
+    found: list[Chart] = []
     for stage in run.stages.values():
         info = stage_info(stage.name)
+        over_steps = [*info.charts, *_router_charts(stage)]
+        over_kl: list[LoggedChart] = []
         if info.has_critic:
-            title, keys = _scores(stage)
-            series = [Series(name, logged(stage, key)) for name, key in keys.items()]
-            charts.extend(_chart(stage.name, title, "training steps", series, ""))
-        for chart in info.charts:
-            series = [Series(name, logged(stage, key)) for name, key in chart.lines]
-            charts.extend(_chart(stage.name, chart.title, "training steps", series, chart.note))
-        if info.has_critic:
-            charts.extend(_against_kl(stage))
-        charts.extend(_routers(stage))
-    return charts
+            rewards, taste = _reward_charts(stage)
+            over_steps.insert(0, rewards)
+            over_kl = [replace(rewards, note="The reward that PPO sees."), taste]
+        charts = []
+        for chart in over_steps:
+            lines = tuple(Series(name, logged(stage, key)) for name, key in chart.lines)
+            charts.append(Chart(stage.name, chart.title, "training steps", lines, chart.note))
+        # The charts over the KL follow the ones of the stage itself, before the ones of its routers.
+        place = 1 + len(info.charts)
+        for chart in reversed(over_kl):
+            dots = []
+            for name, key in chart.lines:
+                # Without enough points of training, those of its evaluations are drawn.
+                points = logged(stage, key, "objective/kl")
+                if len(points) < 2:
+                    points = logged(stage, f"eval_{key}", "eval_objective/kl")
+                dots.append(Series(name, points, dots=True))
+            title = f"{chart.title} against KL"
+            charts.insert(place, Chart(stage.name, title, "KL, nats per answer", tuple(dots), chart.note))
+        for drawn in charts:
+            lines = tuple(line for line in drawn.series if len(line.points) > 1)
+            if lines:
+                found.append(replace(drawn, series=lines))
+    return found
 
 
-def _chart(stage: str, title: str, x_label: str, series: Sequence[Series], note: str) -> list[Chart]:
-    drawn = tuple(line for line in series if len(line.points) > 1)
-    return [Chart(stage, title, x_label, drawn, note)] if drawn else []
-
-
-def _against_kl(stage: StageResult) -> list[Chart]:
-    """Return the reward model's score and the annotators' hidden taste, each over the KL to the initial policy."""
-    charts = []
-    title, scores = _scores(stage)
-    tastes = {name: key for name, key in _reward_means(stage).items() if "taste" in name}
-    hidden = "PPO does not see it. If it rises with the score, the reward model is not gamed."
-    wanted = [(title, scores, "The reward that PPO sees."), ("Hidden taste", tastes, hidden)]
-    for title, keys, note in wanted:
-        series = [Series(name, _over_kl(stage, key), dots=True) for name, key in keys.items()]
-        charts.extend(_chart(stage.name, f"{title} against KL", "KL, nats per answer", series, note))
-    return charts
-
-
-def _routers(stage: StageResult) -> list[Chart]:
-    """Return the load of each expert, a chart for each layer that has experts, and the entropy of their routers."""
-    keys = {key for record in stage.history for key in record if key.startswith("router/")}
-    found = [match.groups() for key in keys if (match := re.fullmatch(r"router/layer_(\d+)/expert_(\d+)", key))]
-    experts = sorted((int(layer), int(expert)) for layer, expert in found)
-    charts = []
-    for layer in dict.fromkeys(layer for layer, _ in experts):
-        series = [
-            Series(f"expert {expert + 1}", logged(stage, f"router/layer_{layer}/expert_{expert}"))
-            for its_layer, expert in experts
-            if its_layer == layer
-        ]
-        note = "Tokens over the fair number; 1 is balanced."
-        charts += _chart(stage.name, f"Load of the experts, layer {layer + 1}", "training steps", series, note)
-    layers = dict.fromkeys(layer for layer, _ in experts)
-    series = [Series(f"layer {layer + 1}", logged(stage, f"router/layer_{layer}/entropy")) for layer in layers]
-    return charts + _chart(stage.name, "Entropy of the routers, nats", "training steps", series, "")
-
-
-def _scores(stage: StageResult) -> tuple[str, dict[str, str]]:
-    """Return what PPO's rewards are called, and the logged key of each one's mean (before weighting) by its name."""
-    rewards = {name: key for name, key in _reward_means(stage).items() if "taste" not in name}
-    if len(rewards) > 1:
-        return "Rewards", rewards
-    return "Reward-model score", {"score": next(iter(rewards.values()), "reward")}
-
-
-def _reward_means(stage: StageResult) -> dict[str, str]:
-    """Return the key of each reward's mean, as logged in training, by the reward's name."""
+def _reward_charts(stage: StageResult) -> tuple[LoggedChart, LoggedChart]:
+    """Return the charts of what PPO's rewards score, and of the annotators' hidden taste; means before weighting."""
     keys = {key for record in stage.history for key in record}
-    found = (re.fullmatch(r"(?:eval_)?rewards/(.+)/mean", key) for key in keys)
-    names = sorted({match.group(1) for match in found if match})
-    return {name: f"rewards/{name}/mean" for name in names}
+    matches = (re.fullmatch(r"(?:eval_)?rewards/(.+)/mean", key) for key in keys)
+    names = sorted({match[1] for match in matches if match})
+    scores = tuple((name, f"rewards/{name}/mean") for name in names if "taste" not in name)
+    tastes = tuple((name, f"rewards/{name}/mean") for name in names if "taste" in name)
+    title = "Rewards"
+    if len(scores) < 2:
+        title = "Reward-model score"
+        scores = (("score", scores[0][1] if scores else "reward"),)
+    hidden = "PPO does not see it. If it rises with the score, the reward model is not gamed."
+    return LoggedChart(title, scores), LoggedChart("Hidden taste", tastes, hidden)
 
 
-def _over_kl(stage: StageResult, key: str) -> Points:
-    for prefix in ("", "eval_"):
-        if len(points := logged(stage, prefix + key, f"{prefix}objective/kl")) > 1:
-            return points
-    return []
+def _router_charts(stage: StageResult) -> list[LoggedChart]:
+    """Return the load of each expert, a chart for each layer that has experts, and the entropy of their routers."""
+    keys = {key for record in stage.history for key in record}
+    matches = (re.fullmatch(r"router/layer_(\d+)/expert_(\d+)", key) for key in keys)
+    experts = sorted((int(match[1]), int(match[2])) for match in matches if match)
+    charts = []
+    for layer, its_experts in groupby(experts, key=lambda pair: pair[0]):
+        lines = tuple((f"expert {expert + 1}", f"router/layer_{layer}/expert_{expert}") for _, expert in its_experts)
+        note = "Tokens over the fair number; 1 is balanced."
+        charts.append(LoggedChart(f"Load of the experts, layer {layer + 1}", lines, note))
+    layers = dict.fromkeys(layer for layer, _ in experts)
+    lines = tuple((f"layer {layer + 1}", f"router/layer_{layer}/entropy") for layer in layers)
+    return [*charts, LoggedChart("Entropy of the routers, nats", lines)]
 
 
 def overlay(runs: Sequence[Run]) -> list[Chart]:

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 
 from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, read_votes, standing
 from pipeline.errors import Problem, UserError
+from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.intervals import Estimate, finite, outcome_mean
 from pipeline.evaluation.results import StageResult
-from pipeline.evaluation.settings import VOTES
 from pipeline.files import check_regular, read_json, read_shapes
 from pipeline.report.labels import stage_info, stage_order
 

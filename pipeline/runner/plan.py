@@ -23,8 +23,8 @@ from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.settings import BASE, VOTES, complete, derive
-from pipeline.evaluation.settings import FILE as EVALUATE
+from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive
+from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
 from pipeline.files import check_directory, check_path, read_json, relocate, split_revision
 from pipeline.runner.steps import REPORT, Step, smoke_overrides
 from pipeline.runner.trash import TRASH

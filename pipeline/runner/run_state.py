@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.evaluation.evaluate_yaml import BASE
 from pipeline.evaluation.metric_info import metric_info
-from pipeline.evaluation.settings import BASE
 from pipeline.files import read_json
 from pipeline.runner.due import Decision
 from pipeline.runner.steps import Step

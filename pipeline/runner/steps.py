@@ -215,7 +215,7 @@ def check_steps(steps: Iterable[Step], rewards: bool = True) -> list[Problem]:
     from transformers import TrainingArguments
 
     from pipeline.config.parser import check_values
-    from pipeline.evaluation.settings import check
+    from pipeline.evaluation.evaluate_yaml import check
     from pipeline.launch import quiet_libraries
     from pipeline.rewards.loading import load_rewards
     from pipeline.training.checks import preflight

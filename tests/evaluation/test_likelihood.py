@@ -122,5 +122,5 @@ def test_memory_of_a_row_is_bounded_for_a_real_vocabulary() -> None:
     with LiveBytes() as live:
         ((_, found),) = likelihood.over_tokens(model, [(ids, range(699), ids[1:])], 0)
     assert len(found) == 699
-    # All logits of the row take 425 MB. Half a gigabyte is a piece and its softmax.
-    assert 2**28 < live.peak < 1.1 * 2**29
+    # All logits of the row take 425 MB. A piece takes a quarter of a gigabyte, and so does its softmax.
+    assert 2**27 < live.peak < 1.1 * 2**29

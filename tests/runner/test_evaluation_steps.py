@@ -12,7 +12,7 @@ from small_model import ROOT
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError
-from pipeline.evaluation.settings import check
+from pipeline.evaluation.evaluate_yaml import check
 from pipeline.runner.due import Changes
 from pipeline.runner.plan import read_plan
 from pipeline.runner.run_state import RunState

@@ -40,6 +40,10 @@ ADDED = "chat_template_kwargs"
 DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models", ADDED)
 """Keys of completed settings that follow from the stages; `evaluate.yaml` may also set `against`."""
 
+IDENTITY = ("dataset_name", "dataset_config")
+"""Fields by which two sources are the same data set."""
+DIVISION = ("validation_share", "dataset_train_split")
+"""Fields that determine which rows of a single split are held out."""
 MAX_SAMPLES = 1000
 
 Values = Mapping[str, Any]
@@ -53,7 +57,9 @@ class Source(DataArguments):
     rows that it holds out.
     """
 
-    dataset_test_split: str = field(default="", metadata={"help": "Split to measure on."})
+    dataset_test_split: str = field(
+        default="", metadata={"help": "Split to measure on (default: test, validation, or the only one)."}
+    )
     validation_share: float = field(default=0.0, metadata={"help": "Share of a single split that training holds out."})
     grade: str | None = field(
         default=None,
@@ -70,11 +76,17 @@ class Source(DataArguments):
 class EvaluationArguments:
     """The keys of `evaluate.yaml`. The first five name data, by the fields of `Source` or by `dataset_name` alone."""
 
-    text: dict[str, Any] | str | None = field(default=None, metadata={"help": "Text to predict."})
-    instructions: dict[str, Any] | str | None = field(default=None, metadata={"help": "Conversations, with answers."})
-    problems: dict[str, Any] | str | None = field(default=None, metadata={"help": "Problems, with final answers."})
+    text: dict[str, Any] | str | None = field(default=None, metadata={"help": "Text to predict, for bits_per_byte."})
+    instructions: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Conversations, or questions with answers."}
+    )
+    problems: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Problems with final answers, for pass@k."}
+    )
     prompts: dict[str, Any] | str | None = field(default=None, metadata={"help": "Prompts of the win rate."})
-    pairs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Pairs, for reward models."})
+    pairs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Pairs of answers, for reward_accuracy."}
+    )
     judge: str | None = field(
         default=None,
         metadata={"help": "Judge of the win rate: a reward model that PPO does not train on, `votes`, or a function."},
@@ -106,21 +118,30 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         The values of `DERIVED`, with paths as the settings have them.
     """
     stages = list(stages)
-    # The last stage of each kind, but the first reward model: it is the one that PPO is trained with.
-    last = {kind: (name, values) for name, kind, values in stages}
-    last |= {kind: (name, values) for name, kind, values in reversed(stages) if _scores(kind)}
+    last: dict[str, tuple[str, Values]] = {}
+    for name, kind, values in stages:
+        # The first reward model is the one that PPO is trained with; another one is a judge.
+        is_judge = kind in last and kind in STAGES and not STAGES[kind].generates
+        if not is_judge:
+            last[kind] = (name, values)
     trained_on, lengths = {}, {}
     templates = {name: given for name, _, values in stages if (given := _template(values))}
     for key, held_out in HELD_OUT.items():
-        values = next((last[kind][1] for kind in kinds_with_data(key) if kind in last), None)
-        if values and values.get("dataset_name"):
+        values = next((last[kind][1] for kind in kinds_with_data(key) if kind in last), {})
+        if values.get("dataset_name"):
             trained_on[key] = _own_source(key, values)
             if held_out.length:
                 lengths[key] = values.get(held_out.length)
                 templates |= {key: given} if (given := _template(values)) else {}
+
+    # The run starts from the first model that a stage names, unless another stage makes it.
     outputs = {str(home / name) for name, _, _ in stages}
     first: Values = next((values for _, _, values in stages if values.get("model_name_or_path")), {})
     base = first if first and str(first["model_name_or_path"]) not in outputs else {}
+    reward_models: list[Any] = []
+    for _, kind, values in stages:
+        if kind in STAGES and STAGES[kind].has_critic:
+            reward_models += _listed(values, "reward_model_path")
     return {
         "home": str(home),
         "trained_on": trained_on,
@@ -128,25 +149,16 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         "against": last[OPPONENT][0] if OPPONENT in last else BASE if base else None,
         "base": base.get("model_name_or_path"),
         "base_tokenizer": base.get("tokenizer_name_or_path"),
-        "reward_models": [
-            path
-            for _, kind, values in stages
-            if kind in STAGES and STAGES[kind].has_critic
-            for path in _listed(values, "reward_model_path")
-        ],
+        "reward_models": reward_models,
         ADDED: templates or None,
     }
-
-
-def _scores(kind: str) -> bool:
-    """Return whether stages of a kind make reward models."""
-    return kind in STAGES and not STAGES[kind].generates
 
 
 def _template(values: Values) -> dict[str, Any]:
     """Return the `chat_template_kwargs` of a stage, which may be JSON as on a command line."""
     given = values.get(ADDED)
-    with contextlib.suppress(ValueError):  # the stage itself is refused because of it
+    # The stage itself is refused if this is not JSON.
+    with contextlib.suppress(ValueError):
         given = json.loads(given) if isinstance(given, str) else given
     return dict(given) if isinstance(given, Mapping) else {}
 
@@ -154,8 +166,8 @@ def _template(values: Values) -> dict[str, Any]:
 def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]:
     """Return the arguments of the chat template with which a stage is asked what `key` names.
 
-    They are the stage's own. A stage without any, such as the one that instruction tuning makes, is asked as the stage
-    whose data these are asks, which may start from it: what that one gains is not due to another prompt.
+    They are the stage's own. A stage without any, such as instruction tuning, is asked as the stage that trains on such
+    data. Otherwise what that stage gains could be due to another prompt.
     """
     found = settings.get(ADDED) or {}
     return found.get(stage) or found.get(key) or {}
@@ -170,11 +182,14 @@ def _listed(values: Values, name: str) -> list[Any]:
 def _own_source(key: str, values: Values) -> dict[str, Any]:
     """Return the data set of a stage as a `Source`."""
     source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
-    if isinstance(names := source["dataset_name"], list):  # people's votes have a metric of their own
+    names = source["dataset_name"]
+    if isinstance(names, list):
+        # People's votes, which preferences may be joined with, have a metric of their own.
         source["dataset_name"] = next((name for name in names if Path(str(name)).name != VOTES), names[0])
     source.setdefault("validation_share", DataArguments.validation_share)
     if source.get("dataset_test_split") == DataArguments.dataset_test_split:
-        del source["dataset_test_split"]  # it is what training is evaluated on; a split `test` is better
+        # Training was evaluated on this split, perhaps to choose a checkpoint. A split `test` is better.
+        del source["dataset_test_split"]
     if key == "problems":
         first = next(iter(_listed(values, "reward_funcs")), "")
         if first not in ("exact_answer", "math_answer", "answer_format", "hidden_taste", ""):
@@ -201,26 +216,23 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
     if isinstance(tasks := settings["lm_eval_tasks"], str):
         settings["lm_eval_tasks"] = [tasks]
     for key in HELD_OUT:
-        if key in content:
-            settings[key] = _named_source(content[key], own)
-        elif only_named:
+        named = content.get(key)
+        named = {"dataset_name": named} if isinstance(named, str) else named
+        if isinstance(named, Mapping):
+            # Of a data set that a stage trains on as well, only the rows that this stage holds out are measured.
+            same = [one for one in own.values() if all(one.get(name) == named.get(name) for name in IDENTITY)]
+            shared = {name: same[0][name] for name in DIVISION if name in same[0]} if same else {}
+            settings[key] = shared | dict(named)
+        elif only_named and key not in content:
             settings[key] = None
-        elif key in own:
+        elif key in own and key not in content:
             settings[key] = own[key]
-    data = source.get("dataset_name") if isinstance(source := settings.get("problems"), Mapping) else None
+    source = settings.get("problems")
+    data = source.get("dataset_name") if isinstance(source, Mapping) else None
     if "elicit" not in content and data and not Path(str(data)).is_relative_to(settings["home"]):
-        settings["elicit"] = None  # the default is how generated solutions begin
+        # The default is how generated solutions begin, which says nothing about other data.
+        settings["elicit"] = None
     return settings
-
-
-def _named_source(named: Any, own: Values) -> Any:
-    """Return a data set that a key names as a `Source`; if a stage trains on it, with the rows that it holds out."""
-    named = {"dataset_name": named} if isinstance(named, str) else named
-    if not isinstance(named, Mapping):
-        return named
-    identity, shared = ("dataset_name", "dataset_config"), ("validation_share", "dataset_train_split")
-    same: Values = next((one for one in own.values() if all(one.get(name) == named.get(name) for name in identity)), {})
-    return {name: same[name] for name in shared if name in same} | dict(named)
 
 
 def without_derived(settings: Values) -> dict[str, Any]:
@@ -262,7 +274,8 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         settings: From `complete`.
         prefix: What precedes the field in a message.
     """
-    from pipeline.config.parser import check_values  # imports transformers and TRL
+    # These import transformers and TRL.
+    from pipeline.config.parser import check_values
     from pipeline.data.sources import BUILDERS, COMPRESSIONS
     from pipeline.models.vllm_sampler import validate_vllm
     from pipeline.rewards.loading import load_function, load_rewards
@@ -286,8 +299,9 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         problems.append(Problem("vllm", True, fault))
     for key in HELD_OUT:
         source = content.get(key)
+        # A stage's own data are checked with the stage.
         if not isinstance(source, Mapping) or source == settings["trained_on"].get(key):
-            continue  # a stage's own data are checked with the stage
+            continue
         _, found = check_values(source, [Source])
         name, grade = source.get("dataset_name"), source.get("grade")
         if not isinstance(name, str) or is_missing(name):
@@ -308,6 +322,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
 def _training(model: str) -> Path:
     """Return the folder that a training wrote a model to, which is the model or has it as a checkpoint."""
     path = Path(model)
-    with contextlib.suppress(OSError, ValueError, RuntimeError):  # a loop of links, or no name that a file can have
+    # A name may be a loop of links, or one that no file can have.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
         path = path.resolve()
     return path.parent if path.name.startswith("checkpoint-") else path

@@ -13,16 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import torch
 import transformers
+from datasets import Features
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import Example
-from pipeline.evaluation.metrics import STRING, info, output
+from pipeline.evaluation.metrics import STRING, Metric, output
 from pipeline.evaluation.results import StageResult
-from pipeline.files import read_json
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import judge_match
 
@@ -33,12 +32,11 @@ FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.t
 """Files of a model that its answers depend on; records of its training lie beside them."""
 
 
-class WinRate(evaluate.Metric):
+class WinRate(Metric):
     """The mean outcome: 1 for a win, 0 for a loss, 0.5 for a tie."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        inputs = "predictions: answers; references: the opponent's; rows: what they answer; outcomes: a judge's."
-        return info(self, inputs, predictions=STRING, references=STRING)
+    inputs = "predictions: answers; references: the opponent's; rows: what they answer; outcomes: a judge's."
+    columns = Features(predictions=STRING, references=STRING)
 
     def _compute(
         self,
@@ -52,11 +50,11 @@ class WinRate(evaluate.Metric):
         return output(intervals.outcome_mean(values, seed), values)
 
 
-class LastSentenceShare(evaluate.Metric):
+class LastSentenceShare(Metric):
     """The share of answers that end in their most frequent last sentence: 1 if all end in the same one."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return info(self, "predictions: answers.", predictions=STRING)
+    inputs = "predictions: answers."
+    columns = Features(predictions=STRING)
 
     def _compute(self, predictions: list[str]) -> dict[str, Any]:
         last = [re.split(r"[.!?]\s+", answer.strip())[-1].rstrip(".!?").casefold() for answer in predictions]
@@ -137,15 +135,12 @@ def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[str]]
 
     `folder` is that of the evaluations.
     """
-    path = folder / f"{stage}.json"
-    if not wanted or read_json(path).get("opponent") != wanted:
+    notes: list[str] = []
+    saved = StageResult.read(folder / f"{stage}.json", notes)
+    if not wanted or saved.opponent != wanted or notes:
         return None
-    try:
-        lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").split("\n")
-        examples = [json.loads(line) for line in lines if line]
-        return {
-            name: [str(example["opponent"]) for example in examples if example["metric"] == name]
-            for name in ("win_rate", "win_rate_greedy")
-        }
-    except (OSError, ValueError, LookupError, TypeError):  # missing, damaged, or of an earlier release
-        return None
+    answers: dict[str, list[str]] = {"win_rate": [], "win_rate_greedy": []}
+    for example in saved.examples:
+        if example["metric"] in answers:
+            answers[example["metric"]].append(str(example["opponent"]))
+    return answers
