@@ -93,6 +93,7 @@ def answer_all(
     Yields:
         The columns that changed, by name.
     """
+    # A model may have to be loaded first, which takes a while.
     yield {name: column(name) for name in names}
     writers = {name: answer_one(site, text, name, sampling) for name in names}
     changed: dict[str, Answer | str] = {}

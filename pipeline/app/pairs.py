@@ -9,7 +9,7 @@ What the server knows of pairs follows from these lines, in their order, so that
 was. For each two models it has
 
 - a stock of pairs that nobody has seen, which a thread fills up while people read;
-- a sequence for each annotator: the pairs that were allotted to them, each of which is shown until it has a vote;
+- a sequence for each annotator: the pairs that were allotted to them, and are shown until they have a vote;
 - shared pairs, which everybody sees. They come at regular intervals of each sequence: with an overlap of 0.25, every
   fourth pair is a shared one.
 """
@@ -139,6 +139,7 @@ class Pairs:
             return
         pair = self.by_id[line["pair"]]
         self._sequences[line["for"], pair.source].append(pair)
+        # Whoever gets a pair first takes it out of the stock. A shared one then waits for the other annotators.
         if pair in self._stock[pair.source]:
             self._stock[pair.source].remove(pair)
             if line["shared"]:
@@ -164,7 +165,7 @@ class Pairs:
         Args:
             annotator: The annotator.
             source: The models that answer.
-            pages: Pages that are open, for each of which a pair is kept ready.
+            pages: Number of open pages. A pair is kept ready for each.
 
         Raises:
             UserError: If no pair can be sampled.
@@ -209,6 +210,7 @@ class Pairs:
             if found := special_tokens(loaded.tokenizer).search(text):
                 remedy = "is a special token of the model, which no data may contain; remove it"
                 raise UserError(Problem("prompt", found.group(), remedy))
+        # Two samples of a model that is sure of its answer are often the same.
         for _ in range(ATTEMPTS):
             if pairs := self._sample(source, [{"prompt": prompt}]):
                 with self._changed:
@@ -219,6 +221,7 @@ class Pairs:
 
     def _work(self) -> None:
         """Fill up the stocks, a batch for each of the models that wait, and again until they have what they need."""
+        # The same order after each start of the server, from about where the last one ended.
         order = random.Random(0).sample(range(len(self.prompts)), len(self.prompts))
         position = len(self.by_id)
         without: Counter[Source] = Counter()
@@ -236,6 +239,7 @@ class Pairs:
                 with self._changed:
                     for pair in found:
                         self._write(asdict(pair))
+                    # Back to the end of the queue, so that a slow model does not keep the others waiting.
                     if len(self._stock[source]) < self._wanted[source]:
                         self._queue.put(source)
                     else:
@@ -273,6 +277,7 @@ class Pairs:
         seed = secrets.randbelow(1 << 31)
         if first is second:
             answers = self._answer(first, for_first, 2, seed)
+        # With one seed for both, two models that are nearly the same would often give the same answer.
         else:
             of_first, of_second = self._answer(first, for_first, 1, seed), self._answer(second, for_second, 1, seed + 1)
             answers = [one + other for one, other in zip(of_first, of_second, strict=True)]

@@ -40,6 +40,7 @@ def build(site: Site) -> None:
         gr.HTML("<p>The run has neither a PPO nor a GRPO stage.</p>")
         return
     first = stages[-1]
+    # The page begins with the first problem whose answers the report shows.
     traces = [trace for stage in load_run(site.run).stages.values() for trace in stage.traces][:1]
     text, answer = (
         (well_formed(str(traces[0].get(key) or "")) for key in ("problem", "reference")) if traces else ("", "")
@@ -55,6 +56,7 @@ def build(site: Site) -> None:
         another = gr.Button("Prompt from the data", elem_id="rollout-another")
     shown = gr.HTML("", elem_id="rollout-shown")
 
+    # Reading the data of a stage takes seconds.
     @cache
     def rows(stage: str) -> list[dict[str, Any]]:
         try:
@@ -76,6 +78,7 @@ def build(site: Site) -> None:
         return well_formed(row["prompt"][-1]["content"]), well_formed(str(row.get("answer") or ""))
 
     def roll_out(stage: str, policy: str, text: str, answer: str, seed: int) -> Iterator[Markup]:
+        # A prompt from the data comes with the columns by which its rewards are computed.
         row = next((dict(row) for row in rows(stage) if row["prompt"][-1]["content"] == text), {})
         messages = row.setdefault("prompt", [{"role": "user", "content": text}])
         row |= {"answer": answer} if answer else {}

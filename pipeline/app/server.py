@@ -65,7 +65,7 @@ COOKIE_SECONDS = 30 * 86400
 
 
 class Attempts:
-    """Checks passwords, of which at most one wrong one a second in all, however many connections try.
+    """Checks passwords: at most one wrong one a second in all, however many connections try.
 
     Nobody waits unless a wrong password was tried within the last second. Of those who wait, the next one is from the
     address with the fewest wrong passwords so far, and of these one of the newest: a person who comes during a flood

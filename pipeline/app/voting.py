@@ -18,7 +18,6 @@ import logging
 import math
 import threading
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -156,6 +155,7 @@ def compared_models(site: Site) -> Source:
         raise UserError(Problem("--pair", unknown[0], f"is not a model of the page; choose from: {', '.join(names)}"))
     if site.options.pair:
         return site.options.pair[0], site.options.pair[-1]
+    # The name of the folder, because the run may have been moved since its record was written.
     asked = Path(votes_step(site).get("model_name_or_path", "")).name
     tuned = asked if asked in names else next((name for name in names if "_sft" in name), names[-1])
     return tuned, tuned
@@ -228,6 +228,7 @@ class Voting:
         """Write the data set again after votes, once for all votes of `EXPORT_SECONDS`."""
         while self._voted.wait():
             time.sleep(EXPORT_SECONDS)
+            # Cleared before the votes are read, so that one that comes meanwhile is written in the next turn.
             self._voted.clear()
             self._export()
 
@@ -261,8 +262,10 @@ class Voting:
         """Record a vote, and answer with the next pair. The vote is on disk when this returns."""
         identify(request, ballot)
         name, pair = ballot.annotator, self._find(ballot.pair)
+        # Another annotator may have seen the answers in the other order, in which "first" means the other one.
         if pair not in self.pairs.sequence(name, pair.source) and not self.log.has_vote(name, pair.pair):
             raise HTTPException(410, "This pair was shown under another name; here is another one.")
+        # The page knows the answers by their order, the log as `a` and `b`.
         first = pair.shown_first(name)
         choice = {"first": first, "second": OTHER[first]}.get(ballot.choice or "", ballot.choice)
         vote = asdict(pair) | {
@@ -427,11 +430,10 @@ def agreement(votes: Sequence[Vote]) -> tuple[float, int]:
         if vote["choice"] != "skip":
             by_pair[vote["pair"]][vote["annotator"]] = CHOICES.index(vote["choice"])
     shared = [named for named in by_pair.values() if len(named) > 1]
+    # Without two different choices, there is no disagreement that chance could explain.
     if len({choice for named in shared for choice in named.values()}) < 2:
         return math.nan, len(shared)
     # One row for each person, one column for each pair, NaN where a person did not vote on a pair.
     people = sorted({name for named in shared for name in named})
     data = np.array([[named.get(name, np.nan) for named in shared] for name in people], dtype=float)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(krippendorff.alpha(reliability_data=data, level_of_measurement="nominal")), len(shared)
+    return float(krippendorff.alpha(reliability_data=data, level_of_measurement="nominal")), len(shared)

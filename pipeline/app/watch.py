@@ -126,12 +126,11 @@ def sample_group(
     policy: Loaded, prompt: Sequence[int], settings: Mapping[str, Any], number: int, seed: int
 ) -> list[Completion]:
     """Sample `number` completions of a prompt as the trainer does."""
-    room = policy.context - len(prompt) if policy.context else settings["max_completion_length"]
     (group,) = generate(
         policy.model,
         policy.tokenizer,
         [prompt],
-        max_new_tokens=min(settings["max_completion_length"], room),
+        max_new_tokens=policy.room(len(prompt), settings["max_completion_length"]),
         samples=number,
         temperature=settings["temperature"],
         seed=seed,
