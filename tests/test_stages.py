@@ -16,7 +16,7 @@ from pipeline.evaluation.evaluate_yaml import recorded
 from pipeline.hub.cards import Trained, model_card
 from pipeline.report.load import load_run
 from pipeline.report.page import render
-from pipeline.report.path import path_steps
+from pipeline.report.path_picture import path_boxes
 from pipeline.runner.plan import read_plan
 from pipeline.stages import STAGES, Box, Card, LoggedChart, StageKind
 from tests.report.fake_run import write_run
@@ -114,7 +114,7 @@ def test_an_invented_stage_is_in_report_page_and_card(recipe: Path) -> None:
     assert "It imitates a larger model." in page
     assert "5_distil" in (run / "report" / "report.md").read_text()
 
-    boxes = path_steps(load_run(run), {"distil": "#compare"})
+    boxes = path_boxes(load_run(run), {"distil": "#compare"})
     assert [box["stage"] for box in boxes][-1] == "5_distil"
     assert boxes[-1]["link"] == "#compare" and boxes[-1]["figure"].startswith("Stop rate")
     assert "the teacher&#39;s answers" in render("path.html.jinja", {"steps": boxes})

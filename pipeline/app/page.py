@@ -16,7 +16,7 @@ from pipeline.app import compare, rollout, voting
 from pipeline.app.site import Site
 from pipeline.report.load import load_run
 from pipeline.report.page import headline, render
-from pipeline.report.path import path_steps
+from pipeline.report.path_picture import path_boxes
 from pipeline.report.text import visible
 from pipeline.stages import STAGES
 
@@ -35,7 +35,7 @@ def build(site: Site) -> gr.Blocks:
 def build_path(site: Site) -> None:
     """Add the picture of the run, whose boxes lead to the sections."""
     run = load_run(site.run)
-    steps = path_steps(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
+    steps = path_boxes(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
     title = Markup("<h1>{}</h1>").format(visible(headline(run)))
     gr.HTML(title + Markup(render("path.html.jinja", {"steps": steps})), apply_default_css=False)
 

@@ -99,11 +99,6 @@ def _of_eight(metric: str) -> str:
     return name if name in METRICS else ""
 
 
-def is_share(metric: str) -> bool:
-    """Return whether the metric is known to lie between 0 and 1."""
-    return metric_info(metric).share
-
-
 def metric_order(metric: str) -> tuple[int, str]:
     """Sort metrics in the order of `METRICS`, then by name."""
     names = list(METRICS)

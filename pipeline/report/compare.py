@@ -23,8 +23,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
-from pipeline.report.labels import stage_info
+from pipeline.evaluation.metric_info import metric_info, metric_order
+from pipeline.report.stage_names import stage_info
 
 if TYPE_CHECKING:
     from pipeline.evaluation.intervals import Estimate
@@ -122,14 +122,15 @@ def check_rows(pairs: Pairs) -> list[Problem]:
 
 def compare(pairs: Pairs) -> Changes:
     """Return the difference of every figure that all runs have, as stage -> metric -> estimate."""
-    from pipeline.evaluation.intervals import over_seeds  # numpy would slow --help down
+    # numpy would slow `--help` down.
+    from pipeline.evaluation.intervals import over_seeds
 
     figures = [(_figures(run), _figures(other)) for run, other in pairs]
     changes: Changes = {}
     for stage, metric in figures[0][0]:
         if all((stage, metric) in side for pair in figures for side in pair):
             found = [_difference(metric, *(side[stage, metric] for side in pair)) for pair in figures]
-            bounds = (-1.0, 1.0) if is_share(metric) else ()
+            bounds = (-1.0, 1.0) if metric_info(metric).share else ()
             changes.setdefault(stage, {})[metric] = over_seeds(found, *bounds)
     return changes
 

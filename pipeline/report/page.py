@@ -13,9 +13,9 @@ from markupsafe import Markup
 from pipeline.files import write_text
 from pipeline.report.curves import Chart, charts_of
 from pipeline.report.differences import Difference, differences
-from pipeline.report.labels import stage_info
 from pipeline.report.load import Run
-from pipeline.report.path import path_steps
+from pipeline.report.path_picture import path_boxes
+from pipeline.report.stage_names import stage_info
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, experts, figures, gains, others, remarks, show_targets, tiles
@@ -80,7 +80,7 @@ def page_content(
         "headline": headline(run),
         "facts": facts(summary),
         "path": str(run.path),
-        "steps": path_steps(run, links),
+        "steps": path_boxes(run, links),
         "tiles": tiles(run),
         "targets": show_targets(results),
         "alarms": [

@@ -10,12 +10,12 @@ from statistics import stdev
 from typing import Any
 
 from pipeline.evaluation.intervals import Estimate, over_seeds
-from pipeline.evaluation.metric_info import is_share, metric_info, metric_order
+from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.report.curves import overlay
 from pipeline.report.differences import Difference
-from pipeline.report.labels import stage_info, stage_order, step_order
 from pipeline.report.load import Run
 from pipeline.report.page import draw, write_files
+from pipeline.report.stage_names import stage_info, stage_order, step_order
 from pipeline.report.summary import summarise
 from pipeline.report.tables import baseline_title, show_targets
 from pipeline.report.targets import Target, check_targets
@@ -76,9 +76,21 @@ def write_seeds(
     each = [summarise(*of_run) for of_run in zip(runs, found, results, strict=True)]
     stages = _spreads([of_run["stages"] for of_run in each])
     baselines = _spreads([of_run["baselines"] for of_run in each])
-    changes = _spreads([_by_stage(of_run) for of_run in each], lowest=-1.0)
+    # The differences of a run by stage, or by `<stage> - <baseline>`, and then by metric.
+    by_stage: list[dict[str, dict[str, Any]]] = []
+    for of_run in each:
+        by_stage.append({})
+        for item in of_run["differences"]:
+            is_baseline = item["before"] in of_run["baselines"]
+            group = f"{item['stage']} - {item['before']}" if is_baseline else item["stage"]
+            by_stage[-1].setdefault(group, {})[item["metric"]] = item
+    changes = _spreads(by_stage, lowest=-1.0)
+    # The seconds of each step, and of all steps together, which metrics.json leaves to its reader.
     taken = [of_run["seconds"] for of_run in each]
-    times = _spread_of_seconds(taken)
+    together = [{"together": sum(of_run.values())} if of_run else {} for of_run in taken]
+    steps = sorted({step for of_run in taken for step in of_run}, key=step_order)
+    times = {step: spread([_seconds(of_run, step) for of_run in taken], 0.0) for step in steps}
+    whole = {"together": spread([_seconds(of_run, "together") for of_run in together], 0.0)} if steps else {}
     summary = {
         "runs": [{"run": run.name, "seed": run.record.get("seed"), "commit": run.commit} for run in runs],
         "stages": stages,
@@ -91,14 +103,12 @@ def write_seeds(
         },
         "notes": [note for run in runs for note in run.notes],
     }
-    together = _spread_of_seconds([{"together": sum(of_run.values())} if of_run else {} for of_run in taken])
-    rows = [_row(name, item, duration, duration) for name, item in {**times, **together}.items()]
-    titles = {
-        group: " / ".join(
-            dict.fromkeys(baseline_title(run, run.baselines[group]) for run in runs if group in run.baselines)
-        )
-        for group in baselines
-    }
+    titles = {}
+    for group in baselines:
+        # The runs may have found different texts that win by themselves.
+        of_runs = [baseline_title(run, run.baselines[group]) for run in runs if group in run.baselines]
+        titles[group] = " / ".join(dict.fromkeys(of_runs))
+    rows = [_row(step, item, duration, duration) for step, item in (times | whole).items()]
     name = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
     content = {
         "name": name,
@@ -127,16 +137,6 @@ def label(run: Run) -> str:
     return run.name if seed is None else f"{run.name} (seed {seed})"
 
 
-def _by_stage(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the differences in metrics.json by stage, or by `<stage> - <baseline>`, and then by metric."""
-    result: dict[str, dict[str, Any]] = {}
-    for item in summary["differences"]:
-        is_baseline = item["before"] in summary["baselines"]
-        group = f"{item['stage']} - {item['before']}" if is_baseline else item["stage"]
-        result.setdefault(group, {})[item["metric"]] = item
-    return result
-
-
 def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.0) -> dict[str, dict[str, Any]]:
     """Return the spread of each figure of metrics.json, as group -> name -> spread. Texts are listed.
 
@@ -153,14 +153,13 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
             if any(isinstance(value, str) for value in values):
                 result[group][name] = values
                 continue
-            bounds = (lowest, 1.0) if is_share(name) else ()
+            bounds = (lowest, 1.0) if metric_info(name).share else ()
             result[group][name] = spread([value and Estimate.from_json(value) for value in values], *bounds)
     return result
 
 
-def _spread_of_seconds(runs: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
-    steps = sorted({step for run in runs for step in run}, key=step_order)
-    return {step: spread([Estimate(run[step]) if step in run else None for run in runs], 0.0) for step in steps}
+def _seconds(of_run: Mapping[str, float], step: str) -> Estimate | None:
+    return Estimate(of_run[step]) if step in of_run else None
 
 
 def _groups(

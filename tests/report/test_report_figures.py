@@ -15,8 +15,8 @@ from pipeline.evaluation.metric_info import METRICS
 from pipeline.evaluation.results import StageResult
 from pipeline.report.curves import Chart, Series, charts_of, overlay
 from pipeline.report.differences import differences, paired
-from pipeline.report.labels import stage_order, step_order
 from pipeline.report.load import Run, load_run
+from pipeline.report.stage_names import stage_order, step_order
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart, ticks
 from pipeline.report.tables import experts

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from pipeline.report.load import load_run
 from pipeline.report.page import render
-from pipeline.report.path import path_steps
+from pipeline.report.path_picture import path_boxes
 from pipeline.stages import STAGES
 
 
 def test_each_step_has_the_figure_and_the_sample_of_its_stage(whole_run: Path) -> None:
     run = load_run(whole_run)
-    steps = {step["stage"]: step for step in path_steps(run, {"grpo": "#reasoning"})}
+    steps = {step["stage"]: step for step in path_boxes(run, {"grpo": "#reasoning"})}
     assert list(steps) == ["0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo"]
     shares = {name: round(100 * stage.metrics["pass@1"].value) for name, stage in run.stages.items() if stage.answers}
     assert steps["4_grpo"]["figure"] == f"{shares['4_grpo']}% of unseen problems solved (before: {shares['3_ppo']}%)"
@@ -27,15 +27,15 @@ def test_each_step_has_the_figure_and_the_sample_of_its_stage(whole_run: Path) -
 
 def test_a_second_pretraining_is_not_in_the_path(whole_run: Path) -> None:
     run = load_run(whole_run)
-    boxes = path_steps(run, {})
+    boxes = path_boxes(run, {})
     stages = list(run.stages.items())
     twin = replace(run.stages["0_random"], name="1_pretrain_dense")
     run.stages = dict([*stages[:2], ("1_pretrain_dense", twin), *stages[2:]])
-    assert path_steps(run, {}) == boxes
+    assert path_boxes(run, {}) == boxes
 
 
 def test_stages_that_a_run_does_not_have_are_explained_all_the_same(short_run: Path) -> None:
-    steps = path_steps(load_run(short_run), {})
+    steps = path_boxes(load_run(short_run), {})
     shown = render("path.html.jinja", {"steps": steps})
     assert shown.count("not in this run") == 2
     boxes = {kind.name: kind.box.about for kind in STAGES.values() if kind.box}
@@ -43,6 +43,6 @@ def test_stages_that_a_run_does_not_have_are_explained_all_the_same(short_run: P
 
 
 def test_texts_of_a_run_are_escaped_in_the_picture(hostile_run: Path) -> None:
-    shown = render("path.html.jinja", {"steps": path_steps(load_run(hostile_run), {})})
+    shown = render("path.html.jinja", {"steps": path_boxes(load_run(hostile_run), {})})
     assert "&lt;script&gt;" in shown
     assert not any(text in shown for text in ("<script", "<img", "\u202e", "\x1b"))

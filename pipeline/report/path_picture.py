@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
-from pipeline.report.labels import stage_info, stage_kind, twins
 from pipeline.report.load import Run
+from pipeline.report.stage_names import stage_info, stage_kind, twins
 from pipeline.report.summary import training_cost
 from pipeline.report.text import magnitude, number
 from pipeline.stages import STAGES
@@ -26,7 +26,7 @@ PHRASES = {
 """Figures in words; others are called by their label."""
 
 
-def path_steps(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
+def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the boxes of the picture, for path.html.jinja.
 
     Args:
