@@ -61,13 +61,17 @@ def measure_baselines(
         matching: The model as it answers prompts. Default: `chat`, which is for problems.
     """
     grader = held_out.graders.get("problems")
+    # What a prompt alone can bring: the model may know how to work problems out, and only not do it by itself.
     if held_out.problems and elicit:
         answers = answer_begun(chat, held_out.problems, elicit)
         record_greedy(result, "elicited/pass@1", answers, held_out.problems, grader)
         result.texts["elicited"] = {"text": elicit}
+    # What a model reaches that has learned nothing but the answers of its training data.
     if held_out.problems and held_out.majority:
         answers = [f"The answer is {held_out.majority.get(row['kind'], '')}." for row in held_out.problems]
         record_greedy(result, "majority/pass@1", answers, held_out.problems, grader)
+    # What pleases the judge whatever the question. The text is chosen on other prompts than the ones it is measured on,
+    # so that the best of twenty is not best by chance.
     validation = subsample([row for row in held_out.validation if judge.can_judge(row)], judge.constants)
     if matches and validation:
         prompts = [row for row in held_out.prompts if judge.can_judge(row)]
@@ -83,6 +87,7 @@ def measure_baselines(
 
 def answer_begun(chat: ChatModel, rows: Sequence[Example], prefix: str) -> list[str]:
     """Return the greedy answers that begin with `prefix`, which counts towards the length limit."""
+    # The beginning is appended to the prompt as tokens, and to the completion again.
     begun = chat.tokenizer(prefix, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     prompts = [[*ids, *begun] for ids in chat.encode([row["prompt"] for row in rows])]
     completions = chat.complete(prompts, max(1, chat.max_new_tokens - len(begun)))

@@ -47,6 +47,8 @@ class ChatModel:
 
     def complete(self, prompts: Sequence[list[int]], limit: int, **options: Any) -> list[list[Completion]]:
         """Complete encoded prompts. Those that leave less room than `limit` in the context get shorter answers."""
+        # Prompts with enough room are completed together; the others in groups of about the same room, whose answers
+        # are as long as the least of it. Prompts that fill the context get empty answers.
         room = [self.positions - len(prompt) if self.positions else limit for prompt in prompts]
         completions: list[list[Completion]] = [[Completion("", [], False)] * options.get("samples", 1) for _ in prompts]
         cramped = sorted((i for i, left in enumerate(room) if 0 < left < limit), key=lambda i: room[i])
@@ -55,6 +57,7 @@ class ChatModel:
         for group in filter(None, groups):
             shortest = min([limit, *(room[i] for i in group)])
             some = [prompts[i] for i in group]
+            # The memory of a batch grows with the length of its sequences.
             batch = max(1, min(BATCH, BATCH * 512 // (max(map(len, some)) + shortest)))
             if self.vllm is not None:
                 found = self.vllm.generate(some, max_new_tokens=shortest, **options)

@@ -123,6 +123,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
 
         if problems := check_tasks(moved["lm_eval_tasks"]):
             raise UserError(*problems)
+    # Only the stage that others are compared with is measured with the baselines.
     flags = [name for name in HELD_OUT if getattr(args, name)]
     held_out = read_held_out(run, moved, flags, baselines=args.stage == moved["against"])
     result = evaluate_stage(run, args.stage, held_out, moved, run / "evaluations" / (args.name or ""))

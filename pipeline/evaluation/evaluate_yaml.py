@@ -211,6 +211,7 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
         only_named: Whether data that it does not name are left out.
     """
     own: Values = derived["trained_on"]
+    # What the file says comes before what the stages say, and that before the defaults.
     settings = defaults() | {name: derived[name] for name in DERIVED} | dict(content)
     settings["against"] = content.get("against") or derived["against"]
     if isinstance(tasks := settings["lm_eval_tasks"], str):
@@ -242,8 +243,9 @@ def without_derived(settings: Values) -> dict[str, Any]:
 
 def move(settings: Values, run: Path) -> dict[str, Any]:
     """Return the settings with the paths in `home` in the directory `run`."""
-    kept = {key: settings[key] for key in ("home", "against") if key in settings}
-    return relocate(settings, settings["home"], run) | kept
+    home = settings["home"]
+    # `home` is what the others are relative to, and `against` is a name.
+    return {key: value if key in ("home", "against") else relocate(value, home, run) for key, value in settings.items()}
 
 
 def recorded(run: Path, stage: str) -> dict[str, Any]:
@@ -253,11 +255,13 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
     were trained without the runner, or a key that an earlier release did not record.
     """
     steps: dict[str, Any] = read_json(run / "run.json").get("steps", {})
+    # All evaluations of a run have the same settings.
     names = [f"evaluate_{stage}", *(name for name in steps if name.startswith("evaluate_"))]
     found: dict[str, Any] = next((steps[name].get("values", {}) for name in names if name in steps), {})
     known = {name: found[name] for name in DERIVED if name in found}
     if len(known) == len(DERIVED):
         return dict(found)
+    # The kind of a stage is in the name of its directory: "sft" in "2_sft_again".
     stages = [
         (path.parent.name, path.parent.name.partition("_")[2].partition("_")[0], read_json(path))
         for path in sorted(run.glob("[0-9]*_*/arguments.json"))
@@ -288,6 +292,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         return []
 
     def is_missing(path: str) -> bool:
+        # "data.jsonl" is a file, where "org/data" is an id on the Hub.
         is_file = Path(path).suffix in (*BUILDERS, *COMPRESSIONS) and not Path(path).exists()
         return (is_file or is_missing_path(path)) and not Path(path).is_relative_to(Path(settings["home"]))
 
@@ -309,6 +314,8 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         if isinstance(grade, str):
             found += attempt(partial(load_rewards, [GRADES.get(grade, grade)], "grade"))
         problems += [replace(problem, field=f"{key}: {problem.field}") for problem in found]
+    # A judge may be a function, people, or a reward model that PPO does not see: otherwise PPO would be measured by
+    # what it is trained to please. The model may be written by a later step of the run.
     judge = content.get("judge")
     if isinstance(judge, str) and ":" in judge:
         problems += attempt(partial(load_function, judge, "judge"))

@@ -35,6 +35,7 @@ def load_grader(grade: str | None, field: str = "grade") -> Grader:
     """
     if grade is None:
         return lambda answers, rows: grade_final_answers(answers, [row["answer"] for row in rows])
+    # Rewards take columns, where a grader takes rows.
     (reward,) = load_rewards([GRADES.get(grade, grade)], field)
 
     def grade_all(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:

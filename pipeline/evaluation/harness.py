@@ -64,6 +64,7 @@ def find_tasks(tasks: Sequence[str]) -> tuple[TaskManager, list[str], list[str]]
     # lm-eval opens a task by its path. A group may consist of tasks from its folder and of lm-eval's own.
     groups = [path for path in files.values() if re.search("^group:", path.read_text(encoding="utf-8"), re.MULTILINE)]
     index = load_index(tuple(path.parent for path in groups), own=bool(groups) or len(files) < len(tasks))
+    # A task of the user's file is known to the index by its name, if its folder is indexed.
     names = {entry.yaml_path: name for name, entry in index.task_index.items()}
     found = {
         task: index.match_tasks([task]) if task not in files else [names.get(files[task], str(files[task]))]
@@ -169,6 +170,7 @@ def _record(
     metric, _, way = key.partition(",")
     name, samples = _name(task, key), [item for item in samples if item["filter"] == way and metric in item]
     values = [item[metric] for item in samples]
+    # A mean over examples is estimated like the project's own metrics.
     if values and all(isinstance(value, Real) for value in values) and _same(fmean(values), estimate.value):
         rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
         values = list(map(float, values))
@@ -205,6 +207,7 @@ def update_card(folder: Path, result: StageResult) -> None:
     for (task, metric), found in figures.items():
         ends = "" if found.low is None or found.high is None else f"{found.low:.3f} to {found.high:.3f}"
         rows.append(f"| {task} | {metric} | {found.value:.3f} | {ends} | {found.n} |")
+    # The section of an earlier evaluation is replaced.
     text = re.sub(f"{HEADING}.*?(?=\\n## |\\Z)", "", card.text, flags=re.DOTALL).rstrip()
     card.text = "\n".join([text, "", HEADING, "", *rows, ""])
     write_text(path, str(card))

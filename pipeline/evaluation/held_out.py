@@ -127,6 +127,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
     Raises:
         UserError: If data that options name have no rows, or a data set cannot be read.
     """
+    # First where the rows are, then the rows themselves.
     reader = Reader(run, settings, flags)
     limit = settings.get("limit")
     most = {name: min(n, limit or n) for name, n in MAX_EXAMPLES.items()}
@@ -197,6 +198,7 @@ def _most_frequent_answers(reader: Reader) -> dict[str, str]:
     """Return the most frequent answer to each kind of problem that a stage trains on."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     part = reader.find("problems", trained_on=True) if "problems" not in reader.named else None
+    # Problems of the user have no training split here, whose answers would say anything.
     for row in reader.read("problems", part, MAX_TRAINING_ROWS) if part else ():
         if row.get("answer"):
             counts[row["kind"]][row["answer"]] += 1
@@ -410,6 +412,8 @@ class Reader:
                 raise UserError(Problem("answer_column", part.source.answer_column, remedy))
         examples: list[Example] = []
         faults: list[tuple[int, ShapeError]] = []
+        # A malformed row of the user's file is an error. In a data set of the Hub, which the user cannot correct, a few
+        # are skipped, as training skips them.
         for number, row in part.sample(most, without):
             try:
                 example = {**row, **convert(row)}

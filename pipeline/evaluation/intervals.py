@@ -102,6 +102,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
         return 0.0, 1.0
     z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     share = successes / n
+    # The ends are the shares p that are just z standard errors of p away from the measured share.
     centre = share + z * z / (2 * n)
     half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     scale = 1 + z * z / n
@@ -131,9 +132,11 @@ def bootstrap(totals: Sequence[float], weights: Sequence[float] | None = None, *
     n = len(numerator)
     if n < 2:
         return None, None
+    # sum(totals) of a resample is (how often each unit is drawn) @ totals, for all resamples in one product.
     parts = [_kept_counts(n, seed)] if n <= KEPT_UNITS else _counts(n, seed)
     sums = [(counts @ numerator, counts @ denominator) for counts in parts]
     total, drawn = map(np.concatenate, zip(*sums, strict=True))
+    # A resample may draw only units without weight.
     ratios = total[drawn > 0] / drawn[drawn > 0]
     low, high = np.quantile(ratios, TAILS)
     return float(low), float(high)
@@ -198,6 +201,7 @@ def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hasha
         return mean(outcomes, seed, units)
     if units is None or not outcomes:
         return proportion(outcomes)
+    # Eight answers to one prompt are worth between one and eight independent ones, the less the more alike they are.
     n, share = len(outcomes), float(np.mean(outcomes))
     independent = n / max(1.0, _design_effect(np.asarray(outcomes, dtype=np.float64), _numbered(units)))
     return Estimate(share, *wilson(share * independent, independent), n)
@@ -209,7 +213,8 @@ def _design_effect(outcomes: np.ndarray, number: np.ndarray) -> float:
     deviations = outcomes - outcomes.mean()
     alone = float(np.square(deviations).sum())
     if alone == 0 or groups < 2:
-        return n / groups  # how alike a group's outcomes are is unknown: assume that they are all the same
+        # How alike the outcomes of a unit are is unknown: assume that they are all the same.
+        return n / groups
     grouped = float(np.square(np.bincount(number, deviations)).sum())
     return (grouped * groups / (groups - 1)) / (alone * n / (n - 1))
 
@@ -238,6 +243,7 @@ def resample(
         seed: Seed of the resampling.
         resamples: Number of bootstrap samples.
     """
+    # The rows of each unit, to draw units and take all of their rows.
     number = _numbered(units)
     by_unit = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
     rng = np.random.default_rng(seed)
@@ -272,6 +278,7 @@ def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: flo
     if len(runs) == 1:
         return runs[0]
     n, value = len(runs), fmean(run.value for run in runs)
+    # Three runs may agree by chance, so the interval is at least as wide as the widest one over rows.
     half = student_t(n - 1) * stdev(run.value for run in runs) / n**0.5
     below = max([half, *(run.value - run.low for run in runs if run.low is not None)])
     above = max([half, *(run.high - run.value for run in runs if run.high is not None)])
@@ -284,6 +291,7 @@ def student_t(degrees: int) -> float:
 
     The density of t = sqrt(degrees) * tan(angle), as one of the angle, is proportional to cos(angle)^(degrees - 1).
     """
+    # 100,000 strips are exact to more digits than anybody prints, and SciPy is not needed.
     edges = np.linspace(0, np.pi / 2, 100_001)
     covered = np.cumsum(np.cos((edges[:-1] + edges[1:]) / 2) ** (degrees - 1))
     angle = np.interp(CONFIDENCE, covered / covered[-1], edges[1:])

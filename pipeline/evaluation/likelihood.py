@@ -43,6 +43,7 @@ def document_losses(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     encoded = [tokenizer(text, **options)["input_ids"] for text in texts]
+    # A window is the token that begins a document and `step` tokens of it, each of which is predicted.
     step = context - 1
     windows = [
         (document, [start, *ids[offset : offset + step]], 1)
@@ -78,6 +79,7 @@ def answer_losses(
     sequences, sizes = [], []
     prompts = encode_prompts(tokenizer, [conversation[:-1] for conversation in conversations], template)
     for index, (ids, prompt) in enumerate(zip(whole, prompts, strict=True)):
+        # The prompt and the whole conversation are tokenized by themselves. Where they first differ, the answer begins.
         shared = (place for place, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b)
         first = max(1, next(shared, min(len(ids), len(prompt))))
         scored = ids[first:context]

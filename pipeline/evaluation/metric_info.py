@@ -82,10 +82,12 @@ def metric_info(metric: str) -> MetricInfo:
 
     `TASK:METRIC` is a metric of lm-evaluation-harness.
     """
+    # lm-eval has hundreds of tasks, whose metrics are known by how their names begin.
     task, colon, name = metric.partition(":")
     if colon:
         better: Literal["up", "down"] = "down" if name.startswith(LM_EVAL_DOWN) else "up"
         return MetricInfo(f"{task}, {name}", "by lm-eval", better, share=name.startswith(LM_EVAL_SHARES))
+    # pass@4 is described as pass@8 is, with another number.
     if metric not in METRICS and (of_eight := _of_eight(metric)):
         label, count = METRICS[of_eight].label, metric.rpartition("@")[2]
         meaning = METRICS[of_eight].meaning.replace("eight", count)

@@ -175,6 +175,7 @@ class MajorityVote(Metric):
 
 def elect(answers: Sequence[str]) -> str:
     """Return the first of `answers` with the most frequent final answer, "" if none has one."""
+    # "1/2" and "0.5" are one answer, so numbers vote as numbers.
     ballots: dict[Any, list[str]] = {}
     for answer in answers:
         if (final := extract_answer(answer)) is not None:
@@ -200,6 +201,7 @@ def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
 def measure_texts(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
     """Record `bits_per_byte`; the `weight` of an example is the document's size in bytes."""
     documents = [row["text"] for row in rows]
+    # Longer windows would take more memory for hardly any gain in bits.
     context = getattr(chat.model.config, "max_position_embeddings", None) or 512
     losses = document_losses(chat.model, chat.tokenizer, documents, context=min(context, 1024))
     bits = BitsPerByte().compute(predictions=losses, references=documents, seed=seed)
@@ -265,16 +267,19 @@ def measure_problems(
     At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1. Without `can_vote`, `maj@k` is
     left out.
     """
+    # One greedy answer to every problem.
     completions = chat.greedy([row["prompt"] for row in rows])
     answers = [completion.text for completion in completions]
     values = record_greedy(result, "pass@1", answers, rows, grader)
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
     _record_ends(result, chat, completions, rows, "reasoning_length", seed)
     for row, text, value in zip(rows, answers, values, strict=True):
+        # The report shows the first problem of each kind.
         if all(trace["kind"] != row["kind"] for trace in result.traces):
             trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row.get("answer") or ""}
             result.traces.append({**trace, "answer": text, "correct": bool(value)})
 
+    # Several sampled answers to some of them.
     some = subsample(rows, MAX_SAMPLED_PROBLEMS)
     sampled = chat.sample([row["prompt"] for row in some], samples=samples, temperature=1.0, seed=seed)
     predictions = [[completion.text for completion in completions] for completions in sampled]

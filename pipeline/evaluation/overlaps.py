@@ -39,6 +39,8 @@ def find_overlaps(held_out: HeldOut, folder: Path) -> dict[str, dict[str, Any]]:
             # Many rows share their system message, which says nothing about a copy.
             messages = row["messages" if key == "instructions" else "prompt"]
             tests.append({"messages": [message for message in messages if message["role"] != "system"]})
+        # The search takes seconds, and its result is the same for every stage of a run. So it is looked up among the
+        # findings of other evaluations, under a key of all that it depends on.
         size = len(part.data) if isinstance(part.data, Dataset) else None
         path = Path(str(part.source.dataset_name))
         state = path.stat().st_mtime_ns if path.exists() else None

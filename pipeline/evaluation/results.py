@@ -141,6 +141,7 @@ class StageResult:
             extras: Further fields of each example, its answer for instance.
         """
         values = measured["values"]
+        # Indices of the rows of each kind.
         groups: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
             groups.setdefault(row["kind"], []).append(index)
@@ -151,6 +152,7 @@ class StageResult:
                 kinds[kind] = by_kind([values[i] for i in members], **shared)
         low, high = measured["ci95"] or (None, None)
         self.metrics[name] = Estimate(measured["value"], low, high, measured["n"], kinds)
+        # Examples are paired by their number and their content, in case the data change between two evaluations.
         for row, value, extra in zip(rows, values, extras or [{}] * len(rows), strict=True):
             content = json.dumps(row, sort_keys=True, default=str).encode()
             example = {"metric": name, "id": row["id"], "row": hashlib.sha256(content).hexdigest()[:16]}
@@ -177,6 +179,7 @@ class StageResult:
     def take_baselines(self) -> dict[str, StageResult]:
         """Move the figures named `<baseline>/<metric>`, with their examples and texts, to results of their own."""
         found: dict[str, StageResult] = {}
+        # "elicited/pass@1" is the figure `pass@1` of the baseline `elicited`.
         whole, self.metrics = self.metrics, {}
         for figure, estimate in whole.items():
             baseline, _, metric = figure.rpartition("/")
@@ -251,6 +254,7 @@ def check_own(run: Path, stage: str, settings: Mapping[str, Any]) -> list[Proble
     saved = read_json(run / "evaluations" / f"{stage}.json").get("settings")
     if not step.get("finished_at") or not isinstance(saved, dict):
         return []
+    # As they would be read again.
     now = json.loads(json.dumps(settings, default=str))
     changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     if not changed:

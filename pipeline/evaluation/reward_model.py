@@ -56,6 +56,7 @@ def squared_calibration_error(margins: np.ndarray, agrees: np.ndarray, *, debias
         return 0.0
     expected = np.bincount(index, confidence, BINS)[used] / n
     accuracy = np.bincount(index, agrees, BINS)[used] / n
+    # The variance of a bin's accuracy, from its own outcomes, is what chance adds to the square of its gap.
     squares = np.square(accuracy - expected)
     if debiased:
         squares -= (np.bincount(index, np.square(agrees), BINS)[used] / n - np.square(accuracy)) / (n - 1)
@@ -77,6 +78,7 @@ def calibration_error(
     resampled = intervals.resample(
         lambda index: squared_calibration_error(margins[index], agrees[index], debiased=False), units, seed
     )
+    # Resampling adds chance once more, so only the spread of the resamples is used, not where they lie.
     ends = squared + np.quantile(resampled, intervals.TAILS) - resampled.mean()
     value, low, high = np.sqrt(np.maximum([squared, *ends], 0.0))
     return intervals.Estimate(value, low, high, len(margins))
@@ -131,6 +133,7 @@ def measure_pairs(
         result.metrics[f"reward_{name}"] = intervals.Estimate.from_json(labelled[name])
     result.record("reward_accuracy", labelled, pairs, units=prompts)
 
+    # The generated data know the annotators' taste, of which labels are a noisy sample.
     tasted = [i for i, row in enumerate(pairs) if abs(_taste_gap(row)) >= INDIFFERENCE]
     if tasted:
         # Labels may be noise: here the better answer is the one that the annotators like better on average.
@@ -173,6 +176,7 @@ def held_out_pairs(run: Path, stage: str) -> list[dict[str, Any]]:
     trained_on = read_json(run / stage / "arguments.json").get("dataset_name") or []
     names = [trained_on] if isinstance(trained_on, str) else trained_on
     is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
+    # Prompts are divided by their content, so a vote is held out on every machine or on none.
     votes = standing(read_votes(run / VOTES / VOTES_FILE))
     held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
     return [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]

@@ -101,6 +101,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     Raises:
         UserError: If a model is broken, or does not fit its tokenizer.
     """
+    # Loading counts as part of the time, as it does for the user.
     began = time.perf_counter()
     launch.prepare_process()
     launch.log_threads()
@@ -268,6 +269,7 @@ def _record_experts(
     """Record which experts took the counted tokens, and the tokens of a few texts, if the model has experts."""
     if counter.counts is None or not counter.shares:
         return
+    # Each token is counted as often as experts take it.
     tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k
     result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
     documents = []

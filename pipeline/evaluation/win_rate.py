@@ -57,6 +57,7 @@ class LastSentenceShare(Metric):
     columns = Features(predictions=STRING)
 
     def _compute(self, predictions: list[str]) -> dict[str, Any]:
+        # "It is red. Have a nice day!" ends in "have a nice day".
         last = [re.split(r"[.!?]\s+", answer.strip())[-1].rstrip(".!?").casefold() for answer in predictions]
         ((most, _),) = Counter(last).most_common(1)
         values = [float(sentence == most) for sentence in last]
@@ -100,6 +101,7 @@ def record_wins(
     judge: Judge = ANNOTATORS,
 ) -> None:
     """Record under `name` how often `ours` win against `theirs`, of the matches of which the judge has an opinion."""
+    # People may not have voted on a match yet.
     judged = [
         (answer, other, row, outcome)
         for answer, other, row, outcome in zip(ours, theirs, rows, judge.match(ours, theirs, rows), strict=True)
@@ -122,6 +124,7 @@ def fingerprint(model: Path, rows: Sequence[Example], **settings: object) -> str
     """
     if (model / "adapter_config.json").exists() or not model.is_dir():
         return ""
+    # Other releases, threads or kernels may sample other answers from the same weights.
     software = [torch.__version__, transformers.__version__, torch.get_num_threads()]
     digest = hashlib.sha256(json.dumps([software, settings, rows], sort_keys=True, default=str).encode())
     for path in sorted({path for pattern in FILES for path in model.glob(pattern)}):

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="YAML file of the figures that the recipe promises (default: those of recipes/pocket)",
     )
-    parser.add_argument("--promises", dest="targets", help=argparse.SUPPRESS)  # the option's earlier name
+    # The earlier name of `--targets`.
+    parser.add_argument("--promises", dest="targets", help=argparse.SUPPRESS)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -54,11 +55,13 @@ def main(args: argparse.Namespace) -> int:
         paths = [run for path in named for run in find_seeds(path)]
     several = paths != named or len(paths) > 1
     directories = [path / "report" for path in paths]
+    # Each run gets its own report, and several runs one more, next to the folder of their seeds.
     if several:
         own = named[0] / "report" if paths[0] != named[0] else directories[0] / "seeds"
         directories.append(Path(args.output_dir) if args.output_dir else own)
     elif args.output_dir:
         directories = [Path(args.output_dir)]
+    # Everything is read, and every place tried, before anything is written.
     targets = load_targets(args.targets)
     runs = load_runs(paths)
     for directory in directories:
@@ -67,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
     for run in runs:
         for note in run.notes:
             print(note, file=sys.stderr)
+    # The targets of recipes/pocket do not apply to other recipes, unless the user names them.
     changes = [differences(run) for run in runs]
     for run, found, directory in zip(runs, changes, directories, strict=False):
         print(write_report(run, found, targets if args.targets or is_pocket(run) else [], directory))

@@ -61,6 +61,7 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("--output", args.output, "is a directory; name a file in it"))
     elif args.output and (problem := check_directory(Path(args.output).parent, "--output")):
         problems.append(problem)
+    # A side may name runs, or folders with the runs of several seeds.
     sides = [[run for path in named for run in find_seeds(Path(path))] for named in (args.runs, args.against)]
     try:
         runs = load_runs([path for side in sides for path in side])
@@ -75,6 +76,7 @@ def main(args: argparse.Namespace) -> int:
     changes = compare(pairs)
     entries = {stage: {name: change.to_json() for name, change in of.items()} for stage, of in changes.items()}
     text = json.dumps(entries, indent=1, allow_nan=False) + "\n"
+    # The JSON goes to the file or to stdout, and the table to where the JSON is not.
     if args.output:
         write_text(Path(args.output), text)
     else:
@@ -95,6 +97,7 @@ def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, li
                 remedy = f"has seed {seed}, as {found[seed].path} has; give one run for each seed"
                 problems.append(Problem(side, run.path, remedy))
             found[seed] = run
+    # A run without a partner would be compared with nothing, so it is an error rather than ignored.
     for side, other in (("A", "--against"), ("--against", "A")):
         for seed, run in by_seed[side].items():
             if seed not in by_seed[other]:
@@ -110,6 +113,7 @@ def check_rows(pairs: Pairs) -> list[Problem]:
     for run, other in pairs:
         ours, theirs = _figures(run), _figures(other)
         shared = [name for name in ours if name in theirs]
+        # Rows are compared by their content, so the same data in another file are the same rows.
         unequal = [f"{name[1]} of {name[0]}" for name in shared if _rows(ours, *name) != _rows(theirs, *name)]
         if unequal:
             remedy = f"was measured on other test rows than {run.path} ({unequal[0]}); evaluate both on the same data"
@@ -164,6 +168,7 @@ def _difference(metric: str, own: StageResult, other: StageResult) -> Estimate:
     value = a.value - b.value
     if a.low is None or a.high is None or b.low is None or b.high is None:
         return Estimate(value)
+    # Newcombe's method 10 combines the distances from each value to its own ends.
     low = value - math.hypot(a.value - a.low, b.high - b.value)
     return Estimate(value, low, value + math.hypot(a.high - a.value, b.value - b.low), a.n)
 
@@ -182,6 +187,7 @@ def format_table(pairs: Pairs, changes: Changes) -> str:
             a, b = (fmean(_figures(pair[i])[stage, metric].metrics[metric].value for pair in pairs) for i in (0, 1))
             shown = (number(a, info.digits), number(b, info.digits), signed(change.value, info.digits))
             lines.append(ROW.format(info.label, *shown, interval(change, info.digits, sign=True), mark).rstrip())
+    # One in twenty 95% intervals misses the truth.
     total = sum(map(len, changes.values()))
     lines.append(f"Without any true difference, about {total / 20:.0f} of {total} would be better or worse by chance.")
     everything = dict.fromkeys(name for pair in pairs for run in pair for name in _figures(run))

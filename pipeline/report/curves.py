@@ -49,6 +49,7 @@ def charts_of(run: Run) -> list[Chart]:
     """Return every chart for which the run logged at least two points, in the order of training."""
     found: list[Chart] = []
     for stage in run.stages.values():
+        # The charts of a kind stand in `pipeline.stages`; the others depend on the run's rewards and experts.
         info = stage_info(stage.name)
         over_steps = [*info.charts, *_router_charts(stage)]
         over_kl: list[LoggedChart] = []
@@ -72,6 +73,7 @@ def charts_of(run: Run) -> list[Chart]:
                 dots.append(Series(name, points, dots=True))
             title = f"{chart.title} against KL"
             charts.insert(place, Chart(stage.name, title, "KL, nats per answer", tuple(dots), chart.note))
+        # A line needs two points, and a chart a line.
         for drawn in charts:
             lines = tuple(line for line in drawn.series if len(line.points) > 1)
             if lines:
@@ -86,6 +88,7 @@ def _reward_charts(stage: StageResult) -> tuple[LoggedChart, LoggedChart]:
     names = sorted({match[1] for match in matches if match})
     scores = tuple((name, f"rewards/{name}/mean") for name in names if "taste" not in name)
     tastes = tuple((name, f"rewards/{name}/mean") for name in names if "taste" in name)
+    # A single reward is the reward model. Without its own key, the sum of all rewards is its score.
     title = "Rewards"
     if len(scores) < 2:
         title = "Reward-model score"
@@ -98,6 +101,7 @@ def _router_charts(stage: StageResult) -> list[LoggedChart]:
     """Return the load of each expert, a chart for each layer that has experts, and the entropy of their routers."""
     keys = {key for record in stage.history for key in record}
     matches = (re.fullmatch(r"router/layer_(\d+)/expert_(\d+)", key) for key in keys)
+    # "router/layer_0/expert_3" is the load of the fourth expert in the first layer that has experts.
     experts = sorted((int(match[1]), int(match[2])) for match in matches if match)
     charts = []
     for layer, its_experts in groupby(experts, key=lambda pair: pair[0]):
@@ -114,6 +118,7 @@ def overlay(runs: Sequence[Run]) -> list[Chart]:
     merged: dict[tuple[str, str], Chart] = {}
     for run in runs:
         for chart in charts_of(run):
+            # Five runs with two lines each could not be told apart.
             chosen = next((line for line in chart.series if line.name == "validation"), chart.series[0])
             base = merged.setdefault((chart.stage, chart.title), replace(chart, series=()))
             merged[chart.stage, chart.title] = replace(base, series=(*base.series, replace(chosen, name=run.name)))

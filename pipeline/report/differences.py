@@ -48,12 +48,15 @@ def differences(run: Run) -> list[Difference]:
     for stage in run.stages.values():
         if not stage_info(stage.name).generates or not stage.metrics:
             continue
+        # A second pretraining, of another architecture, is not what the next stage starts from. It stands before the
+        # first one in the difference, which says what the first one's architecture brings.
         if stage.name in others:
             if before is not None:
                 found.extend(_between(stage, before))
             continue
         if before is not None:
             found.extend(_between(before, stage))
+        # Baselines reach something only in what their stage is trained for.
         for baseline in run.baselines.values():
             found.extend(item for item in _between(baseline, stage) if item.aim)
         before = stage
@@ -77,8 +80,10 @@ def paired(before: Outcomes, after: Outcomes, by_kind: bool = False) -> Estimate
     """Return the weighted mean difference on shared examples (also for each kind of them), None if there are none."""
     shared = [key for key in before if key in after]
     weights = [after[key][1] for key in shared]
+    # Without any weight, for instance of documents without bytes, there is no mean.
     if sum(weights) <= 0:
         return None
+    # Both sides answered the same examples, so the interval of the difference is narrower than that of either side.
     whole = ratio([(after[key][0] - before[key][0]) * after[key][1] for key in shared], weights)
     parts = {}
     for kind in sorted({kind for _, _, kind in after.values()} - {""}) if by_kind else []:

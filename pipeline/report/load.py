@@ -99,6 +99,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             problems.append(Problem("RUN", path, remedy))
     if problems:
         raise UserError(*problems)
+    # Runs whose directories have the same name are called by their paths.
     names = [run.name for run in runs]
     for run, name in zip(runs, names, strict=True):
         if names.count(name) > 1:
@@ -114,19 +115,23 @@ def load_run(path: Path) -> Run:
     if isinstance(steps, dict):
         run.steps = {name: step for name, step in steps.items() if isinstance(step, dict)}
     _set_machine(run)
+    # A stage has an evaluation, a model or a training log, perhaps only in a checkpoint if it is still training.
     names = {file.stem for file in path.glob("evaluations/*.json")}
     names |= {file.parent.name for end in ("config", "trainer_state") for file in path.glob(f"[0-9]*_*/{end}.json")}
     names |= {file.parent.parent.name for file in path.glob("[0-9]*_*/checkpoint-*/trainer_state.json")}
     for name in sorted(names, key=stage_order):
         stage = StageResult.read(path / "evaluations" / f"{name}.json", run.notes)
+        # Baselines are measured together with the opponent, and are results of their own in the report.
         run.baselines |= stage.take_baselines()
         stage.state = read_json(_newest_state(path / name), run.notes)
         stage.config = read_json(path / name / "config.json", run.notes)
         _count_parameters(stage, path / name, run.notes)
         run.stages[name] = stage
+    # People vote at any time, so their win rates are not part of an evaluation.
     for name, rate in win_rates(path, run.against, run.notes).items():
         if name in run.stages:
             run.stages[name].metrics["win_rate_people"] = rate
+    # Evaluations with a name lie in folders of that name.
     for file in sorted(path.glob("evaluations/*/*.json"), key=lambda file: (file.parent.name, *stage_order(file.stem))):
         run.others.setdefault(file.parent.name, {})[file.stem] = StageResult.read(file, run.notes).metrics
     return run
@@ -154,6 +159,7 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
         models = {"a": vote["model_a"], "b": vote["model_b"]}
         if vote["choice"] not in OUTCOMES or models["a"] == models["b"]:
             continue
+        # The vote counts for the stage that is not the opponent or, between two others, for the later one.
         own = max(models, key=lambda side: (models[side] != against, models[side]))
         outcome = OUTCOMES[vote["choice"]]
         values, prompts = outcomes[models[own]].setdefault(models[OTHER[own]], ([], []))
@@ -175,6 +181,7 @@ def _set_machine(run: Run) -> None:
         for name, step in run.steps.items()
         if name != "report" and any(map(step.get, MACHINE_KEYS))
     }
+    # Steps may have run on different machines. The report shows the one of the last training, which costs the most.
     trained = [name for name in facts if stage_info(name).trained]
     last = max(trained or facts, key=lambda name: str(run.steps[name].get("finished_at") or ""), default=None)
     # The record of an older run has these keys once, for all steps.
@@ -216,6 +223,7 @@ def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> 
             return
         total += sum(map(math.prod, shapes.values()))
         experts += sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name)
+    # Of the experts, a token passes only as many as it is routed to.
     if files:
         available = finite(stage.config.get("num_local_experts")) or finite(stage.config.get("num_experts")) or 1
         chosen = finite(stage.config.get("num_experts_per_tok")) or available

@@ -54,6 +54,7 @@ def render(template: str, content: dict[str, Any]) -> str:
     """Fill in a template. Every string in `content` that is not `Markup` is made visible and escaped."""
     is_page = template.endswith(".html.jinja")
     show = visible if is_page else markdown
+    # A template that names something unknown fails, instead of showing nothing.
     environment = Environment(
         loader=PackageLoader("pipeline.report", "templates"),
         autoescape=is_page,
@@ -73,6 +74,7 @@ def page_content(
     """Return what report.html.jinja and report.md.jinja show."""
     answers, changes, traces = _answers(run), gains(run, found), _traces(run)
     charts = charts_of(run)
+    # A box of the path leads to the part of the report about it, if there is one.
     parts = {"answers": answers, "curves": charts, "gains": changes, "reasoning": traces["pairs"]}
     links = {kind: f"#{info.box.place}" for kind, info in STAGES.items() if info.box and parts[info.box.place]}
     return {
@@ -126,6 +128,7 @@ def facts(summary: dict[str, Any]) -> list[str]:
         parts.append(f"{hardware['cores']} cores")
     if summary["seed"] is not None:
         parts.append(f"seed {summary['seed']}")
+    # A commit with changes that are not committed ends in "-dirty" and a hash of them.
     if summary["commit"]:
         commit, dirty, _ = summary["commit"].partition("-dirty")
         parts.append(f"commit {commit[:9]}{dirty}")
@@ -138,6 +141,7 @@ def _answers(run: Run) -> list[dict[str, Any]]:
         stage.name: {str(item["prompt"]): str(item["answer"]).strip(" \n") for item in stage.answers}
         for stage in run.answering
     }
+    # Stages that were evaluated with different settings may have been asked different prompts.
     prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
     return [
         {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
@@ -147,6 +151,7 @@ def _answers(run: Run) -> list[dict[str, Any]]:
 
 def _traces(run: Run) -> dict[str, Any]:
     """Return the problems that the last stage with traces solved, with the answers of the stage before it."""
+    # Reasoning is compared between the last stage that solves problems and the one before it.
     traced = [stage for stage in run.stages.values() if stage.traces]
     if len(traced) < 2:
         return {"pairs": []}
@@ -185,6 +190,7 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
 
 def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Return seed, commit, model, hardware and versions as lists of (name, value)."""
+    # The shape of the model that the last stage wrote.
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
     boxes = {
         "Run": {

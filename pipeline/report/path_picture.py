@@ -67,6 +67,7 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
                 "link": links.get(kind, ""),
             }
         )
+        # The figure of the next box is compared with the last stage that the run has.
         before = stage or before
     return boxes
 
@@ -78,6 +79,7 @@ def _figure(run: Run, stage: StageResult, before: StageResult | None) -> str:
     if aim is None:
         return ""
     info = metric_info(aim)
+    # The win rate of the stage before is often its win rate against itself.
     values = [stage.metrics[aim].value]
     if before and aim in before.metrics and aim != "win_rate":
         values.append(before.metrics[aim].value)

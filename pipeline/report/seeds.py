@@ -49,6 +49,7 @@ def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
     """
     found = [run for run in runs if run is not None]
     values = [run.value for run in found]
+    # A run that lacks the figure does not count, and keeps its place among the values.
     mean = over_seeds(found, *bounds)
     return {
         "mean": mean.value,
@@ -72,6 +73,7 @@ def write_seeds(
         targets: The targets of each run.
         directory: Where to write.
     """
+    # Each run is summarised by itself, and the spread is taken over what the summaries say.
     results = [check_targets(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
     each = [summarise(*of_run) for of_run in zip(runs, found, results, strict=True)]
     stages = _spreads([of_run["stages"] for of_run in each])
@@ -150,6 +152,7 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
         result[group] = {}
         for name in sorted({name for of_run in figures for name in of_run}, key=metric_order):
             values = [of_run.get(name) for of_run in figures]
+            # The texts of baselines are listed, because there is no mean of them.
             if any(isinstance(value, str) for value in values):
                 result[group][name] = values
                 continue
@@ -168,6 +171,7 @@ def _groups(
     """Return the rows of each stage or baseline, with figures as text by `show`; `titles` are those of baselines."""
     groups = []
     for group, metrics in stages.items():
+        # "4_grpo - elicited" is a difference of the stage from a baseline.
         stage, rows = group.partition(" - ")[0], []
         for metric, figures in metrics.items():
             if isinstance(figures, dict):

@@ -13,6 +13,7 @@ EVALUATE = "evaluate_"
 
 def stage_kind(stage: str) -> str:
     """Return the kind of a stage: "sft" for "2_sft" and "2_sft_again"."""
+    # "2_sft" or "2_sft_again", but also the kind itself, "sft".
     kind = re.sub(r"^\d+_", "", stage)
     first = kind.partition("_")[0]
     return first if first in STAGES else kind
@@ -44,5 +45,6 @@ def stage_order(stage: str) -> tuple[int, int, str]:
 def step_order(step: str) -> tuple[int, int, str]:
     """Sort the steps of a run: making data comes first, then the stages, each followed by its evaluation."""
     stage = step.removeprefix(EVALUATE)
+    # Steps without a number, which make data and tokenizers, come first.
     number, rank, _ = stage_order(stage) if stage[:1].isdigit() else (-1, 0, "")
     return number, rank, step

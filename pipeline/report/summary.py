@@ -100,6 +100,7 @@ def training_cost(stage: StageResult) -> tuple[float | None, float | None]:
     The operations are 6 x parameters that a token passes x tokens (forward and backward; Kaplan et al. 2020). They are
     what the trainer counted if it logged no tokens, or saved an adapter, whose base's weights are not among its own.
     """
+    # Trainers of TRL log `num_tokens`; the others count what their inputs had.
     tokens = last_logged(stage, "num_tokens") or last_logged(stage, "num_input_tokens_seen")
     tokens = tokens or finite(stage.state.get("num_input_tokens_seen")) or None
     if tokens and stage.active_parameters and stage.config:

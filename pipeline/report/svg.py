@@ -22,6 +22,7 @@ MAX_POINTS = 60
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Return round numbers in [low, high], 1, 2 or 5 times a power of ten apart, at most `most` + 1 of them."""
+    # The smallest round step that is at least as large as an even division.
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
@@ -72,6 +73,7 @@ def line_chart(chart: Chart) -> Markup:
     x_axis = _Axis(left, right, LEFT, WIDTH - RIGHT)
     y_axis = _Axis(bottom, high + pad, HEIGHT - BOTTOM, TOP)
 
+    # The grid with its labels, and the axis on which the lines stand.
     parts = []
     for y, label in y_axis.ticks():
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -85,6 +87,7 @@ def line_chart(chart: Chart) -> Markup:
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(chart.x_label)}</text>')
 
+    # What is drawn is also said in words, for readers who do not see it.
     words = f"Over {chart.x_label}."
     for index, line in enumerate(chart.series):
         parts += _line(line, index, x_axis, y_axis)
@@ -101,6 +104,7 @@ def _line(line: Series, index: int, x_axis: _Axis, y_axis: _Axis) -> list[str]:
     drawn = [(x_axis.at(x), y_axis.at(y)) for x, y in line.points]
     if line.dots:
         return [f'<circle class="dot {css}" cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>' for x, y in drawn]
+    # Training logs noise at every step, which would hide the course of the line.
     parts = []
     if len(line.points) > MAX_POINTS:
         parts.append(f'<path class="raw {css}" d="{_path(drawn)}"/>')
@@ -130,6 +134,7 @@ def interval_bar(change: Estimate, reach: float, verdict: str, title: str) -> Ma
     width, height = 160, 18
     low = change.value if change.low is None else change.low
     high = change.value if change.high is None else change.high
+    # An end beyond the axis is drawn at its end.
     x1, x, x2 = (
         width / 2 + max(-1.0, min(1.0, value / reach)) * (width / 2 - 5) for value in (low, change.value, high)
     )

@@ -74,6 +74,7 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
                 meaning.append(info.meaning.replace("{against}", run.against).replace("{judge}", run.judge))
             if counts:
                 meaning.append(f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}")
+            # Baselines reach few metrics, so they share one column instead of having one each.
             beside = []
             for baseline in baselines:
                 reached = baseline.metrics.get(metric)
@@ -134,6 +135,7 @@ def remarks(run: Run) -> list[str]:
     for stage in measured:
         for line in stage.remarks():
             lines.setdefault(line, []).append(stage.name)
+    # What is said of every stage that writes text does not name them.
     of_all = len([stage for stage in measured if stage_info(stage.name).generates])
     return [line if len(names) >= of_all else f"{line} ({', '.join(names)})" for line, names in lines.items()]
 
@@ -159,6 +161,7 @@ def gains(run: Run, found: Sequence[Difference]) -> list[dict[str, Any]]:
     for (stage, before), changes in groupby(found, key=lambda item: (item.stage, item.before)):
         items = list(changes)
         units = [1.0 if metric_info(item.metric).share else abs(item.was) or 1.0 for item in items]
+        # All bars of a group share one axis, which reaches as far as the longest interval.
         reach = 0.0
         for item, unit in zip(items, units, strict=True):
             ends = [end for end in (item.change.low, item.change.value, item.change.high) if end is not None]
@@ -199,6 +202,7 @@ def experts(run: Run) -> dict[str, Any]:
     loads = {
         name: stage.experts.get("layers", []) for name, stage in run.stages.items() if "expert_load" in stage.metrics
     }
+    # The texts are read by pretraining, where experts specialise.
     shown = next((name for name in loads if stage_info(name).from_scratch), "")
     documents = run.stages[shown].experts.get("documents", []) if shown else []
     rows: list[dict[str, Any]] = []
@@ -225,6 +229,7 @@ def experts(run: Run) -> dict[str, Any]:
 
 def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """Return the time, tokens and operations of each step; the evaluation of a stage is in the row of the stage."""
+    # A row for each step that took time, and for each stage, with its evaluation in the same row.
     taken = seconds(run)
     measuring = {name: taken.get(EVALUATE + name, stage.seconds) for name, stage in run.stages.items()}
     steps = {name: value for name, value in taken.items() if not name.startswith(EVALUATE)}

@@ -70,6 +70,7 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
     Raises:
         UserError: If entries are wrong; all of them are named.
     """
+    # YAML is not needed for `--help`.
     import yaml
 
     file = Path(path or POCKET)
@@ -79,8 +80,9 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
         raise UserError(Problem("--targets", file, f"cannot be read: {error}")) from None
     if not isinstance(content, list):
         raise UserError(Problem("--targets", file, "must be a list of {stage, metric, at_least or at_most}"))
+    # The message does not show the entry, which aliases can make huge.
     problems = [
-        Problem("--targets", f"{file}, entry {index}", fault)  # not the entry, which aliases can make huge
+        Problem("--targets", f"{file}, entry {index}", fault)
         for index, entry in enumerate(content, 1)
         if (fault := _validate_entry(entry))
     ]
@@ -90,7 +92,7 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
 
 
 def _validate_entry(entry: object) -> str:
-    """Return what is wrong with an entry of the file, "" if nothing is."""
+    """Return why an entry of the file is not a target, "" if it is one."""
     if not isinstance(entry, dict):
         return "must be a mapping"
     known = {item.name for item in fields(Target)}
@@ -113,7 +115,7 @@ def is_pocket(run: Run) -> bool:
 
 
 def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> list[TargetResult]:
-    """Compare the run's figures with the targets, in order; targets whose figures were not measured are left out."""
+    """Compare the run's figures with the targets, in order. Targets whose figures were not measured are skipped."""
     results = []
     for target in targets:
         if (measured := _measured(run, found, target)) is None:
@@ -139,6 +141,7 @@ def _measured(run: Run, found: Sequence[Difference], target: Target) -> float | 
         return figure.value / other.value if other.value else None
     if target.how == "difference":
         return figure.value - other.value
+    # What is left is the lower end of the interval of the paired difference.
     wanted = (target.stage, target.against, target.metric)
     return next((item.change.low for item in found if (item.stage, item.before, item.metric) == wanted), None)
 

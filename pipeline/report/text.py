@@ -29,6 +29,7 @@ def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     shown = []
     marks = 0
     for character in text[:limit]:
+        # A pile of combining marks would cover the lines around it.
         marks = marks + 1 if unicodedata.combining(character) else 0
         if marks <= 3:
             shown.append(_glyph(character))
@@ -45,7 +46,8 @@ def _glyph(character: str) -> str:
         return chr(0x2400 + code)
     if code == 0x7F:
         return "\u2421"
-    # control, format (bidi, zero width, tags), surrogate, private, unassigned, line and paragraph separators
+    # Control characters, formats (bidirectional, of zero width, tags), surrogates, private and unassigned code points,
+    # and separators of lines and paragraphs.
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
         return f"⟨U+{code:04X}⟩"
     return character
@@ -83,6 +85,7 @@ def magnitude(value: float | None) -> str:
     """Format a large count in three digits with an SI prefix: "1.93 M", "45.2 T"."""
     if value is None:
         return "–"
+    # 999.5 would be rounded to 1000, so it takes the next prefix.
     for prefix in ("", " k", " M", " G", " T", " P", " E"):
         if abs(value) < 999.5 or prefix == " E":
             break
