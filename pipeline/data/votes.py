@@ -31,7 +31,7 @@ from typing import Any
 from pipeline.data.arguments import SPLITS
 from pipeline.data.messages import labelled_pair
 from pipeline.errors import Problem, UserError
-from pipeline.files import append_line, check_regular, lock, write_text
+from pipeline.files import append_line, check_regular, hash_file, lock, write_text
 
 VOTES_FILE = "votes.jsonl"
 
@@ -292,7 +292,7 @@ def _data_set(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], str]:
     from pipeline.data import writing
 
     # Read before the votes: of votes that are added meanwhile, the digest knows nothing, and the card is out of date.
-    digest = hashlib.sha256((folder / VOTES_FILE).read_bytes()).hexdigest()
+    digest = hash_file(folder / VOTES_FILE)
     votes: dict[str, list[Vote]] = {name: [] for name in SPLITS}
     for vote in standing(read_votes(folder / VOTES_FILE)):
         votes[split_of(vote["prompt"])].append(vote)

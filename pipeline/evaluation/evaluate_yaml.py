@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import Problem, UserError
-from pipeline.files import is_missing_path, read_json, relocate
+from pipeline.files import as_list, is_missing_path, read_json, relocate
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES, kinds_with_data
 
 FILE = "evaluate.yaml"
@@ -175,8 +175,7 @@ def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]
 
 def _listed(values: Values, name: str) -> list[Any]:
     """Return the values of a field that may have one or several, whatever their type, which the stage checks."""
-    value = values.get(name) or []
-    return value if isinstance(value, list) else [value]
+    return as_list(values.get(name) or [])
 
 
 def _own_source(key: str, values: Values) -> dict[str, Any]:

@@ -128,8 +128,7 @@ def fingerprint(model: Path, rows: Sequence[Example], **settings: object) -> str
     software = [torch.__version__, transformers.__version__, torch.get_num_threads()]
     digest = hashlib.sha256(json.dumps([software, settings, rows], sort_keys=True, default=str).encode())
     for path in sorted({path for pattern in FILES for path in model.glob(pattern)}):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(hash_file(path)))
     return digest.hexdigest()
 
 

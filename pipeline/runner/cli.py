@@ -33,7 +33,7 @@ from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
 from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError
-from pipeline.files import lock
+from pipeline.files import as_list, lock
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
 from pipeline.runner.due import Decision, decide
@@ -363,5 +363,5 @@ def resume_command(args: argparse.Namespace) -> str:
         value = getattr(args, name)
         # An option that was not given has its default.
         if value not in (None, "") and not (name == "num_processes" and value == 1):
-            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            command += [f"--{name}", *map(str, as_list(value))]
     return shlex.join([*command, "--smoke"] if args.smoke else command)

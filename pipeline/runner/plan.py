@@ -25,7 +25,7 @@ from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive
 from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
-from pipeline.files import check_directory, check_path, read_json, relocate, split_revision
+from pipeline.files import as_list, check_directory, check_path, read_json, relocate, split_revision
 from pipeline.runner.steps import REPORT, Step, smoke_overrides
 from pipeline.runner.trash import TRASH
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES
@@ -267,7 +267,7 @@ def _moved(step: str, values: Mapping[str, Any], home: Path, run_dir: Path) -> d
         moved[key] = relocate(value, home, run_dir)
         if moved[key] == value:
             del moved[key]
-        elif not all(isinstance(item, str) for item in (value if isinstance(value, list) else [value])):
+        elif not all(isinstance(item, str) for item in as_list(value)):
             remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
             raise UserError(Problem(f"{step}: {key}", value, remedy))
     return moved
@@ -277,7 +277,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
     """Return settings as words of a command line."""
     flags = []
     for key, value in options.items():
-        flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        flags += [f"--{key}", *map(str, as_list(value))]
     return flags
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config.fields import unknown_field
 from pipeline.errors import Problem, UserError
-from pipeline.files import is_missing_path
+from pipeline.files import as_list, holds_model, is_missing_path
 from pipeline.stages import STAGES, StageKind
 
 REPORT = "report"
@@ -71,8 +71,7 @@ class Step:
         """Whether the product exists; a model needs its configuration and its weights."""
         if not self.stage.measured:
             return self.product.exists()
-        configured = any((self.output / name).exists() for name in ("config.json", "adapter_config.json"))
-        return configured and any(self.output.glob("*.safetensors"))
+        return holds_model(self.output)
 
     @property
     def push(self) -> tuple[str, ...]:
@@ -261,7 +260,7 @@ def _check_input(step: Step, name: str, value: Any) -> list[Problem]:
     """Check that a model or each of several data sets is named and, if it is a path, exists or is made by the run."""
     problems = []
     home = Path(step.values["output_dir"]).parent
-    for one in value if isinstance(value, list) else [value]:
+    for one in as_list(value):
         if not one:
             problems.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
         elif is_missing_path(one) and not Path(one).is_relative_to(home):

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pipeline.errors import Problem
+from pipeline.files import as_list
 
 POOLS = ("train", "validation", "test", "sft", "pretrain")
 """Sets of problems that do not share seeds."""
@@ -113,8 +114,7 @@ def _read_grades(task: str, settings: Any) -> list[Grade]:
     weight = settings.get("weight", 1)
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
         raise ValueError(f"its weight is {weight!r:.40}, not a number above 0")
-    levels = settings.get("level")
-    levels = levels if isinstance(levels, list) else [levels]
+    levels = as_list(settings.get("level"))
     if levels != [None] and task not in CURRICULA:
         raise ValueError("does not have levels; set its own fields")
 
