@@ -398,7 +398,7 @@ def _check_vllm(args: GRPOConfig) -> list[Problem]:
         except Exception as error:  # noqa: BLE001 - TRL raises bare exceptions for what a server answers
             fault = str(error)
         if not fault and args.vllm_importance_sampling_correction and mode != "processed_logprobs":
-            fault = f"its log-probabilities are {mode}, which the loss cannot be corrected with"
+            fault = f"its log-probabilities are {mode}, by which the loss cannot be corrected"
         if fault:
             problems.append(Problem("vllm_mode", "server", f"{url}: {fault}; start it as {VLLM_SERVER}"))
     return problems
