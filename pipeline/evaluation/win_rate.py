@@ -22,6 +22,7 @@ from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import Example
 from pipeline.evaluation.metrics import STRING, Metric, output
 from pipeline.evaluation.results import StageResult
+from pipeline.files import hash_file
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import judge_match
 
