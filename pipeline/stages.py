@@ -204,6 +204,9 @@ BASELINES = {
     ),
 }
 
+LOSS = (("training", "loss"), ("validation", "eval_loss"))
+"""Lines of the charts that show it."""
+
 # Two steps on so few rows take seconds, even if the recipe is for a large model.
 SMOKE_TRAINING: Mapping[str, Any] = {
     "max_steps": 2,
@@ -289,7 +292,7 @@ STAGES: dict[str, StageKind] = {
         # With fewer rows, the held-out texts would not fill a block.
         smoke={**SMOKE_MODEL, **SMOKE_TRAINING, "max_train_samples": 512, "block_size": 256},
         charts=(
-            LoggedChart("Loss, nats per token", (("training", "loss"), ("validation", "eval_loss"))),
+            LoggedChart("Loss, nats per token", LOSS),
             LoggedChart("Bits per byte, validation", (("validation", "eval_bits_per_byte"),)),
         ),
         box=Box(
@@ -319,9 +322,7 @@ STAGES: dict[str, StageKind] = {
         aims=("instruction_accuracy", "answer_bits_per_byte", "stop_rate"),
         smoke=SMOKE_TRAINING,
         charts=(
-            LoggedChart(
-                "Loss, nats per token", (("training", "loss"), ("validation", "eval_loss")), note="Answers only."
-            ),
+            LoggedChart("Loss, nats per token", LOSS, note="Answers only."),
             LoggedChart(
                 "Token accuracy", (("training", "mean_token_accuracy"), ("validation", "eval_mean_token_accuracy"))
             ),
@@ -381,7 +382,7 @@ STAGES: dict[str, StageKind] = {
                 (("training", "accuracy"), ("validation", "eval_accuracy")),
                 note="Share of pairs whose preferred answer scores higher; 0.5 is chance.",
             ),
-            LoggedChart("Loss", (("training", "loss"), ("validation", "eval_loss"))),
+            LoggedChart("Loss", LOSS),
         ),
         card=Card(
             summary="A model that scores answers: the higher the score, the more the annotators would like the answer. "
