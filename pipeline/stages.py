@@ -4,8 +4,8 @@ A recipe folder holds one file for each step, named `<number>_<kind>.yaml`. `STA
 
     3_ppo.yaml  ->  STAGES["ppo"]  ->  recipes/ppo.py, "Preference tuning (PPO)", win_rate, two steps of --smoke, ...
 
-To add a kind, write its recipe and its entry here. Recipes and their arguments are given by dotted names, which
-`pkgutil.resolve_name` imports when they are used, so that this module can lie below all others.
+To add a kind, write its recipe and its entry here. Recipes are given by dotted names, and imported when they are used,
+so that this module can lie below all others. The signature of a recipe's `main` names its argument dataclasses.
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ class StageKind:
         name: Its name for people, "" if the report does not mention it.
         method: Abbreviation of its algorithm, which follows the name in titles.
         module: Recipe, which is run with `python -m`. A kind without a recipe is only measured.
-        arguments: Class that its training arguments are, or extend.
         seconds: Time that it takes in recipes/pocket. Before a run has times of its own, the time left is estimated
             from these proportions.
         launched: Whether it runs under `accelerate launch`, on the requested number of processes.
@@ -114,7 +113,6 @@ class StageKind:
     name: str = ""
     method: str = ""
     module: str = ""
-    arguments: str = ""
     seconds: float = 6.0
     launched: bool = False
     measured: bool = False
@@ -279,7 +277,6 @@ STAGES: dict[str, StageKind] = {
     "pretrain": StageKind(
         name="Pretraining",
         module="recipes.pretrain",
-        arguments="pipeline.training.pretraining:PretrainConfig",
         seconds=77,
         launched=True,
         measured=True,
@@ -312,7 +309,6 @@ STAGES: dict[str, StageKind] = {
     "sft": StageKind(
         name="Instruction tuning",
         module="recipes.sft",
-        arguments="trl:SFTConfig",
         seconds=29,
         launched=True,
         measured=True,
@@ -366,7 +362,6 @@ STAGES: dict[str, StageKind] = {
     "reward": StageKind(
         name="Reward model",
         module="recipes.reward",
-        arguments="trl:RewardConfig",
         seconds=19,
         launched=True,
         measured=True,
@@ -399,7 +394,6 @@ STAGES: dict[str, StageKind] = {
         name="Preference tuning",
         method="PPO",
         module="recipes.ppo",
-        arguments="trl:GRPOConfig",
         seconds=53,
         launched=True,
         measured=True,
@@ -447,7 +441,6 @@ STAGES: dict[str, StageKind] = {
         name="Reasoning",
         method="GRPO",
         module="recipes.grpo",
-        arguments="trl:GRPOConfig",
         seconds=40,
         launched=True,
         measured=True,

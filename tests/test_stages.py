@@ -33,7 +33,6 @@ DISTIL = StageKind(
     name="Distillation",
     method="KD",
     module="distil_recipe",
-    arguments="trl:SFTConfig",
     launched=True,
     measured=True,
     data="conversation",
