@@ -17,10 +17,17 @@ COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
 """Grades that judge the final answer alone, so that samples can vote on it, by the `answer` of the row."""
 
 
-def grade_final_answers(answers: Sequence[str], references: Sequence[str]) -> list[bool]:
-    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically."""
-    rewards = zip(exact_answer(answers, references), math_answer(answers, references), strict=True)
-    return [1.0 in either for either in rewards]
+def grade_final_answers(
+    answers: Sequence[str], references: Sequence[str], rows: Sequence[Example] | None = None
+) -> list[bool]:
+    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically.
+
+    The `prompt` of the rows decides what rewards also judge by the problem, such as whether "50%" is 50.
+    """
+    prompts = [row["prompt"] for row in rows] if rows else None
+    same = exact_answer(answers, references, prompts=prompts)
+    equal = math_answer(answers, references, prompts=prompts)
+    return [1.0 in either for either in zip(same, equal, strict=True)]
 
 
 def load_grader(grade: str | None, field: str = "grade") -> Grader:
@@ -34,7 +41,7 @@ def load_grader(grade: str | None, field: str = "grade") -> Grader:
         UserError: If there is no such reward.
     """
     if grade is None:
-        return lambda answers, rows: grade_final_answers(answers, [row["answer"] for row in rows])
+        return lambda answers, rows: grade_final_answers(answers, [row["answer"] for row in rows], rows)
     # Rewards take columns, where a grader takes rows.
     (reward,) = load_rewards([GRADES.get(grade, grade)], field)
 

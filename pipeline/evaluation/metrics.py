@@ -140,10 +140,11 @@ class PassAtK(Metric):
         flat = [answer for answers in predictions for answer in answers]
         # All answers are graded at once, so each of them needs the reference and the row of its problem.
         problem_of = [number for number, answers in enumerate(predictions) for _ in answers]
+        flat_rows = [rows[number] for number in problem_of] if rows else []
         if grader is None:
-            verdicts = grade_final_answers(flat, [references[number] for number in problem_of])
+            verdicts = grade_final_answers(flat, [references[number] for number in problem_of], flat_rows)
         else:
-            verdicts = grader(flat, [rows[number] for number in problem_of])
+            verdicts = grader(flat, flat_rows)
         right = Counter(number for number, verdict in zip(problem_of, verdicts, strict=True) if verdict)
         values = [estimate_pass_at_k(len(answers), right[number], k) for number, answers in enumerate(predictions)]
         return output(intervals.outcome_mean(values, seed), values)
@@ -168,7 +169,7 @@ class MajorityVote(Metric):
         rows: Sequence[Example] = (),
     ) -> dict[str, Any]:
         elected = [elect(answers) for answers in predictions]
-        verdicts = grader(elected, rows) if grader else grade_final_answers(elected, references)
+        verdicts = grader(elected, rows) if grader else grade_final_answers(elected, references, rows)
         values = list(map(float, verdicts))
         return output(intervals.proportion(values), values)
 

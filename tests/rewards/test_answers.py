@@ -148,7 +148,10 @@ def test_a_percentage_is_paid_where_one_is_asked_for(grade: Callable[..., list[f
     text = f"The answer is {answer}."
     assert grade([text], ["45%"]) == [1.0]
     for problem in ("What percentage is that?", "What is it in %?", "How many per cent?"):
-        assert grade([text], ["45"], prompts=[[{"role": "user", "content": problem}]]) == [1.0]
+        messages = [{"role": "user", "content": problem}]
+        assert grade([text], ["45"], prompts=[messages]) == [1.0]
+        # An evaluation pays what the training pays.
+        assert grade_final_answers([text], ["45"], [{"prompt": messages}]) == [True]
     assert grade([text], ["45"], prompts=["How many apples?"]) == [float(answer == "45")]
 
 
