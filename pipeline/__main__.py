@@ -16,7 +16,7 @@ from pipeline.errors import EXIT_USER_ERROR, Problem, UserError, exit_on_user_er
 
 COMMANDS = {
     "run": ("pipeline.runner.cli", "run every step of a recipe folder, in order"),
-    "plan": ("pipeline.runner.estimate", "estimate memory, disk, hours and cost of a run, before a node is rented"),
+    "plan": ("pipeline.runner.plan", "estimate memory, disk, hours and cost of a run, before a node is rented"),
     "status": ("pipeline.runner.status", "show what each step of a run has done, and what is out of date and why"),
     "copy": ("pipeline.runner.copy_recipe", "copy a recipe that comes with the package to a folder of your own"),
     "evaluate": ("pipeline.evaluation.cli", "measure one stage on the held-out data"),

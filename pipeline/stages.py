@@ -232,6 +232,8 @@ SMOKE_MODEL: Mapping[str, Any] = {
     "num_key_value_heads": 1,
 }
 SMOKE_SAMPLING: Mapping[str, Any] = {"max_prompts": 64, "max_eval_prompts": 32, "max_new_tokens": 16}
+# Steps that measure a stage belong to no kind.
+SMOKE_EVALUATION: Mapping[str, Any] = {"limit": 8, "max_new_tokens": 16}
 
 STAGES: dict[str, StageKind] = {
     "data": StageKind(

@@ -17,7 +17,7 @@ from pipeline.hub.cards import Trained, model_card
 from pipeline.report.load import load_run
 from pipeline.report.page import render
 from pipeline.report.path_picture import path_boxes
-from pipeline.runner.plan import read_plan
+from pipeline.runner.recipe import read_plan
 from pipeline.stages import STAGES, Box, Card, LoggedChart, StageKind
 from tests.report.fake_run import write_run
 

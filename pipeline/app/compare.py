@@ -15,7 +15,7 @@ from pipeline.app.models import Answer, Sampling, well_formed, write
 from pipeline.app.site import TEMPLATES, Site
 from pipeline.errors import LIBRARY_ERRORS, UserError
 from pipeline.report.load import load_run
-from pipeline.report.stage_names import stage_info
+from pipeline.report.stage_order import stage_info
 from pipeline.report.text import visible
 
 LONGEST = 1024

@@ -26,7 +26,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.models.generation import Messages, encode_prompts, end_tokens
 from pipeline.models.kernels.sampler import accepts_argument
 from pipeline.models.loading import load_model
-from pipeline.report.stage_names import stage_info, stage_order
+from pipeline.report.stage_order import stage_info, stage_order
 
 ALTERNATIVES = 5
 """How many of the most probable tokens are kept with the token that was chosen."""

@@ -18,7 +18,7 @@ from pipeline.app.site import TEMPLATES, Site
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
 from pipeline.models.generation import Completion
 from pipeline.report.load import load_run
-from pipeline.report.stage_names import stage_info
+from pipeline.report.stage_order import stage_info
 from pipeline.report.text import number, signed, visible
 
 SCALED = {

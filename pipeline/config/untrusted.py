@@ -91,8 +91,8 @@ def recipe_files(folder: Path) -> list[Path]:
 def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]:
     """Yield the values of a field that a recipe of the Hub may not set, each with the reason.
 
-    What lies in a mapping has the keys of both, such as `generation_kwargs.top_h`. In evaluate.yaml, the fields of a
-    mapping that names data have their own: `problems: {dataset_name: ...}`.
+    A value in a mapping is checked under both keys, joined by a dot: `generation_kwargs.top_h`. In evaluate.yaml, the
+    fields of a mapping that names data are checked under their own keys: `problems: {dataset_name: ...}`.
     """
     if SWITCHES.fullmatch(key.rpartition(".")[2]) and value not in (None, False):
         shown = ", ".join(map(str, value)) if isinstance(value, Mapping | list) else value

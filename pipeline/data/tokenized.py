@@ -85,7 +85,7 @@ def drop_long_prompts(
 def template_for_labels(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the chat template with `{% generation %}` around what the assistant says: the tokenizer's own or TRL's.
 
-    None if the tokenizer's has no such marks, and TRL has none with them for it.
+    None if the tokenizer's template has no such marks and TRL has no marked version of it.
     """
     if has_generation_markers(own := tokenizer.get_chat_template()):
         return own

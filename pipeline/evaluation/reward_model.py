@@ -56,7 +56,7 @@ def squared_calibration_error(margins: np.ndarray, agrees: np.ndarray, *, debias
         return 0.0
     expected = np.bincount(index, confidence, BINS)[used] / n
     accuracy = np.bincount(index, agrees, BINS)[used] / n
-    # The variance of a bin's accuracy, from its own outcomes, is what chance adds to the square of its gap.
+    # By chance alone, the square of a bin's gap is too large by the variance of its accuracy: subtract that.
     squares = np.square(accuracy - expected)
     if debiased:
         squares -= (np.bincount(index, np.square(agrees), BINS)[used] / n - np.square(accuracy)) / (n - 1)

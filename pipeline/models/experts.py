@@ -50,7 +50,7 @@ def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
         logits: Its logits, shape (tokens, experts).
         rows: Rows of equal length that the tokens come from.
     """
-    # The share of the tokens that each expert gets, which has no gradient, and the mean probability, which has one.
+    # The share of tokens is a count and has no gradient. The router learns through the mean probability.
     shares = choices(router, logits.detach()).view(rows, -1, router.num_experts).mean(1) / router.top_k
     probabilities = logits.float().softmax(-1).view(rows, -1, router.num_experts).mean(1)
     return router.num_experts * (shares * probabilities).sum(-1).mean()

@@ -342,7 +342,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
 def validate_vocabulary(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, whose: str = "its tokenizer"
 ) -> str | None:
-    """Report a tokenizer (`whose`) that has more tokens than the model knows. Return None if it fits."""
+    """Return what is wrong if the tokenizer has more tokens than the model. `whose` names it in the message."""
     known = getattr(config.get_text_config(), "vocab_size", None)
     if known is None or len(tokenizer) <= known:
         return None

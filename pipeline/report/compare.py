@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.metric_info import metric_info, metric_order
-from pipeline.report.stage_names import stage_info
+from pipeline.report.stage_order import stage_info
 
 if TYPE_CHECKING:
     from pipeline.evaluation.intervals import Estimate

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.evaluation.intervals import finite
 from pipeline.evaluation.results import StageResult
 from pipeline.report.load import Run
-from pipeline.report.stage_names import stage_info
+from pipeline.report.stage_order import stage_info
 from pipeline.stages import LoggedChart
 
 Points = list[tuple[float, float]]

@@ -9,7 +9,7 @@ from pipeline.evaluation.intervals import Estimate, ratio
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.evaluation.results import Outcomes, StageResult
 from pipeline.report.load import Run
-from pipeline.report.stage_names import stage_info, twins
+from pipeline.report.stage_order import stage_info, twins
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.intervals import Estimate, finite, outcome_mean
 from pipeline.evaluation.results import StageResult
 from pipeline.files import check_regular, read_json, read_shapes
-from pipeline.report.stage_names import stage_info, stage_order
+from pipeline.report.stage_order import stage_info, stage_order
 
 ANNOTATORS = "annotators who do not know which is which"
 """The judge of evaluations that do not name one."""

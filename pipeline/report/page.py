@@ -15,7 +15,7 @@ from pipeline.report.curves import Chart, charts_of
 from pipeline.report.differences import Difference, differences
 from pipeline.report.load import Run
 from pipeline.report.path_picture import path_boxes
-from pipeline.report.stage_names import stage_info
+from pipeline.report.stage_order import stage_info
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, experts, figures, gains, others, remarks, show_targets, tiles

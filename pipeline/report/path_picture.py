@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
 from pipeline.report.load import Run
-from pipeline.report.stage_names import stage_info, stage_kind, twins
+from pipeline.report.stage_order import stage_info, stage_kind, twins
 from pipeline.report.summary import training_cost
 from pipeline.report.text import magnitude, number
 from pipeline.stages import STAGES

@@ -15,7 +15,7 @@ from pipeline.report.curves import overlay
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
 from pipeline.report.page import draw, write_files
-from pipeline.report.stage_names import stage_info, stage_order, step_order
+from pipeline.report.stage_order import stage_info, stage_order, step_order
 from pipeline.report.summary import summarise
 from pipeline.report.tables import baseline_title, show_targets
 from pipeline.report.targets import Target, check_targets

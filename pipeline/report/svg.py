@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from pipeline.evaluation.intervals import Estimate
 from pipeline.report.curves import Chart, Points, Series
-from pipeline.report.stage_names import stage_info
+from pipeline.report.stage_order import stage_info
 from pipeline.report.text import magnitude, number, signed
 
 WIDTH, HEIGHT = 360, 210

@@ -11,7 +11,7 @@ from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.evaluation.results import StageResult
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
-from pipeline.report.stage_names import EVALUATE, stage_info, step_order, twins
+from pipeline.report.stage_order import EVALUATE, stage_info, step_order, twins
 from pipeline.report.summary import seconds
 from pipeline.report.svg import interval_bar, share_bar
 from pipeline.report.targets import TargetResult

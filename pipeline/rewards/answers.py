@@ -117,7 +117,7 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     # fractions
     (rf"\\[dtc]?frac\s*(?:\{{({_INTEGER})\}}|(\d))\s*(?:\{{({_INTEGER})\}}|(\d))", r" \1\2/\3\4"),
     (r"\{(\d+)\}\s*/\s*\{(\d+)\}", r"\1/\2"),
-    # "Rs. 20/-", and what is left of a space
+    # the end of "Rs. 20/-", and the backslash that remains of a space in LaTeX
     (r"/-$|\\$", ""),
     # degrees, currencies, per cent
     (r"\^?\{?(?:\\circ|\\degree|°)\}?", " degrees "),

@@ -43,7 +43,7 @@ MEMORY_MB = 2048
 
 
 class Checker:
-    """The child process, which starts when it is first asked.
+    """A child process, started when it is first needed.
 
     Args:
         module: What the child runs, with `python -m`; it calls `serve`.

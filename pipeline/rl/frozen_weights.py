@@ -78,7 +78,7 @@ def share_frozen_weights(policy: nn.Module, others: Sequence[nn.Module]) -> None
 
 
 def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights that are not trained by their plain names, without heads and adapters."""
+    """Return the frozen weights, by plain name. Heads and adapters are not among them."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     adapters = getattr(model, "peft_config", {})
     return {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from trl import GRPOConfig
 
 from pipeline import hardware, launch
 from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unused
 from pipeline.errors import Problem, UserError
+from pipeline.rl.ppo_math import KLEstimator
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class PPOConfig(GRPOConfig):
         "k1",
         "Estimator of the KL at a token in the penalty: k1, the log ratio. k3 is refused, because it hardly penalises "
         "there; `objective/kl_k3` logs it.",
-        choices=["k1", "k3"],
+        choices=list(get_args(KLEstimator)),
     )
     gamma: float = _option(1.0, "Discount per token, in [0, 1].")
     lam: float = _option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
@@ -116,7 +117,7 @@ class PPOConfig(GRPOConfig):
         choices=["auto", "bfloat16", "float32"],
     )
     whiten_advantages: bool = _option(
-        True, "Give the advantages of each rollout, over all processes, mean 0 and variance 1."
+        True, "Shift and scale the advantages of each rollout, over all processes, to mean 0 and variance 1."
     )
     reward_normalization: str = _option(
         "none",

@@ -38,8 +38,8 @@ from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
 from pipeline.runner.due import Decision, decide
 from pipeline.runner.launcher import check_launch_file, exit_code, launch_file, launch_options, shards
-from pipeline.runner.plan import Plan, check_of_recipe, check_writable, read_plan
 from pipeline.runner.processes import push_finished, run
+from pipeline.runner.recipe import Plan, check_of_recipe, check_writable, read_plan
 from pipeline.runner.records import RunRecord, measured_seconds
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, check_steps, find_step
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
     with show_checks(args):
         _check(args)
     print(show_fetched(args.recipe), end="", flush=True)
-    # With --seeds, it is the command for all seeds that resumes the run of one.
+    # With --seeds, the run of one seed is resumed by the command for all of them.
     args.resume = resume_command(args)
     alone = args.num_processes == 1 and not args.launcher
     forks = sys.platform == "linux" and alone and not (args.no_fork or args.dry_run or args.download)

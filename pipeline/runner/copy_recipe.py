@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.config.recipe_folder import LAUNCH_FILE, SHIPPED
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory, write_text
-from pipeline.runner.plan import read_plan
+from pipeline.runner.recipe import read_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

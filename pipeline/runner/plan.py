@@ -1,419 +1,359 @@
-"""Read a recipe folder: the steps of its YAML files, and those that follow from them.
+"""`python -m pipeline plan RECIPES`: what a run will take, by arithmetic; nothing is trained or downloaded.
 
-A recipe names its paths in one directory, its `home`; `--output_dir` and `--smoke` write to another one, the `run_dir`:
+    python -m pipeline plan recipes/base --num_processes 8 --gpu h100 --price 2.5
+    python -m pipeline plan recipes/pocket --hidden_size 256
 
-    2_sft.yaml    output_dir: runs/pocket/2_sft                    home     runs/pocket
-                  model_name_or_path: runs/pocket/1_pretrain       needs    1_pretrain, which writes there
-    --smoke       --output_dir runs/pocket-smoke/2_sft ...         run_dir  runs/pocket-smoke
+Options of the recipes override the YAML files. For a stage whose model has N parameters:
 
-The settings of a step keep the paths of its file, so that two runs of a recipe in different directories have the same
-settings. The arguments of its command, and `output`, have the paths of the run.
+    FLOPs     tokens x passes x (2 N + attention). A forward pass counts 1, a backward pass 2, activations that are
+              computed again 1. Policy and critic are trained on a rollout `num_iterations` times; sampling, old
+              log-probabilities, values, a reference and each reward model are forward passes
+    memory    of a network that is trained, weights 4 N bytes, gradients 4 N (8 N under DDP, which has buckets) and
+              optimizer 8 N (AdamW; others take less), of any other 4 N; a copy of the weights in 16 bits 2 N;
+              activations and logits of a micro-batch; keys and values of the answers that are sampled at once
+    disk      12 N bytes for each checkpoint, and 4 N for the model
+    time      FLOPs / (processes x peak x MFU), and LAYER x layers x positions that are sampled one after the other
+
+What share of its peak a processor reaches (MFU), and how long rows and answers are, shows only in a run: see ASSUMED.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import argparse
+import json
+import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
-from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive
-from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
-from pipeline.files import as_list, check_directory, check_path, read_json, relocate, split_revision
-from pipeline.runner.steps import REPORT, Step, smoke_overrides
-from pipeline.runner.trash import TRASH
-from pipeline.stages import HELD_OUT, OPPONENT, STAGES
+from pipeline.progress import short_count, time_in_words
+from pipeline.runner.launcher import check_launch_file, launch_file, shards
+from pipeline.runner.recipe import read_plan
+from pipeline.runner.steps import Settings, Step, check_steps, override_steps
+from pipeline.stages import StageKind
 
-RANDOM = STAGES["random"].directory
-RESERVED = ("report", "evaluations", "logs", VOTES, RANDOM, BASE, "run.json", "run.lock", TRASH)
-"""Names in the directory of a run that no step may write to unless its kind has this name for its directory."""
+# These imports take seconds, which `--help` must not.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-Configurations = Mapping[str, tuple[Path, Mapping[str, Any]]]
-"""Path and content of each step's file, by its stem."""
+    from pipeline.hardware import Processor
+
+TEXT, ANSWER = 1 / 4, 1 / 3
+LAYER, VLLM_LAYER = 1e-3, 1e-4
+"""Seconds of a layer for one position of all answers: transformers launches its kernels one by one."""
+LIBRARIES, TILE = 1.5e9, 2**27
+"""Bytes of a process that are not tensors, and logits that TRL's trainers keep at once, at most."""
+ASSUMED = """
+Assumed: {mfu:.0%} of the peak (--mfu; small models reach less); a text has 1/4 of max_length, a prompt and an answer
+1/3 of the longest answer, and data on this disk a token for 4 characters; sampling takes 1 ms for a position and layer,
+with vLLM 0.1 ms; critic, reference and reward models are as large as the policy. Not included: evaluations, data,
+tokenizers, and the start of each stage.
+"""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The steps of a run and where it writes.
+class Stage:
+    """A step that trains or samples.
 
     Attributes:
-        steps: The steps, each after all that it needs.
-        run_dir: Directory of the run.
-        seed: Seed of the steps, None if no configuration names one.
+        name, kind, own: Folder that it writes, what is known about its kind, and its settings.
+        model, trained: Its model, on the meta device, and how many of its parameters are trained.
+        data, text: Rows of its data, and tokens of one or, if answers are sampled, of a prompt.
+        cut: Tokens at which a text or an answer is cut off.
+        processes, sharded: Number of processes, and whether parameters are split over them.
+        size: Bytes of a number in activations: 2, or 4 in float32.
     """
 
-    steps: tuple[Step, ...]
-    run_dir: Path
-    seed: int | None
+    name: str
+    kind: StageKind
+    own: Settings
+    model: PreTrainedModel
+    trained: int
+    data: int
+    text: float
+    cut: int
+    processes: int
+    sharded: bool
+    size: int
 
 
-def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = None, smoke: bool = False) -> Plan:
-    """Read the steps of a recipe folder.
+def row_length(stage: Stage, longest: bool = False) -> float:
+    """Return the tokens of an average or the longest row: a block, a text, or a prompt with its answer."""
+    if stage.kind.samples:
+        return stage.text + stage.cut * (1 if longest else ANSWER)
+    return stage.cut if longest or stage.own.packing else min(stage.text, stage.cut)
 
-    Args:
-        folder: Folder with files named `<number>_<kind>.yaml` or `<number>_<kind>_<anything>.yaml`, or the name of one
-            that is installed with the package, such as pocket.
-        output_dir: Directory of the run. Default: the one in which the files' `output_dir` lie; for a smoke run,
-            that name with `-smoke` appended.
-        seed: Seed of every step. Default: each step's own.
-        smoke: Whether every stage takes two steps on a miniature.
 
-    Returns:
-        The plan: the steps of the files, an untrained model before the first pretraining, the evaluation of every model
-        after it (of the opponent: after a judge that a step trains) and of one that the first stage starts from, and
-        the report.
+def rows(stage: Stage) -> float:
+    """Return the rows that all processes read: blocks, texts, both texts of pairs, or answers."""
+    own = stage.own
+    if not stage.kind.measured:
+        # Answers are sampled for people or annotators to choose from.
+        return (own.max_prompts or stage.data) * own.samples_per_prompt
+    batch = own.per_device_train_batch_size * own.gradient_accumulation_steps * stage.processes
+    uses, steps = own.num_iterations or 1, own.max_steps
+    if steps <= 0:
+        each = stage.text / stage.cut if own.packing else (own.num_generations or 1) * uses
+        steps = math.ceil(math.ceil(stage.data * each / batch) * own.num_train_epochs)
+    return steps * batch * (1 if stage.kind.generates else 2) / uses
 
-    Raises:
-        UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.
+
+def passes(stage: Stage) -> int:
+    """Return the passes over each token, where a backward pass counts as two."""
+    own, training, uses = stage.own, 3 + stage.own.recompute, stage.own.num_iterations
+    if not stage.kind.measured:
+        return 1
+    if not stage.kind.samples:
+        return training
+    if stage.kind.has_critic:
+        # Sampling, old log-probabilities and values; then policy and critic are trained.
+        return 3 + own.judges + own.reference + 2 * uses * training
+    # If a rollout is used in one step, training itself computes the old log-probabilities.
+    every = (own.steps_per_generation or own.gradient_accumulation_steps) * uses
+    old = own.gradient_accumulation_steps % every > 0
+    return 1 + old + own.judges + own.reference + uses * training
+
+
+def flops(stage: Stage) -> float:
+    """Return the floating-point operations of all processes."""
+    from pipeline.training.callbacks import training_flops_per_token
+
+    length = row_length(stage)
+    # The function counts a forward and a backward pass, which are three.
+    return rows(stage) * length * passes(stage) / 3 * training_flops_per_token(stage.model, round(length))
+
+
+def sampled_at_once(stage: Stage) -> int:
+    """Return the answers that a process samples at once."""
+    own = stage.own
+    if not stage.kind.samples or own.generation_batch_size:
+        return (own.generation_batch_size or 0) // stage.processes
+    batches = own.steps_per_generation or own.gradient_accumulation_steps
+    return own.batch_size or own.per_device_train_batch_size * batches
+
+
+def sampling_seconds(stage: Stage) -> float:
+    """Return the time of sampling: a batch of answers is sampled position by position, up to the longest answer."""
+    if not stage.kind.samples:
+        return 0.0
+    positions = rows(stage) / (sampled_at_once(stage) * stage.processes) * stage.cut
+    layer = VLLM_LAYER if stage.own.use_vllm else LAYER
+    return positions * layer * stage.model.config.get_text_config().num_hidden_layers
+
+
+def memory(stage: Stage) -> dict[str, float]:
+    """Return the bytes of one process, by part."""
+    config, own, parameters = stage.model.config.get_text_config(), stage.own, stage.model.num_parameters()
+    # Sharded weights are gathered, and copied, layer by layer.
+    shares, layers = (stage.processes, config.num_hidden_layers) if stage.sharded else (1, 1)
+    trained, longest = stage.trained / shares, row_length(stage, longest=True)
+    read = (own.per_device_train_batch_size or 0) * (1 if stage.kind.generates else 2) * longest
+    # Pretraining has all logits at once, TRL's trainers a tile of them, and a reward model has a score.
+    logits = read * config.vocab_size if stage.kind.generates else 0
+    if not stage.kind.from_scratch:
+        logits = min(TILE, logits)
+    half = own.use_peft and own.frozen_dtype in ("auto", "bfloat16")
+    return {
+        "weights": 4 * trained + (2 * parameters / layers if stage.size == 2 else 0),
+        "gradients": (8 if stage.processes > 1 and not stage.sharded else 4) * trained,
+        "optimizer": 8 * trained,
+        "activations": read * activation_bytes(config, stage.size, own.recompute),
+        # Logits and their gradient, and in float32 a copy, its log-softmax and a gradient.
+        "logits": logits * (2 * stage.size + 3 * 4),
+        "rollouts": sampled_at_once(stage) * longest * 2 * _widths(config)[1] * config.num_hidden_layers * stage.size,
+        "frozen": own.frozen * parameters * (2 if half else 4) / shares,
+        "other": LIBRARIES,
+    }
+
+
+def activation_bytes(config: Any, size: int, recompute: bool) -> float:
+    """Return the bytes that a token leaves for the backward pass, with attention that keeps no scores.
+
+    A layer keeps the inputs of its two norms in float32, as they are and normalised, and their outputs; queries, keys,
+    values and the output of attention; the gate of its feed-forward network, the same activated, up, and their product.
+    If activations are computed again, the inputs of all layers are kept, and everything of one layer at a time.
     """
-    folder = find_shipped(folder)
-    files = _read_folder(folder)
-    home = _common_home(folder, files)
-    run_dir = output_dir or (home.with_name(home.name + "-smoke") if smoke else home)
-    _check_run_dir(run_dir, folder)
-
-    steps: list[Step] = []
-    for stem, (path, written) in files.items():
-        # `runs/pocket/2_sft/` and `runs/pocket/2_sft` are the same.
-        values = relocate(written, home, home)
-        kind = _kind_of(stem)
-        from_scratch = STAGES[kind].from_scratch and not values.get("model_name_or_path")
-        # A second pretraining starts from the same random weights, of another architecture.
-        if from_scratch and RANDOM not in [step.name for step in steps]:
-            untrained = {**values, "output_dir": str(home / RANDOM)}
-            steps.append(_step(RANDOM, "random", path, untrained, home, run_dir, seed, smoke))
-        steps.append(_step(stem, kind, path, values, home, run_dir, seed, smoke))
-    steps = _connect(steps, home, run_dir)
-
-    settings = _evaluation_settings(folder, steps, home)
-    planned: list[Step] = []
-    for item in _in_order(steps, settings):
-        step = item if isinstance(item, Step) else _evaluation(item, planned, run_dir, settings, seed, smoke)
-        planned.append(step)
-
-    # People may correct data by hand. Then the steps that read the data are due, and the step that made them is not.
-    editable = {step.name: step.output for step in steps if step.stage.editable}
-    for place, step in enumerate(planned):
-        planned[place] = replace(step, data={need: editable[need] for need in step.needs if need in editable})
-
-    names = tuple(step.name for step in planned)
-    planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
-    if problems := list(filter(None, map(check_path, _outputs(planned, run_dir)))):
-        raise UserError(*problems)
-    if seed is None:
-        # The record of the run names one seed: the first that a file names.
-        seeds = (values["seed"] for _, values in files.values() if isinstance(values.get("seed"), int))
-        seed = next(seeds, None)
-    return Plan(tuple(planned), run_dir, seed)
+    queries, keys = _widths(config)
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    width = getattr(config, "intermediate_size", None) or 4 * hidden
+    width *= 1 + (getattr(config, "num_local_experts", None) or 0)
+    layer = 2 * 2 * 4 * hidden + size * (2 * hidden + 2 * queries + 2 * keys + 4 * width)
+    return layers * 4 * hidden + layer if recompute else layers * layer
 
 
-def check_writable(plan: Plan) -> list[Problem]:
-    """Report directories of a run that may not be written to."""
-    if problem := check_directory(plan.run_dir):
-        return [problem]
-    return list(filter(None, map(check_directory, _outputs(plan.steps, plan.run_dir))))
+def _widths(config: Any) -> tuple[int, int]:
+    """Return the numbers of a token's queries in a layer, and of its keys."""
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
 
 
-def _outputs(steps: Iterable[Step], run_dir: Path) -> list[Path]:
-    """Return every directory that a run writes, each once."""
-    return list(dict.fromkeys([*(step.output for step in steps), run_dir / "logs"]))
+def advice(stage: Stage, room: float) -> str:
+    """Return what makes a stage fit into `room` bytes, the least change first."""
+    own = stage.own
+    # Whether the model is sharded, whether activations are computed again, and the options that ask for this.
+    choices = [(stage.sharded, own.recompute, ""), (stage.sharded, True, "--activation_checkpointing true, ")]
+    larger = "LoRA (use_peft: true), more or larger GPUs"
+    if not stage.kind.has_critic:
+        larger += ", or recipes/accelerate/zero3.yaml"
+        if stage.processes > 1:
+            fsdp = f"--config_file recipes/accelerate/fsdp2.yaml --num_processes {stage.processes}, "
+            choices += [(True, recompute, fsdp + words) for _, recompute, words in choices]
+    batch = own.per_device_train_batch_size or 0
+    for sharded, recompute, words in choices:
+        for size in [size for size in range(batch, 0, -1) if batch % size == 0]:
+            smaller = Settings(**{**vars(own), "recompute": recompute, "per_device_train_batch_size": size})
+            if sum(memory(replace(stage, sharded=sharded, own=smaller)).values()) <= room:
+                if size < batch:
+                    words += f"--per_device_train_batch_size {size} and {batch // size} times the accumulation"
+                return words.removesuffix(", ")
+    return larger
 
 
-def _kind_of(stem: str) -> str:
-    return stem.split("_")[1]
+def read_stage(step: Step, made: dict[str, Any], processes: int, sharded: bool, full: bool) -> Stage | None:
+    """Return a step as a `Stage`, or None if it neither trains nor samples. `full`: whether this machine needs float32.
 
+    `made` holds what earlier steps make, by folder: a model, the size of a vocabulary, or rows. This step's is added.
+    """
+    from trl import ModelConfig
 
-def _read_folder(folder: Path) -> Configurations:
-    """Return the steps' files in the order in which the steps run."""
-    remedy = "give a folder with files such as 2_sft.yaml"
-    try:
-        files = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name))
-    except FileNotFoundError:
-        raise UserError(Problem("recipe", folder, f"does not exist; {remedy}")) from None
-    except OSError as error:
-        raise UserError(Problem("recipe", folder, f"cannot be read ({error.strerror}); {remedy}")) from error
-    if not files:
-        raise UserError(Problem("recipe", folder, f"does not contain a step; {remedy}"))
+    from pipeline.data.arguments import DataArguments
+    from pipeline.data.splits import count_rows
+    from pipeline.models.adapters import count_trainable
+    from pipeline.models.loading import load_empty, load_tokenizer
+    from pipeline.models.scratch import ScratchArguments, build_empty
 
-    problems = []
-    order = [name for name, stage in STAGES.items() if stage.module]
-    read: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for path in files:
-        kind = _kind_of(path.stem)
-        if kind not in order:
-            problems.append(Problem("recipe", path, f"unknown kind of step; choose from: {', '.join(order)}"))
-            continue
-        try:
-            content = read_yaml(str(path))
-        except UserError as error:
-            problems += [replace(problem, field="recipe") for problem in error.problems]
-            continue
-        # The directories of the runner and of a few kinds have fixed names, so that others find them.
-        output_dir, own_name = content.get("output_dir"), STAGES[kind].directory
-        if not isinstance(output_dir, str):
-            problems.append(Problem("output_dir", path, "must name the directory that this step writes"))
-        elif output_dir.startswith("~"):
-            problems.append(Problem("output_dir", output_dir, f"write it without ~ in {path}"))
-        elif (name := Path(output_dir).name).casefold() in RESERVED and own_name != name:
-            problems.append(Problem("output_dir", output_dir, f"the runner writes there itself; rename it in {path}"))
-        elif own_name not in ("", name):
-            problems.append(Problem("output_dir", output_dir, f"must end in {own_name}; rename it in {path}"))
-        elif path.stem in read:
-            problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one of them"))
-        read.setdefault(path.stem, (path, {str(key): value for key, value in content.items()}))
-    if problems:
-        raise UserError(*problems)
-    # Steps of the same number run in the order of `STAGES`: 3_reward before 3_ppo.
-    stems = sorted(read, key=lambda stem: (int(stem.split("_")[0]), order.index(_kind_of(stem)), stem))
-    return {stem: read[stem] for stem in stems}
-
-
-def _common_home(folder: Path, files: Configurations) -> Path:
-    """Return the directory in which all steps write; each must have a directory of its own there."""
-    writers: dict[Path, str] = {}
-    for stem, (path, values) in files.items():
-        output = Path(values["output_dir"])
-        if {output.name, output.parent.name} & {"", ".."}:
-            remedy = f"must lie in a directory of the run; write runs/NAME/{stem} in {path}"
-            raise UserError(Problem("output_dir", output, remedy))
-        if (twin := writers.setdefault(output, stem)) != stem:
-            raise UserError(Problem("output_dir", output, f"{twin} and {stem} would write there; give each its own"))
-    # One lock, one record and one report belong to a run, so that a recipe cannot write to two.
-    homes = {output.parent for output in writers}
-    if len(homes) > 1:
-        remedy = f"the steps write to several runs ({', '.join(sorted(map(str, homes)))}); use one directory for all"
-        raise UserError(Problem("output_dir", folder, remedy))
-    return homes.pop()
-
-
-def _check_run_dir(run_dir: Path, folder: Path) -> None:
-    """Refuse a directory that contains more than a run, or that cannot be created."""
-    if problem := check_path(run_dir):
-        raise UserError(problem)
-    # A link is followed, because what matters is which files the run would be written among.
-    real = Path(os.path.realpath(run_dir))
-    project = Path(__file__).parents[2]
-    remedy = ""
-    if str(run_dir).startswith("~"):
-        remedy = "write it without quotes, which keep ~ from its meaning"
-    elif (run_dir / "config.json").exists():
-        remedy = "is the directory of a model; choose another directory"
-    elif Path.cwd().is_relative_to(real):
-        remedy = "is or contains the current directory; choose a directory of its own, such as runs/mine"
-    elif project.resolve().is_relative_to(real):
-        remedy = "is or contains the project itself; choose a directory of its own, such as runs/mine"
-    elif folder.resolve() == real:
-        remedy = "is the recipe folder; choose another directory"
-    if remedy:
-        raise UserError(Problem("output_dir", run_dir, remedy))
-
-
-def check_of_recipe(run_dir: Path, recipe: Path) -> Problem | None:
-    """Refuse a directory that a recipe of the Hub has chosen, unless it is new or was made by this recipe before."""
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+    kind, own = step.stage, Settings.of(step)
+    # Later steps need to know the size of the vocabulary, and how many choices people make.
+    if step.kind in ("tokenizer", "votes"):
+        made[own.output_dir] = own.vocab_size or own.min_votes
+    if not kind.launched:
         return None
-    name, _ = split_revision(recipe.as_posix())
-    for record in (run_dir / "run.json", *run_dir.glob("seed*/run.json")):
-        if split_revision(str(read_json(record).get("recipe")))[0] == name:
-            return None
-    return Problem("output_dir", run_dir, f"is not a run of {name}, which may only write to its own; give --output_dir")
+    if kind.from_scratch:
+        name = own.tokenizer_name_or_path
+        vocabulary = made.get(name) or len(load_tokenizer(name, "tokenizer_name_or_path"))
+        model = build_empty(own.build(ScratchArguments), vocabulary)
+    else:
+        name = own.model_name_or_path
+        model = made.get(name) or load_empty(name, "model_name_or_path", own.model_revision)
+    content: Any = kind.data
+    needed = not own.max_prompts and (own.max_steps or 0) <= 0
+    data, text = count_rows(own.build(DataArguments), content, made, needed)
+    trained = count_trainable(model, own.build(ModelConfig)) if kind.measured else 0
+    made[own.output_dir] = model if trained else (own.max_prompts or data) * own.pairs_per_prompt
+    # What several fields say together.
+    positions = model.config.get_text_config().max_position_embeddings
+    own.packing = kind.from_scratch or own.packing
+    chosen = own.activation_checkpointing
+    own.recompute = bool(own.gradient_checkpointing if chosen is None else chosen)
+    own.judges = 1 if isinstance(own.reward_model_path, str) else len(own.reward_model_path or [])
+    own.reference = ((own.kl_coef if kind.has_critic else own.beta) or 0) > 0
+    # Under LoRA, the reference is the model without its adapter.
+    adapts_critic = bool(own.use_peft and own.value_use_peft)
+    own.frozen = own.judges + (1 + adapts_critic if own.use_peft or not trained else own.reference)
+    if kind.has_critic:
+        trained += trained if adapts_critic or not own.use_peft else model.num_parameters()
+    cut = own.block_size or own.max_length or own.max_completion_length or own.max_new_tokens or positions
+    text = text or cut * (ANSWER if kind.samples else TEXT)
+    size = 4 if full or (step.values.get("bf16") is False and not own.fp16) else 2
+    return Stage(step.output.name, kind, own, model, trained, data, text, cut, processes, sharded, size)
 
 
-def _step(
-    name: str,
-    kind: str,
-    path: Path,
-    values: Mapping[str, Any],
-    home: Path,
-    run_dir: Path,
-    seed: int | None,
-    smoke: bool,
-) -> Step:
-    """Return the step of the file `path`, which writes to `run_dir`; `values` has paths in `home`."""
-    stage, output = STAGES[kind], run_dir / Path(values["output_dir"]).name
-    overrides = smoke_overrides(kind, values) if smoke else {}
-    if seed is not None and stage.seeded:
-        overrides["seed"] = seed
-    values = {**values, **overrides}
-
-    # Options of the command line override what the file says.
-    options = dict(overrides)
-    if run_dir != home:
-        options |= _moved(name, values, home, run_dir)
-    elif stage.file_of:
-        # The file that it shares names the directory of another step.
-        options = {"output_dir": values["output_dir"], **overrides}
-    return Step(
-        name=name,
-        kind=kind,
-        arguments=("--config", str(path), *_flags(options)),
-        output=output,
-        # People's work is never moved or deleted.
-        leftovers=() if stage.by_people else (output,),
-        values=values,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `plan` to `parser`; what it does not know are options of the recipes."""
+    parser.set_defaults(overrides=[])
+    parser.add_argument("recipe", type=Path, help="folder of YAML files, or the name of one such as pocket")
+    parser.add_argument("--num_processes", type=int, help="processes, one for each GPU (default: the launch file's)")
+    parser.add_argument("--config_file", help="launch file of accelerate (default: as for `run`)")
+    parser.add_argument("--gpu", help="kind of GPU, such as h100 or 4090 (default: measure this machine)")
+    parser.add_argument("--gpu_memory", type=float, help="its memory in GB, for other kinds")
+    parser.add_argument("--tflops", type=float, help="its peak in the precision of training, for other kinds")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (0.4)")
+    parser.add_argument("--price", type=float, help="price of a GPU for an hour")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.usage = "%(prog)s recipe [options] [--FIELD VALUE ...]"
 
 
-def _moved(step: str, values: Mapping[str, Any], home: Path, run_dir: Path) -> dict[str, Any]:
-    """Return the settings that name a path in `home`, with the same path in `run_dir`."""
-    moved = {}
-    for key, value in values.items():
-        moved[key] = relocate(value, home, run_dir)
-        if moved[key] == value:
-            del moved[key]
-        elif not all(isinstance(item, str) for item in as_list(value)):
-            remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
-            raise UserError(Problem(f"{step}: {key}", value, remedy))
-    return moved
+def main(args: argparse.Namespace) -> int:
+    """Print what each stage of a recipe folder takes. Return 0, whether or not it fits."""
+    print(f"reading {args.recipe} ...", file=sys.stderr, flush=True)
+    from pipeline import hardware, launch
 
-
-def _flags(options: Mapping[str, Any]) -> list[str]:
-    """Return settings as words of a command line."""
-    flags = []
-    for key, value in options.items():
-        flags += [f"--{key}", *map(str, as_list(value))]
-    return flags
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield every string inside a value of a YAML file."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(item)
-
-
-def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
-    """Find the steps that each one needs, whose directories its settings name, and the files that it reads."""
-    problems, connected = [], []
-    writers: dict[Path, str] = {}
-    for step in steps:
-        needs, files = [], []
-        # An untrained model does not read the data of the pretraining whose file it shares.
-        unread = ("output_dir", "dataset_name") if step.stage.file_of else ("output_dir",)
-        named = [(key, text) for key, value in step.values.items() if key not in unread for text in _strings(value)]
-        for key, text in named:
-            path = Path(text)
-            if not path.is_relative_to(home):
-                files += [path] if _names_file(key, text) else []
-                continue
-            # A file inside of a step's directory, such as `runs/pocket/data/README.md`, is of the step as well.
-            directory = run_dir.joinpath(*path.relative_to(home).parts[:1])
-            if directory in (run_dir, step.output):
-                continue
-            if directory in writers:
-                needs.append(writers[directory])
-            elif os.path.exists(text):
-                files.append(path)
-            else:
-                problems.append(Problem(f"{step.name}: {key}", text, "no earlier step of this recipe writes it"))
-        connected.append(replace(step, needs=tuple(dict.fromkeys(needs)), files=tuple(files)))
-        writers[step.output] = step.name
+    launch.quiet_libraries()
+    path = launch_file(args)
+    problems = [problem] if (problem := check_launch_file(path)) else []
+    for name in ("num_processes", "gpu_memory", "tflops", "price", "mfu"):
+        if (value := getattr(args, name)) is not None and not 0 < value <= (1 if name == "mfu" else math.inf):
+            problems.append(Problem(f"--{name}", value, "must be above 0, and --mfu at most 1"))
     if problems:
         raise UserError(*problems)
-    return connected
-
-
-def _names_file(key: str, text: str) -> bool:
-    """Return whether a setting names a file or folder on this disk, other than a folder around the runs."""
-    named = key.endswith(("_name", "_path", "_file", "_files", "_dir")) or os.sep in text
-    return named and os.path.exists(text) and not Path.cwd().is_relative_to(os.path.realpath(text))
-
-
-def _evaluation_settings(folder: Path, steps: Sequence[Step], home: Path) -> dict[str, Any]:
-    """Return the settings of all evaluations: evaluate.yaml, completed with what the stages read."""
-    file = folder / EVALUATE
-    content = relocate(read_yaml(str(file)), home, home) if file.exists() else {}
-    settings = complete(content, derive([(step.output.name, step.kind, step.values) for step in steps], home))
-
-    problems = []
-    written = [home / step.output.name for step in steps]
-    for key in ("judge", *HELD_OUT):
-        named = content.get(key)
-        text = named.get("dataset_name") if isinstance(named, Mapping) else named
-        if not isinstance(text, str) or not Path(text).is_relative_to(home) or Path(text) == home:
-            continue
-        if not any(Path(text).is_relative_to(output) for output in written) and not os.path.exists(text):
-            problems.append(Problem(f"{EVALUATE}: {key}", text, "no step of this recipe writes it"))
-    known = [step.output.name for step in steps if step.stage.measured]
-    if settings["base"]:
-        known.append(BASE)
-    against = content.get("against")
-    if against is not None and against not in known:
-        problems.append(Problem(f"{EVALUATE}: against", against, f"no such stage; choose from: {', '.join(known)}"))
-    if problems:
+    processes, sharded = args.num_processes or read_yaml(path).get("num_processes") or 1, shards(path)
+    steps = override_steps([step for step in read_plan(args.recipe).steps if step.stage.module], args.overrides)
+    problems = check_steps(steps, rewards=False)
+    if (processor := hardware.find_processor(args.gpu, args.tflops, args.gpu_memory, processes)) is None:
+        remedy = f"is not known; give --tflops and --gpu_memory, or choose from: {', '.join(hardware.CARDS)}"
+        problems.append(Problem("--gpu", args.gpu, remedy))
+    if processor is None or problems:
         raise UserError(*problems)
-    return settings
-
-
-def _in_order(steps: Sequence[Step], settings: Mapping[str, Any]) -> list[Step | str]:
-    """Return the steps and, after them, the stages that are measured: the model that the first one starts from, too."""
-    order: list[Step | str] = []
+    made: dict[str, Any] = {}
+    entries = {}
     for step in steps:
-        # A model of the Hub is measured once, before the first stage that starts from it.
-        starts = bool(settings["base"]) and step.values.get("model_name_or_path") == settings["base"]
-        if starts and BASE not in order:
-            order.append(BASE)
-        order.append(step)
-        if step.stage.measured:
-            order.append(step.output.name)
-
-    # The opponent is measured when the judge is trained, because its baselines need the judge.
-    against, judge = settings["against"], Path(str(settings["judge"]))
-    if judge.parent == Path(settings["home"]) and judge.name in order and against in order:
-        trained = order.index(judge.name) - 1
-        if order.index(against) < trained:
-            order.remove(against)
-            order.insert(trained, against)
-    return order
+        try:
+            stage = read_stage(step, made, processes, sharded and not step.stage.has_critic, full=not processor.half)
+        except UserError as error:
+            raise UserError(*(replace(p, field=f"{step.name}: {p.field}") for p in error.problems)) from None
+        if stage is not None:
+            print(f"planning {stage.name} ...", file=sys.stderr, flush=True)
+            entries[stage.name] = _entry(stage, processor, args, sharded)
+    if args.json:
+        print(json.dumps({"stages": entries, "fits": all(entry["fits"] for entry in entries.values())}, indent=2))
+    else:
+        _show(f"{args.recipe} on {processes} x {processor}", entries, args)
+    return 0
 
 
-def _evaluation(
-    stage: str, before: Sequence[Step], run_dir: Path, settings: Mapping[str, Any], seed: int | None, smoke: bool
-) -> Step:
-    """Return the step that measures a stage on the run's data and against the stage that others are compared with."""
-    overrides = smoke_overrides("evaluate", settings) if smoke else {}
-    if seed is not None:
-        overrides["seed"] = seed
-    own = [step for step in before if step.output == run_dir / stage]
-    scores = any(not step.stage.generates for step in own)
+def _entry(stage: Stage, processor: Processor, args: argparse.Namespace, sharded: bool) -> dict[str, Any]:
+    """Return the figures of a stage, as `--json` prints them."""
+    from pipeline.training.checks import disk_bytes
 
-    # What it reads: the judge, held-out data and, for the model that the first stage starts from, that model.
-    sources = [settings[key] for key in HELD_OUT if isinstance(settings.get(key), Mapping)]
-    named = [settings.get("judge"), *(source.get("dataset_name") for source in sources)]
-    named += [settings["base"]] if stage == BASE else []
-    paths = {Path(name) for name in named if isinstance(name, str)}
-    # Only reward models are measured on people's votes, which may become more at any time.
-    paths = {path for path in paths if scores or path.name != VOTES}
-    home = Path(settings["home"])
-    written = {run_dir / path.relative_to(home) for path in paths if path.is_relative_to(home)}
-    files = {p for p in paths if not p.is_relative_to(home) and _names_file("dataset_name", str(p))}
-    votes = run_dir / VOTES / VOTES_FILE
-    if scores and (votes.is_file() or any(step.stage.by_people for step in before)):
-        files.add(votes)
+    speed = args.mfu * ((processor.half if stage.size == 2 else None) or processor.single)
+    hours = (flops(stage) / (stage.processes * speed) + sampling_seconds(stage)) / 3600
+    parts = {part: round(size) for part, size in memory(stage).items()}
+    total = sum(parts.values())
+    advised = ["PPO refuses to be sharded; run it apart, with another launch file"] * (sharded and not stage.sharded)
+    advised += [advice(stage, processor.memory)] if total > processor.memory else []
+    return {
+        "parameters": stage.model.num_parameters(),
+        "tokens": round(rows(stage) * row_length(stage)),
+        "flops": flops(stage),
+        "memory_bytes": {**parts, "total": total},
+        "disk_bytes": disk_bytes(stage.trained, stage.trained, stage.own)[1] if stage.trained else 0,
+        "hours": hours,
+        "sampling_hours": sampling_seconds(stage) / 3600,
+        "cost": None if args.price is None else hours * stage.processes * args.price,
+        "fits": total <= processor.memory,
+        "advice": "; ".join(advised),
+    }
 
-    # Whatever it reads of the run comes first: all data, the opponent, and the model that it measures.
-    needs = []
-    for step in before:
-        makes_data = step.stage.editable and not step.stage.by_people
-        if makes_data or step.kind == OPPONENT or step.output in written:
-            needs.append(step.name)
-    needs += [step.name for step in own]
-    results = run_dir / "evaluations" / stage
-    return Step(
-        name=f"evaluate_{stage}",
-        kind="evaluate",
-        arguments=("evaluate", str(run_dir), "--stage", stage, *_flags(overrides)),
-        output=results.parent,
-        leftovers=(results.with_suffix(".json"), results.with_suffix(".jsonl")),
-        values={**settings, **overrides},
-        needs=tuple(dict.fromkeys(needs)),
-        files=tuple(sorted(files)),
-    )
+
+def _show(title: str, entries: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print a table of the stages, what is assumed, memory by part, and what makes those fit that do not."""
+    sums = {key: sum(entry[key] or 0 for entry in entries.values()) for key in ("disk_bytes", "hours", "cost")}
+    row = "{:14} {:>10} {:>7} {:>8} {:>6} {:>8} {:>11} {:>11} {:>8}"
+    print(title)
+    print(row.format("stage", "parameters", "tokens", "FLOPs", "GB", "disk GB", "time", "sampling", "cost"))
+    for name, entry in {**entries, "in all": sums}.items():
+        counts = (short_count(entry[key]) if key in entry else "" for key in ("parameters", "tokens", "flops"))
+        sizes = (entry.get("memory_bytes", {}).get("total"), entry["disk_bytes"])
+        gigabytes = (f"{size / 1e9:.2f}" if size else "" for size in sizes)
+        times = (time_in_words(3600 * entry[key]) if entry.get(key) else "" for key in ("hours", "sampling_hours"))
+        print(row.format(name, *counts, *gigabytes, *times, f"{entry['cost']:.2f}" if args.price else "-"))
+    print(ASSUMED.format(mfu=args.mfu), "GB of one process, by part:", sep="\n")
+    for name, entry in entries.items():
+        parts = (f"{part} {size / 1e9:.2f}" for part, size in entry["memory_bytes"].items() if size and part != "total")
+        print(f"{name:14} {', '.join(parts)}")
+        if entry["advice"]:
+            print(f"{'':14} {'' if entry['fits'] else 'does not fit; '}{entry['advice']}")

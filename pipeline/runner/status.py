@@ -16,7 +16,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import is_locked
 from pipeline.progress import duration
 from pipeline.runner.due import Decision, decide
-from pipeline.runner.plan import read_plan
+from pipeline.runner.recipe import read_plan
 from pipeline.runner.records import RunRecord, measured_seconds
 from pipeline.runner.steps import Step
 

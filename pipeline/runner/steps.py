@@ -15,14 +15,11 @@ from typing import Any
 from pipeline.config.fields import unknown_field
 from pipeline.errors import Problem, UserError
 from pipeline.files import as_list, holds_model, is_missing_path
-from pipeline.stages import STAGES, StageKind
+from pipeline.stages import SMOKE_EVALUATION, STAGES, StageKind
 
 REPORT = "report"
 INPUTS = ("model_name_or_path", "dataset_name")
 """Fields without which a step has nothing to start from."""
-
-SMOKE_EVALUATION: Mapping[str, Any] = {"limit": 8, "max_new_tokens": 16}
-"""What `--smoke` changes in evaluations; `STAGES` has what it changes in the other steps."""
 
 LIMITS = ("size_mb", "block_size", "min_votes", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
 """Limits, like all fields that begin with `max_`. A recipe's own value is kept if it is lower."""

@@ -103,7 +103,7 @@ class PretrainTrainer(Reliable):
         self.router_losses = router_losses
         self._routers = routers(self.model) if any(router_losses) else []
         if isinstance(self.train_dataset, PackedStream):
-            # A stream goes on at its place by itself. transformers would read and drop the batches before it.
+            # A stream resumes at its own place. transformers would first read and discard all batches before it.
             self.args.ignore_data_skip = True
             if self.args.dataloader_num_workers and self.is_world_process_zero():
                 logger.warning(

@@ -10,7 +10,7 @@ before it saves. Here, the end of a step with a checkpoint and an evaluation loo
     training        |        |       | (wait for the thread) | evaluate | replace trainer_state.json | step N + 1 ...
 
 What a checkpoint contains besides the files of transformers is a list of parts (`Part`). How its folder is validated
-stands in `pipeline.training.checkpoints`. Nothing else takes part in writing checkpoints.
+stands in `pipeline.training.checkpoint_folders`. Nothing else takes part in writing checkpoints.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pipeline.files import read_json, replace_folder
 from pipeline.models.patches import record_rows
 from pipeline.models.weights import RenamedWeights
 from pipeline.training.callbacks import sum_over_processes
-from pipeline.training.checkpoints import (
+from pipeline.training.checkpoint_folders import (
     MANIFEST,
     STATE,
     UNFINISHED,

@@ -33,7 +33,7 @@ from pipeline.hub.checkpoints import fetch_checkpoints
 from pipeline.hub.repositories import BASE
 from pipeline.models.adapters import MERGED
 from pipeline.training.callbacks import InterruptCallback, ReportCallback, RouterCallback, ThroughputCallback
-from pipeline.training.checkpoints import (
+from pipeline.training.checkpoint_folders import (
     MANIFEST,
     STATE,
     UNFINISHED,
@@ -87,7 +87,7 @@ def train_and_save(trainer: Reliable) -> None:
     """
     launch.check_active(trainer)
     args, name = trainer.args, trainer.args.resume_from_checkpoint
-    # A name that is not a folder is a checkpoint on the Hub, which comes with the best one so far.
+    # A name that is not a folder is a checkpoint on the Hub. The best one so far is downloaded with it.
     fetched = fetch_checkpoints(name, "resume_from_checkpoint") if name and not os.path.isdir(name) else []
     named = fetched or ([Path(name)] if name else [])
     checkpoint = named[0] if named else None
@@ -219,7 +219,7 @@ def _name_base(trainer: Reliable) -> None:
         with files.write_folder(base) as folder, cache_enabled(model):
             # Its frozen weights may have been converted for training.
             copy.deepcopy(model).unload().to(model.config.dtype).save_pretrained(folder)
-            # TRL loads an adapted reward model with the tokenizer of its base model.
+            # TRL looks for the tokenizer of an adapted reward model in the folder of its base model.
             trainer.processing_class.save_pretrained(folder)
     adapted_models = [model]
     if hasattr(trainer, "value_model"):

@@ -23,7 +23,7 @@ from pipeline.app.site import Site
 from pipeline.app.voting import routes
 from pipeline.errors import EXIT_WAITING
 from pipeline.runner.due import decide
-from pipeline.runner.plan import read_plan
+from pipeline.runner.recipe import read_plan
 from pipeline.runner.records import RunRecord
 from pipeline.runner.status import show
 from tests import ppo_toy as toy

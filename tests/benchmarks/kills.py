@@ -179,7 +179,7 @@ class Trial:
 
     def _damage(self, output: Path) -> None:
         """Damage the newest checkpoint, if one exists."""
-        from pipeline.training.checkpoints import checkpoints
+        from pipeline.training.checkpoint_folders import checkpoints
 
         found = checkpoints(output)
         if not found:

@@ -13,7 +13,7 @@ from small_model import save_model
 
 from pipeline.__main__ import main
 from pipeline.runner import warm
-from pipeline.runner.plan import read_plan
+from pipeline.runner.recipe import read_plan
 from pipeline.runner.records import RunRecord
 from pipeline.stages import STAGES
 from tests.hub.hub_server import Hub

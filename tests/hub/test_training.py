@@ -18,7 +18,7 @@ from small_model import ROOT, equal, recipe_command, weights
 from transformers import TrainingArguments
 
 from pipeline.__main__ import main
-from pipeline.training.checkpoints import validate_checkpoint
+from pipeline.training.checkpoint_folders import validate_checkpoint
 from pipeline.training.checks import preflight
 from pipeline.training.entry import run
 from recipes import sft

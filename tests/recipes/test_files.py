@@ -14,7 +14,7 @@ from small_model import ROOT
 
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
-from pipeline.runner.plan import read_plan
+from pipeline.runner.recipe import read_plan
 from pipeline.runner.steps import smoke_overrides
 from pipeline.stages import STAGES
 

@@ -16,7 +16,7 @@ from pipeline.evaluation.results import StageResult
 from pipeline.report.curves import Chart, Series, charts_of, overlay
 from pipeline.report.differences import differences, paired
 from pipeline.report.load import Run, load_run
-from pipeline.report.stage_names import stage_order, step_order
+from pipeline.report.stage_order import stage_order, step_order
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart, ticks
 from pipeline.report.tables import experts
@@ -134,8 +134,8 @@ def test_stages_are_in_the_order_of_training() -> None:
 
 
 def test_steps_are_in_the_order_of_the_run() -> None:
-    names = ["evaluate_2_sft", "3_reward", "2_sft", "3_preferences", "tokenizer", "evaluate_0_random"]
-    expected = ["tokenizer", "evaluate_0_random", "2_sft", "evaluate_2_sft", "3_preferences", "3_reward"]
+    names = ["report", "evaluate_2_sft", "3_reward", "2_sft", "3_preferences", "0_tokenizer", "0_random", "0_data"]
+    expected = ["0_data", "0_tokenizer", "0_random", "2_sft", "evaluate_2_sft", "3_preferences", "3_reward", "report"]
     assert sorted(names, key=step_order) == expected
 
 

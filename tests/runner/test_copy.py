@@ -11,7 +11,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.config.recipe_folder import find_shipped
 from pipeline.runner.copy_recipe import shipped_recipes
-from pipeline.runner.plan import read_plan
+from pipeline.runner.recipe import read_plan
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ import yaml
 
 from pipeline.__main__ import main
 from pipeline.runner import warm
-from pipeline.runner.plan import read_plan
+from pipeline.runner.recipe import read_plan
 from pipeline.runner.steps import Step
 from pipeline.stages import STAGES
 

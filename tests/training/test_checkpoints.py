@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, TrainerCallback, TrainingArguments
 
-import pipeline.training.checkpoints as folders
+import pipeline.training.checkpoint_folders as folders
 import pipeline.training.reliable as module
 from pipeline.errors import RunStopped, UserError
-from pipeline.training.checkpoints import checkpoints, newest_complete, validate_checkpoint, write_manifest
+from pipeline.training.checkpoint_folders import checkpoints, newest_complete, validate_checkpoint, write_manifest
 from pipeline.training.checks import check_length
 from pipeline.training.reliable import Reliable
 from pipeline.training.train import _train as train

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from small_model import ROOT, equal, recipe_command, run_recipe, weights
 
-from pipeline.training.checkpoints import newest_complete
+from pipeline.training.checkpoint_folders import newest_complete
 
 SIZE = 16 << 20
 LEFT = 64 << 10

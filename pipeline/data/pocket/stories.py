@@ -53,7 +53,7 @@ class Story:
 
 
 def split_of(name_index: int, thing_index: int) -> SplitName:
-    """Return the split whose stories may combine this person with this thing."""
+    """Return the split whose stories may combine the person and the thing with these indices."""
     residue = (name_index + 3 * thing_index) % 8
     return "test" if residue == 0 else "validation" if residue == 4 else "train"
 

@@ -202,7 +202,7 @@ class Candidate(Peer):
 
     @staticmethod
     def items(following: Callable[[], Any]) -> Iterator[Any]:
-        """Yield the items of an iterator of the test."""
+        """Iterate over an iterator that lives in the examiner, where `following` takes the next item."""
         while True:
             try:
                 item = following()

@@ -34,6 +34,7 @@ allow_unconfined = False
 CHILD = Path(__file__).with_name("child.py")
 
 CODE_CHARACTERS = 200_000
+CODE_SECONDS = 2.0
 OUTPUT_BYTES = 16_384
 DIRECTORY_BYTES = 8 << 20
 DIRECTORY_FILES = 64
@@ -97,7 +98,7 @@ def _validate_sandbox(allowed: bool) -> str | None:
     return None
 
 
-def run_code(code: str, test: str, *, seconds: float = 2.0, memory_mb: int = 256) -> Outcome:
+def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = 256) -> Outcome:
     """Run `code`, then `test`. Whatever the code does, this function returns.
 
     Args:
@@ -121,7 +122,7 @@ def run_code(code: str, test: str, *, seconds: float = 2.0, memory_mb: int = 256
 
 
 def run_many(
-    pairs: Sequence[tuple[str, str]], *, seconds: float = 2.0, memory_mb: int = 256, workers: int | None = None
+    pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = 256, workers: int | None = None
 ) -> list[Outcome]:
     """Call `run_code` on pairs of code and test, in order, `workers` at a time (default: this rank's share of cores).
 

@@ -36,15 +36,10 @@ def stage_order(stage: str) -> tuple[int, int, str]:
     """Sort stages by the number of their directory, then by the order of training."""
     number = re.match(r"\d+", stage)
     kind = stage_kind(stage)
-    # Steps without a name, such as the one that makes data, come after the stages of the same number.
-    known = [name for name, info in STAGES.items() if info.name]
-    rank = known.index(kind) if kind in known else len(known)
+    rank = list(STAGES).index(kind) if kind in STAGES else len(STAGES)
     return int(number.group()) if number else 1000, rank, stage
 
 
-def step_order(step: str) -> tuple[int, int, str]:
+def step_order(step: str) -> tuple[int, int, str, bool]:
     """Sort the steps of a run: making data comes first, then the stages, each followed by its evaluation."""
-    stage = step.removeprefix(EVALUATE)
-    # Steps without a number, which make data and tokenizers, come first.
-    number, rank, _ = stage_order(stage) if stage[:1].isdigit() else (-1, 0, "")
-    return number, rank, step
+    return *stage_order(step.removeprefix(EVALUATE)), step.startswith(EVALUATE)

@@ -1,0 +1,419 @@
+"""Read a recipe folder: the steps of its YAML files, and those that follow from them.
+
+A recipe names its paths in one directory, its `home`; `--output_dir` and `--smoke` write to another one, the `run_dir`:
+
+    2_sft.yaml    output_dir: runs/pocket/2_sft                    home     runs/pocket
+                  model_name_or_path: runs/pocket/1_pretrain       needs    1_pretrain, which writes there
+    --smoke       --output_dir runs/pocket-smoke/2_sft ...         run_dir  runs/pocket-smoke
+
+The settings of a step keep the paths of its file, so that two runs of a recipe in different directories have the same
+settings. The arguments of its command, and `output`, have the paths of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.recipe_folder import find_shipped
+from pipeline.config.yaml_file import read_yaml
+from pipeline.data.votes import VOTES_FILE
+from pipeline.errors import Problem, UserError
+from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive
+from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
+from pipeline.files import as_list, check_directory, check_path, read_json, relocate, split_revision
+from pipeline.runner.steps import REPORT, Step, smoke_overrides
+from pipeline.runner.trash import TRASH
+from pipeline.stages import HELD_OUT, OPPONENT, STAGES
+
+RANDOM = STAGES["random"].directory
+RESERVED = ("report", "evaluations", "logs", VOTES, RANDOM, BASE, "run.json", "run.lock", TRASH)
+"""Names in the directory of a run that no step may write to unless its kind has this name for its directory."""
+
+Configurations = Mapping[str, tuple[Path, Mapping[str, Any]]]
+"""Path and content of each step's file, by its stem."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run and where it writes.
+
+    Attributes:
+        steps: The steps, each after all that it needs.
+        run_dir: Directory of the run.
+        seed: Seed of the steps, None if no configuration names one.
+    """
+
+    steps: tuple[Step, ...]
+    run_dir: Path
+    seed: int | None
+
+
+def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = None, smoke: bool = False) -> Plan:
+    """Read the steps of a recipe folder.
+
+    Args:
+        folder: Folder with files named `<number>_<kind>.yaml` or `<number>_<kind>_<anything>.yaml`, or the name of one
+            that is installed with the package, such as pocket.
+        output_dir: Directory of the run. Default: the one in which the files' `output_dir` lie; for a smoke run,
+            that name with `-smoke` appended.
+        seed: Seed of every step. Default: each step's own.
+        smoke: Whether every stage takes two steps on a miniature.
+
+    Returns:
+        The plan: the steps of the files, an untrained model before the first pretraining, the evaluation of every model
+        after it (of the opponent: after a judge that a step trains) and of one that the first stage starts from, and
+        the report.
+
+    Raises:
+        UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.
+    """
+    folder = find_shipped(folder)
+    files = _read_folder(folder)
+    home = _common_home(folder, files)
+    run_dir = output_dir or (home.with_name(home.name + "-smoke") if smoke else home)
+    _check_run_dir(run_dir, folder)
+
+    steps: list[Step] = []
+    for stem, (path, written) in files.items():
+        # `runs/pocket/2_sft/` and `runs/pocket/2_sft` are the same.
+        values = relocate(written, home, home)
+        kind = _kind_of(stem)
+        from_scratch = STAGES[kind].from_scratch and not values.get("model_name_or_path")
+        # A second pretraining starts from the same random weights, of another architecture.
+        if from_scratch and RANDOM not in [step.name for step in steps]:
+            untrained = {**values, "output_dir": str(home / RANDOM)}
+            steps.append(_step(RANDOM, "random", path, untrained, home, run_dir, seed, smoke))
+        steps.append(_step(stem, kind, path, values, home, run_dir, seed, smoke))
+    steps = _connect(steps, home, run_dir)
+
+    settings = _evaluation_settings(folder, steps, home)
+    planned: list[Step] = []
+    for item in _in_order(steps, settings):
+        step = item if isinstance(item, Step) else _evaluation(item, planned, run_dir, settings, seed, smoke)
+        planned.append(step)
+
+    # People may correct data by hand. Then the steps that read the data are due, and the step that made them is not.
+    editable = {step.name: step.output for step in steps if step.stage.editable}
+    for place, step in enumerate(planned):
+        planned[place] = replace(step, data={need: editable[need] for need in step.needs if need in editable})
+
+    names = tuple(step.name for step in planned)
+    planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
+    if problems := list(filter(None, map(check_path, _outputs(planned, run_dir)))):
+        raise UserError(*problems)
+    if seed is None:
+        # The record of the run names one seed: the first that a file names.
+        seeds = (values["seed"] for _, values in files.values() if isinstance(values.get("seed"), int))
+        seed = next(seeds, None)
+    return Plan(tuple(planned), run_dir, seed)
+
+
+def check_writable(plan: Plan) -> list[Problem]:
+    """Report directories of a run that may not be written to."""
+    if problem := check_directory(plan.run_dir):
+        return [problem]
+    return list(filter(None, map(check_directory, _outputs(plan.steps, plan.run_dir))))
+
+
+def _outputs(steps: Iterable[Step], run_dir: Path) -> list[Path]:
+    """Return every directory that a run writes, each once."""
+    return list(dict.fromkeys([*(step.output for step in steps), run_dir / "logs"]))
+
+
+def _kind_of(stem: str) -> str:
+    return stem.split("_")[1]
+
+
+def _read_folder(folder: Path) -> Configurations:
+    """Return the steps' files in the order in which the steps run."""
+    remedy = "give a folder with files such as 2_sft.yaml"
+    try:
+        files = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name))
+    except FileNotFoundError:
+        raise UserError(Problem("recipe", folder, f"does not exist; {remedy}")) from None
+    except OSError as error:
+        raise UserError(Problem("recipe", folder, f"cannot be read ({error.strerror}); {remedy}")) from error
+    if not files:
+        raise UserError(Problem("recipe", folder, f"does not contain a step; {remedy}"))
+
+    problems = []
+    order = [name for name, stage in STAGES.items() if stage.module]
+    read: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in files:
+        kind = _kind_of(path.stem)
+        if kind not in order:
+            problems.append(Problem("recipe", path, f"unknown kind of step; choose from: {', '.join(order)}"))
+            continue
+        try:
+            content = read_yaml(str(path))
+        except UserError as error:
+            problems += [replace(problem, field="recipe") for problem in error.problems]
+            continue
+        # The directories of the runner and of a few kinds have fixed names, so that others find them.
+        output_dir, own_name = content.get("output_dir"), STAGES[kind].directory
+        if not isinstance(output_dir, str):
+            problems.append(Problem("output_dir", path, "must name the directory that this step writes"))
+        elif output_dir.startswith("~"):
+            problems.append(Problem("output_dir", output_dir, f"write it without ~ in {path}"))
+        elif (name := Path(output_dir).name).casefold() in RESERVED and own_name != name:
+            problems.append(Problem("output_dir", output_dir, f"the runner writes there itself; rename it in {path}"))
+        elif own_name not in ("", name):
+            problems.append(Problem("output_dir", output_dir, f"must end in {own_name}; rename it in {path}"))
+        elif path.stem in read:
+            problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one of them"))
+        read.setdefault(path.stem, (path, {str(key): value for key, value in content.items()}))
+    if problems:
+        raise UserError(*problems)
+    # Steps of the same number run in the order of `STAGES`: 3_reward before 3_ppo.
+    stems = sorted(read, key=lambda stem: (int(stem.split("_")[0]), order.index(_kind_of(stem)), stem))
+    return {stem: read[stem] for stem in stems}
+
+
+def _common_home(folder: Path, files: Configurations) -> Path:
+    """Return the directory in which all steps write; each must have a directory of its own there."""
+    writers: dict[Path, str] = {}
+    for stem, (path, values) in files.items():
+        output = Path(values["output_dir"])
+        if {output.name, output.parent.name} & {"", ".."}:
+            remedy = f"must lie in a directory of the run; write runs/NAME/{stem} in {path}"
+            raise UserError(Problem("output_dir", output, remedy))
+        if (twin := writers.setdefault(output, stem)) != stem:
+            raise UserError(Problem("output_dir", output, f"{twin} and {stem} would write there; give each its own"))
+    # One lock, one record and one report belong to a run, so that a recipe cannot write to two.
+    homes = {output.parent for output in writers}
+    if len(homes) > 1:
+        remedy = f"the steps write to several runs ({', '.join(sorted(map(str, homes)))}); use one directory for all"
+        raise UserError(Problem("output_dir", folder, remedy))
+    return homes.pop()
+
+
+def _check_run_dir(run_dir: Path, folder: Path) -> None:
+    """Refuse a directory that contains more than a run, or that cannot be created."""
+    if problem := check_path(run_dir):
+        raise UserError(problem)
+    # A link is followed, because what matters is which files the run would be written among.
+    real = Path(os.path.realpath(run_dir))
+    project = Path(__file__).parents[2]
+    remedy = ""
+    if str(run_dir).startswith("~"):
+        remedy = "write it without quotes, which keep ~ from its meaning"
+    elif (run_dir / "config.json").exists():
+        remedy = "is the directory of a model; choose another directory"
+    elif Path.cwd().is_relative_to(real):
+        remedy = "is or contains the current directory; choose a directory of its own, such as runs/mine"
+    elif project.resolve().is_relative_to(real):
+        remedy = "is or contains the project itself; choose a directory of its own, such as runs/mine"
+    elif folder.resolve() == real:
+        remedy = "is the recipe folder; choose another directory"
+    if remedy:
+        raise UserError(Problem("output_dir", run_dir, remedy))
+
+
+def check_of_recipe(run_dir: Path, recipe: Path) -> Problem | None:
+    """Refuse a directory that a recipe of the Hub has chosen, unless it is new or was made by this recipe before."""
+    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+        return None
+    name, _ = split_revision(recipe.as_posix())
+    for record in (run_dir / "run.json", *run_dir.glob("seed*/run.json")):
+        if split_revision(str(read_json(record).get("recipe")))[0] == name:
+            return None
+    return Problem("output_dir", run_dir, f"is not a run of {name}, which may only write to its own; give --output_dir")
+
+
+def _step(
+    name: str,
+    kind: str,
+    path: Path,
+    values: Mapping[str, Any],
+    home: Path,
+    run_dir: Path,
+    seed: int | None,
+    smoke: bool,
+) -> Step:
+    """Return the step of the file `path`, which writes to `run_dir`; `values` has paths in `home`."""
+    stage, output = STAGES[kind], run_dir / Path(values["output_dir"]).name
+    overrides = smoke_overrides(kind, values) if smoke else {}
+    if seed is not None and stage.seeded:
+        overrides["seed"] = seed
+    values = {**values, **overrides}
+
+    # Options of the command line override what the file says.
+    options = dict(overrides)
+    if run_dir != home:
+        options |= _moved(name, values, home, run_dir)
+    elif stage.file_of:
+        # The file that it shares names the directory of another step.
+        options = {"output_dir": values["output_dir"], **overrides}
+    return Step(
+        name=name,
+        kind=kind,
+        arguments=("--config", str(path), *_flags(options)),
+        output=output,
+        # People's work is never moved or deleted.
+        leftovers=() if stage.by_people else (output,),
+        values=values,
+    )
+
+
+def _moved(step: str, values: Mapping[str, Any], home: Path, run_dir: Path) -> dict[str, Any]:
+    """Return the settings that name a path in `home`, with the same path in `run_dir`."""
+    moved = {}
+    for key, value in values.items():
+        moved[key] = relocate(value, home, run_dir)
+        if moved[key] == value:
+            del moved[key]
+        elif not all(isinstance(item, str) for item in as_list(value)):
+            remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
+            raise UserError(Problem(f"{step}: {key}", value, remedy))
+    return moved
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    """Return settings as words of a command line."""
+    flags = []
+    for key, value in options.items():
+        flags += [f"--{key}", *map(str, as_list(value))]
+    return flags
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every string inside a value of a YAML file."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
+
+
+def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
+    """Find the steps that each one needs, whose directories its settings name, and the files that it reads."""
+    problems, connected = [], []
+    writers: dict[Path, str] = {}
+    for step in steps:
+        needs, files = [], []
+        # An untrained model does not read the data of the pretraining whose file it shares.
+        unread = ("output_dir", "dataset_name") if step.stage.file_of else ("output_dir",)
+        named = [(key, text) for key, value in step.values.items() if key not in unread for text in _strings(value)]
+        for key, text in named:
+            path = Path(text)
+            if not path.is_relative_to(home):
+                files += [path] if _names_file(key, text) else []
+                continue
+            # A file inside of a step's directory, such as `runs/pocket/data/README.md`, is of the step as well.
+            directory = run_dir.joinpath(*path.relative_to(home).parts[:1])
+            if directory in (run_dir, step.output):
+                continue
+            if directory in writers:
+                needs.append(writers[directory])
+            elif os.path.exists(text):
+                files.append(path)
+            else:
+                problems.append(Problem(f"{step.name}: {key}", text, "no earlier step of this recipe writes it"))
+        connected.append(replace(step, needs=tuple(dict.fromkeys(needs)), files=tuple(files)))
+        writers[step.output] = step.name
+    if problems:
+        raise UserError(*problems)
+    return connected
+
+
+def _names_file(key: str, text: str) -> bool:
+    """Return whether a setting names a file or folder on this disk, other than a folder around the runs."""
+    named = key.endswith(("_name", "_path", "_file", "_files", "_dir")) or os.sep in text
+    return named and os.path.exists(text) and not Path.cwd().is_relative_to(os.path.realpath(text))
+
+
+def _evaluation_settings(folder: Path, steps: Sequence[Step], home: Path) -> dict[str, Any]:
+    """Return the settings of all evaluations: evaluate.yaml, completed with what the stages read."""
+    file = folder / EVALUATE
+    content = relocate(read_yaml(str(file)), home, home) if file.exists() else {}
+    settings = complete(content, derive([(step.output.name, step.kind, step.values) for step in steps], home))
+
+    problems = []
+    written = [home / step.output.name for step in steps]
+    for key in ("judge", *HELD_OUT):
+        named = content.get(key)
+        text = named.get("dataset_name") if isinstance(named, Mapping) else named
+        if not isinstance(text, str) or not Path(text).is_relative_to(home) or Path(text) == home:
+            continue
+        if not any(Path(text).is_relative_to(output) for output in written) and not os.path.exists(text):
+            problems.append(Problem(f"{EVALUATE}: {key}", text, "no step of this recipe writes it"))
+    known = [step.output.name for step in steps if step.stage.measured]
+    if settings["base"]:
+        known.append(BASE)
+    against = content.get("against")
+    if against is not None and against not in known:
+        problems.append(Problem(f"{EVALUATE}: against", against, f"no such stage; choose from: {', '.join(known)}"))
+    if problems:
+        raise UserError(*problems)
+    return settings
+
+
+def _in_order(steps: Sequence[Step], settings: Mapping[str, Any]) -> list[Step | str]:
+    """Return the steps and, after them, the stages that are measured: the model that the first one starts from, too."""
+    order: list[Step | str] = []
+    for step in steps:
+        # A model of the Hub is measured once, before the first stage that starts from it.
+        starts = bool(settings["base"]) and step.values.get("model_name_or_path") == settings["base"]
+        if starts and BASE not in order:
+            order.append(BASE)
+        order.append(step)
+        if step.stage.measured:
+            order.append(step.output.name)
+
+    # The opponent is measured when the judge is trained, because its baselines need the judge.
+    against, judge = settings["against"], Path(str(settings["judge"]))
+    if judge.parent == Path(settings["home"]) and judge.name in order and against in order:
+        trained = order.index(judge.name) - 1
+        if order.index(against) < trained:
+            order.remove(against)
+            order.insert(trained, against)
+    return order
+
+
+def _evaluation(
+    stage: str, before: Sequence[Step], run_dir: Path, settings: Mapping[str, Any], seed: int | None, smoke: bool
+) -> Step:
+    """Return the step that measures a stage on the run's data and against the stage that others are compared with."""
+    overrides = smoke_overrides("evaluate", settings) if smoke else {}
+    if seed is not None:
+        overrides["seed"] = seed
+    own = [step for step in before if step.output == run_dir / stage]
+    scores = any(not step.stage.generates for step in own)
+
+    # What it reads: the judge, held-out data and, for the model that the first stage starts from, that model.
+    sources = [settings[key] for key in HELD_OUT if isinstance(settings.get(key), Mapping)]
+    named = [settings.get("judge"), *(source.get("dataset_name") for source in sources)]
+    named += [settings["base"]] if stage == BASE else []
+    paths = {Path(name) for name in named if isinstance(name, str)}
+    # Only reward models are measured on people's votes, which may become more at any time.
+    paths = {path for path in paths if scores or path.name != VOTES}
+    home = Path(settings["home"])
+    written = {run_dir / path.relative_to(home) for path in paths if path.is_relative_to(home)}
+    files = {p for p in paths if not p.is_relative_to(home) and _names_file("dataset_name", str(p))}
+    votes = run_dir / VOTES / VOTES_FILE
+    if scores and (votes.is_file() or any(step.stage.by_people for step in before)):
+        files.add(votes)
+
+    # Whatever it reads of the run comes first: all data, the opponent, and the model that it measures.
+    needs = []
+    for step in before:
+        makes_data = step.stage.editable and not step.stage.by_people
+        if makes_data or step.kind == OPPONENT or step.output in written:
+            needs.append(step.name)
+    needs += [step.name for step in own]
+    results = run_dir / "evaluations" / stage
+    return Step(
+        name=f"evaluate_{stage}",
+        kind="evaluate",
+        arguments=("evaluate", str(run_dir), "--stage", stage, *_flags(overrides)),
+        output=results.parent,
+        leftovers=(results.with_suffix(".json"), results.with_suffix(".jsonl")),
+        values={**settings, **overrides},
+        needs=tuple(dict.fromkeys(needs)),
+        files=tuple(sorted(files)),
+    )
