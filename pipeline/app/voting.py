@@ -43,7 +43,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import CHOICES, OTHER, Conflict, Vote, VoteLog, update_data_set
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, VOTES, move, recorded
+from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, VOTES, move, recorded, with_layout
 from pipeline.files import read_json
 from pipeline.models.loading import load_model
 from pipeline.preferences.judges import score
@@ -178,7 +178,7 @@ def load_prompts(site: Site) -> Sequence[Mapping[str, Any]]:
     if site.options.prompts:
         args = DataArguments(dataset_name=site.options.prompts, dataset_config=site.options.prompts_config)
     else:
-        settings = move(recorded(site.run, ""), site.run)
+        settings = with_layout(move(recorded(site.run, ""), site.run), site.run)
         source = settings["trained_on"].get("prompts")
         if not source:
             return ()

@@ -30,6 +30,7 @@ from pipeline.evaluation.evaluate_yaml import (
     defaults,
     move,
     recorded,
+    with_layout,
     without_derived,
 )
 from pipeline.stages import HELD_OUT
@@ -114,7 +115,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
         problems += check_own(run, args.stage, without_derived(settings))
     if problems:
         raise UserError(*problems)
-    moved = move(settings, run)
+    moved = with_layout(move(settings, run), run)
     named = {"--stage": args.stage, "--against": args.against}
     check_stages(run, {option: stage for option, stage in named.items() if stage is not None}, moved)
     if moved["lm_eval_tasks"]:

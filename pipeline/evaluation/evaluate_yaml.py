@@ -270,6 +270,23 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
     return complete(found, derive(stages, home) | known)
 
 
+def with_layout(settings: Values, run: Path) -> dict[str, Any]:
+    """Add what RUN has and the settings do not name, where stages are typed by hand and later ones have not run yet.
+
+    That is data in RUN/data, as `recipes.data` writes it, in RUN/3_preferences, and a stage to compare with.
+    """
+    found: dict[str, Any] = {
+        key: {"dataset_name": str(run / "data"), "dataset_config": held_out.config}
+        for key, held_out in HELD_OUT.items()
+        if held_out.config and (run / "data" / held_out.config / "test.parquet").is_file()
+    }
+    if (run / "3_preferences" / "test.parquet").is_file():
+        found["pairs"] = {"dataset_name": str(run / "3_preferences")}
+    opponents = (path.parent.name for path in run.glob(f"[0-9]*_{OPPONENT}*/*.json"))
+    against = settings["against"] or max(opponents, default=None)
+    return {**found, **settings, "trained_on": found | settings["trained_on"], "against": against}
+
+
 def check(settings: Values, prefix: str = "") -> list[Problem]:
     """Check completed settings: the keys of `evaluate.yaml`, and what can be seen of its data and its judge.
 

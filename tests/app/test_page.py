@@ -236,7 +236,9 @@ def test_a_prompt_is_sent_by_keyboard_alone(browser: Any, page: str) -> None:
 
 def test_a_rollout_is_watched_step_by_step(browser: Any, page: str) -> None:
     visit(browser, page)
-    browser.find_element(By.ID, "rollout-another").click()
+    # The sections below the report appear after it.
+    (another,) = until(browser, lambda: browser.find_elements(By.ID, "rollout-another"))
+    another.click()
     field = browser.find_element(By.CSS_SELECTOR, "#rollout-prompt textarea")
     until(browser, lambda: field.get_property("value").startswith("What is"))
     browser.find_element(By.ID, "rollout-go").click()

@@ -56,23 +56,10 @@ def write_data(run):
     )
 
 
-STAGES = {"1_pretrain": "pretrain", "2_sft": "sft", "3_ppo": "preferences", "4_grpo": "reasoning", "3_reward": None}
-
-
-def write_arguments(run, stage):
-    """Write what a stage of the run was trained on, as its recipe does."""
-    config = STAGES[stage]
-    values = {"dataset_name": str(run / ("data" if config else "3_preferences")), "dataset_config": config}
-    (run / stage).mkdir(exist_ok=True)
-    (run / stage / "arguments.json").write_text(json.dumps(values))
-
-
 @pytest.fixture
 def run(tmp_path):
     run = tmp_path / "run"
     write_data(run)
-    for stage in STAGES:
-        write_arguments(run, stage)
     small_model.save_model(run / "0_random", seed=0)
     return run
 
@@ -208,15 +195,15 @@ def test_the_baselines_are_measured_beside_the_opponent(run):
 @pytest.mark.parametrize(
     ("removed", "absent"),
     [
-        ("4_grpo/arguments.json", {"elicited", "majority"}),
-        ("data/reasoning/train.parquet", {"majority"}),
-        ("data/preferences/validation.parquet", {"constant"}),
+        ("reasoning/test.parquet", {"elicited", "majority"}),
+        ("reasoning/train.parquet", {"majority"}),
+        ("preferences/validation.parquet", {"constant"}),
     ],
 )
 def test_a_baseline_without_its_data_is_absent(run, removed, absent):
     small_model.save_model(run / "2_sft", seed=1)
     write_training_data(run)
-    (run / removed).unlink()
+    (run / "data" / removed).unlink()
     result, _ = evaluate(run, "2_sft")
     present = {name.split("/")[0] for name in result["metrics"] if "/" in name}
     assert present == {"elicited", "constant", "majority"} - absent
@@ -331,7 +318,6 @@ def test_an_adapter_of_a_reward_model_is_measured_as_the_two_together(run):
     small_model.save_tokenizer(run / "3_reward")
     measured, _ = evaluate(run, "3_reward")
     shutil.rmtree(run / "3_reward")
-    write_arguments(run, "3_reward")
     adapted.merge_and_unload().save_pretrained(run / "3_reward")
     small_model.save_tokenizer(run / "3_reward")
     merged, _ = evaluate(run, "3_reward")

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from pipeline import hardware
 from pipeline.__main__ import main
 from pipeline.app import watch
+from pipeline.app.models import load
 from pipeline.data.pocket.build import PocketArguments, build
 from pipeline.runner.steps import smoke_overrides
 from pipeline.stages import STAGES
@@ -158,5 +159,10 @@ def test_so_do_adapters_and_models_that_are_stored_in_half_precision(data: Path,
     take_two_steps(tmp_path, "ppo", "3_ppo", **LORA, reward_model_path=judge)
     take_two_steps(tmp_path, "grpo", "4_grpo", **LORA, beta=0.1)
     assert "win_rate" in measured(tmp_path, "3_ppo", "--judge", str(tmp_path / "3_reward"))
-    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
-    watch.score(judge, turns, stopped=True)
+    row = {"prompt": [{"role": "user", "content": "What?"}], "answer": "7"}
+    policy, reference = (load(str(tmp_path / stage), stage, "RUN") for stage in ("3_ppo", "2_sft"))
+    ids = policy.encode(row["prompt"])
+    settings = watch.stage_settings(tmp_path, "3_ppo")
+    group = watch.sample_group(policy, ids, settings, 2, seed=0)
+    watch.token_view(policy, reference, tmp_path, "3_ppo", settings, row, ids, group[0])
+    watch.update(policy, reference, watch.stage_settings(tmp_path, "4_grpo"), row, ids, group)
