@@ -413,7 +413,8 @@ STAGES: dict[str, StageKind] = {
                 note="Scores are normalised as in training.",
             ),
             LoggedChart("KL to the initial policy, nats per answer", (("KL", "objective/kl"),)),
-            LoggedChart("Entropy, nats per token", (("entropy", "entropy"),)),
+            # Earlier releases logged it as `policy/entropy_avg`.
+            LoggedChart("Entropy, nats per token", (("entropy", "entropy"), ("entropy", "policy/entropy_avg"))),
             LoggedChart("Answer length, tokens", (("mean", "completions/mean_length"),)),
         ),
         box=Box(

@@ -184,9 +184,10 @@ class Pairs:
 
             # What failed for an earlier visitor may go well now, for instance once the disk has room again.
             self._errors.pop(source, None)
-            if source not in self._wanted:
-                self._queue.put(source)
-            self._wanted[source] = max(AHEAD + pages, self._wanted.get(source, 0))
+            if len(self._stock[source]) < AHEAD + pages:
+                if source not in self._wanted:
+                    self._queue.put(source)
+                self._wanted[source] = max(AHEAD + pages, self._wanted.get(source, 0))
 
             self._changed.wait_for(lambda: ready() or source not in self._wanted, PATIENCE)
             pair = ready()

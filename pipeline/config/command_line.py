@@ -87,7 +87,7 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
             switched_on[name] = on
         elif not words:
             problems.append(Problem(name, "''", f"must be {describe_type(hints[name])}"))
-        elif words == ["null"] and NoneType in kinds:
+        elif NoneType in kinds and (words == ["null"] or (words == ["None"] and str not in kinds and not lists)):
             # This unsets a field of the file.
             given[name] = None
         elif lists and (len(words) > 1 or next(kind for kind in kinds if kind is not NoneType) in lists):

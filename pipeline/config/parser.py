@@ -191,7 +191,7 @@ def _build_checked(
             try:
                 built.append(kind(**own))
             except (UserError, *REFUSALS) as error:
-                refused = _problems_of(error, kind, own, is_expected=bool(problems))
+                refused = _problems_of(error, kind, own, asked, is_expected=bool(problems))
         # A field that is already reported was omitted, and its default is not to be judged.
         problems += [p for p in refused if p.field not in reported and _named_in(p.remedy, reported) is None]
     for item in built:
@@ -201,13 +201,16 @@ def _build_checked(
     return built
 
 
-def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expected: bool) -> list[Problem]:
+def _problems_of(
+    error: Exception, kind: Any, own: Mapping[str, Any], asked: Iterable[str], is_expected: bool
+) -> list[Problem]:
     """Return the problems that a dataclass lists, or its message as the problem of the field that it names.
 
     Args:
         error: What the constructor raised.
         kind: The dataclass.
         own: The values that it was given.
+        asked: Fields that the user gave.
         is_expected: Whether values of the user are missing, so that a message about another field is a consequence.
 
     Raises:
@@ -223,10 +226,22 @@ def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expecte
     quoted = (name for name, value in own.items() if isinstance(value, str) and value and repr(value) in message)
     name = _named_in(message, own) or next(unnamed, None) or next(quoted, None)
     if name is None and not is_expected:
-        name = _named_in(message, field_types(kind))
+        name = _named_in(message, field_types(kind)) or _find_culprit(kind, own, asked, message)
         if name is None:
             raise error
     return [Problem(name, own.get(name, "not given"), message)] if name else []
+
+
+def _find_culprit(kind: Any, own: Mapping[str, Any], asked: Iterable[str], message: str) -> str | None:
+    """Return the field, among those that the user gave, without which a dataclass does not raise this message."""
+    for name in [name for name in asked if name in own]:
+        try:
+            kind(**{other: value for other, value in own.items() if other != name})
+        except Exception as error:  # noqa: BLE001 - only the message counts
+            if " ".join(str(error).split()) == message:
+                continue
+        return name
+    return None
 
 
 def _named_in(message: str, names: Iterable[str]) -> str | None:

@@ -122,8 +122,10 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         others = [column for column in columns if column not in (*made, *RESERVED)]
         made += others
         features = {name: split.features[name] for name in others} | features if split.features else {}
+    # The rows of a stream are not counted beforehand, so that a few without text are read as empty documents.
+    may_be_empty = kind == "text" and is_of_hub(args) and not isinstance(split, Dataset)
     standard = split.map(
-        _checker(convert, place, is_of_hub(args) and kind == "text"),
+        _checker(convert, place, may_be_empty),
         with_indices=True,
         remove_columns=[column for column in columns if column not in made],
         features=Features(features) if features else None,

@@ -30,10 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS, Split, column_names
@@ -277,13 +276,14 @@ class StreamPlace:
 
     belongs_to_model = False
 
-    def __init__(self, stream: PackedStream) -> None:
+    def __init__(self, stream: PackedStream, args: TrainingArguments) -> None:
         self.stream = stream
+        self.args = args
 
     def save(self, folder: Path) -> None:
         """Write the places of all processes, joined."""
         state = join_states(gather_object([self.stream.state_dict()]))
-        if PartialState().is_main_process:
+        if self.args.should_save:
             (folder / STATE).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:

@@ -4,9 +4,9 @@ Writes RUN/evaluations/STAGE.json (metrics, answers to fixed prompts, traces) an
 from which the report computes paired differences between stages). The stage that others are compared with also gets
 the baselines of `pipeline.evaluation.baselines`.
 
-The data are those of the run's `evaluate.yaml`, and the held-out rows of the stages' own data (`settings`). Another
-file is named by `--config`, other data by options. `--name` is the folder in RUN/evaluations for the result, beside the
-run's own:
+The data are those of the run's `evaluate.yaml`, and the held-out rows of the stages' own data (see `evaluate_yaml`).
+Another file is named by `--config`, other data by options. `--name` is the folder in RUN/evaluations for the result,
+next to the run's own:
 
     python -m pipeline evaluate RUN --stage 1_pretrain --name shakespeare --text shakespeare.txt
     python -m pipeline evaluate RUN --stage 4_grpo --name gsm8k --problems gsm8k-test.jsonl --prompt_column question \\

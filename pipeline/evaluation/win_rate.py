@@ -144,6 +144,7 @@ def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[str]]
         return None
     answers: dict[str, list[str]] = {"win_rate": [], "win_rate_greedy": []}
     for example in saved.examples:
-        if example["metric"] in answers:
+        if example["metric"] in answers and "opponent" in example:
             answers[example["metric"]].append(str(example["opponent"]))
-    return answers
+    # The examples may be missing, or those of an earlier release.
+    return answers if all(answers.values()) else None

@@ -259,7 +259,9 @@ def _columns(trained: Trained, own: Values) -> dict[str, Values]:
     """Return the columns of the table: the stage, the stage before it, and the baselines with the same metrics."""
     stages, baselines = _inner(trained.metrics, "stages"), _inner(trained.metrics, "baselines")
     before = Path(str(trained.settings.get("model_name_or_path") or "0_random")).name
-    columns = {f"`{trained.stage}`": own, f"`{before}`": _inner(stages, before)}
+    columns = {f"`{trained.stage}`": own}
+    if before != trained.stage:
+        columns[f"`{before}`"] = _inner(stages, before)
     columns |= {f"{name} (baseline)": _inner(baselines, name) for name in baselines}
     return {name: found for name, found in columns.items() if set(own) & set(found)}
 

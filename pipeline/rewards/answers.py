@@ -141,7 +141,7 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     # "1.5 × 10^6", "1.5e6", "1.5 million"
     (
         r"(?<![\d.,\w])(?:([1-9](?:\.\d+)?)\s*(?:\\times|\\cdot|[×*·⋅x])\s*)?"
-        r"10(?:(?:\^|\*\*)\{?(-?\d{1,2})\}?|([⁻⁰¹²³⁴-⁹]+))(?!\d)",
+        r"10(?:(?:\^|\*\*)\{?(-?\d{1,2})\}?|(⁻?[⁰¹²³⁴-⁹]{1,2}))(?![\d⁻⁰¹²³⁴-⁹])",
         lambda match: _power_of_ten(match[1], (match[2] or match[3]).translate(SUPERSCRIPTS), match[0]),
     ),
     (

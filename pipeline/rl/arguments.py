@@ -55,7 +55,7 @@ class PPORewardArguments:
     def preflight(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
     ) -> list[Problem]:
-        """Check the rewards and the critic, as `pipeline.training.inputs.RewardChecks` describes it."""
+        """Check the rewards and the critic, as `pipeline.training.inputs.load_inputs` asks for it."""
         from pipeline.rewards.sandbox import run as sandbox
         from pipeline.rl.reward_checks import check_rewards, check_value_model
 
@@ -91,7 +91,7 @@ class GRPORewardArguments:
     def preflight(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
     ) -> list[Problem]:
-        """Check the rewards, as `pipeline.training.inputs.RewardChecks` describes it."""
+        """Check the rewards, as `pipeline.training.inputs.load_inputs` asks for it."""
         from datasets import Dataset
 
         from pipeline.data.columns import column_names

@@ -7,6 +7,7 @@ step are there.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -74,7 +75,8 @@ class Critic:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        # As in `Trainer`, 0 means that nothing is clipped.
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
         if scaler is not None:
             scaler.step(self.optimizer)
         else:

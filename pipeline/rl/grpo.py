@@ -102,7 +102,6 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         # of its own in front of the prompt.
         prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
         self._whole_and_bare = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prompted)
-        self._samples_here = self._can_sample()
         if self.use_vllm:
             # Inside this process, vLLM draws from the global random numbers, which its start seeds by the rank alone.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
@@ -160,7 +159,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         """Sample a completion of each prompt, without dropout. Return their token ids, and None for their logps."""
         # Trained modules are in float32, frozen ones maybe in bf16. One context for all tokens casts weights only once.
         with self.accelerator.autocast():
-            if not self._samples_here:
+            if not self._can_sample():
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             training = model.training

@@ -185,9 +185,9 @@ class PPOConfig(GRPOConfig):
         # These update a parameter as soon as its gradient is known.
         if "lomo" in optimizer or optimizer.endswith("layerwise"):
             refuse("optim", "updates one network during its backward pass, and PPO trains two; choose another one")
-        if self.fp16 and self.value_warmup_steps > 0:
-            # The scale of fp16 follows the gradients of the policy, which has none during the warm-up.
-            refuse("value_warmup_steps", "does not work with fp16; set it to 0, or train in bf16")
+        if self.fp16 and self.value_warmup_steps > 0 and optimizer != "adamw_torch_fused":
+            # The policy has no gradients during the warm-up. The scaler of fp16 then fails, but for fused optimizers.
+            refuse("value_warmup_steps", "needs optim adamw_torch_fused with fp16; set that, or set this to 0")
         if self.epsilon not in (GRPOConfig.epsilon, self.cliprange):
             refuse("epsilon", "must be unset: set cliprange")
         if wrong:

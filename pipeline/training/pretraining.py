@@ -109,7 +109,7 @@ class PretrainTrainer(Reliable):
                 logger.warning(
                     "dataloader_num_workers has no effect on training: a stream is read by a thread of its own"
                 )
-            self.parts.append(StreamPlace(self.train_dataset))
+            self.parts.append(StreamPlace(self.train_dataset, self.args))
             self.add_callback(StreamEpoch())
 
     def get_train_dataloader(self) -> DataLoader:

@@ -195,8 +195,9 @@ class Reliable(Trainer):
         folder = output_dir or self.args.output_dir
         with cache_enabled(self.model):
             super()._save(folder, state_dict)
+        # transformers calls this on every process, and returns early on those that do not save.
         for part in self.parts:
-            if part.belongs_to_model:
+            if part.belongs_to_model and self.args.should_save:
                 part.save(Path(folder))
 
     def _complete_in_background(self, written: Path) -> None:

@@ -92,8 +92,7 @@ def train_and_save(trainer: Reliable) -> None:
     named = fetched or ([Path(name)] if name else [])
     checkpoint = named[0] if named else None
     for folder in named:
-        # A checkpoint that another program wrote does not have a manifest.
-        if (folder / MANIFEST).exists() and (damage := _on_first(trainer, partial(validate_checkpoint, folder))):
+        if damage := _on_first(trainer, partial(_damage, folder)):
             raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
     if checkpoint is not None:
         check_architecture(checkpoint, trainer.model.config)
@@ -105,6 +104,11 @@ def train_and_save(trainer: Reliable) -> None:
         own = [_copy_checkpoint(folder, trainer) for folder in fetched]
         trainer.accelerator.wait_for_everyone()
         _train_and_save(trainer, own[0] if own else checkpoint)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint. One that another program wrote does not have a manifest."""
+    return validate_checkpoint(checkpoint) if (checkpoint / MANIFEST).exists() else None
 
 
 def _on_first(trainer: Reliable, compute: Callable[[], T]) -> T:

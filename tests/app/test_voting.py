@@ -192,6 +192,8 @@ def test_nobody_sees_a_pair_twice_and_everybody_sees_the_shared_ones(models: Pat
         assert voter.state["shared"] == 4
     by_pair = Counter(vote["pair"] for vote in votes_in(tmp_path))
     assert Counter(by_pair.values()) == {3: 4, 1: 36}
+    lines = map(json.loads, (tmp_path / "votes" / "pairs.jsonl").read_text().splitlines())
+    assert sum("a" in line for line in lines) <= 60, "pairs are sampled as they are needed"
 
 
 def test_agreement_is_krippendorffs_alpha_of_the_shared_pairs() -> None:

@@ -70,7 +70,11 @@ def kernels(bench: Bench) -> Iterator[Line]:
     if bench.gpus:
         for heads, fault in bench.measure("kernels").items():
             yield equal(f"fault of FlashAttention with {heads} key and value heads", fault, None)
-    tests = ["tests/models/test_grouping.py"] if bench.quick else ["tests/models", "tests/rl", "tests/evaluation"]
+    tests = (
+        ["tests/models/kernels/test_length_groups.py"]
+        if bench.quick
+        else ["tests/models", "tests/rl", "tests/evaluation"]
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if bench.gpus else ""
     log = bench.python("pytest", "-m", "pytest", "-q", *tests, environment={"CUDA_VISIBLE_DEVICES": visible})
     yield equal("tests that failed", "failed" in log.splitlines()[-1], False)

@@ -210,6 +210,10 @@ def test_few_documents_of_a_stream_of_the_hub_that_are_not_text_are_empty(
     args.text_column = "nothing"
     with pytest.raises(UserError, match="the text is None; correct or remove that row"):
         list(load_splits(args, "text", False)[0])
+    # Without streaming, the rows are counted first, and so many are not dropped.
+    monkeypatch.setattr(splits, "open_source", lambda *_: DatasetDict(train=Dataset.from_dict({"text": texts})))
+    with pytest.raises(UserError, match="the text is None; correct or remove that row"):
+        load_splits(DataArguments(dataset_name="someone/texts"), "text", False)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -144,6 +144,8 @@ def test_the_opponents_answers_are_used_again_unless_something_that_they_depend_
     assert set(opponents()) == {"saved"}
     assert opponents("--seed", "5") == other_seed
     assert "saved" not in opponents("--max_new_tokens", "5")
+    path.unlink()
+    assert opponents() == made, "answers that are missing are sampled again"
     small_model.save_model(run / "2_sft", seed=2)
     assert len(changed := opponents()) == len(made) and changed != made and "saved" not in changed
 

@@ -235,3 +235,9 @@ def test_reading_takes_time_in_proportion_to_the_text(piece: str) -> None:
         extract_answer(text), count_answers(text), has_steps(text), number((before + piece * 2_000)[-1_900:])
         extract_answer(before + piece * (900 // len(piece)) + "</answer>")
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("text", ["10⁻", "10⁻⁻³", "10⁹⁹⁹⁹⁹⁹⁹⁹", "10" + "⁹" * 30])
+def test_a_power_that_is_no_number_is_no_answer_and_takes_no_time(text: str) -> None:
+    assert exact_answer([f"The answer is {text}."], ["10"]) == [0.0]
+    assert math_answer(["The answer is 10⁶."], ["1000000"]) == [1.0]

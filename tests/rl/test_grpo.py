@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import GenerationMixin
 from trl import GRPOConfig
@@ -191,14 +191,12 @@ def test_a_generate_that_replaces_transformers_is_called(
     def generate(*_: Any, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
         return torch.cat([input_ids, torch.tensor([[7, 2, 0], [8, 8, 8]] * (len(input_ids) // 2))], dim=1)
 
-    policy: Any = toy.policy()
-    if of == "adapter":
-        policy = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM") if of == "adapter" else None
+    run = trainer(tmp_path, peft_config=lora)
     if of in ("class", "library"):
-        monkeypatch.setattr(type(policy) if of == "class" else GenerationMixin, "generate", generate, raising=False)
+        monkeypatch.setattr(type(run.model) if of == "class" else GenerationMixin, "generate", generate, raising=False)
     else:
-        monkeypatch.setattr(policy, "generate", generate)
-    run = trainer(tmp_path, model=policy)
+        monkeypatch.setattr(run.model, "generate", generate)
     assert run._generate_single_turn([[5, 6], [9]] * 2, None, {}, 2)[0] == [[7, 2], [8, 8, 8]] * 2
 
 

@@ -304,6 +304,13 @@ def test_clipping_and_learning_rates_are_in_force(tmp_path: Path) -> None:
     assert rates == {"policy": [0.0, 0.125, 0.25], "critic": [0.0, 0.25, 0.5]}
 
 
+def test_without_clipping_the_critic_learns(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, max_steps=1, max_grad_norm=0.0, value_learning_rate=0.1)
+    before = [weight.clone() for weight in ppo.value_model.parameters()]
+    ppo.train()
+    assert not all(map(torch.equal, before, ppo.value_model.parameters()))
+
+
 def test_a_schedule_that_follows_evaluations_is_the_critics_as_well(tmp_path: Path) -> None:
     """The reward never changes, so that both learning rates are halved again and again."""
 
