@@ -194,7 +194,8 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
     logger.info("The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period)
     if isinstance(only, Dataset):
         if len(only) < 2:
-            remedy = f"has too few rows ({len(only)}) to hold one out; give more rows, or --eval_strategy no"
+            rows_given = "1 row" if len(only) else "no rows"
+            remedy = f"has {rows_given}, which leaves nothing to hold out; give more rows, or --eval_strategy no"
             raise UserError(Problem("dataset_name", args.dataset_name, remedy))
         # The rows 0, 20, 40, … for a share of 0.05.
         rows = range(len(only))
