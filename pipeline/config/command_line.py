@@ -66,13 +66,21 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
     if {"-h", "--help"} & set(arguments):
         TrlParser(dataclass_types).parse_args(["--help"])
     # Abbreviations (`--learn 1`) are off: the next release may give them another meaning.
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    reader = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False
+    )
     fields = {item.name: item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init}
     for name, item in fields.items():
         reader.add_argument(*_spellings(name), *item.metadata.get("aliases", ()), dest=name, nargs="*")
         if item.default is True:
             reader.add_argument(*_spellings(f"no_{name}"), dest=name, action="store_const", const=["false"])
-    found, rest = reader.parse_known_args(arguments)
+    try:
+        found, rest = reader.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        # Only `--no_OPTION=WORD` gets here: other options take any number of words.
+        spelling = (error.argument_name or "").partition("/")[0]
+        word = next((word for word in arguments if word.startswith(f"{spelling}=")), spelling)
+        return {}, [Problem("command line", word, f"{spelling} takes no value; omit it")]
 
     hints = field_types(*dataclass_types)
     given: dict[str, Any] = {}

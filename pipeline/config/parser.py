@@ -43,9 +43,6 @@ OF_THE_MACHINE = (
 )  # fmt: skip
 """Fields that only the process that will use them can judge."""
 
-UNNAMED = {"at least 2 generations per prompt": "num_generations"}
-"""Parts of messages in which a library does not name the field, and that field."""
-
 
 def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Build dataclasses from `--config FILE.yaml`, from the command line, which overrides it, and for this machine.
@@ -178,7 +175,7 @@ def _build_checked(
     Returns:
         The dataclasses that could be built.
     """
-    reported = dict.fromkeys(problem.field for problem in problems)
+    reported = {problem.field for problem in problems}
     kept = {**machine, **{name: value for name, value in asked.items() if name not in reported}}
     built = []
     for kind in dataclass_types:
@@ -186,14 +183,22 @@ def _build_checked(
         fields = [item for item in dataclasses.fields(kind) if item.init]
         # Without a default, both are `MISSING`.
         missing = [item.name for item in fields if item.default is item.default_factory and item.name not in own]
-        refused = [Problem(name, "nothing", REQUIRED) for name in missing]
-        if not missing:
+        problems += [Problem(name, "nothing", REQUIRED) for name in missing if name not in reported]
+        # Without the fields that it refuses, a class may find the next mistake.
+        while not missing:
             try:
                 built.append(kind(**own))
+                break
             except (UserError, *REFUSALS) as error:
                 refused = _problems_of(error, kind, own, asked, is_expected=bool(problems))
-        # A field that is already reported was omitted, and its default is not to be judged.
-        problems += [p for p in refused if p.field not in reported and _named_in(p.remedy, reported) is None]
+            # A field that is already reported was omitted, and its default is not to be judged.
+            problems += [p for p in refused if p.field not in reported and _named_in(p.remedy, reported) is None]
+            culprits = [problem.field for problem in refused if problem.field in own]
+            if not culprits:
+                break
+            for name in culprits:
+                reported.add(name)
+                del own[name]
     for item in built:
         if isinstance(item, TrainingArguments):
             launch.use_one_gpu(item)
@@ -220,13 +225,11 @@ def _problems_of(
     if isinstance(listed, UserError):
         return list(listed.problems)
     message = " ".join(str(error).split())
-    # Most messages of the libraries name their field: "--load_best_model_at_end requires ...". Others quote its value,
-    # "'x' is not a valid DebugOption", and a few do neither.
-    unnamed = (name for part, name in UNNAMED.items() if part in message)
-    quoted = (name for name, value in own.items() if isinstance(value, str) and value and repr(value) in message)
-    name = _named_in(message, own) or next(unnamed, None) or next(quoted, None)
+    # Most messages of the libraries name their field: "--load_best_model_at_end requires ...". Others do not:
+    # "'x' is not a valid DebugOption".
+    name = _named_in(message, own) or _find_culprit(kind, own, asked, message)
     if name is None and not is_expected:
-        name = _named_in(message, field_types(kind)) or _find_culprit(kind, own, asked, message)
+        name = _named_in(message, field_types(kind))
         if name is None:
             raise error
     return [Problem(name, own.get(name, "not given"), message)] if name else []

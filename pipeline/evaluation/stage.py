@@ -23,7 +23,7 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.overlaps import find_overlaps
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import held_out_pairs, measure_pairs, measure_people
-from pipeline.files import check_directory
+from pipeline.files import check_directory, holds_model
 from pipeline.models.checks import check_lengths
 from pipeline.models.experts import RouteCounter, routes, worst
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer, user_error_for
@@ -81,11 +81,6 @@ def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> Non
 def model_of(run: Path, stage: str, settings: Settings) -> Path:
     """Return the directory of a stage's model; that of `0_base` may be anywhere, or on the Hub."""
     return Path(settings["base"]) if stage == BASE and settings["base"] else run / stage
-
-
-def holds_model(path: Path) -> bool:
-    """Return whether the directory `path` contains a model, or a LoRA adapter that names its base model."""
-    return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
 
 
 def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings, folder: Path) -> StageResult:

@@ -54,7 +54,8 @@ class PushCallback(TrainerCallback):
         self._running: Future[None] | None = None
         self._missed: Path | None = None
         if not self._is_asked or args.hub_strategy == HubStrategy.END:
-            self.on_save = super().on_save  # type: ignore[method-assign]  # then training need not wait for checksums
+            # `Reliable` waits for the checksums of a checkpoint only if a callback reads it.
+            self.on_save = super().on_save  # type: ignore[method-assign]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from pipeline.models.kernels.sampler import (
     ALSO_WHEN_GREEDY,
     PROCESSORS,
-    as_list,
+    as_token_ids,
     cut,
     overrides_generate,
     padded,
@@ -60,7 +60,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
     Chat models often end a turn with another token than the one that ends a document.
     """
-    return sorted({*as_list(tokenizer.eos_token_id), *as_list(model.generation_config.eos_token_id)})
+    return sorted({*as_token_ids(tokenizer.eos_token_id), *as_token_ids(model.generation_config.eos_token_id)})
 
 
 def stopped(tokens: Iterable[int], eos_token_id: int | Collection[int]) -> bool:
@@ -127,7 +127,7 @@ def _call_generate(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, generator: torch.Generator
 ) -> list[list[int]]:
     """Complete each prompt once, in one batch, by the model's own `generate`, which draws global random numbers."""
-    device, ends = model.device, as_list(config.eos_token_id)
+    device, ends = model.device, as_token_ids(config.eos_token_id)
     config.pad_token_id = ends[0] if ends else 0
     ids, mask = padded(prompts, config.pad_token_id, device)
     seed = int(torch.randint(1 << 62, (), generator=generator, device=device))

@@ -114,3 +114,18 @@ def test_a_token_goes_to_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_TOKEN", "")
     assert sft(tmp_path, "hub_token: hf_secret").hub_token is None
     assert os.environ["HF_TOKEN"] == "hf_secret"
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        ("--save_steps 2.5 --eval_strategy steps --eval_steps 3.5", ["eval_steps", "save_steps"]),
+        ("--save_steps 2.5 --warmup_steps 50 --max_steps 10", ["save_steps", "warmup_steps"]),
+        ("--debug foo", ["debug"]),
+        ("--no_gradient_checkpointing=true", ["command line"]),
+    ],
+)
+def test_what_only_a_constructor_refuses_is_reported_at_once(tmp_path: Path, words: str, fields: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        sft(tmp_path, "", *words.split())
+    assert sorted(problem.field for problem in caught.value.problems) == fields

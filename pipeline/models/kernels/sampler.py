@@ -108,7 +108,7 @@ def sample(
         The ids of each completion, including the end-of-turn token if the model generated one.
     """
     device, limit = model.device, config.max_new_tokens
-    ends = torch.tensor(as_list(config.eos_token_id), dtype=torch.long, device=device)
+    ends = torch.tensor(as_token_ids(config.eos_token_id), dtype=torch.long, device=device)
     process = _processors(config, device)
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     ids, mask = padded(list(distinct), None, device)
@@ -180,7 +180,7 @@ def cut(completions: Tensor, ends: Tensor) -> list[list[int]]:
     return [row[:length] for row, length in zip(completions.tolist(), lengths, strict=True)]
 
 
-def as_list(tokens: int | Sequence[int] | None) -> list[int]:
+def as_token_ids(tokens: int | Sequence[int] | None) -> list[int]:
     """Return token ids as a list. Configurations contain one, several or None."""
     if tokens is None:
         return []
