@@ -197,7 +197,7 @@ BASELINES = {
     "elicited": Baseline("{against}, begun with", "`{against}`, its answer begun with “{text}”"),
     "constant": Baseline("{against}, always with", "`{against}`, with a fixed text before or after its answer"),
     "majority": Baseline(
-        "Most frequent training answer of each kind",
+        "most frequent training answer of each kind",
         "the most frequent answer of the training data to each kind of problem",
     ),
 }

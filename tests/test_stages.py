@@ -115,7 +115,7 @@ def test_an_invented_stage_is_in_report_page_and_card(recipe: Path) -> None:
 
     boxes = path_boxes(load_run(run), {"distil": "#compare"})
     assert [box["stage"] for box in boxes][-1] == "5_distil"
-    assert boxes[-1]["link"] == "#compare" and boxes[-1]["figure"].startswith("Stop rate")
+    assert boxes[-1]["link"] == "#compare" and boxes[-1]["figure"]["what"] == "stop rate"
     assert "the teacher&#39;s answers" in render("path.html.jinja", {"steps": boxes})
 
     card = model_card(Trained(run / "5_distil", "distil", "me/distil"))

@@ -15,8 +15,8 @@ from markupsafe import Markup
 from pipeline.app import compare, rollout, voting
 from pipeline.app.site import Site
 from pipeline.report.load import load_run
-from pipeline.report.page import headline, render
-from pipeline.report.path_picture import path_boxes
+from pipeline.report.page import render
+from pipeline.report.path_picture import headline, path_boxes, title
 from pipeline.report.text import visible
 from pipeline.stages import STAGES
 
@@ -36,8 +36,8 @@ def build_path(site: Site) -> None:
     """Add the picture of the run, whose boxes lead to the sections."""
     run = load_run(site.run)
     steps = path_boxes(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
-    title = Markup("<h1>{}</h1>").format(visible(headline(run)))
-    gr.HTML(title + Markup(render("path.html.jinja", {"steps": steps})), apply_default_css=False)
+    heading = Markup("<h1>{}</h1><p>{}</p>").format(visible(title(run)), visible(headline(run)))
+    gr.HTML(heading + Markup(render("path.html.jinja", {"steps": steps})), apply_default_css=False)
 
 
 def build_report(site: Site) -> None:

@@ -14,13 +14,13 @@ from pipeline.files import write_text
 from pipeline.report.curves import Chart, charts_of
 from pipeline.report.differences import Difference, differences
 from pipeline.report.load import Run
-from pipeline.report.path_picture import path_boxes
+from pipeline.report.path_picture import headline, path_boxes, showcase, title
 from pipeline.report.stage_order import stage_info
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart
-from pipeline.report.tables import costs, experts, figures, gains, others, remarks, show_targets, tiles
+from pipeline.report.tables import costs, experts, figures, gains, others, remarks, show_targets
 from pipeline.report.targets import Target, TargetResult, check_targets, is_pocket, load_targets
-from pipeline.report.text import code, duration, magnitude, markdown, number, visible
+from pipeline.report.text import code, counted, magnitude, markdown, number, visible
 from pipeline.stages import STAGES
 
 
@@ -64,7 +64,8 @@ def render(template: str, content: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "markdown": lambda text, limit: Markup(markdown(text, limit))}
+    environment.filters |= {"code": code, "visible": visible}
+    environment.filters["markdown"] = lambda text, limit: Markup(markdown(text, limit))
     return environment.get_template(template).render(content)
 
 
@@ -72,18 +73,16 @@ def page_content(
     run: Run, found: Sequence[Difference], results: Sequence[TargetResult], summary: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what report.html.jinja and report.md.jinja show."""
-    answers, changes, traces = _answers(run), gains(run, found), _traces(run)
-    charts = charts_of(run)
+    answers, changes, problems, charts = _answers(run), gains(run, found), showcase(run), charts_of(run)
     # A box of the path leads to the part of the report about it, if there is one.
-    parts = {"answers": answers, "curves": charts, "gains": changes, "reasoning": traces["pairs"]}
+    parts = {"answers": answers, "curves": charts, "gains": changes, "reasoning": problems}
     links = {kind: f"#{info.box.place}" for kind, info in STAGES.items() if info.box and parts[info.box.place]}
     return {
-        "name": run.name,
+        "name": title(run),
         "headline": headline(run),
         "facts": facts(summary),
         "path": str(run.path),
         "steps": path_boxes(run, links),
-        "tiles": tiles(run),
         "targets": show_targets(results),
         "alarms": [
             f"{item['stage']}, step {item['step']}: {item['what']} ({number(item['value'])})"
@@ -98,7 +97,7 @@ def page_content(
         "answering": [stage.name for stage in run.answering],
         "answers": answers,
         "silent": [name for name, stage in run.stages.items() if stage.metrics and not stage_info(name).generates],
-        "traces": traces,
+        "problems": problems,
         "charts": draw(charts),
         "experts": experts(run),
         "costs": costs(run, summary),
@@ -106,28 +105,16 @@ def page_content(
     }
 
 
-def headline(run: Run) -> str:
-    """Return one line about how far the run got."""
-    names = [stage_info(name).title for name, stage in run.stages.items() if stage.metrics or stage.history]
-    if len(names) < 2:
-        return f"{run.name}: {names[0] if names else 'nothing yet'}"
-    return f"{run.name}: from {names[0][0].lower() + names[0][1:]} to {names[-1][0].lower() + names[-1][1:]}"
-
-
 def facts(summary: dict[str, Any]) -> list[str]:
-    """Return the few facts below the headline: size, time, machine, seed, commit."""
+    """Return the few facts below the headline: size, machine, commit."""
     parts = []
     if summary["parameters"]:
         parts.append(f"{magnitude(max(summary['parameters'].values()))} parameters")
-    if summary["seconds"]:
-        parts.append(f"{duration(sum(summary['seconds'].values()))} with evaluation")
     hardware = summary["hardware"]
     devices = (hardware.get(key) for key in ("gpu", "accelerator", "device", "processor", "cpu"))
     parts.append(str(next(filter(None, devices), "unknown hardware")))
     if hardware.get("cores"):
-        parts.append(f"{hardware['cores']} cores")
-    if summary["seed"] is not None:
-        parts.append(f"seed {summary['seed']}")
+        parts.append(counted(hardware["cores"], "core"))
     # A commit with changes that are not committed ends in "-dirty" and a hash of them.
     if summary["commit"]:
         commit, dirty, _ = summary["commit"].partition("-dirty")
@@ -147,35 +134,6 @@ def _answers(run: Run) -> list[dict[str, Any]]:
         {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
         for prompt in prompts
     ]
-
-
-def _traces(run: Run) -> dict[str, Any]:
-    """Return the problems that the last stage with traces solved, with the answers of the stage before it."""
-    # Reasoning is compared between the last stage that solves problems and the one before it.
-    traced = [stage for stage in run.stages.values() if stage.traces]
-    if len(traced) < 2:
-        return {"pairs": []}
-    before, after = traced[-2:]
-    earlier = {str(item["problem"]): item for item in before.traces}
-    pairs = []
-    for item in after.traces:
-        sides = ((before.name, earlier.get(str(item["problem"]), {})), (after.name, item))
-        pairs.append(
-            {
-                "kind": str(item["kind"]),
-                "problem": str(item["problem"]),
-                "reference": str(item.get("reference") or ""),
-                "sides": [
-                    {
-                        "stage": name,
-                        "text": str(side["answer"]).strip(" \n") if side else None,
-                        "correct": bool(side["correct"]) if "correct" in side else None,
-                    }
-                    for name, side in sides
-                ],
-            }
-        )
-    return {"before": before.name, "after": after.name, "pairs": pairs}
 
 
 def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:

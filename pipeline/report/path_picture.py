@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
 from pipeline.report.load import Run
 from pipeline.report.stage_order import stage_info, stage_kind, twins
-from pipeline.report.summary import training_cost
-from pipeline.report.text import magnitude, number
+from pipeline.report.summary import by_length, seconds, training_cost
+from pipeline.report.tables import baseline_title
+from pipeline.report.text import counted, duration, magnitude, number
 from pipeline.stages import STAGES
 
 LONGEST_SAMPLE = 160
 """Characters of a sample."""
 
 PHRASES = {
-    "bits_per_byte": "{now} bits for each byte of unseen text, the fewer the better",
-    "instruction_accuracy": "{now} of unseen questions answered rightly",
-    "reward_accuracy": "agrees with {now} of unseen choices",
-    "win_rate": "preferred to {against} in {now} of comparisons",
-    "pass@1": "{now} of unseen problems solved",
+    "bits_per_byte": "bits for each byte of unseen text",
+    "instruction_accuracy": "of unseen questions answered rightly",
+    "reward_accuracy": "of unseen choices predicted",
+    "win_rate": "of comparisons with {against} won",
+    "pass@1": "of unseen problems{lengths} solved",
 }
-"""Figures in words; others are called by their label."""
+"""What a figure is, in words that follow it; others are called by their label."""
+
+
+def title(run: Run) -> str:
+    """Return what the report calls the run: the recipe with the seed or, if it is not known, the directory."""
+    recipe, seed = run.record.get("recipe"), run.record.get("seed")
+    parts = [Path(recipe).name if isinstance(recipe, str) else run.name]
+    if seed is not None:
+        parts.append(f"seed {seed}")
+    if run.record.get("smoke"):
+        parts.append("smoke run")
+    return ", ".join(parts)
+
+
+def headline(run: Run) -> str:
+    """Return one sentence that says it all: from what to what, in which time, on what, with which figures."""
+    names = [stage_info(name).name.lower() for name, stage in run.stages.items() if stage.metrics or stage.history]
+    said = f"From {names[0]} to {names[-1]}" if len(names) > 1 else "".join(names).capitalize() or "Nothing yet"
+    if taken := sum(seconds(run).values()):
+        said += f" in {duration(taken)}"
+    if gpu := run.hardware.get("gpu"):
+        said += f" on {gpu}"
+    elif cores := run.hardware.get("cores"):
+        said += f" on {counted(cores, 'core')}"
+    # The first box is what the others start from.
+    figures = [box["figure"] for box in path_boxes(run, {})[1:] if box["figure"]]
+    reached = [f"{it['now']} {it['what']}" + (f" ({it['was']} before)" if it["was"] else "") for it in figures]
+    return f"{said}: {', '.join(reached)}." if reached else f"{said}."
 
 
 def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -43,7 +73,6 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
             continue
         stage = next((last[one] for one in (kind, *box.others) if one in last), None)
         tokens = training_cost(stage)[0] if stage else 0
-        prompt, sample = _sample(stage) if stage else ("", "")
         boxes.append(
             {
                 "drawing": box.drawing,
@@ -57,13 +86,12 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
                     {
                         "title": STAGES[name].name if name in STAGES else name,
                         "what": what,
-                        "figure": _figure(run, last[name], None) if name in last else "",
+                        "figure": _figure(run, last[name], None) if name in last else None,
                     }
                     for name, what in box.parts
                 ],
-                "figure": _figure(run, stage, before) if stage else "",
-                "prompt": prompt,
-                "sample": sample,
+                "figure": _figure(run, stage, before) if stage else None,
+                "sample": _sample(run, stage) if stage else None,
                 "link": links.get(kind, ""),
             }
         )
@@ -72,28 +100,82 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
     return boxes
 
 
-def _figure(run: Run, stage: StageResult, before: StageResult | None) -> str:
-    """Return the key figure of a stage in words, and in brackets the one of the stage before it."""
+def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[str, Any] | None:
+    """Return the main figure of a stage with its name in words, the one of the stage before it, and the baselines."""
     aims = stage_info(stage.name).aims or ("bits_per_byte",)
     aim = next((name for name in aims if name in stage.metrics), None)
     if aim is None:
-        return ""
-    info = metric_info(aim)
-    # The win rate of the stage before is often its win rate against itself.
-    values = [stage.metrics[aim].value]
-    if before and aim in before.metrics and aim != "win_rate":
-        values.append(before.metrics[aim].value)
-    now, *was = [f"{100 * value:.0f}%" if info.share else number(value, 2) for value in values]
-    shown = PHRASES.get(aim, f"{info.label}: {{now}}").format(now=now, against=run.against)
-    return f"{shown} (before: {was[0]})" if was else shown
+        return None
+    info, lengths = metric_info(aim), [int(length) for length in by_length(stage)]
+
+    def show(result: StageResult) -> str:
+        value = result.metrics[aim].value
+        return f"{number(100 * value, 0)}%" if info.share else number(value, 2)
+
+    measured = f" of {min(lengths)} to {max(lengths)} steps" if len(lengths) > 1 else ""
+    return {
+        "now": show(stage),
+        # The win rate of the stage before is often its win rate against itself.
+        "was": show(before) if before and aim in before.metrics and aim != "win_rate" else "",
+        "what": PHRASES.get(aim, info.label.lower()).format(against=run.against, lengths=measured),
+        "lower": info.better == "down",
+        "baselines": [f"{show(it)} ({baseline_title(run, it)})" for it in run.baselines.values() if aim in it.metrics],
+    }
 
 
-def _sample(stage: StageResult) -> tuple[str, str]:
-    """Return a prompt and what the stage answers: the first problem for reasoning, otherwise the first prompt."""
-    texts = ["", ""]
+def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
+    """Return the first held-out problem of each kind, as two stages answer it: the `last` that has any, and one before.
+
+    Which problems are shown depends on their place in the data alone, never on whether an answer is right.
+    """
+    traced = [stage for stage in run.stages.values() if stage.traces]
+    names = [stage.name for stage in traced]
+    stages = traced[: names.index(last) + 1 if last else None][-2:]
+    return [
+        {
+            "kind": str(shown["kind"]),
+            "problem": str(shown["problem"]),
+            "reference": str(shown.get("reference") or ""),
+            "sides": [
+                {
+                    "stage": stage.name,
+                    "text": str(trace["answer"]),
+                    "correct": trace.get("correct"),
+                    "of_kind": _tally(stage, str(trace["kind"])),
+                    "of_all": _tally(stage),
+                }
+                for stage in stages
+                for trace in stage.traces
+                if trace["problem"] == shown["problem"]
+            ],
+        }
+        for shown in (stages[-1].traces if stages else ())
+    ]
+
+
+def _tally(stage: StageResult, kind: str = "") -> str:
+    """Return how many held-out problems (of a kind) the greedy answers solve: "282 of 300", "" if that is not known."""
+    found = stage.metrics.get("pass@1")
+    # Problems of a single kind are not broken down.
+    found = found.by_kind.get(kind) if found and kind and found.by_kind else found
+    return f"{found.value * found.n:.0f} of {found.n}" if found and found.n else ""
+
+
+def _sample(run: Run, stage: StageResult) -> dict[str, Any] | None:
+    """Return what a stage writes: for the first problem, after the stage before it, or else for the first prompt."""
     if stage_info(stage.name).held_out == "problems" and stage.traces:
-        texts = [str(stage.traces[0][key]).strip() for key in ("problem", "answer")]
+        shown = showcase(run, stage.name)[0]
     elif stage.answers:
-        texts = [str(stage.answers[0][key]).strip() for key in ("prompt", "answer")]
-    prompt, answer = (text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE].rstrip()} …" for text in texts)
-    return prompt, answer
+        first = stage.answers[0]
+        side = {"stage": "", "text": first["answer"], "correct": None}
+        shown = {"problem": first["prompt"], "reference": "", "sides": [side]}
+    else:
+        return None
+    sides = [{**side, "text": _cut(side["text"])} for side in shown["sides"]]
+    return {**shown, "problem": _cut(shown["problem"]), "sides": sides}
+
+
+def _cut(text: object) -> str:
+    """Cut a text, and mark its blank lines instead of showing them, because they would stretch the box."""
+    line = re.sub(r"\s*\n\s*\n\s*", " ⏎\n", str(text).strip())
+    return line if len(line) <= LONGEST_SAMPLE else f"{line[:LONGEST_SAMPLE].rstrip()} …"

@@ -156,6 +156,14 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
             if any(isinstance(value, str) for value in values):
                 result[group][name] = values
                 continue
+            if name == "pass@1_by_length":
+                lengths = {length: None for value in values for length in value or {}}
+                rows = {length: [(value or {}).get(length) for value in values] for length in lengths}
+                result[group][name] = {
+                    length: spread([entry and Estimate.from_json(entry) for entry in row], 0.0, 1.0)
+                    for length, row in rows.items()
+                }
+                continue
             bounds = (lowest, 1.0) if metric_info(name).share else ()
             result[group][name] = spread([value and Estimate.from_json(value) for value in values], *bounds)
     return result
@@ -174,7 +182,7 @@ def _groups(
         # "4_grpo - elicited" is a difference of the stage from a baseline.
         stage, rows = group.partition(" - ")[0], []
         for metric, figures in metrics.items():
-            if isinstance(figures, dict):
+            if "mean" in figures:
                 info = metric_info(metric)
                 row = _row(info.label, figures, partial(show, digits=info.digits), partial(number, digits=info.digits))
                 rows.append({**row, "aim": metric in stage_info(stage).aims})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.intervals import Estimate, finite
+from pipeline.evaluation.intervals import Estimate, finite, outcome_mean
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
 from pipeline.report.curves import alarms, last_logged
@@ -27,16 +27,18 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
 
     Returns:
         `stages` (stage -> metric -> `{"value", "ci95", "n"}`, and `by_kind` where there are kinds; `expert_load` has
-        `layers`, the load of each expert), `baselines` (the same, and their texts), `other` (evaluations with a name,
-        by stage), `metrics` (metric -> label and direction), `judge` of the win rates, `left_out`, `cut_off` and
-        `overlap` (by stage), `alarms` (`{"stage", "step", "what", "value"}`), `seconds` (by step), `hardware`,
-        `versions` and `commit` of the last training step, `seed`, `run`, `parameters`, `tokens` and `flops` (by stage),
-        `differences`, `promises` (the targets) and `notes`.
+        `layers`, the load of each expert; `pass@1_by_length` has an estimate for each length of a problem),
+        `baselines` (the same, and their texts), `other` (evaluations with a name, by stage), `metrics` (metric -> label
+        and direction), `judge` of the win rates, `left_out`, `cut_off` and `overlap` (by stage), `alarms` (`{"stage",
+        "step", "what", "value"}`), `seconds` (by step), `hardware`, `versions` and `commit` of the last training step,
+        `seed`, `run`, `parameters`, `tokens` and `flops` (by stage), `differences`, `promises` (the targets), `notes`.
     """
     stages: dict[str, dict[str, Any]] = {}
     for name, stage in run.stages.items():
         if stage.metrics:
             stages[name] = _to_json(stage.metrics)
+        if lengths := by_length(stage):
+            stages[name]["pass@1_by_length"] = _to_json(lengths)
         if "expert_load" in stage.metrics:
             stages[name]["expert_load"]["layers"] = stage.experts.get("layers") or []
     costs = {name: training_cost(stage) for name, stage in run.stages.items()}
@@ -73,6 +75,15 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         ],
         "notes": list(run.notes),
     }
+
+
+def by_length(stage: StageResult) -> dict[str, Estimate]:
+    """Return the pass@1 of the problems of each length, shortest first; {} if the data do not say how long they are."""
+    values: dict[int, list[float]] = {}
+    for example in stage.examples:
+        if example["metric"] == "pass@1" and isinstance(length := example.get("length"), int):
+            values.setdefault(length, []).append(example["value"])
+    return {str(length): outcome_mean(values[length]) for length in sorted(values)}
 
 
 def seconds(run: Run) -> dict[str, float]:

@@ -11,43 +11,12 @@ from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.evaluation.results import StageResult
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
-from pipeline.report.stage_order import EVALUATE, stage_info, step_order, twins
+from pipeline.report.stage_order import EVALUATE, stage_info, step_order
 from pipeline.report.summary import seconds
 from pipeline.report.svg import interval_bar, share_bar
 from pipeline.report.targets import TargetResult
 from pipeline.report.text import duration, interval, magnitude, number, signed
 from pipeline.stages import BASELINES
-
-
-def tiles(run: Run) -> list[dict[str, Any]]:
-    """Return the main aim of each stage that is trained for something, before and after, and beside the baselines."""
-    shown = []
-    before: StageResult | None = None
-    for stage in run.stages.values():
-        if stage.name in twins(run.stages):
-            continue
-        info = stage_info(stage.name)
-        aim = next((name for name in info.aims if name in stage.metrics), None)
-        if aim is not None:
-            digits = 2 if metric_info(aim).share else metric_info(aim).digits
-            # The stage before is often 2_sft itself, which wins half of the time by definition.
-            was = before.metrics.get(aim) if before is not None and info.generates and aim != "win_rate" else None
-            shown.append(
-                {
-                    "stage": info.title,
-                    "label": metric_info(aim).label + (f" against {run.against}" if aim == "win_rate" else ""),
-                    "was": number(was.value, digits) if was else "",
-                    "now": number(stage.metrics[aim].value, digits),
-                    "baselines": [
-                        f"{baseline_title(run, baseline)}: {number(baseline.metrics[aim].value, digits)}"
-                        for baseline in run.baselines.values()
-                        if aim in baseline.metrics
-                    ],
-                }
-            )
-        if info.generates and stage.metrics:
-            before = stage
-    return shown
 
 
 def show_targets(results: Sequence[TargetResult], prefix: str = "") -> list[dict[str, Any]]:
@@ -111,10 +80,11 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
 
 def baseline_title(run: Run, baseline: StageResult) -> str:
     """Return what a baseline is called, with the text or texts that its answers share."""
-    texts = " or ".join(f"“{text}”" for text in dict.fromkeys(baseline.texts.get(baseline.name, {}).values()))
+    # A text may be nothing but a line break.
+    texts = dict.fromkeys(str(text).replace("\n", "⏎") for text in baseline.texts.get(baseline.name, {}).values())
     title = BASELINES[baseline.name].title if baseline.name in BASELINES else baseline.name
     title = title.replace("{against}", run.against)
-    return f"{title} {texts}".strip()
+    return f"{title} {' or '.join(f'“{text}”' for text in texts)}".strip()
 
 
 def _cell(estimate: Estimate, metric: str, aim: bool = False) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -66,14 +67,22 @@ def code(text: str) -> Markup:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Format `value` with a true minus sign, and without a sign before 0; None is an en dash."""
-    return "–" if value is None else f"{value:z.{digits}f}".replace("-", "−")
+    """Format `value` with a true minus sign, and without a sign before 0; None is an en dash.
+
+    Halves are rounded away from 0, also where floating point puts them a little on the other side: -0.0025 is −0.003.
+    """
+    return "–" if value is None else f"{value + math.copysign(1e-9, value):z.{digits}f}".replace("-", "−")
 
 
 def signed(value: float | None, digits: int = 3) -> str:
     """Format `value` with its sign, "+0.012" or "−0.012", and 0 without."""
     shown = number(value, digits)
     return f"+{shown}" if value is not None and value > 0 and shown.strip("0.") else shown
+
+
+def counted(number: int, name: str) -> str:
+    """Return "1 core", "2 cores"."""
+    return f"{number} {name}" + ("" if number == 1 else "s")
 
 
 def duration(seconds: float | None) -> str:

@@ -149,7 +149,8 @@ def _evaluate(stage: str, rng: random.Random, examples: int) -> tuple[dict[str, 
             metrics[metric]["by_kind"] = {
                 kind: _entry([v for v, k in zip(values, of, strict=True) if k == kind]) for kind in kinds
             }
-        lines += [{"metric": metric, "id": i, "kind": of[i], "value": v} for i, v in enumerate(values)]
+        more = [{"length": 1 + i % 4} if metric == "pass@1" else {} for i in range(examples)]
+        lines += [{"metric": metric, "id": i, "kind": of[i], "value": v, **more[i]} for i, v in enumerate(values)]
     for metric, share in _BASELINES.items() if stage == "2_sft" else ():
         values = [float(rng.random() < share) for _ in range(examples)]
         metrics[metric] = _entry(values)

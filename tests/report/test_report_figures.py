@@ -239,6 +239,10 @@ def test_numbers_read_well() -> None:
         "0.0",
         "0.00",
     )
+    # Halves are rounded alike, wherever floating point puts them.
+    assert (
+        number(-0.0025) == number(-0.00249999999999) == "−0.003" and number(80.5, 0) == number(0.805 * 100, 0) == "81"
+    )
     assert [duration(x) for x in (None, 9.44, 59.96, 98.1, 7500)] == [
         "–",
         "9.4 s",

@@ -49,6 +49,9 @@ def test_several_runs_give_mean_spread_and_interval(seeds: Path, tmp_path: Path)
     half = 4.3027 * entry["sd"] / 3**0.5
     assert entry["mean"] - low == pytest.approx(max(half, *(x["value"] - x["ci95"][0] for x in single)), abs=1e-4)
     assert high - entry["mean"] == pytest.approx(max(half, *(x["ci95"][1] - x["value"] for x in single)), abs=1e-4)
+    lengths = summary["stages"]["2_sft"]["pass@1_by_length"]
+    assert {length: of["n"] for length, of in lengths.items()} == {"1": 3, "2": 3, "3": 3, "4": 3}
+    assert sum(of["mean"] for of in lengths.values()) / 4 == pytest.approx(entry["mean"]), "15 problems of each length"
     assert [run["seed"] for run in summary["runs"]] == [0, 1, 10]
     gain = summary["differences"]["2_sft"]["pass@1"]
     assert gain["n"] == 3 and gain["ci95"][0] > 0 and len(gain["values"]) == 3
