@@ -1,6 +1,9 @@
-"""The library that the recipes use, and the command `python -m pipeline`."""
+"""The library that the recipes use, and the command `fourstage`, which is `python -m pipeline`."""
 
 import os
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -17,3 +20,23 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # kernels, the default, PPO with a model of 1 M parameters took 1.4 GB, with 128 it took 0.9 GB and no more time.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+
+
+def search_here_last() -> None:
+    """Look for modules in the working folder after all other places, where functions of the user are still found.
+
+    `python -m` looks there first. A `pipeline.py` of the user, a folder `recipes/`, or a file that is named like a
+    library (`datasets.py`) would then be imported in place of what is meant.
+    """
+    root = str(Path(__file__).parents[1])
+    # The working folder may have been deleted.
+    with suppress(FileNotFoundError):
+        here = os.getcwd()
+        others = [place for place in sys.path if place == root or place not in ("", here)]
+        # An editable install is not in `sys.path`, and would be found after the working folder.
+        sys.path[:] = dict.fromkeys([*others, root, here])
+
+
+def safe_path() -> dict[str, str]:
+    """Return the variable with which a new Python does not search the working folder first; none in a clone."""
+    return {} if os.path.exists("pipeline/runner/launcher.py") else {"PYTHONSAFEPATH": "1"}

@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline COMMAND`.
+"""The command line: `fourstage COMMAND`, or `python -m pipeline COMMAND`.
 
 Only the standard library and the module of the chosen subcommand are imported, so that `--help` is instant.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NoReturn
 
+from pipeline import search_here_last
 from pipeline.errors import EXIT_USER_ERROR, Problem, UserError, exit_on_user_error
 
 COMMANDS = {
@@ -98,5 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_USER_ERROR
 
 
+def command() -> int:
+    """Run the subcommand of this process's command line; the console script `fourstage` calls this."""
+    search_here_last()
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

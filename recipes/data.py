@@ -14,7 +14,6 @@ python -m recipes.data --config recipes/pocket-reasoning/0_data.yaml
 
 from pipeline.data.pocket import build as pocket
 from pipeline.data.reasoning import build as reasoning
-from pipeline.rewards.functions import reasoning_gym
 from pipeline.training.entry import run
 
 
@@ -22,6 +21,9 @@ def main(args: reasoning.ReasoningArguments) -> None:
     if args.tasks is None:
         pocket.build(args)
     else:
+        # It imports torch.
+        from pipeline.rewards.functions import reasoning_gym
+
         reasoning.build(args, reasoning_gym)
 
 

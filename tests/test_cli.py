@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,29 @@ def test_a_current_directory_that_was_deleted_is_one_line(
         main(["status", "runs/pocket"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "current directory: .: has been deleted; change to another one\n"
+
+
+def test_a_folder_with_a_pipeline_py_of_its_own_gets_ours_and_keeps_its_functions(tmp_path: Path) -> None:
+    for name in ("pipeline.py", "recipes.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit(f'{__file__} was run')")
+    (tmp_path / "my_rewards.py").write_text("")
+    settings = ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    ((name, _, entry),) = [settings["options.entry_points"]["console_scripts"].strip().partition(" = ")]
+    assert name == "fourstage"
+    module, _, function = entry.partition(":")
+    # As pip writes it; another test of the runner sees to the steps that it starts.
+    script = tmp_path / "bin" / name
+    script.parent.mkdir()
+    script.write_text(
+        f"import sys\nfrom {module} import {function}\n"
+        f"try:\n    sys.exit({function}())\nfinally:\n    import json, recipes, my_rewards; print(recipes.__file__)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "check-overlap" in done.stdout and done.stdout.splitlines()[-1] == str(ROOT / "recipes/__init__.py")
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from trl import TrlParser
-
 from pipeline.config.fields import describe_type, field_types, is_enumeration, members, read_values, unknown_field
 from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
@@ -57,14 +55,12 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
     which option; they are then converted and judged as the values of a YAML file are.
 
     Args:
-        arguments: The command line without `--config`. `--help` prints all options, and ends the process.
+        arguments: The command line without `--config`.
         dataclass_types: Dataclasses whose fields are the options.
 
     Returns:
         The values by field name, and the problems of the rest.
     """
-    if {"-h", "--help"} & set(arguments):
-        TrlParser(dataclass_types).parse_args(["--help"])
     # Abbreviations (`--learn 1`) are off: the next release may give them another meaning.
     reader = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False

@@ -3,7 +3,7 @@
     python -m pipeline copy pocket mine
     python -m pipeline run mine
 
-The copy writes to runs/<name of the folder>, and contains the launch file that its commands name.
+The copy writes to runs/<name of the folder>. With it come the recipe's README and the launch file of its commands.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory, write_text
 from pipeline.runner.recipe import read_plan
 
+README = "README.md"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `copy` to `parser`."""
-    parser.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(shipped_recipes())}")
+    parser.add_argument("recipe", metavar="RECIPE", help="one of the recipes below")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write; it must not exist, or be empty")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    titles = {name: (SHIPPED / name / README).open(encoding="utf-8").readline() for name in shipped_recipes()}
+    parser.epilog = "\n".join(f"  {name:<21} {title.strip('# ').rstrip()}" for name, title in titles.items())
 
 
 def shipped_recipes() -> list[str]:
@@ -30,7 +35,7 @@ def shipped_recipes() -> list[str]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the YAML files of a recipe to a folder. Return 0.
+    """Write the YAML files and the README of a recipe to a folder. Return 0.
 
     Raises:
         UserError: If there is no such recipe, or the folder cannot be written or is not empty.
@@ -49,12 +54,15 @@ def main(args: argparse.Namespace) -> int:
     run_dir = f"runs/{args.folder.resolve().name}"
     # The text is changed, not the values, so that comments and order stay as they are. A name counts only as a whole:
     # `runs/pocket` is not the beginning of `runs/pocket-people`.
+    # `recipes/existing-model/full` is another recipe, which its README names.
+    others = [other.removeprefix(name) for other in shipped_recipes() if other.startswith(f"{name}/")]
     renamed = {
         rf"\b{re.escape(read_plan(SHIPPED / name).run_dir.as_posix())}(?![\w-])": run_dir,
-        rf"\brecipes/{name}(?![\w-])": args.folder.as_posix(),
+        rf"\brecipes/{name}(?!{'|'.join([*others, '[-0-9A-Za-z_]'])})": args.folder.as_posix(),
         rf"(?<![\w/]){re.escape(LAUNCH_FILE)}": (args.folder / LAUNCH_FILE).as_posix(),
     }
-    for path in (*sorted((SHIPPED / name).glob("*.yaml")), SHIPPED / "accelerate" / LAUNCH_FILE):
+    own = (path for pattern in ("*.yaml", README) for path in sorted((SHIPPED / name).glob(pattern)))
+    for path in (*own, SHIPPED / "accelerate" / LAUNCH_FILE):
         text = path.read_text(encoding="utf-8")
         for pattern, new in renamed.items():
             text = re.sub(pattern, new.replace("\\", r"\\"), text)

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline import safe_path
 from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import EXIT_USER_ERROR, Problem
@@ -149,13 +150,16 @@ def _shape(kind: str) -> str:
 
 
 def install_exit_hook() -> None:
-    """Make a launcher of the project's modules end with their exit code; torch calls this in every launcher.
+    """Make a launcher of the project's modules start these, and end with their exit code; torch calls it in each.
 
     Returns:
         None, where torch expects a rendezvous handler.
     """
     modules = [value for option, value in pairwise(sys.argv) if option in ("-m", "--module")]
     if modules and modules[0].split(".")[0] in ("pipeline", "recipes"):
+        # The folder where it is typed may have a `recipes.py` of its own.
+        for name, value in safe_path().items():
+            os.environ.setdefault(name, value)
         _end_with_program()
 
 

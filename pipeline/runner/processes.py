@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from pipeline import safe_path
 from pipeline.errors import EXIT_PUSH_FAILED, leave_closed_terminal, stop_signals
 from pipeline.runner.records import RunRecord
 from pipeline.runner.steps import Step
@@ -70,7 +71,7 @@ def run(
     if sys.platform == "linux":
         # The step saves when the runner dies.
         options["preexec_fn"] = signal_with_parent(signal.SIGTERM)
-    environment = {**DEFAULTS, **environment}
+    environment = {**DEFAULTS, **safe_path(), **environment}
     before = {number: signal.signal(number, forward_signal) for number in stop_signals()}
     try:
         process = warm.fork(command, environment, descriptors, output) if warm is not None else None

@@ -35,6 +35,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pkgutil import resolve_name
 
+from pipeline import safe_path
 from pipeline.errors import RunStopped
 from pipeline.runner import launcher
 
@@ -107,7 +108,7 @@ class WarmProcess:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno()), *PRELOADED],
-                env={**DEFAULTS, **environment},
+                env={**DEFAULTS, **safe_path(), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

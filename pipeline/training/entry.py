@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline import search_here_last
 from pipeline.config.command_line import split_config
 from pipeline.config.fields import argument_types
-from pipeline.config.parser import parse
 from pipeline.config.recipe_folder import missing_input
+from pipeline.config.recipe_help import FLAGS, describe_options
 from pipeline.errors import UserError, exit_on_user_error
-from pipeline.launch import stop_as_one
 
 
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
@@ -26,14 +26,25 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
 
     Args:
         main: A recipe's function, whose parameters are annotated with argument dataclasses.
-        argv: Command line without the program name. Default: `sys.argv`.
+        argv: Command line without the program name; `--help` prints its options. Default: `sys.argv`.
 
     Raises:
         SystemExit: As `exit_on_user_error`.
     """
+    if argv is None:
+        search_here_last()
+    words = sys.argv[1:] if argv is None else argv
+    if asked := set(FLAGS).intersection(words):
+        module = f"recipes.{Path(sys.argv[0]).stem}"
+        print(describe_options(argument_types(main), module, everything=not asked <= {"-h", "--help"}))
+        return
+    # Importing torch and transformers takes seconds, too long for `--help`.
+    from pipeline.config.parser import parse
+    from pipeline.launch import stop_as_one
+
     with exit_on_user_error():
         arguments = parse(*argument_types(main), argv=argv)
-        configs, _ = split_config(sys.argv[1:] if argv is None else argv)
+        configs, _ = split_config(words)
         if configs and (problem := missing_input(arguments, configs[0])):
             raise UserError(problem)
         # `recipes/__init__.py` disables the collector while the modules of a recipe are imported. Their million objects

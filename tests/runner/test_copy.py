@@ -44,17 +44,26 @@ def test_a_copy_is_the_same_recipe_in_a_run_of_its_own(recipe: str, capsys: pyte
     assert [step.name for step in copy.steps] == [step.name for step in original.steps]
     for one, other in zip(original.steps, copy.steps, strict=True):
         assert re.sub(rf"{original.run_dir}\b", "runs/own", str(one.values)) == str(other.values)
-    for path in Path("my/own").glob("*.yaml"):
+    for path in [*Path("my/own").glob("*.yaml"), Path("my/own/README.md")]:
         text = path.read_text()
-        assert f"{original.run_dir}/" not in text and f"recipes/{recipe}/" not in text
-        for name in re.findall(r"(?:--config|--config_file) (\S+)", text):
-            assert find_shipped(Path(name)).is_file(), f"{path}: {name}"
+        # `full` is a recipe by itself.
+        assert not re.search(rf"\b({original.run_dir}|recipes/{recipe})(?![\w-]|/full)", text)
+        for name in re.findall(r"(?:--config|--config_file) ([\w./-]+)", text):
+            assert name == "recipes/accelerate/fsdp2.yaml" or find_shipped(Path(name)).is_file(), f"{path}: {name}"
 
 
 def test_a_copy_is_launched_with_its_own_launch_file(capsys: pytest.CaptureFixture[str]) -> None:
     main(["copy", "pocket", "mine"])
     assert main(["run", "mine", "--dry-run"]) == 0
     assert "accelerate launch --config_file mine/accelerate_config.yaml -m" in capsys.readouterr().out
+
+
+def test_help_has_a_word_on_each_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["copy", "--help"])
+    shown = capsys.readouterr().out
+    for recipe in shipped_recipes():
+        assert re.search(rf"^  {recipe} +\w.{{20}}", shown, re.MULTILINE), recipe
 
 
 def test_copying_over_files_or_what_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

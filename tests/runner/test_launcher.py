@@ -100,11 +100,14 @@ def test_accelerate_adds_the_beginning_of_the_other_plugins_options_itself(proje
     assert args.main_process_ip is None
 
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+# -P: the script `accelerate` does not search the working folder either.
+ACCELERATE = [sys.executable, "-P", "-m", "accelerate.commands.accelerate_cli", "launch"]
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_mistake_under_accelerate_launch_itself_ends_in_its_own_line_and_code(project: Path, processes: str) -> None:
+    for name in ("pipeline.py", "recipes.py"):  # of the user
+        Path(name).write_text("raise SystemExit(f'{__file__} was run')")
     launcher = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", processes]
     step = ["-m", "recipes.sft", "--config", str(ROOT / "recipes/pocket/2_sft.yaml"), "--learning_rat", "1"]
     done = subprocess.run([*launcher, *step], capture_output=True, text=True, timeout=240, check=False)

@@ -842,7 +842,8 @@ for path in map(Path, sys.argv[1:]):
 
 @pytest.fixture
 def measured(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`2_sft` is evaluated by a stand-in."""
+    """`2_sft` is evaluated by a stand-in. The folder has a `pipeline.py` of its own, which no step may run."""
+    Path("pipeline.py").write_text("raise SystemExit(f'{__file__} was run')")
     executable = Step.executable
 
     def stand_in(step: Step, launch: list[str], launcher: Sequence[str] = ()) -> list[str]:

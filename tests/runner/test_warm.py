@@ -28,7 +28,7 @@ def warm(
 ) -> Iterator[WarmProcess | None]:
     """A warm process that has imported nothing, which is quick, or None."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     monkeypatch.setattr(warm_module, "PRELOADED", ())
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)  # Gradio sets it in the process of the tests
     if request.param == "new process":
@@ -81,7 +81,7 @@ def test_a_step_sees_what_a_new_process_would(step: Step) -> None:
     code = """
 import gc, os, signal, sys, threading
 assert __name__ == "__main__" and sys.modules["__main__"].__file__ == __file__
-assert sys.argv == [__file__, "--a", "b c"] and sys.path[0] == os.getcwd()
+assert sys.argv == [__file__, "--a", "b c"] and sys.path[0] != os.getcwd()
 assert os.environ["OWN"] == "\\u00e4\\n" and "GONE" not in os.environ and os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
 assert sys.stdin.read() == "" and os.getpgid(0) == os.getpid() and gc.isenabled()
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -169,7 +169,7 @@ def runner(
 ) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     """Start a runner of the code, as a program of its own, and wait until the step runs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     started = []
 
     def start(code: str) -> subprocess.Popen[str]:
@@ -253,7 +253,7 @@ if __name__ == "__main__":
 def test_a_fork_computes_grades_code_and_starts_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("stand_in.py").write_text(COMPUTES)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     monkeypatch.setattr(warm_module, "PRELOADED", ("datasets", "torch:nn", "pipeline.rewards.grading"))
     command = [sys.executable, "-m", "stand_in"]
     with Path("new").open("w") as new:
@@ -308,7 +308,7 @@ def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("stand_in.py").write_text(LAUNCHED)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     monkeypatch.setattr(warm_module, "PRELOADED", ())
     launch = ["-m", "pipeline.runner.launcher", "--config_file", str(ROOT / "accelerate_config.yaml"), *options]
     with WarmProcess(os.environ) as process:
@@ -333,7 +333,7 @@ def test_where_a_fork_is_not_possible_the_step_is_a_new_process(
         "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()"
     )
     Path("stand_in.py").write_text("import psutil, sys\nsys.exit('pipeline.runner.warm' in psutil.Process().cmdline())")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     monkeypatch.setattr(warm_module, "PRELOADED", (preloaded,))
     with WarmProcess(os.environ) as warm:
         assert run([sys.executable, "-m", "stand_in"], os.environ, (), warm=warm) == (0, None)
