@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
 from pipeline import search_here_last
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser(argv: Sequence[str]) -> Parser:
     """Return the parser for `argv`. It lists all subcommands, and knows the arguments of the one that `argv` names."""
     parser = Parser(
-        prog="python -m pipeline",
+        prog="fourstage" if Path(sys.argv[0]).name == "fourstage" else "python -m pipeline",
         description="Train a language model from random weights to a reasoning chat model.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

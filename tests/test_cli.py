@@ -97,7 +97,7 @@ def test_a_folder_with_a_pipeline_py_of_its_own_gets_ours_and_keeps_its_function
     command = [sys.executable, str(script), "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "check-overlap" in done.stdout and done.stdout.splitlines()[-1] == str(ROOT / "recipes/__init__.py")
+    assert "usage: fourstage " in done.stdout and done.stdout.splitlines()[-1] == str(ROOT / "recipes/__init__.py")
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

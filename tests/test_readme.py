@@ -25,24 +25,12 @@ from pipeline.__main__ import COMMANDS, build_parser, main
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from pipeline.evaluation.evaluate_yaml import check, complete, derive
+from pipeline.preferences.judges import load_judge
+from pipeline.rewards.functions import REWARDS
+from pipeline.rewards.loading import load_function
 
-PAGES = [
-    ROOT / name
-    for name in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "AGENTS.md",
-        "recipes/accelerate/README.md",
-        "recipes/existing-model/README.md",
-        "recipes/gsm8k-shakespeare/README.md",
-        "recipes/pocket/README.md",
-        "recipes/pocket-llama4/README.md",
-        "recipes/pocket-people/README.md",
-        "recipes/small/README.md",
-        "recipes/base/README.md",
-        "recipes/cluster/README.md",
-    )
-]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
+PAGES += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/README.md")])
 MODULES = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("tests/benchmarks/*.py")]
 STAND_INS = {
     " [RUN …]": "",
@@ -52,7 +40,7 @@ STAND_INS = {
     "…": "x.txt",
 }
 STAND_INS |= {"ADAPTER": "runs/x/2_sft", "DIR": "runs/x/merged", "--config FILE": "--config recipes/pocket/2_sft.yaml"}
-CHECKED = re.compile(r"(fourstage |python -m |accelerate launch |pip install |pytest|\.ci/run)")
+CHECKED = re.compile(r"(python -m |accelerate launch |pip install |pytest|\.ci/run)")
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -74,6 +62,7 @@ def commands() -> list[str]:
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         texts += docstring.replace("\\\n", " ").split("\n")
     found = [part.strip() for text in texts for part in text.partition("  #")[0].split("&&")]
+    found = [re.sub(r"^fourstage ", "python -m pipeline ", command) for command in found]
     return sorted({command for command in found if CHECKED.match(command) and " " in command})
 
 
@@ -92,8 +81,6 @@ def test_a_printed_command_is_accepted(
     for placeholder, value in STAND_INS.items():
         command = command.replace(placeholder, value)
     words = shlex.split(command)
-    if words[0] == "fourstage":
-        words[:1] = ["python", "-m", "pipeline"]
     if words[:3] == ["python", "-m", "pipeline"] and words[4:] == []:  # the name of a subcommand
         assert words[3] in COMMANDS
     elif words[:3] == ["python", "-m", "pipeline"]:
@@ -132,11 +119,13 @@ def check_recipe(module: str, argv: list[str]) -> None:
         parse(*argument_types(import_module(module).main), argv=[*argv, "--output_dir", "runs/x/out"])
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_files_and_modules_that_a_page_names_exist(path: Path) -> None:
-    links = re.findall(r"\]\(([\w./-]+)\)", path.read_text(encoding="utf-8"))
-    spans = [span for span in code_spans(path) if "NAME" not in span]
-    for name in [*links, *(span for span in spans if re.fullmatch(r"(pipeline|recipes|tests|\.ci)/[\w./-]*", span))]:
+    for link in re.findall(r"\]\(([\w./-]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / link).exists(), link
+    # `pipeline.py` is a file of a user.
+    spans = [span for span in code_spans(path) if "NAME" not in span and span != "pipeline.py"]
+    for name in (span for span in spans if re.fullmatch(r"(pipeline|recipes|tests|\.ci)/[\w./-]*", span)):
         assert (ROOT / name).exists(), name
     for name in (span for span in spans if re.fullmatch(r"(pipeline|recipes|tests)\.[\w.]+", span)):
         resolve_name(name)
@@ -144,7 +133,7 @@ def test_the_files_and_modules_that_a_page_names_exist(path: Path) -> None:
 
 def test_the_settings_of_an_evaluation_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks(ROOT / "README.md", "yaml")
+    (block,) = blocks(ROOT / "docs/data.md", "yaml")
     settings = yaml.safe_load(block)
     for name in (settings["text"], settings["problems"]["dataset_name"]):
         Path(name).touch()
@@ -159,7 +148,31 @@ def test_contributing_draws_the_house_as_it_is() -> None:
     assert [set(line.split()) for line in layers] == LAYERS
 
 
-def test_the_python_in_the_readme_runs_on_a_cpu_without_bf16(tmp_path: Path) -> None:
+def test_rewards_and_judges_are_as_the_pages_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = [block for name in ("README.md", "docs/data.md") for block in blocks(ROOT / name, "python")]
+    (tmp_path / "of_the_pages.py").write_text("\n".join(code))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    answers = [conversation("What is 1 + 1?", answer)[1:] for answer in ("2", "I think that it is 2.")]
+    for name in ("short", "brevity"):
+        reward = load_function(f"of_the_pages:{name}", "reward_funcs")
+        better, worse = reward(completions=answers, prompts=[[], []], answer=["2", "2"], source=["", ""])
+        assert better > worse
+    row = {"prompt": conversation("What is 1 + 1?", "")[:1]}
+    judge = load_judge("of_the_pages:shorter")
+    assert judge.match(["2", "2", "It is 2."], ["It is 2.", "2", "2"], [row] * 3) == [1.0, 0.5, 0.0]
+
+
+def test_the_table_of_rewards_lists_all() -> None:
+    named = re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for name in named if not name[0].isdigit()} == set(REWARDS)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+    assert (ROOT / "docs/report.png").stat().st_size < 200_000
+
+
+def test_the_python_of_the_page_about_ppo_runs_on_a_cpu_without_bf16(tmp_path: Path) -> None:
     model = tmp_path / "runs/pocket/2_sft"
     save_model(model)
     torch.manual_seed(0)
@@ -171,7 +184,7 @@ def test_the_python_in_the_readme_runs_on_a_cpu_without_bf16(tmp_path: Path) -> 
     write_lines(data / "prompts.jsonl", [{"prompt": conversation(f"What is {i}?", "")[:1]} for i in range(8)])
     split = "  - split: train\n    path: prompts.jsonl\n"
     (data / "README.md").write_text(f"---\nconfigs:\n- config_name: preferences\n  data_files:\n{split}---\n")
-    (python,) = blocks(ROOT / "README.md", "python")
+    (python,) = blocks(ROOT / "docs/ppo.md", "python")
     machine = "import torch\ntorch.cpu.get_capabilities = dict\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", machine + python]

@@ -140,7 +140,7 @@ def test_a_critic_is_an_adapter_like_the_policy_unless_it_is_asked_for_in_full(
 @pytest.mark.parametrize("recipe", ["small", "base"])
 def test_the_figures_in_a_readme_are_those_of_the_plan(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / f"recipes/{recipe}/README.md").read_text()
-    command, _, rest = text.partition("`python -m pipeline plan ")[2].partition("`")
+    command, _, rest = text.partition("`fourstage plan ")[2].partition("`")
     assert main(["plan", *command.split()]) == 0
     table = rest.partition("```text\n")[2].partition("```")[0]
     assert capsys.readouterr().out.partition("GB of one process")[0].rstrip() == table.rstrip()
