@@ -1,7 +1,7 @@
-"""`python -m pipeline copy RECIPE FOLDER`: a recipe that comes with the package, as a folder of one's own to change.
+"""`fourstage copy RECIPE FOLDER`: a recipe that comes with the package, as a folder of one's own to change.
 
-    python -m pipeline copy pocket mine
-    python -m pipeline run mine
+    fourstage copy pocket mine
+    fourstage run mine
 
 The copy writes to runs/<name of the folder>. With it come the recipe's README and the launch file of its commands.
 """
@@ -67,5 +67,5 @@ def main(args: argparse.Namespace) -> int:
         for pattern, new in renamed.items():
             text = re.sub(pattern, new.replace("\\", r"\\"), text)
         write_text(args.folder / path.name, text)
-    print(f"{args.folder}: a copy of {name}, which writes to {run_dir}; python -m pipeline run {args.folder}")
+    print(f"{args.folder}: a copy of {name}, which writes to {run_dir}; fourstage run {args.folder}")
     return 0

@@ -38,7 +38,7 @@ def test_a_folder_of_the_same_name_comes_first() -> None:
 @pytest.mark.parametrize("recipe", shipped_recipes())
 def test_a_copy_is_the_same_recipe_in_a_run_of_its_own(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["copy", recipe, "my/own"]) == 0
-    assert "python -m pipeline run my/own" in capsys.readouterr().out
+    assert "fourstage run my/own" in capsys.readouterr().out
     original, copy = read_plan(Path(recipe)), read_plan(Path("my/own"))
     assert copy.run_dir == Path("runs/own")
     assert [step.name for step in copy.steps] == [step.name for step in original.steps]
