@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -14,7 +15,8 @@ import pyarrow as pa
 from pipeline.data import writing
 from pipeline.data.arguments import SPLITS, SplitName
 from pipeline.data.overlap import NgramIndex
-from pipeline.data.pocket import conversations, documents
+from pipeline.data.pocket import conversations, documents, problems
+from pipeline.data.pocket.names import ITEMS, NAMES
 from pipeline.data.pocket.things import things
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_replaceable, write_folder
@@ -169,5 +171,21 @@ def without_overlap(
 def card(args: PocketArguments) -> str:
     """Return the data set card."""
     text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    text = text.format(**vars(args), things=len(things()), n=OVERLAP_N)
+    words = {
+        "items": f"{', '.join(ITEMS[:-1])} or {ITEMS[-1]}",
+        "names": len(NAMES),
+        "some_names": ", ".join(NAMES[:6]),
+    }
+    text = text.format(**vars(args), **words, **sizes_of_problems(), things=len(things()), n=OVERLAP_N)
     return writing.card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket")
+
+
+def sizes_of_problems() -> dict[str, str]:
+    """Return how many changes, groups, ages and turns the problems of the training split have, such as "1 to 4"."""
+    rng, sizes = random.Random(0), defaultdict(set)
+    for _ in range(1000):
+        problem = problems.draw(rng, "train")
+        # 7-3=4. 4+2=6. (two changes, or three groups)    1 2 4 7 9. (five ages)    Left of north is west. (one turn)
+        steps = problem.steps.split(" " if problem.kind == "ordering" else ". ")
+        sizes[problem.kind].add(len(steps) + (problem.kind == "counting"))
+    return {kind: f"{min(found)} to {max(found)}" if len(found) > 1 else str(*found) for kind, found in sizes.items()}

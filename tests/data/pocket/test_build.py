@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from huggingface_hub import DatasetCard
 
 from pipeline.data.pocket import build as building
 from pipeline.data.pocket.build import PocketArguments, build, card
+from pipeline.data.pocket.problems import draw
 from pipeline.errors import UserError
 
 Rows = Callable[[str, str], list[dict[str, Any]]]
@@ -81,6 +85,26 @@ def test_the_card_lists_the_files_of_each_config(tmp_path: Path) -> None:
         ],
     }
     assert "from seed 7: 150 things" in card(PocketArguments(str(tmp_path), seed=7))
+
+
+def test_the_card_says_what_may_be_asked_and_how_long_a_problem_may_be(tmp_path: Path) -> None:
+    _, _, rest = card(PocketArguments(str(tmp_path))).partition("## What may I ask?\n")
+    text = " ".join(rest.partition("\n#")[0].split())
+    # What the text says of each kind of problem, and what can be counted in one.
+    verbs = "gets|finds|buys|loses|sells|gives away"
+    patterns = {
+        "arithmetic": (r"and (\S+)(?: to (\d+))? times gets", rf"(?:{verbs}) \d"),
+        "counting": (r"; (\d+)(?: to (\d+))? groups", r"\d [a-z]"),
+        "ordering": (r"which of (\d+)(?: to (\d+))? ages", r"\d"),
+        "logic": (r"each of (\d+)(?: to (\d+))? others", r" of "),
+    }
+    rng, sizes = random.Random(1), defaultdict(set)
+    for _ in range(500):
+        problem = draw(rng, "train")
+        sizes[problem.kind].add(len(re.findall(patterns[problem.kind][1], problem.text)))
+    for kind, (said, _) in patterns.items():
+        ((low, high),) = re.findall(said, text)
+        assert sizes[kind] == set(range(int(low), int(high or low) + 1)), kind
 
 
 def test_another_seed_gives_other_rows(tmp_path: Path) -> None:
