@@ -18,6 +18,7 @@ from pipeline.report.load import load_run
 from pipeline.report.page import render
 from pipeline.report.path_picture import headline, path_boxes, title
 from pipeline.report.text import visible
+from pipeline.report.verdict import find_failures, shown
 from pipeline.stages import STAGES
 
 
@@ -37,7 +38,8 @@ def build_path(site: Site) -> None:
     run = load_run(site.run)
     steps = path_boxes(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
     heading = Markup("<h1>{}</h1><p>{}</p>").format(visible(title(run)), visible(headline(run)))
-    gr.HTML(heading + Markup(render("path.html.jinja", {"steps": steps})), apply_default_css=False)
+    verdict = Markup(render("verdict.html.jinja", shown(run, find_failures(run))))
+    gr.HTML(heading + verdict + Markup(render("path.html.jinja", {"steps": steps})), apply_default_css=False)
 
 
 def build_report(site: Site) -> None:

@@ -161,7 +161,7 @@ def _difference(metric: str, own: StageResult, other: StageResult) -> Estimate:
     from pipeline.evaluation.intervals import Estimate
     from pipeline.report.differences import paired
 
-    change = paired(other.outcomes(metric), own.outcomes(metric))
+    change = paired(other.outcomes(metric), own.outcomes(metric), metric)
     if change is not None and stage_info(own.name).generates:
         return change
     a, b = own.metrics[metric], other.metrics[metric]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.evaluation.intervals import Estimate, ratio
+from pipeline.evaluation.intervals import Estimate, mean_difference
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.evaluation.results import Outcomes, StageResult
 from pipeline.report.load import Run
@@ -69,25 +69,28 @@ def _between(before: StageResult, stage: StageResult) -> list[Difference]:
     rows = []
     for metric in sorted(shared, key=lambda name: (name not in aims, metric_order(name))):
         was, now = before.metrics[metric], stage.metrics[metric]
-        change = paired(before.outcomes(metric), stage.outcomes(metric), by_kind=bool(now.by_kind))
+        change = paired(before.outcomes(metric), stage.outcomes(metric), metric, by_kind=bool(now.by_kind))
         if change is not None:
             aim, verdict = metric in aims, judge(metric, change)
             rows.append(Difference(stage.name, before.name, metric, change, was.value, now.value, aim, verdict))
     return rows
 
 
-def paired(before: Outcomes, after: Outcomes, by_kind: bool = False) -> Estimate | None:
-    """Return the weighted mean difference on shared examples (also for each kind of them), None if there are none."""
+def paired(before: Outcomes, after: Outcomes, metric: str = "", by_kind: bool = False) -> Estimate | None:
+    """Return the mean difference on shared examples (also for each kind of them), None if there are none.
+
+    Without a `metric`, the differences may be those of anything.
+    """
     shared = [key for key in before if key in after]
     weights = [after[key][1] for key in shared]
     # Without any weight, for instance of documents without bytes, there is no mean.
     if sum(weights) <= 0:
         return None
     # Both sides answered the same examples, so the interval of the difference is narrower than that of either side.
-    whole = ratio([(after[key][0] - before[key][0]) * after[key][1] for key in shared], weights)
+    whole = mean_difference([after[key][0] - before[key][0] for key in shared], weights, metric_info(metric).share)
     parts = {}
     for kind in sorted({kind for _, _, kind in after.values()} - {""}) if by_kind else []:
-        part = paired(before, {key: entry for key, entry in after.items() if entry[2] == kind})
+        part = paired(before, {key: entry for key, entry in after.items() if entry[2] == kind}, metric)
         if part is not None:
             parts[kind] = part
     return replace(whole, by_kind=parts)

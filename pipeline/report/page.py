@@ -21,6 +21,7 @@ from pipeline.report.svg import line_chart
 from pipeline.report.tables import costs, experts, figures, gains, others, remarks, show_targets
 from pipeline.report.targets import Target, TargetResult, check_targets, is_pocket, load_targets
 from pipeline.report.text import code, counted, magnitude, markdown, number, visible
+from pipeline.report.verdict import Finding, is_smoke, shown
 from pipeline.stages import STAGES
 
 
@@ -86,8 +87,9 @@ def page_content(
         "targets": show_targets(results),
         "alarms": [
             f"{item['stage']}, step {item['step']}: {item['what']} ({number(item['value'])})"
-            for item in summary["alarms"]
+            for item in ([] if is_smoke(run) else summary["alarms"])
         ],
+        **shown(run, [Finding(**item) for item in summary["verdict"]]),
         "notes": run.notes,
         "table": figures(run, by_kind=False),
         "kinds": figures(run, by_kind=True),

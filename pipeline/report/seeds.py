@@ -20,6 +20,7 @@ from pipeline.report.summary import summarise
 from pipeline.report.tables import baseline_title, show_targets
 from pipeline.report.targets import Target, check_targets
 from pipeline.report.text import duration, number, signed
+from pipeline.report.verdict import Finding
 
 SEVERAL = (
     "Each run counts once. The 95% interval is Student's over the runs, and never narrower than the widest of the "
@@ -101,7 +102,7 @@ def write_seeds(
         "seconds": times,
         **{
             kind: [{"run": run.name, **item} for run, of_run in zip(runs, each, strict=True) for item in of_run[kind]]
-            for kind in ("promises", "alarms")
+            for kind in ("promises", "alarms", "verdict")
         },
         "notes": [note for run in runs for note in run.notes],
     }
@@ -122,6 +123,10 @@ def write_seeds(
             shown
             for run, of_run in zip(runs, results, strict=True)
             for shown in show_targets(of_run, prefix=f"{label(run)}: ")
+        ],
+        "conclusion": "",
+        "verdict": [
+            f"{label(run)}, {Finding(**item)}" for run, of in zip(runs, each, strict=True) for item in of["verdict"]
         ],
         "notes": summary["notes"],
         "figures": _groups(stages, number) + _groups(baselines, number, titles),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline.report.curves import alarms, last_logged
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
 from pipeline.report.targets import TargetResult
+from pipeline.report.verdict import conclude, find_failures
 
 NAMED = ("stage", "before", "metric", "aim", "verdict")
 """What an entry of `differences` says about the change that it gives."""
@@ -31,7 +33,9 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         `baselines` (the same, and their texts), `other` (evaluations with a name, by stage), `metrics` (metric -> label
         and direction), `judge` of the win rates, `left_out`, `cut_off` and `overlap` (by stage), `alarms` (`{"stage",
         "step", "what", "value"}`), `seconds` (by step), `hardware`, `versions` and `commit` of the last training step,
-        `seed`, `run`, `parameters`, `tokens` and `flops` (by stage), `differences`, `promises` (the targets), `notes`.
+        `seed`, `run`, `parameters`, `tokens` and `flops` (by stage), `differences`, `promises` (the targets), `verdict`
+        (`{"stage", "what", "value", "remedy"}` for each thing that did not work), `conclusion` (the verdict in one
+        line) and `notes`.
     """
     stages: dict[str, dict[str, Any]] = {}
     for name, stage in run.stages.items():
@@ -42,6 +46,7 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         if "expert_load" in stage.metrics:
             stages[name]["expert_load"]["layers"] = stage.experts.get("layers") or []
     costs = {name: training_cost(stage) for name, stage in run.stages.items()}
+    failures = find_failures(run)
     return {
         "run": run.name,
         "stages": stages,
@@ -73,6 +78,8 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         "promises": [
             {"promise": str(result.target), "measured": result.measured, "kept": result.met} for result in results
         ],
+        "verdict": list(map(asdict, failures)),
+        "conclusion": conclude(run, failures),
         "notes": list(run.notes),
     }
 

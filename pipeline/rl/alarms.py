@@ -58,6 +58,8 @@ ADVICE = {
 class CollapseAlarms(TrainerCallback):
     """Warn once of each kind of collapse, until it recovers, and add `{"alarm/<name>": figure, "step": N}` to the log.
 
+    Where most entries are bad, but too few in a row, the alarm is raised at the end.
+
     All is derived from the log, which checkpoints contain, so that a resumed run raises the alarms of an uninterrupted
     one.
 
@@ -73,9 +75,15 @@ class CollapseAlarms(TrainerCallback):
     def _forget(self) -> None:
         self._start: dict[str, float] = {}
         self._reward, self._lowest, self._highest, self._deviation = math.nan, math.inf, -math.inf, 0.0
+        # The alarms that are raised now, and the ones that ever were.
         self._raised: set[str] = set()
+        self._ever: set[str] = set()
         # How many entries in a row speak for changing the state of an alarm, by its name.
         self._against: Counter[str] = Counter()
+        # How many entries had a figure for it, how many of them were bad, and the last such figure.
+        self._seen: Counter[str] = Counter()
+        self._bad: Counter[str] = Counter()
+        self._latest: dict[str, float] = {}
 
     def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Read what was logged before a resumed run stopped."""
@@ -88,7 +96,16 @@ class CollapseAlarms(TrainerCallback):
         self, args: GRPOConfig, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Raise the alarms of the latest entry."""
-        for name, value in self._read(logs or {}).items():
+        self._raise(self._read(logs or {}), state)
+
+    def on_train_end(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raise each alarm that was not raised although most entries are bad: a short run has few."""
+        if state.global_step >= state.max_steps:
+            bad = {name: self._latest[name] for name, count in self._bad.items() if 2 * count > self._seen[name]}
+            self._raise({name: value for name, value in bad.items() if name not in self._ever}, state)
+
+    def _raise(self, alarms: Mapping[str, float], state: TrainerState) -> None:
+        for name, value in alarms.items():
             state.log_history.append({f"alarm/{name}": value, "step": state.global_step})
             logger.warning("%-11s %s at step %d: %.3g %s", "alarm", name, state.global_step, value, ADVICE[name])
 
@@ -97,6 +114,10 @@ class CollapseAlarms(TrainerCallback):
         raised = {}
         for name, value, severity in self._severities({k: v for k, v in entry.items() if v is not None}):
             # Bad entries speak against an alarm that is not raised, good ones against one that is.
+            self._seen[name] += 1
+            if severity >= 1:
+                self._bad[name] += 1
+                self._latest[name] = value
             against = severity < RECOVERY if name in self._raised else severity >= 1
             self._against[name] = self._against[name] + 1 if against else 0
             if self._against[name] == self._patience:
@@ -104,6 +125,7 @@ class CollapseAlarms(TrainerCallback):
                 self._raised ^= {name}
                 if name in self._raised:
                     raised[name] = value
+                    self._ever.add(name)
         return raised
 
     def _severities(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:

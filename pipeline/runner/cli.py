@@ -237,6 +237,8 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if code in (0, EXIT_PUSH_FAILED) and report is not None and report.exists():
         say(f"report: {report}{promises_kept(report.with_name('metrics.json'))}")
+        for line in verdict(report.with_name("metrics.json")):
+            say(line)
     return code
 
 
@@ -247,6 +249,13 @@ def promises_kept(metrics: Path) -> str:
     if broken:
         return f", {broken} of {len(promises)} promised figures fall short"
     return f", all {len(promises)} promises kept" if promises else ""
+
+
+def verdict(metrics: Path) -> list[str]:
+    """Return what a run reached in one line or, for each thing that did not work, what and the remedy in two."""
+    summary = json.loads(metrics.read_text(encoding="utf-8"))
+    lines = [f"  {item['stage']}: {item['what']}\n    {item['remedy']}" for item in summary["verdict"]]
+    return ["what did not work:", *lines] if lines else list(filter(None, [summary["conclusion"]]))
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:

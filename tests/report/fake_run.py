@@ -211,7 +211,7 @@ def _history(stage: str, rng: random.Random) -> list[dict[str, Any]]:
 
 def write_weights(path: Path, shapes: dict[str, list[int]]) -> None:
     """Write a safetensors file of 8-bit zeros, which take no space on disk."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "stage": path.parent.name}}
     end = 0
     for name, shape in shapes.items():
         header[name] = {"dtype": "I8", "shape": shape, "data_offsets": [end, end + math.prod(shape)]}

@@ -54,6 +54,8 @@ def test_an_unchanged_metric_is_the_same() -> None:
         stage.examples = [{"metric": "pass@1", "id": i, "value": float(i % 2)} for i in range(20)]
     (found,) = differences(run)
     assert found.change.value == 0 and found.verdict == "same"
+    # One gain and one loss more in 22: 1.96 * sqrt(2 / 22 / 22).
+    assert found.change.high == pytest.approx(1.96 * 2**0.5 / 22, abs=1e-4) and found.change.low == -found.change.high
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ COLLAPSES: dict[str, tuple[dict[str, float], float]] = {
 
 
 def history(
-    entries: list[dict[str, Any]], checked: bool = True, stop_after: int = 0, batch_size: int = 32
+    entries: list[dict[str, Any]], checked: bool = True, stop_after: int = 0, batch_size: int = 32, ends: bool = False
 ) -> list[dict[str, Any]]:
     """Return the log of a run with these entries, of which some are logged before the run is resumed."""
     PartialState()  # for the logger
@@ -51,6 +51,8 @@ def history(
         state.global_step = number
         state.log_history.append({**entry, "step": number})
         alarms.on_log(config, state, control, logs=entry)
+    state.max_steps = len(entries) + (not ends)
+    alarms.on_train_end(config, state, control)
     return state.log_history
 
 
@@ -87,6 +89,16 @@ def test_small_batches_need_more_patience() -> None:
     entries = [SOUND, *[SOUND | {"frac_reward_zero_std": 1.0}] * 10]
     assert raised(history(entries, batch_size=8)) == [("uninformative_groups", 9)]
     assert raised(history(entries, batch_size=4)) == []
+
+
+@pytest.mark.parametrize("name", COLLAPSES)
+def test_a_run_that_is_too_short_for_an_alarm_is_judged_at_its_end(name: str) -> None:
+    bad = SOUND | COLLAPSES[name][0]
+    entries = [SOUND, bad, bad]
+    assert raised(history(entries)) == [], "interrupted"
+    assert raised(history(entries, ends=True)) == raised(history(entries, ends=True, stop_after=2)) == [(name, 3)]
+    assert raised(history([SOUND, bad, SOUND, bad], ends=True)) == []
+    assert raised(history([SOUND, *[bad] * 4, *[SOUND] * 2], ends=True)) == [(name, 4)], "once"
 
 
 def test_success_is_not_a_collapse() -> None:
