@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from datetime import timedelta
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "FOURSTAGE_PROGRESS"
 
+_lost: list[dict[str, Any]] = []
 
-def report_progress(**facts: float | str) -> None:
+
+def report_progress(**facts: Any) -> None:
     """Report facts about the running step; without a runner, or in another process than the first, do nothing.
 
     A step is not stopped by a report that cannot be written. May be called in a signal handler.
 
     Args:
         **facts: `done` of `total` units, such as updates; `loss` or `reward`; `tokens_per_second`; `stopping`, the
-            signal after which it saves. Omitted facts keep their last values.
+            signal after which it saves; `lost`, see `report_lost`. Omitted facts keep their last values.
     """
     path = os.environ.get(VARIABLE)
     if not path or os.environ.get("RANK", "0") != "0":
@@ -29,6 +35,20 @@ def report_progress(**facts: float | str) -> None:
             os.write(descriptor, json.dumps(facts).encode() + b"\n")
         finally:
             os.close(descriptor)
+
+
+def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
+    """Warn of rows that a step cuts or drops. The runner shows them, too, and records them for the report.
+
+    Args:
+        rows: Their number.
+        of: The number of rows that there are.
+        what: What follows these numbers, such as "pairs are dropped, because both answers are the same".
+        remedy: What to do about it.
+    """
+    logger.warning("%d of %d %s; %s", rows, of, what, remedy)
+    _lost.append({"rows": rows, "of": of, "what": what, "remedy": remedy})
+    report_progress(lost=_lost)
 
 
 def duration(seconds: float) -> str:

@@ -26,6 +26,7 @@ from pipeline.data.messages import (
 )
 from pipeline.data.writing import MESSAGES
 from pipeline.errors import Problem, UserError
+from pipeline.progress import report_lost
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ def _drop_faults(rows: Dataset, convert: Convert, place: str) -> Dataset:
     if not lost or not are_few(lost, len(rows)):
         return rows
     index, first = next((index, found) for index, row in enumerate(rows) if (found := fault(row)))
-    logger.warning("%s: %d of %d rows are dropped; row %d, for instance: %s.", place, lost, len(rows), index, first)
+    report_lost(lost, len(rows), f"rows are dropped; row {index}, for instance: {first}", f"correct {place}")
     return kept
 
 
@@ -192,12 +193,8 @@ def _keep_informative(pairs: Split, place: str) -> Split:
     if isinstance(pairs, Dataset) and len(kept) < len(pairs):
         if not len(kept):
             raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
-        logger.warning(
-            "%s: %d of %d pairs are dropped, because an answer is empty or both are the same.",
-            place,
-            len(pairs) - len(kept),
-            len(pairs),
-        )
+        what = "pairs are dropped, because an answer is empty or both are the same"
+        report_lost(len(pairs) - len(kept), len(pairs), what, f"correct {place}")
     return kept
 
 

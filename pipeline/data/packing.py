@@ -6,7 +6,6 @@ mask) transformers builds a block-diagonal causal mask.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,12 +19,11 @@ from tokenizers import Tokenizer
 
 from pipeline.data.columns import TOKENS, Split
 from pipeline.errors import Problem, UserError
+from pipeline.progress import report_lost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
-
-logger = logging.getLogger(__name__)
 
 DOCUMENTS_PER_BATCH = 10_000
 """Documents packed together. The rest of a batch that does not fill a block is dropped: one block in about 10 MB."""
@@ -198,8 +196,6 @@ def log_truncated(dataset: Split, args: SFTConfig) -> None:
     longer = sum(length > args.max_length for length in lengths)
     if longer:
         end = "beginning" if args.truncation_mode == "keep_end" and not args.packing else "end"
-        logger.warning(
-            "max_length %d: %d of %d conversations are longer (up to %d tokens) and lose their %s; raise it, or the "
-            "model does not learn to stop after long answers.",
-            *(args.max_length, longer, len(lengths), max(lengths), end),
-        )
+        what = f"conversations are longer than max_length {args.max_length} (up to {max(lengths)} tokens) and lose "
+        remedy = "raise it, or the model does not learn to stop after long answers"
+        report_lost(longer, len(lengths), f"{what}their {end}", remedy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from pipeline.data.columns import Kind, Split
 from pipeline.data.packing import IGNORED
 from pipeline.errors import Problem, UserError
-
-logger = logging.getLogger(__name__)
+from pipeline.progress import report_lost
 
 PROMPTS_MEASURED = 100
 """Prompts of a stream that are measured before training, which may have to be downloaded for it."""
@@ -73,12 +71,8 @@ def drop_long_prompts(
     kept = [number for number, size in enumerate(sizes) if size <= room]
     if len(kept) == len(split):
         return split
-    logger.warning(
-        "%d of %d prompts have more than %d tokens, which leaves no room for an answer, and are dropped.",
-        len(split) - len(kept),
-        len(split),
-        room,
-    )
+    what = f"prompts have more than {room} tokens, which leaves no room for an answer, and are dropped"
+    report_lost(len(split) - len(kept), len(split), what, "lower max_completion_length, or shorten them")
     return split.select(kept)
 
 

@@ -77,10 +77,11 @@ def measure_baselines(
         prompts = [row for row in held_out.prompts if judge.can_judge(row)]
         result.texts["constant"] = {}
         answering = matching or chat
-        tried = answer_both(answering, answering, validation, seed)
+        tried = answer_both(answering, answering, validation, seed, samples=1)
         for metric, (ours, theirs) in matches.items():
-            best = find_constant(*tried[metric], validation, judge)
-            glued = [glue(best, answer) for answer in ours]
+            own, others = ([answer for (answer,) in side] for side in tried[metric])
+            best = find_constant(own, others, validation, judge)
+            glued = [[glue(best, answer) for answer in answers] for answers in ours]
             record_wins(result, f"constant/{metric}", glued, theirs, prompts, seed, judge)
             result.texts["constant"][metric.replace("win_rate", "text")] = best
 

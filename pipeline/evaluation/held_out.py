@@ -23,7 +23,7 @@ import random
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -98,7 +98,7 @@ class HeldOut:
         graders: Graders of `instructions` and `problems`; without one, each instruction says how it is graded.
         can_vote: Whether samples can vote on the answer to a problem.
         fixed_prompts: Conversations that every stage answers.
-        suspects: Key of data that might overlap with training data -> the training rows.
+        suspects: Key of training rows -> the rows, and the keys of held-out data of which they might have copies.
     """
 
     text: list[Example] = field(default_factory=list)
@@ -112,7 +112,7 @@ class HeldOut:
     graders: Mapping[str, Grader] = field(default_factory=dict)
     can_vote: bool = True
     fixed_prompts: Sequence[Sequence[dict[str, str]]] = ()
-    suspects: Mapping[str, Part] = field(default_factory=dict)
+    suspects: Mapping[str, tuple[Part, list[str]]] = field(default_factory=dict)
 
 
 def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str], baselines: bool) -> HeldOut:
@@ -152,14 +152,6 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
             validation = reader.read("prompts", candidates, most["prompts"])
         majority = _most_frequent_answers(reader)
 
-    # A held-out row may have a copy among the training rows of the same split, or if the user chose the data.
-    suspects = {}
-    for key, part in parts.items():
-        if part.divided or (key in reader.named and key in reader.own):
-            trained_on = reader.find(key, trained_on=True)
-            if trained_on is not None:
-                suspects[key] = trained_on
-
     longer = reader.find("problems", "test_longer")
     found = HeldOut(
         text=[row for row in rows.get("text", ()) if row["text"].strip()],
@@ -173,11 +165,30 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         graders=graders,
         can_vote="problems" in parts and parts["problems"].source.grade in COMPARED,
         fixed_prompts=_fixed_prompts(run, settings, rows),
-        suspects=suspects,
+        suspects=_find_suspects(reader, parts),
     )
     if flags and not any(getattr(found, key) for key in HELD_OUT):
         remedy = "has no rows to measure on"
         raise UserError(*(Problem(f"{key}: dataset_name", settings[key]["dataset_name"], remedy) for key in flags))
+    return found
+
+
+def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple[Part, list[str]]]:
+    """Return the training rows that may have copies of held-out rows, as in `HeldOut`.
+
+    They are those of every stage, because pairs, for instance, may be made of test problems. What generates data of a
+    run leaves such rows out of its training splits. Of a stream, only held-out rows of its own are looked for.
+    """
+    found = {}
+    for trained, source in reader.own.items():
+        keys = [key for key, part in parts.items() if not (reader.is_made(source) and reader.is_made(part.source))]
+        # An evaluation does not need the training data, which may be on another machine.
+        with suppress(UserError):
+            part = reader.find(trained, trained_on=True) if keys else None
+            if part is not None and not isinstance(part.data, Dataset):
+                keys = [key for key in keys if key == trained]
+            if part is not None and keys:
+                found[trained] = part, keys
     return found
 
 
@@ -313,6 +324,10 @@ class Reader:
         self.own = {key: documents_of(Source(**source)) for key, source in settings["trained_on"].items()}
         self.named = {key for key in self.sources if key in flags or self.sources[key] != self.own.get(key)}
         self._opened: dict[tuple[str | None, ...], DatasetDict | IterableDatasetDict] = {}
+
+    def is_made(self, source: Source) -> bool:
+        """Return whether the run makes this data set itself."""
+        return Path(source.dataset_names[0]).is_relative_to(self.run)
 
     def find(self, key: str, split: str | None = None, trained_on: bool = False) -> Part | None:
         """Return rows of the data set of `key`, None if there are none.

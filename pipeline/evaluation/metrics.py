@@ -274,11 +274,11 @@ def measure_problems(
     values = record_greedy(result, "pass@1", answers, rows, grader)
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
     _record_ends(result, chat, completions, rows, "reasoning_length", seed)
-    for row, text, value in zip(rows, answers, values, strict=True):
+    for row, completion, value in zip(rows, completions, values, strict=True):
         # The report shows the first problem of each kind.
         if all(trace["kind"] != row["kind"] for trace in result.traces):
             trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row.get("answer") or ""}
-            result.traces.append({**trace, "answer": text, "correct": bool(value)})
+            result.traces.append({**trace, "answer": readable(completion), "correct": bool(value)})
 
     # Several sampled answers to some of them.
     some = subsample(rows, MAX_SAMPLED_PROBLEMS)
@@ -314,9 +314,18 @@ def record_greedy(
 def answer_fixed_prompts(result: StageResult, chat: ChatModel, prompts: Sequence[Sequence[dict[str, str]]]) -> None:
     """Add the greedy answers to the fixed prompts."""
     result.answers = [
-        {"prompt": prompt[-1]["content"], "answer": completion.text}
+        {"prompt": prompt[-1]["content"], "answer": readable(completion)}
         for prompt, completion in zip(prompts, chat.greedy(prompts), strict=True)
     ]
+
+
+def readable(completion: Completion) -> str:
+    """Return an answer as reports show it; why there is nothing to read, if there is not."""
+    if completion.text.strip():
+        return completion.text
+    # The text is without special tokens; white space is text.
+    tokens = f"{len(completion.tokens)} tokens that are not shown: white space, or special ones"
+    return f"(nothing: {tokens})" if len(completion.tokens) > 1 else "(nothing: it ended at once)"
 
 
 def _record_ends(

@@ -203,10 +203,16 @@ class StageResult:
         ]
         lines += [
             f"{key}: {found['found']} of {found['rows']} held-out rows share {found['n']} words in a row, or all their "
-            f"words, with the {found['trained_on']} training rows looked at"
+            f"words, with the {found['trained_on']} training rows looked at{_where(found)}"
             for key, found in self.overlap.items()
         ]
         return lines + self.left_out
+
+
+def _where(found: Mapping[str, Any]) -> str:
+    """Return in the training rows of which data copies were found: ": pairs 32, text 1"."""
+    of = found.get("in")
+    return ": " + ", ".join(f"{name} {count}" for name, count in of.items()) if isinstance(of, dict) and of else ""
 
 
 def _without_damage(value: Any, keys: set[str] | None) -> Any:

@@ -18,7 +18,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.evaluation import baselines, metrics, win_rate
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.evaluate_yaml import BASE, DEFAULT_LENGTH, VOTES, template_arguments
-from pipeline.evaluation.held_out import Example, HeldOut
+from pipeline.evaluation.held_out import Example, HeldOut, subsample
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.overlaps import find_overlaps
 from pipeline.evaluation.results import StageResult
@@ -31,9 +31,12 @@ from pipeline.models.vllm_sampler import VLLMSampler
 from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
 from pipeline.preferences.people import load_votes
 from pipeline.rewards.grading import is_gradable
-from pipeline.stages import HELD_OUT
+from pipeline.stages import HELD_OUT, STAGES
 
 Settings = Mapping[str, Any]
+
+UNTRAINED_ROWS = 48
+"""Rows that random weights answer, at most: all of their answers run into the limit, and none is right."""
 
 DRAWN = 3
 """Texts of which the report shows which expert took which token."""
@@ -118,13 +121,22 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
             measure_people(result, model, tokenizer, votes, seed)
     else:
         try:
-            _measure_language_model(result, run, held_out, settings, folder)
+            _measure_language_model(result, run, _answered(stage, held_out), settings, folder)
         except TemplateError as error:
             remedy = f"its chat template refuses a conversation of the data ({error}); correct one of them"
             raise UserError(Problem("--stage", path, remedy)) from None
     result.overlap = find_overlaps(held_out, folder)
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _answered(stage: str, held_out: HeldOut) -> HeldOut:
+    """Return the rows that a stage answers: those of random weights are fewer."""
+    kind = STAGES.get(stage.partition("_")[2])
+    if kind is None or kind.trained or not kind.measured:
+        return held_out
+    fewer = {key: subsample(getattr(held_out, key), UNTRAINED_ROWS) for key in ("instructions", "problems", "longer")}
+    return replace(held_out, **fewer)  # type: ignore[arg-type]
 
 
 def _measure_language_model(
@@ -187,7 +199,7 @@ def _measure_language_model(
     answers: win_rate.Matches = {}
     if opponent is not None and judge:
         result.judge = judge.name
-        answers = win_rate.answer_both(chats["prompts"], opponent, judged, seed)
+        answers = win_rate.answer_both(chats["prompts"], opponent, judged, seed, _samples(settings))
         win_rate.measure_matches(result, answers, judged, seed, judge)
     result.cut_off = {
         key: {**chat.counts, "limit": chat.max_new_tokens} for key, chat in chats.items() if chat.counts["answers"]
@@ -207,6 +219,11 @@ def _measure_language_model(
             matching=chats["prompts"],
         )
     metrics.answer_fixed_prompts(result, chats["instructions"], held_out.fixed_prompts)
+
+
+def _samples(settings: Settings) -> int:
+    """Return how many answers to a prompt are sampled for the win rate; people would have to judge each of them."""
+    return 1 if settings.get("judge") == VOTES else win_rate.SAMPLES
 
 
 def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:
@@ -229,7 +246,7 @@ def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Set
 
 def _find_opponent(
     result: StageResult, run: Path, rows: Sequence[Example], own: ChatModel, settings: Settings, folder: Path
-) -> ChatModel | dict[str, list[str]] | None:
+) -> ChatModel | dict[str, list[list[str]]] | None:
     """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet.
 
     Every stage is compared with the same answers. They are written with the evaluation of the opponent, and identified
@@ -240,7 +257,7 @@ def _find_opponent(
         return None
     template = template_arguments(settings, against, "prompts")
     how: dict[str, Any] = {"seed": settings.get("seed") or 0, "max_new_tokens": own.max_new_tokens}
-    how |= {"dtype": hardware.fast_dtype(), "device": hardware.accelerator()}
+    how |= {"samples": _samples(settings), "dtype": hardware.fast_dtype(), "device": hardware.accelerator()}
     how |= {"vllm": True} if own.vllm else {}
     how |= {"template": template} if template else {}
     answered = win_rate.fingerprint(path, rows, **how)

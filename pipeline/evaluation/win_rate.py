@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,11 +24,15 @@ from pipeline.evaluation.held_out import Example
 from pipeline.evaluation.metrics import STRING, Metric, output
 from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
+from pipeline.models.generation import Completion
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import judge_match
 
-Matches = dict[str, tuple[list[str], list[str]]]
-"""`win_rate` (sampled) and `win_rate_greedy` -> answers to the same prompts by a model and by its opponent."""
+Matches = dict[str, tuple[list[list[str]], list[list[str]]]]
+"""`win_rate` (sampled) and `win_rate_greedy` -> the answers to each prompt by a model and by its opponent."""
+
+SAMPLES = 4
+"""Sampled answers to each prompt. They halve the standard error of a single one, and are sampled in half a second."""
 
 FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja", "*.safetensors")
 """Files of a model that its answers depend on; records of its training lie beside them."""
@@ -66,20 +71,31 @@ class LastSentenceShare(Metric):
 
 
 def answer_both(
-    chat: ChatModel, opponent: ChatModel | Mapping[str, list[str]], rows: Sequence[Example], seed: int = 0
+    chat: ChatModel,
+    opponent: ChatModel | Mapping[str, list[list[str]]],
+    rows: Sequence[Example],
+    seed: int = 0,
+    samples: int = SAMPLES,
 ) -> Matches:
-    """Answer the prompts by both models, at temperature 1 and greedily; the opponent's answers may be given.
+    """Answer the prompts by both models, `samples` times at temperature 1 and once greedily.
+
+    The opponent's answers may be given.
 
     The opponent samples with a different seed, so that a model against itself does not tie every time.
     """
     prompts = [row["prompt"] for row in rows]
-    ours = [c[0].text for c in chat.sample(prompts, temperature=1.0, seed=2 * seed)]
-    greedy = [completion.text for completion in chat.greedy(prompts)]
+    sampled: dict[str, Any] = {"temperature": 1.0, "samples": samples}
+    ours = _texts(chat.sample(prompts, seed=2 * seed, **sampled))
+    greedy = _texts(chat.sample(prompts))
     if isinstance(opponent, Mapping):
         return {"win_rate": (ours, opponent["win_rate"]), "win_rate_greedy": (greedy, opponent["win_rate_greedy"])}
-    theirs = [c[0].text for c in opponent.sample(prompts, temperature=1.0, seed=2 * seed + 1)]
-    other = greedy if opponent is chat else [completion.text for completion in opponent.greedy(prompts)]
+    theirs = _texts(opponent.sample(prompts, seed=2 * seed + 1, **sampled))
+    other = greedy if opponent is chat else _texts(opponent.sample(prompts))
     return {"win_rate": (ours, theirs), "win_rate_greedy": (greedy, other)}
+
+
+def _texts(completions: Sequence[Sequence[Completion]]) -> list[list[str]]:
+    return [[completion.text for completion in of_prompt] for of_prompt in completions]
 
 
 def measure_matches(
@@ -88,34 +104,54 @@ def measure_matches(
     """Record `win_rate` and `win_rate_greedy`, and how many answers end alike in both."""
     for name, (ours, theirs) in matches.items():
         record_wins(result, name, ours, theirs, rows, seed, judge)
-        ends = LastSentenceShare().compute(predictions=ours)
+        # Of each prompt, the first answer counts.
+        ends = LastSentenceShare().compute(predictions=[first for first, *_ in ours])
         result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=None)
 
 
 def record_wins(
     result: StageResult,
     name: str,
-    ours: Sequence[str],
-    theirs: Sequence[str],
+    ours: Sequence[Sequence[str]],
+    theirs: Sequence[Sequence[str]],
     rows: Sequence[Example],
     seed: int,
     judge: Judge = ANNOTATORS,
 ) -> None:
-    """Record under `name` how often `ours` win against `theirs`, of the matches of which the judge has an opinion."""
-    # People may not have voted on a match yet.
-    judged = [
-        (answer, other, row, outcome)
-        for answer, other, row, outcome in zip(ours, theirs, rows, judge.match(ours, theirs, rows), strict=True)
-        if outcome is not None
+    """Record under `name` how often `ours` win against `theirs`, of the matches of which the judge has an opinion.
+
+    The outcome of a prompt is the mean of its matches, of each answer with the opponent's of the same number.
+    """
+    matches = [
+        (number, answer, other)
+        for number, sides in enumerate(zip(ours, theirs, strict=True))
+        for answer, other in zip(*sides, strict=True)
     ]
-    if len(judged) < len(rows):
-        result.left_out.append(f"{name}: {len(rows) - len(judged)} of {len(rows)} matches have not been judged")
-    if not judged:
+    numbers, answers, others = zip(*matches, strict=True)
+    outcomes = judge.match(list(answers), list(others), [rows[number] for number in numbers])
+    of_prompt: dict[int, list[float]] = defaultdict(list)
+    # People may not have voted on a match yet.
+    for number, outcome in zip(numbers, outcomes, strict=True):
+        if outcome is not None:
+            of_prompt[number].append(outcome)
+    if missing := sum(outcome is None for outcome in outcomes):
+        result.left_out.append(f"{name}: {missing} of {len(outcomes)} matches have not been judged")
+    if not of_prompt:
         return
-    ours, theirs, rows, outcomes = map(list, zip(*judged, strict=True))
-    wins = WinRate().compute(predictions=ours, references=theirs, rows=rows, seed=seed, outcomes=outcomes)
-    extras = [{"answer": a, "opponent": b} for a, b in zip(ours, theirs, strict=True)]
-    result.record(name, wins, rows, extras=extras)
+    judged = [rows[number] for number in of_prompt]
+    extras: list[dict[str, Any]] = [{"answer": ours[number][0], "opponent": theirs[number][0]} for number in of_prompt]
+    if any(len(answers) > 1 for answers in ours):
+        # The other answers of the opponent, for later evaluations.
+        for extra, number in zip(extras, of_prompt, strict=True):
+            extra |= {"answers": ours[number], "opponents": theirs[number]}
+    wins = WinRate().compute(
+        predictions=[extra["answer"] for extra in extras],
+        references=[extra["opponent"] for extra in extras],
+        rows=judged,
+        seed=seed,
+        outcomes=list(map(fmean, of_prompt.values())),
+    )
+    result.record(name, wins, judged, extras=extras)
 
 
 def fingerprint(model: Path, rows: Sequence[Example], **settings: object) -> str:
@@ -133,7 +169,7 @@ def fingerprint(model: Path, rows: Sequence[Example], **settings: object) -> str
     return digest.hexdigest()
 
 
-def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[str]] | None:
+def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[list[str]]] | None:
     """Return what a stage answered when it was evaluated, by metric; None unless its fingerprint is `wanted`.
 
     `folder` is that of the evaluations.
@@ -142,9 +178,9 @@ def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[str]]
     saved = StageResult.read(folder / f"{stage}.json", notes)
     if not wanted or saved.opponent != wanted or notes:
         return None
-    answers: dict[str, list[str]] = {"win_rate": [], "win_rate_greedy": []}
+    answers: dict[str, list[list[str]]] = {"win_rate": [], "win_rate_greedy": []}
     for example in saved.examples:
         if example["metric"] in answers and "opponent" in example:
-            answers[example["metric"]].append(str(example["opponent"]))
+            answers[example["metric"]].append(list(map(str, example.get("opponents") or [example["opponent"]])))
     # The examples may be missing, or those of an earlier release.
     return answers if all(answers.values()) else None

@@ -16,6 +16,7 @@ from pipeline.report.summary import seconds
 from pipeline.report.svg import interval_bar, share_bar
 from pipeline.report.targets import TargetResult
 from pipeline.report.text import duration, interval, magnitude, number, signed
+from pipeline.report.verdict import lost_rows
 from pipeline.stages import BASELINES
 
 
@@ -105,6 +106,9 @@ def remarks(run: Run) -> list[str]:
     for stage in measured:
         for line in stage.remarks():
             lines.setdefault(line, []).append(stage.name)
+    for step, entry in run.steps.items():
+        for lost in lost_rows(entry):
+            lines[f"{step}: {lost['rows']:,} of {lost['of']:,} {lost['what']}"] = [""] * len(run.stages)
     # What is said of every stage that writes text does not name them.
     of_all = len([stage for stage in measured if stage_info(stage.name).generates])
     return [line if len(names) >= of_all else f"{line} ({', '.join(names)})" for line, names in lines.items()]

@@ -337,7 +337,7 @@ def _run_all(
         code = exit_code(code)
         # A step whose push failed is complete: it is pushed again at the end, and not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
-        record.stop(step, seconds, finished=complete)
+        record.stop(step, seconds, complete, console.state.progress.facts.get("lost", ()))
 
         if received is not None:
             stopped = f"{step.name} was stopped by {received.name}"

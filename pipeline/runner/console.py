@@ -162,6 +162,8 @@ class RunConsole:
 
     def finish(self, step: Step, seconds: float) -> None:
         """Show that a step has finished, and what its stage has reached."""
+        for lost in self.state.progress.facts.get("lost", ()):
+            self.event(f"    {lost['rows']:,} of {lost['of']:,} {lost['what']}")
         stage = self.state.end(step, seconds, finished=True)
         reached = f"{stage.name}: {stage.figure}, {duration(stage.seconds)}"
         self.event(f"    {reached if stage.figure else f'done in {duration(seconds)}'}")
@@ -232,8 +234,8 @@ class RunConsole:
         if stage.status == "kept":
             return Text(stage.figure), Text("kept", "dim")
         if stage.status != "running":
-            reached = str(progress) if stage.status == "stopped" else stage.figure
-            return Text(reached), Text(duration(stage.seconds), "dim")
+            reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
+            return Text("; ".join(filter(None, reached))), Text(duration(stage.seconds), "dim")
 
         left = self.state.seconds_left()[0]
         done, total = progress.facts.get("done", 0), progress.facts.get("total")

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ class RunRecord:
     - `inputs`, the `id` of each step that it was made from; `data` and `files`, fingerprints of what it was made from
     - `command`; `hardware`, `versions` and `commit` of the machine that ran it last
     - `seconds`, over all its parts; `started_at`; `finished_at`, null until it has finished
+    - `lost`, the rows that it cut or dropped, if any (see `pipeline.progress.report_lost`)
     - `pushed`, the arguments of `python -m pipeline` that pushed it to the Hub, if it was pushed
     """
 
@@ -103,9 +104,13 @@ class RunRecord:
         }
         self.update()
 
-    def stop(self, step: Step, seconds: float, finished: bool) -> None:
-        """Record that a step has ended, after `seconds` more. A step that has `finished` is not run again."""
+    def stop(self, step: Step, seconds: float, finished: bool, lost: Sequence[dict[str, Any]] = ()) -> None:
+        """Record that a step has ended, after `seconds` more, and the rows that it cut or dropped.
+
+        A step that has `finished` is not run again.
+        """
         entry = self.steps[step.name]
+        entry |= {"lost": list(lost)} if lost else {}
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds") if finished else None
         self.update()

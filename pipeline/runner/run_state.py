@@ -30,6 +30,7 @@ class Stage:
         note: Why it is due; "" if it has never run.
         seconds: Time that its steps took in this run.
         figure: What it has reached, once it is measured.
+        lost: The rows that it cut or dropped.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     status: Literal["waiting", "running", "done", "kept", "stopped"] = "kept"
     seconds: float = 0.0
     figure: str = ""
+    lost: str = ""
 
 
 @dataclass
@@ -165,6 +167,8 @@ class RunState:
             return stage
         self.taken[step.name] = seconds
         stage.figure = self.figure(directory) if step.kind == "evaluate" else ""
+        if lost := self.progress.facts.get("lost"):
+            stage.lost = ", ".join(f"{item['rows']:,} of {item['of']:,} {item['what']}" for item in lost)
         missing = [other for other in self.due if stage_name(other) == directory and other.name not in self.taken]
         stage.status = "waiting" if missing else "done"
         return stage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -43,10 +42,9 @@ from pipeline.models.loading import (
 )
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
+from pipeline.progress import report_lost
 from pipeline.stages import STAGES
 from pipeline.training import checks
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -342,8 +340,6 @@ def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, 
         remedy = f"every pair is longer ({min(sizes)} tokens at least) and would be dropped; raise it"
         return [Problem("max_length", args.max_length, remedy)]
     if longer := sum(size > args.max_length for size in sizes):
-        logger.warning(
-            "max_length %d: %d of the first %d pairs are longer (up to %d tokens), and are dropped.",
-            *(args.max_length, longer, len(sizes), max(sizes)),
-        )
+        what = f"pairs that were looked at are longer than max_length {args.max_length} (up to {max(sizes)} tokens) "
+        report_lost(longer, len(sizes), f"{what}and are dropped", "raise it")
     return []

@@ -181,7 +181,7 @@ def test_special_tokens_inside_a_text_are_text() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"max_length": 8}, "max_length 8: 3 of 5 conversations are longer (up to 11 tokens) and lose their end"),
+        ({"max_length": 8}, "3 of 5 conversations are longer than max_length 8 (up to 11 tokens) and lose their end"),
         ({"max_length": 8, "packing": True}, "lose their end"),
         ({"max_length": 8, "truncation_mode": "keep_end"}, "lose their beginning"),
         ({"max_length": 8, "packing": True, "packing_strategy": "wrapped"}, ""),

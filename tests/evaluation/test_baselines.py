@@ -64,7 +64,7 @@ def test_the_best_constant_suits_the_prompts(prompts: list[dict[str, Any]], clos
 
 def test_the_constant_is_chosen_on_validation_prompts_and_reported_on_test_prompts() -> None:
     chat, result = Parrot(), StageResult("2_sft")
-    plain = [PLAIN] * len(ORDERS)
+    plain = [[PLAIN]] * len(ORDERS)
     matches = {"win_rate": (plain, plain), "win_rate_greedy": (plain, plain)}
     measure_baselines(result, chat, HeldOut(prompts=ORDERS, validation=QUESTIONS), matches)  # type: ignore[arg-type]
     for metric in matches:

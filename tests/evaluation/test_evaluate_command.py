@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClass
 
 from pipeline.__main__ import main
 from pipeline.evaluation.held_out import FIXED_PROMPTS, subsample
+from pipeline.evaluation.win_rate import SAMPLES
 
 
 def user(content):
@@ -117,11 +118,14 @@ def test_without_an_opponent_there_is_no_win_rate(run):
 
 def test_a_model_against_itself_ties_where_it_is_greedy_and_not_where_it_samples(run):
     small_model.save_model(run / "2_sft", seed=1)
-    _, examples = evaluate(run, "2_sft")
+    result, examples = evaluate(run, "2_sft")
     greedy = [example for example in examples if example["metric"] == "win_rate_greedy"]
     assert all(example["answer"] == example["opponent"] and example["value"] == 0.5 for example in greedy)
     sampled = [example for example in examples if example["metric"] == "win_rate"]
     assert all(example["answer"] != example["opponent"] for example in sampled)
+    # The outcome of a prompt is the mean of four matches, and the prompts are counted.
+    assert all(len(example["answers"]) == len(example["opponents"]) == SAMPLES for example in sampled)
+    assert result["metrics"]["win_rate"]["n"] == len(sampled) == 4
     _, others = evaluate(run, "0_random")
     for metric in ("win_rate", "win_rate_greedy"):  # all stages are compared with the same answers
         assert [e["opponent"] for e in others if e["metric"] == metric] == [
@@ -140,7 +144,9 @@ def test_the_opponents_answers_are_used_again_unless_something_that_they_depend_
     assert opponents() == made
     path = run / "evaluations" / "2_sft.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({**line, "opponent": "saved"}) + "\n" for line in lines))
+    for line in lines:
+        line |= {"opponent": "saved"} | ({"opponents": ["saved"] * SAMPLES} if "opponents" in line else {})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert set(opponents()) == {"saved"}
     assert opponents("--seed", "5") == other_seed
     assert "saved" not in opponents("--max_new_tokens", "5")

@@ -225,8 +225,21 @@ def test_rows_that_are_trained_on_are_found_once_for_all_stages(
     (run / "1_pretrain" / "arguments.json").write_text(
         json.dumps({"dataset_name": write_rows(tmp_path / "a.jsonl", rows)})
     )
+    # Two pairs are made of test problems; all problems end in the same words.
+    problems = [" ".join(f"p{i}x{j}" for j in range(14)) + " Put the answer in a box" * 4 for i in range(30)]
+    folder = tmp_path / "problems"
+    folder.mkdir()
+    for split, some in (("train", problems[5:]), ("test", problems[:5])):
+        write_rows(folder / f"{split}.parquet", [{"question": text, "answer": "1"} for text in some])
+    pairs = [{"prompt": text, "chosen": "1", "rejected": "2"} for text in problems[3:]]
+    for stage, name in (("3_reward", write_rows(tmp_path / "pairs.jsonl", pairs)), ("4_grpo", str(folder))):
+        (run / stage).mkdir()
+        (run / stage / "arguments.json").write_text(json.dumps({"dataset_name": name}))
     first, _ = evaluate(run, "1_pretrain")
-    assert {**first["overlap"]["text"], "key": ""} == {"rows": 2, "found": 1, "trained_on": 38, "n": 13, "key": ""}
+    found = first["overlap"]["problems"]
+    assert found["rows"] == 5 and found["found"] == found["in"]["pairs"] > 0
+    text = first["overlap"]["text"]
+    assert (text["rows"], text["found"], text["n"], text["in"]) == (2, 1, 13, {"text": 1})
 
     def look_again(*_: object) -> None:
         raise AssertionError("it is known")
@@ -407,7 +420,11 @@ def test_named_data_without_the_system_prompt_of_training_are_warned_of(
     assert "Réfléchis" not in caplog.text
 
 
-def test_people_vote_on_the_answers_that_were_written_down_for_them(run: Path, tmp_path: Path) -> None:
+def test_people_vote_on_the_answers_that_were_written_down_for_them(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # People judge a single answer to each prompt.
+    monkeypatch.setattr("pipeline.evaluation.win_rate.SAMPLES", 1)
     prompts = {"dataset_name": write_rows(tmp_path / "prompts.jsonl", FRENCH), "prompt_column": "question"}
     write_stage(run, "3_ppo", seed=1, **prompts)
     options = ["--judge", "votes", "--max_new_tokens", "5"]
