@@ -203,13 +203,13 @@ class StageResult:
         ]
         lines += [
             f"{key}: {found['found']} of {found['rows']} held-out rows share {found['n']} words in a row, or all their "
-            f"words, with the {found['trained_on']} training rows looked at{_where(found)}"
+            f"words, with the {found['trained_on']} training rows looked at{copies_in(found)}"
             for key, found in self.overlap.items()
         ]
         return lines + self.left_out
 
 
-def _where(found: Mapping[str, Any]) -> str:
+def copies_in(found: Mapping[str, Any]) -> str:
     """Return in the training rows of which data copies were found: ": pairs 32, text 1"."""
     of = found.get("in")
     return ": " + ", ".join(f"{name} {count}" for name, count in of.items()) if isinstance(of, dict) and of else ""

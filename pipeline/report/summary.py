@@ -41,7 +41,7 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
     for name, stage in run.stages.items():
         if stage.metrics:
             stages[name] = _to_json(stage.metrics)
-        if lengths := by_length(stage):
+        if stage.metrics and (lengths := by_length(stage)):
             stages[name]["pass@1_by_length"] = _to_json(lengths)
         if "expert_load" in stage.metrics:
             stages[name]["expert_load"]["layers"] = stage.experts.get("layers") or []

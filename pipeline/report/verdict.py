@@ -14,14 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.intervals import Estimate, finite
 from pipeline.evaluation.metric_info import metric_info
-from pipeline.evaluation.results import StageResult
+from pipeline.evaluation.results import StageResult, copies_in
 from pipeline.report.curves import logged
 from pipeline.report.differences import judge, paired
 from pipeline.report.load import Run
 from pipeline.report.stage_order import stage_info, stage_kind, twins
-from pipeline.report.text import interval, number, signed
+from pipeline.report.text import counted, interval, number, signed
 from pipeline.stages import BASELINES, HELD_OUT
 
 MIN_STOP_RATE = 0.5
@@ -98,29 +98,24 @@ def is_smoke(run: Run) -> bool:
 
 
 def conclude(run: Run, found: list[Finding]) -> str:
-    """Return the verdict in one line: what failed, how far a run without failures got, or that it is a miniature."""
+    """Return the verdict in one line: what failed, what a run without failures reached, or that it is a miniature."""
     if is_smoke(run):
         return f"{run.record.get('recipe') or run.name}, smoke: two steps of each stage; the figures mean nothing"
-    reached = []
-    for stage in run.stages.values():
-        info = stage_info(stage.name)
-        aim = next((name for name in info.aims if name in stage.metrics), None)
-        if aim and info.generates and stage.name not in twins(run.stages):
-            before = _origin(run, stage)
-            was = before.metrics.get(aim) if before and aim != "win_rate" else None
-            digits = metric_info(aim).digits - metric_info(aim).share
-            now = number(stage.metrics[aim].value, digits)
-            figures = f"{number(was.value, digits)} → {now}" if was else now
-            name = metric_info(aim).label + (f" against {run.against}" if aim == "win_rate" else "")
-            reached.append(f"{name[0].lower()}{name[1:]} {figures}")
     if found:
         failed = list(dict.fromkeys(finding.stage for finding in found))
-        return f"{len(found)} thing{'s' * (len(found) > 1)} did not work, in {', '.join(failed)}"
+        return f"{counted(len(found), 'thing')} did not work, in {', '.join(failed)}"
+    aims = [_aim_of(stage) for stage in run.stages.values() if stage_info(stage.name).generates]
+    reached = [metric_info(aim).label.lower() for aim in aims if aim]
     if not reached:
         return ""
-    number_of = {2: "Both", 3: "All three", 4: "All four"}.get(len(reached), f"All {len(reached)}")
-    did = f"{number_of} stages did what they are for" if len(reached) > 1 else "The stage did what it is for"
-    return f"{did}: {', '.join(reached)}"
+    stages = {1: "The stage", 2: "Both stages", 3: "All three stages", 4: "All four stages"}
+    subject, are = stages.get(len(reached), f"All {len(reached)} stages"), "they are" if reached[1:] else "it is"
+    return f"{subject} did what {are} for: better {', '.join(reached)}"
+
+
+def _aim_of(stage: StageResult) -> str | None:
+    """Return the main metric that a stage is trained for and was measured by, if there is one."""
+    return next((name for name in stage_info(stage.name).aims if name in stage.metrics), None)
 
 
 def _origin(run: Run, stage: StageResult) -> StageResult | None:
@@ -162,7 +157,7 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
 
 def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[Finding]:
     """Find an aim that a stage does not improve, and baselines that it does not beat."""
-    aim = next((name for name in stage_info(stage.name).aims if name in stage.metrics), None)
+    aim = _aim_of(stage)
     if aim is None:
         return
     label = metric_info(aim).label
@@ -271,15 +266,15 @@ def _copies(run: Run) -> Iterator[Finding]:
         if key == "pairs":
             continue
         # The stage that is judged by these data, or else the last one that was measured on them.
-        seen = [stage for stage in run.stages.values() if stage.overlap.get(key, {}).get("rows")]
+        seen = [stage for stage in run.stages.values() if finite(stage.overlap.get(key, {}).get("rows"))]
         own = [stage for stage in seen if stage_info(stage.name).held_out == key]
         if not seen:
             continue
         stage = (own or seen)[-1]
         found = stage.overlap[key]
-        if (share := found["found"] / found["rows"]) >= MAX_LOST:
+        if (share := (finite(found["found"]) or 0) / found["rows"]) >= MAX_LOST:
             remedy = f"its figures ({', '.join(held_out.metrics)}) are partly memory: remove these rows from training "
             remedy += "(`python -m pipeline check-overlap` names them), or measure on other data (evaluate.yaml)"
-            where = "".join(f", {count:,} of them with {name}" for name, count in found.get("in", {}).items())
-            what = f"{found['found']:,} of {found['rows']:,} held-out {key} are among the training rows{where}"
+            what = f"{found['found']:,} of {found['rows']:,} held-out {key} are among the training rows"
+            what += copies_in(found)
             yield Finding(stage.name, what, share, remedy)

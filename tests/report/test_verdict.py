@@ -42,7 +42,7 @@ def test_a_run_that_learned_has_no_findings_and_says_what_it_reached(whole_run: 
     assert main(["report", str(whole_run), "--output_dir", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert summary["verdict"] == []
-    assert summary["conclusion"].startswith("All four stages did what they are for: bits per byte 8.0")
+    assert summary["conclusion"].startswith("All four stages did what they are for: better bits per byte, ")
     for file in ("index.html", "report.md"):
         text = (tmp_path / file).read_text(encoding="utf-8")
         assert "All four stages did what they are for" in text and "not work" not in text
@@ -116,7 +116,7 @@ def test_nothing_is_invented_about_what_was_not_measured() -> None:
         assert find_failures(run) == [], run.stages
     assert conclude(run_of(), []) == ""
     assert conclude(run_of(stage("2_sft", instruction_accuracy=right)), []) == (
-        "The stage did what it is for: instruction accuracy 1.00"
+        "The stage did what it is for: better instruction accuracy"
     )
 
 
