@@ -160,7 +160,7 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
     aim = _aim_of(stage)
     if aim is None:
         return
-    label = metric_info(aim).label
+    label = metric_info(aim).label[:1].lower() + metric_info(aim).label[1:]
     now, remedy = stage.metrics[aim], REMEDIES.get(stage_kind(stage.name), "train longer")
     change = paired(before.outcomes(aim), stage.outcomes(aim), aim) if before else None
     gained = True
@@ -186,7 +186,7 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
             verdict = "better" if other is None else judge(metric, other)
             # What does not gain at all is not named again for each baseline that is no better.
             if verdict == "worse" or (verdict == "same" and gained):
-                reached = f"{metric_info(metric).label} is {_shown(metric, stage.metrics[metric])}"
+                reached = f"{metric_info(metric).label.lower()} is {_shown(metric, stage.metrics[metric])}"
                 title = BASELINES[name].title.format(against=run.against) if name in BASELINES else name
                 texts = baseline.texts.get(name, {})
                 text = texts.get(metric.replace("win_rate", "text")) or texts.get("text", "")
@@ -261,7 +261,7 @@ def lost_rows(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _copies(run: Run) -> Iterator[Finding]:
     """Find held-out data that the run trains on."""
-    for key, held_out in HELD_OUT.items():
+    for key in HELD_OUT:
         # Several pairs may share a prompt, which does not say which answer is better.
         if key == "pairs":
             continue
@@ -273,7 +273,7 @@ def _copies(run: Run) -> Iterator[Finding]:
         stage = (own or seen)[-1]
         found = stage.overlap[key]
         if (share := (finite(found["found"]) or 0) / found["rows"]) >= MAX_LOST:
-            remedy = f"its figures ({', '.join(held_out.metrics)}) are partly memory: remove these rows from training "
+            remedy = "figures that are measured on them are partly memory: remove these rows from training "
             remedy += "(`python -m pipeline check-overlap` names them), or measure on other data (evaluate.yaml)"
             what = f"{found['found']:,} of {found['rows']:,} held-out {key} are among the training rows"
             what += copies_in(found)
