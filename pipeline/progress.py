@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -22,8 +23,8 @@ def report_progress(**facts: Any) -> None:
     A step is not stopped by a report that cannot be written. May be called in a signal handler.
 
     Args:
-        **facts: `done` of `total` units, such as updates; `loss` or `reward`; `tokens_per_second`; `stopping`, the
-            signal after which it saves; `lost`, see `report_lost`. Omitted facts keep their last values.
+        **facts: `done` of `total` units, updates if no `unit` is named; `loss` or `reward`; `tokens_per_second`;
+            `stopping`, the signal after which it saves; `lost`, see `report_lost`. Omitted facts keep their last values.
     """
     path = os.environ.get(VARIABLE)
     if not path or os.environ.get("RANK", "0") != "0":
@@ -49,6 +50,27 @@ def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
     logger.warning("%d of %d %s; %s", rows, of, what, remedy)
     _lost.append({"rows": rows, "of": of, "what": what, "remedy": remedy})
     report_progress(lost=_lost)
+
+
+@dataclass
+class Tally:
+    """What a step has done of what it will do, reported as it is done.
+
+    Attributes:
+        unit: What is counted, in the plural.
+        total: How much there is, as far as it is known; `done` never exceeds it.
+        done: How much is done.
+    """
+
+    unit: str
+    total: int = 0
+    done: int = 0
+
+    def add(self, number: int) -> None:
+        """Count `number` more as done."""
+        self.done = min(self.done + number, self.total)
+        if self.total:
+            report_progress(done=self.done, total=self.total, unit=self.unit)
 
 
 def duration(seconds: float) -> str:

@@ -205,6 +205,9 @@ BASELINES = {
 LOSS = (("training", "loss"), ("validation", "eval_loss"))
 """Lines of the charts that show it."""
 
+SMOKE = "smoke: two steps of each stage; the figures mean nothing"
+"""What the terminal, the report and the page say about a run with `--smoke`."""
+
 # Two steps on so few rows take seconds, even if the recipe is for a large model.
 SMOKE_TRAINING: Mapping[str, Any] = {
     "max_steps": 2,

@@ -107,11 +107,18 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     return tuple(built)
 
 
-def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> tuple[list[Any], list[Problem]]:
-    """Check the values of a YAML file (`config`), without the files that they name and the processes that will run.
+def check_values(
+    config: Mapping[str, Any], dataclass_types: Sequence[Any], processes: int = 1
+) -> tuple[list[Any], list[Problem]]:
+    """Check the values of a YAML file, without the files that they name.
+
+    Args:
+        config: Its content.
+        dataclass_types: Dataclasses whose fields are its keys.
+        processes: Processes that will run.
 
     Returns:
-        The dataclasses that do not depend on the number of processes, as far as they can be built, and the problems.
+        The dataclasses, as far as they can be built, and the problems.
     """
     config = dict(config)
     before = dict(os.environ)
@@ -120,8 +127,11 @@ def check_values(config: Mapping[str, Any], dataclass_types: Sequence[Any]) -> t
         values, wrong = read_values(config, dataclass_types)
         problems += wrong + _check_each(values, dataclass_types)
         values = {name: value for name, value in values.items() if name not in OF_THE_MACHINE}
-        # Whether the batches of GRPO and PPO can be divided depends on the number of processes.
-        types = [kind for kind in dataclass_types if not issubclass(kind, GRPOConfig)]
+        # How the batches of GRPO and PPO are divided depends on the processes, of which there is only this one yet.
+        types = [
+            type(kind.__name__, (kind,), {"world_size": processes}) if issubclass(kind, GRPOConfig) else kind
+            for kind in dataclass_types
+        ]
         return _build_checked(types, values, {"use_cpu": True, "bf16": False}, problems), problems
     finally:
         os.environ.clear()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import Completion, encode_prompts, generate
 from pipeline.models.vllm_sampler import VLLMSampler
+from pipeline.progress import Tally
 
 BATCH = 256
 """Answers generated at once, fewer if they are long."""
@@ -23,7 +24,8 @@ class ChatModel:
     """A language model with its tokenizer and the length limit of its answers in tokens.
 
     `vllm` samples in the place of the model if it is given. `counts` are of the answers so far and, under `"cut off"`,
-    of those that the limit or the context cut off. `template` are further arguments of the chat template.
+    of those that the limit or the context cut off. `template` are further arguments of the chat template. `tally`
+    reports the answers of an evaluation.
     """
 
     model: PreTrainedModel
@@ -32,6 +34,7 @@ class ChatModel:
     vllm: VLLMSampler | None = None
     counts: Counter[str] = field(default_factory=Counter)
     template: Mapping[str, Any] = field(default_factory=dict)
+    tally: Tally = field(default_factory=lambda: Tally("answers"))
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
         """Return the completions of each conversation; `options` as for `generate`."""
@@ -61,8 +64,10 @@ class ChatModel:
             batch = max(1, min(BATCH, BATCH * 512 // (max(map(len, some)) + shortest)))
             if self.vllm is not None:
                 found = self.vllm.generate(some, max_new_tokens=shortest, **options)
+                self.tally.add(len(some) * options.get("samples", 1))
             else:
-                found = generate(self.model, self.tokenizer, some, max_new_tokens=shortest, batch_size=batch, **options)
+                own: dict[str, Any] = {"max_new_tokens": shortest, "batch_size": batch, "on_batch": self.tally.add}
+                found = generate(self.model, self.tokenizer, some, **own, **options)
             for i, answers in zip(group, found, strict=True):
                 completions[i] = answers
         self.counts["answers"] += sum(map(len, completions))

@@ -30,6 +30,7 @@ from pipeline.models.loading import is_reward_model, load_config, load_model, lo
 from pipeline.models.vllm_sampler import VLLMSampler
 from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
 from pipeline.preferences.people import load_votes
+from pipeline.progress import Tally
 from pipeline.rewards.grading import is_gradable
 from pipeline.stages import HELD_OUT, STAGES
 
@@ -150,8 +151,9 @@ def _measure_language_model(
     model = model.to(hardware.accelerator() or "cpu").eval()
     vllm = VLLMSampler(model, tokenizer) if settings.get("vllm") else None
     # The same model for each kind of data, whose answers have limits of their own and perhaps another template.
+    tally = Tally("answers")
     chats = {
-        key: ChatModel(model, tokenizer, limit, vllm, template=template_arguments(settings, stage, key))
+        key: ChatModel(model, tokenizer, limit, vllm, template=template_arguments(settings, stage, key), tally=tally)
         for key, limit in answer_lengths(model, settings).items()
     }
     result.against = settings["against"] or ""
@@ -173,6 +175,7 @@ def _measure_language_model(
     judge = _find_judge(result, run, held_out, settings)
     judged = [row for row in held_out.prompts if judge and judge.can_judge(row)]
     opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder) if judge and judged else None
+    tally.total = _count_answers(held_out, settings, len(judged), opponent)
     grader = held_out.graders.get("instructions")
     ungraded = [] if grader else [row for row in held_out.instructions if not is_gradable(row)]
     if ungraded:
@@ -224,6 +227,17 @@ def _measure_language_model(
 def _samples(settings: Settings) -> int:
     """Return how many answers to a prompt are sampled for the win rate; people would have to judge each of them."""
     return 1 if settings.get("judge") == VOTES else win_rate.SAMPLES
+
+
+def _count_answers(held_out: HeldOut, settings: Settings, judged: int, opponent: object) -> int:
+    """Return about how many answers the model of a stage writes; the baselines come to some more."""
+    problems = len(held_out.problems)
+    sampled = settings["samples"] * min(problems, metrics.MAX_SAMPLED_PROBLEMS)
+    # Sampled and greedy answers to the prompts; an opponent may have given its own before.
+    own = _samples(settings) + 1
+    matches = 0 if opponent is None else judged * (own if isinstance(opponent, dict) else 2 * own - 1)
+    greedy = len(held_out.instructions or held_out.prompts) + problems + len(held_out.longer)
+    return greedy + sampled + matches + len(held_out.fixed_prompts)
 
 
 def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ def generate(
     min_p: float = 0.0,
     seed: int = 0,
     batch_size: int = 256,
+    on_batch: Callable[[int], None] = lambda answers: None,
 ) -> list[list[Completion]]:
     """Complete each prompt `samples` times.
 
@@ -96,6 +97,7 @@ def generate(
         min_p: Never sample tokens less probable than this share of the most probable one (Nguyen et al. 2024).
         seed: Seed of the sampling.
         batch_size: Sequences in a batch (prompts times samples).
+        on_batch: Called with the size of each batch that is done.
 
     Returns:
         `samples` completions for each prompt, in the order of `prompts`.
@@ -119,6 +121,7 @@ def generate(
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for i, ids, text in zip(chosen, tokens, texts, strict=True):
             completions[i].append(Completion(text.strip(), ids, stopped(ids, ends)))
+        on_batch(len(chosen))
     return completions
 
 

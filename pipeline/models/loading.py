@@ -37,7 +37,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from pipeline import hardware
 from pipeline.bounded import check_files, exceeds
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
-from pipeline.files import is_missing_path, split_revision
+from pipeline.files import describe_folder, is_missing_path, split_revision
 from pipeline.models.tokenizer import MANY_TOKENS, added_tokens, validate_tokenizer
 from pipeline.models.weights import (
     ADAPTER,
@@ -108,6 +108,7 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
         else:
             reason = shorten(str(error) if is_expected else repr(error), 250)
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
+        remedy = describe_folder(str(name)) or remedy
         raise UserError(Problem(field, name, remedy)) from (None if is_expected else error)
 
 

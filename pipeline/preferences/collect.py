@@ -364,7 +364,7 @@ def sample_answers(
         # Process 1 of 3 samples the batches 1, 4, 7, …
         if number % state.num_processes != state.process_index:
             continue
-        report_progress(done=progress[0] + start, total=progress[1])
+        report_progress(done=progress[0] + start, total=progress[1], unit="prompts")
         completions = generate(
             model,
             tokenizer,

@@ -27,6 +27,7 @@ from pipeline.errors import EXIT_WAITING, RunStopped
 from pipeline.files import write_text
 from pipeline.preferences.collect import PreferenceArguments, label_samples
 from pipeline.preferences.judges import Judge
+from pipeline.progress import report_progress
 
 logger = logging.getLogger("pipeline.preferences.people")
 
@@ -56,9 +57,10 @@ def wait_for_votes(args: VoteArguments) -> int:
     if args.simulated_votes and not (folder / VOTES_FILE).exists():
         _simulate(args, folder)
     found = update_data_set(folder) if (folder / VOTES_FILE).is_file() else 0
+    report_progress(done=found, total=args.min_votes, unit="votes")
     if found < args.min_votes:
         raise RunStopped(
-            f"{found} of {args.min_votes} votes are there that prefer one of two answers. Collect them on the page "
+            f"{found} of {args.min_votes} votes. Ties and skipped pairs do not count. Collect them on the page "
             f"that `python -m pipeline app {folder.parent}` opens, in the section Prefer.",
             EXIT_WAITING,
         )

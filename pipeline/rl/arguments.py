@@ -53,9 +53,12 @@ class PPORewardArguments:
     allow_unconfined_code: bool = field(default=False, metadata={"help": UNCONFINED_HELP})
 
     def preflight(
-        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
+        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None, early: bool = False
     ) -> list[Problem]:
-        """Check the rewards and the critic, as `pipeline.training.inputs.load_inputs` asks for it."""
+        """Check the rewards and the critic, as `pipeline.training.inputs.load_inputs` asks for it.
+
+        If it is `early`, reward models and critic are still to be made.
+        """
         from pipeline.rewards.sandbox import run as sandbox
         from pipeline.rl.reward_checks import check_rewards, check_value_model
 
@@ -63,8 +66,8 @@ class PPORewardArguments:
         models, functions = self.reward_model_path or [], self.reward_funcs or []
         if not models and not functions:
             return [Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs")]
-        problems = check_rewards(models, functions, getattr(training_args, "reward_weights", None), train)
-        if self.value_model_path is not None:
+        problems = check_rewards(models, functions, getattr(training_args, "reward_weights", None), train, early)
+        if self.value_model_path is not None and not early:
             problems += check_value_model(self.value_model_path, tokenizer)
         return problems
 
@@ -89,7 +92,7 @@ class GRPORewardArguments:
     allow_unconfined_code: bool = field(default=False, metadata={"help": UNCONFINED_HELP})
 
     def preflight(
-        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None
+        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None, early: bool = False
     ) -> list[Problem]:
         """Check the rewards, as `pipeline.training.inputs.load_inputs` asks for it."""
         from datasets import Dataset

@@ -158,7 +158,8 @@ class PPOConfig(GRPOConfig):
     def _rollout_rows(self) -> int:
         """Return the number of completions in a rollout, over all processes."""
         accumulated = self.steps_per_generation or self.gradient_accumulation_steps
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        # A process group does not exist yet, and a preflight names the processes that will be.
+        processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
         return self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
 
     def _check(self) -> None:

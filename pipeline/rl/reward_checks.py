@@ -37,7 +37,11 @@ MAX_REWARD = 1e30
 
 
 def check_rewards(
-    models: Sequence[str], functions: Sequence[str], weights: Sequence[float] | None, train: Split | None
+    models: Sequence[str],
+    functions: Sequence[str],
+    weights: Sequence[float] | None,
+    train: Split | None,
+    early: bool = False,
 ) -> list[Problem]:
     """Check that reward models and functions can be used, with these weights and data.
 
@@ -46,6 +50,7 @@ def check_rewards(
         functions: Names, as for `load_rewards`.
         weights: One for each, models first. Default: 1 each.
         train: The training split, or None if it failed to load.
+        early: Whether the models are still to be made, and not looked at.
     """
     problems = []
     number = len(models) + len(functions)
@@ -55,7 +60,7 @@ def check_rewards(
             problems.append(Problem("reward_weights", shown, f"give one weight for each of the {number} rewards"))
         elif not any(weights):
             problems.append(Problem("reward_weights", shown, "all weights are 0; set at least one to another value"))
-    for path in models:
+    for path in [] if early else models:
         problems += check_reward_model(path)
     if models and not functions:
         return problems

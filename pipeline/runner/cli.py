@@ -29,6 +29,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
@@ -37,16 +38,31 @@ from pipeline.files import as_list, lock
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
 from pipeline.runner.due import Decision, decide
-from pipeline.runner.launcher import check_launch_file, exit_code, launch_file, launch_options, shards
+from pipeline.runner.launcher import (
+    check_launch_file,
+    count_processes,
+    exit_code,
+    launch_file,
+    launch_options,
+    shards,
+)
+from pipeline.runner.preflight import check_steps
 from pipeline.runner.processes import push_finished, run
 from pipeline.runner.recipe import Plan, check_of_recipe, check_writable, read_plan
 from pipeline.runner.records import RunRecord, measured_seconds
 from pipeline.runner.run_state import RunState
-from pipeline.runner.steps import REPORT, Step, check_steps, find_step
+from pipeline.runner.steps import REPORT, Step, find_step, typed
 from pipeline.runner.warm import WarmProcess
+from pipeline.stages import STAGES
 
 MAX_PROCESSES = 16
 """Limit on the processes of a training step, unless the machine has more cores: they would exhaust its memory."""
+
+QUIET = ("report_to", "push_to_hub")
+"""Settings of a smoke run with which the recipe is checked before it, because they need packages and a token."""
+
+ALSO_TRIED = (2, 4, 8, 16, 64)
+"""Processes that a run may have whose smoke run has another number."""
 
 Decided = list[tuple[Step, Decision]]
 """Steps, and what to do about each."""
@@ -67,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     meaning = "one run for each of these seeds, in <run>/seedN, and the report over them in <run>/report"
     seeds.add_argument("--seeds", type=int, nargs="+", metavar="N", help=meaning)
     add("--output_dir", type=Path, help="directory of the run (default: the one in the YAML files)")
-    add("--num_processes", type=int, default=1, help="processes of each training step (default: 1)")
+    add("--num_processes", type=int, help="processes of each training step (default: as in the launch file)")
     places = f"{LAUNCH_FILE}, in the recipe folder or in the current one"
     add("--config_file", help=f"launch file of accelerate (default: {places})")
     meaning = "what starts training steps on all machines of a cluster, such as 'srun --ntasks-per-node=1'"
@@ -92,12 +108,13 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If the recipe folder or an argument is wrong, or another run is writing to the same directory.
     """
+    args.began = time.monotonic()
     with show_checks(args):
         _check(args)
     print(show_fetched(args.recipe), end="", flush=True)
     # With --seeds, the run of one seed is resumed by the command for all of them.
     args.resume = resume_command(args)
-    alone = args.num_processes == 1 and not args.launcher
+    alone = args.num_processes in (None, 1) and not args.launcher
     forks = sys.platform == "linux" and alone and not (args.no_fork or args.dry_run or args.download)
     # The warm process imports the libraries while this one checks the steps.
     with WarmProcess(os.environ) if forks else contextlib.nullcontext() as args.warm:
@@ -120,7 +137,7 @@ def _check(args: argparse.Namespace) -> None:
     problems = []
     most = max(os.cpu_count() or 1, MAX_PROCESSES)
     # With a launcher, the processes may be on other machines.
-    if not 1 <= args.num_processes <= most and not args.launcher:
+    if args.num_processes is not None and not 1 <= args.num_processes <= most and not args.launcher:
         problems.append(Problem("--num_processes", args.num_processes, f"must be between 1 and {most} on this machine"))
     file = launch_file(args)
     if not os.path.isfile(file):
@@ -193,7 +210,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
     decided = _decide(plan, RunRecord.read(plan.run_dir), args)
     due = [step for step, decision in decided if decision.action != "skip"]
     with show_checks(args):
-        problems = check_steps(due) if due else []
+        problems = _check_steps(plan, [step.name for step in due], args) if due else []
         if shards(file := launch_file(args)):
             remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
             sharded = [step for step in due if step.stage.has_critic]
@@ -201,6 +218,23 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
     if problems:
         raise UserError(*problems)
     return plan, decided
+
+
+def _check_steps(plan: Plan, due: Sequence[str], args: argparse.Namespace) -> list[Problem]:
+    """Check the steps as the recipe sets them, also before a smoke run, whose own settings would hide mistakes.
+
+    A smoke run may have fewer processes than the run that it is for.
+    """
+    processes = count_processes(args)
+    if not args.smoke:
+        return check_steps(plan.steps, due, processes)
+    whole = read_plan(args.recipe, plan.run_dir, args.seed)
+    # It neither reports nor pushes anything.
+    quiet = {step.name: {key: step.values[key] for key in QUIET if key in step.values} for step in plan.steps}
+    steps = [replace(step, values={**step.values, **quiet[step.name]}) for step in whole.steps]
+    tried = (check_steps(steps, due, number) for number in (processes, *ALSO_TRIED))
+    first = next(tried)
+    return first if first and all(tried) else []
 
 
 def _show(decided: Decided, args: argparse.Namespace) -> None:
@@ -222,14 +256,19 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     # The steps inherit the lock: if this process is killed, no other run starts before they have ended.
     with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
+        before = record.content.get("seed")
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
         todo = _decide(plan, record, args)
         measured = measured_seconds(plan.run_dir, str(args.recipe), args.smoke)
         seed = "" if plan.seed is None else f", seed {plan.seed}"
         if args.seeds is not None:
             seed += f" of {', '.join(map(str, args.seeds))}"
-        state = RunState(plan.run_dir, plan.steps, todo, measured)
+        state = RunState(plan.run_dir, plan.steps, todo, measured, args.smoke)
         replaced = trash.new_trash(plan.run_dir)
+        if args.seed not in (None, before) and any(decision.replaced for _, decision in todo):
+            other = "another seed" if before is None else f"seed {before}"
+            apart = f"--output_dir {plan.run_dir / f'seed{args.seed}'}"
+            say(f"replaces the run of {other}, which is moved to {replaced}; {apart} would keep both")
         with RunConsole(f"{args.recipe}{seed}, in {plan.run_dir}", state, args) as console:
             code = _run_all(todo, record, replaced, console, args, descriptors)
     if replaced.exists():
@@ -239,7 +278,17 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         say(f"report: {report}{promises_kept(report.with_name('metrics.json'))}")
         for line in verdict(report.with_name("metrics.json")):
             say(line)
+        say(f"next: {_next(plan, state, args)}")
     return code
+
+
+def _next(plan: Plan, state: RunState, args: argparse.Namespace) -> str:
+    """Return the commands for what people do with a run that has finished: look at it, and talk with its model."""
+    if args.smoke:
+        return typed("run", args.recipe)
+    chats = [name for name, kind in state.kinds.items() if STAGES[kind].chats and STAGES[kind].generates]
+    talk = [typed("chat", plan.run_dir / chats[-1])] if chats else []
+    return " · ".join([typed("app", plan.run_dir), *talk])
 
 
 def promises_kept(metrics: Path) -> str:
@@ -327,7 +376,7 @@ def _run_all(
             console.event(line)
 
         command = _command_line(step, args)
-        console.event(f"$ {command}")
+        console.command(command)
         record.start(step, decision.action, command)
         started = time.monotonic()
         with console.step(step, command, resumes=decision.action != "start") as (output, variables):
@@ -347,7 +396,7 @@ def _run_all(
         if not complete:
             failed = f"failed with exit code {code}" if code else f"failed: it ended without writing {step.product}"
             if code == EXIT_WAITING:
-                failed = "waits for people"
+                failed = console.state.awaited
             failed = f"{step.name} {failed}; the steps before it are kept"
             console.stop(step, seconds, code or 1, failed, f"to go on from there: {args.resume}")
             return code or 1
@@ -367,10 +416,9 @@ def _command_line(step: Step, args: argparse.Namespace) -> str:
 
 def resume_command(args: argparse.Namespace) -> str:
     """Return the command that resumes this run, without --from and --force, which would repeat finished steps."""
-    command = ["python", "-m", "pipeline", "run", str(args.recipe)]
+    command = ["run", str(args.recipe)]
     for name in ("until", "seed", "seeds", "output_dir", "num_processes", "config_file", "launcher"):
         value = getattr(args, name)
-        # An option that was not given has its default.
-        if value not in (None, "") and not (name == "num_processes" and value == 1):
+        if value not in (None, ""):
             command += [f"--{name}", *map(str, as_list(value))]
-    return shlex.join([*command, "--smoke"] if args.smoke else command)
+    return typed(*command, *(["--smoke"] if args.smoke else []))

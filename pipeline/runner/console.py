@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -16,20 +17,24 @@ from pathlib import Path
 from typing import IO
 
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import EXIT_USER_ERROR
+from pipeline.errors import EXIT_USER_ERROR, EXIT_WAITING
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.progress import VARIABLE, duration
 from pipeline.runner.run_state import RunState, Stage
 from pipeline.runner.steps import Step
+from pipeline.stages import SMOKE
 
 REFRESH_SECONDS = 0.25
 PROGRESS_SECONDS = 10
 """Without a live view, progress is printed at each quarter of a step, but not more often than this."""
+MAX_COLUMNS = 100
+"""Width of the live view, and of a command in a log, at most; the whole command is in the log of its step."""
 LAST_LINES = 20
 """Lines of a failed step's output that are shown. What refuses its input (exit code 2) is shown as a whole."""
 
@@ -39,6 +44,7 @@ MARKS = {
     "done": ("✓", "green"),
     "kept": ("=", "dim"),
     "stopped": ("✗", "bold red"),
+    "for people": ("⏸", "yellow"),
 }
 """Status of a stage -> its mark and style."""
 
@@ -68,7 +74,7 @@ class RunConsole:
     def __init__(self, title: str, state: RunState, args: argparse.Namespace) -> None:
         self.title, self.state = title, state
         self._is_verbose = args.verbose
-        self._began = time.monotonic()
+        self._began = args.began
         # When the running step's progress was printed last, and up to which quarter.
         self._printed = (0.0, 0)
         # A step that resumes appends to its log; its own part begins here.
@@ -98,6 +104,10 @@ class RunConsole:
         """Print an event that the live view shows by itself."""
         if self._live is None:
             say(line)
+
+    def command(self, line: str) -> None:
+        """Print as much of a command as fits into a line; all of it is in the log of its step."""
+        self.event(textwrap.shorten(f"$ {line}", MAX_COLUMNS, placeholder=" ..."))
 
     def log(self, step: Step) -> Path:
         """Return the file to which everything goes that the step prints."""
@@ -154,7 +164,7 @@ class RunConsole:
             now, quarter = time.monotonic(), 4 * facts["done"] // facts["total"]
             if self._printed[1] < quarter < 4 and now - self._printed[0] >= PROGRESS_SECONDS:
                 self._printed = now, quarter
-                shown = str(self.state.progress).split("  ")
+                shown = self.state.doing.split("  ")
                 of_step, of_run = self.state.seconds_left()
                 shown += [f"{duration(of_step)} left"] if of_step is not None else []
                 shown += [f"{duration(of_run)} left of the run"] if of_run is not None else []
@@ -165,22 +175,23 @@ class RunConsole:
         for lost in self.state.progress.facts.get("lost", ()):
             self.event(f"    {lost['rows']:,} of {lost['of']:,} {lost['what']}")
         stage = self.state.end(step, seconds, finished=True)
-        reached = f"{stage.name}: {stage.figure}, {duration(stage.seconds)}"
-        self.event(f"    {reached if stage.figure else f'done in {duration(seconds)}'}")
+        reached = f"{stage.name}: {stage.figure}, " if stage.figure else ""
+        self.event(f"    {reached}{'measured' if step.kind == 'evaluate' else 'done'} in {duration(seconds)}")
 
     def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
         """End the view, because a step was stopped or failed with exit code `code`, and print `messages`.
 
         If a step failed, the last lines of its output are shown as well, and where all of it is.
         """
-        self.state.end(step, seconds, finished=False)
+        self.state.end(step, seconds, finished=False, for_people=code == EXIT_WAITING)
         self.close()
         if code and not self._is_verbose:
             with self.log(step).open(encoding="utf-8", errors="replace") as file:
                 file.seek(self._log_begin)
                 lines = file.read().splitlines()
             print(*lines[0 if code == EXIT_USER_ERROR else -LAST_LINES :], sep="\n", file=sys.stderr, flush=True)
-        for message in [*messages, f"its whole output: {self.log(step)}"] if code else messages:
+        whole = [f"its whole output: {self.log(step)}"] if code not in (0, EXIT_WAITING) else []
+        for message in [*messages, *whole]:
             say(message)
 
     def conclude(self) -> None:
@@ -203,7 +214,8 @@ class RunConsole:
                 table.add_row(name, *(Text(values[name, m], style) for m, style in zip(metrics, styles, strict=True)))
         if table.row_count:
             self._console.print("", table, "", sep="\n")
-        say(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
+        took = f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}"
+        say(f"{took}; {SMOKE}" if self.state.is_smoke else took)
 
     def _view(self) -> RenderableType:
         """Return what the live view shows now."""
@@ -224,30 +236,29 @@ class RunConsole:
             if number := self.state.progress.facts.get("stopping"):
                 notice = f"{number}: {step.name} saves after this update; Ctrl-C again stops at once"
                 lines.append(Text(notice, "yellow"))
-        return Group(*lines)
+        return Constrain(Group(*lines), MAX_COLUMNS)
 
     def _line(self, stage: Stage) -> tuple[RenderableType, Text]:
         """Return what is shown after the name of a stage: what it does or has reached, and a time."""
-        progress, step = self.state.progress, self.state.running
-        if stage.status == "waiting":
-            return Text(stage.note, "dim"), Text("")
+        progress = self.state.progress
+        if stage.status in ("waiting", "for people"):
+            return Text(stage.note, "dim" if stage.status == "waiting" else ""), Text("")
         if stage.status == "kept":
             return Text(stage.figure), Text("kept", "dim")
         if stage.status != "running":
             reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
-            return Text("; ".join(filter(None, reached))), Text(duration(stage.seconds), "dim")
+            return Text("; ".join(filter(None, reached))), Text(stage.took, "dim")
 
         left = self.state.seconds_left()[0]
         done, total = progress.facts.get("done", 0), progress.facts.get("total")
         if not total and left:
             # A step that reports nothing is shown by the time that it took before.
             done, total = progress.elapsed, progress.elapsed + left
-        measuring = ["measuring"] if step is not None and step.kind == "evaluate" else []
         line = Table.grid(padding=(0, 2, 0, 0), expand=True)
         line.add_column(ratio=1)
         line.add_column(no_wrap=True)
-        line.add_row(ProgressBar(total, done, pulse=not total), "  ".join([*measuring, str(progress)]))
-        return line, Text(f"{duration(left)} left" if left else duration(stage.seconds + progress.elapsed))
+        line.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
+        return line, Text(f"{duration(left)} left" if left else duration(progress.elapsed))
 
 
 def show_checks(args: argparse.Namespace) -> AbstractContextManager[object]:

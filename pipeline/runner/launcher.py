@@ -79,8 +79,16 @@ def exit_code(code: int) -> int:
 
 def launch_options(args: argparse.Namespace) -> list[str]:
     """Return the arguments of `accelerate launch` itself, for the arguments of `run`."""
-    several = ["--num_processes", str(args.num_processes)] if args.num_processes > 1 else []
+    several = ["--num_processes", str(args.num_processes)] if args.num_processes else []
     return ["--config_file", launch_file(args), *several]
+
+
+def count_processes(args: argparse.Namespace) -> int:
+    """Return the processes of a training step: as many as the command asks for, the launch file, or there are GPUs."""
+    from torch.cuda import device_count
+
+    asked = args.num_processes or read_yaml(launch_file(args)).get("num_processes")
+    return asked if isinstance(asked, int) else max(1, device_count())
 
 
 def launch_file(args: argparse.Namespace) -> str:

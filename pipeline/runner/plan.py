@@ -27,12 +27,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError
 from pipeline.progress import short_count, time_in_words
-from pipeline.runner.launcher import check_launch_file, launch_file, shards
+from pipeline.runner.launcher import check_launch_file, count_processes, launch_file, shards
+from pipeline.runner.preflight import check_steps
 from pipeline.runner.recipe import read_plan
-from pipeline.runner.steps import Settings, Step, check_steps, override_steps
+from pipeline.runner.steps import Settings, Step, override_steps
 from pipeline.stages import StageKind
 
 # These imports take seconds, which `--help` must not.
@@ -290,9 +290,9 @@ def main(args: argparse.Namespace) -> int:
             problems.append(Problem(f"--{name}", value, "must be above 0, and --mfu at most 1"))
     if problems:
         raise UserError(*problems)
-    processes, sharded = args.num_processes or read_yaml(path).get("num_processes") or 1, shards(path)
+    processes, sharded = count_processes(args), shards(path)
     steps = override_steps([step for step in read_plan(args.recipe).steps if step.stage.module], args.overrides)
-    problems = check_steps(steps, rewards=False)
+    problems = check_steps(steps, processes=processes, rewards=False)
     if (processor := hardware.find_processor(args.gpu, args.tflops, args.gpu_memory, processes)) is None:
         remedy = f"is not known; give --tflops and --gpu_memory, or choose from: {', '.join(hardware.CARDS)}"
         problems.append(Problem("--gpu", args.gpu, remedy))

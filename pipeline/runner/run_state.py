@@ -13,9 +13,13 @@ from typing import Any, Literal
 from pipeline.evaluation.evaluate_yaml import BASE
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.files import read_json
+from pipeline.progress import duration
 from pipeline.runner.due import Decision
 from pipeline.runner.steps import Step
 from pipeline.stages import STAGES
+
+FEW_ROWS = 30
+"""Rows below which their number stands with a figure."""
 
 UNGRADED = {"instruction_accuracy": "answer_bits_per_byte"}
 """A metric for which rows must say how answers are graded -> the metric to show if they do not."""
@@ -28,17 +32,25 @@ class Stage:
     Attributes:
         name: Name of the step.
         note: Why it is due; "" if it has never run.
-        seconds: Time that its steps took in this run.
+        seconds: Time that its step took in this run.
+        measuring: Time that its evaluation took.
         figure: What it has reached, once it is measured.
         lost: The rows that it cut or dropped.
     """
 
     name: str
     note: str = ""
-    status: Literal["waiting", "running", "done", "kept", "stopped"] = "kept"
+    status: Literal["waiting", "running", "done", "kept", "stopped", "for people"] = "kept"
     seconds: float = 0.0
+    measuring: float = 0.0
     figure: str = ""
     lost: str = ""
+
+    @property
+    def took(self) -> str:
+        """Its time for people: of its step, and of its evaluation."""
+        measured = f"{duration(self.measuring)} to measure" if self.measuring else ""
+        return ", ".join(filter(None, [duration(self.seconds) if self.seconds or not measured else "", measured]))
 
 
 @dataclass
@@ -87,7 +99,9 @@ class Progress:
 
     def __str__(self) -> str:
         facts, shown = self.facts, []
-        if "done" in facts:
+        if "unit" in facts:
+            shown.append(f"{facts['done']:,} of {facts['total']:,} {facts['unit']}")
+        elif "done" in facts:
             shown.append(f"{facts['done']:,}/{facts['total']:,}")
         # A trainer that has a reward shows it in place of the loss, which means little to people then.
         if name := next((name for name in ("reward", "loss") if name in facts), None):
@@ -105,6 +119,7 @@ class RunState:
         steps: All of its steps, in order.
         todo: Those that this command goes through, and what it does about each.
         measured: Seconds of the steps in an earlier run, by name.
+        is_smoke: Whether its figures mean nothing, on however many rows.
 
     Attributes:
         kinds: The kind of each measured stage up to the last one of `todo`; later ones may be out of date.
@@ -120,6 +135,7 @@ class RunState:
         steps: Sequence[Step],
         todo: Sequence[tuple[Step, Decision]],
         measured: Mapping[str, float],
+        is_smoke: bool = False,
     ) -> None:
         self.run_dir = run_dir
         chosen = {step.name for step, _ in todo if step.kind != "report"}
@@ -150,20 +166,25 @@ class RunState:
         self._resumed = {step.name for step, decision in todo if decision.action in ("resume", "continue")}
         self._is_guess = not measured
         self.expected = {step.name: measured.get(step.name, step.stage.seconds) for step in self.due}
+        self.is_smoke = is_smoke
 
     def start(self, step: Step) -> None:
         """Note that a step begins."""
         self.running, self.progress = step, Progress(time.monotonic())
         self.stages[stage_name(step)].status = "running"
 
-    def end(self, step: Step, seconds: float, finished: bool) -> Stage:
-        """Note that a step has ended after `seconds`. Return its stage."""
+    def end(self, step: Step, seconds: float, finished: bool, for_people: bool = False) -> Stage:
+        """Note that a step has ended after `seconds`, perhaps to wait `for_people`. Return its stage."""
         directory = stage_name(step)
         stage = self.stages[directory]
-        stage.seconds += seconds
+        if step.kind == "evaluate":
+            stage.measuring += seconds
+        else:
+            stage.seconds += seconds
         self.running = None
         if not finished:
-            stage.status = "stopped"
+            stage.status = "for people" if for_people else "stopped"
+            stage.note = self.awaited if for_people else ""
             return stage
         self.taken[step.name] = seconds
         stage.figure = self.figure(directory) if step.kind == "evaluate" else ""
@@ -196,11 +217,28 @@ class RunState:
         due = (self.expected[step.name] for step in self.due if step.name not in (*self.taken, running))
         return left, (left or 0.0) + speed * sum(due)
 
-    def value(self, stage: str, metric: str) -> str:
-        """Return a metric of a stage as text, or "" if the stage was not evaluated or lacks it."""
+    @property
+    def doing(self) -> str:
+        """What the running step has reported, in one line: "measuring  120 of 400 answers"."""
+        measures = self.running is not None and self.running.kind == "evaluate"
+        return " ".join(filter(None, ["measuring" if measures else "", str(self.progress)]))
+
+    @property
+    def awaited(self) -> str:
+        """What the step waits for that has just ended: "waits for 12 votes"."""
+        facts = self.progress.facts
+        if "unit" not in facts:
+            return "waits for people"
+        return f"waits for {facts['total'] - facts['done']:,} {'more ' if facts['done'] else ''}{facts['unit']}"
+
+    def value(self, stage: str, metric: str, rows: bool = True) -> str:
+        """Return a metric of a stage as text, with the number of `rows` if they are few; "" if it is not there."""
         content = read_json(self.run_dir / "evaluations" / f"{stage}.json")
         with contextlib.suppress(ValueError, LookupError, TypeError):
-            return f"{content['metrics'][metric]['value']:.{metric_info(metric).digits}f}"
+            found = content["metrics"][metric]
+            number = found.get("n", FEW_ROWS)
+            few = f" (n = {number})" if rows and number < FEW_ROWS and not self.is_smoke else ""
+            return f"{found['value']:.{metric_info(metric).digits}f}{few}"
         return ""
 
     def metric(self, stage: str) -> str:
@@ -219,7 +257,9 @@ class RunState:
         pretrained = [name for name in self.kinds if STAGES[self.kinds[name]].from_scratch]
         skipped = pretrained if stage in pretrained else pretrained[1:]
         names = list(self.kinds)
-        before = [self.value(name, metric) for name in names[: names.index(stage)] if name not in skipped]
+        # Two reward models are two models, of which neither has become the other.
+        earlier = names[: names.index(stage)] if STAGES[self.kinds[stage]].generates else []
+        before = [self.value(name, metric, rows=False) for name in earlier if name not in skipped]
         label = metric_info(metric).label
         shown = " -> ".join([*list(filter(None, before))[-1:], own])
         return f"{label[:1].lower()}{label[1:]} {shown}"

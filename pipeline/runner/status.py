@@ -8,17 +8,17 @@ Writes nothing, and looks at the recipe folder as it is now.
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
 from pipeline.config.weight_fields import newest_state, number_of
 from pipeline.errors import Problem, UserError
-from pipeline.files import is_locked
+from pipeline.files import describe_folder, is_locked
 from pipeline.progress import duration
 from pipeline.runner.due import Decision, decide
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.records import RunRecord, measured_seconds
-from pipeline.runner.steps import Step
+from pipeline.runner.steps import Step, typed
+from pipeline.stages import SMOKE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,8 @@ def main(args: argparse.Namespace) -> int:
     """
     runs = [args.run] if (args.run / "run.json").exists() else [path.parent for path in args.run.glob("seed*/run.json")]
     if not runs:
-        raise UserError(Problem("RUN", args.run, "does not contain a run; make it with `python -m pipeline run`"))
+        remedy = describe_folder(args.run) or "does not contain a run; make it with `python -m pipeline run`"
+        raise UserError(Problem("RUN", args.run, remedy))
     for run in sorted(runs):
         show(run)
     return 0
@@ -57,7 +58,7 @@ def show(run: Path) -> None:
     usual = sum(step.stage.seconds for step in steps if step.name in measured)
     speed = sum(measured[step.name] for step in steps if step.name in measured) / usual if usual else 1.0
 
-    print(f"{run}: {recipe}" + (f", seed {seed}" if seed is not None else ""))
+    print(f"{run}: {recipe}{'' if seed is None else f', seed {seed}'}{f' ({SMOKE})' if smoke else ''}")
     left, done = 0.0, 0
     is_running = is_locked(run / "run.lock")
     width = max(len(step.name) for step in steps)
@@ -65,7 +66,9 @@ def show(run: Path) -> None:
         decision, entry = decisions[step.name], record.steps.get(step.name, {})
         done += decision.action == "skip"
         share, saved = _still_to_do(step, decision, is_begun=bool(entry))
-        seconds = share * measured.get(step.name, speed * step.stage.seconds)
+        # A report takes its seconds whatever the steps take.
+        usual = step.stage.seconds * (1.0 if step.kind == "report" else speed)
+        seconds = share * measured.get(step.name, usual)
         left += seconds
 
         if decision.action == "skip":
@@ -83,12 +86,12 @@ def show(run: Path) -> None:
         notes = filter(None, [reason, saved, f"about {duration(seconds)}" if seconds else ""])
         print(f"{step.name:{width}}  {state:11}  {took:>8}  {'; '.join(notes)}".rstrip())
 
-    command = ["python", "-m", "pipeline", "run", str(recipe), *(["--seed", str(seed)] if asked else [])]
-    command += ["--output_dir", str(run), *(["--smoke"] if smoke else [])]
+    command = ["run", recipe, *(["--seed", seed] if asked else []), "--output_dir", run]
+    command += ["--smoke"] if smoke else []
     if done == len(steps):
         print("all steps are done")
     else:
-        print(f"{done} of {len(steps)} steps are done; the rest takes about {duration(left)}: {shlex.join(command)}")
+        print(f"{done} of {len(steps)} steps are done; the rest takes about {duration(left)}: {typed(*command)}")
 
 
 def _still_to_do(step: Step, decision: Decision, is_begun: bool) -> tuple[float, str]:

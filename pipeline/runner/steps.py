@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +15,18 @@ from typing import Any
 
 from pipeline.config.fields import unknown_field
 from pipeline.errors import Problem, UserError
-from pipeline.files import as_list, holds_model, is_missing_path
+from pipeline.files import holds_model
 from pipeline.stages import SMOKE_EVALUATION, STAGES, StageKind
 
 REPORT = "report"
-INPUTS = ("model_name_or_path", "dataset_name")
-"""Fields without which a step has nothing to start from."""
-
 LIMITS = ("size_mb", "block_size", "min_votes", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
 """Limits, like all fields that begin with `max_`. A recipe's own value is kept if it is lower."""
+
+
+def typed(*words: object) -> str:
+    """Return a command of this program as the user types it: `fourstage status runs/mine`, if that is how it began."""
+    program = ["fourstage"] if Path(sys.argv[0]).stem == "fourstage" else ["python", "-m", "pipeline"]
+    return shlex.join([*program, *map(str, words)])
 
 
 @dataclass(frozen=True)
@@ -195,71 +199,3 @@ class Settings(SimpleNamespace):
         """Return the dataclass `kind` with these settings."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(kind)}
         return kind(**{name: value for name, value in values.items() if value is not None})
-
-
-def check_steps(steps: Iterable[Step], rewards: bool = True) -> list[Problem]:
-    """Check the settings that a step would refuse as soon as it starts, which may be hours from now.
-
-    Args:
-        steps: The steps that are due. Those without a YAML file of their own are skipped.
-        rewards: Whether reward functions are loaded, which may need packages.
-
-    Returns:
-        Values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
-    """
-    # These imports take seconds.
-    from transformers import TrainingArguments
-
-    from pipeline.config.parser import check_values
-    from pipeline.evaluation.evaluate_yaml import check
-    from pipeline.launch import quiet_libraries
-    from pipeline.rewards.loading import load_rewards
-    from pipeline.training.checks import preflight
-
-    quiet_libraries()
-    problems: list[Problem] = []
-    steps = list(steps)
-    # All evaluations have the same settings.
-    if evaluation := next((step for step in steps if step.kind == "evaluate"), None):
-        problems += check(evaluation.values, "evaluate.yaml: ")
-        tasks = evaluation.values.get("lm_eval_tasks")
-        if isinstance(tasks, list):
-            # lm-eval takes seconds to list its tasks.
-            from pipeline.evaluation.harness import check_tasks
-
-            problems += check_tasks(list(map(str, tasks)), "evaluate.yaml: lm_eval_tasks")
-
-    for step in steps:
-        # A step that shares the file of another one is checked with that one.
-        if not step.stage.module or step.stage.file_of:
-            continue
-        types = step.argument_types
-        built, found = check_values(step.values, types) if types else ([], [])
-        for item in built:
-            if isinstance(item, TrainingArguments):
-                found += preflight(item)
-            for name in INPUTS:
-                if hasattr(item, name):
-                    found += _check_input(step, name, getattr(item, name))
-        if step.stage.check:
-            found += resolve_name(step.stage.check)(step.values)
-        names = step.values.get("reward_funcs")
-        if rewards and names and isinstance(names, list) and all(isinstance(name, str) for name in names):
-            try:
-                load_rewards(names)
-            except UserError as error:
-                found += error.problems
-        problems += [dataclasses.replace(problem, field=f"{step.name}: {problem.field}") for problem in found]
-    return problems
-
-
-def _check_input(step: Step, name: str, value: Any) -> list[Problem]:
-    """Check that a model or each of several data sets is named and, if it is a path, exists or is made by the run."""
-    problems = []
-    home = Path(step.values["output_dir"]).parent
-    for one in as_list(value):
-        if not one:
-            problems.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
-        elif is_missing_path(one) and not Path(one).is_relative_to(home):
-            problems.append(Problem(name, one, "there is no such file or folder; correct the path"))
-    return problems

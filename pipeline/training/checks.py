@@ -247,9 +247,12 @@ def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside:
     return [Problem("output_dir", args.output_dir, remedy)]
 
 
-def preflight(args: TrainingArguments) -> list[Problem]:
-    """Try what a run needs from its training arguments: optimizer, schedule, packages, generation, the Hub."""
-    rollouts = _check_rollouts(args) if isinstance(args, GRPOConfig) else []
+def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
+    """Try what a run needs from its training arguments: optimizer, schedule, packages, generation, the Hub.
+
+    If it is `early`, and other steps run before, a server of vLLM does not have to be there yet.
+    """
+    rollouts = _check_rollouts(args, early) if isinstance(args, GRPOConfig) else []
     problems = [*_try_optimizer(args), *_try_schedule(args), *_check_packages(args), *rollouts, *_check_hub(args)]
     if isinstance(args, RewardConfig) and args.train_sampling_strategy == "group_by_length":
         remedy = "a pair has two lengths; omit it"
@@ -329,7 +332,7 @@ def _check_packages(args: TrainingArguments) -> list[Problem]:
     return problems
 
 
-def _check_rollouts(args: GRPOConfig) -> list[Problem]:
+def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
     problems = []
     if args.accelerator_config.dispatch_batches:
         problems.append(Problem("accelerator_config", "dispatch_batches", "each process samples its own; omit it"))
@@ -337,7 +340,7 @@ def _check_rollouts(args: GRPOConfig) -> list[Problem]:
         problems.append(Problem("remove_unused_columns", True, "would remove the columns that rewards read; omit it"))
     problems += check_template_arguments(args.chat_template_kwargs)
     if args.use_vllm:
-        problems += _check_vllm(args)
+        problems += _check_vllm(args, early)
         # vLLM's probabilities are those after all filters, and the loss is corrected by them.
         if args.vllm_importance_sampling_correction:
             return problems
@@ -372,8 +375,8 @@ def _try_generation(field: str, value: object, options: dict[str, Any]) -> list[
     return []
 
 
-def _check_vllm(args: GRPOConfig) -> list[Problem]:
-    """Check that vLLM can sample here, or that the server of `vllm_mode: server` can, for which this waits."""
+def _check_vllm(args: GRPOConfig, early: bool) -> list[Problem]:
+    """Check that vLLM can sample here or, unless it is `early`, that a server can, for which this waits."""
     if fault := validate_vllm():
         return [Problem("use_vllm", True, fault)]
     problems = []
@@ -387,7 +390,7 @@ def _check_vllm(args: GRPOConfig) -> list[Problem]:
         if args.world_size % args.vllm_tensor_parallel_size:
             remedy = f"must divide the number of processes, {args.world_size}"
             problems.append(Problem("vllm_tensor_parallel_size", args.vllm_tensor_parallel_size, remedy))
-    elif not problems and os.environ.get("RANK", "0") == "0":
+    elif not problems and not early and os.environ.get("RANK", "0") == "0":
         # This imports parts of vLLM, which take seconds.
         from trl.generation.vllm_client import VLLMClient
 

@@ -117,7 +117,7 @@ def load_inputs(
         if kind == "prompt":
             problems += checks.check_generation_config(base_of(str(name)) or str(name), pretrained.model_revision)
         if all(fault.field in length for fault in faults):
-            problems += _check_weights(config, training_args, pretrained, reward_args)
+            problems += check_weights(config, training_args, pretrained, reward_args)
 
     if splits is not None and tokenizer is not None and (kind == "text" or tokenizer.chat_template):
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
@@ -254,8 +254,13 @@ def _load_config(model_args: ModelConfig) -> Any:
         return load_config(name, model_args.model_revision)
 
 
-def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig, reward_args: Any) -> list[Problem]:
-    """Check weights, attention, LoRA targets and disk space with a model on the meta device."""
+def check_weights(
+    config: Any, args: TrainingArguments, model_args: ModelConfig, reward_args: Any, early: bool = False
+) -> list[Problem]:
+    """Check weights, attention, LoRA targets and disk space with a model on the meta device.
+
+    If it is `early`, the model is still to be made, so that there are no weights, and nobody knows the disk of then.
+    """
     name, reward = str(model_args.model_name_or_path), isinstance(args, RewardConfig)
     if reward and not is_reward_model(config):
         config.num_labels = 1
@@ -269,7 +274,7 @@ def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig
         if attention is not None and type(config) in model_class._model_mapping:
             return [Problem("attn_implementation", attention, f"{reason}; omit it, or use sdpa or eager")]
         return [Problem("model_name_or_path", name, f"its {config.model_type} model cannot be built ({reason[:200]})")]
-    fault = validate_weights(name, config, model_class)
+    fault = None if early else validate_weights(name, config, model_class)
     problems = [Problem("model_name_or_path", name, fault)] if fault else []
     weight = getattr(args, "router_aux_loss_coef", None)
     if weight and not hasattr(config.get_text_config(), "output_router_logits"):
@@ -277,6 +282,8 @@ def _check_weights(config: Any, args: TrainingArguments, model_args: ModelConfig
     if getattr(args, "cast_lm_head_to_fp32", False) and model_args.use_peft and config.tie_word_embeddings:
         remedy = "TRL does not find the embeddings under an adapter that the output layer shares; omit it"
         problems.append(Problem("cast_lm_head_to_fp32", True, remedy))
+    if early:
+        return problems + checks.check_lora(model_args, model)
     size = model.num_parameters()
     # Adapters are smaller, by their rank and targets.
     trained = round(0.05 * size) if model_args.use_peft else size

@@ -91,7 +91,7 @@ def test_a_stream_larger_than_the_disk_is_refused(
     hub.add("alice/web", {"train.parquet": rows(20, "")}, type="dataset")
     (tmp_path / "recipe").mkdir()
     values = {"dataset_name": "alice/web", "dataset_streaming": True, "model_name_or_path": save_model(Path("model"))}
-    values |= {"max_steps": 2, "report_to": "none", "output_dir": "runs/r/2_sft"}
+    values |= {"max_steps": 2, "max_length": 16, "report_to": "none", "output_dir": "runs/r/2_sft"}
     (tmp_path / "recipe/2_sft.yaml").write_text(yaml.safe_dump(values))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("pipeline.hub.download.shutil.disk_usage", lambda path: usage._replace(free=1000))

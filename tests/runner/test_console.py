@@ -22,9 +22,9 @@ import pyte
 import pytest
 import yaml
 
-from pipeline.progress import VARIABLE, duration, report_progress
+from pipeline.progress import VARIABLE, Tally, duration, report_progress
 from pipeline.runner.cli import promises_kept, verdict
-from pipeline.runner.console import is_live
+from pipeline.runner.console import MAX_COLUMNS, RunConsole, is_live
 from pipeline.runner.due import Decision
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
@@ -166,7 +166,7 @@ def test_a_terminal_shows_the_stages_and_nothing_is_left_over(columns: int) -> N
     assert run.lines()[0] == "recipe, in runs/r"
     assert [line.split()[:2] for line in run.lines()[1:-1]] == [["✓", name] for name in STAGES]
     assert re.fullmatch(r"4 steps in \d+ s", run.lines()[-1])
-    assert widest(run.written) <= columns
+    assert widest(run.written) <= min(columns, MAX_COLUMNS), "a time does not stand far from its name"
     assert not run.screen.cursor.hidden
     again = terminal(columns=columns)
     assert again.end() == 0
@@ -339,6 +339,56 @@ def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
     assert state.figure("2_sft") == "instruction accuracy 0.020 -> 0.930", "which starts from the first"
     assert state.figure("3_ppo") == ""
     assert list(RunState(Path("runs/r"), STEPS, TODO[:2], {}).kinds) == ["0_random", "1_pretrain"]
+
+
+def test_few_rows_are_named_and_two_reward_models_are_not_compared() -> None:
+    Path("runs/r/evaluations").mkdir(parents=True)
+    for name, value, n in (("3_reward", 0.5, 200), ("3_reward_judge", 1.0, 1)):
+        metrics = {"reward_accuracy": {"value": value, "n": n}}
+        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
+    models = [Step(name, "reward", (), Path("runs/r", name)) for name in ("3_reward", "3_reward_judge")]
+    todo = [(step, TODO[0][1]) for step in models]
+    state = RunState(Path("runs/r"), models, todo, {})
+    assert [state.figure(step.name) for step in models] == ["reward accuracy 0.500", "reward accuracy 1.000 (n = 1)"]
+    assert RunState(Path("runs/r"), models, todo, {}, is_smoke=True).figure("3_reward_judge") == "reward accuracy 1.000"
+
+
+def test_answers_and_votes_are_counted_and_a_run_that_waits_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = Step("evaluate_2_sft", "evaluate", (), Path("runs/r"), leftovers=(Path("runs/r/2_sft.json"),))
+    votes = Step("3_votes", "votes", (), Path("runs/r/votes"))
+    steps = [STEPS[2], measure, votes]
+    state = RunState(Path("runs/r"), steps, [(step, TODO[0][1]) for step in steps], {})
+    state.start(STEPS[2])
+    state.end(STEPS[2], 77.0, finished=True)
+    reports = Path("reports")
+    reports.touch()
+    monkeypatch.setenv(VARIABLE, str(reports))
+    monkeypatch.delenv("RANK", raising=False)
+    tally = Tally("answers")
+    tally.add(10)
+    assert reports.read_text() == "", "how many there will be is not known yet"
+    tally.total = 400
+    tally.add(110)
+    state.start(measure)
+    state.progress.update(json.loads(reports.read_text()))
+    assert state.doing == "measuring 110 of 400 answers"
+    tally.add(1000)
+    assert json.loads(reports.read_text().splitlines()[-1])["done"] == 400
+    state.end(measure, 6.0, finished=True)
+    state.start(votes)
+    state.progress.update({"done": 0, "total": 12, "unit": "votes"})
+    state.end(votes, 1.0, finished=False, for_people=True)
+    args = argparse.Namespace(verbose=False, plain=True, began=0.0)
+    console = RunConsole("recipe", state, args)
+    console._console.width = 160
+    console._console.print(console._view())
+    _, sft, waiting = (line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert sft.startswith("✓  2_sft") and sft.endswith("1:17, 6 s to measure") and len(sft) <= MAX_COLUMNS
+    assert waiting == "⏸  3_votes  waits for 12 votes"
+    state.progress.update({"done": 5, "total": 12})
+    assert state.awaited == "waits for 7 more votes"
 
 
 def test_the_time_left_is_that_of_an_earlier_run_at_the_speed_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:

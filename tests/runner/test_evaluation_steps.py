@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from small_model import ROOT
+from transformers import LlamaConfig
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError
@@ -96,7 +97,7 @@ def test_the_stage_that_others_are_compared_with_is_measured_after_its_judge(
     write_settings(folder, judge="runs/r/3_reward_judge")
     names = [step.name for step in read_plan(folder).steps]
     assert names[1:6] == ["2_sft", "3_reward", "evaluate_3_reward", "3_reward_judge", "evaluate_2_sft"]
-    Path("base").mkdir()
+    LlamaConfig(num_hidden_layers=1).save_pretrained("base")
     (folder / "2_sft.yaml").write_text("{dataset_name: talk.jsonl, model_name_or_path: base, output_dir: runs/r/2_sft}")
     main(["run", "recipe", "--dry-run", "--until", "sft"])
     assert "3 of 3 steps would run" in capsys.readouterr().out, "not the judge as well"

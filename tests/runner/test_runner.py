@@ -28,7 +28,12 @@ ROOT = TESTS.parent
 # What each stand-in's YAML file holds; the run lies in `runs/r` of the current directory.
 RECIPE = {
     "0_data": {"output_dir": "runs/r/data", "size_mb": 1},
-    "1_pretrain": {"output_dir": "runs/r/1_pretrain", "dataset_name": "runs/r/data", "learning_rate": 0.001},
+    "1_pretrain": {
+        "output_dir": "runs/r/1_pretrain",
+        "dataset_name": "runs/r/data",
+        "learning_rate": 0.001,
+        "max_position_embeddings": 1024,
+    },
     "2_sft": {
         "output_dir": "runs/r/2_sft",
         "model_name_or_path": "runs/r/1_pretrain",
@@ -257,7 +262,7 @@ def test_status_of_several_seeds_and_of_what_is_not_a_run(run: Runner, capfd: py
     with pytest.raises(SystemExit) as stop:
         main(["status", "recipe"])
     assert stop.value.code == 2
-    assert capfd.readouterr().err.startswith("RUN: recipe: does not contain a run")
+    assert capfd.readouterr().err.startswith("RUN: recipe: is a recipe; its run is runs/r (")
 
 
 def test_an_untrained_model_does_not_depend_on_how_it_is_trained(folder: Path, run: Runner) -> None:
@@ -385,8 +390,10 @@ def test_the_seed_reaches_every_step_and_is_a_change(run: Runner) -> None:
     before = identities()
     assert all("seed=1" in path.read_text() for path in Path("runs/r").glob("*/ran.txt"))
     assert json.loads(Path("runs/r/run.json").read_text())["seed"] == 1
-    run("--seed", "2")
+    _, out, _ = run("--seed", "2")
     assert changed(before) == ALL
+    assert out.startswith("replaces the run of seed 1, which is moved to runs/r/.trash/")
+    assert "--output_dir runs/r/seed2 would keep both" in out
 
 
 def test_a_failing_step_ends_the_run_with_its_message_and_code(folder: Path, run: Runner) -> None:
@@ -537,27 +544,29 @@ def test_a_late_step_that_would_be_refused_is_reported_before_the_first_one_runs
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"warmup_steps": 50, "max_steps": 2}, "2_sft: warmup_steps: 50: is more than max_steps"),
-        ({"model_name_or_path": None}, "2_sft: model_name_or_path: nothing: give a Hub id"),
-        ({"dataset_name": "/nowhere/a.jsonl"}, "2_sft: dataset_name: /nowhere/a.jsonl: there is no such file"),
-        ({"env": [1]}, "2_sft: env: [1]: must be a mapping"),
-        ({"report_to": "nobody"}, "2_sft: report_to: nobody: no such tracker"),
-        ({"load_best_model_at_end": True}, "2_sft: load_best_model_at_end: True: "),
-    ],
-)
 def test_settings_that_a_later_step_would_refuse_are_reported_before_the_first_one_runs(
-    folder: Path, capfd: pytest.CaptureFixture[str], values: dict[str, object], expected: str
+    folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    values = {"model_name_or_path": None, "dataset_name": "/nowhere/a.jsonl", "env": [1], "report_to": "nobody"}
+    configure(folder, "2_sft", warmup_steps=50, max_steps=2, load_best_model_at_end=True, **values)
     (folder / "3_reward.yaml").unlink()
-    configure(folder, "2_sft", **values)
     with pytest.raises(SystemExit) as stop:
         main(["run", "recipe"])
     assert stop.value.code == 2
-    err = capfd.readouterr().err
-    assert err.startswith(expected) and err.count("\n") == 1
+    lines = sorted(capfd.readouterr().err.splitlines())
+    for line, expected in zip(
+        lines,
+        (
+            "2_sft: dataset_name: /nowhere/a.jsonl: there is no such file",
+            "2_sft: env: [1]: must be a mapping",
+            "2_sft: load_best_model_at_end: True: ",
+            "2_sft: model_name_or_path: nothing: give a Hub id",
+            "2_sft: report_to: nobody: no such tracker",
+            "2_sft: warmup_steps: 50: is more than max_steps",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(expected)
     assert not Path("runs").exists()
 
 

@@ -1,0 +1,159 @@
+"""Find, before the first step runs, what a later step would refuse hours from now.
+
+Each step is given the arguments that its recipe will build, for as many processes as will train it, and the
+configuration of the model that an earlier step makes:
+
+    1_pretrain    max_position_embeddings: 1024, block_size: 4096    -> block_size is above the model's context
+    4_grpo        64 completions, num_generations: 7                 -> groups of 7 do not fill 64
+
+What depends on the rows of a data set shows when the step loads them, which `--smoke` does within seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from pipeline.config.recipe_folder import READ
+from pipeline.errors import Problem, UserError
+from pipeline.files import as_list, is_missing_path
+from pipeline.runner.steps import Step
+
+REQUIRED = ("model_name_or_path", "dataset_name")
+"""Inputs without which a step has nothing to start from."""
+
+VOCABULARY = 1 << 15
+"""Tokens of a tokenizer that does not exist yet; nothing that is checked here depends on their number."""
+
+
+def check_steps(
+    steps: Iterable[Step], due: Collection[str] | None = None, processes: int = 1, rewards: bool = True
+) -> list[Problem]:
+    """Check the settings that a step would refuse as soon as it starts, which may be hours from now.
+
+    Args:
+        steps: The steps of a run, each after all that it needs. Those without a YAML file of their own are skipped.
+        due: Names of the steps whose problems are reported. Default: all.
+        processes: Processes of a training step.
+        rewards: Whether reward functions are loaded, which may need packages.
+
+    Returns:
+        Values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
+    """
+    # These imports take seconds.
+    from pipeline.evaluation.evaluate_yaml import check
+    from pipeline.launch import quiet_libraries
+    from pipeline.models.checks import check_lengths
+
+    quiet_libraries()
+    problems: list[Problem] = []
+    steps = list(steps)
+    # Configurations of the models that the run makes, by folder.
+    made: dict[str, Any] = {}
+    for step in steps:
+        # A step that shares the file of another one is checked with that one.
+        if step.stage.module and not step.stage.file_of:
+            found = _check_step(step, made, processes, rewards)
+            if due is None or step.name in due:
+                problems += [dataclasses.replace(one, field=f"{step.name}: {one.field}") for one in found]
+
+    # All evaluations have the same settings.
+    evaluations = [step for step in steps if step.kind == "evaluate" and (due is None or step.name in due)]
+    if evaluations:
+        values = evaluations[0].values
+        problems += check(values, "evaluate.yaml: ")
+        shortest = min(filter(None, map(_context, made.values())), default=None)
+        limit = {"evaluate.yaml: max_new_tokens": values.get("max_new_tokens")}
+        problems += check_lengths(shortest, **{key: value for key, value in limit.items() if isinstance(value, int)})
+        tasks = values.get("lm_eval_tasks")
+        if isinstance(tasks, list):
+            # lm-eval takes seconds to list its tasks.
+            from pipeline.evaluation.harness import check_tasks
+
+            problems += check_tasks(list(map(str, tasks)), "evaluate.yaml: lm_eval_tasks")
+    return problems
+
+
+def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool) -> list[Problem]:
+    """Check one step, and add the configuration of the model that it writes to `made`."""
+    from transformers import TrainingArguments
+    from trl import ModelConfig
+
+    from pipeline.config.parser import check_values
+    from pipeline.models.checks import check_lengths
+    from pipeline.training.checks import preflight
+    from pipeline.training.inputs import check_weights
+
+    types = step.argument_types
+    built, problems = check_values(step.values, types, processes) if types else ([], [])
+    training = next((item for item in built if isinstance(item, TrainingArguments)), None)
+    rewarded = next((item for item in built if hasattr(item, "preflight")), None)
+    if training is not None:
+        problems += preflight(training, early=True)
+    if step.stage.check:
+        problems += resolve_name(step.stage.check)(step.values)
+    if rewarded is not None and rewards:
+        problems += rewarded.preflight(training, None, None, early=True)
+    for item in built:
+        problems += _check_inputs(step, item)
+    try:
+        config = _find_config(step, built, made)
+    except UserError as error:
+        return [*problems, *error.problems]
+    if config is None:
+        return problems
+    if step.stage.measured:
+        made[str(step.values["output_dir"])] = config
+    limit = step.stage.length or "max_new_tokens"
+    longest = next((getattr(item, limit) for item in built if hasattr(item, limit)), None)
+    problems += check_lengths(_context(config), **{limit: longest})
+    loaded = next((item for item in built if isinstance(item, ModelConfig)), None)
+    if training is not None and loaded is not None:
+        problems += check_weights(copy.deepcopy(config), training, loaded, rewarded, early=True)
+    return problems
+
+
+def _find_config(step: Step, built: Sequence[Any], made: Mapping[str, Any]) -> Any:
+    """Return the configuration of the model that a step trains or reads; None if it is on the Hub, or not known.
+
+    Raises:
+        UserError: If its folder is not the folder of a model.
+    """
+    from pipeline.models.loading import load_config, user_error_for
+    from pipeline.models.scratch import ScratchArguments, build_empty
+
+    for item in built:
+        if isinstance(item, ScratchArguments):
+            return build_empty(item, VOCABULARY).config
+    name = next((item.model_name_or_path for item in built if getattr(item, "model_name_or_path", None)), "")
+    home = Path(step.values["output_dir"]).parent
+    if not name or name in made or Path(name).is_relative_to(home) or not Path(name).is_dir():
+        return made.get(name)
+    with user_error_for("model_name_or_path", name):
+        return load_config(name)
+
+
+def _context(config: Any) -> int | None:
+    """Return the context of a model in tokens, if it has a limit."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
+def _check_inputs(step: Step, item: Any) -> list[Problem]:
+    """Check that each model and data set is named and, if it is a path, exists or is made by the run."""
+    problems = []
+    home = Path(step.values["output_dir"]).parent
+    for name in (*READ, "chat_template_path"):
+        given = as_list(getattr(item, name, None))
+        if name in REQUIRED and hasattr(item, name) and not all(given or [None]):
+            problems.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
+        for path in filter(None, given):
+            is_missing = is_missing_path(path) or (name == "chat_template_path" and not os.path.exists(path))
+            if is_missing and not Path(path).is_relative_to(home):
+                problems.append(Problem(name, path, "there is no such file or folder; correct the path"))
+    return problems
