@@ -17,7 +17,7 @@ from trl import GRPOConfig, ModelConfig
 from pipeline.models.loading import load_config
 from pipeline.rl.arguments import PPORewardArguments
 from pipeline.training.checks import check_generation_config, check_lora, preflight
-from pipeline.training.inputs import _check_weights
+from pipeline.training.inputs import check_weights
 
 
 def config(**changes: Any) -> GRPOConfig:
@@ -142,7 +142,7 @@ def test_a_critic_of_another_architecture_takes_the_disk_of_a_whole_model(
     )
     reward_args = PPORewardArguments(value_model_path=str(tmp_path / critic))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=30_000))
-    problems = _check_weights(llama, config(), model_args, reward_args)
+    problems = check_weights(llama, config(), model_args, reward_args)
     assert ("output_dir" not in [problem.field for problem in problems]) == fits, problems
 
 
