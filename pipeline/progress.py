@@ -24,7 +24,8 @@ def report_progress(**facts: Any) -> None:
 
     Args:
         **facts: `done` of `total` units, updates if no `unit` is named; `loss` or `reward`; `tokens_per_second`;
-            `stopping`, the signal after which it saves; `lost`, see `report_lost`. Omitted facts keep their last values.
+            `stopping`, the signal after which it saves; `lost`, see `report_lost`. Omitted facts keep their last
+            values.
     """
     path = os.environ.get(VARIABLE)
     if not path or os.environ.get("RANK", "0") != "0":
