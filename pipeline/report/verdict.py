@@ -22,7 +22,7 @@ from pipeline.report.differences import judge, paired
 from pipeline.report.load import Run
 from pipeline.report.stage_order import stage_info, stage_kind, twins
 from pipeline.report.text import counted, interval, number, signed
-from pipeline.stages import BASELINES, HELD_OUT
+from pipeline.stages import BASELINES, HELD_OUT, SMOKE
 
 MIN_STOP_RATE = 0.5
 """Below it, most answers of a stage that was taught to answer run into the limit (`MAX_CUT_OFF` of rl.alarms)."""
@@ -100,7 +100,7 @@ def is_smoke(run: Run) -> bool:
 def conclude(run: Run, found: list[Finding]) -> str:
     """Return the verdict in one line: what failed, what a run without failures reached, or that it is a miniature."""
     if is_smoke(run):
-        return f"{run.record.get('recipe') or run.name}, smoke: two steps of each stage; the figures mean nothing"
+        return f"{run.record.get('recipe') or run.name}, {SMOKE}"
     if found:
         failed = list(dict.fromkeys(finding.stage for finding in found))
         return f"{counted(len(found), 'thing')} did not work, in {', '.join(failed)}"

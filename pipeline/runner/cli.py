@@ -53,7 +53,7 @@ from pipeline.runner.records import RunRecord, measured_seconds
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, find_step, typed
 from pipeline.runner.warm import WarmProcess
-from pipeline.stages import STAGES
+from pipeline.stages import SMOKE, STAGES
 
 MAX_PROCESSES = 16
 """Limit on the processes of a training step, unless the machine has more cores: they would exhaust its memory."""
@@ -269,7 +269,8 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
             other = "another seed" if before is None else f"seed {before}"
             apart = f"--output_dir {plan.run_dir / f'seed{args.seed}'}"
             say(f"replaces the run of {other}, which is moved to {replaced}; {apart} would keep both")
-        with RunConsole(f"{args.recipe}{seed}, in {plan.run_dir}", state, args) as console:
+        title = f"{args.recipe}{seed}{f', {SMOKE}' if args.smoke else ''}, in {plan.run_dir}"
+        with RunConsole(title, state, args) as console:
             code = _run_all(todo, record, replaced, console, args, descriptors)
     if replaced.exists():
         say(f"what was there before is in {replaced}; delete that when it is no longer needed")

@@ -28,7 +28,6 @@ from pipeline.evaluation.metric_info import metric_info
 from pipeline.progress import VARIABLE, duration
 from pipeline.runner.run_state import RunState, Stage
 from pipeline.runner.steps import Step
-from pipeline.stages import SMOKE
 
 REFRESH_SECONDS = 0.25
 PROGRESS_SECONDS = 10
@@ -214,8 +213,7 @@ class RunConsole:
                 table.add_row(name, *(Text(values[name, m], style) for m, style in zip(metrics, styles, strict=True)))
         if table.row_count:
             self._console.print("", table, "", sep="\n")
-        took = f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}"
-        say(f"{took}; {SMOKE}" if self.state.is_smoke else took)
+        say(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
 
     def _view(self) -> RenderableType:
         """Return what the live view shows now."""
