@@ -230,14 +230,14 @@ def _fixed_prompts(
 ) -> list[list[dict[str, str]]]:
     """Return the prompts that the settings name or, for data that the run generates, `FIXED_PROMPTS`.
 
-    Without either, they are the first of `FIXED_PROMPTS` and some held-out prompts.
+    Without either, they are some held-out prompts or, if there are none, the first of `FIXED_PROMPTS`.
     """
     own: Sequence[str] = settings.get("fixed_prompts") or (FIXED_PROMPTS if (run / "data").is_dir() else ())
     if own:
         return [[{"role": "user", "content": text}] for text in own]
     held_out = [row["messages"][:-1] for row in rows.get("instructions", ())[:5]]
     held_out += [row["prompt"] for key in ("problems", "prompts") for row in rows.get(key, ())[:4]]
-    return [[{"role": "user", "content": FIXED_PROMPTS[0]}], *held_out][: len(FIXED_PROMPTS)]
+    return (held_out or [[{"role": "user", "content": FIXED_PROMPTS[0]}]])[: len(FIXED_PROMPTS)]
 
 
 def drop_ungradable(rows: Sequence[Example]) -> list[Example]:

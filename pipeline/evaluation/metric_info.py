@@ -48,7 +48,9 @@ METRICS: dict[str, MetricInfo] = {
         "Win rate, people", "by votes on the page, against {against} if people compared the two; a tie is one half"
     ),
     "last_sentence_share": MetricInfo(
-        "Same last sentence", "answers to the win rate's prompts that end in the most frequent last sentence", "down"
+        "Same last sentence",
+        "answers to the win rate's prompts that end in the most frequent one: how far a pleasing phrase has spread",
+        "down",
     ),
     "last_sentence_share_greedy": MetricInfo("Same last sentence, greedy", "the same for greedy answers", "down"),
     "pass@1": MetricInfo("pass@1", "held-out reasoning problems, greedy answers"),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 from pipeline.evaluation.intervals import finite
@@ -61,6 +62,8 @@ def charts_of(run: Run) -> list[Chart]:
         for chart in over_steps:
             lines = tuple(Series(name, logged(stage, key)) for name, key in chart.lines)
             charts.append(Chart(stage.name, chart.title, "training steps", lines, chart.note))
+        if info.data == "conversation" and charts and (easier := _easier_validation(run, stage)):
+            charts[0] = replace(charts[0], note=f"{charts[0].note} {easier}".strip())
         # The charts over the KL follow the ones of the stage itself, before the ones of its routers.
         place = 1 + len(info.charts)
         for chart in reversed(over_kl):
@@ -79,6 +82,30 @@ def charts_of(run: Run) -> list[Chart]:
             if lines:
                 found.append(replace(drawn, series=lines))
     return found
+
+
+def _easier_validation(run: Run, stage: StageResult) -> str:
+    """Return why a loss is lower in validation than in training, as the run's own data show it; "" if they do not."""
+    losses = [[value for _, value in logged(stage, key)] for key in ("loss", "eval_loss")]
+    files = [run.path / "data" / "sft" / f"{split}.parquet" for split in ("train", "validation")]
+    if not all(losses) or losses[1][-1] > 0.8 * fmean(losses[0][-5:]) or not all(file.is_file() for file in files):
+        return ""
+    # pyarrow would slow `--help` down.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        training, validation = (pq.read_table(file, columns=["kind", "messages"]).to_pylist() for file in files)
+        kinds = {row["kind"] for row in validation}
+        shared = [row for row in training if row["kind"] in kinds]
+        sizes = [fmean(len(row["messages"][-1]["content"]) for row in rows) for rows in (shared, validation)]
+    except (OSError, LookupError, TypeError, ValueError, pa.ArrowException):
+        return ""
+    missing = ", ".join(sorted({str(row["kind"]) for row in training} - kinds))
+    reasons = [f"{1 - len(shared) / len(training):.0%} of the training rows are of kinds that it lacks ({missing})"]
+    reasons += [f"in the other kinds, training answers are {sizes[0] / sizes[1]:.1f} times as long"]
+    found = [reason for reason, holds in zip(reasons, (missing, sizes[0] > 1.1 * sizes[1]), strict=True) if holds]
+    return f"Validation is easier than training: {', and '.join(found)}." if found else ""
 
 
 def _reward_charts(stage: StageResult) -> tuple[LoggedChart, LoggedChart]:

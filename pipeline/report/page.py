@@ -18,7 +18,7 @@ from pipeline.report.path_picture import headline, path_boxes, showcase, title
 from pipeline.report.stage_order import stage_info
 from pipeline.report.summary import summarise
 from pipeline.report.svg import line_chart
-from pipeline.report.tables import costs, experts, figures, gains, others, remarks, show_targets
+from pipeline.report.tables import costs, experts, figures, gains, lengths, others, remarks, show_targets
 from pipeline.report.targets import Target, TargetResult, check_targets, is_pocket, load_targets
 from pipeline.report.text import code, counted, magnitude, markdown, number, visible
 from pipeline.report.verdict import Finding, is_smoke, shown
@@ -82,7 +82,6 @@ def page_content(
         "name": title(run),
         "headline": headline(run),
         "facts": facts(summary),
-        "path": str(run.path),
         "steps": path_boxes(run, links),
         "targets": show_targets(results),
         "alarms": [
@@ -90,7 +89,8 @@ def page_content(
             for item in ([] if is_smoke(run) else summary["alarms"])
         ],
         **shown(run, [Finding(**item) for item in summary["verdict"]]),
-        "notes": run.notes,
+        # A report may be published, and where its files lay on this machine is nobody's business.
+        "notes": [note.replace(f"{run.path}/", "") for note in run.notes],
         "table": figures(run, by_kind=False),
         "kinds": figures(run, by_kind=True),
         "remarks": remarks(run),
@@ -100,6 +100,7 @@ def page_content(
         "answers": answers,
         "silent": [name for name, stage in run.stages.items() if stage.metrics and not stage_info(name).generates],
         "problems": problems,
+        "lengths": lengths(run),
         "charts": draw(charts),
         "experts": experts(run),
         "costs": costs(run, summary),
@@ -156,7 +157,7 @@ def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
         "Run": {
             "seed": summary["seed"],
             "commit": summary["commit"] or "unknown",
-            "recipe": run.record.get("recipe"),
+            "recipe": Path(str(run.record.get("recipe") or "unknown")).name,
             **{key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")},
         },
         "Hardware": summary["hardware"] or {"machine": "unknown"},

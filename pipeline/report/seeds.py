@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -133,7 +134,7 @@ def write_seeds(
         "changes": _groups(changes, signed),
         "charts": draw(overlay(runs)),
         "times": [{"title": "All steps", "stage": "", "rows": rows}],
-        "paths": [str(run.path / "report" / "index.html") for run in runs],
+        "paths": [os.path.relpath(run.path / "report" / "index.html", directory) for run in runs],
     }
     return write_files(directory, "seeds", summary, content)
 

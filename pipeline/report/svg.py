@@ -15,9 +15,13 @@ from pipeline.report.stage_order import stage_info
 from pipeline.report.text import magnitude, number, signed
 
 WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 46, 50, 10, 38
 MAX_POINTS = 60
 """A line with more points is drawn faintly, with the means of this many segments over it."""
+MARKED_POINTS = 12
+"""A line with at most this many points has a mark at each."""
+LINE_HEIGHT = 12
+"""Least distance between two values at the ends of lines."""
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -49,8 +53,13 @@ class _Axis:
         values = ticks(self.low, self.high)
         step = values[1] - values[0] if len(values) > 1 else 1.0
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        labels = [magnitude(value) if abs(value) >= 1000 else number(value, digits) for value in values]
+        labels = [_short(value, digits) for value in values]
         return [(self.at(value), label) for value, label in zip(values, labels, strict=True)]
+
+
+def _short(value: float, digits: int) -> str:
+    """Return a value as the label of a tick or of a point."""
+    return magnitude(value) if abs(value) >= 1000 else number(value, digits)
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -65,7 +74,8 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 def line_chart(chart: Chart) -> Markup:
     """Draw the chart as an `<svg>` with a title and a description in words."""
-    left, right = _range([x for line in chart.series for x, _ in line.points])
+    # The axis of steps and of the KL starts at 0.
+    left, right = _range([0.0, *(x for line in chart.series for x, _ in line.points)])
     low, high = _range([y for line in chart.series for _, y in line.points])
     pad = (high - low) * 0.05
     # The axis of a quantity that is never negative starts at 0, unless that wastes half of the chart.
@@ -80,42 +90,53 @@ def line_chart(chart: Chart) -> Markup:
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     base = HEIGHT - BOTTOM
     for x, label in x_axis.ticks():
-        anchor = "end" if x > WIDTH - RIGHT - 8 else "middle"
         parts.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="{anchor}">{label}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{label}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(chart.x_label)}</text>')
 
     # What is drawn is also said in words, for readers who do not see it.
     words = f"Over {chart.x_label}."
+    ends = []
     for index, line in enumerate(chart.series):
-        parts += _line(line, index, x_axis, y_axis)
+        course = _means(line.points)
+        parts += _line(line, course, index, x_axis, y_axis)
         (x_first, first), (x_last, last) = line.points[0], line.points[-1]
-        ends = f"from {first:.3g} at {x_first:.3g} to {last:.3g} at {x_last:.3g}"
-        words += f" {line.name}: {len(line.points)} points, {ends}."
+        words += (
+            f" {line.name}: {len(line.points)} points, from {first:.3g} at {x_first:.3g} to {last:.3g} at {x_last:.3g}."
+        )
+        if not line.dots:
+            ends.append((y_axis.at(course[-1][1]), index, course[-1][1]))
+    # The last values stand beside the ends of their lines, apart from each other.
+    above = 0.0
+    for place, (y, index, value) in enumerate(sorted(ends), start=1):
+        lowest = base - LINE_HEIGHT * (len(ends) - place)
+        above = max(above + LINE_HEIGHT, min(y + 4, lowest))
+        label = _short(value, max(0, 2 - math.floor(math.log10(abs(value) or 1.0))))
+        parts.append(f'<text class="end s{index % 6}" x="{WIDTH - 1}" y="{above:.1f}" text-anchor="end">{label}</text>')
     title = f"{stage_info(chart.stage).title}: {chart.title}"
     return _figure(WIDTH, HEIGHT, title, words, "".join(parts), "chart")
 
 
-def _line(line: Series, index: int, x_axis: _Axis, y_axis: _Axis) -> list[str]:
-    """Draw a line in the colour with this index, or its dots; a line of many points also as means of segments."""
+def _means(points: Points) -> Points:
+    """Return the points or, of many, the means of `MAX_POINTS` segments."""
+    size = math.ceil(len(points) / MAX_POINTS)
+    segments = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
+
+
+def _line(line: Series, course: Points, index: int, x_axis: _Axis, y_axis: _Axis) -> list[str]:
+    """Draw a line in the colour with this index, or its dots; a line many points are drawn faintly below the course."""
     css = f"s{index % 6}"
-    drawn = [(x_axis.at(x), y_axis.at(y)) for x, y in line.points]
+    drawn, means = ([(x_axis.at(x), y_axis.at(y)) for x, y in points] for points in (line.points, course))
     if line.dots:
         return [f'<circle class="dot {css}" cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>' for x, y in drawn]
     # Training logs noise at every step, which would hide the course of the line.
-    parts = []
-    if len(line.points) > MAX_POINTS:
-        parts.append(f'<path class="raw {css}" d="{_path(drawn)}"/>')
-        size = math.ceil(len(line.points) / MAX_POINTS)
-        segments = [line.points[start : start + size] for start in range(0, len(line.points), size)]
-        means = [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
-        drawn = [(x_axis.at(x), y_axis.at(y)) for x, y in means]
-    parts.append(f'<path class="line {css}" d="{_path(drawn)}"/>')
-    x, y = drawn[-1]
-    parts.append(f'<circle class="end {css}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
-    return parts
+    parts = [f'<path class="raw {css}" d="{_path(drawn)}"/>'] if len(drawn) > len(means) else []
+    parts.append(f'<path class="line {css}" d="{_path(means)}"/>')
+    marked = means if len(means) <= MARKED_POINTS else means[-1:]
+    return parts + [f'<circle class="end {css}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in marked]
 
 
 def _path(points: Points) -> str:
@@ -129,22 +150,20 @@ def _figure(width: int, height: int, title: str, description: str, body: str, cs
     )
 
 
-def interval_bar(change: Estimate, reach: float, verdict: str, title: str) -> Markup:
-    """Draw a dot and its 95% interval on an axis from -`reach` to `reach`, with 0 marked, coloured by `verdict`."""
+def interval_bar(change: Estimate, title: str) -> Markup:
+    """Draw the change of a share as a dot with its 95% interval, on an axis from -1 to 1 with 0 marked."""
     width, height = 160, 18
     low = change.value if change.low is None else change.low
     high = change.value if change.high is None else change.high
-    # An end beyond the axis is drawn at its end.
-    x1, x, x2 = (
-        width / 2 + max(-1.0, min(1.0, value / reach)) * (width / 2 - 5) for value in (low, change.value, high)
-    )
+    x1, x, x2 = (width / 2 + max(-1.0, min(1.0, value)) * (width / 2 - 5) for value in (low, change.value, high))
     body = (
+        f'<line class="grid" x1="5" x2="{width - 5}" y1="9" y2="9"/>'
         f'<line class="axis" x1="{width / 2}" x2="{width / 2}" y1="1" y2="{height - 1}"/>'
         f'<line class="whisker" x1="{x1:.1f}" x2="{x2:.1f}" y1="9" y2="9"/>'
         f'<circle class="mean" cx="{x:.1f}" cy="9" r="4"/>'
     )
     words = f"{signed(change.value)}, from {signed(low)} to {signed(high)}"
-    return _figure(width, height, title, words, body, f"interval {verdict}")
+    return _figure(width, height, title, words, body, "interval")
 
 
 def share_bar(value: float, low: float | None, high: float | None) -> Markup:

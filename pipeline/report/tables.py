@@ -12,7 +12,7 @@ from pipeline.evaluation.results import StageResult
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
 from pipeline.report.stage_order import EVALUATE, stage_info, step_order
-from pipeline.report.summary import seconds
+from pipeline.report.summary import by_length, seconds
 from pipeline.report.svg import interval_bar, share_bar
 from pipeline.report.targets import TargetResult
 from pipeline.report.text import duration, interval, magnitude, number, signed
@@ -28,7 +28,7 @@ def show_targets(results: Sequence[TargetResult], prefix: str = "") -> list[dict
 
 
 def figures(run: Run, by_kind: bool) -> dict[str, Any]:
-    """Return one row per metric (or per metric and kind of example), with a cell per stage and one for baselines."""
+    """Return one row per metric (or per metric and kind of example), with a cell per stage."""
     stages = [stage for stage in run.stages.values() if stage.metrics]
     baselines = [baseline for baseline in run.baselines.values() if baseline.metrics]
     rows = []
@@ -44,14 +44,6 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
                 meaning.append(info.meaning.replace("{against}", run.against).replace("{judge}", run.judge))
             if counts:
                 meaning.append(f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}")
-            # Baselines reach few metrics, so they share one column instead of having one each.
-            beside = []
-            for baseline in baselines:
-                reached = baseline.metrics.get(metric)
-                if reached and kind:
-                    reached = reached.by_kind.get(kind)
-                if reached:
-                    beside.append({"name": baseline.name, **_cell(reached, metric)})
             rows.append(
                 {
                     "label": f"{info.label}: {kind}" if kind else info.label,
@@ -62,7 +54,6 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
                         estimate and _cell(estimate, metric, metric in stage_info(stage.name).aims)
                         for stage, estimate in zip(stages, estimates, strict=True)
                     ],
-                    "baselines": beside,
                 }
             )
     columns = [{"name": stage.name, "title": stage_info(stage.name).title} for stage in stages]
@@ -114,6 +105,19 @@ def remarks(run: Run) -> list[str]:
     return [line if len(names) >= of_all else f"{line} ({', '.join(names)})" for line, names in lines.items()]
 
 
+def lengths(run: Run) -> dict[str, Any]:
+    """Return the pass@1 of the last two stages by the length of the problem, and of those longer than in training."""
+    measured = [(name, of_stage) for name, stage in run.stages.items() if (of_stage := by_length(stage))]
+    found = dict(measured[-2:])
+    columns = sorted({length for of_stage in found.values() for length in of_stage}, key=int)
+    longer = {name: run.stages[name].metrics.get("pass@1_longer") for name in found}
+    rows = []
+    for name, of_stage in found.items():
+        estimates = [*map(of_stage.get, columns), *([longer[name]] if any(longer.values()) else [])]
+        rows.append({"stage": name, "cells": [estimate and _cell(estimate, "pass@1") for estimate in estimates]})
+    return {"columns": [*columns, *(["longer"] if any(longer.values()) else [])], "rows": rows}
+
+
 def others(run: Run) -> list[dict[str, Any]]:
     """Return the figures of the evaluations with a name."""
     rows = []
@@ -127,33 +131,24 @@ def others(run: Run) -> list[dict[str, Any]]:
 
 
 def gains(run: Run, found: Sequence[Difference]) -> list[dict[str, Any]]:
-    """Return the paired differences grouped by their two stages, each with a bar on the axis of its group.
-
-    A change of a share is drawn as it is, and any other change relative to the earlier value.
-    """
+    """Return the paired differences grouped by their two stages: of shares with a bar, of lengths with their ratio."""
     groups = []
     for (stage, before), changes in groupby(found, key=lambda item: (item.stage, item.before)):
-        items = list(changes)
-        units = [1.0 if metric_info(item.metric).share else abs(item.was) or 1.0 for item in items]
-        # All bars of a group share one axis, which reaches as far as the longest interval.
-        reach = 0.0
-        for item, unit in zip(items, units, strict=True):
-            ends = [end for end in (item.change.low, item.change.value, item.change.high) if end is not None]
-            reach = max(reach, max(map(abs, ends)) / unit)
-        reach = reach or 1.0
         rows = []
-        for item, unit in zip(items, units, strict=True):
+        for item in changes:
             info = metric_info(item.metric)
             title = f"Change of {info.label} from {before} to {stage}"
+            ratio = "" if info.share or item.was <= 0 or item.now < 0 else f"×{number(item.now / item.was, 2)}"
             rows.append(
                 {
                     "label": info.label,
                     "aim": item.aim,
+                    "main": item.aim or item.verdict == "worse",
                     "was": number(item.was, info.digits),
                     "now": number(item.now, info.digits),
                     "change": signed(item.change.value, info.digits),
                     "range": interval(item.change, info.digits, sign=True),
-                    "bar": interval_bar(item.change, reach * unit, item.verdict, title),
+                    "bar": interval_bar(item.change, title) if info.share else ratio,
                     "verdict": item.verdict,
                     "n": f"{item.change.n:,}" if item.change.n is not None else "–",
                 }
@@ -164,7 +159,6 @@ def gains(run: Run, found: Sequence[Difference]) -> list[dict[str, Any]]:
                 "before": before,
                 "title": stage_info(stage).title,
                 "baseline": baseline_title(run, run.baselines[before]) if before in run.baselines else "",
-                "axis": f"±{reach:.2f}" + (f" or ±{reach:.0%}" if any(unit != 1 for unit in units) else ""),
                 "rows": rows,
             }
         )
@@ -207,7 +201,7 @@ def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     taken = seconds(run)
     measuring = {name: taken.get(EVALUATE + name, stage.seconds) for name, stage in run.stages.items()}
     steps = {name: value for name, value in taken.items() if not name.startswith(EVALUATE)}
-    longest = max(steps.values(), default=0.0)
+    whole = sum(steps.values())
     rows = []
     for name in sorted({*steps, *run.stages}, key=step_order):
         stage = run.stages.get(name)
@@ -216,7 +210,7 @@ def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
             {
                 "name": name,
                 "time": duration(steps.get(name)),
-                "bar": share_bar(steps.get(name, 0.0) / longest, None, None) if longest else "",
+                "bar": share_bar(steps.get(name, 0.0) / whole, None, None) if whole else "",
                 "evaluation": duration(measuring.get(name)),
                 "updates": f"{updates:,}" if isinstance(updates, int) and updates else "–",
                 "tokens": magnitude(summary["tokens"].get(name)),
@@ -226,7 +220,7 @@ def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
         )
     return {
         "rows": rows,
-        "time": duration(sum(steps.values()) if steps else None),
+        "time": duration(whole if steps else None),
         "evaluation": duration(sum(filter(None, measuring.values())) or None),
         "tokens": magnitude(sum(summary["tokens"].values()) or None),
         "flops": magnitude(sum(summary["flops"].values()) or None),

@@ -68,7 +68,7 @@ def show(browser: Any, page: Path, width: int, scheme: str) -> list[str]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("name", ["whole", "short", "hostile", "seeds"])
 def test_the_page_fits_every_width_in_both_schemes(
     browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
@@ -95,6 +95,21 @@ def test_the_checks_of_the_page_find_faults(browser: Any, pages: dict[str, Path]
     show(browser, pages["short"], 390, "light")
     browser.execute_script("document.body.insertAdjacentHTML('beforeend', arguments[0])", fault)
     assert browser.execute_script(script)
+
+
+def test_a_phone_scrolls_no_further_than_it_must_and_paper_shows_everything(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    emulate(browser, 390, "light")
+    browser.get(pages["whole"].as_uri())
+    assert browser.execute_script("return document.documentElement.scrollHeight") < 14_000
+    hidden = """return [...document.querySelectorAll('details')].filter(
+        e => [...e.children].some(c => c.tagName !== 'SUMMARY' && !c.checkVisibility({contentVisibilityAuto: true})))
+        .length"""
+    assert browser.execute_script(hidden) > 5
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert browser.execute_script(hidden) == 0
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_dark_and_light_differ(browser: Any, pages: dict[str, Path]) -> None:

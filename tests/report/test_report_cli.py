@@ -16,6 +16,8 @@ import pytest
 from fake_run import STAGES, TEXTS, UNTIL_SFT, write_weights
 
 from pipeline.__main__ import main
+from pipeline.evaluation.metric_info import metric_info
+from pipeline.report.text import number, signed
 
 
 def report(*arguments: object) -> int:
@@ -122,8 +124,7 @@ def test_baselines_are_beside_the_stages(whole_run: Path, tmp_path: Path) -> Non
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "2_sft, begun with “Working:”" in page
     assert "2_sft, always with “… Have a nice day.” or “… That is all.”" in page
-    row, *_ = re.findall(r'<tr><th scope="row" class="pin">pass@1 <span.*?</tr>', page, re.DOTALL)
-    assert f"<b>{shown}</b> <small>elicited</small>" in row and "<small>majority</small>" in row
+    assert re.search(rf"<li><b>elicited</b>.*pass@1 <b>{shown}</b>", page)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert rf"| `elicited` | 2\_sft, begun with “Working:” | pass@1 | {shown} (" in text
     (change,) = [line for line in text.splitlines() if line.startswith("| `4_grpo` − `elicited` |")]
@@ -161,6 +162,43 @@ def test_page_and_markdown_show_every_stage(whole_run: Path, tmp_path: Path) -> 
     for chart in ("Bits per byte", "Reward-model accuracy", "Hidden taste against KL", "Answer length"):
         assert chart in page
     assert "27 + 16 = 43" in page and "The answer is 34." in page  # the same problem before and after
+    assert str(whole_run) not in page, "where the run lay on this machine"
+
+
+def test_every_figure_of_the_page_is_one_of_metrics_json(whole_run: Path, tmp_path: Path) -> None:
+    report(whole_run, "--output_dir", tmp_path)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    summary = read_json(tmp_path / "metrics.json")
+    stages, section = summary["stages"], page[page.index('id="figures"') : page.index("By kind of example")]
+    checked = 0
+    for metric, described in summary["metrics"].items():
+        info = metric_info(metric)
+        (row,) = re.findall(
+            rf'class="pin">{re.escape(described["label"])}(?: <span|<small).*?</tr>', section, re.DOTALL
+        )
+        cells = re.findall(r'<td[^>]* data-label="([^"]+)">(?:<b>(.*?)</b><small class="range">(.*?)</small>|–)', row)
+        for stage, value, ends in cells:
+            entry = stages[stage].get(metric)
+            low_high = " to ".join(number(end, info.digits) for end in entry["ci95"]) if entry else ""
+            assert (value, ends) == ((number(entry["value"], info.digits), low_high) if entry else ("", ""))
+            checked += bool(entry)
+    assert checked == sum(len(metrics.keys() - {"pass@1_by_length"}) for metrics in stages.values()) > 60
+    # The strip of lengths, and each change.
+    strip = page[
+        page.index("pass@1 of each stage by the length") : page.index("The first held-out problem of each kind")
+    ]
+    for stage in ("3_ppo", "4_grpo"):
+        for length, entry in stages[stage]["pass@1_by_length"].items():
+            assert f'data-label="{length}"><b>{number(entry["value"])}</b>' in strip
+    for item in summary["differences"]:
+        info = metric_info(item["metric"])
+        of = summary["baselines"] if item["before"] in summary["baselines"] else stages
+        was, now = (
+            number(side[item["metric"]]["value"], info.digits) for side in (of[item["before"]], stages[item["stage"]])
+        )
+        mark = {"better": "▲", "worse": "▼", "same": ""}[item["verdict"]]
+        change = rf"{mark}[^\n]*<b>{re.escape(signed(item['value'], info.digits))}</b>"
+        assert re.search(rf"{re.escape(info.label)}[^\n]*>{was} → {now}</td>[^\n]*{change}", page), item
 
 
 def test_a_run_of_some_stages_shows_only_those(short_run: Path) -> None:
@@ -303,7 +341,8 @@ def test_markdown_has_every_table_of_the_page(whole_run: Path, tmp_path: Path) -
     summary = read_json(tmp_path / "metrics.json")
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
     metrics = {name for stage in summary["stages"].values() for name in stage} - {"pass@1_by_length"}
-    assert [len(table) - 2 for table in tables] == [len(metrics), 4, len(summary["differences"]), 10, 2 * 4, 9 + 1]
+    sizes = [len(metrics), 4, len(summary["differences"]), 10, 2, 2 * 4, 9 + 1]
+    assert [len(table) - 2 for table in tables] == sizes
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, "each row has as many cells"
     assert "| Stop rate | 0.000 (0.000 to 0.025) |" in text and "**" in tables[0][2]
