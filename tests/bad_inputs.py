@@ -466,7 +466,7 @@ CASES |= {
         files={"d/README.md": "---\nconfigs: [\n---\n", "d/a.jsonl": rows(GOOD)},
     ),
     "a data set that is code": Case(
-        "sft", "--dataset_name {here}/d", ("dataset_name:", "scripts"), files={"d/d.py": "raise SystemExit(9)"}
+        "sft", "--dataset_name {here}/d", ("dataset_name:", "data (d.py)"), files={"d/d.py": "raise SystemExit(9)"}
     ),
     # models
     "weights cut off": model("cut", "model.safetensors is damaged"),
@@ -700,7 +700,10 @@ CASES |= {
         files={"a[1].jsonl": rows({"right": 1}), "a1.jsonl": rows(GOOD)},
     ),
     "a folder that is a pattern": Case(
-        "sft", "--dataset_name {here}/a[1]", ("dataset_name:", "rename it"), files={"a[1]/x.jsonl": rows(GOOD)}
+        "sft",
+        "--dataset_name {here}/a[1] --dataset_config main",
+        ("dataset_name:", "rename it"),
+        files={"a[1]/x.jsonl": rows(GOOD)},
     ),
     "a device as data": Case("sft", "--dataset_name /dev/zero", ("dataset_name:", "neither a file nor a folder")),
     "ragged rows": data("pretrain", "text,b\n1,2\n3,4,5\n", "a.csv", "cannot be read", file="a.csv"),

@@ -36,6 +36,7 @@ FUNCTIONS = ("reward_funcs", "grade", "judge", "lm_eval_tasks")
 
 WORDS = (
     "answer_column", "completion_column", "keep_rows", "messages_column", "prompt_column", "text_column",
+    "document",
     "dataset_config", "dataset_test_split", "dataset_train_split", "model_revision", "eos_token", "pad_token",
     "truncation_mode", "packing_strategy", "pad_to_multiple_of", "reward_funcs", "grade", "lm_eval_tasks", "against",
     "algorithm", "model_type", "attn_implementation", "dtype", "frozen_dtype", "cache_implementation",

@@ -10,6 +10,10 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 """Splits of the data sets that are made here. No prompt of one occurs in another."""
 
 
+OLD = "joined_lines:64"
+"""Value of `document` in runs of releases that did not record it: every 64 lines, also of several files."""
+
+
 @dataclass
 class DataArguments:
     """Which data set a stage reads, and what its columns mean."""
@@ -19,8 +23,9 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Id on the Hugging Face Hub, also NAME/repo@revision, or a local file or folder: a data set "
-            "repository, Parquet, JSONL, JSON, CSV or text, optionally compressed (.gz), or shards of recipes.shards. "
-            "Several are joined, split by split."
+            "repository, files of Parquet, JSONL, JSON, CSV, TSV or text (.txt, .md), optionally compressed (.gz), or "
+            "shards of recipes.shards. Files of a folder are joined, also of several types; README.md, LICENSE and "
+            "hidden files are not read. Several data sets are joined, split by split."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
@@ -46,18 +51,37 @@ class DataArguments:
             "case (default: all)."
         },
     )
+    drop_bad_rows: bool = field(
+        default=False,
+        metadata={"help": "Drop rows that lack a text or a turn, and log how many, instead of refusing the data."},
+    )
+    document: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a document of a text file is: file, blank_line (each paragraph) or lines:64 (so many lines). "
+            "Default: a file; one of more than 4,096 characters, or a single one, is cut at blank lines or line ends."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows, the first ones."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows, the first ones."})
     text_column: str = field(default="text", metadata={"help": "Column of the documents (pretraining)."})
     messages_column: str = field(
-        default="messages", metadata={"help": "Column of the conversations: a list of {role, content}."}
+        default="messages",
+        metadata={"help": "Column of the conversations: a list of {role, content}, or ShareGPT's of {from, value}."},
     )
     prompt_column: str = field(
-        default="prompt", metadata={"help": "Column of the prompts: a list of {role, content}, or a question."}
+        default="prompt",
+        metadata={
+            "help": "Column of the prompts: a list of {role, content}, or a question, to which the columns `input` and "
+            "`context` are added. Usual names such as question and instruction are found, in any case."
+        },
     )
     completion_column: str | None = field(
         default=None,
-        metadata={"help": "Column of the answers to `prompt_column`, for data without conversations."},
+        metadata={
+            "help": "Column of the answers to `prompt_column`, for data without conversations. Usual names such as "
+            "answer, output and response are found, in any case."
+        },
     )
     answer_column: str = field(
         default="answer", metadata={"help": "Column of the reference answers that rewards compare with."}

@@ -13,6 +13,13 @@ MAX_MARGIN = 1e6
 """Bound of how much better an answer may be than another; the loss would not be finite with an infinite one."""
 
 
+AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
+"""The beginning of messages that were written as text."""
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
+"""Names of roles in ShareGPT's conversations."""
+
+
 class ShapeError(ValueError):
     """A row does not have the expected shape; the message says how."""
 
@@ -28,8 +35,11 @@ def read_messages(value: object, column: str, system_prompt: str | None = None) 
     Raises:
         ShapeError: If it is neither, or not a conversation that a model can learn from.
     """
-    if isinstance(value, str) and value.strip():
-        value = [{"role": "user", "content": value}]
+    if isinstance(value, str):
+        if not value.strip():
+            raise ShapeError(f"{column} is empty")
+        value = [{"role": "user", "content": _as_text(value, column)}]
+    value = _with_roles(value)
     if not isinstance(value, list) or not value:
         raise ShapeError(f"{column} is {shorten(value)}, not a list of messages")
     messages: Messages = []
@@ -48,6 +58,26 @@ def read_messages(value: object, column: str, system_prompt: str | None = None) 
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
+
+
+def _as_text(value: str, column: str) -> str:
+    """Return a text, and refuse a list of messages that a table has as text."""
+    if AS_TEXT.match(value):
+        raise ShapeError(f"{column} has messages as text, {shorten(value)}; save them as JSONL or Parquet")
+    return value
+
+
+def _with_roles(value: object) -> object:
+    """Return the messages of ShareGPT, `{from, value}`, as `{role, content}`; a single message as a list."""
+    value = [value] if isinstance(value, Mapping) else value
+    if not isinstance(value, list):
+        return value
+    return [
+        {"role": ROLES.get(one["from"], one["from"]), "content": one["value"]}
+        if isinstance(one, Mapping) and {"from", "value"} <= set(one) and one.get("role") is None
+        else one
+        for one in value
+    ]
 
 
 def read_prompt(value: object, column: str, system_prompt: str | None = None) -> Messages:
@@ -80,9 +110,11 @@ def as_answer(value: object) -> object:
 def answer_message(value: object, column: str) -> dict[str, str]:
     """Return the assistant's message with the text of a column."""
     value = as_answer(value)
-    if not isinstance(value, str) or not value.strip():
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ShapeError(f"{column} is empty")
+    if not isinstance(value, str):
         raise ShapeError(f"{column} is {shorten(value)}, not text")
-    return {"role": "assistant", "content": value}
+    return {"role": "assistant", "content": _as_text(value, column)}
 
 
 def shorten(value: object) -> str:
@@ -122,6 +154,7 @@ def read_pair(row: Row, prompt_column: str = "prompt", system_prompt: str | None
     #   Q or [M]   [M]         [M]         one message each
     #   -          [M, M, M]   [M, M, M]   conversations, which begin alike
     #   Q or [M]   [M, M, M]   [M, M, M]   conversations that repeat the prompt
+    row = {**row, **{side: _with_roles(row[side]) for side in ("chosen", "rejected")}}
     chosen, rejected = row["chosen"], row["rejected"]
     if has_prompt(row, prompt_column):
         prompt = read_prompt(row[prompt_column], prompt_column, system_prompt)
@@ -188,7 +221,7 @@ def labelled_pair(
 def _read_answer(value: object, prompt: Messages, column: str, system_prompt: str | None) -> dict[str, str]:
     """Return the assistant's message, which may be empty."""
     if isinstance(value := as_answer(value), str):
-        return {"role": "assistant", "content": value}
+        return {"role": "assistant", "content": _as_text(value, column)}
     # The answer may be a whole conversation, which repeats the prompt.
     if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], column, system_prompt) == prompt:
         value = value[-1:]

@@ -4,7 +4,7 @@ A test example overlaps if one of its n-grams of words (case and punctuation ign
 words, occurs anywhere in the training data: the method of Brown et al. 2020 (GPT-3), appendix C. The n-grams of the
 test data are kept as 64-bit hashes, about 100 bytes each; the training data are read once, row by row, and not kept.
 
-Not found: paraphrases, translations, and text in languages written without spaces.
+A Chinese character or Japanese sign is a word. Not found: paraphrases and translations.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from typing import Any
 from pipeline.errors import Problem, UserError
 
 PROMPT_COLUMNS = (
-    "messages", "prompt", "question", "problem", "instruction", "input", "passage", "text", "document", "content",
+    "messages", "conversations", "conversation", "prompt", "question", "problem", "query", "q", "instruction", "input",
+    "context", "passage", "text", "document", "content",
 )  # fmt: skip
-ANSWER_COLUMNS = ("completion", "answer", "solution", "response", "output", "chosen", "rejected")
+ANSWER_COLUMNS = ("completion", "answer", "a", "solution", "response", "output", "chosen", "rejected")
 
 MAX_N = 1000
-WORD = re.compile(r"\w+")
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Signs of languages that are written without spaces: kana and Chinese characters."""
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 @dataclass(frozen=True)
@@ -154,23 +157,28 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
 def texts(row: Mapping[str, Any]) -> list[str]:
     """Return the texts of a row: the prompt alone, and with each answer. Without known columns, all text columns."""
     # {"question": "2 + 3?", "answer": "5", "chosen": "Five."}  ->  "2 + 3?", "2 + 3? 5", "2 + 3? Five."
+    row = {name.strip().casefold(): value for name, value in row.items()}
     prompt = " ".join(filter(None, (_flatten(row[name]) for name in PROMPT_COLUMNS if name in row)))
     answers = [text for name in ANSWER_COLUMNS if name in row and (text := _flatten(row[name]))]
     if not prompt and not answers:
         return [value for value in row.values() if isinstance(value, str)]
     found = [prompt, *(f"{prompt} {answer}" for answer in answers)]
     # The question of a conversation, without its answer.
-    if isinstance(row.get("messages"), list | tuple):
-        found.append(_flatten([message for message in row["messages"] if message.get("role") != "assistant"]))
+    for turns in (row[name] for name in PROMPT_COLUMNS[:3] if isinstance(row.get(name), list | tuple)):
+        found.append(
+            _flatten([turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}])
+        )
     return list(dict.fromkeys(text for text in found if text))
 
 
 def _flatten(value: object) -> str:
-    """Return a text, or the contents of a list of messages in order."""
+    """Return a text, or the contents of a message or of a list of them in order."""
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple):
-        return " ".join(str(item.get("content") or "") for item in value if isinstance(item, Mapping))
+        return " ".join(map(_flatten, value)) if all(isinstance(item, Mapping) for item in value) else ""
+    if isinstance(value, Mapping):
+        return str(value.get("content") or value.get("value") or "")
     return ""
 
 
@@ -179,6 +187,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = "data set, as DATASET[:CONFIG[:SPLIT]]: a Hub id, a folder or a file"
     parser.add_argument("--train", nargs="+", required=True, metavar="DATASET", help=f"training {where} (split: train)")
     parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help=f"test {where} (split: test)")
+    parser.add_argument(
+        "--document", help="what a document of a text file is: file, blank_line or lines:64, as in training"
+    )
     parser.add_argument("--n", type=int, default=8, help="consecutive words that must agree (default: 8)")
     parser.add_argument(
         "--max_share", type=float, default=0.0, help="share of test rows that may overlap, 0 to 1 (default: 0)"
@@ -197,22 +208,21 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("max_share", args.max_share, "must be between 0 and 1"))
     if problems:
         raise UserError(*problems)
-    tests = [(name, _open_rows(name, "test", "test")) for name in args.test]
-    trains = [_open_rows(name, "train", "train") for name in args.train]
+    tests = [(name, _open_rows(name, "test", "test", args.document)) for name in args.test]
+    trains = [_open_rows(name, "train", "train", args.document) for name in args.train]
     too_much = False
     for name, rows in tests:
         found = overlap((row for train in trains for row in train), rows, args.n)
         too_much |= found.share > args.max_share
-        print(
-            f"{name}: {len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} "
-            f"words in a row, or all their words, with {found.train_rows} training rows"
-        )
+        shared = f"{len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} words in a row"
+        counted = "; rows count from 0" if found.matches else ""
+        print(f"{name}: {shared}, or all their words, with {found.train_rows} training rows{counted}")
         for match in found.matches[: args.examples]:
             print(f"  test row {match.test_row}, training row {match.train_row}: {match.shared}")
     return int(too_much)
 
 
-def _open_rows(name: str, field: str, default_split: str) -> Sequence[Mapping[str, Any]]:
+def _open_rows(name: str, field: str, default_split: str, document: str | None) -> Sequence[Mapping[str, Any]]:
     """Return the rows of DATASET[:CONFIG[:SPLIT]].
 
     Raises:
@@ -224,7 +234,7 @@ def _open_rows(name: str, field: str, default_split: str) -> Sequence[Mapping[st
     dataset, config, split = (name, "", "") if Path(name).exists() else (*name.split(":"), "", "")[:3]
     if config and Path(dataset).is_file():
         raise UserError(Problem(field, name, f"plain files do not have configurations; omit {config!r}"))
-    splits = open_source(dataset, config or None)
+    splits = open_source(dataset, config or None, document=document)
     if not split:
         split = next(iter(splits)) if len(splits) == 1 else default_split
     if split not in splits:

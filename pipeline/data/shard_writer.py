@@ -15,14 +15,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.arguments import DataArguments
+from pipeline.data.documents import digest_of
 from pipeline.data.packing import DOCUMENTS_AT_ONCE, Encoder
 from pipeline.data.shards import RECORD, TOKENIZER, document_tokenizer, open_shards
-from pipeline.data.sources import digest_of
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory, write_text
 
-RECORDED = ("dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column")
+RECORDED = (
+    "dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column",
+    "document",
+)  # fmt: skip
 """Fields of the data arguments that determine which documents the shards contain."""
 
 

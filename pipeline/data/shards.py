@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.arguments import DataArguments
+from pipeline.data.arguments import OLD, DataArguments
 from pipeline.data.columns import TOKENS
 from pipeline.data.packing import Encoder
 from pipeline.errors import Problem, UserError
@@ -65,7 +65,9 @@ def open_shards(folder: Path) -> IterableDatasetDict:
 def documents_of(args: Arguments) -> Arguments:
     """Return the arguments of the documents that shards were made from, for what reads text; others as they are."""
     folder = Path(args.dataset_names[0], args.dataset_train_split)
-    chosen = {name: value for name, value in _read_record(folder).items() if name not in ("tasks", "digest")}
+    record = _read_record(folder)
+    record = {"document": OLD, **record} if record else {}
+    chosen = {name: value for name, value in record.items() if name not in ("tasks", "digest")}
     try:
         return replace(args, **chosen)
     except (TypeError, ValueError):

@@ -19,7 +19,7 @@ from datasets import (
 )
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import Kind, Split, column_names, is_of_hub, place_of, standardise
+from pipeline.data.columns import Kind, Split, column_names, drops_rows, place_of, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.errors import Problem, UserError
 
@@ -149,7 +149,7 @@ def _load_one(
 ) -> tuple[Split, Split | None]:
     """Load one data set. Arguments, results and errors are as for `load_splits`."""
     name, train = args.dataset_names[0], args.dataset_train_split
-    source = keep_rows(open_source(name, args.dataset_config, args.dataset_streaming), args)
+    source = keep_rows(open_source(name, args.dataset_config, args.dataset_streaming, args.document), args)
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
         logger.info("The data set has no split validation: training is evaluated on its split test.")
         args = replace(args, dataset_test_split="test")
@@ -174,7 +174,7 @@ def _divide(
     only: Split, args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
 ) -> tuple[Split, Split | None]:
     """Divide a single split into rows to train on and rows that are held out."""
-    if isinstance(only, Dataset) and is_of_hub(args):
+    if isinstance(only, Dataset) and drops_rows(args):
         # Faulty rows are dropped afterwards: evaluations, which drop them as well, count all rows.
         train, test = (standardise(part, args, kind, tokens) for part in _hold_out(only, args))
     else:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.arguments import DataArguments
+from pipeline.data.arguments import OLD, DataArguments
 from pipeline.errors import Problem, UserError
 from pipeline.files import as_list, is_missing_path, read_json, relocate
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES, kinds_with_data
@@ -42,7 +42,7 @@ DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer",
 
 IDENTITY = ("dataset_name", "dataset_config")
 """Fields by which two sources are the same data set."""
-DIVISION = ("validation_share", "dataset_train_split")
+DIVISION = ("validation_share", "dataset_train_split", "document")
 """Fields that determine which rows of a single split are held out."""
 MAX_SAMPLES = 1000
 
@@ -259,7 +259,7 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
     found: dict[str, Any] = next((steps[name].get("values", {}) for name in names if name in steps), {})
     known = {name: found[name] for name in DERIVED if name in found}
     if len(known) == len(DERIVED):
-        return dict(found)
+        return _with_documents(found, run)
     # The kind of a stage is in the name of its directory: "sft" in "2_sft_again".
     stages = [
         (path.parent.name, path.parent.name.partition("_")[2].partition("_")[0], read_json(path))
@@ -267,7 +267,18 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
     ]
     outputs = [values["output_dir"] for _, _, values in stages if isinstance(values.get("output_dir"), str)]
     home = Path(outputs[0]).parent if outputs else run
-    return complete(found, derive(stages, home) | known)
+    return _with_documents(complete(found, derive(stages, home) | known), run)
+
+
+def _with_documents(settings: Values, run: Path) -> dict[str, Any]:
+    """Return settings by which a run of an earlier release is measured on the documents that it was trained on."""
+    text = settings["trained_on"].get("text")
+    records = [read_json(path) for path in run.glob("[0-9]*_pretrain*/arguments.json")]
+    if text is None or not records or "document" in records[0]:
+        return dict(settings)
+    old = {"text": {"document": OLD, **text}}
+    own = old if settings.get("text") == text else {}
+    return {**settings, "trained_on": settings["trained_on"] | old, **own}
 
 
 def with_layout(settings: Values, run: Path) -> dict[str, Any]:

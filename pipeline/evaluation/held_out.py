@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from pipeline.data.columns import Split, are_few, column_names, converter, is_of_hub
+from pipeline.data.columns import Split, column_names, converter, may_drop
 from pipeline.data.messages import ShapeError, is_informative, shorten
 from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
@@ -386,9 +386,9 @@ class Reader:
             return files
         if path.is_relative_to(self.run) and not path.exists():
             return {}
-        opened = (name, source.dataset_config, *(source.keep_rows or []))
+        opened = (name, source.dataset_config, source.document, *(source.keep_rows or []))
         if opened not in self._opened:
-            whole = open_source(name, source.dataset_config, source.dataset_streaming)
+            whole = open_source(name, source.dataset_config, source.dataset_streaming, source.document)
             self._opened[opened] = keep_rows(whole, source)
         return self._opened[opened]
 
@@ -421,8 +421,8 @@ class Reader:
         """
         columns = column_names(part.data)
         with _problems_of(key):
-            convert, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
-            if key == "problems" and part.source.grade in COMPARED and part.source.answer_column not in columns:
+            convert, made, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
+            if key == "problems" and part.source.grade in COMPARED and "answer" not in made:
                 remedy = f"does not exist; choose from: {', '.join(columns)}"
                 raise UserError(Problem("answer_column", part.source.answer_column, remedy))
         examples: list[Example] = []
@@ -440,7 +440,7 @@ class Reader:
         if faults:
             number, fault = faults[0]
             read = len(faults) + len(examples)
-            if not is_of_hub(part.source) or not are_few(len(faults), read):
+            if not may_drop(part.source, len(faults), read):
                 raise UserError(
                     Problem(part.field, f"{part.place}, row {number}", f"{fault}; correct or remove that row")
                 )

@@ -1,0 +1,265 @@
+"""Folders and files as people bring them: each is read as it is meant, or refused with what to do."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_model import conversation, write_lines
+
+from pipeline.data.arguments import OLD, DataArguments
+from pipeline.data.columns import Kind
+from pipeline.data.documents import LONGEST
+from pipeline.data.overlap import overlap, words
+from pipeline.data.sources import open_source
+from pipeline.data.splits import load_splits
+from pipeline.errors import UserError
+
+POEM = "Title\n\n" + "A line of verse.\nAnd another.\n\n" * 10
+ASKED = conversation("Why?", "Because.")
+EXCEL = "utf-16"
+
+
+def lay(folder: Path, **files: str | bytes) -> str:
+    """Write files, whose names have `__` for a dot and `_in_` for a folder, and return the path of the folder."""
+    for name, content in files.items():
+        path = folder / name.replace("__", ".").replace("_in_", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(folder)
+
+
+def read(path: str, kind: Kind = "text", streaming: bool = False, **options: Any) -> list[dict[str, Any]]:
+    args = DataArguments(path, dataset_streaming=streaming, validation_share=0.0, **options)
+    return list(load_splits(args, kind, evaluation=False)[0])
+
+
+def texts(path: str, **options: Any) -> list[str]:
+    """Return the documents, which are the same in memory, in a stream, and in what looks for overlaps."""
+    found = [row["text"] for row in read(path, **options)]
+    assert [row["text"] for row in read(path, streaming=True, **options)] == found
+    assert open_source(path, document=options.get("document"))["train"]["text"][:] == found
+    return found
+
+
+def test_a_document_is_a_file_in_any_folder_and_other_files_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = lay(
+        tmp_path / "poems", a__txt=POEM, B__TXT="\ufeff" + POEM, c__md=POEM.encode("utf-16"), in_in_d__txt=POEM,
+        e__txt__gz=gzip.compress(POEM.encode()), README__md="# Poems", LICENSE="MIT", __hidden__txt="no", f__png=b"P",
+        g__txt="", h__jsonl='{"text": "from JSON", "url": "u"}\n',
+    )  # fmt: skip
+    os.symlink(tmp_path / "poems" / "in", tmp_path / "poems" / "linked")
+    os.symlink(tmp_path / "poems", tmp_path / "poems" / "in" / "loop")
+    caplog.set_level("INFO", "pipeline")
+    assert sorted(texts(folder)) == sorted([POEM] * 5 + ["from JSON"])
+    assert "not read, because they are not data, or empty: LICENSE, README.md, f.png, g.txt" in caplog.text
+    assert "split train: read 6 files, 6 documents" in caplog.text and "a stream of documents" in caplog.text
+    assert "of which `text` is read" in caplog.text
+
+
+def test_long_files_and_single_ones_are_cut_at_blank_lines_or_line_ends(tmp_path: Path) -> None:
+    verse, prose, line = POEM * 30, "A line of prose.\n" * 900, "word " * 3000 + "文" * 9000
+    folder = lay(tmp_path / "several", a__txt=verse, b__txt=prose, c__txt=line, d__txt=POEM)
+    documents = texts(folder)
+    assert "".join(documents) == verse + prose + line + POEM and documents[-1] == POEM
+    assert max(map(len, documents)) <= LONGEST and min(map(len, documents[:2])) > LONGEST / 2
+    assert all(document.endswith("\n\n") for document in documents[:2])
+    # A single file is cut into some dozens, so that a part of it can be held out.
+    for single in (verse, prose, POEM * 3):
+        documents = texts(lay(tmp_path / "one", a__txt=single))
+        assert "".join(documents) == single and (len(documents) >= 30 or len(single) < 2000) and len(documents) > 3
+        assert all(document.endswith("\n") for document in documents)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("file", ["a\nb\n\n\nc", "d\n"]),
+        ("blank_line", ["a\nb\n\n\n", "c", "d\n"]),
+        ("lines:1", ["a\n", "b\n", "c", "d\n"]),
+        ("lines:3", ["a\nb\n\n", "\nc", "d\n"]),
+        # As earlier releases had it: across files.
+        (OLD, ["a\nb\n\n\nc\nd\n"]),
+    ],
+)
+def test_what_a_document_is_can_be_chosen(tmp_path: Path, rule: str, expected: list[str]) -> None:
+    assert texts(lay(tmp_path, a__txt="a\nb\n\n\nc", b__txt="d\n"), document=rule) == expected
+
+
+def test_files_belong_to_splits_by_their_names_and_none_is_dropped(tmp_path: Path) -> None:
+    line = json.dumps({"text": "a"}) + "\n"
+    by_folder = open_source(lay(tmp_path / "a", train_in_x__jsonl=line, Test_in_x__jsonl=line * 2))
+    assert {name: len(rows) for name, rows in by_folder.items()} == {"train": 1, "test": 2}
+    by_name = open_source(lay(tmp_path / "b", mine__jsonl=line, eval__jsonl=line * 2, contest__jsonl=line * 3))
+    assert {name: len(rows) for name, rows in by_name.items()} == {"train": 4, "test": 2}
+    with pytest.raises(
+        UserError, match=r"c/more.jsonl: does not belong to a split by its name, as .*c/train.jsonl does"
+    ):
+        open_source(lay(tmp_path / "c", train__jsonl=line, more__jsonl=line))
+
+
+def table(separator: str, *rows: list[str]) -> str:
+    content = io.StringIO(newline="")
+    csv.writer(content, delimiter=separator).writerows(rows)
+    return content.getvalue()
+
+
+def test_tables_are_read_whatever_separates_their_fields(tmp_path: Path) -> None:
+    rows = [[" Question ", "ANSWER"], ['Say "hi", or; a|b\nnow?', "007"], ["Why?", "NA"]]
+    expected = [conversation(*row) for row in rows[1:]]
+    for number, (suffix, content) in enumerate(
+        {
+            ".csv": table(",", *rows),
+            ".CSV": "\ufeff" + table(";", *rows),
+            "2.csv": "sep=;\r\n" + table(";", *rows),
+            "3.csv": table("|", *rows),
+            ".tsv": table("\t", *rows).encode(EXCEL),
+            "4.csv": table("\t", *rows).encode(EXCEL),
+        }.items()
+    ):
+        file = tmp_path / str(number) / f"a{suffix}"
+        file.parent.mkdir()
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert [row["messages"] for row in read(str(file), "conversation")] == expected, suffix
+        assert [row["messages"] for row in read(str(file), "conversation", streaming=True)] != [], suffix
+
+
+HUMAN, GPT = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}
+BAD = {"from": "gpt", "value": "No."}
+PAIR = {"prompt": ASKED[:1], "chosen": ASKED[1:], "rejected": [{"role": "assistant", "content": "No."}]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "expected", "named"),
+    [
+        ("conversation", {"conversations": [HUMAN, GPT], "id": "1"}, {"messages": ASKED}, "'id' are not used"),
+        ("conversation", {"messages": ASKED, "tools": None}, {"messages": ASKED}, ""),
+        ("conversation", {"instruction": "Why?", "input": "", "output": "Because."}, {"messages": ASKED}, ""),
+        (
+            "conversation",
+            {"instruction": "Sum.", "context": "1 2", "response": "3", "category": "qa"},
+            {"messages": conversation("Sum.\n\n1 2", "3")},
+            "the columns 'category' are not used",
+        ),
+        ("conversation", {"Q": "Why?", " A ": "Because."}, {"messages": ASKED}, ""),
+        ("preference", {"conversations": [HUMAN], "chosen": GPT, "rejected": BAD}, PAIR, ""),
+        ("preference", {"chosen": [HUMAN, GPT], "rejected": [HUMAN, BAD]}, PAIR, ""),
+        ("preference", {"instruction": "Why?", "Chosen": "Because.", "Rejected": "No."}, PAIR, ""),
+        ("prompt", {"Question": "Why?", "Answer": "x"}, {"prompt": ASKED[:1], "answer": "x"}, ""),
+        (
+            "prompt",
+            {"instruction": "Sum.", "input": "1 2", "output": "3"},
+            {"prompt": conversation("Sum.\n\n1 2", "")[:1]},
+            "'output' are passed to rewards",
+        ),
+    ],
+)
+def test_shapes_of_rows_are_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: Kind, row: dict[str, Any], expected: Any, named: str
+) -> None:
+    caplog.set_level("INFO", "pipeline")
+    path = write_lines(tmp_path / "a.jsonl", [row] * 2)
+    for streaming in (False, True):
+        found = read(path, kind, streaming)
+        assert len(found) == 2 and {name: found[0][name] for name in expected} == expected
+    assert named in caplog.text
+    # The prompt is found where training data are compared with test data as well.
+    asked = "Sum 1 2" if "Sum." in row.values() else "Why"
+    if kind != "preference":
+        assert overlap([row], [{"text": asked}], 8).share == 1
+
+
+def test_the_context_belongs_to_a_prompt_that_is_named(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"task": "Sum.", "input": "1 2", "result": "3"}])
+    columns = {"prompt_column": "task", "completion_column": "result"}
+    assert read(path, "conversation", **columns)[0]["messages"] == conversation("Sum.\n\n1 2", "3")
+
+
+def test_rows_in_an_object_are_read(tmp_path: Path) -> None:
+    pairs = [{"question": "Why?", "answer": "Because."}] * 3
+    columns = {"question": ["Why?"] * 3, "answer": ["Because."] * 3}
+    for number, content in enumerate((columns, {"version": 1, "data": pairs})):
+        for indent in (None, 1):
+            path = tmp_path / f"{number}{indent}.json"
+            path.write_text(json.dumps(content, indent=indent))
+            assert [row["messages"] for row in read(str(path), "conversation")] == [ASKED] * 3
+    # An object for each file, which has a list as well, is a row.
+    folder = lay(tmp_path / "rows", a__json=json.dumps({**pairs[0], "notes": [{"a": 1}] * 2}, indent=1))
+    assert len(read(folder, "conversation")) == 1
+
+
+def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path) -> None:
+    rows = [{"question": f"Why {i}?", "answer": None if i % 5 == 3 else "Because."} for i in range(40)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        UserError, match=r"row 3: answer is empty; .* and 7 more of 40 \(8, 13, 18, 23, ...\); rows count"
+    ):
+        read(path, "conversation")
+    kept = [row["messages"][0]["content"] for row in read(path, "conversation", drop_bad_rows=True)]
+    assert kept == [f"Why {i}?" for i in range(40) if i % 5 != 3]
+    args = DataArguments(path, drop_bad_rows=True, validation_share=0.1)
+    train, held_out = load_splits(args, "conversation", evaluation=True)
+    assert held_out is not None and len(held_out) == 4 and len(train) == 28
+    with pytest.raises(UserError, match=r"drop_bad_rows: True: rows of a stream cannot be dropped"):
+        read(path, "conversation", streaming=True, drop_bad_rows=True)
+    with pytest.raises(UserError, match=r"row 1: answer is empty"):
+        read(lay(tmp_path / "csv", a__csv="question,answer\nWhy?,Yes\nWhy?,\n"), "conversation")
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "message"),
+    [
+        ({"a__txt": "Café".encode("cp1252") * 9}, "text", r"a.txt: cannot be read .*iconv -f WINDOWS-1252"),
+        ({"a__txt": "a\tb\r\n".encode(EXCEL)}, "text", r"a.txt: is not plain text; rename it to .tsv"),
+        ({"a__txt": '{"text": "a"}\n'}, "text", r"a.txt: is not plain text; rename it to .jsonl"),
+        ({"a__txt": "text".encode("utf-16-le")}, "text", r"a.txt: is not text, or is UTF-16 without"),
+        ({"a__txt__gz": gzip.compress(b"a" * 999)[:20]}, "text", r"a.txt.gz: cannot be read .*correct the file"),
+        ({"a__jsonl": '{"text": "a"}\n'.encode(EXCEL)}, "text", r"a.jsonl: is UTF-16; convert it: `iconv"),
+        ({"a__csv": "question,answer\nCafé,1\n".encode("cp1252")}, "text", r"a.csv: cannot be read .*iconv"),
+        ({"a__csv": "text\nHello, world\n"}, "text", r"a.csv: cannot be read: row 0 .* has 2 fields, .*in quotes"),
+        (
+            {"a__xlsx": b"PK", "README__md": "# a"},
+            "text",
+            r"does not contain data \(README.md, a.xlsx\); give a file or folder of .parquet",
+        ),
+        (
+            {"a__txt": POEM, "b__jsonl": json.dumps({"question": "a"})},
+            "text",
+            r"a.txt: has the columns text, and .*b.jsonl",
+        ),
+        (
+            {"a__jsonl": json.dumps({"question": "a"}), "b__jsonl": json.dumps({"prompt": "a"})},
+            "conversation",
+            r"a.jsonl: has the columns question.*b.jsonl has prompt.*folders of their own",
+        ),
+        ({"a__csv": "b ,c\n1,2\n"}, "conversation", r"messages_column: .*name prompt_column .*choose from: 'b ', c"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_file_and_what_to_do(
+    tmp_path: Path, files: dict[str, str | bytes], kind: Kind, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read(lay(tmp_path / "folder", **files), kind)
+
+
+def test_names_that_are_not_of_one_file_or_rule_are_refused(tmp_path: Path) -> None:
+    folder = lay(tmp_path, a__txt=POEM, b__xlsx=b"PK")
+    with pytest.raises(UserError, match=r"is a pattern; give the folder, or a list of the files"):
+        open_source(f"{folder}/*.txt")
+    with pytest.raises(UserError, match=r"b.xlsx: files of this type are not supported; save it as one of"):
+        open_source(f"{folder}/b.xlsx")
+    with pytest.raises(UserError, match=r"document: page: must be file, blank_line or lines:N"):
+        open_source(folder, document="page")
+
+
+def test_chinese_characters_are_words() -> None:
+    assert words("我有3个 apples，かな。") == ["我", "有", "3", "个", "apples", "か", "な"]
+    assert overlap([{"text": "昨天我们在公园里看见了一只狐狸。"}], [{"text": "我们在公园里看见一只鸟"}], 8).share == 1
