@@ -69,6 +69,9 @@ SHARDED = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 SAMPLE = 1 << 16
 """Bytes of a table by which its separator is found."""
 
+NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
+"""Cells of a table without a value. Others that pandas takes for such, None and NA, may be answers."""
+
 NAMED = 5
 """Files that are not read and that the log names."""
 
@@ -347,7 +350,13 @@ def _choose_reader(file: Path) -> Reader:
     if longer := next((number for number, row in enumerate(rows) if len(row) > len(rows[0])), None):
         remedy = f"cannot be read: row {longer - 1} (the first is row 0) has {len(rows[longer])} fields, separated by "
         raise refuse(f"{remedy}{separator!r}, and the header {len(rows[0])}; put fields that contain it in quotes")
-    options = {"sep": separator, "encoding": encoding, "skiprows": skipped, "keep_default_na": False, "na_values": ""}
+    options = {
+        "sep": separator,
+        "encoding": encoding,
+        "skiprows": skipped,
+        "keep_default_na": False,
+        "na_values": NULLS,
+    }
     return builder, tuple(options.items()), tuple(rows[0])
 
 
@@ -374,7 +383,7 @@ def _rows_of_object(file: Path) -> list[dict[str, Any]]:
 
 
 def _read_cell(cell: str) -> str | None:
-    return cell or None
+    return None if cell in NULLS else cell
 
 
 def _join(parts: list[tuple[Path, Split]]) -> Split:

@@ -128,8 +128,8 @@ def test_tables_are_read_whatever_separates_their_fields(tmp_path: Path) -> None
         file = tmp_path / str(number) / f"a{suffix}"
         file.parent.mkdir()
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        assert [row["messages"] for row in read(str(file), "conversation")] == expected, suffix
-        assert [row["messages"] for row in read(str(file), "conversation", streaming=True)] != [], suffix
+        found = read(str(file), "conversation", streaming=number % 2 == 0)
+        assert sorted((row["messages"] for row in found), key=str) == sorted(expected, key=str), suffix
 
 
 HUMAN, GPT = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}
@@ -211,7 +211,7 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
     with pytest.raises(UserError, match=r"drop_bad_rows: True: rows of a stream cannot be dropped"):
         read(path, "conversation", streaming=True, drop_bad_rows=True)
     with pytest.raises(UserError, match=r"row 1: answer is empty"):
-        read(lay(tmp_path / "csv", a__csv="question,answer\nWhy?,Yes\nWhy?,\n"), "conversation")
+        read(lay(tmp_path / "csv", a__csv="question,answer\nWhy?,None\nWhy?,NULL\n"), "conversation")
 
 
 @pytest.mark.parametrize(

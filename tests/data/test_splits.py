@@ -29,11 +29,9 @@ def write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
     elif kind == "jsonl.gz":
         with gzip.open(path, "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    elif kind == "json":
-        path.write_text(json.dumps(rows))
-    elif kind in ("csv", "tsv"):
+    elif kind == "csv":
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+            writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
     elif kind == "parquet":
@@ -47,7 +45,7 @@ def all_of(path: str, **columns: Any) -> DataArguments:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "parquet"])
 def test_files_of_every_kind_streamed_or_not(tmp_path: Path, kind: str, streaming: bool) -> None:
     args = DataArguments(write(tmp_path, kind, ROWS), dataset_streaming=streaming)
     train, test = load_splits(args, "text", evaluation=True)
@@ -56,17 +54,6 @@ def test_files_of_every_kind_streamed_or_not(tmp_path: Path, kind: str, streamin
     trained, held_out = ({row["text"] for row in split} for split in (train, test))
     assert held_out == {"Document 0.", "Document 20."}
     assert trained | held_out == {row["text"] for row in ROWS} and not trained & held_out
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_text_file_loses_no_character(tmp_path: Path, streaming: bool) -> None:
-    text = "".join(f"Line {i}\n\n  indented é\n" for i in range(100))
-    (tmp_path / "a.txt").write_text(text)
-    train, _ = load_splits(all_of(str(tmp_path / "a.txt")), "text", evaluation=False)
-    assert "".join(row["text"] for row in train) == text
-    train, test = load_splits(DataArguments(str(tmp_path), dataset_streaming=streaming), "text", evaluation=True)
-    assert test is not None
-    assert sum(len(row["text"]) for split in (train, test) for row in split) == len(text)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
