@@ -20,7 +20,7 @@ MODULES = sorted(
 # Other libraries are imported first, because they look at `sys.platform` only when they are imported.
 WITHOUT_POSIX = """
 import importlib, json, os, signal, sys, time
-import accelerate, datasets, evaluate, filelock, gradio, huggingface_hub, math_verify, numpy, peft, psutil, torch
+import accelerate, datasets, evaluate, fastapi, filelock, huggingface_hub, math_verify, numpy, peft, psutil, torch
 import krippendorff, transformers, uvicorn
 import torch.distributed, transformers.trainer, trl
 from trl import GRPOTrainer, RewardTrainer, SFTTrainer

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,13 @@ from pipeline.errors import Problem, UserError
 # These imports take seconds, which `--help` does not need.
 if TYPE_CHECKING:
     from pipeline.app.models import Loaded, Sampling
+    from pipeline.app.prompts import HeldOutPrompt
 
-HELP = """/stage NAME  go on with another stage of the run, such as 2_sft, or another folder or Hub id
-/new         begin a new conversation
-/quit        end (or Ctrl-D); Ctrl-C ends an answer"""
+HELP = """/example KIND  ask a held-out prompt of the run, perhaps of a kind such as counting
+/stage NAME    go on with another stage of the run, such as 2_sft, or another folder or Hub id
+/new           begin a new conversation
+/help          show these commands
+/quit          end (or Ctrl-D); Ctrl-C ends an answer"""
 
 LIMITS = {
     "max_new_tokens": (1, 1 << 20),
@@ -55,9 +59,13 @@ def main(args: argparse.Namespace) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
 
+    typed = sys.stdin.isatty()
+    if typed:
+        print("Loading PyTorch and the model ...", flush=True)
     from transformers.utils import logging
 
     from pipeline.app.models import Sampling
+    from pipeline.app.prompts import held_out_prompts, what_may_be_asked
 
     logging.disable_progress_bar()
     # The tokenizer would warn of a prompt beyond the context, which is refused anyway.
@@ -68,9 +76,12 @@ def main(args: argparse.Namespace) -> int:
     # With readline, `input` has a history and understands arrow keys.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
-    typed = sys.stdin.isatty()
+    run = Path(args.path).parent
     if typed:
-        print(f"{loaded.name} answers. Other commands:\n{HELP}")
+        about = f" {what_may_be_asked(run)}" if (run / "run.json").is_file() else ""
+        print(f"{loaded.name} answers.{about}\nCommands:\n{HELP}")
+    prompts: list[HeldOutPrompt] = []
+    asked: Counter[str] = Counter()
 
     messages: list[dict[str, str]] = []
     while True:
@@ -86,6 +97,14 @@ def main(args: argparse.Namespace) -> int:
             messages = []
         elif command == "/stage":
             loaded = switch(loaded, rest.strip(), args.path)
+        elif command == "/example":
+            prompts = prompts or held_out_prompts(run)
+            if example := next_example(prompts, rest.strip(), asked):
+                print(f"Asked: {example.text}")
+                *before, last = example.messages
+                messages = reply(loaded, before, last["content"], sampling)
+                if example.result:
+                    print(f"The right result is {example.result}.")
         elif command.startswith("/"):
             print(HELP)
         elif line:
@@ -108,6 +127,25 @@ def find_model(name: str, option: str) -> Loaded:
     if path.is_dir() and not (path / "config.json").exists() and (stages := stages_that_write(path)):
         raise UserError(Problem(option, name, f"is a run; name one of its stages, such as {path / stages[-1]}"))
     return load(name, path.name if path.is_dir() else name, option)
+
+
+def next_example(prompts: list[HeldOutPrompt], kind: str, asked: Counter[str]) -> HeldOutPrompt | None:
+    """Return the next held-out prompt, or None after printing why there is none.
+
+    Args:
+        prompts: The held-out prompts of the run.
+        kind: The kind that is wanted, "" for the one that was asked least.
+        asked: How many prompts of each kind were asked, which is counted on.
+    """
+    kinds = list(dict.fromkeys(prompt.kind for prompt in prompts))
+    if (kind and kind not in kinds) or not kinds:
+        problem = Problem("/example", kind or "nothing", f"choose from: {', '.join(kinds)}")
+        print(problem if kinds else "/example: this model comes with no held-out prompts that could be asked")
+        return None
+    kind = kind or min(kinds, key=lambda name: asked[name])
+    asked[kind] += 1
+    own = [prompt for prompt in prompts if prompt.kind == kind]
+    return own[(asked[kind] - 1) % len(own)]
 
 
 def switch(loaded: Loaded, name: str, path: str) -> Loaded:

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 
+from pipeline.app.votes_step import models_to_vote_on
 from pipeline.errors import Problem, UserError
 
 LOCAL = "127.0.0.1"
@@ -68,12 +69,13 @@ def main(args: argparse.Namespace) -> int:
         UserError: If RUN is not a run, the extra is not installed, an option is out of range, the port is taken, or
             others could open the page without a password.
     """
-    if missing := [name for name in ("gradio", "krippendorff") if find_spec(name) is None]:
+    if missing := [name for name in ("fastapi", "uvicorn", "krippendorff") if find_spec(name) is None]:
         raise UserError(Problem("app", " and ".join(missing), 'is not installed; pip install "fourstage[app]"'))
     if args.password == "":
         args.password = getpass.getpass("Password of the page: ")
 
     run = Path(args.run)
+    args.model = list(dict.fromkeys([*args.model, *models_to_vote_on(run)]))
     problems = _check_run(run, args.model) + check_limits(args, LIMITS)
     if not any(problem.field == "--port" for problem in problems):
         problems += _check_address(args)
@@ -84,6 +86,7 @@ def main(args: argparse.Namespace) -> int:
     if problems:
         raise UserError(*problems)
 
+    print("Loading PyTorch and Transformers ...", flush=True)
     # These imports take seconds, which `--help` does not need.
     from datasets import disable_progress_bars
     from transformers.utils import logging
@@ -117,8 +120,7 @@ def _check_run(run: Path, others: list[str]) -> list[Problem]:
     """Report a folder that is not a run, or that has nothing to show."""
     if not run.is_dir():
         return [Problem("RUN", run, "no such directory; make it with `python -m pipeline run RECIPES`")]
-    # A run that starts from a model of the Hub has no model of its own yet while it waits for votes. `--model` names
-    # the one to vote on.
+    # A run that starts from a model of the Hub has no model of its own yet while it waits for votes on that one.
     if others or any(run.glob("[0-9]*_*/config.json")):
         return []
     seeds = sorted(path.parent.name for path in run.glob("seed*/run.json"))

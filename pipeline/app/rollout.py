@@ -1,25 +1,29 @@
-"""Watch a rollout: what PPO and GRPO see of one prompt, live on the models of the run."""
+"""Watch a rollout: what PPO and GRPO see of one prompt, live on the models of the run.
+
+page    POST /rollout      {"stage": "4_grpo", "policy": "3_ppo", "text": "Ana has 7 eggs. ...", ...
+server  a line of JSON     {"step": "prompt", ...}, then "completions", "check" and "update" of GRPO,
+                           or "completion" and "tokens" of PPO, or {"failed": why}
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-from markupsafe import Markup
+from anyio import CapacityLimiter
+from fastapi import APIRouter, HTTPException
+from pydantic import BaseModel, Field
+from starlette.responses import StreamingResponse
 
 from pipeline.app import watch
-from pipeline.app.compare import quoted, share
-from pipeline.app.models import Loaded, well_formed
-from pipeline.app.site import TEMPLATES, Site
+from pipeline.app.site import Site, stream
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
+from pipeline.evaluation.intervals import finite
 from pipeline.models.generation import Completion
 from pipeline.report.load import load_run
 from pipeline.report.stage_order import stage_info
-from pipeline.report.text import number, signed, visible
+from pipeline.report.text import number, visible
 
 SCALED = {
     "group": "The advantage is the reward less the mean, in standard deviations of the group.",
@@ -31,75 +35,67 @@ SCALED = {
 SHOWN = 4000
 """Characters of a completion that are shown."""
 
+Event = dict[str, Any]
+"""What the page adds to a rollout that it shows."""
 
-def build(site: Site) -> None:
-    """Add the section to the page."""
-    stages = [name for name in site.models.stages if stage_info(name).watch]
-    gr.HTML("<h2>Watch a rollout</h2>")
-    if not stages:
-        gr.HTML("<p>The run has neither a PPO nor a GRPO stage.</p>")
-        return
-    first = stages[-1]
-    # The page begins with the first problem whose answers the report shows.
-    traces = [trace for stage in load_run(site.run).stages.values() for trace in stage.traces][:1]
-    text, answer = (
-        (well_formed(str(traces[0].get(key) or "")) for key in ("problem", "reference")) if traces else ("", "")
-    )
-    stage = gr.Radio([(stage_info(name).title, name) for name in stages], value=first, label="What to watch")
-    with gr.Row():
-        policy = gr.Dropdown(site.models.stages, value=before(site, first), label="The model that answers")
-        seed = gr.Number(0, label="Seed", precision=0)
-    prompt = gr.Textbox(text, label="Prompt", lines=2, max_lines=8, elem_id="rollout-prompt")
-    reference = gr.Textbox(answer, label="Right result, for the check", elem_id="rollout-answer")
-    with gr.Row(elem_classes="buttons"):
-        go = gr.Button("Roll out", variant="primary", elem_id="rollout-go")
-        another = gr.Button("Prompt from the data", elem_id="rollout-another")
-    shown = gr.HTML("", elem_id="rollout-shown")
 
-    # Reading the data of a stage takes seconds.
-    @cache
-    def rows(stage: str) -> list[dict[str, Any]]:
-        try:
-            return watch.load_rows(watch.stage_settings(site.run, stage))
-        except UserError as error:
-            print(error, flush=True)
-            return []
+class Asked(BaseModel):
+    """What is rolled out."""
 
-    def choose(stage: str) -> tuple[Any, Any]:
-        if stage_info(stage).has_critic:
-            return stage, gr.update(visible=False)
-        return before(site, stage), gr.update(visible=True)
+    stage: str
+    policy: str
+    text: str = Field(min_length=1)
+    answer: str = ""
+    seed: int = Field(0, ge=0, lt=2**63)
 
-    def take(stage: str) -> tuple[Any, Any]:
-        if not rows(stage):
-            gr.Warning("The data of this stage cannot be read; the terminal of the server says why.")
-            return gr.skip(), gr.skip()
-        row = random.choice(rows(stage))
-        return well_formed(row["prompt"][-1]["content"]), well_formed(str(row.get("answer") or ""))
 
-    def roll_out(stage: str, policy: str, text: str, answer: str, seed: int) -> Iterator[Markup]:
-        # A prompt from the data comes with the columns by which its rewards are computed.
-        row = next((dict(row) for row in rows(stage) if row["prompt"][-1]["content"] == text), {})
-        messages = row.setdefault("prompt", [{"role": "user", "content": text}])
-        row |= {"answer": answer} if answer else {}
-        steps = ppo if stage_info(stage).has_critic else grpo
-        parts: list[Markup] = []
-        try:
-            settings = watch.stage_settings(site.run, stage)
-            for part in steps(site, stage, policy, settings, messages, row, int(seed or 0) % 2**63):
-                parts = part
-                yield Markup("").join(parts)
-        except UserError as error:
-            yield Markup("").join([*parts, failed("; ".join(map(str, error.problems)))])
-        except (RunStopped, *LIBRARY_ERRORS) as error:
-            # A reward function may raise anything; what it raised says more here than which step it stopped.
-            reason = error.__cause__ or error
-            yield Markup("").join([*parts, failed(f"{type(reason).__name__}: {reason}")])
+def content(site: Site) -> dict[str, Any]:
+    """Return what the section of the page shows, for page.html.jinja."""
+    results = load_run(site.run).stages
+    stages = []
+    for name in reversed(site.models.stages):
+        info = stage_info(name)
+        if info.watch:
+            # The tally beside a prompt that is shown: one answer says little about how often they are right.
+            solved = results[name].metrics.get("pass@1") if info.held_out == "problems" and name in results else None
+            tally = f"{name} solves {solved.value:.0%} of {solved.n} held-out problems." if solved else ""
+            policy = name if info.has_critic else before(site, name)
+            stages.append({"name": name, "title": info.title, "key": info.held_out, "policy": policy, "tally": tally})
+    return {"stages": stages, "models": site.models.stages}
 
-    options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "trigger_mode": "multiple"}
-    stage.change(choose, stage, [policy, reference], **options)
-    another.click(take, stage, [prompt, reference], **options)
-    go.click(roll_out, [stage, policy, prompt, reference, seed], shown, show_progress="hidden", **options)
+
+def routes(site: Site) -> APIRouter:
+    """Return what the section asks the server for."""
+    router, turns = APIRouter(), CapacityLimiter(1)
+
+    @router.post("/rollout")
+    def rollout(asked: Asked) -> StreamingResponse:
+        if not (asked.stage in site.models.stages and stage_info(asked.stage).watch):
+            raise HTTPException(422, "There is no such stage on this page.")
+        if asked.policy not in site.models.stages:
+            raise HTTPException(422, "There is no such model on this page.")
+        return stream(roll_out(site, asked), turns)
+
+    return router
+
+
+def roll_out(site: Site, asked: Asked) -> Generator[Event]:
+    """Yield the steps of a rollout as they are made."""
+    info = stage_info(asked.stage)
+    # A held-out prompt comes with the columns by which its rewards are computed.
+    known = (prompt for prompt in site.prompts if prompt.key == info.held_out and prompt.text == asked.text)
+    found = next(known, None)
+    row = dict(found.row) if found else {"prompt": [{"role": "user", "content": asked.text}]}
+    row |= {"answer": asked.answer} if asked.answer else {}
+    steps = ppo if info.has_critic else grpo
+    try:
+        yield from steps(site, asked, watch.stage_settings(site.run, asked.stage), row)
+    except UserError as error:
+        yield {"failed": visible("; ".join(map(str, error.problems)), SHOWN)}
+    except (RunStopped, *LIBRARY_ERRORS) as error:
+        # A reward function may raise anything; what it raised says more here than which step it stopped.
+        reason = error.__cause__ or error
+        yield {"failed": visible(f"{type(reason).__name__}: {reason}", SHOWN)}
 
 
 def before(site: Site, stage: str) -> str:
@@ -111,137 +107,72 @@ def before(site: Site, stage: str) -> str:
     return name if name in site.models.stages else stage
 
 
-def grpo(
-    site: Site,
-    stage: str,
-    policy: str,
-    settings: dict[str, Any],
-    messages: Sequence[dict[str, str]],
-    row: dict[str, Any],
-    seed: int,
-) -> Iterator[list[Markup]]:
-    """Yield GRPO's four steps as they are made: all parts so far."""
-    loaded, reference = site.models.get(policy), site.models.get(before(site, stage))
-    ids = loaded.encode(messages, settings.get("chat_template_kwargs") or {})
-    parts = [prompt_part(stage, messages, ids)]
-    yield parts
-    group = watch.sample_group(loaded, ids, settings, settings["num_generations"], seed)
-    about = f"{len(group)} attempts of {policy}, sampled at temperature {settings['temperature']:g}."
-    parts.append(group_part(2, "Completions", about, group, []))
-    yield parts
+def grpo(site: Site, asked: Asked, settings: dict[str, Any], row: dict[str, Any]) -> Iterator[Event]:
+    """Yield GRPO's four steps as they are made."""
+    loaded, reference = site.models.get(asked.policy), site.models.get(before(site, asked.stage))
+    ids = loaded.encode(row["prompt"], settings.get("chat_template_kwargs") or {})
+    yield prompt_event(asked.stage, row["prompt"], ids)
+    group = watch.sample_group(loaded, ids, settings, settings["num_generations"], asked.seed)
+    about = f"{len(group)} attempts of {asked.policy}, sampled at temperature {settings['temperature']:g}."
+    yield {"step": "completions", "title": "Completions", "about": about, "completions": list(map(shown, group))}
+
     seen = watch.update(loaded, reference, settings, row, ids, group)
-    advantages = [f"advantage: {signed(advantage, 2)}" for advantage in seen.advantages]
-    facts = []
-    for i, advantage in enumerate(advantages):
-        given = [f"{name}: {number(rewards[i], 2)}" for name, rewards in seen.rewards.items()]
-        facts.append([*given, advantage])
     mean = sum(seen.totals) / len(seen.totals)
     about = f"Mean reward {number(mean, 2)}. {SCALED[str(settings.get('scale_rewards', 'group')).lower()]}"
     if max(seen.totals) == min(seen.totals):
         about += " All are equal here, so that nothing is learned from this prompt."
-    parts.append(group_part(3, "Check", about, group, facts, seen.totals))
-    yield parts
-    lines = [
-        [f"{change:.2f} times as likely", advantage] for change, advantage in zip(seen.changes, advantages, strict=True)
+    elif max(seen.totals) > 0:
+        about += " A guess that happens to be right earns as much as a solution; over many problems, solutions win."
+    rewards = [
+        " · ".join(visible(f"{name}: {number(column[i], 2)}") for name, column in seen.rewards.items())
+        for i in range(len(group))
     ]
+    advantages = list(map(finite, seen.advantages))
+    yield {"step": "check", "title": "Check", "about": about, "rewards": rewards, "advantages": advantages}
+
     about = (
         f"One step on a copy of the model, with this group alone and the learning rate of the run "
         f"({settings['learning_rate']:g}). A step of the run takes {settings['per_device_train_batch_size']} "
         "completions."
     )
-    yield [*parts, group_part(4, "Update", about, group, lines, [change - 1 for change in seen.changes])]
+    yield {"step": "update", "title": "Update", "about": about, "changes": list(map(finite, seen.changes))}
 
 
-def ppo(
-    site: Site,
-    stage: str,
-    policy: str,
-    settings: dict[str, Any],
-    messages: Sequence[dict[str, str]],
-    row: dict[str, Any],
-    seed: int,
-) -> Iterator[list[Markup]]:
-    """Yield the prompt, the completion, and what PPO computes for each of its tokens: all parts so far."""
-    loaded = site.models.get(policy)
-    reference = site.models.get(before(site, stage))
-    ids = loaded.encode(messages, settings.get("chat_template_kwargs") or {})
-    parts = [prompt_part(stage, messages, ids)]
-    yield parts
-    group = watch.sample_group(loaded, ids, settings, 1, seed)
-    parts.append(group_part(2, "Completion", f"One answer of {policy}.", group, []))
-    yield parts
-    view = watch.token_view(loaded, reference, site.run, stage, settings, row, ids, group[0])
-    yield [*parts, token_part(loaded, reference.name, settings, view)]
-
-
-def prompt_part(stage: str, messages: Sequence[dict[str, str]], ids: Sequence[int]) -> Markup:
-    """Return step 1."""
-    text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    return part(1, "Prompt", stage_info(stage).watch, prompt=visible(text, SHOWN), facts=f"{len(ids)} tokens")
-
-
-def group_part(
-    place: int,
-    title: str,
-    about: str,
-    group: Sequence[Completion],
-    facts: Sequence[Sequence[str]],
-    marks: Sequence[float] = (),
-) -> Markup:
-    """Return a step that shows the completions of a group.
-
-    Args:
-        place: Number of the step.
-        title: Its name.
-        about: What it shows.
-        group: The completions.
-        facts: What is said about each completion. By default, how many tokens it has.
-        marks: A number for each completion. Its colour shows whether it is above or below their mean.
-    """
-    mean = sum(marks) / len(marks) if marks else 0.0
-    completions = []
-    for i, completion in enumerate(group):
-        mark = marks[i] - mean if marks else 0.0
-        lines = facts[i] if facts else [f"{len(completion.tokens)} tokens{'' if completion.stopped else ', cut off'}"]
-        completions.append(
-            {
-                "css": "up" if mark > 1e-6 else "down" if mark < -1e-6 else "",
-                "text": visible(completion.text, SHOWN) or "(nothing)",
-                "facts": " · ".join(map(visible, lines)),
-            }
-        )
-    return part(place, title, about, completions=completions)
-
-
-def token_part(policy: Loaded, reference: str, settings: dict[str, Any], view: watch.TokenView) -> Markup:
-    """Return the table of tokens."""
+def ppo(site: Site, asked: Asked, settings: dict[str, Any], row: dict[str, Any]) -> Iterator[Event]:
+    """Yield the prompt, the completion, and what PPO computes for each of its tokens."""
+    loaded, reference = site.models.get(asked.policy), site.models.get(before(site, asked.stage))
+    ids = loaded.encode(row["prompt"], settings.get("chat_template_kwargs") or {})
+    yield prompt_event(asked.stage, row["prompt"], ids)
+    group = watch.sample_group(loaded, ids, settings, 1, asked.seed)
+    about = f"One answer of {asked.policy}."
+    yield {"step": "completion", "title": "Completion", "about": about, "completions": [shown(group[0])]}
+    view = watch.token_view(loaded, reference, site.run, asked.stage, settings, row, ids, group[0])
     about = (
         f"Score of the reward model: {number(view.score, 2)}"
         + (f", less {view.penalty:g} because the answer did not end" if view.penalty else "")
-        + f". KL from {reference}: {number(sum(view.kl), 2)} nats, each of which costs {settings['kl_coef']:g}."
+        + f". KL from {reference.name}: {number(sum(view.kl), 2)} nats, each of which costs {settings['kl_coef']:g}. "
+        "PPO's update then makes tokens with an advantage above 0 more likely and the others less likely, and teaches "
+        "the critic, a model that guesses the reward still to come, what came."
     )
-    # The larger an advantage, the stronger its colour; the largest of the answer has half of the full strength.
-    top = max(map(abs, view.advantages), default=0.0) or 1.0
-    tokens = []
-    columns = zip(view.tokens, view.log_probs, view.kl, view.rewards, view.values, view.advantages, strict=True)
-    for token, log_prob, *figures in columns:
-        tokens.append(
-            {
-                "css": "up" if figures[-1] > 0 else "down",
-                "strength": round(100 * abs(figures[-1]) / top / 2),
-                "text": quoted(str(policy.tokenizer.decode([token]))),
-                "cells": [share(log_prob), *(signed(figure, 2) for figure in figures)],
-            }
-        )
-    return part(3, "What PPO sees", about, tokens=tokens)
+    columns = {"KL": view.kl, "Reward": view.rewards, "Value": view.values, "Advantage": view.advantages}
+    yield {
+        "step": "tokens",
+        "title": "What PPO sees",
+        "about": about,
+        "tokens": [visible(str(loaded.tokenizer.decode([token]))) for token in view.tokens],
+        "logProbs": list(map(finite, view.log_probs)),
+        "columns": {title: list(map(finite, values)) for title, values in columns.items()},
+    }
 
 
-def part(place: int, title: str, about: str, **content: Any) -> Markup:
-    """Return the HTML of a step, with the content that `rollout.html.jinja` names."""
-    template = TEMPLATES.get_template("rollout.html.jinja")
-    return Markup(template.render(place=place, title=title, about=visible(about, SHOWN), **content))
+def prompt_event(stage: str, messages: Sequence[Mapping[str, str]], ids: Sequence[int]) -> Event:
+    """Return step 1."""
+    text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    completion = {"text": visible(text, SHOWN), "facts": f"{len(ids)} tokens"}
+    return {"step": "prompt", "title": "Prompt", "about": stage_info(stage).watch, "completions": [completion]}
 
 
-def failed(message: str) -> Markup:
-    """Return what is shown in place of a step that failed."""
-    return Markup('<p class="failed" role="alert">{}</p>').format(visible(message, SHOWN))
+def shown(completion: Completion) -> dict[str, str]:
+    """Return the text of a completion, and how many tokens it has."""
+    facts = f"{len(completion.tokens)} tokens{'' if completion.stopped else ', cut off'}"
+    return {"text": visible(completion.text, SHOWN) or "(nothing)", "facts": facts}

@@ -1,4 +1,4 @@
-"""The web server: Gradio's page behind a gate that lets through only what the page needs."""
+"""The web server: the page, behind a gate that lets through only what the page needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from html import escape
 from typing import Any
 from urllib.parse import parse_qs
 
-import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -25,16 +24,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pipeline.app import page, voting
+from pipeline.app import compare, page, rollout, voting
 from pipeline.app.site import TEMPLATES, Site
 from pipeline.report.load import load_run
 from pipeline.report.page import report_html
+from pipeline.report.text import visible
 
-ROUTES = re.compile(
-    r"/(login|report|config|theme\.css|favicon\.ico|manifest\.json|prefer/.*|assets/.*|static/.*"
-    r"|gradio_api/(theme\.css|startup-events|info|queue/join|queue/data|cancel|reset|heartbeat/\w+|app_id))?/?"
-)
-"""Paths that the page asks for. Gradio has many more, which open files, fetch addresses or take uploads."""
+ROUTES = re.compile(r"/(login|report|prompts|compare|rollout|static/page\.(css|js)|prefer/[a-z]+)?")
+"""Paths that the page asks for."""
 
 LARGEST_REQUEST = 1 << 20
 """Bytes of a request's body, at most."""
@@ -52,10 +49,16 @@ NEWEST = 8
 """The next password is drawn from so many of the newest."""
 
 POLICY = (
-    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
-    "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'; form-action 'self'; base-uri 'self'; object-src 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
-"""What the browser may load: nothing from another host."""
+"""What the browser may load: nothing from another host, and no script but the page's own."""
+
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+"""The same for the report, which has no scripts."""
+
+OFFERED = 12
+"""Held-out prompts of each kind that the page offers."""
 
 NAME_LENGTH = 80
 """Characters of a visitor's name."""
@@ -207,9 +210,9 @@ class Gate:
         address = request.client.host if request.client else ""
         right = await self.attempts.check(given, str(self.password), address, request.receive())
         if right is None:
-            return login_form("Too many people try to log in. Try again.", 429)
+            return login_form("Too many people try to log in. Try again.", 429, name)
         if not right:
-            return login_form("Name or password is wrong.", 401)
+            return login_form("Name or password is wrong.", 401, name)
         if not name:
             return login_form("Give a name as well.", 401)
         response = RedirectResponse("./", 303)
@@ -232,49 +235,49 @@ class Gate:
         return name if hmac.compare_digest(self.sign(name).encode(), cookie.encode()) else None
 
 
-def login_form(message: str = "", status: int = 200) -> Response:
+def login_form(message: str = "", status: int = 200, name: str = "") -> Response:
     """Return the form that asks for a name and the password."""
-    return HTMLResponse(TEMPLATES.get_template("login.html.jinja").render(message=message), status)
+    return HTMLResponse(TEMPLATES.get_template("login.html.jinja").render(message=message, name=name), status)
 
 
 def build_app(site: Site) -> ASGIApp:
     """Return the whole server as an ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(voting.routes(site))
+    for section in (compare, rollout, voting):
+        app.include_router(section.routes(site))
 
     # FastAPI's own answer repeats what was sent, and fails if that cannot be encoded.
     @app.exception_handler(RequestValidationError)
     def refuse(request: Request, error: RequestValidationError) -> PlainTextResponse:
         return PlainTextResponse("The server does not understand this request.", 422)
 
+    @app.get("/")
+    def show(request: Request) -> HTMLResponse:
+        return HTMLResponse(page.page_html(site, getattr(request.state, "annotator", None)))
+
     @app.get("/report")
     def report() -> HTMLResponse:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
-        return HTMLResponse(report_html(load_run(site.run)), headers={"Content-Security-Policy": policy})
+        return HTMLResponse(report_html(load_run(site.run)), headers={"Content-Security-Policy": REPORT_POLICY})
 
-    blocks = page.build(site)
-    # Several visitors compare at once, but a machine has few cores: further calls wait their turn.
-    blocks.queue(max_size=64, default_concurrency_limit=4)
-    # Whatever is not given here, Gradio takes from environment variables. Without `run_history`, prompts and answers
-    # are not kept in the browser.
-    gr.mount_gradio_app(
-        app,
-        blocks,
-        path="/",
-        server_name=site.options.host,
-        server_port=site.options.port,
-        footer_links=[],
-        run_history=False,
-        allowed_paths=[],
-        show_error=False,
-        max_file_size=1,
-        ssr_mode=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
-        theme=gr.themes.Base(),
-        head=page.head(),
-    )
+    @app.post("/prompts")
+    def prompts() -> list[dict[str, str]]:
+        """Answer with held-out prompts, the first ones of each kind."""
+        counts: Counter[tuple[str, str]] = Counter()
+        offered = []
+        for one in site.prompts:
+            counts[one.key, one.kind] += 1
+            if counts[one.key, one.kind] <= OFFERED:
+                shown = {"kind": visible(one.kind, 40), "text": one.text, "answer": one.result}
+                offered.append({"key": one.key, **shown})
+        return offered
+
+    files = page.static_files()
+
+    @app.get("/static/{name}")
+    def static(name: str) -> Response:
+        kind = "text/css" if name.endswith(".css") else "text/javascript"
+        return Response(files[name], media_type=kind, headers={"Cache-Control": "no-cache"})
+
     gate = Gate(app, site.options.password, site.options.port)
     if site.options.password is not None:
         return gate

@@ -1,17 +1,35 @@
-"""What every section of the page works on."""
+"""What every section of the page works on, and how it answers piece by piece."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import AsyncIterator, Generator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from anyio import CapacityLimiter
+from fastapi import HTTPException
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.concurrency import iterate_in_threadpool
+from starlette.responses import StreamingResponse
 
 from pipeline.app.models import Models
+from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, what_may_be_asked
 
-TEMPLATES = Environment(loader=PackageLoader("pipeline.app", "static"), autoescape=True)
+TEMPLATES = Environment(
+    loader=PackageLoader("pipeline.app", "static"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 """The HTML in `static/`; whatever is filled in is escaped."""
+
+MOST_WAITING = 64
+"""Requests that may wait for their turn."""
 
 
 @dataclass(frozen=True)
@@ -27,3 +45,42 @@ class Site:
     run: Path
     models: Models
     options: argparse.Namespace
+
+    @cached_property
+    def about(self) -> str:
+        """What may be asked of its models."""
+        return what_may_be_asked(self.run)
+
+    @cached_property
+    def prompts(self) -> list[HeldOutPrompt]:
+        """Its held-out prompts, read when they are first asked for."""
+        return held_out_prompts(self.run)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether only this machine can open the page, so that whoever looks at it also runs it."""
+        return self.options.password is None
+
+
+def stream(found: Generator[Any], turns: CapacityLimiter) -> StreamingResponse:
+    """Answer with a line of JSON for each object, as soon as it is made, until the visitor closes the connection.
+
+    Args:
+        found: Makes the objects. It is closed when nobody waits for them any more.
+        turns: How many such answers are written at once; others wait for their turn.
+
+    Raises:
+        HTTPException: If too many wait already.
+    """
+    if turns.statistics().tasks_waiting >= MOST_WAITING:
+        raise HTTPException(503, "Too many people ask at once. Try again in a minute.")
+
+    async def lines() -> AsyncIterator[str]:
+        async with turns:
+            try:
+                async for one in iterate_in_threadpool(found):
+                    yield json.dumps(one) + "\n"
+            finally:
+                found.close()
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")

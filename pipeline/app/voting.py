@@ -26,9 +26,9 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import gradio as gr
 import krippendorff
 import numpy as np
 from datasets import Dataset
@@ -38,16 +38,19 @@ from markupsafe import Markup
 from pydantic import BaseModel, Field
 
 from pipeline.app.pairs import SAMPLING, Pair, Pairs, Source
-from pipeline.app.site import TEMPLATES, Site
+from pipeline.app.prompts import settings_of
+from pipeline.app.site import Site
+from pipeline.app.votes_step import votes_step
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import CHOICES, OTHER, Conflict, Vote, VoteLog, update_data_set
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, VOTES, move, recorded, with_layout
+from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, VOTES
 from pipeline.files import read_json
 from pipeline.models.loading import load_model
 from pipeline.preferences.judges import score
-from pipeline.report.text import visible
+from pipeline.report.load import win_rates
+from pipeline.report.text import number, visible
 from pipeline.rewards.annotators import judge_match
 from pipeline.rewards.grading import is_gradable
 
@@ -67,6 +70,15 @@ STREAMED = 10_000
 
 EXPORT_SECONDS = 2.0
 """The data set is written again so long after a vote, at most."""
+
+PACE = 20
+"""Newest votes of an annotator by which the time that is left is estimated."""
+
+FEW_SHARED = 20
+"""Pairs that several people voted on, below which nothing is said about their agreement."""
+
+PRINTED = 10
+"""After so many votes, the terminal says again what they say so far, if the page must not."""
 
 OPINIONS = {1.0: "A", 0.0: "B", 0.5: "neither"}
 """What the outcome of a match means to somebody who sees the answers A and B."""
@@ -104,17 +116,17 @@ class Typed(Page):
     text: str = Field(min_length=1)
 
 
-def build(site: Site) -> None:
-    """Add the section to the page."""
+def content(site: Site) -> dict[str, Any]:
+    """Return what the section of the page shows, for page.html.jinja."""
     guidelines = site.options.guidelines or files(__package__) / "static" / "guidelines.md"
     # Without raw HTML and images, nothing in the file acts on the page or is fetched from elsewhere.
     markdown = MarkdownIt("commonmark", {"html": False}).disable("image")
-    html = TEMPLATES.get_template("voting.html.jinja").render(
-        guidelines=Markup(markdown.render(guidelines.read_text(encoding="utf-8"))),
-        models=site.models.names,
-        chosen=compared_models(site),
-    )
-    gr.HTML(html, padding=False)
+    return {
+        "guidelines": Markup(markdown.render(guidelines.read_text(encoding="utf-8"))),
+        "models": site.models.names,
+        "chosen": compared_models(site),
+        "shows_rates": site.is_private,
+    }
 
 
 def routes(site: Site) -> APIRouter:
@@ -128,6 +140,7 @@ def routes(site: Site) -> APIRouter:
         "state": voting.state,
         "votes": voting.own_votes,
         "opinions": voting.opinions,
+        "rates": voting.rates,
     }
     for path, answer in answers.items():
         router.add_api_route(f"/{path}", answer, methods=["POST"])
@@ -155,18 +168,11 @@ def compared_models(site: Site) -> Source:
         raise UserError(Problem("--pair", unknown[0], f"is not a model of the page; choose from: {', '.join(names)}"))
     if site.options.pair:
         return site.options.pair[0], site.options.pair[-1]
-    # The name of the folder, because the run may have been moved since its record was written.
-    asked = Path(votes_step(site).get("model_name_or_path", "")).name
-    tuned = asked if asked in names else next((name for name in names if "_sft" in name), names[-1])
+    asked = str(votes_step(site.run).get("model_name_or_path") or "")
+    # Also by the name of the folder alone, because the run may have been moved since its record was written.
+    wanted = [name for name in (asked, Path(asked).name) if name in names]
+    tuned = next(iter([*wanted, *(name for name in names if "_sft" in name), names[-1]]))
     return tuned, tuned
-
-
-def votes_step(site: Site) -> dict[str, Any]:
-    """Return the settings of the run's step for votes, {} if it has none."""
-    for step in read_json(site.run / "run.json").get("steps", {}).values():
-        if "min_votes" in step.get("values", {}):
-            return dict(step["values"])
-    return {}
 
 
 def load_prompts(site: Site) -> Sequence[Mapping[str, Any]]:
@@ -178,8 +184,7 @@ def load_prompts(site: Site) -> Sequence[Mapping[str, Any]]:
     if site.options.prompts:
         args = DataArguments(dataset_name=site.options.prompts, dataset_config=site.options.prompts_config)
     else:
-        settings = with_layout(move(recorded(site.run, ""), site.run), site.run)
-        source = settings["trained_on"].get("prompts")
+        source = settings_of(site.run)["trained_on"].get("prompts")
         if not source:
             return ()
         args = DataArguments(**{k: v for k, v in source.items() if k in SOURCE_FIELDS and k != "grade"})
@@ -202,7 +207,7 @@ class Voting:
         self.log = VoteLog(self.folder)
 
         # The command line comes before the run's step for votes, and both before the defaults.
-        step = votes_step(site)
+        step = votes_step(site.run)
         sampling = dict(SAMPLING)
         for name in SAMPLING:
             for value in (step.get(name), getattr(site.options, name)):
@@ -210,6 +215,8 @@ class Voting:
         prompts = load_prompts(site)
         self.pairs = Pairs(self.folder / "pairs.jsonl", site.models, prompts, sampling, site.options.overlap)
         self.goal: int | None = site.options.goal or step.get("min_votes")
+        recipe = read_json(site.run / "run.json").get("recipe")
+        self.command = f"python -m pipeline run {recipe}" if recipe and step else ""
 
         # The pair that each page shows, by annotator and page.
         self._open: dict[tuple[str, str], Pair] = {}
@@ -226,11 +233,15 @@ class Voting:
 
     def _export_after_votes(self) -> None:
         """Write the data set again after votes, once for all votes of `EXPORT_SECONDS`."""
+        printed = len(self.log.standing())
         while self._voted.wait():
             time.sleep(EXPORT_SECONDS)
             # Cleared before the votes are read, so that one that comes meanwhile is written in the next turn.
             self._voted.clear()
             self._export()
+            if not self.site.is_private and len(self.log.standing()) >= printed + PRINTED:
+                printed = len(self.log.standing())
+                print(*self._said_so_far(), sep="\n", flush=True)
 
     def _export(self) -> None:
         """Write the data set of the votes, if there are any."""
@@ -384,19 +395,53 @@ class Voting:
             return pair
 
     def _summary(self, annotator: str) -> dict[str, Any]:
-        """Return what the page says about the votes so far."""
+        """Return what the page says about the votes so far, which shows no annotator how others voted."""
         standing = self.log.standing()
-        alpha, shared = agreement(standing)
+        own = [vote for vote in standing if vote["annotator"] == annotator]
+        seconds = [vote["seconds"] for vote in own[-PACE:] if vote.get("seconds")]
         return {
             "annotator": annotator,
-            "count": sum(vote["annotator"] == annotator for vote in standing),
+            "count": len(own),
             "all": len(standing),
             "usable": sum(vote["choice"] in OTHER for vote in standing),
             "people": len({vote["annotator"] for vote in standing}),
             "goal": self.goal,
-            "alpha": None if math.isnan(alpha) else round(alpha, 3),
-            "shared": shared,
+            "pace": round(median(seconds), 1) if seconds else None,
+            "command": self.command,
         }
+
+    def rates(self, request: Request) -> list[str]:
+        """Answer with what the votes say so far; only on a page that nobody else can open."""
+        if not self.site.is_private:
+            raise HTTPException(403, "The terminal of the server says what the votes say so far.")
+        return self._said_so_far()
+
+    def _said_so_far(self) -> list[str]:
+        """Return who is preferred, and how far people agree, one line each."""
+        lines = []
+        for name, rate in win_rates(self.site.run, self.source[0], []).items():
+            # The interval is left out only if there is none: `outcome_mean` gives one for a single vote.
+            for opponent, one in (rate.by_kind or {f"against {self.source[0]}": rate}).items():
+                low, high = (number(100 * end, 0) for end in (one.low or 0.0, one.high or 1.0))
+                lines.append(
+                    f"{name} {opponent}: preferred in {100 * one.value:.0f}% ({low} to {high}) of {one.n} votes"
+                )
+        if not lines:
+            lines = ["no votes between two different models yet, which `--pair` names"]
+        alpha, shared = agreement(self.log.standing())
+        if shared:
+            lines.append(f"agreement of people on {shared} shared pairs: {in_words(alpha, shared)}")
+        return [visible(line) for line in lines]
+
+
+def in_words(alpha: float, shared: int) -> str:
+    """Say what Krippendorff's alpha means."""
+    if shared < FEW_SHARED:
+        return f"too few to say, from {FEW_SHARED} on"
+    if math.isnan(alpha):
+        return "all votes are the same"
+    meaning = "below chance" if alpha < 0 else "slight" if alpha < 0.4 else "fair" if alpha < 0.67 else "good"
+    return f"{meaning} (Krippendorff's alpha {number(alpha, 2)})"
 
 
 def identify(request: Request, page: Page) -> None:

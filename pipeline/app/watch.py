@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from trl import GRPOConfig
 
 from pipeline.app.models import Loaded
-from pipeline.data.arguments import DataArguments
-from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import move
 from pipeline.files import read_json
@@ -41,9 +38,6 @@ from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.reference_model import frozen_copy
 from pipeline.rl.value_model import auto_class
 from pipeline.training.reliable import unchanged_random_state
-
-ROWS = 500
-"""Prompts of the stage's data that are offered."""
 
 OPTIMIZER = (
     "learning_rate",
@@ -113,13 +107,6 @@ def stage_settings(run: Path, stage: str) -> dict[str, Any]:
     if not values:
         raise UserError(Problem("RUN", run / stage, "has no arguments.json, which says how it was trained"))
     return move(values | {"home": str(Path(str(values.get("output_dir", run / stage))).parent)}, run)
-
-
-def load_rows(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the first prompts that a stage is trained on, with all their columns."""
-    given = {item.name: settings[item.name] for item in fields(DataArguments) if settings.get(item.name) is not None}
-    split, _ = load_splits(DataArguments(**given | {"max_train_samples": ROWS}), "prompt", evaluation=False)
-    return list(islice(split, ROWS))
 
 
 def sample_group(

@@ -31,11 +31,15 @@ def test_it_answers_in_turns_and_switches_stages(
 
     monkeypatch.setattr(Loaded, "encode", remember)
     assert chat(run / "4_grpo", "What is 12?\nAnd 21?\n/stage 2_sft\nWho?\n/new\nA cat.\n/stage x\n", monkeypatch) == 0
-    assert [len(messages) for messages in asked] == [1, 3, 5, 1]
+    assert chat(run / "4_grpo", "/help\n/example fish\nOne.\n/example\n/example problem\nTwo.\n", monkeypatch) == 0
+    assert [len(messages) for messages in asked] == [1, 3, 5, 1, 1, 1, 1, 3], "an example begins anew"
     assert asked[1][0]["content"] == "What is 12?" and asked[1][1]["role"] == "assistant"
     shown = capsys.readouterr().out
     assert "2_sft answers from now on" in shown
     assert "/stage: x: " in shown, "a stage that is not there ends nothing"
+    assert "/example KIND" in shown and "/example: fish: choose from: problem, prompt" in shown
+    assert asked[5][0]["content"] == asked[6][0]["content"] == "What is 0 and 0?"
+    assert shown.count("Asked: What is 0 and 0?") == 2 and shown.count("The right result is 0.") >= 1
 
 
 def test_a_conversation_beyond_the_context_is_refused_with_both_numbers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import threading
@@ -14,6 +15,7 @@ import pytest
 import uvicorn
 from chromium import FAINT, emulate, open_browser, requested
 from fake_run import HOSTILE
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -27,7 +29,7 @@ STAGES = ["0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo"]
 OUTSIDE = """
 return [...document.querySelectorAll('body *')].filter(e => {
   const box = e.getBoundingClientRect();
-  return box.width > 1 && box.right > innerWidth + 1 && !e.closest('.scroll, .gallery, .heard, svg');
+  return box.width > 1 && box.right > innerWidth + 1 && !e.closest('.chips, #answers, #sections ul, .heard, svg');
 }).map(e => e.outerHTML.slice(0, 120));
 """
 
@@ -47,7 +49,6 @@ def page(run: Path, site_of: Callable[..., Site], tmp_path_factory: pytest.TempP
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr("pipeline.app.compare.USUAL", 24)  # these models never end their turn
     app = build_app(site_of(run, "--port", str(port), "--model", str(tmp_path_factory.mktemp("broken"))))
-    monkeypatch.undo()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -56,6 +57,7 @@ def page(run: Path, site_of: Callable[..., Site], tmp_path_factory: pytest.TempP
     yield f"http://127.0.0.1:{port}/"
     server.should_exit = server.force_exit = True
     thread.join(20)
+    monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +71,39 @@ def visit(browser: Any, page: str, width: int = 1440, scheme: str = "light") -> 
     emulate(browser, width, scheme)
     browser.get("about:blank")
     browser.get(page)
-    until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#report iframe"))
+    # The last thing that the page adds by itself.
+    until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".may-ask[data-form='compare-form'] .chips button"))
     return browser
 
 
-def until(browser: Any, condition: Any) -> Any:
-    return WebDriverWait(browser, 150, 0.05).until(lambda _: condition())
+def until(browser: Any, condition: Any, message: str = "") -> Any:
+    return WebDriverWait(browser, 150, 0.05).until(lambda _: condition(), message)
 
 
 def columns(browser: Any) -> dict[str, str]:
-    """The text of each column that has one, by the name of its model."""
-    shown = browser.find_elements(By.CSS_SELECTOR, "#answers > *")
-    return {text.split()[0]: text for text in (column.text for column in shown) if text}
+    """The text of each column that is shown, by the name of its model."""
+    shown = browser.find_elements(By.CSS_SELECTOR, "#answers article:not([hidden])")
+    return {column.get_attribute("data-model"): column.get_property("innerText") for column in shown}
+
+
+def wait_for_answers(browser: Any) -> dict[str, str]:
+    """The columns when all have ended."""
+    ended = "#answers article:not([hidden])[data-done]"
+    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, ended)) == len(STAGES) + 1)
+    return columns(browser)
+
+
+def write(browser: Any, prompt: str) -> None:
+    field = browser.find_element(By.ID, "prompt")
+    field.clear()
+    field.send_keys(prompt)
 
 
 def ask(browser: Any, prompt: str) -> dict[str, str]:
-    """Compare the answers to a prompt. Returns the columns when all have stopped."""
-    field = browser.find_element(By.CSS_SELECTOR, "#prompt")
-    field.clear()
-    field.send_keys(prompt)
+    """Compare the answers to a prompt. Returns the columns when all have ended."""
+    write(browser, prompt)
     browser.find_element(By.ID, "send").click()
-    ended = "#answers .answer[data-done], #answers .failed"
-    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, ended)) == len(STAGES) + 1)
-    return columns(browser)
+    return wait_for_answers(browser)
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
@@ -139,8 +151,10 @@ def test_nothing_covers_what_is_clicked_and_a_vote_follows_the_name(browser: Any
     assert browser.execute_script(COVERED, IDS) == []
     browser.find_element(By.ID, "annotator").send_keys(f"ann {width}")
     until(browser, first.is_enabled)
-    first.click()
+    ActionChains(browser).double_click(first).perform()
     until(browser, lambda: browser.find_element(By.ID, "votes-count").text == "1")
+    until(browser, first.is_enabled)
+    assert browser.find_element(By.ID, "votes-count").text == "1", "the second click of a double click is no vote"
     browser.find_element(By.ID, "annotator").clear()
     visit(browser, f"{page}?annotator=bob", width)
     until(browser, browser.find_element(By.ID, "vote-a").is_enabled)
@@ -156,10 +170,10 @@ def test_sections_have_addresses_and_the_path_leads_to_them(browser: Any, page: 
     assert leads == ["compare", "compare", "compare", "prefer", "rollout"]
     for section in ("path", "compare", "prefer", "rollout", "report"):
         browser.find_element(By.CSS_SELECTOR, f"#sections a[href='#{section}']").click()
-        until(browser, lambda: browser.execute_script(top, section) < 400)  # noqa: B023
-    browser.switch_to.frame(browser.find_element(By.CSS_SELECTOR, "#report iframe"))
+        until(browser, lambda: 0 <= browser.execute_script(top, section) < 400)  # noqa: B023
+    link = browser.find_element(By.CSS_SELECTOR, "#report a")
+    browser.get(link.get_attribute("href"))
     assert "report of a run" in browser.find_element(By.TAG_NAME, "body").text
-    browser.switch_to.default_content()
 
 
 def test_every_stage_answers_and_text_stays_text(browser: Any, page: str) -> None:
@@ -171,57 +185,86 @@ def test_every_stage_answers_and_text_stays_text(browser: Any, page: str) -> Non
         assert re.search(r"\d+ tokens · \d+ tokens/s · (ended its turn|limit of|the context of)", shown[name])
     (failed,) = (text for name, text in shown.items() if name not in STAGES)
     assert "no tokenizer can be loaded" in failed, "a model that fails to load is a message in its column"
-    browser.find_element(By.CSS_SELECTOR, "#compare .gallery button").click()  # a prompt of the report, hostile too
-    assert "<script>" in browser.find_element(By.CSS_SELECTOR, "#prompt").get_property("value")
-    inside = "#path img, #path script, #answers img, #answers a, #answers strong, #answers script, .gallery img"
+    # A prompt of the report, which is hostile too, fills the box and is sent.
+    browser.find_element(By.CSS_SELECTOR, "#compare .chips button[data-text]").click()
+    until(browser, lambda: "<script>" in browser.find_element(By.CSS_SELECTOR, "#compare-status q").text)
+    wait_for_answers(browser)
+    assert "<script>" in browser.find_element(By.ID, "prompt").get_property("value")
+    inside = ":is(#path, #answers, .chips, #compare-status) :is(img, script, a:not([href^='#']), strong)"
     assert browser.find_elements(By.CSS_SELECTOR, inside) == []
     assert browser.title == "Fourstage"
     assert [url for url in requested(browser) if not url.startswith(page)] == []
 
 
-def test_a_stopped_answer_says_so(browser: Any, page: str) -> None:
+def test_an_answer_never_stands_below_another_prompt(browser: Any, page: str) -> None:
     visit(browser, page)
-    browser.execute_script(
-        "document.getElementById('answers').insertAdjacentHTML('beforeend', '<p class=soft>3 tokens · writing</p>')"
-    )
-    browser.find_element(By.ID, "stop").click()
-    line = browser.find_element(By.CSS_SELECTOR, "#answers .soft")
-    until(browser, lambda: line.get_property("textContent") == "3 tokens · stopped")
+    alone = ask(browser, "What is 12?")
+    write(browser, "cat " * 90)
+    send = browser.find_element(By.ID, "send")
+    send.click()
+    until(browser, lambda: "tokens" in columns(browser)["0_random"])
+    write(browser, "What is 12?")
+    ActionChains(browser).double_click(send).perform()
+    asked = browser.find_element(By.CSS_SELECTOR, "#compare-status q")
+    assert asked.text.strip("“”") == "What is 12?"
+    timed = re.compile(r"\d+ tokens/s")
+    shown = wait_for_answers(browser)
+    assert [timed.sub("", text) for text in shown.values()] == [timed.sub("", text) for text in alone.values()]
+    send_and_stop = "document.getElementById('compare-form').requestSubmit(); document.getElementById('stop').click()"
+    browser.execute_script(send_and_stop)
+    assert all("stopped" in text for text in columns(browser).values()), "a stopped answer says so"
+    assert not browser.find_element(By.ID, "stop").is_enabled(), "nothing is left to stop"
 
 
-def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(browser: Any, page: str) -> None:
+def test_columns_say_what_is_wrong(browser: Any, page: str) -> None:
+    """A prompt beyond the context is refused with both numbers; a server that is gone is said to be."""
     visit(browser, page)
-    browser.execute_script(
-        "const field = document.querySelector('#prompt');"
-        "Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, 'value').set.call(field, 'cat '.repeat(25000));"
-        "field.dispatchEvent(new Event('input', {bubbles: true}))"
-    )
+    browser.execute_script("document.getElementById('prompt').value = 'cat '.repeat(25000)")
     browser.find_element(By.ID, "send").click()
-    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, "#answers .failed")) == len(STAGES) + 1)
-    for name, text in columns(browser).items():
+    for name, text in wait_for_answers(browser).items():
         assert name not in STAGES or ("the context of" in text and "256 tokens" in text and "500" in text)
+    conditions = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions | {"offline": True})
+    try:
+        assert all("The connection is lost" in text for text in ask(browser, "What is 12?").values())
+    finally:
+        browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions | {"offline": False})
+    assert "limit of 24 tokens" in ask(browser, "What is 12?")["2_sft"], "and answers again afterwards"
 
 
-def test_each_token_shows_its_alternatives_by_pointer_and_by_key(browser: Any, page: str) -> None:
-    visit(browser, page)
-    browser.find_element(By.CSS_SELECTOR, "#probabilities input").click()
+def test_each_token_shows_its_alternatives_beside_it_by_pointer_and_by_key(browser: Any, page: str) -> None:
+    visit(browser, page, 1200)
     ask(browser, "What is a cat?")
-    tokens = browser.find_elements(By.CSS_SELECTOR, "#answers > :first-child .token")
-    line = browser.find_element(By.ID, "inspect")
+    tops = {column.rect["y"] for column in browser.find_elements(By.CSS_SELECTOR, "#answers article")[:5]}
+    assert len(tops) == 1, "five stages stand side by side"
+    # Without asking again.
+    browser.find_element(By.ID, "probabilities").click()
+    tokens = browser.find_elements(By.CSS_SELECTOR, "#answers [data-model='0_random'] .token")
+    popover = browser.find_element(By.ID, "popover")
     tokens[1].click()
-    assert "Most probable here" in line.text and line.text.count("%") >= 6
-    before, focused = line.text, browser.switch_to.active_element
+    assert "Most probable here" in popover.text and popover.text.count("%") >= 6
+    place = "const p = arguments[0].getBoundingClientRect(), t = arguments[1].getBoundingClientRect(); return [p.top, "
+    place += "p.bottom, t.top, t.bottom, innerHeight]"
+    top, bottom, above, below, height = browser.execute_script(place, popover, tokens[1])
+    assert top >= 0 and bottom <= height and (0 <= top - below < 9 or 0 <= above - bottom < 9), "it is at the token"
+    before, focused = popover.text, browser.switch_to.active_element
     focused.send_keys(Keys.ARROW_RIGHT)
     assert browser.switch_to.active_element == tokens[2]
-    assert line.text != before or tokens[2].text == tokens[1].text
+    assert popover.text != before or tokens[2].text == tokens[1].text
     reachable = [token for token in tokens if token.get_attribute("tabindex") == "0"]
     assert len(reachable) <= 2, "one stop for the tabulator, not one for each token"
+    ActionChains(browser).move_to_element(browser.find_element(By.CSS_SELECTOR, "#sections a")).perform()
+    assert not popover.is_displayed()
+    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert popover.is_displayed()
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not popover.is_displayed()
 
 
 def test_a_prompt_is_sent_by_keyboard_alone(browser: Any, page: str) -> None:
     visit(browser, page)
     browser.find_element(By.CSS_SELECTOR, "#sections a").send_keys(Keys.TAB)
-    for _ in range(30):
+    for _ in range(40):
         active = browser.switch_to.active_element
         if active.tag_name == "textarea":
             break
@@ -231,26 +274,87 @@ def test_a_prompt_is_sent_by_keyboard_alone(browser: Any, page: str) -> None:
     browser.switch_to.active_element.send_keys("What is 12?", Keys.TAB)
     assert browser.switch_to.active_element.get_attribute("id") == "send"
     browser.switch_to.active_element.send_keys(Keys.ENTER)
-    until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#answers .answer[data-done]"))
+    until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#answers article[data-done]"))
 
 
 def test_a_rollout_is_watched_step_by_step(browser: Any, page: str) -> None:
     visit(browser, page)
-    # The sections below the report appear after it.
-    (another,) = until(browser, lambda: browser.find_elements(By.ID, "rollout-another"))
-    another.click()
-    field = browser.find_element(By.CSS_SELECTOR, "#rollout-prompt textarea")
-    until(browser, lambda: field.get_property("value").startswith("What is"))
+    field = browser.find_element(By.ID, "rollout-prompt")
+    until(browser, lambda: field.get_property("value") == "What is 0 and 0?")
+    assert browser.find_element(By.ID, "rollout-answer").get_property("value") == "0", "the first held-out problem"
+    assert "of 60 held-out problems" in browser.find_element(By.ID, "rollout-tally").text
     browser.find_element(By.ID, "rollout-go").click()
     until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, "#rollout-shown section")) == 4)
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#rollout-shown .group li")) == 4, "one card for each attempt"
     shown = browser.find_element(By.ID, "rollout-shown").text
     for words in ("1. Prompt", "2. Completions", "exact_answer: 0.00", "All are equal here", "times as likely"):
         assert words in shown
-    browser.find_element(By.CSS_SELECTOR, "#rollout input[type=radio]").click()
-    until(
-        browser, lambda: not browser.find_elements(By.CSS_SELECTOR, "#rollout-answer input, #rollout-answer textarea")
-    )
+    browser.find_element(By.CSS_SELECTOR, "#rollout input[value='3_ppo']").click()
+    until(browser, lambda: not browser.find_element(By.ID, "rollout-answer").is_displayed())
+    assert browser.find_element(By.ID, "rollout-shown").text == "", "nothing of GRPO stands below PPO"
+    until(browser, lambda: field.get_property("value") == "What is 0 and 0?")
+    emulate(browser, 390, "light")
     browser.find_element(By.ID, "rollout-go").click()
     rows = until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#rollout-shown .tokens tbody tr"))
     assert len(rows[0].text.split()) >= 5
+    advantage = rows[0].find_element(By.CSS_SELECTOR, "td:last-child").rect
+    assert advantage["x"] + advantage["width"] <= 390, "the advantage is seen on a phone"
     assert "KL from 2_sft" in browser.find_element(By.ID, "rollout-shown").text
+
+
+# The next control that can be used and was not yet, with its key, which is the same for the buttons of all own votes.
+UNUSED = """
+const key = e => e.id || [e.tagName, e.name, e.value, e.textContent.trim(), e.closest('[id]')?.id].join('|');
+const controls = 'nav a, main :is(a, button, input, select, textarea, summary, .prefer-text)';
+const found = [...document.querySelectorAll(controls)]
+  .find(e => e.getClientRects().length && !e.disabled && e.ariaPressed !== 'true' && !e.matches(':checked[type=radio]')
+    && !arguments[0].includes(key(e)));
+return found && [key(found), found];
+"""
+IDLE = """
+return !document.querySelector(':is(#stop, #rollout-stop):enabled')
+  && document.getElementById('prefer-ballot').ariaBusy === 'false';
+"""
+STATE = """
+const fields = [...document.querySelectorAll('input, textarea, select')].map(e => [e.value, e.checked]);
+return JSON.stringify([document.body.innerHTML, fields, location.hash]);
+"""
+
+
+def use(browser: Any, control: Any) -> None:
+    """Do with a control what a visitor would."""
+    tag, kind = control.tag_name, control.get_attribute("type")
+    if tag == "select":
+        options = control.find_elements(By.TAG_NAME, "option")
+        next(option for option in options if not option.is_selected()).click()
+    elif kind == "number":
+        at_most = control.get_attribute("max") == control.get_property("value")
+        control.send_keys(Keys.ARROW_DOWN if at_most else Keys.ARROW_UP)
+    elif tag == "textarea" or (tag == "input" and kind not in ("checkbox", "radio")):
+        control.send_keys("x")
+    elif control.get_attribute("target"):
+        path = "return fetch(arguments[0].href).then(answer => { arguments[0].title = answer.status; })"
+        browser.execute_script(path, control)
+    else:
+        control.click()
+
+
+def test_every_control_does_something_and_nothing_fails(browser: Any, page: str) -> None:
+    visit(browser, page, 1280)
+    used: list[str] = []
+    while found := browser.execute_script(UNUSED, used):
+        key, control = found
+        used.append(key)
+        # Several boxes of the path lead to the same section.
+        browser.execute_script("history.replaceState(null, '', location.pathname)")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", control)
+        before = browser.execute_script(STATE)
+        use(browser, control)
+        until(browser, lambda: browser.execute_script(STATE) != before, f"{key} does nothing")  # noqa: B023
+        until(browser, lambda: browser.execute_script(IDLE), f"{key} does not end")
+    assert {"send", "answer-a", "vote-tie", "vote-undo", "prefer-send", "prefer-others", "rollout-go"} <= set(used)
+    assert len(used) > 50
+    log = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    answers = [one["params"]["response"] for one in log if one["method"] == "Network.responseReceived"]
+    assert [answer["url"] for answer in answers if answer["status"] >= 400] == []
+    assert [entry["message"] for entry in browser.get_log("browser")] == []

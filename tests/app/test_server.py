@@ -8,12 +8,15 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, MutableMapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from anyio import CapacityLimiter
+from fastapi import HTTPException
 from httpx import ASGITransport, AsyncClient
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
@@ -21,7 +24,7 @@ from starlette.testclient import TestClient
 from pipeline.__main__ import main
 from pipeline.app import server
 from pipeline.app.server import build_app
-from pipeline.app.site import Site
+from pipeline.app.site import Site, stream
 
 PASSWORD = "to be or not to be"
 
@@ -52,7 +55,7 @@ def guarded(run: Path, site_of: Make, tmp_path_factory: pytest.TempPathFactory) 
 def test_the_page_and_its_report_are_served(client: TestClient) -> None:
     page = client.get("/")
     assert page.status_code == 200 and "Fourstage" in page.text
-    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert "script-src 'self';" in page.headers["content-security-policy"]
     report = client.get("/report")
     assert "The same prompts, answered by each stage" in report.text
     assert report.headers["content-security-policy"].startswith("default-src 'none'")
@@ -89,7 +92,7 @@ def test_what_the_page_does_not_need_is_not_there(client: TestClient, path: str)
 
 def test_nothing_is_uploaded_and_requests_are_small(client: TestClient) -> None:
     assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
-    assert client.post("/gradio_api/queue/join", content=b"x" * (1 << 21)).status_code == 413
+    assert client.post("/compare", content=b"x" * (1 << 21)).status_code == 413
 
 
 @pytest.mark.parametrize("method", ["POST", "GET"])
@@ -102,10 +105,64 @@ def test_a_body_whose_length_is_not_known_is_refused_before_it_is_read(guarded: 
 
 
 def test_a_path_in_a_call_is_not_opened(client: TestClient, run: Path) -> None:
-    body = {"data": [{"path": str(run / "run.json"), "meta": {"_type": "gradio.FileData"}}], "fn_index": 0}
-    answer = client.post("/gradio_api/queue/join", json=body | {"session_hash": "abc"})
-    shown = client.get("/gradio_api/queue/data?session_hash=abc").text if answer.status_code == 200 else answer.text
-    assert "fingerprint" not in shown
+    answer = client.post(
+        "/compare", json={"text": "What is 12?", "models": [str(run / "2_sft"), "../2_sft", "3_reward"]}
+    )
+    assert answer.status_code == 200 and answer.text == "", "no model of the page"
+    for wrong in ({"stage": "../4_grpo", "policy": "2_sft"}, {"stage": "4_grpo", "policy": str(run / "2_sft")}):
+        assert client.post("/rollout", json={"text": "What is 12?", **wrong}).status_code == 422
+    for path in ("/static/page.js.map", "/static/../server.py", "/static/guidelines.md"):
+        assert client.get(path).status_code == 404
+
+
+def test_what_cannot_be_asked_is_refused(client: TestClient) -> None:
+    asked = {"text": "What is 12?", "models": ["2_sft"]}
+    for wrong in (
+        {"temperature": -1},
+        {"top_p": 0},
+        {"longest": 10**9},
+        {"seed": 1 << 70},
+        {"text": ""},
+        {"models": "x"},
+    ):
+        assert client.post("/compare", json=asked | wrong).status_code == 422
+
+
+def test_a_visitor_who_leaves_ends_the_answer_and_too_many_are_told_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, ended, steps = CapacityLimiter(1), [], []
+
+    def answer() -> Generator[int]:
+        try:
+            for step in range(10**9):
+                steps.append(step)
+                time.sleep(0.01)
+                yield step
+        finally:
+            ended.append(True)
+
+    async def visit() -> None:
+        sent, gone = [], asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message)
+            if len(sent) > 3:
+                gone.set()
+
+        scope = {"type": "http", "method": "POST", "asgi": {"spec_version": "2.3"}}
+        await stream(answer(), turns)(scope, receive, send)
+
+    asyncio.run(visit())
+    assert ended and turns.borrowed_tokens == 0, "the next visitor has a turn"
+    count = len(steps)
+    time.sleep(0.1)
+    assert len(steps) == count < 100
+    monkeypatch.setattr("pipeline.app.site.MOST_WAITING", 0)
+    with pytest.raises(HTTPException, match="503"):
+        stream(answer(), turns)
 
 
 @pytest.mark.parametrize("comment", [b'"\\ud800"', b"NaN", b"[" * 5000, b"\xff", b'{"a": '])
@@ -119,18 +176,19 @@ def test_other_sites_cannot_use_the_page_of_this_machine(client: TestClient) -> 
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
     for site in ("cross-site", "same-site"):
         crossing = {"sec-fetch-site": site, "sec-fetch-mode": "cors"}
-        assert client.post("/gradio_api/queue/join", json={}, headers=crossing).status_code == 403
-        assert client.get("/config", headers=crossing).status_code == 403
+        assert client.post("/compare", json={}, headers=crossing).status_code == 403
+        assert client.get("/report", headers=crossing).status_code == 403
         assert client.get("/", headers={"sec-fetch-site": site, "sec-fetch-mode": "navigate"}).status_code == 200
 
 
 def test_without_the_password_there_is_only_the_form(guarded: TestClient) -> None:
     page = guarded.get("/")
-    assert re.search(r'<input[^>]*type="password"', page.text) and "gradio" not in page.text
-    for path in ("/report", "/config", "/gradio_api/info", "/prefer/next"):
+    assert re.search(r'<input[^>]*type="password"', page.text) and "prefer-section" not in page.text
+    for path in ("/report", "/prompts", "/compare", "/prefer/next", "/static/page.js"):
         assert guarded.get(path).status_code == 401
     wrong = guarded.post("/login", data={"username": "ann", "password": "wrong"})
     assert wrong.status_code == 401 and not guarded.cookies
+    assert 'value="ann"' in wrong.text, "the name need not be typed again"
     assert guarded.post("/login", data={"username": " ", "password": PASSWORD}).status_code == 401
 
 
@@ -173,7 +231,8 @@ def test_a_login_outlives_a_restart_and_cannot_be_forged(
     guarded: TestClient, run: Path, site_of: Make, tmp_path: Path
 ) -> None:
     entered = guarded.post("/login", data={"username": "Änn", "password": PASSWORD})
-    assert entered.status_code == 200 and "gradio" in entered.text
+    assert entered.status_code == 200 and 'value="Änn" readonly' in entered.text
+    assert guarded.post("/prefer/rates", json={}).status_code == 403, "visitors do not see how others vote"
     (cookie,) = guarded.cookies.jar
     assert cookie.has_nonstandard_attr("HttpOnly")
     with guarded_by(PASSWORD, run, tmp_path / "restarted", site_of) as restarted:

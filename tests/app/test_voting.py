@@ -6,13 +6,13 @@ import argparse
 import errno
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import krippendorff
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from pipeline.app import cli
 from pipeline.app.models import Models
 from pipeline.app.pairs import BATCH, Pair
 from pipeline.app.site import Site
-from pipeline.app.voting import agreement, build, routes
+from pipeline.app.voting import agreement, content, in_words, routes
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import read_votes
@@ -110,13 +110,20 @@ def votes_in(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_vote_says_which_text_was_preferred_and_which_was_seen_first(models: Path, tmp_path: Path) -> None:
     seen = []
-    with server(models, tmp_path) as client:
-        ann = Voter(client, "ann", a="2_sft", b="3_ppo")
+    with server(models, tmp_path, "--pair", "2_sft", "3_ppo") as client:
+        ann = Voter(client, "ann")
+        assert "no votes between" in ann.ask("rates")[0] and ann.state["pace"] is None
         for number, choice in enumerate(["first", "second", "tie", "bad", "skip"] * 3):
             seen.append((choice, ann.pair))
             assert "2_sft" not in json.dumps(ann.pair) and "3_ppo" not in json.dumps(ann.pair)
             ann.vote(choice, comment=f"no. {number}")
             assert ann.state["count"] == number + 1 == len(votes_in(tmp_path)), "on disk before the page says so"
+        own = [vote["choice"] == {"2_sft": "b"}.get(vote["model_a"]) for vote in votes_in(tmp_path)]
+        ties = sum(vote["choice"] in ("tie", "bad") for vote in votes_in(tmp_path))
+        percent = round(100 * (sum(own) + ties / 2) / 12)
+        (rate,) = ann.ask("rates")
+        assert rate.startswith(f"3_ppo against 2_sft: preferred in {percent}% (") and rate.endswith("of 12 votes")
+        assert ann.state["pace"] == 1.0 and "alpha" not in ann.state
     votes = votes_in(tmp_path)
     assert len({vote["pair"] for vote in votes}) == 15
     assert {(vote["model_a"], vote["model_b"]) for vote in votes} == {("2_sft", "3_ppo")}
@@ -183,13 +190,23 @@ def test_pages_keep_their_places_also_on_a_restarted_server(models: Path, tmp_pa
         assert new.pair == places[0], "the first pair without a vote"
 
 
-def test_nobody_sees_a_pair_twice_and_everybody_sees_the_shared_ones(models: Path, tmp_path: Path) -> None:
-    with server(models, tmp_path, "--overlap", "0.25") as client:
+def test_nobody_sees_a_pair_twice_and_everybody_sees_the_shared_ones(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.app.voting.EXPORT_SECONDS", 0.0)
+    with server(models, tmp_path, "--overlap", "0.25", "--password", "x") as client:
         for name, choices in (("ann", "first"), ("bob", "second"), ("eve", "tie")):
             voter = Voter(client, name)
             for _ in range(16):
                 voter.vote(choices)
-        assert voter.state["shared"] == 4
+        assert client.post("/prefer/rates").status_code == 403
+        printed = ""
+        # The terminal of whoever runs the page, which other people may open, says what no visitor may see.
+        while "agreement of people on" not in printed:
+            time.sleep(0.01)
+            printed += capsys.readouterr().out
+        assert "no votes between two different models yet" in printed
+    assert agreement(votes_in(tmp_path))[1] == 4
     by_pair = Counter(vote["pair"] for vote in votes_in(tmp_path))
     assert Counter(by_pair.values()) == {3: 4, 1: 36}
     lines = map(json.loads, (tmp_path / "votes" / "pairs.jsonl").read_text().splitlines())
@@ -217,6 +234,8 @@ def test_agreement_is_krippendorffs_alpha_of_the_shared_pairs() -> None:
     agreed = [{**vote, "choice": "a" if int(str(vote["pair"])[1:]) % 2 else "b"} for vote in votes]
     assert agreement(agreed)[0] == 1.0
     assert np.isnan(agreement(votes[:30])[0]), "one person does not agree with anybody"
+    assert in_words(-0.287, 4) == "too few to say, from 20 on"
+    assert in_words(-0.287, 40) == "below chance (Krippendorff's alpha −0.29)"
 
 
 def test_a_prompt_can_be_typed_unless_it_is_too_long_or_spells_a_special_token(models: Path, tmp_path: Path) -> None:
@@ -314,12 +333,11 @@ def test_guidelines_are_a_file_of_which_nothing_runs_or_is_fetched(models: Path,
         (tmp_path / stage).symlink_to(models / stage)
     text = "# Be fair\n\n**Right** first.\n\n<script>alert(1)</script>\n\n![x](https://example.com/x.png)\n"
     (tmp_path / "rules.md").write_text(text)
-    with gr.Blocks() as blocks:
-        build(site_of(models, tmp_path, "--guidelines", str(tmp_path / "rules.md"), "--pair", "2_sft", "3_ppo"))
-    (html,) = [block.value for block in blocks.blocks.values() if isinstance(block, gr.HTML)]
-    assert "<h1>Be fair</h1>" in html and "<strong>Right</strong>" in html
-    assert "<script" not in html and "<img" not in html
-    assert "<option selected>3_ppo</option>" in html
+    options = ("--guidelines", str(tmp_path / "rules.md"), "--pair", "2_sft", "3_ppo")
+    shown = content(site_of(models, tmp_path, *options))
+    assert "<h1>Be fair</h1>" in shown["guidelines"] and "<strong>Right</strong>" in shown["guidelines"]
+    assert "<script" not in shown["guidelines"] and "<img" not in shown["guidelines"]
+    assert shown["chosen"] == ("2_sft", "3_ppo")
 
 
 def test_answers_that_are_always_the_same_are_said_to_be(models: Path, tmp_path: Path) -> None:

@@ -81,10 +81,3 @@ def test_grpo_shows_the_stages_own_settings(run: Path) -> None:
     assert seen(run, learning_rate=0.0).changes == pytest.approx([1.0] * 4, abs=1e-4)
     free, held = seen(run, max_grad_norm=0.0), seen(run, max_grad_norm=0.0, beta=100.0)
     assert free.changes != pytest.approx(held.changes, rel=1e-3)
-
-
-def test_the_rows_are_those_of_the_stage(run: Path) -> None:
-    rows = watch.load_rows(watch.stage_settings(run, "4_grpo"))
-    answers = {row["prompt"][0]["content"]: row["answer"] for row in rows}
-    assert len(answers) >= 8, "one is held out"
-    assert answers.items() <= {f"What is {i} and {i}?": str(2 * i) for i in range(9)}.items()

@@ -30,7 +30,6 @@ def warm(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     monkeypatch.setattr(warm_module, "PRELOADED", ())
-    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)  # Gradio sets it in the process of the tests
     if request.param == "new process":
         yield None
         return

@@ -1,67 +1,130 @@
-// Calls `use` with an element once it is on the page: Gradio renders the page after it has loaded.
-function whenReady(selector, use) {
-  const found = document.querySelector(selector);
-  if (found) return use(found);
-  const watcher = new MutationObserver(() => {
-    const later = document.querySelector(selector);
-    if (later) { watcher.disconnect(); use(later); }
-  });
-  watcher.observe(document.documentElement, { childList: true, subtree: true });
+// What all sections share. `compare.js`, `voting.js` and `rollout.js` follow in the same file.
+const byId = (id) => document.getElementById(id);
+const LOST = "The connection is lost. Send again once the server is back.";
+
+// Makes an element: make("p", {className: "soft"}, "text", child, ...). Text stays text.
+function make(name, properties, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
 }
 
-// When the browser looks for the section that the address names, it is not there yet, and the page above it still grows.
-// Keep the section in sight until the visitor moves.
-whenReady("#report", () => {
-  if (!/^#\w+$/.test(location.hash)) return;
-  const show = () => document.querySelector(location.hash)?.scrollIntoView({ behavior: "instant" });
-  const growing = new ResizeObserver(show);
+// A probability in percent, of its logarithm; null is the NaN of a model that is broken.
+const percent = (logProb) => (logProb === null ? "?" : Math.exp(logProb) >= 0.01 ? `${Math.round(100 * Math.exp(logProb))}%` : "<1%");
+
+// A bar of a share from 0 to 1.
+function bar(share, kind = "") {
+  const made = make("span", { className: `bar ${kind}` });
+  made.style.setProperty("--size", `${100 * share}%`);
+  return made;
+}
+
+// Sends `body` as JSON. Resolves to the response, whatever its status.
+function post(path, body, signal) {
+  // The server cannot read half an emoji, which a text field can contain.
+  const text = JSON.stringify(body, (key, value) => value?.toWellFormed?.() ?? value);
+  return fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: text, signal });
+}
+
+// Why the server refused a request.
+async function reason(response) {
+  if (response.status === 401) return "Log in again: reload this page.";
+  const text = await response.text();
+  try { return String(JSON.parse(text).detail); } catch { return text || "The server refused this request."; }
+}
+
+// Requests whose answers come line by line. There is one at a time: what an older one still sends is dropped, so that
+// nothing of its answer appears under another prompt.
+class Streamed {
+  constructor(stop) {
+    this.stopButton = stop;
+    stop.addEventListener("click", () => this.stop("stopped"));
+  }
+
+  // Calls `use` with each object of the answer, and `end` with why it ended, "" if it is whole. Stop the older one first.
+  async send(path, body, use, end) {
+    const own = (this.current = { controller: new AbortController(), end });
+    this.stopButton.disabled = false;
+    let why = "";
+    try {
+      const response = await post(path, body, own.controller.signal);
+      if (!response.ok) throw Object.assign(new Error(await reason(response)), { refused: true });
+      const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+      for (let rest = ""; ;) {
+        const { done, value } = await reader.read();
+        if (own !== this.current) return;
+        if (done) break;
+        const lines = (rest + value).split("\n");
+        rest = lines.pop();
+        for (const line of lines) use(JSON.parse(line));
+      }
+    } catch (error) {
+      if (own !== this.current) return;
+      // The browser's own words for a lost connection say little.
+      why = error.refused ? error.message : LOST;
+      if (!error.refused) console.error(error);
+    }
+    if (own === this.current) this.finish(why);
+  }
+
+  finish(why) {
+    const { end } = this.current;
+    this.current = null;
+    this.stopButton.disabled = true;
+    end(why);
+  }
+
+  stop(why) {
+    if (!this.current) return;
+    this.current.controller.abort();
+    this.finish(why);
+  }
+}
+
+// Enter sends a prompt, Shift+Enter begins a new line. Enter that ends a word of an input method does neither.
+document.addEventListener("keydown", (event) => {
+  if (!event.target.matches?.("textarea[name=text]") || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  event.target.form.requestSubmit();
+});
+
+// A button with a prompt fills the form that it names, and sends it.
+function fill(form, text, answer = "") {
+  const fields = form.elements;
+  fields.text.value = text;
+  if (fields.answer) fields.answer.value = answer;
+  form.dataset.answer = answer;
+}
+document.addEventListener("click", (event) => {
+  const chip = event.target.closest?.("button[data-form]");
+  if (!chip) return;
+  const form = byId(chip.dataset.form);
+  const next = chip.prompts?.[chip.turn++ % chip.prompts.length];
+  fill(form, next?.text ?? chip.dataset.text, next?.answer);
+  form.requestSubmit();
+});
+
+// The held-out prompts of the run: {key, kind, text, answer}. `offer` shows a button for each kind of those that `wanted`
+// selects, which sends the next prompt of its kind at each click.
+const prompts = post("prompts", {}).then((response) => (response.ok ? response.json() : [])).catch(() => []);
+async function offer(formId, wanted) {
+  const kinds = new Map();
+  for (const one of (await prompts).filter(wanted)) kinds.set(one.kind, [...(kinds.get(one.kind) ?? []), one]);
+  const chips = [...kinds].map(([kind, own]) => {
+    const chip = make("button", { type: "button", prompts: own, turn: 0, title: `Send the next held-out prompt: ${own[0].text}` }, kind);
+    chip.dataset.form = formId;
+    return chip;
+  });
+  document.querySelector(`.may-ask[data-form="${formId}"] .chips`).replaceChildren(...chips);
+  return [...kinds.values()].flat();
+}
+
+// The path and the chips may grow after the browser has gone to the section that the address names. Keep the section in
+// sight until the visitor moves.
+if (/^#\w+$/.test(location.hash)) {
+  const growing = new ResizeObserver(() => document.querySelector(location.hash)?.scrollIntoView({ behavior: "instant" }));
   growing.observe(document.body);
   const leave = () => growing.disconnect();
   for (const kind of ["wheel", "touchstart", "keydown", "pointerdown"]) addEventListener(kind, leave, { once: true });
-  setTimeout(leave, 10000);
-});
-
-// Gradio gives an id to the box around a field; scripts and tests look for the field.
-whenReady("#prompt-box textarea", field => { field.id = "prompt"; });
-
-// A token says how probable it was when it is pointed at, tapped or focused; arrow keys go from one to the next.
-function inspect(event) {
-  const token = event.target.closest?.(".token");
-  const line = token && document.getElementById("inspect");
-  if (line) line.textContent = token.dataset.about;
-}
-for (const kind of ["mouseover", "focusin", "click"]) document.addEventListener(kind, inspect);
-document.addEventListener("keydown", event => {
-  const token = event.target.closest?.(".token");
-  const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
-  const next = token && step && token[step];
-  if (!next) return;
-  token.tabIndex = -1;
-  next.tabIndex = 0;
-  next.focus();
-  event.preventDefault();
-});
-
-// Gradio stops answers without saying so.
-document.addEventListener("click", event => {
-  if (event.target.closest?.("#stop")) setTimeout(() => {
-    for (const line of document.querySelectorAll("#answers .soft")) {
-      line.textContent = line.textContent.replace(/(writing|waiting for its first token)$/, "stopped");
-    }
-  }, 500);
-});
-
-// If the server ends in the middle of an answer, Gradio waits for the rest for ever: load the page again once it is back.
-const plainFetch = window.fetch;
-window.fetch = async (...request) => {
-  const response = await plainFetch(...request);
-  if (!response.body || !String(request[0]?.url ?? request[0]).includes("/queue/data")) return response;
-  const [shown, watched] = response.body.tee();
-  const reader = watched.getReader();
-  const watch = () => reader.read().then(part => part.done || watch());
-  watch().catch(error => error.name === "AbortError" || reload());
-  return new Response(shown, response);
-};
-function reload() {
-  plainFetch("config").then(answer => answer.ok && location.reload()).catch(() => setTimeout(reload, 1000));
+  setTimeout(leave, 5000);
 }

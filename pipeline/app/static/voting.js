@@ -1,8 +1,8 @@
 // The section Prefer: shows pairs, and sends votes until the server confirms that they are on its disk. The tab keeps
 // the vote that is not confirmed yet and the pair that is shown, so that neither a reload nor a restarted server changes
 // its place. `pipeline/app/voting.py` is the server's side.
-whenReady("#prefer-section", (section) => {
-  const byId = (id) => document.getElementById(id);
+{
+  const section = byId("prefer-section");
   const NAMES = { first: "A", second: "B", tie: "tie", bad: "both bad", skip: "skipped" };
   const KEYS = { a: "vote-a", b: "vote-b", t: "vote-tie", x: "vote-bad", s: "vote-skip", u: "vote-undo" };
   const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
@@ -12,12 +12,14 @@ whenReady("#prefer-section", (section) => {
   };
   const page = tab.get("page") || newId();
   tab.set("page", page);
+  // The second click of a double click must not vote on the next pair.
+  const DOUBLE_CLICK = 400;
   let pair = null, shownAt = 0, busy = true, lost = false, losses = 0, typing = 0, stack = tab.get("stack") || [];
 
   const asked = new URLSearchParams(location.search).get("annotator");
   let remembered = "";
   try { remembered = localStorage.getItem("prefer.annotator") || ""; } catch { /* private */ }
-  byId("annotator").value = asked || remembered;
+  if (!byId("annotator").readOnly) byId("annotator").value = asked || remembered;
   // The annotator whose pair is shown. The address may name somebody else than the tab did before.
   let named = byId("annotator").value;
   if (tab.get("named") !== named) tab.set("stack", stack = []);
@@ -35,10 +37,7 @@ whenReady("#prefer-section", (section) => {
     for (let wait = 300; ; wait = Math.min(wait * 2, 3000)) {
       let response = null;
       try {
-        // The server cannot read half an emoji, which a text field can contain.
-        const text = JSON.stringify(body, (key, value) => value?.toWellFormed?.() ?? value);
-        const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: text };
-        response = await fetch("prefer/" + path, options);
+        response = await post("prefer/" + path, body);
         if (response.ok) {
           const answer = await response.json();
           if (lost) { lost = false; say("Connected again."); }
@@ -46,12 +45,7 @@ whenReady("#prefer-section", (section) => {
         }
       } catch { /* the connection, not the request */ }
       if (response && response.status < 500) {
-        let reason = await response.text();
-        try { reason = JSON.parse(reason).detail; } catch { /* plain text */ }
-        if (response.status === 401) reason = "Log in again: reload this page. Your last vote is kept.";
-        const error = new Error(typeof reason === "string" ? reason : "The server refused this request.");
-        error.status = response.status;
-        throw error;
+        throw Object.assign(new Error(await reason(response)), { status: response.status });
       }
       if (!lost) losses += 1;
       lost = true;
@@ -74,9 +68,11 @@ whenReady("#prefer-section", (section) => {
     const name = byId("annotator");
     if (document.activeElement !== name && (state.annotator !== "anonymous" || name.value)) name.value = state.annotator;
     const parts = [`${state.all} in all, by ${state.people} ${state.people === 1 ? "person" : "people"}`];
-    if (state.goal) parts.push(`${state.usable} of ${state.goal} wanted prefer one answer`);
-    if (state.shared) parts.push(`agreement (Krippendorff's alpha) ${state.alpha === null ? "not defined" : state.alpha} on ${state.shared} shared pairs`);
-    byId("prefer-progress").textContent = parts.join(" · ");
+    const left = state.goal - state.usable, minutes = Math.ceil((left * state.pace) / 60);
+    if (state.goal) parts.push(`${state.usable} of ${state.goal} votes for A or B. Ties and skips do not count.`);
+    if (left > 0 && state.pace) parts.push(`about ${minutes} min left at your pace`);
+    if (left <= 0 && state.command) parts.push(make("span", {}, "Enough: ", make("code", {}, state.command), " trains on them."));
+    byId("prefer-progress").replaceChildren(...parts.flatMap((part) => [" · ", part]).slice(1));
     byId("prefer-goal").hidden = !state.goal;
     if (state.goal) byId("prefer-goal").value = Math.min(1, state.usable / state.goal);
   }
@@ -97,10 +93,35 @@ whenReady("#prefer-section", (section) => {
       }
       item.appendChild(document.createElement("span")).textContent = turn.content;
     }
-    byId("answer-a").textContent = pair ? pair.first : "";
-    byId("answer-b").textContent = pair ? pair.second : "";
+    const [first, second] = pair ? marked(pair.first, pair.second) : [[], []];
+    byId("answer-a").replaceChildren(...first);
+    byId("answer-b").replaceChildren(...second);
     for (const id of ["prefer-turns", "answer-a", "answer-b"]) byId(id).scrollTop = 0;
     if (found && found.error) say(found.error, true);
+  }
+
+  // Marks the words in which two texts differ. Returns what to show of each; without marks if they have little in common.
+  function marked(...texts) {
+    const [one, other] = texts.map((text) => text.match(/\s+|[^\s]+/g) ?? []);
+    if (one.length * other.length > 1e6) return texts.map((text) => [text]);
+    // lengths[i][j] is how many words one.slice(i) and other.slice(j) have in common, in the same order.
+    const lengths = Array.from({ length: one.length + 1 }, () => new Uint32Array(other.length + 1));
+    for (let i = one.length - 1; i >= 0; i--) {
+      for (let j = other.length - 1; j >= 0; j--) {
+        lengths[i][j] = one[i] === other[j] ? lengths[i + 1][j + 1] + 1 : Math.max(lengths[i + 1][j], lengths[i][j + 1]);
+      }
+    }
+    if (lengths[0][0] * 3 < Math.min(one.length, other.length)) return texts.map((text) => [text]);
+    const shown = [[], []];
+    const mark = (word) => (word.trim() ? make("mark", {}, word) : word);
+    for (let i = 0, j = 0; i < one.length || j < other.length;) {
+      if (i < one.length && j < other.length && one[i] === other[j]) {
+        shown[0].push(one[i++]);
+        shown[1].push(other[j++]);
+      } else if (j === other.length || (i < one.length && lengths[i + 1][j] >= lengths[i][j + 1])) shown[0].push(mark(one[i++]));
+      else shown[1].push(mark(other[j++]));
+    }
+    return shown;
   }
 
   async function next() {
@@ -136,6 +157,8 @@ whenReady("#prefer-section", (section) => {
       showPair(answer.pair);
       showState(answer.state);
       if (byId("prefer-own").open) listOwn();
+      if (byId("prefer-rates")?.open) showRates();
+      await new Promise((done) => setTimeout(done, DOUBLE_CLICK));
     } catch (error) {
       if (error.status !== 401) tab.set("unsent", null);
       say(error.message, true);
@@ -174,7 +197,13 @@ whenReady("#prefer-section", (section) => {
     let lines;
     try { lines = await ask("opinions?pair=" + encodeURIComponent(last.pair), who()); }
     catch (error) { lines = [error.message]; }
-    list.replaceChildren(...lines.map((line) => Object.assign(document.createElement("li"), { textContent: line })));
+    list.replaceChildren(...lines.map((line) => make("li", {}, line)));
+  }
+
+  async function showRates() {
+    let lines;
+    try { lines = await ask("rates", {}); } catch (error) { lines = [error.message]; }
+    byId("prefer-rates").querySelector("ul").replaceChildren(...lines.map((line) => make("li", {}, line)));
   }
 
   async function listOwn() {
@@ -216,13 +245,17 @@ whenReady("#prefer-section", (section) => {
   }
 
   section.addEventListener("click", (event) => {
+    // An answer can be clicked as well, unless the click ends a selection of its text.
+    const answer = event.target.closest(".prefer-text");
+    if (answer && getSelection().isCollapsed) vote(answer.id === "answer-a" ? "first" : "second");
     const button = event.target.closest("button");
     if (!button) return;
     if (button.dataset.choice) vote(button.dataset.choice);
     else if (button.id === "vote-undo") undo();
-    else if (button.id === "prefer-send") answerTyped();
     else if (button.id === "prefer-others") showOpinions();
   });
+  byId("prefer-form").addEventListener("submit", (event) => { event.preventDefault(); answerTyped(); });
+  byId("prefer-rates")?.addEventListener("toggle", showRates);
   byId("prefer-own").addEventListener("toggle", () => { if (byId("prefer-own").open) listOwn(); });
   for (const id of ["prefer-model-a", "prefer-model-b"]) {
     byId(id).addEventListener("change", () => { tab.set("pair", null); next(); });
@@ -250,13 +283,13 @@ whenReady("#prefer-section", (section) => {
   byId("annotator").addEventListener("change", rename);
   document.addEventListener("keydown", (event) => {
     const typing = event.target.closest?.("input, textarea, select, [contenteditable=true]");
-    const shown = byId("prefer-section")?.offsetParent;
     const id = KEYS[event.key?.toLowerCase()];
-    if (!id || typing || !shown || event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
+    if (!id || typing || event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
     event.preventDefault();
     byId(id).click();
   });
 
+  offer("prefer-form", () => true);
   (async () => {
     showLast();
     const unsent = tab.get("unsent");
@@ -275,4 +308,4 @@ whenReady("#prefer-section", (section) => {
       } catch { /* said at the next vote */ }
     }
   })();
-});
+}

@@ -1,0 +1,99 @@
+"""What may be asked of the models of a run: a few sentences about its data, and prompts that training held out.
+
+RUN/data/README.md         "## What may I ask?", written with the data, or `GENERAL`
+RUN/data/**/test.parquet   {"kind": "counting", "prompt": [...], "answer": "10"}, as evaluations read it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.evaluation.evaluate_yaml import move, recorded, with_layout
+from pipeline.evaluation.held_out import MAX_EXAMPLES, Reader
+from pipeline.report.text import visible
+
+HEADING = "## What may I ask?"
+"""Heading in the card of a data set, its README.md, below which it says what a model that is trained on it knows."""
+
+GENERAL = (
+    "What is like the data of this run. It knows nothing else: a question about other things gets an answer that only "
+    "sounds like one."
+)
+"""What is said of data whose card has no such heading."""
+
+KEYS = ("problems", "instructions", "prompts")
+"""Keys of `evaluate.yaml` whose data have prompts, the most telling ones first."""
+
+LONGEST = 4000
+"""Characters of a prompt that is offered."""
+
+
+@dataclass(frozen=True)
+class HeldOutPrompt:
+    """A prompt that no stage was trained on.
+
+    Attributes:
+        key: Key of `evaluate.yaml` whose data it belongs to.
+        kind: Its kind, which the data name, or else the singular of the key.
+        messages: The conversation up to the answer.
+        answer: The right answer, "" if the data have none.
+        row: All columns.
+    """
+
+    key: str
+    kind: str
+    messages: list[dict[str, str]]
+    answer: str
+    row: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What the user asks, as the page shows it and sends it back."""
+        return visible(self.messages[-1]["content"], LONGEST)
+
+    @property
+    def result(self) -> str:
+        """The right result of a problem, as the page shows it; "" for prompts that may be answered in many ways."""
+        return visible(self.answer) if self.key == "problems" else ""
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """Return how a run is measured, with the paths of its data where they are now."""
+    return with_layout(move(recorded(run, ""), run), run)
+
+
+def what_may_be_asked(run: Path) -> str:
+    """Return what the cards of the run's data say about that, on one line, or `GENERAL`."""
+    sources = settings_of(run)["trained_on"].values()
+    for folder in dict.fromkeys([run / "data", *(Path(str(source["dataset_name"])) for source in sources)]):
+        # A data set of the Hub, or a file, has no card here.
+        with suppress(OSError, UnicodeDecodeError):
+            _, heading, rest = (folder / "README.md").read_text(encoding="utf-8").partition(f"{HEADING}\n")
+            if heading:
+                return " ".join(rest.partition("\n#")[0].split())
+    return GENERAL
+
+
+def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
+    """Return held-out prompts of a single turn in the order of the data; none if the data cannot be read."""
+    reader = Reader(run, settings_of(run), ())
+    found = []
+    for key in KEYS:
+        # A run can be shown without its data.
+        with suppress(UserError):
+            part = reader.find(key)
+            without = "reasoning" if key == "instructions" else None
+            for row in reader.read(key, part, MAX_EXAMPLES[key], without) if part else ():
+                # A conversation ends with its answer, a prompt comes with a column for it.
+                messages, answer = row.get("prompt", []), str(row.get("answer") or "")
+                if key == "instructions":
+                    *messages, last = row["messages"]
+                    answer = last["content"]
+                if [turn["role"] for turn in messages if turn["role"] != "system"] == ["user"]:
+                    found.append(HeldOutPrompt(key, row["kind"] or key.removesuffix("s"), messages, answer, row))
+    return [prompt for prompt in found if len(prompt.messages[-1]["content"]) <= LONGEST]

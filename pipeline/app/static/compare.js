@@ -1,0 +1,135 @@
+// The section Compare: sends a prompt, and shows the answers as they are written.
+{
+  const form = byId("compare-form"), field = byId("prompt"), status = byId("compare-status"), popover = byId("popover");
+  const columns = new Map([...document.querySelectorAll("#answers article")].map((column) => [column.dataset.model, column]));
+  const part = (column, name) => column.querySelector(name);
+  const isDone = (column) => column.hidden || column.dataset.done;
+  const requests = new Streamed(byId("stop"));
+
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const text = field.value, answer = form.dataset.answer;
+    if (!text.trim()) { field.focus(); return; }
+    requests.stop("stopped");
+    const given = new FormData(form);
+    const body = { text, models: given.getAll("models") };
+    for (const name of ["temperature", "top_p", "top_k", "longest", "seed"]) body[name] = Number(given.get(name));
+    for (const [name, column] of columns) {
+      column.hidden = !body.models.includes(name);
+      column.tokens = [];
+      delete column.dataset.done;
+      part(column, ".answer").replaceChildren();
+      part(column, ".facts").textContent = "waiting for its first token";
+      part(column, ".facts").classList.remove("failed");
+      part(column, ".more").hidden = true;
+    }
+    hide();
+    const asked = ["Asked: ", make("q", {}, text)];
+    if (answer) asked.push(" The right result is ", make("b", {}, answer), ".");
+    const say = (note) => status.replaceChildren(...asked, " ", make("span", { className: "soft" }, note));
+    const count = () => [...columns.values()].filter((column) => !column.hidden && isDone(column)).length;
+    if (!body.models.length) { status.textContent = "Choose a model below “Models and sampling”."; return; }
+    say(`0 of ${body.models.length} done`);
+    requests.send("compare", body, (changed) => {
+      const before = count();
+      for (const one of changed) show(columns.get(one.model), one);
+      if (count() > before) say(`${count()} of ${body.models.length} done`);
+    }, (why) => {
+      for (const column of columns.values()) if (!isDone(column)) end(column, why || "stopped by the server");
+      if (why) say(why);
+    });
+  });
+
+  function show(column, one) {
+    const facts = part(column, ".facts"), text = part(column, ".answer");
+    if (one.failed) {
+      facts.textContent = one.failed;
+      facts.classList.add("failed");
+      column.dataset.done = "1";
+      return;
+    }
+    column.text = one.text || (one.stopped ? "(nothing)" : "");
+    column.tokens.push(...one.tokens);
+    const count = column.tokens.length, speed = one.seconds ? [`${Math.round(count / one.seconds)} tokens/s`] : [];
+    facts.textContent = [tokens(count), ...speed, one.stopped || "writing"].join(" · ");
+    if (one.stopped) column.dataset.done = "1";
+    if (byId("probabilities").checked) text.append(...one.tokens.map(shaded));
+    else text.textContent = column.text;
+    part(column, ".more").hidden = text.scrollHeight <= text.clientHeight || column.classList.contains("open");
+    first(text);
+  }
+
+  const tokens = (count) => `${count} token${count === 1 ? "" : "s"}`;
+
+  // Says why an answer has ended that the server did not end.
+  function end(column, why) {
+    const facts = part(column, ".facts"), count = column.tokens.length;
+    facts.textContent = count ? `${tokens(count)} · ${why}` : why;
+    column.dataset.done = "1";
+  }
+
+  // The tokens with a colour that says how probable each was, and the alternatives when one is pointed at or focused.
+  // The shade is 0 for a probable token, and one more for each halving of the probability.
+  const shade = (logProb) => Math.min(5, Math.floor(-(logProb ?? -9) / Math.LN2));
+  const shaded = (token) => make("span", { className: `token p${shade(token.logProb)}`, tabIndex: -1, token }, token.text);
+  // One stop for the tabulator in each column; arrow keys go on from there.
+  const first = (text) => { if (!text.querySelector("[tabindex='0']")) text.querySelector(".token")?.setAttribute("tabindex", "0"); };
+  byId("probabilities").addEventListener("change", ({ target }) => {
+    byId("legend").hidden = !target.checked;
+    hide();
+    for (const column of columns.values()) {
+      const text = part(column, ".answer");
+      if (!column.tokens?.length) continue;
+      text.replaceChildren(...(target.checked ? column.tokens.map(shaded) : [column.text]));
+      first(text);
+    }
+  });
+
+  function hide() { popover.hidden = true; }
+  function inspect(event) {
+    if (event.target.closest?.("#popover")) return;
+    const span = event.target.closest?.("#answers .token");
+    if (!span) { if (event.type !== "focusin") hide(); return; }
+    const { token } = span;
+    const rows = token.others.map(([text, logProb]) => make("tr", { className: text === token.text ? "chosen" : "" },
+      make("th", { scope: "row" }, `“${text}”`), make("td", {}, bar(Math.exp(logProb)), make("span", {}, percent(logProb)))));
+    popover.replaceChildren(make("p", {}, `“${token.text}” had ${percent(token.logProb)}. Most probable here:`), make("table", {}, make("tbody", {}, ...rows)));
+    popover.hidden = false;
+    span.setAttribute("aria-describedby", "popover");
+    // Below the token, or above it where there is no room.
+    const box = span.getBoundingClientRect(), own = popover.getBoundingClientRect();
+    const below = box.bottom + own.height + 8 < innerHeight;
+    popover.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - own.width - 8))}px`;
+    popover.style.top = `${below ? box.bottom + 4 : Math.max(8, box.top - own.height - 4)}px`;
+  }
+  for (const kind of ["mouseover", "focusin", "click"]) document.addEventListener(kind, inspect);
+  // A token that got the focus may have scrolled into view, with its alternatives.
+  addEventListener("scroll", () => {
+    const token = document.activeElement.closest("#answers .token");
+    if (token && !popover.hidden) inspect({ target: token });
+    else hide();
+  }, { capture: true, passive: true });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") hide();
+    const token = event.target.closest?.(".token");
+    const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
+    const next = token && step && token[step];
+    if (!next) return;
+    event.preventDefault();
+    token.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  });
+
+  byId("answers").addEventListener("click", (event) => {
+    if (!event.target.matches(".more")) return;
+    event.target.closest("article").classList.add("open");
+    event.target.hidden = true;
+  });
+
+  // A reload keeps the prompt. What is typed has no known result.
+  try { field.value = sessionStorage.getItem("compare.prompt") ?? ""; } catch { /* private */ }
+  field.addEventListener("input", () => { form.dataset.answer = ""; });
+  addEventListener("pagehide", () => { try { sessionStorage.setItem("compare.prompt", field.value); } catch { /* private */ } });
+  offer("compare-form", () => true);
+}

@@ -1,0 +1,87 @@
+// The section Watch a rollout: sends a prompt, and shows the steps as they are made.
+if (byId("rollout-form")) {
+  const form = byId("rollout-form"), shown = byId("rollout-shown"), status = byId("rollout-status");
+  const requests = new Streamed(byId("rollout-stop"));
+  let cards = [], place = 0;
+
+  const chosen = () => form.querySelector("[name=stage]:checked");
+  async function choose() {
+    const { key, policy, tally } = chosen().dataset, stage = chosen().value;
+    requests.stop("");
+    shown.replaceChildren();
+    status.textContent = "";
+    form.elements.policy.value = policy;
+    byId("rollout-tally").textContent = tally;
+    byId("rollout-result").hidden = key !== "problems";
+    fill(form, "");
+    const offered = await offer("rollout-form", (one) => one.key === key);
+    // Another stage was chosen, or something typed, meanwhile.
+    if (stage === chosen().value && offered.length && !form.elements.text.value) fill(form, offered[0].text, offered[0].answer);
+  }
+  form.addEventListener("change", (event) => { if (event.target.name === "stage") choose(); });
+
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const given = Object.fromEntries(new FormData(form));
+    if (!given.text.trim()) { form.elements.text.focus(); return; }
+    requests.stop("stopped");
+    shown.replaceChildren();
+    cards = [];
+    place = 0;
+    status.textContent = "The model writes …";
+    requests.send("rollout", { ...given, seed: Number(given.seed) }, show, (why) => { status.textContent = why; });
+  });
+
+  // Adds a step. Those of GRPO that follow the completions fill in their cards.
+  function show(event) {
+    if (event.failed) {
+      shown.append(make("p", { className: "failed", role: "alert" }, event.failed));
+      return;
+    }
+    place += 1;
+    const section = make("section", { className: "rollout-part" }, make("h3", {}, `${place}. ${event.title}`), make("p", {}, event.about));
+    const grid = shown.querySelector(".group");
+    if (grid) grid.before(section);
+    else shown.append(section);
+    if (event.completions) {
+      const made = event.completions.map((one) => make("li", {}, make("div", { className: "answer" }, one.text), make("p", { className: "facts soft" }, one.facts)));
+      const list = make("ol", { className: event.step === "completions" ? "group" : "single" }, ...made);
+      if (event.step === "completions") { cards = made; section.after(list); }
+      else section.append(list);
+    }
+    if (event.step === "check") {
+      const bars = measures("p", event.advantages, (value) => `advantage: ${signed(value)}`);
+      cards.forEach((card, i) => {
+        card.append(make("p", { className: "facts" }, event.rewards[i]), bars[i]);
+        card.className = sign(event.advantages[i]);
+      });
+    }
+    if (event.step === "update") {
+      const bars = measures("p", event.changes.map((change) => change - 1), (value) => `${(value + 1).toFixed(2)} times as likely`);
+      cards.forEach((card, i) => card.append(bars[i]));
+    }
+    if (event.step === "tokens") section.append(table(event));
+  }
+
+  // What is shown as 0 has no sign. A null is the NaN of a model that is broken.
+  const sign = (value) => (Math.abs(value) < 0.005 ? "" : value > 0 ? "up" : "down");
+  const signed = (value) => (value === null ? "?" : (value >= 0.005 ? "+" : "") + (sign(value) ? value : 0).toFixed(2).replace("-", "−"));
+
+  // Numbers as elements, each with a bar as long as it is large beside the largest one.
+  function measures(name, values, label) {
+    const largest = Math.max(...values.map(Math.abs)) || 1;
+    return values.map((value) => make(name, { className: "measure" }, bar(Math.abs(value) / largest, sign(value)), make("span", {}, label(value))));
+  }
+
+  function table({ tokens, logProbs, columns }) {
+    // Soft hyphens, for a phone.
+    const titles = ["Token", "Proba\u00adbility", ...Object.keys(columns).map((title) => title.replace("Advan", "Advan\u00ad"))];
+    const head = make("tr", {}, ...titles.map((title) => make("th", { scope: "col" }, title)));
+    const shares = logProbs.map((logProb) => make("td", { className: "measure" }, bar(Math.exp(logProb)), make("span", {}, percent(logProb))));
+    const cells = [shares, ...Object.values(columns).map((values) => measures("td", values, signed))];
+    const rows = tokens.map((text, i) => make("tr", {}, make("th", { scope: "row" }, `“${text}”`), ...cells.map((column) => column[i])));
+    return make("table", { className: "tokens" }, make("thead", {}, head), make("tbody", {}, ...rows));
+  }
+
+  choose();
+}

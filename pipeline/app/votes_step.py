@@ -1,0 +1,22 @@
+"""The step of a run that waits for people's votes, which the command reads before anything else is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json
+
+
+def votes_step(run: Path) -> dict[str, Any]:
+    """Return the settings of the run's step for votes, {} if it has none."""
+    for step in read_json(run / "run.json").get("steps", {}).values():
+        if "min_votes" in step.get("values", {}):
+            return dict(step["values"])
+    return {}
+
+
+def models_to_vote_on(run: Path) -> list[str]:
+    """Return the model that the run's step for votes names, if it is not a stage of the run."""
+    name = str(votes_step(run).get("model_name_or_path") or "")
+    return [name] if name and not (run / Path(name).name / "config.json").exists() else []

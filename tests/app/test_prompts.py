@@ -1,0 +1,45 @@
+"""What may be asked: what the card of a run's data says, and its held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from small_model import write_lines
+
+from pipeline.app.prompts import GENERAL, held_out_prompts, what_may_be_asked
+from pipeline.data.arguments import DataArguments
+from pipeline.data.splits import load_splits
+
+CARD = "# Mine\n\n## What may I ask?\n\nAbout 3 cats,\nand sums.\n\n## Splits\n\nAll.\n"
+
+
+def test_the_card_of_the_data_says_what_may_be_asked_wherever_the_data_are(run: Path, tmp_path: Path) -> None:
+    assert what_may_be_asked(run) == GENERAL
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "README.md").write_text(CARD)
+    (tmp_path / "run" / "2_sft").mkdir(parents=True)
+    trained = {"dataset_name": str(tmp_path / "cats"), "output_dir": str(tmp_path / "run" / "2_sft")}
+    (tmp_path / "run" / "2_sft" / "arguments.json").write_text(json.dumps(trained))
+    assert what_may_be_asked(tmp_path / "run") == "About 3 cats, and sums."
+    (tmp_path / "cats" / "README.md").write_text("# Mine\n")
+    assert what_may_be_asked(tmp_path / "run") == GENERAL
+    assert held_out_prompts(tmp_path / "run") == [], "data that cannot be read end nothing"
+
+
+def test_prompts_are_held_out_of_training_and_come_with_their_result(run: Path) -> None:
+    found = [prompt for prompt in held_out_prompts(run) if prompt.key == "problems"]
+    assert [(prompt.kind, prompt.text, prompt.result) for prompt in found] == [("problem", "What is 0 and 0?", "0")]
+    train, _ = load_splits(DataArguments(dataset_name=str(run / "rows.jsonl")), "prompt", evaluation=False)
+    assert len(train) >= 8 and found[0].text not in [row["prompt"][0]["content"] for row in train]
+
+
+def test_a_conversation_of_several_turns_is_no_prompt_for_a_box(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "user", "assistant")]
+    rows = [{"messages": turns}] + [{"messages": turns[:2]}] * 30
+    (tmp_path / "run" / "2_sft").mkdir(parents=True)
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    trained = {"dataset_name": path, "output_dir": str(tmp_path / "run" / "2_sft")}
+    (tmp_path / "run" / "2_sft" / "arguments.json").write_text(json.dumps(trained))
+    found = held_out_prompts(tmp_path / "run")
+    assert [(prompt.key, prompt.text, prompt.result) for prompt in found] == [("instructions", "user says", "")]
