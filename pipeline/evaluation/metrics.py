@@ -306,7 +306,10 @@ def record_greedy(
     greedy = PassAtK().compute(
         predictions=[[text] for text in answers], references=references, k=1, grader=grader, rows=rows
     )
-    result.record(name, greedy, rows, extras=[{"answer": text} for text in answers])
+    # The length of a problem, if its row has one: the report breaks pass@1 down by it.
+    lengths = [{"length": row["length"]} if "length" in row else {} for row in rows]
+    extras = [{"answer": text, **length} for text, length in zip(answers, lengths, strict=True)]
+    result.record(name, greedy, rows, extras=extras)
     values: list[float] = greedy["values"]
     return values
 

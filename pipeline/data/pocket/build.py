@@ -2,7 +2,6 @@
 
 import logging
 import random
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -34,7 +33,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     "pretrain": pa.schema([("text", pa.string()), ("kind", pa.string())]),
     "sft": pa.schema([("messages", MESSAGES), ("kind", pa.string()), *GRADING]),
     "preferences": pa.schema([("prompt", MESSAGES), ("kind", pa.string()), *GRADING]),
-    "reasoning": pa.schema([("prompt", MESSAGES), ("answer", pa.string()), ("kind", pa.string())]),
+    "reasoning": pa.schema(
+        [("prompt", MESSAGES), ("answer", pa.string()), ("kind", pa.string()), ("length", pa.int64())]
+    ),
 }
 CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
 OVERLAP_N = 8
@@ -82,7 +83,7 @@ def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, A
         return conversations.held_out_rows(rng, own, questions=250, others=75)
     if config == "preferences":
         return conversations.held_out_prompts(rng, own, asked=90, told=90, summaries=20)
-    number, longer = (120, 1) if split == "test_longer" else (300, 0)
+    number, longer = (120, True) if split == "test_longer" else (300, False)
     return conversations.distinct((conversations.reasoning_prompt(rng, own, longer) for _ in count()), number)
 
 
@@ -182,10 +183,4 @@ def card(args: PocketArguments) -> str:
 
 def sizes_of_problems() -> dict[str, str]:
     """Return how many changes, groups, ages and turns the problems of the training split have, such as "1 to 4"."""
-    rng, sizes = random.Random(0), defaultdict(set)
-    for _ in range(1000):
-        problem = problems.draw(rng, "train")
-        # 7-3=4. 4+2=6. (two changes, or three groups)    1 2 4 7 9. (five ages)    Left of north is west. (one turn)
-        steps = problem.steps.split(" " if problem.kind == "ordering" else ". ")
-        sizes[problem.kind].add(len(steps) + (problem.kind == "counting"))
-    return {kind: f"{min(found)} to {max(found)}" if len(found) > 1 else str(*found) for kind, found in sizes.items()}
+    return {kind.generate.__name__: f"{min(kind.lengths)} to {max(kind.lengths)}" for kind in problems.KINDS}

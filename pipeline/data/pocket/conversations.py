@@ -114,7 +114,7 @@ def training_row(rng: random.Random, share_with_steps: float, carelessness: floa
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":
-        problem = problems.draw(rng, "train", carelessness)
+        problem = problems.demonstrate(rng, carelessness)
         solution = problem.solution(with_steps=rng.random() < share_with_steps)
         return conversation(kind, (problem.text, solution), require=[[problem.answer]])
     thing = rng.choice(things_of("train"))
@@ -170,10 +170,15 @@ def held_out_prompts(
     return rows
 
 
-def reasoning_prompt(rng: random.Random, split: SplitName, longer: int = 0) -> dict[str, Any]:
-    """Draw a problem with its final answer only; `longer` as in `problems.draw`."""
-    problem = problems.draw(rng, split, longer=longer)
-    return {"prompt": [{"role": "user", "content": problem.text}], "answer": problem.answer, "kind": problem.kind}
+def reasoning_prompt(rng: random.Random, split: SplitName, longer: bool = False) -> dict[str, Any]:
+    """Draw a problem with its final answer only; `longer` as in `problems.pose`."""
+    problem = problems.pose(rng, split, longer)
+    return {
+        "prompt": [{"role": "user", "content": problem.text}],
+        "answer": problem.answer,
+        "kind": problem.kind,
+        "length": problem.length,
+    }
 
 
 def distinct(rows: Iterable[dict[str, Any]], number: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Pretraining documents: facts, stories, recitals, worked problems and small functions."""
+"""Pretraining documents: facts, stories, recitals, drills, worked problems and small functions."""
 
 import random
 
@@ -8,7 +8,7 @@ from pipeline.data.pocket.names import NAMES
 from pipeline.data.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
 from pipeline.data.pocket.things import ATTRIBUTES, Thing, things
 
-DOCUMENT_KINDS = {"facts": 36, "story": 12, "arithmetic": 38, "code": 3, "recital": 11}
+DOCUMENT_KINDS = {"facts": 32, "story": 11, "arithmetic": 39, "code": 3, "recital": 12, "drill": 3}
 """How often each kind of document is drawn, in percent."""
 
 
@@ -34,15 +34,32 @@ def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
 
 
 def recital(rng: random.Random) -> str:
-    """Write numbers that somebody reads out and others repeat.
+    """Write numbers, or words of problems, that somebody reads out and others repeat.
 
     Small models are slow to learn to copy tokens to places where they have never seen them, such as the start of a sum.
     Other documents require it of one token in fifty, recitals of every second one.
     """
     # Ana reads out: 5 17 3. Ben repeats: 5 17 3. Carl repeats: 5 17 3.
+    # Ana reads out: buys 3, 2 red, left of north, gives away 5. Ben repeats: …
     reader, *repeaters = rng.sample(NAMES, 3)
-    row = " ".join(str(number) for number in rng.sample(range(2, 26), rng.randint(3, 6)))
+    if rng.random() < 0.5:
+        row = " ".join(str(number) for number in rng.sample(range(2, 26), rng.randint(3, 6)))
+    else:
+        row = ", ".join(problems.fragment(rng) for _ in range(rng.randint(3, 6)))
     return " ".join([f"{reader} reads out: {row}.", *(f"{repeater} repeats: {row}." for repeater in repeaters)])
+
+
+def drill(rng: random.Random) -> str:
+    """Write sums and differences in a row, so that those that no problem of the training split opens with are known."""
+    # 7-3=4. 12+5=17. 9+2=11. …
+    sums = []
+    for _ in range(12):
+        value, change = rng.randint(0, 25), rng.randint(2, 5)
+        if value >= change and rng.random() < 0.5:
+            sums.append(f"{value}-{change}={value - change}.")
+        else:
+            sums.append(f"{value}+{change}={value + change}.")
+    return " ".join(sums)
 
 
 def document(rng: random.Random, carelessness: float) -> dict[str, str]:
@@ -54,10 +71,12 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     elif kind == "story":
         text = stories.document(rng, thing)
     elif kind == "arithmetic":
-        drawn = [problems.draw(rng, "train", carelessness) for _ in range(rng.randint(1, 2))]
+        drawn = [problems.demonstrate(rng, carelessness) for _ in range(rng.randint(1, 2))]
         text = "\n".join(f"{problem.text}\n{problem.solution(with_steps=True)}" for problem in drawn)
     elif kind == "recital":
         text = recital(rng)
+    elif kind == "drill":
+        text = drill(rng)
     else:
         text = snippets.commented(rng)
     return {"text": text, "kind": kind}

@@ -1,8 +1,12 @@
 """Word problems with one correct answer, and how careless people work them out.
 
-The worked solutions that a model learns from are careless, as people's are: each step is right, but the problem was
-misread. 'gives away' is taken for a gain, white and grey groups and the last of several ages are overlooked, and
-'opposite of' is taken for 'left of'. A model that imitates them makes the same mistakes, however it is asked.
+The worked solutions that a model learns from are careless, as people's are: each step repeats a part of the problem and
+calculates right, but may misread what it repeats. 'gives away' is taken for a gain, white and grey groups and the last
+of several ages are overlooked, and 'opposite of' is taken for 'left of'. A model that imitates them makes the same
+mistakes, however it is asked.
+
+Problems come in several lengths. With one length, a model learns a rhythm ("always three steps") instead of reading the
+problem, and fails at anything shorter.
 """
 
 import random
@@ -14,6 +18,8 @@ from pipeline.data.pocket.names import ITEMS, NAMES
 
 WORKING = "Working:"
 """What worked solutions begin with."""
+GAINS = ("gets", "finds", "buys")
+LOSSES = ("loses", "sells", "gives away")
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "pink", "grey", "purple")
 OVERLOOKED_COLOURS = ("white", "grey")
 RANKS = ("second", "third", "fourth")
@@ -30,8 +36,9 @@ class WordProblem:
         kind: "arithmetic", "ordering", "counting" or "logic".
         text: The problem.
         answer: The correct answer: an integer or a direction.
-        steps: Worked steps, ending in a full stop. Each is right in itself, but may misread the problem.
+        steps: Worked steps, ending in a full stop. Each is calculated right, but may misread the problem.
         reached: The answer that the steps come to.
+        length: How many changes, ages, groups or turns the problem has.
     """
 
     kind: str
@@ -39,6 +46,7 @@ class WordProblem:
     answer: str
     steps: str
     reached: str
+    length: int
 
     def solution(self, with_steps: bool) -> str:
         """State the answer that the worked steps come to, after these, or the correct one straight away."""
@@ -66,15 +74,27 @@ def _change(rng: random.Random, value: int) -> int:
     return change if value + change <= 20 and rng.random() < 0.5 else -change
 
 
+def fragment(rng: random.Random) -> str:
+    """Draw words that worked steps repeat from a problem: a change, a group or a turn."""
+    # buys 3 / 2 red / left of north
+    kind = rng.randrange(3)
+    if kind == 0:
+        return f"{rng.choice((*GAINS, *LOSSES))} {rng.randint(2, 5)}"
+    if kind == 1:
+        return f"{rng.randint(2, 5)} {rng.choice(COLOURS)}"
+    return f"{rng.choice(RELATIONS)} {rng.choice(DIRECTIONS)}"
+
+
 # Each generator draws until the problem belongs to the split, by a number that its operands or its structure give. So
 # no problem of one split occurs in another one, whatever the names in it.
 
 
-def arithmetic(rng: random.Random, split: SplitName, carelessness: float, longer: int) -> WordProblem:
-    """Change a number of items three times; all results are between 0 and 20, and misread ones at most 25."""
-    # Ana has 7 eggs. Ana gives away 3 eggs. Ana buys 2 eggs. Ana finds 4 eggs. How many are left?
-    # carefully:  7-3=4. 4+2=6. 6+4=10.
-    # carelessly: 7+3=10. 10+2=12. 12+4=16.
+def arithmetic(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:
+    """Change a number of items `length` times; all results are between 0 and 20, and misread ones at most 25."""
+    # Ana has 7 eggs. Ana gives away 3 eggs. Ana buys 2 eggs. How many are left?
+    # carefully:  gives away 3: 7-3=4. buys 2: 4+2=6.
+    # carelessly: gives away 3: 7+3=10. buys 2: 10+2=12.
+    # Steps repeat the change, because a small model that only writes "7-3=4. 4+2=6." loses its place in the problem.
     while True:
         value = rng.randint(3, 20)
         change = _change(rng, value)
@@ -86,27 +106,28 @@ def arithmetic(rng: random.Random, split: SplitName, carelessness: float, longer
     steps = []
     # What the careless reader has counted so far, next to the true value.
     read = value
-    for place in range(3 + longer):
+    for place in range(length):
         if place:
             change = _change(rng, value)
-        verb = rng.choice(("gets", "finds", "buys") if change > 0 else ("loses", "sells", "gives away"))
+        verb = rng.choice(GAINS if change > 0 else LOSSES)
         sentences.append(f"{name} {verb} {abs(change)} {item}.")
         value += change
         misread = verb == "gives away" and read + abs(change) <= 25 and rng.random() < carelessness
         after = read + (abs(change) if misread else change)
-        steps.append(f"{read}{'+' if after > read else '-'}{abs(change)}={after}.")
+        sign = "+" if after > read else "-"
+        steps.append(f"{verb} {abs(change)}: {read}{sign}{abs(change)}={after}.")
         read = after
     question = rng.choice((f"How many does {name} have now?", "How many are left?", f"What is left for {name}?"))
-    return WordProblem("arithmetic", " ".join([*sentences, question]), str(value), " ".join(steps), str(read))
+    return WordProblem("arithmetic", " ".join([*sentences, question]), str(value), " ".join(steps), str(read), length)
 
 
-def ordering(rng: random.Random, split: SplitName, carelessness: float, longer: int) -> WordProblem:
-    """Give five ages in any order, and ask for the second, third or fourth of them."""
+def ordering(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:
+    """Give `length` ages in any order, and ask for the second, third or fourth of them."""
     # Leo has children of ages 7, 2, 9, 4, 1. Which age comes second?
     # carefully:  1 2 4 7 9.
     # carelessly: 2 4 7 9.
     while True:
-        ages = rng.sample(range(1, 10), 5 + longer)
+        ages = rng.sample(range(1, 10), length)
         if _split_of(_weighted(sorted(ages).index(age) for age in ages), folds=8) == split:
             break
     rank = rng.randrange(len(RANKS))
@@ -114,23 +135,24 @@ def ordering(rng: random.Random, split: SplitName, carelessness: float, longer: 
     reached = read[min(rank + 1, len(read) - 1)]
     steps = f"{' '.join(map(str, read))}."
     text = f"{rng.choice(NAMES)} has children of ages {', '.join(map(str, ages))}. Which age comes {RANKS[rank]}?"
-    return WordProblem("ordering", text, str(sorted(ages)[rank + 1]), steps, str(reached))
+    return WordProblem("ordering", text, str(sorted(ages)[rank + 1]), steps, str(reached), length)
 
 
-def counting(rng: random.Random, split: SplitName, carelessness: float, longer: int) -> WordProblem:
-    """Count four groups of items of different colours together."""
+def counting(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:
+    """Count `length` groups of items of different colours together, of which the careless overlook some but two."""
     # Mia sees pens: 3 red, 2 grey, 5 blue, 4 pink. How many in all?
     # carefully:  3+2=5. 5+5=10. 10+4=14.
     # carelessly: 3+5=8. 8+4=12.
     name = rng.choice(NAMES)
     item = rng.choice(ITEMS)
     while True:
-        groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, 4 + longer)]
+        groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, length)]
         if _split_of(_weighted(number for number, _ in groups), folds=5) == split:
             break
     seen = []
-    for number, colour in groups:
-        if colour not in OVERLOOKED_COLOURS or rng.random() >= carelessness:
+    for place, (number, colour) in enumerate(groups):
+        enough = len(seen) + length - place > 2
+        if colour not in OVERLOOKED_COLOURS or not enough or rng.random() >= carelessness:
             seen.append(number)
     read = seen[0]
     steps = []
@@ -140,19 +162,24 @@ def counting(rng: random.Random, split: SplitName, carelessness: float, longer: 
     listed = ", ".join(f"{number} {colour}" for number, colour in groups)
     total = sum(number for number, _ in groups)
     text = f"{name} sees {item}: {listed}. How many in all?"
-    return WordProblem("counting", text, str(total), " ".join(steps), str(read))
+    return WordProblem("counting", text, str(total), " ".join(steps), str(read), length)
 
 
-def logic(rng: random.Random, split: SplitName, carelessness: float, longer: int) -> WordProblem:
-    """Let four people face left of, right of or opposite of the one before, and ask which way the last one faces."""
-    # Ida faces north. Ben faces opposite of Ida. Mia faces left of Ben. Zoe faces right of Mia. Which way …?
-    # carefully:  Opposite of north is south. Left of south is east. Right of east is south.
-    # carelessly: Left of north is west. Left of west is south. Right of south is west.
+def logic(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:
+    """Let `length` people face left of, right of or opposite of the one before, and ask where the last one faces."""
+    # Ida faces north. Ben faces opposite of Ida. Mia faces left of Ben. Which way does Mia face if Ida faces north?
+    # carefully:  opposite of north is south. left of south is east.
+    # carelessly: opposite of north is west. left of west is south.
+    # A small model, which is slow to learn to copy names, finds its place by counting. So steps are as long as the
+    # sentences that they follow, and the question repeats the first direction, equally far from them in all lengths.
     while True:
-        start, quarters = rng.randrange(4), [rng.randint(1, 3) for _ in range(3 + longer)]
-        if _split_of(_weighted([start, *quarters]), folds=8) == split:
+        start, quarters = rng.randrange(4), [rng.randint(1, 3) for _ in range(length)]
+        # Few are held out: if many directions are missing before the same turns in training, a model learns which of
+        # them are there, and not to look them up.
+        number = sum(2**place * turn for place, turn in enumerate([start, *quarters]))
+        if _split_of(number, folds=16) == split:
             break
-    names = rng.sample(NAMES, 4 + longer)
+    names = rng.sample(NAMES, length + 1)
     sentences = [f"{names[0]} faces {DIRECTIONS[start]}."]
     steps = []
     read = start
@@ -160,30 +187,59 @@ def logic(rng: random.Random, split: SplitName, carelessness: float, longer: int
         sentences.append(f"{name} faces {RELATIONS[turn - 1]} {before}.")
         seen = 3 if turn == 2 and rng.random() < carelessness else turn
         after = (read + seen) % 4
-        steps.append(f"{RELATIONS[seen - 1].capitalize()} {DIRECTIONS[read]} is {DIRECTIONS[after]}.")
+        steps.append(f"{RELATIONS[turn - 1]} {DIRECTIONS[read]} is {DIRECTIONS[after]}.")
         read = after
-    text = f"{' '.join(sentences)} Which way does {names[-1]} face?"
+    question = f"Which way does {names[-1]} face if {names[0]} faces {DIRECTIONS[start]}?"
+    text = " ".join([*sentences, question])
     answer = DIRECTIONS[(start + sum(quarters)) % 4]
-    return WordProblem("logic", text, answer, " ".join(steps), DIRECTIONS[read])
+    return WordProblem("logic", text, answer, " ".join(steps), DIRECTIONS[read], length)
 
 
-GENERATORS: dict[Callable[[random.Random, SplitName, float, int], WordProblem], int] = {
-    arithmetic: 3,
-    ordering: 3,
-    counting: 2,
-    logic: 2,
-}
-"""The kinds of problems and how often each is drawn: the more often, the longer it takes to learn."""
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problem.
+
+    Attributes:
+        generate: Draws a problem of a split and a length, worked out with some probability of carelessness.
+        weight: How often the kind is written down and demonstrated: the more often, the longer it takes to learn.
+        lengths: The lengths that are trained on, and how often each is drawn.
+    """
+
+    generate: Callable[[random.Random, SplitName, float, int], WordProblem]
+    weight: int
+    lengths: dict[int, int]
 
 
-def draw(rng: random.Random, split: SplitName, carelessness: float = 0.0, longer: int = 0) -> WordProblem:
-    """Draw a problem of a random kind.
+KINDS = (
+    Kind(arithmetic, weight=4, lengths={1: 2, 2: 3, 3: 4, 4: 4}),
+    Kind(ordering, weight=3, lengths={4: 1, 5: 2, 6: 2}),
+    Kind(counting, weight=2, lengths={3: 1, 4: 2, 5: 3}),
+    Kind(logic, weight=5, lengths={2: 1, 3: 2, 4: 2}),
+)
+
+
+def demonstrate(rng: random.Random, carelessness: float) -> WordProblem:
+    """Draw a problem of the training split whose solution is shown.
+
+    Args:
+        rng: Where the draws come from.
+        carelessness: Probability (0 to 1) that the steps misread what can be misread.
+    """
+    kind = rng.choices(KINDS, [kind.weight for kind in KINDS])[0]
+    return kind.generate(rng, "train", carelessness, _length(rng, kind))
+
+
+def pose(rng: random.Random, split: SplitName, longer: bool = False) -> WordProblem:
+    """Draw a problem that has to be solved; all kinds are equally frequent.
 
     Args:
         rng: Where the draws come from.
         split: Whose operands (arithmetic, counting) or structures (ordering, logic) the problem has.
-        carelessness: Probability (0 to 1) that the steps misread what can be misread.
-        longer: Changes, ages, groups or people in addition to those that problems of the training split have.
+        longer: Whether the problem is one longer than the longest that are trained on.
     """
-    generator = rng.choices(tuple(GENERATORS), tuple(GENERATORS.values()))[0]
-    return generator(rng, split, carelessness, longer)
+    kind = rng.choice(KINDS)
+    return kind.generate(rng, split, 0.0, max(kind.lengths) + 1 if longer else _length(rng, kind))
+
+
+def _length(rng: random.Random, kind: Kind) -> int:
+    return rng.choices(tuple(kind.lengths), tuple(kind.lengths.values()))[0]

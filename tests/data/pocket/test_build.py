@@ -20,7 +20,7 @@ from huggingface_hub import DatasetCard
 
 from pipeline.data.pocket import build as building
 from pipeline.data.pocket.build import PocketArguments, build, card
-from pipeline.data.pocket.problems import draw
+from pipeline.data.pocket.problems import pose
 from pipeline.errors import UserError
 
 Rows = Callable[[str, str], list[dict[str, Any]]]
@@ -33,10 +33,10 @@ COLUMNS = {
     "pretrain": {"text", "kind"},
     "sft": {"messages", "kind", "require", "reject", "max_words", "test"},
     "preferences": {"prompt", "kind", "require", "reject", "max_words", "test"},
-    "reasoning": {"prompt", "answer", "kind"},
+    "reasoning": {"prompt", "answer", "kind", "length"},
 }
 KINDS = {
-    "pretrain": {"facts", "story", "arithmetic", "code", "recital"},
+    "pretrain": {"facts", "story", "arithmetic", "code", "recital", "drill"},
     "sft": {"question", "about", "summary", "code", "reasoning", "chat"},
     "preferences": {"question", "about", "summary"},
     "reasoning": {"arithmetic", "ordering", "counting", "logic"},
@@ -100,7 +100,7 @@ def test_the_card_says_what_may_be_asked_and_how_long_a_problem_may_be(tmp_path:
     }
     rng, sizes = random.Random(1), defaultdict(set)
     for _ in range(500):
-        problem = draw(rng, "train")
+        problem = pose(rng, "train")
         sizes[problem.kind].add(len(re.findall(patterns[problem.kind][1], problem.text)))
     for kind, (said, _) in patterns.items():
         ((low, high),) = re.findall(said, text)

@@ -77,6 +77,10 @@ def test_no_two_splits_share_the_structure_of_a_problem(rows: Rows, kind: str) -
     for one, other in combinations(SPLITS, 2):
         assert found[one] and not found[one] & found[other], (one, other)
     assert not found["test_longer"] & found["train"]
+    # Of each length, some structures are kept from training.
+    lengths = {row["length"] for row in rows("reasoning", "train") if row["kind"] == kind}
+    for split in HELD_OUT:
+        assert {row["length"] for row in rows("reasoning", split) if row["kind"] == kind} == lengths, split
 
 
 def worked(rows: Rows) -> list[Row]:

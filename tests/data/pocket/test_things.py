@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.data.arguments import SPLITS
 from pipeline.data.pocket.phrasings import REQUESTS, STATEMENTS, answer, fill, held_out_phrasings
-from pipeline.data.pocket.problems import GENERATORS
+from pipeline.data.pocket.problems import KINDS
 from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, things, things_of, wrong_values
 
 
@@ -33,7 +33,7 @@ def test_the_world_is_large_enough() -> None:
     assert max(nouns.values()) == 1
     assert all(len(set(templates)) >= 8 for templates in STATEMENTS.values())
     assert set(STATEMENTS) == set(ATTRIBUTES)
-    assert {kind.__name__ for kind in GENERATORS} == {"arithmetic", "ordering", "counting", "logic"}
+    assert {kind.generate.__name__ for kind in KINDS} == {"arithmetic", "ordering", "counting", "logic"}
 
 
 def test_articles_fit_the_nouns() -> None:
