@@ -126,11 +126,14 @@ def is_missing_path(name: str) -> bool:
 
 def describe_folder(path: str | Path) -> str:
     """Return what to name in place of a folder that is a recipe or a run, "" for any other folder."""
+    # Unlike Path.is_dir(), it has an answer for a name that is too long for a file.
+    if not os.path.isdir(path):
+        return ""
     path = Path(path)
     if (path / "run.json").is_file():
         stages = sorted(inner for inner in path.glob("[0-9]*_*") if holds_model(inner))
         return f"is a run; name one of its stages, such as {stages[-1]}" if stages else "is a run without a model yet"
-    files = sorted(path.glob("[0-9]*_*.y*ml")) if path.is_dir() else []
+    files = sorted(path.glob("[0-9]*_*.y*ml"))
     text = files[0].read_text(encoding="utf-8", errors="replace") if files else ""
     output = re.search(r"^output_dir: *['\"]?([^'\"#\s]+)", text, re.MULTILINE)
     return f"is a recipe; its run is {Path(output[1]).parent} (`python -m pipeline run {path}`)" if output else ""

@@ -187,15 +187,8 @@ def _measure_language_model(
     elif held_out.prompts:
         metrics.measure_prompts(result, chats["prompts"], held_out.prompts, seed)
     if held_out.problems:
-        metrics.measure_problems(
-            result,
-            chats["problems"],
-            held_out.problems,
-            settings["samples"],
-            seed,
-            held_out.graders["problems"],
-            can_vote=held_out.can_vote,
-        )
+        problems, grade, can_vote = held_out.problems, held_out.graders["problems"], held_out.can_vote
+        metrics.measure_problems(result, chats["problems"], problems, settings["samples"], seed, grade, can_vote)
     if held_out.longer:
         longer = [answer.text for answer in chats["problems"].greedy([row["prompt"] for row in held_out.longer])]
         metrics.record_greedy(result, "pass@1_longer", longer, held_out.longer, held_out.graders["problems"])

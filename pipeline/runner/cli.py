@@ -302,10 +302,13 @@ def promises_kept(metrics: Path) -> str:
 
 
 def verdict(metrics: Path) -> list[str]:
-    """Return what a run reached in one line or, for each thing that did not work, what and the remedy in two."""
+    """Return what a run reached in one line or, for each thing that did not work, what and the remedy in two.
+
+    Reports of earlier releases have no verdict.
+    """
     summary = json.loads(metrics.read_text(encoding="utf-8"))
-    lines = [f"  {item['stage']}: {item['what']}\n    {item['remedy']}" for item in summary["verdict"]]
-    return ["what did not work:", *lines] if lines else list(filter(None, [summary["conclusion"]]))
+    lines = [f"  {item['stage']}: {item['what']}\n    {item['remedy']}" for item in summary.get("verdict", [])]
+    return ["what did not work:", *lines] if lines else list(filter(None, [summary.get("conclusion")]))
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:

@@ -96,7 +96,7 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
     waiting = run(tmp_path)
     assert waiting.returncode == EXIT_WAITING, waiting.stdout + waiting.stderr
     assert f"0 of {VOTES} votes" in waiting.stderr and "python -m pipeline app runs/toy" in waiting.stderr
-    assert "3_votes waits for 12 votes" in waiting.stdout and "Traceback" not in waiting.stderr
+    assert f"3_votes waits for {VOTES} votes" in waiting.stdout and "Traceback" not in waiting.stderr
     steps = {step.name: step for step in read_plan(Path("recipe")).steps}
     assert Path("runs/toy/votes/votes.jsonl") in steps["evaluate_3_reward"].files, "also before there are votes"
     show(Path("runs/toy"))

@@ -149,7 +149,7 @@ def counting(rng: random.Random, split: SplitName, carelessness: float, length: 
         groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, length)]
         if _split_of(_weighted(number for number, _ in groups), folds=5) == split:
             break
-    seen = []
+    seen: list[int] = []
     for place, (number, colour) in enumerate(groups):
         enough = len(seen) + length - place > 2
         if colour not in OVERLOOKED_COLOURS or not enough or rng.random() >= carelessness:
