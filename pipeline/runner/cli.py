@@ -380,7 +380,7 @@ def _run_all(
             console.event(line)
 
         command = _command_line(step, args)
-        console.command(command)
+        console.event(f"$ {command}")
         record.start(step, decision.action, command)
         started = time.monotonic()
         with console.step(step, command, resumes=decision.action != "start") as (output, variables):

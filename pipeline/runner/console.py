@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -103,10 +102,6 @@ class RunConsole:
         """Print an event that the live view shows by itself."""
         if self._live is None:
             say(line)
-
-    def command(self, line: str) -> None:
-        """Print as much of a command as fits into a line; all of it is in the log of its step."""
-        self.event(textwrap.shorten(f"$ {line}", MAX_COLUMNS, placeholder=" ..."))
 
     def log(self, step: Step) -> Path:
         """Return the file to which everything goes that the step prints."""

@@ -138,6 +138,7 @@ class RunState:
         is_smoke: bool = False,
     ) -> None:
         self.run_dir = run_dir
+        self.is_smoke = is_smoke
         chosen = {step.name for step, _ in todo if step.kind != "report"}
         last = max((index for index, step in enumerate(steps) if step.name in chosen), default=len(steps))
         # Evaluations of later stages may be left from an earlier run with other settings.
@@ -166,7 +167,6 @@ class RunState:
         self._resumed = {step.name for step, decision in todo if decision.action in ("resume", "continue")}
         self._is_guess = not measured
         self.expected = {step.name: measured.get(step.name, step.stage.seconds) for step in self.due}
-        self.is_smoke = is_smoke
 
     def start(self, step: Step) -> None:
         """Note that a step begins."""

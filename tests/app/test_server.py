@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from anyio import CapacityLimiter
 from fastapi import HTTPException
-from httpx import ASGITransport, AsyncClient
+from httpx2 import ASGITransport, AsyncClient
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 

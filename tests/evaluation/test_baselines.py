@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 from word_model import SPECIAL, word_model_config, word_tokenizer
 
-from pipeline.data.pocket.problems import WORKING, draw
+from pipeline.data.pocket.problems import WORKING, pose
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.evaluation.baselines import CONSTANTS, answer_begun, find_constant, measure_baselines
 from pipeline.evaluation.held_out import HeldOut
@@ -92,6 +92,6 @@ def test_answers_begun_with_their_own_beginning_are_the_same_answers() -> None:
 
 
 def test_worked_answers_begin_as_the_elicited_ones_do() -> None:
-    problem = draw(random.Random(0), "train")
+    problem = pose(random.Random(0), "train")
     assert problem.solution(with_steps=True).startswith(f"{WORKING} ")
     assert not problem.solution(with_steps=False).startswith(WORKING)
