@@ -56,11 +56,13 @@ def find_overlaps(held_out: HeldOut, folder: Path) -> dict[str, dict[str, Any]]:
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     for path in sorted(folder.glob("*.json")):
         known = read_json(path).get("overlap")
-        if isinstance(known, dict) and known and all(entry.get("key") == digest for entry in known.values()):
-            return known
+        # A damaged file may hold anything.
+        entries = known if isinstance(known, dict) else {}
+        if entries and all(isinstance(entry, dict) and entry.get("key") == digest for entry in entries.values()):
+            return dict(entries)
 
     found: dict[str, set[int]] = {key: set() for key in tests}
-    entries: dict[str, dict[str, Any]] = {
+    counts: dict[str, dict[str, Any]] = {
         key: {"rows": len(rows), "trained_on": 0, "n": OVERLAP_WORDS, "in": {}} for key, rows in tests.items()
     }
     for name, (part, keys) in held_out.suspects.items():
@@ -70,8 +72,8 @@ def find_overlaps(held_out: HeldOut, folder: Path) -> dict[str, dict[str, Any]]:
         times = Counter(match.shared for match in shared.matches)
         copies = [looked_for[match.test_row] for match in shared.matches if times[match.shared] <= MAX_SHARED]
         for key in keys:
-            entries[key]["trained_on"] += shared.train_rows
+            counts[key]["trained_on"] += shared.train_rows
             if numbers := {number for of, number in copies if of == key}:
                 found[key] |= numbers
-                entries[key]["in"][name] = len(numbers)
-    return {key: {**entry, "found": len(found[key]), "key": digest} for key, entry in entries.items()}
+                counts[key]["in"][name] = len(numbers)
+    return {key: {**entry, "found": len(found[key]), "key": digest} for key, entry in counts.items()}
