@@ -184,7 +184,7 @@ def test_a_field_that_was_not_given_is_compared_with_what_training_recorded(reci
 
 
 @pytest.mark.parametrize(
-    ("name", "values"), [("1_pretrain", {"max_steps": 900, "save_steps": 90}), ("3_reward", {"num_train_epochs": 2})]
+    ("name", "values"), [("1_pretrain", {"max_steps": 1400, "save_steps": 140}), ("3_reward", {"num_train_epochs": 2})]
 )
 def test_more_steps_go_on_from_the_last_checkpoint(recipe: Path, name: str, values: Mapping[str, Any]) -> None:
     change(recipe, name, values)
