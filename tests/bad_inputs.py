@@ -476,7 +476,7 @@ CASES |= {
     "weights of another width": model("wider", "not those of its config.json"),
     "weights of fewer layers": model("deeper", "lacks the weights"),
     "no configuration": model("no-config", "no model can be loaded"),
-    "a configuration cut off": model("config-cut", "no model can be loaded", "not a valid JSON"),
+    "a configuration cut off": model("config-cut", "no model can be loaded", "line 1 column 2"),
     "an unknown kind of model": model("unknown-kind", "foonet"),
     "a tokenizer cut off": model("tokenizer-cut", "no tokenizer"),
     "a template that writes nothing": model("silent", "makes no tokens"),
@@ -713,6 +713,8 @@ CASES |= {
         "sft", "--model_name_or_path runs/none/2_sft", ("model_name_or_path:", "there is no such folder")
     ),
     "no attention heads": model("no-heads", "no model can be loaded"),
+    "no layers": model("no-layers", "0 layers"),
+    "architectures that are text": model("architecture-text", "not a list of names"),
     "an unknown architecture": model("architecture-unknown", "unknown architecture, FooForCausalLM"),
     "quantised weights": model("quantised", "quantised training is not supported"),
     "weights that are NaN": model("nan", "not finite numbers"),

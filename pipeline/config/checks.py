@@ -14,6 +14,7 @@ from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from pipeline import hardware, launch
+from pipeline.bounded import MAX_LAYERS
 from pipeline.errors import Problem
 from pipeline.files import as_list, is_missing_path, read_json, split_revision
 
@@ -57,7 +58,7 @@ RANGES: dict[str, Range] = _each(
         "size_mb": _above(0, 1e6),
         # Models
         "hidden_size intermediate_size max_position_embeddings model_max_length": _between(1, 1 << 24),
-        "num_hidden_layers": _between(1, 1024),
+        "num_hidden_layers": _between(1, MAX_LAYERS),
         "num_attention_heads num_key_value_heads": _between(1, 4096),
         # The trainer of the tokenizer allocates all of it at once.
         "vocab_size": _between(1, 1 << 24),

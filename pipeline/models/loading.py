@@ -19,7 +19,7 @@ import torch
 import transformers
 from huggingface_hub import constants, snapshot_download
 from jinja2 import TemplateError
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -31,19 +31,32 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pipeline import hardware
+from pipeline.bounded import check_files, exceeds
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import describe_folder, is_missing_path, split_revision
-from pipeline.models.weights import ADAPTER, stored_weights, validate_complete, validate_file, validate_files
+from pipeline.models.tokenizer import MANY_TOKENS, added_tokens, validate_tokenizer
+from pipeline.models.weights import (
+    ADAPTER,
+    stored_weights,
+    validate_complete,
+    validate_file,
+    validate_files,
+    validate_rank,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_READ_BYTES = 4 << 30
 """Size of weight files up to which they are read before training, to find numbers that are not finite."""
 
-REJECTIONS = (OSError, ValueError, RuntimeError, UserWarning, SafetensorError)
+MAX_BUFFER_BYTES = 2 << 30
+"""Size of the tensors of a model that are not weights; a model of 1 GB has a few MB of them."""
+
+REJECTIONS = (OSError, ValueError, RuntimeError, UserWarning, SafetensorError, MemoryError)
 """Exceptions by which the libraries reject files."""
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
@@ -90,10 +103,13 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
             raise
         if is_missing_path(str(name)):
             reason = "there is no such folder"
+        elif isinstance(error, MemoryError):
+            reason = "the memory does not suffice"
         else:
             reason = shorten(str(error) if is_expected else repr(error), 250)
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
-        raise UserError(Problem(field, name, describe_folder(str(name)) or remedy)) from error
+        remedy = describe_folder(str(name)) or remedy
+        raise UserError(Problem(field, name, remedy)) from (None if is_expected else error)
 
 
 def local_copy(name: str, inner: str | None = None) -> str:
@@ -137,19 +153,31 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
         raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
     with user_error_for(field, name, "tokenizer"):
         name = local_copy(name)
+        check_config(name, revision)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+            tokenizer = _load_tokenizer(name, revision)
         except (OSError, ValueError):
             # Adapters on the Hub may come without a tokenizer. Take the one of the base model.
             if (base := base_of(name, revision)) is None:
                 raise
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+            check_config(base)
+            tokenizer = _load_tokenizer(base)
+        if fault := validate_tokenizer(tokenizer):
+            raise ValueError(fault)
         # Encode a word, which fails if a setting in its files has the wrong type.
         tokenizer("Hello")
     separate_pad_token(tokenizer, name)
     # Rows that are too long are cut or skipped, and reported. transformers' warning would announce an error.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def _load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, in a child process first if that may take long."""
+    load = functools.partial(AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False)
+    if (count := added_tokens(Path(name))) > MANY_TOKENS and (fault := exceeds(load)):
+        raise RuntimeError(f"loading its {count:,} added tokens {fault}")
+    return load()
 
 
 def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -186,6 +214,31 @@ def base_of(name: str, revision: str | None = None) -> str | None:
     return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
 
 
+def check_config(name: str, revision: str | None = None) -> None:
+    """Check what a model's files ask for, before `AutoConfig` or `AutoTokenizer` makes it.
+
+    Args:
+        name: A folder or an id on the Hub.
+        revision: Branch, tag or commit on the Hub. Default: "main".
+
+    Raises:
+        ValueError: If it is more than a model can have.
+    """
+    if Path(name).is_dir():
+        check_files(Path(name))
+        return
+    # A configuration that cannot be downloaded is reported when the model is loaded.
+    with contextlib.suppress(OSError):
+        if file := cached_file(name, "config.json", revision=revision or "main"):
+            check_files(Path(file).parent)
+
+
+def _adapt(model: PreTrainedModel, name: str) -> None:
+    """Add an adapter to a model on the meta device, without its weights as well."""
+    with torch.device("meta"):
+        get_peft_model(model, PeftConfig.from_pretrained(name), low_cpu_mem_usage=True)
+
+
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Load the configuration of a model, or of an adapter's base model.
 
@@ -197,14 +250,21 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         revision: Branch, tag or commit on the Hub. Default: "main".
 
     Raises:
-        OSError, ValueError: If there is none, or transformers rejects it.
+        OSError, ValueError: If there is none, or no model can have it.
     """
     name = local_copy(name)
     base = base_of(name, revision)
     adapter = PeftConfig.from_pretrained(name, revision=revision) if base else None
     # An adapter names a revision of its base model.
     revision = (adapter.revision if adapter else revision) or "main"
+    check_config(base or name, revision)
     config = AutoConfig.from_pretrained(base or name, revision=revision, trust_remote_code=False)
+    architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(item, str) for item in architectures):
+        raise ValueError(f"`architectures` in its config.json is {architectures!r}, not a list of names")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if layers < 1:
+        raise ValueError(f"its config.json asks for {layers} layers")
     if (Path(base or name) / "generation_config.json").is_file():
         # Saving the trained model does this as well, and would fail at the end of the run.
         GenerationConfig.from_pretrained(base or name).validate(strict=True)
@@ -250,7 +310,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
     name = local_copy(name)
     folder, base = Path(name), base_of(name) if Path(name).is_dir() else None
     if base is not None:
-        if fault := validate_file(folder / ADAPTER):
+        if fault := validate_file(folder / ADAPTER) or validate_rank(folder):
             return fault
         folder, model_class = Path(base), AutoModelForCausalLM
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -265,6 +325,12 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
         if isinstance(error, ValueError) and type(config) not in getattr(model_class, "_model_mapping", ()):
             return f"is a {config.model_type} model, which cannot be used here"
         return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
+    # A pattern of modules may take for ever.
+    if base is not None and (fault := exceeds(lambda: _adapt(model, name))):
+        return f"to add what its adapter_config.json asks for {fault}"
+    # Buffers that no file contains, such as a mask of all positions, are made when the model is loaded.
+    if sum(buffer.nbytes for buffer in model.buffers()) > max(MAX_BUFFER_BYTES, 4 * model.num_parameters()):
+        return f"its config.json asks for more than {MAX_BUFFER_BYTES >> 30} GiB in addition to the weights; correct it"
     fault = None
     if folder.is_dir():
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -6,6 +6,8 @@ learned. It reserves the chat tokens before any training, so that no later stage
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.bounded import TOO_LONG, exceeds, longest
 from pipeline.errors import Problem, UserError
 from pipeline.files import write_folder
 
@@ -135,3 +138,70 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
     """Save a tokenizer, either whole or not at all; an earlier one in `output_dir` is replaced."""
     with write_folder(Path(output_dir)) as folder:
         tokenizer.save_pretrained(folder)
+
+
+MANY_TOKENS = 20_000
+"""Added tokens. With more, a tokenizer is first tried, because each is compared with those before it."""
+
+MAX_RENDERED = 1 << 20
+"""Characters of a short conversation after its chat template, which the caller will tokenize without limits."""
+
+_tokenizers: dict[bytes, str | None] = {}
+
+
+def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what is wrong with a tokenizer that takes too long for a word, or its chat template for a turn, or None.
+
+    The verdict is kept for all tokenizers that do the same to a text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    # The vocabulary, which may be large, does not matter for how long a text takes.
+    key = pickle.dumps((str(tokenizer.chat_template), parts))
+    if key not in _tokenizers:
+        fault = exceeds(lambda: tokenizer.decode(tokenizer("Hello world").input_ids))
+        if fault is None and tokenizer.chat_template:
+            fault = exceeds(lambda: _render(tokenizer))
+            fault = fault and f"rendering its chat template {fault}"
+        else:
+            fault = fault and f"tokenizing a word {fault}"
+        _tokenizers[key] = fault
+    return _tokenizers[key]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Render the chat template for some conversations; which of them it refuses does not matter here.
+
+    Returns:
+        `TOO_LONG` if the template makes much text of a few words, or None.
+    """
+    contents = ("Hello", "Hello, how may I help you?", "Hello " * 100)
+    turns = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents, strict=True)
+    ]
+    system = {"role": "system", "content": "Be brief."}
+    for conversation in (turns[:1], turns[:2], turns, [system, *turns]):
+        for prompt in (False, True):
+            try:
+                text = tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
+                if len(text) > MAX_RENDERED:
+                    return TOO_LONG
+                tokenizer(text, add_special_tokens=False)
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - templates raise anything
+                continue
+    return None
+
+
+def added_tokens(folder: Path) -> int:
+    """Return about how many tokens the files of a local tokenizer add to its vocabulary."""
+    count = 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
+        if not file.is_file() or file.stat().st_size < (100 if name == "tokenizer.json" else 4) * MANY_TOKENS:
+            continue
+        content = json.loads(file.read_text(encoding="utf-8"))
+        count = max(count, longest(content.get("added_tokens") if name == "tokenizer.json" else content))
+    return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline.files import read_json, read_shapes
+from pipeline.files import read_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -84,17 +85,30 @@ def validate_files(folder: Path, model: Any) -> str | None:
     return validate_complete(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
 
 
+def validate_rank(folder: Path) -> str | None:
+    """Return what is wrong with an adapter whose rank is larger than its weights; PEFT would make that many first."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    largest = max((size for shape in read_shapes(folder / ADAPTER).values() for size in shape), default=0)
+    ranks = [config.get("r"), config.get("num_virtual_tokens"), *(config.get("rank_pattern") or {}).values()]
+    if wrong := [rank for rank in ranks if isinstance(rank, int) and rank > largest]:
+        return f"its adapter_config.json asks for the rank {wrong[0]}, which its weights do not have; copy it again"
+    return None
+
+
 def validate_complete(names: Collection[str]) -> str | None:
     """Return what is wrong with a model that lacks these weights, and what to do; None if there are none."""
     return f"lacks the weights {', '.join(sorted(names)[:3])}; copy the model again" if names else None
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files of a model whose weights are in one file, or in several that an index names."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    names = read_json(folder / INDEX).get("weight_map", {}).values()
-    return [folder / name for name in sorted(set(names))]
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        # Reading a pipe of that name would wait for a writer.
+        return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    try:
+        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 class RenamedWeights:

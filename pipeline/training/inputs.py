@@ -41,7 +41,7 @@ from pipeline.models.loading import (
     validate_weights,
 )
 from pipeline.models.scratch import ScratchArguments, build_model
-from pipeline.models.tokenizer import special_tokens
+from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.progress import report_lost
 from pipeline.stages import STAGES
 from pipeline.training import checks
@@ -236,6 +236,8 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         return [Problem("chat_template_path", path, f"cannot be read ({error}); give a Jinja template")]
+    if fault := validate_tokenizer(tokenizer):
+        return [Problem("chat_template_path", path, f"{fault}; correct it")]
     return []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -18,12 +19,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
+    GitForCausalLM,
+    GPTNeoForCausalLM,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
-from pipeline import hardware
+from pipeline import bounded, hardware
 from pipeline.errors import UserError
 from pipeline.models.adapters import merge_into_base
 from pipeline.models.loading import (
@@ -32,6 +36,7 @@ from pipeline.models.loading import (
     load_model,
     load_tokenizer,
     user_error_for,
+    validate_weights,
 )
 from tests.word_model import TEMPLATE, word_model_config, word_tokenizer
 
@@ -188,6 +193,16 @@ def test_a_template_that_does_not_work_is_refused(tmp_path: Path, template: str,
 @pytest.mark.parametrize(
     ("file", "changes", "said"),
     [
+        ("config.json", {"num_hidden_layers": 10**7}, "10000000 layers"),
+        ("config.json", {"num_labels": 10**9}, "1000000000 labels"),
+        ("config.json", {"id2label": dict.fromkeys(range(70_000), "x")}, "has a list of more than 65,536 entries"),
+        (
+            "tokenizer_config.json",
+            {"extra_special_tokens": ["<x>"] * 200_001},
+            "has a list of more than 200,000 entries",
+        ),
+        ("config.json", {"vision_config": {"num_layers": 10**9}}, "1000000000 layers"),
+        ("config.json", {"architectures": [5]}, "`architectures`"),
         ("config.json", {"pad_token_id": 10**6}, "cannot be built"),
         ("generation_config.json", {"max_new_tokens": -4}, "max_new_tokens"),
         ("tokenizer_config.json", {"model_max_length": "long"}, "no tokenizer can be loaded"),
@@ -201,6 +216,91 @@ def test_settings_of_a_model_that_cannot_be_are_refused(
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     assert said in refusal(folder)
+
+
+DOUBLINGS = "{% set x = namespace(y='x') %}{% for a in range(60) %}{% set x.y = x.y ~ x.y %}{% endfor %}{{ x.y }}"
+LATER = "{% if messages|length > 2 %}{{ 'x' * 10**10 }}{% endif %}{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("template", [DOUBLINGS, "{{ 'x' * 10**10 }}", LATER])
+def test_a_template_that_fills_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(bounded, "MEMORY", 128 << 20)
+    folder = save_model(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    assert "rendering its chat template takes too much memory" in refusal(folder)
+
+
+def test_a_template_that_writes_much_of_a_few_words_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ 'x ' * 10000000 }}")
+    assert "rendering its chat template gives too long a text" in refusal(folder)
+
+
+def test_a_template_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    folder = save_model(tmp_path / "model")
+    loops = "{% for a in messages[0].content * 9999 %}" * 3 + "{% endfor %}" * 3
+    (folder / "chat_template.jinja").write_text(loops)
+    assert "rendering its chat template takes too long" in refusal(folder)
+
+
+def test_a_tokenizer_that_doubles_its_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "MEMORY", 128 << 20)
+    folder = save_model(tmp_path / "model")
+    doubling = {"type": "Replace", "pattern": {"String": "o"}, "content": "oo"}
+    edit_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [doubling] * 60})
+    assert "tokenizing a word takes too" in refusal(folder)
+
+
+def test_files_that_are_read_as_a_whole_have_a_largest_size(tmp_path: Path) -> None:
+    for file, said in (("tokenizer.json", "64 MiB"), ("config.json", "8 MiB"), ("tokenizer_config.json", "32 MiB")):
+        folder = save_model(tmp_path / file / "model")
+        os.truncate(folder / file, 1 << 34)  # a hole, which takes no room
+        assert f"its {file} is larger than {said}" in refusal(folder)
+
+
+def test_what_does_not_count_layers_labels_or_tokens_may_be_large(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    labels = {f"{number}_label": number * 50 for number in range(2000)}
+    id2label = {str(number): name for name, number in labels.items()}
+    edit_json(folder / "config.json", max_window_layers=2048, label2id=labels, id2label=id2label)
+    for file in ("corpus.txt", "best.model"):
+        (folder / file).touch()
+        os.truncate(folder / file, 1 << 34)
+    load_model(str(folder), "--model")
+
+
+def test_many_added_tokens_are_loaded(tmp_path: Path) -> None:
+    """Models of speech have tens of thousands."""
+    folder = save_model(tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokens = [{"id": 1000 + number, "content": f"<custom_token_{number}>", **token} for number in range(28_672)]
+    edit_json(folder / "tokenizer.json", added_tokens=content["added_tokens"] + tokens)
+    assert len(load_tokenizer(str(folder), "--model")) > 28_672
+
+
+def test_added_tokens_that_take_long_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    folder = save_model(tmp_path / "model")
+    edit_json(folder / "tokenizer_config.json", extra_special_tokens=[f"<{number}>" for number in range(60_000)])
+    assert "loading its 60,000 added tokens takes too long" in refusal(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_configurations_that_are_not_readable_are_one_line(tmp_path: Path, file: str) -> None:
+    folder = save_model(tmp_path / "model")
+    for content, said in (
+        ((folder / file).read_text().encode("utf-16"), "is not JSON in UTF-8"),
+        (b"[" * 100_000, "is not JSON in UTF-8"),
+        (b"null", "is not a JSON object"),
+    ):
+        (folder / file).write_bytes(content)
+        assert f"its {file} {said}" in refusal(folder)
+        with pytest.raises(ValueError, match=said):
+            load_config(str(folder))
 
 
 def test_a_header_of_more_weights_than_a_model_has_is_refused(tmp_path: Path) -> None:
@@ -218,7 +318,74 @@ def test_an_index_that_names_a_pipe_is_refused(tmp_path: Path) -> None:
     assert "pipe.safetensors is damaged (is not a file)" in refusal(folder)
 
 
-@pytest.mark.parametrize("index", ["[]", None])
+def test_an_adapter_whose_pattern_of_modules_never_ends_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    folder = save_model(tmp_path / "model", adapter=True)
+    edit_json(folder / "adapter_config.json", target_modules="(.*.*)*=(.*.*)*=x")
+    assert "to add what its adapter_config.json asks for takes too" in refusal(folder)
+
+
+def test_an_adapter_is_tried_without_memory_for_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "MEMORY", 64 << 20)
+    folder = save_model(tmp_path / "model", adapter=True)
+    rank = 1 << 22
+    edit_json(folder / "adapter_config.json", r=rank)
+    file = folder / "adapter_model.safetensors"
+    shapes = {
+        name: [rank, weight.shape[1]] if "lora_A" in name else [weight.shape[0], rank]
+        for name, weight in load_file(file).items()
+    }
+    write_header(file, shapes)
+    assert validate_weights(str(folder), load_config(str(folder)), AutoModelForCausalLM) is None
+
+
+def write_header(file: Path, shapes: dict[str, list[int]]) -> None:
+    """Write a safetensors file of zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + end)
+
+
+def test_an_adapter_of_a_rank_that_its_weights_do_not_have_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", adapter=True)
+    edit_json(folder / "adapter_config.json", r=10**9)
+    assert "asks for the rank 1000000000" in refusal(folder)
+
+
+def test_a_configuration_that_is_large_for_a_reason_is_built(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    edit_json(folder / "config.json", max_position_embeddings=10**9, rope_theta=10**10)
+    load_model(str(folder), "--model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "gpt_neo", "max_position_embeddings": 10**6, "num_layers": 2}, "in addition to the weights"),
+        (
+            {"model_type": "git", "hidden_size": 24, "num_image_with_embedding": 10**9},
+            "_embedding: 1000000000) takes too",
+        ),
+    ],
+)
+def test_a_model_of_endless_parts_or_of_large_buffers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], said: str
+) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    assert GitForCausalLM and GPTNeoForCausalLM  # what takes time is not that they are imported
+    folder = save_model(tmp_path / "model")
+    attention = {"attention_types": [[["global", "local"], 1]]}
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 50, "hidden_size": 16, **attention, **changes}))
+    assert said in refusal(folder)
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 5}}', None])
 def test_files_that_are_not_weights_are_refused(tmp_path: Path, index: str | None) -> None:
     folder = save_model(tmp_path / "model")
     (folder / "model.safetensors").unlink()

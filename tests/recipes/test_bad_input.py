@@ -82,6 +82,8 @@ def save_odd_models(folder: Path) -> None:
     damaged("learned-prompt", make_adapter)
     change_json(folder / "learned-prompt" / "adapter_config.json", peft_type="PROMPT_TUNING")
     damaged("no-heads", lambda path: change_json(path / "config.json", num_attention_heads=0))
+    damaged("no-layers", lambda path: change_json(path / "config.json", num_hidden_layers=0))
+    damaged("architecture-text", lambda path: change_json(path / "config.json", architectures="LlamaForCausalLM"))
     damaged("architecture-unknown", lambda path: change_json(path / "config.json", architectures=["FooForCausalLM"]))
     damaged("quantised", lambda path: change_json(path / "config.json", quantization_config={"quant_method": "gptq"}))
     damaged("nan", lambda path: fill_with_nan(path / "model.safetensors"))

@@ -1,0 +1,213 @@
+"""Try what a model's files ask for in a child process, which can neither hang nor fill the memory of the machine.
+
+A configuration may ask for 10^9 labels, a chat template may never end, and a tokenizer may double each letter sixty
+times. None of that can be seen in the files, so it is done first where it can be ended. The child is a fork, which
+takes some milliseconds, and everything that it made ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+
+MAX_LAYERS = 1024
+"""More are certainly a mistake: the deepest models in use have a few hundred, and a configuration names each layer."""
+
+MAX_LABELS = 1 << 16
+"""More are certainly a mistake; a configuration names its labels one by one."""
+
+MAX_ENTRIES = {
+    "config.json": MAX_LABELS, "tokenizer_config.json": 200_000, "special_tokens_map.json": 200_000,
+    "generation_config.json": 200_000, "adapter_config.json": 200_000,
+}  # fmt: skip
+"""Entries of a list, by file. A model of speech adds a token for each sound: Orpheus-3B has 28,672."""
+
+MAX_USUAL, MAX_USUAL_COUNT = 1 << 24, 1024
+"""Sizes, and numbers of parts, of a usual model. A configuration with larger ones is first tried."""
+
+MAX_MIB = {
+    "tokenizer.json": 64, "vocab.json": 32, "added_tokens.json": 8, "special_tokens_map.json": 8,
+    "tokenizer_config.json": 32, "config.json": 8, "generation_config.json": 8, "adapter_config.json": 8,
+    "vocab.txt": 64, "merges.txt": 64, "tokenizer.model": 64, "spiece.model": 64, "sentencepiece.bpe.model": 64,
+    "sentencepiece.model": 64, "spm.model": 64, "tiktoken.model": 64, ".jinja": 1, ".tiktoken": 64,
+}  # fmt: skip
+"""Sizes of files that are read as a whole, by name or suffix. The largest tokenizer in use has 34 MB."""
+
+SECONDS = 5
+"""Seconds of CPU time; building the largest models, without their weights, takes two, and importing them as many."""
+
+MEMORY = 1 << 30
+"""Bytes that the child may use in addition to its copy of this process."""
+
+PATIENCE_SECONDS = 30.0
+"""Wall-clock time, for a machine that is too busy to give the child its seconds: a quarter of them then suffices for a
+verdict, and with less it is left open."""
+
+OUT_OF_MEMORY, OUT_OF_ROOM = 3, 4
+"""Exit codes of the child."""
+
+TOO_SLOW, TOO_LARGE, TOO_LONG = "takes too long", "takes too much memory", "gives too long a text"
+
+
+def exceeds(call: Callable[[], object]) -> str | None:
+    """Call a function in a child process with limits of time and memory.
+
+    Args:
+        call: The function. Anything but `TOO_LONG` that it returns or raises is ignored; the caller will see it.
+
+    Returns:
+        Which limit it exceeds, as the end of a sentence, or None. Only Linux forks safely; elsewhere it is not called.
+    """
+    if sys.platform != "linux":
+        return None
+    # The child holds the writing end of a pipe for as long as it lives, so that the end of the pipe is the end of the
+    # child. That can be waited for with a time limit, which `os.wait4` does not have:
+    #
+    #     parent   fork ---- poll(alive) ---------------- ready, or PATIENCE_SECONDS: kill --- wait4, for the usage
+    #     child      `------ setrlimit, call() ---- _exit, or a signal of the kernel, closes `held`
+    alive, held = os.pipe()
+    with warnings.catch_warnings():
+        # Other threads may hold locks, for which the child would wait for ever. PATIENCE_SECONDS ends that.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _run(call)
+    os.close(held)
+    ended = select.poll()
+    ended.register(alive)
+    is_over = False
+    try:
+        is_over = bool(ended.poll(PATIENCE_SECONDS * 1000))
+    finally:
+        os.close(alive)
+        if not is_over:
+            os.kill(child, signal.SIGKILL)
+        _, status, usage = os.wait4(child, 0)
+    seconds = usage.ru_utime + usage.ru_stime
+    # On a busy machine the child may be killed before it got its seconds. It is only to blame if it used a good part.
+    if not is_over:
+        return TOO_SLOW if seconds > SECONDS / 4 else None
+    if os.WIFSIGNALED(status) and seconds > SECONDS - 1:
+        return TOO_SLOW
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == OUT_OF_ROOM:
+        return TOO_LONG
+    # A library in C or Rust that gets no memory aborts, or runs out of its stack.
+    return TOO_LARGE if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == OUT_OF_MEMORY else None
+
+
+def _run(call: Callable[[], object]) -> NoReturn:
+    """Call a function under limits, and end this process without a word."""
+    import faulthandler
+    import resource
+
+    code = 0
+    try:
+        faulthandler.disable()
+        silent = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(silent, stream)
+        limits = {
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_CPU: SECONDS,
+            resource.RLIMIT_AS: psutil.Process().memory_info().vms + MEMORY,
+        }
+        for limit, value in limits.items():
+            # A lower limit, set by the user, cannot be raised.
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(limit, (value, value))
+        if call() is TOO_LONG:
+            code = OUT_OF_ROOM
+    except MemoryError:
+        code = OUT_OF_MEMORY
+    except BaseException as error:  # noqa: BLE001 - it is raised again in the parent
+        code = OUT_OF_MEMORY if "allocate memory" in str(error) else 0
+    finally:
+        os._exit(code)
+
+
+# ---- What configurations may ask for
+
+
+def check_files(folder: Path) -> None:
+    """Check the configuration of a model and the sizes of its tokenizer's files before anything is made of them.
+
+    Args:
+        folder: A local model, or the folder of the cache that has its config.json.
+
+    Raises:
+        ValueError: If they ask for more than a model can have.
+    """
+    for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        limit = MAX_MIB.get(file.name) or MAX_MIB.get(file.suffix)
+        if limit and file.is_file() and file.stat().st_size > limit << 20:
+            raise ValueError(f"its {file.name} is larger than {limit} MiB")
+        if file.name in MAX_ENTRIES and file.is_file() and longest(_read(file)) > MAX_ENTRIES[file.name]:
+            raise ValueError(f"its {file.name} has a list of more than {MAX_ENTRIES[file.name]:,} entries")
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    numbers = list(_numbers(_read(file)))
+    for name, value in numbers:
+        # Other names may count something else: layers from `max_window_layers` on attend to a window.
+        what = re.fullmatch(r"(?:num_hidden|num|n)_(layers?)|num_(labels)", name)
+        if what and value > (MAX_LAYERS if what[1] else MAX_LABELS):
+            raise ValueError(f"its config.json asks for {value} {'layers' if what[1] else 'labels'}")
+    unusual = [
+        f"{name}: {value}" for name, value in numbers
+        if value > (MAX_USUAL_COUNT if re.search(r"^(num|n)_|layer|expert|block|head|depth|stage", name) else MAX_USUAL)
+    ]  # fmt: skip
+    if unusual and (fault := exceeds(lambda: _build(folder))):
+        raise ValueError(f"to build the model of its config.json ({', '.join(unusual[:3])}) {fault}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read a configuration. Anything that transformers could not read raises a `ValueError`."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {file.name} is not JSON in UTF-8: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"its {file.name} is not a JSON object")
+    return content
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers of a configuration, each with the key that names it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            # A label may have any name, and any number.
+            if key != "label2id":
+                yield from _numbers(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, name)
+    elif isinstance(value, int):
+        yield name, value
+
+
+def _build(folder: Path) -> None:
+    """Build a model without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def longest(value: Any) -> int:
+    """Return the number of entries of the longest list or mapping in a JSON value."""
+    if not isinstance(value, dict | list):
+        return 0
+    return max(len(value), *map(longest, value.values() if isinstance(value, dict) else value), 0)
