@@ -32,10 +32,10 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         `layers`, the load of each expert; `pass@1_by_length` has an estimate for each length of a problem),
         `baselines` (the same, and their texts), `other` (evaluations with a name, by stage), `metrics` (metric -> label
         and direction), `judge` of the win rates, `left_out`, `cut_off` and `overlap` (by stage), `alarms` (`{"stage",
-        "step", "what", "value"}`), `seconds` (by step), `hardware`, `versions` and `commit` of the last training step,
-        `seed`, `run`, `parameters`, `tokens` and `flops` (by stage), `differences`, `promises` (the targets), `verdict`
-        (`{"stage", "what", "value", "remedy"}` for each thing that did not work), `conclusion` (the verdict in one
-        line) and `notes`.
+        "step", "what", "value"}`), `seconds` and `peak_memory` (by step; bytes of its largest process), `hardware`,
+        `versions` and `commit` of the last training step, `seed`, `run`, `parameters`, `tokens` and `flops` (by stage),
+        `differences`, `promises` (the targets), `verdict` (`{"stage", "what", "value", "remedy"}` for each thing that
+        did not work), `conclusion` (the verdict in one line) and `notes`.
     """
     stages: dict[str, dict[str, Any]] = {}
     for name, stage in run.stages.items():
@@ -67,6 +67,7 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         },
         "alarms": alarms(run),
         "seconds": seconds(run),
+        "peak_memory": {name: int(peak) for name, peak in recorded(run, "peak_memory").items() if peak},
         "hardware": run.hardware,
         "versions": run.versions,
         "seed": run.record.get("seed"),
@@ -95,21 +96,27 @@ def by_length(stage: StageResult) -> dict[str, Estimate]:
 
 def seconds(run: Run) -> dict[str, float]:
     """Return the seconds of each step from the record, or of training from the log of a stage that the record lacks."""
-    taken: dict[str, float] = {}
-    for name, step in run.steps.items():
-        value = finite(step.get("seconds"))
-        # The report cannot know how long it takes itself.
-        if name == "report" or value is None:
-            continue
-        # The directory of a stage may have another name than its step.
-        values = step.get("values")
-        written = Path(str(values.get("output_dir"))).name if isinstance(values, dict) else name
-        taken[written if written in run.stages else name] = value
+    taken = recorded(run, "seconds")
     for name, stage in run.stages.items():
         runtime = last_logged(stage, "train_runtime")
         if name not in taken and runtime is not None:
             taken[name] = runtime
     return taken
+
+
+def recorded(run: Run, key: str) -> dict[str, float]:
+    """Return a figure in the record of each step that has it, by the name of the stage's directory or of the step."""
+    found: dict[str, float] = {}
+    for name, step in run.steps.items():
+        value = finite(step.get(key))
+        # The report cannot know what it takes itself.
+        if name == "report" or value is None:
+            continue
+        # The directory of a stage may have another name than its step.
+        values = step.get("values")
+        written = Path(str(values.get("output_dir"))).name if isinstance(values, dict) else name
+        found[written if written in run.stages else name] = value
+    return found
 
 
 def training_cost(stage: StageResult) -> tuple[float | None, float | None]:

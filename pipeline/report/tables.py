@@ -15,7 +15,7 @@ from pipeline.report.stage_order import EVALUATE, stage_info, step_order
 from pipeline.report.summary import by_length, seconds
 from pipeline.report.svg import interval_bar, share_bar
 from pipeline.report.targets import TargetResult
-from pipeline.report.text import duration, interval, magnitude, number, signed
+from pipeline.report.text import duration, interval, magnitude, number, signed, size
 from pipeline.report.verdict import lost_rows
 from pipeline.stages import BASELINES
 
@@ -196,12 +196,13 @@ def experts(run: Run) -> dict[str, Any]:
 
 
 def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the time, tokens and operations of each step; the evaluation of a stage is in the row of the stage."""
+    """Return time, memory, tokens and operations of each step; the evaluation of a stage is in the row of the stage."""
     # A row for each step that took time, and for each stage, with its evaluation in the same row.
     taken = seconds(run)
     measuring = {name: taken.get(EVALUATE + name, stage.seconds) for name, stage in run.stages.items()}
     steps = {name: value for name, value in taken.items() if not name.startswith(EVALUATE)}
     whole = sum(steps.values())
+    peaks = summary["peak_memory"]
     rows = []
     for name in sorted({*steps, *run.stages}, key=step_order):
         stage = run.stages.get(name)
@@ -212,6 +213,7 @@ def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
                 "time": duration(steps.get(name)),
                 "bar": share_bar(steps.get(name, 0.0) / whole, None, None) if whole else "",
                 "evaluation": duration(measuring.get(name)),
+                "memory": " / ".join(size(peaks[of]) for of in (name, EVALUATE + name) if of in peaks) or "–",
                 "updates": f"{updates:,}" if isinstance(updates, int) and updates else "–",
                 "tokens": magnitude(summary["tokens"].get(name)),
                 "flops": magnitude(summary["flops"].get(name)),
@@ -222,6 +224,7 @@ def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "time": duration(whole if steps else None),
         "evaluation": duration(sum(filter(None, measuring.values())) or None),
+        "memory": size(max(peaks.values())) if peaks else "–",
         "tokens": magnitude(sum(summary["tokens"].values()) or None),
         "flops": magnitude(sum(summary["flops"].values()) or None),
     }

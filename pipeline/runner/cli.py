@@ -194,7 +194,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
         if not is_reported:
             return 0
         say(f"$ {_command_line(report, args)}")
-        code, received = run(report.executable(()), os.environ, descriptors, warm=args.warm)
+        code, received, _ = run(report.executable(()), os.environ, descriptors, warm=args.warm)
         return 128 + int(received) if received is not None else exit_code(code)
 
 
@@ -385,12 +385,12 @@ def _run_all(
         started = time.monotonic()
         with console.step(step, command, resumes=decision.action != "start") as (output, variables):
             executable = step.executable(launch_options(args), shlex.split(args.launcher))
-            code, received = run(executable, os.environ | variables, descriptors, output, args.warm)
+            code, received, peak = run(executable, os.environ | variables, descriptors, output, args.warm)
         seconds = time.monotonic() - started
         code = exit_code(code)
         # A step whose push failed is complete: it is pushed again at the end, and not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
-        record.stop(step, seconds, complete, console.state.progress.facts.get("lost", ()))
+        record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost", ()))
 
         if received is not None:
             stopped = f"{step.name} was stopped by {received.name}"

@@ -18,7 +18,7 @@ from pipeline import safe_path
 from pipeline.errors import EXIT_PUSH_FAILED, leave_closed_terminal, stop_signals
 from pipeline.runner.records import RunRecord
 from pipeline.runner.steps import Step
-from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess, signal_with_parent
+from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess, signal_with_parent, wait_measured
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     descriptors: Sequence[int],
     output: int | None = None,
     warm: WarmProcess | None = None,
-) -> tuple[int, signal.Signals | None]:
+) -> tuple[int, signal.Signals | None, int]:
     """Run a command until it ends.
 
     The first SIGINT, SIGTERM or SIGHUP is forwarded to the child, which is then waited for. The second one kills the
@@ -42,8 +42,9 @@ def run(
         warm: Process from which the command is forked, if that is possible; by default it is a new process.
 
     Returns:
-        The child's return code, as `subprocess` defines it, and the first signal that the runner received, or by which
-        the child says that it was stopped: a cluster signals what a launcher has started. None without a signal.
+        The child's return code, as `subprocess` defines it; the first signal that the runner received, or by which the
+        child says that it was stopped: a cluster signals what a launcher has started; None without a signal; and the
+        peak memory in bytes, as `wait_measured` defines it; 0 if it is not known.
     """
     # The handler below stays in place until the child has ended, however often a signal comes.
     received: list[signal.Signals] = []
@@ -80,12 +81,22 @@ def run(
         # A signal may come between installing the handlers and starting the child.
         if received:
             process.send_signal(received[0])
-        code = process.wait()
+        code, peak = process.wait() if isinstance(process, Fork) else _wait(process)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     stopped = next((number for number in before if code == 128 + number), None)
-    return code, received[0] if received else stopped
+    return code, received[0] if received else stopped, peak
+
+
+def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """Wait until a process has ended. Return its code and its peak memory in bytes, 0 if it is not known."""
+    if os.name == "posix":
+        # A signal that comes as the process ends makes `Popen.send_signal` collect its code.
+        with contextlib.suppress(ChildProcessError):
+            process.returncode, peak = wait_measured(process.pid)
+            return process.returncode, peak
+    return process.wait(), 0
 
 
 def push_finished(
@@ -110,7 +121,7 @@ def push_finished(
         own = {str(name): str(value) for name, value in (step.values.get("env") or {}).items()}
         own |= {"HF_TOKEN": str(step.values["hub_token"])} if step.values.get("hub_token") else {}
         command = [sys.executable, "-m", "pipeline", *step.push]
-        code, received = run(command, own | os.environ, descriptors, warm=warm)
+        code, received, _ = run(command, own | os.environ, descriptors, warm=warm)
         if received is not None:
             return 128 + int(received)
         if code == 0:

@@ -37,7 +37,8 @@ class RunRecord:
     - `id`, which changes whenever the step starts from the beginning or continues; `values`, its settings
     - `inputs`, the `id` of each step that it was made from; `data` and `files`, fingerprints of what it was made from
     - `command`; `hardware`, `versions` and `commit` of the machine that ran it last
-    - `seconds`, over all its parts; `started_at`; `finished_at`, null until it has finished
+    - `seconds`, over all its parts; `peak_memory`, resident bytes of its largest process, 0 if unknown
+    - `started_at`; `finished_at`, null until it has finished
     - `lost`, the rows that it cut or dropped, if any (see `pipeline.progress.report_lost`)
     - `pushed`, the arguments of `python -m pipeline` that pushed it to the Hub, if it was pushed
     """
@@ -99,18 +100,22 @@ class RunRecord:
             "command": command,
             **describe_machine(),
             "seconds": before.get("seconds", 0.0),
+            "peak_memory": before.get("peak_memory", 0),
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "finished_at": None,
         }
         self.update()
 
-    def stop(self, step: Step, seconds: float, finished: bool, lost: Sequence[dict[str, Any]] = ()) -> None:
-        """Record that a step has ended, after `seconds` more, and the rows that it cut or dropped.
+    def stop(
+        self, step: Step, seconds: float, finished: bool, peak_memory: int, lost: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Record that a step has ended, after `seconds` more, its memory, and the rows that it cut or dropped.
 
         A step that has `finished` is not run again.
         """
         entry = self.steps[step.name]
         entry |= {"lost": list(lost)} if lost else {}
+        entry["peak_memory"] = max(entry["peak_memory"], peak_memory)
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds") if finished else None
         self.update()

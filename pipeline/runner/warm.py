@@ -8,7 +8,7 @@ the step's module as `python -m` would.
     WarmProcess.fork  -- request -->  serve: os.fork()  ------------->  runs the module, writes to the runner's
                       <-- pid, handle --                                descriptors and holds its locks
     Fork.send_signal  ------------------------------------------------> SIGINT, SIGTERM
-    Fork.wait         <-- exit code --  waitpid  <--------------------  ends
+    Fork.wait    <-- code and memory --  wait4  <---------------------  ends
 
 Forking is safe only while nothing else runs in the process. So the warm process never computes, which would start the
 threads of OpenMP, and it ends if there is an accelerator, whose driver does not survive a fork, or a thread of Python.
@@ -85,15 +85,17 @@ class Fork:
         """Send the step a signal."""
         signal.pidfd_send_signal(self._handle, number)
 
-    def wait(self) -> int:
-        """Wait until the step has ended. Return its code as `subprocess` defines it.
+    def wait(self) -> tuple[int, int]:
+        """Wait until the step has ended. Return its code as `subprocess` defines it, and its peak memory in bytes.
 
-        If the warm process dies, the kernel sends its step SIGTERM; the code is then -SIGTERM, whatever the step did.
+        If the warm process dies, the kernel sends its step SIGTERM; the code is then -SIGTERM, whatever the step did,
+        and the memory 0.
         """
-        code = _receive(self._channel)
+        ended = _receive(self._channel)
         select.select([self._handle], [], [])
         os.close(self._handle)
-        return int(code or -signal.SIGTERM)
+        code, peak = map(int, ended.split() or (-signal.SIGTERM, 0))
+        return code, peak
 
 
 class WarmProcess:
@@ -166,6 +168,16 @@ def signal_with_parent(number: signal.Signals) -> Callable[[], object]:
     return lambda: prctl(PR_SET_PDEATHSIG, number)
 
 
+def wait_measured(pid: int) -> tuple[int, int]:
+    """Wait until a child has ended. Return its code as `subprocess` defines it, and its peak memory in bytes.
+
+    The peak is the resident memory of the largest process among the child and the descendants that were waited for.
+    """
+    _, status, usage = os.wait4(pid, 0)
+    # Linux counts in KiB, macOS in bytes.
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _receive(channel: socket.socket) -> bytes:
     """Return the next message, or nothing if the other side has ended."""
     try:
@@ -192,7 +204,7 @@ def serve(channel: socket.socket) -> list[str]:
         handle = os.pidfd_open(pid)
         socket.send_fds(channel, [b"%d" % pid], [handle])
         os.close(handle)
-        channel.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        channel.send(b"%d %d" % wait_measured(pid))
 
     # This is the fork.
     channel.close()

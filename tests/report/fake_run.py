@@ -243,7 +243,10 @@ def write_run(
     known = {name: value + rng.random() for name, value in steps.items() if name[0] not in "34" or stages == STAGES}
     known |= {f"evaluate_{name}": 9.0 + rng.random() for name in stages} | {"report": 5.0}
     record = {
-        "steps": {name: {"fingerprint": "f", "command": ["x"], "seconds": value} for name, value in known.items()},
+        "steps": {
+            name: {"fingerprint": "f", "command": ["x"], "seconds": value, "peak_memory": 5_000_000 * round(value)}
+            for name, value in known.items()
+        },
         "seed": seed,
         "recipe": "recipes/pocket",
         "commit": "0123456789abcdef0123456789abcdef01234567",

@@ -52,6 +52,8 @@ def test_metrics_json_keeps_its_contract(whole_run: Path, tmp_path: Path) -> Non
     }
     assert summary["seconds"]["1_pretrain"] == pytest.approx(98.6, abs=0.6)
     assert "report" not in summary["seconds"]
+    assert summary["peak_memory"]["1_pretrain"] == 5_000_000 * round(summary["seconds"]["1_pretrain"])
+    assert set(summary["peak_memory"]) == set(summary["seconds"])
     assert summary["hardware"]["cores"] == 2
     assert summary["versions"]["trl"] == "1.16.0"
     assert summary["seed"] == 0
@@ -232,6 +234,28 @@ def test_a_step_whose_directory_has_another_name_is_counted_once(whole_run: Path
     assert report(run) == 0
     taken = read_json(run / "report" / "metrics.json")["seconds"]
     assert taken["2_sft"] == 321.0 and "2_sft_mine" not in taken
+
+
+def test_memory_is_reported_where_it_was_recorded(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("report"))
+    record = read_json(run / "run.json")
+    # Runs of earlier releases recorded none, and 0 stands for a peak that was not measured.
+    for name, step in record["steps"].items():
+        del step["peak_memory"]
+        step |= {"2_sft": {"peak_memory": 742_000_000}, "3_ppo": {"peak_memory": 0}}.get(name, {})
+    record["steps"]["evaluate_2_sft"]["peak_memory"] = 1_190_000_000
+    (run / "run.json").write_text(json.dumps(record))
+    assert report(run) == 0
+    assert read_json(run / "report" / "metrics.json")["peak_memory"] == {
+        "2_sft": 742_000_000,
+        "evaluate_2_sft": 1_190_000_000,
+    }
+    text = (run / "report" / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"\| `2_sft` \|[^|]*\|[^|]*\| 742 MB / 1.19 GB \|", text)
+    assert re.search(r"\| `3_ppo` \|[^|]*\|[^|]*\| – \|", text)
+    assert re.search(r"\| together \|[^|]*\|[^|]*\| 1.19 GB \|", text)
+    assert "742 MB / 1.19 GB" in (run / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_training_logs_alone_are_enough(whole_run: Path, tmp_path: Path) -> None:

@@ -416,6 +416,27 @@ def test_an_interrupted_step_resumes_from_what_it_saved(folder: Path, run: Runne
     assert changed(before) == {"3_reward"}
 
 
+def test_the_peak_memory_of_a_step_is_recorded_over_all_of_its_parts(folder: Path, run: Runner) -> None:
+    def peak() -> int:
+        return int(json.loads(path.read_text())["steps"]["2_sft"]["peak_memory"])
+
+    path = Path("runs/r/run.json")
+    for before, expected in ((10**15, 10**15), (None, None)):
+        configure(folder, "2_sft", fails=7)
+        run("--force", "2_sft")
+        # A fresh start forgets what was before.
+        assert 10**6 < peak() < 10**12
+        record = json.loads(path.read_text())
+        record["steps"]["2_sft"]["peak_memory"] = before
+        # Earlier releases did not record it.
+        if before is None:
+            del record["steps"]["2_sft"]["peak_memory"]
+        path.write_text(json.dumps(record))
+        run()
+        assert times()["2_sft"] == 2
+        assert peak() == expected or (expected is None and 10**6 < peak() < 10**12)
+
+
 def test_an_interrupted_step_whose_configuration_changed_starts_from_the_beginning(folder: Path, run: Runner) -> None:
     configure(folder, "2_sft", fails=7)
     run()

@@ -47,7 +47,7 @@ def step(warm: WarmProcess | None) -> Step:
         Path("stand_in.py").write_text(code)
         with Path("log").open("w") as log:
             command = [sys.executable, "-m", "stand_in", *arguments]
-            returned, received = run(command, os.environ | variables, (), log.fileno(), warm)
+            returned, received, _ = run(command, os.environ | variables, (), log.fileno(), warm)
         assert received is None
         return returned, Path("log").read_text()
 
@@ -112,9 +112,25 @@ assert os.path.abspath("lock") in [os.path.realpath(f"/proc/self/fd/{name}") for
 """)
     with Path("lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run([sys.executable, "-m", "stand_in"], os.environ, (lock.fileno(),), warm=warm) == (0, None)
+        assert run([sys.executable, "-m", "stand_in"], os.environ, (lock.fileno(),), warm=warm)[:2] == (0, None)
     with Path("lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_the_peak_of_a_steps_memory_is_measured(warm: WarmProcess | None) -> None:
+    Path("stand_in.py").write_text("""
+import subprocess, sys
+if len(sys.argv) > 1:
+    large = bytes(10**6 * int(sys.argv[1]))
+    large = b"x" * len(large)
+    sys.exit(7)
+sys.exit(subprocess.run([sys.executable, "stand_in.py", "400"]).returncode)
+""")
+    # The memory is that of a descendant, as that of a launched worker is.
+    code, _, peak = run([sys.executable, "-m", "stand_in"], os.environ, (), warm=warm)
+    assert code == 7 and 400e6 < peak < 1000e6
+    code, _, peak = run([sys.executable, "-m", "stand_in", "1"], os.environ, (), warm=warm)
+    assert code == 7 and 1e6 < peak < 400e6
 
 
 RUNNER = """
@@ -125,10 +141,10 @@ warm.PRELOADED = ()
 command = [sys.executable, "-m", "stand_in"]
 if sys.argv[1] == "fork":
     with warm.WarmProcess(os.environ) as process:
-        print(*run(command, os.environ, (), warm=process), flush=True)
-        print(*run([sys.executable, "-m", "next"], os.environ, (), warm=process), flush=True)
+        print(*run(command, os.environ, (), warm=process)[:2], flush=True)
+        print(*run([sys.executable, "-m", "next"], os.environ, (), warm=process)[:2], flush=True)
 else:
-    print(*run(command, os.environ, ()))
+    print(*run(command, os.environ, ())[:2])
 """
 SAVES = """
 import os, signal, subprocess, sys, time
@@ -256,11 +272,11 @@ def test_a_fork_computes_grades_code_and_starts_workers(tmp_path: Path, monkeypa
     monkeypatch.setattr(warm_module, "PRELOADED", ("datasets", "torch:nn", "pipeline.rewards.grading"))
     command = [sys.executable, "-m", "stand_in"]
     with Path("new").open("w") as new:
-        assert run(command, os.environ, (), new.fileno()) == (0, None)
+        assert run(command, os.environ, (), new.fileno())[:2] == (0, None)
     with WarmProcess(os.environ) as warm:
         for name in ("fork", "second"):
             with Path(name).open("w") as log:
-                assert run(command, os.environ, (), log.fileno(), warm) == (0, None)
+                assert run(command, os.environ, (), log.fileno(), warm)[:2] == (0, None)
     assert Path("new").read_text().endswith("[True, False, False]\n")
     assert Path("fork").read_text() == Path("second").read_text() == Path("new").read_text()
 
@@ -313,7 +329,8 @@ def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
     with WarmProcess(os.environ) as process:
         for name, warm in (("new", None), ("fork", process)):
             with Path(name).open("w") as log:
-                assert run([sys.executable, *launch, "-m", "stand_in"], os.environ, (), log.fileno(), warm) == (0, None)
+                command = [sys.executable, *launch, "-m", "stand_in"]
+                assert run(command, os.environ, (), log.fileno(), warm)[:2] == (0, None)
     new, fork = (
         sorted(line for line in Path(name).read_text().split("\n") if line.startswith(("True ", "False ")))
         for name in ("new", "fork")
@@ -335,4 +352,4 @@ def test_where_a_fork_is_not_possible_the_step_is_a_new_process(
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     monkeypatch.setattr(warm_module, "PRELOADED", (preloaded,))
     with WarmProcess(os.environ) as warm:
-        assert run([sys.executable, "-m", "stand_in"], os.environ, (), warm=warm) == (0, None)
+        assert run([sys.executable, "-m", "stand_in"], os.environ, (), warm=warm)[:2] == (0, None)
