@@ -33,21 +33,18 @@ def main(
     model_args: ModelConfig,
     optimizer_args: OptimizerArguments,
 ) -> None:
-    from trl import SFTTrainer, get_peft_config
+    from trl import get_peft_config
 
     from pipeline.data.packing import log_truncated
     from pipeline.models.adapters import starting_model
-    from pipeline.models.kernels.attention import choose_attention
-    from pipeline.models.kernels.output_layer import project_labelled_positions
-    from pipeline.models.kernels.packed_rows import pad_packed_rows
     from pipeline.training.inputs import load_inputs
+    from pipeline.training.instruction_tuning import SFTTrainer
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
-    from pipeline.training.reliable import reliable
     from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("conversation", data_args, training_args, model_args)
     log_truncated(train_dataset, training_args)
-    trainer = reliable(SFTTrainer)(
+    trainer = SFTTrainer(
         model=starting_model(model_args, training_args),
         args=training_args,
         train_dataset=train_dataset,
@@ -56,10 +53,8 @@ def main(
         peft_config=get_peft_config(model_args),
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
+        attn_implementation=model_args.attn_implementation,
     )
-    pad_packed_rows(trainer)
-    project_labelled_positions(trainer)
-    choose_attention(trainer.model, model_args.attn_implementation)
     train_and_save(trainer)
 
 

@@ -622,7 +622,7 @@ CASES |= {
         "sft", '--model_init_kwargs {{"revision":"x"}}', ("model_init_kwargs:", "replaced by model_revision")
     ),
     "an unknown option of generation": Case(
-        "grpo", '--generation_kwargs {{"foo":1}}', ("generation_kwargs:", "no option foo")
+        "grpo", '--generation_kwargs {{"foo":1}}', ("generation_kwargs:", "leave out foo")
     ),
     "a temperature of generation that training would not see": Case(
         "grpo", '--generation_kwargs {{"temperature":"hot"}}', ("generation_kwargs:", "leave out temperature")

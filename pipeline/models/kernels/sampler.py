@@ -56,19 +56,26 @@ PROCESSORS: dict[str, tuple[Any, Any]] = {
 ALSO_WHEN_GREEDY = ("repetition_penalty", "suppress_tokens")
 
 OTHER_SETTINGS = (
-    "do_sample", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id",
-    "disable_compile", "transformers_version", "_from_model_config",
+    "do_sample", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "disable_compile"
 )  # fmt: skip
 """Settings that `sample` honours as well, or that cannot change what it returns."""
+
 
 GENERATE = GenerationMixin.generate
 """The method that `sample` stands in for, as it is before anything replaces it."""
 
 
-def unsupported_settings(config: GenerationConfig) -> dict[str, Any]:
-    """Return the settings, with their values, that `model.generate` honours and `sample` does not."""
+def unsupported_settings(
+    config: GenerationConfig, supported: Sequence[str] = (*PROCESSORS, *OTHER_SETTINGS)
+) -> dict[str, Any]:
+    """Return the settings, with their values, that `model.generate` honours and `sample` does not.
+
+    Args:
+        config: The settings of a model or of a trainer.
+        supported: Names of settings that are left out.
+    """
     defaults = config._get_default_generation_params()
-    known = (*PROCESSORS, *OTHER_SETTINGS)
+    known = (*supported, "transformers_version", "_from_model_config")
     saved = {name: value for name, value in config.to_diff_dict().items() if name not in known and value}
     return {name: value for name, value in saved.items() if value != defaults.get(name)}
 

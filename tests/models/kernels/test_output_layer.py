@@ -46,7 +46,7 @@ def rows_projected(trained: SFTTrainer) -> list[int]:
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
 def test_loss_metrics_and_gradients_are_those_of_trl(folder: Path, adapter: LoraConfig | None) -> None:
     theirs, ours = trainer(folder, adapter), trainer(folder, adapter)
-    project_labelled_positions(ours)
+    project_labelled_positions(ours.model)
     batch = next(iter(ours.get_train_dataloader()))
     labelled = (batch["labels"][:, 1:] != -100).sum()
     rows = rows_projected(ours)
@@ -69,7 +69,7 @@ def test_loss_metrics_and_gradients_are_those_of_trl(folder: Path, adapter: Lora
 
 def test_a_batch_without_labels_has_a_loss_of_zero(folder: Path) -> None:
     trained = trainer(folder)
-    project_labelled_positions(trained)
+    project_labelled_positions(trained.model)
     batch = next(iter(trained.get_train_dataloader()))
     batch["labels"] = torch.full_like(batch["labels"], -100)
     loss = trained.compute_loss(trained.model, batch)
@@ -79,7 +79,7 @@ def test_a_batch_without_labels_has_a_loss_of_zero(folder: Path) -> None:
 
 def test_the_head_is_left_to_trl_where_it_is_better(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def uses_ours(trained: SFTTrainer) -> bool:
-        project_labelled_positions(trained)
+        project_labelled_positions(trained.model)
         rows = rows_projected(trained)
         trained.compute_loss(trained.model, next(iter(trained.get_train_dataloader())))
         return bool(rows)
