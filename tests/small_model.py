@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.models.scratch import LlamaArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import train_tokenizer
 from tests.forked import run_forked
 
@@ -39,7 +39,7 @@ def save_tokenizer(folder: Path) -> str:
 
 
 def save_model(folder: Path, seed: int = 0) -> str:
-    sizes = LlamaArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256)
+    sizes = ScratchArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256)
     build_model(sizes, tokenizer(), seed).save_pretrained(folder)
     return save_tokenizer(folder)
 

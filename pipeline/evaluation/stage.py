@@ -286,7 +286,7 @@ def _record_experts(
     result: StageResult, counter: RouteCounter, chat: ChatModel | None = None, texts: Sequence[Example] = ()
 ) -> None:
     """Record which experts took the counted tokens, and the tokens of a few texts, if the model has experts."""
-    if counter.counts is None or not counter.shares:
+    if not counter.shares:
         return
     # Each token is counted as often as experts take it.
     tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k

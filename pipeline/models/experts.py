@@ -72,15 +72,14 @@ class RouteCounter:
         training: Count only what is computed in training mode.
 
     Attributes:
-        counts: Tokens of each expert since the last `clear`, shape (layers, experts); None if there are no experts.
+        counts: Tokens of each expert since the last `clear`, shape (layers, experts); (0, 0) if there are no experts.
         entropy: Entropy of the routers' distributions summed over these tokens, in nats, shape (layers,).
     """
 
     def __init__(self, model: nn.Module, *, training: bool = False) -> None:
         self.routers = routers(model)
         self.training = training
-        self.counts: Tensor | None = None
-        self.entropy: Tensor | None = None
+        # The tokens of the present forward pass that are not padding, shape (tokens,); None if that is not known.
         self._real: Tensor | None = None
         self.clear()
         self._hooks = [
@@ -95,9 +94,9 @@ class RouteCounter:
 
     def clear(self) -> None:
         """Start again from 0."""
-        if self.routers:
-            self.counts = torch.zeros(len(self.routers), self.routers[0].num_experts, dtype=torch.float64)
-            self.entropy = torch.zeros(len(self.routers), dtype=torch.float64)
+        experts = self.routers[0].num_experts if self.routers else 0
+        self.counts = torch.zeros(len(self.routers), experts, dtype=torch.float64)
+        self.entropy = torch.zeros(len(self.routers), dtype=torch.float64)
 
     def __enter__(self) -> RouteCounter:
         return self
@@ -109,25 +108,23 @@ class RouteCounter:
     @property
     def shares(self) -> list[list[float]]:
         """For each layer, the tokens of each expert over the fair number of tokens."""
-        if self.counts is None or not self.counts.any():
-            return []
         fair = self.counts.mean(1, keepdim=True)
-        shares: list[list[float]] = (self.counts / fair).tolist()
-        return shares
+        return (self.counts / fair).tolist() if self.counts.any() else []
 
     def _find_padding(self, model: Llama4TextModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
+        ids, mask = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
         self._real = None
-        if ids is not None:
-            self._real = ids.flatten() != model.padding_idx if model.padding_idx is not None else None
-            mask = kwargs.get("attention_mask")
-            if isinstance(mask, Tensor) and mask.shape == ids.shape:
-                real = mask.flatten().bool()
-                self._real = real if self._real is None else self._real & real
+        if ids is None:
+            return
+        real = torch.ones_like(ids, dtype=torch.bool) if model.padding_idx is None else ids != model.padding_idx
+        # Other masks tell documents apart.
+        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+            real = real & mask.bool()
+        self._real = real.flatten()
 
     @torch.no_grad()
     def _count(self, layer: int, router: Llama4Router, logits: Tensor) -> None:
-        if (self.training and not router.training) or self.counts is None or self.entropy is None:
+        if self.training and not router.training:
             return
         logits = logits.float()
         # The totals move to the device with the first batch.

@@ -17,14 +17,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class LlamaArguments:
-    """Sizes of a dense Llama (Touvron et al. 2023), with the names and meanings of `transformers.LlamaConfig`.
+class ScratchArguments:
+    """A model to train from scratch: a dense Llama, or a Llama 4, with the names of transformers' configurations.
 
-    It has rotary embeddings (Su et al. 2021) and, with fewer key and value heads than query heads, grouped-query
-    attention (Ainslie et al. 2023).
+    A Llama (Touvron et al. 2023) has rotary embeddings (Su et al. 2021) and, with fewer key and value heads than query
+    heads, grouped-query attention (Ainslie et al. 2023).
+
+    A Llama 4 (Meta 2025) is a mixture of experts. A layer of experts has, besides those that the router chooses among,
+    one shared expert that takes every token, so that each token passes `num_experts_per_tok` + 1 experts of width
+    `intermediate_size`. transformers computes all experts for all tokens, and adds what the router did not choose with
+    weight 0: few experts are fast.
 
     Raises:
-        UserError: If the sizes are out of range or do not fit together.
+        UserError: If the sizes are out of range or do not fit together, or belong to the other kind of model.
     """
 
     hidden_size: int = HfArg(default=256, help="Width of the residual stream.")
@@ -41,54 +46,6 @@ class LlamaArguments:
     )
     tie_word_embeddings: bool = HfArg(default=True, help="Share the input and output embeddings.")
     initializer_range: float = HfArg(default=0.02, help="Standard deviation of the random weights.")
-
-    def __post_init__(self) -> None:
-        if problems := self.check():
-            raise UserError(*problems)
-
-    def check(self) -> list[Problem]:
-        """Check that the sizes are in range and fit together."""
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        positive = {
-            name: getattr(self, name)
-            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        }
-        if self.intermediate_size is not None:
-            positive["intermediate_size"] = self.intermediate_size
-        problems = [
-            Problem(name, size, "must be a positive whole number") for name, size in positive.items() if size < 1
-        ]
-        if self.rope_theta <= 0:
-            problems.append(Problem("rope_theta", self.rope_theta, "must be positive"))
-        if not 0 <= self.initializer_range <= 1:
-            problems.append(Problem("initializer_range", self.initializer_range, "must be from 0 to 1"))
-        if heads > 0 and self.hidden_size % (2 * heads):
-            remedy = f"must be a multiple of 2 x num_attention_heads ({2 * heads})"
-            problems.append(Problem("hidden_size", self.hidden_size, remedy))
-        if groups is not None and (groups < 1 or (heads > 0 and heads % groups)):
-            remedy = f"must be a divisor of num_attention_heads ({heads})"
-            problems.append(Problem("num_key_value_heads", groups, remedy))
-        return problems
-
-    @property
-    def width(self) -> int:
-        """Width of the SwiGLU layer: by default 8/3 of `hidden_size`, rounded up to a multiple of 64."""
-        return self.intermediate_size or 64 * -(-self.hidden_size * 8 // (3 * 64))
-
-
-@dataclass
-class ScratchArguments(LlamaArguments):
-    """A model to train from scratch: a dense Llama, or a Llama 4 with the names of `transformers.Llama4TextConfig`.
-
-    Llama 4 (Meta 2025) is a mixture of experts. A layer of experts has, besides those that the router chooses among,
-    one shared expert that takes every token, so that each token passes `num_experts_per_tok` + 1 experts of width
-    `intermediate_size`. transformers computes all experts for all tokens, and adds what the router did not choose with
-    weight 0: few experts are fast.
-
-    Raises:
-        UserError: If the sizes are out of range or do not fit together, or belong to the other kind of model.
-    """
-
     model_type: Literal["llama", "llama4_text"] = HfArg(
         default="llama", help="llama is dense, llama4_text a mixture of experts."
     )
@@ -117,39 +74,56 @@ class ScratchArguments(LlamaArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if problems := self._check():
+            raise UserError(*problems)
         if self.model_type == "llama4_text":
             for name, default in LLAMA4.items():
                 if getattr(self, name) is None:
                     setattr(self, name, default)
 
-    def check(self) -> list[Problem]:
-        """Check the sizes of a dense Llama, and the fields of a Llama 4."""
-        problems = super().check()
+    def _check(self) -> list[Problem]:
+        """Check that the sizes are in range and fit together."""
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        sizes = {name: getattr(self, name) for name in POSITIVE}
+        problems = [
+            Problem(name, size, "must be a positive whole number")
+            for name, size in sizes.items()
+            if size is not None and size < 1
+        ]
+        if heads > 0 and self.hidden_size % (2 * heads):
+            remedy = f"must be a multiple of 2 x num_attention_heads ({2 * heads})"
+            problems.append(Problem("hidden_size", self.hidden_size, remedy))
+        if groups is not None and (groups < 1 or (heads > 0 and heads % groups)):
+            remedy = f"must be a divisor of num_attention_heads ({heads})"
+            problems.append(Problem("num_key_value_heads", groups, remedy))
         given = {name: getattr(self, name) for name in LLAMA4 if getattr(self, name) is not None}
         if self.model_type == "llama":
             return problems + [Problem(name, value, "needs model_type: llama4_text") for name, value in given.items()]
-        wrong = []
-        for name, value in given.items():
-            if name.startswith("router"):
-                if value < 0:
-                    wrong.append(Problem(name, value, "must not be negative"))
-            elif name != "use_qk_norm" and value < 1:
-                wrong.append(Problem(name, value, "must be a positive whole number"))
-        if wrong:
-            return problems + wrong
         # What is not given has its default.
         values = LLAMA4 | given
-        experts, chosen, step = (
-            values[name] for name in ("num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step")
-        )
-        if chosen > experts:
-            problems.append(Problem("num_experts_per_tok", chosen, f"there are {experts} experts; lower it"))
-        if step > self.num_hidden_layers:
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if values[name] < 0:
+                problems.append(Problem(name, values[name], "must not be negative"))
+        if (chosen := values["num_experts_per_tok"]) > values["num_local_experts"]:
+            remedy = f"there are {values['num_local_experts']} experts; lower it"
+            problems.append(Problem("num_experts_per_tok", chosen, remedy))
+        if (step := values["interleave_moe_layer_step"]) > self.num_hidden_layers:
             remedy = f"no layer would have experts: there are {self.num_hidden_layers} layers; lower it"
             problems.append(Problem("interleave_moe_layer_step", step, remedy))
         return problems
 
+    @property
+    def width(self) -> int:
+        """Width of the SwiGLU layer: by default 8/3 of `hidden_size`, rounded up to a multiple of 64."""
+        return self.intermediate_size or 64 * -(-self.hidden_size * 8 // (3 * 64))
+
+
+POSITIVE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "intermediate_size_mlp", "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step",
+    "no_rope_layer_interval", "attention_chunk_size",
+)  # fmt: skip
+"""Fields of at least 1."""
 
 LLAMA4: dict[str, Any] = {
     "intermediate_size_mlp": None,
@@ -165,7 +139,18 @@ LLAMA4: dict[str, Any] = {
 """The fields that only a Llama 4 has, and their defaults."""
 
 
-def build_model(args: LlamaArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+OF_BOTH_CONFIGURATIONS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "attention_bias",
+    "tie_word_embeddings", "initializer_range",
+)  # fmt: skip
+OF_LLAMA4_CONFIGURATION = (
+    "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step", "no_rope_layer_interval",
+    "attention_chunk_size", "use_qk_norm",
+)  # fmt: skip
+"""Fields that transformers' configurations have under the same names."""
+
+
+def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Build the model with random weights in float32.
 
     Args:
@@ -184,33 +169,22 @@ def build_model(args: LlamaArguments, tokenizer: PreTrainedTokenizerBase, seed: 
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    sizes: dict[str, Any] = {
+    sizes: dict[str, Any] = {name: getattr(args, name) for name in OF_BOTH_CONFIGURATIONS}
+    sizes |= {
         "vocab_size": len(tokenizer),
-        "hidden_size": args.hidden_size,
         "intermediate_size": args.width,
-        "num_hidden_layers": args.num_hidden_layers,
-        "num_attention_heads": args.num_attention_heads,
         "num_key_value_heads": args.num_key_value_heads or args.num_attention_heads,
-        "max_position_embeddings": args.max_position_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
-        "attention_bias": args.attention_bias,
-        "tie_word_embeddings": args.tie_word_embeddings,
-        "initializer_range": args.initializer_range,
         "dtype": torch.float32,
         **special_ids,
     }
     model_class, config = LlamaForCausalLM, None
-    if isinstance(args, ScratchArguments) and args.model_type == "llama4_text":
+    if args.model_type == "llama4_text":
         model_class = Llama4ForCausalLM
         config = Llama4TextConfig(
             **sizes,
+            **{name: getattr(args, name) for name in OF_LLAMA4_CONFIGURATION},
             intermediate_size_mlp=args.intermediate_size_mlp or args.width * (1 + (args.num_experts_per_tok or 1)),
-            num_local_experts=args.num_local_experts,
-            num_experts_per_tok=args.num_experts_per_tok,
-            interleave_moe_layer_step=args.interleave_moe_layer_step,
-            no_rope_layer_interval=args.no_rope_layer_interval,
-            attention_chunk_size=args.attention_chunk_size,
-            use_qk_norm=args.use_qk_norm,
             head_dim=args.hidden_size // args.num_attention_heads,
             # The scale of queries by their place in the row, which begins at 8,192 tokens, ignores `position_ids`:
             # packed documents would get each other's.

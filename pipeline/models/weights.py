@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline.files import read_shapes
+from pipeline.files import read_json, read_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -101,14 +101,11 @@ def validate_complete(names: Collection[str]) -> str | None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        # Reading a pipe of that name would wait for a writer.
-        return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
-    try:
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
+    """Return the files of a model whose weights are in one file, or in several that an index names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    names = read_json(folder / INDEX).get("weight_map", {})
+    return [folder / name for name in sorted(set(names.values())) if isinstance(name, str)]
 
 
 class RenamedWeights:

@@ -128,15 +128,11 @@ class LogFigures(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the figures."""
-        if logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs or (figures := self.figures(args, state)) is None:
             return
-        figures = self.figures(args, state)
-        if figures is None:
-            return
-        entries = [logs]
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            entries.append(state.log_history[-1])
-        for entry in entries:
+        # The trainer has copied the log into its history already.
+        history = [entry for entry in state.log_history[-1:] if entry.get("step") == state.global_step]
+        for entry in (logs, *history):
             entry.update(figures)
             # TRL counts a batch of packed rows as a single row. `num_input_tokens_seen` is right.
             entry.pop("num_tokens", None)
@@ -196,8 +192,6 @@ class RouterCallback(LogFigures):
     those that have experts.
     """
 
-    counter: RouteCounter | None = None
-
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start counting."""
         self.counter = RouteCounter(model, training=True)
@@ -205,7 +199,7 @@ class RouterCallback(LogFigures):
     def figures(self, args: TrainingArguments, state: TrainerState) -> dict[str, float] | None:
         """Return the figures of all processes, and start counting again."""
         counter = self.counter
-        if counter is None or counter.counts is None:
+        if not counter.routers:
             return None
         counter.counts = sum_over_processes(counter.counts, args).cpu()
         counter.entropy = sum_over_processes(counter.entropy, args).cpu()

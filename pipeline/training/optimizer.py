@@ -9,7 +9,6 @@ so the embedding of a token that never occurs in the tuning data moves as far as
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,18 +50,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._muon, self._adamw = muon, adamw
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step with both optimizers."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         # Loading a checkpoint replaces groups and state, so both optimizers get the current ones.
         for part, groups in ((self._muon, self.param_groups[:1]), (self._adamw, self.param_groups[1:])):
             part.param_groups, part.state = groups, self.state
             part.step()
-        return loss
 
 
 def build_optimizer(
@@ -86,38 +79,30 @@ def build_optimizer(
     Raises:
         UserError: If an argument is about parameters that are not trained, such as embeddings with LoRA.
     """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
     # Tied embeddings are one parameter, under two names.
-    tables = set()
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, name, lambda: None)()
-        if module is not None:
-            tables |= {id(parameter) for parameter in module.parameters()}
+    tables = {id(parameter) for layer in layers if layer is not None for parameter in layer.parameters()}
     # The weights of experts are stacks of matrices, with three dimensions.
     stacks = {id(parameter) for parameter in expert_weights(model)}
-    embeddings, matrices, vectors = [], [], []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in tables:
-            embeddings.append(parameter)
-        elif parameter.ndim == 2 or id(parameter) in stacks:
-            matrices.append(parameter)
-        else:
-            vectors.append(parameter)
+    embeddings = [parameter for parameter in trained if id(parameter) in tables]
+    others = [parameter for parameter in trained if id(parameter) not in tables]
+    matrices = [parameter for parameter in others if parameter.ndim == 2 or id(parameter) in stacks]
+    vectors = [parameter for parameter in others if parameter.ndim != 2 and id(parameter) not in stacks]
     if embedding_lr is not None and not embeddings:
         raise UserError(Problem("embedding_learning_rate", embedding_lr, "embeddings are not trained; omit it"))
-    groups: list[dict[str, Any]] = [
-        {"params": embeddings, "lr": lr if embedding_lr is None else embedding_lr},
-        {"params": vectors, "lr": lr},
-    ]
     # torch refuses a group without parameters.
-    others = [group for group in groups if group["params"]]
+    groups: list[dict[str, Any]] = [
+        {"params": params, "lr": rate}
+        for params, rate in ((embeddings, lr if embedding_lr is None else embedding_lr), (vectors, lr))
+        if params
+    ]
     if muon_lr is None:
-        others.insert(0, {"params": matrices, "lr": lr, "weight_decay": weight_decay})
-    elif not matrices or not others:
+        groups.insert(0, {"params": matrices, "lr": lr, "weight_decay": weight_decay})
+    elif not matrices or not groups:
         raise UserError(Problem("use_muon", True, "needs both matrices and other parameters to train; set it to false"))
     # Weight decay is for matrices, which either Muon or the first group of AdamW has.
-    adamw = torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps)
+    adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, betas=betas, eps=eps)
     if muon_lr is None:
         return adamw
     return MuonWithAdamW(Muon(matrices, lr=muon_lr, weight_decay=weight_decay), adamw)

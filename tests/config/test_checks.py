@@ -15,7 +15,7 @@ from pipeline.bounded import MAX_LAYERS
 from pipeline.config.checks import HALF_PRECISION, MAY_BE_EMPTY, check_supported
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import REQUIRED, check_values
-from pipeline.models.scratch import LlamaArguments
+from pipeline.models.scratch import ScratchArguments
 from pipeline.rl.ppo_config import PPOConfig
 
 RECIPES = ("data", "tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "grpo")
@@ -70,8 +70,8 @@ def test_prompts_have_a_number_of_completions(kind: type) -> None:
 
 
 def test_a_new_model_has_at_most_the_layers_with_which_it_can_be_loaded() -> None:
-    assert is_refused("num_hidden_layers", LlamaArguments, MAX_LAYERS + 1)
-    assert not is_refused("num_hidden_layers", LlamaArguments, MAX_LAYERS)
+    assert is_refused("num_hidden_layers", ScratchArguments, MAX_LAYERS + 1)
+    assert not is_refused("num_hidden_layers", ScratchArguments, MAX_LAYERS)
 
 
 @pytest.mark.parametrize(("name", "value"), HALF_PRECISION)

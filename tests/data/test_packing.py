@@ -19,7 +19,7 @@ from trl import SFTConfig
 from word_model import word_tokenizer
 
 from pipeline.data.packing import PackedBlocks, log_truncated, pack_documents
-from pipeline.models.scratch import LlamaArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_model
 
 BLOCK = 32
 IGNORED = -100
@@ -57,7 +57,7 @@ def parts(block: dict[str, Any]) -> list[tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    sizes = LlamaArguments(
+    sizes = ScratchArguments(
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,

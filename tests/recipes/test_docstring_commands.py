@@ -14,7 +14,7 @@ from small_model import ROOT, conversation, save_tokenizer, tokenizer, write_dat
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.data.pocket.build import PocketArguments, build
-from pipeline.models.scratch import LlamaArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.stages import STAGES
 from tests.forked import run_forked
 
@@ -45,7 +45,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a user who has run the first stages, and for whom the Hub is a few local folders."""
     here = tmp_path_factory.mktemp("project")
     (here / "recipes").symlink_to(ROOT / "recipes")
-    sizes = LlamaArguments(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2048)
+    sizes = ScratchArguments(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2048)
     model = build_model(sizes, tokenizer(), 0)
     for name in (
         "runs/pocket/1_pretrain",

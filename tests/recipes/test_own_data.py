@@ -20,7 +20,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from small_model import CHATML, ROOT, conversation, tokenizer, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.models.scratch import LlamaArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_model
 
 LINES = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater mit seinem Kind;\n\n"
 QUESTIONS = [
@@ -80,7 +80,7 @@ def test_a_folder_of_yaml_runs_on_files_of_ones_own(tmp_path: Path) -> None:
 def test_an_existing_model_goes_through_stages_2_to_4_with_lora(tmp_path: Path) -> None:
     words = copy.deepcopy(tokenizer())
     words.pad_token, words.chat_template = words.eos_token, CHATML  # as real ones have them
-    sizes = LlamaArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=2048)
+    sizes = ScratchArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=2048)
     base = tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct"
     build_model(sizes, words, 0).save_pretrained(base)
     words.save_pretrained(base)

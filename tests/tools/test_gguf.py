@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline.__main__ import main
 from pipeline.models.gguf import is_own
-from pipeline.models.scratch import LlamaArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import pre_tokenizer, train_tokenizer
 
 HEADS, WIDTH = 2, 32
@@ -64,7 +64,7 @@ def halves_apart(weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("algorithm", ["bpe", "character"])
 def test_a_model_with_tied_embeddings_and_attention_biases_is_converted(tmp_path: Path, algorithm: Any) -> None:
     words = train_tokenizer([f"{TEXT}naïve café 日本語 🦊" * 20], vocab_size=300, algorithm=algorithm)
-    sizes = LlamaArguments(
+    sizes = ScratchArguments(
         hidden_size=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=HEADS,

@@ -9,7 +9,7 @@ import pytest
 from small_model import tokenizer, weights
 from transformers import AutoConfig
 
-from pipeline.models.scratch import LlamaArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_model
 
 WEIGHTS = re.compile(
     r"model\.(embed_tokens\.weight|norm\.weight|layers\.\d+\.((input|post_attention)_layernorm\.weight|"
@@ -20,7 +20,7 @@ WEIGHTS = re.compile(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_is_a_plain_llama(tmp_path: Path, tied: bool) -> None:
-    sizes = LlamaArguments(
+    sizes = ScratchArguments(
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

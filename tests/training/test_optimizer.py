@@ -16,14 +16,14 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from pipeline.errors import UserError
 from pipeline.models.kernels import muon
-from pipeline.models.scratch import LlamaArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.training.optimizer import MuonWithAdamW, OptimizerArguments, build_optimizer, optimizer_cls_and_kwargs
 
 SETTINGS = {"muon_lr": 0.03, "lr": 0.01, "embedding_lr": None, "weight_decay": 0.1, "betas": (0.9, 0.98), "eps": 1e-8}
 
 
 def model(tied: bool = True) -> LlamaForCausalLM:
-    sizes = LlamaArguments(
+    sizes = ScratchArguments(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -167,21 +167,6 @@ def test_a_schedule_scales_all_learning_rates() -> None:
     optimizer.step()
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.015, 0.005, 0.005])
-
-
-def test_a_closure_computes_the_loss() -> None:
-    trained = model()
-    optimizer = build_optimizer(trained, **SETTINGS)
-    ids = next(batches())
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = trained(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return loss.item()
-
-    first = optimizer.step(closure)
-    assert first is not None and closure() < first
 
 
 @pytest.mark.parametrize("layer", [torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4)], ids=["matrix", "vector"])

@@ -20,13 +20,13 @@ from pipeline.errors import UserError
 from pipeline.hardware import Choice
 from pipeline.models.kernels import attention
 from pipeline.models.kernels.attention import BLOCKWISE, VARLEN, BlockMask, blockwise_mask, choose_attention
-from pipeline.models.scratch import LlamaArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_model
 
 LENGTH = 150  # two blocks and a part of one
 
 
 def model() -> LlamaForCausalLM:
-    sizes = LlamaArguments(
+    sizes = ScratchArguments(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     return build_model(sizes, tokenizer(), seed=0)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from pipeline.evaluation.likelihood import document_losses
 from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.kernels.sampler import GrowingLayer, overrides_generate
-from pipeline.models.scratch import LlamaArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_model
 
 PROMPTS = [
     [{"role": "user", "content": content}]
@@ -31,7 +31,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    sizes = LlamaArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
+    sizes = ScratchArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
     model = build_model(sizes, tokenizer, seed=1)
     # Larger weights than at the start of training, or greedy decoding repeats one token and never ends.
     with torch.no_grad():
