@@ -27,6 +27,32 @@ def active_parameters(model: nn.Module) -> int:
     return total
 
 
+def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
+    """Return the floating-point operations that training spends on one token, forward and backward.
+
+    Six for each weight of a matrix (Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section 2.1), and
+    twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM", appendix B), halved because
+    attention is causal.
+
+    Args:
+        model: A decoder. Its input embeddings count only if they are also its output matrix, and of its experts those
+            that a token is routed to.
+        length: Tokens per sequence; 0 for the operations without attention.
+    """
+    config = model.config.get_text_config()
+    weights = active_parameters(model)
+    # Looking up an embedding multiplies nothing, but the same matrix multiplies as an output layer.
+    if not config.tie_word_embeddings:
+        weights -= sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # In some layers of a Llama 4, tokens attend within their chunk of the row.
+    chunk = getattr(config, "attention_chunk_size", None) or length
+    chunked = (getattr(config, "layer_types", None) or []).count("chunked_attention")
+    attended = (config.num_hidden_layers - chunked) * length + chunked * min(length, chunk)
+    attention = 12 * attended * config.num_attention_heads * head / 2
+    return 6 * weights + attention
+
+
 def expert_weights(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of all experts, each a stack of matrices of shape (experts, in, out)."""
     experts = [module for module in model.modules() if isinstance(module, Llama4TextExperts)]

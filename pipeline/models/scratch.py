@@ -217,13 +217,10 @@ def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
 
 def log_model(model: PreTrainedModel) -> None:
     """Log what follows from the sizes: the numbers of parameters and of FLOPs per token, and the dtype."""
-    from pipeline.models.experts import active_parameters
+    from pipeline.models.experts import active_parameters, training_flops_per_token
 
     parameters, active = model.num_parameters(), active_parameters(model)
     embedding = model.get_input_embeddings().weight.numel()
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    # A weight that multiplies an activation costs 2 FLOPs forward and 4 backward. Looking up an embedding costs none.
-    multiplied = active - (0 if tied else embedding)
     logger.info(
         "%-11s %s, %.2fM parameters (%s%.2fM of them embeddings%s), %.1f MFLOPs per token in training without "
         "attention, weights in %s",
@@ -232,7 +229,7 @@ def log_model(model: PreTrainedModel) -> None:
         parameters / 1e6,
         f"{active / 1e6:.2f}M of them active for a token, " if active != parameters else "",
         embedding / 1e6,
-        ", tied" if tied else "",
-        6 * multiplied / 1e6,
+        ", tied" if model.config.tie_word_embeddings else "",
+        training_flops_per_token(model, 0) / 1e6,
         str(model.dtype).removeprefix("torch."),
     )

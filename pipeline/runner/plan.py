@@ -119,7 +119,7 @@ def passes(stage: Stage) -> int:
 
 def flops(stage: Stage) -> float:
     """Return the floating-point operations of all processes."""
-    from pipeline.training.callbacks import training_flops_per_token
+    from pipeline.models.experts import training_flops_per_token
 
     length = row_length(stage)
     # The function counts a forward and a backward pass, which are three.

@@ -11,12 +11,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import hardware
 from pipeline.errors import RunStopped, leave_closed_terminal, stop_signals
-from pipeline.models.experts import RouteCounter, active_parameters
+from pipeline.models.experts import RouteCounter, training_flops_per_token
 from pipeline.progress import duration, report_progress
 
 logger = logging.getLogger(__name__)
@@ -87,33 +87,6 @@ class InterruptCallback(TrainerCallback):
             f"{output_dir}. The same command resumes from there.",
             exit_code=128 + int(self.received),
         )
-
-
-def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """Return the floating-point operations that training spends on one token, forward and backward.
-
-    Six for each weight of a matrix (Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section 2.1), and
-    twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM", appendix B), halved because
-    attention is causal.
-
-    Args:
-        model: A decoder. Its input embeddings count only if they are also its output matrix, and of its experts those
-            that a token is routed to.
-        length: Tokens per sequence.
-    """
-    config = model.config.get_text_config()
-    embeddings = model.get_input_embeddings()
-    weights = active_parameters(model)
-    # Looking up an embedding multiplies nothing, but the same matrix multiplies as an output layer.
-    if isinstance(embeddings, nn.Module) and not config.tie_word_embeddings:
-        weights -= sum(parameter.numel() for parameter in embeddings.parameters())
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # In some layers of a Llama 4, tokens attend within their chunk of the row.
-    chunk = getattr(config, "attention_chunk_size", None) or length
-    chunked = (getattr(config, "layer_types", None) or []).count("chunked_attention")
-    attended = (config.num_hidden_layers - chunked) * length + chunked * min(length, chunk)
-    attention = 12 * attended * config.num_attention_heads * head / 2
-    return 6 * weights + attention
 
 
 class LogFigures(TrainerCallback):

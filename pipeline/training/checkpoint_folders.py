@@ -27,7 +27,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline import hardware
-from pipeline.files import MANIFEST, STATE, fsync, write_text
+from pipeline.files import MANIFEST, STATE, fsync, hash_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def write_manifest(checkpoint: Path, step: int, evaluation_due: bool) -> None:
     content = {
         "step": step,
         "evaluation_due": evaluation_due,
-        "states": [_sha256(checkpoint / STATE)],
+        "states": [hash_file(checkpoint / STATE)],
         "files": entries,
     }
     write_text(checkpoint / MANIFEST, json.dumps(content, indent=1) + "\n")
@@ -122,7 +122,7 @@ def validate_checkpoint(checkpoint: Path) -> str | None:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if state["global_step"] != manifest["step"]:
             return f"{STATE} is of step {state['global_step']}"
-        if _sha256(checkpoint / STATE) not in manifest["states"]:
+        if hash_file(checkpoint / STATE) not in manifest["states"]:
             return f"{STATE} has changed"
         # Compare the sizes of all files before reading any of them.
         entries = {checkpoint / name: entry for name, entry in manifest["files"].items()}
@@ -159,7 +159,7 @@ def replace_state(checkpoint: Path, state: TrainerState) -> None:
     manifest = checkpoint / MANIFEST
     content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
     # Both states are valid until the new file has replaced the old one.
-    content["states"] = [*content["states"][-1:], _sha256(new)]
+    content["states"] = [*content["states"][-1:], hash_file(new)]
     write_text(manifest, json.dumps(content, indent=1) + "\n")
     os.replace(new, checkpoint / STATE)
 
@@ -173,25 +173,22 @@ def _checksums(files: Mapping[Path, bool]) -> dict[Path, dict[str, str]]:
     with ThreadPoolExecutor(hardware.cores()) as pool:
         hashing = {}
         for path, whole in files.items():
-            if whole:
-                hashing[path] = [pool.submit(_sha256, path)]
-            else:
-                starts = range(0, path.stat().st_size, BLOCK)
-                hashing[path] = [pool.submit(_sha256, path, start, BLOCK) for start in starts]
+            starts = [] if whole else range(0, path.stat().st_size, BLOCK)
+            hashing[path] = [pool.submit(_hash_block, path, start) for start in starts] or [
+                pool.submit(hash_file, path)
+            ]
     checksums = {}
     for path, whole in files.items():
         digests = [block.result() for block in hashing[path]]
-        if whole:
-            checksums[path] = {"sha256": digests[0]}
-        else:
-            checksums[path] = {"sha256_of_blocks": hashlib.sha256("".join(digests).encode()).hexdigest()}
+        of_all = {"sha256": digests[0]}
+        of_blocks = {"sha256_of_blocks": hashlib.sha256("".join(digests).encode()).hexdigest()}
+        checksums[path] = of_all if whole else of_blocks
     return checksums
 
 
-def _sha256(path: Path, start: int = 0, size: int | None = None) -> str:
-    """Return the checksum of a file from `start` on, of `size` bytes at most."""
-    digest = hashlib.sha256()
-    left = path.stat().st_size if size is None else size
+def _hash_block(path: Path, start: int) -> str:
+    """Return the checksum of the block of a file that begins at `start`."""
+    digest, left = hashlib.sha256(), BLOCK
     with open(path, "rb") as file:
         file.seek(start)
         while left > 0 and (piece := file.read(min(PIECE, left))):

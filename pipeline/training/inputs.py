@@ -222,12 +222,10 @@ def _shards(kind: Kind, data_args: DataArguments) -> list[Path]:
 def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> list[Problem]:
     """Give the tokenizer the chat template and the eos token of the training arguments, as TRL will."""
     path, pad, eos = (getattr(args, name, None) for name in ("chat_template_path", "pad_token", "eos_token"))
-    if eos and eos not in tokenizer.get_vocab():
-        return [Problem("eos_token", eos, "is not found in the vocabulary of the tokenizer; choose another one")]
-    if eos:
-        tokenizer.eos_token = eos
-    if pad and pad not in tokenizer.get_vocab():
-        return [Problem("pad_token", pad, "is not found in the vocabulary of the tokenizer; choose another one")]
+    for field, token in (("eos_token", eos), ("pad_token", pad)):
+        if token and token not in tokenizer.get_vocab():
+            return [Problem(field, token, "is not found in the vocabulary of the tokenizer; choose another one")]
+    tokenizer.eos_token = eos or tokenizer.eos_token
     if pad and pad == tokenizer.eos_token:
         return [Problem("pad_token", pad, "is the tokenizer's eos token; choose another one")]
     if path is None:

@@ -24,16 +24,13 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from pipeline import hardware
+from pipeline.data.packing import IGNORED
 from pipeline.data.streams import PackedStream, StreamPlace
-from pipeline.models.experts import balancing_loss, routers, z_loss
+from pipeline.models.experts import balancing_loss, routers, training_flops_per_token, z_loss
 from pipeline.models.kernels.attention import choose_attention
-from pipeline.training.callbacks import training_flops_per_token
 from pipeline.training.reliable import Reliable
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
-"""Label of tokens that the loss ignores, by the convention of torch's cross entropy."""
 
 
 @dataclass

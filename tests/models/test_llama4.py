@@ -27,11 +27,17 @@ from trl import ModelConfig
 
 from pipeline.errors import UserError
 from pipeline.models.adapters import without_adapters
-from pipeline.models.experts import RouteCounter, active_parameters, balancing_loss, routers, worst
+from pipeline.models.experts import (
+    RouteCounter,
+    active_parameters,
+    balancing_loss,
+    routers,
+    training_flops_per_token,
+    worst,
+)
 from pipeline.models.kernels.sampler import sample
 from pipeline.models.scratch import ScratchArguments, build_model, log_model
 from pipeline.rl.value_model import value_model_from
-from pipeline.training.callbacks import training_flops_per_token
 from pipeline.training.checks import check_lora
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.pretraining import PretrainTrainer
