@@ -62,20 +62,21 @@ REJECTIONS = (OSError, ValueError, RuntimeError, UserWarning, SafetensorError, M
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
 
+HUB_SECONDS = 3.0
+"""How long to wait for an answer of the Hub."""
 
-def skip_unreachable_hub(seconds: float = 3.0) -> None:
+
+def skip_unreachable_hub() -> None:
     """Put the Hub's client into offline mode if the Hub does not answer, because it retries each request for 20 s.
 
     Files in the cache still load.
-
-    Args:
-        seconds: How long to wait for an answer.
     """
     hub = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or getproxies():
         return
+    port = hub.port or (80 if hub.scheme == "http" else 443)
     try:
-        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), seconds).close()
+        socket.create_connection((hub.hostname, port), HUB_SECONDS).close()
     except OSError as error:
         logger.warning("The Hub cannot be reached (%s): only local files and its cache are used.", error)
         constants.HF_HUB_OFFLINE = True
@@ -83,14 +84,14 @@ def skip_unreachable_hub(seconds: float = 3.0) -> None:
 
 @contextmanager
 def user_error_for(field: str, name: object, what: str = "model", *, checked: bool = False) -> Iterator[None]:
-    """Raise a failure to load a model or a tokenizer (`what`) as a `UserError` about `field`, which named it.
+    """Raise a failure to load `what` as a `UserError` about `field`, which named it.
 
     Args:
         field: Argument that named it.
         name: What it named.
         what: What is loaded.
-        checked: Whether its files were read and checked before. An unexpected exception is then a defect, which keeps
-            its traceback.
+        checked: Whether its files were checked before, so that an unexpected exception is a defect, which keeps its
+            traceback.
     """
     try:
         yield
@@ -101,23 +102,21 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
         is_expected = isinstance(error, REJECTIONS)
         if checked and not is_expected:
             raise
+        reason = shorten(str(error) if is_expected else repr(error), 250)
+        if isinstance(error, MemoryError):
+            reason = "the memory does not suffice"
         if is_missing_path(str(name)):
             reason = "there is no such folder"
-        elif isinstance(error, MemoryError):
-            reason = "the memory does not suffice"
-        else:
-            reason = shorten(str(error) if is_expected else repr(error), 250)
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
-        remedy = describe_folder(str(name)) or remedy
-        raise UserError(Problem(field, name, remedy)) from (None if is_expected else error)
+        raise UserError(Problem(field, name, describe_folder(str(name)) or remedy)) from error
 
 
 def local_copy(name: str, inner: str | None = None) -> str:
-    """Return what to load a model or a tokenizer from: a folder, for `NAME/repo@revision`, and otherwise `name` itself.
+    """Return what to load a model or a tokenizer from: the download of `NAME/repo@revision`, or `name` itself.
 
     Args:
         name: A folder or an id on the Hub, with a revision or without.
-        inner: A folder of the repository that is taken if it is there. What holds it is then always downloaded.
+        inner: A folder of the repository to return if it exists. The repository is then always downloaded.
 
     Raises:
         OSError: If the repository or the revision does not exist, or cannot be downloaded.
@@ -181,12 +180,12 @@ def _load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokeniz
 
 
 def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give a tokenizer a pad token that is not its eos token, which a model would otherwise take for padding.
+    """Give a tokenizer a pad token that is not its eos token, which would otherwise be taken for padding.
 
     Args:
-        tokenizer: Changed in place if it has no pad token or pads with its eos token. The new one is a special token
-            that its chat template does not use; without one, it pads with eos after all, which the trainers here can
-            tell from padding by the lengths of rows.
+        tokenizer: Changed in place if it has no pad token or pads with its eos token. The new pad token is a special
+            token that the chat template does not use. Without one, the tokenizer pads with eos: the trainers here know
+            the lengths of rows.
         name: Its name, for the log.
     """
     eos, pad = tokenizer.eos_token, tokenizer.pad_token
@@ -215,11 +214,7 @@ def base_of(name: str, revision: str | None = None) -> str | None:
 
 
 def check_config(name: str, revision: str | None = None) -> None:
-    """Check what a model's files ask for, before `AutoConfig` or `AutoTokenizer` makes it.
-
-    Args:
-        name: A folder or an id on the Hub.
-        revision: Branch, tag or commit on the Hub. Default: "main".
+    """Check what a model's files ask for, before `AutoConfig` or `AutoTokenizer` makes it; arguments as `load_config`.
 
     Raises:
         ValueError: If it is more than a model can have.
@@ -242,8 +237,7 @@ def _adapt(model: PreTrainedModel, name: str) -> None:
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Load the configuration of a model, or of an adapter's base model.
 
-    The configuration of an adapter that is a classifier says so in `architectures`, and has one label, as
-    `RewardTrainer` makes it.
+    If an adapter is a classifier, `architectures` says so, and `num_labels` is 1, as with `RewardTrainer`.
 
     Args:
         name: A folder or an id on the Hub.
@@ -295,7 +289,7 @@ def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
 
 
 def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
-    """Check a local model's weights, or an adapter's and its base model's, against what they are for.
+    """Compare the weights of a local model, or of an adapter and its base model, with what their classes expect.
 
     A model on the Hub is checked by its configuration alone.
 

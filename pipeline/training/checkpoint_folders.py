@@ -173,10 +173,11 @@ def _checksums(files: Mapping[Path, bool]) -> dict[Path, dict[str, str]]:
     with ThreadPoolExecutor(hardware.cores()) as pool:
         hashing = {}
         for path, whole in files.items():
-            starts = [] if whole else range(0, path.stat().st_size, BLOCK)
-            hashing[path] = [pool.submit(_hash_block, path, start) for start in starts] or [
-                pool.submit(hash_file, path)
-            ]
+            if whole:
+                hashing[path] = [pool.submit(hash_file, path)]
+            else:
+                starts = range(0, path.stat().st_size, BLOCK)
+                hashing[path] = [pool.submit(_hash_block, path, start) for start in starts]
     checksums = {}
     for path, whole in files.items():
         digests = [block.result() for block in hashing[path]]
