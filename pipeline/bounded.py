@@ -11,11 +11,10 @@ import contextlib
 import json
 import os
 import re
-import select
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,39 +70,33 @@ def exceeds(call: Callable[[], object]) -> str | None:
     """
     if sys.platform != "linux":
         return None
-    # The child holds the writing end of a pipe for as long as it lives, so that the end of the pipe is the end of the
-    # child. That can be waited for with a time limit, which `os.wait4` does not have:
-    #
-    #     parent   fork ---- poll(alive) ---------------- ready, or PATIENCE_SECONDS: kill --- wait4, for the usage
-    #     child      `------ setrlimit, call() ---- _exit, or a signal of the kernel, closes `held`
-    alive, held = os.pipe()
+    import resource
+
+    child = get_context("fork").Process(target=_run, args=(call,))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with warnings.catch_warnings():
         # Other threads may hold locks, for which the child would wait for ever. PATIENCE_SECONDS ends that.
         warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        _run(call)
-    os.close(held)
-    ended = select.poll()
-    ended.register(alive)
-    is_over = False
+        child.start()
     try:
-        is_over = bool(ended.poll(PATIENCE_SECONDS * 1000))
+        child.join(PATIENCE_SECONDS)
     finally:
-        os.close(alive)
-        if not is_over:
-            os.kill(child, signal.SIGKILL)
-        _, status, usage = os.wait4(child, 0)
-    seconds = usage.ru_utime + usage.ru_stime
+        is_over = child.exitcode is not None
+        child.kill()
+        child.join()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     # On a busy machine the child may be killed before it got its seconds. It is only to blame if it used a good part.
     if not is_over:
         return TOO_SLOW if seconds > SECONDS / 4 else None
-    if os.WIFSIGNALED(status) and seconds > SECONDS - 1:
+    # A negative code is the signal that ended the child.
+    code = child.exitcode or 0
+    if code < 0 and seconds > SECONDS - 1:
         return TOO_SLOW
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == OUT_OF_ROOM:
+    if code == OUT_OF_ROOM:
         return TOO_LONG
     # A library in C or Rust that gets no memory aborts, or runs out of its stack.
-    return TOO_LARGE if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == OUT_OF_MEMORY else None
+    return TOO_LARGE if code < 0 or code == OUT_OF_MEMORY else None
 
 
 def _run(call: Callable[[], object]) -> NoReturn:

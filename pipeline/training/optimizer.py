@@ -16,7 +16,6 @@ import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from pipeline.errors import Problem, UserError
 from pipeline.models.experts import expert_weights
 from pipeline.models.kernels.muon import Muon
 
@@ -25,13 +24,9 @@ from pipeline.models.kernels.muon import Muon
 class OptimizerArguments:
     """Optimizers per kind of parameter. By default, the trainer's own optimizer (`optim`) updates all parameters.
 
-    Attributes:
-        use_muon: Use Muon for the matrices of the transformer blocks, and AdamW with `learning_rate` for embeddings,
-            output layer, norms and biases.
-        muon_learning_rate: Learning rate of Muon, on the schedule of `learning_rate`. It is the spectral norm of an
-            update of a matrix that does not have more rows than columns.
-        embedding_learning_rate: Learning rate of embeddings and output layer, on the same schedule; AdamW updates them
-            if it is given. Default: `learning_rate`.
+    All learning rates are on the schedule of `learning_rate`. `muon_learning_rate` is the spectral norm of an update of
+    a matrix that does not have more rows than columns. If `embedding_learning_rate` is given, AdamW updates all other
+    parameters.
     """
 
     use_muon: bool = HfArg(
@@ -75,9 +70,6 @@ def build_optimizer(
         lr: Learning rate of everything else.
         embedding_lr: Learning rate of embeddings and output layer. If None, `lr`.
         weight_decay, betas, eps: As for torch's optimizers.
-
-    Raises:
-        UserError: If an argument is about parameters that are not trained, such as embeddings with LoRA.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
@@ -89,8 +81,6 @@ def build_optimizer(
     others = [parameter for parameter in trained if id(parameter) not in tables]
     matrices = [parameter for parameter in others if parameter.ndim == 2 or id(parameter) in stacks]
     vectors = [parameter for parameter in others if parameter.ndim != 2 and id(parameter) not in stacks]
-    if embedding_lr is not None and not embeddings:
-        raise UserError(Problem("embedding_learning_rate", embedding_lr, "embeddings are not trained; omit it"))
     # torch refuses a group without parameters.
     groups: list[dict[str, Any]] = [
         {"params": params, "lr": rate}
@@ -99,8 +89,6 @@ def build_optimizer(
     ]
     if muon_lr is None:
         groups.insert(0, {"params": matrices, "lr": lr, "weight_decay": weight_decay})
-    elif not matrices or not groups:
-        raise UserError(Problem("use_muon", True, "needs both matrices and other parameters to train; set it to false"))
     # Weight decay is for matrices, which either Muon or the first group of AdamW has.
     adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, betas=betas, eps=eps)
     if muon_lr is None:

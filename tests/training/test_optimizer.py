@@ -14,7 +14,6 @@ from datasets import Dataset
 from small_model import tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from pipeline.errors import UserError
 from pipeline.models.kernels import muon
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.training.optimizer import MuonWithAdamW, OptimizerArguments, build_optimizer, optimizer_cls_and_kwargs
@@ -127,13 +126,6 @@ def test_without_muon_weight_decay_is_for_the_matrices_of_the_blocks() -> None:
     assert len(decayed) == 1 and all(name.endswith("_proj.weight") for name in decayed[0])
 
 
-def test_a_learning_rate_for_embeddings_that_are_not_trained_is_refused() -> None:
-    trained = model()
-    trained.model.embed_tokens.requires_grad_(False)
-    with pytest.raises(UserError, match="embedding_learning_rate"):
-        build_optimizer(trained, **{**SETTINGS, "embedding_lr": 1e-4})
-
-
 def test_frozen_parameters_are_left_alone() -> None:
     trained = model()
     frozen = {name: p.clone() for name, p in trained.named_parameters() if "layers.0" in name}
@@ -167,12 +159,6 @@ def test_a_schedule_scales_all_learning_rates() -> None:
     optimizer.step()
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.015, 0.005, 0.005])
-
-
-@pytest.mark.parametrize("layer", [torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4)], ids=["matrix", "vector"])
-def test_a_model_with_nothing_for_one_of_the_two_is_refused(layer: torch.nn.Module) -> None:
-    with pytest.raises(UserError, match="use_muon"):
-        build_optimizer(torch.nn.Sequential(layer), **SETTINGS)
 
 
 def train(folder: Path, resume: bool = False) -> tuple[LlamaForCausalLM, Trainer, int]:
