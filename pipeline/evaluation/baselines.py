@@ -38,52 +38,47 @@ CONSTANTS = (
 """Texts glued to answers: kind, brisk and blunt remarks, openings, a cheer, a full stop, nothing. `…` is an answer."""
 
 
-def measure_baselines(
-    result: StageResult,
-    chat: ChatModel,
-    held_out: HeldOut,
-    matches: Matches,
-    seed: int = 0,
-    elicit: str | None = WORKING,
-    judge: Judge = ANNOTATORS,
-    matching: ChatModel | None = None,
-) -> None:
-    """Record the baselines that the data allow.
-
-    Args:
-        result: Where they are recorded, with their texts.
-        chat: The model of the stage that others are compared with.
-        held_out: The problems and prompts of the other metrics, and the validation prompts.
-        matches: Answers of this model, twice, to the prompts.
-        seed: Seed of the sampled answers and of the intervals.
-        elicit: What the answers of `elicited` begin with; None leaves it out.
-        judge: Judge of the matches.
-        matching: The model as it answers prompts. Default: `chat`, which is for problems.
-    """
+def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, elicit: str | None) -> None:
+    """Record `elicited`, whose answers begin with the text `elicit` if there is one, and `majority`."""
     grader = held_out.graders.get("problems")
     # What a prompt alone can bring: the model may know how to work problems out, and only not do it by itself.
-    if held_out.problems and elicit:
+    if elicit:
         answers = answer_begun(chat, held_out.problems, elicit)
         record_greedy(result, "elicited/pass@1", answers, held_out.problems, grader)
         result.texts["elicited"] = {"text": elicit}
     # What a model reaches that has learned nothing but the answers of its training data.
-    if held_out.problems and held_out.majority:
+    if held_out.majority:
         answers = [f"The answer is {held_out.majority.get(row['kind'], '')}." for row in held_out.problems]
         record_greedy(result, "majority/pass@1", answers, held_out.problems, grader)
-    # What pleases the judge whatever the question. The text is chosen on other prompts than the ones it is measured on,
-    # so that the best of twenty is not best by chance.
+
+
+def measure_constant(
+    result: StageResult, chat: ChatModel, held_out: HeldOut, matches: Matches, judge: Judge = ANNOTATORS
+) -> None:
+    """Record `constant`: what pleases the judge whatever the question.
+
+    The text is chosen on other prompts than the ones it is measured on, so that the best of twenty is not best by
+    chance.
+
+    Args:
+        result: Where it is recorded, with its texts.
+        chat: The model of the stage that others are compared with.
+        held_out: The prompts of the win rate, and the validation prompts.
+        matches: Answers of this model, twice, to the prompts.
+        judge: Judge of the matches.
+    """
     validation = subsample([row for row in held_out.validation if judge.can_judge(row)], judge.constants)
-    if matches and validation:
-        prompts = [row for row in held_out.prompts if judge.can_judge(row)]
-        result.texts["constant"] = {}
-        answering = matching or chat
-        tried = answer_both(answering, answering, validation, seed, samples=1)
-        for metric, (ours, theirs) in matches.items():
-            own, others = ([answer for (answer,) in side] for side in tried[metric])
-            best = find_constant(own, others, validation, judge)
-            glued = [[glue(best, answer) for answer in answers] for answers in ours]
-            record_wins(result, f"constant/{metric}", glued, theirs, prompts, seed, judge)
-            result.texts["constant"][metric.replace("win_rate", "text")] = best
+    if not validation:
+        return
+    prompts = [row for row in held_out.prompts if judge.can_judge(row)]
+    result.texts["constant"] = {}
+    tried = answer_both(chat, chat, validation, result.seed, samples=1)
+    for metric, (ours, theirs) in matches.items():
+        own, others = ([answer for (answer,) in side] for side in tried[metric])
+        best = find_constant(own, others, validation, judge)
+        glued = [[best.replace("…", answer) for answer in answers] for answers in ours]
+        record_wins(result, f"constant/{metric}", glued, theirs, prompts, judge)
+        result.texts["constant"][metric.replace("win_rate", "text")] = best
 
 
 def answer_begun(chat: ChatModel, rows: Sequence[Example], prefix: str) -> list[str]:
@@ -102,13 +97,8 @@ def find_constant(
     """Return the text of `CONSTANTS` that wins most often against `theirs` when glued to `ours`; the first of a tie."""
     n = len(CONSTANTS)
     outcomes = [
-        judge.match([glue(text, answer) for text in CONSTANTS], [other] * n, [row] * n)
+        judge.match([text.replace("…", answer) for text in CONSTANTS], [other] * n, [row] * n)
         for answer, other, row in zip(ours, theirs, rows, strict=True)
     ]
     wins = [sum(outcome or 0.0 for outcome in of_text) for of_text in zip(*outcomes, strict=True)]
     return CONSTANTS[wins.index(max(wins))]
-
-
-def glue(text: str, answer: str) -> str:
-    """Replace the `…` in `text` with an answer."""
-    return text.replace("…", answer)

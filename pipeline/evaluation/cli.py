@@ -90,10 +90,6 @@ def main(args: argparse.Namespace) -> int:
     except UserError as error:
         raise UserError(*(as_option(problem, args) for problem in error.problems)) from error.__cause__
     path = result.write(Path(args.run) / "evaluations" / (args.name or ""))
-    if any(":" in name for name in result.metrics):
-        from pipeline.evaluation.harness import update_card
-
-        update_card(Path(args.run) / args.stage, result)
     print(format_table(result))
     print(f"{path} ({result.seconds:.1f} s)")
     return 0

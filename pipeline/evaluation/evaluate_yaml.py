@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -121,8 +122,7 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
     last: dict[str, tuple[str, Values]] = {}
     for name, kind, values in stages:
         # The first reward model is the one that PPO is trained with; another one is a judge.
-        is_judge = kind in last and kind in STAGES and not STAGES[kind].generates
-        if not is_judge:
+        if kind not in last or kind not in STAGES or STAGES[kind].generates:
             last[kind] = (name, values)
     trained_on, lengths = {}, {}
     templates = {name: given for name, _, values in stages if (given := _template(values))}
@@ -137,11 +137,7 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
     # The run starts from the first model that a stage names, unless another stage makes it.
     outputs = {str(home / name) for name, _, _ in stages}
     first: Values = next((values for _, _, values in stages if values.get("model_name_or_path")), {})
-    base = first if first and str(first["model_name_or_path"]) not in outputs else {}
-    reward_models: list[Any] = []
-    for _, kind, values in stages:
-        if kind in STAGES and STAGES[kind].has_critic:
-            reward_models += _listed(values, "reward_model_path")
+    base = first if str(first.get("model_name_or_path")) not in outputs else {}
     return {
         "home": str(home),
         "trained_on": trained_on,
@@ -149,7 +145,12 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         "against": last[OPPONENT][0] if OPPONENT in last else BASE if base else None,
         "base": base.get("model_name_or_path"),
         "base_tokenizer": base.get("tokenizer_name_or_path"),
-        "reward_models": reward_models,
+        "reward_models": [
+            model
+            for _, kind, values in stages
+            if kind in STAGES and STAGES[kind].has_critic
+            for model in as_list(values.get("reward_model_path") or [])
+        ],
         ADDED: templates or None,
     }
 
@@ -160,7 +161,7 @@ def _template(values: Values) -> dict[str, Any]:
     # The stage itself is refused if this is not JSON.
     with contextlib.suppress(ValueError):
         given = json.loads(given) if isinstance(given, str) else given
-    return dict(given) if isinstance(given, Mapping) else {}
+    return given if isinstance(given, dict) else {}
 
 
 def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]:
@@ -171,11 +172,6 @@ def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]
     """
     found = settings.get(ADDED) or {}
     return found.get(stage) or found.get(key) or {}
-
-
-def _listed(values: Values, name: str) -> list[Any]:
-    """Return the values of a field that may have one or several, whatever their type, which the stage checks."""
-    return as_list(values.get(name) or [])
 
 
 def _own_source(key: str, values: Values) -> dict[str, Any]:
@@ -190,7 +186,7 @@ def _own_source(key: str, values: Values) -> dict[str, Any]:
         # Training was evaluated on this split, perhaps to choose a checkpoint. A split `test` is better.
         del source["dataset_test_split"]
     if key == "problems":
-        first = next(iter(_listed(values, "reward_funcs")), "")
+        first = next(iter(as_list(values.get("reward_funcs") or [])), "")
         if first not in ("exact_answer", "math_answer", "answer_format", "hidden_taste", ""):
             source["grade"] = first
     return source
@@ -220,13 +216,11 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
         named = {"dataset_name": named} if isinstance(named, str) else named
         if isinstance(named, Mapping):
             # Of a data set that a stage trains on as well, only the rows that this stage holds out are measured.
-            same = [one for one in own.values() if all(one.get(name) == named.get(name) for name in IDENTITY)]
-            shared = {name: same[0][name] for name in DIVISION if name in same[0]} if same else {}
-            settings[key] = shared | dict(named)
-        elif only_named and key not in content:
-            settings[key] = None
-        elif key in own and key not in content:
-            settings[key] = own[key]
+            same = (one for one in own.values() if all(one.get(name) == named.get(name) for name in IDENTITY))
+            shared: Values = next(same, {})
+            settings[key] = {name: shared[name] for name in DIVISION if name in shared} | dict(named)
+        elif key not in content and (only_named or key in own):
+            settings[key] = None if only_named else own[key]
     source = settings.get("problems")
     data = source.get("dataset_name") if isinstance(source, Mapping) else None
     if "elicit" not in content and data and not Path(str(data)).is_relative_to(settings["home"]):
@@ -256,29 +250,25 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
     steps: dict[str, Any] = read_json(run / "run.json").get("steps", {})
     # All evaluations of a run have the same settings.
     names = [f"evaluate_{stage}", *(name for name in steps if name.startswith("evaluate_"))]
-    found: dict[str, Any] = next((steps[name].get("values", {}) for name in names if name in steps), {})
-    known = {name: found[name] for name in DERIVED if name in found}
-    if len(known) == len(DERIVED):
-        return _with_documents(found, run)
+    settings: dict[str, Any] = next((steps[name].get("values", {}) for name in names if name in steps), {})
     # The kind of a stage is in the name of its directory: "sft" in "2_sft_again".
     stages = [
         (path.parent.name, path.parent.name.partition("_")[2].partition("_")[0], read_json(path))
         for path in sorted(run.glob("[0-9]*_*/arguments.json"))
     ]
-    outputs = [values["output_dir"] for _, _, values in stages if isinstance(values.get("output_dir"), str)]
-    home = Path(outputs[0]).parent if outputs else run
-    return _with_documents(complete(found, derive(stages, home) | known), run)
+    known = {name: settings[name] for name in DERIVED if name in settings}
+    if len(known) < len(DERIVED):
+        home = next((Path(values["output_dir"]).parent for _, _, values in stages if values.get("output_dir")), run)
+        settings = complete(settings, derive(stages, home) | known)
 
-
-def _with_documents(settings: Values, run: Path) -> dict[str, Any]:
-    """Return settings by which a run of an earlier release is measured on the documents that it was trained on."""
-    text = settings["trained_on"].get("text")
-    records = [read_json(path) for path in run.glob("[0-9]*_pretrain*/arguments.json")]
-    if text is None or not records or "document" in records[0]:
-        return dict(settings)
-    old = {"text": {"document": OLD, **text}}
-    own = old if settings.get("text") == text else {}
-    return {**settings, "trained_on": settings["trained_on"] | old, **own}
+    # Earlier releases did not record what a document is. Their runs are measured on the documents that they had.
+    trained_on = settings["trained_on"]
+    text = trained_on.get("text")
+    if text is not None and any(kind == "pretrain" and "document" not in values for _, kind, values in stages):
+        old = {"document": OLD, **text}
+        measured = old if settings.get("text") == text else settings.get("text")
+        settings = {**settings, "trained_on": {**trained_on, "text": old}, "text": measured}
+    return settings
 
 
 def with_layout(settings: Values, run: Path) -> dict[str, Any]:
@@ -323,14 +313,13 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         is_file = Path(path).suffix in (*BUILDERS, *COMPRESSIONS) and not Path(path).exists()
         return (is_file or is_missing_path(path)) and not Path(path).is_relative_to(Path(settings["home"]))
 
-    content = without_derived(settings)
-    _, problems = check_values(content, [EvaluationArguments])
-    if isinstance(samples := content.get("samples"), int) and samples > MAX_SAMPLES:
+    _, problems = check_values(without_derived(settings), [EvaluationArguments])
+    if isinstance(samples := settings.get("samples"), int) and samples > MAX_SAMPLES:
         problems.append(Problem("samples", samples, f"must be at most {MAX_SAMPLES}"))
-    if content.get("vllm") and (fault := validate_vllm()):
+    if settings.get("vllm") and (fault := validate_vllm()):
         problems.append(Problem("vllm", True, fault))
     for key in HELD_OUT:
-        source = content.get(key)
+        source = settings.get(key)
         # A stage's own data are checked with the stage.
         if not isinstance(source, Mapping) or source == settings["trained_on"].get(key):
             continue
@@ -343,7 +332,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         problems += [replace(problem, field=f"{key}: {problem.field}") for problem in found]
     # A judge may be a function, people, or a reward model that PPO does not see: otherwise PPO would be measured by
     # what it is trained to please. The model may be written by a later step of the run.
-    judge = content.get("judge")
+    judge = settings.get("judge")
     if isinstance(judge, str) and ":" in judge:
         problems += attempt(partial(load_function, judge, "judge"))
     elif isinstance(judge, str) and _training(judge) in map(_training, map(str, settings["reward_models"])):
@@ -355,8 +344,5 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
 
 def _training(model: str) -> Path:
     """Return the folder that a training wrote a model to, which is the model or has it as a checkpoint."""
-    path = Path(model)
-    # A name may be a loop of links, or one that no file can have.
-    with contextlib.suppress(OSError, ValueError, RuntimeError):
-        path = path.resolve()
+    path = Path(os.path.realpath(model))
     return path.parent if path.name.startswith("checkpoint-") else path

@@ -25,8 +25,6 @@ from statistics import NormalDist, fmean
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard
-
 from pipeline import hardware
 from pipeline.errors import Problem, UserError, is_network_error
 from pipeline.evaluation import intervals
@@ -35,14 +33,11 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.likelihood import MAX_LOGITS
 from pipeline.evaluation.metrics import output
 from pipeline.evaluation.results import StageResult
-from pipeline.files import write_text
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 FIELD = "lm_eval_tasks"
-HEADING = "## Measured by lm-evaluation-harness"
-"""Heading of its figures in a model card."""
 BATCH_SIZE = 8
 """Requests in a batch on a CPU, at most."""
 
@@ -87,9 +82,7 @@ def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
     return [Problem(field, task, remedy) for task in unknown]
 
 
-def measure_tasks(
-    result: StageResult, chat: ChatModel, tasks: Sequence[str], limit: int | None = None, seed: int = 0
-) -> None:
+def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], limit: int | None) -> None:
     """Record every metric of the tasks.
 
     A mean over examples is recorded with each of them, and has an interval like the project's own metrics, as have
@@ -101,7 +94,6 @@ def measure_tasks(
         chat: The model, in the precision in which it is measured.
         tasks: Tasks that `check_tasks` accepts.
         limit: Number of examples of each task, the first ones. Default: all.
-        seed: Seed of the intervals.
 
     Raises:
         UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.
@@ -137,7 +129,7 @@ def measure_tasks(
     estimates = {name: dict(_estimates(figures)) for name, figures in results.items()}
     for task, samples in measured["samples"].items():
         for key, estimate in estimates[task].items() if task not in inner else ():
-            _record(result, task, key, estimate, samples, seed)
+            _record(result, task, key, estimate, samples)
     for group in groups:
         for key, estimate in estimates[group].items() if group not in inner else ():
             kinds = {part: estimates[part][key] for part in parts[group] if key in estimates[part]}
@@ -163,9 +155,7 @@ def _estimates(figures: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
             yield key, estimate
 
 
-def _record(
-    result: StageResult, task: str, key: str, estimate: Estimate, samples: Sequence[Mapping[str, Any]], seed: int
-) -> None:
+def _record(result: StageResult, task: str, key: str, estimate: Estimate, samples: Sequence[Mapping[str, Any]]) -> None:
     """Record a metric of a task: with its examples if it is their mean, otherwise as lm-eval estimates it."""
     metric, _, way = key.partition(",")
     name, samples = _name(task, key), [item for item in samples if item["filter"] == way and metric in item]
@@ -174,12 +164,12 @@ def _record(
     if values and all(isinstance(value, Real) for value in values) and _same(fmean(values), estimate.value):
         rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
         values = list(map(float, values))
-        result.record(name, output(intervals.outcome_mean(values, seed), values), rows)
+        result.record(name, output(intervals.outcome_mean(values, result.seed), values), rows)
         return
     result.metrics[name] = estimate
     if values and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
         # Log-likelihoods, and numbers of words or bytes, from which perplexities and bits per byte are computed.
-        mean = intervals.ratio([value[0] for value in values], [value[1] for value in values], seed)
+        mean = intervals.ratio([value[0] for value in values], [value[1] for value in values], result.seed)
         for shown in (lambda x: math.exp(-x), lambda x: -x / math.log(2)):
             if _same(shown(mean.value), estimate.value) and mean.low is not None and mean.high is not None:
                 result.metrics[name] = replace(estimate, low=shown(mean.high), high=shown(mean.low))
@@ -187,27 +177,3 @@ def _record(
 
 def _same(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def update_card(folder: Path, result: StageResult) -> None:
-    """Add what lm-eval measured to the model card in `folder`, if there is one: as a table, and as the Hub reads it."""
-    path = folder / "README.md"
-    figures = {name.partition(":")[::2]: estimate for name, estimate in result.metrics.items() if ":" in name}
-    if not figures or not path.is_file():
-        return
-    card = ModelCard.load(path, ignore_metadata_errors=True)
-    card.data.model_name = card.data.model_name or folder.name
-    card.data.eval_results = [
-        EvalResult(
-            "text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=found.value
-        )
-        for (task, metric), found in figures.items()
-    ]
-    rows = ["| task | metric | value | 95% interval | n |", "| --- | --- | --- | --- | --- |"]
-    for (task, metric), found in figures.items():
-        ends = "" if found.low is None or found.high is None else f"{found.low:.3f} to {found.high:.3f}"
-        rows.append(f"| {task} | {metric} | {found.value:.3f} | {ends} | {found.n} |")
-    # The section of an earlier evaluation is replaced.
-    text = re.sub(f"{HEADING}.*?(?=\\n## |\\Z)", "", card.text, flags=re.DOTALL).rstrip()
-    card.text = "\n".join([text, "", HEADING, "", *rows, ""])
-    write_text(path, str(card))

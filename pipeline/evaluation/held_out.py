@@ -20,22 +20,22 @@ from __future__ import annotations
 
 import logging
 import random
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from pipeline.data.columns import Split, column_names, converter, may_drop
-from pipeline.data.messages import ShapeError, is_informative, shorten
+from pipeline.data.messages import ShapeError, is_informative
 from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
 from pipeline.data.splits import keep_rows, load_splits
@@ -127,10 +127,8 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
     Raises:
         UserError: If data that options name have no rows, or a data set cannot be read.
     """
-    # First where the rows are, then the rows themselves.
     reader = Reader(run, settings, flags)
-    limit = settings.get("limit")
-    most = {name: min(n, limit or n) for name, n in MAX_EXAMPLES.items()}
+    most = {name: min(n, settings.get("limit") or n) for name, n in MAX_EXAMPLES.items()}
     parts = {key: part for key in HELD_OUT if (part := reader.find(key)) is not None}
     # Problems have metrics of their own, which compare final answers instead of looking for words.
     rows = {
@@ -144,13 +142,12 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         if key in parts and (parts[key].source.grade is not None or key == "problems"):
             graders[key] = load_grader(parts[key].source.grade, f"{key}: grade")
 
-    validation: list[Example] = []
-    majority: dict[str, str] = {}
-    if baselines:
-        candidates = _find_validation(reader)
-        if candidates is not None:
-            validation = reader.read("prompts", candidates, most["prompts"])
-        majority = _most_frequent_answers(reader)
+    # The baseline `constant` is chosen on prompts of the validation split or, if there is none or stages are measured
+    # on it, on prompts that are trained on.
+    validation = reader.find("prompts", "validation")
+    if baselines and "prompts" in parts and (validation is None or validation.place == parts["prompts"].place):
+        validation = reader.find("prompts", trained_on=True)
+    candidates = reader.read("prompts", validation, most["prompts"]) if baselines and validation else []
 
     longer = reader.find("problems", "test_longer")
     found = HeldOut(
@@ -158,9 +155,9 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         instructions=drop_ungradable(rows.get("instructions", ())),
         problems=rows.get("problems", []),
         longer=reader.read("problems", longer, most["longer"]) if longer else [],
-        majority=majority,
+        majority=_most_frequent_answers(reader) if baselines else {},
         prompts=drop_ungradable(rows.get("prompts", ())),
-        validation=[row for row in validation if not row.get("test")],
+        validation=[row for row in candidates if not row.get("test")],
         pairs=[row for row in rows.get("pairs", ()) if is_informative(row)],
         graders=graders,
         can_vote="problems" in parts and parts["problems"].source.grade in COMPARED,
@@ -190,19 +187,6 @@ def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple
             if part is not None and keys:
                 found[trained] = part, keys
     return found
-
-
-def _find_validation(reader: Reader) -> Part | None:
-    """Return prompts on which no stage is measured.
-
-    They are the validation split or, if there is none or stages are measured on it, prompts that are trained on.
-    """
-    measured, validation = reader.find("prompts"), reader.find("prompts", "validation")
-    if measured is None:
-        return None
-    if validation is None or validation.place == measured.place:
-        return reader.find("prompts", trained_on=True)
-    return validation
 
 
 def _most_frequent_answers(reader: Reader) -> dict[str, str]:
@@ -255,48 +239,41 @@ class Part:
     Attributes:
         data: The split.
         source: The data set that it belongs to.
-        field: What messages call the data set.
         place: What messages call the split.
-        period: One row in so many is held out; 1 if the rows are all rows of `data`.
+        period: One row in so many is held out, and the others are trained on; 1 if all rows of `data` belong to it.
         trained_on: Whether the rows are trained on.
-        divided: Whether one split has rows of both kinds.
     """
 
     data: Split
     source: Source
-    field: str
     place: str
     period: int = 1
     trained_on: bool = False
-    divided: bool = False
 
     def sample(self, most: int, without: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Yield the number in the split and the content of at most `most` rows, in order; of a stream, the first ones.
 
         Rows of the kind `without` are skipped.
         """
-
-        def is_wanted(number: int, kind: object) -> bool:
-            belongs = self.period == 1 or (number % self.period > 0) == self.trained_on
-            return belongs and (without is None or kind != without)
-
         if not isinstance(self.data, Dataset):
-            numbered = ((number, row) for number, row in enumerate(self.data) if is_wanted(number, row.get("kind")))
+            numbered = (
+                (number, row)
+                for number, row in enumerate(self.data)
+                if self._belongs(number) and (without is None or row.get("kind") != without)
+            )
             yield from islice(numbered, most)
             return
-        size = len(self.data)
-        numbers: Sequence[int] = range(0, size, self.period)
+        # An array, because a list of the numbers of millions of rows takes seconds.
+        numbers = np.arange(len(self.data))
+        numbers = numbers[self._belongs(numbers)]
         if without and "kind" in self.data.column_names:
-            batches = self.data.select_columns("kind").iter(1000)
-            kinds = chain.from_iterable(batch["kind"] for batch in batches)
-            numbers = array("q", (number for number, kind in enumerate(kinds) if is_wanted(number, kind)))
-        elif self.trained_on and self.period > 1:
-            # The rows between the held-out ones: 1 to 19, 21 to 39 and so on for a period of 20. They are drawn by
-            # their place among themselves, so that no list of millions of numbers is made.
-            drawn = subsample(range(size - len(numbers)), most)
-            numbers = [place + place // (self.period - 1) + 1 for place in drawn]
-        chosen = subsample(numbers, most)
+            numbers = numbers[np.array(self.data["kind"][:])[numbers] != without]
+        chosen = list(map(int, subsample(numbers, most)))
         yield from zip(chosen, self.data.select(chosen), strict=True)
+
+    def _belongs(self, number: Any) -> Any:
+        """Return whether rows with these numbers belong to the part: 0, 20, 40 are held out for a period of 20."""
+        return (number % self.period > 0) == (self.trained_on and self.period > 1)
 
 
 def subsample(rows: Sequence[T], most: int) -> list[T]:
@@ -352,22 +329,20 @@ class Reader:
                 return self._divide(key, source, splits[train], trained_on)
         if not splits:
             return None
-
         wanted = [split] if split else [train] if trained_on else held_out
-        found = next((name for name in wanted if name in splits), None)
-        if found is None and key in self.named and not split and not trained_on:
+        if wanted is held_out and key in self.named and len(splits) == 1 and not named:
             # The user's file has one split, whatever it is called.
-            found = next(iter(splits)) if len(splits) == 1 and not is_exact else None
-            if found is None:
-                remedy = f"there is no such split; choose from: {', '.join(splits)}"
-                raise UserError(Problem(f"{key}: dataset_test_split", named or "test", remedy))
+            wanted = list(splits)
+        found = next((name for name in wanted if name in splits), None)
+        if found is None and wanted is held_out and key in self.named:
+            remedy = f"there is no such split; choose from: {', '.join(splits)}"
+            raise UserError(Problem(f"{key}: dataset_test_split", named or "test", remedy))
         if found is None:
             return None
         rows = splits[found]
         if isinstance(rows, Path):
-            return Part(_read_parquet(rows), source, "RUN", str(rows))
-        place = f"{source.dataset_names[0]}, split {found}"
-        return Part(rows, source, f"{key}: dataset_name", place, trained_on=trained_on)
+            return Part(_read_parquet(rows), source, str(rows))
+        return Part(rows, source, f"{source.dataset_names[0]}, split {found}")
 
     def _open(self, source: Source, wanted: Sequence[str]) -> Mapping[str, Split | Path]:
         """Return the splits of a data set by name. It has none if a step of the run has not made it yet.
@@ -394,17 +369,17 @@ class Reader:
 
     def _divide(self, key: str, source: Source, rows: Any, trained_on: bool) -> Part:
         """Return the rows of the only split that are held out, or the others, as training divides them."""
-        name, field = source.dataset_names[0], f"{key}: dataset_name"
         if key == "pairs":
             # Training drops the pairs that say nothing before it divides the others.
             divided = load_splits(replace(source, dataset_test_split="validation"), "preference", True)
             standard = replace(source, prompt_column="prompt")
-            return Part(divided[0 if trained_on else 1], standard, field, name, 1, trained_on, divided=True)
+            return Part(divided[0 if trained_on else 1], standard, source.dataset_names[0])
         if not isinstance(rows, Dataset):
             # Training holds out rows of the stream's first file only.
             rows = rows.shard(rows.num_shards, 0)
         period = round(1 / source.validation_share)
-        return Part(rows, source, field, f"{name}, split {source.dataset_train_split}", period, trained_on, True)
+        place = f"{source.dataset_names[0]}, split {source.dataset_train_split}"
+        return Part(rows, source, place, period, trained_on)
 
     def read(self, key: str, part: Part, most: int, without: str | None = None) -> list[Example]:
         """Return rows with the columns that metrics expect, and their own.
@@ -431,8 +406,7 @@ class Reader:
         # are skipped, as training skips them.
         for number, row in part.sample(most, without):
             try:
-                example = {**row, **convert(row)}
-                _check_columns(example)
+                example = _with_rule({**row, **convert(row)})
             except ShapeError as error:
                 faults.append((number, error))
                 continue
@@ -441,9 +415,8 @@ class Reader:
             number, fault = faults[0]
             read = len(faults) + len(examples)
             if not may_drop(part.source, len(faults), read):
-                raise UserError(
-                    Problem(part.field, f"{part.place}, row {number}", f"{fault}; correct or remove that row")
-                )
+                remedy = f"{fault}; correct or remove that row"
+                raise UserError(Problem(f"{key}: dataset_name", f"{part.place}, row {number}", remedy))
             what = f"{part.place}: {len(faults)} of {read} rows are left out"
             logger.warning("%s, as in training; row %d, for instance: %s.", what, number, fault)
         return examples
@@ -468,17 +441,15 @@ def _read_parquet(path: Path) -> Dataset:
         raise UserError(Problem("RUN", path, f"cannot be read ({reason}); generate the data again")) from None
 
 
-def _check_columns(row: Example) -> None:
-    """Check the columns by which a row is graded, and fill in the ones that it lacks.
+def _with_rule(row: Example) -> Example:
+    """Return a row with all columns of the rule by which it is graded, if it has one of them.
 
     Raises:
         ShapeError: If a column does not contain what its name says.
     """
-    for column in ("taste_chosen", "taste_rejected"):
-        if not isinstance(row.get(column, 0.0), int | float | None):
-            raise ShapeError(f"{column} is {shorten(row[column])}, not a number")
-    if set(RULE_COLUMNS) & set(row):
-        if fault := validate_rule(row):
-            raise ShapeError(fault)
-        defaults = {"require": [], "reject": [], "max_words": 0, "test": ""}
-        row.update({column: row.get(column) or defaults[column] for column in RULE_COLUMNS})
+    if not set(RULE_COLUMNS) & set(row):
+        return row
+    if fault := validate_rule(row):
+        raise ShapeError(fault)
+    defaults = {"require": [], "reject": [], "max_words": 0, "test": ""}
+    return {**row, **{column: row.get(column) or defaults[column] for column in RULE_COLUMNS}}

@@ -61,34 +61,22 @@ class Estimate:
 
     @classmethod
     def from_json(cls, entry: object) -> Estimate:
-        """Read what `to_json` returns. Of a damaged entry, whatever is valid is kept.
+        """Read what `to_json` returns.
 
         Raises:
             ValueError: If the "value" of `entry` is missing or not a finite number.
         """
-        entry = entry if isinstance(entry, dict) else {}
-        interval, kinds = entry.get("ci95"), entry.get("by_kind")
-        value, count = finite(entry.get("value")), finite(entry.get("n"))
-        if value is None:
+        value = finite(entry.get("value")) if isinstance(entry, dict) else None
+        if value is None or not isinstance(entry, dict):
             raise ValueError('no number under "value"')
-        low, high = map(finite, interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
-        known = {
-            kind: cls.from_json(inner)
-            for kind, inner in (kinds if isinstance(kinds, dict) else {}).items()
-            if isinstance(inner, dict) and finite(inner.get("value")) is not None
-        }
-        return cls(value, low, high, None if count is None else int(count), known)
+        kinds = {kind: cls.from_json(inner) for kind, inner in entry.get("by_kind", {}).items()}
+        low, high = entry.get("ci95") or (None, None)
+        return cls(value, low, high, entry.get("n"), kinds)
 
 
-def finite(value: object) -> float | None:
+def finite(value: Any) -> float | None:
     """Return `value` as a float, or None if it is not a finite number that others can be compared with."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        result = float(value)
-    except OverflowError:
-        return None
-    return result if abs(result) < LARGEST else None
+    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else None
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
@@ -112,11 +100,9 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return low, high
 
 
-Ends = tuple[float | None, float | None]
-"""The ends of an interval, or that there is none: how much a single unit differs from others is unknown."""
-
-
-def bootstrap(totals: Sequence[float], weights: Sequence[float] | None = None, *, seed: int = 0) -> Ends:
+def bootstrap(
+    totals: Sequence[float], weights: Sequence[float] | None = None, *, seed: int = 0
+) -> tuple[float | None, float | None]:
     """Return the percentile interval of sum(totals) / sum(weights), resampling whole units with replacement.
 
     Args:
@@ -125,7 +111,7 @@ def bootstrap(totals: Sequence[float], weights: Sequence[float] | None = None, *
         seed: Seed of the resampling.
 
     Returns:
-        (low, high), both None if there are fewer than two units.
+        (low, high), both None for fewer than two units: how much one unit differs from others is not known.
     """
     numerator = np.asarray(totals, dtype=np.float64)
     denominator = np.ones_like(numerator) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -221,8 +207,8 @@ def _design_effect(outcomes: np.ndarray, number: np.ndarray) -> float:
 
 def _numbered(units: Sequence[Hashable]) -> np.ndarray:
     """Number the units from 0, in the order of their first occurrence."""
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(unit, len(numbers)) for unit in units])
+    number = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
+    return np.array([number[unit] for unit in units])
 
 
 def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> Estimate:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import evaluate
@@ -20,7 +20,7 @@ from datasets import Features, List, Value
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.graders import Grader, grade_final_answers
-from pipeline.evaluation.held_out import Example, subsample
+from pipeline.evaluation.held_out import Example, HeldOut, subsample
 from pipeline.evaluation.likelihood import answer_losses, document_losses
 from pipeline.evaluation.results import StageResult
 from pipeline.models.generation import Completion, end_tokens, stopped
@@ -66,6 +66,12 @@ def output(estimate: intervals.Estimate, values: Sequence[float]) -> dict[str, A
     return estimate.to_json() | {"values": values}
 
 
+def share(outcomes: Iterable[bool]) -> dict[str, Any]:
+    """Return what `compute` returns for the share of outcomes that are true, with Wilson's interval."""
+    values = list(map(float, outcomes))
+    return output(intervals.proportion(values), values)
+
+
 class BitsPerByte(Metric):
     """Total negative log-likelihood over total bytes: a long document weighs more than a short one.
 
@@ -92,8 +98,7 @@ class InstructionAccuracy(Metric):
     columns = Features(predictions=STRING, references=RULE)
 
     def _compute(self, predictions: list[str], references: list[dict[str, Any]]) -> dict[str, Any]:
-        values = [float(correct) for correct in grade(predictions, references)]
-        return output(intervals.proportion(values), values)
+        return share(grade(predictions, references))
 
 
 class StopRate(Metric):
@@ -103,8 +108,7 @@ class StopRate(Metric):
     columns = Features(predictions=List(Value("int64")))
 
     def _compute(self, predictions: list[list[int]], eos_token_id: int | list[int]) -> dict[str, Any]:
-        values = [float(stopped(tokens, eos_token_id)) for tokens in predictions]
-        return output(intervals.proportion(values), values)
+        return share(stopped(tokens, eos_token_id) for tokens in predictions)
 
 
 class StepRate(Metric):
@@ -114,8 +118,7 @@ class StepRate(Metric):
     columns = Features(predictions=STRING)
 
     def _compute(self, predictions: list[str]) -> dict[str, Any]:
-        values = [float(has_steps(answer)) for answer in predictions]
-        return output(intervals.proportion(values), values)
+        return share(map(has_steps, predictions))
 
 
 class PassAtK(Metric):
@@ -169,9 +172,7 @@ class MajorityVote(Metric):
         rows: Sequence[Example] = (),
     ) -> dict[str, Any]:
         elected = [elect(answers) for answers in predictions]
-        verdicts = grader(elected, rows) if grader else grade_final_answers(elected, references, rows)
-        values = list(map(float, verdicts))
-        return output(intervals.proportion(values), values)
+        return share(grader(elected, rows) if grader else grade_final_answers(elected, references, rows))
 
 
 def elect(answers: Sequence[str]) -> str:
@@ -199,81 +200,70 @@ def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def measure_texts(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
+def measure_texts(result: StageResult, chat: ChatModel, rows: Sequence[Example]) -> None:
     """Record `bits_per_byte`; the `weight` of an example is the document's size in bytes."""
     documents = [row["text"] for row in rows]
-    # Longer windows would take more memory for hardly any gain in bits.
-    context = getattr(chat.model.config, "max_position_embeddings", None) or 512
-    losses = document_losses(chat.model, chat.tokenizer, documents, context=min(context, 1024))
-    bits = BitsPerByte().compute(predictions=losses, references=documents, seed=seed)
-    weights = [{"weight": len(document.encode())} for document in documents]
-    result.record("bits_per_byte", bits, rows, by_kind=None, extras=weights)
+    losses = document_losses(chat.model, chat.tokenizer, documents, context=_window(chat))
+    _record_bits(result, "bits_per_byte", losses, documents, rows)
 
 
-def measure_answers(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
+def measure_answers(result: StageResult, chat: ChatModel, rows: Sequence[Example]) -> None:
     """Record `answer_bits_per_byte` of the held-out answers to instructions that nothing grades."""
-    context = min(chat.positions or 1024, 1024)
     conversations = [row["messages"] for row in rows]
-    losses = answer_losses(chat.model, chat.tokenizer, conversations, context=context, template=chat.template)
-    scored = [(row, loss / math.log(2), size) for row, (loss, size) in zip(rows, losses, strict=True) if size]
-    if not scored:
-        return
-    kept, bits, sizes = zip(*scored, strict=True)
-    values = [total / size for total, size in zip(bits, sizes, strict=True)]
-    estimate = output(intervals.ratio(bits, sizes, seed), values)
-    result.record("answer_bits_per_byte", estimate, kept, by_kind=None, extras=[{"weight": size} for size in sizes])
+    found = answer_losses(chat.model, chat.tokenizer, conversations, context=_window(chat), template=chat.template)
+    scored = [(row, loss, text) for row, (loss, text) in zip(rows, found, strict=True) if text]
+    if scored:
+        kept, losses, texts = zip(*scored, strict=True)
+        _record_bits(result, "answer_bits_per_byte", losses, texts, kept)
 
 
-def measure_instructions(
-    result: StageResult, chat: ChatModel, rows: Sequence[Example], grader: Grader | None = None, seed: int = 0
+def _window(chat: ChatModel) -> int:
+    """Return how many tokens are scored at once. More would take more memory for hardly any gain in bits."""
+    return min(chat.positions or 1024, 1024)
+
+
+def _record_bits(
+    result: StageResult, name: str, losses: Sequence[float], texts: Sequence[str], rows: Sequence[Example]
 ) -> None:
+    bits = BitsPerByte().compute(predictions=losses, references=texts, seed=result.seed)
+    weights = [{"weight": len(text.encode())} for text in texts]
+    result.record(name, bits, rows, by_kind=None, extras=weights)
+
+
+def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut) -> None:
     """Record `instruction_accuracy`, where answers can be graded, `stop_rate` and `mean_length` of greedy answers."""
+    rows, grader = held_out.instructions, held_out.graders.get("instructions")
     completions = chat.greedy([row["messages"][:-1] for row in rows])
-    answers = [completion.text for completion in completions]
     graded = [i for i, row in enumerate(rows) if grader or is_gradable(row)]
     if graded:
-        some, texts = [rows[i] for i in graded], [answers[i] for i in graded]
+        some, texts = [rows[i] for i in graded], [completions[i].text for i in graded]
         if grader:
             # A conversation is a problem whose reference is the last message, unless the row has an answer.
             problems = [
                 {"answer": row["messages"][-1]["content"], **row, "prompt": row["messages"][:-1]} for row in some
             ]
-            values = [float(right) for right in grader(texts, problems)]
-            accuracy = output(intervals.proportion(values), values)
+            accuracy = share(grader(texts, problems))
         else:
             rules = [{column: row[column] for column in RULE_COLUMNS} for row in some]
             accuracy = InstructionAccuracy().compute(predictions=texts, references=rules)
         result.record("instruction_accuracy", accuracy, some, extras=[{"answer": text} for text in texts])
-    _record_ends(result, chat, completions, rows, "mean_length", seed)
+    record_ends(result, chat, completions, rows, "mean_length")
 
 
-def measure_prompts(result: StageResult, chat: ChatModel, rows: Sequence[Example], seed: int = 0) -> None:
-    """Record `stop_rate` and `mean_length` of greedy answers to prompts, for data without instructions."""
-    completions = chat.greedy([row["prompt"] for row in rows])
-    _record_ends(result, chat, completions, rows, "mean_length", seed)
-
-
-def measure_problems(
-    result: StageResult,
-    chat: ChatModel,
-    rows: Sequence[Example],
-    samples: int,
-    seed: int = 0,
-    grader: Grader | None = None,
-    can_vote: bool = True,
-) -> None:
+def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, samples: int) -> None:
     """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, and `pass@k` and `maj@k` for
     k = `samples`; the stop rate as well if it is not measured on instructions.
 
-    At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1. Without `can_vote`, `maj@k` is
-    left out.
+    At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1. `maj@k` needs samples that can
+    vote.
     """
+    rows, grader = held_out.problems, held_out.graders["problems"]
     # One greedy answer to every problem.
     completions = chat.greedy([row["prompt"] for row in rows])
     answers = [completion.text for completion in completions]
     values = record_greedy(result, "pass@1", answers, rows, grader)
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
-    _record_ends(result, chat, completions, rows, "reasoning_length", seed)
+    record_ends(result, chat, completions, rows, "reasoning_length")
     for row, completion, value in zip(rows, completions, values, strict=True):
         # The report shows the first problem of each kind.
         if all(trace["kind"] != row["kind"] for trace in result.traces):
@@ -282,20 +272,18 @@ def measure_problems(
 
     # Several sampled answers to some of them.
     some = subsample(rows, MAX_SAMPLED_PROBLEMS)
-    sampled = chat.sample([row["prompt"] for row in some], samples=samples, temperature=1.0, seed=seed)
-    predictions = [[completion.text for completion in completions] for completions in sampled]
-    graded: dict[str, Any] = {
+    sampled = chat.sample([row["prompt"] for row in some], samples=samples, temperature=1.0, seed=result.seed)
+    answered: dict[str, Any] = {
+        "predictions": [[completion.text for completion in completions] for completions in sampled],
         "references": [str(row.get("answer") or "") for row in some],
         "grader": grader,
         "rows": some,
     }
-    names = {1: "pass@1_sampled"} | ({samples: f"pass@{samples}"} if samples > 1 else {})
-    for k, name in names.items():
-        estimate = PassAtK().compute(predictions=predictions, k=k, seed=seed, **graded)
-        result.record(name, estimate, some)
-    if samples > 1 and can_vote:
-        votes = MajorityVote().compute(predictions=predictions, **graded)
-        result.record(f"maj@{samples}", votes, some)
+    result.record("pass@1_sampled", PassAtK().compute(k=1, seed=result.seed, **answered), some)
+    if samples > 1:
+        result.record(f"pass@{samples}", PassAtK().compute(k=samples, seed=result.seed, **answered), some)
+    if samples > 1 and held_out.can_vote:
+        result.record(f"maj@{samples}", MajorityVote().compute(**answered), some)
 
 
 def record_greedy(
@@ -303,12 +291,13 @@ def record_greedy(
 ) -> list[float]:
     """Record under `name` how many of the answers, one to each problem, are right. Returns 1 or 0 for each."""
     references = [str(row.get("answer") or "") for row in rows]
-    greedy = PassAtK().compute(
-        predictions=[[text] for text in answers], references=references, k=1, grader=grader, rows=rows
-    )
-    # The length of a problem, if its row has one: the report breaks pass@1 down by it.
-    lengths = [{"length": row["length"]} if "length" in row else {} for row in rows]
-    extras = [{"answer": text, **length} for text, length in zip(answers, lengths, strict=True)]
+    predictions = [[text] for text in answers]
+    greedy = PassAtK().compute(predictions=predictions, references=references, k=1, grader=grader, rows=rows)
+    # The report breaks pass@1 down by the length of problems, if their rows have one.
+    extras = [
+        {"answer": text, **({"length": row["length"]} if "length" in row else {})}
+        for text, row in zip(answers, rows, strict=True)
+    ]
     result.record(name, greedy, rows, extras=extras)
     values: list[float] = greedy["values"]
     return values
@@ -331,13 +320,8 @@ def readable(completion: Completion) -> str:
     return f"(nothing: {tokens})" if len(completion.tokens) > 1 else "(nothing: it ended at once)"
 
 
-def _record_ends(
-    result: StageResult,
-    chat: ChatModel,
-    completions: Sequence[Completion],
-    rows: Sequence[Example],
-    name: str,
-    seed: int,
+def record_ends(
+    result: StageResult, chat: ChatModel, completions: Sequence[Completion], rows: Sequence[Example], name: str
 ) -> None:
     """Record the length of the answers under `name`, and `stop_rate` unless it has been measured on other answers."""
     if "stop_rate" not in result.metrics:
@@ -345,4 +329,4 @@ def _record_ends(
         stops = StopRate().compute(predictions=tokens, eos_token_id=end_tokens(chat.model, chat.tokenizer))
         result.record("stop_rate", stops, rows)
     lengths = [float(len(completion.tokens)) for completion in completions]
-    result.record(name, output(intervals.mean(lengths, seed), lengths), rows, by_kind=intervals.mean)
+    result.record(name, output(intervals.mean(lengths, result.seed), lengths), rows, by_kind=intervals.mean)

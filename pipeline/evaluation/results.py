@@ -5,31 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.evaluation.intervals import Estimate, finite, outcome_mean
-from pipeline.files import check_regular, read_json, write_text
+from pipeline.evaluation.intervals import Estimate, outcome_mean
+from pipeline.files import read_json, write_text
 
 Outcomes = dict[str, tuple[float, float, str]]
 """Id of an example, followed by the hash of its content -> (value, weight, kind)."""
 
-# Fields that STAGE.json has as they are -> the keys that each entry of the field must have, None if it may be anything.
-WRITTEN: dict[str, set[str] | None] = {
-    "answers": {"prompt", "answer"},
-    "traces": {"kind", "problem", "answer"},
-    "texts": set(),
-    "opponent": None,
-    "against": None,
-    "judge": None,
-    "left_out": None,
-    "cut_off": {"answers", "limit"},
-    "experts": None,
-    "overlap": {"rows", "found", "trained_on", "n"},
-    "settings": None,
-}
+WRITTEN = (
+    *("answers", "traces", "texts", "opponent", "against", "judge", "left_out", "cut_off", "experts"),
+    *("overlap", "settings"),
+)
+"""Fields that STAGE.json has as they are."""
 
 
 @dataclass
@@ -58,6 +49,7 @@ class StageResult:
         config: The model's config.json.
         parameters: Number of weights saved, None if there are none.
         active_parameters: Number of weights that a token passes: of the experts, only the ones it is routed to.
+        seed: Seed of its sampled answers and of its intervals.
     """
 
     name: str
@@ -79,30 +71,34 @@ class StageResult:
     config: dict[str, Any] = field(default_factory=dict)
     parameters: int | None = None
     active_parameters: int | None = None
+    seed: int = 0
 
     @classmethod
     def read(cls, path: Path, notes: list[str]) -> StageResult:
-        """Read STAGE.json and STAGE.jsonl. A missing file is empty; what is damaged is skipped, with a line in `notes`.
+        """Read STAGE.json and STAGE.jsonl. A missing file is empty; a damaged one is skipped, with a line in `notes`.
 
         Args:
             path: Path of STAGE.json.
             notes: Takes one line for each damaged file and each figure that is not a number.
         """
         content = read_json(path, notes)
-        result = cls(path.stem, seconds=finite(content.get("seconds")))
-        metrics = content.get("metrics")
-        for name, entry in metrics.items() if isinstance(metrics, dict) else ():
+        result = cls(path.stem, seconds=content.get("seconds"))
+        for name, entry in content.get("metrics", {}).items():
             try:
                 result.metrics[name] = Estimate.from_json(entry)
             except ValueError as error:
                 # An older release wrote null for a metric that it could not measure.
                 if entry is not None:
                     notes.append(f"{path}: {name}: {error}; skipped")
-        for name, keys in WRITTEN.items():
-            value, default = content.get(name), getattr(result, name)
-            if isinstance(value, type(default)):
-                setattr(result, name, _without_damage(value, keys))
-        result.examples = _read_examples(path.with_suffix(".jsonl"), notes)
+        for name in WRITTEN:
+            setattr(result, name, content.get(name) or getattr(result, name))
+        examples = path.with_suffix(".jsonl")
+        try:
+            # Texts may contain other characters that `splitlines` takes for line ends.
+            lines = examples.read_text(encoding="utf-8").split("\n") if examples.is_file() else []
+            result.examples = [json.loads(line) for line in lines if line]
+        except ValueError as error:
+            notes.append(f"{examples}: cannot be read ({error}); skipped")
         return result
 
     def write(self, folder: Path) -> Path:
@@ -150,8 +146,7 @@ class StageResult:
             for kind, members in sorted(groups.items()):
                 shared = {} if units is None else {"units": [units[i] for i in members]}
                 kinds[kind] = by_kind([values[i] for i in members], **shared)
-        low, high = measured["ci95"] or (None, None)
-        self.metrics[name] = Estimate(measured["value"], low, high, measured["n"], kinds)
+        self.metrics[name] = replace(Estimate.from_json(measured), by_kind=kinds)
         # Examples are paired by their number and their content, in case the data change between two evaluations.
         for row, value, extra in zip(rows, values, extras or [{}] * len(rows), strict=True):
             content = json.dumps(row, sort_keys=True, default=str).encode()
@@ -173,25 +168,29 @@ class StageResult:
     @property
     def history(self) -> list[dict[str, Any]]:
         """The logged records of training, oldest first."""
-        history = self.state.get("log_history")
-        return [record for record in history if isinstance(record, dict)] if isinstance(history, list) else []
+        history: list[dict[str, Any]] = self.state.get("log_history", [])
+        return history
 
     def take_baselines(self) -> dict[str, StageResult]:
         """Move the figures named `<baseline>/<metric>`, with their examples and texts, to results of their own."""
-        found: dict[str, StageResult] = {}
-        # "elicited/pass@1" is the figure `pass@1` of the baseline `elicited`.
-        whole, self.metrics = self.metrics, {}
-        for figure, estimate in whole.items():
+        found = {"": self}
+        metrics, self.metrics = self.metrics, {}
+        examples, self.examples = self.examples, []
+
+        def split(figure: str) -> tuple[StageResult, str]:
+            # "elicited/pass@1" is the figure `pass@1` of the baseline `elicited`.
             baseline, _, metric = figure.rpartition("/")
-            owner = found.setdefault(baseline, StageResult(baseline)) if baseline else self
+            return found.setdefault(baseline, StageResult(baseline)), metric
+
+        for figure, estimate in metrics.items():
+            owner, metric = split(figure)
             owner.metrics[metric] = estimate
-        for baseline, texts in self.texts.items():
-            found.setdefault(baseline, StageResult(baseline)).texts[baseline] = texts
-        everything, self.examples = self.examples, []
-        for example in everything:
-            baseline, _, metric = example["metric"].rpartition("/")
-            owner = found.setdefault(baseline, StageResult(baseline)) if baseline else self
+        for example in examples:
+            owner, metric = split(example["metric"])
             owner.examples.append({**example, "metric": metric})
+        del found[""]
+        for baseline, result in found.items():
+            result.texts = {baseline: self.texts.get(baseline, {})}
         return found
 
     def remarks(self) -> list[str]:
@@ -210,45 +209,9 @@ class StageResult:
 
 
 def copies_in(found: Mapping[str, Any]) -> str:
-    """Return in the training rows of which data copies were found: ": pairs 32, text 1"."""
-    of = found.get("in")
-    return ": " + ", ".join(f"{name} {count}" for name, count in of.items()) if isinstance(of, dict) and of else ""
-
-
-def _without_damage(value: Any, keys: set[str] | None) -> Any:
-    """Return a list or a mapping without the entries that lack one of `keys`."""
-    if keys is None:
-        return value
-    if isinstance(value, list):
-        return [entry for entry in value if isinstance(entry, dict) and keys <= entry.keys()]
-    return {key: entry for key, entry in value.items() if isinstance(entry, dict) and keys <= entry.keys()}
-
-
-def _read_examples(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        check_regular(path)
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        notes.append(f"{path}: cannot be read, skipped: {error}")
-        return []
-    examples = []
-    damaged = 0
-    for line in filter(str.strip, lines):
-        try:
-            example = json.loads(line)
-            value, weight = finite(example["value"]), finite(example.get("weight", 1.0))
-            is_whole = isinstance(example["metric"], str) and "id" in example
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            is_whole = False
-        if is_whole and value is not None and weight is not None:
-            examples.append({**example, "value": value, "weight": weight})
-        else:
-            damaged += 1
-    if damaged:
-        notes.append(f"{path}: {damaged} damaged line(s) skipped")
-    return examples
+    """Return how many copies were found in the training rows of which data: ": pairs 32, text 1"."""
+    counts = ", ".join(f"{name} {count}" for name, count in found.get("in", {}).items())
+    return f": {counts}" if counts else ""
 
 
 def check_own(run: Path, stage: str, settings: Mapping[str, Any]) -> list[Problem]:
@@ -263,10 +226,8 @@ def check_own(run: Path, stage: str, settings: Mapping[str, Any]) -> list[Proble
     # As they would be read again.
     now = json.loads(json.dumps(settings, default=str))
     changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    if not changed:
-        return []
-    remedy = f"the run's own figures were measured with another {' and '.join(changed)}; give these a name beside them"
-    return [Problem("--name", "nothing", remedy)]
+    remedy = f"the run's own figures were measured with another {' and '.join(changed)}; choose a name for these"
+    return [Problem("--name", "nothing", remedy)] if changed else []
 
 
 def format_table(result: StageResult) -> str:

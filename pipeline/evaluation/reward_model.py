@@ -1,12 +1,7 @@
 """The metrics of reward models: whether the preferred answers score higher, and how well the scores are calibrated.
 
 `pairs: {dataset_name: allenai/reward-bench, dataset_test_split: filtered}` in evaluate.yaml measures one on the pairs
-of RewardBench. The tool `rewardbench` itself (0.1.4) needs a GPU and an environment of its own, because it pins
-transformers 4.51. That release reads a copy of the model in which tokenizer_config.json says `"tokenizer_class":
-"PreTrainedTokenizerFast"` and calls the `extra_special_tokens` `additional_special_tokens`, and in which config.json
-has `rope_theta` as a key of its own, too: without it, every score is wrong, and nothing says so.
-
-    rewardbench --model COPY --not_quantized --torch_dtype float32
+of RewardBench; docs/tools.md says how the tool `rewardbench` itself reads one.
 """
 
 from __future__ import annotations
@@ -108,11 +103,7 @@ class RewardAccuracy(Metric):
 
 
 def measure_pairs(
-    result: StageResult,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Example],
-    seed: int = 0,
+    result: StageResult, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]
 ) -> None:
     """Record the accuracy of a reward model, its margin, its calibration error and its correlation with length.
 
@@ -124,45 +115,48 @@ def measure_pairs(
         model: A sequence classifier with one label.
         tokenizer: A tokenizer with a chat template.
         pairs: `prompt`, `chosen`, `rejected`, and `taste_chosen` and `taste_rejected` if they are known.
-        seed: Seed of the intervals.
     """
-    chosen, rejected = _score_both(model, tokenizer, pairs)
-    prompts = [json.dumps(row["prompt"]) for row in pairs]
-    labelled = RewardAccuracy().compute(predictions=chosen, references=rejected, units=prompts, seed=seed)
+    # Scores of both answers of each pair, shape (pairs, 2): the preferred answer comes first.
+    scores = _score_both(model, tokenizer, pairs)
+    labelled = _record_accuracy(result, "reward_accuracy", scores, pairs)
     for name in ("margin", "calibration_error"):
         result.metrics[f"reward_{name}"] = intervals.Estimate.from_json(labelled[name])
-    result.record("reward_accuracy", labelled, pairs, units=prompts)
 
-    # The generated data know the annotators' taste, of which labels are a noisy sample.
-    tasted = [i for i, row in enumerate(pairs) if abs(_taste_gap(row)) >= INDIFFERENCE]
-    if tasted:
-        # Labels may be noise: here the better answer is the one that the annotators like better on average.
-        better = [chosen[i] if _taste_gap(pairs[i]) > 0 else rejected[i] for i in tasted]
-        worse = [rejected[i] if _taste_gap(pairs[i]) > 0 else chosen[i] for i in tasted]
-        units = [prompts[i] for i in tasted]
-        noise_free = RewardAccuracy().compute(predictions=better, references=worse, units=units, seed=seed)
-        result.record("reward_accuracy_noise_free", noise_free, [pairs[i] for i in tasted], units=units)
+    # The generated data know the annotators' taste, of which labels are a noisy sample. Here the better answer is the
+    # one that the annotators like better on average.
+    gaps = np.array([(row.get("taste_chosen") or 0.0) - (row.get("taste_rejected") or 0.0) for row in pairs])
+    if tasted := [i for i, gap in enumerate(gaps) if abs(gap) >= INDIFFERENCE]:
+        better_first = np.where(gaps[:, None] > 0, scores, scores[:, ::-1])
+        some = [pairs[i] for i in tasted]
+        _record_accuracy(result, "reward_accuracy_noise_free", better_first[tasted], some)
 
-    # Both answers of each pair, shape (pairs, 2).
     lengths = np.array([[len(row[side][-1]["content"].split()) for side in ("chosen", "rejected")] for row in pairs])
-    both = np.array([chosen, rejected]).T
     result.metrics["reward_length_correlation"] = intervals.statistic(
-        lambda index: correlation(lengths[index].ravel(), both[index].ravel()), prompts, seed
+        lambda index: correlation(lengths[index].ravel(), scores[index].ravel()), _prompts(pairs), result.seed
     )
 
 
 def measure_people(
-    result: StageResult,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Example],
-    seed: int = 0,
+    result: StageResult, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]
 ) -> None:
     """Record `reward_accuracy_people`, the accuracy against people's votes, each of which is a pair; see above."""
-    chosen, rejected = _score_both(model, tokenizer, pairs)
-    prompts = [json.dumps(row["prompt"]) for row in pairs]
-    agrees = RewardAccuracy().compute(predictions=chosen, references=rejected, units=prompts, seed=seed)
-    result.record("reward_accuracy_people", agrees, pairs, units=prompts)
+    _record_accuracy(result, "reward_accuracy_people", _score_both(model, tokenizer, pairs), pairs)
+
+
+def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: Sequence[Example]) -> dict[str, Any]:
+    """Record how often the first answer of a pair scores higher; return what `RewardAccuracy` computed."""
+    units = _prompts(pairs)
+    better, worse = scores.T.tolist()
+    measured: dict[str, Any] = RewardAccuracy().compute(
+        predictions=better, references=worse, units=units, seed=result.seed
+    )
+    result.record(name, measured, pairs, units=units)
+    return measured
+
+
+def _prompts(pairs: Sequence[Example]) -> list[str]:
+    """Return the prompt of each pair, over which the intervals are."""
+    return [json.dumps(row["prompt"]) for row in pairs]
 
 
 def held_out_pairs(run: Path, stage: str) -> list[dict[str, Any]]:
@@ -182,18 +176,10 @@ def held_out_pairs(run: Path, stage: str) -> list[dict[str, Any]]:
     return [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]
 
 
-def _score_both(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]
-) -> tuple[list[float], list[float]]:
-    """Return the scores of the preferred answers and those of the others."""
+def _score_both(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]) -> np.ndarray:
+    """Return the scores of both answers of each pair, shape (pairs, 2)."""
     sides = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in pairs]
-    scores = score(model, tokenizer, sides)
-    return scores[: len(pairs)], scores[len(pairs) :]
-
-
-def _taste_gap(row: Example) -> float:
-    chosen, rejected = row.get("taste_chosen"), row.get("taste_rejected")
-    return 0.0 if chosen is None or rejected is None else chosen - rejected
+    return np.array(score(model, tokenizer, sides)).reshape(2, -1).T
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float:

@@ -28,7 +28,7 @@ from pipeline.models.checks import check_lengths
 from pipeline.models.experts import RouteCounter, routes, worst
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer, user_error_for
 from pipeline.models.vllm_sampler import VLLMSampler
-from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
+from pipeline.preferences.judges import Judge, load_judge
 from pipeline.preferences.people import load_votes
 from pipeline.progress import Tally
 from pipeline.rewards.grading import is_gradable
@@ -104,9 +104,8 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     began = time.perf_counter()
     launch.prepare_process()
     launch.log_threads()
-    result = StageResult(stage)
+    result = StageResult(stage, seed=settings["seed"])
     path = model_of(run, stage, settings)
-    seed = settings.get("seed") or 0
     with user_error_for("--stage", path):
         rewards = is_reward_model(load_config(str(path)))
     if rewards:
@@ -114,19 +113,19 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
         model = model.to(hardware.accelerator() or "cpu").eval()
         if held_out.pairs:
             with RouteCounter(model) as counter:
-                measure_pairs(result, model, tokenizer, held_out.pairs, seed)
-            _record_experts(result, counter)
+                measure_pairs(result, model, tokenizer, held_out.pairs)
+            record_load(result, counter)
         else:
             result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
         if votes := held_out_pairs(run, stage):
-            measure_people(result, model, tokenizer, votes, seed)
+            measure_people(result, model, tokenizer, votes)
     else:
         try:
             _measure_language_model(result, run, _answered(stage, held_out), settings, folder)
         except TemplateError as error:
             remedy = f"its chat template refuses a conversation of the data ({error}); correct one of them"
             raise UserError(Problem("--stage", path, remedy)) from None
-    result.overlap = find_overlaps(held_out, folder)
+    result.overlap = find_overlaps(held_out)
     result.seconds = time.perf_counter() - began
     return result
 
@@ -143,13 +142,13 @@ def _answered(stage: str, held_out: HeldOut) -> HeldOut:
 def _measure_language_model(
     result: StageResult, run: Path, held_out: HeldOut, settings: Settings, folder: Path
 ) -> None:
-    stage, seed = result.name, settings.get("seed") or 0
+    stage = result.name
     path = model_of(run, stage, settings)
-    words = settings.get("base_tokenizer") if stage == BASE else None
+    words = settings["base_tokenizer"] if stage == BASE else None
     can_chat = bool(load_tokenizer(words or str(path), "--stage").chat_template)
     model, tokenizer = load_model(str(path), "--stage", dtype=torch.float32, chat=can_chat, tokenizer=words)
     model = model.to(hardware.accelerator() or "cpu").eval()
-    vllm = VLLMSampler(model, tokenizer) if settings.get("vllm") else None
+    vllm = VLLMSampler(model, tokenizer) if settings["vllm"] else None
     # The same model for each kind of data, whose answers have limits of their own and perhaps another template.
     tally = Tally("answers")
     chats = {
@@ -162,64 +161,58 @@ def _measure_language_model(
     # Likelihoods are computed in float32, answers in the precision that is fast on this machine.
     if held_out.text:
         with RouteCounter(model) as counter:
-            metrics.measure_texts(result, chats["instructions"], held_out.text, seed)
-        _record_experts(result, counter, chats["instructions"], held_out.text)
-    if settings.get("lm_eval_tasks"):
+            metrics.measure_texts(result, chats["instructions"], held_out.text)
+        record_load(result, counter)
+        if result.experts:
+            result.experts["documents"] = [draw_routes(chats["instructions"], row) for row in held_out.text[:DRAWN]]
+    if settings["lm_eval_tasks"]:
         # lm-eval is optional.
         from pipeline.evaluation.harness import measure_tasks
 
-        measure_tasks(result, chats["instructions"], settings["lm_eval_tasks"], settings.get("limit"), seed)
+        measure_tasks(result, chats["instructions"], settings["lm_eval_tasks"], settings["limit"])
     if not can_chat:
         result.left_out.append("answers: left out, the tokenizer of this stage has no chat template")
         return
     judge = _find_judge(result, run, held_out, settings)
     judged = [row for row in held_out.prompts if judge and judge.can_judge(row)]
-    opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder) if judge and judged else None
+    opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder) if judged else None
     tally.total = _count_answers(held_out, settings, len(judged), opponent)
-    grader = held_out.graders.get("instructions")
-    ungraded = [] if grader else [row for row in held_out.instructions if not is_gradable(row)]
+    ungraded = [row for row in held_out.instructions if not ("instructions" in held_out.graders or is_gradable(row))]
     if ungraded:
-        metrics.measure_answers(result, chats["instructions"], ungraded, seed)
+        metrics.measure_answers(result, chats["instructions"], ungraded)
 
     model.to(hardware.fast_dtype())
     if held_out.instructions:
-        metrics.measure_instructions(result, chats["instructions"], held_out.instructions, grader, seed)
+        metrics.measure_instructions(result, chats["instructions"], held_out)
     elif held_out.prompts:
-        metrics.measure_prompts(result, chats["prompts"], held_out.prompts, seed)
+        completions = chats["prompts"].greedy([row["prompt"] for row in held_out.prompts])
+        metrics.record_ends(result, chats["prompts"], completions, held_out.prompts, "mean_length")
     if held_out.problems:
-        problems, grade, can_vote = held_out.problems, held_out.graders["problems"], held_out.can_vote
-        metrics.measure_problems(result, chats["problems"], problems, settings["samples"], seed, grade, can_vote)
+        metrics.measure_problems(result, chats["problems"], held_out, settings["samples"])
     if held_out.longer:
         longer = [answer.text for answer in chats["problems"].greedy([row["prompt"] for row in held_out.longer])]
         metrics.record_greedy(result, "pass@1_longer", longer, held_out.longer, held_out.graders["problems"])
     answers: win_rate.Matches = {}
     if opponent is not None and judge:
         result.judge = judge.name
-        answers = win_rate.answer_both(chats["prompts"], opponent, judged, seed, _samples(settings))
-        win_rate.measure_matches(result, answers, judged, seed, judge)
+        answers = win_rate.answer_both(chats["prompts"], opponent, judged, result.seed, _samples(settings))
+        win_rate.measure_matches(result, answers, judged, judge)
     result.cut_off = {
         key: {**chat.counts, "limit": chat.max_new_tokens} for key, chat in chats.items() if chat.counts["answers"]
     }
 
     # Answers of baselines and to the fixed prompts do not count as cut off.
     chats = {key: replace(chat, counts=Counter()) for key, chat in chats.items()}
-    if stage == result.against:
-        baselines.measure_baselines(
-            result,
-            chats["problems"],
-            held_out,
-            answers,
-            seed,
-            settings["elicit"],
-            judge or ANNOTATORS,
-            matching=chats["prompts"],
-        )
+    if stage == result.against and held_out.problems:
+        baselines.measure_reasoning(result, chats["problems"], held_out, settings["elicit"])
+    if stage == result.against and answers and judge:
+        baselines.measure_constant(result, chats["prompts"], held_out, answers, judge)
     metrics.answer_fixed_prompts(result, chats["instructions"], held_out.fixed_prompts)
 
 
 def _samples(settings: Settings) -> int:
     """Return how many answers to a prompt are sampled for the win rate; people would have to judge each of them."""
-    return 1 if settings.get("judge") == VOTES else win_rate.SAMPLES
+    return 1 if settings["judge"] == VOTES else win_rate.SAMPLES
 
 
 def _count_answers(held_out: HeldOut, settings: Settings, judged: int, opponent: object) -> int:
@@ -235,7 +228,7 @@ def _count_answers(held_out: HeldOut, settings: Settings, judged: int, opponent:
 
 def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:
     """Return the judge of the win rates; None, with a line that says why, if there is none yet."""
-    name = settings.get("judge")
+    name = settings["judge"]
     if not held_out.prompts:
         return None
     if name == VOTES:
@@ -263,42 +256,46 @@ def _find_opponent(
     if not against or (path == run / against and not holds_model(path)):
         return None
     template = template_arguments(settings, against, "prompts")
-    how: dict[str, Any] = {"seed": settings.get("seed") or 0, "max_new_tokens": own.max_new_tokens}
-    how |= {"samples": _samples(settings), "dtype": hardware.fast_dtype(), "device": hardware.accelerator()}
-    how |= {"vllm": True} if own.vllm else {}
-    how |= {"template": template} if template else {}
-    answered = win_rate.fingerprint(path, rows, **how)
+    answered = win_rate.fingerprint(
+        path,
+        rows,
+        seed=result.seed,
+        max_new_tokens=own.max_new_tokens,
+        samples=_samples(settings),
+        dtype=hardware.fast_dtype(),
+        device=hardware.accelerator(),
+        vllm=bool(own.vllm),
+        template=template,
+    )
     if result.name == against:
         result.opponent = answered
         return own
     # People's votes are about the answers that they were shown, so both models answer again.
-    saved = None if settings.get("judge") == VOTES else win_rate.saved_answers(folder, against, answered)
+    saved = None if settings["judge"] == VOTES else win_rate.saved_answers(folder, against, answered)
     if saved is not None:
         return saved
-    words = settings.get("base_tokenizer") if against == BASE else None
+    words = settings["base_tokenizer"] if against == BASE else None
     model, tokenizer = load_model(str(path), "--against", dtype=torch.float32, tokenizer=words)
     vllm = VLLMSampler(model, tokenizer) if own.vllm else None
     model = model.to(hardware.accelerator() or "cpu", hardware.fast_dtype()).eval()
     return ChatModel(model, tokenizer, own.max_new_tokens, vllm, template=template)
 
 
-def _record_experts(
-    result: StageResult, counter: RouteCounter, chat: ChatModel | None = None, texts: Sequence[Example] = ()
-) -> None:
-    """Record which experts took the counted tokens, and the tokens of a few texts, if the model has experts."""
+def record_load(result: StageResult, counter: RouteCounter) -> None:
+    """Record which experts took the counted tokens, if the model has experts."""
     if not counter.shares:
         return
     # Each token is counted as often as experts take it.
     tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k
     result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
-    documents = []
-    for row in texts[:DRAWN] if chat else ():
-        assert chat is not None
-        ids = chat.tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
-        pieces = [chat.tokenizer.decode([token]) for token in ids]
-        documents.append({"pieces": pieces, "chosen": routes(chat.model, ids)})
     layers = [[round(share, 4) for share in layer] for layer in counter.shares]
-    result.experts = {"layers": layers, "documents": documents}
+    result.experts = {"layers": layers, "documents": []}
+
+
+def draw_routes(chat: ChatModel, row: Example) -> dict[str, Any]:
+    """Return the tokens of a text as `pieces`, and the expert `chosen` for each, by layer."""
+    ids = chat.tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
+    return {"pieces": [chat.tokenizer.decode([token]) for token in ids], "chosen": routes(chat.model, ids)}
 
 
 def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]:
@@ -309,8 +306,7 @@ def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     answered = [key for key, held_out in HELD_OUT.items() if held_out.length]
-    given = settings.get("max_new_tokens")
-    if given:
+    if given := settings["max_new_tokens"]:
         if problems := check_lengths(positions, max_new_tokens=given):
             raise UserError(*problems)
         return dict.fromkeys(answered, int(given))

@@ -21,11 +21,10 @@ from datasets import Features
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import Example
-from pipeline.evaluation.metrics import STRING, Metric, output
+from pipeline.evaluation.metrics import STRING, Metric, output, share
 from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
-from pipeline.models.generation import Completion
-from pipeline.preferences.judges import ANNOTATORS, Judge
+from pipeline.preferences.judges import Judge
 from pipeline.rewards.annotators import judge_match
 
 Matches = dict[str, tuple[list[list[str]], list[list[str]]]]
@@ -66,8 +65,7 @@ class LastSentenceShare(Metric):
         # "It is red. Have a nice day!" ends in "have a nice day".
         last = [re.split(r"[.!?]\s+", answer.strip())[-1].rstrip(".!?").casefold() for answer in predictions]
         ((most, _),) = Counter(last).most_common(1)
-        values = [float(sentence == most) for sentence in last]
-        return output(intervals.proportion(values), values)
+        return share(sentence == most for sentence in last)
 
 
 def answer_both(
@@ -79,31 +77,26 @@ def answer_both(
 ) -> Matches:
     """Answer the prompts by both models, `samples` times at temperature 1 and once greedily.
 
-    The opponent's answers may be given.
-
-    The opponent samples with a different seed, so that a model against itself does not tie every time.
+    The opponent samples with a different seed, so that a model against itself does not tie every time. Its answers may
+    be given.
     """
-    prompts = [row["prompt"] for row in rows]
+
+    def answer(model: ChatModel, **options: Any) -> list[list[str]]:
+        completions = model.sample([row["prompt"] for row in rows], **options)
+        return [[completion.text for completion in of_prompt] for of_prompt in completions]
+
     sampled: dict[str, Any] = {"temperature": 1.0, "samples": samples}
-    ours = _texts(chat.sample(prompts, seed=2 * seed, **sampled))
-    greedy = _texts(chat.sample(prompts))
+    ours, greedy = answer(chat, seed=2 * seed, **sampled), answer(chat)
     if isinstance(opponent, Mapping):
         return {"win_rate": (ours, opponent["win_rate"]), "win_rate_greedy": (greedy, opponent["win_rate_greedy"])}
-    theirs = _texts(opponent.sample(prompts, seed=2 * seed + 1, **sampled))
-    other = greedy if opponent is chat else _texts(opponent.sample(prompts))
-    return {"win_rate": (ours, theirs), "win_rate_greedy": (greedy, other)}
+    theirs = answer(opponent, seed=2 * seed + 1, **sampled)
+    return {"win_rate": (ours, theirs), "win_rate_greedy": (greedy, greedy if opponent is chat else answer(opponent))}
 
 
-def _texts(completions: Sequence[Sequence[Completion]]) -> list[list[str]]:
-    return [[completion.text for completion in of_prompt] for of_prompt in completions]
-
-
-def measure_matches(
-    result: StageResult, matches: Matches, rows: Sequence[Example], seed: int = 0, judge: Judge = ANNOTATORS
-) -> None:
+def measure_matches(result: StageResult, matches: Matches, rows: Sequence[Example], judge: Judge) -> None:
     """Record `win_rate` and `win_rate_greedy`, and how many answers end alike in both."""
     for name, (ours, theirs) in matches.items():
-        record_wins(result, name, ours, theirs, rows, seed, judge)
+        record_wins(result, name, ours, theirs, rows, judge)
         # Of each prompt, the first answer counts.
         ends = LastSentenceShare().compute(predictions=[first for first, *_ in ours])
         result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=None)
@@ -115,8 +108,7 @@ def record_wins(
     ours: Sequence[Sequence[str]],
     theirs: Sequence[Sequence[str]],
     rows: Sequence[Example],
-    seed: int,
-    judge: Judge = ANNOTATORS,
+    judge: Judge,
 ) -> None:
     """Record under `name` how often `ours` win against `theirs`, of the matches of which the judge has an opinion.
 
@@ -139,16 +131,17 @@ def record_wins(
     if not of_prompt:
         return
     judged = [rows[number] for number in of_prompt]
-    extras: list[dict[str, Any]] = [{"answer": ours[number][0], "opponent": theirs[number][0]} for number in of_prompt]
-    if any(len(answers) > 1 for answers in ours):
-        # The other answers of the opponent, for later evaluations.
-        for extra, number in zip(extras, of_prompt, strict=True):
-            extra |= {"answers": ours[number], "opponents": theirs[number]}
+    extras: list[dict[str, Any]] = []
+    for number in of_prompt:
+        extras.append({"answer": ours[number][0], "opponent": theirs[number][0]})
+        # The other answers of the opponent are for later evaluations.
+        if len(ours[number]) > 1:
+            extras[-1] |= {"answers": ours[number], "opponents": theirs[number]}
     wins = WinRate().compute(
         predictions=[extra["answer"] for extra in extras],
         references=[extra["opponent"] for extra in extras],
         rows=judged,
-        seed=seed,
+        seed=result.seed,
         outcomes=list(map(fmean, of_prompt.values())),
     )
     result.record(name, wins, judged, extras=extras)
@@ -180,7 +173,7 @@ def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[list[
         return None
     answers: dict[str, list[list[str]]] = {"win_rate": [], "win_rate_greedy": []}
     for example in saved.examples:
-        if example["metric"] in answers and "opponent" in example:
-            answers[example["metric"]].append(list(map(str, example.get("opponents") or [example["opponent"]])))
-    # The examples may be missing, or those of an earlier release.
+        if example["metric"] in answers:
+            answers[example["metric"]].append(example.get("opponents") or [example["opponent"]])
+    # The examples may be missing.
     return answers if all(answers.values()) else None

@@ -88,9 +88,9 @@ def main(args: argparse.Namespace) -> int:
 def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, list[Problem]]:
     """Return the pairs of runs of the same seed, in the order of `runs`, and a problem for each unpaired run."""
     problems = []
-    by_seed: dict[str, dict[str, Run]] = {}
-    for side, its_runs in (("A", runs), ("--against", against)):
-        found = by_seed[side] = {}
+    ours: dict[str, Run] = {}
+    theirs: dict[str, Run] = {}
+    for side, its_runs, found in (("A", runs, ours), ("--against", against, theirs)):
         for run in its_runs:
             seed = str(run.record.get("seed"))
             if seed in found:
@@ -98,12 +98,11 @@ def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, li
                 problems.append(Problem(side, run.path, remedy))
             found[seed] = run
     # A run without a partner would be compared with nothing, so it is an error rather than ignored.
-    for side, other in (("A", "--against"), ("--against", "A")):
-        for seed, run in by_seed[side].items():
-            if seed not in by_seed[other]:
-                remedy = f"has seed {seed}, and no run on the other side has; make that run, or leave this one out"
+    for side, found, others in (("A", ours, theirs), ("--against", theirs, ours)):
+        for seed, run in found.items():
+            if seed not in others:
+                remedy = f"has seed {seed}, and no run on the other side has; make that run, or omit this one"
                 problems.append(Problem(side, run.path, remedy))
-    ours, theirs = by_seed["A"], by_seed["--against"]
     return [(run, theirs[seed]) for seed, run in ours.items() if seed in theirs], problems
 
 
@@ -113,13 +112,18 @@ def check_rows(pairs: Pairs) -> list[Problem]:
     for run, other in pairs:
         ours, theirs = _figures(run), _figures(other)
         shared = [name for name in ours if name in theirs]
-        # Rows are compared by their content, so the same data in another file are the same rows.
-        unequal = [f"{name[1]} of {name[0]}" for name in shared if _rows(ours, *name) != _rows(theirs, *name)]
+        # Rows are compared by their content, so the same data in another file are the same rows. Each run has reward
+        # models of its own with their own pairs.
+        unequal = [
+            f"{metric} of {stage}"
+            for stage, metric in shared
+            if stage_info(stage).generates
+            and ours[stage, metric].outcomes(metric).keys() != theirs[stage, metric].outcomes(metric).keys()
+        ]
+        remedy = f"has no figure that {run.path} has; evaluate the same stages"
         if unequal:
             remedy = f"was measured on other test rows than {run.path} ({unequal[0]}); evaluate both on the same data"
-            problems.append(Problem("--against", other.path, remedy))
-        if not shared:
-            remedy = f"has no figure that {run.path} has; evaluate the same stages"
+        if unequal or not shared:
             problems.append(Problem("--against", other.path, remedy))
     return problems
 
@@ -145,11 +149,6 @@ def _figures(run: Run) -> Figures:
     return {
         (name, metric): stage for name, stage in stages.items() for metric in sorted(stage.metrics, key=metric_order)
     }
-
-
-def _rows(figures: Figures, stage: str, metric: str) -> set[str]:
-    """Return the test rows of a metric; of reward models none, because each run has pairs of its own."""
-    return set(figures[stage, metric].outcomes(metric)) if stage_info(stage).generates else set()
 
 
 def _difference(metric: str, own: StageResult, other: StageResult) -> Estimate:

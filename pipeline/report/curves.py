@@ -17,6 +17,9 @@ from pipeline.stages import LoggedChart
 
 Points = list[tuple[float, float]]
 
+ROUTED = r"router/layer_(\d+)/expert_(\d+)"
+"""Key under which the load of an expert is logged."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -52,36 +55,30 @@ def charts_of(run: Run) -> list[Chart]:
     for stage in run.stages.values():
         # The charts of a kind stand in `pipeline.stages`; the others depend on the run's rewards and experts.
         info = stage_info(stage.name)
-        over_steps = [*info.charts, *_router_charts(stage)]
-        over_kl: list[LoggedChart] = []
-        if info.has_critic:
-            rewards, taste = _reward_charts(stage)
-            over_steps.insert(0, rewards)
-            over_kl = [replace(rewards, note="The reward that PPO sees."), taste]
-        charts = []
-        for chart in over_steps:
-            lines = tuple(Series(name, logged(stage, key)) for name, key in chart.lines)
-            charts.append(Chart(stage.name, chart.title, "training steps", lines, chart.note))
+        charts = [_chart(stage, chart) for chart in info.charts]
         if info.data == "conversation" and charts and (easier := _easier_validation(run, stage)):
             charts[0] = replace(charts[0], note=f"{charts[0].note} {easier}".strip())
-        # The charts over the KL follow the ones of the stage itself, before the ones of its routers.
-        place = 1 + len(info.charts)
-        for chart in reversed(over_kl):
-            dots = []
-            for name, key in chart.lines:
-                # Without enough points of training, those of its evaluations are drawn.
-                points = logged(stage, key, "objective/kl")
-                if len(points) < 2:
-                    points = logged(stage, f"eval_{key}", "eval_objective/kl")
-                dots.append(Series(name, points, dots=True))
-            title = f"{chart.title} against KL"
-            charts.insert(place, Chart(stage.name, title, "KL, nats per answer", tuple(dots), chart.note))
+        if info.has_critic:
+            rewards, taste = _reward_charts(stage)
+            charts.insert(0, _chart(stage, rewards))
+            charts.append(_chart(stage, replace(rewards, note="The reward that PPO sees."), over_kl=True))
+            charts.append(_chart(stage, taste, over_kl=True))
+        charts += [_chart(stage, chart) for chart in _router_charts(stage)]
         # A line needs two points, and a chart a line.
-        for drawn in charts:
-            lines = tuple(line for line in drawn.series if len(line.points) > 1)
+        for chart in charts:
+            lines = tuple(line for line in chart.series if len(line.points) > 1)
             if lines:
-                found.append(replace(drawn, series=lines))
+                found.append(replace(chart, series=lines))
     return found
+
+
+def _chart(stage: StageResult, logged_chart: LoggedChart, over_kl: bool = False) -> Chart:
+    """Return a chart of what a stage logged, over its steps or against its KL."""
+    x = "objective/kl" if over_kl else "step"
+    lines = tuple(Series(name, logged(stage, key, x), dots=over_kl) for name, key in logged_chart.lines)
+    title = f"{logged_chart.title} against KL" if over_kl else logged_chart.title
+    label = "KL, nats per answer" if over_kl else "training steps"
+    return Chart(stage.name, title, label, lines, logged_chart.note)
 
 
 def _easier_validation(run: Run, stage: StageResult) -> str:
@@ -91,28 +88,25 @@ def _easier_validation(run: Run, stage: StageResult) -> str:
     if not all(losses) or losses[1][-1] > 0.8 * fmean(losses[0][-5:]) or not all(file.is_file() for file in files):
         return ""
     # pyarrow would slow `--help` down.
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        training, validation = (pq.read_table(file, columns=["kind", "messages"]).to_pylist() for file in files)
-        kinds = {row["kind"] for row in validation}
-        shared = [row for row in training if row["kind"] in kinds]
-        sizes = [fmean(len(row["messages"][-1]["content"]) for row in rows) for rows in (shared, validation)]
-    except (OSError, LookupError, TypeError, ValueError, pa.ArrowException):
-        return ""
-    missing = ", ".join(sorted({str(row["kind"]) for row in training} - kinds))
-    reasons = [f"{1 - len(shared) / len(training):.0%} of the training rows are of kinds that it lacks ({missing})"]
-    reasons += [f"in the other kinds, training answers are {sizes[0] / sizes[1]:.1f} times as long"]
-    found = [reason for reason, holds in zip(reasons, (missing, sizes[0] > 1.1 * sizes[1]), strict=True) if holds]
-    return f"Validation is easier than training: {', and '.join(found)}." if found else ""
+    # The run generated these files itself.
+    training, validation = (pq.read_table(file, columns=["kind", "messages"]).to_pylist() for file in files)
+    kinds = {row["kind"] for row in validation}
+    shared = [row for row in training if row["kind"] in kinds]
+    sizes = [fmean(len(row["messages"][-1]["content"]) for row in rows) for rows in (shared, validation)]
+    reasons = []
+    if missing := sorted({row["kind"] for row in training} - kinds):
+        share = 1 - len(shared) / len(training)
+        reasons.append(f"{share:.0%} of the training rows are of kinds that it lacks ({', '.join(missing)})")
+    if sizes[0] > 1.1 * sizes[1]:
+        reasons.append(f"in the other kinds, training answers are {sizes[0] / sizes[1]:.1f} times as long")
+    return f"Validation is easier than training: {', and '.join(reasons)}." if reasons else ""
 
 
 def _reward_charts(stage: StageResult) -> tuple[LoggedChart, LoggedChart]:
     """Return the charts of what PPO's rewards score, and of the annotators' hidden taste; means before weighting."""
-    keys = {key for record in stage.history for key in record}
-    matches = (re.fullmatch(r"(?:eval_)?rewards/(.+)/mean", key) for key in keys)
-    names = sorted({match[1] for match in matches if match})
+    names = [match[1] for match in _logged_keys(stage, r"rewards/(.+)/mean")]
     scores = tuple((name, f"rewards/{name}/mean") for name in names if "taste" not in name)
     tastes = tuple((name, f"rewards/{name}/mean") for name in names if "taste" in name)
     # A single reward is the reward model. Without its own key, the sum of all rewards is its score.
@@ -126,18 +120,21 @@ def _reward_charts(stage: StageResult) -> tuple[LoggedChart, LoggedChart]:
 
 def _router_charts(stage: StageResult) -> list[LoggedChart]:
     """Return the load of each expert, a chart for each layer that has experts, and the entropy of their routers."""
-    keys = {key for record in stage.history for key in record}
-    matches = (re.fullmatch(r"router/layer_(\d+)/expert_(\d+)", key) for key in keys)
     # "router/layer_0/expert_3" is the load of the fourth expert in the first layer that has experts.
-    experts = sorted((int(match[1]), int(match[2])) for match in matches if match)
-    charts = []
+    experts = sorted((int(layer), int(expert)) for layer, expert in (m.groups() for m in _logged_keys(stage, ROUTED)))
+    note = "Tokens over the fair number; 1 is balanced."
+    charts, entropies = [], []
     for layer, its_experts in groupby(experts, key=lambda pair: pair[0]):
         lines = tuple((f"expert {expert + 1}", f"router/layer_{layer}/expert_{expert}") for _, expert in its_experts)
-        note = "Tokens over the fair number; 1 is balanced."
         charts.append(LoggedChart(f"Load of the experts, layer {layer + 1}", lines, note))
-    layers = dict.fromkeys(layer for layer, _ in experts)
-    lines = tuple((f"layer {layer + 1}", f"router/layer_{layer}/entropy") for layer in layers)
-    return [*charts, LoggedChart("Entropy of the routers, nats", lines)]
+        entropies.append((f"layer {layer + 1}", f"router/layer_{layer}/entropy"))
+    return [*charts, LoggedChart("Entropy of the routers, nats", tuple(entropies))]
+
+
+def _logged_keys(stage: StageResult, pattern: str) -> list[re.Match[str]]:
+    """Return the matches of a pattern with the keys that a stage logged, in the order of the keys."""
+    keys = sorted({key for record in stage.history for key in record})
+    return [match for key in keys if (match := re.fullmatch(pattern, key))]
 
 
 def overlay(runs: Sequence[Run]) -> list[Chart]:

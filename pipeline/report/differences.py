@@ -36,6 +36,11 @@ class Difference:
     aim: bool
     verdict: Literal["better", "worse", "same"]
 
+    @property
+    def is_main(self) -> bool:
+        """Whether it is an aim or a cost."""
+        return self.aim or self.verdict == "worse"
+
 
 def differences(run: Run) -> list[Difference]:
     """Return every paired difference between a stage and the one that it started from, aims first.

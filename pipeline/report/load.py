@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, read_votes, standing
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import VOTES
-from pipeline.evaluation.intervals import Estimate, finite, outcome_mean
+from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.results import StageResult
 from pipeline.files import check_regular, read_json, read_shapes
 from pipeline.report.stage_order import stage_info, stage_order
@@ -63,6 +62,11 @@ class Run:
     name: str = ""
 
     @property
+    def is_smoke(self) -> bool:
+        """Whether it is a miniature, whose figures mean nothing."""
+        return bool(self.record.get("smoke"))
+
+    @property
     def against(self) -> str:
         """The stage that others are compared with."""
         return next((stage.against for stage in self.stages.values() if stage.against), "2_sft")
@@ -79,24 +83,28 @@ class Run:
         return " or ".join(dict.fromkeys(stage.judge or ANNOTATORS for stage in judged))
 
 
+def main_aim(stage: StageResult) -> str | None:
+    """Return the main metric that a stage is trained for and was measured by, None if there is none."""
+    return next((name for name in stage_info(stage.name).aims if name in stage.metrics), None)
+
+
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Load every run.
 
     Raises:
         UserError: If a path is not a run, or has neither an evaluation nor a training log; all such paths are named.
     """
-    problems = []
-    runs = []
-    for path in paths:
-        if not path.is_dir():
-            problems.append(Problem("RUN", path, "no such directory; make it with `python -m pipeline run RECIPES`"))
-            continue
-        run = load_run(path)
-        runs.append(run)
+    remedy = "no such directory; make it with `python -m pipeline run RECIPES`"
+    if problems := [Problem("RUN", path, remedy) for path in paths if not path.is_dir()]:
+        raise UserError(*problems)
+
+    runs = [load_run(path) for path in paths]
+    for run in runs:
         if not any(stage.metrics or stage.history for stage in run.stages.values()):
             reason = f" ({run.notes[0]})" if run.notes else ""
-            remedy = f"has neither an evaluation nor a training log{reason}; run `python -m pipeline evaluate {path}`"
-            problems.append(Problem("RUN", path, remedy))
+            command = f"python -m pipeline evaluate {run.path}"
+            remedy = f"has neither an evaluation nor a training log{reason}; run `{command}`"
+            problems.append(Problem("RUN", run.path, remedy))
     if problems:
         raise UserError(*problems)
     # Runs whose directories have the same name are called by their paths.
@@ -111,9 +119,7 @@ def load_run(path: Path) -> Run:
     """Load the run in the directory `path`; what cannot be read goes into its `notes`."""
     run = Run(path, name=path.resolve().name)
     run.record = read_json(path / "run.json", run.notes)
-    steps = run.record.get("steps")
-    if isinstance(steps, dict):
-        run.steps = {name: step for name, step in steps.items() if isinstance(step, dict)}
+    run.steps = run.record.get("steps", {})
     _set_machine(run)
     # A stage has an evaluation, a model or a training log, perhaps only in a checkpoint if it is still training.
     names = {file.stem for file in path.glob("evaluations/*.json")}
@@ -123,7 +129,12 @@ def load_run(path: Path) -> Run:
         stage = StageResult.read(path / "evaluations" / f"{name}.json", run.notes)
         # Baselines are measured together with the opponent, and are results of their own in the report.
         run.baselines |= stage.take_baselines()
-        stage.state = read_json(_newest_state(path / name), run.notes)
+        # Until training ends, its log is in its checkpoints only; "checkpoint-90" comes before "checkpoint-150".
+        logs = [path / name / "trainer_state.json"]
+        if not logs[0].exists():
+            found = (path / name).glob("checkpoint-*/trainer_state.json")
+            logs += sorted(found, key=lambda file: (len(file.parent.name), file.parent.name))
+        stage.state = read_json(logs[-1], run.notes)
         stage.config = read_json(path / name / "config.json", run.notes)
         _count_parameters(stage, path / name, run.notes)
         run.stages[name] = stage
@@ -149,10 +160,10 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
     Returns:
         The win rate of each stage, by its name. `by_kind` has one for each opponent, unless that is `against` alone.
     """
-    outcomes: dict[str, dict[str, tuple[list[float], list[str]]]] = defaultdict(dict)
+    outcomes: dict[str, dict[str, tuple[list[float], list[str]]]] = defaultdict(lambda: defaultdict(lambda: ([], [])))
     try:
         votes = standing(read_votes(run / VOTES / VOTES_FILE))
-    except (UserError, OSError) as error:
+    except UserError as error:
         notes.append(f"people's votes are left out: {error}")
         return {}
     for vote in votes:
@@ -162,7 +173,7 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
         # The vote counts for the stage that is not the opponent or, between two others, for the later one.
         own = max(models, key=lambda side: (models[side] != against, models[side]))
         outcome = OUTCOMES[vote["choice"]]
-        values, prompts = outcomes[models[own]].setdefault(models[OTHER[own]], ([], []))
+        values, prompts = outcomes[models[own]][models[OTHER[own]]]
         values.append(outcome if own == "a" else 1 - outcome)
         prompts.append(json.dumps(vote["prompt"]))
     rates = {}
@@ -170,41 +181,28 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
         found = {name: outcome_mean(values, units=prompts) for name, (values, prompts) in opponents.items()}
         main = max(found, key=lambda name: (name == against, found[name].n or 0))
         kinds = {} if list(found) == [against] else {f"against {name}": rate for name, rate in found.items()}
-        rates[stage] = Estimate(found[main].value, found[main].low, found[main].high, found[main].n, kinds)
+        rates[stage] = replace(found[main], by_kind=kinds)
     return rates
 
 
 def _set_machine(run: Run) -> None:
     """Take hardware, versions and commit from the last training step; steps that differ from it become a note."""
     facts = {
-        name: {key: step[key] for key in MACHINE_KEYS if step.get(key)}
+        name: {key: step.get(key) for key in MACHINE_KEYS}
         for name, step in run.steps.items()
         if name != "report" and any(map(step.get, MACHINE_KEYS))
     }
     # Steps may have run on different machines. The report shows the one of the last training, which costs the most.
     trained = [name for name in facts if stage_info(name).trained]
-    last = max(trained or facts, key=lambda name: str(run.steps[name].get("finished_at") or ""), default=None)
+    last = max(trained or facts, key=lambda name: run.steps[name].get("finished_at") or "", default=None)
     # The record of an older run has these keys once, for all steps.
-    shown = facts[last] if last else {"commit": run.record.get("git_commit"), **run.record}
-    hardware, versions, commit = (shown.get(key) for key in MACHINE_KEYS)
-    run.hardware = hardware if isinstance(hardware, dict) else {}
-    run.versions = versions if isinstance(versions, dict) else {}
-    run.commit = commit if isinstance(commit, str) else None
+    shown = facts[last] if last else run.record
+    run.hardware, run.versions = shown.get("hardware") or {}, shown.get("versions") or {}
+    run.commit = shown.get("commit")
     if others := [name for name, found in facts.items() if found != shown]:
-        keys = [key for key in MACHINE_KEYS if any(facts[name].get(key) != shown.get(key) for name in others)]
+        keys = [key for key in MACHINE_KEYS if any(facts[name][key] != shown[key] for name in others)]
         differing = f"{', '.join(others)} ran with different {' and '.join(keys)} from {last}"
         run.notes.append(f"{run.path / 'run.json'}: {differing}; the report shows those of {last}")
-
-
-def _newest_state(directory: Path) -> Path:
-    """Return the path of trainer_state.json: the stage's own, or that of its newest checkpoint."""
-    by_step = {
-        int(match[1]): file
-        for file in directory.glob("checkpoint-*/trainer_state.json")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))
-    }
-    own = directory / "trainer_state.json"
-    return by_step[max(by_step)] if by_step and not own.exists() else own
 
 
 def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> None:
@@ -225,7 +223,7 @@ def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> 
         experts += sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name)
     # Of the experts, a token passes only as many as it is routed to.
     if files:
-        available = finite(stage.config.get("num_local_experts")) or finite(stage.config.get("num_experts")) or 1
-        chosen = finite(stage.config.get("num_experts_per_tok")) or available
+        available = stage.config.get("num_local_experts") or stage.config.get("num_experts") or 1
+        chosen = stage.config.get("num_experts_per_tok") or available
         stage.parameters = total
         stage.active_parameters = round(total - experts * (1 - chosen / available))

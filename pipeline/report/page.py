@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.evaluation.metric_info import metric_info
 from pipeline.files import write_text
 from pipeline.report.curves import Chart, charts_of
 from pipeline.report.differences import Difference, differences
@@ -17,11 +19,11 @@ from pipeline.report.load import Run
 from pipeline.report.path_picture import headline, path_boxes, showcase, title
 from pipeline.report.stage_order import stage_info
 from pipeline.report.summary import summarise
-from pipeline.report.svg import line_chart
+from pipeline.report.svg import layout
 from pipeline.report.tables import costs, experts, figures, gains, lengths, others, remarks, show_targets
 from pipeline.report.targets import Target, TargetResult, check_targets, is_pocket, load_targets
-from pipeline.report.text import code, counted, magnitude, markdown, number, visible
-from pipeline.report.verdict import Finding, is_smoke, shown
+from pipeline.report.text import code, counted, interval, magnitude, markdown, number, signed, visible
+from pipeline.report.verdict import Finding, shown
 from pipeline.stages import STAGES
 
 
@@ -53,7 +55,11 @@ def write_files(directory: Path, template: str, summary: dict[str, Any], content
 
 def render(template: str, content: dict[str, Any]) -> str:
     """Fill in a template. Every string in `content` that is not `Markup` is made visible and escaped."""
-    is_page = template.endswith(".html.jinja")
+    return _environment(template.endswith(".html.jinja")).get_template(template).render(content)
+
+
+@cache
+def _environment(is_page: bool) -> Environment:
     show = visible if is_page else markdown
     # A template that names something unknown fails, instead of showing nothing.
     environment = Environment(
@@ -67,7 +73,10 @@ def render(template: str, content: dict[str, Any]) -> str:
     )
     environment.filters |= {"code": code, "visible": visible}
     environment.filters["markdown"] = lambda text, limit: Markup(markdown(text, limit))
-    return environment.get_template(template).render(content)
+    environment.filters["clip"] = lambda value, low, high: max(low, min(high, value))
+    for function in (interval, metric_info, number, signed, stage_info):
+        environment.globals[function.__name__] = function
+    return environment
 
 
 def page_content(
@@ -86,7 +95,7 @@ def page_content(
         "targets": show_targets(results),
         "alarms": [
             f"{item['stage']}, step {item['step']}: {item['what']} ({number(item['value'])})"
-            for item in ([] if is_smoke(run) else summary["alarms"])
+            for item in ([] if run.is_smoke else summary["alarms"])
         ],
         **shown(run, [Finding(**item) for item in summary["verdict"]]),
         # A report may be published, and where its files lay on this machine is nobody's business.
@@ -144,7 +153,8 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for chart in charts:
         legend = [line.name for line in chart.series]
-        shown = {"title": chart.title, "note": chart.note, "legend": legend, "svg": line_chart(chart)}
+        svg = Markup(render("chart.html.jinja", layout(chart)))
+        shown = {"title": chart.title, "note": chart.note, "legend": legend, "svg": svg}
         groups.setdefault(chart.stage, []).append(shown)
     return [{"stage": stage, "title": stage_info(stage).title, "charts": drawn} for stage, drawn in groups.items()]
 

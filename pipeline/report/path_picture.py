@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
-from pipeline.report.load import Run
+from pipeline.report.load import Run, main_aim
 from pipeline.report.stage_order import stage_info, stage_kind, twins
 from pipeline.report.summary import by_length, seconds, training_cost
 from pipeline.report.tables import baseline_title
@@ -35,7 +35,7 @@ def title(run: Run) -> str:
     parts = [Path(recipe).name if isinstance(recipe, str) else run.name]
     if seed is not None:
         parts.append(f"seed {seed}")
-    if run.record.get("smoke"):
+    if run.is_smoke:
         parts.append("smoke run")
     return ", ".join(parts)
 
@@ -63,9 +63,8 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
         run: The run whose figures and samples they show.
         links: Kind of a stage -> where its box leads.
     """
-    own = {name: stage for name, stage in run.stages.items() if name not in twins(run.stages)}
     # The last stage of each kind gives the figure and the sample.
-    last = {stage_kind(name): stage for name, stage in own.items()}
+    last = {stage_kind(name): stage for name, stage in run.stages.items() if name not in twins(run.stages)}
     boxes: list[dict[str, Any]] = []
     before: StageResult | None = None
     for kind, info in STAGES.items():
@@ -102,9 +101,8 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[str, Any] | None:
     """Return the main figure of a stage with its name in words, the one of the stage before it, and the baselines."""
-    aims = stage_info(stage.name).aims or ("bits_per_byte",)
-    aim = next((name for name in aims if name in stage.metrics), None)
-    if aim is None:
+    aim = main_aim(stage) if stage_info(stage.name).aims else "bits_per_byte"
+    if aim not in stage.metrics:
         return None
     info, lengths = metric_info(aim), [int(length) for length in by_length(stage)]
 

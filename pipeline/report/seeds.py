@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.report.stage_order import stage_info, stage_order, step_order
 from pipeline.report.summary import summarise
 from pipeline.report.tables import baseline_title, show_targets
 from pipeline.report.targets import Target, check_targets
-from pipeline.report.text import duration, number, signed
+from pipeline.report.text import counted, duration, number, signed
 from pipeline.report.verdict import Finding
 
 SEVERAL = (
@@ -81,39 +82,40 @@ def write_seeds(
     stages = _spreads([of_run["stages"] for of_run in each])
     baselines = _spreads([of_run["baselines"] for of_run in each])
     # The differences of a run by stage, or by `<stage> - <baseline>`, and then by metric.
-    by_stage: list[dict[str, dict[str, Any]]] = []
-    for of_run in each:
-        by_stage.append({})
+    by_stage: list[dict[str, dict[str, Any]]] = [defaultdict(dict) for _ in runs]
+    for groups, of_run in zip(by_stage, each, strict=True):
         for item in of_run["differences"]:
             is_baseline = item["before"] in of_run["baselines"]
             group = f"{item['stage']} - {item['before']}" if is_baseline else item["stage"]
-            by_stage[-1].setdefault(group, {})[item["metric"]] = item
+            groups[group][item["metric"]] = item
     changes = _spreads(by_stage, lowest=-1.0)
-    # The seconds of each step, and of all steps together, which metrics.json leaves to its reader.
+    # The seconds of each step, and in the last row of all steps together.
     taken = [of_run["seconds"] for of_run in each]
-    together = [{"together": sum(of_run.values())} if of_run else {} for of_run in taken]
+    taken = [of_run | {"together": sum(of_run.values())} if of_run else {} for of_run in taken]
     steps = sorted({step for of_run in taken for step in of_run}, key=step_order)
-    times = {step: spread([_seconds(of_run, step) for of_run in taken], 0.0) for step in steps}
-    whole = {"together": spread([_seconds(of_run, "together") for of_run in together], 0.0)} if steps else {}
+    times = {
+        step: spread([Estimate(of_run[step]) if step in of_run else None for of_run in taken], 0.0) for step in steps
+    }
     summary = {
         "runs": [{"run": run.name, "seed": run.record.get("seed"), "commit": run.commit} for run in runs],
         "stages": stages,
         "baselines": baselines,
         "differences": changes,
-        "seconds": times,
+        "seconds": {step: item for step, item in times.items() if step != "together"},
         **{
             kind: [{"run": run.name, **item} for run, of_run in zip(runs, each, strict=True) for item in of_run[kind]]
             for kind in ("promises", "alarms", "verdict")
         },
         "notes": [note for run in runs for note in run.notes],
     }
-    titles = {}
-    for group in baselines:
-        # The runs may have found different texts that win by themselves.
-        of_runs = [baseline_title(run, run.baselines[group]) for run in runs if group in run.baselines]
-        titles[group] = " / ".join(dict.fromkeys(of_runs))
-    rows = [_row(step, item, duration, duration) for step, item in (times | whole).items()]
-    name = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
+    # The runs may have found different texts that win by themselves.
+    titles = {
+        group: " / ".join(
+            dict.fromkeys(baseline_title(run, run.baselines[group]) for run in runs if group in run.baselines)
+        )
+        for group in baselines
+    }
+    name = counted(len(runs), "run")
     content = {
         "name": name,
         "headline": f"{name}: mean and spread",
@@ -133,7 +135,13 @@ def write_seeds(
         "figures": _groups(stages, number) + _groups(baselines, number, titles),
         "changes": _groups(changes, signed),
         "charts": draw(overlay(runs)),
-        "times": [{"title": "All steps", "stage": "", "rows": rows}],
+        "times": [
+            {
+                "title": "All steps",
+                "stage": "",
+                "rows": [_row(step, item, duration, duration) for step, item in times.items()],
+            }
+        ],
         "paths": [os.path.relpath(run.path / "report" / "index.html", directory) for run in runs],
     }
     return write_files(directory, "seeds", summary, content)
@@ -161,22 +169,16 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
             # The texts of baselines are listed, because there is no mean of them.
             if any(isinstance(value, str) for value in values):
                 result[group][name] = values
-                continue
-            if name == "pass@1_by_length":
-                lengths = {length: None for value in values for length in value or {}}
-                rows = {length: [(value or {}).get(length) for value in values] for length in lengths}
+            elif name == "pass@1_by_length":
+                rows = [value or {} for value in values]
                 result[group][name] = {
-                    length: spread([entry and Estimate.from_json(entry) for entry in row], 0.0, 1.0)
-                    for length, row in rows.items()
+                    length: spread([row.get(length) and Estimate.from_json(row[length]) for row in rows], 0.0, 1.0)
+                    for length in {length: None for row in rows for length in row}
                 }
-                continue
-            bounds = (lowest, 1.0) if metric_info(name).share else ()
-            result[group][name] = spread([value and Estimate.from_json(value) for value in values], *bounds)
+            else:
+                bounds = (lowest, 1.0) if metric_info(name).share else ()
+                result[group][name] = spread([value and Estimate.from_json(value) for value in values], *bounds)
     return result
-
-
-def _seconds(of_run: Mapping[str, float], step: str) -> Estimate | None:
-    return Estimate(of_run[step]) if step in of_run else None
 
 
 def _groups(

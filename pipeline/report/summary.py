@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.intervals import Estimate, finite, outcome_mean
+from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
 from pipeline.report.curves import alarms, last_logged
@@ -37,14 +37,12 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         `differences`, `promises` (the targets), `verdict` (`{"stage", "what", "value", "remedy"}` for each thing that
         did not work), `conclusion` (the verdict in one line) and `notes`.
     """
-    stages: dict[str, dict[str, Any]] = {}
-    for name, stage in run.stages.items():
-        if stage.metrics:
-            stages[name] = _to_json(stage.metrics)
-        if stage.metrics and (lengths := by_length(stage)):
-            stages[name]["pass@1_by_length"] = _to_json(lengths)
-        if "expert_load" in stage.metrics:
-            stages[name]["expert_load"]["layers"] = stage.experts.get("layers") or []
+    stages = {name: _to_json(stage.metrics) for name, stage in run.stages.items() if stage.metrics}
+    for name, figures in stages.items():
+        if lengths := by_length(run.stages[name]):
+            figures["pass@1_by_length"] = _to_json(lengths)
+        if "expert_load" in figures:
+            figures["expert_load"]["layers"] = run.stages[name].experts.get("layers", [])
     costs = {name: training_cost(stage) for name, stage in run.stages.items()}
     failures = find_failures(run)
     return {
@@ -89,8 +87,8 @@ def by_length(stage: StageResult) -> dict[str, Estimate]:
     """Return the pass@1 of the problems of each length, shortest first; {} if the data do not say how long they are."""
     values: dict[int, list[float]] = {}
     for example in stage.examples:
-        if example["metric"] == "pass@1" and isinstance(length := example.get("length"), int):
-            values.setdefault(length, []).append(example["value"])
+        if example["metric"] == "pass@1" and "length" in example:
+            values.setdefault(example["length"], []).append(example["value"])
     return {str(length): outcome_mean(values[length]) for length in sorted(values)}
 
 
@@ -99,8 +97,8 @@ def seconds(run: Run) -> dict[str, float]:
     taken = recorded(run, "seconds")
     for name, stage in run.stages.items():
         runtime = last_logged(stage, "train_runtime")
-        if name not in taken and runtime is not None:
-            taken[name] = runtime
+        if runtime is not None:
+            taken.setdefault(name, runtime)
     return taken
 
 
@@ -108,14 +106,11 @@ def recorded(run: Run, key: str) -> dict[str, float]:
     """Return a figure in the record of each step that has it, by the name of the stage's directory or of the step."""
     found: dict[str, float] = {}
     for name, step in run.steps.items():
-        value = finite(step.get(key))
         # The report cannot know what it takes itself.
-        if name == "report" or value is None:
-            continue
-        # The directory of a stage may have another name than its step.
-        values = step.get("values")
-        written = Path(str(values.get("output_dir"))).name if isinstance(values, dict) else name
-        found[written if written in run.stages else name] = value
+        if name != "report" and step.get(key) is not None:
+            # The directory of a stage may have another name than its step.
+            written = Path(str(step.get("values", {}).get("output_dir"))).name
+            found[written if written in run.stages else name] = float(step[key])
     return found
 
 
@@ -127,7 +122,7 @@ def training_cost(stage: StageResult) -> tuple[float | None, float | None]:
     """
     # Trainers of TRL log `num_tokens`; the others count what their inputs had.
     tokens = last_logged(stage, "num_tokens") or last_logged(stage, "num_input_tokens_seen")
-    tokens = tokens or finite(stage.state.get("num_input_tokens_seen")) or None
+    tokens = tokens or stage.state.get("num_input_tokens_seen") or None
     if tokens and stage.active_parameters and stage.config:
         return tokens, 6.0 * stage.active_parameters * tokens
-    return tokens, finite(stage.state.get("total_flos")) or None
+    return tokens, stage.state.get("total_flos") or None

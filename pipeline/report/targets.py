@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
@@ -42,6 +42,13 @@ class Target:
     against: str | None = None
     how: Literal["difference", "ratio", "interval"] = "difference"
     lower_end: bool = False
+
+    def __post_init__(self) -> None:
+        bounds = [bound for bound in (self.at_least, self.at_most) if bound is not None]
+        if not bounds or not all(isinstance(bound, int | float) for bound in bounds):
+            raise ValueError("at_least or at_most must be a number")
+        if self.how not in ("difference", "ratio", "interval"):
+            raise ValueError("how must be difference, ratio or interval")
 
     def __str__(self) -> str:
         bounds = (("at least", self.at_least), ("at most", self.at_most))
@@ -80,63 +87,49 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
         raise UserError(Problem("--targets", file, f"cannot be read: {error}")) from None
     if not isinstance(content, list):
         raise UserError(Problem("--targets", file, "must be a list of {stage, metric, at_least or at_most}"))
-    # The message does not show the entry, which aliases can make huge.
-    problems = [
-        Problem("--targets", f"{file}, entry {index}", fault)
-        for index, entry in enumerate(content, 1)
-        if (fault := _validate_entry(entry))
-    ]
+    targets, problems = [], []
+    for index, entry in enumerate(content, 1):
+        try:
+            targets.append(Target(**entry))
+        except (TypeError, ValueError) as error:
+            # "Target.__init__() got an unexpected keyword argument 'atleast'"
+            problems.append(Problem("--targets", f"{file}, entry {index}", str(error).rpartition("() ")[2]))
     if problems:
         raise UserError(*problems)
-    return [Target(**entry) for entry in content]
-
-
-def _validate_entry(entry: object) -> str:
-    """Return why an entry of the file is not a target, "" if it is one."""
-    if not isinstance(entry, dict):
-        return "must be a mapping"
-    known = {item.name for item in fields(Target)}
-    if unknown := sorted(str(key) for key in entry if key not in known):
-        return f"unknown field {unknown[0]}; known fields: {', '.join(sorted(known))}"
-    if not all(isinstance(entry.get(key), str) for key in ("stage", "metric")):
-        return "stage and metric must be names"
-    bounds = [entry[key] for key in ("at_least", "at_most") if key in entry]
-    if not bounds or not all(isinstance(bound, int | float) for bound in bounds):
-        return "at_least or at_most must be a number"
-    if entry.get("how", "difference") not in ("difference", "ratio", "interval"):
-        return "how must be difference, ratio or interval"
-    return ""
+    return targets
 
 
 def is_pocket(run: Run) -> bool:
     """Return whether the targets of recipes/pocket apply: not to a miniature, nor to another recipe."""
     recipe = run.record.get("recipe")
-    return not run.record.get("smoke") and (not isinstance(recipe, str) or Path(recipe).name == "pocket")
+    return not run.is_smoke and (not isinstance(recipe, str) or Path(recipe).name == "pocket")
 
 
 def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> list[TargetResult]:
     """Compare the run's figures with the targets, in order. Targets whose figures were not measured are skipped."""
     results = []
     for target in targets:
-        if (measured := _measured(run, found, target)) is None:
-            continue
-        met = (target.at_least is None or measured >= target.at_least - ROUNDING) and (
-            target.at_most is None or measured <= target.at_most + ROUNDING
-        )
-        results.append(TargetResult(target, measured, met))
+        measured = _measured(run, found, target)
+        if measured is not None:
+            low = -math.inf if target.at_least is None else target.at_least - ROUNDING
+            high = math.inf if target.at_most is None else target.at_most + ROUNDING
+            results.append(TargetResult(target, measured, low <= measured <= high))
     return results
 
 
 def _measured(run: Run, found: Sequence[Difference], target: Target) -> float | None:
     """Return the figure that the target bounds, None if it was not measured."""
-    figure = _figure(run, target.stage, target.metric)
-    if figure is None:
+    figures = {
+        name: stage.metrics[target.metric]
+        for name, stage in {**run.baselines, **run.stages}.items()
+        if target.metric in stage.metrics
+    }
+    if not {target.stage, target.against or target.stage} <= figures.keys():
         return None
+    figure = figures[target.stage]
     if target.against is None:
         return figure.low if target.lower_end else figure.value
-    other = _figure(run, target.against, target.metric)
-    if other is None:
-        return None
+    other = figures[target.against]
     if target.how == "ratio":
         return figure.value / other.value if other.value else None
     if target.how == "difference":
@@ -144,8 +137,3 @@ def _measured(run: Run, found: Sequence[Difference], target: Target) -> float | 
     # What is left is the lower end of the interval of the paired difference.
     wanted = (target.stage, target.against, target.metric)
     return next((item.change.low for item in found if (item.stage, item.before, item.metric) == wanted), None)
-
-
-def _figure(run: Run, stage: str, metric: str) -> Estimate | None:
-    found = run.stages.get(stage) or run.baselines.get(stage)
-    return found.metrics.get(metric) if found else None

@@ -43,15 +43,12 @@ def _glyph(character: str) -> str:
     code = ord(character)
     if character in "\n\t":
         return character
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    # Control characters, formats (bidirectional, of zero width, tags), surrogates, private and unassigned code points,
-    # and separators of lines and paragraphs.
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-        return f"⟨U+{code:04X}⟩"
-    return character
+    if code < 0x20 or code == 0x7F:
+        return chr(0x2400 + min(code, 0x21))
+    # "C" are control characters, formats (bidirectional, of zero width, tags), surrogates, private and unassigned code
+    # points; the others separate lines and paragraphs.
+    hidden = unicodedata.category(character).startswith(("C", "Zl", "Zp"))
+    return f"⟨U+{code:04X}⟩" if hidden else character
 
 
 def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
@@ -94,12 +91,12 @@ def magnitude(value: float | None) -> str:
     """Format a large count in three digits with an SI prefix: "1.93 M", "45.2 T"."""
     if value is None:
         return "–"
-    # 999.5 would be rounded to 1000, so it takes the next prefix.
-    for prefix in ("", " k", " M", " G", " T", " P", " E"):
-        if abs(value) < 999.5 or prefix == " E":
-            break
+    # 999.5 would be rounded to 1000, so it takes the next prefix. The FLOPs of the largest models take "E".
+    for prefix in ("", " k", " M", " G", " T", " P"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{prefix}"
         value /= 1000
-    return f"{value:.3g}{prefix}" if abs(value) < 999.5 else f"{value:.0f}{prefix}"
+    return f"{value:.3g} E"
 
 
 def size(count: float) -> str:

@@ -7,19 +7,19 @@ What a run did not record is not judged, and a miniature (`run --smoke`) is not 
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline.evaluation.intervals import Estimate, finite
+from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult, copies_in
 from pipeline.report.curves import logged
 from pipeline.report.differences import judge, paired
-from pipeline.report.load import Run
+from pipeline.report.load import Run, main_aim
 from pipeline.report.stage_order import stage_info, stage_kind, twins
 from pipeline.report.text import counted, interval, number, signed
 from pipeline.stages import BASELINES, HELD_OUT, SMOKE
@@ -72,7 +72,7 @@ class Finding:
 
 def find_failures(run: Run) -> list[Finding]:
     """Return what did not work, in the order of training; nothing of a miniature."""
-    if is_smoke(run):
+    if run.is_smoke:
         return []
     found = [*_rows_lost(run), *_copies(run)]
     for stage in run.stages.values():
@@ -81,30 +81,24 @@ def find_failures(run: Run) -> list[Finding]:
             found += _chance(stage)
         elif info.aims and stage.name not in twins(run.stages):
             before = _origin(run, stage)
-            found += [*_no_spread(stage), *_same_weights(run, stage, before), *_endless(stage, before)]
-            found += _aim(run, stage, before)
+            found += [*_no_spread(stage), *_endless(stage, before), *_aim(run, stage, before)]
     order = [*run.steps, *run.stages]
     return sorted(found, key=lambda finding: order.index(finding.stage) if finding.stage in order else len(order))
 
 
 def shown(run: Run, found: list[Finding]) -> dict[str, Any]:
     """Return what verdict.html.jinja shows."""
-    return {"verdict": list(map(str, found)), "conclusion": conclude(run, found), "smoke": is_smoke(run)}
-
-
-def is_smoke(run: Run) -> bool:
-    """Return whether a run is a miniature, whose figures mean nothing."""
-    return bool(run.record.get("smoke"))
+    return {"verdict": list(map(str, found)), "conclusion": conclude(run, found), "smoke": run.is_smoke}
 
 
 def conclude(run: Run, found: list[Finding]) -> str:
     """Return the verdict in one line: what failed, what a run without failures reached, or that it is a miniature."""
-    if is_smoke(run):
+    if run.is_smoke:
         return f"{run.record.get('recipe') or run.name}, {SMOKE}"
     if found:
         failed = list(dict.fromkeys(finding.stage for finding in found))
         return f"{counted(len(found), 'thing')} did not work, in {', '.join(failed)}"
-    aims = [_aim_of(stage) for stage in run.stages.values() if stage_info(stage.name).generates]
+    aims = [main_aim(stage) for stage in run.stages.values() if stage_info(stage.name).generates]
     reached = [metric_info(aim).label.lower() for aim in aims if aim]
     if not reached:
         return ""
@@ -113,24 +107,16 @@ def conclude(run: Run, found: list[Finding]) -> str:
     return f"{subject} did what {are} for: better {', '.join(reached)}"
 
 
-def _aim_of(stage: StageResult) -> str | None:
-    """Return the main metric that a stage is trained for and was measured by, if there is one."""
-    return next((name for name in stage_info(stage.name).aims if name in stage.metrics), None)
-
-
 def _origin(run: Run, stage: StageResult) -> StageResult | None:
     """Return the stage that another one started from, None if the run does not have it."""
-    values = run.steps.get(stage.name, {}).get("values")
-    named = Path(str(values.get("model_name_or_path") or "")).name if isinstance(values, dict) else ""
-    if named in run.stages and named != stage.name:
+    values = run.steps.get(stage.name, {}).get("values", {})
+    named = Path(str(values.get("model_name_or_path"))).name
+    if named in run.stages:
         return run.stages[named]
-    before = None
-    for other in run.stages.values():
-        if other.name == stage.name:
-            return before
-        if stage_info(other.name).generates and other.metrics and other.name not in twins(run.stages):
-            before = other
-    return None
+    before = takewhile(lambda other: other.name != stage.name, run.stages.values())
+    others = twins(run.stages)
+    chain = [one for one in before if stage_info(one.name).generates and one.metrics and one.name not in others]
+    return chain[-1] if chain else None
 
 
 def _shown(metric: str, estimate: Estimate) -> str:
@@ -157,25 +143,26 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
 
 def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[Finding]:
     """Find an aim that a stage does not improve, and baselines that it does not beat."""
-    aim = _aim_of(stage)
+    aim = main_aim(stage)
     if aim is None:
         return
-    label = metric_info(aim).label[:1].lower() + metric_info(aim).label[1:]
-    now, remedy = stage.metrics[aim], REMEDIES.get(stage_kind(stage.name), "train longer")
+    info, now = metric_info(aim), stage.metrics[aim]
+    label = info.label[:1].lower() + info.label[1:]
+    remedy = REMEDIES.get(stage_kind(stage.name), "train longer")
     change = paired(before.outcomes(aim), stage.outcomes(aim), aim) if before else None
     gained = True
     if aim == "win_rate" and before and run.against == before.name:
         gained = now.low is None or now.low > CHANCE
         what = f"{label} against {before.name} is {_shown(aim, now)}, which does not exclude one half"
     elif change is not None and before:
-        gained = judge(aim, change) == "better"
-        digits = metric_info(aim).digits
-        went = f"{label} went from {number(before.metrics[aim].value, digits)} ({before.name}) to "
-        went += f"{number(now.value, digits)}"
-        lost = judge(aim, change) == "worse"
-        of = ", ".join(filter(None, (interval(change, digits, sign=True), f"n = {change.n:,}" if change.n else "")))
-        what = f"{went}, {'a loss' if lost else 'no significant gain'} ({signed(change.value, digits)}, {of})"
-    elif metric_info(aim).share and metric_info(aim).better == "up":
+        verdict = judge(aim, change)
+        gained = verdict == "better"
+        was, is_now = (number(side.metrics[aim].value, info.digits) for side in (before, stage))
+        lost = "a loss" if verdict == "worse" else "no significant gain"
+        known = filter(None, (interval(change, info.digits, sign=True), f"n = {change.n:,}" if change.n else ""))
+        by = f"{signed(change.value, info.digits)}, {', '.join(known)}"
+        what = f"{label} went from {was} ({before.name}) to {is_now}, {lost} ({by})"
+    elif info.share and info.better == "up":
         gained = now.value > 0
         what = f"{label} is {_shown(aim, now)}"
     if not gained:
@@ -187,7 +174,7 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
             # What does not gain at all is not named again for each baseline that is no better.
             if verdict == "worse" or (verdict == "same" and gained):
                 reached = f"{metric_info(metric).label.lower()} is {_shown(metric, stage.metrics[metric])}"
-                title = BASELINES[name].title.format(against=run.against) if name in BASELINES else name
+                title = BASELINES[name].title.format(against=run.against)
                 texts = baseline.texts.get(name, {})
                 text = texts.get(metric.replace("win_rate", "text")) or texts.get("text", "")
                 title += f" “{text.strip()}”" if text.strip() else ""
@@ -223,40 +210,13 @@ def _no_spread(stage: StageResult) -> Iterator[Finding]:
         yield Finding(stage.name, "all rewards were equal", max(spread), remedy)
 
 
-def _same_weights(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[Finding]:
-    """Find a stage whose weights are the ones that it started from."""
-    files = sorted(path.name for path in (run.path / stage.name).glob("model*.safetensors"))
-    if before is None or not files:
-        return
-    pairs = [(run.path / before.name / name, run.path / stage.name / name) for name in files]
-    try:
-        # Files that differ do so in their first blocks, so that even large ones take no time.
-        same = all(one.is_file() and filecmp.cmp(one, other, shallow=False) for one, other in pairs)
-    except OSError:
-        return
-    if same:
-        remedy = "training changed nothing: rewards without spread, or a learning_rate of 0, have no gradient"
-        yield Finding(stage.name, f"its weights equal those of {before.name} to the bit", 0.0, remedy)
-
-
 def _rows_lost(run: Run) -> Iterator[Finding]:
     """Find data sets of which a step has cut or dropped many rows."""
     for step, entry in run.steps.items():
-        for lost in lost_rows(entry):
+        for lost in entry.get("lost", []):
             if lost["rows"] >= MAX_LOST * lost["of"] > 0:
                 share = lost["rows"] / lost["of"]
                 yield Finding(step, f"{lost['rows']:,} of {lost['of']:,} {lost['what']}", share, lost["remedy"])
-
-
-def lost_rows(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return `{"rows", "of", "what", "remedy"}` for each kind of rows that a step of run.json has cut or dropped."""
-    lost = entry.get("lost")
-    keys = {"rows": int, "of": int, "what": str, "remedy": str}
-    return [
-        item
-        for item in (lost if isinstance(lost, list) else ())
-        if isinstance(item, dict) and all(isinstance(item.get(key), kind) for key, kind in keys.items())
-    ]
 
 
 def _copies(run: Run) -> Iterator[Finding]:
@@ -266,13 +226,13 @@ def _copies(run: Run) -> Iterator[Finding]:
         if key == "pairs":
             continue
         # The stage that is judged by these data, or else the last one that was measured on them.
-        seen = [stage for stage in run.stages.values() if finite(stage.overlap.get(key, {}).get("rows"))]
+        seen = [stage for stage in run.stages.values() if stage.overlap.get(key, {}).get("rows")]
         own = [stage for stage in seen if stage_info(stage.name).held_out == key]
         if not seen:
             continue
         stage = (own or seen)[-1]
         found = stage.overlap[key]
-        if (share := (finite(found["found"]) or 0) / found["rows"]) >= MAX_LOST:
+        if (share := found["found"] / found["rows"]) >= MAX_LOST:
             remedy = "figures that are measured on them are partly memory: remove these rows from training "
             remedy += "(`python -m pipeline check-overlap` names them), or measure on other data (evaluate.yaml)"
             what = f"{found['found']:,} of {found['rows']:,} held-out {key} are among the training rows"

@@ -14,7 +14,7 @@ from word_model import SPECIAL, word_model_config, word_tokenizer
 
 from pipeline.data.pocket.problems import WORKING, pose
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
-from pipeline.evaluation.baselines import CONSTANTS, answer_begun, find_constant, measure_baselines
+from pipeline.evaluation.baselines import CONSTANTS, answer_begun, find_constant, measure_constant
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import ChatModel
 from pipeline.evaluation.results import StageResult
@@ -66,7 +66,7 @@ def test_the_constant_is_chosen_on_validation_prompts_and_reported_on_test_promp
     chat, result = Parrot(), StageResult("2_sft")
     plain = [[PLAIN]] * len(ORDERS)
     matches = {"win_rate": (plain, plain), "win_rate_greedy": (plain, plain)}
-    measure_baselines(result, chat, HeldOut(prompts=ORDERS, validation=QUESTIONS), matches)  # type: ignore[arg-type]
+    measure_constant(result, chat, HeldOut(prompts=ORDERS, validation=QUESTIONS), matches)  # type: ignore[arg-type]
     for metric in matches:
         assert result.metrics[f"constant/{metric}"].value == 0.0, "kind remarks, which questions want, annoy here"
         assert result.texts["constant"][metric.replace("win_rate", "text")].removeprefix("… ") in KIND_CLOSINGS

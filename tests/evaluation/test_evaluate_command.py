@@ -17,6 +17,7 @@ from pipeline.__main__ import main
 from pipeline.data.sources import open_source
 from pipeline.evaluation.held_out import FIXED_PROMPTS, subsample
 from pipeline.evaluation.win_rate import SAMPLES
+from pipeline.stages import HELD_OUT
 
 
 def user(content):
@@ -404,7 +405,7 @@ def refusal(capsys, run, *options):
         main(["evaluate", str(run), "--stage", "0_random", *options])
     assert exit_.value.code == 2
     captured = capsys.readouterr()
-    (line,) = [line for line in captured.err.splitlines() if line.startswith(("--", "RUN", "text: "))]
+    (line,) = [line for line in captured.err.splitlines() if line.startswith(("--", "RUN", *HELD_OUT))]
     assert not (run / "evaluations").is_dir() and "bits_per_byte" not in captured.out
     return line
 
@@ -506,4 +507,4 @@ def test_a_row_that_cannot_be_measured_is_refused(run, capsys, split, changes, s
     row = {**pq.read_table(path).to_pylist()[0], **changes}
     pq.write_table(pa.Table.from_pylist([row]), path)
     line = refusal(capsys, run)
-    assert line.startswith(f"RUN: {path}, row 0: ") and said in line
+    assert f": dataset_name: {path}, row 0: " in line and said in line

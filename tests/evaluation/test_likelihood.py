@@ -1,8 +1,9 @@
-"""Log-likelihoods are those of the whole logits, which are never in memory at once."""
+"""Log-likelihoods in batches are those of single rows, and the logits of a batch are bounded."""
 
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
 
 from pipeline.evaluation import likelihood
 
+TOKENIZER: Any = SimpleNamespace(pad_token_id=0)
 SIZES = {
     "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 4096, "pad_token_id": 0,
@@ -62,65 +64,28 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_pieces_give_what_all_logits_give(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_give_what_single_rows_give(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(CONFIGS[kind])
-    rows = [([(7 * i + n) % 300 for i in range(1, 4 + 9 * n)], 1 + n % 3) for n in range(1, 6)]
-    sequences = [(ids, range(first - 1, len(ids) - 1), ids[first:]) for ids, first in rows]
-    whole = dict(likelihood.over_tokens(model, sequences, 0, batch_tokens=100))
-    monkeypatch.setattr(likelihood, "MAX_LOGITS", 300 * 7)
-    pieces = dict(likelihood.over_tokens(model, sequences, 0, batch_tokens=100))
-    for number, (ids, first) in enumerate(rows):
+    sequences = [([(7 * i + n) % 300 for i in range(1, 4 + 9 * n)], 1 + n % 3) for n in range(1, 6)]
+    whole = likelihood.sequence_losses(model, TOKENIZER, sequences)
+    # Two rows, then one row whose logits alone are more than that.
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", 300 * 40)
+    parts = likelihood.sequence_losses(model, TOKENIZER, sequences)
+    for number, (ids, first) in enumerate(sequences):
         with torch.no_grad():
             logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        expected = torch.tensor([-logs[i - 1, ids[i]].item() for i in range(first, len(ids))])
-        for found in (whole[number], pieces[number]):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        expected = sum(-logs[i - 1, ids[i]].item() for i in range(first, len(ids)))
+        assert whole[number] == pytest.approx(expected, rel=1e-4)
+        assert parts[number] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_model_whose_logits_are_made_without_a_head_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(CONFIGS["plain"])
-    sequences = [([1, 2, 3, 4], range(3), [2, 3, 4])]
-    expected = dict(likelihood.over_tokens(model, sequences, 0))
-    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
-    torch.testing.assert_close(dict(likelihood.over_tokens(model, sequences, 0)), expected)
-
-
-def test_a_model_that_calls_its_head_by_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(CONFIGS["plain"])
-    sequences = [([1, 2, 3, 4], range(3), [2, 3, 4])]
-    expected = dict(likelihood.over_tokens(model, sequences, 0))
-
-    class ByKeyword(torch.nn.Linear):
-        def __call__(self, states: torch.Tensor) -> Any:
-            return super().__call__(input=states)
-
-    monkeypatch.setattr(model.lm_head, "__class__", ByKeyword)
-    for limit in (likelihood.MAX_LOGITS, 300):
-        monkeypatch.setattr(likelihood, "MAX_LOGITS", limit)
-        torch.testing.assert_close(dict(likelihood.over_tokens(model, sequences, 0)), expected)
-
-
-@pytest.mark.parametrize(
-    ("kind", "rows", "width"), [("plain", 16, 1024), ("plain", 1, 4096), ("plain", 2048, 8), ("multiplied", 1, 4096)]
-)
-def test_memory_of_a_default_batch_is_bounded(
-    kind: str, rows: int, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("rows", "width"), [(16, 1024), (1, 1024), (2048, 8)])
+def test_memory_of_a_default_batch_is_bounded(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # All at one 64th of a vocabulary of 151,936 tokens and of 2 GiB.
-    config = CONFIGS[kind].__class__(**{**CONFIGS[kind].to_dict(), "vocab_size": 151_936 // 64})
+    model = build(Qwen2Config(**{**SIZES, "vocab_size": 151_936 // 64}))
     monkeypatch.setattr(likelihood, "MAX_LOGITS", likelihood.MAX_LOGITS // 64)
-    model, ids = build(config), [n % 2000 for n in range(width)]
+    ids = [n % 2000 for n in range(width)]
     with LiveBytes() as live:
-        found = list(likelihood.over_tokens(model, [(ids, range(width - 1), ids[1:])] * rows, 0))
-    assert len(found) == rows
+        found = likelihood.sequence_losses(model, TOKENIZER, [(ids, 1)] * rows)
+    assert len(found) == rows and len({round(loss, 3) for loss in found}) == 1
     assert live.peak < 2**31 / 64
-
-
-def test_memory_of_a_row_is_bounded_for_a_real_vocabulary() -> None:
-    model = build(Qwen2Config(**{**SIZES, "vocab_size": 151_936}))
-    ids = list(range(700))
-    with LiveBytes() as live:
-        ((_, found),) = likelihood.over_tokens(model, [(ids, range(699), ids[1:])], 0)
-    assert len(found) == 699
-    # All logits of the row take 425 MB. A piece takes a quarter of a gigabyte, and so does its softmax.
-    assert 2**27 < live.peak < 1.1 * 2**29

@@ -215,17 +215,11 @@ def test_other_data_never_replace_the_runs_own_figures(
     assert "`shakespeare`" in report and "were cut off at 12 tokens" in report
 
 
-def test_rows_that_are_trained_on_are_found_once_for_all_stages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_any_stage_trains_on_are_found(tmp_path: Path) -> None:
     run = tmp_path / "run"
     rows = [{"text": f"{i}: " + " ".join(f"w{i}x{j}" for j in range(30))} for i in range(40)]
     rows[20]["text"] = rows[3]["text"] + " and more"
-    for number, stage in enumerate(("1_pretrain", "2_sft")):
-        write_stage(run, stage, number)
-    (run / "1_pretrain" / "arguments.json").write_text(
-        json.dumps({"dataset_name": write_rows(tmp_path / "a.jsonl", rows)})
-    )
+    write_stage(run, "1_pretrain", dataset_name=write_rows(tmp_path / "a.jsonl", rows))
     # Two pairs are made of test problems; all problems end in the same words.
     problems = [" ".join(f"p{i}x{j}" for j in range(14)) + " Put the answer in a box" * 4 for i in range(30)]
     folder = tmp_path / "problems"
@@ -241,12 +235,6 @@ def test_rows_that_are_trained_on_are_found_once_for_all_stages(
     assert found["rows"] == 5 and found["found"] == found["in"]["pairs"] > 0
     text = first["overlap"]["text"]
     assert (text["rows"], text["found"], text["n"], text["in"]) == (2, 1, 13, {"text": 1})
-
-    def look_again(*_: object) -> None:
-        raise AssertionError("it is known")
-
-    monkeypatch.setattr("pipeline.evaluation.overlaps.overlap", look_again)
-    assert evaluate(run, "2_sft")[0]["overlap"] == first["overlap"]
 
 
 def test_answers_that_the_context_cuts_off_are_counted_and_not_given_room(run: Path, tmp_path: Path) -> None:
@@ -466,24 +454,24 @@ def test_only_a_sample_of_a_large_split_is_read() -> None:
                 yield row
 
     data = Dataset.from_dict({"text": [str(i) for i in range(5000)]})
-    held_out = Part(data, Source("a"), "text", "a", period=20)
+    held_out = Part(data, Source("a"), "a", period=20)
     rows = list(held_out.sample(100))
     assert len(rows) == 100 and all(number % 20 == 0 and row["text"] == str(number) for number, row in rows)
-    trained_on = Part(data, Source("a"), "text", "a", period=20, trained_on=True)
+    trained_on = Part(data, Source("a"), "a", period=20, trained_on=True)
     assert [number for number, _ in trained_on.sample(10_000)] == [i for i in range(5000) if i % 20]
-    stream = Part(data.to_iterable_dataset(), Source("a"), "text", "a", period=20)
+    stream = Part(data.to_iterable_dataset(), Source("a"), "a", period=20)
     assert [number for number, _ in stream.sample(3)] == [0, 20, 40]
 
 
 def test_rows_that_training_leaves_out_of_a_data_set_of_the_hub_are_not_measured(tmp_path: Path) -> None:
     data, reader = Dataset.from_dict({"text": ["one", None, "three"]}), Reader(tmp_path, {"trained_on": {}}, ())
-    found = reader.read("text", Part(data, Source("someone/texts"), "text", "someone/texts"), 10)
+    found = reader.read("text", Part(data, Source("someone/texts"), "someone/texts"), 10)
     assert [(row["id"], row["text"]) for row in found] == [(0, "one"), (2, "three")]
     with pytest.raises(UserError, match="row 1: the text is None; correct or remove that row"):
-        reader.read("text", Part(data, Source(str(tmp_path)), "text", "texts"), 10)
+        reader.read("text", Part(data, Source(str(tmp_path)), "texts"), 10)
     with pytest.raises(UserError, match="row 0: the text is None; correct or remove that row"):
         nothing = Dataset.from_dict({"text": [None] * 5})
-        reader.read("text", Part(nothing, Source("someone/texts"), "text", "someone/texts"), 10)
+        reader.read("text", Part(nothing, Source("someone/texts"), "someone/texts"), 10)
 
 
 ANSWERED = ("instructions", "problems", "prompts")

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import UNTIL_SFT
 
 from pipeline.__main__ import main
 from pipeline.evaluation.intervals import outcome_mean
 from pipeline.evaluation.results import StageResult
 from pipeline.report.load import Run, load_run
 from pipeline.report.verdict import conclude, find_failures
+
+LOST = {"rows": 98, "of": 700, "what": "conversations lose their end", "remedy": "raise max_length"}
 
 
 def stage(name: str, history: list[dict[str, float]] | None = None, **outcomes: list[float]) -> StageResult:
@@ -48,7 +49,7 @@ def test_a_run_that_learned_has_no_findings_and_says_what_it_reached(whole_run: 
         assert "All four stages did what they are for" in text and "not work" not in text
 
 
-def test_a_run_that_learned_nothing_names_each_thing_that_failed(tmp_path: Path, whole_run: Path) -> None:
+def test_a_run_that_learned_nothing_names_each_thing_that_failed() -> None:
     half, none = [1.0, 0.0] * 12, [0.0] * 24
     equal = [{"step": step, "frac_reward_zero_std": 1.0, "reward": 0.0, "reward_std": 0.0} for step in range(3)]
     sft = stage("2_sft", instruction_accuracy=none, stop_rate=none, pass_at_1=none)
@@ -61,12 +62,7 @@ def test_a_run_that_learned_nothing_names_each_thing_that_failed(tmp_path: Path,
         stage("4_grpo", equal, pass_at_1=none, stop_rate=none),
         baselines={"elicited": stage("elicited", pass_at_1=[1.0] * 12 + [0.0] * 12)},
     )
-    lost = {"rows": 98, "of": 700, "what": "conversations lose their end", "remedy": "raise max_length"}
-    run.steps = {"2_sft": {"lost": [lost, lost | {"rows": 3}, {"rows": "many"}]}}
-    # Two folders with the same weights.
-    run.path = tmp_path
-    for name in ("3_ppo", "4_grpo"):
-        shutil.copytree(whole_run / "4_grpo", tmp_path / name)
+    run.steps = {"2_sft": {"lost": [LOST, LOST | {"rows": 3}]}}
     remedies = found(run)
     assert list(remedies) == [
         ("2_sft", "98 of"),
@@ -77,27 +73,24 @@ def test_a_run_that_learned_nothing_names_each_thing_that_failed(tmp_path: Path,
         ("3_ppo", "all rewards"),
         ("3_ppo", "win rate"),
         ("4_grpo", "in 100%"),
-        ("4_grpo", "its weights"),
         ("4_grpo", "pass@1 went"),
         ("4_grpo", "pass@1 is"),
     ]
     assert remedies["2_sft", "98 of"] == "raise max_length"
     assert "PPO would optimise noise" in remedies["3_reward", "reward accuracy"]
     assert "num_generations" in remedies["4_grpo", "in 100%"]
-    assert conclude(run, find_failures(run)) == "11 things did not work, in 2_sft, 3_reward, 3_ppo, 4_grpo"
+    assert conclude(run, find_failures(run)) == "10 things did not work, in 2_sft, 3_reward, 3_ppo, 4_grpo"
 
 
 @pytest.mark.parametrize("smoke", [True, False])
 def test_a_miniature_is_named_and_not_judged(short_run: Path, tmp_path: Path, smoke: bool) -> None:
     run = shutil.copytree(short_run, tmp_path / "run")
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record["steps"]["2_sft"]["lost"] = [LOST]
     (run / "run.json").write_text(json.dumps(record | {"smoke": smoke}))
-    # The same weights in all stages, which a run is told of.
-    for name in UNTIL_SFT[1:]:
-        shutil.copy(run / "0_random" / "model.safetensors", run / name)
     loaded = load_run(run)
     findings = find_failures(loaded)
-    assert [one.stage for one in findings] == ([] if smoke else ["1_pretrain", "2_sft"])
+    assert [one.stage for one in findings] == ([] if smoke else ["2_sft"])
     name = "recipes/pocket, smoke: two steps of each stage; the figures mean nothing"
     assert (conclude(loaded, findings) == name) == smoke
 
@@ -111,7 +104,6 @@ def test_nothing_is_invented_about_what_was_not_measured() -> None:
         run_of(stage("0_base", instruction_accuracy=right), stage("4_grpo", mean_length=[3.0, 4.0])),
         # Two answers are too few for an interval over pairs.
         run_of(stage("3_reward", reward_accuracy=[1.0] * 9), stage("3_ppo", pass_at_1=[0.0] * 9)),
-        run_of(steps={"2_sft": {"lost": "all"}, "3_reward": {"values": None}}),
     ):
         assert find_failures(run) == [], run.stages
     assert conclude(run_of(), []) == ""

@@ -7,7 +7,7 @@ import small_model
 import torch
 from transformers import GenerationConfig
 
-from pipeline.evaluation.likelihood import document_losses
+from pipeline.evaluation import likelihood
 from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.kernels.sampler import GrowingLayer, overrides_generate
 from pipeline.models.scratch import ScratchArguments, build_model
@@ -143,9 +143,10 @@ def test_no_prompts_no_answers(model, tokenizer):
     assert generate(model, tokenizer, [], max_new_tokens=4) == []
 
 
-def test_document_losses_equal_one_document_at_a_time(model, tokenizer):
+def test_document_losses_equal_one_document_at_a_time(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(likelihood, "BATCH_TOKENS", 64)
     texts = ["The cat sat on the mat.", "12", "", "A dog is not a cat, and 12 is not 21. é\n", "A<|end|>b<|user|>"]
-    losses = document_losses(model, tokenizer, texts, batch_tokens=64)
+    losses = likelihood.document_losses(model, tokenizer, texts)
     for text, loss in zip(texts, losses, strict=True):
         options = {"add_special_tokens": False, "split_special_tokens": True}
         ids = [tokenizer.bos_token_id, *tokenizer.encode(text, **options)]
@@ -158,7 +159,7 @@ def test_document_losses_equal_one_document_at_a_time(model, tokenizer):
 def test_long_documents_are_cut_into_windows(model, tokenizer):
     text = "The cat sat on the mat. " * 30
     ids = tokenizer.encode(text, add_special_tokens=False)
-    (loss,) = document_losses(model, tokenizer, [text], context=17)
+    (loss,) = likelihood.document_losses(model, tokenizer, [text], context=17)
     alone = 0.0
     for start in range(0, len(ids), 16):
         window = [tokenizer.bos_token_id, *ids[start : start + 16]]
