@@ -719,7 +719,7 @@ CASES |= {
     "quantised weights": model("quantised", "quantised training is not supported"),
     "weights that are NaN": model("nan", "not finite numbers"),
     "generation options that cannot be saved": model("generation", "temperature"),
-    "a template that divides by zero": model("dividing", "rejects a conversation", "division by zero"),
+    "a template that divides by zero": model("dividing", "its chat template does not work", "division by zero"),
     # the output directory
     "the root": Case("sft", "--output_dir /", ("output_dir: /", "root of the file system")),
     "below a link to nothing": Case("sft", "--output_dir {inputs}/dangling/run", ("output_dir:", "dangling symlink")),

@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import Problem
-from pipeline.models.loading import validate_kind, validate_vocabulary
+from pipeline.models.loading import validate_chat, validate_kind, validate_vocabulary
 
 TEMPLATE_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 """What is passed to chat templates in any case."""
@@ -30,17 +30,16 @@ def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool) -> list[P
         tokenizer: A `PreTrainedTokenizerBase`.
         field: Argument that named it.
         name: The value of that argument.
-        chat: Whether conversations are to be formatted.
+        chat: Whether conversations are to be formatted, rather than documents.
     """
-    faults = []
-    # Answers and documents end with eos.
-    if tokenizer.eos_token_id is None:
-        faults.append("has no eos token; add one to the tokenizer")
-    if not chat and tokenizer.bos_token_id is None:
-        faults.append("has no bos token, with which documents begin; add one to the tokenizer")
-    if chat and not tokenizer.chat_template:
-        faults.append("has no chat template; use the tokenizer of a chat model or add one")
-    return [Problem(field, name, fault) for fault in faults]
+    if chat:
+        fault = validate_chat(tokenizer)
+        return [Problem(field, name, fault)] if fault else []
+    return [
+        Problem(field, name, f"has no {token} token, with which documents {place}; add one to the tokenizer")
+        for token, place in (("bos", "begin"), ("eos", "end"))
+        if getattr(tokenizer, f"{token}_token_id") is None
+    ]
 
 
 def check_model(

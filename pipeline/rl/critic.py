@@ -22,8 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainingArguments
 
 from pipeline.errors import Problem, UserError
-from pipeline.models.kernels.log_probs import at, over_passes
-from pipeline.models.kernels.rollout_layout import ForwardPass
+from pipeline.models.kernels.log_probs import ForwardPass, at, over_passes
 
 VALUE_MODEL_FOLDER = "value_model"
 """Subfolder of a checkpoint or an output directory that contains the critic."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,15 +101,18 @@ def load_inputs(
         for folder in _shards(kind, data_args) if not faults else ():
             faults += check_tokenizers(folder, tokenizer)
         problems += faults
+        # Nothing can be encoded with it.
+        tokenizer = None if faults else tokenizer
 
     # The field that limits the length of this stage's sequences, such as `max_length`.
     fields = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
     length = {field: getattr(training_args, field, None) for field in fields}
     if pretrained is None:
         problems += check_lengths(model_args.max_position_embeddings, **length)
-        with torch.device("meta"):
-            made = _attempt(problems, lambda: build_model(model_args, tokenizer, 0)) if tokenizer is not None else None
-        problems += checks.check_disk(made.num_parameters(), made.num_parameters(), training_args) if made else []
+        if tokenizer is not None:
+            with torch.device("meta"):
+                size = build_model(model_args, tokenizer, 0).num_parameters()
+            problems += checks.check_disk(size, size, training_args)
     elif config is not None:
         faults = check_model(config, tokenizer, str(name), reward=kind == "preference", **length)
         problems += faults
@@ -119,7 +121,7 @@ def load_inputs(
         if all(fault.field in length for fault in faults):
             problems += check_weights(config, training_args, pretrained, reward_args)
 
-    if splits is not None and tokenizer is not None and (kind == "text" or tokenizer.chat_template):
+    if splits is not None and tokenizer is not None:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
         with _report_template(words_from, problems):
             if kind == "prompt":
@@ -180,7 +182,7 @@ def _drop_long_prompts(
 
 @contextmanager
 def _report_template(words_from: tuple[str, str | None], problems: list[Problem]) -> Iterator[None]:
-    """Add what a chat template raises for the data to `problems`; an error of anything else is a defect.
+    """Add what a chat template raises for the data to `problems`.
 
     Args:
         words_from: The field that names the tokenizer, and its value.
@@ -190,12 +192,7 @@ def _report_template(words_from: tuple[str, str | None], problems: list[Problem]
         yield
     except UserError as error:
         problems += error.problems
-    except (TemplateError, *LIBRARY_ERRORS) as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        # jinja2 gives the code that it makes of a template this file name.
-        rendered = any(frame.f_code.co_filename == "<template>" for frame, _ in frames)
-        if not (rendered or isinstance(error, TemplateError | ValueError)):
-            raise
+    except (TemplateError, ValueError) as error:
         remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
         problems.append(Problem(*words_from, remedy))
 
@@ -299,8 +296,6 @@ def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, 
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
         )
-        if not encoded["input_ids"]:
-            raise ValueError("it makes no tokens of it")
         return len(encoded["input_ids"])
 
     if kind == "text":

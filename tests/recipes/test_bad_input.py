@@ -99,7 +99,7 @@ def save_odd_models(folder: Path) -> None:
 
 MARKS = "{% generation %}{% endgeneration %}"
 SILENT = "{% generation %}{% endgeneration %}"
-REFUSING = MARKS + "{{ raise_exception('too polite') }}"
+REFUSING = MARKS + "{% if messages[0].content != 'Hello' %}{{ raise_exception('too polite') }}{% endif %}Hi"
 
 
 def change_json(path: Path, **changes: Any) -> None:

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from pipeline.models.kernels import rollout_layout as layout
-from pipeline.models.kernels.log_probs import token_log_probs
-from pipeline.models.kernels.rollout_layout import shares_prompts
+from pipeline.models.kernels import log_probs as layout
+from pipeline.models.kernels.log_probs import shares_prompts, token_log_probs
 from pipeline.rl.critic import token_values
 from pipeline.rl.value_model import value_model_from
 from tests import ppo_toy as toy
