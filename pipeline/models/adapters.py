@@ -86,10 +86,8 @@ def merge_into_base(
     # A reward model may start from the adapter of a language model.
     config.task_type = None
     defaults = {"device_map": None, "trust_remote_code": False, "revision": config.revision or "main"}
-    if model_class:
-        defaults["num_labels"] = 1
-    options = defaults | options
-    base = create_model_from_path(config.base_model_name_or_path, model_class, **options)
+    labels = {"num_labels": 1} if model_class else {}
+    base = create_model_from_path(config.base_model_name_or_path, model_class, **{**defaults, **labels, **options})
     # PEFT only warns of missing weights, and would leave them random.
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -159,13 +160,11 @@ def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     # The vocabulary, which may be large, does not matter for how long a text takes.
     key = pickle.dumps((str(tokenizer.chat_template), parts))
     if key not in _tokenizers:
-        fault = exceeds(lambda: tokenizer.decode(tokenizer("Hello world").input_ids))
-        if fault is None and tokenizer.chat_template:
-            fault = exceeds(lambda: _render(tokenizer))
-            fault = fault and f"rendering its chat template {fault}"
-        else:
-            fault = fault and f"tokenizing a word {fault}"
-        _tokenizers[key] = fault
+        _tokenizers[key] = None
+        if fault := exceeds(lambda: tokenizer.decode(tokenizer("Hello world").input_ids)):
+            _tokenizers[key] = f"tokenizing a word {fault}"
+        elif tokenizer.chat_template and (fault := exceeds(lambda: _render(tokenizer))):
+            _tokenizers[key] = f"rendering its chat template {fault}"
     return _tokenizers[key]
 
 
@@ -175,33 +174,32 @@ def _render(tokenizer: PreTrainedTokenizerBase) -> str | None:
     Returns:
         `TOO_LONG` if the template makes much text of a few words, or None.
     """
-    contents = ("Hello", "Hello, how may I help you?", "Hello " * 100)
     turns = [
-        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents, strict=True)
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello, how may I help you?"},
+        {"role": "user", "content": "Hello " * 100},
     ]
-    system = {"role": "system", "content": "Be brief."}
-    for conversation in (turns[:1], turns[:2], turns, [system, *turns]):
-        for prompt in (False, True):
-            try:
-                text = tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
-                if len(text) > MAX_RENDERED:
-                    return TOO_LONG
-                tokenizer(text, add_special_tokens=False)
-            except MemoryError:
-                raise
-            except Exception:  # noqa: BLE001 - templates raise anything
-                continue
+    for conversation, prompt in product((turns[1:2], turns[1:3], turns[1:], turns), (False, True)):
+        try:
+            text = tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
+            if len(text) > MAX_RENDERED:
+                return TOO_LONG
+            tokenizer(text, add_special_tokens=False)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - templates raise anything
+            continue
     return None
 
 
 def added_tokens(folder: Path) -> int:
     """Return about how many tokens the files of a local tokenizer add to its vocabulary."""
     count = 0
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
+    for name, size in (("tokenizer.json", 100), ("tokenizer_config.json", 4), ("special_tokens_map.json", 4)):
         file = folder / name
-        # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
-        if not file.is_file() or file.stat().st_size < (100 if name == "tokenizer.json" else 4) * MANY_TOKENS:
-            continue
-        content = json.loads(file.read_text(encoding="utf-8"))
-        count = max(count, longest(content.get("added_tokens") if name == "tokenizer.json" else content))
+        if file.is_file() and file.stat().st_size >= size * MANY_TOKENS:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            count = max(count, longest(content.get("added_tokens") if name == "tokenizer.json" else content))
     return count

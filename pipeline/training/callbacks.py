@@ -202,9 +202,8 @@ class ReportCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Log the main figures of `logs`, to which `ThroughputCallback` has added its own."""
         logs = logs or {}
-        names = [name for name in logs if name.removeprefix("eval_") in SHOWN]
-        if names and state.is_world_process_zero:
-            figures = [f"{name.replace('_', ' ')} {logs[name]:.4g}" for name in names]
+        figures = [f"{n.replace('_', ' ')} {logs[n]:.4g}" for n in logs if n.removeprefix("eval_") in SHOWN]
+        if figures and state.is_world_process_zero:
             if "learning_rate" in logs:
                 figures.append(f"learning rate {logs['learning_rate']:.2e}")
             if "tokens_per_second" in logs:

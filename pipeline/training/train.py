@@ -18,7 +18,6 @@ from typing import Any, TypeVar, cast
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -43,7 +42,7 @@ from pipeline.training.checkpoint_folders import (
     validate_checkpoint,
 )
 from pipeline.training.checks import check_length
-from pipeline.training.reliable import Reliable, cache_enabled
+from pipeline.training.reliable import WRITE_ERRORS, Reliable, cache_enabled
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +253,7 @@ def save_final(trainer: Reliable) -> None:
                 os.replace(path, output_dir / path.name)
             save_state(trainer.state, output_dir / STATE)
             files.write_text(output_dir / "README.md", _model_card(trainer))
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except WRITE_ERRORS as error:
         raise RunStopped(
             f"The model could not be written to {output_dir}: {error}. Free some space or correct the cause; the "
             "same command then resumes from the last checkpoint."

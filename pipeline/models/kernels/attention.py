@@ -144,10 +144,9 @@ def varlen_mask(
     """
     padding, device = kwargs.get("attention_mask"), torch.device(kwargs.get("device", "cpu"))
     dtype = autocast_dtype(device, dtype)
-    offset = kwargs.get("q_offset", 0) or kwargs.get("kv_offset", 0) or q_length != kv_length
-    if offset or kwargs.get("use_vmap") or dtype == torch.float32 or (padding is not None and not padding.all()):
-        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-        return sdpa_mask(**sizes, mask_function=mask_function, **kwargs)
+    cached = kwargs.get("q_offset", 0) or kwargs.get("kv_offset", 0) or q_length != kv_length
+    if cached or kwargs.get("use_vmap") or dtype == torch.float32 or (padding is not None and not padding.all()):
+        return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **kwargs)
     row, place = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)
     # Rows are put one after the other, so each row begins a document as well.
     # A token that does not see the one before it begins a document.
@@ -202,16 +201,17 @@ def choose_attention(model: PreTrainedModel, requested: str | None = None) -> No
     Raises:
         UserError: If FlexAttention is requested on a CPU, where it cannot be trained with.
     """
-    config, reason = model.config.get_text_config(), "requested"
+    config, choice, reason = model.config.get_text_config(), hardware.attention(), "requested"
     if requested is None:
-        choice = hardware.attention()
-        # transformers loads most models with sdpa.
-        # Models that torch's kernels cannot express have more arguments than a mask, such as sinks or soft caps.
+        reason = "transformers' choice for this model"
+        # transformers loads most models with sdpa. Those that torch's kernels cannot express need more than a mask,
+        # such as sinks or soft caps.
         fits = config._attn_implementation == "sdpa" and (choice.value != VARLEN or _fits_varlen(model))
-        fault = validate_varlen(model, hardware.accelerator()) if fits and choice.value == VARLEN else None
-        if choice.value and fits and not fault:
-            model.set_attn_implementation(choice.value)
-        reason = fault or (choice.reason if choice.value and fits else "transformers' choice for this model")
+        if choice.value and fits:
+            fault = validate_varlen(model, hardware.accelerator()) if choice.value == VARLEN else None
+            reason = fault or choice.reason
+            if not fault:
+                model.set_attn_implementation(choice.value)
     elif requested == "flex_attention" and hardware.accelerator() is None:
         raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
     else:

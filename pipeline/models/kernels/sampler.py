@@ -172,11 +172,8 @@ def padded(prompts: Sequence[Sequence[int]], token: int | None, device: torch.de
         device: Where the tensors are made.
     """
     width = max(map(len, prompts))
-    ids, mask = [], []
-    for prompt in prompts:
-        missing = width - len(prompt)
-        ids.append([prompt[0] if token is None else token] * missing + list(prompt))
-        mask.append([0] * missing + [1] * len(prompt))
+    ids = [[prompt[0] if token is None else token] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
