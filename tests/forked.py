@@ -44,7 +44,7 @@ def run_forked(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
     warm = _warm(directory) if environment["PYTHONPATH"] == str(ROOT) else None
     with tempfile.TemporaryFile("w+") as output, contextlib.chdir(directory):
-        code, _ = run(command, environment, (), output.fileno(), warm)
+        code, *_ = run(command, environment, (), output.fileno(), warm)
         output.seek(0)
         written = output.read()
     return subprocess.CompletedProcess(command, code, written, written)
