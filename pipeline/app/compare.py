@@ -34,12 +34,6 @@ USUAL = 128
 SHOWN = 20_000
 """Characters of an answer that are shown."""
 
-REFRESH = 0.06
-"""Seconds between two updates of the columns."""
-
-AT_ONCE = 2
-"""Visitors who share the cores; others wait for their turn."""
-
 CHOSEN = 6
 """Models that answer unless the visitor chooses others."""
 
@@ -74,7 +68,8 @@ def content(site: Site) -> dict[str, Any]:
 
 def routes(site: Site) -> APIRouter:
     """Return what the section asks the server for."""
-    router, turns = APIRouter(), CapacityLimiter(AT_ONCE)
+    # Two visitors share the cores; others wait for their turn.
+    router, turns = APIRouter(), CapacityLimiter(2)
 
     @router.post("/compare")
     def compare(asked: Asked) -> StreamingResponse:
@@ -102,7 +97,8 @@ def answer_all(site: Site, asked: Asked) -> Generator[list[dict[str, Any]]]:
                 del writers[name]
             else:
                 changed[name] = found
-        if not writers or time.perf_counter() - latest > REFRESH:
+        # The eye does not need more than 16 updates a second.
+        if not writers or time.perf_counter() - latest > 0.06:
             yield [column(name, found, sent[name]) for name, found in changed.items()]
             sent |= {name: len(found.tokens) for name, found in changed.items() if isinstance(found, Answer)}
             changed, latest = {}, time.perf_counter()
@@ -130,7 +126,6 @@ def column(name: str, found: Answer | str, sent: int) -> dict[str, Any]:
     """
     if isinstance(found, str):
         return {"model": name, "failed": visible(found, SHOWN)}
-    new = zip(found.pieces[sent:], found.tokens[sent:], found.alternatives[sent:], strict=True)
     return {
         "model": name,
         "text": visible(found.text, SHOWN),
@@ -138,10 +133,10 @@ def column(name: str, found: Answer | str, sent: int) -> dict[str, Any]:
         "stopped": found.stopped,
         "tokens": [
             {
-                "text": visible(piece),
+                "text": visible(token.text),
                 "logProb": finite(token.log_prob),
-                "others": [[visible(other), finite(value)] for other, value in alternatives],
+                "others": [[visible(other), finite(value)] for other, value in token.alternatives],
             }
-            for piece, token, alternatives in new
+            for token in found.tokens[sent:]
         ],
     }

@@ -10,6 +10,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -52,13 +53,15 @@ class Token:
 
     Attributes:
         id: Its id.
+        text: What it adds to the answer, which is not always its own text: some tokenizers join words without a space.
         log_prob: Its log-probability under the model, before temperature, top-k and top-p, in nats.
-        alternatives: The most probable ids at its place, with their log-probabilities.
+        alternatives: The texts of the most probable tokens at its place, with their log-probabilities.
     """
 
     id: int
+    text: str
     log_prob: float
-    alternatives: list[tuple[int, float]]
+    alternatives: list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -119,16 +122,12 @@ class Answer:
     Attributes:
         loaded: The model.
         tokens: What it has written so far.
-        pieces: The text of each token.
-        alternatives: The texts of the most probable tokens at each place, with their log-probabilities.
         seconds: Time of its own forward passes.
         stopped: Why it stopped, "" while it writes.
     """
 
     loaded: Loaded
     tokens: list[Token] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    alternatives: list[list[tuple[str, float]]] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""
     _decoded: str = ""
@@ -139,15 +138,15 @@ class Answer:
         ids = [token.id for token in self.tokens]
         return str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True)).rstrip("\ufffd")
 
-    def add(self, token: Token) -> None:
-        """Append a token."""
+    def add(self, token: int, log_probs: Tensor) -> None:
+        """Append a token, of which `log_probs` are the log-probabilities of all tokens at its place."""
         decode = self.loaded.tokenizer.decode
-        self.tokens.append(token)
-        before, self._decoded = self._decoded, str(decode([one.id for one in self.tokens]))
-        # A piece is what the token adds to the text, not its own text: some tokenizers join words without a space.
-        added = self._decoded.startswith(before)
-        self.pieces.append(self._decoded[len(before) :] if added else str(decode([token.id])))
-        self.alternatives.append([(str(decode([other])), value) for other, value in token.alternatives])
+        before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
+        added = self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
+        best = log_probs.topk(min(ALTERNATIVES, len(log_probs)))
+        texts = [str(decode([other])) for other in best.indices.tolist()]
+        alternatives = list(zip(texts, best.values.tolist(), strict=True))
+        self.tokens.append(Token(token, added, float(log_probs[token]), alternatives))
 
 
 def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling) -> Iterator[Answer]:
@@ -167,10 +166,10 @@ def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling) -> Iterator
     tokens = stream(loaded.model, prompt, sampling)
     while not answer.stopped:
         start = time.perf_counter()
-        token = next(tokens)
+        token, log_probs = next(tokens)
         answer.seconds += time.perf_counter() - start
-        answer.add(token)
-        if token.id in ends:
+        answer.add(token, log_probs)
+        if token in ends:
             answer.stopped = ENDED
         elif len(answer.tokens) == limit:
             full = limit < sampling.max_new_tokens
@@ -179,8 +178,8 @@ def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling) -> Iterator
 
 
 @torch.inference_mode()
-def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-    """Yield one token after the other, without end.
+def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, Tensor]]:
+    """Yield one token after the other, without end, and the log-probabilities of all tokens at its place.
 
     `pipeline.models.kernels.sampler.sample` is faster for batches, but returns only whole completions.
     """
@@ -202,10 +201,7 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
             chosen = torch.multinomial(process(ids, logits).softmax(-1)[0], 1, generator=generator)
         else:
             chosen = logits[0].argmax().reshape(1)
-        log_probs = logits.log_softmax(-1)[0]
-        best = log_probs.topk(min(ALTERNATIVES, len(log_probs)))
-        alternatives = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        yield Token(int(chosen), float(log_probs[chosen]), alternatives)
+        yield int(chosen), logits.log_softmax(-1)[0]
         # The cache holds what came before, so that the next pass needs the new token alone.
         ids = chosen.reshape(1, 1)
 

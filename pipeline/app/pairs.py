@@ -8,7 +8,7 @@ A line of the file is a pair, or allots one to an annotator:
 What the server knows of pairs follows from these lines, in their order, so that a restarted server goes on where it
 was. For each two models it has
 
-- a stock of pairs that nobody has seen, which a thread fills up while people read;
+- a stock of pairs that nobody has seen, which another thread fills up while people read;
 - a sequence for each annotator: the pairs that were allotted to them, and are shown until they have a vote;
 - shared pairs, which everybody sees. They come at regular intervals of each sequence: with an overlap of 0.25, every
   fourth pair is a shared one.
@@ -17,13 +17,12 @@ was. For each two models it has
 from __future__ import annotations
 
 import json
-import logging
-import queue
 import random
 import secrets
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,8 +35,6 @@ from pipeline.models.generation import generate
 from pipeline.models.tokenizer import special_tokens
 from pipeline.rewards.grading import RULE_COLUMNS
 
-logger = logging.getLogger(__name__)
-
 Source = tuple[str, str]
 """The models of the answers `a` and `b`; they may be the same."""
 
@@ -47,14 +44,11 @@ SAMPLING: dict[str, Any] = {"temperature": 1.0, "min_p": 0.05, "max_new_tokens":
 BATCH = 4
 """Prompts that are answered at once, which takes little longer than one."""
 
-AHEAD = 4
-"""Pairs that are kept ready, beyond one for each page that is open."""
+AHEAD = 8
+"""Pairs that are kept ready, as far as possible."""
 
 ATTEMPTS = 16
 """After so many batches without a pair to compare, the models are taken to give the same answers always."""
-
-PATIENCE = 120.0
-"""Seconds that a page waits for its first pair; a large model loads first."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +108,10 @@ class Pairs:
         self._shared: dict[Source, dict[str, Pair]] = defaultdict(dict)
         self._sequences: dict[tuple[str, Source], list[Pair]] = defaultdict(list)
 
-        # Models that wait for the thread, how many pairs each needs in stock, and why one cannot have any.
-        self._queue: queue.Queue[Source] = queue.Queue()
-        self._wanted: dict[Source, int] = {}
-        self._errors: dict[Source, Exception] = {}
-        self._changed = threading.Condition(threading.RLock())
+        self._mutex = threading.RLock()
+        # One thread samples for all, a batch at a time, so that a slow model does not keep the others waiting.
+        self._sampler = ThreadPoolExecutor(1)
+        self._batches: dict[Source, Future[int]] = {}
 
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -129,7 +122,9 @@ class Pairs:
         self._file = path.open("ab", buffering=0)
         if lines[-1]:
             append_line(self._file, b"")
-        threading.Thread(target=self._work, daemon=True).start()
+        # The same order after each start of the server, from about where the last one ended.
+        self._order = random.Random(0).sample(range(len(prompts)), len(prompts))
+        self._position = len(self.by_id)
 
     def _take_in(self, line: dict[str, Any]) -> None:
         """Add what a line of the file says."""
@@ -156,46 +151,44 @@ class Pairs:
 
     def sequence(self, annotator: str, source: Source) -> list[Pair]:
         """Return the pairs that have been allotted to an annotator, in order."""
-        with self._changed:
+        with self._mutex:
             return list(self._sequences[annotator, source])
 
-    def allot(self, annotator: str, source: Source, pages: int = 1) -> Pair:
+    def allot(self, annotator: str, source: Source) -> Pair:
         """Append a pair to an annotator's sequence. Waits until there is one.
 
         Args:
             annotator: The annotator.
             source: The models that answer.
-            pages: Number of open pages. A pair is kept ready for each.
 
         Raises:
             UserError: If no pair can be sampled.
             OSError: If it cannot be written, for instance because the disk is full.
         """
-        with self._changed:
-            sequence = self._sequences[annotator, source]
-            # Rounded, because a product such as 3 * 0.1 is a little more, or less, than it should be.
-            due = [int(round(length * self.overlap, 6)) for length in (len(sequence), len(sequence) + 1)]
-            is_shared = due[1] > due[0]
+        without = 0
+        while without < ATTEMPTS:
+            with self._mutex:
+                pair = self._ready(annotator, source)
+                if len(self._stock[source]) < AHEAD and source not in self._batches:
+                    self._batches[source] = self._sampler.submit(self._add_batch, source)
+                batch = self._batches.get(source)
+            if pair is not None:
+                return pair
+            if batch is not None:
+                without = 0 if batch.result() else without + 1
+        raise _alike(source)
 
-            def ready() -> Pair | None:
-                """Return the first shared pair that this annotator has not seen, or a new one."""
-                shared = self._shared[source].values() if is_shared else ()
-                return next((pair for pair in (*shared, *self._stock[source]) if pair not in sequence), None)
-
-            # What failed for an earlier visitor may go well now, for instance once the disk has room again.
-            self._errors.pop(source, None)
-            if len(self._stock[source]) < AHEAD + pages:
-                if source not in self._wanted:
-                    self._queue.put(source)
-                self._wanted[source] = max(AHEAD + pages, self._wanted.get(source, 0))
-
-            self._changed.wait_for(lambda: ready() or source not in self._wanted, PATIENCE)
-            pair = ready()
-            if pair is None:
-                late = UserError(Problem("answers", " and ".join(source), "take too long; try again"))
-                raise self._errors.get(source, late)
+    def _ready(self, annotator: str, source: Source) -> Pair | None:
+        """Allot the first shared pair that an annotator has not seen, or a new one; None if there is none yet."""
+        sequence = self._sequences[annotator, source]
+        # Rounded, because a product such as 3 * 0.1 is a little more, or less, than it should be.
+        due = [int(round(length * self.overlap, 6)) for length in (len(sequence), len(sequence) + 1)]
+        is_shared = due[1] > due[0]
+        shared = self._shared[source].values() if is_shared else ()
+        pair = next((pair for pair in (*shared, *self._stock[source]) if pair not in sequence), None)
+        if pair is not None:
             self._write({"pair": pair.pair, "for": annotator, "shared": is_shared})
-            return pair
+        return pair
 
     def typed(self, annotator: str, source: Source, text: str) -> Pair:
         """Sample a pair of answers to a prompt that an annotator has typed, and allot it.
@@ -214,48 +207,27 @@ class Pairs:
         # Two samples of a model that is sure of its answer are often the same.
         for _ in range(ATTEMPTS):
             if pairs := self._sample(source, [{"prompt": prompt}]):
-                with self._changed:
+                with self._mutex:
                     self._write(asdict(pairs[0]))
                     self._write({"pair": pairs[0].pair, "for": annotator, "shared": False})
                 return pairs[0]
         raise _alike(source)
 
-    def _work(self) -> None:
-        """Fill up the stocks, a batch for each of the models that wait, and again until they have what they need."""
-        # The same order after each start of the server, from about where the last one ended.
-        order = random.Random(0).sample(range(len(self.prompts)), len(self.prompts))
-        position = len(self.by_id)
-        without: Counter[Source] = Counter()
-        while True:
-            source = self._queue.get()
-            try:
-                if not self.prompts:
-                    raise UserError(Problem("prompts", "nothing", "there is no data set of prompts; type one"))
-                rows = [self.prompts[order[(position + i) % len(order)]] for i in range(BATCH)]
-                position += BATCH
-                found = self._sample(source, rows)
-                without[source] = 0 if found else without[source] + 1
-                if without[source] == ATTEMPTS:
-                    raise _alike(source)
-                with self._changed:
-                    for pair in found:
-                        self._write(asdict(pair))
-                    # Back to the end of the queue, so that a slow model does not keep the others waiting.
-                    if len(self._stock[source]) < self._wanted[source]:
-                        self._queue.put(source)
-                    else:
-                        del self._wanted[source]
-                    self._changed.notify_all()
-            # The thread must survive whatever happens, because nobody would get a pair any more.
-            except Exception as error:
-                if not isinstance(error, UserError | OSError):
-                    logger.exception("no answers of %s", " and ".join(source))
-                    error = UserError(Problem("answers", " and ".join(source), f"cannot be sampled ({error!r})"))
-                with self._changed:
-                    without[source] = 0
-                    del self._wanted[source]
-                    self._errors[source] = error
-                    self._changed.notify_all()
+    def _add_batch(self, source: Source) -> int:
+        """Add pairs of answers to the next prompts to the stock. Return their number."""
+        try:
+            if not self.prompts:
+                raise UserError(Problem("prompts", "nothing", "there is no data set of prompts; type one"))
+            places = range(self._position, self._position + BATCH)
+            self._position += BATCH
+            found = self._sample(source, [self.prompts[self._order[place % len(self._order)]] for place in places])
+            with self._mutex:
+                for pair in found:
+                    self._write(asdict(pair))
+            return len(found)
+        finally:
+            with self._mutex:
+                del self._batches[source]
 
     def _sample(self, source: Source, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
         """Sample a pair of answers to each prompt that fits.

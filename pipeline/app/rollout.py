@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
 from pipeline.app import watch
+from pipeline.app.models import Loaded
 from pipeline.app.site import Site, stream
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
 from pipeline.evaluation.intervals import finite
@@ -35,6 +36,7 @@ SCALED = {
 SHOWN = 4000
 """Characters of a completion that are shown."""
 
+Settings = Mapping[str, Any]
 Event = dict[str, Any]
 """What the page adds to a rollout that it shows."""
 
@@ -87,9 +89,17 @@ def roll_out(site: Site, asked: Asked) -> Generator[Event]:
     found = next(known, None)
     row = dict(found.row) if found else {"prompt": [{"role": "user", "content": asked.text}]}
     row |= {"answer": asked.answer} if asked.answer else {}
-    steps = ppo if info.has_critic else grpo
     try:
-        yield from steps(site, asked, watch.stage_settings(site.run, asked.stage), row)
+        settings = watch.stage_settings(site.run, asked.stage)
+        policy, reference = site.models.get(asked.policy), site.models.get(before(site, asked.stage))
+        ids = policy.encode(row["prompt"], settings.get("chat_template_kwargs") or {})
+        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in row["prompt"])
+        prompt = {"text": visible(text, SHOWN), "facts": f"{len(ids)} tokens"}
+        yield {"step": "prompt", "title": "Prompt", "about": info.watch, "completions": [prompt]}
+        if info.has_critic:
+            yield from ppo(site, asked, settings, policy, reference, row, ids)
+        else:
+            yield from grpo(asked, settings, policy, reference, row, ids)
     except UserError as error:
         yield {"failed": visible("; ".join(map(str, error.problems)), SHOWN)}
     except (RunStopped, *LIBRARY_ERRORS) as error:
@@ -107,16 +117,15 @@ def before(site: Site, stage: str) -> str:
     return name if name in site.models.stages else stage
 
 
-def grpo(site: Site, asked: Asked, settings: dict[str, Any], row: dict[str, Any]) -> Iterator[Event]:
-    """Yield GRPO's four steps as they are made."""
-    loaded, reference = site.models.get(asked.policy), site.models.get(before(site, asked.stage))
-    ids = loaded.encode(row["prompt"], settings.get("chat_template_kwargs") or {})
-    yield prompt_event(asked.stage, row["prompt"], ids)
-    group = watch.sample_group(loaded, ids, settings, settings["num_generations"], asked.seed)
+def grpo(
+    asked: Asked, settings: Settings, policy: Loaded, reference: Loaded, row: Settings, ids: Sequence[int]
+) -> Iterator[Event]:
+    """Yield GRPO's steps after the prompt as they are made. The arguments are those of `watch.update`."""
+    group = watch.sample_group(policy, ids, settings, settings["num_generations"], asked.seed)
     about = f"{len(group)} attempts of {asked.policy}, sampled at temperature {settings['temperature']:g}."
     yield {"step": "completions", "title": "Completions", "about": about, "completions": list(map(shown, group))}
 
-    seen = watch.update(loaded, reference, settings, row, ids, group)
+    seen = watch.update(policy, reference, settings, row, ids, group)
     mean = sum(seen.totals) / len(seen.totals)
     about = f"Mean reward {number(mean, 2)}. {SCALED[str(settings.get('scale_rewards', 'group')).lower()]}"
     if max(seen.totals) == min(seen.totals):
@@ -138,15 +147,14 @@ def grpo(site: Site, asked: Asked, settings: dict[str, Any], row: dict[str, Any]
     yield {"step": "update", "title": "Update", "about": about, "changes": list(map(finite, seen.changes))}
 
 
-def ppo(site: Site, asked: Asked, settings: dict[str, Any], row: dict[str, Any]) -> Iterator[Event]:
-    """Yield the prompt, the completion, and what PPO computes for each of its tokens."""
-    loaded, reference = site.models.get(asked.policy), site.models.get(before(site, asked.stage))
-    ids = loaded.encode(row["prompt"], settings.get("chat_template_kwargs") or {})
-    yield prompt_event(asked.stage, row["prompt"], ids)
-    group = watch.sample_group(loaded, ids, settings, 1, asked.seed)
+def ppo(
+    site: Site, asked: Asked, settings: Settings, policy: Loaded, reference: Loaded, row: Settings, ids: Sequence[int]
+) -> Iterator[Event]:
+    """Yield the completion, and what PPO computes for each of its tokens."""
+    group = watch.sample_group(policy, ids, settings, 1, asked.seed)
     about = f"One answer of {asked.policy}."
     yield {"step": "completion", "title": "Completion", "about": about, "completions": [shown(group[0])]}
-    view = watch.token_view(loaded, reference, site.run, asked.stage, settings, row, ids, group[0])
+    view = watch.token_view(policy, reference, site.run, asked.stage, settings, row, ids, group[0])
     about = (
         f"Score of the reward model: {number(view.score, 2)}"
         + (f", less {view.penalty:g} because the answer did not end" if view.penalty else "")
@@ -159,17 +167,10 @@ def ppo(site: Site, asked: Asked, settings: dict[str, Any], row: dict[str, Any])
         "step": "tokens",
         "title": "What PPO sees",
         "about": about,
-        "tokens": [visible(str(loaded.tokenizer.decode([token]))) for token in view.tokens],
+        "tokens": [visible(str(policy.tokenizer.decode([token]))) for token in view.tokens],
         "logProbs": list(map(finite, view.log_probs)),
         "columns": {title: list(map(finite, values)) for title, values in columns.items()},
     }
-
-
-def prompt_event(stage: str, messages: Sequence[Mapping[str, str]], ids: Sequence[int]) -> Event:
-    """Return step 1."""
-    text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    completion = {"text": visible(text, SHOWN), "facts": f"{len(ids)} tokens"}
-    return {"step": "prompt", "title": "Prompt", "about": stage_info(stage).watch, "completions": [completion]}
 
 
 def shown(completion: Completion) -> dict[str, str]:

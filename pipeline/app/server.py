@@ -1,4 +1,4 @@
-"""The web server: the page, behind a gate that lets through only what the page needs."""
+"""The web server: the page, behind a gate that knows who may ask for it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import random
-import re
 import threading
 from collections import Counter
-from collections.abc import Awaitable, MutableMapping
+from collections.abc import MutableMapping
 from html import escape
 from typing import Any
 from urllib.parse import parse_qs
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -30,23 +28,11 @@ from pipeline.report.load import load_run
 from pipeline.report.page import report_html
 from pipeline.report.text import visible
 
-ROUTES = re.compile(r"/(login|report|prompts|compare|rollout|static/page\.(css|js)|prefer/[a-z]+)?")
-"""Paths that the page asks for."""
-
 LARGEST_REQUEST = 1 << 20
 """Bytes of a request's body, at most."""
 
-LARGEST_LOGIN = 1 << 12
-"""Bytes of the login form, which anybody may send."""
-
 SECONDS_AFTER_WRONG = 1.0
-"""Seconds after a wrong password in which no other one is checked."""
-
-MOST_WAITING = 256
-"""Passwords that may wait to be checked; one more, and the oldest is refused."""
-
-NEWEST = 8
-"""The next password is drawn from so many of the newest."""
+"""Seconds after a wrong password in which no other one is checked, and its visitor waits."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'; "
@@ -60,75 +46,6 @@ REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; f
 OFFERED = 12
 """Held-out prompts of each kind that the page offers."""
 
-NAME_LENGTH = 80
-"""Characters of a visitor's name."""
-
-COOKIE_SECONDS = 30 * 86400
-"""Time for which a browser stays logged in."""
-
-
-class Attempts:
-    """Checks passwords: at most one wrong one a second in all, however many connections try.
-
-    Nobody waits unless a wrong password was tried within the last second. Of those who wait, the next one is from the
-    address with the fewest wrong passwords so far, and of these one of the newest: a person who comes during a flood
-    does not wait behind it.
-    """
-
-    def __init__(self) -> None:
-        # Each visitor who waits has a turn and an address. The turn becomes True when the password may be checked, and
-        # False when there are too many.
-        self._waiting: list[tuple[asyncio.Future[bool], str]] = []
-        self._wrong: Counter[str] = Counter()
-        self._pausing = False
-
-    async def check(self, given: str, password: str, address: str, gone: Awaitable[Any]) -> bool | None:
-        """Return whether a password is right; None if it was not looked at.
-
-        Args:
-            given: What the visitor has sent.
-            password: The password.
-            address: Where the visitor is.
-            gone: Ends when the visitor has closed the connection, and so no longer waits for an answer.
-        """
-        loop = asyncio.get_running_loop()
-        turn: asyncio.Future[bool] = loop.create_future()
-        self._waiting.append((turn, address))
-        if len(self._waiting) > MOST_WAITING:
-            oldest, _ = self._waiting.pop(0)
-            oldest.set_result(False)
-        self._call_next()
-
-        leaving = asyncio.ensure_future(gone)
-        await asyncio.wait({turn, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if not turn.done():
-            turn.cancel()
-        if turn.cancelled() or not turn.result():
-            return None
-
-        # Takes the same time wherever the two differ, so that it does not give away how many characters are right.
-        right = hmac.compare_digest(given.encode(), password.encode())
-        self._wrong[address] += not right
-        loop.call_later(0 if right else SECONDS_AFTER_WRONG, self._end_pause)
-        return right
-
-    def _call_next(self) -> None:
-        # Nobody waits any more for the turns of connections that were closed.
-        self._waiting = [waiting for waiting in self._waiting if not waiting[0].done()]
-        if self._waiting and not self._pausing:
-            self._pausing = True
-            fewest = min(self._wrong[address] for _, address in self._waiting)
-            first = [waiting for waiting in reversed(self._waiting) if self._wrong[waiting[1]] == fewest]
-            # The newest half of the time; otherwise, a flood that renews itself would always be newer than a person.
-            chosen = first[0] if random.random() < 0.5 else random.choice(first[:NEWEST])
-            self._waiting.remove(chosen)
-            chosen[0].set_result(True)
-
-    def _end_pause(self) -> None:
-        self._pausing = False
-        self._call_next()
-
 
 class Gate:
     """Refuse what is not for the page, and visitors without the password.
@@ -141,7 +58,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, password: str | None, port: int) -> None:
         self.app, self.password, self.cookie = app, password, f"fourstage_{port}"
-        self.attempts = Attempts()
+        self._turn = asyncio.Lock()
         # Cookies are signed with a key that follows from the password, so that a login outlives a restart of the
         # server. The key is slow to compute: a stolen cookie must not give away the password.
         salt = b"fourstage"
@@ -171,10 +88,7 @@ class Gate:
 
     async def refuse(self, request: Request, name: str | None) -> Response | None:
         """Return the answer to a request that is not passed on."""
-        path, headers = request.url.path, Headers(scope=request.scope)
-        if not ROUTES.fullmatch(path):
-            return PlainTextResponse("Not found", 404)
-
+        path, headers = request.url.path, request.headers
         # A link on another site may open the page, but no script there may use it. Another port of this machine is the
         # same site, but another origin.
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
@@ -185,9 +99,8 @@ class Gate:
         size = headers.get("content-length", "" if request.method == "POST" else "0")
         if not size.isdigit() or "transfer-encoding" in headers:
             return PlainTextResponse("Length required", 411)
-        largest = LARGEST_LOGIN if path == "/login" else LARGEST_REQUEST
-        if int(size) > largest:
-            return PlainTextResponse(f"Too large: {size} bytes, at most {largest}", 413)
+        if int(size) > LARGEST_REQUEST:
+            return PlainTextResponse(f"Too large: {size} bytes, at most {LARGEST_REQUEST}", 413)
 
         if self.password is None:
             return None
@@ -200,23 +113,20 @@ class Gate:
         return PlainTextResponse("Log in first", 401)
 
     async def log_in(self, request: Request) -> Response:
-        """Answer the form."""
-        try:
-            form = parse_qs((await request.body()).decode("utf-8", "replace"))
-        except ClientDisconnect:
-            return PlainTextResponse("The request ended early", 400)
-        name = form.get("username", [""])[0].strip()[:NAME_LENGTH]
+        """Answer the form. At most one wrong password a second is checked, however many connections try."""
+        form = parse_qs((await request.body()).decode("utf-8", "replace"))
+        name = form.get("username", [""])[0].strip()[:80]
         given = form.get("password", [""])[0]
-        address = request.client.host if request.client else ""
-        right = await self.attempts.check(given, str(self.password), address, request.receive())
-        if right is None:
-            return login_form("Too many people try to log in. Try again.", 429, name)
-        if not right:
-            return login_form("Name or password is wrong.", 401, name)
+        async with self._turn:
+            # Takes the same time wherever the two differ, so that it does not give away how many characters are right.
+            if not hmac.compare_digest(given.encode(), str(self.password).encode()):
+                await asyncio.sleep(SECONDS_AFTER_WRONG)
+                return login_form("Name or password is wrong.", 401, name)
         if not name:
             return login_form("Give a name as well.", 401)
         response = RedirectResponse("./", 303)
-        response.set_cookie(self.cookie, self.sign(name), max_age=COOKIE_SECONDS, httponly=True, samesite="lax")
+        month = 30 * 86400
+        response.set_cookie(self.cookie, self.sign(name), max_age=month, httponly=True, samesite="lax")
         return response
 
     def sign(self, name: str) -> str:
@@ -275,6 +185,8 @@ def build_app(site: Site) -> ASGIApp:
 
     @app.get("/static/{name}")
     def static(name: str) -> Response:
+        if name not in files:
+            raise HTTPException(404)
         kind = "text/css" if name.endswith(".css") else "text/javascript"
         return Response(files[name], media_type=kind, headers={"Cache-Control": "no-cache"})
 

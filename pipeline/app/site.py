@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from anyio import CapacityLimiter
-from fastapi import HTTPException
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
@@ -27,9 +26,6 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 """The HTML in `static/`; whatever is filled in is escaped."""
-
-MOST_WAITING = 64
-"""Requests that may wait for their turn."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +64,7 @@ def stream(found: Generator[Any], turns: CapacityLimiter) -> StreamingResponse:
     Args:
         found: Makes the objects. It is closed when nobody waits for them any more.
         turns: How many such answers are written at once; others wait for their turn.
-
-    Raises:
-        HTTPException: If too many wait already.
     """
-    if turns.statistics().tasks_waiting >= MOST_WAITING:
-        raise HTTPException(503, "Too many people ask at once. Try again in a minute.")
 
     async def lines() -> AsyncIterator[str]:
         async with turns:

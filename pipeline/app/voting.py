@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -58,21 +57,6 @@ logger = logging.getLogger(__name__)
 
 LONGEST = 200_000
 """Characters of a text that the page shows."""
-
-LISTED = 200
-"""Own votes that the page lists, the newest ones."""
-
-LISTED_LENGTH = 300
-"""Characters of each text in that list."""
-
-STREAMED = 10_000
-"""Prompts that are read of a stream."""
-
-EXPORT_SECONDS = 2.0
-"""The data set is written again so long after a vote, at most."""
-
-PACE = 20
-"""Newest votes of an annotator by which the time that is left is estimated."""
 
 FEW_SHARED = 20
 """Pairs that several people voted on, below which nothing is said about their agreement."""
@@ -190,12 +174,13 @@ def load_prompts(site: Site) -> Sequence[Mapping[str, Any]]:
         args = DataArguments(**{k: v for k, v in source.items() if k in SOURCE_FIELDS and k != "grade"})
     try:
         prompts, _ = load_splits(args, "prompt", evaluation=False)
-    except UserError as error:
+    except UserError:
+        if site.options.prompts:
+            raise
         # Without the data of the run, prompts can still be typed.
-        if not site.options.prompts:
-            return ()
-        raise UserError(*(Problem("--prompts", one.value, one.remedy) for one in error.problems)) from None
-    return prompts if isinstance(prompts, Dataset) else list(prompts.take(STREAMED))
+        return ()
+    # Of a stream, as many as people may ever see.
+    return prompts if isinstance(prompts, Dataset) else list(prompts.take(10_000))
 
 
 class Voting:
@@ -209,9 +194,8 @@ class Voting:
         # The command line comes before the run's step for votes, and both before the defaults.
         step = votes_step(site.run)
         sampling = dict(SAMPLING)
-        for name in SAMPLING:
-            for value in (step.get(name), getattr(site.options, name)):
-                sampling[name] = sampling[name] if value is None else value
+        for given in (step, vars(site.options)):
+            sampling |= {name: given[name] for name in SAMPLING if given.get(name) is not None}
         prompts = load_prompts(site)
         self.pairs = Pairs(self.folder / "pairs.jsonl", site.models, prompts, sampling, site.options.overlap)
         self.goal: int | None = site.options.goal or step.get("min_votes")
@@ -222,35 +206,15 @@ class Voting:
         self._open: dict[tuple[str, str], Pair] = {}
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
-        self._voted = threading.Event()
-        self._export()
-        threading.Thread(target=self._export_after_votes, daemon=True).start()
-
     def close(self) -> None:
-        """End with a data set that is up to date."""
-        self._export()
-        self.log.close()
-
-    def _export_after_votes(self) -> None:
-        """Write the data set again after votes, once for all votes of `EXPORT_SECONDS`."""
-        printed = len(self.log.standing())
-        while self._voted.wait():
-            time.sleep(EXPORT_SECONDS)
-            # Cleared before the votes are read, so that one that comes meanwhile is written in the next turn.
-            self._voted.clear()
-            self._export()
-            if not self.site.is_private and len(self.log.standing()) >= printed + PRINTED:
-                printed = len(self.log.standing())
-                print(*self._said_so_far(), sep="\n", flush=True)
-
-    def _export(self) -> None:
-        """Write the data set of the votes, if there are any."""
+        """End with a data set that is up to date for any tool; this project's own readers bring it up to date."""
         try:
             if self.log.standing():
                 update_data_set(self.folder)
-        # The votes themselves are safe, and the data set is written again after the next one.
+        # The votes themselves are safe.
         except (OSError, UserError) as error:
             logger.warning("The data set of the votes cannot be written (%s).", error)
+        self.log.close()
 
     def next_pair(self, request: Request, page: Page, have: str = "") -> dict[str, Any]:
         """Answer with the pair that a page shows; `have` is the id of the one that it has shown so far."""
@@ -294,7 +258,9 @@ class Voting:
         refused = ""
         try:
             self.log.add(vote)
-            self._voted.set()
+            # The terminal of whoever runs a page that others can open says what no visitor may see.
+            if not self.site.is_private and len(self.log.standing()) % PRINTED == 0:
+                print(*self._said_so_far(), sep="\n", flush=True)
             # A pair whose vote was taken back is shown again.
             if choice is None:
                 self._open[name, ballot.page] = pair
@@ -308,15 +274,15 @@ class Voting:
         return self._summary(page.annotator)
 
     def own_votes(self, request: Request, page: Page) -> list[dict[str, Any]]:
-        """Answer with an annotator's votes as the page lists them, the newest first."""
+        """Answer with an annotator's newest votes as the page lists them, the newest first and shortened."""
         identify(request, page)
         newest = [vote for vote in reversed(self.log.standing(page.annotator)) if vote["pair"] in self.pairs.by_id]
         listed = []
-        for vote in newest[:LISTED]:
+        for vote in newest[:200]:
             first = vote["shown_first"]
             texts = {"first": vote[first], "second": vote[OTHER[first]], "comment": vote.get("comment") or ""}
             texts["prompt"] = vote["prompt"][-1]["content"]
-            shown = {name: visible(text, LISTED_LENGTH) for name, text in texts.items()}
+            shown = {name: visible(text, 300) for name, text in texts.items()}
             listed.append({"vote": vote["id"], "pair": vote["pair"], "choice": as_shown(vote, first), **shown})
         return listed
 
@@ -390,7 +356,7 @@ class Voting:
             free = [pair for pair in sequence if pair.pair not in elsewhere]
             pair = next((pair for pair in own + free if not self.log.has_vote(name, pair.pair)), None)
             if pair is None:
-                pair = self.pairs.allot(name, source, pages=len(self._open) + 1)
+                pair = self.pairs.allot(name, source)
             self._open[name, page.page] = pair
             return pair
 
@@ -398,7 +364,8 @@ class Voting:
         """Return what the page says about the votes so far, which shows no annotator how others voted."""
         standing = self.log.standing()
         own = [vote for vote in standing if vote["annotator"] == annotator]
-        seconds = [vote["seconds"] for vote in own[-PACE:] if vote.get("seconds")]
+        # The pace is that of the last 20 votes.
+        seconds = [vote["seconds"] for vote in own[-20:] if vote.get("seconds")]
         return {
             "annotator": annotator,
             "count": len(own),
@@ -429,19 +396,10 @@ class Voting:
         if not lines:
             lines = ["no votes between two different models yet, which `--pair` names"]
         alpha, shared = agreement(self.log.standing())
-        if shared:
-            lines.append(f"agreement of people on {shared} shared pairs: {in_words(alpha, shared)}")
+        if shared >= FEW_SHARED and not math.isnan(alpha):
+            meaning = "1 is perfect, 0 is chance"
+            lines.append(f"agreement on {shared} shared pairs: Krippendorff's alpha {number(alpha, 2)} ({meaning})")
         return [visible(line) for line in lines]
-
-
-def in_words(alpha: float, shared: int) -> str:
-    """Say what Krippendorff's alpha means."""
-    if shared < FEW_SHARED:
-        return f"too few to say, from {FEW_SHARED} on"
-    if math.isnan(alpha):
-        return "all votes are the same"
-    meaning = "below chance" if alpha < 0 else "slight" if alpha < 0.4 else "fair" if alpha < 0.67 else "good"
-    return f"{meaning} (Krippendorff's alpha {number(alpha, 2)})"
 
 
 def identify(request: Request, page: Page) -> None:

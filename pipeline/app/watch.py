@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from trl import GRPOConfig
 
@@ -174,18 +175,15 @@ def token_view(
 ) -> TokenView:
     """Return what PPO computes for each token of a completion. The arguments are those of `update`."""
     paths = settings.get("reward_model_path") or []
-    judges, tokenizers = [], []
-    for path in paths:
-        judge, tokenizer = load_model(path, "reward_model_path", reward=True)
-        judges.append(judge.eval())
-        tokenizers.append(tokenizer)
+    loaded = [load_model(path, "reward_model_path", reward=True) for path in paths]
+    judges = [judge.eval() for judge, _ in loaded]
     functions = load_rewards(settings["reward_funcs"]) if settings.get("reward_funcs") else []
     weights = settings.get("reward_weights") or [1.0] * (len(judges) + len(functions))
     # What is only measured may need columns that a prompt of the page does not have.
     trained = [(function, weight) for function, weight in zip(functions, weights[len(judges) :], strict=True) if weight]
     chosen = dict(settings) | {"reward_weights": [*weights[: len(judges)], *(weight for _, weight in trained)]}
     options = {
-        "reward_processing_classes": [*tokenizers, *[None] * len(trained)],
+        "reward_processing_classes": [*(tokenizer for _, tokenizer in loaded), *[None] * len(trained)],
         "value_model": load_critic(run / stage),
     }
     rewards = [*judges, *(function for function, _ in trained)]
@@ -282,11 +280,10 @@ def _trainer(
 @torch.no_grad()
 def _log_probs(trainer: Any, prompt: Sequence[int], group: Sequence[Completion]) -> Tensor:
     """Return the log-probability of each completion under the trainer's policy."""
-    length = max(len(completion.tokens) for completion in group)
-    padding = [length - len(completion.tokens) for completion in group]
-    rows = [[*prompt, *c.tokens, *[0] * n] for c, n in zip(group, padding, strict=True)]
-    masks = [[1] * (len(row) - n) + [0] * n for row, n in zip(rows, padding, strict=True)]
-    ids, mask = (torch.tensor(values, device=trainer.accelerator.device) for values in (rows, masks))
+    rows = [torch.tensor([*prompt, *completion.tokens]) for completion in group]
+    length = max(map(len, rows)) - len(prompt)
+    ids = pad_sequence(rows, batch_first=True).to(trainer.accelerator.device)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(ids.device)
     logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length)
     total: Tensor = (logps * mask[:, -length:]).sum(dim=1)
     return total

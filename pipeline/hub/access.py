@@ -66,14 +66,11 @@ def _find_fault(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: st
     namespace, token = repo_id.split("/")[0], (user.get("auth") or {}).get("accessToken") or {}
     try:
         retry(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
-        # Some Hubs answer that a token may write although it may only read.
-        if token.get("role") != "read":
-            return None
-        status = 200
+        return None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        # The repository does not exist, or this Hub does not answer that question.
-        if status not in (403, 404, 405, 501):
+        # 404: the repository does not exist yet.
+        if status not in (403, 404):
             raise
     roles = {org["name"]: org.get("roleInOrg", "write") for org in user.get("orgs") or []} | {user["name"]: "admin"}
     if namespace not in roles:

@@ -25,7 +25,7 @@ from pipeline.errors import EXIT_PUSH_FAILED, RunStopped
 from pipeline.files import MANIFEST, STATE, read_json
 from pipeline.hub.access import full_id
 from pipeline.hub.checkpoints import LAST
-from pipeline.hub.published_files import Files, clean, is_cleaned, places, publishable
+from pipeline.hub.published_files import Files, places, public_content, publishable
 from pipeline.hub.repositories import Outputs
 from pipeline.hub.upload import explain, is_replaced, push
 
@@ -106,7 +106,7 @@ class PushCallback(TrainerCallback):
         try:
             name = full_id(self._args.hub_model_id, folder)
             for item in Outputs(path=folder.parent, repo_id=name, only=[folder.name]).repositories():
-                self._send(item.id, item.files(), "End of training", is_stale)
+                self._send(item.id, item.files, "End of training", is_stale)
         except Exception as error:
             command = ["python", "-m", "pipeline", "push", output_dir, "--repo_id", name]
             command += ["--revision", self._args.hub_revision] if self._args.hub_revision else []
@@ -180,15 +180,10 @@ def checkpoint_files(checkpoint: Path, folder: str) -> Files:
     known = places(checkpoint)
     files: Files = {f"{folder}/{STATE}": checkpoint / STATE}
     for name, entry in manifest["files"].items():
-        path = checkpoint / name
-        files[f"{folder}/{name}"] = path
-        if is_cleaned(path):
-            text = path.read_text(encoding="utf-8")
-            # An adapter, for instance, names its base model.
-            if (public := clean(text, path.suffix, known)) != text:
-                content = public.encode()
-                entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                files[f"{folder}/{name}"] = content
+        # An adapter, for instance, names its base model.
+        content = files[f"{folder}/{name}"] = public_content(checkpoint / name, known)
+        if isinstance(content, bytes):
+            entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return files | {f"{folder}/{MANIFEST}": json.dumps(manifest, indent=1).encode() + b"\n"}
 
 

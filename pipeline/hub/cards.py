@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.errors import Problem, UserError
 from pipeline.files import STATE, as_list, read_json, read_shapes, split_revision
-from pipeline.hub.published_files import places, public_settings, without_paths
+from pipeline.hub.published_files import places, public_settings, rename, without_paths
 from pipeline.stages import BASELINES, HELD_OUT, STAGES, StageKind
 
 Values = Mapping[str, Any]
@@ -37,9 +37,7 @@ class Trained:
         kind: Kind of its stage, a key of `STAGES`.
         name: Its id on the Hub, or its folder.
         settings: What the YAML file and the command line set.
-        command: The command that trained it.
-        seconds: How long that took.
-        machine: `hardware`, `versions` and `commit`, as in run.json.
+        step: Entry of its step in run.json: `command`, `seconds`, `hardware`, `versions` and `commit`.
         metrics: Content of the run's metrics.json.
         evaluation: Content of the stage's evaluation.
         measured_on: Settings of that evaluation.
@@ -53,9 +51,7 @@ class Trained:
     kind: str
     name: str
     settings: Values = field(default_factory=dict)
-    command: str = ""
-    seconds: float | None = None
-    machine: Values = field(default_factory=dict)
+    step: Values = field(default_factory=dict)
     metrics: Values = field(default_factory=dict)
     evaluation: Values = field(default_factory=dict)
     measured_on: Values = field(default_factory=dict)
@@ -66,7 +62,7 @@ class Trained:
 
     def at(self, checkpoint: Path) -> Trained:
         """Return what the card of a checkpoint is made from: the stage, without the figures of its final model."""
-        return replace(self, folder=checkpoint, metrics={}, evaluation={}, seconds=None)
+        return replace(self, folder=checkpoint, metrics={}, evaluation={}, step={**self.step, "seconds": None})
 
     @property
     def stage(self) -> str:
@@ -132,11 +128,11 @@ def fenced(code: str, language: str) -> str:
 
 def _figure(entry: Any) -> str:
     """Return a metric and its interval, empty if the entry has no number."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), int | float):
+    if not entry or entry.get("value") is None:
         return ""
     digits = 3 if abs(entry["value"]) < 10 else 1
-    shown, ends = f"{entry['value']:.{digits}f}", entry.get("ci95")
-    if isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends):
+    shown = f"{entry['value']:.{digits}f}"
+    if ends := entry.get("ci95"):
         shown += f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
     return shown
 
@@ -159,10 +155,10 @@ def model_card(trained: Trained) -> str:
         pipeline_tag="text-generation" if about.generates else "text-classification",
         tags=["fourstage", *about.card.tags],
     )
-    answers = _answers(trained, "answers", "prompt")
+    answers = [(one["prompt"], one["answer"]) for one in trained.evaluation.get("answers", [])]
+    traces = [(one["problem"], one["answer"]) for one in trained.evaluation.get("traces", [])]
     # The settings as the YAML file has them, with the ids of what was pushed.
-    shown = rename(public_settings(settings), trained.ids)
-    steps = read_json(trained.folder / STATE).get("global_step")
+    shown = rename(public_settings(settings), trained.ids.get)
     weights = trained.folder.glob("*.safetensors")
     number = re.match(r"\d+", trained.stage)
     card = _render(
@@ -174,18 +170,18 @@ def model_card(trained: Trained) -> str:
         critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
         entries=own,
         imports=_registration(config),
-        labels=_inner(trained.metrics, "metrics"),
+        labels=trained.metrics.get("metrics", {}),
         parameters=sum(math.prod(shape) for file in weights for shape in read_shapes(file).values()),
         prompt=answers[0][0] if answers else "What is an LLM?",
         remarks=list(_remarks(trained, own)),
         reward_models=trained.all_on_hub("reward_model_path"),
-        samples=(answers[:SAMPLES] + _answers(trained, "traces", "problem")[: SAMPLES // 2]),
+        samples=answers[:SAMPLES] + traces[: SAMPLES // 2],
         longest=LONGEST_SAMPLE,
         stage=f"Stage {number.group()}, {about.name.lower()}." if number else f"{about.name.capitalize()}.",
         start=Path(str(settings.get("model_name_or_path") or "")).name,
-        steps=steps if isinstance(steps, int) else 0,
+        steps=read_json(trained.folder / STATE).get("global_step"),
         title=title,
-        tokens=_inner(trained.metrics, "tokens").get(trained.stage),
+        tokens=trained.metrics.get("tokens", {}).get(trained.stage),
         trained=trained,
         yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else "",
     )
@@ -200,37 +196,13 @@ def _registration(config: Values) -> str:
     return next((name for name in config.get("architectures") or () if name not in known), "")
 
 
-def rename(value: Any, ids: Mapping[str, str]) -> Any:
-    """Return settings with the folders that were pushed under their ids, but for the folder that was written."""
-    if isinstance(value, Mapping):
-        return {key: item if key == "output_dir" else rename(item, ids) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rename(item, ids) for item in value]
-    return ids.get(value, value) if isinstance(value, str) else value
-
-
-def _inner(values: Any, *keys: str) -> Values:
-    """Return a mapping inside mappings, empty if it is missing or, as in a damaged file, something else."""
-    for key in keys:
-        values = values.get(key) if isinstance(values, Mapping) else None
-    return values if isinstance(values, Mapping) else {}
-
-
 def _estimates(trained: Trained) -> Iterator[tuple[str, Values]]:
     """Yield the metrics of a stage that have a value, including the metrics of lm-eval."""
-    for above in (("stages",), ("other", "lm_eval")):
-        for metric, entry in _inner(trained.metrics, *above, trained.stage).items():
-            value = entry.get("value") if isinstance(entry, Mapping) else None
-            if isinstance(value, int | float) and math.isfinite(value):
+    measured = (trained.metrics.get("stages", {}), trained.metrics.get("other", {}).get("lm_eval", {}))
+    for stages in measured:
+        for metric, entry in stages.get(trained.stage, {}).items():
+            if entry.get("value") is not None and math.isfinite(entry["value"]):
                 yield metric, entry
-
-
-def _answers(trained: Trained, key: str, question: str) -> list[tuple[str, str]]:
-    """Return what an evaluation recorded under a key: each question with its answer."""
-    found = trained.evaluation.get(key)
-    records = found if isinstance(found, list) else []
-    whole = (one for one in records if isinstance(one, Mapping) and {question, "answer"} <= set(one))
-    return [(str(one[question]), str(one["answer"])) for one in whole]
 
 
 def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
@@ -249,7 +221,7 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
         dataset_config=source.get("dataset_config"),
         dataset_split=None if colon else "test_longer" if metric.endswith("_longer") else "test",
         metric_type=own or metric,
-        metric_name=str(_inner(trained.metrics, "metrics", metric).get("label", metric.replace("_", " "))),
+        metric_name=str(trained.metrics.get("metrics", {}).get(metric, {}).get("label", metric.replace("_", " "))),
         metric_value=entry["value"],
         metric_args={key: entry[key] for key in ("ci95", "n") if entry.get(key) is not None} or None,
     )
@@ -257,29 +229,28 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
 
 def _columns(trained: Trained, own: Values) -> dict[str, Values]:
     """Return the columns of the table: the stage, the stage before it, and the baselines with the same metrics."""
-    stages, baselines = _inner(trained.metrics, "stages"), _inner(trained.metrics, "baselines")
+    stages, baselines = trained.metrics.get("stages", {}), trained.metrics.get("baselines", {})
     before = Path(str(trained.settings.get("model_name_or_path") or "0_random")).name
     columns = {f"`{trained.stage}`": own}
     if before != trained.stage:
-        columns[f"`{before}`"] = _inner(stages, before)
-    columns |= {f"{name} (baseline)": _inner(baselines, name) for name in baselines}
+        columns[f"`{before}`"] = stages.get(before, {})
+    columns |= {f"{name} (baseline)": entries for name, entries in baselines.items()}
     return {name: found for name, found in columns.items() if set(own) & set(found)}
 
 
 def _remarks(trained: Trained, own: Values) -> Iterator[str]:
     """Yield what a reader of the metrics `own` has to know: baselines, judges, and answers that were cut off."""
     against = trained.evaluation.get("against") or "the stage before it"
-    for name, entry in _inner(trained.metrics, "baselines").items():
-        if isinstance(entry, Mapping) and set(own) & set(entry) and name in BASELINES:
+    for name, entry in trained.metrics.get("baselines", {}).items():
+        if set(own) & set(entry) and name in BASELINES:
             yield f"{name}: " + BASELINES[name].card.format(against=against, text=entry.get("text", ""))
     if "win_rate" in own:
         judge = trained.evaluation.get("judge") or trained.metrics.get("judge") or "annotators"
         yield f"Win rates are those against `{against}`, judged by {judge}; 0.5 is as good."
-    for data, count in _inner(trained.evaluation, "cut_off").items():
-        if isinstance(count, Mapping) and {"cut off", "answers", "limit"} <= set(count) and count["cut off"]:
+    for data, count in trained.evaluation.get("cut_off", {}).items():
+        if count.get("cut off"):
             yield f"{data}: {count['cut off']} of {count['answers']} answers were cut off at {count['limit']} tokens"
-    if isinstance(left_out := trained.evaluation.get("left_out"), list):
-        yield from map(str, left_out)
+    yield from trained.evaluation.get("left_out", [])
 
 
 def base_card(name: str, trained: Trained) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset_builder
-from huggingface_hub import HfFileSystem, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfFileSystem, constants, snapshot_download
 
 from pipeline.data.sources import open_source
 from pipeline.errors import Problem, UserError
@@ -72,11 +72,11 @@ def _fetch_stream(name: str, config: str | None) -> None:
     open_source(name, config, streaming=True)
     repo_id, revision = split_revision(name)
     files = load_dataset_builder(repo_id, config, revision=revision).config.data_files
-    hub, urls = HfFileSystem(), [url for split in files.values() for url in split]
-    places = {hub.resolve_path(url).path_in_repo: hub.info(url)["size"] for url in urls}
-    options = {"repo_type": "dataset", "revision": revision}
-    missing = [path for path in places if not isinstance(try_to_load_from_cache(repo_id, path, **options), str)]
-    needed, cache = sum(places[path] for path in missing), Path(constants.HF_HUB_CACHE)
+    hub, options = HfFileSystem(), {"repo_type": "dataset", "revision": revision}
+    paths = [glob.escape(hub.resolve_path(url).path_in_repo) for split in files.values() for url in split]
+    planned = snapshot_download(repo_id, allow_patterns=paths, dry_run=True, **options)
+    missing = [file.file_size for file in planned if file.will_download]
+    needed, cache = sum(missing), Path(constants.HF_HUB_CACHE)
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     size = f"{needed / 1e9:.2f} GB in {len(missing)} files"
     if needed > free:
@@ -84,7 +84,7 @@ def _fetch_stream(name: str, config: str | None) -> None:
         raise UserError(Problem("dataset_name", name, remedy))
     print(f"fetching the stream {name}: {size}", flush=True)
     with user_error_for("dataset_name", name, "data set"):
-        snapshot_download(repo_id, allow_patterns=["README.md", *map(glob.escape, places)], **options)
+        snapshot_download(repo_id, allow_patterns=["README.md", *paths], **options)
     print(f"fetched the stream {name}")
 
 

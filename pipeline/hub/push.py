@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 
     from pipeline.hub.repositories import Repository
 
-UNKNOWN_REQUEST = (404, 405, 501)
-"""Statuses with which a Hub answers a request that it does not know, such as one for Spaces or collections."""
-
-LONGEST_TITLE = 60
-"""Characters that the Hub allows in the title of a collection."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `push` to `parser`."""
@@ -84,12 +78,11 @@ def main(args: argparse.Namespace) -> int:
         checkpoints=args.checkpoints,
         api=None if args.dry_run else api,
     )
-    if args.dry_run:
-        _show(run.repositories())
     for name in run.wanted:
         if people := names_of_people(run.folders[name]):
             print(f"{run.id_of(name)} contains the names that people voted under: {', '.join(people)}", file=sys.stderr)
     if args.dry_run:
+        _show(run.repositories())
         return 0
     for kind in () if args.create_pr else ("dataset", "model"):
         ids = [run.id_of(name) for name in run.wanted if is_data(run.folders[name]) == (kind == "dataset")]
@@ -103,20 +96,11 @@ def main(args: argparse.Namespace) -> int:
         if (base := run.base_of(name)) is not None and run.base_id(name) is None:
             print(f"{name} is an adapter of {base.name}, which is not on the Hub: push that as well.", file=sys.stderr)
     disable_progress_bars()
-    report = next((item for item in repositories if item.type == "space"), None)
-    # A single 404 may be an accident.
-    if report is not None and not any(_push(api, report, args) for _ in range(2)):
-        # The report is pushed first, because it goes into the last model where there are no Spaces.
-        repositories.remove(report)
-        last = repositories[-1]
-        own = last.files
-        last.files = lambda: own() | {f"report/{name}": content for name, content in report.files().items()}
-        print(f"This Hub has no Spaces: the report goes to report/ in {last.id}.", file=sys.stderr)
     for item in repositories:
-        if item is not report:
-            _push(api, item, args)
+        _push(api, item, args)
     if args.namespace:
-        _collect(api, run.name[:LONGEST_TITLE], args, repositories)
+        # The Hub allows titles of 60 characters.
+        _collect(api, run.name[:60], args, repositories)
     return 0
 
 
@@ -144,13 +128,9 @@ def _check(args: argparse.Namespace) -> list[Problem]:
         problems.append(Problem("--create-pr", args.revision, "pull requests are made against main; omit --revision"))
     if args.repo_id and args.stage:
         problems.append(Problem("--stage", " ".join(args.stage), "is for whole runs; omit it"))
-    name = args.repo_id or f"{args.namespace}/run"
     try:
-        validate_repo_id(name)
-        valid = True
+        validate_repo_id(args.repo_id or f"{args.namespace}/run")
     except HFValidationError:
-        valid = False
-    if not valid:
         field, value = ("--repo_id", args.repo_id) if args.repo_id else ("--namespace", args.namespace)
         problems.append(Problem(field, value, "is not a name on the Hub; give letters, digits, '-', '_' and '.'"))
     return problems
@@ -162,39 +142,29 @@ def _show(repositories: list[Repository]) -> None:
     for item in repositories:
         for branch, files in [("", item.files), *item.checkpoints.items()]:
             print(f"{item.type} {item.id}{f' (branch {branch})' if branch else ''}")
-            for name, content in sorted(files().items()):
+            for name, content in sorted(files.items()):
                 size = len(content) if isinstance(content, bytes) else content.stat().st_size
                 print(f"  {size:>12,}  {name}")
                 total, count = total + size, count + 1
     print(f"{count} files of {total:,} bytes in {len(repositories)} repositories; nothing was pushed")
 
 
-def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> bool:
-    """Push the files of a repository and its checkpoints. Return whether this Hub has such repositories."""
+def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> None:
+    """Push the files of a repository and its checkpoints."""
     from pipeline.hub.upload import PUSH_ERRORS, push
 
     message = "Push with Fourstage"
     where = f"{item.id} ({item.type})" if item.type != "model" else item.id
+    options = {"repo_type": item.type, "private": args.private}
     try:
         for branch, files in [(args.revision, item.files), *item.checkpoints.items()]:
-            is_pull = args.create_pr and branch == args.revision
-            changed = push(
-                api,
-                item.id,
-                files(),
-                message,
-                repo_type=item.type,
-                private=args.private,
-                revision=None if is_pull else branch,
-                create_pr=is_pull,
-            )
+            is_pull = args.create_pr and files is item.files
+            revision = None if is_pull else branch
+            changed = push(api, item.id, files, message, revision=revision, create_pr=is_pull, **options)
             done = f"{len(changed)} files pushed" if changed else "up to date"
             print(f"{where}{f', branch {branch}' if branch else ''}: {done}", flush=True)
     except PUSH_ERRORS as error:
-        if item.type == "space" and _status(error) in UNKNOWN_REQUEST:
-            return False
         raise _stopped(where, error, item.id) from error
-    return True
 
 
 def _stopped(what: str, error: BaseException, repo_id: str) -> RunStopped:
@@ -206,11 +176,6 @@ def _stopped(what: str, error: BaseException, repo_id: str) -> RunStopped:
         "Nothing on this disk has changed; the same command goes on with what is missing.",
         EXIT_PUSH_FAILED,
     )
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the status of the Hub's answer that an error is about, if there was one."""
-    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: list[Repository]) -> None:
@@ -231,18 +196,10 @@ def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: lis
         return found.slug
 
     try:
-        try:
-            slug = retry(attempt)
-        except PUSH_ERRORS as error:
-            if _status(error) not in UNKNOWN_REQUEST:
-                raise
-            # A single 404 may be an accident.
-            slug = retry(attempt)
-        print(f"collection: {slug}")
+        print(f"collection: {retry(attempt)}")
     except PUSH_ERRORS as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
         # A token for some repositories only, or the namespace of somebody else.
-        is_refused = (args.stage is not None or args.create_pr) and _status(error) == 403
-        if not is_refused and _status(error) not in UNKNOWN_REQUEST:
+        if status != 403 or not (args.stage or args.create_pr):
             raise _stopped(f"The collection {title}", error, args.namespace) from error
-        reason = "The token may not write to collections" if is_refused else "This Hub has no collections"
-        print(f"{reason}: the repositories are not tied together.", file=sys.stderr)
+        print("The token may not write to collections: the repositories are not tied together.", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
@@ -25,10 +25,8 @@ BASE = "base"
 """Folder of an adapter that holds its base model, if that was itself merged from an adapter."""
 
 REPORT = "report"
-TOKENIZER = "tokenizer"
 OTHERS = (REPORT, "evaluations", "logs")
 """Directories of a run that are not the output of a stage."""
-
 
 LONGEST_NAME = 96
 """Characters that the Hub allows in the name of a repository."""
@@ -41,14 +39,14 @@ class Repository:
     Attributes:
         id: Its id.
         type: "model", "dataset" or "space".
-        files: Returns its files.
-        checkpoints: Branch -> a function that returns the files of a checkpoint.
+        files: Its files.
+        checkpoints: Branch -> the files of a checkpoint.
     """
 
     id: str
     type: str
-    files: Callable[[], Files]
-    checkpoints: dict[str, Callable[[], Files]] = field(default_factory=dict)
+    files: Files
+    checkpoints: dict[str, Files] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,18 +89,9 @@ class Outputs:
 
     @cached_property
     def record(self) -> Mapping[str, Any]:
-        """The entries of the steps in run.json.
-
-        Raises:
-            UserError: If it is damaged, since it says which outputs are finished.
-        """
-        path = self.path / "run.json"
-        steps = read_json(path).get("steps") if path.exists() else {}
-        if isinstance(steps, dict):
-            entries = steps.values()
-            if all(isinstance(step, dict) and isinstance(step.get("values", {}), dict) for step in entries):
-                return steps
-        raise UserError(Problem("RUN", path, "is not the record of a run; remove it"))
+        """The entries of the steps in run.json, empty if there is none."""
+        steps: dict[str, Any] = read_json(self.path / "run.json").get("steps", {})
+        return steps
 
     @cached_property
     def ids(self) -> dict[str, str]:
@@ -168,7 +157,7 @@ class Outputs:
             found.append(self._dataset(name) if is_data(self.folders[name]) else self._model(name))
         found.sort(key=lambda item: item.type)
         if self.has_report and self.only is None:
-            found.append(Repository(self.id_of(REPORT), "space", self._space))
+            found.append(Repository(self.id_of(REPORT), "space", self._space()))
         return found
 
     @property
@@ -186,63 +175,54 @@ class Outputs:
         return self.license or (licenses[0] if is_clear else None), language
 
     def _model(self, output: str) -> Repository:
+        """Return the repository of a model, with a branch for each checkpoint if they are pushed."""
         folder = self.folders[output]
-        trained = self._trained(output)
+        found = sorted(path for path in folder.glob("checkpoint-*") if self.checkpoints and holds_model(path))
+        branches = {f"step-{path.name.rpartition('-')[2]}": self._model_files(output, path) for path in found}
+        return Repository(self.id_of(output), "model", self._model_files(output, folder), branches)
 
-        def files(checkpoint: Path | None = None) -> Files:
-            ids = {self.folders[name]: found for name, found in self.ids.items()}
-            ids |= {
-                path / BASE: f"{self.id_of(name)}-{BASE}"
-                for name, path in self.folders.items()
-                if self._has_own_base(name)
-            }
-            if (base := self.base_of(output)) and (base_id := self.base_id(output)):
-                ids[base] = base_id
-            # The base model of an adapter has a repository of its own, because PEFT does not look in a subfolder.
-            contents = publishable(checkpoint or folder, ids)
-            if self._has_own_base(output):
-                contents = {path: file for path, file in contents.items() if not path.startswith(f"{BASE}/")}
-            own = contents.get("README.md")
-            # Without a record of the run, the card is the one that the recipe wrote.
-            if isinstance(own, bytes | Path) and checkpoint is None and not trained.machine:
-                text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
-                text = re.sub(r'((model=|from_pretrained\()"|vllm serve )[^"\n]+', rf"\1{trained.name}", text)
-                contents["README.md"] = to_bytes(text)
-            else:
-                contents["README.md"] = to_bytes(model_card(trained.at(checkpoint) if checkpoint else trained))
-            if f"{CRITIC}/config.json" in contents or f"{CRITIC}/adapter_config.json" in contents:
-                contents[f"{CRITIC}/README.md"] = to_bytes(
-                    critic_card(trained.name, read_json(folder / CRITIC / "config.json"))
-                )
-            return contents
-
-        found = [path for path in folder.glob("checkpoint-*") if self.checkpoints and holds_model(path)]
-        return Repository(
-            trained.name,
-            "model",
-            files,
-            {f"step-{path.name.rpartition('-')[2]}": partial(files, path) for path in sorted(found)},
-        )
+    def _model_files(self, output: str, source: Path) -> Files:
+        """Return the files of a model or, if `source` is not its folder, of one of its checkpoints."""
+        folder, trained = self.folders[output], self._trained(output)
+        ids = {self.folders[name]: found for name, found in self.ids.items()}
+        ids |= {
+            path / BASE: f"{self.id_of(name)}-{BASE}" for name, path in self.folders.items() if self._has_own_base(name)
+        }
+        if (base := self.base_of(output)) and (base_id := self.base_id(output)):
+            ids[base] = base_id
+        files = publishable(source, ids)
+        # The base model of an adapter has a repository of its own, because PEFT does not look in a subfolder.
+        if self._has_own_base(output):
+            files = {path: file for path, file in files.items() if not path.startswith(f"{BASE}/")}
+        # Without a record of the run, the card is the one that the recipe wrote.
+        if "README.md" in files and source == folder and not trained.step:
+            own = files["README.md"]
+            text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
+            card = re.sub(r'((model=|from_pretrained\()"|vllm serve )[^"\n]+', rf"\1{trained.name}", text)
+        else:
+            card = model_card(trained if source == folder else trained.at(source))
+        files["README.md"] = to_bytes(card)
+        if f"{CRITIC}/config.json" in files or f"{CRITIC}/adapter_config.json" in files:
+            card = critic_card(trained.name, read_json(folder / CRITIC / "config.json"))
+            files[f"{CRITIC}/README.md"] = to_bytes(card)
+        return files
 
     def _base(self, output: str) -> Repository:
         """Return the repository of the base model that an adapter comes with, since PEFT looks for it in its own."""
-        trained, name = self._trained(output), str(self.base_id(output))
-
-        def files() -> Files:
-            return publishable(self.folders[output] / BASE) | {"README.md": to_bytes(base_card(name, trained))}
-
-        return Repository(name, "model", files)
+        name = str(self.base_id(output))
+        card = to_bytes(base_card(name, self._trained(output)))
+        return Repository(name, "model", publishable(self.folders[output] / BASE) | {"README.md": card})
 
     def _trained(self, output: str) -> Trained:
         """Return what is known about a stage."""
         step_name, step = output, {}
         for name, entry in self.record.items():
-            written = str((entry.get("values") or {}).get("output_dir") or "")
+            written = entry.get("values", {}).get("output_dir") or ""
             if not name.startswith("evaluate_") and Path(written).name == output:
                 step_name, step = name, entry
         kind = step_name.split("_")[1] if "_" in step_name else step_name
-        settings = step.get("values") or {}
-        measured_on = (self.record.get(f"evaluate_{output}") or {}).get("values") or {}
+        settings = step.get("values", {})
+        measured_on = self.record.get(f"evaluate_{output}", {}).get("values", {})
         # A card names what was pushed, so that a reader can follow its links and run its YAML anywhere:
         #
         #     model_name_or_path: runs/pocket/1_pretrain   ->   alice/pocket-1_pretrain
@@ -252,7 +232,7 @@ class Outputs:
         ids = {f"{home}/{name}{inner}": found for name, found in self.ids.items() for inner in ("", f"/{CRITIC}")}
         models = [name for name in self.ids if not is_data(self.folders[name])]
         # Every model's repository contains the tokenizer.
-        ids[f"{home}/{TOKENIZER}"] = self.ids[models[0]]
+        ids[f"{home}/tokenizer"] = self.ids[models[0]]
         license, language = self._license
         return Trained(
             folder=self.folders[output],
@@ -260,9 +240,7 @@ class Outputs:
             name=self.id_of(output),
             # A stage without a file of its own shares the settings of another stage.
             settings={} if kind in STAGES and STAGES[kind].file_of else settings,
-            command=step.get("command") or "",
-            seconds=step.get("seconds"),
-            machine=step,
+            step=step,
             metrics=_read_newer(self.path / REPORT / "metrics.json", step),
             evaluation=_read_newer(self.path / "evaluations" / f"{output}.json", step),
             measured_on=measured_on,
@@ -274,14 +252,10 @@ class Outputs:
 
     def _dataset(self, output: str) -> Repository:
         folder, repo_id = self.folders[output], self.id_of(output)
-
-        def files() -> Files:
-            card = dataset_card(folder, repo_id, self.ids, self._license[0])
-            # Data are published as they are: only models and reports name paths.
-            rows: Files = {name: folder / name for name in publishable(folder)}
-            return rows | {"README.md": to_bytes(card)}
-
-        return Repository(repo_id, "dataset", files)
+        card = dataset_card(folder, repo_id, self.ids, self._license[0])
+        # Data are published as they are: only models and reports name paths.
+        rows: Files = {name: folder / name for name in publishable(folder)}
+        return Repository(repo_id, "dataset", rows | {"README.md": to_bytes(card)})
 
     def _space(self) -> Files:
         models = [found for name, found in self.ids.items() if not is_data(self.folders[name])]

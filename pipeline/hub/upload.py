@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_session, whoami
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_session
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils.sha import git_hash
 
@@ -37,8 +35,6 @@ TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds between attempts, if the Hub does not name a time."""
-
-LONGEST_WAIT = 600.0
 
 TIMEOUT = 60.0
 """Seconds until a Hub that accepts a request and sends nothing is given up, where its client sets no limit."""
@@ -74,7 +70,7 @@ def push(
         repo_type: "model", "dataset" or "space"; a Space is a static one.
         private: Whether nobody else may see it.
         revision: The branch. Default: "main".
-        create_pr: Whether to open a pull request, or to update the open one of this title, instead.
+        create_pr: Whether to open a pull request instead.
         replaces: Whether a path of the repository is deleted if it is not among `files`.
 
     Returns:
@@ -95,8 +91,7 @@ def push(
 
     def attempt() -> bool:
         """Return whether the branch holds the files; if not, something that they need was created."""
-        branch = _open_pull_request(api, repo_id, repo_type, message) if create_pr else revision
-        found = _read_branch(api, repo_id, repo_type, branch, revision, private)
+        found = _read_branch(api, repo_id, repo_type, revision, private)
         if found is None:
             return False
         parent, remote = found
@@ -108,7 +103,7 @@ def push(
                 new.append(addition)
         changed.update(dict.fromkeys([*(item.path_in_repo for item in new), *stale]))
         if new or stale:
-            where: dict[str, Any] = {"repo_type": repo_type, "revision": branch, "create_pr": create_pr and not branch}
+            where: dict[str, Any] = {"repo_type": repo_type, "revision": revision, "create_pr": create_pr}
             # Files of the same content are uploaded once: `create_commit` alone would upload each.
             distinct = {addition.upload_info.sha256: addition for addition in new}
             if len(distinct) < len(new):
@@ -123,63 +118,33 @@ def push(
     raise RuntimeError(f"{repo_id} was created, but the Hub does not show it; check that your token may read it")
 
 
-def _open_pull_request(api: HfApi, repo_id: str, repo_type: str, title: str) -> str | None:
-    """Return the reference of the open pull request with this title, which an earlier push has made, or None."""
-    try:
-        user = whoami(cache=True)["name"]
-        for item in api.get_repo_discussions(repo_id, repo_type=repo_type, author=user, discussion_type="pull_request"):
-            if item.title == title and item.status in ("open", "draft"):
-                return item.git_reference
-    except HfHubHTTPError as error:
-        if is_transient(error):
-            raise
-    return None
-
-
 def _read_branch(
-    api: HfApi, repo_id: str, repo_type: str, branch: str | None, revision: str | None, private: bool
+    api: HfApi, repo_id: str, repo_type: str, branch: str | None, private: bool
 ) -> tuple[str | None, dict[str, RepoFile]] | None:
     """Look up what a branch holds, and make the repository private if that is asked for.
-
-    Args:
-        api: The client.
-        repo_id: The repository.
-        repo_type: "model", "dataset" or "space".
-        branch: The branch or open pull request that is read. Default: "main".
-        revision: The branch that may be created, if any.
-        private: Whether nobody else may see it.
 
     Returns:
         The newest commit and the files by path; None if the repository or the branch did not exist, and was created.
     """
     where = {"repo_id": repo_id, "repo_type": repo_type}
-    parent = None
     try:
         info = api.repo_info(revision=branch, **where)
-        parent = info.sha
         if private and not info.private:
             api.update_repo_settings(private=True, **where)
         tree = api.list_repo_tree(recursive=True, revision=branch, **where)
-        return parent, {item.path: item for item in tree if isinstance(item, RepoFile)}
-    except RemoteEntryNotFoundError:
-        # The repository is empty.
-        return parent, {}
-    except RevisionNotFoundError:
-        if revision is None:
-            raise
+        return info.sha, {item.path: item for item in tree if isinstance(item, RepoFile)}
     except HfHubHTTPError as error:
+        # The answer is 401 if the token may not see the repository, or if there is none.
         if error.response.status_code != 404 and not isinstance(error, RepositoryNotFoundError):
             raise
         sdk = "static" if repo_type == "space" else None
         # The client fails with a KeyError if a conflict (409) does not name the repository.
         with contextlib.suppress(KeyError):
             api.create_repo(private=private or None, exist_ok=True, space_sdk=sdk, **where)
-        if isinstance(error, RepositoryNotFoundError):
-            return None
-    # Some Hubs do not say whether the repository or its branch is missing.
-    if revision is not None:
-        api.create_branch(branch=revision, exist_ok=True, **where)
-    return None
+        # The next attempt finds whether the repository is there, and its branch is not.
+        if branch is not None and not isinstance(error, RepositoryNotFoundError):
+            api.create_branch(branch=branch, exist_ok=True, **where)
+        return None
 
 
 def _is_same(addition: CommitOperationAdd, remote: RepoFile | None) -> bool:
@@ -200,31 +165,19 @@ def retry(call: Callable[[], T]) -> T:
     A `Retry-After` of the Hub is honoured.
     """
     for wait in WAITS:
-        _limit_waiting()
+        # Most requests of the Hub's client have no time limit of their own, and would wait forever.
+        get_session().timeout = TIMEOUT
         try:
             return call()
         except PUSH_ERRORS as error:
             if not is_transient(error):
                 raise
             named = str(getattr(_response(error), "headers", {}).get("retry-after", ""))
-            seconds = min(float(named), LONGEST_WAIT) if named.isdigit() else wait
+            # Ten minutes at most, whatever the Hub asks for.
+            seconds = min(float(named), 600.0) if named.isdigit() else wait
             logger.warning("A request failed (%s); the next attempt is in %g s.", explain(error, "the Hub"), seconds)
         time.sleep(seconds)
     return call()
-
-
-def _limit_waiting() -> None:
-    """Give the requests of the Hub's client that have no time limit one: most of them would wait forever."""
-    session = get_session()
-    if _set_timeout not in (hooks := session.event_hooks["request"]):
-        session.event_hooks = {**session.event_hooks, "request": [*hooks, _set_timeout]}
-
-
-def _set_timeout(request: Any) -> None:
-    limits = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = limits | {
-        name: limits.get(name) or TIMEOUT for name in ("connect", "read", "write")
-    }
 
 
 def is_transient(error: BaseException) -> bool:

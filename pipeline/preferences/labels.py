@@ -6,14 +6,12 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from operator import itemgetter
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from pipeline.data.messages import labelled_pair
-from pipeline.errors import UserError
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
 
@@ -150,31 +148,18 @@ def label_answers(
 
 
 def _judge(judge: Judge, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison]) -> None:
-    """Let a judge make the choice of each comparison. The calls do not depend on the number of processes.
-
-    Raises:
-        UserError: On every process, if the judge raises one on any. One process of a machine reports it.
-    """
+    """Let a judge make the choice of each comparison. The calls do not depend on the number of processes."""
     state = PartialState()
-    judged: list[tuple[int, list[float | None] | UserError]] = []
+    judged: list[tuple[int, list[float | None]]] = []
     groups = itertools.groupby(comparisons, key=lambda comparison: comparison.row // JUDGED_AT_ONCE)
     for number, (_, group) in enumerate(groups):
         if number % state.num_processes != state.process_index:
             continue
         asked = list(group)
         first, second = ([comparison.shown[side] for comparison in asked] for side in (0, 1))
-        try:
-            outcomes = judge.match(first, second, [rows[comparison.row] for comparison in asked])
-            judged.append((number, list(outcomes)))
-        except UserError as error:
-            judged.append((number, error))
-            break
+        judged.append((number, list(judge.match(first, second, [rows[comparison.row] for comparison in asked]))))
 
     # In the order of the groups, whichever process judged them.
-    choices: list[int | None] = []
-    for _, outcomes in sorted(gather_object(judged), key=itemgetter(0)):
-        if isinstance(outcomes, UserError):
-            raise outcomes
-        choices += map(CHOICES.get, outcomes)
+    choices = [CHOICES.get(outcome) for _, outcomes in sorted(gather_object(judged)) for outcome in outcomes]
     for comparison, choice in zip(comparisons, choices, strict=True):
         comparison.choice = choice

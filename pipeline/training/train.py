@@ -270,13 +270,12 @@ def _model_card(trainer: Reliable) -> str:
     asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
     kind = type(args).__name__.removesuffix("Config").lower()
     runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
+    command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])
     trained = Trained(
         folder=Path(args.output_dir),
         kind=kind,
         name=args.hub_model_id or str(args.output_dir),
         settings=asked["settings"],
-        command=shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]]),
-        seconds=runtimes[-1] if runtimes else None,
-        machine=describe_machine(),
+        step={"command": command, "seconds": runtimes[-1] if runtimes else None, **describe_machine()},
     )
     return model_card(trained)

@@ -92,12 +92,13 @@ def test_streamed_answers_are_those_of_the_sampler(run: Path) -> None:
         *_, answer = write(loaded, ids, Sampling(max_new_tokens=20))
         ((expected,),) = generate(model, tokenizer, [ids], max_new_tokens=20)
         assert [token.id for token in answer.tokens] == expected.tokens
-        assert "".join(answer.pieces) == tokenizer.decode(expected.tokens)
+        assert "".join(token.text for token in answer.tokens) == tokenizer.decode(expected.tokens)
         logits = model(input_ids=torch.tensor([[*ids, *expected.tokens]])).logits[0, len(ids) - 1 : -1]
         log_probs = logits.log_softmax(-1)
         for place, token in enumerate(answer.tokens):
             assert token.log_prob == pytest.approx(float(log_probs[place, token.id]), abs=1e-3)
-            assert [other for other, _ in token.alternatives] == log_probs[place].topk(5).indices.tolist()
+            best = log_probs[place].topk(5).indices.tolist()
+            assert [other for other, _ in token.alternatives] == [tokenizer.decode([one]) for one in best]
 
 
 def test_sampling_settings_are_kept(run: Path) -> None:

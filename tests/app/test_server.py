@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from anyio import CapacityLimiter
-from fastapi import HTTPException
 from httpx2 import ASGITransport, AsyncClient
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
@@ -71,15 +70,7 @@ def test_a_run_that_was_not_measured_yet_is_shown(run: Path, site_of: Make, tmp_
 @pytest.mark.parametrize(
     "path",
     [
-        "/gradio_api/file=/etc/passwd",
         "/file=/etc/passwd",
-        "/gradio_api/file/run.json",
-        "/gradio_api/proxy=https://example.com",
-        "/gradio_api/custom_component/x/client/component/../../../../run.json",
-        "/gradio_api/dev/reload",
-        "/gradio_api/vibe-code/",
-        "/gradio_api/run-history/buckets",
-        "/monitoring",
         "/docs",
         "/openapi.json",
         "/run.json",
@@ -90,8 +81,7 @@ def test_what_the_page_does_not_need_is_not_there(client: TestClient, path: str)
     assert client.get(path).status_code in (400, 404)
 
 
-def test_nothing_is_uploaded_and_requests_are_small(client: TestClient) -> None:
-    assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
+def test_requests_are_small(client: TestClient) -> None:
     assert client.post("/compare", content=b"x" * (1 << 21)).status_code == 413
 
 
@@ -101,7 +91,7 @@ def test_a_body_whose_length_is_not_known_is_refused_before_it_is_read(guarded: 
     chunked = {"content-length": "4", "transfer-encoding": "chunked"}
     for path in ("/login", "/prefer/vote", "/"):
         assert guarded.request(method, path, content=b"body", headers=chunked).status_code == 411
-    assert guarded.post("/login", content=b"x" * (1 << 16)).status_code == 413
+    assert guarded.post("/login", content=b"x" * (1 << 21)).status_code == 413
 
 
 def test_a_path_in_a_call_is_not_opened(client: TestClient, run: Path) -> None:
@@ -128,7 +118,7 @@ def test_what_cannot_be_asked_is_refused(client: TestClient) -> None:
         assert client.post("/compare", json=asked | wrong).status_code == 422
 
 
-def test_a_visitor_who_leaves_ends_the_answer_and_too_many_are_told_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_visitor_who_leaves_ends_the_answer() -> None:
     turns, ended, steps = CapacityLimiter(1), [], []
 
     def answer() -> Generator[int]:
@@ -160,9 +150,6 @@ def test_a_visitor_who_leaves_ends_the_answer_and_too_many_are_told_to_wait(monk
     count = len(steps)
     time.sleep(0.1)
     assert len(steps) == count < 100
-    monkeypatch.setattr("pipeline.app.site.MOST_WAITING", 0)
-    with pytest.raises(HTTPException, match="503"):
-        stream(answer(), turns)
 
 
 @pytest.mark.parametrize("comment", [b'"\\ud800"', b"NaN", b"[" * 5000, b"\xff", b'{"a": '])
@@ -192,34 +179,23 @@ def test_without_the_password_there_is_only_the_form(guarded: TestClient) -> Non
     assert guarded.post("/login", data={"username": " ", "password": PASSWORD}).status_code == 401
 
 
-def test_wrong_passwords_are_checked_one_a_second_and_a_right_one_enters_meanwhile(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_wrong_passwords_are_checked_one_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = server.Gate(PlainTextResponse("the page"), PASSWORD, 7860)
-    pause = 0.2
+    pause = 0.1
     monkeypatch.setattr(server, "SECONDS_AFTER_WRONG", pause)
-    wrong: list[float] = []
 
-    async def attempt(password: str, delay: float = 0.0) -> int:
-        await asyncio.sleep(delay)
+    async def attempt(password: str) -> tuple[int, float]:
         async with AsyncClient(transport=ASGITransport(gate), base_url="http://127.0.0.1") as visitor:
             answer = await visitor.post("/login", data={"username": "ann", "password": password})
-        if answer.status_code == 401:
-            wrong.append(time.monotonic())
-        return answer.status_code
+        return answer.status_code, time.monotonic()
 
-    async def flood() -> int:
-        others = [asyncio.create_task(attempt(f"guess {number}")) for number in range(40)]
-        entered = await attempt(PASSWORD, delay=3.5 * pause)
-        for other in others:
-            other.cancel()
-        return entered
+    async def flood() -> list[tuple[int, float]]:
+        return await asyncio.gather(*(attempt(f"guess {number}") for number in range(6)), attempt(PASSWORD))
 
-    begun = time.monotonic()
-    assert asyncio.run(flood()) == 303
-    took = time.monotonic() - begun
-    assert 1 <= len(wrong) <= took / pause + 1
-    assert all(later - earlier > 0.9 * pause for earlier, later in pairwise(wrong))
+    *wrong, (entered, _) = asyncio.run(flood())
+    assert entered == 303 and {status for status, _ in wrong} == {401}
+    times = sorted(answered for _, answered in wrong)
+    assert all(later - earlier > 0.9 * pause for earlier, later in pairwise(times))
 
 
 def test_a_password_keeps_its_spaces(run: Path, site_of: Make, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def texts(run: Path) -> dict[str, dict[str, str]]:
     """Every card by the name of its repository, by kind."""
     found: dict[str, dict[str, str]] = {"model": {}, "dataset": {}, "space": {}}
     for item in Outputs(run, namespace="alice").repositories():
-        readme = item.files()["README.md"]
+        readme = item.files["README.md"]
         assert isinstance(readme, bytes)
         found[item.type][item.id.removeprefix("alice/mini-")] = readme.decode()
     return found
@@ -81,7 +81,7 @@ def test_figures_of_an_earlier_training_are_left_out(run: Path, tmp_path: Path) 
     record["steps"]["2_sft"]["finished_at"] = "2999-01-01T00:00:00+00:00"
     record["steps"]["3_ppo"]["started_at"] = "2026-01-01T00:00:00+00:00"
     (again / "run.json").write_text(json.dumps(record))
-    texts = {item.id: item.files()["README.md"] for item in Outputs(again, namespace="alice").repositories()}
+    texts = {item.id: item.files["README.md"] for item in Outputs(again, namespace="alice").repositories()}
     for stage in MODELS:
         is_old = stage in ("2_sft", "3_ppo")
         assert (b"## Results" not in texts[f"alice/mini-{stage}"]) == is_old, stage
@@ -128,7 +128,7 @@ def test_the_data_card_names_what_was_pushed_and_keeps_its_text(texts: dict[str,
 
 def test_the_report_of_the_space_needs_nothing_else(run: Path) -> None:
     space = Outputs(run, namespace="alice").repositories()[-1]
-    files = space.files()
+    files = space.files
     assert space.type == "space" and {"index.html", "metrics.json", "run.json"} <= set(files)
     page = files["index.html"]
     html = page.decode() if isinstance(page, bytes) else page.read_text()

@@ -10,9 +10,8 @@ import pytest
 from huggingface_hub import HfApi, snapshot_download
 
 from pipeline.hub import upload
-from pipeline.hub.access import check_access
 from pipeline.hub.upload import PUSH_ERRORS, explain, push
-from tests.hub.hub_server import HANGS, Hub, Token
+from tests.hub.hub_server import HANGS, Hub
 
 FILES: dict[str, bytes] = {
     "README.md": b"---\nlicense: mit\n---\n# A model\n",
@@ -136,16 +135,3 @@ def test_a_hub_that_does_not_say_what_is_missing(hub: Hub, tmp_path: Path, monke
     monkeypatch.setattr(hub, "answer", without_codes)
     push(HfApi(), "alice/m", write(tmp_path), "m", revision="dev")
     assert hub.files("alice/m", revision="dev") == FILES
-
-
-@pytest.mark.parametrize("status", [404, 405, 501])
-def test_a_hub_that_knows_no_check_of_access_is_asked_whose_the_token_is(hub: Hub, status: int) -> None:
-    hub.fail(status, "auth-check", times=9)
-    assert check_access(["alice/m"], "push_to_hub") == []
-    assert "belongs to bob" in str(*check_access(["bob/m"], "push_to_hub"))
-
-
-def test_a_token_that_may_only_read_is_told_from_one_that_may_write(hub: Hub) -> None:
-    hub.tokens["hf_alice"] = Token("alice", write=False)
-    hub.fail(200, "auth-check", body=b"{}")
-    assert "may only read" in str(*check_access(["alice/m"], "push_to_hub"))

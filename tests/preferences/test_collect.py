@@ -37,7 +37,7 @@ from pipeline.config.parser import parse
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import VOTES_FILE, read_votes
-from pipeline.errors import EXIT_WAITING, Problem, RunStopped, UserError
+from pipeline.errors import EXIT_WAITING, RunStopped, UserError
 from pipeline.models.generation import Completion
 from pipeline.preferences import labels
 from pipeline.preferences.collect import PreferenceArguments, collect, encode, label_answers, read_prompts, write
@@ -244,29 +244,6 @@ def test_processes_take_turns_at_judging(monkeypatch: pytest.MonkeyPatch) -> Non
                 label_answers(rows, answers, pairs_per_prompt=2, judge=judge)
     assert found == expected
     assert sorted(calls) == sorted(alone)
-
-
-def test_a_judges_mistake_on_one_process_is_raised_on_every_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"prompt": [{"role": "user", "content": str(i)}]} for i in range(150)]
-
-    def match(ours: Any, theirs: Any, asked: Any) -> list[float]:
-        if asked[0] is rows[64]:
-            raise UserError(Problem("judge", "my:judge", "returned nan"))
-        return [1.0] * len(ours)
-
-    def label(process: int, others: list[Any]) -> list[Any]:
-        """Return what a process sends to the others, which have sent `others`."""
-        sent: list[Any] = []
-        monkeypatch.setattr(labels, "PartialState", lambda: SimpleNamespace(num_processes=2, process_index=process))
-        monkeypatch.setattr(labels, "gather_object", lambda judged: sent.extend(judged) or [*judged, *others])
-        with pytest.raises(UserError if others or process else ValueError) as caught:
-            label_answers(rows, [["a", "b"]] * 150, pairs_per_prompt=1, judge=Judge("a test", match))
-        assert others == [] or str(caught.value) == "judge: my:judge: returned nan"
-        assert sent, "the others wait for it"
-        return sent
-
-    label(1, label(0, []))
-    label(0, label(1, []))
 
 
 def test_prompts_are_written_with_the_template_arguments_of_the_model(model_dir: Path, tmp_path: Path) -> None:
