@@ -139,7 +139,7 @@ class Answer:
         return str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True)).rstrip("\ufffd")
 
     def add(self, token: int, log_probs: Tensor) -> None:
-        """Append a token, of which `log_probs` are the log-probabilities of all tokens at its place."""
+        """Append a token. `log_probs` are the log-probabilities of all tokens at its place."""
         decode = self.loaded.tokenizer.decode
         before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
         added = self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))

@@ -1,8 +1,6 @@
-"""The page: its sections, one below the other, and its styles and scripts."""
+"""The page: its sections, one below the other."""
 
 from __future__ import annotations
-
-from importlib.resources import files
 
 from markupsafe import Markup
 
@@ -23,9 +21,6 @@ SECTIONS = {
     "report": "Report",
 }
 """The sections in order: id -> title."""
-
-REPORT_STYLES = ("colours.css", "path.css")
-"""Styles of the report that the page shares."""
 
 
 def page_html(site: Site, annotator: str | None) -> str:
@@ -49,15 +44,3 @@ def page_html(site: Site, annotator: str | None) -> str:
         voting=voting.content(site),
         rollout=rollout.content(site),
     )
-
-
-def static_files() -> dict[str, str]:
-    """Return the styles and the scripts by the names under which the page asks for them."""
-    own = files(__package__) / "static"
-    shared = files("pipeline.report") / "templates"
-    styles = [*(shared / name for name in REPORT_STYLES), own / "page.css", own / "voting.css"]
-    scripts = [own / f"{name}.js" for name in ("page", "compare", "voting", "rollout")]
-    return {
-        "page.css": "\n".join(file.read_text(encoding="utf-8") for file in styles),
-        "page.js": "\n".join(file.read_text(encoding="utf-8") for file in scripts),
-    }

@@ -18,7 +18,7 @@ from pipeline.evaluation.held_out import MAX_EXAMPLES, Reader
 from pipeline.report.text import visible
 
 HEADING = "## What may I ask?"
-"""Heading in the card of a data set, its README.md, below which it says what a model that is trained on it knows."""
+"""Heading in README.md of a data set. The text below it says what a model that is trained on these data knows."""
 
 GENERAL = (
     "What is like the data of this run. It knows nothing else: a question about other things gets an answer that only "

@@ -58,7 +58,7 @@ def content(site: Site) -> dict[str, Any]:
     for name in reversed(site.models.stages):
         info = stage_info(name)
         if info.watch:
-            # The tally beside a prompt that is shown: one answer says little about how often they are right.
+            # The tally that stands next to the prompt: one answer says little about how often they are right.
             solved = results[name].metrics.get("pass@1") if info.held_out == "problems" and name in results else None
             tally = f"{name} solves {solved.value:.0%} of {solved.n} held-out problems." if solved else ""
             policy = name if info.has_critic else before(site, name)
@@ -120,7 +120,7 @@ def before(site: Site, stage: str) -> str:
 def grpo(
     asked: Asked, settings: Settings, policy: Loaded, reference: Loaded, row: Settings, ids: Sequence[int]
 ) -> Iterator[Event]:
-    """Yield GRPO's steps after the prompt as they are made. The arguments are those of `watch.update`."""
+    """Yield GRPO's steps after the prompt as they are made. The arguments are as for `watch.update`."""
     group = watch.sample_group(policy, ids, settings, settings["num_generations"], asked.seed)
     about = f"{len(group)} attempts of {asked.policy}, sampled at temperature {settings['temperature']:g}."
     yield {"step": "completions", "title": "Completions", "about": about, "completions": list(map(shown, group))}

@@ -10,16 +10,19 @@ import threading
 from collections import Counter
 from collections.abc import MutableMapping
 from html import escape
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.app import compare, page, rollout, voting
@@ -80,6 +83,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("Content-Security-Policy", POLICY)
+                # Otherwise, the scripts of an earlier release could stay in a browser.
+                headers.setdefault("Cache-Control", "no-cache")
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "no-referrer"
             await send(message)
@@ -181,14 +186,10 @@ def build_app(site: Site) -> ASGIApp:
                 offered.append({"key": one.key, **shown})
         return offered
 
-    files = page.static_files()
-
-    @app.get("/static/{name}")
-    def static(name: str) -> Response:
-        if name not in files:
-            raise HTTPException(404)
-        kind = "text/css" if name.endswith(".css") else "text/javascript"
-        return Response(files[name], media_type=kind, headers={"Cache-Control": "no-cache"})
+    own, shared = Path(__file__).parent / "static", files("pipeline.report") / "templates"
+    app.mount("/static", StaticFiles(directory=own))
+    # The styles of the report that the page shares.
+    app.mount("/report-styles", StaticFiles(directory=str(shared)))
 
     gate = Gate(app, site.options.password, site.options.port)
     if site.options.password is not None:

@@ -387,7 +387,7 @@ class Voting:
         """Return who is preferred, and how far people agree, one line each."""
         lines = []
         for name, rate in win_rates(self.site.run, self.source[0], []).items():
-            # The interval is left out only if there is none: `outcome_mean` gives one for a single vote.
+            # A single tie has no interval: anything is possible.
             for opponent, one in (rate.by_kind or {f"against {self.source[0]}": rate}).items():
                 low, high = (number(100 * end, 0) for end in (one.low or 0.0, one.high or 1.0))
                 lines.append(

@@ -173,7 +173,7 @@ def token_view(
     prompt: Sequence[int],
     completion: Completion,
 ) -> TokenView:
-    """Return what PPO computes for each token of a completion. The arguments are those of `update`."""
+    """Return what PPO computes for each token of a completion. The arguments are as for `update`."""
     paths = settings.get("reward_model_path") or []
     loaded = [load_model(path, "reward_model_path", reward=True) for path in paths]
     judges = [judge.eval() for judge, _ in loaded]

@@ -42,7 +42,7 @@ def check_access(
         token: The token. Default: the one of `hf auth login`, or HF_TOKEN.
 
     Returns:
-        At most one problem: the first repository to which it may not write, or why that could not be found out.
+        At most one problem: the first repository to which it may not write, or why the Hub could not be asked.
     """
     api, repo_ids = HfApi(token=token), list(repo_ids)
     try:

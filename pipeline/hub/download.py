@@ -64,7 +64,7 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
 
 
 def _fetch_stream(name: str, config: str | None) -> None:
-    """Fetch the files of a data set's configuration, from which it is then streamed without the Hub.
+    """Fetch the files of a data set's configuration, so that it can be streamed without the Hub.
 
     All of its splits are fetched, because `datasets` does not open a folder that lacks one.
     """

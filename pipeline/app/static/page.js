@@ -1,4 +1,4 @@
-// What all sections share. `compare.js`, `voting.js` and `rollout.js` follow in the same file.
+// What all sections share. `compare.js`, `voting.js` and `rollout.js` are loaded after it.
 const byId = (id) => document.getElementById(id);
 const LOST = "The connection is lost. Send again once the server is back.";
 
