@@ -261,12 +261,10 @@ class Voting:
             # The terminal of whoever runs a page that others can open says what no visitor may see.
             if not self.site.is_private and len(self.log.standing()) % PRINTED == 0:
                 print(*self._said_so_far(), sep="\n", flush=True)
-            # A pair whose vote was taken back is shown again.
-            if choice is None:
-                self._open[name, ballot.page] = pair
         except Conflict as error:
             refused = f"Not counted: {error}."
-        return {**self._answer(ballot, lambda: self._choose(ballot)), "refused": refused}
+        # A pair whose vote was taken back is shown again.
+        return {**self._answer(ballot, lambda: self._choose(ballot, ballot.pair)), "refused": refused}
 
     def state(self, request: Request, page: Page) -> dict[str, Any]:
         """Answer with what the page says about the votes so far."""
@@ -339,24 +337,23 @@ class Voting:
             pair = {"error": visible(str(error), 1000)}
         return {"pair": pair, "state": self._summary(page.annotator)}
 
-    def _choose(self, page: Page, have: str = "") -> Pair:
+    def _choose(self, page: Page, have: str) -> Pair:
         """Return the pair that a page shows.
 
-        It is the one that the page has already, or else the annotator's first pair without a vote that no other page
-        shows, or else a new one.
+        It is the pair `have` that the page shows already, or else the annotator's first pair without a vote that no
+        other page shows, or else a new one.
         """
         name, source = page.annotator, self._source_of(page)
         # Of two pages of the same person, the second waits until the first has its pair.
         with self._locks[name]:
-            held = self._open.pop((name, page.page), None)
+            self._open.pop((name, page.page), None)
             # Copied, because pages of other people come and go meanwhile.
             elsewhere = {pair.pair for (person, _), pair in list(self._open.items()) if person == name}
             sequence = self.pairs.sequence(name, source)
-            own = [pair for pair in sequence if pair.pair == have or pair == held]
+            own = [pair for pair in sequence if pair.pair == have]
             free = [pair for pair in sequence if pair.pair not in elsewhere]
-            pair = next((pair for pair in own + free if not self.log.has_vote(name, pair.pair)), None)
-            if pair is None:
-                pair = self.pairs.allot(name, source)
+            without_vote = (pair for pair in own + free if not self.log.has_vote(name, pair.pair))
+            pair = next(without_vote, None) or self.pairs.allot(name, source)
             self._open[name, page.page] = pair
             return pair
 
