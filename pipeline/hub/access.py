@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, whoami
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.errors import Problem
-from pipeline.hub.upload import PUSH_ERRORS, explain, is_transient, retry
+from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 
 WRITING_ROLES = ("admin", "write", "contributor")
 """Roles in an organization that may create repositories."""
@@ -47,17 +47,13 @@ def check_access(
     api, repo_ids = HfApi(token=token), list(repo_ids)
     try:
         user = retry(lambda: whoami(token, cache=True))
-    except PUSH_ERRORS as error:
-        is_away = is_transient(error) or isinstance(error, OfflineModeIsEnabled)
-        remedy = f"the Hub cannot be reached at {api.endpoint}; check the network (and HF_HUB_OFFLINE), or push later"
-        return [Problem(field, ", ".join(repo_ids), remedy if is_away else explain(error, api.endpoint))]
-    for name in repo_ids:
-        repo_id = name if "/" in name else f"{user['name']}/{name}"
-        try:
+        for name in repo_ids:
+            repo_id = name if "/" in name else f"{user['name']}/{name}"
             if fault := _find_fault(api, user, repo_id, repo_type):
                 return [Problem(field, repo_id, fault)]
-        except PUSH_ERRORS as error:
-            return [Problem(field, repo_id, explain(error, repo_id))]
+    except PUSH_ERRORS as error:
+        names = ", ".join(repo_ids)
+        return [Problem(field, names, explain(error, names or api.endpoint))]
     return []
 
 

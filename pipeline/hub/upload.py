@@ -197,18 +197,16 @@ def explain(error: BaseException, repo_id: str) -> str:
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200]
     if isinstance(error, LocalTokenNotFoundError):
         return "it needs a token; log in with `hf auth login`, or set HF_TOKEN"
-    if status == 401:
-        return "the token is not valid, or has expired; make a new one, and log in with `hf auth login`"
-    if status == 403:
-        return f"the token may not write to {repo_id} ({said}); use one that may"
-    if status == 404:
-        return f"{repo_id} does not exist, or the token may not see it ({said})"
-    if status == 429:
-        return "the Hub accepts no more requests for now; wait a while"
+    reasons = {
+        401: "the token is not valid, or has expired; make a new one, and log in with `hf auth login`",
+        403: f"the token may not write to {repo_id} ({said}); use one that may",
+        404: f"{repo_id} does not exist, or the token may not see it ({said})",
+        429: "the Hub accepts no more requests for now; wait a while",
+    }
     if status is not None:
-        return f"the Hub answered {status} ({said})"
+        return reasons.get(status, f"the Hub answered {status} ({said})")
     if is_transient(error) or isinstance(error, OfflineModeIsEnabled):
-        return f"the Hub cannot be reached ({said or type(error).__name__})"
+        return f"the Hub cannot be reached ({said or type(error).__name__}); check the network and HF_HUB_OFFLINE"
     return said or type(error).__name__
 
 
