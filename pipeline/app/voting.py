@@ -391,7 +391,7 @@ class Voting:
                     f"{name} {opponent}: preferred in {100 * one.value:.0f}% ({low} to {high}) of {one.n} votes"
                 )
         if not lines:
-            lines = ["no votes between two different models yet, which `--pair` names"]
+            lines = ["no votes between two different models yet; choose two below, or start the page with --pair"]
         alpha, shared = agreement(self.log.standing())
         if shared >= FEW_SHARED and not math.isnan(alpha):
             meaning = "1 is perfect, 0 is chance"

@@ -261,8 +261,8 @@ def _trainer(
         return {"prompt_ids": [list(prompt)] * len(group), "completion_ids": ids, "logprobs": None}
 
     with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings():
-        # That `rollout_func` is experimental.
-        warnings.simplefilter("ignore", UserWarning)
+        # What the libraries deprecate is not for whoever looks at the page.
+        warnings.simplefilter("ignore")
         trainer = kind(
             model=copy.deepcopy(model),
             reward_funcs=rewards,
