@@ -165,8 +165,7 @@ def retry(call: Callable[[], T]) -> T:
     A `Retry-After` of the Hub is honoured.
     """
     for wait in WAITS:
-        # Most requests of the Hub's client have no time limit of their own, and would wait forever.
-        get_session().timeout = TIMEOUT
+        _limit_waiting()
         try:
             return call()
         except PUSH_ERRORS as error:
@@ -178,6 +177,21 @@ def retry(call: Callable[[], T]) -> T:
             logger.warning("A request failed (%s); the next attempt is in %g s.", explain(error, "the Hub"), seconds)
         time.sleep(seconds)
     return call()
+
+
+def _limit_waiting() -> None:
+    """Give the requests of the Hub's client that have no time limit one: most of them would wait forever."""
+    session = get_session()
+    if _set_timeout not in (hooks := session.event_hooks["request"]):
+        session.event_hooks = {**session.event_hooks, "request": [*hooks, _set_timeout]}
+
+
+def _set_timeout(request: Any) -> None:
+    # The client asks for no limit in the request itself, so that a limit of the session would not count.
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = limits | {
+        name: limits.get(name) or TIMEOUT for name in ("connect", "read", "write")
+    }
 
 
 def is_transient(error: BaseException) -> bool:
