@@ -93,13 +93,10 @@ class Loaded:
         Raises:
             UserError: If they leave no room for an answer.
         """
-        messages = [{**message, "content": well_formed(message["content"])} for message in messages]
         if self.tokenizer.chat_template:
             (ids,) = encode_prompts(self.tokenizer, [messages], self.template if template is None else template)
         else:
             ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
-        if not ids:
-            raise UserError(Problem("prompt", repr(messages[-1]["content"]), "has no tokens; write something"))
         if self.context and len(ids) >= self.context:
             remedy = f"is longer than the context of {self.name}, which is {self.context} tokens; shorten it"
             raise UserError(Problem("prompt", f"{len(ids)} tokens", remedy))
@@ -204,11 +201,6 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
         yield int(chosen), logits.log_softmax(-1)[0]
         # The cache holds what came before, so that the next pass needs the new token alone.
         ids = chosen.reshape(1, 1)
-
-
-def well_formed(text: str) -> str:
-    """Replace lone surrogates, which neither a tokenizer nor UTF-8 can represent, by question marks."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def load(path: str, name: str, option: str) -> Loaded:

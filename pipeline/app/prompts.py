@@ -24,7 +24,7 @@ GENERAL = (
     "What is like the data of this run. It knows nothing else: a question about other things gets an answer that only "
     "sounds like one."
 )
-"""What is said of data whose card has no such heading."""
+"""Text for data whose card lacks this heading."""
 
 KEYS = ("problems", "instructions", "prompts")
 """Keys of `evaluate.yaml` whose data have prompts, the most telling ones first."""

@@ -1,4 +1,4 @@
-"""What every section of the page works on, and how it answers piece by piece."""
+"""What all sections of the page share: the run that they show, and answers that are sent piece by piece."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step of a run that waits for people's votes, which the command reads before anything else is imported."""
+"""The step of a run that waits for people's votes. The command reads its settings before it imports PyTorch."""
 
 from __future__ import annotations
 

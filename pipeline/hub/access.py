@@ -1,4 +1,4 @@
-"""Whether the token may write to repositories on the Hub, asked before anything that takes long."""
+"""Check, before anything that takes long, that the token may write to repositories on the Hub."""
 
 from __future__ import annotations
 

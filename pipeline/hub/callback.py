@@ -60,7 +60,7 @@ class PushCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Delete what a killed run was pushing."""
+        """Delete the files that a killed run was pushing."""
         if state.is_world_process_zero:
             for staged in Path(args.output_dir).glob(f"{STAGED}-*"):
                 shutil.rmtree(staged, ignore_errors=True)
@@ -170,7 +170,7 @@ class PushCallback(TrainerCallback):
 
 
 def checkpoint_files(checkpoint: Path, folder: str) -> Files:
-    """Return what is pushed of a complete checkpoint: all that its manifest lists, without the paths of this machine.
+    """Return the files of a complete checkpoint as they are pushed, without the paths of this machine.
 
     Args:
         checkpoint: The checkpoint. The manifest that is pushed fits what is pushed.
@@ -193,7 +193,7 @@ def _is_weights(path: str) -> bool:
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where the file system does not allow that."""
+    """Hard-link a file, or copy it where the file system does not have hard links."""
     try:
         os.link(source, target)
     except OSError:

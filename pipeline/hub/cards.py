@@ -1,4 +1,4 @@
-"""The cards of what is pushed: what a reader of a repository on the Hub sees. Their text is in `templates/`."""
+"""Cards of models, data and reports, which a reader of the Hub sees first. Their text is in `templates/`."""
 
 from __future__ import annotations
 

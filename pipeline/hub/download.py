@@ -1,4 +1,4 @@
-"""What the steps of a recipe read from the Hub, fetched into the cache, for machines that have no internet."""
+"""Fetch what the steps of a recipe read from the Hub into the cache, for machines without internet."""
 
 from __future__ import annotations
 

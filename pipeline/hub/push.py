@@ -93,7 +93,8 @@ def main(args: argparse.Namespace) -> int:
     except PUSH_ERRORS as error:
         raise _stopped(str(args.run), error, args.namespace or args.repo_id) from error
     for name in run.wanted:
-        if (base := run.base_of(name)) is not None and run.base_id(name) is None:
+        base, base_id = run.bases.get(name, (Path(), ""))
+        if base_id is None:
             print(f"{name} is an adapter of {base.name}, which is not on the Hub: push that as well.", file=sys.stderr)
     disable_progress_bars()
     for item in repositories:

@@ -128,32 +128,33 @@ class Outputs:
             raise UserError(Problem("RUN", self.path, remedy))
         return wanted
 
-    def base_of(self, output: str) -> Path | None:
-        """Return the folder of the base model that an adapter names; None if it lies on the Hub, or for a model."""
-        base = Path(str(read_json(self.folders[output] / "adapter_config.json").get("base_model_name_or_path") or ""))
-        return base if base.is_absolute() else None
+    @cached_property
+    def bases(self) -> dict[str, tuple[Path, str | None]]:
+        """Base model of each adapter that names a folder: the folder, and its id on the Hub, None if it is not there.
 
-    def base_id(self, output: str) -> str | None:
-        """Return the id on the Hub of that folder, None if it is not there."""
-        base = self.base_of(output)
-        if base is None:
-            return None
-        if self._has_own_base(output):
-            return f"{self.id_of(output)}-{BASE}"
-        # The base model may lie in the cache of the Hub's client, or be a stage of this run, which may have been moved.
-        cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{base}/")
-        return "/".join(cached.groups()) if cached else self.ids.get(base.name)
-
-    def _has_own_base(self, output: str) -> bool:
-        """Return whether an adapter comes with its base model, which was itself merged from an adapter."""
-        base = self.base_of(output)
-        return base is not None and base.name == BASE and holds_model(self.folders[output] / BASE)
+        An adapter of a model that was itself merged from an adapter comes with its base, in the folder `base`.
+        """
+        found: dict[str, tuple[Path, str | None]] = {}
+        for name, folder in self.folders.items():
+            base = Path(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+            # The base model may lie in the cache of the Hub's client, or be a stage of this run, which may have moved.
+            cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{base}/")
+            if base.name == BASE and holds_model(folder / BASE):
+                found[name] = base, f"{self.id_of(name)}-{BASE}"
+            elif base.is_absolute():
+                found[name] = base, "/".join(cached.groups()) if cached else self.ids.get(base.name)
+        return found
 
     def repositories(self) -> list[Repository]:
         """Return what is pushed: data sets first, which the cards of the models name, then models, then the report."""
         found: list[Repository] = []
         for name in self.wanted:
-            found += [self._base(name)] if self._has_own_base(name) else []
+            _, base_id = self.bases.get(name, (Path(), None))
+            # PEFT does not look for the base in a subfolder, so that it has a repository of its own.
+            if base_id == f"{self.id_of(name)}-{BASE}":
+                card = to_bytes(base_card(base_id, self._trained(name)))
+                files = publishable(self.folders[name] / BASE)
+                found.append(Repository(base_id, "model", files | {"README.md": card}))
             found.append(self._dataset(name) if is_data(self.folders[name]) else self._model(name))
         found.sort(key=lambda item: item.type)
         if self.has_report and self.only is None:
@@ -185,15 +186,9 @@ class Outputs:
         """Return the files of a model or, if `source` is not its folder, of one of its checkpoints."""
         folder, trained = self.folders[output], self._trained(output)
         ids = {self.folders[name]: found for name, found in self.ids.items()}
-        ids |= {
-            path / BASE: f"{self.id_of(name)}-{BASE}" for name, path in self.folders.items() if self._has_own_base(name)
-        }
-        if (base := self.base_of(output)) and (base_id := self.base_id(output)):
-            ids[base] = base_id
+        ids |= {base: base_id for base, base_id in self.bases.values() if base_id}
         files = publishable(source, ids)
-        # The base model of an adapter has a repository of its own, because PEFT does not look in a subfolder.
-        if self._has_own_base(output):
-            files = {path: file for path, file in files.items() if not path.startswith(f"{BASE}/")}
+        files = {path: file for path, file in files.items() if not path.startswith(f"{BASE}/")}
         # Without a record of the run, the card is the one that the recipe wrote.
         if "README.md" in files and source == folder and not trained.step:
             own = files["README.md"]
@@ -206,12 +201,6 @@ class Outputs:
             card = critic_card(trained.name, read_json(folder / CRITIC / "config.json"))
             files[f"{CRITIC}/README.md"] = to_bytes(card)
         return files
-
-    def _base(self, output: str) -> Repository:
-        """Return the repository of the base model that an adapter comes with, since PEFT looks for it in its own."""
-        name = str(self.base_id(output))
-        card = to_bytes(base_card(name, self._trained(output)))
-        return Repository(name, "model", publishable(self.folders[output] / BASE) | {"README.md": card})
 
     def _trained(self, output: str) -> Trained:
         """Return what is known about a stage."""

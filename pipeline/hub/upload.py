@@ -79,6 +79,7 @@ def push(
     Raises:
         PUSH_ERRORS: If it still fails after some attempts, for the reason that `explain` gives.
     """
+
     # Any request may fail, and even a request that succeeded may seem to have failed, because its answer was lost. An
     # attempt therefore trusts nothing that an earlier one has done, but compares the branch with the files anew:
     #
@@ -87,13 +88,11 @@ def push(
     #     compare sizes and hashes --- equal ---> done, also if an earlier attempt made the commit and never heard of it
     #          |
     #     upload what differs, and commit on top of `parent` --- somebody else committed ---> 409 or 412, try again
-    changed: dict[str, None] = {}
-
-    def attempt() -> bool:
-        """Return whether the branch holds the files; if not, something that they need was created."""
+    def attempt() -> list[str] | None:
+        """Return the paths that have changed, None if the repository or the branch was created first."""
         found = _read_branch(api, repo_id, repo_type, revision, private)
         if found is None:
-            return False
+            return None
         parent, remote = found
         stale = [path for path in remote if path not in files and replaces(path)]
         new = []
@@ -101,7 +100,6 @@ def push(
             addition = CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
             if not _is_same(addition, remote.get(path)):
                 new.append(addition)
-        changed.update(dict.fromkeys([*(item.path_in_repo for item in new), *stale]))
         if new or stale:
             where: dict[str, Any] = {"repo_type": repo_type, "revision": revision, "create_pr": create_pr}
             # Files of the same content are uploaded once: `create_commit` alone would upload each.
@@ -110,11 +108,11 @@ def push(
                 api.preupload_lfs_files(repo_id, list(distinct.values()), free_memory=False, **where)
             operations = [*new, *map(CommitOperationDelete, stale)]
             api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent, **where)
-        return True
+        return [*(item.path_in_repo for item in new), *stale]
 
     for _ in range(5):
-        if retry(attempt):
-            return list(changed)
+        if (changed := retry(attempt)) is not None:
+            return changed
     raise RuntimeError(f"{repo_id} was created, but the Hub does not show it; check that your token may read it")
 
 

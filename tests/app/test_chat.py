@@ -51,14 +51,6 @@ def test_a_conversation_beyond_the_context_is_refused_with_both_numbers(
     assert len(shown) >= 2, "the next question is answered"
 
 
-def test_bytes_that_are_no_text_end_nothing(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What is \xff?\nWhat is 12?\n"), "utf-8"))
-    assert main(["chat", str(run / "4_grpo"), "--max_new_tokens", "4"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) >= 2
-
-
 def test_control_characters_of_an_answer_are_shown_and_not_sent_to_the_terminal(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
