@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.app.cli import check_limits
 from pipeline.errors import Problem, UserError
+from pipeline.files import holds_model
 
 # These imports take seconds, which `--help` does not need.
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def find_model(name: str, option: str) -> Loaded:
     from pipeline.app.models import load, stages_that_write
 
     path = Path(name)
-    if path.is_dir() and not (path / "config.json").exists() and (stages := stages_that_write(path)):
+    if path.is_dir() and not holds_model(path) and (stages := stages_that_write(path)):
         raise UserError(Problem(option, name, f"is a run; name one of its stages, such as {path / stages[-1]}"))
     return load(name, path.name if path.is_dir() else name, option)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.app.votes_step import models_to_vote_on
 from pipeline.errors import Problem, UserError
+from pipeline.files import holds_model
 
 LOCAL = "127.0.0.1"
 """The address that only this machine can open."""
@@ -121,7 +122,7 @@ def _check_run(run: Path, others: list[str]) -> list[Problem]:
     if not run.is_dir():
         return [Problem("RUN", run, "no such directory; make it with `python -m pipeline run RECIPES`")]
     # A run that starts from a model of the Hub has no model of its own yet while it waits for votes on that one.
-    if others or any(run.glob("[0-9]*_*/config.json")):
+    if others or any(map(holds_model, run.glob("[0-9]*_*"))):
         return []
     seeds = sorted(path.parent.name for path in run.glob("seed*/run.json"))
     if seeds:

@@ -24,6 +24,7 @@ from transformers import (
 from pipeline import hardware
 from pipeline.config.output_directory import recorded_template
 from pipeline.errors import Problem, UserError
+from pipeline.files import holds_model
 from pipeline.models.generation import Messages, encode_prompts, end_tokens
 from pipeline.models.kernels.sampler import accepts_argument
 from pipeline.models.loading import load_model
@@ -226,7 +227,7 @@ def load(path: str, name: str, option: str) -> Loaded:
 
 def stages_that_write(run: Path) -> list[str]:
     """Return the folders of a run whose models write text, in the order of training."""
-    found = [config.parent.name for config in run.glob("[0-9]*_*/config.json")]
+    found = [folder.name for folder in run.glob("[0-9]*_*") if holds_model(folder)]
     return sorted((name for name in found if stage_info(name).generates), key=stage_order)
 
 
@@ -248,7 +249,7 @@ class Models:
         self._paths = {name: (str(run / name), "RUN") for name in self.stages}
         self._paths |= {name: (name, "--model") for name in others}
         self.names = list(self._paths)
-        self._loaded: dict[str, Loaded | UserError] = {}
+        self._loaded: dict[str, Loaded] = {}
         self._locks = {name: Lock() for name in self.names}
 
     def get(self, name: str) -> Loaded:
@@ -256,20 +257,14 @@ class Models:
 
         Raises:
             KeyError: If the page has no model of that name.
-            UserError: If it cannot be loaded; it is not tried again.
+            UserError: If it cannot be loaded.
         """
         # Several visitors may ask at once. A lock for each model, because one that is loaded must not wait for another.
         with self._locks[name]:
             if name not in self._loaded:
                 path, option = self._paths[name]
-                try:
-                    self._loaded[name] = load(path, name, option)
-                except UserError as error:
-                    self._loaded[name] = error
-            found = self._loaded[name]
-        if isinstance(found, UserError):
-            raise found
-        return found
+                self._loaded[name] = load(path, name, option)
+            return self._loaded[name]
 
     def load_stages(self) -> None:
         """Load the models of the run, so that the first visitor does not wait. Print why one cannot be loaded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json
+from pipeline.files import holds_model, read_json
 
 
 def votes_step(run: Path) -> dict[str, Any]:
@@ -19,4 +19,4 @@ def votes_step(run: Path) -> dict[str, Any]:
 def models_to_vote_on(run: Path) -> list[str]:
     """Return the model that the run's step for votes names, if it is not a stage of the run."""
     name = str(votes_step(run).get("model_name_or_path") or "")
-    return [name] if name and not (run / Path(name).name / "config.json").exists() else []
+    return [name] if name and not holds_model(run / Path(name).name) else []

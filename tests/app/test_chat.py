@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pipeline.__main__ import main
-from pipeline.app.models import Loaded, Sampling, write
+from pipeline.app.models import Loaded, Models, Sampling, write
 from pipeline.models.generation import encode_prompts, generate
 
 
@@ -91,6 +92,21 @@ def test_streamed_answers_are_those_of_the_sampler(run: Path) -> None:
             assert token.log_prob == pytest.approx(float(log_probs[place, token.id]), abs=1e-3)
             best = log_probs[place].topk(5).indices.tolist()
             assert [other for other, _ in token.alternatives] == [tokenizer.decode([one]) for one in best]
+
+
+def test_an_adapter_is_a_stage_of_the_run(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "2_sft").symlink_to(run / "2_sft")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(run / "2_sft"), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "4_grpo")
+    AutoTokenizer.from_pretrained(run / "2_sft").save_pretrained(tmp_path / "4_grpo")
+    models = Models(tmp_path)
+    assert models.names == ["2_sft", "4_grpo"]
+    texts = []
+    for name in models.names:
+        loaded = models.get(name)
+        *_, answer = write(loaded, loaded.encode([{"role": "user", "content": "What is 12?"}]), Sampling(8))
+        texts.append(answer.text)
+    assert texts[0] == texts[1], "an adapter that is not trained changes nothing"
 
 
 def test_sampling_settings_are_kept(run: Path) -> None:
