@@ -6,30 +6,31 @@ when it takes too much CPU time, so that the verdict does not depend on the load
 the first answer that needs it and serves until this process ends.
 """
 
-# One line of JSON per message:
+# One message of JSON each way, over a connection that only these two processes have:
 #
 #     this process                              the child, `python -m MODULE`
 #     Checker.ask
 #         ["\\sqrt{8}", "2\\sqrt{2}", false] -> serve(judge): start the timer, judge, stop the timer
 #         true                               <-
 #
-# The kernel ends a child whose timer runs out; the end of its output is then the reply, and the next question starts
-# another child. If no reply comes although the child still has CPU time, the machine is too busy for a verdict.
+# The kernel ends a child whose timer runs out; the end of the connection is then the reply, and the next question
+# starts another child. If no reply comes although the child still has CPU time, the machine is too busy for a verdict.
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pipeline.errors import RunStopped
 from pipeline.rewards.sandbox import confinement
@@ -48,80 +49,74 @@ class Checker:
     Args:
         module: What the child runs, with `python -m`; it calls `serve`.
         purpose: What it does and who needs it, for messages.
+        slow: The reply to questions that take too long. After five of them, the rest of a call gets it unseen, so that
+            a policy that writes such answers cannot stall its training.
+        is_too_long: Whether a question is too long to be asked; it gets `slow` as well.
     """
 
-    def __init__(self, module: str, purpose: str) -> None:
-        self.module = module
-        self.purpose = purpose
-        self.process: subprocess.Popen[str] | None = None
-        self.replies: queue.Queue[str] = queue.Queue()
+    def __init__(self, module: str, purpose: str, slow: Any, is_too_long: Callable[[Any], bool]) -> None:
+        self.module, self.purpose = module, purpose
+        self.slow, self.is_too_long = slow, is_too_long
+        self.process: subprocess.Popen[bytes] | None = None
+        self.connection: Any = None
         self.lock = threading.Lock()
 
-    def ask_all(self, questions: Sequence[Any], slow: Any, is_too_long: Callable[[Any], bool]) -> list[Any]:
+    def ask_all(self, questions: Sequence[Any]) -> list[Any]:
         """Ask every question once, and return the replies in order; None where the machine is too busy.
 
         Args:
-            questions: What to ask; tuples of what JSON can hold.
-            slow: The reply to questions that take too long. After five of them, the rest of the call gets it unseen,
-                so that a policy that writes such answers cannot stall its training.
-            is_too_long: Whether a question is too long to be asked; it gets `slow` as well.
+            questions: Tuples of what JSON can hold.
         """
-        replies = dict.fromkeys(questions, slow)
-        asked = [question for question in replies if not is_too_long(question)]
+        replies = dict.fromkeys(questions, self.slow)
+        asked = [question for question in replies if not self.is_too_long(question)]
         number_slow = 0
         for index, question in enumerate(asked):
-            line = self.ask(json.dumps(question))
-            if line is None:
+            try:
+                replies[question] = self.ask(question)
+            except TimeoutError:
                 replies.update(dict.fromkeys(asked[index:]))
                 break
-            if line:
-                replies[question] = json.loads(line)
-            else:
+            except (EOFError, OSError):
                 number_slow += 1
-            if number_slow == MAX_SLOW:
-                break
+                if number_slow == MAX_SLOW:
+                    break
         return [replies[question] for question in questions]
 
-    def ask(self, question: str) -> str | None:
-        """Return the child's reply to a line, "" if the child ran out of time, or None if the machine is too busy."""
-        line: str | None
+    def ask(self, question: Any) -> Any:
+        """Return the child's reply.
+
+        Raises:
+            TimeoutError: If the machine is too busy.
+            EOFError, OSError: If the child ran out of time.
+        """
         with self.lock:
             if self.process is None:
                 self.start()
-            assert self.process is not None and self.process.stdin is not None
             try:
-                self.process.stdin.write(question + "\n")
-                self.process.stdin.flush()
-                line = self.replies.get(timeout=PATIENCE_SECONDS)
-            except queue.Empty:
-                line = None
-            except OSError:
-                line = ""
-            if not line:
+                self.connection.send_bytes(json.dumps(question).encode())
+                if not self.connection.poll(PATIENCE_SECONDS):
+                    raise TimeoutError
+                return json.loads(self.connection.recv_bytes())
+            except (EOFError, OSError):
                 self.stop()
-        return line
+                raise
 
     def start(self) -> None:
         """Start the child and wait until it says that it is ready."""
-        # Windows cannot start a process without SYSTEMROOT.
-        kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", self.module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=Path(__file__).parents[2],
-            # Threads that NumPy starts before the child is confined would not be.
-            env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **kept},
-            text=True,
-            encoding="utf-8",
-        )
-        assert self.process.stdout is not None
-        # A thread reads, because Windows cannot wait for a pipe with a time limit.
-        self.replies = queue.Queue()
-        threading.Thread(target=_forward_lines, args=(self.process.stdout, self.replies), daemon=True).start()
-        with contextlib.suppress(queue.Empty):
-            if self.replies.get(timeout=START_SECONDS):
+        self.connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", self.module, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                cwd=Path(__file__).parents[2],
+                # Threads that NumPy starts before the child is confined would not be.
+                env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        with contextlib.suppress(EOFError, OSError):
+            if self.connection.poll(START_SECONDS) and self.connection.recv_bytes():
                 return
         self.stop()
         remedy = f"see what `python -m {self.module}` prints"
@@ -129,50 +124,31 @@ class Checker:
 
     def stop(self) -> None:
         """Kill the child; the next question starts another."""
-        if self.process is None:
-            return
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with contextlib.suppress(OSError):
-                stream.close()
-        self.process = None
-
-
-def _forward_lines(stream: IO[str], lines: queue.Queue[str]) -> None:
-    """Put the lines of a stream into a queue, and "" at its end."""
-    # The stream may be closed meanwhile.
-    with contextlib.suppress(OSError, ValueError):
-        for line in stream:
-            lines.put(line)
-    lines.put("")
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.connection.close()
+            self.process = None
 
 
 def serve(judge: Callable[[Any], Any]) -> None:
-    """Read one JSON value per line, and write what `judge` returns for it: the main function of the child.
+    """Read one JSON value at a time, and write what `judge` returns for it: the main function of the child.
 
     Args:
         judge: Everything that it imports must be loaded already.
     """
-    # What a judge prints must not pass for a reply.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    # Windows lacks timers.
-    has_timer = hasattr(signal, "setitimer")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+    connection = Connection(int(sys.argv[1]))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory, contextlib.suppress(EOFError):
         os.chdir(directory)
         confinement.limit_resources(10**6, MEMORY_MB)
         files_confined = confinement.confine_files(directory)
         confinement.drop_privileges(files_confined)
         confinement.confine_calls(files_confined)
-        print("ready", file=replies, flush=True)
-        for line in sys.stdin:
-            question = json.loads(line)
+        connection.send_bytes(b"ready")
+        while True:
+            question = json.loads(connection.recv_bytes())
             # The timer counts CPU time, and the kernel ends this process after it.
-            if has_timer:
-                signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             reply = judge(question)
-            if has_timer:
-                signal.setitimer(signal.ITIMER_PROF, 0)
-            print(json.dumps(reply), file=replies, flush=True)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.send_bytes(json.dumps(reply).encode())

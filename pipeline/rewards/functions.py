@@ -17,8 +17,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.rewards import answers, math_check, task_check
+from pipeline.rewards import answers
 from pipeline.rewards.annotators import taste
+from pipeline.rewards.checker import Checker
 from pipeline.rewards.grading import extract_code
 from pipeline.rewards.sandbox.run import run_many
 
@@ -41,11 +42,27 @@ _OTHER_LETTER = re.compile(
 """Another letter in what follows the answer's, or a word that takes it back."""
 
 
+MATH_CHARACTERS, TASK_CHARACTERS = 300, 10_000
+"""Longer expressions, and longer answers to tasks of reasoning-gym, are not looked at."""
+math_judge = Checker(
+    "pipeline.rewards.math_judge",
+    "math-verify, which math_answer",
+    slow=False,
+    is_too_long=lambda question: max(len(text or "") for text in question[:2]) > MATH_CHARACTERS,
+)
+task_judge = Checker(
+    "pipeline.rewards.task_check",
+    "reasoning-gym, which the reward reasoning_gym",
+    slow=0.0,
+    is_too_long=lambda question: len(question[-1]) > TASK_CHARACTERS,
+)
+
+
 def math_answer(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> Rewards:
     r"""Return 1.0 if the final answer equals the reference mathematically, as "0.5", "1/2" and `\frac{1}{2}` do.
 
     If the reference is a plain number, the answer must be a value, too: "14 + 6" and "40/2" are not 20. Otherwise it
-    must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_check`): the problem
+    must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_judge`): the problem
     is not its solution. Times, dates and scores ("3:30") are compared as text. "36%" is 36 only if the reference has a
     per cent sign as well, or if the problem mentions per cent.
 
@@ -77,9 +94,9 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     if pending:
         # References that math-verify cannot parse teach nothing, not even where the answer is the same text.
         known = sorted({reference for _, reference, _, _ in pending})
-        parsed = dict(zip(known, math_check.compare([(reference, None, False) for reference in known]), strict=True))
+        parsed = dict(zip(known, math_judge.ask_all([(reference, None, False) for reference in known]), strict=True))
         asked = [question for question in pending if question[2] is not None and parsed[question[1]]]
-        verdicts = math_check.compare([(reference, given, copied) for _, reference, given, copied in asked])
+        verdicts = math_judge.ask_all([(reference, given, copied) for _, reference, given, copied in asked])
         for (index, *_), verdict in zip(asked, verdicts, strict=True):
             rewards[index] = None if verdict is None else float(verdict)
         for index, reference, _, _ in pending:
@@ -185,7 +202,7 @@ def reasoning_gym(
             found[index] = text[start:end].strip()
 
     rows = zip(kind, problems, map(str, answer), metadata, (given or "" for given in found), strict=True)
-    scores = task_check.score(list(rows))
+    scores = task_judge.ask_all(list(rows))
     # Some verifiers pay for an empty answer.
     rewards: Rewards = [score and score * (given is not None) for score, given in zip(scores, found, strict=True)]
     return _logged("reasoning_gym", found, rewards, columns)

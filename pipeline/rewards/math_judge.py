@@ -1,4 +1,4 @@
-r"""Judge whether expressions, sets and intervals are equal: the child process that `pipeline.rewards.math_check` asks.
+r"""Judge whether expressions, sets and intervals are equal: the child process that `math_answer` asks.
 
 math-verify computes: to it, `\sqrt{50}+\sqrt{18}` is `8\sqrt{2}`, and the time 1:10 is 3:30. So it only compares single
 expressions, and an answer must be as simple as its reference and have its form: the problem itself is not its solution.
@@ -76,7 +76,8 @@ def judge(question: tuple[str, str | None, bool]) -> bool:
     """Return whether an answer is its reference, or without an answer, whether the reference can be read.
 
     Args:
-        question: A reference, the answer to judge or None, and whether the answer is a part of the prompt.
+        question: A reference, the answer to judge or None, and whether the answer is a part of the prompt, which must
+            then have the form of the reference.
     """
     reference, answer, literal = question
     if answer is None:

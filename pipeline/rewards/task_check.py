@@ -1,4 +1,4 @@
-"""Scores by the verifiers of reasoning-gym, in the child process of `pipeline.rewards.checker`.
+"""Scores by the verifiers of reasoning-gym: the child process that the reward `reasoning_gym` asks.
 
 Several verifiers evaluate what the model wrote as Python, by `eval` or by SymPy's `parse_expr`. An answer such as
 `entry['answer']` would be paid in full, and one that calls functions could change how later ones are judged. So the
@@ -21,19 +21,18 @@ checked, in ways that no task's name decides.
 
 from __future__ import annotations
 
+import dis
+import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType
 from typing import Any
 
 from pipeline.rewards.answers import number
-from pipeline.rewards.checker import Checker, serve
-
-MAX_LENGTH = 10_000
-"""Characters in an answer; longer ones are not looked at."""
-MISSING = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"
+from pipeline.rewards.checker import serve
 
 _WRONG = ("x", "0", "True", "nonsense")
 """Answers that a verifier may only pay in full if they occur in the task's own answer."""
@@ -43,17 +42,6 @@ _TOLERANCE = 1e-3
 
 Question = tuple[str, str, str, str, str]
 """Task, problem, its own answer, its metadata as JSON text, and the answer to judge."""
-
-_checker = Checker("pipeline.rewards.task_check", "reasoning-gym, which the reward reasoning_gym")
-
-
-def score(questions: list[Question]) -> list[float | None]:
-    """Return the task's own score, 0 to 1, of each answer; None if its row cannot be read or the machine is too busy.
-
-    Answers of more than 10,000 characters and those that take longer than 2 s score 0; see also `Checker.ask_all`. So
-    do all answers to a problem whose verifier pays for nonsense, or pays without having looked at the problem.
-    """
-    return _checker.ask_all(questions, slow=0.0, is_too_long=lambda question: len(question[-1]) > MAX_LENGTH)
 
 
 class _Entry(dict[str, Any]):
@@ -72,8 +60,6 @@ class _Entry(dict[str, Any]):
 
 def _names(code: CodeType) -> Iterator[str]:
     """Yield the names that code uses, and "." for an attribute."""
-    import dis
-
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_NAME"):
             yield "."
@@ -87,9 +73,6 @@ def _names(code: CodeType) -> Iterator[str]:
 
 def _serve() -> None:
     """Judge a `Question`: the main function of the child."""
-    import json
-    import sys
-
     import sympy
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
 

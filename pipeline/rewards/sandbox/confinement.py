@@ -11,8 +11,7 @@ Each of these layers stops most attacks on its own:
 5. an audit hook that refuses the same with a message that says what was refused.
 
 Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the other layers remain, and without Landlock root becomes
-`nobody`; the sandbox runs there only if the user allows it. Windows has none of them: the sandbox refuses to run there,
-and `pipeline.rewards.checker` has only its time limit. Side channels and the wall-clock time are not covered; the
+`nobody`; the sandbox runs there only if the user allows it. Side channels and the wall-clock time are not covered; the
 parent kills a process that takes too long.
 
 The sandbox's child loads this module by path and calls it before any foreign code, so it imports only the standard
@@ -35,6 +34,7 @@ import errno
 import math
 import os
 import platform
+import resource
 import struct
 import sys
 
@@ -42,12 +42,6 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-# Windows lacks it.
-try:
-    import resource
-except ImportError:
-    resource = None  # type: ignore[assignment]
 
 OPEN_FILES = 32
 FILE_BYTES = 1 << 20
@@ -114,8 +108,6 @@ def die_with_parent() -> None:
 
 def limit_resources(seconds: float, memory_mb: int) -> None:
     """Set hard limits: `seconds` of CPU time (rounded up, plus one) and `memory_mb` MiB of address space."""
-    if resource is None:
-        return
     cpu = math.ceil(seconds) + 1
     wanted = {
         "RLIMIT_CPU": (cpu, cpu + 1),
@@ -169,7 +161,7 @@ def confine_files(directory: str) -> bool:
 
 def drop_privileges(files_confined: bool) -> None:
     """Give up all capabilities; root becomes `nobody`, who gets the working directory, where Landlock is missing."""
-    if hasattr(os, "geteuid") and os.geteuid() == 0 and not files_confined:
+    if os.geteuid() == 0 and not files_confined:
         os.chown(".", 65534, 65534)
         os.setgroups([])
         os.setgid(65534)
@@ -186,8 +178,7 @@ def drop_privileges(files_confined: bool) -> None:
 def confine_calls(files_confined: bool) -> bool:
     """Allow only `SYSTEM_CALLS` from now on, with seccomp; EPERM for others. Return whether it succeeded."""
     # For systems without seccomp; this does not bind a root that has its capabilities.
-    if resource is not None:
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
     if sys.platform != "linux" or column is None:
         return False

@@ -3,8 +3,8 @@
 Every run is a fresh Python process with nothing but the standard library, an empty environment and an empty temporary
 directory that is deleted afterwards. `pipeline.rewards.sandbox.confinement` lists what the process may not do, and
 `pipeline.rewards.sandbox.child` explains why wrong code cannot pass its test. String hashes are not randomised, so that
-verdicts are repeatable. The sandbox needs `os.fork`, which Windows lacks, and runs code that the kernel cannot confine
-only where `allow_unconfined` is set: `validate_sandbox` reports what is missing on this machine.
+verdicts are repeatable. The sandbox runs code that the kernel cannot confine only where `allow_unconfined` is set:
+`validate_sandbox` reports what is missing on this machine.
 """
 
 import contextlib
@@ -63,18 +63,20 @@ class Outcome:
     """The result of one run.
 
     Attributes:
-        passed: Whether the code and the whole test ran without an exception.
-        status: "passed"; "failed" (an assertion, an exception, `sys.exit`); "timeout"; "memory"; "refused" (an attempt
-            to use the network, a process or a file outside; too many files); "crashed" (the process ended without a
-            verdict); "busy" (the machine was too busy to start the code, or to give it its time).
-        seconds: Wall-clock time, including the start of the process.
+        status: "passed" (the code and the whole test ran without an exception); "failed" (an assertion, an exception,
+            `sys.exit`); "timeout"; "memory"; "refused" (an attempt to use the network, a process or a file outside; too
+            many files); "crashed" (the process ended without a verdict); "busy" (the machine was too busy to start the
+            code, or to give it its time).
         output: What the code and the test printed, including errors, cut off at 16 KiB.
     """
 
-    passed: bool
     status: Status
-    seconds: float
     output: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the code passed its test."""
+        return self.status == "passed"
 
 
 def validate_sandbox() -> str | None:
@@ -84,8 +86,6 @@ def validate_sandbox() -> str | None:
 
 @cache
 def _validate_sandbox(allowed: bool) -> str | None:
-    if not hasattr(os, "fork"):
-        return "cannot run code here, without os.fork; use Linux or macOS"
     outcome = _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True)
     lines = outcome.output.strip().splitlines()
     if outcome.status == "busy":
@@ -114,7 +114,7 @@ def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: 
     if fault := validate_sandbox():
         raise RunStopped(f"code_tests: {fault}")
     if len(code) > CODE_CHARACTERS:
-        return Outcome(False, "refused", 0.0, f"more than {CODE_CHARACTERS} characters of code")
+        return Outcome("refused", f"more than {CODE_CHARACTERS} characters of code")
     outcome = _run(code, test, seconds, memory_mb, unconfined=allow_unconfined)
     if outcome.status == "unconfined":
         raise RunStopped("code_tests: the kernel does not confine code here")
@@ -140,7 +140,6 @@ def run_many(
 
 def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
     """Start the child, wait for its verdict, and kill all of its processes."""
-    began = time.monotonic()
     token = secrets.token_hex(16)
     # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
     flags = ["-s", "-P", "-S", "-u", "-X", "utf8"]
@@ -182,7 +181,7 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
     # Descriptors, processes, memory or space on the disk ran out.
     except OSError as error:
         status, output = "busy", str(error).encode()
-    return Outcome(status == "passed", status, time.monotonic() - began, output.decode(errors="replace"))
+    return Outcome(status, output.decode(errors="replace"))
 
 
 def _wait(
