@@ -153,7 +153,7 @@ def update(
         before = _log_probs(trainer, prompt, group)
         trainer.train()
         after = _log_probs(trainer, prompt, group)
-        table = trainer.rewards.table
+        table = trainer.all_rewards
         columns = [[None if math.isnan(reward) else reward for reward in column] for column in table.T.tolist()]
         return Update(
             rewards=dict(zip(trainer.reward_func_names, columns, strict=True)),
@@ -200,7 +200,7 @@ def token_view(
         if trainer.args.kl_coef > 0:
             compared = trainer._reference_logps(ids, attention_mask, mask.shape[1], len(ids))
             kl = ppo_math.kl_estimate(logps, compared, trainer.args.kl_estimator) * mask
-        score = float((trainer.rewards.table[0] * trainer.reward_weights).nansum())
+        score = float((trainer.all_rewards[0] * trainer.reward_weights).nansum())
         penalty = 0.0 if completion.stopped else settings.get("missing_eos_penalty") or 0.0
         scores = torch.full((len(ids),), score - penalty, device=kl.device)
         columns = {

@@ -27,11 +27,6 @@ def bind_forward(module: Any, forward: Callable[..., Any]) -> None:
     module.forward = MethodType(forward, module)
 
 
-def replace_sync_weights(vllm: Any, sync_weights: Callable[[], None]) -> None:
-    """Make TRL's `VLLMGeneration`, which its trainer makes and calls, load weights with another function."""
-    vllm.sync_weights = sync_weights
-
-
 def record_rows(train_dataloader: Any) -> deque[list[int]]:
     """Record which rows of the data set each batch is made of, in the order of the batches.
 

@@ -8,20 +8,23 @@ import difflib
 import functools
 import importlib
 import inspect
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from textwrap import shorten
 from typing import Any, SupportsFloat
 
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from pipeline.errors import Problem, UserError
-from pipeline.rewards import task_check
+from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.rewards.functions import REWARDS, code_tests, reasoning_gym
 from pipeline.rewards.sandbox.run import validate_sandbox
 
 TRAINERS_OWN = ("trainer_state", "environments", "log_extra", "log_metric")
 """Arguments of reward functions that are objects of the trainer, not data."""
+
+MAX_REWARD = 1e30
+"""Bound of a reward: sums of the squares of larger ones are infinite in float32."""
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
@@ -54,7 +57,7 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
             if own is code_tests:
                 fault = validate_sandbox()
             elif own is reasoning_gym and find_spec("reasoning_gym") is None:
-                fault = task_check.MISSING
+                fault = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"
         if fault:
             problems.append(Problem(field, name, fault))
     if not names:
@@ -80,14 +83,14 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     # A user's module may raise anything.
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(Problem(field, name, f"cannot import {module_name or '(nothing)'} ({reason})")) from error
+        raise UserError(Problem(field, name, f"cannot import {module_name} ({reason})")) from error
 
     function = getattr(module, function_name, None)
     if not callable(function):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         nearest = difflib.get_close_matches(function_name, callables, n=1)
         hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
-        remedy = f"{module_name} does not have a function {function_name or '(nothing)'}{hint}"
+        remedy = f"{module_name} does not have a function {function_name}{hint}"
         raise UserError(Problem(field, name, remedy))
 
     # Some functions written in C do not have a signature.
@@ -100,7 +103,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
 
 
 def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_funcs") -> Callable[..., Any]:
-    """Give a reward function its own copy of all data, and raise a `UserError` for rewards that cannot be used.
+    """Give a reward function its own copy of all data, and raise a `UserError` if it fails or returns no rewards.
 
     TRL passes the same lists to every function, so that one that edits them would change what the next one judges.
 
@@ -110,54 +113,68 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
         name: Its name, for messages.
         field: The YAML key, for messages.
     """
-    if function in REWARDS.values() or "is_guarded" in getattr(function, "__dict__", ()):
+    if function in REWARDS.values() or hasattr(function, "is_guarded"):
         return function
 
-    def arguments(completions: Sequence[Any] | None, columns: dict[str, Any]) -> dict[str, Any]:
-        given = columns if completions is None else {**columns, "completions": completions}
-        return {key: value if key in TRAINERS_OWN else copy.deepcopy(value) for key, value in given.items()}
+    def copied(columns: dict[str, Any]) -> dict[str, Any]:
+        return {key: value if key in TRAINERS_OWN else copy.deepcopy(value) for key, value in columns.items()}
+
+    def checked(rewards: Any, completions: Sequence[Any]) -> Any:
+        if fault := _find_fault(rewards, len(completions)):
+            expected = "return a list with a number, or None for no opinion, for each completion"
+            raise UserError(Problem(field, name, f"returned {fault}; {expected}"))
+        return rewards
 
     # TRL checks whether a function is asynchronous before it calls it, so there must be two versions.
-    guarded: Callable[..., Any]
+    guarded: Any
     if is_async_callable(function):
 
         @functools.wraps(function)
-        async def guarded(completions: Sequence[Any] | None = None, **columns: Any) -> Any:
-            rewards = await function(**arguments(completions, columns))
-            return _validated(rewards, completions, name, field)
+        async def guarded(completions: Sequence[Any], **columns: Any) -> Any:
+            with _named(name, field):
+                rewards = await function(**copied({"completions": completions, **columns}))
+            return checked(rewards, completions)
 
     else:
 
         @functools.wraps(function)
-        def guarded(completions: Sequence[Any] | None = None, **columns: Any) -> Any:
-            rewards = function(**arguments(completions, columns))
-            return _validated(rewards, completions, name, field)
+        def guarded(completions: Sequence[Any], **columns: Any) -> Any:
+            with _named(name, field):
+                rewards = function(**copied({"completions": completions, **columns}))
+            return checked(rewards, completions)
 
     # TRL logs the reward under this name.
     guarded.__name__ = get_callable_name(function)
-    guarded.__dict__["is_guarded"] = True
+    guarded.is_guarded = True
     return guarded
 
 
-def _validated(rewards: Any, completions: Sequence[Any] | None, name: str, field: str) -> Any:
-    """Return `rewards` if they are a number or None for each completion; raise a `UserError` otherwise."""
-    # A reward that TRL takes from environments may be asked with them alone.
-    count = len(rewards if completions is None and isinstance(rewards, Collection) else completions or ())
-    expected = f"return a list with a number, or None, for each of the {count} completions"
+@contextlib.contextmanager
+def _named(name: str, field: str) -> Iterator[None]:
+    """Raise whatever a user's function raises as a `UserError` that names the function and its line."""
+    try:
+        yield
+    except (UserError, RunStopped):
+        raise
+    except (Exception, SystemExit) as error:
+        # The line of the function's own file, rather than one of a library that it called.
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
+        place = f" ({frames[0].filename}:{lines[-1]})" if frames else ""
+        raised = f"raised {type(error).__name__}: {shorten(str(error), 200)}{place}"
+        raise UserError(Problem(field, name, f"{raised}; correct the function")) from error
+
+
+def _find_fault(rewards: Any, count: int) -> str | None:
+    """Return which of `rewards` are not a number or None for each of `count` completions, or None."""
     if isinstance(rewards, str | Mapping) or not isinstance(rewards, Collection):
-        given = f"{type(rewards).__name__} {str(rewards)[:40]!r}"
-        raise UserError(Problem(field, name, f"returned {given}; {expected}"))
+        return f"{type(rewards).__name__} {str(rewards)[:40]!r}"
     if len(rewards) != count:
-        raise UserError(Problem(field, name, f"returned {len(rewards)} rewards; {expected}"))
+        return f"{len(rewards)} rewards for {count} completions"
     for row, reward in enumerate(rewards):
-        if reward is None:
-            continue
         # NumPy's strings support conversion to float, and so do arrays of several numbers.
-        is_number = isinstance(reward, SupportsFloat) and not isinstance(reward, str)
-        if not is_number or getattr(reward, "ndim", 0) > 0:
-            given = f"{type(reward).__name__} {str(reward)[:40]!r}"
-            raise UserError(Problem(field, name, f"returned {given} among the rewards; {expected}"))
-        if math.isnan(reward):
-            remedy = f"returned {reward} for completion {row} of {count}, counted from 0; return a number, or None"
-            raise UserError(Problem(field, name, f"{remedy} for no opinion"))
-    return rewards
+        is_number = isinstance(reward, SupportsFloat) and not isinstance(reward, str) and not getattr(reward, "ndim", 0)
+        if reward is not None and not (is_number and abs(float(reward)) < MAX_REWARD):
+            shown = reward if is_number else f"{type(reward).__name__} {str(reward)[:40]!r}"
+            return f"{shown} for completion {row} of {count}, counted from 0"
+    return None

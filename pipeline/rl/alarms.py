@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,10 +37,7 @@ beyond it is success: equal rewards and low entropy are what was asked for. Scor
 
 MIN_ENTRIES, MIN_COMPLETIONS = 3, 64
 """Entries of the log in a row that have to be bad, and completions that they have to describe, to raise an alarm: small
-batches are often all right or all wrong. As many have to be good before it may be raised again."""
-
-RECOVERY = 0.5
-"""Good is a figure half as bad as one that raises an alarm."""
+batches are often all right or all wrong."""
 
 EXPLORE = "lower learning_rate, or raise entropy_coef or the KL penalty (kl_coef in PPO, beta in GRPO)"
 ADVICE = {
@@ -56,7 +52,7 @@ ADVICE = {
 
 
 class CollapseAlarms(TrainerCallback):
-    """Warn once of each kind of collapse, until it recovers, and add `{"alarm/<name>": figure, "step": N}` to the log.
+    """Warn once of each kind of collapse, and add `{"alarm/<name>": figure, "step": N}` to the log.
 
     Where most entries are bad, but too few in a row, the alarm is raised at the end.
 
@@ -75,15 +71,9 @@ class CollapseAlarms(TrainerCallback):
     def _forget(self) -> None:
         self._start: dict[str, float] = {}
         self._reward, self._lowest, self._highest, self._deviation = math.nan, math.inf, -math.inf, 0.0
-        # The alarms that are raised now, and the ones that ever were.
+        # The figures of each alarm so far, None for one that is not bad.
+        self._figures: dict[str, list[float | None]] = {}
         self._raised: set[str] = set()
-        self._ever: set[str] = set()
-        # How many entries in a row speak for changing the state of an alarm, by its name.
-        self._against: Counter[str] = Counter()
-        # How many entries had a figure for it, how many of them were bad, and the last such figure.
-        self._seen: Counter[str] = Counter()
-        self._bad: Counter[str] = Counter()
-        self._latest: dict[str, float] = {}
 
     def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Read what was logged before a resumed run stopped."""
@@ -96,63 +86,55 @@ class CollapseAlarms(TrainerCallback):
         self, args: GRPOConfig, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Raise the alarms of the latest entry."""
-        self._raise(self._read(logs or {}), state)
+        for name, figure in self._read(logs or {}).items():
+            self._raise(name, figure, state)
 
     def on_train_end(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Raise each alarm that was not raised although most entries are bad: a short run has few."""
-        if state.global_step >= state.max_steps:
-            bad = {name: self._latest[name] for name, count in self._bad.items() if 2 * count > self._seen[name]}
-            self._raise({name: value for name, value in bad.items() if name not in self._ever}, state)
+        if state.global_step < state.max_steps:
+            return
+        for name, figures in self._figures.items():
+            bad = [figure for figure in figures if figure is not None]
+            if name not in self._raised and 2 * len(bad) > len(figures):
+                self._raise(name, bad[-1], state)
 
-    def _raise(self, alarms: Mapping[str, float], state: TrainerState) -> None:
-        for name, value in alarms.items():
-            state.log_history.append({f"alarm/{name}": value, "step": state.global_step})
-            logger.warning("%-11s %s at step %d: %.3g %s", "alarm", name, state.global_step, value, ADVICE[name])
+    def _raise(self, name: str, figure: float, state: TrainerState) -> None:
+        state.log_history.append({f"alarm/{name}": figure, "step": state.global_step})
+        logger.warning("%-11s %s at step %d: %.3g %s", "alarm", name, state.global_step, figure, ADVICE[name])
 
     def _read(self, entry: Mapping[str, Any]) -> dict[str, float]:
-        """Take in an entry of the log, and return the figures of the alarms that it raises."""
+        """Take in an entry of the log, and return the figures of the alarms that it raises, by name."""
         raised = {}
-        for name, value, severity in self._severities({k: v for k, v in entry.items() if v is not None}):
-            # Bad entries speak against an alarm that is not raised, good ones against one that is.
-            self._seen[name] += 1
-            if severity >= 1:
-                self._bad[name] += 1
-                self._latest[name] = value
-            against = severity < RECOVERY if name in self._raised else severity >= 1
-            self._against[name] = self._against[name] + 1 if against else 0
-            if self._against[name] == self._patience:
-                self._against[name] = 0
-                self._raised ^= {name}
-                if name in self._raised:
-                    raised[name] = value
-                    self._ever.add(name)
+        for name, figure, is_bad in self._judge({k: v for k, v in entry.items() if v is not None}):
+            figures = self._figures.setdefault(name, [])
+            figures.append(figure if is_bad else None)
+            latest = figures[-self._patience :]
+            if name not in self._raised and len(latest) == self._patience and None not in latest:
+                self._raised.add(name)
+                raised[name] = figure
         return raised
 
-    def _severities(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-        """Yield the name and the figure of each alarm, if the entry has it, and how bad it is: at its limit, 1."""
+    def _judge(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, bool]]:
+        """Yield the name and the figure of each alarm, if the entry has it, and whether it is bad."""
         self._reward = entry.get("reward", self._reward)
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
         # A mean reward that is nearly as high as any single one was is success, not collapse.
         way = self._highest - self._lowest
-        mastered = self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way
+        collapsed = not (self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way)
         if (length := entry.get("completions/mean_length")) is not None:
             limit = max(LENGTH_SHARE * self._start.setdefault("length", length), MIN_LENGTH)
-            yield "length_near_zero", length, _ratio(limit, length)
+            yield "length_near_zero", length, length <= limit
             cut_off = entry["completions/clipped_ratio"]
-            yield "length_at_limit", cut_off, cut_off / MAX_CUT_OFF
+            yield "length_at_limit", cut_off, cut_off >= MAX_CUT_OFF
         if (entropy := entry.get("entropy")) is not None:
             limit = max(ENTROPY_SHARE * self._start.setdefault("entropy", entropy), MIN_ENTROPY)
-            yield "entropy", entropy, 0.0 if mastered else _ratio(limit, entropy)
+            yield "entropy", entropy, collapsed and entropy <= limit
         if (deviation := entry.get("reward_std")) is not None:
             self._deviation = max(self._deviation, deviation)
-            yield "reward_spread", deviation, 0.0 if mastered else _ratio(SPREAD_SHARE * self._deviation, deviation)
+            yield "reward_spread", deviation, collapsed and deviation <= SPREAD_SHARE * self._deviation
         if (useless := entry.get("frac_reward_zero_std")) is not None:
-            yield "uninformative_groups", useless, 0.0 if mastered else _ratio(MIN_INFORMATIVE, 1 - useless)
+            yield "uninformative_groups", useless, collapsed and 1 - useless <= MIN_INFORMATIVE
         kl = entry["objective/kl"] / length if length and "objective/kl" in entry else entry.get("kl")
         if kl is not None:
-            yield "kl", kl, kl / MAX_KL
-
-
-def _ratio(limit: float, figure: float) -> float:
-    return limit / figure if figure > 0 else math.inf
+            yield "kl", kl, kl >= MAX_KL

@@ -125,6 +125,9 @@ def load_rl_inputs(
     Raises:
         UserError: With everything that is wrong with any of them.
     """
+    import torch
+
+    from pipeline.models.loading import load_model
     from pipeline.rewards.loading import load_rewards
     from pipeline.training.inputs import load_inputs
 
@@ -132,24 +135,12 @@ def load_rl_inputs(
     functions = load_rewards(reward_args.reward_funcs) if reward_args.reward_funcs else []
     models: list[PreTrainedModel] = []
     if isinstance(reward_args, PPORewardArguments):
-        models = [_load_reward_model(name) for name in reward_args.reward_model_path or []]
+        # TRL would load them with the options of the policy.
+        for name in reward_args.reward_model_path or []:
+            models.append(load_model(name, "reward_model_path", reward=True, dtype=torch.float32)[0])
     elif reward_args.shuffle_answers:
         train = shuffle_answers(train, training_args.seed)
     return [*models, *functions], tokenizer, train, evaluation
-
-
-def _load_reward_model(name: str) -> PreTrainedModel:
-    """Load a reward model in float32 and in its own revision. TRL would load it with the options of the policy."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    from pipeline.models.loading import local_copy, user_error_for
-
-    with user_error_for("reward_model_path", name, checked=True):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            local_copy(name), num_labels=1, dtype=torch.float32, trust_remote_code=False
-        )
-    return model
 
 
 def shuffle_answers(dataset: Dataset, seed: int) -> Dataset:

@@ -1,4 +1,4 @@
-"""The critic of PPO, with the optimizer and the schedule that train it.
+"""The critic of PPO, with the optimizer that trains it.
 
 Policy and critic are two networks that learn from the same micro-batches. transformers' `Trainer` zeroes, clips and
 steps the policy; `Critic.step` does the same for the critic, when the gradients of all micro-batches of an optimizer
@@ -8,7 +8,6 @@ step are there.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainingArguments
 
 from pipeline.errors import Problem, UserError
@@ -28,7 +26,7 @@ VALUE_MODEL_FOLDER = "value_model"
 """Subfolder of a checkpoint or an output directory that contains the critic."""
 
 STATE = "critic_optimizer.pt"
-"""File of a checkpoint with the state of the critic's optimizer and schedule."""
+"""File of a checkpoint with the state of the critic's optimizer."""
 
 
 class Critic:
@@ -42,7 +40,7 @@ class Critic:
 
     Attributes:
         model: The wrapped model.
-        optimizer, schedule: None until training begins.
+        optimizer: None until training begins.
     """
 
     belongs_to_model = True
@@ -53,7 +51,6 @@ class Critic:
         self.policy, self.accelerator, self.max_grad_norm = policy, accelerator, max_grad_norm
         self.model: Any = accelerator.prepare_model(model)
         self.optimizer: Any = None
-        self.schedule: Any = None
 
     @property
     def bare(self) -> Any:
@@ -64,12 +61,10 @@ class Critic:
         """Take an optimizer step. Return the norm that the gradients had before they were clipped.
 
         Args:
-            share: Present learning rate of the policy as a share of its peak. It is the critic's, too, on a schedule
-                that follows evaluations, which `Trainer` reports to the policy's schedule only.
+            share: Present learning rate as a share of its peak.
         """
-        if not isinstance(self.schedule, LambdaLR):
-            for group in self.optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
         # The scale of fp16 is updated after the step of the policy, which comes next.
         scaler = self.accelerator.scaler
         if scaler is not None:
@@ -80,8 +75,6 @@ class Critic:
             scaler.step(self.optimizer)
         else:
             self.optimizer.step()
-        if isinstance(self.schedule, LambdaLR):
-            self.schedule.step()
         self.model.zero_grad()
         return norm.item()
 
@@ -118,7 +111,7 @@ class Critic:
 
 
 class CriticOptimizer:
-    """The part of checkpoints with the state of the critic's optimizer and schedule.
+    """The part of checkpoints with the state of the critic's optimizer.
 
     Args:
         critic: The critic.
@@ -131,32 +124,15 @@ class CriticOptimizer:
         self.critic, self.args = critic, args
 
     def save(self, folder: Path) -> None:
-        """Save the states."""
+        """Save the state."""
         if self.args.should_save and not self.args.save_only_model:
-            parts = {"optimizer": self.critic.optimizer, "schedule": self.critic.schedule}
-            torch.save({name: part.state_dict() for name, part in parts.items()}, folder / STATE)
+            torch.save({"optimizer": self.critic.optimizer.state_dict()}, folder / STATE)
 
     def load(self, folder: Path) -> None:
-        """Load the states."""
-        critic = self.critic
-        if not (folder / STATE).is_file():
-            return
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        critic.optimizer.load_state_dict(state["optimizer"])
-        critic.schedule.load_state_dict(state["schedule"])
-        if isinstance(critic.schedule, LambdaLR):
-            # A run that goes on to another number of steps follows the schedule of the new number.
-            schedule, groups = critic.schedule, critic.optimizer.param_groups
-            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-                group["lr"] = base * factor(schedule.last_epoch)
-
-    @staticmethod
-    def check(checkpoint: str) -> None:
-        """Raise `UserError` for a checkpoint of an earlier version, in which policy and critic share one optimizer."""
-        files = os.listdir(checkpoint)
-        if "optimizer.pt" in files and STATE not in files:
-            remedy = "an earlier version wrote it, with one optimizer for policy and critic; start again, or resume it"
-            raise UserError(Problem("resume_from_checkpoint", checkpoint, f"{remedy} with that version"))
+        """Load the state."""
+        if (folder / STATE).is_file():
+            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+            self.critic.optimizer.load_state_dict(state["optimizer"])
 
 
 def token_values(

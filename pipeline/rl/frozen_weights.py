@@ -6,19 +6,16 @@ wrapper for several processes. What they share is the storage of frozen weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from trl.generation.vllm_generation import VLLMGeneration
 
-from pipeline.errors import Problem, UserError
-from pipeline.models.patches import replace_sync_weights
 from pipeline.rl.heads import HEAD_NAMES, compute_in_float32, find_head
 from pipeline.rl.ppo_config import PPOConfig
 
@@ -30,18 +27,9 @@ def prepare_frozen(policy: PreTrainedModel | PeftModel, others: Sequence[Any], a
         policy: The policy.
         others: Among other things, the reference and the reward models.
         args: The configuration.
-
-    Raises:
-        UserError: If modules that an adapter contains whole, in float32, would get bfloat16 outside of autocast.
     """
     adapted = isinstance(policy, PeftModel)
     models = [model for model in others if isinstance(model, nn.Module)]
-    if args.frozen_dtype == "bfloat16" and not (args.bf16 or args.fp16):
-        named = (item for model in (policy, *models) for item in model.named_modules())
-        whole = {name.rpartition(".")[2] for name, module in named if isinstance(module, ModulesToSaveWrapper)}
-        if found := ", ".join(sorted(whole.difference(HEAD_NAMES))):
-            remedy = f"does not fit {found}, which the adapter contains in float32; set bf16 to true, or omit this"
-            raise UserError(Problem("frozen_dtype", "bfloat16", remedy))
     if adapted or args.frozen_dtype == "bfloat16":
         for model in models:
             model.requires_grad_(False)
@@ -95,26 +83,17 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer", "").replace(".original_module", "").replace(".token_adapter", "")
 
 
-def keep_frozen_weights(vllm: VLLMGeneration) -> None:
-    """Restore the frozen weights after each time that an adapter was merged into them, to be loaded by vLLM.
+@contextmanager
+def unrounded(model: PeftModel) -> Iterator[None]:
+    """Restore the frozen weights after a block in which the adapter is merged into them, to be loaded by vLLM.
 
     Unmerging rounds them, in 16 bits by up to 0.4% each time, and other models may share them. Only layers with an
-    adapter are merged, so only their weights are kept, in the memory of the CPU.
-
-    Args:
-        vllm: That of a trainer whose policy has an adapter and is not sharded; changed in place.
+    adapter are merged, so only their weights are copied, to the memory of the CPU.
     """
-    sync_weights = vllm.sync_weights
-    kept: list[tuple[Tensor, Tensor]] = []
-
-    def sync_and_restore() -> None:
-        if not kept:
-            adapted = (m.get_base_layer() for m in vllm.model.modules() if isinstance(m, BaseTunerLayer))
-            # Several adapters of one layer, one for each parameter, wrap each other.
-            frozen = {weight: None for layer in adapted for weight in layer.parameters() if not weight.requires_grad}
-            kept.extend((weight, weight.detach().to("cpu", copy=True)) for weight in frozen)
-        sync_weights()
-        for weight, copy in kept:
-            weight.data.copy_(copy)
-
-    replace_sync_weights(vllm, sync_and_restore)
+    adapted = (layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+    # Several adapters of one layer, one for each parameter, wrap each other.
+    frozen = {weight: None for layer in adapted for weight in layer.parameters() if not weight.requires_grad}
+    kept = [(weight, weight.detach().to("cpu", copy=True)) for weight in frozen]
+    yield
+    for weight, copy in kept:
+        weight.data.copy_(copy)

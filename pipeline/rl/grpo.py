@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,17 +23,18 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.extras.profiling import profiling_context
 
 from pipeline import hardware, launch
+from pipeline.errors import RunStopped, UserError
 from pipeline.models.adapters import MERGED
 from pipeline.models.kernels.log_probs import token_log_probs, with_positions
 from pipeline.models.kernels.sampler import accepts_argument, overrides_generate, sample, unsupported_settings
 from pipeline.models.loading import avoid_emulation
 from pipeline.models.vllm_sampler import LENGTH_THAT_FITS
+from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
-from pipeline.rl.frozen_weights import keep_frozen_weights
+from pipeline.rl.frozen_weights import unrounded
 from pipeline.rl.heads import compute_in_float32
-from pipeline.rl.prompt_order import EpochSampler
 from pipeline.rl.reference_model import frozen_copy
-from pipeline.rl.rewards import Rewards
+from pipeline.rl.rewards import RewardModel
 from pipeline.rl.rollout_state import Rollout
 from pipeline.training.reliable import Reliable
 
@@ -39,6 +42,29 @@ logger = get_logger(__name__)
 
 MAX_LOGITS = 1 << 26
 """Maximum number of logits in one tensor on a CPU (256 MiB in float32)."""
+
+
+class EpochSampler(Sampler[int]):
+    """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch.
+
+    TRL draws each epoch's order from one generator, so that a run resumed in the second epoch would see the prompts in
+    the order of the first.
+
+    Args:
+        sampler: A `trl.trainer.utils.RepeatSampler`.
+        epoch: Returns how many epochs have been trained so far; None before training.
+    """
+
+    def __init__(self, sampler: Any, epoch: Callable[[], float | None]) -> None:
+        self.sampler, self.epoch = sampler, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed + int(self.epoch() or 0))
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 class GRPOTrainer(Reliable, TRLGRPOTrainer):
@@ -53,7 +79,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     Evaluation, which samples too, uses its own random numbers. Its metrics are among those that `evaluate` returns,
     under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
 
-    Reward models and reward functions are called by `pipeline.rl.rewards`, which says what differs from TRL.
+    Reward models are called as `pipeline.rl.rewards` says, and user's functions as `pipeline.rewards.loading` says.
 
     Completions are sampled by `pipeline.models.kernels.sampler`, from the global random numbers, which checkpoints
     contain, unless `_can_sample` leaves it to TRL. vLLM's probabilities depend on what else is in its batch: a
@@ -62,13 +88,10 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     The collapse of the policy is named in the log (`pipeline.rl.alarms`).
 
     Attributes:
-        rewards: The rewards, with what they returned for the latest completions.
+        all_rewards: (completions, rewards), what each reward gave each of the latest completions, NaN for None.
     """
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
+    def __init__(self, model: Any, reward_funcs: Any, args: GRPOConfig, *others: Any, **kwargs: Any) -> None:
         launch.use_one_gpu(args)
         if isinstance(model, str):
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
@@ -93,10 +116,17 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         for reward_model in self.reward_funcs:
             if isinstance(reward_model, PreTrainedModel):
                 avoid_emulation(reward_model)
-        self.rewards = Rewards(self)
-        self.reward_funcs: list[Any] = self.rewards.columns
-        scores = zip(self.rewards.models, self.reward_weights.tolist(), strict=True)
-        self.add_callback(CollapseAlarms(checked=not any(reward_model and weight for reward_model, weight in scores)))
+        self.reward_funcs: list[Any] = [
+            RewardModel(function, tokenizer, self.eos_token_ids, self.chat_template_kwargs, name)
+            if isinstance(function, nn.Module)
+            else guard_reward(function, name)
+            for function, tokenizer, name in zip(
+                self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True
+            )
+        ]
+        scores = zip(self.reward_funcs, self.reward_weights.tolist(), strict=True)
+        judged = any(isinstance(function, RewardModel) and weight for function, weight in scores)
+        self.add_callback(CollapseAlarms(checked=not judged))
 
         # Sharded weights (FSDP, DeepSpeed) are whole only inside TRL's own methods, and prompt learning puts tokens
         # of its own in front of the prompt.
@@ -105,8 +135,6 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         if self.use_vllm:
             # Inside this process, vLLM draws from the global random numbers, which its start seeds by the rank alone.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
-            if isinstance(self.model, PeftModel) and self._whole_and_bare:
-                keep_frozen_weights(self.vllm_generation)
             logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", args.vllm_mode)
 
     def _copy_reference(self) -> None:
@@ -160,7 +188,10 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         # Trained modules are in float32, frozen ones maybe in bf16. One context for all tokens casts weights only once.
         with self.accelerator.autocast():
             if not self._can_sample():
-                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+                is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._whole_and_bare
+                is_loaded = is_merged and self.state.global_step != self._last_loaded_step
+                with unrounded(self.model) if is_loaded else nullcontext():
+                    return super()._generate_single_turn(prompt_ids, *args, **kwargs)
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             training = model.training
             model.eval()
@@ -184,6 +215,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
 
         Either way, positions are counted from each text's first token, as during sampling. TRL counts the padding, too,
         which changes what a model with learned positions computes.
+
+        `latest_logps` keeps the log-probabilities, which TRL's loss does not return.
         """
         rows = batch_size or len(input_ids)
         size = rows * logits_to_keep * self.model.config.get_text_config().vocab_size
@@ -191,21 +224,24 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         asked = any(value is not None and value is not False for value in others.values())
         if not plain or asked or not accepts_argument(model, "logits_to_keep"):
             positioned = model if self._is_vlm else with_positions(model)
-            return super()._get_per_token_logps_and_entropies(
+            log_probs, entropies, more = super()._get_per_token_logps_and_entropies(
                 positioned, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
-        log_probs, entropies = token_log_probs(
-            model,
-            input_ids,
-            attention_mask,
-            logits_to_keep,
-            batch_size=batch_size,
-            temperature=self.temperature,
-            entropy=compute_entropy,
-            entropy_gradient=self._entropy_bonus_enabled,
-            autocast=self.accelerator.autocast,
-        )
-        return log_probs, entropies, None
+        else:
+            more = None
+            log_probs, entropies = token_log_probs(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                temperature=self.temperature,
+                entropy=compute_entropy,
+                entropy_gradient=self._entropy_bonus_enabled,
+                autocast=self.accelerator.autocast,
+            )
+        self.latest_logps = log_probs.detach()
+        return log_probs, entropies, more
 
     # ---- Evaluation
 
@@ -221,13 +257,32 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         self._metrics["eval"].clear()
         return output
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return and keep what each reward gives each completion of all processes, (completions, rewards).
+
+        A reward with weight 0 is measured and logged, and has no other effect: a completion that no reward with a
+        weight has scored does not get a score at all.
+
+        Raises:
+            RunStopped: If a reward fails.
+        """
+        try:
+            rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+        except UserError as error:
+            # It may fail on one process of several, and only the first process reports a `UserError`.
+            where = f"in step {self.state.global_step + 1}; {self.last_good()}"
+            raise RunStopped(f"{error} ({where}. Correct the reward, and start again.)") from error
+        weighted = self.reward_weights != 0
+        rewards[rewards[:, weighted].isnan().all(dim=1)] = torch.nan
+        self.all_rewards = rewards
+        return rewards
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Sample and score as TRL does, and keep the rewards of all processes, (completions, rewards)."""
+        """Sample and score as TRL does, and count the completions of an evaluation."""
         batch = super()._generate_and_score_completions(inputs)
-        self._all_rewards = self.accelerator.gather(self.rewards.table)
         if self.model.training:
-            scored = ~self._all_rewards.isnan().all(dim=1)
-            totals = (self._all_rewards * self.reward_weights.to(scored.device)).nansum(dim=1)[scored]
+            scored = ~self.all_rewards.isnan().all(dim=1)
+            totals = (self.all_rewards * self.reward_weights.to(scored.device)).nansum(dim=1)[scored]
             self._metrics["train"]["reward_max"].append(max(totals.tolist(), default=math.nan))
         else:
             rows = torch.tensor(len(batch["completion_ids"]), device=self.accelerator.device)
@@ -248,11 +303,15 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
 
     # ---- Checkpoints: see `Rollout`
 
-    def rollout_state(self) -> dict[str, Any]:
-        """Return what the next step depends on besides the rollout, as JSON can represent it."""
-        return {"step": self._step, "metrics": self._metrics["train"]}
+    def rollout(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+        """Return what is left of the rollout, in micro-batches, and what else the next step depends on, for JSON."""
+        # After the last step of a rollout, the next one samples anew.
+        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        batches = self._buffered_inputs if in_use and self._buffered_inputs else []
+        return batches, {"step": self._step, "metrics": self._metrics["train"]}
 
-    def restore_rollout_state(self, state: dict[str, Any]) -> None:
-        """Restore what `rollout_state` returned."""
+    def restore_rollout(self, batches: list[dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Restore what `rollout` returned; without batches, the next step samples anew."""
+        self._buffered_inputs = batches or None
         self._step = state["step"]
         self._metrics["train"].update(state["metrics"])

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -29,16 +28,18 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import HubStrategy
 from trl.trainer.utils import use_adapter
 
+from pipeline.errors import Problem, UserError
 from pipeline.rl import ppo_math, ppo_metrics
-from pipeline.rl.critic import VALUE_MODEL_FOLDER, Critic, CriticOptimizer, token_values
+from pipeline.rl.critic import STATE, Critic, CriticOptimizer, token_values
 from pipeline.rl.frozen_weights import prepare_frozen
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.reference_model import REFERENCE_ADAPTER, copy_adapter
+from pipeline.rl.rewards import RewardModel
 from pipeline.rl.value_model import build_value_model
 
 __all__ = ["PPOConfig", "PPOTrainer"]
@@ -67,7 +68,7 @@ class PPOTrainer(GRPOTrainer):
             the reference. For a `PeftModel` with `peft_config`, the reference is the base model without the adapter;
             for one that already has an adapter, a frozen copy of that adapter.
         reward_funcs: One or several reward models, paths or Hub ids of such, or Python functions, as for `GRPOTrainer`.
-        args: The configuration. Default: `PPOConfig("<model>-PPO")`.
+        args: The configuration.
         train_dataset: Rows with `prompt`, conversational or text; all other columns are passed to the reward functions.
         eval_dataset: The same, or a dictionary of such data sets.
         processing_class: The tokenizer. Default: the model's.
@@ -78,13 +79,13 @@ class PPOTrainer(GRPOTrainer):
             is the only reward and is not normalised. Every other critic starts by expecting nothing.
         peft_config: Train an adapter instead of the policy's own weights.
         value_use_peft: If the policy is an adapter, make the critic one as well, on the frozen weights it starts from.
-        **kwargs: Any other argument of `GRPOTrainer`. An optimizer and a scheduler in `optimizers` are the policy's.
+        **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
 
     Attributes:
         critic: The critic and what trains it.
 
     Raises:
-        ValueError: For a multimodal model, a critic with several labels, or an optimizer that has the critic's weights.
+        ValueError: For a critic with several labels.
     """
 
     _tag_names: ClassVar = ["trl", "ppo"]
@@ -94,8 +95,8 @@ class PPOTrainer(GRPOTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        reward_funcs: Any = None,
-        args: PPOConfig | None = None,
+        reward_funcs: Any,
+        args: PPOConfig,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -105,9 +106,6 @@ class PPOTrainer(GRPOTrainer):
         value_use_peft: bool = True,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = PPOConfig(f"{name.split('/')[-1]}-PPO")
         # TRL knows of no reference as long as beta is 0, so PPO makes its own: an adapter's is a frozen copy of it, a
         # new adapter's the base model, and for a model without adapters, a frozen copy of the model.
         if args.kl_coef > 0 and isinstance(model, PeftModel):
@@ -122,13 +120,11 @@ class PPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        if self._is_vlm:
-            raise ValueError("PPOTrainer trains text models: the critic does not read images")
         if args.kl_coef > 0 and not is_peft_model(self.model):
             self._copy_reference()
         # Compiled and wrapped models hide the classes and the names of weights that decide what becomes of them.
         reference = None if self.ref_model is None else self._bare(self.ref_model)
-        judges = [None if judge is None else self._bare(judge.model) for judge in self.rewards.models]
+        judges = [self._bare(judge.model) if isinstance(judge, RewardModel) else None for judge in self.reward_funcs]
         prepare_frozen(self.model, [reference, *judges], args)
         critic = build_value_model(
             value_model,
@@ -138,11 +134,6 @@ class PPOTrainer(GRPOTrainer):
             args=args,
             use_peft=value_use_peft,
         ).to(self.accelerator.device)
-        # A critic that was stepped by both optimizers would learn twice from each batch.
-        if self.optimizer is not None:
-            given = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
-            if any(id(weight) in given for weight in critic.parameters()):
-                raise ValueError("the critic has an optimizer of its own: keep its parameters out of `optimizers`")
         self.critic = Critic(critic, self.model, self.accelerator, args.max_grad_norm)
         self.parts += [self.critic, CriticOptimizer(self.critic, args)]
         self._score_moments = ppo_math.Moments()
@@ -213,7 +204,7 @@ class PPOTrainer(GRPOTrainer):
             mode: "train" or "eval".
         """
         # Scores are normalised over the completions of all processes; each process then keeps its own.
-        rewards = self._all_rewards
+        rewards = self.all_rewards
         all_scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         all_scored = ~rewards.isnan().all(dim=1) & self.accelerator.gather(trained)
         running = self.args.reward_normalization == "running"
@@ -246,17 +237,15 @@ class PPOTrainer(GRPOTrainer):
 
     # ---- The update
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Make the schedule of the policy, and optimizer and schedule of the critic in the same way."""
-        schedule = super().create_scheduler(num_training_steps, optimizer)
-        # These two methods of `Trainer` see a shallow copy of it, with another model and learning rate.
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer of the policy, and the critic's in the same way."""
+        # This method of `Trainer` sees a shallow copy of it, with another model and learning rate.
         twin = copy.copy(self)
-        twin.args, twin.optimizer, twin.lr_scheduler = copy.copy(self.args), self.critic.optimizer, None
+        twin.args, twin.optimizer = copy.copy(self.args), self.critic.optimizer
         if self.args.value_learning_rate is not None:
             twin.args.learning_rate = self.args.value_learning_rate
         self.critic.optimizer = GRPOTrainer.create_optimizer(twin, self.critic.bare)
-        self.critic.schedule = GRPOTrainer.create_scheduler(twin, num_training_steps)
-        return schedule
+        return super().create_optimizer(model)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Add a micro-batch to the gradients of both networks. With its last one, step the critic.
@@ -268,10 +257,17 @@ class PPOTrainer(GRPOTrainer):
         with nullcontext() if last else self.accelerator.no_sync(self.critic.model):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if last:
-            peak, present = self.args.learning_rate, self.optimizer.param_groups[0]["lr"]
-            norm = self.critic.step(present / peak if peak else 1.0)
-            self._metrics["train"]["val/grad_norm"].append(norm)
+            self._metrics["train"]["val/grad_norm"].append(self.critic.step(self._learning_rate_share()))
         return loss
+
+    def _learning_rate_share(self) -> float:
+        """Return the present learning rate of the policy as a share of its peak, which is the critic's, too."""
+        schedule: Any = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):
+            return schedule.lr_lambdas[0](schedule.last_epoch)
+        # A schedule that follows evaluations.
+        peak = self.args.learning_rate
+        return self.optimizer.param_groups[0]["lr"] / peak if peak else 1.0
 
     def compute_loss(
         self,
@@ -293,7 +289,7 @@ class PPOTrainer(GRPOTrainer):
             value_loss = value_loss.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
             policy_loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        log_ratio = self._latest_logps - inputs["old_per_token_logps"]
+        log_ratio = self.latest_logps - inputs["old_per_token_logps"]
         self._averages.add(_sampled_tokens(inputs), ppo_metrics.of_update(log_ratio, *self._value_losses))
         if self.model.training and self.accelerator.sync_gradients:
             self._log_averages()
@@ -313,12 +309,6 @@ class PPOTrainer(GRPOTrainer):
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return self.args.vf_coef * ((losses * mask).sum() / tokens)
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        """Keep the latest log-probabilities, which TRL's loss consumes and the metrics need."""
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._latest_logps = result[0].detach()
-        return result
-
     def end(self) -> None:
         """Release what refers to the group of processes before it is left, the wrapped critic included."""
         self.critic.model = self.critic.bare
@@ -327,25 +317,21 @@ class PPOTrainer(GRPOTrainer):
     # ---- Checkpoints
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Refuse a checkpoint of an earlier version before its optimizer is read."""
-        if checkpoint is not None:
-            CriticOptimizer.check(checkpoint)
+        """Refuse a checkpoint of an earlier version, in which policy and critic share one optimizer."""
+        files = os.listdir(checkpoint) if checkpoint is not None else []
+        if "optimizer.pt" in files and STATE not in files:
+            remedy = "an earlier version wrote it, with one optimizer for policy and critic; start again, or resume it"
+            raise UserError(Problem("resume_from_checkpoint", checkpoint, f"{remedy} with that version"))
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push the critic to the Hub with the policy, also during training."""
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            copied = os.path.join(self.args.output_dir, VALUE_MODEL_FOLDER)
-            shutil.copytree(os.path.join(checkpoint_folder, VALUE_MODEL_FOLDER), copied, dirs_exist_ok=True)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def rollout_state(self) -> dict[str, Any]:
+    def rollout(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
         """Add the moments of all scores so far."""
-        return super().rollout_state() | {"moments": asdict(self._score_moments)}
+        batches, state = super().rollout()
+        return batches, state | {"moments": asdict(self._score_moments)}
 
-    def restore_rollout_state(self, state: dict[str, Any]) -> None:
-        """Restore what `rollout_state` returned."""
-        super().restore_rollout_state(state)
+    def restore_rollout(self, batches: list[dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Restore what `rollout` returned."""
+        super().restore_rollout(batches, state)
         self._score_moments = ppo_math.Moments(**state["moments"])
 
     # ---- Metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
@@ -13,8 +12,6 @@ from pipeline import hardware, launch
 from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unused
 from pipeline.errors import Problem, UserError
 from pipeline.rl.ppo_math import KLEstimator
-
-logger = logging.getLogger(__name__)
 
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
 """accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`."""
@@ -60,11 +57,9 @@ class PPOConfig(GRPOConfig):
     the number of tokens that such a step has on average in its rollout, however it is split over processes and
     accumulation.
 
-    What has no effect on PPO is refused, unless it has its default: other values of `loss_type` and their `sapo_*` and
-    `vespo_*`, `importance_sampling_level`, `multi_objective_aggregation`, `scale_rewards`, `beta`,
-    `use_bias_correction_kl`, `sync_ref_model` and its `ref_model_*`, `epsilon_high`, and all others in `UNUSED`.
-    `trust_remote_code` is refused, because transformers builds the critic, which it cannot for a model whose code lies
-    on the Hub: load such a policy yourself, and pass it with a `value_model` and a tokenizer.
+    What has no effect on PPO (`UNUSED`) is refused, unless it has its default, and so is `trust_remote_code`:
+    transformers cannot build the critic of a model whose code lies on the Hub. Load such a policy yourself, and pass it
+    with a `value_model` and a tokenizer.
 
     `pipeline.hardware.training_defaults` chooses precision and device unless they are set: TRL's default, bf16, is
     refused on CPUs without it.
@@ -145,15 +140,13 @@ class PPOConfig(GRPOConfig):
             self.num_generations, self.num_generations_eval = given
 
     def _fit_to_machine(self) -> None:
-        """Choose precision and device for this machine unless they are set, and log why."""
+        """Choose precision and device for this machine unless they are set, as the recipes do."""
         if self.use_cpu and hardware.accelerator() is not None:
             hardware.keep_to_cpu()
         precision = ("bf16", "fp16") if self.bf16 is None and not self.fp16 else ()
         for name, choice in hardware.training_defaults().items():
-            unset = name in precision or (name in ("use_cpu", "ddp_backend") and not getattr(self, name))
-            if unset and choice.value != getattr(self, name):
+            if name in precision or (name in ("use_cpu", "ddp_backend") and not getattr(self, name)):
                 setattr(self, name, choice.value)
-                logger.info("%-11s %s: %s", name, choice.value, choice.reason)
 
     def _rollout_rows(self) -> int:
         """Return the number of completions in a rollout, over all processes."""
@@ -182,13 +175,6 @@ class PPOConfig(GRPOConfig):
             choices = item.metadata.get("choices")
             if item.name in own and choices and own[item.name] not in choices:
                 refuse(item.name, f"must be {' or '.join(choices)}")
-        optimizer = str(getattr(self.optim, "value", self.optim))
-        # These update a parameter as soon as its gradient is known.
-        if "lomo" in optimizer or optimizer.endswith("layerwise"):
-            refuse("optim", "updates one network during its backward pass, and PPO trains two; choose another one")
-        if self.fp16 and self.value_warmup_steps > 0 and optimizer != "adamw_torch_fused":
-            # The policy has no gradients during the warm-up. The scaler of fp16 then fails, but for fused optimizers.
-            refuse("value_warmup_steps", "needs optim adamw_torch_fused with fp16; set that, or set this to 0")
         if self.epsilon not in (GRPOConfig.epsilon, self.cliprange):
             refuse("epsilon", "must be unset: set cliprange")
         if wrong:

@@ -25,7 +25,7 @@ class Rollout:
     """The rollout of a trainer, as a part of its checkpoints (`pipeline.training.reliable`).
 
     Args:
-        trainer: A `GRPOTrainer`; its `rollout_state` returns what else the next step depends on.
+        trainer: A `GRPOTrainer`, which returns and restores its rollout.
     """
 
     belongs_to_model = False
@@ -47,20 +47,19 @@ class Rollout:
 
     def save(self, folder: Path) -> None:
         """Write what is left of the rollout, unless only the model is saved."""
-        trainer = self.trainer
-        if trainer.args.save_only_model:
+        if self.trainer.args.save_only_model:
             return
-        # After the last step of a rollout, the next one samples anew.
-        in_use = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
-        tensors = {}
-        for number, batch in enumerate(trainer._buffered_inputs or [] if in_use else []):
-            for name, tensor in batch.items():
-                if tensor is not None:
-                    # The micro-batches are slices of the same storage, which safetensors refuses.
-                    tensors[f"{number}.{name}"] = tensor.clone().contiguous()
-        state = json.dumps({"layout": self.layout} | trainer.rollout_state())
-        file = rollout_file(folder, trainer.accelerator.process_index)
-        safetensors.torch.save_file(tensors, file, metadata={"state": state})
+        batches, state = self.trainer.rollout()
+        # The micro-batches are slices of the same storage, which safetensors refuses.
+        tensors = {
+            f"{number}.{name}": tensor.clone().contiguous()
+            for number, batch in enumerate(batches)
+            for name, tensor in batch.items()
+            if tensor is not None
+        }
+        file = rollout_file(folder, self.trainer.accelerator.process_index)
+        metadata = {"state": json.dumps({"layout": self.layout} | state)}
+        safetensors.torch.save_file(tensors, file, metadata=metadata)
 
     def load(self, folder: Path) -> None:
         """Go on with the rollout of a checkpoint if it was split as this run would split it."""
@@ -69,21 +68,17 @@ class Rollout:
             return
         # The first process's file decides for all: if some sampled anew and others did not, they would wait forever.
         state = read_state(rollout_file(folder, 0))
-        if state.get("layout") == self.layout:
+        batches: dict[str, dict[str, Tensor]] = {}
+        if state["layout"] == self.layout:
             own = rollout_file(folder, trainer.accelerator.process_index)
-            trainer._buffered_inputs = self._read_batches(own) or None
             state = read_state(own)
+            for key, tensor in safetensors.torch.load_file(own).items():
+                number, _, name = key.partition(".")
+                batches.setdefault(number, {})[name] = tensor.to(trainer.accelerator.device)
         else:
-            logger.warning("%s: its rollout is sampled anew: it was split by %s", folder, state.get("layout"))
+            logger.warning("%s: its rollout is sampled anew: it was split by %s", folder, state["layout"])
             state["step"] = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-        trainer.restore_rollout_state(state)
-
-    def _read_batches(self, file: Path) -> list[dict[str, Tensor]]:
-        batches: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in safetensors.torch.load_file(file).items():
-            number, _, name = key.partition(".")
-            batches.setdefault(int(number), {})[name] = tensor.to(self.trainer.accelerator.device)
-        return [batches[number] for number in sorted(batches)]
+        trainer.restore_rollout([batches[number] for number in sorted(batches, key=int)], state)
 
 
 def rollout_file(folder: Path, process: int) -> Path:

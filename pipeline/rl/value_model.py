@@ -52,16 +52,12 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
         The critic, in the dtype and on the device of `source`.
 
     Raises:
-        ValueError: If the weights of `source` do not fit, or transformers does not know its architecture.
+        RuntimeError: If the weights of `source` do not fit.
+        ValueError: If transformers does not know its architecture.
     """
     source = without_adapters(source)
     critic = untrained_critic(source.config).to(device=source.device, dtype=source.dtype)
-    weights = _weights_for(critic, source)
-    if missing := sorted(critic.state_dict().keys() - weights.keys()):
-        raise ValueError(
-            f"{type(source).__name__} cannot become a critic (weights missing: {missing}): pass your own `value_model`"
-        )
-    critic.load_state_dict(weights)
+    critic.load_state_dict(_weights_for(critic, source))
     return critic
 
 
@@ -173,15 +169,10 @@ def _equal(source: PreTrainedModel, reward: Any) -> bool:
         {name: weight for name, weight in model.state_dict().items() if ".original_module." not in name}
         for model in (source, reward)
     )
-    if own.keys() != others.keys():
-        return False
-    for name, weight in own.items():
-        other = others[name]
-        # Weights that were rounded to fewer bits are compared in these.
-        dtype = min(weight.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-        if not torch.equal(weight.to(dtype), other.to(weight.device, dtype)):
-            return False
-    return True
+    # One of them may have been rounded to fewer bits.
+    return own.keys() == others.keys() and all(
+        torch.equal(weight.bfloat16(), others[name].to(weight.device).bfloat16()) for name, weight in own.items()
+    )
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

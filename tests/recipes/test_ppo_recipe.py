@@ -87,7 +87,7 @@ def test_refuses_a_reward_function_that_returns_text(options: list[str]) -> None
         (["--value_warmup_steps", "8", "--value_lam", "1.5"], ["value_warmup_steps: 8", "max_steps (7)", "value_lam"]),
         (["--lam", "2", "--reward_funcs", "exact_anser"], ["lam: 2.0"]),
         (["--reward_funcs", "exact_anser"], ["exact_answer"]),
-        (["--reward_model_path", "{tmp}/policy"], ["has 2 labels"]),
+        (["--reward_model_path", "{tmp}/policy"], ["is a LlamaForCausalLM; give a reward model"]),
         (["--reward_weights", "1", "--dataset_train_split", "trian"], ["each of the 2 rewards", "trian"]),
         (
             ["--reward_funcs", "code_tests", "--max_completion_length", "63"],
@@ -143,7 +143,7 @@ def test_a_reward_model_is_loaded_with_its_own_options(
     policy = ["--model_revision", "v2", "--attn_implementation", "eager", "--dtype", "bfloat16"]
     entry.run(main, [*options, *policy, "--reward_model_path", "bob/reward", "--reward_weights", "1", "0.5"])
     (ppo,) = trainers
-    judge = ppo.rewards.functions[0].model
+    judge = ppo.reward_funcs[0].model
     found = [(model.config._attn_implementation, model.dtype) for model in (ppo.model, judge)]
     assert found == [("eager", torch.bfloat16), ("sdpa", torch.float32)]
     assert ppo.reward_func_names == ["reward", "share_of_red"]

@@ -14,10 +14,18 @@ import pytest
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.errors import UserError
-from pipeline.rewards import checker, math_check
+from pipeline.rewards import checker
 from pipeline.rewards.annotators import taste
 from pipeline.rewards.answers import count_answers, extract_answer, number
-from pipeline.rewards.functions import answer_format, choice, code_tests, exact_answer, hidden_taste, math_answer
+from pipeline.rewards.functions import (
+    answer_format,
+    choice,
+    code_tests,
+    exact_answer,
+    hidden_taste,
+    math_answer,
+    math_judge,
+)
 from pipeline.rewards.loading import load_rewards
 
 
@@ -140,7 +148,7 @@ def test_math_answer_works_in_any_thread() -> None:
 
 
 def test_plain_numbers_need_no_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.rewards.math_check.compare", None)
+    monkeypatch.setattr("pipeline.rewards.functions.math_judge", None)
     completions = [f"1 + {i} = {i + 1}. The answer is {i + 1}." for i in range(128)]
     assert math_answer(completions, [str(i + 1) for i in range(128)]) == [1.0] * 128
     assert math_answer(completions, [str(i) for i in range(128)]) == [0.0] * 128
@@ -250,21 +258,24 @@ def test_rewards_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("returned", "remedy"),
     [
-        ("['good', 1.0]", "returned str 'good' among the rewards; return a list with a number, or None"),
-        ("[1.0]", "returned 1 rewards; return a list with a number, or None, for each of the 2 completions"),
-        ("[1.0, [0.5]]", "returned list '[0.5]' among the rewards"),
+        (
+            "['good', 1.0]",
+            "returned str 'good' for completion 0 of 2, counted from 0; return a list with a number, or None",
+        ),
+        ("[1.0]", "returned 1 rewards for 2 completions; return a list with a number, or None"),
+        ("[1.0, [0.5]]", "returned list '[0.5]' for completion 1 of 2"),
         ("None", "returned NoneType 'None'"),
         ("'ab'", "returned str 'ab';"),
         ("0.5", "returned float '0.5'"),
         ("{'a': 1.0, 'b': 2.0}", "returned dict"),
         ("(r for r in [1.0, 2.0])", "returned generator"),
-        ("numpy.array(['1', '2'])", "returned str_ '1' among the rewards"),
+        ("numpy.array(['1', '2'])", "returned str_ '1' for completion 0 of 2"),
         ("[1.0, decimal.Decimal('0.5')]", None),
         ("[1.0, None]", None),
         ("(1, True)", None),
         (
             "numpy.array([0.5, numpy.nan])",
-            "returned nan for completion 1 of 2, counted from 0; return a number, or None for no opinion",
+            "returned nan for completion 1 of 2, counted from 0; return a list with a number, or None for no opinion",
         ),
         ("torch.tensor([float('nan'), 1.0])", "for completion 0"),
         ("torch.tensor([0.5, 1.0])", None),
@@ -350,8 +361,8 @@ def test_unknown_rewards_are_reported_with_the_nearest_name(tmp_path: Path, monk
 def test_algebra_does_not_depend_on_the_load_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     hard = [rf"\boxed{{{i}\sqrt{{2}}}}" for i in range(3, 6)]
     assert math_answer(hard[:1], [r"\sqrt{18}"]) == [1.0]
-    assert math_check._checker.process is not None
-    child = math_check._checker.process.pid
+    assert math_judge.process is not None
+    child = math_judge.process.pid
     os.kill(child, signal.SIGSTOP)  # as long as other processes have the cores
     threading.Timer(2 * checker.SECONDS, os.kill, [child, signal.SIGCONT]).start()
     assert math_answer(hard[1:2], [r"\sqrt{32}"]) == [1.0]

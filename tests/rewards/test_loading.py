@@ -114,18 +114,3 @@ def test_what_is_guarded_already_or_edits_nothing_is_not_wrapped() -> None:
     assert guard_reward(once, "vandal") is once and guard_reward(math_answer, "math_answer") is math_answer
     with pytest.raises(UserError, match="late: returned nan"):
         asyncio.run(guard_reward(toy.not_a_number_later, "late")(completions=["a"]))
-
-
-def test_a_reward_of_environments_is_asked_with_them_alone() -> None:
-    """As TRL's tests ask `trainer.reward_funcs[-1]`."""
-
-    def get_reward(environments: list[Any], **columns: Any) -> list[float]:
-        return [float(environment) for environment in environments]
-
-    async def get_reward_later(environments: list[Any], **columns: Any) -> list[float]:
-        return get_reward(environments)
-
-    assert guard_reward(get_reward, "get_reward")(environments=[1, 2]) == [1.0, 2.0]
-    assert asyncio.run(guard_reward(get_reward_later, "later")(environments=[1, 2])) == [1.0, 2.0]
-    with pytest.raises(UserError, match="returned 2 rewards"):
-        guard_reward(get_reward, "get_reward")(completions=["a"], environments=[1, 2])

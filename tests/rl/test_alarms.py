@@ -70,19 +70,13 @@ def test_each_collapse_has_a_name(name: str, caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize("name", COLLAPSES)
-def test_once_until_it_recovers(name: str) -> None:
+def test_once(name: str) -> None:
     bad = SOUND | COLLAPSES[name][0]
     assert raised(history([SOUND, bad, bad, SOUND, bad, bad, SOUND])) == []
-    assert raised(history([SOUND, *[bad] * 3, *[SOUND, SOUND, bad] * 4])) == [(name, 4)]
     twice = [SOUND, *[bad] * 4, *[SOUND] * 3, *[bad] * 4]
-    assert raised(history(twice)) == [(name, 4), (name, 11)]
+    assert raised(history(twice)) == [(name, 4)]
     for stop in range(1, len(twice)):
         assert history(twice, stop_after=stop) == history(twice), "resumed there"
-
-
-def test_a_figure_about_its_limit_raises_one_alarm() -> None:
-    entries = [SOUND, *[SOUND | {"completions/clipped_ratio": ratio} for ratio in [0.6] * 3 + [0.4, 0.6, 0.6] * 4]]
-    assert raised(history(entries)) == [("length_at_limit", 4)]
 
 
 def test_small_batches_need_more_patience() -> None:

@@ -90,7 +90,7 @@ def test_a_reward_model_that_breaks_stops_the_run(tmp_path: Path) -> None:
     torch.nn.init.constant_(judge.score.weight, torch.nan)
     tokenizers = [toy.tokenizer(), None]
     run = trainer(tmp_path, rewards=[judge, toy.share_of_red], reward_tokenizers=tokenizers)
-    with pytest.raises(RunStopped, match=r"reward judge was nan for 8 of 8 completions in step 1; "):
+    with pytest.raises(RunStopped, match=r"judge: gave nan for 8 of 8 completions; .* \(in step 1; "):
         run.train()
     assert same_weights(run.model, toy.policy())
 
@@ -100,7 +100,7 @@ def test_a_reward_that_becomes_infinite_stops_the_run(tmp_path: Path) -> None:
         return [float("inf") if trainer_state.global_step == 4 else 1.0, None] * (len(completions) // 2)
 
     run = trainer(tmp_path, rewards=grows)
-    with pytest.raises(RunStopped, match=r"reward grows was inf for 4 of 8 completions in step 5; "):
+    with pytest.raises(RunStopped, match=r"grows: returned inf for completion 0 of 8, .* \(in step 5; "):
         run.train()
 
 

@@ -449,18 +449,17 @@ def test_the_reference_does_not_change(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_of_the_user_is_the_policys(tmp_path: Path) -> None:
-    """The critic has one of its own, whose schedule the user's scheduler does not change."""
+    """The critic has one of its own, on the same schedule."""
     policy = toy.policy()
     critic = AutoModelForTokenClassification.from_config(toy.llama_config(num_labels=1))
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
-    both = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.0))
+    both = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5))
     before, policy_before = weights(critic), weights(policy)
-    trainer(tmp_path, model=policy, value_model=critic, optimizers=both, max_steps=1).train()
-    assert not torch.equal(weights(critic), before)
-    assert torch.equal(weights(policy), policy_before)
-    shared = torch.optim.SGD([*policy.parameters(), *critic.parameters()], lr=1e-2)
-    with pytest.raises(ValueError, match="the critic has an optimizer of its own"):
-        trainer(tmp_path, model=policy, value_model=critic, optimizers=(shared, None))
+    ppo = trainer(tmp_path, model=policy, value_model=critic, optimizers=both, max_steps=1, value_learning_rate=1e-3)
+    ppo.train()
+    assert not torch.equal(weights(critic), before) and not torch.equal(weights(policy), policy_before)
+    assert ppo.optimizer.optimizer is optimizer
+    assert {group["lr"] for group in ppo.critic.optimizer.param_groups} == {5e-4}
 
 
 def test_the_policy_loss_is_the_clipped_one(tmp_path: Path) -> None:

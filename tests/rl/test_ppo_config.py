@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,12 @@ from tests import ppo_toy as toy
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_fits_a_machine_without_an_accelerator(
-    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fits_a_machine_without_an_accelerator(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL's default, bf16, is refused on a CPU without it, and without `use_cpu` on one with it, too."""
     monkeypatch.setattr(hardware, "accelerator", lambda: None)
     monkeypatch.setattr(hardware, "precision", lambda: Choice(dtype, "as the test wants it"))
-    with caplog.at_level(logging.INFO, "pipeline.rl.ppo_config"):
-        config = PPOConfig(str(tmp_path), kl_coef=0.05, max_completion_length=64)
+    config = PPOConfig(str(tmp_path), kl_coef=0.05, max_completion_length=64)
     assert (config.bf16, config.fp16, config.use_cpu) == (dtype == "bf16", False, True)
-    assert [record.getMessage().split() for record in caplog.records] == [
-        ["bf16", f"{dtype == 'bf16'}:", "as", "the", "test", "wants", "it"],
-        ["use_cpu", "True:", "no", "accelerator", "found"],
-    ]
 
 
 def test_what_the_user_sets_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,8 +59,6 @@ def test_leaves_the_device_alone_where_there_is_an_accelerator(tmp_path: Path, m
         {"num_generations": 0},
         {"num_generations": 3},
         {"per_device_train_batch_size": 1},
-        {"optim": "adalomo"},
-        {"optim": "galore_adamw_layerwise", "optim_target_modules": "all-linear"},
     ],
     ids=str,
 )

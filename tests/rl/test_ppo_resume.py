@@ -118,7 +118,7 @@ def test_resumes_and_restores_a_compiled_run(tmp_path: Path, monkeypatch: pytest
         finished = trainer(tmp_path / "whole", **compiled)
         assert finished.restore_finished(tmp_path / "whole" / "checkpoint-3")
     expected = toy.reward_model().state_dict()
-    judge = finished.rewards.functions[0].model._orig_mod
+    judge = finished.reward_funcs[0].model._orig_mod
     assert all(torch.equal(weight, expected[name]) for name, weight in judge.state_dict().items())
     best = Path(finished.state.best_model_checkpoint)
     critic = AutoModelForTokenClassification.from_pretrained(best / "value_model")

@@ -107,7 +107,7 @@ def test_reward_weights_and_columns_that_do_not_fit_are_refused(
         ("always_fails", "raised LookupError: an index is missing"),
         ("fails_later", "raised LookupError: an index is missing"),
         ("its_text", "returned str"),
-        ("infinite", "returned [inf, inf]"),
+        ("infinite", "returned inf for completion 0 of 2"),
         ("only_one", "returned 1 rewards"),
     ],
 )

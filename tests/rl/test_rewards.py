@@ -86,8 +86,8 @@ def refusing(completions: Any, **columns: Any) -> Any:
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (Judge(), rf"The reward Judge raised ValueError: no verdict \({__file__}:\d+\) in step 1"),
-        (waiting, rf"The reward waiting raised ValueError: invalid literal .*{__file__}:\d+\) in step 1"),
+        (Judge(), rf"reward_funcs: Judge: raised ValueError: no verdict \({__file__}:\d+\); .* \(in step 1; "),
+        (waiting, rf"reward_funcs: waiting: raised ValueError: invalid .*{__file__}:\d+\); .* \(in step 1; "),
         (refusing, r"^reward_funcs: refusing: returned nothing \(in step 1; "),
     ],
     ids=["object", "asynchronous", "unusable"],
@@ -113,8 +113,7 @@ def test_what_only_a_reward_without_weight_scored_has_no_score(tmp_path: Path) -
     for functions in ([toy.share_of_red, first_half], [toy.share_of_red, second_half, first_half]):
         given = [weights[function] for function in functions]
         run: GRPOTrainer = trainer(tmp_path, rewards=functions, reward_weights=given)
-        arguments = {"prompts": [[QUESTION]] * 4, "completions": [[{"role": "assistant", "content": "red"}]] * 4}
-        columns = [column(**arguments, completion_ids=[[5, 2]] * 4) for column in run.reward_funcs]
-        scored = [not math.isnan(measured) for measured in columns[0]]
+        answers = [[{"role": "assistant", "content": "red"}]] * 4
+        rewards = run._calculate_rewards([{}] * 4, [[QUESTION]] * 4, answers, [[5, 2]] * 4)
+        scored = [not math.isnan(measured) for measured in rewards[:, 0]]
         assert scored == ([True, True, False, False] if second_half not in functions else [True] * 4)
-        assert torch.equal(run.rewards.table.T.isnan(), torch.tensor(columns).isnan())

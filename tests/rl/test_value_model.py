@@ -196,7 +196,7 @@ def test_an_adapter_is_merged_into_the_copy(tmp_path: Path, given: str) -> None:
     adapter = str(tmp_path / "adapter")
     if given == "reward":
         ppo = trainer(tmp_path, [adapter])
-        assert reward_of(ppo.rewards.functions[0].model) == pytest.approx(expected, abs=1e-5)
+        assert reward_of(ppo.reward_funcs[0].model) == pytest.approx(expected, abs=1e-5)
     else:
         judge = AutoModelForSequenceClassification.from_pretrained(adapter, num_labels=1)
         ppo = trainer(tmp_path, [judge], value_model=adapter)

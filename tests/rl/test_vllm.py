@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig
 
-from pipeline.rl.frozen_weights import keep_frozen_weights
+from pipeline.rl.frozen_weights import unrounded
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOConfig, PPOTrainer
 from tests import ppo_toy as toy
@@ -123,16 +122,9 @@ def test_the_adapter_is_merged_for_sampling_alone(tmp_path: Path) -> None:
     assert torch.equal(kept, base[name]), "and rounds nothing"
 
 
-def test_only_weights_that_merging_changes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_weights_that_merging_changes_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = get_peft_model(toy.policy(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     before = {name: weight.clone() for name, weight in policy.named_parameters()}
-
-    def sync_weights() -> None:
-        policy.merge_adapter()
-        policy.unmerge_adapter()
-
-    engine: Any = SimpleNamespace(model=policy, sync_weights=sync_weights)
-    keep_frozen_weights(engine)
     copied, to = [], torch.Tensor.to
 
     def count(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -140,7 +132,8 @@ def test_only_weights_that_merging_changes_are_kept(monkeypatch: pytest.MonkeyPa
         return to(tensor, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", count)
-    for _ in range(2):
-        engine.sync_weights()
-    assert copied == [weight.numel() for name, weight in before.items() if "q_proj.base_layer" in name], "once"
+    with unrounded(policy):
+        policy.merge_adapter()
+        policy.unmerge_adapter()
+    assert copied == [weight.numel() for name, weight in before.items() if "q_proj.base_layer" in name]
     assert all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())

@@ -34,7 +34,6 @@ import errno
 import math
 import os
 import platform
-import resource
 import struct
 import sys
 
@@ -42,6 +41,12 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+# Windows lacks it, and imports this module all the same.
+try:
+    import resource
+except ImportError:
+    resource = None  # type: ignore[assignment]
 
 OPEN_FILES = 32
 FILE_BYTES = 1 << 20
