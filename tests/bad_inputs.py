@@ -699,13 +699,7 @@ CASES |= {
         ("messages_column:", "choose from: right"),
         files={"a[1].jsonl": rows({"right": 1}), "a1.jsonl": rows(GOOD)},
     ),
-    "a folder that is a pattern": Case(
-        "sft",
-        "--dataset_name {here}/a[1] --dataset_config main",
-        ("dataset_name:", "rename it"),
-        files={"a[1]/x.jsonl": rows(GOOD)},
-    ),
-    "a device as data": Case("sft", "--dataset_name /dev/zero", ("dataset_name:", "neither a file nor a folder")),
+    "a device as data": Case("sft", "--dataset_name /dev/zero", ("dataset_name:", "does not contain data")),
     "ragged rows": data("pretrain", "text,b\n1,2\n3,4,5\n", "a.csv", "cannot be read", file="a.csv"),
     "JSON nested too deep": data("sft", "[" * 10**5 + "]" * 10**5, "line 1", "not valid JSON"),
     # models

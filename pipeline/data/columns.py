@@ -40,12 +40,8 @@ Split: TypeAlias = Dataset | IterableDataset
 Convert = Callable[[Row], dict[str, Any]]
 
 FEATURES = {
-    "text": Value("string"),
-    "messages": MESSAGES,
-    "prompt": MESSAGES,
-    "chosen": MESSAGES,
-    "rejected": MESSAGES,
-    "answer": Value("string"),
+    **dict.fromkeys(("text", "answer"), Value("string")),
+    **dict.fromkeys(("messages", "prompt", "chosen", "rejected"), MESSAGES),
     "margin": Value("float64"),
 }
 """Types of the columns that converters make."""
@@ -77,6 +73,8 @@ RESERVED = (
 
 CORRECT = "correct or remove that row"
 DROP = "rows count from 0, and drop_bad_rows drops such rows"
+FAULT = "_fault"
+"""Column that says why a row cannot be converted, while rows are converted."""
 
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
@@ -91,20 +89,15 @@ def normalise(name: str) -> str:
     return name.strip().casefold()
 
 
-def find_column(columns: Iterable[str], *names: str) -> str | None:
-    """Return the first of some names that is a column, as the data set spells it."""
+def find_column(columns: Iterable[str], *names: str) -> str:
+    """Return the first of some names that is a column, as the data set spells it; "" if there is none."""
     spelled = {normalise(column): column for column in columns} | {column: column for column in columns}
-    return next((spelled[one] for name in names for one in (name, normalise(name)) if one in spelled), None)
+    return next((spelled[one] for name in names for one in (name, normalise(name)) if one in spelled), "")
 
 
 def drops_rows(args: DataArguments) -> bool:
-    """Return whether rows without the expected shape are dropped."""
-    return args.drop_bad_rows or is_of_hub(args)
-
-
-def is_of_hub(args: DataArguments) -> bool:
-    """Return whether a data set comes from the Hub, so that the user cannot correct its rows."""
-    return not Path(args.dataset_names[0]).expanduser().exists()
+    """Return whether rows without the expected shape are dropped: on demand, or because they come from the Hub."""
+    return args.drop_bad_rows or not Path(args.dataset_names[0]).expanduser().exists()
 
 
 def place_of(split: Split, args: DataArguments) -> str:
@@ -142,43 +135,53 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
     if unused := ", ".join(repr(column) for column in columns if column not in used):
         use = "are passed to rewards, and not part of the prompts" if kind == "prompt" else "are not used"
         _log_once(f"{'data':<11} {args.dataset_name}: the columns {unused} {use}")
-    if kind == "text" and isinstance(split, Dataset) and _is_text(split, used[0]):
-        # There is nothing to convert, and so nothing to copy.
-        return split.select_columns(used[0]).rename_columns({used[0]: "text"})
-
-    def convert(row: Row) -> dict[str, Any]:
-        converted = read(row)
-        if tokens is not None:
-            refuse_special_tokens(converted, tokens)
-        return converted
-
-    if drops_rows(args) and isinstance(split, Dataset):
-        split = _drop_faults(split, convert, place, args)
-    elif args.drop_bad_rows and kind != "text":
+    is_stream = not isinstance(split, Dataset)
+    if kind == "text" and not is_stream:
+        (text,) = used
+        # If each row is text, there is nothing to convert, and so nothing to copy.
+        if split.features[text] == Value("string") and not split.data.column(text).null_count:
+            return split.select_columns(text).rename_columns({text: "text"})
+    if is_stream and args.drop_bad_rows and kind != "text":
         remedy = "rows of a stream cannot be dropped; turn dataset_streaming off, or correct them"
         raise UserError(Problem("drop_bad_rows", True, remedy))
 
+    texts, faults = 0, 0
+
+    def convert(row: Row, index: int) -> dict[str, Any]:
+        nonlocal texts, faults
+        try:
+            converted = read(row)
+            if tokens is not None:
+                refuse_special_tokens(converted, tokens)
+        except ShapeError as error:
+            if not is_stream:
+                return {**dict.fromkeys(made), FAULT: str(error)}
+            # The rows of a stream are not counted beforehand. A few documents that are not text are read as empty ones,
+            # also before any text, because a run may be resumed among such documents.
+            faults += 1
+            if kind != "text" or not drops_rows(args) or (not texts and faults > FEW):
+                remedy = f"{error}; {CORRECT}; {DROP}"
+                raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None
+            if faults == 1:
+                logger.warning("%s, row %d: %s; such documents are read as empty ones.", place, index, error)
+            return {"text": ""}
+        texts += 1
+        return converted if is_stream else {**converted, FAULT: None}
+
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
     features = {name: FEATURES[name] for name in made}
-    if kind == "prompt":
-        # Rewards read the other columns.
-        others = [column for column in columns if column not in (*made, *RESERVED)]
-        made += others
+    # Rewards read the other columns.
+    others = [name for name in columns if kind == "prompt" and name not in (*made, *RESERVED)]
+    if others:
         features = {name: split.features[name] for name in others} | features if split.features else {}
-    # The rows of a stream are not counted beforehand, so that a few without text are read as empty documents.
-    may_be_empty = kind == "text" and drops_rows(args) and not isinstance(split, Dataset)
-    try:
-        standard = split.map(
-            _checker(convert, place, may_be_empty),
-            with_indices=True,
-            remove_columns=[column for column in columns if column not in made],
-            features=Features(features) if features else None,
-        )
-    except UserError:
-        if not isinstance(split, Dataset):
-            raise
-        raise UserError(_count_faults(split, convert, place)) from None
-    return _keep_informative(standard, place) if kind == "preference" else standard
+    if not is_stream:
+        features[FAULT] = Value("string")
+    removed = [name for name in columns if name not in (*made, *others)]
+    types = Features(features) if features else None
+    standard = split.map(convert, with_indices=True, remove_columns=removed, features=types)
+    if not is_stream and len(split):
+        standard = _drop_faults(standard, place, args)
+    return _drop_uninformative(standard, place) if kind == "preference" else standard
 
 
 def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
@@ -192,66 +195,24 @@ def _log_once(line: str) -> None:
     logger.info("%s", line)
 
 
-def _checker(convert: Convert, place: str, may_be_empty: bool) -> Callable[[Row, int], dict[str, Any]]:
-    """Return a function that converts a row, and reports one without the expected shape by its number.
-
-    Args:
-        convert: Converts a row.
-        place: The data set and the split.
-        may_be_empty: Whether documents that are not text are read as empty ones. Without any text before it, the one
-            after the first `FEW` is reported. (These few are not, because a run may be resumed among such documents.)
-    """
-    texts, faults = 0, 0
-
-    def checked(row: Row, index: int) -> dict[str, Any]:
-        nonlocal texts, faults
-        try:
-            converted = convert(row)
-        except ShapeError as error:
-            faults += 1
-            if not may_be_empty or (not texts and faults > FEW):
-                remedy = f"{error}; {CORRECT}; {DROP}"
-                raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None
-            if faults == 1:
-                logger.warning("%s, row %d: %s; such documents are read as empty ones.", place, index, error)
-            return {"text": ""}
-        texts += 1
-        return converted
-
-    return checked
-
-
-def _fault(row: Row, convert: Convert) -> str:
-    """Return why a row cannot be converted; empty if it can be."""
-    try:
-        convert(row)
-    except ShapeError as error:
-        return str(error)
-    return ""
-
-
-def _count_faults(rows: Dataset, convert: Convert, place: str) -> Problem:
-    """Return the problem of rows that cannot be converted, with the numbers of the first five."""
-    faults = {index: fault for index, row in enumerate(rows) if (fault := _fault(row, convert))}
-    index, *others = faults
-    shown = ", ".join(map(str, others[:4])) + (", ..." if len(others) > 4 else "")
-    more = f" and {len(others)} more of {len(rows)} ({shown})" if others else ""
-    return Problem("dataset_name", f"{place}, row {index}", f"{faults[index]}; {CORRECT}{more}; {DROP}")
-
-
-def _drop_faults(rows: Dataset, convert: Convert, place: str, args: DataArguments) -> Dataset:
-    """Drop the rows that cannot be converted, if they are few. If they are many, the caller refuses the first."""
-
-    kept = rows.filter(lambda row: not _fault(row, convert))
-    lost = len(rows) - len(kept)
-    if not lost or not may_drop(args, lost, len(rows)):
+def _drop_faults(rows: Dataset, place: str, args: DataArguments) -> Dataset:
+    """Drop the rows that could not be converted, or refuse them with the numbers of the first five."""
+    found = rows.data.column(FAULT).to_pylist()
+    rows = rows.remove_columns(FAULT)
+    faults = {index: fault for index, fault in enumerate(found) if fault is not None}
+    if not faults:
         return rows
-    index, first = next((index, found) for index, row in enumerate(rows) if (found := _fault(row, convert)))
-    report_lost(lost, len(rows), f"rows are dropped; row {index}, for instance: {first}", f"correct {place}")
-    return kept
+    first, *others = faults
+    if not may_drop(args, len(faults), len(rows)):
+        shown = ", ".join(map(str, others[:4])) + (", ..." if len(others) > 4 else "")
+        more = f" and {len(others)} more of {len(rows)} ({shown})" if others else ""
+        raise UserError(Problem("dataset_name", f"{place}, row {first}", f"{faults[first]}; {CORRECT}{more}; {DROP}"))
+    what = f"rows are dropped; row {first}, for instance: {faults[first]}"
+    report_lost(len(faults), len(rows), what, f"correct {place}")
+    return rows.select([index for index in range(len(rows)) if index not in faults])
 
 
-def _keep_informative(pairs: Split, place: str) -> Split:
+def _drop_uninformative(pairs: Split, place: str) -> Split:
     """Drop pairs that do not say which answer is better; machine-made collections contain some."""
     kept = pairs.filter(is_informative)
     if isinstance(pairs, Dataset) and len(kept) < len(pairs):
@@ -262,85 +223,63 @@ def _keep_informative(pairs: Split, place: str) -> Split:
     return kept
 
 
-def _is_text(split: Dataset, column: str) -> bool:
-    """Return whether each row of a column is text."""
-    if split.features[column] != Value("string"):
-        return False
-    batches = split.select_columns(column).with_format("arrow").iter(10_000)
-    return not any(batch[column].null_count for batch in batches)
-
-
 def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]:
-    """Return the columns that arguments name, and report those that do not exist."""
-    found = [find_column(columns, name) for name in expected.values()]
-    # Names with spaces around them are quoted, because those would not be seen.
+    """Return the columns that arguments name, and report the missing ones."""
+    found = {field: find_column(columns, name) for field, name in expected.items()}
+    # Names with spaces around them are quoted, because the spaces would not be seen.
     choices = ", ".join(name if name == name.strip() else repr(name) for name in columns)
-    remedy = f"there is no such column; {remedy}{' ' if remedy else ''}choose from: {choices}"
-    problems = [
-        Problem(field, value, remedy)
-        for (field, value), column in zip(expected.items(), found, strict=True)
-        if column is None
-    ]
-    if problems:
+    remedy = f"there is no such column; {remedy}choose from: {choices}"
+    if problems := [Problem(field, expected[field], remedy) for field, column in found.items() if not column]:
         raise UserError(*problems)
-    return [str(column) for column in found]
+    return list(found.values())
 
 
 def converter(
     split: Split, columns: list[str], args: DataArguments, kind: Kind
 ) -> tuple[Convert, list[str], list[str]]:
-    """Return the function that converts a row, the columns that it makes, and those that it reads.
+    """Return the function that converts a row, the columns that it makes, and the columns that it reads.
 
     Raises:
         UserError: If a column that it needs does not exist.
     """
-    if columns == [TOKENS]:
-        remedy = "has tokens, which only recipes.pretrain reads; give the documents that they were made from"
-        raise UserError(Problem("dataset_name", place_of(split, args), remedy))
-
     # What is read and what is made, with optional columns in brackets:
     #
     #   text           text_column                                                  text
     #   conversation   messages_column, or a prompt [context] and its completion    messages
     #   prompt         prompt_column [context] [answer_column]                      prompt [answer], and all others
     #   preference     [prompt_column] [context] chosen rejected [margin]           prompt chosen rejected [margin]
-    if kind == "text":
-        (text,) = _require(columns, text_column=args.text_column)
-        return lambda row: {"text": _read_text(row[text])}, ["text"], [text]
     if kind == "conversation":
         return _conversation_converter(args, columns)
     if kind == "prompt":
         return _prompt_converter(args, columns, split)
+    if kind == "text":
+        (text,) = _require(columns, text_column=args.text_column)
+
+        def from_text(row: Row) -> dict[str, Any]:
+            if not isinstance(row[text], str):
+                raise ShapeError(f"the text is {shorten(row[text])}")
+            return {"text": row[text]}
+
+        return from_text, ["text"], [text]
 
     chosen, rejected = _require(columns, chosen_column="chosen", rejected_column="rejected")
     prompt = _find_prompt(args, columns, split)
     # Answers that are conversations contain their prompt; texts do not.
-    if prompt is None and isinstance(next(iter(split))[chosen], str):
+    if not prompt and isinstance(next(iter(split))[chosen], str):
         _require(columns, prompt_column=args.prompt_column)
-    read, used = _prompt_reader(args, columns, prompt or args.prompt_column)
-    made = [name for name in ("prompt", "chosen", "rejected", "margin") if name != "margin" or name in columns]
     name = prompt or args.prompt_column
+    read, used = _prompt_reader(args, columns, name)
 
     def from_pair(row: Row) -> dict[str, Any]:
         pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
         return read_pair({**pair, name: read(row)} if prompt else pair, name, args.system_prompt)
 
-    return from_pair, made, [*used, chosen, rejected, "margin"]
+    margin = ["margin"] if "margin" in columns else []
+    return from_pair, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
 
 
-def _read_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ShapeError(f"the text is {shorten(value)}")
-    return value
-
-
-def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str | None:
-    """Return the column of the prompts: the one that is named, or by default one with a usual name.
-
-    Args:
-        args, columns: As for `converter`.
-        pairs: Pairs of answers, whose prompt may be a conversation.
-    """
+def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str:
+    """Return the column of the prompts: the one that is named, or by default one with a usual name; "" if none."""
     if args.prompt_column != "prompt":
         return find_column(columns, args.prompt_column)
     chosen = find_column(columns, "chosen")
@@ -351,7 +290,7 @@ def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = 
 
 
 def _prompt_reader(
-    args: DataArguments, columns: list[str], prompt: str, completion: str | None = None
+    args: DataArguments, columns: list[str], prompt: str, completion: str = ""
 ) -> tuple[Callable[[Row], Any], list[str]]:
     """Return the function that returns a prompt with its context, and the columns that it reads."""
     contexts = [name for name in columns if normalise(name) in CONTEXTS and name not in (prompt, completion)]
@@ -373,8 +312,8 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> tuple[Co
 
     By default, the columns of `PAIRS` are joined if there are no messages.
     """
-    default = args.messages_column == "messages"
-    messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if default else ())) or ""
+    is_default = args.messages_column == "messages"
+    messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if is_default else ()))
 
     def from_messages(row: Row) -> dict[str, Any]:
         messages = read_messages(row[messages_column], messages_column, args.system_prompt)
@@ -385,17 +324,17 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> tuple[Co
         return {"messages": messages}
 
     if args.completion_column is not None:
-        named = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
-        found = [_find_prompt(args, columns) or "", find_column(columns, args.completion_column) or ""]
-        prompt, completion = found if all(found) else _require(columns, **named)
+        pairs = [(_find_prompt(args, columns), find_column(columns, args.completion_column))]
+        missing = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
+        remedy = ""
     elif messages_column:
         return from_messages, ["messages"], [messages_column]
     else:
-        pairs = [(find_column(columns, one), find_column(columns, other)) for one, other in PAIRS]
-        found = next(([one, other] for one, other in pairs if one and other and default), [])
-        prompt, completion = found or _require(
-            columns, "name prompt_column and completion_column, or", messages_column=args.messages_column
-        )
+        pairs = [(find_column(columns, one), find_column(columns, other)) for one, other in PAIRS if is_default]
+        missing = {"messages_column": args.messages_column}
+        remedy = "name prompt_column and completion_column, or "
+    found = next((pair for pair in pairs if all(pair)), None)
+    prompt, completion = found or _require(columns, remedy, **missing)
     read, used = _prompt_reader(args, columns, prompt, completion)
 
     def from_pair(row: Row) -> dict[str, Any]:
@@ -407,35 +346,35 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> tuple[Co
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> tuple[Convert, list[str], list[str]]:
     """Return the function that reads prompts, with their final answers if there is a column; as for `converter`."""
-    prompt = _find_prompt(args, columns, split) or ""
+    prompt = _find_prompt(args, columns, split)
     # Pairs of conversations are read as well: their prompt is what both begin with.
-    sides = [find_column(columns, side) or "" for side in ("chosen", "rejected")]
+    sides = [find_column(columns, side) for side in ("chosen", "rejected")]
     has_pairs = all(sides) and args.prompt_column == "prompt"
     if not prompt and not has_pairs:
         _require(columns, prompt_column=args.prompt_column)
     answer = find_column(columns, args.answer_column, *(("answer", "a") if args.answer_column == "answer" else ()))
-    if answer is None and (args.answer_pattern is not None or args.answer_column != "answer"):
+    if not answer and (args.answer_pattern is not None or args.answer_column != "answer"):
         _require(columns, answer_column=args.answer_column)
     final_answer = _answer_finder(args)
     read, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
 
     def convert(row: Row) -> dict[str, Any]:
         if has_pairs:
-            row = {**row, **dict(zip(("chosen", "rejected"), (row[side] for side in sides), strict=True))}
+            row = {**row, "chosen": row[sides[0]], "rejected": row[sides[1]]}
         if has_pairs and not (prompt and has_prompt(row, prompt)):
             messages = read_pair(row, prompt or args.prompt_column, args.system_prompt)["prompt"]
         else:
             messages = read_prompt(read(row), prompt, args.system_prompt)
-        return {"prompt": messages} if answer is None else {"prompt": messages, "answer": final_answer(row[answer])}
+        return {"prompt": messages, "answer": final_answer(row[answer])} if answer else {"prompt": messages}
 
-    return convert, ["prompt", *(["answer"] if answer else [])], [*used, answer or ""]
+    return convert, ["prompt", *(["answer"] if answer else [])], [*used, answer]
 
 
 def _answer_finder(args: DataArguments) -> Callable[[object], str]:
     """Return the function that finds the final answer in the content of `answer_column`, by `answer_pattern`."""
     try:
         pattern = re.compile(args.answer_pattern) if args.answer_pattern is not None else None
-    except (re.error, RecursionError, OverflowError) as error:
+    except re.error as error:
         remedy = f"is not a regular expression ({error})"
         raise UserError(Problem("answer_pattern", args.answer_pattern, remedy)) from None
 

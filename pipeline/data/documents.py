@@ -1,7 +1,7 @@
 """Documents of plain text files: which part of a file is one, the same in memory, in a stream and in shards.
 
 By default, a document is a file. One of more than `LONGEST` characters is cut at blank lines, or at line ends where
-there are none, and so is the only file of a split, of which something is to be held out:
+there are none. The only file of a split is cut as well, so that a part of it can be held out:
 
     poems/a.txt    1,200 characters    1 document
     poems/b.txt    9,000 characters    3 documents, each of whole stanzas
@@ -34,7 +34,7 @@ PARTS, SHORTEST = 40, 256
 """The only file of a split is cut into so many documents at least, unless they had fewer characters than these."""
 
 PART_BYTES = 4 << 20
-"""Bytes of small files that make one file of a stream, of which the first has rows to hold out."""
+"""Bytes of small files that make one file of a stream. Rows are held out of the first one."""
 
 TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, or from the encoding that it has"
 """Remedy for a file that is not UTF-8."""
@@ -67,7 +67,10 @@ def open_documents(
             size = 0
         parts[-1].append(str(file))
         size += file.stat().st_size
-    longest = _longest(files[0]) if is_single else LONGEST
+    longest = LONGEST
+    if is_single:
+        with open_text(files[0]) as text:
+            longest = min(LONGEST, max(SHORTEST, len(text.read(PARTS * LONGEST)) // PARTS))
     options = {"parts": parts, "rule": rule or "auto", "longest": longest}
     features, name = Features({"text": Value("string")}), NamedSplit(split)
     if streaming:
@@ -85,11 +88,6 @@ def digest_of(*paths: Path) -> str:
     return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
-def encoding_of(head: bytes) -> str:
-    """Return the encoding of a file by its first bytes: UTF-8, or what a byte order mark says."""
-    return "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-
-
 def open_bytes(path: Path) -> Any:
     """Open a file, compressed or not."""
     return fsspec.open(str(path), "rb", compression="infer")
@@ -97,14 +95,14 @@ def open_bytes(path: Path) -> Any:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
-    """Open a text file, compressed or not.
+    """Open a text file, compressed or not, in UTF-8 or in UTF-16 with a byte order mark.
 
     Raises:
         UserError: If it is not text, or damaged.
     """
     try:
         with open_bytes(path) as file:
-            encoding = encoding_of(file.read(2))
+            encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         with open_bytes(path) as file, io.TextIOWrapper(file, encoding) as text:
             yield text
     except UnicodeError as error:
@@ -113,14 +111,8 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error}); correct the file")) from None
 
 
-def _longest(file: Path) -> int:
-    """Return the characters of the longest document of a file that is the only one of its split."""
-    with open_text(file) as text:
-        return min(LONGEST, max(SHORTEST, len(text.read(PARTS * LONGEST)) // PARTS))
-
-
 def _documents(parts: list[list[str]], rule: str, longest: int) -> Iterator[dict[str, str]]:
-    """Yield the documents of files, without those that are blank."""
+    """Yield the documents of files, but no blank ones."""
     for files in parts:
         # A document ends with its file, except in runs of earlier releases.
         for joined in [files] if rule == OLD else [[file] for file in files]:

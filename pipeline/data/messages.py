@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Messages = list[dict[str, str]]
 Row = Mapping[str, Any]
-
-MAX_MARGIN = 1e6
-"""Bound of how much better an answer may be than another; the loss would not be finite with an infinite one."""
-
 
 AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
 """The beginning of messages that were written as text."""
@@ -159,13 +156,10 @@ def read_pair(row: Row, prompt_column: str = "prompt", system_prompt: str | None
     if has_prompt(row, prompt_column):
         prompt = read_prompt(row[prompt_column], prompt_column, system_prompt)
     else:
-        for name, value in (("chosen", chosen), ("rejected", rejected)):
-            if not isinstance(value, list) or not value:
-                raise ShapeError(f"{name} is {shorten(value)}, not a list of messages")
-        if len(chosen) == 1:
+        if not all(isinstance(side, list) and len(side) > 1 for side in (chosen, rejected)):
             raise ShapeError("there is no prompt")
         prompt = read_prompt(chosen[:-1], "chosen", system_prompt)
-        if len(rejected) == 1 or prompt != read_messages(rejected[:-1], "rejected", system_prompt):
+        if prompt != read_messages(rejected[:-1], "rejected", system_prompt):
             raise ShapeError("chosen and rejected do not answer the same prompt")
         chosen, rejected = chosen[-1:], rejected[-1:]
     pair = {
@@ -175,7 +169,7 @@ def read_pair(row: Row, prompt_column: str = "prompt", system_prompt: str | None
     }
     if "margin" not in row:
         return pair
-    if not isinstance(row["margin"], int | float) or not abs(row["margin"]) < MAX_MARGIN:
+    if not isinstance(row["margin"], int | float) or not math.isfinite(row["margin"]):
         raise ShapeError(f"margin is {shorten(row['margin'])}, not a number")
     return {**pair, "margin": float(row["margin"])}
 

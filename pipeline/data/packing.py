@@ -61,17 +61,8 @@ def pack_documents(
         ids = ids[: len(ids) // block_size * block_size]
         return pa.table({TOKENS: pa.FixedSizeListArray.from_arrays(pa.array(ids), block_size)})
 
-    return (
-        dataset.with_format("arrow")
-        .map(
-            pack,
-            batched=True,
-            batch_size=DOCUMENTS_PER_BATCH,
-            remove_columns=dataset.column_names,
-            num_proc=num_proc,
-        )
-        .with_format("numpy")
-    )
+    options = {"batch_size": DOCUMENTS_PER_BATCH, "remove_columns": dataset.column_names, "num_proc": num_proc}
+    return dataset.with_format("arrow").map(pack, batched=True, **options).with_format("numpy")
 
 
 @dataclass
@@ -79,12 +70,12 @@ class Encoder:
     """Tokens of documents: `bos + text + eos`, one document after the other.
 
     Attributes:
-        backend: Tokenizer of the library `tokenizers`; for a tokenizer without one, the tokenizer itself.
+        backend: Tokenizer of the library `tokenizers`.
         bos, eos: Tokens before and after a text.
         largest: The last token.
     """
 
-    backend: Any
+    backend: Tokenizer
     bos: int
     eos: int
     largest: int
@@ -96,15 +87,20 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """Return the encoder of a tokenizer, which has the same hash in all processes that prepare the same data."""
-        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        """Return the encoder of a tokenizer, which has the same hash in all processes that prepare the same data.
+
+        Raises:
+            UserError: If the tokenizer is not of the library `tokenizers`.
+        """
+        if not tokenizer.is_fast:
+            remedy = "is not of the library tokenizers; choose another one"
+            raise UserError(Problem("tokenizer_name_or_path", tokenizer.name_or_path, remedy))
+        # An earlier call may have set truncation or padding, which would be part of the hash.
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
         # Ids may have gaps, so that the size of the vocabulary is not enough.
         largest = max(tokenizer.get_vocab().values())
-        # An earlier call may have set truncation or padding, which would be part of the hash.
-        if isinstance(backend, Tokenizer):
-            backend = Tokenizer.from_str(backend.to_str())
-            backend.no_truncation()
-            backend.no_padding()
         return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest)
 
     def __call__(self, documents: Sequence[Any]) -> np.ndarray:
@@ -113,12 +109,9 @@ class Encoder:
         Raises:
             UserError: If tokens come from another tokenizer.
         """
-        if not isinstance(documents[0], str):
-            return self._join(documents)
-        pieces = range(0, len(documents), DOCUMENTS_AT_ONCE)
-        return np.concatenate([self._encode(documents[i : i + DOCUMENTS_AT_ONCE]) for i in pieces])
-
-    def _join(self, documents: Sequence[Any]) -> np.ndarray:
+        if isinstance(documents[0], str):
+            pieces = range(0, len(documents), DOCUMENTS_AT_ONCE)
+            return np.concatenate([self._encode(documents[i : i + DOCUMENTS_AT_ONCE]) for i in pieces])
         if not all(len(ids) and ids[0] == self.bos and ids[-1] == self.eos for ids in documents):
             remedy = f"documents must begin with bos ({self.bos}) and end with eos ({self.eos}), the tokenizer's"
             raise UserError(Problem("dataset_name", "the shards", f"{remedy}; make them with recipes.shards"))
@@ -129,14 +122,11 @@ class Encoder:
         return ids.astype(self.dtype)
 
     def _encode(self, texts: Sequence[str]) -> np.ndarray:
-        if isinstance(self.backend, Tokenizer):
-            # A document that spells a special token must not end there.
-            self.backend.encode_special_tokens = True
-            texts_ids = (text.ids for text in self.backend.encode_batch_fast(texts, add_special_tokens=False))
-        else:
-            texts_ids = self.backend(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        # A document that spells a special token must not end there.
+        self.backend.encode_special_tokens = True
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         # One array at once: lists of Python integers take 30 bytes a token.
-        documents = ((self.bos, *ids, self.eos) for ids in texts_ids)
+        documents = ((self.bos, *text.ids, self.eos) for text in encoded)
         return np.fromiter(chain.from_iterable(documents), self.dtype)
 
 
@@ -184,7 +174,7 @@ class PackedBlocks:
 
 
 def log_truncated(dataset: Split, args: SFTConfig) -> None:
-    """Log how many tokenized conversations exceed `max_length`: those lose their end, and with it the eos token.
+    """Log how many tokenized conversations exceed `max_length`, and so lose their end and its eos token.
 
     Nothing is logged for a stream, whose rows are tokenized later, and where packing goes on in the next sequence.
     """

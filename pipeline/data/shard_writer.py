@@ -53,11 +53,7 @@ class ShardArguments:
 
 @dataclass
 class DocumentReader:
-    """The first step of a pipeline of datatrove: the documents of one file.
-
-    Attributes:
-        data_args: The data set.
-    """
+    """The first step of a pipeline of datatrove: the documents of one file of the data set of `data_args`."""
 
     data_args: DataArguments
 
@@ -69,16 +65,13 @@ class DocumentReader:
         for number, row in enumerate(rows.shard(world_size, rank) if world_size > 1 else rows):
             yield Document(row["text"], f"{rank}/{number}")
 
-    def __repr__(self) -> str:
-        return f"Documents of {self.data_args.dataset_name}"
-
 
 def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: ShardArguments) -> None:
     """Tokenize the rows of `dataset_train_split`, each file into a shard, or go on where this was stopped.
 
     Args:
         tokenizer: A tokenizer with bos and eos tokens.
-        data_args: The documents; `validation_share` is for those who read the shards.
+        data_args: The documents; `validation_share` is for readers of the shards.
         args: Where and how.
 
     Raises:
@@ -93,12 +86,13 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     except ImportError:
         remedy = "needs datatrove, which is not installed; pip install 'fourstage[datatrove]'"
         raise UserError(Problem("executor", args.executor, remedy)) from None
-    if len(data_args.dataset_names) > 1:
+    name, *others = data_args.dataset_names
+    if others:
         remedy = "are several data sets; give a command for each, with a folder of its own, and pretraining all folders"
         raise UserError(Problem("dataset_name", ", ".join(data_args.dataset_names), remedy))
 
-    source = Path(data_args.dataset_names[0]).expanduser()
-    name = str(source.absolute()) if source.exists() else data_args.dataset_names[0]
+    source = Path(name).expanduser()
+    name = str(source.absolute()) if source.exists() else name
     data_args = replace(data_args, dataset_name=name, dataset_streaming=True, validation_share=0.0)
     rows, _ = load_splits(data_args, "text", evaluation=False)
     tasks = rows.num_shards if data_args.max_train_samples is None else 1
@@ -106,13 +100,8 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     record |= {field: getattr(data_args, field) for field in RECORDED}
 
     folder = Path(args.output_dir, data_args.dataset_train_split).absolute()
-    made = document_tokenizer(tokenizer)
-    files = {TOKENIZER: made or "", RECORD: json.dumps(record, indent=2)}
-    problems = check_arguments(args, folder, source, files)
-    if made is None:
-        remedy = "is not of the library tokenizers, with which datatrove tokenizes; choose another one"
-        problems.append(Problem("tokenizer_name_or_path", data_args.tokenizer_name_or_path, remedy))
-    if problems:
+    files = {TOKENIZER: document_tokenizer(tokenizer), RECORD: json.dumps(record, indent=2)}
+    if problems := check_arguments(args, folder, source, files):
         raise UserError(*problems)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -141,17 +130,9 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
 
 
 def check_arguments(args: ShardArguments, folder: Path, source: Path, files: Mapping[str, str]) -> list[Problem]:
-    """Check how and where shards are to be written.
-
-    Args:
-        args: The arguments.
-        folder: Folder of this split.
-        source: The data set, if it is local.
-        files: What `TOKENIZER` and `RECORD` are to contain, by name.
-    """
-    problems = []
-    if problem := check_directory(args.output_dir):
-        problems.append(problem)
+    """Check how shards of `source` are to be written to `folder`, which is to contain the texts of `files` by name."""
+    problem = check_directory(args.output_dir)
+    problems = [problem] if problem else []
     if folder.resolve().is_relative_to(source.resolve()):
         remedy = "lies inside dataset_name, and would be read as data; choose another directory"
         problems.append(Problem("output_dir", args.output_dir, remedy))

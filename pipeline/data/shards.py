@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from datasets import Features, IterableDataset, IterableDatasetDict, List, NamedSplit, Value
@@ -22,6 +22,7 @@ from pipeline.data.arguments import OLD, DataArguments
 from pipeline.data.columns import TOKENS
 from pipeline.data.packing import Encoder
 from pipeline.errors import Problem, UserError
+from pipeline.files import read_json
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
 
@@ -29,7 +30,6 @@ TOKENIZER = "tokenizer.json"
 """File next to the shards of `pipeline.data.shard_writer`: what `document_tokenizer` returns."""
 RECORD = "documents.json"
 """File next to them that says what was tokenized."""
-NO_RECORD = "does not say what was tokenized; make the shards again"
 
 
 def is_shards(path: Path) -> bool:
@@ -38,7 +38,7 @@ def is_shards(path: Path) -> bool:
 
 
 def open_shards(folder: Path) -> IterableDatasetDict:
-    """Open the shards in a folder as the split `train`, and those in folders inside it as splits of these names.
+    """Open the shards in a folder as the split `train`, and the shards in its folders as splits of their names.
 
     Returns:
         Streams of documents with the column `input_ids`; each shard is a file of its stream.
@@ -64,17 +64,15 @@ def open_shards(folder: Path) -> IterableDatasetDict:
 
 def documents_of(args: Arguments) -> Arguments:
     """Return the arguments of the documents that shards were made from, for what reads text; others as they are."""
-    folder = Path(args.dataset_names[0], args.dataset_train_split)
-    record = _read_record(folder)
-    record = {"document": OLD, **record} if record else {}
+    record = read_json(Path(args.dataset_names[0], args.dataset_train_split, RECORD))
+    if not record:
+        return args
+    # Earlier releases did not record what a document is.
     chosen = {name: value for name, value in record.items() if name not in ("tasks", "digest")}
-    try:
-        return replace(args, **chosen)
-    except (TypeError, ValueError):
-        raise UserError(Problem("dataset_name", folder / RECORD, NO_RECORD)) from None
+    return replace(args, **{"document": OLD, **chosen})
 
 
-def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the JSON of a tokenizer that makes `bos + text + eos` of a text, as `Encoder` does.
 
     It does not look for special tokens, because `datatrove` cannot be asked to encode a text that spells them as text.
@@ -83,11 +81,9 @@ def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
         tokenizer: A tokenizer with bos and eos tokens.
 
     Returns:
-        The JSON of the library `tokenizers`; None for a tokenizer that is not of this library.
+        The JSON of the library `tokenizers`.
     """
     backend = Encoder.of(tokenizer).backend
-    if not isinstance(backend, Tokenizer):
-        return None
     around = [("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)]
     backend.post_processor = TemplateProcessing(single=["bos", "$A", "eos"], special_tokens=around)
     settings = json.loads(backend.to_str())
@@ -97,13 +93,12 @@ def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def check_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
     """Report shards that were made with a tokenizer other than the model's. Shards of other programs do not say."""
-    expected = document_tokenizer(tokenizer)
-    own = Tokenizer.from_str(expected).to_str() if expected else None
+    own = Tokenizer.from_str(document_tokenizer(tokenizer)).to_str()
     problems = []
     for record in folder.rglob(RECORD):
         file = record.with_name(TOKENIZER)
         if Tokenizer.from_file(str(file)).to_str() != own:
-            remedy = "is not the tokenizer of the model; give that of the shards, or make them again"
+            remedy = "is not the tokenizer of the model; give the tokenizer of the shards, or make them again"
             problems.append(Problem("tokenizer_name_or_path", file, remedy))
     return problems
 
@@ -124,23 +119,8 @@ def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
             begin = end
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
-    """Return what the shards in a folder were made from; nothing for shards that another program has made."""
-    path = folder / RECORD
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(Problem("dataset_name", path, f"cannot be read ({error}); make the shards again")) from None
-    if not isinstance(record, dict) or not isinstance(record.get("dataset_name", ""), str):
-        raise UserError(Problem("dataset_name", path, NO_RECORD))
-    return record
-
-
 def _validate(files: Sequence[Path]) -> list[Problem]:
     """Check the shards of a split."""
-    faults: list[tuple[Path, str]] = []
     total = 0
     for file in files:
         try:
@@ -148,26 +128,19 @@ def _validate(files: Sequence[Path]) -> list[Problem]:
             name, number, *_ = Path(f"{file}.metadata").read_text(encoding="utf-8").split("\n")
             size, tokens = int(name.rpartition("|")[2]), int(number)
             end = int(np.memmap(f"{file}.index", "<u8", "r")[-1]) if tokens else 0
+            is_whole = file.stat().st_size == size * tokens and end == tokens
         except (OSError, ValueError):
-            fault = "has no .index or .metadata that can be read: it is being written, or must be made again"
-            faults.append((file, fault))
-            continue
-        if size not in (2, 4) or file.stat().st_size != size * tokens or end != tokens:
-            faults.append((file, "does not have the tokens that its .index and .metadata say; make it again"))
-        elif Path(f"{file}.loss").exists():
-            faults.append((file, "has a mask of losses (.ds.loss), which is not supported"))
+            is_whole = False
+        if not is_whole:
+            remedy = "does not have the tokens that its .index and .metadata say: it is being written, or damaged"
+            return [Problem("dataset_name", file, f"{remedy}; wait for it, or make it again")]
         total += tokens
 
-    problems = []
     folder = files[0].parent
-    if faults:
-        file, fault = faults[0]
-        others = f" ({len(faults)} shards have faults)" if len(faults) > 1 else ""
-        problems.append(Problem("dataset_name", file, fault + others))
-    tasks = _read_record(folder).get("tasks", len(files))
+    tasks = read_json(folder / RECORD).get("tasks", len(files))
     if tasks != len(files):
         remedy = f"has {len(files)} of {tasks} shards; give the command that makes them once more, which makes the rest"
-        problems.append(Problem("dataset_name", folder, remedy))
-    if not problems and not total:
-        problems.append(Problem("dataset_name", folder, "is empty; choose one that has rows"))
-    return problems
+        return [Problem("dataset_name", folder, remedy)]
+    if not total:
+        return [Problem("dataset_name", folder, "is empty; choose one that has rows")]
+    return []

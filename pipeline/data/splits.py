@@ -37,13 +37,8 @@ MEASURED = 200
 CHARACTERS = 4
 """Characters of an average token."""
 
-SHOWN_COLUMNS: dict[str, tuple[str, ...]] = {
-    "text": ("text",),
-    "conversation": ("messages",),
-    "preference": ("prompt", "chosen"),
-    "prompt": ("prompt",),
-}
-"""Columns that make one sequence of tokens, by kind of rows."""
+SHOWN_COLUMNS = ("text", "messages", "prompt", "chosen")
+"""Columns that make one sequence of tokens."""
 
 
 def load_splits(
@@ -73,7 +68,13 @@ def load_splits(
         UserError: If the data set, a split or a column does not exist, a split is empty, or a row is malformed.
     """
     # This is the only place that knows of several data sets: everything below is about one, and names it alone.
-    parts = [_load_one(replace(args, dataset_name=name), kind, evaluation, tokens) for name in args.dataset_names]
+    parts = []
+    for name in args.dataset_names:
+        try:
+            parts.append(_load_one(replace(args, dataset_name=name), kind, evaluation, tokens))
+        except UnicodeDecodeError as error:
+            # The texts in JSON are decoded only now.
+            raise UserError(*locate_error(Path(name), error)) from None
     train = _join([train for train, _ in parts], args.max_train_samples)
     test = _join([test for _, test in parts if test is not None], args.max_eval_samples) if evaluation else None
     if isinstance(train, IterableDataset) and kind not in ("text", "tokens"):
@@ -98,8 +99,9 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
     try:
         if all(Path(name).exists() for name in names) and not args.dataset_streaming:
             rows = load_splits(args, kind, evaluation=False)[0]
-            first = rows.take(min(MEASURED, len(rows)))
-            characters = sum(len(str(text)) for column in SHOWN_COLUMNS[kind] for text in first[column])
+            first = rows.take(MEASURED)
+            shown = [column for column in SHOWN_COLUMNS if column in rows.column_names]
+            characters = sum(len(str(text)) for column in shown for text in first[column])
             return len(rows), characters / len(first) / CHARACTERS
         if args.max_train_samples or not needed:
             return args.max_train_samples or 0, 0
@@ -136,56 +138,38 @@ def keep_rows(source: DatasetDict | IterableDatasetDict, args: DataArguments) ->
     return source.filter(lambda row: all(str(row[name]).casefold() in values for name, values in kept.items()))
 
 
-def _join(parts: list[Split], most: int | None) -> Split:
-    """Put the rows of several data sets one after the other, at most `most` of them."""
-    if len(parts) == 1:
-        return parts[0]
-    joined = concatenate_datasets(parts)
-    return joined if most is None else _take(joined, most)
-
-
 def _load_one(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
 ) -> tuple[Split, Split | None]:
     """Load one data set. Arguments, results and errors are as for `load_splits`."""
-    name, train = args.dataset_names[0], args.dataset_train_split
-    source = keep_rows(open_source(name, args.dataset_config, args.dataset_streaming, args.document), args)
+    train = args.dataset_train_split
+    opened = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
+    source = keep_rows(opened, args)
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
         logger.info("The data set has no split validation: training is evaluated on its split test.")
         args = replace(args, dataset_test_split="test")
     is_single = list(source) == [train] and args.dataset_test_split != train and args.validation_share > 0
     # A single row is trained on, if nothing is to be evaluated.
     can_be_divided = evaluation or not isinstance(source.get(train), Dataset) or len(source[train]) > 1
-    try:
-        if is_single and can_be_divided:
-            return _divide(source[train], args, kind, evaluation, tokens)
+    if not (is_single and can_be_divided):
         _check_splits(list(source), args, evaluation)
         trained_on = standardise(_limit(source[train], args, "max_train_samples"), args, kind, tokens)
         if not evaluation:
             return trained_on, None
         held_out = _limit(source[args.dataset_test_split], args, "max_eval_samples")
         return trained_on, standardise(held_out, args, kind, tokens)
-    except UnicodeDecodeError as error:
-        # The rows of a text file are decoded only now.
-        raise UserError(*locate_error(Path(name), error)) from None
 
-
-def _divide(
-    only: Split, args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
-) -> tuple[Split, Split | None]:
-    """Divide a single split into rows to train on and rows that are held out."""
-    if isinstance(only, Dataset) and drops_rows(args):
+    if isinstance(source[train], Dataset) and drops_rows(args):
         # Faulty rows are dropped afterwards: evaluations, which drop them as well, count all rows.
-        train, test = (standardise(part, args, kind, tokens) for part in _hold_out(only, args))
+        trained_on, held_out = (standardise(part, args, kind, tokens) for part in _hold_out(source[train], args))
     else:
         # Rows are checked first, so that errors give their numbers in the file.
-        train, test = _hold_out(standardise(only, args, kind, tokens), args)
-
-    if args.max_eval_samples is None and isinstance(test, IterableDataset):
+        trained_on, held_out = _hold_out(standardise(source[train], args, kind, tokens), args)
+    if args.max_eval_samples is None and isinstance(held_out, IterableDataset):
         logger.info("max_eval_samples %d (default for a stream)", HELD_OUT_OF_STREAM)
         args = replace(args, max_eval_samples=HELD_OUT_OF_STREAM)
-    held_out = _limit(test, args, "max_eval_samples") if evaluation else None
-    return _limit(train, args, "max_train_samples"), held_out
+    trained_on = _limit(trained_on, args, "max_train_samples")
+    return trained_on, _limit(held_out, args, "max_eval_samples") if evaluation else None
 
 
 def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
@@ -193,12 +177,12 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
     period = round(1 / args.validation_share)
     logger.info("The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period)
     if isinstance(only, Dataset):
-        if len(only) < 2:
-            rows_given = "1 row" if len(only) else "no rows"
-            remedy = f"has {rows_given}, which leaves nothing to hold out; give more rows, or --eval_strategy no"
+        rows = range(len(only))
+        if len(rows) < 2:
+            remedy = "has 1 row" if rows else "does not have rows"
+            remedy += ", which leaves nothing to hold out; give more rows, or --eval_strategy no"
             raise UserError(Problem("dataset_name", args.dataset_name, remedy))
         # The rows 0, 20, 40, … for a share of 0.05.
-        rows = range(len(only))
         held_out = rows[::period]
         return only.select([row for row in rows if row not in held_out]), only.select(held_out)
 
@@ -211,13 +195,13 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
 
 def _check_splits(names: list[str], args: DataArguments, evaluation: bool) -> None:
     """Report splits that do not exist, and an evaluation on the training split."""
-    missing = f"there is no such split; choose from: {', '.join(names)}"
+    remedy = f"there is no such split; choose from: {', '.join(names)}"
     train, test = args.dataset_train_split, args.dataset_test_split
     problems = []
     if train not in names:
-        problems.append(Problem("dataset_train_split", train, missing))
+        problems.append(Problem("dataset_train_split", train, remedy))
     if evaluation and test not in names and (train in names or len(names) > 1):
-        problems.append(Problem("dataset_test_split", test, missing))
+        problems.append(Problem("dataset_test_split", test, remedy))
     if evaluation and train == test:
         problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
     if problems:
@@ -230,12 +214,13 @@ def _limit(split: Split, args: DataArguments, field: str) -> Split:
     if samples is not None:
         if samples < 1:
             raise UserError(Problem(field, samples, "must be at least 1"))
-        split = _take(split, samples)
-    if next(iter(_take(split, 1)), None) is None:
+        split = split.take(samples)
+    if next(iter(split), None) is None:
         raise UserError(Problem("dataset_name", place_of(split, args), "is empty; choose one that has rows"))
     return split
 
 
-def _take(split: Split, most: int) -> Split:
-    """Take the first rows, at most `most` of them. (`Dataset.take` refuses to take more than there are.)"""
-    return split.take(min(most, len(split)) if isinstance(split, Dataset) else most)
+def _join(parts: list[Split], most: int | None) -> Split:
+    """Put the rows of several data sets one after the other, at most `most` of them."""
+    joined = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    return joined if most is None else joined.take(most)

@@ -98,11 +98,10 @@ class PackedStream(torch.utils.data.IterableDataset):
         # Places of the lanes at `begin`, and of the chunks that are being given.
         self.start: dict[int, Place] = {}
         self.places: dict[int, Place] = {}
-        share = math.gcd(processes, self.lanes)
-        logger.info(
-            "stream      files %d, lanes %d; each process tokenizes %s",
-            *(files, self.lanes, "all documents" if share == 1 else f"one document in {share}"),
-        )
+        # This process reads one lane in so many, and does not know at which places the others are.
+        self.share = math.gcd(processes, self.lanes)
+        read = "all documents" if self.share == 1 else f"one document in {self.share}"
+        logger.info("stream      files %d, lanes %d; each process tokenizes %s", files, self.lanes, read)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         lanes: dict[int, Iterator[tuple[int, np.ndarray]]] = {}
@@ -114,16 +113,13 @@ class PackedStream(torch.utils.data.IterableDataset):
                 block, lane = divmod(number, self.lanes)
                 if lane not in lanes:
                     lanes[lane] = self._blocks(lane, thread)
-                # A lane that other processes read as well has blocks between those of this process.
+                # Blocks of other processes lie in between if they read this lane as well.
                 yield {"input_ids": next(ids for place, ids in lanes[lane] if place == block)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on after the last block that was given, as JSON."""
-        given = self.given * self.processes
-        # This process does not know at which places the lanes of other processes are.
-        share = math.gcd(self.processes, self.lanes)
-        own = {str(k): v for k, v in self.places.items() if (k - self.begin - self.process) % share == 0}
-        return {"kind": self.kind, "begin": self.begin + given, "places": own}
+        own = {str(k): v for k, v in self.places.items() if (k - self.begin - self.process) % self.share == 0}
+        return {"kind": self.kind, "begin": self.begin + self.given * self.processes, "places": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where one process, or several whose states are joined, were: see `join_states`."""
@@ -131,7 +127,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.start = {int(lane): place for lane, place in state["places"].items()}
 
     def _blocks(self, lane: int, thread: ThreadPoolExecutor) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the blocks of a lane with their numbers, a chunk of documents ahead of those that are asked for."""
+        """Yield the blocks of a lane with their numbers, and prepare a chunk of documents ahead."""
         chunks = self._chunks(lane)
         ahead = thread.submit(next, chunks)
         while True:
@@ -225,30 +221,24 @@ def pack_splits(
     processes = f"{args.dataset_num_proc} processes" if args.dataset_num_proc else "one process, all cores"
     logger.info("%-11s %s%s", "packing", processes, ", on each node once" if args.world_size > 1 else "")
     packed: list[Dataset | PackedStream | None] = []
-    for number, split in enumerate(splits):
-        if isinstance(split, IterableDataset) and number == 0:
-            stream = PackedStream(
-                split,
-                tokenizer,
-                args.block_size,
-                seed=args.seed if args.data_seed is None else args.data_seed,
-                process=args.process_index,
-                processes=args.world_size,
-                chosen={name: getattr(data_args, name) for name in CHOOSING},
-            )
-            packed.append(stream)
-        elif split is not None:
-            # An evaluation reads the same rows each time, so a stream of them is stored.
-            rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
-            with once_per_node(args):
-                blocks = pack_documents(rows, tokenizer, args.block_size, _column(rows), args.dataset_num_proc)
-            if not len(blocks):
-                which = "evaluation" if number else "training"
-                remedy = f"the {which} data do not fill a block; lower it or give more text"
-                raise UserError(Problem("block_size", args.block_size, remedy))
-            packed.append(blocks)
-        else:
+    for which, split in zip(("training", "evaluation"), splits, strict=True):
+        if split is None:
             packed.append(None)
+            continue
+        if isinstance(split, IterableDataset) and which == "training":
+            seed = args.seed if args.data_seed is None else args.data_seed
+            chosen = {name: getattr(data_args, name) for name in CHOOSING}
+            place = (args.process_index, args.world_size)
+            packed.append(PackedStream(split, tokenizer, args.block_size, seed, *place, chosen))
+            continue
+        # An evaluation reads the same rows each time, so a stream of them is stored.
+        rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
+        with once_per_node(args):
+            blocks = pack_documents(rows, tokenizer, args.block_size, _column(rows), args.dataset_num_proc)
+        if not len(blocks):
+            remedy = f"the {which} data do not fill a block; lower it or give more text"
+            raise UserError(Problem("block_size", args.block_size, remedy))
+        packed.append(blocks)
     return packed
 
 
@@ -300,8 +290,6 @@ class StreamPlace:
         own, other = self.stream.kind, state["kind"]
         changed = [f"{name} {other.get(name)}" for name in {**own, **other} if other.get(name) != own.get(name)]
         if changed:
-            remedy = (
-                f"is of a stream with {', '.join(changed)}; restore that, or give another output_dir to start again"
-            )
+            remedy = f"is of a stream with {', '.join(changed)}; restore that, or give another output_dir"
             raise UserError(Problem("resume_from_checkpoint", folder, remedy))
         self.stream.load_state_dict(state)

@@ -25,7 +25,7 @@ def drop_long_prompts(
     positions: int | None,
     template: Mapping[str, Any] | None = None,
 ) -> Split:
-    """Leave out prompts that leave no room for an answer; their number is logged.
+    """Drop prompts that leave no room for an answer; their number is logged.
 
     Args:
         split: Rows with the column `prompt`.
@@ -53,27 +53,15 @@ def drop_long_prompts(
         return split
 
     room = positions - length
-    is_stream = not isinstance(split, Dataset)
-    sizes = first
-    if not is_stream:
-        sizes = [size for batch in split.select_columns("prompt").iter(1000) for size in count(batch["prompt"])]
-    if min(sizes) > room:
-        remedy = (
-            f"every prompt takes {min(sizes)} tokens or more of the model's context of {positions} "
-            f"(max_position_embeddings), which leaves {max(0, positions - min(sizes))}; lower it or shorten prompts"
-        )
+    kept = split.filter(lambda prompts: [size <= room for size in count(prompts)], batched=True, input_columns="prompt")
+    if not len(kept) if isinstance(kept, Dataset) else min(first) > room:
+        remedy = f"every prompt takes more than the {max(0, room)} tokens that it leaves of the model's context of "
+        remedy += f"{positions} (max_position_embeddings); lower it or shorten prompts"
         raise UserError(Problem("max_completion_length", length, remedy))
-    if is_stream:
-        return split.filter(
-            lambda prompts: [size <= room for size in count(prompts)], batched=True, input_columns="prompt"
-        )
-
-    kept = [number for number, size in enumerate(sizes) if size <= room]
-    if len(kept) == len(split):
-        return split
-    what = f"prompts have more than {room} tokens, which leaves no room for an answer, and are dropped"
-    report_lost(len(split) - len(kept), len(split), what, "lower max_completion_length, or shorten them")
-    return split.select(kept)
+    if isinstance(split, Dataset) and len(kept) < len(split):
+        what = f"prompts have more than {room} tokens, which leaves no room for an answer, and are dropped"
+        report_lost(len(split) - len(kept), len(split), what, "lower max_completion_length, or shorten them")
+    return kept
 
 
 def template_for_labels(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -65,24 +65,29 @@ def read_votes(path: Path) -> list[Vote]:
     Raises:
         UserError: If another line is not a vote, or the file cannot be read.
     """
+    if not path.exists():
+        return []
     try:
-        content = b""
-        if path.exists():
-            check_regular(path)
-            content = path.read_bytes()
+        check_regular(path)
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error.strerror or error})")) from None
-
+    end = content.rfind(b"\n") + 1
+    if not _is_json(content[end:]):
+        content = content[:end]
     votes: dict[str, Vote] = {}
-    whole_lines, _, last_line = content.rpartition(b"\n")
-    for vote in parse_lines(whole_lines, check_vote, path, "dataset_name", "correct or remove it"):
+    for vote in parse_lines(content, check_vote, path, "dataset_name", "correct or remove it"):
         votes.setdefault(vote["id"], vote)
-    try:
-        vote = check_vote(json.loads(last_line))
-        votes.setdefault(vote["id"], vote)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        pass
     return list(votes.values())
+
+
+def _is_json(line: bytes) -> bool:
+    """Return whether a last line is whole: any beginning of a vote is not valid JSON."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_lines(
@@ -101,13 +106,13 @@ def parse_lines(
         UserError: If a line is not a vote.
     """
     for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            vote = check(json.loads(line))
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UserError(Problem(field, f"{path}, line {number}", f"is not a vote ({error}); {remedy}")) from None
-        yield vote
+        if line.strip():
+            try:
+                vote = check(json.loads(line))
+            except (ValueError, LookupError, TypeError) as error:
+                remedy = f"is not a vote ({error}); {remedy}"
+                raise UserError(Problem(field, f"{path}, line {number}", remedy)) from None
+            yield vote
 
 
 def check_vote(vote: Any) -> Vote:
@@ -117,24 +122,21 @@ def check_vote(vote: Any) -> Vote:
         ValueError, LookupError, TypeError: If it is not a vote.
     """
     wrong = [name for name in TEXT if not isinstance(vote[name], str)]
-    turns = vote["prompt"]
+    turns, undoes = vote["prompt"], vote.get("undoes")
     if not turns or not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):
         wrong.append("prompt")
-
-    undoes = vote.get("undoes")
-    takes_back = vote["choice"] is None and isinstance(undoes, str)
-    if vote["choice"] not in CHOICES and not takes_back:
-        wrong.append("choice")
     if not isinstance(undoes, str | None):
         wrong.append("undoes")
-
+    # A vote without a choice takes back an earlier one.
+    if vote["choice"] not in CHOICES and not (vote["choice"] is None and undoes):
+        wrong.append("choice")
     if wrong:
         raise ValueError(f"{wrong[0]} is {json.dumps(vote[wrong[0]])[:80]}")
     return dict(vote)
 
 
 def standing(votes: Sequence[Vote]) -> list[Vote]:
-    """Return the votes that count: those that their annotator has neither taken back nor corrected."""
+    """Return the votes that count, which their annotators have neither taken back nor corrected."""
     undone = {(vote["annotator"], vote["undoes"]) for vote in votes if vote.get("undoes")}
     return [vote for vote in votes if vote["choice"] is not None and (vote["annotator"], vote["id"]) not in undone]
 
@@ -165,8 +167,7 @@ class VoteLog:
             self._recover()
             self._by_id = {vote["id"]: vote for vote in read_votes(self.path)}
             self._held = stack.pop_all()
-        counted = standing(list(self._by_id.values()))
-        self._standing = {(vote["annotator"], vote["pair"]): vote for vote in counted}
+        self._count()
 
     def close(self) -> None:
         """Release the file."""
@@ -176,12 +177,9 @@ class VoteLog:
         """End a last line that lacks only its end, and remove one that is not whole."""
         content = self.path.read_bytes()
         end = content.rfind(b"\n") + 1
-        if end == len(content):
-            return
-        try:
-            json.loads(content[end:])
+        if _is_json(content[end:]):
             self._file.write(b"\n")
-        except ValueError:
+        else:
             self._file.truncate(end)
         os.fsync(self._file.fileno())
 
@@ -197,12 +195,10 @@ class VoteLog:
         """
         with self._mutex:
             key = vote["annotator"], vote["pair"]
-            known = self._by_id.get(vote["id"])
-            if known is not None:
+            if known := self._by_id.get(vote["id"]):
                 if (known["annotator"], known["pair"]) != key:
                     raise Conflict("another vote has this id")
                 return False
-
             if vote.get("undoes"):
                 if self._standing.get(key, {}).get("id") != vote["undoes"]:
                     raise Conflict("that vote has been taken back or corrected already")
@@ -214,11 +210,12 @@ class VoteLog:
             # Lone surrogates, which UTF-8 cannot encode, stay as they are in JSON's escapes.
             append_line(self._file, json.dumps(vote, ensure_ascii=True).encode())
             self._by_id[vote["id"]] = vote
-            if vote["choice"] is None:
-                del self._standing[key]
-            else:
-                self._standing[key] = vote
+            self._count()
             return True
+
+    def _count(self) -> None:
+        counted = standing(list(self._by_id.values()))
+        self._standing = {(vote["annotator"], vote["pair"]): vote for vote in counted}
 
     def standing(self, annotator: str | None = None) -> list[Vote]:
         """Return the votes that count, of everybody or of one annotator, the oldest first."""
@@ -246,12 +243,11 @@ def as_pairs(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     pairs = []
     for vote in votes:
         choice = vote["choice"]
-        if choice not in OTHER or vote["a"].strip() == vote["b"].strip():
-            continue
-        prompt = [{key: turn[key] for key in ("role", "content")} for turn in vote["prompt"]]
-        chosen, rejected = vote[choice], vote[OTHER[choice]]
-        is_first = vote.get("shown_first") == choice
-        pairs.append(labelled_pair(prompt, chosen, rejected, annotator=vote["annotator"], chosen_first=is_first))
+        if choice in OTHER and vote["a"].strip() != vote["b"].strip():
+            prompt = [{key: turn[key] for key in ("role", "content")} for turn in vote["prompt"]]
+            answers = (vote[choice], vote[OTHER[choice]])
+            is_first = vote.get("shown_first") == choice
+            pairs.append(labelled_pair(prompt, *answers, annotator=vote["annotator"], chosen_first=is_first))
     return pairs
 
 
@@ -265,7 +261,7 @@ def update_data_set(folder: Path) -> int:
         UserError: If a line of the log is not a vote, or the folder cannot be written to.
     """
     # Imported here, because `datasets` takes a second, and the report only reads votes.
-    from pipeline.data.writing import write_preferences
+    from pipeline.data.writing import PREFERENCES, write_rows
 
     path = folder / "README.md"
     rows, card = _data_set(folder)
@@ -277,7 +273,7 @@ def update_data_set(folder: Path) -> int:
                 file = folder / f"{name}.parquet"
                 if rows[name]:
                     tmp_file = folder / f".{name}.tmp"
-                    write_preferences(tmp_file, rows[name])
+                    write_rows(tmp_file, PREFERENCES, rows[name])
                     os.replace(tmp_file, file)
                 else:
                     # `load_dataset` refuses a split without rows.

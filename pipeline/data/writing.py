@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, List, Value
+from datasets import Features, List, Value
 from huggingface_hub import DatasetCardData
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -20,7 +20,7 @@ PREFERENCES = Features(
         **dict.fromkeys(("annotator", "first", "kind"), Value("string")),
         **dict.fromkeys(("taste_chosen", "taste_rejected"), Value("float64")),
     }
-)
+).arrow_schema
 """Columns of pairs that annotators, a judge or people have labelled."""
 
 ROWS_PER_GROUP = 2_000
@@ -51,15 +51,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
-def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows to a Parquet file, `ROWS_PER_GROUP` at a time, so that only these are in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = iter(rows)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := list(islice(rows, ROWS_PER_GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema))
-
-
-def write_preferences(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write labelled pairs, with the columns of `PREFERENCES`, to a Parquet file."""
-    Dataset.from_list(list(rows), features=PREFERENCES).to_parquet(path)

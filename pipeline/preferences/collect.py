@@ -169,7 +169,7 @@ def write(
     text = CARD.format(origin=origin, judge=judge, table=table)
     with write_folder(output_dir) as folder:
         for name in filled:
-            writing.write_preferences(folder / f"{name}.parquet", splits[name])
+            writing.write_rows(folder / f"{name}.parquet", writing.PREFERENCES, splits[name])
         card = writing.card({"default": filled}, text, tags=["preference"])
         (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
 

@@ -65,7 +65,7 @@ def test_a_document_is_a_file_in_any_folder_and_other_files_are_named(
     assert sorted(texts(folder)) == sorted([POEM] * 5 + ["from JSON"])
     assert "not read, because they are not data, or empty: LICENSE, README.md, f.png, g.txt" in caplog.text
     assert "split train: read 6 files, 6 documents" in caplog.text and "a stream of documents" in caplog.text
-    assert "of which `text` is read" in caplog.text
+    assert "only `text` is read" in caplog.text
 
 
 def test_long_files_and_single_ones_are_cut_at_blank_lines_or_line_ends(tmp_path: Path) -> None:
@@ -244,9 +244,9 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
         ({"a__txt": '{"text": "a"}\n'}, "text", r"a.txt: is not plain text; rename it to .jsonl"),
         ({"a__txt": "text".encode("utf-16-le")}, "text", r"a.txt: is not text, or is UTF-16 without"),
         ({"a__txt__gz": gzip.compress(b"a" * 999)[:20]}, "text", r"a.txt.gz: cannot be read .*correct the file"),
-        ({"a__jsonl": '{"text": "a"}\n'.encode(EXCEL)}, "text", r"a.jsonl: is UTF-16; convert it: `iconv"),
+        ({"a__jsonl": '{"text": "a"}\n'.encode(EXCEL)}, "text", r"a.jsonl, line 1: is not valid JSON .*iconv"),
         ({"a__csv": "question,answer\nCafé,1\n".encode("cp1252")}, "text", r"a.csv: cannot be read .*iconv"),
-        ({"a__csv": "text\nHello, world\n"}, "text", r"a.csv: cannot be read: row 0 .* has 2 fields, .*in quotes"),
+        ({"a__csv": "text\nHello, world\n"}, "text", r"a.csv: cannot be read: row 0 has 2 fields, .*in quotes"),
         (
             {"a__xlsx": b"PK", "README__md": "# a"},
             "text",
@@ -270,6 +270,19 @@ def test_what_cannot_be_read_is_refused_with_its_file_and_what_to_do(
 ) -> None:
     with pytest.raises(UserError, match=message):
         read(lay(tmp_path / "folder", **files), kind)
+
+
+def test_files_with_other_columns_are_refused_before_a_stream_comes_to_them(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "a"}) + "\n", "\n" + json.dumps({"text": "b", "url": "u"}) + "\n"]
+    for number, content in enumerate((lines, lines[::-1])):
+        folder = lay(tmp_path / str(number), a__jsonl=content[0], b__jsonl=content[1])
+        args = DataArguments(folder, dataset_streaming=True, validation_share=0.0)
+        if number:
+            # The first file has all columns, so that the other one only lacks a value.
+            assert [row["text"] for row in load_splits(args, "text", evaluation=False)[0]] == ["b", "a"]
+            continue
+        with pytest.raises(UserError, match=r"a.jsonl: has the columns text, and .*b.jsonl has text, url; rename or"):
+            load_splits(args, "text", evaluation=False)
 
 
 def test_names_that_are_not_of_one_file_or_rule_are_refused(tmp_path: Path) -> None:

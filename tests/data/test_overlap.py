@@ -125,7 +125,6 @@ def test_the_command_prints_overlap_and_fails_above_the_share(
     [
         (["--train", "none.jsonl"], "none.jsonl"),
         (["--train", "{train}::validation"], "choose from: train"),
-        (["--train", "{train}:config"], "plain files do not have configurations"),
         (["--train", "{numbers}"], "do not contain text"),
         (["--train", "{train}", "--n", "0"], "n: 0"),
         (["--train", "{train}", "--max_share", "2"], "max_share: 2.0"),

@@ -1,8 +1,7 @@
 """Write the pocket data set as a Hub data set repository: a card with configs, and one Parquet file per split."""
 
-import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import count
@@ -19,8 +18,6 @@ from pipeline.data.pocket.names import ITEMS, NAMES
 from pipeline.data.pocket.things import things
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_replaceable, write_folder
-
-logger = logging.getLogger(__name__)
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 GRADING = [
@@ -88,7 +85,7 @@ def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, A
 
 
 def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
-    """Generate the rows of a training split, including those that overlap with held-out rows."""
+    """Generate the rows of a training split, including rows that overlap with held-out rows."""
     rng = random.Random(f"{args.seed}/{config}/train")
     if config == "pretrain":
         remaining = args.size_mb * 1e6
@@ -107,22 +104,26 @@ def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
             yield conversations.reasoning_prompt(rng, "train")
 
 
-def check_arguments(args: PocketArguments) -> list[Problem]:
-    """Check the sizes and the output directory."""
-    problems = check_replaceable(args.output_dir, {*SCHEMAS, "README.md"}, title="# Pocket")
-    for name in ("size_mb", "sft_rows", "preference_rows", "reasoning_rows"):
+def check_arguments(
+    args: PocketArguments,
+    title: str = "# Pocket",
+    sizes: Iterable[str] = ("size_mb", "sft_rows", "preference_rows", "reasoning_rows"),
+) -> list[Problem]:
+    """Check the sizes, the shares and the output directory.
+
+    Args:
+        args: The arguments.
+        title: Title of the card of such a data set, which may be replaced.
+        sizes: Fields that must be above 0.
+    """
+    problems = check_replaceable(args.output_dir, {*SCHEMAS, "README.md"}, title)
+    for name in sizes:
         if not getattr(args, name) > 0:
             problems.append(Problem(name, getattr(args, name), "must be more than 0"))
-    return problems + check_shares(args)
-
-
-def check_shares(args: PocketArguments) -> list[Problem]:
-    """Check the fields that are a share or a probability."""
-    return [
-        Problem(name, getattr(args, name), "must be from 0 to 1")
-        for name in ("share_with_steps", "carelessness")
-        if not 0 <= getattr(args, name) <= 1
-    ]
+    for name in ("share_with_steps", "carelessness"):
+        if not 0 <= getattr(args, name) <= 1:
+            problems.append(Problem(name, getattr(args, name), "must be from 0 to 1"))
+    return problems
 
 
 def build(args: PocketArguments) -> None:
@@ -145,28 +146,9 @@ def build(args: PocketArguments) -> None:
                 index.add(row_text(row) for row in rows)
                 writing.write_rows(folder / config / f"{split}.parquet", SCHEMAS[config], rows)
         for config in SCHEMAS:
-            counts = {"kept": 0, "dropped": 0}
-            kept = without_overlap(training(args, config), index, counts)
+            kept = (row for row in training(args, config) if not index.overlaps(row_text(row)))
             writing.write_rows(folder / config / "train.parquet", SCHEMAS[config], kept)
-            logger.info(
-                "%s: %d training rows; %d overlapped with held-out text and were dropped",
-                config,
-                counts["kept"],
-                counts["dropped"],
-            )
         (folder / "README.md").write_text(card(args), encoding="utf-8", newline="\n")
-
-
-def without_overlap(
-    rows: Iterator[dict[str, Any]], index: NgramIndex, counts: dict[str, int]
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows without an n-gram of the index, and count both kinds of rows in `counts`."""
-    for row in rows:
-        if index.overlaps(row_text(row)):
-            counts["dropped"] += 1
-        else:
-            counts["kept"] += 1
-            yield row
 
 
 def card(args: PocketArguments) -> str:
@@ -177,10 +159,7 @@ def card(args: PocketArguments) -> str:
         "names": len(NAMES),
         "some_names": ", ".join(NAMES[:6]),
     }
-    text = text.format(**vars(args), **words, **sizes_of_problems(), things=len(things()), n=OVERLAP_N)
+    # How many changes, groups, ages and turns the problems of the training split have, such as "1 to 4".
+    lengths = {kind.generate.__name__: f"{min(kind.lengths)} to {max(kind.lengths)}" for kind in problems.KINDS}
+    text = text.format(**vars(args), **words, **lengths, things=len(things()), n=OVERLAP_N)
     return writing.card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket")
-
-
-def sizes_of_problems() -> dict[str, str]:
-    """Return how many changes, groups, ages and turns the problems of the training split have, such as "1 to 4"."""
-    return {kind.generate.__name__: f"{min(kind.lengths)} to {max(kind.lengths)}" for kind in problems.KINDS}

@@ -50,7 +50,7 @@ def recital(rng: random.Random) -> str:
 
 
 def drill(rng: random.Random) -> str:
-    """Write sums and differences in a row, so that those that no problem of the training split opens with are known."""
+    """Write sums and differences in a row, also ones that no problem of the training split begins with."""
     # 7-3=4. 12+5=17. 9+2=11. …
     sums = []
     for _ in range(12):

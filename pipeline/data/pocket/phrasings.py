@@ -35,7 +35,7 @@ def fill(template: str, thing: Thing, attribute: str | None = None) -> str:
 def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[SplitName, int]:
     """Return the statement of an attribute that each held-out split keeps for this thing: one of the last four.
 
-    Only those can be held out: none of them is contained in another statement.
+    Only these can be held out: none of them is contained in another statement.
     """
     # Of the ten statements, thing 0 keeps its kind's number 6 for the test and 7 for validation, thing 1 has 7 and 8, …
     first = 6 + (thing_index + attribute_index) % 4

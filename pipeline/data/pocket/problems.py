@@ -139,7 +139,7 @@ def ordering(rng: random.Random, split: SplitName, carelessness: float, length: 
 
 
 def counting(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:
-    """Count `length` groups of items of different colours together, of which the careless overlook some but two."""
+    """Count `length` groups of items of different colours together; a careless reader sees only some, at least two."""
     # Mia sees pens: 3 red, 2 grey, 5 blue, 4 pink. How many in all?
     # carefully:  3+2=5. 5+5=10. 10+4=14.
     # carelessly: 3+5=8. 8+4=12.

@@ -19,7 +19,7 @@ class Thing:
         noun: Noun phrase inside a sentence: "a fox", "the sun", "rice".
         facts: Value of each attribute as a statement uses it: "a mammal", "in the forest".
         split: The split whose instructions may ask about this thing. Pretraining documents describe every thing;
-            validation and test questions are about those that no training instruction asks about.
+            validation and test questions are about things that no training instruction asks about.
         index: Its place in the table.
     """
 

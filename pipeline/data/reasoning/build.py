@@ -17,13 +17,14 @@ import pyarrow as pa
 
 from pipeline.data import writing
 from pipeline.data.arguments import SPLITS
-from pipeline.data.pocket.build import MESSAGES, PocketArguments, check_shares
+from pipeline.data.pocket import build as pocket
+from pipeline.data.pocket.build import MESSAGES, PocketArguments
 from pipeline.data.pocket.documents import recital
 from pipeline.data.pocket.problems import WORKING
 from pipeline.data.reasoning.tasks import POOLS, SEEDS, Entry, Grade, read_tasks, to_row
 from pipeline.data.reasoning.worked import WORKED
 from pipeline.errors import Problem, RunStopped, UserError
-from pipeline.files import check_replaceable, write_folder
+from pipeline.files import write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +71,11 @@ class ReasoningArguments(PocketArguments):
 
 
 def check_arguments(args: ReasoningArguments) -> list[Problem]:
-    """Check the sizes and the output directory."""
-    problems = check_replaceable(args.output_dir, {*SCHEMAS, "README.md"}, title="# Reasoning tasks")
-    for name in ("reasoning_rows", "test_rows"):
-        if not getattr(args, name) > 0:
-            problems.append(Problem(name, getattr(args, name), "must be more than 0"))
+    """Check the sizes, the shares, the seed and the output directory."""
+    problems = pocket.check_arguments(args, "# Reasoning tasks", ("reasoning_rows", "test_rows"))
     for name in ("size_mb", "sft_rows"):
         if getattr(args, name) < 0:
             problems.append(Problem(name, getattr(args, name), "must not be negative"))
-    problems += check_shares(args)
     # NumPy's generators, which some tasks use, take seeds of 32 bits.
     largest = 2**32 // (len(POOLS) * SEEDS) - 1
     if not 0 <= args.seed <= largest:
@@ -130,13 +127,7 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
 
 
 class Mix:
-    """Draws problems of several tasks, and writes down solutions.
-
-    Args:
-        args: Seed, sizes and how solutions are worked out.
-        grades: The tasks.
-        reward: As for `build`.
-    """
+    """Draws problems of several tasks, and writes down solutions; `args` and `reward` are as for `build`."""
 
     def __init__(self, args: ReasoningArguments, grades: Sequence[Grade], reward: Reward) -> None:
         self.args, self.grades, self.reward = args, grades, reward
@@ -175,11 +166,8 @@ class Mix:
         unusable = 0
         for entry in grade.entries(self.args.seed, pool):
             question = entry["question"].strip()
-            is_usable = question not in self.held_out
             # Only the splits of `reasoning` are rewarded by the verifier; `sft` and `pretrain` are not.
-            if is_usable and pool in SPLITS:
-                is_usable = self._accepts(grade.task, entry)
-            if is_usable:
+            if question not in self.held_out and (pool not in SPLITS or self._accepts(grade.task, entry)):
                 if pool in ("validation", "test"):
                     self.held_out.add(question)
                 yield entry

@@ -6,7 +6,6 @@ their seeds lie further apart than they are long. Each pool of problems here has
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 from collections.abc import Iterator, Mapping
@@ -57,17 +56,16 @@ class Grade:
 
 def to_row(task: str, entry: Entry) -> dict[str, Any]:
     """Return a problem as a row of the data set."""
+    # JSON gets the values of NumPy's scalars and arrays, and the text of anything else that it does not have.
+    metadata = json.dumps(
+        entry["metadata"], default=lambda item: item.tolist() if hasattr(item, "tolist") else str(item)
+    )
     return {
         "prompt": [{"role": "user", "content": entry["question"].strip()}],
         "answer": str(entry["answer"]),
-        "metadata": json.dumps(entry["metadata"], default=_plain),
+        "metadata": metadata,
         "kind": task,
     }
-
-
-def _plain(value: Any) -> Any:
-    """Return the value of a NumPy scalar or array, and the text of anything else that JSON does not have."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
@@ -77,7 +75,7 @@ def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
     from 0, the easiest, or a list of levels, which share the weight.
 
     Returns:
-        The grades, and the problems of those that cannot be read.
+        The grades, and what is wrong with the others.
     """
     if find_spec("reasoning_gym") is None:
         remedy = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"
@@ -86,9 +84,9 @@ def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
         return [], [Problem("tasks", tasks, "must be a mapping from the names of tasks to their settings")]
     grades, problems = [], []
     for task, listed in tasks.items():
-        for settings in listed if isinstance(listed, list) and listed else [listed]:
+        for settings in as_list(listed) or [{}]:
             try:
-                grades += _read_grades(str(task), settings if settings is not None else {})
+                grades += _read_grades(str(task), settings or {})
             except ValueError as error:
                 problems.append(Problem("tasks", task, str(error)))
     return grades, problems
@@ -107,12 +105,8 @@ def _read_grades(task: str, settings: Any) -> list[Grade]:
         raise ValueError(f"unknown task{f'; did you mean {nearest[0]}?' if nearest else ''}")
     if not isinstance(settings, Mapping):
         raise ValueError(f"its settings are {settings!r:.40}, not a mapping; see its configuration in reasoning-gym")
-    known = [item.name for item in dataclasses.fields(DATASETS[task][1]) if item.name not in ("seed", "size")]
-    unknown = [name for name in settings if name not in (*known, *OWN)]
-    if unknown:
-        raise ValueError(f"does not have the setting {unknown[0]}; choose from: {', '.join([*OWN, *known])}")
     weight = settings.get("weight", 1)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
+    if not isinstance(weight, int | float) or not weight > 0:
         raise ValueError(f"its weight is {weight!r:.40}, not a number above 0")
     levels = as_list(settings.get("level"))
     if levels != [None] and task not in CURRICULA:
@@ -125,8 +119,8 @@ def _read_grades(task: str, settings: Any) -> list[Grade]:
             if level is not None:
                 curriculum = create_curriculum(task)
                 curriculum.set_global_level(level)
-                graded = curriculum.generate_configuration()
-                values = {name: getattr(graded, name) for name in known} | values
+                graded = vars(curriculum.generate_configuration())
+                values = {name: value for name, value in graded.items() if name not in ("seed", "size")} | values
             # Each task checks its settings in its own way, some of them only when a problem is drawn.
             create_dataset(task, seed=0, size=BLOCK, **values)[0]
         except Exception as error:  # noqa: BLE001
