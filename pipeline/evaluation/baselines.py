@@ -55,17 +55,10 @@ def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, e
 def measure_constant(
     result: StageResult, chat: ChatModel, held_out: HeldOut, matches: Matches, judge: Judge = ANNOTATORS
 ) -> None:
-    """Record `constant`: what pleases the judge whatever the question.
+    """Record `constant`: what pleases the judge whatever the question. `matches` are the model's own answers, twice.
 
     The text is chosen on other prompts than the ones it is measured on, so that the best of twenty is not best by
     chance.
-
-    Args:
-        result: Where it is recorded, with its texts.
-        chat: The model of the stage that others are compared with.
-        held_out: The prompts of the win rate, and the validation prompts.
-        matches: Answers of this model, twice, to the prompts.
-        judge: Judge of the matches.
     """
     validation = subsample([row for row in held_out.validation if judge.can_judge(row)], judge.constants)
     if not validation:

@@ -48,6 +48,7 @@ DIVISION = ("validation_share", "dataset_train_split", "document")
 MAX_SAMPLES = 1000
 
 Values = Mapping[str, Any]
+Data = dict[str, Any] | str | None
 
 
 @dataclass
@@ -77,17 +78,11 @@ class Source(DataArguments):
 class EvaluationArguments:
     """The keys of `evaluate.yaml`. The first five name data, by the fields of `Source` or by `dataset_name` alone."""
 
-    text: dict[str, Any] | str | None = field(default=None, metadata={"help": "Text to predict, for bits_per_byte."})
-    instructions: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Conversations, or questions with answers."}
-    )
-    problems: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Problems with final answers, for pass@k."}
-    )
-    prompts: dict[str, Any] | str | None = field(default=None, metadata={"help": "Prompts of the win rate."})
-    pairs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Pairs of answers, for reward_accuracy."}
-    )
+    text: Data = field(default=None, metadata={"help": "Text to predict, for bits_per_byte."})
+    instructions: Data = field(default=None, metadata={"help": "Conversations, or questions with answers."})
+    problems: Data = field(default=None, metadata={"help": "Problems with final answers, for pass@k."})
+    prompts: Data = field(default=None, metadata={"help": "Prompts of the win rate."})
+    pairs: Data = field(default=None, metadata={"help": "Pairs of answers, for reward_accuracy."})
     judge: str | None = field(
         default=None,
         metadata={"help": "Judge of the win rate: a reward model that PPO does not train on, `votes`, or a function."},

@@ -71,9 +71,7 @@ def find_tasks(tasks: Sequence[str]) -> tuple[TaskManager, list[str], list[str]]
 def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
     """Check that lm-eval is installed and that it knows the tasks; whether their data can be had shows later.
 
-    Args:
-        tasks: Names of tasks, groups and tags, or paths of YAML files.
-        field: The option that names them, for messages.
+    `field` is the option that names them, for messages.
     """
     if tasks and find_spec("lm_eval") is None:
         return [Problem(field, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
@@ -83,17 +81,11 @@ def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
 
 
 def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], limit: int | None) -> None:
-    """Record every metric of the tasks.
+    """Record every metric of tasks that `check_tasks` accepts, on their first `limit` examples if it is given.
 
     A mean over examples is recorded with each of them, and has an interval like the project's own metrics, as have
     perplexities. Any other figure, such as that of a group, has the interval that follows from lm-eval's standard
     error, or none where it has none.
-
-    Args:
-        result: Where the metrics are recorded.
-        chat: The model, in the precision in which it is measured.
-        tasks: Tasks that `check_tasks` accepts.
-        limit: Number of examples of each task, the first ones. Default: all.
 
     Raises:
         UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.

@@ -89,22 +89,19 @@ def metric_info(metric: str) -> MetricInfo:
     if colon:
         better: Literal["up", "down"] = "down" if name.startswith(LM_EVAL_DOWN) else "up"
         return MetricInfo(f"{task}, {name}", "by lm-eval", better, share=name.startswith(LM_EVAL_SHARES))
+    info = METRICS.get(of_eight(metric)) or MetricInfo(metric.replace("_", " "), "", "", share=False)
+    if metric in METRICS or of_eight(metric) == metric:
+        return info
     # pass@4 is described as pass@8 is, with another number.
-    if metric not in METRICS and (of_eight := _of_eight(metric)):
-        label, count = METRICS[of_eight].label, metric.rpartition("@")[2]
-        meaning = METRICS[of_eight].meaning.replace("eight", count)
-        return replace(METRICS[of_eight], label=label.replace("8", count), meaning=meaning)
-    return METRICS.get(metric) or MetricInfo(metric.replace("_", " "), "", "", share=False)
+    return replace(info, label=metric, meaning=info.meaning.replace("eight", metric.rpartition("@")[2]))
 
 
-def _of_eight(metric: str) -> str:
-    """Return the name of a metric of several samples, such as pass@4, where they are eight; "" for others."""
-    name = re.sub(r"^(pass|maj)@\d+$", r"\1@8", metric)
-    return name if name in METRICS else ""
+def of_eight(metric: str) -> str:
+    """Return the name of a metric, that of several samples as if they were eight: pass@8 for pass@4."""
+    return metric if metric in METRICS else re.sub(r"^(pass|maj)@\d+$", r"\1@8", metric)
 
 
 def metric_order(metric: str) -> tuple[int, str]:
     """Sort metrics in the order of `METRICS`, then by name."""
     names = list(METRICS)
-    name = metric if metric in names else _of_eight(metric)
-    return names.index(name) if name else len(names), metric
+    return names.index(of_eight(metric)) if of_eight(metric) in names else len(names), metric

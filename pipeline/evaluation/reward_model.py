@@ -21,7 +21,7 @@ from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.held_out import Example
 from pipeline.evaluation.metrics import NUMBER, Metric, output
 from pipeline.evaluation.results import StageResult
-from pipeline.files import read_json
+from pipeline.files import as_list, read_json
 from pipeline.preferences.judges import score
 from pipeline.rewards.annotators import INDIFFERENCE
 
@@ -108,13 +108,8 @@ def measure_pairs(
     """Record the accuracy of a reward model, its margin, its calibration error and its correlation with length.
 
     `reward_accuracy` is against the labels, `reward_accuracy_noise_free` against the annotators' taste, on the pairs
-    between which they are not indifferent. All intervals are over prompts, which may have several pairs.
-
-    Args:
-        result: Where the metrics are recorded.
-        model: A sequence classifier with one label.
-        tokenizer: A tokenizer with a chat template.
-        pairs: `prompt`, `chosen`, `rejected`, and `taste_chosen` and `taste_rejected` if they are known.
+    between which they are not indifferent (`taste_chosen` and `taste_rejected`, if they are known). All intervals are
+    over prompts, which may have several pairs.
     """
     # Scores of both answers of each pair, shape (pairs, 2): the preferred answer comes first.
     scores = _score_both(model, tokenizer, pairs)
@@ -167,8 +162,7 @@ def held_out_pairs(run: Path, stage: str) -> list[dict[str, Any]]:
     Raises:
         UserError: If the votes of the run are damaged.
     """
-    trained_on = read_json(run / stage / "arguments.json").get("dataset_name") or []
-    names = [trained_on] if isinstance(trained_on, str) else trained_on
+    names = as_list(read_json(run / stage / "arguments.json").get("dataset_name") or [])
     is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
     # Prompts are divided by their content, so a vote is held out on every machine or on none.
     votes = standing(read_votes(run / VOTES / VOTES_FILE))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError
@@ -54,10 +54,7 @@ WITHOUT = {
 def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> None:
     """Check, before anything is loaded, that the evaluations can be written and the stages are models.
 
-    Args:
-        run: The run directory.
-        named: Option -> the stage that it names.
-        settings: As for `evaluate_stage`.
+    `named` are the stages by the options that name them.
 
     Raises:
         UserError: If one of these is not so, or the opponent in the win rates is a reward model.
@@ -164,7 +161,7 @@ def _measure_language_model(
             metrics.measure_texts(result, chats["instructions"], held_out.text)
         record_load(result, counter)
         if result.experts:
-            result.experts["documents"] = [draw_routes(chats["instructions"], row) for row in held_out.text[:DRAWN]]
+            result.experts["documents"] = [draw_routes(model, tokenizer, row["text"]) for row in held_out.text[:DRAWN]]
     if settings["lm_eval_tasks"]:
         # lm-eval is optional.
         from pipeline.evaluation.harness import measure_tasks
@@ -292,10 +289,10 @@ def record_load(result: StageResult, counter: RouteCounter) -> None:
     result.experts = {"layers": layers, "documents": []}
 
 
-def draw_routes(chat: ChatModel, row: Example) -> dict[str, Any]:
+def draw_routes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, Any]:
     """Return the tokens of a text as `pieces`, and the expert `chosen` for each, by layer."""
-    ids = chat.tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
-    return {"pieces": [chat.tokenizer.decode([token]) for token in ids], "chosen": routes(chat.model, ids)}
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
+    return {"pieces": [tokenizer.decode([token]) for token in ids], "chosen": routes(model, ids)}
 
 
 def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]:

@@ -149,7 +149,7 @@ def load_run(path: Path) -> Run:
 
 
 def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
-    """Estimate how often people preferred the answers of a stage to those of another one; ties count one half.
+    """Estimate how often people preferred the answers of a stage to the ones of another stage; ties count one half.
 
     Args:
         run: The run.

@@ -163,24 +163,17 @@ def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Return seed, commit, model, hardware and versions as lists of (name, value)."""
     # The shape of the model that the last stage wrote.
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
-    boxes = {
-        "Run": {
-            "seed": summary["seed"],
-            "commit": summary["commit"] or "unknown",
-            "recipe": Path(str(run.record.get("recipe") or "unknown")).name,
-            **{key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")},
-        },
-        "Hardware": summary["hardware"] or {"machine": "unknown"},
-        "Versions": summary["versions"] or {"packages": "unknown"},
+    about = {
+        "seed": summary["seed"],
+        "commit": summary["commit"] or "unknown",
+        "recipe": Path(str(run.record.get("recipe") or "unknown")).name,
+        **{key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")},
     }
-    return [
-        {
-            "title": title,
-            "entries": [
-                (key.replace("_gib", " (GiB)").replace("_", " "), str(value))
-                for key, value in entries.items()
-                if value is not None
-            ],
-        }
-        for title, entries in boxes.items()
-    ]
+    hardware = summary["hardware"] or {"machine": "unknown"}
+    boxes = {"Run": about, "Hardware": hardware, "Versions": summary["versions"] or {"packages": "unknown"}}
+
+    def named(entries: dict[str, Any]) -> list[tuple[str, str]]:
+        known = {key: str(value) for key, value in entries.items() if value is not None}
+        return [(key.replace("_gib", " (GiB)").replace("_", " "), value) for key, value in known.items()]
+
+    return [{"title": title, "entries": named(entries)} for title, entries in boxes.items()]

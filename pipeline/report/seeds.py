@@ -115,6 +115,7 @@ def write_seeds(
         )
         for group in baselines
     }
+    rows = [_row(step, item, duration) for step, item in times.items()]
     name = counted(len(runs), "run")
     content = {
         "name": name,
@@ -132,16 +133,10 @@ def write_seeds(
             f"{label(run)}, {Finding(**item)}" for run, of in zip(runs, each, strict=True) for item in of["verdict"]
         ],
         "notes": summary["notes"],
-        "figures": _groups(stages, number) + _groups(baselines, number, titles),
-        "changes": _groups(changes, signed),
+        "figures": _groups(stages) + _groups(baselines, titles),
+        "changes": _groups(changes, sign=True),
         "charts": draw(overlay(runs)),
-        "times": [
-            {
-                "title": "All steps",
-                "stage": "",
-                "rows": [_row(step, item, duration, duration) for step, item in times.items()],
-            }
-        ],
+        "times": [{"title": "All steps", "stage": "", "rows": rows}],
         "paths": [os.path.relpath(run.path / "report" / "index.html", directory) for run in runs],
     }
     return write_files(directory, "seeds", summary, content)
@@ -182,9 +177,9 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
 
 
 def _groups(
-    stages: Mapping[str, Mapping[str, Any]], show: Callable[..., str], titles: Mapping[str, str] | None = None
+    stages: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str] | None = None, sign: bool = False
 ) -> list[dict[str, Any]]:
-    """Return the rows of each stage or baseline, with figures as text by `show`; `titles` are those of baselines."""
+    """Return the rows of each stage, or of each baseline with its title; figures are signed if `sign`."""
     groups = []
     for group, metrics in stages.items():
         # "4_grpo - elicited" is a difference of the stage from a baseline.
@@ -192,18 +187,19 @@ def _groups(
         for metric, figures in metrics.items():
             if "mean" in figures:
                 info = metric_info(metric)
-                row = _row(info.label, figures, partial(show, digits=info.digits), partial(number, digits=info.digits))
+                show = partial(signed if sign else number, digits=info.digits)
+                row = _row(info.label, figures, show) | {"sd": number(figures["sd"], info.digits)}
                 rows.append({**row, "aim": metric in stage_info(stage).aims})
         groups.append({"title": (titles or {}).get(group) or stage_info(stage).title, "stage": group, "rows": rows})
     return groups
 
 
-def _row(name: str, figures: Spread, show: Callable[..., str], show_sd: Callable[..., str]) -> dict[str, Any]:
+def _row(name: str, figures: Spread, show: Callable[..., str]) -> dict[str, Any]:
     return {
         "label": name,
         "aim": False,
         "mean": show(figures["mean"]),
         "range": " to ".join(map(show, figures["ci95"] or ())),
-        "sd": show_sd(figures["sd"]),
-        "values": [show(value) for value in figures["values"]],
+        "sd": show(figures["sd"]),
+        "values": list(map(show, figures["values"])),
     }
