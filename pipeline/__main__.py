@@ -10,11 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NoReturn
 
 from pipeline import search_here_last
-from pipeline.errors import EXIT_USER_ERROR, Problem, UserError, exit_on_user_error
+from pipeline.errors import EXIT_USER_ERROR, Problem, UserError, as_typed, exit_on_user_error
 
 COMMANDS = {
     "run": ("pipeline.runner.cli", "run every step of a recipe folder, in order"),
@@ -44,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser(argv: Sequence[str]) -> Parser:
     """Return the parser for `argv`. It lists all subcommands, and knows the arguments of the one that `argv` names."""
     parser = Parser(
-        prog="fourstage" if Path(sys.argv[0]).name == "fourstage" else "python -m pipeline",
+        prog=as_typed(),
         description="Train a language model from random weights to a reasoning chat model.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

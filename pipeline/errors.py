@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 """Exit code of a run refused because of its input (the convention of `argparse` and of POSIX shells)."""
@@ -101,6 +103,16 @@ class RunStopped(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+def as_typed(*words: object) -> str:
+    """Return a command of this program as its user types it, such as `fourstage status runs/mine`.
+
+    It is `python -m pipeline status runs/mine` if this process was started in that way.
+    """
+    is_module = Path(sys.argv[0]).parts[-2:] == ("pipeline", "__main__.py")
+    program = ["python", "-m", "pipeline"] if is_module else ["fourstage"]
+    return shlex.join([*program, *map(str, words)])
 
 
 @contextmanager

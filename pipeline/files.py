@@ -20,7 +20,7 @@ import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import safe_open
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, as_typed
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def describe_folder(path: str | Path) -> str:
     files = sorted(path.glob("[0-9]*_*.y*ml"))
     text = files[0].read_text(encoding="utf-8", errors="replace") if files else ""
     output = re.search(r"^output_dir: *['\"]?([^'\"#\s]+)", text, re.MULTILINE)
-    return f"is a recipe; its run is {Path(output[1]).parent} (`python -m pipeline run {path}`)" if output else ""
+    return f"is a recipe; its run is {Path(output[1]).parent} (`{as_typed('run', path)}`)" if output else ""
 
 
 def relocate(value: Any, home: str | Path, to: str | Path) -> Any:

@@ -18,7 +18,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from pipeline.app.votes_step import models_to_vote_on
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model
 
 LOCAL = "127.0.0.1"
@@ -120,7 +120,7 @@ def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, flo
 def _check_run(run: Path, others: list[str]) -> list[Problem]:
     """Report a folder that is not a run, or that has nothing to show."""
     if not run.is_dir():
-        return [Problem("RUN", run, "no such directory; make it with `python -m pipeline run RECIPES`")]
+        return [Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`")]
     # A run that starts from a model of the Hub has no model of its own yet while it waits for votes on that one.
     if others or any(map(holds_model, run.glob("[0-9]*_*"))):
         return []

@@ -43,7 +43,7 @@ from pipeline.app.votes_step import votes_step
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import CHOICES, OTHER, Conflict, Vote, VoteLog, update_data_set
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, VOTES
 from pipeline.files import read_json
 from pipeline.models.loading import load_model
@@ -200,7 +200,7 @@ class Voting:
         self.pairs = Pairs(self.folder / "pairs.jsonl", site.models, prompts, sampling, site.options.overlap)
         self.goal: int | None = site.options.goal or step.get("min_votes")
         recipe = read_json(site.run / "run.json").get("recipe")
-        self.command = f"python -m pipeline run {recipe}" if recipe and step else ""
+        self.command = as_typed("run", recipe) if recipe and step else ""
 
         # The pair that each page shows, by annotator and page.
         self._open: dict[tuple[str, str], Pair] = {}

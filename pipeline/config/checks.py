@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from pipeline import hardware, launch
 from pipeline.bounded import MAX_LAYERS
-from pipeline.errors import Problem
+from pipeline.errors import Problem, as_typed
 from pipeline.files import as_list, is_missing_path, read_json, split_revision
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ UNSUPPORTED = _each(
         "completion_only_loss": "has no effect on conversations, use assistant_only_loss",
         "batch_eval_metrics": "metrics are computed once, of a whole evaluation",
         "do_train": "every recipe trains",
-        "do_predict": "is replaced by `python -m pipeline evaluate`",
+        "do_predict": f"is replaced by `{as_typed('evaluate')}`",
         "max_tool_calling_iterations": "models do not call tools here",
         "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config": (
             "TRL casts the trained weights themselves to bf16 for continuous batching, which loses small updates"

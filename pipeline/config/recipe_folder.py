@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config.untrusted import FILE, check_untrusted, recipe_files
 from pipeline.config.yaml_file import MAX_BYTES, read_yaml
-from pipeline.errors import Problem, UserError, is_network_error
+from pipeline.errors import Problem, UserError, as_typed, is_network_error
 from pipeline.files import as_list, split_revision
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
@@ -133,5 +133,5 @@ def missing_input(arguments: Iterable[Any], config: str) -> Problem | None:
     if not missing:
         return None
     last = max(missing)
-    command = f"python -m pipeline run {folder} --until {last}"
+    command = as_typed("run", folder, "--until", last)
     return Problem(*missing[last], f"does not exist yet; first run `{command}`")

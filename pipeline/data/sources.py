@@ -32,7 +32,7 @@ from pipeline.data.columns import CONVERSATIONS, TEXT_COLUMNS, Split, column_nam
 from pipeline.data.documents import TO_UTF8, digest_of, open_bytes, open_documents, open_text
 from pipeline.data.shards import is_shards, open_shards
 from pipeline.data.votes import VOTES_FILE, update_data_set
-from pipeline.errors import HUB_UNREACHABLE, Problem, UserError
+from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, as_typed
 from pipeline.files import check_directory, is_missing_path, split_revision
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def open_source(
     path = Path(name).expanduser()
     if (path / VOTES_FILE).is_file() and not update_data_set(path):
         remedy = "does not contain a vote that prefers one of two answers yet; collect some with"
-        raise UserError(Problem("dataset_name", name, f"{remedy} `python -m pipeline app`"))
+        raise UserError(Problem("dataset_name", name, f"{remedy} `{as_typed('app')}`"))
     if is_shards(path):
         if not streaming:
             remedy = f"must be true for the shards of {name}, which are read during training"

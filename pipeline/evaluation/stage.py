@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import hardware, launch
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation import baselines, metrics, win_rate
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.evaluate_yaml import BASE, DEFAULT_LENGTH, VOTES, template_arguments
@@ -60,7 +60,7 @@ def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> Non
         UserError: If one of these is not so, or the opponent in the win rates is a reward model.
     """
     if not run.is_dir():
-        raise UserError(Problem("RUN", run, "no such directory; make it with `python -m pipeline run RECIPES`"))
+        raise UserError(Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
     if problem := check_directory(run / "evaluations", "RUN"):
         raise UserError(problem)
     for option, stage in named.items():

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import EXIT_PUSH_FAILED, Problem, RunStopped, UserError
+from pipeline.errors import EXIT_PUSH_FAILED, Problem, RunStopped, UserError, as_typed
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -115,7 +115,7 @@ def _check(args: argparse.Namespace) -> list[Problem]:
     problems = []
     seeds = sorted(path.name for path in args.run.glob("seed*") if (path / "run.json").exists())
     if not args.run.is_dir():
-        remedy = "no such directory; make it with `python -m pipeline run RECIPES`"
+        remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
         problems.append(Problem("RUN", args.run, remedy))
     elif seeds and not (args.run / "run.json").exists():
         remedy = f"contains a run for each seed; push one of them, such as {args.run / seeds[0]}"

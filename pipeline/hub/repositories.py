@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from pyarrow.parquet import read_table
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model, read_json
 from pipeline.hub.cards import CRITIC, Trained, base_card, critic_card, dataset_card, load_card, model_card, space_card
 from pipeline.hub.published_files import Files, clean, places, public_settings, publishable, to_bytes
@@ -124,7 +124,7 @@ class Outputs:
             remedy = f"is not a finished model or data set; choose from: {', '.join(self.folders) or 'nothing yet'}"
             raise UserError(*(Problem("RUN" if self.repo_id else "--stage", name, remedy) for name in missing))
         if not wanted:
-            remedy = "contains neither a finished model nor data; run it first with `python -m pipeline run RECIPES`"
+            remedy = f"contains neither a finished model nor data; run it first with `{as_typed('run', 'RECIPE')}`"
             raise UserError(Problem("RUN", self.path, remedy))
         return wanted
 

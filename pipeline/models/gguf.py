@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import check_directory
 from pipeline.models.patches import pre_tokenizers_named_by
 
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     with user_error_for("model", model):
         base, config = base_of(str(model)), load_config(str(model))
     if base is not None:
-        remedy = f"is an adapter; first run `python -m pipeline merge {model} --output_dir DIR`, then convert DIR"
+        remedy = f"is an adapter; first run `{as_typed('merge', model, '--output_dir', 'DIR')}`, then convert DIR"
         raise UserError(Problem("model", model, remedy))
     if is_reward_model(config):
         raise UserError(Problem("model", model, "is a reward model, which llama.cpp cannot run; choose another"))

@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.data.votes import OUTCOMES, VOTES_FILE, VoteLog, parse_lines, read_votes, standing, update_data_set
-from pipeline.errors import EXIT_WAITING, RunStopped
+from pipeline.errors import EXIT_WAITING, RunStopped, as_typed
 from pipeline.files import write_text
 from pipeline.preferences.collect import PreferenceArguments, label_samples
 from pipeline.preferences.judges import Judge
@@ -61,7 +61,7 @@ def wait_for_votes(args: VoteArguments) -> int:
     if found < args.min_votes:
         raise RunStopped(
             f"{found} of {args.min_votes} votes. Ties and skipped pairs do not count. Collect them on the page "
-            f"that `python -m pipeline app {folder.parent}` opens, in the section Prefer.",
+            f"that `{as_typed('app', folder.parent)}` opens, in the section Prefer.",
             EXIT_WAITING,
         )
     logger.info("%d votes prefer one of two answers", found)

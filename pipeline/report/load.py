@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, read_votes, standing
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.results import StageResult
@@ -94,7 +94,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     Raises:
         UserError: If a path is not a run, or has neither an evaluation nor a training log; all such paths are named.
     """
-    remedy = "no such directory; make it with `python -m pipeline run RECIPES`"
+    remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
     if problems := [Problem("RUN", path, remedy) for path in paths if not path.is_dir()]:
         raise UserError(*problems)
 
@@ -102,8 +102,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     for run in runs:
         if not any(stage.metrics or stage.history for stage in run.stages.values()):
             reason = f" ({run.notes[0]})" if run.notes else ""
-            command = f"python -m pipeline evaluate {run.path}"
-            remedy = f"has neither an evaluation nor a training log{reason}; run `{command}`"
+            remedy = f"has neither an evaluation nor a training log{reason}; run `{as_typed('evaluate', run.path)}`"
             problems.append(Problem("RUN", run.path, remedy))
     if problems:
         raise UserError(*problems)

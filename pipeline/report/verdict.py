@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pipeline.errors import as_typed
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult, copies_in
@@ -234,7 +235,7 @@ def _copies(run: Run) -> Iterator[Finding]:
         found = stage.overlap[key]
         if (share := found["found"] / found["rows"]) >= MAX_LOST:
             remedy = "figures that are measured on them are partly memory: remove these rows from training "
-            remedy += "(`python -m pipeline check-overlap` names them), or measure on other data (evaluate.yaml)"
+            remedy += f"(`{as_typed('check-overlap')}` names them), or measure on other data (evaluate.yaml)"
             what = f"{found['found']:,} of {found['rows']:,} held-out {key} are among the training rows"
             what += copies_in(found)
             yield Finding(stage.name, what, share, remedy)

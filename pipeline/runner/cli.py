@@ -1,10 +1,10 @@
-"""`python -m pipeline run RECIPES`: run the steps of a recipe folder in order, each only when it is due.
+"""`fourstage run RECIPES`: run the steps of a recipe folder in order, each only when it is due.
 
-    python -m pipeline run recipes/pocket
-    python -m pipeline run recipes/pocket --until 1_pretrain
-    python -m pipeline run recipes/pocket --seed 1 --output_dir runs/seed1
-    python -m pipeline run recipes/pocket --seeds 0 1 2
-    python -m pipeline run recipes/pocket --smoke
+    fourstage run recipes/pocket
+    fourstage run recipes/pocket --until 1_pretrain
+    fourstage run recipes/pocket --seed 1 --output_dir runs/seed1
+    fourstage run recipes/pocket --seeds 0 1 2
+    fourstage run recipes/pocket --smoke
 
 A finished step is skipped as long as what it depends on stays the same: its inputs, and the settings that have an
 effect on its weights. An interrupted step resumes from its last checkpoint. A step whose `max_steps` was raised goes
@@ -33,7 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
-from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError
+from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, as_typed
 from pipeline.files import as_list, lock
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
@@ -51,7 +51,7 @@ from pipeline.runner.processes import push_finished, run
 from pipeline.runner.recipe import Plan, check_of_recipe, check_writable, read_plan
 from pipeline.runner.records import RunRecord, measured_seconds
 from pipeline.runner.run_state import RunState
-from pipeline.runner.steps import REPORT, Step, find_step, typed
+from pipeline.runner.steps import REPORT, Step, find_step
 from pipeline.runner.warm import WarmProcess
 from pipeline.stages import SMOKE, STAGES
 
@@ -286,10 +286,10 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
 def _next(plan: Plan, state: RunState, args: argparse.Namespace) -> str:
     """Return the commands for what people do with a run that has finished: look at it, and talk with its model."""
     if args.smoke:
-        return typed("run", args.recipe)
+        return as_typed("run", args.recipe)
     chats = [name for name, kind in state.kinds.items() if STAGES[kind].chats and STAGES[kind].generates]
-    talk = [typed("chat", plan.run_dir / chats[-1])] if chats else []
-    return " · ".join([typed("app", plan.run_dir), *talk])
+    talk = [as_typed("chat", plan.run_dir / chats[-1])] if chats else []
+    return " · ".join([as_typed("app", plan.run_dir), *talk])
 
 
 def promises_kept(metrics: Path) -> str:
@@ -425,4 +425,4 @@ def resume_command(args: argparse.Namespace) -> str:
         value = getattr(args, name)
         if value not in (None, ""):
             command += [f"--{name}", *map(str, as_list(value))]
-    return typed(*command, *(["--smoke"] if args.smoke else []))
+    return as_typed(*command, *(["--smoke"] if args.smoke else []))

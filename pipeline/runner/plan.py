@@ -1,7 +1,7 @@
-"""`python -m pipeline plan RECIPES`: what a run will take, by arithmetic; nothing is trained or downloaded.
+"""`fourstage plan RECIPES`: what a run will take, by arithmetic; nothing is trained or downloaded.
 
-    python -m pipeline plan recipes/base --num_processes 8 --gpu h100 --price 2.5
-    python -m pipeline plan recipes/pocket --hidden_size 256
+    fourstage plan recipes/base --num_processes 8 --gpu h100 --price 2.5
+    fourstage plan recipes/pocket --hidden_size 256
 
 Options of the recipes override the YAML files. For a stage whose model has N parameters:
 

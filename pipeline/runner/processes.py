@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import psutil
 
 from pipeline import safe_path
-from pipeline.errors import EXIT_PUSH_FAILED, leave_closed_terminal, stop_signals
+from pipeline.errors import EXIT_PUSH_FAILED, as_typed, leave_closed_terminal, stop_signals
 from pipeline.runner.records import RunRecord
 from pipeline.runner.steps import Step
 from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess, signal_with_parent, wait_measured
@@ -116,7 +115,7 @@ def push_finished(
     for step in steps:
         if record.is_pushed(step):
             continue
-        print(f"$ {shlex.join(['python', '-m', 'pipeline', *step.push])}", flush=True)
+        print(f"$ {as_typed(*step.push)}", flush=True)
         # The token and the environment that the step itself was given, unless this process has others.
         own = {str(name): str(value) for name, value in (step.values.get("env") or {}).items()}
         own |= {"HF_TOKEN": str(step.values["hub_token"])} if step.values.get("hub_token") else {}

@@ -1,6 +1,6 @@
-"""`python -m pipeline status RUN`: what each step of a run has done, what is out of date and why, and what is left.
+"""`fourstage status RUN`: what each step of a run has done, what is out of date and why, and what is left.
 
-    python -m pipeline status runs/pocket
+    fourstage status runs/pocket
 
 Writes nothing, and looks at the recipe folder as it is now.
 """
@@ -11,13 +11,13 @@ import argparse
 from pathlib import Path
 
 from pipeline.config.weight_fields import newest_state, number_of
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import describe_folder, is_locked
 from pipeline.progress import duration
 from pipeline.runner.due import Decision, decide
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.records import RunRecord, measured_seconds
-from pipeline.runner.steps import Step, typed
+from pipeline.runner.steps import Step
 from pipeline.stages import SMOKE
 
 
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     """
     runs = [args.run] if (args.run / "run.json").exists() else [path.parent for path in args.run.glob("seed*/run.json")]
     if not runs:
-        remedy = describe_folder(args.run) or "does not contain a run; make it with `python -m pipeline run`"
+        remedy = describe_folder(args.run) or f"does not contain a run; make it with `{as_typed('run', 'RECIPE')}`"
         raise UserError(Problem("RUN", args.run, remedy))
     for run in sorted(runs):
         show(run)
@@ -91,7 +91,7 @@ def show(run: Path) -> None:
     if done == len(steps):
         print("all steps are done")
     else:
-        print(f"{done} of {len(steps)} steps are done; the rest takes about {duration(left)}: {typed(*command)}")
+        print(f"{done} of {len(steps)} steps are done; the rest takes about {duration(left)}: {as_typed(*command)}")
 
 
 def _still_to_do(step: Step, decision: Decision, is_begun: bool) -> tuple[float, str]:

@@ -14,19 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.config.fields import unknown_field
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model
 from pipeline.stages import SMOKE_EVALUATION, STAGES, StageKind
 
 REPORT = "report"
 LIMITS = ("size_mb", "block_size", "min_votes", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
 """Limits, like all fields that begin with `max_`. A recipe's own value is kept if it is lower."""
-
-
-def typed(*words: object) -> str:
-    """Return a command of this program as the user types it: `fourstage status runs/mine`, if that is how it began."""
-    program = ["fourstage"] if Path(sys.argv[0]).stem == "fourstage" else ["python", "-m", "pipeline"]
-    return shlex.join([*program, *map(str, words)])
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class Step:
 
     @property
     def push(self) -> tuple[str, ...]:
-        """Arguments of `python -m pipeline` that push what it wrote; empty if its settings do not ask for that."""
+        """Arguments of `fourstage` that push what it wrote; empty if its settings do not ask for that."""
         # An untrained model shares the file of pretraining, and with it the settings of that push.
         if self.stage.file_of or not self.values.get("push_to_hub"):
             return ()
@@ -92,9 +86,11 @@ class Step:
             launch: Arguments of `accelerate launch` itself.
             launcher: Command that starts it on several machines.
         """
+        if not self.stage.module:
+            return shlex.split(as_typed(*self.arguments))
         entry = ["python", "-m", "pipeline.runner.launcher"] if launcher else ["accelerate", "launch"]
         start = [*launcher, *entry, *launch] if self.stage.launched else ["python"]
-        return [*start, "-m", self.stage.module or "pipeline", *self.arguments]
+        return [*start, "-m", self.stage.module, *self.arguments]
 
     def executable(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
         """Return the same command for this Python interpreter; it ends with the exit code of the step itself."""

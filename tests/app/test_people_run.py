@@ -95,7 +95,7 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
 
     waiting = run(tmp_path)
     assert waiting.returncode == EXIT_WAITING, waiting.stdout + waiting.stderr
-    assert f"0 of {VOTES} votes" in waiting.stderr and "python -m pipeline app runs/toy" in waiting.stderr
+    assert f"0 of {VOTES} votes" in waiting.stderr and "fourstage app runs/toy" in waiting.stderr
     assert f"3_votes waits for {VOTES} votes" in waiting.stdout and "Traceback" not in waiting.stderr
     steps = {step.name: step for step in read_plan(Path("recipe")).steps}
     assert Path("runs/toy/votes/votes.jsonl") in steps["evaluate_3_reward"].files, "also before there are votes"
@@ -111,7 +111,7 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
     app.include_router(routes(site))
     with TestClient(app) as client:
         state = vote(client, "ann", VOTES)
-    assert state["goal"] == VOTES and state["command"] == "python -m pipeline run recipe"
+    assert state["goal"] == VOTES and state["command"] == "fourstage run recipe"
 
     finished = run(tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -23,7 +23,7 @@ def test_one_line_names_the_command_to_run_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = "does not exist yet; first run `python -m pipeline run recipes/pocket --until"
+    command = "does not exist yet; first run `fourstage run recipes/pocket --until"
     config = ("--config", "recipes/pocket/2_sft.yaml")  # as it comes with the package
     assert refusal(capsys, sft.main, *config) == f"model_name_or_path: runs/pocket/1_pretrain: {command} 1_pretrain`\n"
     Path("runs/pocket/1_pretrain").mkdir(parents=True)

@@ -212,5 +212,5 @@ def test_further_votes_join_the_data_set_and_no_prompt_changes_its_split(tmp_pat
 
 def test_a_folder_without_a_preference_says_how_to_collect_some(tmp_path: Path) -> None:
     cast(tmp_path, [vote(1, "tie"), vote(2, "skip")])
-    with pytest.raises(UserError, match="python -m pipeline app"):
+    with pytest.raises(UserError, match="fourstage app"):
         load_splits(DataArguments(dataset_name=str(tmp_path)), "preference", evaluation=False)

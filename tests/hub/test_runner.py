@@ -21,7 +21,7 @@ from tests.hub.hub_server import Hub
 TESTS = Path(__file__).parents[1]
 MODEL = Path("runs/r/2_sft")
 PUSH = {"push_to_hub": True, "hub_model_id": "chat", "hub_revision": "v1", "hub_private_repo": True}
-COMMAND = "$ python -m pipeline push runs/r/2_sft --repo_id chat --revision v1 --private"
+COMMAND = "$ fourstage push runs/r/2_sft --repo_id chat --revision v1 --private"
 Run = Callable[..., tuple[int, str]]
 
 

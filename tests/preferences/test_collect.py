@@ -544,7 +544,7 @@ def test_a_run_waits_until_there_are_enough_votes_and_simulated_annotators_can_g
 ) -> None:
     folder = tmp_path / "run" / "votes"
     asked = VoteArguments(**arguments, output_dir=str(folder), min_votes=3)
-    with pytest.raises(RunStopped, match=f"0 of 3 votes.*python -m pipeline app {folder.parent}") as stopped:
+    with pytest.raises(RunStopped, match=f"0 of 3 votes.*fourstage app {folder.parent}") as stopped:
         wait_for_votes(asked)
     assert stopped.value.exit_code == EXIT_WAITING and not folder.exists()
     found = wait_for_votes(replace(asked, simulated_votes=True))

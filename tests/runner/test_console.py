@@ -189,7 +189,7 @@ def test_a_stopped_run_says_what_is_kept_and_how_to_go_on(number: signal.Signals
     assert run.lines()[-3:] == [
         f"2_sft was stopped by {number.name}",
         "kept: the steps before it",
-        "to resume: python -m pipeline run recipe",
+        "to resume: fourstage run recipe",
     ]
     assert run.lines()[4].startswith("✗  2_sft") and len(run.lines()) == 8
     assert not run.screen.cursor.hidden

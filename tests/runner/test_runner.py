@@ -233,9 +233,9 @@ def test_status_of_a_finished_run_and_after_a_change(
     assert re.match(r"3_reward +out of date +0 s +depends on 2_sft; about", reward)
     assert "3 of 5 steps are done; the rest takes about " in last
     command = last.partition(": ")[2]
-    assert command == "python -m pipeline run recipe --output_dir runs/r"
+    assert command == "fourstage run recipe --output_dir runs/r"
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
-    run(*command.split()[5:])
+    run(*command.split()[3:])
     assert status(capfd)[-1] == "all steps are done"
 
 
@@ -251,7 +251,7 @@ def test_status_of_a_run_that_was_cut_short(folder: Path, run: Runner, capfd: py
     *_, sft, reward, last = status(capfd)
     assert re.match(r"2_sft +cut short +0 s +saved up to step 3 of 4; about", sft)
     assert re.match(r"3_reward +not run yet +about", reward)
-    assert last.endswith(": python -m pipeline run recipe --seed 3 --output_dir runs/r")
+    assert last.endswith(": fourstage run recipe --seed 3 --output_dir runs/r")
 
 
 def test_status_of_several_seeds_and_of_what_is_not_a_run(run: Runner, capfd: pytest.CaptureFixture[str]) -> None:
@@ -471,8 +471,8 @@ def test_tokens_are_not_written_to_disk(folder: Path, run: Runner) -> None:
         (["--from", "/"], "--from: /: no such step"),
         (["--num_processes", "0"], "--num_processes: 0: must be between 1 and"),
         (["--num_processes", "1000000"], "--num_processes: 1000000: must be between 1 and"),
-        (["--num_processes", "two"], "python -m pipeline run: argument --num_processes: invalid int value: 'two'"),
-        (["--seed", "1e3"], "python -m pipeline run: argument --seed: invalid int value: '1e3'"),
+        (["--num_processes", "two"], "fourstage run: argument --num_processes: invalid int value: 'two'"),
+        (["--seed", "1e3"], "fourstage run: argument --seed: invalid int value: '1e3'"),
         (["--output_dir", ""], "--output_dir: '': is empty"),
         (["--output_dir", "."], "output_dir: .: is or contains the current directory"),
         (["--output_dir", ".."], "output_dir: ..: is or contains the current directory"),
@@ -775,7 +775,7 @@ def test_a_signal_reaches_the_step_which_may_save(
     assert waiting.returncode == 128 + number
     assert Path("runs/r/2_sft/checkpoint").read_text() == str(int(number))
     assert f"2_sft was stopped by {number.name}\nkept: the steps before it\n" in out
-    assert "to resume: python -m pipeline run recipe\n" in out
+    assert "to resume: fourstage run recipe\n" in out
     assert "Traceback" not in err
     code, out, _ = run()
     assert code == 0
@@ -813,12 +813,12 @@ def test_the_commands_of_a_recipe_are_those_that_a_user_types(folder: Path, caps
     assert shown == [
         "python -m recipes.data --config recipe/0_data.yaml --output_dir x/data",
         f"python -m recipes.untrained {pretrain}/0_random --dataset_name x/data",
-        "python -m pipeline evaluate x --stage 0_random",
+        "fourstage evaluate x --stage 0_random",
         f"{launch} recipes.pretrain {pretrain}/1_pretrain --dataset_name x/data",
-        "python -m pipeline evaluate x --stage 1_pretrain",
+        "fourstage evaluate x --stage 1_pretrain",
         f"{launch} recipes.sft {sft} --model_name_or_path x/1_pretrain --dataset_name x/data",
-        "python -m pipeline evaluate x --stage 2_sft",
-        "python -m pipeline report x",
+        "fourstage evaluate x --stage 2_sft",
+        "fourstage report x",
     ]
 
 
@@ -999,7 +999,7 @@ def test_several_seeds_are_stopped_by_a_signal_locked_and_resumed(folder: Path, 
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "to resume: python -m pipeline run recipe --seeds 0 1\n" in out
+    assert "to resume: fourstage run recipe --seeds 0 1\n" in out
     assert not Path("runs/r/seed1").exists()
     code, out, _ = run("--seeds", "0")  # the other one would wait for a signal
     assert code == 0 and "2_sft: was interrupted" in out
