@@ -12,9 +12,8 @@ Options of the recipes override the YAML files. For a stage whose model has N pa
               optimizer 8 N (AdamW; others take less), of any other 4 N; a copy of the weights in 16 bits 2 N;
               activations and logits of a micro-batch; keys and values of the answers that are sampled at once
     disk      12 N bytes for each checkpoint, and 4 N for the model
-    time      FLOPs / (processes x peak x MFU), and LAYER x layers x positions that are sampled one after the other
-
-What share of its peak a processor reaches (MFU), and how long rows and answers are, shows only in a run: see ASSUMED.
+    time      FLOPs / (processes x peak x MFU), LAYER x layers x positions that are sampled one after the other, and
+              START for each step
 """
 
 from __future__ import annotations
@@ -23,148 +22,136 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import Problem, UserError
+from pipeline.evaluation.evaluate_yaml import DEFAULT_LENGTH
 from pipeline.progress import short_count, time_in_words
-from pipeline.runner.launcher import check_launch_file, count_processes, launch_file, shards
+from pipeline.runner.launcher import count_processes, launch_file, shards
 from pipeline.runner.preflight import check_steps
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.steps import Settings, Step, override_steps
-from pipeline.stages import StageKind
-
-# These imports take seconds, which `--help` must not.
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from pipeline.hardware import Processor
 
 TEXT, ANSWER = 1 / 4, 1 / 3
+START, TEXT_RATE = 3.0, 4e6
+"""Seconds in which a step loads libraries, model and data, and bytes of text in a second that `recipes.data` writes or
+a tokenizer is trained on; both were measured with recipes/pocket on 2 cores of an AMD EPYC."""
 LAYER, VLLM_LAYER = 1e-3, 1e-4
 """Seconds of a layer for one position of all answers: transformers launches its kernels one by one."""
+ROWS, SAMPLED, AT_ONCE, DOCUMENT = 400, 64, 256, 4e3
+"""Rows of a data set that an evaluation answers, problems that it answers several times, answers at once; bytes."""
 LIBRARIES, TILE = 1.5e9, 2**27
 """Bytes of a process that are not tensors, and logits that TRL's trainers keep at once, at most."""
 ASSUMED = """
 Assumed: {mfu:.0%} of the peak (--mfu; small models reach less); a text has 1/4 of max_length, a prompt and an answer
 1/3 of the longest answer, and data on this disk a token for 4 characters; sampling takes 1 ms for a position and layer,
-with vLLM 0.1 ms; critic, reference and reward models are as large as the policy. Not included: evaluations, data,
-tokenizers, and the start of each stage.
+with vLLM 0.1 ms; critic, reference and reward models are as large as the policy; a step starts in 3 s; an evaluation
+answers 400 rows of each data set, or its limit. Not included: downloads, judges, tasks of lm-eval.
 """
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A step that trains or samples.
-
-    Attributes:
-        name, kind, own: Folder that it writes, what is known about its kind, and its settings.
-        model, trained: Its model, on the meta device, and how many of its parameters are trained.
-        data, text: Rows of its data, and tokens of one or, if answers are sampled, of a prompt.
-        cut: Tokens at which a text or an answer is cut off.
-        processes, sharded: Number of processes, and whether parameters are split over them.
-        size: Bytes of a number in activations: 2, or 4 in float32.
-    """
-
-    name: str
-    kind: StageKind
-    own: Settings
-    model: PreTrainedModel
-    trained: int
-    data: int
-    text: float
-    cut: int
-    processes: int
-    sharded: bool
-    size: int
-
-
-def row_length(stage: Stage, longest: bool = False) -> float:
+def row_length(stage: Settings, longest: bool = False) -> float:
     """Return the tokens of an average or the longest row: a block, a text, or a prompt with its answer."""
     if stage.kind.samples:
         return stage.text + stage.cut * (1 if longest else ANSWER)
-    return stage.cut if longest or stage.own.packing else min(stage.text, stage.cut)
+    return stage.cut if longest or stage.packing else min(stage.text, stage.cut)
 
 
-def rows(stage: Stage) -> float:
+def rows(stage: Settings) -> float:
     """Return the rows that all processes read: blocks, texts, both texts of pairs, or answers."""
-    own = stage.own
     if not stage.kind.measured:
-        # Answers are sampled for people or annotators to choose from.
-        return (own.max_prompts or stage.data) * own.samples_per_prompt
-    batch = own.per_device_train_batch_size * own.gradient_accumulation_steps * stage.processes
-    uses, steps = own.num_iterations or 1, own.max_steps
+        # Answers are sampled for people or annotators to choose from, also for validation and test.
+        return ((stage.max_prompts or stage.data) + 2 * (stage.max_eval_prompts or 0)) * stage.samples_per_prompt
+    batch = stage.per_device_train_batch_size * stage.gradient_accumulation_steps * stage.processes
+    uses, steps = stage.num_iterations or 1, stage.max_steps
     if steps <= 0:
-        each = stage.text / stage.cut if own.packing else (own.num_generations or 1) * uses
-        steps = math.ceil(math.ceil(stage.data * each / batch) * own.num_train_epochs)
+        each = stage.text / stage.cut if stage.packing else (stage.num_generations or 1) * uses
+        steps = math.ceil(math.ceil(stage.data * each / batch) * stage.num_train_epochs)
     return steps * batch * (1 if stage.kind.generates else 2) / uses
 
 
-def passes(stage: Stage) -> int:
+def passes(stage: Settings) -> int:
     """Return the passes over each token, where a backward pass counts as two."""
-    own, training, uses = stage.own, 3 + stage.own.recompute, stage.own.num_iterations
+    training, uses = 3 + stage.recompute, stage.num_iterations
     if not stage.kind.measured:
         return 1
     if not stage.kind.samples:
         return training
     if stage.kind.has_critic:
         # Sampling, old log-probabilities and values; then policy and critic are trained.
-        return 3 + own.judges + own.reference + 2 * uses * training
+        return 3 + stage.judges + stage.reference + 2 * uses * training
     # If a rollout is used in one step, training itself computes the old log-probabilities.
-    every = (own.steps_per_generation or own.gradient_accumulation_steps) * uses
-    old = own.gradient_accumulation_steps % every > 0
-    return 1 + old + own.judges + own.reference + uses * training
+    every = (stage.steps_per_generation or stage.gradient_accumulation_steps) * uses
+    old = stage.gradient_accumulation_steps % every > 0
+    return 1 + old + stage.judges + stage.reference + uses * training
 
 
-def flops(stage: Stage) -> float:
+def flops(stage: Settings) -> float:
     """Return the floating-point operations of all processes."""
     from pipeline.models.experts import training_flops_per_token
 
-    length = row_length(stage)
-    # The function counts a forward and a backward pass, which are three.
-    return rows(stage) * length * passes(stage) / 3 * training_flops_per_token(stage.model, round(length))
+    length, config = row_length(stage), stage.model.config.get_text_config()
+    each = training_flops_per_token(stage.model, round(length))
+    # A reward model scores a text, and computes no logits.
+    each -= 0 if stage.kind.generates else 6 * config.vocab_size * config.hidden_size
+    # This was a forward and a backward pass, which are three.
+    return rows(stage) * length * passes(stage) / 3 * each
 
 
-def sampled_at_once(stage: Stage) -> int:
+def sampled_at_once(stage: Settings) -> int:
     """Return the answers that a process samples at once."""
-    own = stage.own
-    if not stage.kind.samples or own.generation_batch_size:
-        return (own.generation_batch_size or 0) // stage.processes
-    batches = own.steps_per_generation or own.gradient_accumulation_steps
-    return own.batch_size or own.per_device_train_batch_size * batches
+    if not stage.kind.samples or stage.generation_batch_size:
+        return (stage.generation_batch_size or 0) // stage.processes
+    batches = stage.steps_per_generation or stage.gradient_accumulation_steps
+    return stage.batch_size or stage.per_device_train_batch_size * batches
 
 
-def sampling_seconds(stage: Stage) -> float:
+def sampling_seconds(stage: Settings) -> float:
     """Return the time of sampling: a batch of answers is sampled position by position, up to the longest answer."""
     if not stage.kind.samples:
         return 0.0
     positions = rows(stage) / (sampled_at_once(stage) * stage.processes) * stage.cut
-    layer = VLLM_LAYER if stage.own.use_vllm else LAYER
+    layer = VLLM_LAYER if stage.use_vllm else LAYER
     return positions * layer * stage.model.config.get_text_config().num_hidden_layers
 
 
-def memory(stage: Stage) -> dict[str, float]:
+def evaluation_seconds(step: Step, stage: Settings, args: argparse.Namespace) -> float:
+    """Return the time in which a model answers instructions, prompts and problems, some of these `samples` times."""
+    own, model = Settings(**step.values), stage.model
+    if not stage.kind.generates:
+        return START
+    answers = 3 * (own.limit or ROWS) + min(own.limit or ROWS, SAMPLED) * (own.samples or 0)
+    positions = own.max_new_tokens or DEFAULT_LENGTH
+    layers = model.config.get_text_config().num_hidden_layers * (VLLM_LAYER if own.vllm else LAYER)
+    # A prompt, and an answer that ends early.
+    read = answers * positions * 2 * ANSWER * 2 * model.num_parameters()
+    computing = read / (args.mfu * (args.processor.half or args.processor.single))
+    return START + math.ceil(answers / AT_ONCE) * positions * layers + computing
+
+
+def memory(stage: Settings) -> dict[str, float]:
     """Return the bytes of one process, by part."""
-    config, own, parameters = stage.model.config.get_text_config(), stage.own, stage.model.num_parameters()
+    config, parameters = stage.model.config.get_text_config(), stage.model.num_parameters()
     # Sharded weights are gathered, and copied, layer by layer.
     shares, layers = (stage.processes, config.num_hidden_layers) if stage.sharded else (1, 1)
     trained, longest = stage.trained / shares, row_length(stage, longest=True)
-    read = (own.per_device_train_batch_size or 0) * (1 if stage.kind.generates else 2) * longest
+    read = (stage.per_device_train_batch_size or 0) * (1 if stage.kind.generates else 2) * longest
     # Pretraining has all logits at once, TRL's trainers a tile of them, and a reward model has a score.
     logits = read * config.vocab_size if stage.kind.generates else 0
     if not stage.kind.from_scratch:
         logits = min(TILE, logits)
-    half = own.use_peft and own.frozen_dtype in ("auto", "bfloat16")
+    half = stage.use_peft and stage.frozen_dtype in ("auto", "bfloat16")
     return {
         "weights": 4 * trained + (2 * parameters / layers if stage.size == 2 else 0),
         "gradients": (8 if stage.processes > 1 and not stage.sharded else 4) * trained,
         "optimizer": 8 * trained,
-        "activations": read * activation_bytes(config, stage.size, own.recompute),
+        "activations": read * activation_bytes(config, stage.size, stage.recompute),
         # Logits and their gradient, and in float32 a copy, its log-softmax and a gradient.
         "logits": logits * (2 * stage.size + 3 * 4),
         "rollouts": sampled_at_once(stage) * longest * 2 * _widths(config)[1] * config.num_hidden_layers * stage.size,
-        "frozen": own.frozen * parameters * (2 if half else 4) / shares,
+        "frozen": stage.frozen * parameters * (2 if half else 4) / shares,
         "other": LIBRARIES,
     }
 
@@ -173,8 +160,8 @@ def activation_bytes(config: Any, size: int, recompute: bool) -> float:
     """Return the bytes that a token leaves for the backward pass, with attention that keeps no scores.
 
     A layer keeps the inputs of its two norms in float32, as they are and normalised, and their outputs; queries, keys,
-    values and the output of attention; the gate of its feed-forward network, the same activated, up, and their product.
-    If activations are computed again, the inputs of all layers are kept, and everything of one layer at a time.
+    values and the output of attention; and four times the width of its feed-forward network. If activations are
+    computed again, the inputs of all layers are kept, and everything of one layer at a time.
     """
     queries, keys = _widths(config)
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -191,32 +178,26 @@ def _widths(config: Any) -> tuple[int, int]:
     return heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
 
 
-def advice(stage: Stage, room: float) -> str:
+def advice(stage: Settings, room: float) -> str:
     """Return what makes a stage fit into `room` bytes, the least change first."""
-    own = stage.own
-    # Whether the model is sharded, whether activations are computed again, and the options that ask for this.
-    choices = [(stage.sharded, own.recompute, ""), (stage.sharded, True, "--activation_checkpointing true, ")]
-    larger = "LoRA (use_peft: true), more or larger GPUs"
-    if not stage.kind.has_critic:
-        larger += ", or recipes/accelerate/zero3.yaml"
-        if stage.processes > 1:
-            fsdp = f"--config_file recipes/accelerate/fsdp2.yaml --num_processes {stage.processes}, "
-            choices += [(True, recompute, fsdp + words) for _, recompute, words in choices]
-    batch = own.per_device_train_batch_size or 0
-    for sharded, recompute, words in choices:
+    batch = stage.per_device_train_batch_size or 0
+    for recompute, words in ((stage.recompute, ""), (True, "--activation_checkpointing true, ")):
         for size in [size for size in range(batch, 0, -1) if batch % size == 0]:
-            smaller = Settings(**{**vars(own), "recompute": recompute, "per_device_train_batch_size": size})
-            if sum(memory(replace(stage, sharded=sharded, own=smaller)).values()) <= room:
-                if size < batch:
-                    words += f"--per_device_train_batch_size {size} and {batch // size} times the accumulation"
-                return words.removesuffix(", ")
-    return larger
+            smaller = Settings(**{**vars(stage), "recompute": recompute, "per_device_train_batch_size": size})
+            if sum(memory(smaller).values()) <= room:
+                less = f"--per_device_train_batch_size {size} and {batch // size} times the accumulation"
+                return (words + less if size < batch else words).removesuffix(", ")
+    larger = "LoRA (use_peft: true), more or larger GPUs"
+    return larger if stage.kind.has_critic else f"{larger}, or recipes/accelerate/fsdp2.yaml or zero3.yaml"
 
 
-def read_stage(step: Step, made: dict[str, Any], processes: int, sharded: bool, full: bool) -> Stage | None:
-    """Return a step as a `Stage`, or None if it neither trains nor samples. `full`: whether this machine needs float32.
+def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Settings | None:
+    """Return the settings of a step, with what follows from them; None if it neither trains nor samples.
 
-    `made` holds what earlier steps make, by folder: a model, the size of a vocabulary, or rows. This step's is added.
+    They have `model` on the meta device, `trained` parameters, `data` rows of `text` tokens (or prompts, if answers are
+    sampled), `cut` as the longest text or answer, `frozen` other networks, and `size`, the bytes of an activation.
+    `made` holds what earlier steps make, by folder: a model, the size of a vocabulary, or rows, with the length of one
+    by ("tokens", folder). This step's is added. `args` are the options, with what `main` adds.
     """
     from trl import ModelConfig
 
@@ -245,7 +226,6 @@ def read_stage(step: Step, made: dict[str, Any], processes: int, sharded: bool, 
     trained = count_trainable(model, own.build(ModelConfig)) if kind.measured else 0
     made[own.output_dir] = model if trained else (own.max_prompts or data) * own.pairs_per_prompt
     # What several fields say together.
-    positions = model.config.get_text_config().max_position_embeddings
     own.packing = kind.from_scratch or own.packing
     chosen = own.activation_checkpointing
     own.recompute = bool(own.gradient_checkpointing if chosen is None else chosen)
@@ -256,10 +236,14 @@ def read_stage(step: Step, made: dict[str, Any], processes: int, sharded: bool, 
     own.frozen = own.judges + (1 + adapts_critic if own.use_peft or not trained else own.reference)
     if kind.has_critic:
         trained += trained if adapts_critic or not own.use_peft else model.num_parameters()
-    cut = own.block_size or own.max_length or own.max_completion_length or own.max_new_tokens or positions
-    text = text or cut * (ANSWER if kind.samples else TEXT)
-    size = 4 if full or (step.values.get("bf16") is False and not own.fp16) else 2
-    return Stage(step.output.name, kind, own, model, trained, data, text, cut, processes, sharded, size)
+    own.kind, own.model, own.trained, own.data = kind, model, trained, data
+    own.processes, own.sharded = args.processes, args.sharded and not kind.has_critic
+    own.cut = own.block_size or own.max_length or own.max_completion_length or own.max_new_tokens
+    own.cut = own.cut or model.config.get_text_config().max_position_embeddings
+    own.text = text or made.get(("tokens", str(own.dataset_name))) or own.cut * (ANSWER if kind.samples else TEXT)
+    own.size = 4 if not args.processor.half or (step.values.get("bf16") is False and not own.fp16) else 2
+    made["tokens", own.output_dir] = row_length(own)
+    return own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -280,74 +264,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print what each stage of a recipe folder takes. Return 0, whether or not it fits."""
     print(f"reading {args.recipe} ...", file=sys.stderr, flush=True)
-    from pipeline import hardware, launch
+    from pipeline import hardware
 
-    launch.quiet_libraries()
-    path = launch_file(args)
-    problems = [problem] if (problem := check_launch_file(path)) else []
+    problems = []
     for name in ("num_processes", "gpu_memory", "tflops", "price", "mfu"):
         if (value := getattr(args, name)) is not None and not 0 < value <= (1 if name == "mfu" else math.inf):
             problems.append(Problem(f"--{name}", value, "must be above 0, and --mfu at most 1"))
     if problems:
         raise UserError(*problems)
-    processes, sharded = count_processes(args), shards(path)
-    steps = override_steps([step for step in read_plan(args.recipe).steps if step.stage.module], args.overrides)
-    problems = check_steps(steps, processes=processes, rewards=False)
-    if (processor := hardware.find_processor(args.gpu, args.tflops, args.gpu_memory, processes)) is None:
+    args.processes, args.sharded = count_processes(args), shards(launch_file(args))
+    planned = read_plan(args.recipe).steps
+    steps = override_steps([step for step in planned if step.stage.module], args.overrides)
+    problems = check_steps(steps, processes=args.processes, rewards=False)
+    args.processor = hardware.find_processor(args.gpu, args.tflops, args.gpu_memory, args.processes)
+    if args.processor is None:
         remedy = f"is not known; give --tflops and --gpu_memory, or choose from: {', '.join(hardware.CARDS)}"
         problems.append(Problem("--gpu", args.gpu, remedy))
-    if processor is None or problems:
+    if problems:
         raise UserError(*problems)
-    made: dict[str, Any] = {}
-    entries = {}
+    made: dict[Any, Any] = {}
+    stages: dict[str, Settings] = {}
+    others: dict[str, dict[str, Any]] = {name: {"hours": 0.0} for name in ("other steps", "evaluations")}
     for step in steps:
         try:
-            stage = read_stage(step, made, processes, sharded and not step.stage.has_critic, full=not processor.half)
+            stage = read_stage(step, made, args)
         except UserError as error:
             raise UserError(*(replace(p, field=f"{step.name}: {p.field}") for p in error.problems)) from None
-        if stage is not None:
-            print(f"planning {stage.name} ...", file=sys.stderr, flush=True)
-            entries[stage.name] = _entry(stage, processor, args, sharded)
+        if stage is None:
+            text = 1e6 * (step.values.get("size_mb") or 0) + DOCUMENT * (step.values.get("max_train_samples") or 0)
+            others["other steps"]["hours"] += (START + text / TEXT_RATE) / 3600
+        else:
+            print(f"planning {step.output.name} ...", file=sys.stderr, flush=True)
+            stages[step.output.name] = stage
+    for step in planned if stages else ():
+        if step.kind == "evaluate":
+            # Random weights are as many as what is made of them.
+            stage = stages.get(step.product.stem, next(iter(stages.values())))
+            others["evaluations"]["hours"] += evaluation_seconds(step, stage, args) / 3600
+    entries = {name: _entry(stage, args) for name, stage in stages.items()}
+    for entry in [*entries.values(), *others.values()]:
+        entry["cost"] = None if args.price is None else entry["hours"] * args.processes * args.price
     if args.json:
-        print(json.dumps({"stages": entries, "fits": all(entry["fits"] for entry in entries.values())}, indent=2))
+        fits = all(entry["fits"] for entry in entries.values())
+        print(json.dumps({"stages": entries, "others": others, "fits": fits}, indent=2))
     else:
-        _show(f"{args.recipe} on {processes} x {processor}", entries, args)
+        _show(entries, others, args)
     return 0
 
 
-def _entry(stage: Stage, processor: Processor, args: argparse.Namespace, sharded: bool) -> dict[str, Any]:
+def _entry(stage: Settings, args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of a stage, as `--json` prints them."""
     from pipeline.training.checks import disk_bytes
 
-    speed = args.mfu * ((processor.half if stage.size == 2 else None) or processor.single)
-    hours = (flops(stage) / (stage.processes * speed) + sampling_seconds(stage)) / 3600
+    speed = args.mfu * ((args.processor.half if stage.size == 2 else None) or args.processor.single)
+    computing, sampling = flops(stage) / (stage.processes * speed), sampling_seconds(stage)
     parts = {part: round(size) for part, size in memory(stage).items()}
     total = sum(parts.values())
-    advised = ["PPO refuses to be sharded; run it apart, with another launch file"] * (sharded and not stage.sharded)
-    advised += [advice(stage, processor.memory)] if total > processor.memory else []
+    advised = advice(stage, args.processor.memory) if total > args.processor.memory else ""
+    if args.sharded and not stage.sharded:
+        advised = "PPO refuses to be sharded; run it apart, with another launch file"
     return {
         "parameters": stage.model.num_parameters(),
         "tokens": round(rows(stage) * row_length(stage)),
         "flops": flops(stage),
         "memory_bytes": {**parts, "total": total},
-        "disk_bytes": disk_bytes(stage.trained, stage.trained, stage.own)[1] if stage.trained else 0,
-        "hours": hours,
-        "sampling_hours": sampling_seconds(stage) / 3600,
-        "cost": None if args.price is None else hours * stage.processes * args.price,
-        "fits": total <= processor.memory,
-        "advice": "; ".join(advised),
+        "disk_bytes": disk_bytes(stage.trained, stage.trained, stage)[1] if stage.trained else 0,
+        "hours": (START + computing + sampling) / 3600,
+        "sampling_hours": sampling / 3600,
+        "fits": total <= args.processor.memory,
+        "advice": advised,
     }
 
 
-def _show(title: str, entries: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+def _show(entries: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
     """Print a table of the stages, what is assumed, memory by part, and what makes those fit that do not."""
-    sums = {key: sum(entry[key] or 0 for entry in entries.values()) for key in ("disk_bytes", "hours", "cost")}
+    table = {**entries, **others}
+    sums = {key: sum(entry.get(key) or 0 for entry in table.values()) for key in ("disk_bytes", "hours", "cost")}
     row = "{:14} {:>10} {:>7} {:>8} {:>6} {:>8} {:>11} {:>11} {:>8}"
-    print(title)
+    print(f"{args.recipe} on {args.processes} x {args.processor}")
     print(row.format("stage", "parameters", "tokens", "FLOPs", "GB", "disk GB", "time", "sampling", "cost"))
-    for name, entry in {**entries, "in all": sums}.items():
+    for name, entry in {**table, "in all": sums}.items():
         counts = (short_count(entry[key]) if key in entry else "" for key in ("parameters", "tokens", "flops"))
-        sizes = (entry.get("memory_bytes", {}).get("total"), entry["disk_bytes"])
+        sizes = (entry.get("memory_bytes", {}).get("total"), entry.get("disk_bytes"))
         gigabytes = (f"{size / 1e9:.2f}" if size else "" for size in sizes)
         times = (time_in_words(3600 * entry[key]) if entry.get(key) else "" for key in ("hours", "sampling_hours"))
         print(row.format(name, *counts, *gigabytes, *times, f"{entry['cost']:.2f}" if args.price else "-"))

@@ -14,6 +14,7 @@ from small_model import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.__main__ import main
+from pipeline.runner.plan import START, TEXT_RATE
 
 
 def plan(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -39,6 +40,17 @@ def test_a_plan_says_what_each_stage_takes(capsys: pytest.CaptureFixture[str]) -
         assert parts.pop("total") == pytest.approx(sum(parts.values()), abs=len(parts))
         assert stage["disk_bytes"] >= 0 and stage["cost"] == pytest.approx(2 * stage["hours"])
     assert planned["fits"] is True
+    pairs = planned["stages"]["3_reward"]["tokens"] / planned["stages"]["3_preferences"]["tokens"]
+    assert pairs == pytest.approx(2 * 9000 / (4 * 3400), rel=0.01), "pairs are as long as the answers that are compared"
+
+
+def test_data_tokenizer_random_weights_and_evaluations_are_in_the_sum(capsys: pytest.CaptureFixture[str]) -> None:
+    others = plan(capsys, *POCKET, "--max_train_samples", "1000")["others"]
+    assert others["other steps"]["hours"] == pytest.approx((3 * START + (9e6 + 2 * 4e6) / TEXT_RATE) / 3600)
+    # Four models that answer, and random weights, in 7 batches of 64 positions through 4 layers; and a reward model.
+    started, sampled = 6 * START, 5 * 7 * 64 * 4 * 1e-3
+    assert others["evaluations"]["hours"] == pytest.approx((started + sampled) / 3600, rel=0.01)
+    assert others["evaluations"]["cost"] == pytest.approx(2 * others["evaluations"]["hours"])
 
 
 def test_the_figures_of_135_million_parameters_are_those_of_a_pocket_calculator(
@@ -53,7 +65,7 @@ def test_the_figures_of_135_million_parameters_are_those_of_a_pocket_calculator(
     assert stage["tokens"] == 5150 * 16 * 16 * 2048
     attention = 12 * 30 * 2048 * 576 / 2
     assert stage["flops"] == stage["tokens"] * (6 * parameters + attention)
-    assert stage["hours"] == pytest.approx(stage["flops"] / (0.4 * 989e12) / 3600)
+    assert stage["hours"] == pytest.approx((START + stage["flops"] / (0.4 * 989e12)) / 3600)
     assert stage["cost"] == pytest.approx(2 * stage["hours"])
     memory = stage["memory_bytes"]
     assert memory["weights"] == (4 + 2) * parameters and memory["gradients"] == 4 * parameters
@@ -160,7 +172,8 @@ def test_texts_that_are_not_cut_are_planned_as_the_model_can_read_them(capsys: p
 
 def test_half_the_utilisation_takes_twice_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     half, whole = (plan(capsys, *POCKET, "--mfu", mfu)["stages"] for mfu in ("0.2", "0.4"))
-    assert half["1_pretrain"]["hours"] == pytest.approx(2 * whole["1_pretrain"]["hours"])
+    start = START / 3600
+    assert half["1_pretrain"]["hours"] - start == pytest.approx(2 * (whole["1_pretrain"]["hours"] - start))
     assert half["4_grpo"]["sampling_hours"] == whole["4_grpo"]["sampling_hours"], "its kernels are launched one by one"
 
 
@@ -179,7 +192,7 @@ def test_any_gpu_can_be_named(
     assert main(["plan", "recipes/small", *argv, "--json"]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
     stage = stages["1_pretrain"]
-    assert stage["hours"] == pytest.approx(stage["flops"] / (0.4 * tflops * 1e12) / 3600)
+    assert stage["hours"] == pytest.approx((START + stage["flops"] / (0.4 * tflops * 1e12)) / 3600)
     assert [stage["fits"] for stage in stages.values()] == [
         stage["memory_bytes"]["total"] <= gigabytes * 1e9 for stage in stages.values()
     ]
