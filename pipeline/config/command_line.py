@@ -62,21 +62,13 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
         The values by field name, and the problems of the rest.
     """
     # Abbreviations (`--learn 1`) are off: the next release may give them another meaning.
-    reader = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False
-    )
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     fields = {item.name: item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init}
     for name, item in fields.items():
         reader.add_argument(*_spellings(name), *item.metadata.get("aliases", ()), dest=name, nargs="*")
         if item.default is True:
             reader.add_argument(*_spellings(f"no_{name}"), dest=name, action="store_const", const=["false"])
-    try:
-        found, rest = reader.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        # Only `--no_OPTION=WORD` gets here: other options take any number of words.
-        spelling = (error.argument_name or "").partition("/")[0]
-        word = next((word for word in arguments if word.startswith(f"{spelling}=")), spelling)
-        return {}, [Problem("command line", word, f"{spelling} takes no value; omit it")]
+    found, rest = reader.parse_known_args(arguments)
 
     hints = field_types(*dataclass_types)
     given: dict[str, Any] = {}
@@ -91,7 +83,7 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
             switched_on[name] = on
         elif not words:
             problems.append(Problem(name, "''", f"must be {describe_type(hints[name])}"))
-        elif NoneType in kinds and (words == ["null"] or (words == ["None"] and str not in kinds and not lists)):
+        elif NoneType in kinds and words == ["null"]:
             # This unsets a field of the file.
             given[name] = None
         elif lists and (len(words) > 1 or next(kind for kind in kinds if kind is not NoneType) in lists):

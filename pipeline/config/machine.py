@@ -1,4 +1,4 @@
-"""Hardware, package versions and commit, for `run.json` and model cards. Only the standard library is imported."""
+"""Hardware, package versions and commit, for `run.json` and model cards; without torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 PACKAGES = ("fourstage", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft")
 
@@ -29,15 +31,11 @@ def hardware() -> dict[str, Any]:
     if names:
         facts["gpu"] = ", ".join(f"{count} x {name}" for name, count in sorted(names.items()))
     facts["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        facts["processor"] = platform.processor()
-        return facts
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    facts["processor"] = models[0] if models else platform.processor()
-    facts["memory_gib"] = round(pages / 2**30, 1)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    facts["processor"] = next(models, platform.processor())
+    facts["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
     return facts
 
 

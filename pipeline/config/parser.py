@@ -127,7 +127,7 @@ def check_values(
         values, wrong = read_values(config, dataclass_types)
         problems += wrong + _check_each(values, dataclass_types)
         values = {name: value for name, value in values.items() if name not in OF_THE_MACHINE}
-        # How the batches of GRPO and PPO are divided depends on the processes, of which there is only this one yet.
+        # GRPO and PPO divide their batches among the processes, and only this one exists yet.
         types = [
             type(kind.__name__, (kind,), {"world_size": processes}) if issubclass(kind, GRPOConfig) else kind
             for kind in dataclass_types
@@ -157,9 +157,12 @@ def _check_each(asked: Mapping[str, Any], types: Sequence[Any]) -> list[Problem]
     """Check each value by itself, and return the first problem of each field."""
     rollouts = [kind for kind in types if issubclass(kind, GRPOConfig)]
     problems = checks.check_ranges(asked) + checks.check_text(asked, field_types(*types), bool(rollouts))
-    problems += checks.check_supported(asked) + checks.check_accelerator(asked)
+    problems += checks.check_supported(asked)
     for kind in rollouts:
         problems += checks.check_unused(asked, kind, checks.UNUSED_IN_ROLLOUTS)
+    # Subclasses have groups of one, and TRL's message does not name the field.
+    if GRPOConfig in types and asked.get("num_generations") == 1:
+        problems.append(Problem("num_generations", 1, "must be at least 2: answers are compared within a group"))
     first: dict[str, Problem] = {}
     for problem in problems:
         first.setdefault(problem.field, problem)
@@ -179,7 +182,7 @@ def _build_checked(
         dataclass_types: The dataclasses.
         asked: Values that the user gave.
         machine: Values of fields that the user did not give.
-        problems: What is known to be wrong. What is found is added to it.
+        problems: Problems found so far; new ones are appended.
         on_command_line: Fields that the command line gave.
 
     Returns:
@@ -200,7 +203,7 @@ def _build_checked(
                 built.append(kind(**own))
                 break
             except (UserError, *REFUSALS) as error:
-                refused = _problems_of(error, kind, own, asked, is_expected=bool(problems))
+                refused = _problems_of(error, kind, own, is_expected=bool(problems))
             # A field that is already reported was omitted, and its default is not to be judged.
             problems += [p for p in refused if p.field not in reported and _named_in(p.remedy, reported) is None]
             culprits = [problem.field for problem in refused if problem.field in own]
@@ -216,16 +219,13 @@ def _build_checked(
     return built
 
 
-def _problems_of(
-    error: Exception, kind: Any, own: Mapping[str, Any], asked: Iterable[str], is_expected: bool
-) -> list[Problem]:
+def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expected: bool) -> list[Problem]:
     """Return the problems that a dataclass lists, or its message as the problem of the field that it names.
 
     Args:
         error: What the constructor raised.
         kind: The dataclass.
         own: The values that it was given.
-        asked: Fields that the user gave.
         is_expected: Whether values of the user are missing, so that a message about another field is a consequence.
 
     Raises:
@@ -235,26 +235,16 @@ def _problems_of(
     if isinstance(listed, UserError):
         return list(listed.problems)
     message = " ".join(str(error).split())
-    # Most messages of the libraries name their field: "--load_best_model_at_end requires ...". Others do not:
-    # "'x' is not a valid DebugOption".
-    name = _named_in(message, own) or _find_culprit(kind, own, asked, message)
+    # Most messages of the libraries name their field: "--load_best_model_at_end requires ...". Others begin with the
+    # value: "x is not a valid DebugOption".
+    values = {name: value for name, value in own.items() if isinstance(value, str) and value}
+    begins = (name for name, value in values.items() if message.startswith((f"{value} ", f"'{value}' ")))
+    name = _named_in(message, own) or next(begins, None)
     if name is None and not is_expected:
         name = _named_in(message, field_types(kind))
         if name is None:
             raise error
     return [Problem(name, own.get(name, "not given"), message)] if name else []
-
-
-def _find_culprit(kind: Any, own: Mapping[str, Any], asked: Iterable[str], message: str) -> str | None:
-    """Return the field, among those that the user gave, without which a dataclass does not raise this message."""
-    for name in [name for name in asked if name in own]:
-        try:
-            kind(**{other: value for other, value in own.items() if other != name})
-        except Exception as error:  # noqa: BLE001 - only the message counts
-            if " ".join(str(error).split()) == message:
-                continue
-        return name
-    return None
 
 
 def _named_in(message: str, names: Iterable[str]) -> str | None:

@@ -28,8 +28,8 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
     Args:
         dataclass_types: Dataclasses whose fields are the options.
         module: Name of the recipe, such as recipes.sft.
-        everything: Whether to describe all options in full, and not only those of this project and those that a file of
-            `recipes/` sets.
+        everything: Whether to describe all options in full. By default, only options of this project and options that
+            a file in `recipes/` sets.
     """
     usual = {name for path in SHIPPED.glob("**/[0-9]_*.yaml") for name in read_yaml(str(path))}
     hints = field_types(*dataclass_types)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.yaml_file import read_yaml
@@ -132,9 +132,8 @@ def _fault(key: str, text: str, homes: set[Path]) -> str | None:
     if key in CHOICES and text not in CHOICES[key]:
         return f"a recipe of the Hub may only set it to {' or '.join(CHOICES[key])}"
     # A word is neither an option nor a path that leaves the current directory. Signs of arithmetic are words.
-    paths = PurePosixPath(text), PureWindowsPath(text)
-    leaves = "://" in text or text.startswith(("~", "-")) or any(path.anchor or ".." in path.parts for path in paths)
-    names_file = key in ("attn_implementation", *FUNCTIONS) and re.search(r"[/\\]|\.ya?ml$", text)
+    leaves = "://" in text or text.startswith(("~", "-", "/")) or ".." in Path(text).parts
+    names_file = key in ("attn_implementation", *FUNCTIONS) and re.search(r"/|\.ya?ml$", text)
     if (leaves and text not in ("/", "-")) or names_file:
         return "a recipe of the Hub may not name files of this machine, or run code"
     return None

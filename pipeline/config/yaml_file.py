@@ -13,54 +13,34 @@ from pipeline.errors import Problem, UserError
 MAX_BYTES = 1 << 20
 """A file of this size or more is certainly not a recipe's."""
 
-TYPES = ("str", "int", "float", "bool", "null", "seq", "map", "merge", "timestamp")
-"""Types of YAML that are read. Others are sets, pairs and bytes, and objects of Python; the check of a field reports a
-date, which may be a text without its quotes."""
-
-MAX_NODES, MAX_DEPTH = 10_000, 20
-"""Limits on the values in a file, with every alias expanded, and on their nesting."""
-
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 that reads `1e-4` as a number (without a dot it would be a string) and refuses duplicate keys."""
 
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._sizes: dict[int, int] = {}
-        self._depth = 0
+    _anchors = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
-        # An alias expands to the value that it refers to, so that nine lines of aliases of aliases make 8^9 values.
-        # No limit on the size of the file prevents that: the values are counted before they are made.
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            self._refuse(event, f"nested more than {MAX_DEPTH} deep")
+        is_alias = isinstance(event, yaml.AliasEvent)
+        # In a file of a stranger, nine lines of aliases of aliases would be 8^9 values.
+        if is_alias and self._anchors:
+            raise yaml.composer.ComposerError(None, None, "an alias inside a value with an anchor", event.start_mark)
+        opens = not is_alias and event.anchor is not None
+        self._anchors += opens
         node = super().compose_node(parent, index)
-        self._depth -= 1
-        name = node.tag.rpartition(":")[2] if node else ""
-        if node and node.tag not in [f"tag:yaml.org,2002:{known}" for known in TYPES]:
-            self._refuse(event, f"a value of the type {name}; write text in quotes")
-        children = node.value if isinstance(node, yaml.CollectionNode) else []
-        if isinstance(node, yaml.MappingNode):
-            children = [child for pair in children for child in pair]
-        if isinstance(event, yaml.AliasEvent) and id(node) not in self._sizes:
-            self._refuse(event, "an alias inside the value that it refers to")
-        self._sizes[id(node)] = 1 + sum(self._sizes[id(child)] for child in children)
-        if self._sizes[id(node)] > MAX_NODES:
-            self._refuse(event, f"more than {MAX_NODES:,} values")
+        self._anchors -= opens
         return node
-
-    def _refuse(self, at: Any, why: str) -> None:
-        raise yaml.constructor.ConstructorError(None, None, why, at.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            fault = None
             if not isinstance(key, yaml.ScalarNode):
-                self._refuse(key, "a key must be a name")
-            if key.value in seen:
-                self._refuse(key, f"duplicate key {key.value!r}")
+                fault = "a key must be a name"
+            elif key.value in seen:
+                fault = f"duplicate key {key.value!r}"
+            if fault:
+                raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -97,7 +77,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(Problem("--config", path, f"cannot be read ({error.strerror}); give a YAML file")) from None
     except UnicodeDecodeError:
         raise UserError(Problem("--config", path, "is not UTF-8 text; give a YAML file")) from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         # PyYAML raises a ValueError for a date or a number that cannot be one.
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path

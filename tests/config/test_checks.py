@@ -63,12 +63,6 @@ def test_a_field_that_takes_an_object_is_null(kind: type) -> None:
     assert not is_refused("parallelism_config", kind, None)
 
 
-@pytest.mark.parametrize("kind", [GRPOConfig, PPOConfig])
-def test_prompts_have_a_number_of_completions(kind: type) -> None:
-    assert is_refused("num_generations", kind, None)
-    assert not is_refused("num_generations_eval", kind, None)
-
-
 def test_a_new_model_has_at_most_the_layers_with_which_it_can_be_loaded() -> None:
     assert is_refused("num_hidden_layers", ScratchArguments, MAX_LAYERS + 1)
     assert not is_refused("num_hidden_layers", ScratchArguments, MAX_LAYERS)

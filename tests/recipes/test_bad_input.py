@@ -255,15 +255,6 @@ def test_a_bad_row_is_reported_with_its_number_streamed_or_not(
     assert len(lines) == 1 and "row 5" in lines[0]
 
 
-def test_an_unknown_compiler_of_the_launch_file(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "foo")
-    argv = recipe_command("sft", inputs, "--output_dir", str(tmp_path / "output"))[2:]
-    (line,) = refuse("sft", argv, capsys)
-    assert line.startswith("ACCELERATE_DYNAMO_BACKEND: foo:") and "inductor" in line
-
-
 def test_a_hub_that_does_not_answer_is_reported_without_delay(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
