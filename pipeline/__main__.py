@@ -5,7 +5,6 @@ Only the standard library and the module of the chosen subcommand are imported, 
 
 import argparse
 import importlib
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -55,19 +54,8 @@ def build_parser(argv: Sequence[str]) -> Parser:
     return parser
 
 
-def open_streams() -> None:
-    """Open what the shell has closed (`>&-`), and let names of files be printed that are not UTF-8."""
-    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
-        if getattr(sys, name) is None:
-            # It gets the number of the closed stream; otherwise the next file that is opened would get what is printed.
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code. A `UserError` ends the process with code 2."""
-    open_streams()
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser(argv)
     args, rest = parser.parse_known_args(argv)
@@ -75,27 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
     with exit_on_user_error():
-        try:
-            os.getcwd()
-        except FileNotFoundError:
-            raise UserError(Problem("current directory", ".", "has been deleted; change to another one")) from None
         for option, value in pairwise(argv):
-            if not value.strip() or "\0" in value:
-                remedy = "is empty or contains a NUL character; give another value, or omit it"
-                raise UserError(Problem(option, repr(value), remedy))
+            # A variable of the shell that is not set, for instance.
+            if not value.strip():
+                raise UserError(Problem(option, repr(value), "is empty; give a value, or omit it"))
         try:
             return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
+        except BrokenPipeError:
+            # `| head` has read enough. Python flushes once more at its end, which must not fail.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except OSError as error:
-            if error.filename is not None:
-                remedy = f"{error.strerror}; correct it and try again"
-                raise UserError(Problem("file", error.filename, remedy)) from error
-            try:
-                print(end="", flush=True)
-            except OSError:
-                # Python flushes it once more at its end, which must not fail.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                raise UserError(Problem("output", "stdout", f"{error.strerror}; redirect it elsewhere")) from error
-            raise
+            if error.filename is None:
+                raise
+            remedy = f"{error.strerror}; correct it and try again"
+            raise UserError(Problem("file", error.filename, remedy)) from error
     return EXIT_USER_ERROR
 
 

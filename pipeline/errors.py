@@ -147,7 +147,7 @@ def stop_signals() -> list[signal.Signals]:
     A run under `nohup` ignores the last one, and goes on.
     """
     signals = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signals.append(signal.SIGHUP)
     return signals
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -166,7 +167,7 @@ def append_line(file: FileIO, line: bytes) -> None:
     """Append a line to a file, and flush it to the disk, either whole or not at all.
 
     Args:
-        file: An unbuffered file, opened for appending, to which nobody else appends meanwhile.
+        file: An unbuffered file, opened for appending, to which no other process appends meanwhile.
         line: The line without its end.
 
     Raises:
@@ -226,11 +227,8 @@ def replace_folder(path: Path, new: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or a folder to the disk; Windows cannot flush folders."""
-    windows = os.name == "nt"
-    if windows and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -240,14 +238,11 @@ def fsync(path: Path) -> None:
 def is_locked(path: Path) -> bool:
     """Return whether a process holds the lock file `path`; False where the kernel does not keep locks."""
     try:
-        # Windows does not have this module.
-        import fcntl
-
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except (ImportError, OSError):
+    except OSError:
         pass
     return False
 
@@ -265,7 +260,7 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
             process, up to `LOCK_SECONDS`.
 
     Yields:
-        File descriptors; a child process that inherits them holds the lock as well. Empty on Windows and with markers.
+        File descriptors; a child process that inherits them holds the lock as well. Empty with markers.
 
     Raises:
         UserError: If another process still holds the lock, or the folder cannot be written to.
@@ -274,12 +269,9 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
 
     def publish(descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
-        # Windows locks the first byte, so that other processes could not read it.
-        os.lseek(descriptor, 1, os.SEEK_SET)
-        os.write(descriptor, str(os.getpid()).encode())
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         # filelock closes its own descriptor in forked children.
-        if os.name == "posix":
-            descriptors.append(os.dup(descriptor))
+        descriptors.append(os.dup(descriptor))
 
     held = _acquire(path, publish, orphans_only)
     try:
@@ -298,7 +290,6 @@ def _acquire(path: Path, publish: Callable[[int], None], orphans_only: bool) -> 
         nonlocal holder
         earlier, holder = holder, getattr(held, "pid", None)
         with suppress(OSError, ValueError), path.open("rb", buffering=0) as file:
-            file.seek(1)
             holder = holder or int(file.read(32))
         if orphans_only and (holder is None or psutil.pid_exists(holder)):
             return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import getpass
 import itertools
 import logging
 import os
@@ -87,11 +86,9 @@ def once_per_node(args: TrainingArguments) -> Iterator[None]:
     #     others                       wait_for_everyone ---- acquire (waits) ---- release ---- read the cache
     state = PartialState()
     # Two locks take turns: the first process may be here again before the others have seen that it released one.
-    # In a container, a user may not have a name.
-    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     # Nodes may share the folder, and launchers that form one group may share a node.
     node = f"{socket.gethostname()}-{os.environ.get('GROUP_RANK')}"
-    name = f"fourstage-{user}-{node}-{os.environ.get('MASTER_PORT')}-{next(_prepared) % 2}.lock"
+    name = f"fourstage-{os.getuid()}-{node}-{os.environ.get('MASTER_PORT')}-{next(_prepared) % 2}.lock"
     lock = FileLock(Path(tempfile.gettempdir()) / name)
     if state.is_local_main_process:
         lock.acquire()
@@ -124,18 +121,13 @@ def check_group() -> None:
     """Check the variables that describe the process group.
 
     Raises:
-        UserError: If one is not a number, or if some are missing, so that the process would wait for others for ever.
+        UserError: If some are missing, so that the process would wait for others for ever.
     """
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    remedy = "is set by `accelerate launch`, to a whole number; unset it"
-    problems = [Problem(name, repr(text), remedy) for name, text in given.items() if not text.lstrip("-").isdecimal()]
-    if not problems and int(given.get("WORLD_SIZE", "1")) > 1 and len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
-        remedy = f"is set without {missing}; use `accelerate launch`, or unset it"
-        problems.append(Problem("WORLD_SIZE", given["WORLD_SIZE"], remedy))
-    if problems:
-        raise UserError(*problems)
+    size = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    if size != "1" and missing:
+        remedy = f"is set without {' and '.join(missing)}; use `accelerate launch`, or unset it"
+        raise UserError(Problem("WORLD_SIZE", size, remedy))
 
 
 def die_with_launcher() -> None:
@@ -240,19 +232,6 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     if precision == "fp8":
         problems.append(Problem("mixed_precision", precision, "is not supported by the recipes; set it to `no`"))
     return problems
-
-
-def check_active(trainer: Trainer) -> None:
-    """Compare the sharding that was asked for with the trainer's.
-
-    Raises:
-        UserError: If it is not active.
-    """
-    active = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
-    asked = (name for name in SHARDING if is_asked(name) or getattr(trainer.args, name.lower(), None))
-    remedy = "is not active on this machine, so that the model would not be sharded; use accelerate_config.yaml"
-    if problems := [Problem("distributed_type", name, remedy) for name in asked if not active[name]]:
-        raise UserError(*problems)
 
 
 def log_active(trainer: Trainer) -> None:

@@ -55,7 +55,7 @@ def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
 
 @dataclass
 class Tally:
-    """What a step has done of what it will do, reported as it is done.
+    """The work that a step has done out of a total, reported as it goes on.
 
     Attributes:
         unit: What is counted, in the plural.

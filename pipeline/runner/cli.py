@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -34,7 +33,7 @@ from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
 from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, as_typed
-from pipeline.files import as_list, lock
+from pipeline.files import as_list, lock, read_json
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
 from pipeline.runner.due import Decision, decide
@@ -54,9 +53,6 @@ from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, find_step
 from pipeline.runner.warm import WarmProcess
 from pipeline.stages import SMOKE, STAGES
-
-MAX_PROCESSES = 16
-"""Limit on the processes of a training step, unless the machine has more cores: they would exhaust its memory."""
 
 QUIET = ("report_to", "push_to_hub")
 """Settings of a smoke run with which the recipe is checked before it, because they need packages and a token."""
@@ -133,17 +129,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse arguments that are wrong by themselves."""
+    """Refuse arguments that are wrong whatever the recipe says."""
     problems = []
-    most = max(os.cpu_count() or 1, MAX_PROCESSES)
-    # With a launcher, the processes may be on other machines.
-    if args.num_processes is not None and not 1 <= args.num_processes <= most and not args.launcher:
-        problems.append(Problem("--num_processes", args.num_processes, f"must be between 1 and {most} on this machine"))
-    file = launch_file(args)
-    if not os.path.isfile(file):
-        remedy = "no such file; start in the folder that contains it, or name another one"
-        problems.append(Problem("--config_file", file, remedy))
-    elif problem := check_launch_file(file, named=args.config_file is not None):
+    if args.num_processes is not None and args.num_processes < 1:
+        problems.append(Problem("--num_processes", args.num_processes, "must be at least 1"))
+    if problem := check_launch_file(launch_file(args)):
         problems.append(problem)
     if args.output_dir is None and is_fetched(args.recipe):
         run_dir = read_plan(args.recipe, smoke=args.smoke).run_dir
@@ -276,8 +266,7 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         say(f"what was there before is in {replaced}; delete that when it is no longer needed")
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if code in (0, EXIT_PUSH_FAILED) and report is not None and report.exists():
-        say(f"report: {report}{promises_kept(report.with_name('metrics.json'))}")
-        for line in verdict(report.with_name("metrics.json")):
+        for line in conclusion(report):
             say(line)
         say(f"next: {_next(plan, state, args)}")
     return code
@@ -292,23 +281,20 @@ def _next(plan: Plan, state: RunState, args: argparse.Namespace) -> str:
     return " · ".join([as_typed("app", plan.run_dir), *talk])
 
 
-def promises_kept(metrics: Path) -> str:
-    """Return how many of the promised figures were kept, as the end of a line, "" if the recipe promises none."""
-    promises = json.loads(metrics.read_text(encoding="utf-8"))["promises"]
-    broken = sum(not promise["kept"] for promise in promises)
-    if broken:
-        return f", {broken} of {len(promises)} promised figures fall short"
-    return f", all {len(promises)} promises kept" if promises else ""
+def conclusion(report: Path) -> list[str]:
+    """Return where the report is and how many of the promised figures were kept, then what the run reached.
 
-
-def verdict(metrics: Path) -> list[str]:
-    """Return what a run reached in one line or, for each thing that did not work, what and the remedy in two.
-
-    Reports of earlier releases have no verdict.
+    For each thing that did not work, that is what it is and what to do. Reports of earlier releases do not say.
     """
-    summary = json.loads(metrics.read_text(encoding="utf-8"))
+    summary = read_json(report.with_name("metrics.json"))
+    promises = summary.get("promises", [])
+    broken = sum(not promise["kept"] for promise in promises)
+    kept = f", all {len(promises)} promises kept" if promises else ""
+    if broken:
+        kept = f", {broken} of {len(promises)} promised figures fall short"
     lines = [f"  {item['stage']}: {item['what']}\n    {item['remedy']}" for item in summary.get("verdict", [])]
-    return ["what did not work:", *lines] if lines else list(filter(None, [summary.get("conclusion")]))
+    reached = ["what did not work:", *lines] if lines else list(filter(None, [summary.get("conclusion")]))
+    return [f"report: {report}{kept}", *reached]
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 from pipeline.config.weight_fields import continues, has_effect, newest_state, number_of
@@ -24,8 +25,8 @@ from pipeline.runner.steps import Step
 FIELDS_OF_UNTRAINED = ("seed", "tokenizer_name_or_path", "output_dir")
 """Fields of pretraining that an untrained model depends on, besides its sizes."""
 
-STEPS_NAMED, FIELDS_NAMED, LONGEST_FIELD = 4, 5, 80
-"""How many steps and fields a reason names, and characters above which a field is named without its values."""
+LONGEST_REASON = 240
+"""Characters above which a list of fields or steps is cut off."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ def _decide_one(
         return Decision("start", f"its configuration changed ({changes})")
     # What it is made from: other steps, data that people may have edited, and files outside of the run.
     if due := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
-        others = f" and {len(due) - STEPS_NAMED} more" if len(due) > STEPS_NAMED else ""
-        return Decision("start", f"depends on {', '.join(due[:STEPS_NAMED])}{others}")
+        return Decision("start", f"depends on {shorten(', '.join(due), LONGEST_REASON)}")
     if {need: run for need, run in entry.get("inputs", {}).items() if need in step.needs} != record.inputs(step):
         return Decision("start", "its inputs have been made again")
     if edited := [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]:
@@ -133,7 +133,7 @@ class Changes:
     def find(cls, step: Step, before: Mapping[str, Any]) -> Changes:
         """Compare the settings `before` of a step with its present ones.
 
-        A field that is not given has its default, so that writing the default down is no change.
+        A field that is not given has its default, so that writing the default down is not a change.
         """
         now = recorded_values(step)
         pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
@@ -152,17 +152,10 @@ class Changes:
         return cls(effective, {name: pair for name, pair in changed.items() if name not in effective})
 
     def __str__(self) -> str:
-        """Name the fields: first the ones whose values are short, with these; of many, only the first."""
-        short, long = [], []
-        for name, (before, now) in (self.effective or self.harmless).items():
-            text = f"{name}: {before} -> {now}"
-            if len(text) <= LONGEST_FIELD:
-                short.append(text)
-            else:
-                long.append(name)
-        texts = short + long
-        more = f" and {len(texts) - FIELDS_NAMED} more" if len(texts) > FIELDS_NAMED else ""
-        return ", ".join(texts[:FIELDS_NAMED]) + more
+        """Name the fields with their values, the shortest first."""
+        changed = self.effective or self.harmless
+        texts = [f"{name}: {before} -> {now}" for name, (before, now) in changed.items()]
+        return shorten(", ".join(sorted(texts, key=len)), LONGEST_REASON)
 
 
 def _without_defaults(

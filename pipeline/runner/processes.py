@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
-from typing import Any
 
 import psutil
 
@@ -61,22 +60,25 @@ def run(
                 for descendant in [*top.children(recursive=True), top]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         descendant.kill()
-        elif os.name == "posix":
-            # Windows sends Ctrl-C to the child as well.
+        else:
             process.send_signal(number)
 
-    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-    if os.name == "posix":
-        options |= {"process_group": 0, "pass_fds": descriptors}
-    if sys.platform == "linux":
-        # The step saves when the runner dies.
-        options["preexec_fn"] = signal_with_parent(signal.SIGTERM)
     environment = {**DEFAULTS, **safe_path(), **environment}
     before = {number: signal.signal(number, forward_signal) for number in stop_signals()}
     try:
         process = warm.fork(command, environment, descriptors, output) if warm is not None else None
         if process is None:
-            process = subprocess.Popen(command, env=environment, **options)
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                process_group=0,
+                pass_fds=descriptors,
+                # The step saves when the runner dies.
+                preexec_fn=signal_with_parent(signal.SIGTERM) if sys.platform == "linux" else None,
+            )
         # A signal may come between installing the handlers and starting the child.
         if received:
             process.send_signal(received[0])

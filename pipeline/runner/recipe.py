@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,6 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
 
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
-    if problems := list(filter(None, map(check_path, _outputs(planned, run_dir)))):
-        raise UserError(*problems)
     if seed is None:
         # The record of the run names one seed: the first that a file names.
         seeds = (values["seed"] for _, values in files.values() if isinstance(values.get("seed"), int))
@@ -117,12 +115,8 @@ def check_writable(plan: Plan) -> list[Problem]:
     """Report directories of a run that may not be written to."""
     if problem := check_directory(plan.run_dir):
         return [problem]
-    return list(filter(None, map(check_directory, _outputs(plan.steps, plan.run_dir))))
-
-
-def _outputs(steps: Iterable[Step], run_dir: Path) -> list[Path]:
-    """Return every directory that a run writes, each once."""
-    return list(dict.fromkeys([*(step.output for step in steps), run_dir / "logs"]))
+    written = dict.fromkeys([*(step.output for step in plan.steps), plan.run_dir / "logs"])
+    return list(filter(None, map(check_directory, written)))
 
 
 def _kind_of(stem: str) -> str:
@@ -158,15 +152,11 @@ def _read_folder(folder: Path) -> Configurations:
         output_dir, own_name = content.get("output_dir"), STAGES[kind].directory
         if not isinstance(output_dir, str):
             problems.append(Problem("output_dir", path, "must name the directory that this step writes"))
-        elif output_dir.startswith("~"):
-            problems.append(Problem("output_dir", output_dir, f"write it without ~ in {path}"))
         elif (name := Path(output_dir).name).casefold() in RESERVED and own_name != name:
             problems.append(Problem("output_dir", output_dir, f"the runner writes there itself; rename it in {path}"))
         elif own_name not in ("", name):
             problems.append(Problem("output_dir", output_dir, f"must end in {own_name}; rename it in {path}"))
-        elif path.stem in read:
-            problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one of them"))
-        read.setdefault(path.stem, (path, {str(key): value for key, value in content.items()}))
+        read[path.stem] = (path, {str(key): value for key, value in content.items()})
     if problems:
         raise UserError(*problems)
     # Steps of the same number run in the order of `STAGES`: 3_reward before 3_ppo.
@@ -201,13 +191,11 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
     project = Path(__file__).parents[2]
     remedy = ""
     if str(run_dir).startswith("~"):
-        remedy = "write it without quotes, which keep ~ from its meaning"
+        remedy = "write the whole path, without ~"
     elif (run_dir / "config.json").exists():
         remedy = "is the directory of a model; choose another directory"
-    elif Path.cwd().is_relative_to(real):
-        remedy = "is or contains the current directory; choose a directory of its own, such as runs/mine"
-    elif project.resolve().is_relative_to(real):
-        remedy = "is or contains the project itself; choose a directory of its own, such as runs/mine"
+    elif Path.cwd().is_relative_to(real) or project.resolve().is_relative_to(real):
+        remedy = "is or contains the current directory or this project; choose one of its own, such as runs/mine"
     elif folder.resolve() == real:
         remedy = "is the recipe folder; choose another directory"
     if remedy:
@@ -245,7 +233,7 @@ def _step(
     # Options of the command line override what the file says.
     options = dict(overrides)
     if run_dir != home:
-        options |= _moved(name, values, home, run_dir)
+        options |= _moved(values, home, run_dir)
     elif stage.file_of:
         # The file that it shares names the directory of another step.
         options = {"output_dir": values["output_dir"], **overrides}
@@ -260,16 +248,13 @@ def _step(
     )
 
 
-def _moved(step: str, values: Mapping[str, Any], home: Path, run_dir: Path) -> dict[str, Any]:
+def _moved(values: Mapping[str, Any], home: Path, run_dir: Path) -> dict[str, Any]:
     """Return the settings that name a path in `home`, with the same path in `run_dir`."""
     moved = {}
     for key, value in values.items():
-        moved[key] = relocate(value, home, run_dir)
-        if moved[key] == value:
-            del moved[key]
-        elif not all(isinstance(item, str) for item in as_list(value)):
-            remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
-            raise UserError(Problem(f"{step}: {key}", value, remedy))
+        # The command line cannot say a mapping.
+        if not isinstance(value, Mapping) and (new := relocate(value, home, run_dir)) != value:
+            moved[key] = new
     return moved
 
 
@@ -281,15 +266,6 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Yield every string inside a value of a YAML file."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(item)
-
-
 def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
     """Find the steps that each one needs, whose directories its settings name, and the files that it reads."""
     problems, connected = [], []
@@ -298,8 +274,10 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
         needs, files = [], []
         # An untrained model does not read the data of the pretraining whose file it shares.
         unread = ("output_dir", "dataset_name") if step.stage.file_of else ("output_dir",)
-        named = [(key, text) for key, value in step.values.items() if key not in unread for text in _strings(value)]
+        named = [(key, text) for key, value in step.values.items() if key not in unread for text in as_list(value)]
         for key, text in named:
+            if not isinstance(text, str):
+                continue
             path = Path(text)
             if not path.is_relative_to(home):
                 files += [path] if _names_file(key, text) else []

@@ -18,9 +18,6 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import check_regular, write_text
 from pipeline.runner.steps import Step
 
-CENTURY = 3.2e9
-"""Seconds; no step takes longer."""
-
 READ_WHOLE_BYTES = 64 * 2**20
 """A larger file is identified by its size and modification time, because reading a whole corpus takes minutes."""
 
@@ -40,7 +37,7 @@ class RunRecord:
     - `seconds`, over all its parts; `peak_memory`, resident bytes of its largest process, 0 if unknown
     - `started_at`; `finished_at`, null until it has finished
     - `lost`, the rows that it cut or dropped, if any (see `pipeline.progress.report_lost`)
-    - `pushed`, the arguments of `python -m pipeline` that pushed it to the Hub, if it was pushed
+    - `pushed`, the arguments of `fourstage` that pushed it to the Hub, if it was pushed
     """
 
     path: Path
@@ -62,8 +59,7 @@ class RunRecord:
             return cls(path)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(Problem("output_dir", path, f"cannot be read ({error}); remove it")) from error
-        steps = content.get("steps", {}) if isinstance(content, dict) else None
-        if not isinstance(steps, dict) or not all(map(_is_entry, steps.values())):
+        if not isinstance(content, dict) or not isinstance(content.get("steps", {}), dict):
             raise UserError(Problem("output_dir", path, "is not the record of a run; remove it"))
         return cls(path, content)
 
@@ -107,7 +103,7 @@ class RunRecord:
         self.update()
 
     def stop(
-        self, step: Step, seconds: float, finished: bool, peak_memory: int, lost: Sequence[dict[str, Any]] = ()
+        self, step: Step, seconds: float, finished: bool, peak_memory: int = 0, lost: Sequence[dict[str, Any]] = ()
     ) -> None:
         """Record that a step has ended, after `seconds` more, its memory, and the rows that it cut or dropped.
 
@@ -128,17 +124,6 @@ class RunRecord:
         """Record that a finished step was pushed."""
         self.steps[step.name]["pushed"] = list(step.push)
         self.update()
-
-
-def _is_entry(entry: Any) -> bool:
-    """Return whether this is what `RunRecord.start` wrote for a step."""
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("id"), str)
-        and isinstance(entry.get("seconds"), int | float)
-        and 0 <= entry["seconds"] < CENTURY
-        and all(isinstance(entry.get(key, {}), dict) for key in ("values", "inputs", "data", "files"))
-    )
 
 
 def measured_seconds(run_dir: Path, recipe: str, smoke: bool) -> dict[str, float]:

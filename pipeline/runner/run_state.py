@@ -1,4 +1,4 @@
-"""What is known about a run while it goes on: its stages, what they have reached, and the time that is left."""
+"""The state of a run while it goes on: its stages, what they have reached, and the time that is left."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ class RunState:
 
     @property
     def awaited(self) -> str:
-        """What the step waits for that has just ended: "waits for 12 votes"."""
+        """What the step that has just ended waits for, such as "waits for 12 votes"."""
         facts = self.progress.facts
         if "unit" not in facts:
             return "waits for people"
@@ -257,7 +257,7 @@ class RunState:
         pretrained = [name for name in self.kinds if STAGES[self.kinds[name]].from_scratch]
         skipped = pretrained if stage in pretrained else pretrained[1:]
         names = list(self.kinds)
-        # Two reward models are two models, of which neither has become the other.
+        # Two reward models are separate: neither was trained from the other.
         earlier = names[: names.index(stage)] if STAGES[self.kinds[stage]].generates else []
         before = [self.value(name, metric, rows=False) for name in earlier if name not in skipped]
         label = metric_info(metric).label

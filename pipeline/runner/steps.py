@@ -6,7 +6,7 @@ import dataclasses
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -51,7 +51,7 @@ class Step:
 
     @property
     def stage(self) -> StageKind:
-        """What is known about its kind; of an evaluation and of the report, nothing in particular."""
+        """The entry of its kind in `STAGES`; an empty one for evaluations and the report."""
         return STAGES.get(self.kind, StageKind())
 
     @property
@@ -107,23 +107,19 @@ class Step:
         return argument_types(resolve_name(f"{self.stage.module}:main"))
 
 
-def find_step(steps: Iterable[Step], name: str, field: str) -> Step:
+def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
     """Return the step that a user calls `name`: `2_sft`, `sft` or the name of the file.
 
     Raises:
         UserError: If no step or several steps have this name; it names `field` and lists them.
     """
     wanted = Path(name).name.removesuffix(".yaml")
-    names = {step.name: step for step in steps}
-    if wanted in names:
-        return names[wanted]
-    # Without its number: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.
-    found = [step for step in names.values() if re.sub(r"^(evaluate_)?\d+_", r"\1", step.name) == wanted]
+    # Also without its number: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.
+    found = [step for step in steps if wanted in (step.name, re.sub(r"^(evaluate_)?\d+_", r"\1", step.name))]
     if len(found) == 1:
         return found[0]
-    if found:
-        raise UserError(Problem(field, name, f"choose one of {', '.join(step.name for step in found)}"))
-    raise UserError(Problem(field, name, f"no such step; choose from: {', '.join(names)}"))
+    remedy = "choose one of" if found else "no such step; choose from:"
+    raise UserError(Problem(field, name, f"{remedy} {', '.join(step.name for step in found or steps)}"))
 
 
 def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:

@@ -70,7 +70,7 @@ MAX_DESCRIPTORS = 16
 
 
 class Fork:
-    """A step that was forked from the warm process; as much of `subprocess.Popen` as the runner needs.
+    """A step that was forked from the warm process, with the methods of `subprocess.Popen` that the runner uses.
 
     Attributes:
         pid: Its process id.

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from pipeline.progress import VARIABLE, Tally, duration, report_progress
-from pipeline.runner.cli import promises_kept, verdict
+from pipeline.runner.cli import conclusion
 from pipeline.runner.console import MAX_COLUMNS, RunConsole, is_live
 from pipeline.runner.due import Decision
 from pipeline.runner.run_state import RunState
@@ -466,17 +466,19 @@ def test_durations(seconds: float, shown: str) -> None:
 def test_the_last_line_says_whether_promises_were_kept(kept: list[bool], said: str, tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.json"
     metrics.write_text(json.dumps({"promises": [{"promise": "a figure", "kept": value} for value in kept]}))
-    assert promises_kept(metrics) == said
+    report = tmp_path / "index.html"
+    assert conclusion(report) == [f"report: {report}{said}"]
 
 
 def test_the_last_lines_are_the_verdict(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.json"
     finding = {"stage": "4_grpo", "what": "all rewards were equal", "value": 1.0, "remedy": "take easier problems"}
     metrics.write_text(json.dumps({"verdict": [finding], "conclusion": "1 thing did not work, in 4_grpo"}))
-    assert "\n".join(verdict(metrics)).split("\n") == [
+    report = tmp_path / "index.html"
+    assert "\n".join(conclusion(report)).split("\n")[1:] == [
         "what did not work:",
         "  4_grpo: all rewards were equal",
         "    take easier problems",
     ]
     metrics.write_text(json.dumps({"verdict": [], "conclusion": "All four stages did what they are for"}))
-    assert verdict(metrics) == ["All four stages did what they are for"]
+    assert conclusion(report)[1:] == ["All four stages did what they are for"]

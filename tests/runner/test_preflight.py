@@ -33,7 +33,7 @@ REFUSED = [
     "2_sft: max_length: 2560: the model's context is 512 tokens",
     "3_preferences: max_new_tokens: 5120: the model's context is 512 tokens",
     "3_ppo: reward_model_path: ./other/3_reward: there is no such file",
-    "3_ppo: lora_target_modules: q_prj: the model does not have such modules",
+    "3_ppo: lora_target_modules: q_prj: ",
     "4_grpo: num_generations: 7: generation_batch_size (128) must be divisible by num_generations (7)",
     "4_grpo: reward_weights: 1: give one weight for each of the 2 rewards",
     "4_grpo: attn_implementation: flash_atention: ",
