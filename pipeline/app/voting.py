@@ -374,7 +374,7 @@ class Voting:
             "command": self.command,
         }
 
-    def rates(self, request: Request) -> list[str]:
+    def rates(self) -> list[str]:
         """Answer with what the votes say so far; only on a page that nobody else can open."""
         if not self.site.is_private:
             raise HTTPException(403, "The terminal of the server says what the votes say so far.")

@@ -74,16 +74,6 @@ class Trained:
         """What is known about its kind."""
         return STAGES.get(self.kind, StageKind(name=self.kind))
 
-    @property
-    def config(self) -> Values:
-        """Content of its config.json."""
-        return read_json(self.folder / "config.json")
-
-    @property
-    def adapter(self) -> Values:
-        """Content of its adapter_config.json, empty if it is a whole model."""
-        return read_json(self.folder / "adapter_config.json")
-
     def on_hub(self, name: Any) -> str | None:
         """Return the id of what a setting names: a folder that is pushed, or something else of the Hub."""
         if not isinstance(name, str) or not name:
@@ -139,7 +129,8 @@ def _figure(entry: Any) -> str:
 
 def model_card(trained: Trained) -> str:
     """Return the README.md of a model."""
-    about, settings, config = trained.about, trained.settings, trained.config
+    about, settings = trained.about, trained.settings
+    config, adapter = (read_json(trained.folder / name) for name in ("config.json", "adapter_config.json"))
     own = dict(_estimates(trained))
     results = [_result(trained, metric, entry) for metric, entry in own.items()]
     base, datasets = trained.on_hub(settings.get("model_name_or_path")), trained.all_on_hub("dataset_name")
@@ -149,7 +140,7 @@ def model_card(trained: Trained) -> str:
         datasets=datasets or None,
         eval_results=results or None,
         language=trained.language,
-        library_name="peft" if trained.adapter else "transformers",
+        library_name="peft" if adapter else "transformers",
         license=trained.license,
         model_name=title if results else None,
         pipeline_tag="text-generation" if about.generates else "text-classification",
@@ -164,7 +155,9 @@ def model_card(trained: Trained) -> str:
     card = _render(
         "model.md.jinja",
         data,
+        adapter=adapter,
         base=base,
+        config=config,
         columns=_columns(trained, own),
         datasets=datasets,
         critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
