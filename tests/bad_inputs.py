@@ -385,7 +385,6 @@ CASES |= {
     "8 bits without their package": Case(
         "ppo", "--optim adamw_8bit", ("optim: adamw_8bit", "pip install -U bitsandbytes")
     ),
-    "an optimizer of one network for two": Case("ppo", "--optim lomo", ("optim: lomo", "PPO trains two")),
     "an optimizer that does not accumulate": Case(
         "sft", "--optim lomo --gradient_accumulation_steps 2", ("optim: lomo", "without gradient accumulation")
     ),
@@ -500,7 +499,7 @@ CASES |= {
     ),
     "no reward": Case("ppo", "--reward_funcs null", ("reward_model_path: nothing", "name a reward model")),
     "a reward model that is none": Case(
-        "ppo", "--reward_model_path {inputs}/model", ("reward_model_path:", "2 labels")
+        "ppo", "--reward_model_path {inputs}/model", ("reward_model_path:", "give a reward model")
     ),
     "a penalty that is no number": Case("ppo", "--kl_coef nan", ("kl_coef: nan", "at least 0")),
     "clipped at no number": Case("ppo", "--cliprange nan", ("cliprange: nan", "above 0")),
