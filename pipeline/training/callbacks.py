@@ -89,34 +89,24 @@ class InterruptCallback(TrainerCallback):
         )
 
 
-class LogFigures(TrainerCallback):
-    """A callback that adds figures to every log of training, where trackers see them and in the trainer's state.
-
-    Subclasses have `figures(args, state)`, which returns the figures since the last log, or None if there are none.
-    """
-
-    def figures(self, args: TrainingArguments, state: TrainerState) -> dict[str, float] | None:
-        """Return the figures since the last log."""
-        raise NotImplementedError
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the figures."""
-        if logs is None or "loss" not in logs or (figures := self.figures(args, state)) is None:
-            return
-        # The trainer has copied the log into its history already.
-        history = [entry for entry in state.log_history[-1:] if entry.get("step") == state.global_step]
-        for entry in (logs, *history):
-            entry.update(figures)
-            # TRL counts a batch of packed rows as a single row. `num_input_tokens_seen` is right.
-            entry.pop("num_tokens", None)
+def sum_over_processes(tensor: Tensor, args: TrainingArguments) -> Tensor:
+    """Add up a tensor of every process."""
+    if args.world_size > 1:
+        tensor = tensor.to(args.device)
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
-class ThroughputCallback(LogFigures):
-    """Add `tokens_per_second` (of all processes), `mfu` and `eta_seconds` to the training logs.
+class FiguresCallback(TrainerCallback):
+    """Add figures to every log of training, where trackers see them and in the trainer's state.
 
-    `mfu` is the share of the measured speed of large matrix multiplications (`hardware.matmul_peak`) that the model's
-    arithmetic reached; evaluations and checkpoints count as lost time. Only the time left is logged if the trainer does
-    not count tokens (`include_num_input_tokens_seen`).
+    - `tokens_per_second` (of all processes), `mfu` and `eta_seconds`. `mfu` is the share of the measured speed of large
+      matrix multiplications (`hardware.matmul_peak`) that the model's arithmetic reached; evaluations and checkpoints
+      count as lost time. Only the time left is logged if the trainer does not count tokens
+      (`include_num_input_tokens_seen`).
+    - If the model has experts: `router/layer_<n>/expert_<m>`, an expert's tokens over its fair number of tokens since
+      the last log, and `router/layer_<n>/entropy`, the mean entropy of the router's distribution in nats. Layers are
+      counted from 0 among those that have experts.
 
     Args:
         length: Tokens per training sequence, which determine the cost of attention.
@@ -129,16 +119,29 @@ class ThroughputCallback(LogFigures):
         self.last = (0.0, 0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start the clock, and start counting."""
         self.flops_per_token = training_flops_per_token(model, self.length)
         self.last = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
+        self.counter = RouteCounter(model, training=True)
 
-    def figures(self, args: TrainingArguments, state: TrainerState) -> dict[str, float] | None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the figures."""
+        if logs is None or "loss" not in logs:
+            return
+        figures = self._speed(args, state) | (self._load_of_experts(args) if self.counter.routers else {})
+        # The trainer has copied the log into its history already.
+        history = [entry for entry in state.log_history[-1:] if entry.get("step") == state.global_step]
+        for entry in (logs, *history):
+            entry.update(figures)
+            # TRL counts a batch of packed rows as a single row. `num_input_tokens_seen` is right.
+            entry.pop("num_tokens", None)
+
+    def _speed(self, args: TrainingArguments, state: TrainerState) -> dict[str, float]:
         """Return the speed since the last log, and the time left at that speed."""
         now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
         seconds, steps, tokens = (a - b for a, b in zip(now, self.last, strict=True))
         if steps <= 0 or seconds <= 0:
-            return None
+            return {}
         self.last = now
         figures: dict[str, float] = {"eta_seconds": round(seconds / steps * (state.max_steps - state.global_step))}
         if tokens > 0:
@@ -148,32 +151,9 @@ class ThroughputCallback(LogFigures):
             figures["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
         return figures
 
-
-def sum_over_processes(tensor: Tensor, args: TrainingArguments) -> Tensor:
-    """Add up a tensor of every process."""
-    if args.world_size > 1:
-        tensor = tensor.to(args.device)
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-class RouterCallback(LogFigures):
-    """Log the load of each expert and the entropy of each router in training, if the model has experts.
-
-    `router/layer_<n>/expert_<m>` is an expert's tokens over its fair number of tokens since the last log, and
-    `router/layer_<n>/entropy` the mean entropy of the router's distribution in nats. Layers are counted from 0 among
-    those that have experts.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start counting."""
-        self.counter = RouteCounter(model, training=True)
-
-    def figures(self, args: TrainingArguments, state: TrainerState) -> dict[str, float] | None:
-        """Return the figures of all processes, and start counting again."""
+    def _load_of_experts(self, args: TrainingArguments) -> dict[str, float]:
+        """Return the figures of the experts on all processes, and start counting again."""
         counter = self.counter
-        if not counter.routers:
-            return None
         counter.counts = sum_over_processes(counter.counts, args).cpu()
         counter.entropy = sum_over_processes(counter.entropy, args).cpu()
         figures = {}
@@ -200,7 +180,7 @@ class ReportCallback(TrainerCallback):
         report_progress(done=state.global_step, total=state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Log the main figures of `logs`, to which `ThroughputCallback` has added its own."""
+        """Log the main figures of `logs`, to which `FiguresCallback` has added its own."""
         logs = logs or {}
         figures = [f"{n.replace('_', ' ')} {logs[n]:.4g}" for n in logs if n.removeprefix("eval_") in SHOWN]
         if figures and state.is_world_process_zero:

@@ -31,7 +31,7 @@ from pipeline.hub.cards import Trained, model_card
 from pipeline.hub.checkpoints import fetch_checkpoints
 from pipeline.hub.repositories import BASE
 from pipeline.models.adapters import MERGED
-from pipeline.training.callbacks import InterruptCallback, ReportCallback, RouterCallback, ThroughputCallback
+from pipeline.training.callbacks import FiguresCallback, InterruptCallback, ReportCallback
 from pipeline.training.checkpoint_folders import (
     MANIFEST,
     STATE,
@@ -67,7 +67,7 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
     if length:
         args.include_num_input_tokens_seen = "all"
-    return [ThroughputCallback(length or 0), RouterCallback(), PushCallback(args)]
+    return [FiguresCallback(length or 0), PushCallback(args)]
 
 
 def train_and_save(trainer: Reliable) -> None:

@@ -151,11 +151,15 @@ def frozen(recipe: str, *options: str) -> dict[str, Any]:
 
 def experts(counted: str, *options: str) -> dict[str, Any]:
     """Pretrain with experts, and return the seconds of training; `counted`: whether their tokens are counted."""
-    from pipeline.training.callbacks import RouterCallback
+    from pipeline.models.experts import RouteCounter
+    from pipeline.training import callbacks
     from recipes.pretrain import main
 
+    def without_experts(model: Any, training: bool) -> RouteCounter:
+        return RouteCounter(torch.nn.Identity(), training=training)
+
     arguments = parse(*argument_types(main), argv=options)
-    with nullcontext() if counted == "yes" else patch.object(RouterCallback, "on_train_begin", lambda *a, **k: None):
+    with nullcontext() if counted == "yes" else patch.object(callbacks, "RouteCounter", without_experts):
         main(*arguments)
     state = json.loads((Path(arguments[1].output_dir) / "trainer_state.json").read_text())
     return {"seconds": next(log["train_runtime"] for log in state["log_history"] if "train_runtime" in log)}
