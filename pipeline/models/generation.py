@@ -10,12 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.kernels.sampler import (
-    ALSO_WHEN_GREEDY,
-    PROCESSORS,
     as_token_ids,
-    cut,
-    overrides_generate,
-    padded,
     sample,
 )
 from pipeline.models.tokenizer import as_text, special_tokens
@@ -85,7 +80,7 @@ def generate(
     """Complete each prompt `samples` times.
 
     Prompts are sorted by length, so that batches contain little padding. The same arguments on the same machine give
-    the same result. A model that `overrides_generate` completes them by its own method.
+    the same result.
 
     Args:
         model: A causal language model, on its device and in its dtype.
@@ -104,37 +99,18 @@ def generate(
     """
     model.eval()
     ends = end_tokens(model, tokenizer)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, do_sample=temperature > 0, num_beams=1)
-    # A model's own method takes what is unset from its generation_config.json.
-    applied = PROCESSORS if config.do_sample else ALSO_WHEN_GREEDY
-    config.update(**{name: PROCESSORS[name][1] for name in applied})
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, do_sample=temperature > 0)
     if config.do_sample:
         config.update(temperature=temperature, min_p=min_p)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generator = torch.Generator(device=model.device).manual_seed(seed)
     completions: list[list[Completion]] = [[] for _ in prompts]
     rows = max(1, batch_size // samples)
-    draw = _call_generate if overrides_generate(model) else sample
     for start in range(0, len(order), rows):
         chosen = [i for i in order[start : start + rows] for _ in range(samples)]
-        tokens = draw(model, [prompts[i] for i in chosen], config, generator)
+        tokens = sample(model, [prompts[i] for i in chosen], config, generator)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for i, ids, text in zip(chosen, tokens, texts, strict=True):
             completions[i].append(Completion(text.strip(), ids, stopped(ids, ends)))
         on_batch(len(chosen))
     return completions
-
-
-@torch.inference_mode()
-def _call_generate(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, generator: torch.Generator
-) -> list[list[int]]:
-    """Complete each prompt once, in one batch, by the model's own `generate`, which draws global random numbers."""
-    device, ends = model.device, as_token_ids(config.eos_token_id)
-    config.pad_token_id = ends[0] if ends else 0
-    ids, mask = padded(prompts, config.pad_token_id, device)
-    seed = int(torch.randint(1 << 62, (), generator=generator, device=device))
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(seed)
-        texts = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return cut(texts[:, ids.shape[1] :], torch.tensor(ends, dtype=torch.long, device=device))

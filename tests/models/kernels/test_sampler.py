@@ -5,7 +5,6 @@ import math
 import pytest
 import small_model
 import torch
-from transformers import GenerationConfig
 
 from pipeline.evaluation import likelihood
 from pipeline.models.generation import encode_prompts, generate
@@ -169,25 +168,7 @@ def test_long_documents_are_cut_into_windows(model, tokenizer):
     assert loss == pytest.approx(alone, rel=1e-4)
 
 
-def test_a_model_with_a_generate_of_its_own_answers_by_it(model, tokenizer, prompts, common_end, monkeypatch):
-    """Greedily, transformers' own finds the same answers; a sample repeats, and leaves the global state alone."""
-    assert not overrides_generate(torch.compile(model, backend="eager"))
-    options = {"max_new_tokens": 12, "batch_size": 2, "samples": 2}
-    expected = generate(model, tokenizer, prompts, **options)
-    calls = []
-    plain = model.generate
-    monkeypatch.setattr(model, "generate", lambda **inputs: calls.append(inputs) or plain(**inputs), raising=False)
-    assert generate(model, tokenizer, prompts, **options) == expected
-    assert len(calls) == len(prompts)
-    # What the model's generation_config.json recommends is not what is asked for.
-    recommended = GenerationConfig(do_sample=True, temperature=9.0, top_k=9, repetition_penalty=9.0, num_beams=2)
-    monkeypatch.setattr(model, "generation_config", recommended)
-    assert generate(model, tokenizer, prompts, **options) == expected
-    recommended.update(do_sample=False, temperature=1.0, top_k=1, top_p=0.01, min_p=0.99)
-    (found,) = generate(model, tokenizer, prompts[:1], max_new_tokens=1, samples=64, temperature=1.0)
-    assert len({completion.tokens[0] for completion in found}) > 5
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    samples = [generate(model, tokenizer, prompts, temperature=1.0, seed=seed, **options) for seed in (1, 1, 2)]
-    assert samples[0] == samples[1] != samples[2]
-    assert torch.equal(torch.get_rng_state(), state)
+def test_a_generate_of_a_model_is_told_from_transformers(model, monkeypatch):
+    assert not overrides_generate(model) and not overrides_generate(torch.compile(model, backend="eager"))
+    monkeypatch.setattr(model, "generate", lambda **inputs: None, raising=False)
+    assert overrides_generate(model)
