@@ -385,9 +385,6 @@ CASES |= {
     "8 bits without their package": Case(
         "ppo", "--optim adamw_8bit", ("optim: adamw_8bit", "pip install -U bitsandbytes")
     ),
-    "an optimizer that does not accumulate": Case(
-        "sft", "--optim lomo --gradient_accumulation_steps 2", ("optim: lomo", "without gradient accumulation")
-    ),
     "optimizer's options": Case("sft", "--optim_args foo", ("optim_args: foo",)),
     "a schedule without its options": Case(
         "sft", "--lr_scheduler_type cosine_with_min_lr", ("lr_scheduler_type: cosine_with_min_lr", "min_lr")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
 from types import FrameType
 from typing import Any
@@ -49,10 +48,7 @@ class InterruptCallback(TrainerCallback):
             signal.signal(number, signal.SIG_IGN)
         leave_closed_terminal()
         # `print` is not safe in a signal handler, which may interrupt another `print`.
-        os.write(
-            sys.stderr.fileno() if not sys.stderr.closed else 2,
-            f"\n{name}: saving after this step; repeat to stop without saving.\n".encode(),
-        )
+        os.write(2, f"\n{name}: saving after this step; repeat to stop without saving.\n".encode())
         report_progress(stopping=name)
 
     def restore(self) -> None:

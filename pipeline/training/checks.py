@@ -243,9 +243,6 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
 
 
 def _try_optimizer(args: TrainingArguments) -> list[Problem]:
-    if args.optim in ("lomo", "adalomo") and args.gradient_accumulation_steps * args.world_size > 1:
-        remedy = "updates after each micro-batch of a process alone; use one process, without gradient accumulation"
-        return [Problem("optim", getattr(args.optim, "value", args.optim), remedy)]
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
     except LIBRARY_ERRORS as error:
