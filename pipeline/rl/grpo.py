@@ -79,7 +79,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     Evaluation, which samples too, uses its own random numbers. Its metrics are among those that `evaluate` returns,
     under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
 
-    Reward models are called as `pipeline.rl.rewards` says, and user's functions as `pipeline.rewards.loading` says.
+    `pipeline.rl.rewards` says what reward models read, and `pipeline.rewards.loading` what reward functions may return.
 
     Completions are sampled by `pipeline.models.kernels.sampler`, from the global random numbers, which checkpoints
     contain, unless `_can_sample` leaves it to TRL. vLLM's probabilities depend on what else is in its batch: a
@@ -113,20 +113,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             self._copy_reference()
             if synced:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
-        for reward_model in self.reward_funcs:
-            if isinstance(reward_model, PreTrainedModel):
-                avoid_emulation(reward_model)
-        self.reward_funcs: list[Any] = [
-            RewardModel(function, tokenizer, self.eos_token_ids, self.chat_template_kwargs, name)
-            if isinstance(function, nn.Module)
-            else guard_reward(function, name)
-            for function, tokenizer, name in zip(
-                self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True
-            )
-        ]
-        scores = zip(self.reward_funcs, self.reward_weights.tolist(), strict=True)
-        judged = any(isinstance(function, RewardModel) and weight for function, weight in scores)
-        self.add_callback(CollapseAlarms(checked=not judged))
+        self._wrap_rewards()
 
         # Sharded weights (FSDP, DeepSpeed) are whole only inside TRL's own methods, and prompt learning puts tokens
         # of its own in front of the prompt.
@@ -136,6 +123,23 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             # Inside this process, vLLM draws from the global random numbers, which its start seeds by the rank alone.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
             logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", args.vllm_mode)
+
+    def _wrap_rewards(self) -> None:
+        """Replace reward models by functions, and guard functions; watch for the collapse of what they pay."""
+        rewards: list[Any] = []
+        judged = False
+        tokenizers, weights = self.reward_processing_classes, self.reward_weights.tolist()
+        given = zip(self.reward_funcs, tokenizers, self.reward_func_names, weights, strict=True)
+        for function, tokenizer, name, weight in given:
+            if isinstance(function, nn.Module):
+                if isinstance(function, PreTrainedModel):
+                    avoid_emulation(function)
+                judged = judged or weight != 0
+                rewards.append(RewardModel(function, tokenizer, self.eos_token_ids, self.chat_template_kwargs, name))
+            else:
+                rewards.append(guard_reward(function, name))
+        self.reward_funcs: list[Any] = rewards
+        self.add_callback(CollapseAlarms(checked=not judged))
 
     def _copy_reference(self) -> None:
         """Make the reference a copy of the policy.

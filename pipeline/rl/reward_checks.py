@@ -109,11 +109,9 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
             config = load_config(source)
     except UserError as error:
         return list(error.problems)
-    faults: list[str | None]
+    faults = [validate_weights(source, config, auto_class(config))]
     if config.num_labels != 1 and any("Classification" in name for name in config.architectures or []):
         faults = [f"has {config.num_labels} labels; give a critic or a reward model, which has one"]
-    else:
-        faults = [validate_weights(source, config, auto_class(config))]
     if tokenizer is not None:
         try:
             if load_tokenizer(source, field).get_vocab() != tokenizer.get_vocab():
