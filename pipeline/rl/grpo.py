@@ -275,7 +275,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         except UserError as error:
             # It may fail on one process of several, and only the first process reports a `UserError`.
             where = f"in step {self.state.global_step + 1}; {self.last_good()}"
-            raise RunStopped(f"{error} ({where}. Correct the reward, and start again.)") from error
+            raise RunStopped(f"{error}, and start again ({where}).") from error
         weighted = self.reward_weights != 0
         rewards[rewards[:, weighted].isnan().all(dim=1)] = torch.nan
         self.all_rewards = rewards

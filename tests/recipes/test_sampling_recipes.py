@@ -137,6 +137,6 @@ def test_a_reward_that_fails_is_named(recipe: str, function: str, raised: str, t
     options = write_config(recipe, tmp_path, max_steps=1, output_dir=str(tmp_path / "run"))
     stopped = run(f"recipes.{recipe}", *options, "--reward_funcs", f"tests.ppo_toy:{function}")
     assert stopped.returncode == 1, stopped.stderr[-3000:]
-    assert f"The reward {function} raised {raised} (" in stopped.stderr and "ppo_toy.py:" in stopped.stderr
+    assert f"{function}: raised {raised} (" in stopped.stderr and "ppo_toy.py:" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert not (tmp_path / "run" / "model.safetensors").exists()

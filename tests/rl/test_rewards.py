@@ -88,7 +88,7 @@ def refusing(completions: Any, **columns: Any) -> Any:
     [
         (Judge(), rf"reward_funcs: Judge: raised ValueError: no verdict \({__file__}:\d+\); .* \(in step 1; "),
         (waiting, rf"reward_funcs: waiting: raised ValueError: invalid .*{__file__}:\d+\); .* \(in step 1; "),
-        (refusing, r"^reward_funcs: refusing: returned nothing \(in step 1; "),
+        (refusing, r"^reward_funcs: refusing: returned nothing, and start again \(in step 1; "),
     ],
     ids=["object", "asynchronous", "unusable"],
 )
