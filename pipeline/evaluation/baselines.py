@@ -2,8 +2,8 @@
 
 `elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") that counts as part of each.
 `constant/win_rate` and `constant/win_rate_greedy`: its answers to the prompts with the same text glued to each, against
-its answers without. The text is the one of `CONSTANTS` that wins most often on other prompts: those of the validation
-split or, without one, some that are trained on.
+its answers without. The text is the one of `CONSTANTS` that wins most often on other prompts: on the validation split
+or, without one, on some prompts that are trained on.
 `majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
 """
 

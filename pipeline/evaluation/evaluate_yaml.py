@@ -198,7 +198,7 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
     Args:
         content: What it says.
         derived: From `derive`, or settings that were completed before.
-        only_named: Whether data that it does not name are left out.
+        only_named: Whether to omit data that it does not name.
     """
     own: Values = derived["trained_on"]
     # What the file says comes before what the stages say, and that before the defaults.

@@ -90,7 +90,7 @@ class HeldOut:
         text: `text` and `kind`, for bits per byte.
         instructions: `messages`, `kind` and perhaps how they are graded.
         problems: `prompt`, `answer` and `kind`, for pass@k.
-        longer: Problems that are longer than those of the training split.
+        longer: Problems that are longer than any in the training split.
         majority: Most frequent answer of each kind of problem in the training split.
         prompts: `prompt`, `kind` and perhaps how they are graded, for the win rate.
         validation: Other prompts, whose answers are not code, for the baseline `constant`.
@@ -98,7 +98,7 @@ class HeldOut:
         graders: Graders of `instructions` and `problems`; without one, each instruction says how it is graded.
         can_vote: Whether samples can vote on the answer to a problem.
         fixed_prompts: Conversations that every stage answers.
-        suspects: Key of training rows -> the rows, and the keys of held-out data of which they might have copies.
+        suspects: Key of training rows -> the rows, and the keys of held-out data that they might contain copies of.
     """
 
     text: list[Example] = field(default_factory=list)
@@ -173,8 +173,8 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
 def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple[Part, list[str]]]:
     """Return the training rows that may have copies of held-out rows, as in `HeldOut`.
 
-    They are those of every stage, because pairs, for instance, may be made of test problems. What generates data of a
-    run leaves such rows out of its training splits. Of a stream, only held-out rows of its own are looked for.
+    The rows of every stage may, because pairs, for instance, can be made of test problems. Only data that the run
+    generates itself never have copies. A stream is searched for held-out rows of its own only.
     """
     found = {}
     for trained, source in reader.own.items():

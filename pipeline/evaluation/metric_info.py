@@ -13,7 +13,7 @@ class MetricInfo:
 
     Attributes:
         label: Its name for people.
-        meaning: One line about what is measured; `{against}` and `{judge}` are those of the win rate.
+        meaning: One line about what is measured; `{against}` and `{judge}` are the opponent and the judge.
         better: The better direction, "" if neither is.
         digits: Digits after the decimal point.
         share: Whether it lies between 0 and 1.
@@ -97,7 +97,7 @@ def metric_info(metric: str) -> MetricInfo:
 
 
 def of_eight(metric: str) -> str:
-    """Return the name of a metric, that of several samples as if they were eight: pass@8 for pass@4."""
+    """Return the name of a metric; for a metric of several samples, its name for eight: pass@8 for pass@4."""
     return metric if metric in METRICS else re.sub(r"^(pass|maj)@\d+$", r"\1@8", metric)
 
 

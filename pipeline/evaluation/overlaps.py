@@ -20,8 +20,7 @@ def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
 
     Returns:
         For each kind of data: the number of `rows`, how many of them are `found`, the number `trained_on` that were
-        looked at, the `n` words in a row that must agree, and how many are found `in` which training rows (those of
-        which none is found are omitted).
+        searched, the `n` words in a row that must agree, and how many are found `in` which training rows, if any are.
     """
     tests: dict[str, list[dict[str, Any]]] = {}
     for key in sorted({key for _, keys in held_out.suspects.values() for key in keys}):

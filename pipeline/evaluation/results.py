@@ -128,7 +128,7 @@ class StageResult:
         """Add a metric: its estimate, overall and by kind of example, and the value of every example.
 
         Args:
-            name: Name of the metric; that of a baseline is `<baseline>/<metric>`.
+            name: Name of the metric, `<baseline>/<metric>` for a baseline.
             measured: What `compute` of a metric returned.
             rows: The examples, with `id` and `kind`.
             by_kind: Makes the estimate of each kind from the values; None for no estimates by kind. There are none
@@ -209,7 +209,7 @@ class StageResult:
 
 
 def copies_in(found: Mapping[str, Any]) -> str:
-    """Return how many copies were found in the training rows of which data: ": pairs 32, text 1"."""
+    """Return in which training rows copies were found, and how many: ": pairs 32, text 1"."""
     counts = ", ".join(f"{name} {count}" for name, count in found.get("in", {}).items())
     return f": {counts}" if counts else ""
 
@@ -217,7 +217,7 @@ def copies_in(found: Mapping[str, Any]) -> str:
 def check_own(run: Path, stage: str, settings: Mapping[str, Any]) -> list[Problem]:
     """Refuse to replace what the runner measured by what is measured on other data or with other settings.
 
-    `settings` are those of `StageResult`.
+    `settings` are as in `StageResult`.
     """
     step = read_json(run / "run.json").get("steps", {}).get(f"evaluate_{stage}", {})
     saved = read_json(run / "evaluations" / f"{stage}.json").get("settings")

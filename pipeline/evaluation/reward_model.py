@@ -37,10 +37,10 @@ def squared_calibration_error(margins: np.ndarray, agrees: np.ndarray, *, debias
     may be negative.
 
     Args:
-        margins: Score of the preferred answer minus that of the other. The model's confidence in its own choice is
+        margins: Score of the preferred answer minus the score of the other. The model's confidence in its own choice is
             sigmoid(|margin|), 0.5 to 1, as in the Bradley-Terry model that it was trained as.
         agrees: 1 where its choice is the preferred answer, 0 where it is not, 0.5 where the scores are equal.
-        debiased: Whether to subtract the effect of chance; bins of a single pair are then left out.
+        debiased: Whether to subtract the effect of chance, without bins that have a single pair.
     """
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     index = np.clip(((confidence - 0.5) * 2 * BINS).astype(int), 0, BINS - 1)
@@ -117,7 +117,7 @@ def measure_pairs(
     for name in ("margin", "calibration_error"):
         result.metrics[f"reward_{name}"] = intervals.Estimate.from_json(labelled[name])
 
-    # The generated data know the annotators' taste, of which labels are a noisy sample. Here the better answer is the
+    # Labels are a noisy sample of the annotators' taste, which the generated data know. Here the better answer is the
     # one that the annotators like better on average.
     gaps = np.array([(row.get("taste_chosen") or 0.0) - (row.get("taste_rejected") or 0.0) for row in pairs])
     if tasted := [i for i, gap in enumerate(gaps) if abs(gap) >= INDIFFERENCE]:
@@ -134,7 +134,7 @@ def measure_pairs(
 def measure_people(
     result: StageResult, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]
 ) -> None:
-    """Record `reward_accuracy_people`, the accuracy against people's votes, each of which is a pair; see above."""
+    """Record `reward_accuracy_people`, the accuracy against people's votes; each vote is a pair."""
     _record_accuracy(result, "reward_accuracy_people", _score_both(model, tokenizer, pairs), pairs)
 
 

@@ -40,7 +40,7 @@ UNTRAINED_ROWS = 48
 """Rows that random weights answer, at most: all of their answers run into the limit, and none is right."""
 
 DRAWN = 3
-"""Texts of which the report shows which expert took which token."""
+"""Texts for which the report shows which expert took which token."""
 
 WITHOUT = {
     "text": "bits per byte: left out, no text is held out (`text`)",
@@ -80,7 +80,7 @@ def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> Non
 
 
 def model_of(run: Path, stage: str, settings: Settings) -> Path:
-    """Return the directory of a stage's model; that of `0_base` may be anywhere, or on the Hub."""
+    """Return the directory of a stage's model; the model `0_base` may be anywhere, or on the Hub."""
     return Path(settings["base"]) if stage == BASE and settings["base"] else run / stage
 
 
@@ -92,7 +92,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
         stage: Directory of the model in `run`. A sequence classifier is measured as a reward model.
         held_out: What it is measured on.
         settings: From `pipeline.evaluation.evaluate_yaml.complete`, with paths that exist.
-        folder: Where the evaluations are written; what those of other stages say is used again.
+        folder: Where the evaluations are written; the answers of the opponent are read from there.
 
     Raises:
         UserError: If a model is broken, or does not fit its tokenizer.
@@ -128,7 +128,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
 
 
 def _answered(stage: str, held_out: HeldOut) -> HeldOut:
-    """Return the rows that a stage answers: those of random weights are fewer."""
+    """Return the rows that a stage answers; random weights answer fewer."""
     kind = STAGES.get(stage.partition("_")[2])
     if kind is None or kind.trained or not kind.measured:
         return held_out

@@ -1,6 +1,7 @@
 """The metrics of preference: answers of two models to the same prompts, and a judge who says which are better.
 
-The answers of the stage that others are compared with are saved with its evaluation, and used by those of the others.
+The answers of the stage that others are compared with are saved with its evaluation, where the other evaluations find
+them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SAMPLES = 4
 """Sampled answers to each prompt. They halve the standard error of a single one, and are sampled in half a second."""
 
 FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja", "*.safetensors")
-"""Files of a model that its answers depend on; records of its training lie beside them."""
+"""Files of a model that its answers depend on, unlike the records of its training in the same folder."""
 
 
 class WinRate(Metric):
@@ -110,7 +111,7 @@ def record_wins(
     rows: Sequence[Example],
     judge: Judge,
 ) -> None:
-    """Record under `name` how often `ours` win against `theirs`, of the matches of which the judge has an opinion.
+    """Record under `name` how often `ours` win against `theirs`, in the matches that the judge has an opinion on.
 
     The outcome of a prompt is the mean of its matches, of each answer with the opponent's of the same number.
     """
@@ -163,10 +164,7 @@ def fingerprint(model: Path, rows: Sequence[Example], **settings: object) -> str
 
 
 def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[list[str]]] | None:
-    """Return what a stage answered when it was evaluated, by metric; None unless its fingerprint is `wanted`.
-
-    `folder` is that of the evaluations.
-    """
+    """Return what a stage answered when it was evaluated, by metric; None unless its fingerprint is `wanted`."""
     notes: list[str] = []
     saved = StageResult.read(folder / f"{stage}.json", notes)
     if not wanted or saved.opponent != wanted or notes:

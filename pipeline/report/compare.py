@@ -152,9 +152,9 @@ def _figures(run: Run) -> Figures:
 
 
 def _difference(metric: str, own: StageResult, other: StageResult) -> Estimate:
-    """Return the paired difference of a metric; of a reward model or without rows, that of independent estimates.
+    """Return the paired difference of a metric; for reward models and without rows, as of independent estimates.
 
-    The interval of the latter combines those of the two (Newcombe 1998, "Interval estimation for the difference between
+    The interval of the latter combines both intervals (Newcombe 1998, "Interval estimation for the difference between
     independent proportions", method 10).
     """
     from pipeline.evaluation.intervals import Estimate

@@ -142,7 +142,7 @@ def overlay(runs: Sequence[Run]) -> list[Chart]:
     merged: dict[tuple[str, str], Chart] = {}
     for run in runs:
         for chart in charts_of(run):
-            # Five runs with two lines each could not be told apart.
+            # Nobody could tell five runs with two lines each apart.
             chosen = next((line for line in chart.series if line.name == "validation"), chart.series[0])
             base = merged.setdefault((chart.stage, chart.title), replace(chart, series=()))
             merged[chart.stage, chart.title] = replace(base, series=(*base.series, replace(chosen, name=run.name)))

@@ -45,7 +45,8 @@ class Difference:
 def differences(run: Run) -> list[Difference]:
     """Return every paired difference between a stage and the one that it started from, aims first.
 
-    The aims of a stage are also compared with the baselines, and pretraining with that of a model for comparison.
+    The aims of a stage are also compared with the baselines, and pretraining with a second pretraining, of another
+    architecture.
     """
     others = twins(run.stages)
     found: list[Difference] = []
@@ -84,14 +85,14 @@ def _between(before: StageResult, stage: StageResult) -> list[Difference]:
 def paired(before: Outcomes, after: Outcomes, metric: str = "", by_kind: bool = False) -> Estimate | None:
     """Return the mean difference on shared examples (also for each kind of them), None if there are none.
 
-    Without a `metric`, the differences may be those of anything.
+    Without a `metric`, anything can be compared.
     """
     shared = [key for key in before if key in after]
     weights = [after[key][1] for key in shared]
     # Without any weight, for instance of documents without bytes, there is no mean.
     if sum(weights) <= 0:
         return None
-    # Both sides answered the same examples, so the interval of the difference is narrower than that of either side.
+    # Both sides answered the same examples, so the interval of the difference is narrower than both of theirs.
     whole = mean_difference([after[key][0] - before[key][0] for key in shared], weights, metric_info(metric).share)
     parts = {}
     for kind in sorted({kind for _, _, kind in after.values()} - {""}) if by_kind else []:

@@ -103,7 +103,7 @@ def layout(chart: Chart) -> dict[str, Any]:
         )
         if not line.dots:
             ends.append((means[-1][1], index, course[-1][1]))
-    # The last values stand beside the ends of their lines, apart from each other.
+    # The last values stand next to the ends of their lines, apart from each other.
     values = []
     above = 0.0
     for place, (y, index, value) in enumerate(sorted(ends), start=1):

@@ -72,7 +72,7 @@ class TargetResult:
 
 
 def load_targets(path: str | Path | None = None) -> list[Target]:
-    """Load a YAML file of targets, by default those of recipes/pocket: a list of mappings with the fields of `Target`.
+    """Load targets from a YAML file, a list of mappings with the fields of `Target`; by default, of recipes/pocket.
 
     Raises:
         UserError: If entries are wrong; all of them are named.

@@ -212,7 +212,7 @@ def _no_spread(stage: StageResult) -> Iterator[Finding]:
 
 
 def _rows_lost(run: Run) -> Iterator[Finding]:
-    """Find data sets of which a step has cut or dropped many rows."""
+    """Find data sets that lost many rows, cut or dropped by a step."""
     for step, entry in run.steps.items():
         for lost in entry.get("lost", []):
             if lost["rows"] >= MAX_LOST * lost["of"] > 0:
