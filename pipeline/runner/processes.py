@@ -92,11 +92,10 @@ def run(
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int]:
     """Wait until a process has ended. Return its code and its peak memory in bytes, 0 if it is not known."""
-    if os.name == "posix":
-        # A signal that comes as the process ends makes `Popen.send_signal` collect its code.
-        with contextlib.suppress(ChildProcessError):
-            process.returncode, peak = wait_measured(process.pid)
-            return process.returncode, peak
+    # A signal that comes as the process ends makes `Popen.send_signal` collect its code.
+    with contextlib.suppress(ChildProcessError):
+        process.returncode, peak = wait_measured(process.pid)
+        return process.returncode, peak
     return process.wait(), 0
 
 
