@@ -53,7 +53,8 @@ def test_a_reward_that_fails_ends_the_run_with_its_name_its_reason_and_its_line(
     done = sampling_recipes.run(f"recipes.{recipe}", *options, *more, "--output_dir", str(tmp_path / "run"))
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"The reward failing raised {reason} ({tmp_path}/my_rewards.py:{LINE}) in step ")
+    assert last.startswith(f"reward_funcs: my_rewards:failing: raised {reason} ({tmp_path}/my_rewards.py:{LINE}); ")
+    assert "(in step " in last
     assert f"the last good checkpoint is {tmp_path}/run/checkpoint-" in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "config.json").exists()
