@@ -81,10 +81,7 @@ def load_inputs(
     problems: list[Problem] = []
     pretrained = model_args if isinstance(model_args, ModelConfig) else None
     name, own = pretrained.model_name_or_path if pretrained else None, data_args.tokenizer_name_or_path
-    rewards = [getattr(reward_args, field, None) for field in ("reward_model_path", "value_model_path")]
-    names = filter(None, (name, own, *data_args.dataset_names, *(path for value in rewards for path in as_list(value))))
-    if not all(os.path.exists(given) or is_missing_path(given) for given in names):
-        skip_unreachable_hub()
+    _ask_hub_once([name, own, *data_args.dataset_names], reward_args)
 
     # A part that cannot be loaded is None from here on, and the checks that need it are omitted.
     config = _attempt(problems, lambda: _load_config(pretrained)) if pretrained else None
@@ -104,9 +101,7 @@ def load_inputs(
         # Nothing can be encoded with it.
         tokenizer = None if faults else tokenizer
 
-    # The field that limits the length of this stage's sequences, such as `max_length`.
-    fields = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
-    length = {field: getattr(training_args, field, None) for field in fields}
+    length = _length_limit(kind, training_args)
     if pretrained is None:
         problems += check_lengths(model_args.max_position_embeddings, **length)
         if tokenizer is not None:
@@ -137,6 +132,20 @@ def load_inputs(
     if problems or tokenizer is None or splits is None:
         raise UserError(*problems)
     return tokenizer, *_encode(kind, splits, tokenizer, training_args)
+
+
+def _ask_hub_once(names: list[str | None], reward_args: Any) -> None:
+    """Stop asking a Hub that cannot be reached, if a model or a data set that is named may lie there."""
+    for field in ("reward_model_path", "value_model_path"):
+        names = names + as_list(getattr(reward_args, field, None))
+    if not all(os.path.exists(name) or is_missing_path(name) for name in names if name):
+        skip_unreachable_hub()
+
+
+def _length_limit(kind: Kind, training_args: TrainingArguments) -> dict[str, int | None]:
+    """Return the field that limits the length of this stage's sequences, such as `max_length`, and its value."""
+    fields = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
+    return {field: getattr(training_args, field, None) for field in fields}
 
 
 def _attempt(problems: list[Problem], load: Callable[[], T]) -> T | None:
