@@ -105,7 +105,7 @@ def test_a_run_of_an_earlier_release_goes_on_with_the_documents_that_it_had(tmp_
         claim(training)
         seen.append(data.document)
 
-    argv = ["--dataset_name", str(folder), "--output_dir", str(output), "--use_cpu", "true"]
+    argv = ["--dataset_name", str(folder), "--output_dir", str(output)]
     run(main, argv)
     record = json.loads((output / RECORD).read_text())
     assert seen == [None] and record.pop("document", "") is None
