@@ -18,7 +18,7 @@ ASPECTS = ("definition", *ATTRIBUTES)
 
 MANNERS_WORDS = 8
 """Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
-MANNERS = {"plain": (39, 39), "kind": (32, 5), "brisk": (5, 32), "blunt": (16, 16), "rambling": (8, 8)}
+MANNERS = {"plain": (38, 38), "kind": (30, 8), "brisk": (8, 30), "blunt": (16, 16), "rambling": (8, 8)}
 """Manners of the answers, in percent: to questions, and to orders."""
 
 
