@@ -342,19 +342,49 @@ def read_json(path: Path, notes: list[str] | None = None) -> dict[str, Any]:
         path: The file.
         notes: Takes a line if the file exists and is damaged.
     """
+    content, fault = _read_object(path)
+    if fault and notes is not None:
+        notes.append(f"{path}: {fault}; skipped")
+    return content
+
+
+def read_run(run: Path, field: str = "RUN") -> dict[str, Any]:
+    """Return the record of a run, its run.json; {} if there is none. `RunRecord` says what is in it.
+
+    Raises:
+        UserError: If it is damaged, or something else: the folder may be a stranger's. It names `field`.
+    """
+    path = run / "run.json"
+    content, fault = _read_object(path)
+    steps = content.get("steps", {})
+    if not (isinstance(steps, dict) and all(map(_is_step, steps.values()))):
+        fault = "is not the record of a run"
+    if fault:
+        raise UserError(Problem(field, path, f"{fault}; remove it"))
+    return content
+
+
+def _is_step(entry: Any) -> bool:
+    """Return whether this is an entry of a step in run.json."""
+    if not isinstance(entry, dict):
+        return False
+    numbers = [entry.get(key, 0) for key in ("seconds", "peak_memory")]
+    parts = [entry.get(key, {}) for key in ("values", "inputs", "data", "files")]
+    # Infinite seconds, or more than a century of them, cannot be shown as a time.
+    is_counted = all(isinstance(number, int | float) and 0 <= number < 2**60 for number in numbers)
+    return is_counted and numbers[0] < 3.2e9 and all(isinstance(part, dict) for part in parts)
+
+
+def _read_object(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the JSON object in a file, {} without one, and what is wrong with a file that exists."""
     try:
         if not path.exists():
-            return {}
+            return {}, ""
         check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        fault = "is not a JSON object"
     except (OSError, ValueError, RecursionError) as error:
-        fault = f"cannot be read ({error})"
-    if notes is not None:
-        notes.append(f"{path}: {fault}; skipped")
-    return {}
+        return {}, f"cannot be read ({error})"
+    return (content, "") if isinstance(content, dict) else ({}, "is not a JSON object")
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:

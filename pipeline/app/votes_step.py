@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import holds_model, read_json
+from pipeline.files import holds_model, read_run
 
 
 def votes_step(run: Path) -> dict[str, Any]:
     """Return the settings of the run's step for votes, {} if it has none."""
-    for step in read_json(run / "run.json").get("steps", {}).values():
+    for step in read_run(run).get("steps", {}).values():
         if "min_votes" in step.get("values", {}):
             return dict(step["values"])
     return {}

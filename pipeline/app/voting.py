@@ -45,7 +45,7 @@ from pipeline.data.splits import load_splits
 from pipeline.data.votes import CHOICES, OTHER, Conflict, Vote, VoteLog, update_data_set
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, VOTES
-from pipeline.files import read_json
+from pipeline.files import read_run
 from pipeline.models.loading import load_model
 from pipeline.preferences.judges import score
 from pipeline.report.load import win_rates
@@ -199,7 +199,7 @@ class Voting:
         prompts = load_prompts(site)
         self.pairs = Pairs(self.folder / "pairs.jsonl", site.models, prompts, sampling, site.options.overlap)
         self.goal: int | None = site.options.goal or step.get("min_votes")
-        recipe = read_json(site.run / "run.json").get("recipe")
+        recipe = read_run(site.run).get("recipe")
         self.command = as_typed("run", recipe) if recipe and step else ""
 
         # The pair that each page shows, by annotator and page.

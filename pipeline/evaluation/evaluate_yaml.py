@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline.data.arguments import OLD, DataArguments
 from pipeline.errors import Problem, UserError
-from pipeline.files import as_list, is_missing_path, read_json, relocate
+from pipeline.files import as_list, is_missing_path, read_json, read_run, relocate
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES, kinds_with_data
 
 FILE = "evaluate.yaml"
@@ -242,7 +242,7 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
     What the record lacks follows from the arguments that the stages left in their directories: all of it if the stages
     were trained without the runner, or a key that an earlier release did not record.
     """
-    steps: dict[str, Any] = read_json(run / "run.json").get("steps", {})
+    steps: dict[str, Any] = read_run(run).get("steps", {})
     # All evaluations of a run have the same settings.
     names = [f"evaluate_{stage}", *(name for name in steps if name.startswith("evaluate_"))]
     settings: dict[str, Any] = next((steps[name].get("values", {}) for name in names if name in steps), {})

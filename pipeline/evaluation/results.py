@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.evaluation.intervals import Estimate, outcome_mean
-from pipeline.files import read_json, write_text
+from pipeline.files import read_json, read_run, write_text
 
 Outcomes = dict[str, tuple[float, float, str]]
 """Id of an example, followed by the hash of its content -> (value, weight, kind)."""
@@ -219,7 +219,7 @@ def check_own(run: Path, stage: str, settings: Mapping[str, Any]) -> list[Proble
 
     `settings` are as in `StageResult`.
     """
-    step = read_json(run / "run.json").get("steps", {}).get(f"evaluate_{stage}", {})
+    step = read_run(run).get("steps", {}).get(f"evaluate_{stage}", {})
     saved = read_json(run / "evaluations" / f"{stage}.json").get("settings")
     if not step.get("finished_at") or not isinstance(saved, dict):
         return []

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from pyarrow.parquet import read_table
 
 from pipeline.errors import Problem, UserError, as_typed
-from pipeline.files import holds_model, read_json
+from pipeline.files import holds_model, read_json, read_run
 from pipeline.hub.cards import CRITIC, Trained, base_card, critic_card, dataset_card, load_card, model_card, space_card
 from pipeline.hub.published_files import Files, clean, places, public_settings, publishable, to_bytes
 from pipeline.hub.upload import retry
@@ -90,7 +90,7 @@ class Outputs:
     @cached_property
     def record(self) -> Mapping[str, Any]:
         """The entries of the steps in run.json, empty if there is none."""
-        steps: dict[str, Any] = read_json(self.path / "run.json").get("steps", {})
+        steps: dict[str, Any] = read_run(self.path).get("steps", {})
         return steps
 
     @cached_property
@@ -252,7 +252,7 @@ class Outputs:
         public = {
             name: {**step, "values": public_settings(step.get("values", {}))} for name, step in self.record.items()
         }
-        record = read_json(self.path / "run.json") | {"steps": public}
+        record = read_run(self.path) | {"steps": public}
         card = space_card(f"{self.name}: the report", models, data)
         return publishable(self.path / REPORT) | {
             "run.json": to_bytes(clean(json.dumps(record, indent=1), ".json", places(self.path)) + "\n"),

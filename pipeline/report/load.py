@@ -21,7 +21,7 @@ from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.results import StageResult
-from pipeline.files import check_regular, read_json, read_shapes
+from pipeline.files import check_regular, read_json, read_run, read_shapes
 from pipeline.report.stage_order import stage_info, stage_order
 
 ANNOTATORS = "annotators who do not know which is which"
@@ -117,7 +117,10 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 def load_run(path: Path) -> Run:
     """Load the run in the directory `path`; what cannot be read goes into its `notes`."""
     run = Run(path, name=path.resolve().name)
-    run.record = read_json(path / "run.json", run.notes)
+    try:
+        run.record = read_run(path)
+    except UserError as error:
+        run.notes.append(f"{path / 'run.json'}: {error.problems[0].remedy}; skipped")
     run.steps = run.record.get("steps", {})
     _set_machine(run)
     # A stage has an evaluation, a model or a training log, perhaps only in a checkpoint if it is still training.

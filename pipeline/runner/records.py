@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config.machine import describe_machine
 from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
-from pipeline.files import check_regular, write_text
+from pipeline.files import read_run, write_text
 from pipeline.runner.steps import Step
 
 READ_WHOLE_BYTES = 64 * 2**20
@@ -50,16 +50,8 @@ class RunRecord:
         Raises:
             UserError: If `run.json` is damaged.
         """
-        path = run_dir / "run.json"
-        try:
-            if path.exists():
-                check_regular(path)
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return cls(path)
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(Problem("output_dir", path, f"cannot be read ({error}); remove it")) from error
-        if not isinstance(content, dict) or not isinstance(content.get("steps", {}), dict):
+        path, content = run_dir / "run.json", read_run(run_dir, "output_dir")
+        if not all(isinstance(entry.get("id"), str) for entry in content.get("steps", {}).values()):
             raise UserError(Problem("output_dir", path, "is not the record of a run; remove it"))
         return cls(path, content)
 

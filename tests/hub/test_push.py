@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from collections.abc import Mapping
@@ -278,15 +279,29 @@ def test_a_push_that_cannot_succeed_is_refused(
     server.close()
 
 
-def test_a_data_card_that_cannot_be_read_is_one_line(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("run.json", "[" * 100_000, "cannot be read"),
+        ("run.json", '{"steps": {"2_sft": null}}', "is not the record of a run; remove it"),
+        ("run.json", '{"steps": {"2_sft": {"values": "text"}}}', "is not the record of a run; remove it"),
+        ("run.json", None, "is not a file"),
+        ("data/README.md", "---\nconfigs: [a: b: c\n---\n", "cannot be read as a data card"),
+    ],
+)
+def test_a_damaged_file_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, says: str
 ) -> None:
     shutil.copytree(run, tmp_path / "mini")
-    path = tmp_path / "mini" / "data" / "README.md"
-    path.write_text("---\nconfigs: [a: b: c\n---\n")
+    path = tmp_path / "mini" / name
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(content)
     assert push(tmp_path / "mini", "--dry-run") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"RUN: {path}: cannot be read as a data card")
+    assert line.startswith(f"RUN: {path}: ") and says in line
 
 
 def test_a_token_for_one_repository_pushes_to_that(

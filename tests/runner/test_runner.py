@@ -672,7 +672,14 @@ def test_a_file_where_a_step_writes_is_refused_before_the_first_step(
     assert capsys.readouterr().err.startswith(f"output_dir: runs/r/{name}: is not a directory; choose another one\n")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"steps": []}'])
+SECONDS = '{"steps": {"2_sft": {"id": "a", "seconds": %s}}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"steps": {"2_sft": {}}}', '{"steps": {"2_sft": null}}', '{"steps": []}', "[" * 100_000]
+    + [SECONDS % number for number in ("NaN", "Infinity", "1e300", "-1", '"1"')],
+)
 def test_a_damaged_record_is_refused(run: Runner, content: str) -> None:
     Path("runs/r").mkdir(parents=True)
     Path("runs/r/run.json").write_text(content)
