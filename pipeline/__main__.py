@@ -5,6 +5,7 @@ Only the standard library and the module of the chosen subcommand are imported, 
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -54,8 +55,19 @@ def build_parser(argv: Sequence[str]) -> Parser:
     return parser
 
 
+def open_streams() -> None:
+    """Open what the shell has closed (`>&-`), and let names of files be printed that are not UTF-8."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            # It gets the number of the closed stream; otherwise the next file that is opened would get what is printed.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code. A `UserError` ends the process with code 2."""
+    open_streams()
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser(argv)
     args, rest = parser.parse_known_args(argv)
@@ -69,15 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(Problem(option, repr(value), "is empty; give a value, or omit it"))
         try:
             return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
-        except BrokenPipeError:
-            # `| head` has read enough. Python flushes once more at its end, which must not fail.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         except OSError as error:
-            if error.filename is None:
-                raise
-            remedy = f"{error.strerror}; correct it and try again"
-            raise UserError(Problem("file", error.filename, remedy)) from error
+            if error.filename is not None:
+                remedy = f"{error.strerror}; correct it and try again"
+                raise UserError(Problem("file", error.filename, remedy)) from error
+            try:
+                print(end="", flush=True)
+            except OSError:
+                # Python flushes once more at its end, which must not fail.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                # `| head` has read enough.
+                if isinstance(error, BrokenPipeError):
+                    return 1
+                raise UserError(Problem("output", "stdout", f"{error.strerror}; redirect it elsewhere")) from error
+            raise
     return EXIT_USER_ERROR
 
 

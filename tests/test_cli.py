@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -42,6 +43,26 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_imports_nothing_heavy(command: str | None) -> None:
     argv = [command, "--help"] if command else ["--help"]
     assert not loaded_modules(*argv) & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [(">&-", 0), ("<&-", 0), ("2>&-", 0), (">/dev/full", 2), ("1</dev/null", 2), (">/dev/null </dev/null", 0)],
+)
+def test_streams_that_are_closed_or_full_are_not_a_defect(tmp_path: Path, redirection: str, code: int) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": str(ROOT / "recipes/pocket"), "steps": {}}))
+    command = f"{shlex.quote(sys.executable)} -m pipeline status {shlex.quote(str(tmp_path))} {redirection}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == code
+    assert result.stderr.count("\n") == (code == 2), result.stderr
+
+
+def test_names_that_are_not_utf8_are_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = tmp_path / os.fsdecode(b"bad\xff")
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"recipe": str(ROOT / "recipes/pocket"), "steps": {}}))
+    assert main(["status", str(run)]) == 0
+    assert "bad\\udcff" in capsys.readouterr().out
 
 
 def test_a_folder_with_a_pipeline_py_of_its_own_gets_ours_and_keeps_its_functions(tmp_path: Path) -> None:

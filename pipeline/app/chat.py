@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 from collections import Counter
 from pathlib import Path
@@ -55,6 +56,9 @@ def main(args: argparse.Namespace) -> int:
     """
     if problems := check_limits(args, LIMITS):
         raise UserError(*problems)
+    # Bytes that are not UTF-8 become question marks. This must be set before anything is read.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     typed = sys.stdin.isatty()
     if typed:
         print("Loading PyTorch and the model ...", flush=True)

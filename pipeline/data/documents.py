@@ -93,6 +93,12 @@ def open_bytes(path: Path) -> Any:
     return fsspec.open(str(path), "rb", compression="infer")
 
 
+def is_utf16(path: Path) -> bool:
+    """Return whether a file, compressed or not, begins with a byte order mark of UTF-16, as Excel writes it."""
+    with open_bytes(path) as file:
+        return file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+
+
 @contextmanager
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     """Open a text file, compressed or not, in UTF-8 or in UTF-16 with a byte order mark.
@@ -101,8 +107,7 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
         UserError: If it is not text, or damaged.
     """
     try:
-        with open_bytes(path) as file:
-            encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        encoding = "utf-16" if is_utf16(path) else "utf-8-sig"
         with open_bytes(path) as file, io.TextIOWrapper(file, encoding) as text:
             yield text
     except UnicodeError as error:

@@ -29,7 +29,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.data.arguments import SPLITS
 from pipeline.data.columns import CONVERSATIONS, TEXT_COLUMNS, Split, column_names, find_column, normalise
-from pipeline.data.documents import TO_UTF8, digest_of, open_bytes, open_documents, open_text
+from pipeline.data.documents import TO_UTF8, digest_of, is_utf16, open_bytes, open_documents, open_text
 from pipeline.data.shards import is_shards, open_shards
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, as_typed
@@ -286,6 +286,8 @@ def _choose_reader(file: Path) -> tuple[str, dict[str, Any], list[str]]:
     builder = BUILDERS[_suffix(file)]
     if file.suffix.lower() == ".parquet":
         return builder, {}, pq.read_schema(file).names
+    if builder == "json" and is_utf16(file):
+        raise UserError(Problem("dataset_name", file, "is UTF-16; convert it: `iconv -f UTF-16 -t UTF-8`"))
     if _suffix(file) == ".json":
         with open_bytes(file) as content:
             first = content.read(SAMPLE).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
@@ -302,6 +304,9 @@ def _choose_table(file: Path) -> tuple[str, dict[str, Any], list[str]]:
     """Return how a table is read, as `_choose_reader` does."""
     with open_text(file) as text:
         sample, encoding = text.read(SAMPLE), text.encoding
+    if "\0" in sample:
+        remedy = "is not text, or is UTF-16 without a byte order mark; save it as UTF-8"
+        raise UserError(Problem("dataset_name", file, remedy))
     # Excel writes and reads a first line such as "sep=;".
     skipped = 1 if sample.startswith("sep=") else 0
     tables = []

@@ -156,7 +156,9 @@ def _read_folder(folder: Path) -> Configurations:
             problems.append(Problem("output_dir", output_dir, f"the runner writes there itself; rename it in {path}"))
         elif own_name not in ("", name):
             problems.append(Problem("output_dir", output_dir, f"must end in {own_name}; rename it in {path}"))
-        read[path.stem] = (path, {str(key): value for key, value in content.items()})
+        elif path.stem in read:
+            problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one of them"))
+        read.setdefault(path.stem, (path, {str(key): value for key, value in content.items()}))
     if problems:
         raise UserError(*problems)
     # Steps of the same number run in the order of `STAGES`: 3_reward before 3_ppo.
@@ -233,7 +235,7 @@ def _step(
     # Options of the command line override what the file says.
     options = dict(overrides)
     if run_dir != home:
-        options |= _moved(values, home, run_dir)
+        options |= _moved(name, values, home, run_dir)
     elif stage.file_of:
         # The file that it shares names the directory of another step.
         options = {"output_dir": values["output_dir"], **overrides}
@@ -248,13 +250,14 @@ def _step(
     )
 
 
-def _moved(values: Mapping[str, Any], home: Path, run_dir: Path) -> dict[str, Any]:
+def _moved(step: str, values: Mapping[str, Any], home: Path, run_dir: Path) -> dict[str, Any]:
     """Return the settings that name a path in `home`, with the same path in `run_dir`."""
-    moved = {}
-    for key, value in values.items():
-        # The command line cannot say a mapping.
-        if not isinstance(value, Mapping) and (new := relocate(value, home, run_dir)) != value:
-            moved[key] = new
+    moved = {key: new for key, value in values.items() if (new := relocate(value, home, run_dir)) != value}
+    for key, value in moved.items():
+        # The command line cannot say a mapping, and the step would read another run's files.
+        if not all(isinstance(item, str) for item in as_list(value)):
+            remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
+            raise UserError(Problem(f"{step}: {key}", values[key], remedy))
     return moved
 
 

@@ -76,6 +76,14 @@ def test_what_cannot_chat_is_refused(
     assert message in line
 
 
+def test_bytes_that_are_no_text_end_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What is \xff?\nWhat is 12?\n"), "utf-8"))
+    assert main(["chat", str(run / "4_grpo"), "--max_new_tokens", "4"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
 def test_streamed_answers_are_those_of_the_sampler(run: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(run / "4_grpo").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "4_grpo")

@@ -244,7 +244,9 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
         ({"a__txt": '{"text": "a"}\n'}, "text", r"a.txt: is not plain text; rename it to .jsonl"),
         ({"a__txt": "text".encode("utf-16-le")}, "text", r"a.txt: is not text, or is UTF-16 without"),
         ({"a__txt__gz": gzip.compress(b"a" * 999)[:20]}, "text", r"a.txt.gz: cannot be read .*correct the file"),
-        ({"a__jsonl": '{"text": "a"}\n'.encode(EXCEL)}, "text", r"a.jsonl, line 1: is not valid JSON .*iconv"),
+        ({"a__csv": "text\nhello\n".encode("utf-16-le")}, "text", r"a.csv: is not text, or is UTF-16 without"),
+        ({"a__json": '{"text": ["a"]}'.encode(EXCEL)}, "text", r"a.json: is UTF-16; convert it: `iconv"),
+        ({"a__jsonl": '{"text": "a"}\n'.encode(EXCEL)}, "text", r"a.jsonl: is UTF-16; convert it: `iconv"),
         ({"a__csv": "question,answer\nCafé,1\n".encode("cp1252")}, "text", r"a.csv: cannot be read .*iconv"),
         ({"a__csv": "text\nHello, world\n"}, "text", r"a.csv: cannot be read: row 0 has 2 fields, .*in quotes"),
         (

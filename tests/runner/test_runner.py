@@ -557,6 +557,21 @@ def test_a_late_step_that_would_be_refused_is_reported_before_the_first_one_runs
     assert not Path("runs").exists()
 
 
+def test_two_files_of_one_step_are_refused(folder: Path, run: Runner) -> None:
+    (folder / "2_sft.yml").write_text((folder / "2_sft.yaml").read_text())
+    code, _, err = run()
+    assert code == 2
+    assert err.startswith("recipe: recipe/2_sft.yml: is the same step as 2_sft.yaml")
+
+
+def test_a_path_that_cannot_follow_to_another_folder_is_refused(folder: Path, run: Runner) -> None:
+    with (folder / "2_sft.yaml").open("a") as file:
+        file.write("\nmodel_init_kwargs: {cache: runs/r/1_pretrain}\n")
+    code, _, err = run("--output_dir", "runs/other")
+    assert code == 2
+    assert err.startswith("2_sft: model_init_kwargs: ") and "cannot follow --output_dir; write runs/other" in err
+
+
 def test_settings_that_a_later_step_would_refuse_are_reported_before_the_first_one_runs(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
