@@ -133,7 +133,7 @@ def _check(args: argparse.Namespace) -> None:
     problems = []
     if args.num_processes is not None and args.num_processes < 1:
         problems.append(Problem("--num_processes", args.num_processes, "must be at least 1"))
-    if problem := check_launch_file(launch_file(args)):
+    if problem := check_launch_file(launch_file(args), named=args.config_file is not None):
         problems.append(problem)
     if args.output_dir is None and is_fetched(args.recipe):
         run_dir = read_plan(args.recipe, smoke=args.smoke).run_dir

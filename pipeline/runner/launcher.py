@@ -21,9 +21,11 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pipeline import safe_path
 from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
@@ -40,8 +42,34 @@ BEYOND_ONE_PROCESS = (
 )  # fmt: skip
 """Arguments of `accelerate launch` that change more than the environment of one process."""
 
-PRECISIONS = ("", "no", "fp16", "bf16", "fp8")
-"""Values of `mixed_precision`, "" if it is not given."""
+VALUES: Mapping[str, range | tuple[str, ...]] = {
+    "num_machines": range(1 << 16),
+    "machine_rank": range(1 << 16),
+    "main_process_port": range(1 << 16),
+    "num_processes": range(1, 1 << 16),
+    "mixed_precision": ("no", "fp16", "bf16", "fp8"),
+}
+"""Allowed values. accelerate accepts others, and fails with a traceback later."""
+
+PLUGIN_OPTIONS = {
+    "deepspeed_config": ("deepspeed_", "zero", "offload_", "gradient_"),
+    "megatron_lm_config": ("megatron_lm_",),
+    "mpirun_config": ("mpirun_",),
+    "parallelism_config": ("parallelism_config_",),
+}
+"""How the options begin that a mapping of a launch file may set. accelerate copies any key of these mappings into its
+arguments, also `main_process_ip`; it adds the beginning to the keys of the others (`fsdp_config`) itself."""
+
+ON_THIS_MACHINE: dict[str, tuple[Any, ...]] = {
+    "compute_environment": ("LOCAL_MACHINE",),
+    "num_machines": (None, 0, 1),
+    "main_process_ip": (None, "", "localhost", "127.0.0.1", "::1"),
+    "rdzv_backend": (None, "", "static"),
+    "mpirun_config": (None, {}),
+    "tpu_use_cluster": (None, False),
+}
+"""Values of a launch file that nobody has named. With others, the launchers of several machines meet at an address of
+the file, and start what they agree on."""
 
 
 def exit_code(code: int) -> int:
@@ -86,24 +114,47 @@ def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
-def check_launch_file(path: str) -> Problem | None:
-    """Check a launch file, for which `accelerate launch` would print a traceback."""
+def check_launch_file(path: str, named: bool = True) -> Problem | None:
+    """Check a launch file, for which `accelerate launch` would print a traceback, or do what nobody asked for.
+
+    Args:
+        path: The launch file.
+        named: Whether the user has named it, so that it may let other machines take part.
+    """
     from accelerate.commands.config.config_args import load_config_from_file
 
+    def problem(remedy: str) -> Problem:
+        return Problem("--config_file", path, remedy)
+
     try:
-        config = load_config_from_file(path)
+        loaded = load_config_from_file(path)
     except Exception as error:  # noqa: BLE001 - each kind of mistake raises a different error
         reason = " ".join(str(error).split())
-        return Problem("--config_file", path, f"is not a launch file of accelerate ({reason}); correct it")
-    # accelerate accepts other values, and fails later.
-    precision, processes = config.mixed_precision or "", config.num_processes
-    if precision not in PRECISIONS:
-        remedy = f"mixed_precision is {precision}, and must be one of {', '.join(PRECISIONS[1:])}; correct it"
-        return Problem("--config_file", path, remedy)
-    if processes is not None and not (isinstance(processes, int) and processes > 0):
-        remedy = f"num_processes is {processes}, and must be a whole number of at least 1; correct it"
-        return Problem("--config_file", path, remedy)
+        return problem(f"is not a launch file of accelerate ({reason}); correct it")
+    config = vars(loaded)
+    for item in fields(loaded):
+        value, wanted = config[item.name], _shape(str(item.type))
+        if value is not None and _shape(type(value).__name__) != wanted:
+            return problem(f"{item.name} must be a {wanted}; correct it")
+        # The keys of a mapping become options, which have names.
+        options = list(value) if isinstance(value, dict) else []
+        prefixes = PLUGIN_OPTIONS.get(item.name, ("",))
+        if other := [str(key) for key in options if not isinstance(key, str) or not key.startswith(prefixes)]:
+            return problem(f"{item.name} has no option {', '.join(other)}; remove it")
+        values = VALUES.get(item.name, ())
+        if values and value is not None and value not in values:
+            known = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
+            return problem(f"{item.name} is {value}, and here must be one of {known}; correct it")
+    if (config.get("num_machines") or 1) > 1 and not config.get("main_process_ip"):
+        return problem("has several machines and no main_process_ip; add it")
+    if not named and (asked := [name for name, usual in ON_THIS_MACHINE.items() if config.get(name) not in usual]):
+        return problem(f"asks for other machines ({', '.join(asked)}); name it with --config_file if you want that")
     return None
+
+
+def _shape(kind: str) -> str:
+    """Return how YAML writes a type with this name, such as "typing.Optional[dict]"."""
+    return "mapping" if "dict" in kind else "list" if "list" in kind else "single value"
 
 
 def install_exit_hook() -> None:

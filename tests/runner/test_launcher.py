@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from pipeline.runner.launcher import main
+from pipeline.runner.launcher import check_launch_file, main
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -57,6 +58,46 @@ def test_a_broken_launch_file_is_reported_in_one_line(
     assert main(["--config_file", "launch.yaml", "-m", "stand_in_step", "--config", "step.yaml"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("--config_file: launch.yaml: is not a launch file") and error.count("\n") == 1
+
+
+MACHINES = "num_machines: 2\nmain_process_ip: 10.1.2.3\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "named", "says"),
+    [
+        (MACHINES, True, None),
+        (MACHINES, False, "asks for other machines (num_machines, main_process_ip); name it with --config_file"),
+        ("main_process_ip: 10.1.2.3\nrdzv_backend: c10d", False, "asks for other machines"),
+        ("mpirun_config: {mpirun_hostfile: hosts}", False, "asks for other machines"),
+        ("main_process_ip: 127.0.0.1\nrdzv_backend: static", False, None),
+        ("mpirun_config: {rdzv_backend: c10d}", True, "mpirun_config has no option rdzv_backend; remove it"),
+        ("deepspeed_config: {zero_stage: 2, main_process_ip: x}", True, "deepspeed_config has no option main_process"),
+        ("megatron_lm_config: {log_dir: x}", True, "megatron_lm_config has no option log_dir"),
+        ("parallelism_config: {training_script: x}", True, "parallelism_config has no option training_script"),
+        ('num_machines: "2"', True, "num_machines is 2, and here must be one of 0 to 65535"),
+        ("num_machines: {a: 1}", True, "num_machines must be a single value; correct it"),
+        ("machine_rank: [1]", True, "machine_rank must be a single value; correct it"),
+        ("deepspeed_config: a.json", True, "deepspeed_config must be a mapping; correct it"),
+        ("mpirun_config: [a]", False, "mpirun_config must be a mapping; correct it"),
+        ("fsdp_config: {1: 2}", True, "fsdp_config has no option 1; remove it"),
+        ("commands: null\ntpu_env: []\ngpu_ids: all\ndowncast_bf16: 'no'", True, None),
+        ("deepspeed_config: {zero_stage: 2, offload_param_device: none, gradient_clipping: 1.0}", False, None),
+        ("fsdp_config: {fsdp_version: 2, offload_params: false}", False, None),
+    ],
+)
+def test_a_launch_file_does_what_the_user_asked_for(project: Path, content: str, named: bool, says: str | None) -> None:
+    Path("launch.yaml").write_text(f"distributed_type: MULTI_GPU\nnum_processes: 1\n{content}\n")
+    problem = check_launch_file("launch.yaml", named=named)
+    assert (problem is None) if says is None else (says in str(problem))
+
+
+@pytest.mark.parametrize("mapping", ["fsdp_config", "fp8_config", "dynamo_config"])
+def test_accelerate_adds_the_beginning_of_the_other_plugins_options_itself(project: Path, mapping: str) -> None:
+    Path("launch.yaml").write_text(f"distributed_type: 'NO'\n{mapping}: {{main_process_ip: 10.1.2.3}}\n")
+    args = launch_command_parser().parse_args(["--config_file", "launch.yaml", "step.py"])
+    args, *_ = _validate_launch_command(args)
+    assert args.main_process_ip is None
 
 
 # -P: the script `accelerate` does not search the working folder either.
