@@ -536,6 +536,29 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
 
 CASES |= {
     # YAML
+    "workers kept of none": Case(
+        "sft", "--dataloader_persistent_workers", ("dataloader_persistent_workers: True", "dataloader_num_workers")
+    ),
+    "an unknown option of accelerate": Case(
+        "sft", '--accelerator_config {{"foo":1}}', ("accelerator_config:", "'foo'")
+    ),
+    "an unknown option of checkpointing": Case(
+        "sft",
+        '--gradient_checkpointing_kwargs {{"foo":1}}',
+        ("gradient_checkpointing_kwargs:", "unknown option foo", "use_reentrant"),
+    ),
+    "an option of checkpointing of the wrong type": Case(
+        "pretrain",
+        '--gradient_checkpointing_kwargs {{"determinism_check":"foo"}}',
+        ("gradient_checkpointing_kwargs:", "determinism_check must be one of default, none"),
+    ),
+    "an unknown option of accelerate's accumulation": Case(
+        "sft",
+        '--accelerator_config {{"gradient_accumulation_kwargs":{{"foo":1}}}}',
+        ("accelerator_config:", "'foo'"),
+    ),
+    "other labels": Case("pretrain", "--label_names x", ("label_names: ['x']", "omit it")),
+    "the root": Case("sft", "--output_dir /", ("output_dir: /", "root of the file system")),
     "an alias bomb": Case("sft", "", ("--config:", "line 2", "an alias inside a value"), BOMB),
     "an alias of itself": Case("sft", "", ("--config:", "line 1", "an alias inside"), "seed: &a [*a]\n"),
     "nested too deep": Case("sft", "", ("--config:", "recursion"), f"seed: {'[' * 5000}{']' * 5000}\n"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from pipeline import hardware, launch
 from pipeline.bounded import MAX_LAYERS
@@ -99,6 +101,9 @@ RANGES: dict[str, Range] = _each(
 )
 """Sensible values of fields, in any dataclass. Every item of a list must have one."""
 
+NEVER_NULL = ("num_generations",)
+"""Fields whose types allow null, with which TRL fails."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
@@ -183,13 +188,22 @@ ADAMW = ("adamw_torch", "adamw_torch_fused")
 """The values of `optim` that name the optimizer which updates what Muon does not."""
 
 
+CHECKPOINT_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "use_reentrant": (True, False),
+    "determinism_check": ("default", "none"),
+    "debug": (True, False),
+    "early_stop": (True, False),
+    "preserve_rng_state": (True, False),
+}
+"""Options of `torch.utils.checkpoint.checkpoint`, for activation checkpointing, and their values."""
+
 MAY_BE_EMPTY = ("debug", "system_prompt")
 """Text fields for which the empty string is a value."""
 
 
 def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
-    """Return the numbers that are out of range; other types are left to the dataclass."""
-    problems = []
+    """Return the numbers that are out of range; other types, and most None, are left to the dataclass."""
+    problems = [Problem(name, "null", "must be set") for name in NEVER_NULL if values.get(name, "") is None]
     for name, value in values.items():
         numbers = [item for item in as_list(value) if isinstance(item, int | float) and not isinstance(item, bool)]
         fits, remedy = RANGES.get(name, ANY_OTHER)
@@ -218,13 +232,27 @@ def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: boo
             problems.append(Problem(name, value, f"must be one of {', '.join(choices[name])}"))
         # The libraries take the path of a JSON file for some mappings, but not for keyword arguments.
         elif texts and "dict" in str(hints[name]) and (name.endswith("_kwargs") or value.startswith("{")):
+            fault = ""
             try:
-                fault = "" if isinstance(json.loads(value), dict) else f" ({value} is not one)"
+                is_mapping = isinstance(json.loads(value), dict)
             except (ValueError, RecursionError) as error:
-                fault = f" ({error})"
-            if fault:
+                is_mapping, fault = False, f" ({error})"
+            if not is_mapping:
                 problems.append(Problem(name, value, f"write a mapping as JSON, such as '{{\"name\": 1}}'{fault}"))
     return problems
+
+
+def check_accelerator(asked: Mapping[str, Any]) -> list[Problem]:
+    """Try a mapping for `accelerator_config`; transformers itself reads the path of a file, and says what is wrong."""
+    value = asked.get("accelerator_config")
+    if value is None or (isinstance(value, str) and not value.startswith("{")):
+        return []
+    try:
+        made = AcceleratorConfig(**(json.loads(value) if isinstance(value, str) else value))
+        GradientAccumulationPlugin(**(made.gradient_accumulation_kwargs or {}))
+    except (TypeError, ValueError) as error:
+        return [Problem("accelerator_config", value, str(error))]
+    return []
 
 
 def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
@@ -247,6 +275,10 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
     for name, why in UNSUPPORTED.items():
         if asked.get(name):
             problems.append(Problem(name, asked[name], f"{why}; omit it"))
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in CHOICES["torch_compile_backend"]:
+        remedy = f"must be one of {', '.join(CHOICES['torch_compile_backend'])}"
+        problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, remedy))
     return problems
 
 
@@ -319,6 +351,8 @@ def check_together(
             unset = "false" if get(field) is True else "null"
             refuse(field, f"LoRA does not train embeddings; omit it, or set it to {unset}")
 
+    if get("label_names") not in (None, ["labels"]):
+        refuse("label_names", "rows have their labels in `labels`; omit it")
     for field in ("eval_on_start", "do_eval"):
         if get(field) and get("eval_strategy") == "no":
             refuse(field, "needs an eval_strategy other than no; omit it")
@@ -334,7 +368,10 @@ def check_together(
     elif get("sync_ref_model") and get("use_peft"):
         remedy = "needs a reference model of its own, and with use_peft it is the policy without its adapter; omit it"
         refuse("sync_ref_model", remedy)
-    return problems + _check_checkpoint(str(get("resume_from_checkpoint") or ""))
+    if get("dataloader_persistent_workers") and not get("dataloader_num_workers"):
+        refuse("dataloader_persistent_workers", "needs dataloader_num_workers; omit it")
+    problems += _check_checkpoint(str(get("resume_from_checkpoint") or ""))
+    return problems + _check_checkpointing_options(get("gradient_checkpointing_kwargs"))
 
 
 def _check_checkpoint(name: str) -> list[Problem]:
@@ -352,3 +389,16 @@ def _check_checkpoint(name: str) -> list[Problem]:
         fault = "is damaged"
     remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
     return [Problem("resume_from_checkpoint", name, remedy)] if fault else []
+
+
+def _check_checkpointing_options(options: Any) -> list[Problem]:
+    """Check the options of activation checkpointing, which torch would only reject once training has begun."""
+    if not isinstance(options, dict):
+        return []
+    remedies = []
+    if unknown := sorted(set(options) - set(CHECKPOINT_OPTIONS)):
+        remedies = [f"unknown option {', '.join(unknown)}; choose from: {', '.join(sorted(CHECKPOINT_OPTIONS))}"]
+    for name, known in CHECKPOINT_OPTIONS.items():
+        if name in options and options[name] not in known:
+            remedies.append(f"{name} must be one of {', '.join(map(str, known))}")
+    return [Problem("gradient_checkpointing_kwargs", options, remedy) for remedy in remedies]

@@ -59,6 +59,8 @@ def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = 
     path, present = Path(output_dir), to_record(items)
     if problem := check_directory(path):
         return [problem]
+    if path.resolve() == Path(path.resolve().anchor):
+        return [Problem("output_dir", path, "is the root of the file system; choose another directory")]
     if remedy := _check_inputs(path, present) or _check_earlier_run(path, present, machine):
         return [Problem("output_dir", output_dir, remedy)]
     return []

@@ -157,7 +157,7 @@ def _check_each(asked: Mapping[str, Any], types: Sequence[Any]) -> list[Problem]
     """Check each value by itself, and return the first problem of each field."""
     rollouts = [kind for kind in types if issubclass(kind, GRPOConfig)]
     problems = checks.check_ranges(asked) + checks.check_text(asked, field_types(*types), bool(rollouts))
-    problems += checks.check_supported(asked)
+    problems += checks.check_supported(asked) + checks.check_accelerator(asked)
     for kind in rollouts:
         problems += checks.check_unused(asked, kind, checks.UNUSED_IN_ROLLOUTS)
     # Subclasses have groups of one, and TRL's message does not name the field.

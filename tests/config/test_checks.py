@@ -31,6 +31,12 @@ def is_refused(name: str, kind: type, value: Any) -> bool:
     return [problem.field for problem in problems if problem.remedy != REQUIRED] == [name]
 
 
+@pytest.mark.parametrize("kind", [GRPOConfig, PPOConfig])
+def test_prompts_have_a_number_of_completions(kind: type) -> None:
+    assert is_refused("num_generations", kind, None)
+    assert not is_refused("num_generations_eval", kind, None)
+
+
 def of_type(*types: type) -> list[Any]:
     """Return the fields whose type is, or contains, one of `types`, except for mappings."""
     found = []

@@ -284,3 +284,12 @@ def test_a_token_is_neither_printed_nor_written(
     assert "hf_secret" not in "\n".join(lines)
     _, args, *_ = parse(*arguments_of("sft")[1], argv=[*argv, "--hub_token", "hf_secret"])
     assert "hf_secret" not in str(vars(args))
+
+
+def test_an_unknown_compiler_of_the_launch_file(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "foo")
+    argv = recipe_command("sft", inputs, "--output_dir", str(tmp_path / "output"))[2:]
+    (line,) = refuse("sft", argv, capsys)
+    assert line.startswith("ACCELERATE_DYNAMO_BACKEND: foo:") and "inductor" in line
