@@ -361,7 +361,7 @@ class Voting:
         """Return what the page says about the votes so far, which shows no annotator how others voted."""
         standing = self.log.standing()
         own = [vote for vote in standing if vote["annotator"] == annotator]
-        # The pace is that of the last 20 votes.
+        # The pace of the last 20 votes.
         seconds = [vote["seconds"] for vote in own[-20:] if vote.get("seconds")]
         return {
             "annotator": annotator,

@@ -1,4 +1,4 @@
-"""`--help` of a recipe: the options that the recipes' files set, and behind `--help-all` those of the libraries."""
+"""`--help` of a recipe: the options that the recipes' files set; `--help-all` adds the libraries' own."""
 
 from __future__ import annotations
 

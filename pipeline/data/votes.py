@@ -47,7 +47,7 @@ CARD = """\
 # People's preferences between two answers
 
 Answers of {models}, compared in pairs by {annotators}, who did not know whose answers they are. `first` says which of
-the two was shown first. Ties, pairs of which both answers are bad and skipped pairs are counted, and left out. All
+the two was shown first. Ties, pairs with two bad answers and skipped pairs are counted but not used. All
 votes on a prompt are in one split.
 
 {table}

@@ -4,7 +4,7 @@ Writes RUN/evaluations/STAGE.json (metrics, answers to fixed prompts, traces) an
 from which the report computes paired differences between stages). The stage that others are compared with also gets
 the baselines of `pipeline.evaluation.baselines`.
 
-The data are those of the run's `evaluate.yaml`, and the held-out rows of the stages' own data (see `evaluate_yaml`).
+The data are what the run's `evaluate.yaml` names, and the held-out rows of the stages' own data (see `evaluate_yaml`).
 Another file is named by `--config`, other data by options. `--name` is the folder in RUN/evaluations for the result,
 next to the run's own:
 

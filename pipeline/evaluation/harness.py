@@ -84,7 +84,7 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     """Record every metric of tasks that `check_tasks` accepts, on their first `limit` examples if it is given.
 
     A mean over examples is recorded with each of them, and has an interval like the project's own metrics, as have
-    perplexities. Any other figure, such as that of a group, has the interval that follows from lm-eval's standard
+    perplexities. Any other figure, such as a group's, has the interval that follows from lm-eval's standard
     error, or none where it has none.
 
     Raises:

@@ -181,7 +181,7 @@ def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hasha
         outcomes: One outcome per unit, or several.
         seed: Seed of the bootstrap.
         units: The unit that each outcome belongs to. Default: a unit of its own. If units have several outcomes,
-            Wilson's interval is that of as many independent outcomes as have the same variance (Kish 1965).
+            Wilson's interval is computed for as many independent outcomes as have the same variance (Kish 1965).
     """
     if not all(value in (0, 1) for value in outcomes):
         return mean(outcomes, seed, units)
@@ -194,7 +194,7 @@ def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hasha
 
 
 def _design_effect(outcomes: np.ndarray, number: np.ndarray) -> float:
-    """Return the variance of the grouped outcomes' mean, divided by that of as many independent outcomes."""
+    """Return the variance of the grouped outcomes' mean, divided by the variance for as many independent outcomes."""
     n, groups = len(outcomes), int(number.max()) + 1
     deviations = outcomes - outcomes.mean()
     alone = float(np.square(deviations).sum())

@@ -42,7 +42,7 @@ def document_losses(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     encoded = [tokenizer(text, **options)["input_ids"] for text in texts]
-    # A window is the token that begins a document and `step` tokens of it, each of which is predicted.
+    # A window is the token that begins a document and `step` of its tokens, which are all predicted.
     step = context - 1
     windows = [
         (document, [start, *ids[offset : offset + step]])

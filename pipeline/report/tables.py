@@ -58,7 +58,7 @@ def baseline_title(run: Run, baseline: StageResult) -> str:
 
 
 def remarks(run: Run) -> list[str]:
-    """Return what is to be said about how the stages were measured: what was left out, cut off or trained on."""
+    """Return notes on how the stages were measured: what was not measured, cut off or trained on."""
     measured = [stage for stage in run.stages.values() if stage.metrics]
     lines: dict[str, list[str]] = {}
     for stage in measured:

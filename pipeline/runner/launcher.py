@@ -194,7 +194,7 @@ def _exit(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
-    """Launch as `accelerate launch` does; `argv` are its arguments, by default those of this process.
+    """Launch as `accelerate launch` does; `argv` are its arguments, by default the arguments of this process.
 
     Args:
         argv: Arguments of `accelerate launch`.

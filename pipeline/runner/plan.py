@@ -337,7 +337,7 @@ def _entry(stage: Settings, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(entries: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    """Print a table of the stages, what is assumed, memory by part, and what makes those fit that do not."""
+    """Print a table of the stages, what is assumed, memory by part, and what would make a stage fit that does not."""
     table = {**entries, **others}
     sums = {key: sum(entry.get(key) or 0 for entry in table.values()) for key in ("disk_bytes", "hours", "cost")}
     row = "{:14} {:>10} {:>7} {:>8} {:>6} {:>8} {:>11} {:>11} {:>8}"

@@ -36,7 +36,7 @@ def run(
         command: Program and arguments.
         environment: Environment of the child, to which `DEFAULTS` are added.
         descriptors: File descriptors that the child inherits, to hold the lock on the run directory as well.
-        output: File descriptor to which the child's stdout and stderr go; by default to those of the runner.
+        output: File descriptor to which the child's stdout and stderr go; by default where the runner's own go.
         warm: Process from which the command is forked, if that is possible; by default it is a new process.
 
     Returns:

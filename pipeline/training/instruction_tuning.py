@@ -13,7 +13,7 @@ from pipeline.training.reliable import Reliable
 
 
 class SFTTrainer(Reliable, trl.SFTTrainer):
-    """TRL's `SFTTrainer` with three kernels, each of which may be left out.
+    """TRL's `SFTTrainer` with three kernels, each of them optional.
 
     Args:
         *args, **kwargs: As for TRL's.

@@ -249,7 +249,7 @@ def _groups(rows: list[Row], texts: int, tokens: int | None) -> Iterator[list[Ro
 def _forward_pass(
     rows: list[Row], length: int, positioned: bool, dtype: torch.dtype, device: torch.device
 ) -> ForwardPass:
-    """Lay out rows; `length` is that of the completions in the batch."""
+    """Lay out rows; `length` is the length of the batch's completions."""
     width = max(map(len, rows))
     ids: list[list[int]] = []
     positions: list[list[int]] = []

@@ -72,7 +72,7 @@ def unsupported_settings(
 
     Args:
         config: The settings of a model or of a trainer.
-        supported: Names of settings that are left out.
+        supported: Names of settings to ignore.
     """
     defaults = config._get_default_generation_params()
     known = (*supported, "transformers_version", "_from_model_config")
