@@ -17,7 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pipeline.errors import Problem, UserError
 from pipeline.files import STATE, as_list, read_json, read_shapes, split_revision
 from pipeline.hub.published_files import places, public_settings, rename, without_paths
-from pipeline.stages import BASELINES, HELD_OUT, STAGES, StageKind
+from pipeline.stages import BASELINES, HELD_OUT, STAGES
+from pipeline.stages.kinds import StageKind
 
 Values = Mapping[str, Any]
 

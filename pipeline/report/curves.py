@@ -13,7 +13,7 @@ from pipeline.evaluation.intervals import finite
 from pipeline.evaluation.results import StageResult
 from pipeline.report.load import Run
 from pipeline.report.stage_order import stage_info
-from pipeline.stages import LoggedChart
+from pipeline.stages.kinds import LoggedChart
 
 Points = list[tuple[float, float]]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from pipeline.stages import STAGES, StageKind
+from pipeline.stages import STAGES
+from pipeline.stages.kinds import StageKind
 
 EVALUATE = "evaluate_"
 """Prefix of the steps that evaluate a stage."""

@@ -16,7 +16,8 @@ from typing import Any
 from pipeline.config.fields import unknown_field
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model
-from pipeline.stages import SMOKE_EVALUATION, STAGES, StageKind
+from pipeline.stages import SMOKE_EVALUATION, STAGES
+from pipeline.stages.kinds import StageKind
 
 REPORT = "report"
 LIMITS = ("size_mb", "block_size", "min_votes", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
