@@ -475,6 +475,29 @@ CASES |= {
     "a learned prompt": model("learned-prompt", "cannot be merged"),
     "two labels to reward with": model("two-labels", "2 labels", recipe="reward"),
     "a template that refuses": model("refusing", "rejects a conversation", "too polite"),
+    # preferences
+    "a loss that DPO does not have": Case("dpo", "--loss_type grpo", ("loss_type: ['grpo']", "sigmoid, ")),
+    "one of two losses": Case("dpo", "--loss_type sigmoid foo", ("loss_type:", "must be of")),
+    "a weight for another number of losses": Case("dpo", "--loss_weights 1 2", ("loss_weights:", "same length")),
+    "a beta of 0": Case("dpo", "--beta 0", ("beta: 0.0", "above 0")),
+    "a divergence that is not known": Case("dpo", "--f_divergence_type foo", ("f_divergence_type: foo", "forward_kl")),
+    "a divergence of another loss": Case(
+        "dpo", "--f_divergence_type forward_kl --loss_type apo_zero", ("f_divergence_type: forward_kl", "hinge")
+    ),
+    "labels that say nothing": Case(
+        "dpo", "--loss_type robust --label_smoothing 0.5", ("label_smoothing: 0.5", "below 0.5")
+    ),
+    "EXO without smoothing": Case("dpo", "--loss_type exo_pair", ("label_smoothing: 0.0", "exo_pair")),
+    "weights of sorted pairs": Case("dpo", "--loss_type aot --use_weighting", ("use_weighting: True", "aot")),
+    "a reference that moves": Case("dpo", "--sync_ref_model", ("sync_ref_model: True", "resumed")),
+    "pairs grouped by length": Case(
+        "dpo", "--train_sampling_strategy group_by_length", ("train_sampling_strategy: ", "two lengths")
+    ),
+    "a reward model as a policy": model("two-labels", "is a reward model", recipe="dpo"),
+    "pairs that are too long": Case("dpo", "--max_length 4", ("max_length: 4", "every pair is longer")),
+    "a stream that is read beforehand": Case(
+        "dpo", "--precompute_ref_log_probs --dataset_streaming --max_steps 2", ("precompute_ref_log_probs: True",)
+    ),
     # rewards and rollouts
     "one generation": Case("grpo", "--num_generations 1", ("num_generations: 1", "at least 2")),
     "a batch that doesn't divide": Case("grpo", "--per_device_train_batch_size 6", ("num_generations: 4", "divisible")),

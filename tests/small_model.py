@@ -129,10 +129,11 @@ def recipe_command(recipe: str, folder: Path, *more: str) -> list[str]:
             "--max_length",
             "128",
         ],
-    }[recipe]
+    }
+    inputs["dpo"] = inputs["reward"]
     steps = ["--max_steps", "8", "--logging_steps", "1", "--learning_rate", "1e-3", "--disable_tqdm", "true"]
     saves = ["--save_steps", "2", "--save_total_limit", "2", "--eval_strategy", "steps", "--eval_steps", "4"]
-    return ["-m", f"recipes.{recipe}", *inputs, *steps, *saves, "--per_device_train_batch_size", "4", *more]
+    return ["-m", f"recipes.{recipe}", *inputs[recipe], *steps, *saves, "--per_device_train_batch_size", "4", *more]
 
 
 def run_recipe(

@@ -69,7 +69,12 @@ def rows(stage: Settings) -> float:
     if steps <= 0:
         each = stage.text / stage.cut if stage.packing else (stage.num_generations or 1) * uses
         steps = math.ceil(math.ceil(stage.data * each / batch) * stage.num_train_epochs)
-    return steps * batch * (1 if stage.kind.generates else 2) / uses
+    return steps * batch * texts(stage) / uses
+
+
+def texts(stage: Settings) -> int:
+    """Return the texts of a row, which are two in a pair of answers."""
+    return 2 if stage.kind.data == "preference" else 1
 
 
 def passes(stage: Settings) -> int:
@@ -78,7 +83,7 @@ def passes(stage: Settings) -> int:
     if not stage.kind.measured:
         return 1
     if not stage.kind.samples:
-        return training
+        return training + stage.reference
     if stage.kind.has_critic:
         # Sampling, old log-probabilities and values; then policy and critic are trained.
         return 3 + stage.judges + stage.reference + 2 * uses * training
@@ -137,7 +142,7 @@ def memory(stage: Settings) -> dict[str, float]:
     # Sharded weights are gathered, and copied, layer by layer.
     shares, layers = (stage.processes, config.num_hidden_layers) if stage.sharded else (1, 1)
     trained, longest = stage.trained / shares, row_length(stage, longest=True)
-    read = (stage.per_device_train_batch_size or 0) * (1 if stage.kind.generates else 2) * longest
+    read = (stage.per_device_train_batch_size or 0) * texts(stage) * longest
     # Pretraining has all logits at once, TRL's trainers a tile of them, and a reward model has a score.
     logits = read * config.vocab_size if stage.kind.generates else 0
     if not stage.kind.from_scratch:

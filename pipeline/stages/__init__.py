@@ -261,16 +261,18 @@ STAGES: dict[str, StageKind] = {
         ),
         box=Box(
             about="It learns which of its answers people like better.",
-            goes_in="prompts without answers",
-            trains="the score of its own answers",
+            goes_in="prompts, and choices between two answers",
+            trains="what people chose",
             parts=(
                 ("Choices", "two answers to one prompt: which is better?"),
                 ("reward", "a second model learns to score answers as the choices would"),
-                ("PPO", "answers with high scores become more likely, in small steps"),
+                ("PPO", "its own answers with high scores become more likely, in small steps"),
+                ("or DPO", "without a second model: preferred answers become more likely, the others less"),
             ),
             drawing="score",
             section="prefer",
             place="gains",
+            others=("dpo",),
         ),
         watch="PPO gives each token its own reward: minus the distance that the model has moved from its reference, "
         "and for the last token the score of the reward model. The critic guesses before each token what is still to "
@@ -280,6 +282,40 @@ STAGES: dict[str, StageKind] = {
             how="By PPO against a reward model, with a critic, on TRL's `GRPOTrainer`.",
             limit="It was tuned to please a reward model, which is not the same as being right.",
             tags=("trl", "ppo", "rlhf"),
+        ),
+    ),
+    "dpo": StageKind(
+        name="Preference tuning",
+        method="DPO",
+        module="recipes.dpo",
+        seconds=80,
+        launched=True,
+        measured=True,
+        data="preference",
+        held_out="pairs",
+        length="max_length",
+        aims=("win_rate", "win_rate_greedy"),
+        smoke=SMOKE_TRAINING,
+        charts=(
+            LoggedChart(
+                "Preferred answers that became likelier than the others",
+                (("training", "rewards/accuracies"), ("validation", "eval_rewards/accuracies")),
+                note="Share of pairs, compared with the initial policy; 0.5 is chance.",
+            ),
+            LoggedChart(
+                "What DPO calls the reward of an answer",
+                (("preferred", "rewards/chosen"), ("other", "rewards/rejected")),
+                note="beta times the log of how much likelier the answer became.",
+            ),
+            LoggedChart("Loss", LOSS),
+            LoggedChart("Entropy, nats per token", (("entropy", "entropy"),)),
+        ),
+        card=Card(
+            summary="A chat model that was tuned to answer as people prefer.",
+            how="By DPO on pairs of answers of which one was preferred, without a reward model, with `trl.DPOTrainer`.",
+            limit="It learned from a fixed set of answers which of them were preferred, which is not the same as being "
+            "right, and says little about answers that are unlike them.",
+            tags=("trl", "dpo", "rlhf"),
         ),
     ),
     "grpo": StageKind(

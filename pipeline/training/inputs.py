@@ -109,7 +109,7 @@ def load_inputs(
                 size = build_model(model_args, tokenizer, 0).num_parameters()
             problems += checks.check_disk(size, size, training_args)
     elif config is not None:
-        faults = check_model(config, tokenizer, str(name), reward=kind == "preference", **length)
+        faults = check_model(config, tokenizer, str(name), reward=isinstance(training_args, RewardConfig), **length)
         problems += faults
         if kind == "prompt":
             problems += checks.check_generation_config(base_of(str(name)) or str(name), pretrained.model_revision)
@@ -210,6 +210,10 @@ def _encode(
     kind: Kind, splits: tuple[Split, Split | None], tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> tuple[Split, Split | None]:
     """Add the tokens of the rows, as `add_tokens` describes them."""
+    if kind == "preference" and not isinstance(args, RewardConfig):
+        # Other trainers of TRL encode all rows, whatever columns they have.
+        train, held_out = (split and _drop_long(split, tokenizer, args.max_length) for split in splits)
+        return train, held_out
     answers_only = bool(getattr(args, "assistant_only_loss", False))
     num_proc = getattr(args, "dataset_num_proc", None)
     with once_per_node(args):
@@ -218,6 +222,18 @@ def _encode(
     if answers_only and template_for_labels(tokenizer) is None:
         args.assistant_only_loss = False
     return train, held_out
+
+
+def _drop_long(split: Split, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Split:
+    """Drop the pairs that are too long, as TRL's `RewardTrainer` does: its others would learn from cut answers."""
+
+    def fits(prompts: list[Any], *answers: list[Any]) -> list[bool]:
+        texts = [[prompt + answer for prompt, answer in zip(prompts, side, strict=True)] for side in answers]
+        encoded = [tokenizer.apply_chat_template(side, tokenize=True, return_dict=True)["input_ids"] for side in texts]
+        return [limit is None or max(map(len, pair)) <= limit for pair in zip(*encoded, strict=True)]
+
+    columns = ["prompt", "chosen", "rejected"]
+    return split if limit is None else split.filter(fits, batched=True, input_columns=columns)
 
 
 def _shards(kind: Kind, data_args: DataArguments) -> list[Path]:

@@ -42,7 +42,9 @@ def test_a_path_that_no_step_writes_is_a_mistake_of_its_own(
     assert "first run" not in err and "elsewhere" in err
 
 
-@pytest.mark.parametrize("recipe", ["base", "existing-model", "pocket-llama4", "pocket-people", "pocket-reasoning"])
+@pytest.mark.parametrize(
+    "recipe", ["base", "existing-model", "pocket-dpo", "pocket-llama4", "pocket-people", "pocket-reasoning"]
+)
 def test_a_recipe_of_the_hub_may_say_what_shipped_ones_do(recipe: str) -> None:
     assert check_untrusted(SHIPPED / recipe) == []
 

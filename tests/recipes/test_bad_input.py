@@ -130,7 +130,7 @@ def refuse(recipe: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
 
 def command(recipe: str, inputs: Path, output: Path) -> list[str]:
     """Return valid arguments of any recipe."""
-    if recipe in ("pretrain", "sft", "reward"):
+    if recipe in ("pretrain", "sft", "reward", "dpo"):
         return recipe_command(recipe, inputs, "--output_dir", str(output))[2:]
     options = {"model_name_or_path": inputs / "model", "dataset_name": inputs / "prompts.jsonl"}
     more = {"reward_funcs": "exact_answer", "max_completion_length": 8, "max_steps": 2, "output_dir": output}
@@ -185,10 +185,10 @@ DEFECTS = {
     "a renamed argument": (TypeError("unexpected keyword argument 'model_init_kwargs', but got None"), "__init__"),
     "a missing key": (KeyError(None), "training_step"),
 }
-TRAINERS = {"pretrain": transformers.Trainer, "sft": trl.SFTTrainer, "reward": trl.RewardTrainer}
+TRAINERS = {"pretrain": transformers.Trainer, "sft": trl.SFTTrainer, "reward": trl.RewardTrainer, "dpo": trl.DPOTrainer}
 
 
-@pytest.mark.parametrize("recipe", ["pretrain", "sft", "reward", "ppo", "grpo"])
+@pytest.mark.parametrize("recipe", ["pretrain", "sft", "reward", "dpo", "ppo", "grpo"])
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_defect_is_not_a_mistake_of_the_user(
     recipe: str, name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from pipeline.stages import STAGES
 from tests.forked import run_forked
 
 LAUNCH = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
-TRAINED = ("pretrain", "sft", "reward", "ppo", "grpo")
+TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -71,6 +71,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     (here / "runs/pocket-people/data").symlink_to(here / "runs/pocket/data")
+    (here / "runs/pocket-dpo").symlink_to(here / "runs/pocket")
     pairs = [
         {"chosen": conversation(f"What is {i}?", f"It is {i}."), "rejected": conversation(f"What is {i}?", "No.")}
         for i in range(80)

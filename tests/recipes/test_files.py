@@ -40,7 +40,7 @@ def name_of(path: Path) -> str:
 
 def test_the_folder_contains_a_file_for_every_stage() -> None:
     recipes = {name for name, kind in STAGES.items() if kind.module}
-    assert {kind_of(path) for path in FILES if path.parent == FOLDER} == recipes - {"random", "votes"}
+    assert {kind_of(path) for path in FILES if path.parent == FOLDER} == recipes - {"random", "votes", "dpo"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -99,6 +99,8 @@ def test_an_existing_model_goes_from_stage_to_stage_whether_or_not_it_has_adapte
         assert needs["2_sft"] == set(), folder
         assert needs["3_reward"] == {"2_sft"} and needs["3_ppo"] == {"2_sft", "3_reward"}, folder
         assert needs["4_grpo"] == {"3_ppo"}, folder
+    needs = {step.name: set(step.needs) for step in read_plan(RECIPES / "existing-model" / "dpo").steps}
+    assert needs["3_dpo"] == {"2_sft"} and needs["4_grpo"] == {"3_dpo"}
 
 
 def test_the_starting_model_is_measured_with_the_tokenizer_that_the_first_stage_gives_it() -> None:

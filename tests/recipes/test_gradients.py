@@ -45,7 +45,7 @@ def train(recipe: str, inputs: Path, processes: int, batch: int, accumulated: in
     return output, [entry["grad_norm"] for entry in history if "grad_norm" in entry]
 
 
-@pytest.mark.parametrize("recipe", ["pretrain", "sft", "reward"])
+@pytest.mark.parametrize("recipe", ["pretrain", "sft", "reward", "dpo"])
 def test_the_gradient_is_that_of_the_whole_batch(recipe: str, tmp_path: Path) -> None:
     one, norms = train(recipe, tmp_path, processes=1, batch=8, accumulated=1)
     assert len(norms) == 2 and min(norms) > 0.01

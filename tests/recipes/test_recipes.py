@@ -26,7 +26,7 @@ from pipeline.config.parser import parse
 from tests.emulated_gpus import emulated_gpus
 from tests.sampling_recipes import write_config
 
-RECIPES = ["pretrain", "sft", "reward"]
+RECIPES = ["pretrain", "sft", "reward", "dpo"]
 FP32 = ("--bf16", "false")
 
 
@@ -167,7 +167,7 @@ def adapted(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     ("recipe", "lora"),
-    [*((recipe, False) for recipe in [*RECIPES, "ppo", "grpo"]), ("sft", True), ("reward", True)],
+    [*((recipe, False) for recipe in [*RECIPES, "ppo", "grpo"]), ("sft", True), ("reward", True), ("dpo", True)],
 )
 def test_on_several_gpus_a_process_has_its_batch_and_its_model_on_one(
     recipe: str, lora: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture

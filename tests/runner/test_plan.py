@@ -130,13 +130,22 @@ def test_what_does_not_fit_is_named_with_what_does(capsys: pytest.CaptureFixture
     assert not plan(capsys, *POCKET, *more, str(2 * rows))["stages"]["1_pretrain"]["fits"], "and names the largest"
 
 
-@pytest.mark.parametrize("recipe", ["pocket-people", "pocket-reasoning", "small", "base"])
+@pytest.mark.parametrize("recipe", ["pocket-dpo", "pocket-people", "pocket-reasoning", "small", "base"])
 def test_other_recipes_are_planned_without_the_hub(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     planned = plan(capsys, f"recipes/{recipe}", "--gpu", "h100", "--num_processes", "8")
     assert planned["fits"] and {"1_pretrain", "2_sft", "4_grpo"} <= set(planned["stages"])
     sizes = {"small": 134.5e6, "base": 1107e6}
     if recipe in sizes:  # as many as SmolLM2-135M, and as Llama-3.2-1B with a smaller vocabulary
         assert planned["stages"]["1_pretrain"]["parameters"] == pytest.approx(sizes[recipe], rel=0.001)
+
+
+def test_dpo_reads_both_answers_of_a_pair_with_two_models(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = plan(capsys, "recipes/pocket-dpo", "--gpu", "h100")["stages"]
+    reward = plan(capsys, *POCKET, "--gpu", "h100")["stages"]["3_reward"]
+    dpo = stages["3_dpo"]
+    assert dpo["tokens"] == reward["tokens"], "as many pairs"
+    assert dpo["memory_bytes"]["frozen"] == dpo["memory_bytes"]["weights"] * 4 // 6, "the reference, in float32"
+    assert dpo["flops"] > 4 / 3 * reward["flops"], "a forward pass more, and logits"
 
 
 def test_a_critic_is_an_adapter_like_the_policy_unless_it_is_asked_for_in_full(

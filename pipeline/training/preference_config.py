@@ -1,0 +1,55 @@
+"""The arguments of preference tuning without samples, with TRL's `DPOTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trl
+
+from pipeline.errors import Problem, UserError
+
+OF_DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+"""Losses that read both answers of a pair through the difference of their scores only, or do not read scores."""
+
+LOSSES = (*OF_DIFFERENCES, "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """TRL's `DPOConfig`, which refuses what TRL would refuse, or fail with, once the model is loaded.
+
+    Raises:
+        ValueError: If a value is out of range, or contradicts another one.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        losses = set(self.loss_type)
+        smoothed = losses & {"robust", "exo_pair"}
+        refused = {
+            "loss_type": not losses <= set(LOSSES) and f"must be of {', '.join(LOSSES)}",
+            "beta": self.beta == 0 and "must be above 0: it is the factor of all that is learned",
+            "f_divergence_type": (self.f_divergence_type not in DIVERGENCES and f"must be of {', '.join(DIVERGENCES)}")
+            or (
+                self.f_divergence_type != "reverse_kl"
+                and not losses <= set(OF_DIFFERENCES)
+                and f"is defined for the losses {', '.join(OF_DIFFERENCES)} alone; omit it, or take one of them"
+            ),
+            "label_smoothing": ("exo_pair" in losses and self.label_smoothing == 0 and "exo_pair needs some, as 1e-3")
+            or (smoothed and not 0 <= self.label_smoothing < 0.5 and "must be at least 0 and below 0.5"),
+            "ld_alpha": self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1 and "must be between 0 and 1",
+            "discopop_tau": self.discopop_tau == 0 and "must be above 0",
+            "use_weighting": self.use_weighting
+            and losses & {"aot", "aot_unpaired"}
+            and "has no weights for aot, which sorts the pairs; omit it",
+            "padding_free": self.padding_free and "TRL pads the pairs at present; omit it",
+            "sync_ref_model": self.sync_ref_model
+            and "a resumed run would not have the reference that it had reached; omit it",
+            "train_sampling_strategy": self.train_sampling_strategy == "group_by_length"
+            and "a pair has two lengths; omit it",
+        }
+        wrong = [Problem(name, getattr(self, name), str(remedy)) for name, remedy in refused.items() if remedy]
+        if wrong:
+            problems = UserError(*wrong)
+            raise ValueError(str(problems)) from problems

@@ -1,0 +1,48 @@
+"""Preference tuning without samples: TRL's `DPOTrainer` with the right reference."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import trl
+from datasets import IterableDataset
+from transformers import PreTrainedModel
+
+from pipeline.errors import Problem, UserError
+from pipeline.models.adapters import MERGED
+from pipeline.models.kernels.attention import choose_attention
+from pipeline.training.preference_config import DPOConfig
+from pipeline.training.reliable import Reliable
+
+
+class DPOTrainer(Reliable, trl.DPOTrainer):
+    """TRL's `DPOTrainer` with the right reference, and with the attention that suits the machine for both models.
+
+    The reference is the policy as it was before training. TRL loads it by the name of the policy or, under LoRA,
+    disables the adapter. A policy that was merged in memory has the name of its base model, without the adapter that it
+    started from: it is copied.
+
+    Args:
+        model: As for TRL's, or an adapter that `starting_model` has merged into its base model.
+        args: As for TRL's.
+        attn_implementation: The attention that was requested. Default: the one that suits the machine.
+        **kwargs: As for TRL's.
+
+    Raises:
+        UserError: If the reference is to be computed beforehand for the rows of a stream.
+    """
+
+    def __init__(
+        self, model: str | PreTrainedModel, args: DPOConfig, attn_implementation: str | None = None, **kwargs: Any
+    ) -> None:
+        if args.precompute_ref_log_probs and isinstance(kwargs["train_dataset"], IterableDataset):
+            remedy = "needs rows that are read twice; turn dataset_streaming off, or omit it"
+            raise UserError(Problem("precompute_ref_log_probs", True, remedy))
+        if isinstance(model, PreTrainedModel) and hasattr(model, MERGED) and not kwargs.get("peft_config"):
+            kwargs["ref_model"] = copy.deepcopy(model).requires_grad_(False).eval()
+        super().__init__(model, args=args, **kwargs)
+        choose_attention(self.model, attn_implementation)
+        if self.ref_model is not None:
+            # Before the first step, policy and reference are equal to the bit.
+            self.ref_model.set_attn_implementation(self.model.config.get_text_config()._attn_implementation)
