@@ -29,6 +29,7 @@ COMMANDS = {
     "push": ("pipeline.hub.push", "push what a run has made to the Hub: models, data, report"),
     "merge": ("pipeline.models.merge", "merge a LoRA adapter into its base model"),
     "gguf": ("pipeline.models.gguf", "convert a model for llama.cpp"),
+    "import-gguf": ("pipeline.models.import_gguf", "make a model to start from of a file for llama.cpp"),
 }
 """Subcommand -> module with `add_arguments(parser)` and `main(args)`, and a line for --help."""
 

@@ -59,11 +59,12 @@ OUT_OF_MEMORY, OUT_OF_ROOM = 3, 4
 TOO_SLOW, TOO_LARGE, TOO_LONG = "takes too long", "takes too much memory", "gives too long a text"
 
 
-def exceeds(call: Callable[[], object]) -> str | None:
+def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
     """Call a function in a child process with limits of time and memory.
 
     Args:
         call: The function. Anything but `TOO_LONG` that it returns or raises is ignored; the caller will see it.
+        mapped: Bytes of a file that it maps into memory, which count like memory but take none.
 
     Returns:
         Which limit it exceeds, as the end of a sentence, or None. Only Linux forks safely; elsewhere it is not called.
@@ -72,7 +73,7 @@ def exceeds(call: Callable[[], object]) -> str | None:
         return None
     import resource
 
-    child = get_context("fork").Process(target=_run, args=(call,))
+    child = get_context("fork").Process(target=_run, args=(call, mapped))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with warnings.catch_warnings():
         # Other threads may hold locks, for which the child would wait for ever. PATIENCE_SECONDS ends that.
@@ -99,7 +100,7 @@ def exceeds(call: Callable[[], object]) -> str | None:
     return TOO_LARGE if code < 0 or code == OUT_OF_MEMORY else None
 
 
-def _run(call: Callable[[], object]) -> NoReturn:
+def _run(call: Callable[[], object], mapped: int) -> NoReturn:
     """Call a function under limits, and end this process without a word."""
     import faulthandler
     import resource
@@ -113,7 +114,7 @@ def _run(call: Callable[[], object]) -> NoReturn:
         limits = {
             resource.RLIMIT_CORE: 0,
             resource.RLIMIT_CPU: SECONDS,
-            resource.RLIMIT_AS: psutil.Process().memory_info().vms + MEMORY,
+            resource.RLIMIT_AS: psutil.Process().memory_info().vms + mapped + MEMORY,
         }
         for limit, value in limits.items():
             # A lower limit, set by the user, cannot be raised.

@@ -113,6 +113,15 @@ def check_directory(path: str | Path, field: str = "output_dir") -> Problem | No
     return None
 
 
+def check_new_directory(path: Path, field: str) -> Problem | None:
+    """Report a directory that cannot be created or written to, or holds something; arguments as `check_directory`."""
+    if problem := check_directory(path, field):
+        return problem
+    if path.is_dir() and any(path.iterdir()):
+        return Problem(field, path, "is not empty; name a new directory")
+    return None
+
+
 def _nearest(path: Path) -> Path:
     """Return a path or, if there is nothing, the nearest folder around it."""
     return next(part for part in (path, *path.parents) if os.path.lexists(part))

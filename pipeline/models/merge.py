@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem, UserError
-from pipeline.files import check_directory, read_json, write_folder
+from pipeline.files import check_new_directory, read_json, write_folder
 from pipeline.launch import quiet_libraries
 
 
@@ -35,9 +35,7 @@ def main(args: argparse.Namespace) -> int:
     quiet_libraries()
     adapter, output_dir = args.adapter, args.output_dir
     config = _read_config(adapter)
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        raise UserError(Problem("--output_dir", output_dir, "is not empty; name a new directory"))
-    if problem := check_directory(output_dir, "--output_dir"):
+    if problem := check_new_directory(output_dir, "--output_dir"):
         raise UserError(problem)
 
     # Importing transformers takes seconds, too long for a mistake in the arguments.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, SHIPPED
 from pipeline.errors import Problem, UserError
-from pipeline.files import check_directory, write_text
+from pipeline.files import check_new_directory, write_text
 from pipeline.runner.recipe import read_plan
 
 README = "README.md"
@@ -45,10 +45,8 @@ def main(args: argparse.Namespace) -> int:
     if name not in shipped_recipes():
         remedy = f"is not a recipe of the package; choose from: {', '.join(shipped_recipes())}"
         problems.append(Problem("RECIPE", args.recipe, remedy))
-    if problem := check_directory(args.folder, "FOLDER"):
+    if problem := check_new_directory(args.folder, "FOLDER"):
         problems.append(problem)
-    elif args.folder.exists() and any(args.folder.iterdir()):
-        problems.append(Problem("FOLDER", args.folder, "is not empty; name a new folder"))
     if problems:
         raise UserError(*problems)
     run_dir = f"runs/{args.folder.resolve().name}"

@@ -74,5 +74,5 @@ def test_copying_over_files_or_what_does_not_exist_is_refused(capsys: pytest.Cap
     assert stop.value.code == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("RECIPE: pockets: is not a recipe of the package; choose from: ") and "pocket" in first
-    assert second == "FOLDER: full: is not empty; name a new folder"
+    assert second == "FOLDER: full: is not empty; name a new directory"
     assert [path.name for path in Path("full").iterdir()] == ["file"]

@@ -18,23 +18,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline.__main__ import main
 from pipeline.models.gguf import is_own
+from pipeline.models.import_gguf import WEIGHTS
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import pre_tokenizer, train_tokenizer
 
 HEADS, WIDTH = 2, 32
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-"""llama.cpp's names of the weights of a Llama, and transformers'."""
 
 
 def convert(model: Path, outfile: Path) -> Any:
@@ -44,15 +32,6 @@ def convert(model: Path, outfile: Path) -> Any:
 
     assert main(["gguf", str(model), str(outfile), "--outtype", "f32"]) == 0
     return GGUFReader(outfile)
-
-
-def own_name(name: str) -> str:
-    """Return transformers' name of a weight that llama.cpp calls `name`."""
-    if name.startswith("blk."):
-        _, layer, part, kind = name.split(".")
-        return f"model.layers.{layer}.{IN_LAYER[part]}.{kind}"
-    part, kind = name.split(".")
-    return f"{NAMES[part]}.{kind}"
 
 
 def halves_apart(weight: torch.Tensor) -> torch.Tensor:
@@ -84,7 +63,8 @@ def test_a_model_with_tied_embeddings_and_attention_biases_is_converted(tmp_path
     for tensor in read.tensors:
         values = torch.from_numpy(tensor.data.copy()).reshape(tuple(reversed(tensor.shape.tolist())))
         mixed = "attn_q" in tensor.name or "attn_k" in tensor.name
-        found[own_name(tensor.name)] = halves_apart(values) if mixed else values
+        own_name = ".".join(WEIGHTS.get(part, part) for part in tensor.name.split("."))
+        found[own_name] = halves_apart(values) if mixed else values
     saved = weights(tmp_path / "model")
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[name], weight) for name, weight in saved.items())

@@ -1,0 +1,321 @@
+"""`python -m pipeline import-gguf FILE.gguf DIR`: make a model to start from of a file that was written for llama.cpp.
+
+    python -m pipeline import-gguf SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
+
+Weights become float32, whatever their type in the file (Q5_0 and Q5_1 cannot be read); what a quantisation has lost
+stays lost. The tokenizer makes the tokens that llama.cpp makes. What transformers reads from such a file (`gguf_file=`)
+is marked as quantised and cannot be saved, splits numbers as no model of SmolLM was trained to, and pads with the token
+that ends answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.bounded import MAX_LAYERS, check_files, exceeds
+from pipeline.errors import Problem, UserError
+from pipeline.files import check_new_directory, write_folder
+from pipeline.launch import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers.integrations.gguf import GgufHeader
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""Decoders that keep their logits on the way through `fourstage gguf` and back."""
+
+WEIGHTS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "blk": "model.layers",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""llama.cpp's name of a part of a decoder -> transformers' name."""
+
+PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", "llama-bpe")
+"""Ways of splitting a text, by llama.cpp's names, that `tests/tools` compares with llama.cpp's own.
+
+transformers reads any tokenizer of a qwen2 as Qwen2's own, which composes accents before (NFC), as llama.cpp does not.
+"""
+
+ROPE_DIVISORS = "rope_freqs.weight"
+"""Of Llama 3.1 and later: what the frequencies of the rotary embedding are divided by, of shape (head size / 2,)."""
+
+CONTROL, USER_DEFINED = 3, 4
+"""Types of tokens that are found in a text before it is split: only those of a template, or everybody's."""
+
+STRINGS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `import-gguf` to `parser`."""
+    parser.add_argument("file", type=Path, help="GGUF file of a Llama, Qwen2 or Qwen3")
+    parser.add_argument("output_dir", type=Path, help="new directory for the model and its tokenizer")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Read a GGUF file, and save the model with its tokenizer.
+
+    Args:
+        args: `file` and `output_dir` (both `Path`).
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UserError: If the file is damaged or holds another kind of model or tokenizer, or the output directory is not
+            empty or writable.
+    """
+    quiet_libraries()
+    file, output_dir = args.file, args.output_dir
+    if not file.is_file():
+        raise UserError(Problem("file", file, "is not a file; name a GGUF file"))
+    if problem := check_new_directory(output_dir, "output_dir"):
+        raise UserError(problem)
+
+    # Importing transformers takes seconds, too long for a mistake in the arguments.
+    from pipeline.models.loading import user_error_for
+
+    with user_error_for("file", file):
+        model, tokenizer = read_gguf(file)
+    with write_folder(output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        with user_error_for("file", file):
+            check_files(folder)
+    print(f"{output_dir}: a {model.config.model_type} model with {model.num_parameters():,} parameters in float32")
+    return 0
+
+
+def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Return the model and the tokenizer in a GGUF file.
+
+    Args:
+        file: The file; whoever wrote it is not trusted.
+
+    Raises:
+        ValueError: If it is damaged, or holds another kind of model or tokenizer.
+        Exception: Anything that a damaged file makes the libraries raise.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
+
+    from pipeline.models.loading import separate_pad_token, validate_chat, validate_finite
+    from pipeline.models.tokenizer import validate_tokenizer
+
+    # The file is mapped into memory, and may be larger than what the child may use otherwise.
+    size = file.stat().st_size
+    if fault := exceeds(lambda: read_gguf_metadata(str(file), STRINGS), mapped=size):
+        raise ValueError(f"reading its metadata {fault}")
+    metadata, _ = read_gguf_metadata(str(file), STRINGS)
+    header = GgufHeader.from_file(str(file))
+    if (end := header.data_start + max((info.offset + info.nbytes for info in header.tensors), default=0)) > size:
+        raise ValueError(f"it is cut off: {size:,} of at least {end:,} bytes")
+    if fault := exceeds(lambda: read_tokenizer(metadata)):
+        raise ValueError(f"making its tokenizer {fault}")
+    tokenizer = read_tokenizer(metadata)
+    if fault := validate_tokenizer(tokenizer) or (validate_chat(tokenizer) if tokenizer.chat_template else None):
+        raise ValueError(fault)
+    if tokenizer.eos_token is None:
+        raise ValueError("it names no token that ends a text")
+    separate_pad_token(tokenizer, str(file))
+
+    config = read_config(header, metadata, tokenizer)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        # Sizes that contradict each other are found without the weights.
+        model(torch.zeros(1, 2, dtype=torch.long))
+    model.load_state_dict(read_weights(header, model), strict=False, assign=True)
+    model.tie_weights()
+    if fault := validate_finite(model.named_parameters()):
+        raise ValueError(fault)
+    if tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        model.config.pad_token_id = tokenizer.pad_token_id
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
+    # Some chat models end a turn and a text with two tokens.
+    ends = {tokenizer.eos_token_id, metadata.get("tokenizer.ggml.eot_token_id", tokenizer.eos_token_id)}
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted(end for end in ends if end < len(tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model, tokenizer
+
+
+def read_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that the metadata of a GGUF file describe.
+
+    Raises:
+        ValueError: If llama.cpp splits texts in a way that is not known here.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    from pipeline.models.tokenizer import pre_tokenizer
+
+    field = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    kind, pre = field.get("model"), field.get("pre")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(f"its tokenizer is {kind!r} with pre-tokenizer {pre!r}; only 'gpt2' with {known} can be read")
+    tokens, is_llama3 = field["tokens"], pre == "llama-bpe"
+    merges = [tuple(merge.split(" ")) for merge in field["merges"]]
+    # Llama 3 takes a word that is a token as it is.
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=is_llama3))
+    backend.decoder = decoders.ByteLevel()
+    if pre == "smollm":
+        backend.pre_tokenizer = pre_tokenizer("bpe")
+    elif pre == "gpt-2":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[pre]), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    types = list(zip(tokens, field.get("token_type", ()), strict=False))
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in types if kind == CONTROL])
+    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in types if kind == USER_DEFINED])
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {own: field[f"{name}_token_id"] for own, name in names.items() if f"{name}_token_id" in field}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{name: tokens[i] for name, i in ids.items()},
+        add_bos_token=field.get("add_bos_token", is_llama3),
+        add_eos_token=field.get("add_eos_token", False),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Return the configuration (a `PreTrainedConfig`) of the model in a GGUF file.
+
+    Raises:
+        ValueError: If it is another kind of model, or has a setting that is not known here.
+    """
+    import numpy as np
+    from transformers import AutoConfig
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf import load_gguf_state_dict
+
+    kind, names = header.architecture, header.ggml_types
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"it holds a {kind} model; only {', '.join(ARCHITECTURES)} can be read")
+    if kind == "qwen2" and (pre := metadata["tokenizer.ggml.pre"]) != kind:
+        raise ValueError(
+            f"its pre-tokenizer is {pre!r}, and transformers reads any tokenizer of a qwen2 as Qwen2's own"
+        )
+    # transformers' names of the sizes, of which three are one.
+    fields = {**GGUF_CONFIG_MAPPING["llama"], "attention.key_length": "head_dim", "attention.value_length": "head_dim"}
+    sizes: dict[str, Any] = {"vocab_size": len(metadata["tokenizer.ggml.tokens"])}
+    settings = {key.removeprefix(f"{kind}."): value for key, value in metadata.items() if key.startswith(f"{kind}.")}
+    if settings.get("rope.scaling.type") == "none":
+        del settings["rope.scaling.type"]
+    if unknown := sorted(settings.keys() - fields.keys()):
+        raise ValueError(f"it has settings that are not known here ({', '.join(unknown[:3])})")
+    for name, value in settings.items():
+        if sizes.setdefault(fields[name], value) != value:
+            raise ValueError(f"its {kind}.{name} is {value}, which contradicts its other sizes")
+    if not 0 < sizes["num_hidden_layers"] <= MAX_LAYERS:
+        raise ValueError(f"it asks for {sizes['num_hidden_layers']} layers")
+    # The file has single precision: 1e-5 would be read as 9.999999747378752e-06.
+    theta, epsilon = (float(str(np.float32(v))) for v in (sizes.pop("rope_theta", 10000.0), sizes.pop("rms_norm_eps")))
+    heads = sizes["num_attention_heads"]
+    config = AutoConfig.for_model(
+        kind,
+        **{"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads} | sizes,
+        rms_norm_eps=epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        tie_word_embeddings="output.weight" not in names,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # A Qwen2 has the same biases always.
+    for setting, weight in {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}.items():
+        if hasattr(config, setting):
+            setattr(config, setting, weight in names)
+    if ROPE_DIVISORS in names:
+        scale_rope(config, load_gguf_state_dict(header)[ROPE_DIVISORS][...].float())
+    return config
+
+
+def scale_rope(config: Any, divisors: torch.Tensor) -> None:
+    """Let the rotary embedding of a configuration be scaled as Llama 3's is.
+
+    Args:
+        config: A `LlamaConfig`, which is changed.
+        divisors: See `ROPE_DIVISORS`. The file has no more of it, and the other settings are those of all releases.
+
+    Raises:
+        ValueError: If other settings have led to these divisors.
+    """
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config.rope_parameters |= {"rope_type": "llama3", "factor": divisors.max().item()}
+    config.rope_parameters |= {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    if divisors.shape != scaled.shape or not torch.allclose(plain / scaled, divisors, rtol=1e-4):
+        raise ValueError(f"its {ROPE_DIVISORS} is not Llama 3's")
+
+
+def read_weights(header: GgufHeader, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the weights in a GGUF file, by transformers' names, in float32.
+
+    Args:
+        header: What the file holds.
+        model: The model, on the meta device.
+
+    Raises:
+        ValueError: If the file holds other weights than the model has.
+    """
+    from transformers.integrations.gguf import load_gguf_state_dict
+    from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
+
+    config = model.config
+    tensors = [info for info in header.tensors if info.name != ROPE_DIVISORS]
+    own = {info.name: ".".join(WEIGHTS.get(part, part) for part in info.name.split(".")) for info in tensors}
+    found = {own[info.name]: list(info.shape) for info in tensors}
+    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            here = f"has the shape {found[name]}" if name in found else "is missing"
+            there = f"is {wanted[name]}" if name in wanted else "has none"
+            raise ValueError(f"its {name} {here}, and a {config.model_type} of its sizes {there}")
+    stored, weights = load_gguf_state_dict(header), {}
+    for name in own:
+        values, kind = stored[name][...], stored[name].ggml_type
+        values, shape = dequantize(values, kind) if kind in GGML_BLOCK else values.float(), wanted[own[name]]
+        # llama.cpp rotates neighbours where transformers rotates halves, and stores the rows of a Llama in that order.
+        if config.model_type == "llama" and (".attn_q." in name or ".attn_k." in name):
+            values = values.reshape(-1, config.head_dim // 2, 2, *shape[1:]).transpose(1, 2)
+        weights[own[name]] = values.reshape(shape)
+    return weights

@@ -1,0 +1,141 @@
+"""What llama.cpp's converter writes of a decoder becomes that decoder again; anything else is refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from small_gguf import DECODERS, import_gguf, train, write_gguf
+from small_model import TEXT, tokenizer, weights
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from pipeline.__main__ import main
+from pipeline.models.import_gguf import ROPE_DIVISORS
+from pipeline.models.loading import load_model
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_comes_back_with_the_same_logits(tmp_path: Path, name: str) -> None:
+    # transformers reads any tokenizer of a Qwen2 as Qwen2's own.
+    pre = "qwen2" if name == "qwen2" else "smollm"
+    words = train("qwen2", "<|im_end|>", "<|endoftext|>", "<|vision_pad|>") if pre == "qwen2" else tokenizer()
+    words.pad_token = "<|vision_pad|>" if pre == "qwen2" else "<|pad|>"
+    imported = import_gguf(write_gguf(tmp_path / "model", DECODERS[name], words, pre=pre))
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "model", imported))
+    rows = torch.randint(len(words), (2, 100), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(before(rows).logits, after(rows).logits)
+    one, other = (model.config.to_diff_dict() for model in (before, after))
+    assert type(before) is type(after) and {**other, **one} == other
+
+    found = AutoTokenizer.from_pretrained(imported)
+    texts = [TEXT, "\n\n1", "  17", "3.14 ½ naïve 日本語\r\n", f"What is 12?{words.eos_token}", "I'LL 'll"]
+    assert found(texts).input_ids == words(texts).input_ids
+    assert found.get_vocab() == words.get_vocab() and found.model_max_length == one["max_position_embeddings"]
+    assert [found.bos_token, found.eos_token, found.pad_token] == [words.bos_token, words.eos_token, words.pad_token]
+    turns = [{"role": "user", "content": "What is 12?"}]
+    assert found.apply_chat_template(turns) == words.apply_chat_template(turns)
+    settings = GenerationConfig.from_pretrained(imported)
+    assert settings.eos_token_id == [words.eos_token_id] and settings.pad_token_id == words.pad_token_id
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+def test_weights_of_any_type_become_float32(tmp_path: Path, outtype: str) -> None:
+    """What they are is compared with the reader of the package gguf."""
+    file = write_gguf(tmp_path / "model", DECODERS["qwen3"], tokenizer(), outtype)
+    from gguf import GGUFReader, dequantize
+
+    imported = weights(import_gguf(file))
+    there = {part.name: torch.tensor(dequantize(part.data, part.tensor_type)) for part in GGUFReader(file).tensors}
+    for own, name in {"embed_tokens": "token_embd", "layers.1.mlp.down_proj": "blk.1.ffn_down"}.items():
+        found = imported[f"model.{own}.weight"]
+        assert found.dtype == torch.float32 and torch.equal(found, there[f"{name}.weight"])
+        assert not torch.equal(found, weights(tmp_path / "model")[f"model.{own}.weight"])
+
+
+@pytest.mark.parametrize(("special", "pad"), [(["<|reserved|>"], "<|reserved|>"), ([], "<|pad|>")])
+def test_what_ends_an_answer_does_not_pad(tmp_path: Path, special: list[str], pad: str) -> None:
+    words = train("smollm", "<|end|>", *special)
+    size = len(words)
+    imported = import_gguf(write_gguf(tmp_path / "model", DECODERS["llama"], words))
+    model, found = load_model(str(imported), "model")
+    assert found.pad_token == pad and found.eos_token == "<|end|>" and len(found) == (size if special else size + 1)
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == found.pad_token_id
+    assert model.config.vocab_size == len(found), "the vocabulary grows only where no token is left"
+    before, rows = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), torch.arange(100)[None]
+    assert torch.equal(before(rows).logits, model(rows).logits[..., :size])
+
+
+def changed(file: Path, key: str, layout: str, value: int) -> Path:
+    """Write another value of a key of the metadata, which has a fixed size, or of the header."""
+    content = bytearray(file.read_bytes())
+    # A key is followed by its type, in four bytes.
+    place = int(key) if key.isdigit() else content.index(key.encode()) + len(key) + 4
+    struct.pack_into(layout, content, place, value)
+    file.with_suffix(".changed.gguf").write_bytes(content)
+    return file.with_suffix(".changed.gguf")
+
+
+def test_other_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(file: Path) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(["import-gguf", str(file), str(tmp_path / "out")])
+        told = capsys.readouterr().err
+        assert stop.value.code == 2 and told.count("\n") == 1, told
+        assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+        return told
+
+    file = write_gguf(tmp_path / "model", DECODERS["llama"], tokenizer())
+    from gguf import GGUFReader
+
+    content = file.read_bytes()
+    assert "is not a file" in refused(tmp_path / "missing.gguf")
+    (tmp_path / "cut.gguf").write_bytes(content[:-1])
+    assert f"cut off: {len(content) - 1:,} of at least {len(content):,} bytes" in refused(tmp_path / "cut.gguf")
+    for length in (0, 3, 20, 100, 5000):
+        (tmp_path / "cut.gguf").write_bytes(content[:length])
+        refused(tmp_path / "cut.gguf")
+    # Numbers of tensors, of settings and of words.
+    for key in ("8", "16", "tokenizer.ggml.tokens"):
+        refused(changed(file, key, "<Q" if key.isdigit() else "<xxxxQ", 1 << 60))
+    assert "2147483648 layers" in refused(changed(file, "llama.block_count", "<I", 1 << 31))
+    assert "model.layers.2.input_layernorm.weight is missing" in refused(changed(file, "llama.block_count", "<I", 3))
+    assert "has the shape [300, 64]" in refused(changed(file, "llama.embedding_length", "<I", 1 << 30))
+    assert "llama.rope.dimension_count is 8" in refused(changed(file, "llama.rope.dimension_count", "<I", 8))
+    refused(changed(file, "llama.attention.head_count", "<I", 0))
+    refused(changed(file, "tokenizer.ggml.eos_token_id", "<I", 1 << 31))
+    (tmp_path / "other.gguf").write_bytes(content.replace(b"llama.rope.freq_base", b"llama.rope.what_base"))
+    assert "settings that are not known here (rope.what_base)" in refused(tmp_path / "other.gguf")
+    (tmp_path / "other.gguf").write_bytes(content.replace(b"smollm", b"deepse"))
+    assert "pre-tokenizer 'deepse'; only 'gpt2' with smollm" in refused(tmp_path / "other.gguf")
+    (tmp_path / "other.gguf").write_bytes(content.replace(b"llama", b"gemma"))
+    assert "a gemma model; only llama, qwen2, qwen3 can be read" in refused(tmp_path / "other.gguf")
+    (tmp_path / "other.gguf").write_bytes(content.replace(b"output_norm.weight", b"output_what.weight"))
+    assert "model.norm.weight is missing" in refused(tmp_path / "other.gguf")
+    (tmp_path / "other.gguf").write_bytes(content[:-4] + struct.pack("<f", float("nan")))
+    assert "not finite" in refused(tmp_path / "other.gguf")
+    scaled = write_gguf(tmp_path / "scaled", DECODERS["llama 3"], tokenizer())
+    place = next(tensor.data_offset for tensor in GGUFReader(scaled).tensors if tensor.name == ROPE_DIVISORS)
+    assert "rope_freqs.weight is not Llama 3's" in refused(changed(scaled, str(place), "<f", 7))
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").touch()
+    with pytest.raises(SystemExit):
+        main(["import-gguf", str(file), str(tmp_path / "out")])
+    assert "is not empty" in capsys.readouterr().err and [*(tmp_path / "out").iterdir()] == [tmp_path / "out/file"]
+
+
+def test_a_template_without_bounds_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}"
+    file = write_gguf(tmp_path / "model", DECODERS["qwen3"], words)
+    with pytest.raises(SystemExit):
+        main(["import-gguf", str(file), str(tmp_path / "out")])
+    assert "rendering its chat template takes too much memory" in capsys.readouterr().err
