@@ -16,6 +16,7 @@ import termios
 import threading
 import time
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pyte
@@ -28,23 +29,18 @@ from pipeline.runner.console import MAX_COLUMNS, RunConsole, is_live
 from pipeline.runner.due import Decision
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
+from tests.stand_in_run import end, start
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
-# Runs the command line with every step replaced by the stand-in, which is not evaluated.
 DRIVER = """
 import sys
-from dataclasses import replace
-from pipeline.runner import console, warm
-from pipeline.stages import STAGES
 from pipeline.__main__ import main
-for name, kind in STAGES.items():
-    if kind.module:
-        STAGES[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
-warm.PRELOADED = ()
-console.PROGRESS_SECONDS = 0
+from tests.stand_in_run import replace_steps
+replace_steps()
 sys.exit(main(["run", "recipe", *sys.argv[1:]]))
 """
+"""A run in a new process, with stand-ins for its steps."""
 STAGES = ("0_data", "0_random", "1_pretrain", "2_sft")
 CLEAN = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR", "TERM")}
 CLEAN["PYTHONIOENCODING"] = "utf-8"
@@ -79,12 +75,15 @@ class Terminal:
     Attributes:
         process: The run.
         screen: What its user sees.
+        descriptor: The user's side of the terminal.
+        theirs: The run's side.
         written: All that was written to the terminal.
     """
 
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     screen: pyte.Screen
     descriptor: int
+    theirs: int
     written: bytes = b""
     _reader: threading.Thread = field(init=False)
 
@@ -110,12 +109,14 @@ class Terminal:
         """Wait until something is on the screen."""
         deadline = time.monotonic() + 60
         while not re.search(pattern, "\n".join(self.lines())):
-            assert time.monotonic() < deadline and self.process.poll() is None, "\n".join(self.lines())
+            assert time.monotonic() < deadline and self.process.is_alive(), "\n".join(self.lines())
             time.sleep(0.02)
 
     def end(self) -> int:
         """Wait until the run has ended. Return its exit code."""
-        code = self.process.wait(timeout=60)
+        code = end(self.process)
+        # Nobody else holds the run's side of the terminal any more: the reader comes to its end.
+        os.close(self.theirs)
         self._reader.join(timeout=10)
         os.close(self.descriptor)
         return code
@@ -125,28 +126,15 @@ def terminal(*arguments: str, columns: int = 80, rows: int = 40) -> Terminal:
     """Start a run in a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def take_terminal() -> None:
-        os.setsid()
-        # These tests may run under `nohup`, which a run obeys.
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches the run
-
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *arguments],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment(TERM="xterm-256color"),
-        preexec_fn=take_terminal,
-    )
-    os.close(theirs)
-    return Terminal(process, pyte.Screen(columns, rows), ours)
+    variables = environment(TERM="xterm-256color")
+    process = start("recipe", *arguments, environment=variables, terminal=os.ttyname(theirs))
+    return Terminal(process, pyte.Screen(columns, rows), ours, theirs)
 
 
-def in_pipe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", DRIVER, *arguments]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+def in_file(*arguments: str) -> tuple[int, str, str]:
+    """Run without a terminal. Return the exit code, and what was written to stdout and stderr."""
+    code = end(start("recipe", *arguments, environment=environment()))
+    return code, Path("out").read_text(), Path("err").read_text()
 
 
 def widest(written: bytes) -> int:
@@ -184,7 +172,7 @@ def test_a_stopped_run_says_what_is_kept_and_how_to_go_on(number: signal.Signals
     if number == signal.SIGINT:
         os.write(run.descriptor, b"\x03")
     else:
-        run.process.send_signal(number)
+        os.kill(run.process.pid, number)
     assert run.end() == 128 + number
     assert run.lines()[-3:] == [
         f"2_sft was stopped by {number.name}",
@@ -206,7 +194,8 @@ def test_a_step_saves_when_its_terminal_is_closed() -> None:
     while not Path("runs/r/2_sft/pid").exists():
         time.sleep(0.02)
     os.close(run.descriptor)
-    assert run.process.wait(timeout=60) == 128 + signal.SIGHUP
+    os.close(run.theirs)
+    assert end(run.process) == 128 + signal.SIGHUP
     assert Path("runs/r/2_sft/checkpoint").read_text() == str(int(signal.SIGHUP))
     record = json.loads(Path("runs/r/run.json").read_text())["steps"]["2_sft"]
     assert record["finished_at"] is None and record["seconds"] > 0
@@ -271,7 +260,8 @@ def test_where_the_view_is_live(
 
 def test_a_pipe_gets_a_line_for_each_quarter_of_a_step() -> None:
     configure("2_sft", reports=40)
-    out = in_pipe().stdout
+    command = [sys.executable, "-c", DRIVER]
+    out = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False).stdout
     done = [int(found) for found in re.findall(r"^    (\d+)/40, loss 0.5, .* left of the run$", out, re.MULTILINE)]
     quarters = [4 * shown // 40 for shown in done]
     assert len(quarters) >= 2 and quarters == sorted({1, 2, 3} & set(quarters)), "each at most once"
@@ -281,13 +271,13 @@ def test_a_pipe_gets_a_line_for_each_quarter_of_a_step() -> None:
 def test_a_resumed_step_appends_to_its_log_and_a_new_start_replaces_it() -> None:
     log = Path("runs/r/logs/2_sft.log")
     configure("2_sft", fails=7)
-    in_pipe()
+    in_file()
     first = log.read_text()
     assert first == "$ python -m stand_in_step --config recipe/2_sft.yaml\nthe step's own message\n"
-    in_pipe()
+    in_file()
     assert log.read_text() == first + first.splitlines()[0] + "\n"
     configure("2_sft", prints=1, fails=0)
-    in_pipe()
+    in_file()
     assert log.read_text() == first.splitlines()[0] + "\nline 0\n"
     assert sorted(path.name for path in log.parent.iterdir()) == sorted(f"{name}.log" for name in STAGES)
 
@@ -295,19 +285,17 @@ def test_a_resumed_step_appends_to_its_log_and_a_new_start_replaces_it() -> None
 def test_verbose_prints_all_output_once_as_well() -> None:
     configure("1_pretrain", prints=30)
     configure("2_sft", fails=7)
-    done = in_pipe("--verbose")
-    assert [line for line in done.stdout.splitlines() if line.startswith("line ")] == [
-        f"line {n}" for n in range(30)
-    ] * 2
-    assert (done.stdout + done.stderr).count("the step's own message") == 1
+    _, out, err = in_file("--verbose")
+    assert [line for line in out.splitlines() if line.startswith("line ")] == [f"line {n}" for n in range(30)] * 2
+    assert (out + err).count("the step's own message") == 1
     assert Path("runs/r/logs/1_pretrain.log").read_text().count("line ") == 30
 
 
 def test_a_file_where_the_logs_belong_is_refused_before_anything_is_written() -> None:
     Path("runs/r").mkdir(parents=True)
     Path("runs/r/logs").touch()
-    done = in_pipe()
-    assert done.returncode == 2 and done.stderr.startswith("output_dir: runs/r/logs: is not a directory")
+    code, _, err = in_file()
+    assert code == 2 and err.startswith("output_dir: runs/r/logs: is not a directory")
     assert [path.name for path in Path("runs/r").iterdir()] == ["logs"]
 
 

@@ -5,12 +5,12 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from pipeline.runner import warm
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.steps import Step
 from pipeline.stages import STAGES
+from tests.stand_in_run import end, start
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -41,19 +42,6 @@ RECIPE = {
     },
     "3_reward": {"output_dir": "runs/r/3_reward", "model_name_or_path": "runs/r/2_sft"},
 }
-# Runs the command line with every step replaced by the stand-in, which is not evaluated.
-DRIVER = """
-import sys
-from dataclasses import replace
-from pipeline.runner import warm
-from pipeline.stages import STAGES
-from pipeline.__main__ import main
-for name, kind in STAGES.items():
-    if kind.module:
-        STAGES[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
-warm.PRELOADED = ()
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture
@@ -756,28 +744,21 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.fixture(params=[[], ["--no-fork"]], ids=["fork", "new process"])
-def waiting(request: pytest.FixtureRequest, folder: Path) -> Iterator[subprocess.Popen[str]]:
+def waiting(request: pytest.FixtureRequest, folder: Path) -> Iterator[BaseProcess]:
     """A run whose `2_sft` is running."""
     configure(folder, "2_sft", waits=True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, "run", "recipe", *request.param],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("recipe", *request.param, environment=os.environ)
     wait_for(Path("runs/r/2_sft/pid"))
     yield process
     process.kill()
-    process.communicate()
+    process.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_step_which_may_save(
-    waiting: subprocess.Popen[str], run: Runner, number: signal.Signals
-) -> None:
-    waiting.send_signal(number)
-    out, err = waiting.communicate(timeout=60)
-    assert waiting.returncode == 128 + number
+def test_a_signal_reaches_the_step_which_may_save(waiting: BaseProcess, run: Runner, number: signal.Signals) -> None:
+    os.kill(waiting.pid, number)
+    assert end(waiting) == 128 + number
+    out, err = Path("out").read_text(), Path("err").read_text()
     assert Path("runs/r/2_sft/checkpoint").read_text() == str(int(number))
     assert f"2_sft was stopped by {number.name}\nkept: the steps before it\n" in out
     assert "to resume: fourstage run recipe\n" in out
@@ -788,7 +769,7 @@ def test_a_signal_reaches_the_step_which_may_save(
 
 
 def test_a_second_run_in_the_same_directory_is_refused(
-    waiting: subprocess.Popen[str], run: Runner, capfd: pytest.CaptureFixture[str]
+    waiting: BaseProcess, run: Runner, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert any(re.match("2_sft +running", line) for line in status(capfd))
     code, _, err = run()
@@ -797,11 +778,9 @@ def test_a_second_run_in_the_same_directory_is_refused(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a child that its parent has died")
-def test_after_the_runner_was_killed_its_step_saves_and_the_next_run_resumes(
-    waiting: subprocess.Popen[str], run: Runner
-) -> None:
+def test_after_the_runner_was_killed_its_step_saves_and_the_next_run_resumes(waiting: BaseProcess, run: Runner) -> None:
     waiting.kill()
-    waiting.wait()
+    assert end(waiting) == -signal.SIGKILL
     code, out, _ = run()
     assert code == 0
     assert "2_sft: was interrupted" in out
@@ -995,16 +974,14 @@ def test_a_seed_that_fails_ends_the_command_which_then_goes_on(folder: Path, run
 
 def test_several_seeds_are_stopped_by_a_signal_locked_and_resumed(folder: Path, run: Runner) -> None:
     configure(folder, "2_sft", waits=True)
-    command = [sys.executable, "-c", DRIVER, "run", "recipe", "--seeds", "0", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        wait_for(Path("runs/r/seed0/2_sft/pid"))
-        for argv in (["--seeds", "1"], [], ["--seed", "0", "--output_dir", "runs/r/seed0"]):
-            code, _, err = run(*argv)
-            assert code == 2 and f"process {process.pid} is writing there" in err
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "to resume: fourstage run recipe --seeds 0 1\n" in out
+    process = start("recipe", "--seeds", "0", "1", environment=os.environ)
+    wait_for(Path("runs/r/seed0/2_sft/pid"))
+    for argv in (["--seeds", "1"], [], ["--seed", "0", "--output_dir", "runs/r/seed0"]):
+        code, _, err = run(*argv)
+        assert code == 2 and f"process {process.pid} is writing there" in err
+    os.kill(process.pid, signal.SIGTERM)
+    assert end(process) == 128 + signal.SIGTERM
+    assert "to resume: fourstage run recipe --seeds 0 1\n" in Path("out").read_text()
     assert not Path("runs/r/seed1").exists()
     code, out, _ = run("--seeds", "0")  # the other one would wait for a signal
     assert code == 0 and "2_sft: was interrupted" in out
@@ -1013,11 +990,10 @@ def test_several_seeds_are_stopped_by_a_signal_locked_and_resumed(folder: Path, 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a child that its parent has died")
 def test_several_seeds_that_were_killed_go_on(folder: Path, run: Runner) -> None:
     configure(folder, "2_sft", waits=True)
-    command = [sys.executable, "-c", DRIVER, "run", "recipe", "--seeds", "0", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        wait_for(Path("runs/r/seed0/2_sft/pid"))
-        process.kill()
-        process.wait()
+    process = start("recipe", "--seeds", "0", "1", environment=os.environ)
+    wait_for(Path("runs/r/seed0/2_sft/pid"))
+    process.kill()
+    assert end(process) == -signal.SIGKILL
     Path("runs/r/seed1/2_sft").mkdir(parents=True)
     Path("runs/r/seed1/2_sft/checkpoint").touch()  # there it does not wait
     code, out, _ = run("--seeds", "0", "1")
