@@ -9,15 +9,21 @@ import atexit
 import contextlib
 import functools
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
+from pipeline import safe_path
 from pipeline.runner.processes import run
-from pipeline.runner.warm import WarmProcess
+from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess
 
 ROOT = Path(__file__).parents[1]
+RANKS = ["-m", "tests.ranks", "--config_file", "accelerate_config.yaml", "--num_processes"]
+"""How a command begins that runs on several processes; their number comes next."""
 
 
 @functools.cache
@@ -48,3 +54,56 @@ def run_forked(
         output.seek(0)
         written = output.read()
     return subprocess.CompletedProcess(command, code, written, written)
+
+
+class Started:
+    """A command that is stopped at some moment: `python -m ...`, run in `ROOT` until this context ends.
+
+    Args:
+        command: The command.
+        environment: What its environment has beside the one of the tests.
+
+    Attributes:
+        code: Its return code, as `subprocess` defines it, once it has ended.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        everything = {**DEFAULTS, **safe_path(), **os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+        self.code: int | None = None
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed when this context ends
+        output = self._output.fileno()
+        self._process: Fork | subprocess.Popen[bytes] = _warm(ROOT).fork(
+            command, everything, (), output
+        ) or subprocess.Popen(command, cwd=ROOT, env=everything, stdout=output, stderr=output)
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.code is None:
+            self.kill()
+            self.wait()
+        self._output.close()
+
+    @property
+    def is_running(self) -> bool:
+        if isinstance(self._process, Fork):
+            return psutil.pid_exists(self._process.pid)
+        return self._process.poll() is None
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Wait until it has ended. Return its code."""
+        ended = self._process.wait()
+        self.code = ended[0] if isinstance(ended, tuple) else ended
+        return self.code
+
+    def written(self) -> str:
+        """Return all that it has written so far to stdout and stderr."""
+        return os.pread(self._output.fileno(), 1 << 24, 0).decode()

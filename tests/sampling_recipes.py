@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import ppo_toy as toy
-from tests.forked import run_forked
+from tests.forked import RANKS, run_forked
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -68,9 +68,8 @@ def write_config(recipe: str, folder: Path, experts: bool = False, **changes: An
 
 def command(module: str, *arguments: str, processes: int = 1) -> list[str]:
     """Return the command line that runs a module on one process or several."""
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
-    launch += ["--num_processes", str(processes), "--main_process_port", "0"]
-    return [sys.executable, *(launch if processes > 1 else []), "-m", module, *arguments]
+    launch = [*RANKS, str(processes)] if processes > 1 else []
+    return [sys.executable, *launch, "-m", module, *arguments]
 
 
 def run(module: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:

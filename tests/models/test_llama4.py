@@ -41,6 +41,7 @@ from pipeline.rl.value_model import value_model_from
 from pipeline.training.checks import check_lora
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.pretraining import PretrainTrainer
+from tests.forked import RANKS, run_forked
 
 SIZES: dict[str, Any] = {
     "model_type": "llama4_text",
@@ -313,9 +314,7 @@ def test_the_load_is_logged_and_a_resumed_run_ends_with_the_same_weights(whole: 
 def test_two_processes_learn_what_one_learns(whole: tuple[Path, Path]) -> None:
     inputs, output = whole
     more = (*MIXED, "--output_dir", str(inputs / "two"), "--per_device_train_batch_size", "2")
-    launch = ["accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "--num_processes", "2"]
-    command = [sys.executable, "-m", *launch, *recipe_command("pretrain", inputs, *more)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = run_forked([sys.executable, *RANKS, "2", *recipe_command("pretrain", inputs, *more)])
     assert result.returncode == 0, result.stderr
     one, other = weights(output), weights(inputs / "two")
     assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -44,6 +42,7 @@ from pipeline.preferences.collect import PreferenceArguments, collect, encode, l
 from pipeline.preferences.judges import Judge, compare, score
 from pipeline.preferences.people import VoteArguments, wait_for_votes
 from pipeline.rewards.annotators import PANEL, taste
+from tests.forked import RANKS, run_forked
 from tests.word_model import word_model_config, word_tokenizer
 
 WORDS = ["where", "is", "fox", "owl", "bee", "ant", "forest.", "sea.", "thank", "you.", "obviously."]
@@ -460,12 +459,8 @@ def test_a_model_that_cannot_answer_is_refused(arguments: dict[str, Any], model_
 
 
 def test_two_processes_give_what_one_gives(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:
-    repository = Path(__file__).parents[2]
     flags = [f"--{name}={value}" for name, value in {**arguments, "output_dir": tmp_path / "two"}.items()]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
-    command = [*launch, "--num_processes", "2", "-m", "recipes.preferences", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    done = run_forked([sys.executable, *RANKS, "2", "-m", "recipes.preferences", *flags])
     assert done.returncode == 0, done.stderr[-2000:]
     assert contents(tmp_path / "two") == contents(collected)
 

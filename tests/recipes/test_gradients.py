@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_model import recipe_command, weights
 
-from tests.forked import run_forked
+from tests.forked import RANKS, run_forked
 
 SGD = {
     "bf16": "false",
@@ -22,7 +22,6 @@ SGD = {
     "save_strategy": "no",
     "eval_strategy": "no",
 }
-LAUNCH = ["accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "--num_processes"]
 
 
 def train(recipe: str, inputs: Path, processes: int, batch: int, accumulated: int) -> tuple[Path, list[float]]:
@@ -35,7 +34,7 @@ def train(recipe: str, inputs: Path, processes: int, batch: int, accumulated: in
         "output_dir": output,
     }
     more = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    launch = ["-m", *LAUNCH, str(processes)] if processes > 1 else []
+    launch = [*RANKS, str(processes)] if processes > 1 else []
     result = run_forked([sys.executable, *launch, *recipe_command(recipe, inputs, *more)])
     assert result.returncode == 0, result.stderr
     group = "2 on cpu, one group (gloo)" if processes == 2 else "processes   1 on cpu"

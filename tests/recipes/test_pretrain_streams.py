@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 from small_model import TEXT, equal, recipe_command, weights, write_lines
 
-from tests.forked import run_forked
-
-LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "--num_processes", "2"]
+from tests.forked import RANKS, run_forked
 
 
 def train(inputs: Path, output: Path, processes: int, *more: str) -> str:
@@ -27,7 +25,7 @@ def train(inputs: Path, output: Path, processes: int, *more: str) -> str:
     options = ["--dataset_name", str(data), "--dataset_streaming", "--max_eval_samples", "20", "--output_dir"]
     batch = ["--per_device_train_batch_size", str(64 // processes), "--max_steps", "6"]
     saves = ["--eval_steps", "6", "--save_total_limit", "3"]
-    launch = LAUNCH if processes == 2 else []
+    launch = [*RANKS, "2"] if processes == 2 else []
     arguments = recipe_command("pretrain", inputs, *options, str(output), *batch, *saves, *more)
     result = run_forked([sys.executable, *launch, *arguments])
     assert result.returncode == 0, result.stderr

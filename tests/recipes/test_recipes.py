@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,13 +16,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_model import ROOT, equal, recipe_command, run_recipe, save_tokenizer, weights
+from small_model import equal, recipe_command, run_recipe, save_tokenizer, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from pipeline import launch
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from tests.emulated_gpus import emulated_gpus
+from tests.forked import Started
 from tests.sampling_recipes import write_config
 
 RECIPES = ["pretrain", "sft", "reward", "dpo"]
@@ -78,13 +78,13 @@ def test_killed_while_it_saves_and_started_again_it_ends_with_the_same_weights(
     recipe, output, _ = whole
     parts = inputs / f"{recipe}-parts"
     command = [sys.executable, *recipe_command(recipe, inputs, *FP32, "--output_dir", str(parts))]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while run.poll() is None and not (parts / "checkpoint-2").exists():
+    with Started(command) as run:
+        while run.is_running and not (parts / "checkpoint-2").exists():
             time.sleep(0.002)
-        while run.poll() is None and not (parts / ".unfinished").exists():
+        while run.is_running and not (parts / ".unfinished").exists():
             time.sleep(0.0005)
         run.kill()
-    assert run.returncode == -signal.SIGKILL
+        assert run.wait() == -signal.SIGKILL
     again = run_recipe(recipe, inputs, *FP32, "--output_dir", str(parts))
     assert again.returncode == 0, again.stderr
     assert "resuming" in again.stderr
@@ -105,16 +105,14 @@ def test_a_signal_saves_and_reports_how_to_resume(inputs: Path, number: signal.S
         "no",
     )
     command = [sys.executable, *recipe_command("pretrain", inputs, *more)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stderr is not None
-        for line in run.stderr:
-            if line.startswith("batch"):
-                break
+    with Started(command) as run:
+        while run.is_running and "\nbatch" not in run.written():
+            time.sleep(0.02)
         time.sleep(1)
         run.send_signal(number)
-        rest = run.stderr.read()
-    assert run.returncode == 128 + number
-    assert "The same command resumes from there" in rest and "Traceback" not in rest
+        assert run.wait() == 128 + number
+        written = run.written()
+    assert "The same command resumes from there" in written and "Traceback" not in written
     saved = [path for path in output.glob("checkpoint-*") if (path / "manifest.json").exists()]
     assert len(saved) == 1
     assert not (output / "model.safetensors").exists()

@@ -4,10 +4,8 @@ fail."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.sampling_recipes import ENVIRONMENT, ROOT, command, run, write_config
+from tests.forked import Started
+from tests.sampling_recipes import ENVIRONMENT, command, run, write_config
 
 STEPS = 12
 MODELS = {"ppo": ("model.safetensors", "value_model/model.safetensors"), "grpo": ("model.safetensors",)}
@@ -46,18 +45,12 @@ def test_a_run_killed_at_a_random_moment_and_restarted_ends_the_same(
 
     step, seconds = random.SystemRandom().randint(1, STEPS - 3), random.SystemRandom().uniform(0, 0.1)
     moment = f"killed {seconds:.3f} s after checkpoint {step}"
-    with subprocess.Popen(
-        command(f"recipes.{recipe}", *options, str(parts)),
-        cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        while process.poll() is None and not (parts / f"checkpoint-{step}").exists():
+    with Started(command(f"recipes.{recipe}", *options, str(parts)), ENVIRONMENT) as process:
+        while process.is_running and not (parts / f"checkpoint-{step}").exists():
             time.sleep(0.002)
         time.sleep(seconds)
         process.kill()
-    assert process.returncode == -signal.SIGKILL, moment
+        assert process.wait() == -signal.SIGKILL, moment
     again = run(f"recipes.{recipe}", *options, str(parts))
     assert again.returncode == 0 and "resuming" in again.stderr, f"{moment}\n{again.stderr[-3000:]}"
 

@@ -328,19 +328,22 @@ def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
     Path("stand_in.py").write_text(LAUNCHED)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     monkeypatch.setattr(warm_module, "PRELOADED", ())
-    launch = ["-m", "pipeline.runner.launcher", "--config_file", str(ROOT / "accelerate_config.yaml"), *options]
+    launch = ["--config_file", str(ROOT / "accelerate_config.yaml"), *options, "-m", "stand_in"]
+    launcher = "pipeline.runner.launcher"
+    # Tests launch several processes as forks of a fork.
+    ranks = {"ranks": "tests.ranks"} if processes > 1 else {}
+    found = {}
     with WarmProcess(os.environ) as process:
-        for name, warm in (("new", None), ("fork", process)):
+        for name, module in ({"new": launcher, "fork": launcher} | ranks).items():
             with Path(name).open("w") as log:
-                command = [sys.executable, *launch, "-m", "stand_in"]
+                command, warm = [sys.executable, "-m", module, *launch], None if name == "new" else process
                 assert run(command, os.environ, (), log.fileno(), warm)[:2] == (0, None)
-    new, fork = (
-        sorted(line for line in Path(name).read_text().split("\n") if line.startswith(("True ", "False ")))
-        for name in ("new", "fork")
-    )
-    assert len(new) == len(fork) == processes
-    forks = options not in (("--num_processes", "2"), ("--debug",))
-    assert [line.partition(" ") for line in fork] == [(str(forks), " ", line.partition(" ")[2]) for line in new]
+            lines = [line for line in Path(name).read_text().split("\n") if line.startswith(("True ", "False "))]
+            found[name] = [line.partition(" ") for line in sorted(lines)]
+            assert len(lines) == processes
+    for name, lines in found.items():
+        forked = name == "ranks" or (name == "fork" and options not in (("--num_processes", "2"), ("--debug",)))
+        assert lines == [(str(forked), " ", environment) for _, _, environment in found["new"]]
 
 
 @pytest.mark.parametrize("preloaded", ["no_such_module", "starts_a_thread"])

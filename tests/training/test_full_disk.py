@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_model import ROOT, equal, recipe_command, run_recipe, weights
+from small_model import equal, recipe_command, run_recipe, weights
 
 from pipeline.training.checkpoint_folders import newest_complete
+from tests.forked import Started
 
 SIZE = 16 << 20
 LEFT = 64 << 10
@@ -38,14 +39,14 @@ def test_a_disk_that_fills_up_costs_one_checkpoint(small_disk: Path, tmp_path: P
     assert whole.returncode == 0, whole.stderr
 
     command = [sys.executable, *recipe_command("sft", inputs, *more, "--output_dir", str(run))]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not (run / "checkpoint-2").exists():
+    with Started(command) as process:
+        while process.is_running and not (run / "checkpoint-2").exists():
             time.sleep(0.002)
         filler = small_disk / "filler"
         with filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - LEFT)
-        errors = process.communicate()[1]
-    assert process.returncode == 1
+        assert process.wait() == 1
+        errors = process.written()
     assert "Traceback" not in errors
     last = newest_complete(run)
     assert last is not None
