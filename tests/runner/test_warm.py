@@ -1,9 +1,7 @@
 """Steps that are forked from a warm process behave as new processes do; each test of `run` is made both ways."""
 
-import json
 import os
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -282,30 +280,6 @@ def test_a_fork_computes_grades_code_and_starts_workers(tmp_path: Path, monkeypa
                 assert run(command, os.environ, (), log.fileno(), warm)[:2] == (0, None)
     assert Path("new").read_text().endswith("[True, False, False]\n")
     assert Path("fork").read_text() == Path("second").read_text() == Path("new").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="forks are made on Linux only")
-def test_a_run_equals_the_same_steps_typed_by_hand(tmp_path: Path) -> None:
-    """Every weight, pair, answer and figure, bit for bit."""
-    command = [sys.executable, "-m", "pipeline", "run", "recipes/pocket", "--smoke", "--until", "3_preferences"]
-    subprocess.run([*command, "--output_dir", str(tmp_path / "run")], cwd=ROOT, check=True, capture_output=True)
-    start = {
-        "python": [sys.executable],
-        "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
-    }
-    steps = json.loads((tmp_path / "run" / "run.json").read_text())["steps"]
-    for name, step in steps.items():
-        if name in ("evaluate_0_random", "evaluate_1_pretrain"):  # as that of 2_sft
-            continue
-        program, *arguments = shlex.split(step["command"].replace(str(tmp_path / "run"), str(tmp_path / "typed")))
-        subprocess.run([*start[program], *arguments], cwd=ROOT, check=True, capture_output=True)
-    paths = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")]
-    compared = [path for path in paths if path.suffix in (".safetensors", ".jsonl", ".parquet")]
-    compared = [path for path in compared if path.parts[0] != "evaluations" or path.stem == "2_sft"]
-    assert {"1_pretrain", "2_sft", "3_preferences", "evaluations"} <= {path.parts[0] for path in compared}
-    for path in compared:
-        assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "typed" / path).read_bytes(), path
 
 
 LAUNCHED = """
