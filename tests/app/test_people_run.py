@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from fastapi import FastAPI
 from small_model import ROOT, write_lines
 from starlette.testclient import TestClient
 
+from pipeline.__main__ import main
 from pipeline.app import cli
 from pipeline.app.models import Models
 from pipeline.app.site import Site
@@ -61,12 +59,6 @@ RECIPE: dict[str, dict[str, Any]] = {
 OUTPUTS = {"3_votes": "runs/toy/votes", "3_reward": "runs/toy/3_reward", "3_ppo": "runs/toy/3_ppo"}
 
 
-def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", "run", "recipe", "--plain"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
 def vote(client: TestClient, name: str, wanted: int) -> dict[str, Any]:
     """Prefer the answer with the larger share of "red", until so many votes are there; returns the state."""
     who = {"annotator": name, "page": "page"}
@@ -81,9 +73,10 @@ def vote(client: TestClient, name: str, wanted: int) -> dict[str, Any]:
 
 
 def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     toy.policy().save_pretrained("policy")
     toy.tokenizer().save_pretrained("policy")
     write_lines(Path("prompts.jsonl"), [{"prompt": f"{one} {other}"} for one in toy.WORDS for other in toy.WORDS])
@@ -93,14 +86,14 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
         output = {"output_dir": OUTPUTS[name]} if name in OUTPUTS else {}
         Path(f"recipe/{name}.yaml").write_text(yaml.safe_dump({**values, **output}))
 
-    waiting = run(tmp_path)
-    assert waiting.returncode == EXIT_WAITING, waiting.stdout + waiting.stderr
-    assert f"0 of {VOTES} votes" in waiting.stderr and "fourstage app runs/toy" in waiting.stderr
-    assert f"3_votes waits for {VOTES} votes" in waiting.stdout and "Traceback" not in waiting.stderr
+    assert main(["run", "recipe", "--plain"]) == EXIT_WAITING
+    out, err = capfd.readouterr()
+    assert f"0 of {VOTES} votes" in err and "fourstage app runs/toy" in err
+    assert f"3_votes waits for {VOTES} votes" in out and "Traceback" not in err
     steps = {step.name: step for step in read_plan(Path("recipe")).steps}
     assert Path("runs/toy/votes/votes.jsonl") in steps["evaluate_3_reward"].files, "also before there are votes"
     show(Path("runs/toy"))
-    assert re.search(r"3_votes +waiting .*waits for people's votes", capsys.readouterr().out)
+    assert re.search(r"3_votes +waiting .*waits for people's votes", capfd.readouterr().out)
 
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
@@ -113,8 +106,7 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
         state = vote(client, "ann", VOTES)
     assert state["goal"] == VOTES and state["command"] == "fourstage run recipe"
 
-    finished = run(tmp_path)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert main(["run", "recipe", "--plain"]) == 0
     metrics = json.loads(Path("runs/toy/report/metrics.json").read_text())["stages"]
     people = metrics["3_reward"]["reward_accuracy_people"]
     assert people["value"] > 0.75 and people["n"] >= 5

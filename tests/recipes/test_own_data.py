@@ -6,10 +6,8 @@ import copy
 import csv
 import gzip
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from small_model import CHATML, ROOT, conversation, tokenizer, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.__main__ import main
 from pipeline.models.scratch import ScratchArguments, build_model
 
 LINES = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater mit seinem Kind;\n\n"
@@ -38,20 +37,24 @@ PAIRS = [
 ]
 
 
-def smoke(recipe: str, here: Path) -> dict[str, Any]:
-    """Run two steps of every stage of a shipped folder in the directory `here`, and return what the report says."""
-    command = [sys.executable, "-m", "pipeline", "run", str(ROOT / "recipes" / recipe), "--smoke"]
-    command += ["--config_file", str(ROOT / "accelerate_config.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (file,) = here.glob("runs/*/report/metrics.json")
-    metrics: dict[str, Any] = json.loads(file.read_text())
-    return metrics
+@pytest.fixture
+def smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    """What runs two steps of every stage of a shipped folder in `tmp_path`, and returns what the report says."""
+
+    def smoke(recipe: str) -> dict[str, Any]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        launch = ["--config_file", str(ROOT / "accelerate_config.yaml")]
+        assert main(["run", str(ROOT / "recipes" / recipe), "--smoke", *launch]) == 0
+        (file,) = tmp_path.glob("runs/*/report/metrics.json")
+        metrics: dict[str, Any] = json.loads(file.read_text())
+        return metrics
+
+    return smoke
 
 
 @pytest.mark.slow
-def test_a_folder_of_yaml_runs_on_files_of_ones_own(tmp_path: Path) -> None:
+def test_a_folder_of_yaml_runs_on_files_of_ones_own(tmp_path: Path, smoke: Callable[[str], dict[str, Any]]) -> None:
     for name in ("text", "questions", "pairs"):
         (tmp_path / "data" / name).mkdir(parents=True)
     with gzip.open(tmp_path / "data" / "text" / "ballads.txt.gz", "wt", encoding="utf-8") as file:
@@ -62,7 +65,7 @@ def test_a_folder_of_yaml_runs_on_files_of_ones_own(tmp_path: Path) -> None:
         writer.writerows([*QUESTIONS, LONG])
     Dataset.from_list(PAIRS).to_parquet(tmp_path / "data" / "pairs" / "train.parquet")
 
-    metrics = smoke("gsm8k-shakespeare", tmp_path)
+    metrics = smoke("gsm8k-shakespeare")
 
     stages = metrics["stages"]
     assert set(metrics["baselines"]) == {"constant", "elicited", "majority"}
@@ -77,7 +80,9 @@ def test_a_folder_of_yaml_runs_on_files_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_existing_model_goes_through_stages_2_to_4_with_lora(tmp_path: Path) -> None:
+def test_an_existing_model_goes_through_stages_2_to_4_with_lora(
+    tmp_path: Path, smoke: Callable[[str], dict[str, Any]]
+) -> None:
     words = copy.deepcopy(tokenizer())
     words.pad_token, words.chat_template = words.eos_token, CHATML  # as real ones have them
     sizes = ScratchArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=2048)
@@ -93,7 +98,7 @@ def test_an_existing_model_goes_through_stages_2_to_4_with_lora(tmp_path: Path) 
     with (recipe / "3_ppo.yaml").open("a") as file:  # in bf16, the base that is saved is rounded, as in training
         file.write("frozen_dtype: float32\n")
 
-    metrics = smoke(str(recipe), tmp_path)
+    metrics = smoke(str(recipe))
 
     assert set(metrics["stages"]) == {"0_base", "2_sft", "3_reward", "3_ppo", "4_grpo"}
     run = tmp_path / "runs" / "existing-model-smoke"
