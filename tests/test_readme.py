@@ -28,6 +28,7 @@ from pipeline.evaluation.evaluate_yaml import check, complete, derive
 from pipeline.preferences.judges import load_judge
 from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.loading import load_function
+from tests.forked import run_forked
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
 PAGES += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/README.md")])
@@ -100,7 +101,7 @@ def test_a_printed_command_is_accepted(
     elif words[0] == "python" and words[2].startswith("recipes."):
         check_recipe(words[2], words[3:])
     elif words[0] == "python" and words[2].startswith("tests.benchmarks."):
-        shown = subprocess.run([sys.executable, *words[1:3], "--help"], cwd=ROOT, capture_output=True, text=True)
+        shown = run_forked([sys.executable, *words[1:3], "--help"])
         assert shown.returncode == 0, shown.stderr
         assert all(word in shown.stdout for word in words if word.startswith("--"))
     elif words[:2] == ["pip", "install"]:
