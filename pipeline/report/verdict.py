@@ -28,6 +28,9 @@ from pipeline.stages import BASELINES, HELD_OUT, SMOKE
 MIN_STOP_RATE = 0.5
 """Below it, most answers of a stage that was taught to answer run into the limit (`MAX_CUT_OFF` of rl.alarms)."""
 
+MIN_SHARE_RIGHT = 0.1
+"""Share of right answers below which a stage leaves the next one little to start from, however much it gained."""
+
 MAX_WITHOUT_SPREAD = 0.95
 """Share of groups with equal rewards, over all of training: above it, 19 of 20 samples taught nothing."""
 
@@ -168,6 +171,8 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
         what = f"{label} is {_shown(aim, now)}"
     if not gained:
         yield Finding(stage.name, what, now.value, remedy)
+    elif aim != "win_rate" and info.share and info.better == "up" and (now.high or 1.0) < MIN_SHARE_RIGHT:
+        yield Finding(stage.name, f"{label} is {_shown(aim, now)}: nearly all answers are wrong", now.value, remedy)
     for name, baseline in run.baselines.items():
         for metric in stage_info(stage.name).aims:
             other = paired(baseline.outcomes(metric), stage.outcomes(metric), metric)

@@ -129,3 +129,10 @@ def test_a_stage_has_to_beat_its_baselines(right: int, beats: bool) -> None:
         baselines={"elicited": stage("elicited", pass_at_1=[1.0] * right + [0.0] * (30 - right))},
     )
     assert list(found(run)) == ([] if beats else [("4_grpo", "pass@1 is")])
+
+
+@pytest.mark.parametrize(("right", "fails"), [(9, True), (60, False)])
+def test_a_significant_gain_that_leaves_nearly_all_answers_wrong_is_named(right: int, fails: bool) -> None:
+    sft = stage("2_sft", instruction_accuracy=[1.0] * right + [0.0] * (400 - right))
+    run = run_of(stage("1_pretrain", instruction_accuracy=[0.0] * 400), sft)
+    assert (("2_sft", "instruction accuracy") in found(run)) is fails
