@@ -212,7 +212,7 @@ class Kind:
 
 KINDS = (
     Kind(arithmetic, weight=5, lengths={1: 2, 2: 3, 3: 4, 4: 4}),
-    Kind(ordering, weight=3, lengths={4: 1, 5: 2, 6: 2}),
+    Kind(ordering, weight=5, lengths={4: 1, 5: 2, 6: 2}),
     Kind(counting, weight=2, lengths={3: 1, 4: 2, 5: 3}),
     Kind(logic, weight=4, lengths={2: 1, 3: 2, 4: 2}),
 )
