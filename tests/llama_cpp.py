@@ -48,14 +48,16 @@ class Answer:
         """Compare an answer with what transformers' model makes of the same prompt.
 
         Returns:
-            By how much its most probable token exceeds llama.cpp's, where most, as logits: 0 if they are the same
+            By how much its most probable token exceeds llama.cpp's where they part, as logits: 0 if they are the same
             tokens. And how much the log-probabilities of llama.cpp's tokens differ, of shape (T,).
         """
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *self.tokens]])).logits[0, len(prompt) - 1 : -1]
         own = logits.log_softmax(-1)
         chosen = own.gather(1, torch.tensor(self.tokens)[:, None])[:, 0]
-        return (own.amax(-1) - chosen).max().item(), (chosen - self.log_probs).abs()
+        # After the first other token, the two continue different texts.
+        parting = (own.amax(-1) - chosen).tolist()
+        return next((gap for gap in parting if gap > 0), 0.0), (chosen - self.log_probs).abs()
 
 
 class LlamaCpp:

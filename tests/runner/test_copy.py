@@ -46,8 +46,8 @@ def test_a_copy_is_the_same_recipe_in_a_run_of_its_own(recipe: str, capsys: pyte
         assert re.sub(rf"{original.run_dir}\b", "runs/own", str(one.values)) == str(other.values)
     for path in [*Path("my/own").glob("*.yaml"), Path("my/own/README.md")]:
         text = path.read_text()
-        # `full` is a recipe by itself.
-        assert not re.search(rf"\b({original.run_dir}|recipes/{recipe})(?![\w-]|/full)", text)
+        # `full` and `dpo` are recipes by themselves.
+        assert not re.search(rf"\b({original.run_dir}|recipes/{recipe})(?![\w-]|/full|/dpo)", text)
         for name in re.findall(r"(?:--config|--config_file) ([\w./-]+)", text):
             assert name == "recipes/accelerate/fsdp2.yaml" or find_shipped(Path(name)).is_file(), f"{path}: {name}"
 
