@@ -493,6 +493,13 @@ CASES |= {
     "pairs grouped by length": Case(
         "dpo", "--train_sampling_strategy group_by_length", ("train_sampling_strategy: ", "two lengths")
     ),
+    "a loss of DPO": Case("kto", "--loss_type sigmoid", ("loss_type: 'sigmoid'", "apo_zero_unpaired")),
+    "a batch without neighbours": Case(
+        "kto", "--per_device_train_batch_size 1", ("per_device_train_batch_size: 1", "at least 2")
+    ),
+    "neighbours torn apart": Case(
+        "kto", "--train_sampling_strategy random", ("train_sampling_strategy: random", "shuffled once")
+    ),
     "a reward model as a policy": model("two-labels", "is a reward model", recipe="dpo"),
     "pairs that are too long": Case("dpo", "--max_length 4", ("max_length: 4", "every pair is longer")),
     "a stream that is read beforehand": Case(

@@ -130,7 +130,7 @@ def recipe_command(recipe: str, folder: Path, *more: str) -> list[str]:
             "128",
         ],
     }
-    inputs["dpo"] = inputs["reward"]
+    inputs["dpo"] = inputs["kto"] = inputs["reward"]
     steps = ["--max_steps", "8", "--logging_steps", "1", "--learning_rate", "1e-3", "--disable_tqdm", "true"]
     saves = ["--save_steps", "2", "--save_total_limit", "2", "--eval_strategy", "steps", "--eval_steps", "4"]
     return ["-m", f"recipes.{recipe}", *inputs[recipe], *steps, *saves, "--per_device_train_batch_size", "4", *more]

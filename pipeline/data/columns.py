@@ -35,14 +35,15 @@ logger = logging.getLogger(__name__)
 TOKENS = "input_ids"
 """Column of blocks, and of documents that are tokens already: `bos + text + eos`."""
 
-Kind = Literal["text", "tokens", "conversation", "preference", "prompt"]
+Kind = Literal["text", "tokens", "conversation", "preference", "unpaired", "prompt"]
 Split: TypeAlias = Dataset | IterableDataset
 Convert = Callable[[Row], dict[str, Any]]
 
 FEATURES = {
     **dict.fromkeys(("text", "answer"), Value("string")),
-    **dict.fromkeys(("messages", "prompt", "chosen", "rejected"), MESSAGES),
+    **dict.fromkeys(("messages", "prompt", "chosen", "rejected", "completion"), MESSAGES),
     "margin": Value("float64"),
+    "label": Value("bool"),
 }
 """Types of the columns that converters make."""
 
@@ -152,7 +153,8 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         try:
             converted = read(row)
             if tokens is not None:
-                refuse_special_tokens(converted, tokens)
+                # An answer that is not one of a pair is looked at as well.
+                refuse_special_tokens({"messages": converted.get("completion"), **converted}, tokens)
         except ShapeError as error:
             if not is_stream:
                 return {**dict.fromkeys(made), FAULT: str(error)}
@@ -181,7 +183,7 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
     standard = split.map(convert, with_indices=True, remove_columns=removed, features=types)
     if not is_stream and len(split):
         standard = _drop_faults(standard, place, args)
-    return _drop_uninformative(standard, place) if kind == "preference" else standard
+    return _drop_uninformative(standard, place) if "chosen" in made else standard
 
 
 def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
@@ -248,6 +250,7 @@ def converter(
     #   conversation   messages_column, or a prompt [context] and its completion    messages
     #   prompt         prompt_column [context] [answer_column]                      prompt [answer], and all others
     #   preference     [prompt_column] [context] chosen rejected [margin]           prompt chosen rejected [margin]
+    #   unpaired       the same, or a prompt [context], its completion and label    the same, or prompt completion label
     if kind == "conversation":
         return _conversation_converter(args, columns)
     if kind == "prompt":
@@ -262,6 +265,8 @@ def converter(
 
         return from_text, ["text"], [text]
 
+    if kind == "unpaired" and not find_column(columns, "chosen"):
+        return _unpaired_converter(args, columns)
     chosen, rejected = _require(columns, chosen_column="chosen", rejected_column="rejected")
     prompt = _find_prompt(args, columns, split)
     # Answers that are conversations contain their prompt; texts do not.
@@ -342,6 +347,26 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> tuple[Co
         return {"messages": [*messages, answer_message(row[completion], completion)]}
 
     return from_pair, ["messages"], [*used, completion]
+
+
+def _unpaired_converter(args: DataArguments, columns: list[str]) -> tuple[Convert, list[str], list[str]]:
+    """Return the function that reads single answers that are wanted or not; as for `converter`."""
+    prompt = _find_prompt(args, columns)
+    completion = find_column(columns, *([args.completion_column] if args.completion_column else ANSWERS))
+    names = {"prompt_column": prompt or args.prompt_column, "completion_column": completion or "completion"}
+    prompt, completion, label = _require(columns, "or, for pairs, chosen and rejected; ", **names, label="label")
+    read, used = _prompt_reader(args, columns, prompt, completion)
+
+    def convert(row: Row) -> dict[str, Any]:
+        answer, wanted = row[completion], row[label]
+        if isinstance(answer, list) and len(answer) == 1 and answer[0].get("role") == "assistant":
+            answer = answer[0]["content"]
+        if wanted not in (True, False):
+            raise ShapeError(f"{label} is {shorten(wanted)}, not true or false")
+        messages = read_prompt(read(row), prompt, args.system_prompt)
+        return {"prompt": messages, "completion": [answer_message(answer, completion)], "label": bool(wanted)}
+
+    return convert, ["prompt", "completion", "label"], [*used, completion, label]
 
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> tuple[Convert, list[str], list[str]]:

@@ -5,6 +5,8 @@ Both lie in one folder, such as `runs/pocket/votes`:
     votes.jsonl                          the log: one line per vote, appended and never changed
     train.parquet, validation.parquet,   the data set: one row per vote that prefers one of the two answers,
     test.parquet, README.md              written again whenever the log has grown
+    judgements/train.parquet, ...        its configuration `judgements`: each answer alone, and whether it is wanted.
+                                         Both are after a tie, neither if both are bad
 
 A line of the log is a vote of a person on two answers to a prompt, `a` by `model_a` and `b` by `model_b`:
 
@@ -48,7 +50,8 @@ CARD = """\
 
 Answers of {models}, compared in pairs by {annotators}, who did not know whose answers they are. `first` says which of
 the two was shown first. Ties, pairs with two bad answers and skipped pairs are counted but not used. All
-votes on a prompt are in one split.
+votes on a prompt are in one split. The configuration `judgements` has single answers, and whether they are wanted
+(`label`): the better one, and both of a tie.
 
 {table}
 Made from `votes.jsonl` with the SHA-256 digest {digest}.
@@ -251,6 +254,28 @@ def as_pairs(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     return pairs
 
 
+SINGLE = "judgements"
+"""Configuration of the data set whose rows are single answers."""
+
+WANTED = {"a": (True, False), "b": (False, True), "tie": (True, True), "bad": (False, False)}
+"""Whether answers `a` and `b` are wanted, by what was voted. A skipped pair says nothing."""
+
+
+def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
+    """Return both answers of each vote that was not skipped, as rows of an unpaired preference data set."""
+    judgements = []
+    for vote in votes:
+        # That one of two equal answers is better says nothing.
+        if vote["choice"] in OTHER and vote["a"].strip() == vote["b"].strip():
+            continue
+        prompt = [{key: turn[key] for key in ("role", "content")} for turn in vote["prompt"]]
+        for side, wanted in zip("ab", WANTED.get(vote["choice"], ()), strict=False):
+            answer = [{"role": "assistant", "content": vote[side]}]
+            own = {"prompt": prompt, "completion": answer, "label": wanted, "annotator": vote["annotator"]}
+            judgements.append(own)
+    return [row for row in judgements if row["completion"][0]["content"].strip()]
+
+
 def update_data_set(folder: Path) -> int:
     """Write the data set of the votes in `folder`, unless it is up to date.
 
@@ -261,7 +286,12 @@ def update_data_set(folder: Path) -> int:
         UserError: If a line of the log is not a vote, or the folder cannot be written to.
     """
     # Imported here, because `datasets` takes a second, and the report only reads votes.
-    from pipeline.data.writing import PREFERENCES, write_rows
+    from datasets import Features, Value
+
+    from pipeline.data.writing import MESSAGES, PREFERENCES, write_rows
+
+    single = {"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "annotator": Value("string")}
+    judgements = Features(single).arrow_schema
 
     path = folder / "README.md"
     rows, card = _data_set(folder)
@@ -269,22 +299,22 @@ def update_data_set(folder: Path) -> int:
         # Several processes may read the same data, and update them at the same time.
         with lock(folder / ".data.lock"):
             rows, card = _data_set(folder)
-            for name in SPLITS:
+            for name, part in rows.items():
                 file = folder / f"{name}.parquet"
-                if rows[name]:
-                    tmp_file = folder / f".{name}.tmp"
-                    write_rows(tmp_file, PREFERENCES, rows[name])
+                if part:
+                    tmp_file = file.with_name(f".{file.stem}.tmp")
+                    write_rows(tmp_file, PREFERENCES if name in SPLITS else judgements, part)
                     os.replace(tmp_file, file)
                 else:
                     # `load_dataset` refuses a split without rows.
                     file.unlink(missing_ok=True)
             # The card comes last: without it, the next reader writes everything again.
             write_text(path, card)
-    return sum(map(len, rows.values()))
+    return sum(len(rows[name]) for name in SPLITS)
 
 
 def _data_set(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """Return the rows of each split, and the card."""
+    """Return the rows of each file, and the card."""
     from pipeline.data import writing
 
     # Read before the votes: of votes that are added meanwhile, the digest knows nothing, and the card is out of date.
@@ -309,6 +339,10 @@ def _data_set(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], str]:
         table=writing.table(["split", "prompts", "votes", "pairs", "ties", "both bad", "skipped"], counts),
         digest=digest,
     )
-    filled = [name for name in SPLITS if rows[name]]
-    tags = ["preference", "human-feedback"]
-    return rows, writing.card({"default": filled} if filled else {}, text, tags=tags)
+    rows |= {f"{SINGLE}/{name}": as_judgements(part) for name, part in votes.items()}
+    files = {
+        config: [name for name in SPLITS if rows[f"{folder}{name}"]]
+        for config, folder in (("default", ""), (SINGLE, f"{SINGLE}/"))
+    }
+    filled = {config: names for config, names in files.items() if names}
+    return rows, writing.card(filled, text, tags=["preference", "human-feedback"])

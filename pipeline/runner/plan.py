@@ -83,7 +83,8 @@ def passes(stage: Settings) -> int:
     if not stage.kind.measured:
         return 1
     if not stage.kind.samples:
-        return training + stage.reference
+        # KTO gives each prompt the answer of another one as well, to policy and reference.
+        return training + stage.reference + 2 * (stage.kind.data == "unpaired")
     if stage.kind.has_critic:
         # Sampling, old log-probabilities and values; then policy and critic are trained.
         return 3 + stage.judges + stage.reference + 2 * uses * training

@@ -272,7 +272,7 @@ STAGES: dict[str, StageKind] = {
             drawing="score",
             section="prefer",
             place="gains",
-            others=("dpo",),
+            others=("dpo", "kto"),
         ),
         watch="PPO gives each token its own reward: minus the distance that the model has moved from its reference, "
         "and for the last token the score of the reward model. The critic guesses before each token what is still to "
@@ -316,6 +316,35 @@ STAGES: dict[str, StageKind] = {
             limit="It learned from a fixed set of answers which of them were preferred, which is not the same as being "
             "right, and says little about answers that are unlike them.",
             tags=("trl", "dpo", "rlhf"),
+        ),
+    ),
+    "kto": StageKind(
+        name="Preference tuning",
+        method="KTO",
+        module="recipes.kto",
+        seconds=150,
+        launched=True,
+        measured=True,
+        data="unpaired",
+        length="max_length",
+        aims=("win_rate", "win_rate_greedy"),
+        smoke=SMOKE_TRAINING,
+        charts=(
+            LoggedChart(
+                "What KTO calls the reward of an answer",
+                (("wanted", "rewards/chosen"), ("unwanted", "rewards/rejected")),
+                note="beta times the log of how much likelier the answer became.",
+            ),
+            LoggedChart("KL to the initial policy, nats per answer", (("KL", "kl"),)),
+            LoggedChart("Loss", LOSS),
+            LoggedChart("Entropy, nats per token", (("entropy", "entropy"),)),
+        ),
+        card=Card(
+            summary="A chat model that was tuned to answer as people prefer.",
+            how="By KTO on answers that were wanted or not, one by one, without a reward model, with `trl.KTOTrainer`.",
+            limit="It learned from a fixed set of answers which of them were wanted, which is not the same as being "
+            "right, and says little about answers that are unlike them.",
+            tags=("trl", "kto", "rlhf"),
         ),
     ),
     "grpo": StageKind(

@@ -117,7 +117,7 @@ class StageKind:
     file_of: str = ""
     directory: str = ""
     check: str = ""
-    data: Literal["text", "conversation", "preference", "prompt", ""] = ""
+    data: Literal["text", "conversation", "preference", "unpaired", "prompt", ""] = ""
     held_out: Literal["text", "instructions", "problems", "prompts", "pairs", ""] = ""
     length: str = ""
     aims: tuple[str, ...] = ()

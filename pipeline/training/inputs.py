@@ -18,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
-from trl import ModelConfig, RewardConfig
+from trl import ModelConfig, RewardConfig, unpair_preference_dataset
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import TOKENS, Kind, Split
+from pipeline.data.columns import TOKENS, Kind, Split, column_names
 from pipeline.data.packing import Encoder
 from pipeline.data.shards import check_tokenizers, is_shards
 from pipeline.data.splits import load_splits
@@ -122,7 +122,7 @@ def load_inputs(
             if kind == "prompt":
                 splits = _drop_long_prompts(splits, tokenizer, training_args, positions)
             else:
-                for split in splits if kind == "preference" else splits[:1]:
+                for split in splits if kind in ("preference", "unpaired") else splits[:1]:
                     problems += _check_tokens(kind, split, tokenizer, training_args) if split is not None else []
     if splits is not None:
         problems += checks.check_batches(len(splits[0]) if isinstance(splits[0], Dataset) else None, training_args)
@@ -210,7 +210,10 @@ def _encode(
     kind: Kind, splits: tuple[Split, Split | None], tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> tuple[Split, Split | None]:
     """Add the tokens of the rows, as `add_tokens` describes them."""
-    if kind == "preference" and not isinstance(args, RewardConfig):
+    if kind == "unpaired":
+        seed = args.seed if args.data_seed is None else args.data_seed
+        splits = _single_answers(splits[0], seed), splits[1] and _single_answers(splits[1], seed)
+    if kind in ("preference", "unpaired") and not isinstance(args, RewardConfig):
         # Other trainers of TRL encode all rows, whatever columns they have.
         train, held_out = (split and _drop_long(split, tokenizer, args.max_length) for split in splits)
         return train, held_out
@@ -224,15 +227,26 @@ def _encode(
     return train, held_out
 
 
+def _single_answers(split: Split, seed: int) -> Split:
+    """Make each answer of a pair a row of its own, and shuffle the rows: TRL's KTO reads them in order."""
+    rows = unpair_preference_dataset(split) if "chosen" in column_names(split) else split
+    return rows.shuffle(seed=seed)
+
+
+def _answers(split: Split) -> list[str]:
+    """Return the columns of answers to a prompt."""
+    return [name for name in column_names(split) if name in ("chosen", "rejected", "completion")]
+
+
 def _drop_long(split: Split, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Split:
-    """Drop the pairs that are too long, as TRL's `RewardTrainer` does: its others would learn from cut answers."""
+    """Drop rows whose answers are too long, as TRL's `RewardTrainer` does: its others would learn from cut answers."""
 
     def fits(prompts: list[Any], *answers: list[Any]) -> list[bool]:
         texts = [[prompt + answer for prompt, answer in zip(prompts, side, strict=True)] for side in answers]
         encoded = [tokenizer.apply_chat_template(side, tokenize=True, return_dict=True)["input_ids"] for side in texts]
         return [limit is None or max(map(len, pair)) <= limit for pair in zip(*encoded, strict=True)]
 
-    columns = ["prompt", "chosen", "rejected"]
+    columns = ["prompt", *_answers(split)]
     return split if limit is None else split.filter(fits, batched=True, input_columns=columns)
 
 
@@ -348,7 +362,7 @@ def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, 
             remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left; raise it"
             return [Problem("max_length", args.max_length, remedy)]
         return []
-    sizes = [max(count(row["prompt"] + row[answer]) for answer in ("chosen", "rejected")) for row in rows]
+    sizes = [max(count(row["prompt"] + row[answer]) for answer in _answers(split)) for row in rows]
     if min(sizes) > args.max_length:
         remedy = f"every pair is longer ({min(sizes)} tokens at least) and would be dropped; raise it"
         return [Problem("max_length", args.max_length, remedy)]

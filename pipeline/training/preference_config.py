@@ -1,8 +1,10 @@
-"""The arguments of preference tuning without samples, with TRL's `DPOTrainer`."""
+"""The arguments of preference tuning without samples, with TRL's `DPOTrainer` and `KTOTrainer`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import trl
 
@@ -13,6 +15,9 @@ OF_DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust
 
 LOSSES = (*OF_DIFFERENCES, "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+NO_BETA = "must be above 0: it is the factor of all that is learned"
+MOVING = "a resumed run would not have the reference that it had reached; omit it"
 
 
 @dataclass
@@ -29,7 +34,7 @@ class DPOConfig(trl.DPOConfig):
         smoothed = losses & {"robust", "exo_pair"}
         refused = {
             "loss_type": not losses <= set(LOSSES) and f"must be of {', '.join(LOSSES)}",
-            "beta": self.beta == 0 and "must be above 0: it is the factor of all that is learned",
+            "beta": self.beta == 0 and NO_BETA,
             "f_divergence_type": (self.f_divergence_type not in DIVERGENCES and f"must be of {', '.join(DIVERGENCES)}")
             or (
                 self.f_divergence_type != "reverse_kl"
@@ -44,12 +49,38 @@ class DPOConfig(trl.DPOConfig):
             and losses & {"aot", "aot_unpaired"}
             and "has no weights for aot, which sorts the pairs; omit it",
             "padding_free": self.padding_free and "TRL pads the pairs at present; omit it",
-            "sync_ref_model": self.sync_ref_model
-            and "a resumed run would not have the reference that it had reached; omit it",
+            "sync_ref_model": self.sync_ref_model and MOVING,
             "train_sampling_strategy": self.train_sampling_strategy == "group_by_length"
             and "a pair has two lengths; omit it",
         }
-        wrong = [Problem(name, getattr(self, name), str(remedy)) for name, remedy in refused.items() if remedy]
-        if wrong:
-            problems = UserError(*wrong)
-            raise ValueError(str(problems)) from problems
+        _refuse(self, refused)
+
+
+@dataclass
+class KTOConfig(trl.KTOConfig):
+    """TRL's `KTOConfig`, which refuses what TRL would refuse, or fail with, once the model is loaded.
+
+    Raises:
+        ValueError: If a value is out of range, or contradicts another one.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refused = {
+            "beta": self.beta == 0 and NO_BETA,
+            "sync_ref_model": self.sync_ref_model and MOVING,
+            "per_device_train_batch_size": self.loss_type == "kto"
+            and self.per_device_train_batch_size < 2
+            and "must be at least 2: the KL is estimated with the answer of another row",
+            "train_sampling_strategy": self.train_sampling_strategy != "sequential"
+            and "the rows are shuffled once, and neighbours stay together; omit it",
+        }
+        _refuse(self, refused)
+
+
+def _refuse(config: Any, refused: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` with the remedies by field, as far as there are any."""
+    wrong = [Problem(name, getattr(config, name), str(remedy)) for name, remedy in refused.items() if remedy]
+    if wrong:
+        problems = UserError(*wrong)
+        raise ValueError(str(problems)) from problems

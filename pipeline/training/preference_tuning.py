@@ -1,4 +1,4 @@
-"""Preference tuning without samples: TRL's `DPOTrainer` with the right reference."""
+"""Preference tuning without samples: TRL's `DPOTrainer` and `KTOTrainer` with the right reference."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from pipeline.errors import Problem, UserError
 from pipeline.models.adapters import MERGED
 from pipeline.models.kernels.attention import choose_attention
-from pipeline.training.preference_config import DPOConfig
+from pipeline.training.preference_config import DPOConfig, KTOConfig
 from pipeline.training.reliable import Reliable
 
 
-class DPOTrainer(Reliable, trl.DPOTrainer):
-    """TRL's `DPOTrainer` with the right reference, and with the attention that suits the machine for both models.
+class WithReference(Reliable):
+    """A trainer of TRL with the right reference, and with the attention that suits the machine for both models.
 
     The reference is the policy as it was before training. TRL loads it by the name of the policy or, under LoRA,
     disables the adapter. A policy that was merged in memory has the name of its base model, without the adapter that it
@@ -34,7 +34,11 @@ class DPOTrainer(Reliable, trl.DPOTrainer):
     """
 
     def __init__(
-        self, model: str | PreTrainedModel, args: DPOConfig, attn_implementation: str | None = None, **kwargs: Any
+        self,
+        model: str | PreTrainedModel,
+        args: DPOConfig | KTOConfig,
+        attn_implementation: str | None = None,
+        **kwargs: Any,
     ) -> None:
         if args.precompute_ref_log_probs and isinstance(kwargs["train_dataset"], IterableDataset):
             remedy = "needs rows that are read twice; turn dataset_streaming off, or omit it"
@@ -46,3 +50,18 @@ class DPOTrainer(Reliable, trl.DPOTrainer):
         if self.ref_model is not None:
             # Before the first step, policy and reference are equal to the bit.
             self.ref_model.set_attn_implementation(self.model.config.get_text_config()._attn_implementation)
+
+
+class DPOTrainer(WithReference, trl.DPOTrainer):
+    """TRL's `DPOTrainer`, for pairs of answers."""
+
+
+class KTOTrainer(WithReference, trl.KTOTrainer):
+    """TRL's `KTOTrainer`, for single answers that are wanted or not.
+
+    TRL reads the rows in order: `load_inputs` has shuffled them. The loss `kto` compares each answer with the KL of the
+    policy from the reference. To estimate it, each prompt gets the answer of its neighbour in the batch of a process;
+    the estimate is averaged over the processes, and 0 if it is negative. Where it is not, it depends on
+    `per_device_train_batch_size` and the number of processes, and two processes do not train as one does. With the loss
+    `apo_zero_unpaired`, which has no KL, they do.
+    """

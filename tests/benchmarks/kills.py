@@ -33,7 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
+RECIPES = ("pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo")
 LIBRARIES = (
     "trl.trainer.sft_trainer",
     "trl.trainer.reward_trainer",

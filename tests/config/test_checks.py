@@ -18,7 +18,7 @@ from pipeline.config.parser import REQUIRED, check_values
 from pipeline.models.scratch import ScratchArguments
 from pipeline.rl.ppo_config import PPOConfig
 
-RECIPES = ("data", "tokenizer", "pretrain", "sft", "preferences", "reward", "dpo", "ppo", "grpo")
+RECIPES = ("data", "tokenizer", "pretrain", "sft", "preferences", "reward", "dpo", "kto", "ppo", "grpo")
 TYPES = {kind for name in RECIPES for kind in argument_types(importlib.import_module(f"recipes.{name}").main)}
 FIELDS = sorted(
     {(item.name, kind) for kind in TYPES for item in dataclasses.fields(kind) if item.init},

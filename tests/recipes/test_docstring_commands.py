@@ -19,7 +19,7 @@ from pipeline.stages import STAGES
 from tests.forked import run_forked
 
 LAUNCH = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
-TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
+TRAINED = ("pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo")
 
 
 def commands() -> list[tuple[str, list[str]]]:

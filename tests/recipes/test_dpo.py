@@ -11,8 +11,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from small_model import recipe_command, save_tokenizer, tokenizer, write_lines
+from peft import AutoPeftModelForCausalLM
+from small_model import recipe_command, write_lines
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +21,7 @@ from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from pipeline.training.preference_config import LOSSES
 from recipes import dpo
+from tests.answers_by_hand import adapted, log_prob, trained
 
 BETA = 0.3
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -31,11 +32,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, pairs, and an adapter of the model whose weights are not zero."""
     folder = tmp_path_factory.mktemp("inputs")
     recipe_command("dpo", folder)
-    torch.manual_seed(1)
-    targets = ["q_proj", "down_proj"]
-    lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, lora_alpha=64, target_modules=targets)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), lora).save_pretrained(folder / "adapter")
-    save_tokenizer(folder / "adapter")
+    adapted(folder)
     return folder
 
 
@@ -46,15 +43,6 @@ def trainer_of(inputs: Path, output: Path, *options: str) -> Any:
     with patch("pipeline.training.train.train_and_save", made.append):
         dpo.main(*parse(*argument_types(dpo.main), argv=[*words, "--output_dir", str(output)]))
     return made[0]
-
-
-def log_prob(model: Any, prompt: list[dict[str, str]], answer: list[dict[str, str]]) -> torch.Tensor:
-    """Return the log-probability of an answer, its end included, without a batch and without padding."""
-    words = tokenizer()
-    start = len(words.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-    ids = torch.tensor([words.apply_chat_template(prompt + answer, return_dict=False)])
-    found = model(input_ids=ids).logits.float().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
-    return found[0, start - 1 :].sum()
 
 
 def by_hand(policy: Any, reference: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -68,10 +56,6 @@ def by_hand(policy: Any, reference: Any, rows: list[dict[str, Any]]) -> torch.Te
             sides.append(log_prob(policy, row["prompt"], row[side]) - before)
         losses.append(-logsigmoid(BETA * (sides[0] - sides[1])))
     return torch.stack(losses).mean()
-
-
-def trained(model: Any) -> dict[str, torch.Tensor]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 CASES = {

@@ -26,7 +26,7 @@ from tests.emulated_gpus import emulated_gpus
 from tests.forked import Started
 from tests.sampling_recipes import write_config
 
-RECIPES = ["pretrain", "sft", "reward", "dpo"]
+RECIPES = ["pretrain", "sft", "reward", "dpo", "kto"]
 FP32 = ("--bf16", "false")
 
 

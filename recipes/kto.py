@@ -1,0 +1,52 @@
+r"""
+# Stage 3: preference tuning on single answers that are wanted or not (KTO), without a reward model
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.kto --config recipes/pocket-dpo/3_dpo.yaml \
+    --output_dir runs/pocket-kto/3_kto
+```
+
+A model of the Hub, with LoRA, on pairs of the Hub, each of which is two answers:
+
+```bash
+accelerate launch --config_file accelerate_config.yaml -m recipes.kto \
+    --config recipes/existing-model/dpo/3_dpo.yaml --loss_type kto \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --output_dir runs/qwen/3_kto
+```
+
+It reads what `recipes.dpo` reads, or rows of a `prompt`, its `completion`, and the `label` true or false. People's
+votes have such rows as well, with `--dataset_config judgements`: both answers of a tie are wanted, and neither of two
+bad ones.
+"""
+
+from trl import ModelConfig
+
+from pipeline.data.arguments import DataArguments
+from pipeline.training.entry import run
+from pipeline.training.preference_config import KTOConfig
+
+
+def main(data_args: DataArguments, training_args: KTOConfig, model_args: ModelConfig) -> None:
+    from trl import get_peft_config
+
+    from pipeline.models.adapters import starting_model
+    from pipeline.training.inputs import load_inputs
+    from pipeline.training.preference_tuning import KTOTrainer
+    from pipeline.training.train import run_callbacks, train_and_save
+
+    tokenizer, train_dataset, eval_dataset = load_inputs("unpaired", data_args, training_args, model_args)
+    trainer = KTOTrainer(
+        model=starting_model(model_args, training_args),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=run_callbacks(training_args),
+        attn_implementation=model_args.attn_implementation,
+    )
+    train_and_save(trainer)
+
+
+if __name__ == "__main__":
+    run(main)
