@@ -10,7 +10,7 @@ A model of the Hub, with LoRA, on pairs of the Hub, each of which is two answers
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.kto \
-    --config recipes/existing-model/dpo/3_dpo.yaml --loss_type kto \
+    --config recipes/existing-model/dpo/3_dpo.yaml \
     --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --output_dir runs/qwen/3_kto
 ```
 
