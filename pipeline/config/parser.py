@@ -65,8 +65,10 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     content, problems = read_config(paths)
     is_unreadable = bool(problems)
     problems += _set_environment(content.pop("env", None))
-    from_file, wrong = read_values(content, dataclass_types)
     from_command_line, more = read_command_line(options, dataclass_types)
+    # Another recipe's file may hold values that this one does not know, as a loss of DPO's.
+    used = {name: value for name, value in content.items() if name not in from_command_line}
+    from_file, wrong = read_values(used, dataclass_types)
     problems += wrong + more
     asked = {name: output_directory.expand(name, value) for name, value in {**from_file, **from_command_line}.items()}
 

@@ -14,6 +14,7 @@ from pipeline.config.parser import parse
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
 from pipeline.hardware import Choice
+from pipeline.training.preference_config import KTOConfig
 from pipeline.training.pretraining import PretrainConfig
 
 
@@ -27,6 +28,16 @@ def sft(tmp_path: Path, yaml: str = "", *argv: str) -> SFTConfig:
 def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     args = sft(tmp_path, "learning_rate: 1e-4\nmax_steps: 5\npacking: true", "--max_steps", "7", "--max-length=9")
     assert (args.learning_rate, args.max_steps, args.packing, args.max_length) == (1e-4, 7, True, 9)
+
+
+def test_a_value_that_the_command_line_overrides_may_be_of_another_recipe(tmp_path: Path) -> None:
+    """DPO and KTO share a file, and have different losses."""
+    (tmp_path / "dpo.yaml").write_text(f"loss_type: sigmoid\noutput_dir: {tmp_path / 'output'}\n")
+    argv = ["--config", str(tmp_path / "dpo.yaml")]
+    with pytest.raises(UserError) as caught:
+        parse(DataArguments, KTOConfig, ModelConfig, argv=argv)
+    assert [problem.field for problem in caught.value.problems] == ["loss_type"]
+    assert parse(DataArguments, KTOConfig, ModelConfig, argv=[*argv, "--loss_type", "kto"])[1].loss_type == "kto"
 
 
 @pytest.mark.parametrize(
