@@ -153,8 +153,7 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         try:
             converted = read(row)
             if tokens is not None:
-                # An answer that is not one of a pair is looked at as well.
-                refuse_special_tokens({"messages": converted.get("completion"), **converted}, tokens)
+                refuse_special_tokens(converted, tokens)
         except ShapeError as error:
             if not is_stream:
                 return {**dict.fromkeys(made), FAULT: str(error)}

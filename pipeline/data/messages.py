@@ -91,7 +91,7 @@ def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
     Chat templates write a conversation as one text, in which the tokenizer cannot tell such a text from the special
     tokens of the template.
     """
-    for column in ("messages", "prompt", "chosen", "rejected"):
+    for column in ("messages", "prompt", "chosen", "rejected", "completion"):
         for message in row.get(column) or ():
             if found := tokens.search(message["content"]):
                 raise ShapeError(f"{column} contains {found.group()}, which the tokenizer reads as a special token")
