@@ -108,7 +108,8 @@ def conclude(run: Run, found: list[Finding]) -> str:
         return ""
     stages = {1: "The stage", 2: "Both stages", 3: "All three stages", 4: "All four stages"}
     subject, are = stages.get(len(reached), f"All {len(reached)} stages"), "they are" if reached[1:] else "it is"
-    return f"{subject} did what {are} for: better {', '.join(reached)}"
+    # PPO and DPO of one run have the same aim.
+    return f"{subject} did what {are} for: better {', '.join(dict.fromkeys(reached))}"
 
 
 def _origin(run: Run, stage: StageResult) -> StageResult | None:
@@ -154,7 +155,7 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
     label = info.label[:1].lower() + info.label[1:]
     remedy = REMEDIES.get(stage_kind(stage.name), "train longer")
     change = paired(before.outcomes(aim), stage.outcomes(aim), aim) if before else None
-    gained = True
+    gained, highest = True, now.value if now.high is None else now.high
     if aim == "win_rate" and before and run.against == before.name:
         gained = now.low is None or now.low > CHANCE
         what = f"{label} against {before.name} is {_shown(aim, now)}, which does not exclude one half"
@@ -171,7 +172,7 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
         what = f"{label} is {_shown(aim, now)}"
     if not gained:
         yield Finding(stage.name, what, now.value, remedy)
-    elif aim != "win_rate" and info.share and info.better == "up" and (now.high or 1.0) < MIN_SHARE_RIGHT:
+    elif aim != "win_rate" and info.share and info.better == "up" and highest < MIN_SHARE_RIGHT:
         yield Finding(stage.name, f"{label} is {_shown(aim, now)}: nearly all answers are wrong", now.value, remedy)
     for name, baseline in run.baselines.items():
         for metric in stage_info(stage.name).aims:
