@@ -40,9 +40,6 @@ from pipeline.training.reliable import Reliable
 
 logger = get_logger(__name__)
 
-MAX_LOGITS = 1 << 26
-"""Maximum number of logits in one tensor on a CPU (256 MiB in float32)."""
-
 
 class EpochSampler(Sampler[int]):
     """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch.
@@ -215,16 +212,14 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         compute_entropy: bool = False,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """On a CPU, compute logits for the completion only: TRL's tiles save memory, but take several times as long.
+        """On a CPU, compute logits for the completion only, without TRL's tiles, which take several times as long.
 
         Either way, positions are counted from each text's first token, as during sampling. TRL counts the padding, too,
         which changes what a model with learned positions computes.
 
         `latest_logps` keeps the log-probabilities, which TRL's loss does not return.
         """
-        rows = batch_size or len(input_ids)
-        size = rows * logits_to_keep * self.model.config.get_text_config().vocab_size
-        plain = input_ids.device.type == "cpu" and size <= MAX_LOGITS and self._whole_and_bare
+        plain = input_ids.device.type == "cpu" and self._whole_and_bare
         asked = any(value is not None and value is not False for value in others.values())
         if not plain or asked or not accepts_argument(model, "logits_to_keep"):
             positioned = model if self._is_vlm else with_positions(model)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from pipeline.rl import grpo
 from pipeline.rl.ppo import PPOTrainer
 from tests import ppo_toy as toy
 
@@ -58,7 +57,8 @@ def test_padding_changes_nothing(
     trainer: PPOTrainer, path: str, batch_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log-probabilities, entropies, those of the reference, and the critic's estimates."""
-    monkeypatch.setattr(grpo, "MAX_LOGITS", 0 if path == "tiles of TRL" else grpo.MAX_LOGITS)
+    # Weights that FSDP splits are not whole.
+    monkeypatch.setattr(trainer, "_whole_and_bare", path == "whole logits")
 
     @torch.no_grad()
     def computed(ids: Tensor, mask: Tensor, length: int, size: int | None) -> list[Tensor]:

@@ -23,6 +23,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -30,6 +31,10 @@ from pipeline.models.kernels.sampler import accepts_argument
 
 CPU_TOKENS = 768
 """Tokens in a forward pass on a CPU, enough to keep it busy. An accelerator takes all of them at once."""
+
+MAX_LOGITS = 1 << 28
+"""Logits that a batch keeps on a CPU until its backward pass (1 GiB in float32). With more, each pass is computed
+twice, which takes half as long again, and only one pass is in memory."""
 
 ATTENTION_COSTS = 256
 """Length of a row at which attention takes about as long as everything else in a small model, and less in a large."""
@@ -77,7 +82,9 @@ def token_log_probs(
         Log-probabilities, and the entropies of the distributions that the tokens were drawn from, or None; each
         (B, `length`), in nats.
     """
-    head = extract_model_from_parallel(model).get_output_embeddings()
+    bare = extract_model_from_parallel(model)
+    head = bare.get_output_embeddings()
+    kept = int(attention_mask[:, -length:].sum()) * bare.config.get_text_config().vocab_size
 
     def of_pass(model: nn.Module, batch: ForwardPass) -> tuple[Tensor, ...]:
         # The head is the largest matrix of a small model, and most tokens are the prompts'.
@@ -97,7 +104,8 @@ def token_log_probs(
         with torch.no_grad():
             return scored, -log_probs.exp().mul_(log_probs).sum(-1)
 
-    scored, *entropies = over_passes(of_pass, model, ids, attention_mask, length, batch_size, autocast)
+    twice = ids.device.type == "cpu" and kept > MAX_LOGITS
+    scored, *entropies = over_passes(of_pass, model, ids, attention_mask, length, batch_size, autocast, twice)
     return scored, entropies[0] if entropy else None
 
 
@@ -109,6 +117,7 @@ def over_passes(
     length: int,
     batch_size: int | None,
     autocast: Callable[[], AbstractContextManager[None]],
+    twice: bool = False,
 ) -> tuple[Tensor, ...]:
     """Compute something for each token of the completions.
 
@@ -120,6 +129,7 @@ def over_passes(
         model: The model, bare or wrapped for DDP.
         ids: As for `forward_passes`, like `attention_mask`, `length` and `batch_size`.
         autocast: Makes the context of the forward passes, as `Accelerator.autocast` does.
+        twice: Whether the backward pass computes each forward pass again, in place of keeping what it needs.
 
     Returns:
         As many tensors (B, `length`), 0 at padding.
@@ -129,7 +139,9 @@ def over_passes(
     inside = model.module if isinstance(model, DistributedDataParallel) else model
     # One context for all passes casts the weights only once.
     with autocast():
-        parts = [compute(inside if number else model, batch) for number, batch in enumerate(passes)]
+        parts = [compute(model, passes[0])]
+        for batch in passes[1:]:
+            parts.append(checkpoint(compute, inside, batch, use_reentrant=False) if twice else compute(inside, batch))
     places = torch.cat([batch.places for batch in passes])
     whole = (torch.cat(several) for several in zip(*parts, strict=True))
     return tuple(part.new_zeros(ids.shape[0] * length).scatter(0, places, part).view(-1, length) for part in whole)

@@ -69,12 +69,18 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=40, deadline=None)
-@given(texts=texts, tokens=st.integers(1, 200), batch_size=st.none() | st.integers(1, 9))
-def test_company_changes_nothing(name: str, texts: Texts, tokens: int, batch_size: int | None) -> None:
+@given(
+    texts=texts,
+    tokens=st.integers(1, 200),
+    batch_size=st.none() | st.integers(1, 9),
+    limit=st.sampled_from((0, layout.MAX_LOGITS)),
+)
+def test_company_changes_nothing(name: str, texts: Texts, tokens: int, batch_size: int | None, limit: int) -> None:
     model = MODELS[name]
     ids, mask, length = padded(texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "CPU_TOKENS", tokens)
+        patch.setattr(layout, "MAX_LOGITS", limit)
         together = computed(model, ids, mask, length, batch_size)
     assert together.shape == (len(texts), length)
     expected = torch.zeros_like(together)
