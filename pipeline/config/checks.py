@@ -55,7 +55,7 @@ RANGES: dict[str, Range] = _each(
         "dataloader_num_workers": _between(0, 1024),
         "dataloader_prefetch_factor pad_to_multiple_of": _between(1, 1 << 16),
         "validation_share": _between(0, 0.5),
-        "size_mb": _above(0, 1e6),
+        "size_mb": _between(0, 1e6),
         # Models
         "hidden_size intermediate_size max_position_embeddings model_max_length": _between(1, 1 << 24),
         "num_hidden_layers": _between(1, MAX_LAYERS),
