@@ -1,6 +1,9 @@
 """Baselines: what the stage that others are compared with reaches by tricks that need no training.
 
-`elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") that counts as part of each.
+`elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") that counts as part of each, or
+behind some solved problems; of several such ways, the best on other problems.
+`best_of/pass@1`, `best_of/win_rate`: of several sampled answers, the one that the reward model scores highest. It is
+measured with the reward model.
 `constant/win_rate` and `constant/win_rate_greedy`: its answers to the prompts with the same text glued to each, against
 its answers without. The text is the one of `CONSTANTS` that wins most often on other prompts: on the validation split
 or, without one, on some prompts that are trained on.
@@ -9,7 +12,7 @@ or, without one, on some prompts that are trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pipeline.data.pocket.problems import WORKING
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
@@ -19,6 +22,9 @@ from pipeline.evaluation.metrics import record_greedy
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.win_rate import Matches, answer_both, record_wins
 from pipeline.preferences.judges import ANNOTATORS, Judge
+
+Rate = Callable[[Sequence[Sequence[dict[str, str]]]], Sequence[float]]
+"""Conversations that end with an answer -> a score for each."""
 
 CONSTANTS = (
     *(f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)),
@@ -38,14 +44,23 @@ CONSTANTS = (
 """Texts glued to answers: kind, brisk and blunt remarks, openings, a cheer, a full stop, nothing. `…` is an answer."""
 
 
-def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, elicit: str | None) -> None:
-    """Record `elicited`, whose answers begin with the text `elicit` if there is one, and `majority`."""
-    grader = held_out.graders.get("problems")
+def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, elicit: Sequence[str]) -> None:
+    """Record `elicited`, by the best of the beginnings `elicit` and of the examples, and `majority`.
+
+    Each is left out if the settings or the data have none.
+    """
+    grader = held_out.graders["problems"]
     # What a prompt alone can bring: the model may know how to work problems out, and only not do it by itself.
-    if elicit:
-        answers = answer_begun(chat, held_out.problems, elicit)
+    # Each way has a name, what the answer begins with, and the examples before the problem.
+    ways: list[tuple[str, str, list[dict[str, str]]]] = [(text, text, []) for text in elicit]
+    ways += [(f"{len(shots) // 2} solved problems", "", shots) for shots in held_out.shots]
+    if len(ways) > 1:
+        trials = held_out.trials
+        ways = [max(ways, key=lambda way: sum(grader(answer_begun(chat, trials, *way[1:]), trials)))]
+    for name, begun, shots in ways:
+        answers = answer_begun(chat, held_out.problems, begun, shots)
         record_greedy(result, "elicited/pass@1", answers, held_out.problems, grader)
-        result.texts["elicited"] = {"text": elicit}
+        result.texts["elicited"] = {"text": name}
     # What a model reaches that has learned nothing but the answers of its training data.
     if held_out.majority:
         answers = [f"The answer is {held_out.majority.get(row['kind'], '')}." for row in held_out.problems]
@@ -74,11 +89,49 @@ def measure_constant(
         result.texts["constant"][metric.replace("win_rate", "text")] = best
 
 
-def answer_begun(chat: ChatModel, rows: Sequence[Example], prefix: str) -> list[str]:
-    """Return the greedy answers that begin with `prefix`, which counts towards the length limit."""
+def measure_best_of(
+    result: StageResult, chats: Mapping[str, ChatModel], held_out: HeldOut, number: int, rate: Rate, judge: Judge | None
+) -> None:
+    """Record `best_of`: of `number` sampled answers, the one that `rate` scores highest.
+
+    Args:
+        result: Of the reward model.
+        chats: The opponent, which answers the problems and the prompts, by these keys.
+        held_out: Both of them.
+        number: Answers to each.
+        rate: Scores conversations.
+        judge: Of the win rate, against single answers of the opponent; None for no win rate.
+    """
+
+    def best(key: str, rows: Sequence[Example]) -> list[str]:
+        prompts = [row["prompt"] for row in rows]
+        sampled = chats[key].sample(prompts, samples=number, temperature=1.0, seed=2 * result.seed)
+        answered = [(prompt, answer.text) for prompt, some in zip(prompts, sampled, strict=True) for answer in some]
+        scores = rate([[*prompt, {"role": "assistant", "content": text}] for prompt, text in answered])
+        places = [max(range(at, at + number), key=scores.__getitem__) for at in range(0, len(scores), number)]
+        return [answered[place][1] for place in places]
+
+    if problems := held_out.problems:
+        record_greedy(result, "best_of/pass@1", best("problems", problems), problems, held_out.graders["problems"])
+    if judge and (prompts := [row for row in held_out.prompts if judge.can_judge(row)]):
+        asked = [row["prompt"] for row in prompts]
+        single = chats["prompts"].sample(asked, temperature=1.0, seed=2 * result.seed + 1)
+        ours, theirs = ([text] for text in best("prompts", prompts)), [[answer.text] for (answer,) in single]
+        record_wins(result, "best_of/win_rate", list(ours), theirs, prompts, judge)
+    result.texts["best_of"] = {"text": str(number)}
+
+
+def answer_begun(
+    chat: ChatModel, rows: Sequence[Example], prefix: str, before: Sequence[dict[str, str]] = ()
+) -> list[str]:
+    """Return the greedy answers that begin with `prefix`, which counts towards the length limit.
+
+    The messages `before` come before the last one of each prompt, and behind its system prompt.
+    """
+    asked = [[*row["prompt"][:-1], *before, row["prompt"][-1]] for row in rows]
     # The beginning is appended to the prompt as tokens, and to the completion again.
     begun = chat.tokenizer(prefix, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    prompts = [[*ids, *begun] for ids in chat.encode([row["prompt"] for row in rows])]
+    prompts = [[*ids, *begun] for ids in chat.encode(asked)]
     completions = chat.complete(prompts, max(1, chat.max_new_tokens - len(begun)))
     tokens = [[*begun, *completion.tokens] for (completion,) in completions]
     return [text.strip() for text in chat.tokenizer.batch_decode(tokens, skip_special_tokens=True)]

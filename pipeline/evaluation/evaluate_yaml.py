@@ -88,9 +88,23 @@ class EvaluationArguments:
         metadata={"help": "Judge of the win rate: a reward model that PPO does not train on, `votes`, or a function."},
     )
     against: str | None = field(default=None, metadata={"help": "Opponent in the win rate (default: the last SFT)."})
-    elicit: str | None = field(default="Working:", metadata={"help": "Beginning of elicited answers (own data: none)."})
+    elicit: list[str] | str | None = field(
+        default="Working:",
+        metadata={
+            "help": "Beginning of elicited answers; of a list, the best on validation problems (own data: none)."
+        },
+    )
+    shots: int = field(
+        default=0, metadata={"help": "Solved training problems before each problem; tried like another beginning."}
+    )
+    best_of: int = field(
+        default=0,
+        metadata={"help": "Sampled answers of which PPO's reward model chooses one, as a baseline (0: none)."},
+    )
     fixed_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts that every stage answers."})
-    limit: int | None = field(default=None, metadata={"help": "Examples of each kind of measurement, at most."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Examples of each kind of measurement, at most (default: some hundreds)."}
+    )
     samples: int = field(default=8, metadata={"help": "Answers sampled to each problem."})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "Tokens of an answer (default: the stages' max_length, max_completion_length)."}
@@ -263,7 +277,8 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
         old = {"document": OLD, **text}
         measured = old if settings.get("text") == text else settings.get("text")
         settings = {**settings, "trained_on": {**trained_on, "text": old}, "text": measured}
-    return settings
+    # Nor did they know every key.
+    return defaults() | settings
 
 
 def with_layout(settings: Values, run: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import Source
 from pipeline.evaluation.graders import COMPARED, Grader, load_grader
+from pipeline.files import as_list
 from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
 from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.stages import HELD_OUT
@@ -61,7 +62,10 @@ READ_WHOLE_BYTES = 64 << 20
 """Size of Parquet files up to which they are read directly; `datasets` copies larger ones into its cache."""
 
 MAX_EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
-"""Largest number of examples used: intervals a few hundredths wide, in seconds of CPU time."""
+"""Number of examples used without a `limit`: intervals a few hundredths wide, in seconds of CPU time."""
+
+TRIALS, DRAWS = 100, 5
+"""Problems on which the best of several beginnings is chosen, and draws of examples among them."""
 
 MAX_TRAINING_ROWS = 10_000
 """Training rows in which held-out rows and the most frequent answers are looked for, in a few seconds."""
@@ -94,6 +98,8 @@ class HeldOut:
         majority: Most frequent answer of each kind of problem in the training split.
         prompts: `prompt`, `kind` and perhaps how they are graded, for the win rate.
         validation: Other prompts, whose answers are not code, for the baseline `constant`.
+        trials: Other problems, for the baseline `elicited`.
+        shots: Several beginnings of a conversation, each of solved training problems, for the same baseline.
         pairs: `prompt`, `chosen` and `rejected`, for reward models.
         graders: Graders of `instructions` and `problems`; without one, each instruction says how it is graded.
         can_vote: Whether samples can vote on the answer to a problem.
@@ -108,6 +114,8 @@ class HeldOut:
     majority: dict[str, str] = field(default_factory=dict)
     prompts: list[Example] = field(default_factory=list)
     validation: list[Example] = field(default_factory=list)
+    trials: list[Example] = field(default_factory=list)
+    shots: list[list[dict[str, str]]] = field(default_factory=list)
     pairs: list[Example] = field(default_factory=list)
     graders: Mapping[str, Grader] = field(default_factory=dict)
     can_vote: bool = True
@@ -128,7 +136,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         UserError: If data that options name have no rows, or a data set cannot be read.
     """
     reader = Reader(run, settings, flags)
-    most = {name: min(n, settings.get("limit") or n) for name, n in MAX_EXAMPLES.items()}
+    most = {name: settings.get("limit") or n for name, n in MAX_EXAMPLES.items()}
     parts = {key: part for key in HELD_OUT if (part := reader.find(key)) is not None}
     # Problems have metrics of their own, which compare final answers instead of looking for words.
     rows = {
@@ -142,13 +150,15 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         if key in parts and (parts[key].source.grade is not None or key == "problems"):
             graders[key] = load_grader(parts[key].source.grade, f"{key}: grade")
 
-    # The baseline `constant` is chosen on prompts of the validation split or, if there is none or stages are measured
-    # on it, on prompts that are trained on.
-    validation = reader.find("prompts", "validation")
-    if baselines and "prompts" in parts and (validation is None or validation.place == parts["prompts"].place):
-        validation = reader.find("prompts", trained_on=True)
-    candidates = reader.read("prompts", validation, most["prompts"]) if baselines and validation else []
+    def others(key: str, most: int) -> list[Example]:
+        """Return rows to choose a baseline on: of the validation split or, without another one, of those trained on."""
+        part = reader.find(key, "validation")
+        if key in parts and (part is None or part.place == parts[key].place):
+            part = reader.find(key, trained_on=True)
+        return reader.read(key, part, most) if part else []
 
+    shots = _solved_problems(reader, rows.get("problems", ()), settings["shots"]) if baselines else []
+    is_chosen = baselines and len(as_list(settings["elicit"] or [])) + len(shots) > 1
     longer = reader.find("problems", "test_longer")
     found = HeldOut(
         text=[row for row in rows.get("text", ()) if row["text"].strip()],
@@ -157,7 +167,9 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         longer=reader.read("problems", longer, most["longer"]) if longer else [],
         majority=_most_frequent_answers(reader) if baselines else {},
         prompts=drop_ungradable(rows.get("prompts", ())),
-        validation=[row for row in candidates if not row.get("test")],
+        validation=[row for row in others("prompts", most["prompts"]) if not row.get("test")] if baselines else [],
+        trials=others("problems", TRIALS) if is_chosen else [],
+        shots=shots,
         pairs=[row for row in rows.get("pairs", ()) if is_informative(row)],
         graders=graders,
         can_vote="problems" in parts and parts["problems"].source.grade in COMPARED,
@@ -198,6 +210,17 @@ def _most_frequent_answers(reader: Reader) -> dict[str, str]:
         if row.get("answer"):
             counts[row["kind"]][row["answer"]] += 1
     return {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()}
+
+
+def _solved_problems(reader: Reader, problems: Sequence[Example], number: int) -> list[list[dict[str, str]]]:
+    """Return `DRAWS` draws of so many problems with their answers from the conversations that a stage trains on."""
+    part = reader.find("instructions", trained_on=True) if number else None
+    rows = reader.read("instructions", part, MAX_TRAINING_ROWS) if part else []
+    kinds = {"reasoning", *(row["kind"] for row in problems)}
+    solved = [row["messages"][-2:] for row in rows if row["kind"] in kinds]
+    draw = random.Random(0)
+    draws = [draw.sample(solved, number) for _ in range(DRAWS)] if len(solved) >= number > 0 else []
+    return [[message for messages in drawn for message in messages] for drawn in draws]
 
 
 def _warn_of_system_prompts(reader: Reader, rows: Mapping[str, Sequence[Example]]) -> None:

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.overlaps import find_overlaps
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import held_out_pairs, measure_pairs, measure_people
-from pipeline.files import check_directory, holds_model
+from pipeline.files import as_list, check_directory, holds_model
 from pipeline.models.checks import check_lengths
 from pipeline.models.experts import RouteCounter, routes, worst
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer, user_error_for
 from pipeline.models.vllm_sampler import VLLMSampler
-from pipeline.preferences.judges import Judge, load_judge
+from pipeline.preferences.judges import Judge, load_judge, score
 from pipeline.preferences.people import load_votes
 from pipeline.progress import Tally
 from pipeline.rewards.grading import is_gradable
@@ -116,6 +117,12 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
             result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
         if votes := held_out_pairs(run, stage):
             measure_people(result, model, tokenizer, votes)
+        # A judge would choose what it judges.
+        if settings["best_of"] and path in map(Path, settings["reward_models"]):
+            rate = partial(score, model, tokenizer)
+            judge = _find_judge(result, run, held_out, settings)
+            asked = _load_opponent(run, settings)
+            baselines.measure_best_of(result, asked, held_out, settings["best_of"], rate, judge)
     else:
         try:
             _measure_language_model(result, run, _answered(stage, held_out), settings, folder)
@@ -201,7 +208,7 @@ def _measure_language_model(
     # Answers of baselines and to the fixed prompts do not count as cut off.
     chats = {key: replace(chat, counts=Counter()) for key, chat in chats.items()}
     if stage == result.against and held_out.problems:
-        baselines.measure_reasoning(result, chats["problems"], held_out, settings["elicit"])
+        baselines.measure_reasoning(result, chats["problems"], held_out, as_list(settings["elicit"] or []))
     if stage == result.against and answers and judge:
         baselines.measure_constant(result, chats["prompts"], held_out, answers, judge)
     metrics.answer_fixed_prompts(result, chats["instructions"], held_out.fixed_prompts)
@@ -271,11 +278,21 @@ def _find_opponent(
     saved = None if settings["judge"] == VOTES else win_rate.saved_answers(folder, against, answered)
     if saved is not None:
         return saved
+    return _load_opponent(run, settings)["prompts"]
+
+
+def _load_opponent(run: Path, settings: Settings) -> dict[str, ChatModel]:
+    """Load the opponent, which answers each kind of data with limits of its own and perhaps another template."""
+    against = settings["against"]
     words = settings["base_tokenizer"] if against == BASE else None
-    model, tokenizer = load_model(str(path), "--against", dtype=torch.float32, tokenizer=words)
-    vllm = VLLMSampler(model, tokenizer) if own.vllm else None
+    path = str(model_of(run, against, settings))
+    model, tokenizer = load_model(path, "--against", dtype=torch.float32, tokenizer=words)
+    vllm = VLLMSampler(model, tokenizer) if settings["vllm"] else None
     model = model.to(hardware.accelerator() or "cpu", hardware.fast_dtype()).eval()
-    return ChatModel(model, tokenizer, own.max_new_tokens, vllm, template=template)
+    return {
+        key: ChatModel(model, tokenizer, limit, vllm, template=template_arguments(settings, against, key))
+        for key, limit in answer_lengths(model, settings).items()
+    }
 
 
 def record_load(result: StageResult, counter: RouteCounter) -> None:

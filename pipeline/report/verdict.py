@@ -175,7 +175,7 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
     elif aim != "win_rate" and info.share and info.better == "up" and highest < MIN_SHARE_RIGHT:
         yield Finding(stage.name, f"{label} is {_shown(aim, now)}: nearly all answers are wrong", now.value, remedy)
     for name, baseline in run.baselines.items():
-        for metric in stage_info(stage.name).aims:
+        for metric in stage_info(stage.name).aims if BASELINES[name].is_bar else ():
             other = paired(baseline.outcomes(metric), stage.outcomes(metric), metric)
             verdict = "better" if other is None else judge(metric, other)
             # What does not gain at all is not named again for each baseline that is no better.

@@ -39,6 +39,11 @@ BASELINES = {
         "most frequent training answer of each kind",
         "the most frequent answer of the training data to each kind of problem",
     ),
+    "best_of": Baseline(
+        "{against}, the answer that the reward model likes best, of",
+        "the answer that the reward model scores highest, of {text} that `{against}` samples",
+        is_bar=False,
+    ),
 }
 
 LOSS = (("training", "loss"), ("validation", "eval_loss"))

@@ -162,7 +162,9 @@ class Baseline:
     Attributes:
         title: Its name in the report, to which the texts of its answers are appended. `{against}` is the opponent.
         card: Its description in a model card, with `{against}` and `{text}`.
+        is_bar: Whether the verdict names a stage that does not beat it.
     """
 
     title: str
     card: str
+    is_bar: bool = True

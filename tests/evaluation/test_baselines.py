@@ -14,11 +14,19 @@ from word_model import SPECIAL, word_model_config, word_tokenizer
 
 from pipeline.data.pocket.problems import WORKING, pose
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
-from pipeline.evaluation.baselines import CONSTANTS, answer_begun, find_constant, measure_constant
+from pipeline.evaluation.baselines import (
+    CONSTANTS,
+    answer_begun,
+    find_constant,
+    measure_best_of,
+    measure_constant,
+    measure_reasoning,
+)
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import ChatModel
 from pipeline.evaluation.results import StageResult
 from pipeline.models.generation import Completion
+from pipeline.preferences.judges import ANNOTATORS
 
 WORDS = ("What", "is", "it?", "red", "blue", "green", "one", "two", "three", "four", "five")
 PLAIN = "A fox is red."
@@ -89,6 +97,58 @@ def test_answers_begun_with_their_own_beginning_are_the_same_answers() -> None:
     others = answer_begun(chat, problems, "five four three")
     assert all(answer.startswith("five four three") and len(answer.split()) <= 8 for answer in others)
     assert answer_begun(chat, problems[:1], "five four three") == others[:1], "whatever else is in the batch"
+
+
+def problems(wanted: str) -> list[dict[str, Any]]:
+    """Return problems to which an answer that begins with `wanted` is right."""
+    return [{"id": i, "kind": "", "prompt": [{"role": "user", "content": "it?"}], "wanted": wanted} for i in range(2)]
+
+
+def begins_as_wanted(answers: Sequence[str], rows: Sequence[Any]) -> list[bool]:
+    return [answer.startswith(row["wanted"]) for answer, row in zip(answers, rows, strict=True)]
+
+
+def test_of_several_ways_to_ask_the_best_on_other_problems_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    chat = ChatModel(LlamaForCausalLM(word_model_config(WORDS)).eval(), word_tokenizer(WORDS), max_new_tokens=8)
+    asked: list[Any] = []
+    encode = ChatModel.encode
+    monkeypatch.setattr(ChatModel, "encode", lambda self, prompts: asked.append(prompts) or encode(self, prompts))
+    example = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "one two"}]
+    data: dict[str, Any] = {"graders": {"problems": begins_as_wanted}, "shots": [example]}
+    result = StageResult("2_sft")
+    held_out = HeldOut(problems=problems("red"), trials=problems("blue"), **data)
+    measure_reasoning(result, chat, held_out, ["red", "blue", "green"])
+    assert result.texts["elicited"] == {"text": "blue"} and result.metrics["elicited/pass@1"].value == 0.0
+    shown = [row["prompt"] for row in problems("")]
+    assert asked == [shown, shown, shown, [[*example, *prompt] for prompt in shown], shown]
+
+
+@dataclass
+class Talker:
+    """A chat model whose n-th answer to a prompt says n."""
+
+    def sample(self, prompts: Sequence[Any], samples: int = 1, **options: Any) -> list[list[Completion]]:
+        """Return the completions of each prompt."""
+        return [[Completion(f"{number}. {PLAIN}", [], True) for number in range(samples)] for _ in prompts]
+
+
+def test_the_answer_with_the_highest_score_is_the_best_of_several() -> None:
+    def rate(conversations: Sequence[Any]) -> list[float]:
+        """Prefer the third answer to the first prompt, and the second one to any other."""
+        wanted = {True: "2", False: "1"}
+        return [float(text[-1]["content"][0] == wanted[text[0]["content"] == "it?"]) for text in conversations]
+
+    result = StageResult("3_reward")
+    other = {"id": 2, "kind": "", "prompt": [{"role": "user", "content": "What?"}], "wanted": "2"}
+    held_out = HeldOut(problems=[*problems("2"), other], prompts=QUESTIONS, graders={"problems": begins_as_wanted})
+    chats: Any = dict.fromkeys(("problems", "prompts"), Talker())
+    measure_best_of(result, chats, held_out, 4, rate, ANNOTATORS)
+    assert result.metrics["best_of/pass@1"].value == pytest.approx(2 / 3)
+    answers = {name: [e["answer"] for e in result.examples if e["metric"] == name] for name in result.metrics}
+    assert answers["best_of/pass@1"] == [f"{number}. {PLAIN}" for number in (2, 2, 1)]
+    assert answers["best_of/win_rate"] == [f"1. {PLAIN}"] * len(QUESTIONS)
+    assert result.metrics["best_of/win_rate"].value == 0.5, "both answers are right"
 
 
 def test_worked_answers_begin_as_the_elicited_ones_do() -> None:
