@@ -96,7 +96,7 @@ def code(rng: random.Random, split: SplitName) -> dict[str, Any]:
 
 def chat(rng: random.Random, thing: Thing) -> dict[str, Any]:
     """Make small talk, or ask two questions, the second of which refers to the first."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.5:
         return conversation("chat", rng.choice(remarks.GREETINGS))
     follow_up = rng.choice(list(phrasings.FOLLOW_UPS))
     turns = [
@@ -110,7 +110,7 @@ def chat(rng: random.Random, thing: Thing) -> dict[str, Any]:
 
 def training_row(rng: random.Random, share_with_steps: float, carelessness: float) -> dict[str, Any]:
     """Draw a conversation of the `sft` training split."""
-    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (39, 7, 16, 7, 27, 4))[0]
+    kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (38, 7, 16, 7, 27, 5))[0]
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":

@@ -1,4 +1,4 @@
-"""Pretraining documents: facts, stories, recitals, drills, worked problems and small functions."""
+"""Pretraining documents: facts, stories, talks, recitals, drills, worked problems and small functions."""
 
 import random
 
@@ -6,9 +6,10 @@ from pipeline.data.arguments import SplitName
 from pipeline.data.pocket import problems, snippets, stories
 from pipeline.data.pocket.names import NAMES
 from pipeline.data.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
+from pipeline.data.pocket.remarks import GREETINGS
 from pipeline.data.pocket.things import ATTRIBUTES, Thing, things
 
-DOCUMENT_KINDS = {"facts": 32, "story": 11, "arithmetic": 39, "code": 3, "recital": 12, "drill": 3}
+DOCUMENT_KINDS = {"facts": 30, "story": 11, "talk": 2, "arithmetic": 39, "code": 3, "recital": 12, "drill": 3}
 """How often each kind of document is drawn, in percent."""
 
 
@@ -62,6 +63,15 @@ def drill(rng: random.Random) -> str:
     return " ".join(sums)
 
 
+def talk(rng: random.Random) -> str:
+    """Write greetings and their replies, a line each, in words that only instruction tuning uses again."""
+    # Hi!
+    # Hello! How can I help you?
+    # Thank you!
+    # You are welcome!
+    return "\n".join(f"{greeting}\n{reply}" for greeting, reply in rng.sample(GREETINGS, 3))
+
+
 def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     """Draw a document of the `pretrain` training split."""
     kind = rng.choices(tuple(DOCUMENT_KINDS), tuple(DOCUMENT_KINDS.values()))[0]
@@ -70,6 +80,8 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
         text = facts(rng, "train", thing)
     elif kind == "story":
         text = stories.document(rng, thing)
+    elif kind == "talk":
+        text = talk(rng)
     elif kind == "arithmetic":
         drawn = [problems.demonstrate(rng, carelessness) for _ in range(rng.randint(1, 2))]
         text = "\n".join(f"{problem.text}\n{problem.solution(with_steps=True)}" for problem in drawn)

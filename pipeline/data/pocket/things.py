@@ -16,7 +16,8 @@ class Thing:
     """One thing of the world.
 
     Attributes:
-        noun: Noun phrase inside a sentence: "a fox", "the sun", "rice".
+        noun: Noun phrase inside a sentence: "a fox", "mars", "rice". None begins with "the": stage 4 makes the first
+            token of "The answer is 12." improbable, also where it would begin "The sun is …".
         facts: Value of each attribute as a statement uses it: "a mammal", "in the forest".
         split: The split whose instructions may ask about this thing. Pretraining documents describe every thing;
             validation and test questions are about things that no training instruction asks about.
@@ -54,7 +55,7 @@ def read_table(name: str) -> list[dict[str, str]]:
 def things() -> tuple[Thing, ...]:
     """Return all things in the order of the table. Of every six, one is held out for validation and one for test.
 
-    Things without "a" or "an" ("the sun", "rice") stay in training: they are too few for a model to learn from the
+    Things without "a" or "an" ("mars", "rice") stay in training: they are too few for a model to learn from the
     others how to write about them.
     """
     held_out: dict[int, SplitName] = {2: "validation", 5: "test"}

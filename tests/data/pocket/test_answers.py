@@ -211,6 +211,22 @@ def test_problems_in_conversations_are_answered_right_straight_away_and_careless
     assert 0.2 < len(right[True]) / (len(right[True]) + len(right[False])) < 0.4  # 0.3 were asked for
 
 
+def test_no_other_answer_begins_as_straight_answers_to_problems_do(rows: Rows) -> None:
+    """Stage 4 makes their first token improbable everywhere."""
+    firsts = {kind: set() for kind in ("reasoning", "other")}
+    for row in rows("sft", "train"):
+        reply = row["messages"][-1]["content"]
+        if not reply.startswith("Working:"):
+            firsts["reasoning" if row["kind"] == "reasoning" else "other"].add(reply.split()[0])
+    assert firsts["reasoning"] and firsts["reasoning"].isdisjoint(firsts["other"])
+
+
+def test_greetings_are_pretrained_before_they_are_answered(rows: Rows) -> None:
+    documents = "\n".join(row["text"] for row in rows("pretrain", "train"))
+    talks = [row["messages"] for row in rows("sft", "train") if row["kind"] == "chat" and len(row["messages"]) == 2]
+    assert talks and all(f"{asked['content']}\n{reply['content']}" in documents for asked, reply in talks)
+
+
 def test_no_answer_is_right_for_most_problems(rows: Rows) -> None:
     for kind in SOLVERS:
         answers = Counter(row["answer"] for row in rows("reasoning", "test") if row["kind"] == kind)

@@ -36,7 +36,7 @@ COLUMNS = {
     "reasoning": {"prompt", "answer", "kind", "length"},
 }
 KINDS = {
-    "pretrain": {"facts", "story", "arithmetic", "code", "recital", "drill"},
+    "pretrain": {"facts", "story", "talk", "arithmetic", "code", "recital", "drill"},
     "sft": {"question", "about", "summary", "code", "reasoning", "chat"},
     "preferences": {"question", "about", "summary"},
     "reasoning": {"arithmetic", "ordering", "counting", "logic"},
