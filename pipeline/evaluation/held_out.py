@@ -64,7 +64,7 @@ READ_WHOLE_BYTES = 64 << 20
 MAX_EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
 """Number of examples used without a `limit`: intervals a few hundredths wide, in seconds of CPU time."""
 
-TRIALS, DRAWS = 100, 5
+TRIALS, DRAWS = 64, 5
 """Problems on which the best of several beginnings is chosen, and draws of examples among them."""
 
 MAX_TRAINING_ROWS = 10_000

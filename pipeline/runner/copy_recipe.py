@@ -35,7 +35,7 @@ def shipped_recipes() -> list[str]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the YAML files and the README of a recipe to a folder. Return 0.
+    """Write the files of a recipe to a folder. Return 0.
 
     Raises:
         UserError: If there is no such recipe, or the folder cannot be written or is not empty.
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         rf"\brecipes/{name}(?!{'|'.join([*others, '[-0-9A-Za-z_]'])})": args.folder.as_posix(),
         rf"(?<![\w/]){re.escape(LAUNCH_FILE)}": (args.folder / LAUNCH_FILE).as_posix(),
     }
-    own = (path for pattern in ("*.yaml", README) for path in sorted((SHIPPED / name).glob(pattern)))
+    own = (path for pattern in ("*.yaml", "*.jsonl", README) for path in sorted((SHIPPED / name).glob(pattern)))
     for path in (*own, SHIPPED / "accelerate" / LAUNCH_FILE):
         text = path.read_text(encoding="utf-8")
         for pattern, new in renamed.items():
