@@ -23,6 +23,7 @@ def test_a_copy_takes_every_stage_and_is_measured_with_every_baseline(
     assert main(["copy", "smollm2", "mine"]) == 0
     # A model that has learned nothing solves no problem, so that the verifier would prefer no answer.
     Path("longer.py").write_text(LONGER)
+    monkeypatch.syspath_prepend(tmp_path)
     preferences = Path("mine/3_preferences.yaml")
     verifier = "judge: pipeline.rewards.functions:reasoning_gym"
     assert verifier in preferences.read_text()
