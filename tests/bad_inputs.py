@@ -212,7 +212,7 @@ CASES = {
     "texts without a prompt": Case(
         "reward",
         "--dataset_name {here}/a.jsonl",
-        ("prompt_column: prompt", "choose from: chosen, rejected"),
+        ("prompt_column: prompt", "answers alone", "move what precedes the answers"),
         files={"a.jsonl": rows({"chosen": "Human: What? Assistant: That.", "rejected": "Human: What? Assistant: No."})},
     ),
     "a margin that is none": Case(
@@ -250,7 +250,7 @@ CASES = {
     "answers without a prompt": Case(
         "reward",
         "--dataset_name {inputs}/text.txt",
-        ("rejected_column: rejected", "choose from: text"),
+        ("rejected: rejected", "rename one of: text"),
         lines=2,
     ),
     "too little text": Case(
@@ -423,9 +423,9 @@ CASES |= {
     "latin-1": data("sft", '{"messages": "\xe9"}\n'.encode("latin-1") * 5, "line 1", "not valid JSON"),
     "latin-1 text": data("pretrain", "caf\xe9 ".encode("latin-1") * 2000, "cannot be read", file="a.txt"),
     "blank lines": data("sft", "\n\n", "a.jsonl", "cannot be read"),
-    "numbers as rows": data("sft", "1\n2\n", "a.jsonl", "cannot be read"),
+    "numbers as rows": data("sft", "1\n2\n", "a.jsonl", "line 1", "must be an object"),
     "cut gzip": data("sft", b"\x1f\x8b\x08\x00\x00", "a.jsonl.gz", "cannot be read", file="a.jsonl.gz"),
-    "a table with a header only": data("pretrain", "text\n", "a.csv", "cannot be read", file="a.csv"),
+    "a table with a header only": data("pretrain", "text\n", "a.csv", "does not have rows", file="a.csv"),
     "mixed columns": data("sft", rows(GOOD, {"text": "a"}), "row 1", "None, not a list of messages"),
     "an empty question": data("sft", rows(talk("user: ", "assistant:b")), "row 0", "empty message of the user"),
     "an empty answer": data("sft", rows(talk("user:a", "assistant:")), "row 0", "empty message of the assistant"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from datasets import Dataset, Features, IterableDataset, Value
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset, Json, Value
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import (
@@ -77,6 +78,12 @@ DROP = "rows count from 0, and drop_bad_rows drops such rows"
 FAULT = "_fault"
 """Column that says why a row cannot be converted, while rows are converted."""
 
+MOST = 20
+"""Number of columns that a message names."""
+
+MESSAGE_KEYS, SEEN = ("role", "content", "from", "value"), 100
+"""What is read of a message, and the number of rows in which other keys are looked for."""
+
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
 
@@ -133,7 +140,13 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         return split
 
     read, made, used = converter(split, columns, args, kind)
-    if unused := ", ".join(repr(column) for column in columns if column not in used):
+    unread = [column for column in columns if column not in used]
+    if kind not in ("text", "prompt"):
+        cells = [(name, row[name]) for row in split.take(SEEN) for name in used if name in row]
+        messages = [(name, one) for name, cell in cells if isinstance(cell, list) for one in cell]
+        keys = [(name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None]
+        unread += dict.fromkeys(f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS)
+    if unused := ", ".join(map(repr, unread)):
         use = "are passed to rewards, and not part of the prompts" if kind == "prompt" else "are not used"
         _log_once(f"{'data':<11} {args.dataset_name}: the columns {unused} {use}")
     is_stream = not isinstance(split, Dataset)
@@ -228,11 +241,41 @@ def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]
     """Return the columns that arguments name, and report the missing ones."""
     found = {field: find_column(columns, name) for field, name in expected.items()}
     # Names with spaces around them are quoted, because the spaces would not be seen.
-    choices = ", ".join(name if name == name.strip() else repr(name) for name in columns)
-    remedy = f"there is no such column; {remedy}choose from: {choices}"
-    if problems := [Problem(field, expected[field], remedy) for field, column in found.items() if not column]:
+    choices = ", ".join(name if name == name.strip() and len(name) <= 60 else shorten(name) for name in columns[:MOST])
+    choices += f" and {len(columns) - MOST} more" if len(columns) > MOST else ""
+    # Only an argument can name another column.
+    advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
+    remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
+    if problems := [Problem(field, expected[field], remedies[field]) for field, column in found.items() if not column]:
         raise UserError(*problems)
     return list(found.values())
+
+
+def common_features(files: Sequence[Path], features: Sequence[Features], is_json: bool = False) -> Features:
+    """Return types of columns that fit the values of several files, each of which has its own.
+
+    A column without values in one file has the type of the others. Texts and numbers become texts, except in JSON,
+    where any values can be in a column.
+
+    Raises:
+        UserError: If the types of a column do not fit each other.
+    """
+    common = Features(features[0])
+    for file, own in zip(files, features, strict=True):
+        for name, feature in own.items():
+            pair = [Features({name: one}) for one in (common.setdefault(name, feature), feature)]
+            if pair[0] == pair[1]:
+                continue
+            try:
+                schemas = [one.arrow_schema.remove_metadata() for one in pair]
+                common |= Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
+            except (pa.ArrowInvalid, pa.ArrowTypeError):
+                if not is_json and not all(isinstance(one[name], Value) for one in pair):
+                    remedy = f"the type of {name!r} does not fit {file}; give it the same type, or remove that column"
+                    raise UserError(Problem("dataset_name", files[0], remedy)) from None
+                common[name] = Json() if is_json else Value("string")
+    unknown = Json() if is_json else Value("null")
+    return Features({name: unknown if feature == Value("null") else feature for name, feature in common.items()})
 
 
 def converter(
@@ -266,11 +309,13 @@ def converter(
 
     if kind == "unpaired" and not find_column(columns, "chosen"):
         return _unpaired_converter(args, columns)
-    chosen, rejected = _require(columns, chosen_column="chosen", rejected_column="rejected")
+    chosen, rejected = _require(columns, chosen="chosen", rejected="rejected")
     prompt = _find_prompt(args, columns, split)
     # Answers that are conversations contain their prompt; texts do not.
     if not prompt and isinstance(next(iter(split))[chosen], str):
-        _require(columns, prompt_column=args.prompt_column)
+        remedy = "there is no such column, and texts of chosen and rejected are answers alone; "
+        remedy += "move what precedes the answers to a column of prompts"
+        raise UserError(Problem("prompt_column", args.prompt_column, remedy))
     name = prompt or args.prompt_column
     read, used = _prompt_reader(args, columns, name)
 
@@ -302,11 +347,14 @@ def _prompt_reader(
         _log_once(f"{'data':<11} {args.dataset_name}: prompts are made of the columns {prompt}, {', '.join(contexts)}")
 
     def read(row: Row) -> Any:
-        texts = [row[prompt], *(row[name] for name in contexts)]
+        texts = [row[prompt], *(as_answer(row[name]) for name in contexts)]
         # A prompt that consists of messages is complete.
         if not isinstance(texts[0], str) or not texts[0].strip():
             return texts[0]
-        return "\n\n".join(text for text in texts if isinstance(text, str) and text.strip())
+        for name, text in zip(contexts, texts[1:], strict=True):
+            if not isinstance(text, str | None):
+                raise ShapeError(f"{name}, which belongs to the prompt, is {shorten(text)}, not text")
+        return "\n\n".join(text for text in texts if text and text.strip())
 
     return read, [prompt, *contexts]
 
@@ -358,7 +406,7 @@ def _unpaired_converter(args: DataArguments, columns: list[str]) -> tuple[Conver
 
     def convert(row: Row) -> dict[str, Any]:
         answer, wanted = row[completion], row[label]
-        if isinstance(answer, list) and len(answer) == 1 and answer[0].get("role") == "assistant":
+        if isinstance(answer, list) and [one.get("role") for one in answer if isinstance(one, dict)] == ["assistant"]:
             answer = answer[0]["content"]
         if wanted not in (True, False):
             raise ShapeError(f"{label} is {shorten(wanted)}, not true or false")
@@ -403,9 +451,10 @@ def _answer_finder(args: DataArguments) -> Callable[[object], str]:
         raise UserError(Problem("answer_pattern", args.answer_pattern, remedy)) from None
 
     def find(value: object) -> str:
-        if value is None:
-            raise ShapeError(f"{args.answer_column} is None")
-        answer = str(as_answer(value))
+        answer = as_answer(value)
+        if answer is None or isinstance(answer, list | dict):
+            raise ShapeError(f"{args.answer_column} is {shorten(value)}, not one answer as text or as a number")
+        answer = str(answer)
         match = (pattern or GSM8K_ANSWER).search(answer)
         if match:
             answer = match.group(1) if match.re.groups else match.group(0)

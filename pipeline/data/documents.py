@@ -1,4 +1,4 @@
-"""Documents of plain text files: which part of a file is one, the same in memory, in a stream and in shards.
+"""Plain text files: which part of one is a document, in memory, in a stream and in shards alike; how a table is read.
 
 By default, a document is a file. One of more than `LONGEST` characters is cut at blank lines, or at line ends where
 there are none. The only file of a split is cut as well, so that a part of it can be held out:
@@ -9,22 +9,25 @@ there are none. The only file of a split is cut as well, so that a part of it ca
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
-import json
 import lzma
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from datasets import Dataset, Features, IterableDataset, NamedSplit, Value
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.data.arguments import OLD
+from pipeline.data.columns import TEXT_COLUMNS, normalise
 from pipeline.errors import Problem, UserError
 
 LONGEST = 4096
@@ -38,6 +41,18 @@ PART_BYTES = 4 << 20
 
 TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, or from the encoding that it has"
 """Remedy for a file that is not UTF-8."""
+
+NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
+"""Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
+
+SAMPLE, QUOTED = 1 << 16, 1 << 24
+"""Characters of a table by which its separator is found, and in which quotes are looked at."""
+
+POINTER = b"version https://git-lfs"
+"""The beginning of a file that Git LFS has not fetched."""
+
+JSON = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')
+"""The beginning of rows as JSON."""
 
 LINES = re.compile(r"lines:[1-9]\d*")
 
@@ -89,14 +104,22 @@ def digest_of(*paths: Path) -> str:
 
 
 def open_bytes(path: Path) -> Any:
-    """Open a file, compressed or not."""
-    return fsspec.open(str(path), "rb", compression="infer")
+    """Open a file, compressed or not. Its name may contain `::`, which `fsspec.open` would split."""
+    return LocalFileSystem().open(str(path), "rb", compression="infer")
 
 
 def is_utf16(path: Path) -> bool:
     """Return whether a file, compressed or not, begins with a byte order mark of UTF-16, as Excel writes it."""
     with open_bytes(path) as file:
         return file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+
+
+def check_fetched(file: Path) -> None:
+    """Refuse a file of a repository that was cloned without Git LFS."""
+    with file.open("rb") as content:
+        if content.read(len(POINTER)) == POINTER:
+            remedy = "is only a pointer of Git LFS; fetch the file: `git lfs pull`"
+            raise UserError(Problem("dataset_name", file, remedy))
 
 
 @contextmanager
@@ -150,12 +173,7 @@ def _not_text(line: str, encoding: str) -> str:
     # Excel's "Unicode text" is a table of this encoding.
     if encoding == "utf-16" and "\t" in line.strip():
         return "rename it to .tsv"
-    if line.startswith("version https://git-lfs"):
-        return "git lfs pull"
-    try:
-        return "rename it to .jsonl" if isinstance(json.loads(line), dict) else ""
-    except (ValueError, RecursionError):
-        return ""
+    return "rename it to .jsonl" if JSON.match(line) else ""
 
 
 def _cut(pieces: Iterable[str], rule: str, longest: int) -> Iterator[str]:
@@ -181,3 +199,62 @@ def _cut(pieces: Iterable[str], rule: str, longest: int) -> Iterator[str]:
             size += len(piece)
             ended = len(lines) if is_blank else ended
         yield "".join(lines)
+
+
+def choose_table(file: Path) -> tuple[str, dict[str, Any], list[str]]:
+    """Return the builder of `datasets` for a table, its options, and the columns of the table."""
+    with open_text(file) as text:
+        sample, encoding = text.read(SAMPLE), text.encoding
+    if "\0" in sample:
+        remedy = "is not text, or is UTF-16 without a byte order mark; save it as UTF-8"
+        raise UserError(Problem("dataset_name", file, remedy))
+    # Excel writes and reads a first line such as "sep=;".
+    skipped = 1 if sample.startswith("sep=") else 0
+    tables = []
+    for separator in sample[4] if skipped else "\t" if ".tsv" in map(str.lower, file.suffixes) else ",;\t|":
+        rows = filter(None, csv.reader(io.StringIO(sample, newline=""), delimiter=separator))
+        first: list[list[str]] = [*islice(rows, skipped, skipped + 2), [], []]
+        header, row = first[:2]
+        tables.append((len(header) == len(row) > 1, len(header), separator, header, row))
+    # The separator by which the first row has as many fields as the header, or else the most frequent in the header.
+    *_, separator, header, row = max(tables, key=itemgetter(0, 1))
+    # pandas would take the first fields of such rows for names of rows.
+    if len(row) > len(header):
+        remedy = f"cannot be read: row 0 has {len(row)} fields, separated by {separator!r}, and the header "
+        remedy += f"{len(header)}; put fields that contain it in quotes"
+        raise UserError(Problem("dataset_name", file, remedy))
+    line = _find_stray_quote(file, separator)
+    if line and separator != "\t":
+        remedy = "has a quote within a field in quotes, or text after them; write it twice, or save the file as JSONL"
+        raise UserError(Problem("dataset_name", f"{file}, line {line}", remedy))
+    options = {
+        "sep": separator,
+        # In fields that are separated by tabs, a quote may be one of the text.
+        "quoting": csv.QUOTE_NONE if line else csv.QUOTE_MINIMAL,
+        "encoding": encoding,
+        "skiprows": skipped,
+        "keep_default_na": False,
+        "na_values": NULLS,
+        # Texts are not converted to numbers, which lose the zeros of 007.
+        "converters": {name: _read_cell for name in header if normalise(name) in TEXT_COLUMNS},
+    }
+    return "csv", options, header
+
+
+def _find_stray_quote(file: Path, separator: str) -> int:
+    """Return the first line of a table where quotes do not surround a field; 0 if there is none.
+
+    pandas would take all lines up to the next quote for one field.
+    """
+    with open_text(file) as text:
+        rows = csv.reader(io.StringIO(text.read(QUOTED), newline=""), delimiter=separator, strict=True)
+    try:
+        deque(rows, maxlen=0)
+    except csv.Error as error:
+        # The others are a field that is too long for Python's limit, and one that is cut.
+        return rows.line_num if "expected after" in str(error) else 0
+    return 0
+
+
+def _read_cell(cell: str) -> str | None:
+    return None if cell in NULLS else cell

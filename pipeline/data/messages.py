@@ -17,6 +17,10 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "
 """Names of roles in ShareGPT's conversations."""
 
 
+EXACT = 2.0**53
+"""From here on, a number of a file has lost digits: JSON's 2^70 and 2^70 + 1 are read as the same one."""
+
+
 class ShapeError(ValueError):
     """A row does not have the expected shape; the message says how."""
 
@@ -43,6 +47,8 @@ def read_messages(value: object, column: str, system_prompt: str | None = None) 
     for message in value:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise ShapeError(f"{column} contains {shorten(message)}, not {{role, content}}")
+        if message.get("tool_calls") or message.get("function_call"):
+            raise ShapeError(f"{column} calls a tool, which is not read; write the call into the content")
         if message["role"] not in ("system", "user", "assistant", "tool"):
             raise ShapeError(f"{column} has the role {shorten(message['role'])}, not system, user or assistant")
         if not isinstance(message["content"], str):
@@ -98,9 +104,13 @@ def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
 
 
 def as_answer(value: object) -> object:
-    """Return a number as text: in a CSV file, answers such as 72 are numbers, and 72.0 if some are missing."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    """Return a number as text, such as 72, which is 72.0 if other answers are missing; None for NaN, a missing one."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        if abs(value) >= EXACT:
+            raise ShapeError(f"the number {value} is not exact; write it as text")
+        value = int(value) if value.is_integer() else value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 

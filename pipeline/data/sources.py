@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import glob
 import io
 import json
@@ -13,23 +12,41 @@ import os
 import re
 import zlib
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 import yaml
-from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, Value, concatenate_datasets
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.table import CastError
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.columns import CONVERSATIONS, TEXT_COLUMNS, Split, column_names, find_column, normalise
-from pipeline.data.documents import TO_UTF8, digest_of, is_utf16, open_bytes, open_documents, open_text
+from pipeline.data.columns import (
+    CONVERSATIONS,
+    TEXT_COLUMNS,
+    Split,
+    column_names,
+    common_features,
+    find_column,
+)
+from pipeline.data.documents import (
+    TO_UTF8,
+    check_fetched,
+    choose_table,
+    digest_of,
+    is_utf16,
+    open_bytes,
+    open_documents,
+)
+from pipeline.data.messages import shorten
 from pipeline.data.shards import is_shards, open_shards
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, as_typed
@@ -50,10 +67,11 @@ BUILDERS = {
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 NO_DATA = re.compile(
-    r"(readme|licen[cs]e|copying|citation)([-_.][\w.-]*)?|(config|dataset_infos?|dataset_dict|state)\.json",
+    r"(readme|licen[cs]e|copying|citation)([-_.][\w.-]*)?|(config|dataset_infos?|dataset_dict|state)\.json"
+    r"|cache-\w+\.arrow",
     re.IGNORECASE,
 )
-"""Files of a folder that are about the data."""
+"""Files of a folder that are about the data, or what `datasets` has made of them."""
 
 SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
 SPLIT = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_NAMES)})(?:[-._ 0-9].*)?", re.IGNORECASE)
@@ -61,9 +79,6 @@ SPLIT = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_NAMES)})(?:[-._ 0-9].*)?"
 
 SHARDED = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 """Names of the files of a split in repositories of the Hub, such as `data/train_sft-00000-of-00003.parquet`."""
-
-NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
-"""Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
 
 SAMPLE = 1 << 16
 """Characters or bytes by which it is decided how a file is read."""
@@ -200,12 +215,8 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> DatasetDic
             rows = Dataset.from_list(_rows_of_object(file))
             opened = {split: rows.to_iterable_dataset() if streaming else rows}
         else:
-            # `datasets` reads paths as patterns.
-            names = {split: [glob.escape(str(file)) for file in files] for split, files in own.items()}
-            opened = datasets.load_dataset(builder, data_files=names, streaming=streaming, **options)
+            opened = _load(builder, own, streaming, options)
         for split, files in own.items():
-            if builder == "json" and streaming:
-                _check_streamed(files, opened[split])
             parts[split].append((files[0], opened[split]))
     joined = {split: _join(found) for split, found in parts.items()}
     what = "documents" if any(builder == "text" for builder, *_ in groups.values()) else "rows"
@@ -215,6 +226,34 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> DatasetDic
     return (IterableDatasetDict if streaming else DatasetDict)(joined)
 
 
+def _load(builder: str, own: dict[str, list[Path]], streaming: bool, options: dict[str, Any]) -> dict[str, Split]:
+    """Open the files of splits, with types that fit all of them.
+
+    `datasets` takes the types of the first file, where a column may be without values, and fails at the first value.
+    """
+    files = [file for some in own.values() for file in some]
+    # `datasets` reads paths as patterns.
+    names = {split: [glob.escape(str(file)) for file in some] for split, some in own.items()}
+
+    def load(names: Any = names, **features: Any) -> Any:
+        return datasets.load_dataset(builder, data_files=names, streaming=streaming, **options, **features)
+
+    if streaming and builder == "parquet":
+        found = [Features.from_arrow_schema(pq.read_schema(file)) for file in files]
+    else:
+        try:
+            opened = load()
+            found = _features_of_rows(files, opened) if streaming and builder == "json" else []
+            if all(one == found[0] and Value("null") not in one.values() for one in found):
+                return opened
+        except DatasetGenerationError as error:
+            # Such files have other columns.
+            if len(files) == 1 or isinstance(error.__cause__, CastError):
+                raise
+            found = [load(glob.escape(str(file)))["train"].features for file in files]
+    return load(features=common_features(files, found, is_json=builder == "json"))
+
+
 def _list_files(path: Path) -> list[Path]:
     """Return the files to read: the file itself, or the ones in a folder and its folders, in order. Log the others."""
     kinds = f"{', '.join(BUILDERS)}, also compressed (.gz)"
@@ -222,8 +261,8 @@ def _list_files(path: Path) -> list[Path]:
         if _suffix(path) not in BUILDERS:
             remedy = f"files of this type are not supported; save it as one of {kinds}"
             raise UserError(Problem("dataset_name", path, remedy))
-        if path.stat().st_size == 0:
-            raise UserError(Problem("dataset_name", path, "is an empty file; give one that has rows"))
+        if _is_empty(path):
+            raise UserError(Problem("dataset_name", path, "does not have rows; give a file that has"))
         return [path]
     files: list[Path] = []
     others: list[str] = []
@@ -239,7 +278,7 @@ def _list_files(path: Path) -> list[Path]:
         for file in (Path(root, name) for name in names if not name.startswith(".")):
             is_data = _suffix(file) in BUILDERS and not NO_DATA.fullmatch(file.name) and file.is_file()
             # An empty file of JSON Lines stays, because each file of a stream has a number.
-            if is_data and (file.stat().st_size or _suffix(file) in JSON_LINES):
+            if is_data and (_suffix(file) in JSON_LINES or not _is_empty(file)):
                 files.append(file)
             else:
                 others.append(str(file.relative_to(path)))
@@ -250,6 +289,16 @@ def _list_files(path: Path) -> list[Path]:
     if others:
         logger.info("%s: not read, because they are not data, or empty: %s", path, named)
     return sorted(files, key=str)
+
+
+def _is_empty(file: Path) -> bool:
+    """Return whether a file has no rows; a table without rows still has the names of its columns."""
+    if not file.stat().st_size or file.suffix.lower() == ".parquet":
+        return not (file.stat().st_size and pq.read_metadata(file).num_rows)
+    if BUILDERS[_suffix(file)] != "csv":
+        return False
+    with open_bytes(file) as content:
+        return len([*islice(filter(bytes.strip, content), 2)]) < 2
 
 
 def _suffix(path: Path) -> str:
@@ -284,6 +333,7 @@ def _assign_splits(path: Path, files: list[Path]) -> dict[str, list[Path]]:
 def _choose_reader(file: Path) -> tuple[str, dict[str, Any], list[str]]:
     """Return the builder that reads a file, its options, and the columns of a table or of Parquet."""
     builder = BUILDERS[_suffix(file)]
+    check_fetched(file)
     if file.suffix.lower() == ".parquet":
         return builder, {}, pq.read_schema(file).names
     if builder == "json" and is_utf16(file):
@@ -297,51 +347,14 @@ def _choose_reader(file: Path) -> tuple[str, dict[str, Any], list[str]]:
             raise UserError(Problem("dataset_name", file, remedy))
         if first == b"{" and _rows_of_object(file):
             return "object", {"file": file}, []
-    return _choose_table(file) if builder == "csv" else (builder, {}, [])
-
-
-def _choose_table(file: Path) -> tuple[str, dict[str, Any], list[str]]:
-    """Return how a table is read, as `_choose_reader` does."""
-    with open_text(file) as text:
-        sample, encoding = text.read(SAMPLE), text.encoding
-    if "\0" in sample:
-        remedy = "is not text, or is UTF-16 without a byte order mark; save it as UTF-8"
-        raise UserError(Problem("dataset_name", file, remedy))
-    # Excel writes and reads a first line such as "sep=;".
-    skipped = 1 if sample.startswith("sep=") else 0
-    tables = []
-    for separator in sample[4] if skipped else "\t" if _suffix(file) == ".tsv" else ",;\t|":
-        rows = filter(None, csv.reader(io.StringIO(sample, newline=""), delimiter=separator))
-        first: list[list[str]] = [*islice(rows, skipped, skipped + 2), [], []]
-        header, row = first[:2]
-        tables.append((len(header) == len(row) > 1, len(header), separator, header, row))
-    # The separator by which the first row has as many fields as the header, or else the most frequent in the header.
-    *_, separator, header, row = max(tables, key=itemgetter(0, 1))
-    # pandas would take the first fields of such rows for names of rows.
-    if len(row) > len(header):
-        remedy = f"cannot be read: row 0 has {len(row)} fields, separated by {separator!r}, and the header "
-        remedy += f"{len(header)}; put fields that contain it in quotes"
-        raise UserError(Problem("dataset_name", file, remedy))
-    options = {
-        "sep": separator,
-        "encoding": encoding,
-        "skiprows": skipped,
-        "keep_default_na": False,
-        "na_values": NULLS,
-        # Texts are not converted to numbers, which lose the zeros of 007.
-        "converters": {name: _read_cell for name in header if normalise(name) in TEXT_COLUMNS},
-    }
-    return "csv", options, header
-
-
-def _read_cell(cell: str) -> str | None:
-    return None if cell in NULLS else cell
+    return choose_table(file) if builder == "csv" else (builder, {}, [])
 
 
 def _rows_of_object(file: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSON file that is a single object with all of them; none of another object.
 
-    {"question": ["2 + 3?", ...], "answer": ["5", ...]} or {"version": 1, "data": [{"question": "2 + 3?", ...}, ...]}
+    {"question": ["2 + 3?", ...], "answer": ["5", ...]} or {"version": 1, "data": [{"question": "2 + 3?", ...}, ...]},
+    or rows by their ids, {"q1": {"question": "2 + 3?", ...}, ...}
     """
     with contextlib.suppress(ValueError, RecursionError, AttributeError), open_bytes(file) as content:
         first = content.readline()
@@ -354,24 +367,35 @@ def _rows_of_object(file: Path) -> list[dict[str, Any]]:
         of_rows = [rows for rows in lists if isinstance(rows[0], dict)]
         if not of_rows and len(lists) == len(table) and len({*map(len, lists)}) == 1:
             return [dict(zip(table, row, strict=True)) for row in zip(*lists, strict=True)]
+        if len(table) > 1 and all(isinstance(row, dict) for row in table.values()):
+            of_rows = [[*table.values()]]
         # A row may have a list as well.
         if len(of_rows) == 1 and not find_column(table, *CONVERSATIONS, *TEXT_COLUMNS):
             return list(of_rows[0])
     return []
 
 
-def _check_streamed(files: list[Path], stream: Split) -> None:
-    """Refuse files of JSON Lines whose first row has columns that the first file lacks: a stream would stop there.
+def _features_of_rows(files: list[Path], opened: dict[str, Split]) -> list[Features]:
+    """Return the types in a stream of the first file, and in the first rows of other files of JSON Lines.
 
-    Without streaming, `datasets` reads all files, and finds such columns in any row.
+    Such a row with columns that the first file lacks is refused: the stream would stop there. Without streaming,
+    `datasets` reads all files, and finds such columns in any row.
     """
+    stream = next(iter(opened.values()))
+    features = [stream.features]
     columns = column_names(stream) if len(files) > 1 else []
     for file in files[1:]:
+        own = stream.features
         if _suffix(file) in JSON_LINES:
             with open_bytes(file) as lines:
-                row = json.loads(next(filter(bytes.strip, lines), b"{}"))
-            if set(row) - set(columns):
+                line = next(filter(bytes.strip, lines), b"{}")
+            if set(row := json.loads(line)) - set(columns):
                 raise _differ(files[0], columns, file, list(row))
+            with contextlib.suppress(pa.ArrowInvalid):
+                own = Features.from_arrow_schema(pa_json.read_json(io.BytesIO(line)).schema)
+        features.append(own)
+    # The types of a list are not known before it is read.
+    return features if stream.features else []
 
 
 def _join(parts: list[tuple[Path, Split]]) -> Split:
@@ -384,8 +408,11 @@ def _join(parts: list[tuple[Path, Split]]) -> Split:
     if any(set(column_names(part)) != set(columns) for _, part in parts):
         logger.warning("%s and %s have different columns; only `text` is read", first, parts[1][0])
         parts = [(file, part.select_columns("text")) for file, part in parts]
-    features = parts[0][1].features
-    return concatenate_datasets([part.cast(features) if features else part for _, part in parts])
+    features = [part.features for _, part in parts]
+    if all(features):
+        common = common_features([file for file, _ in parts], features)
+        parts = [(file, part if part.features == common else part.cast(common)) for file, part in parts]
+    return concatenate_datasets([part for _, part in parts])
 
 
 def _differ(first: Path, columns: list[str], other: Path, others: list[str]) -> UserError:
@@ -424,16 +451,21 @@ def locate_error(path: Path, error: Exception) -> list[Problem]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     problems = []
     for file in files:
+        check_fetched(file)
         if _suffix(file) not in JSON_LINES:
             continue
         # A file that cannot be read at all is reported below.
         with contextlib.suppress(OSError, EOFError, zlib.error), open_bytes(file) as lines:
             for number, line in enumerate(lines, start=1):
+                remedy = ""
                 try:
-                    json.loads(line if line.strip() else "null")
+                    row = json.loads(line if line.strip() else "{}")
+                    if not isinstance(row, dict):
+                        remedy = f'is {shorten(row)}; it must be an object, such as {{"text": "..."}}'
                 except (ValueError, RecursionError) as fault:
                     advice = TO_UTF8 if isinstance(fault, UnicodeError) else "correct or remove it"
                     remedy = f"is not valid JSON ({fault}); {advice}"
+                if remedy:
                     problems.append(Problem("dataset_name", f"{file}, line {number}", remedy))
                     break
     if problems:

@@ -19,7 +19,16 @@ from datasets import (
 )
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import Kind, Split, column_names, drops_rows, place_of, standardise
+from pipeline.data.columns import (
+    Kind,
+    Split,
+    column_names,
+    converter,
+    drops_rows,
+    find_column,
+    place_of,
+    standardise,
+)
 from pipeline.data.sources import locate_error, open_source
 from pipeline.errors import Problem, UserError
 
@@ -157,6 +166,7 @@ def _load_one(
         if not evaluation:
             return trained_on, None
         held_out = _limit(source[args.dataset_test_split], args, "max_eval_samples")
+        _check_columns(source[train], held_out, args, kind)
         return trained_on, standardise(held_out, args, kind, tokens)
 
     if isinstance(source[train], Dataset) and drops_rows(args):
@@ -206,6 +216,17 @@ def _check_splits(names: list[str], args: DataArguments, evaluation: bool) -> No
         problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
     if problems:
         raise UserError(*problems)
+
+
+def _check_columns(train: Split, test: Split, args: DataArguments, kind: Kind) -> None:
+    """Report columns that are read of the training split, and that the evaluation split lacks, such as answers."""
+    columns, others = column_names(train), column_names(test)
+    used = [] if kind == "tokens" else converter(train, columns, args, kind)[2]
+    # Prompts may be read from the answers, and margins are optional.
+    read = [name for name in used if name != "margin" and find_column(columns, name)]
+    if lacking := [name for name in read if not find_column(others, name)]:
+        remedy = f"has no column {', '.join(lacking)}, as {args.dataset_train_split} has; add it, or remove this split"
+        raise UserError(Problem("dataset_test_split", args.dataset_test_split, remedy))
 
 
 def _limit(split: Split, args: DataArguments, field: str) -> Split:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, load_from_disk
 from small_model import conversation, write_lines
 from transformers import TrainingArguments
 
@@ -27,6 +28,7 @@ from pipeline.training.entry import run
 POEM = "Title\n\n" + "A line of verse.\nAnd another.\n\n" * 10
 ASKED = conversation("Why?", "Because.")
 EXCEL = "utf-16"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
 def lay(folder: Path, **files: str | bytes) -> str:
@@ -57,14 +59,14 @@ def test_a_document_is_a_file_in_any_folder_and_other_files_are_named(
     folder = lay(
         tmp_path / "poems", a__txt=POEM, B__TXT="\ufeff" + POEM, c__md=POEM.encode("utf-16"), in_in_d__txt=POEM,
         e__txt__gz=gzip.compress(POEM.encode()), README__md="# Poems", LICENSE="MIT", __hidden__txt="no", f__png=b"P",
-        g__txt="", h__jsonl='{"text": "from JSON", "url": "u"}\n',
+        g__txt="", h__jsonl='{"text": "from JSON", "url": "u"}\n', **{"std::vector__txt": POEM},
     )  # fmt: skip
     os.symlink(tmp_path / "poems" / "in", tmp_path / "poems" / "linked")
     os.symlink(tmp_path / "poems", tmp_path / "poems" / "in" / "loop")
     caplog.set_level("INFO", "pipeline")
-    assert sorted(texts(folder)) == sorted([POEM] * 5 + ["from JSON"])
+    assert sorted(texts(folder)) == sorted([POEM] * 6 + ["from JSON"])
     assert "not read, because they are not data, or empty: LICENSE, README.md, f.png, g.txt" in caplog.text
-    assert "split train: read 6 files, 6 documents" in caplog.text and "a stream of documents" in caplog.text
+    assert "split train: read 7 files, 7 documents" in caplog.text and "a stream of documents" in caplog.text
     assert "only `text` is read" in caplog.text
 
 
@@ -154,6 +156,62 @@ def test_tables_are_read_whatever_separates_their_fields(tmp_path: Path) -> None
         assert sorted((row["messages"] for row in found), key=str) == sorted(expected, key=str), suffix
 
 
+def test_quotes_that_do_not_surround_a_field_are_a_part_of_it_between_tabs(tmp_path: Path) -> None:
+    lines = ['"Hurry!\tVite!', '"Who?" he said.\t"Qui?"', "Go.\tVa."]
+    path = lay(tmp_path, a__tsv="\n".join(["question\tanswer", *lines])) + "/a.tsv"
+    assert [row["messages"] for row in read(path, "conversation")] == [
+        conversation(*line.split("\t")) for line in lines
+    ]
+
+
+def test_what_datasets_keeps_beside_the_data_is_not_read(tmp_path: Path) -> None:
+    folder = str(tmp_path / "saved")
+    Dataset.from_list([{"text": f"document {i}"} for i in range(3)]).save_to_disk(folder)
+    load_from_disk(folder).map(lambda row: {"text": row["text"].upper()})
+    assert list(tmp_path.glob("saved/cache-*.arrow"))
+    assert [row["text"] for row in read(folder)] == ["document 0", "document 1", "document 2"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streaming: bool) -> None:
+    """A column may be without values in the first file, have numbers in one and texts in another, or more keys."""
+    more = {"content": "Why?", "role": "user", "name": "Ann"}
+    rows = [
+        {"prompt": ASKED[:1], "answer": 1, "level": None, "tags": []},
+        {"prompt": [more], "answer": "1/2", "level": "hard", "tags": ["a"]},
+        {"prompt": ASKED[:1], "answer": 0.5, "level": "easy", "tags": []},
+    ]
+    for number, row in enumerate(rows):
+        path = tmp_path / f"{number}.{kind}"
+        if kind == "jsonl":
+            write_lines(path, [row] * 2)
+        else:
+            Dataset.from_list([row] * 2).to_parquet(path)
+    found = sorted(read(str(tmp_path), "prompt", streaming), key=str)
+    expected = [{**row, "prompt": ASKED[:1], "answer": str(row["answer"])} for row in rows for _ in range(2)]
+    assert found == sorted(expected, key=lambda row: str({name: row[name] for name in found[0]}))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_without_rows_are_passed_over(tmp_path: Path, streaming: bool) -> None:
+    Dataset.from_dict({"text": ["a"]}).take(0).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_dict({"text": ["b"]}).to_parquet(tmp_path / "b.parquet")
+    folder = lay(tmp_path, c__csv="text\n\n", d__csv="text\nd\n")
+    assert sorted(row["text"] for row in read(folder, streaming=streaming)) == ["b", "d"]
+    with pytest.raises(UserError, match=r"a.parquet: does not have rows"):
+        read(f"{folder}/a.parquet", streaming=streaming)
+
+
+def test_a_split_that_lacks_the_answers_is_named(tmp_path: Path) -> None:
+    folder = lay(tmp_path, train__csv="question,answer\nWhy?,Because.\n", test__csv="question\nWho?\n")
+    for kind in ("conversation", "prompt"):
+        with pytest.raises(
+            UserError, match=r"dataset_test_split: test: has no column answer, as train has; add it, or"
+        ):
+            load_splits(DataArguments(folder), kind, evaluation=True)
+
+
 HUMAN, GPT = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}
 BAD = {"from": "gpt", "value": "No."}
 PAIR = {"prompt": ASKED[:1], "chosen": ASKED[1:], "rejected": [{"role": "assistant", "content": "No."}]}
@@ -164,6 +222,12 @@ PAIR = {"prompt": ASKED[:1], "chosen": ASKED[1:], "rejected": [{"role": "assista
     [
         ("conversation", {"conversations": [HUMAN, GPT], "id": "1"}, {"messages": ASKED}, "'id' are not used"),
         ("conversation", {"messages": ASKED, "tools": None}, {"messages": ASKED}, ""),
+        (
+            "conversation",
+            {"messages": [{**ASKED[0], "name": "Ann"}, {**ASKED[1], "weight": 0}]},
+            {"messages": ASKED},
+            "the columns 'messages.name', 'messages.weight' are not used",
+        ),
         ("conversation", {"instruction": "Why?", "input": "", "output": "Because."}, {"messages": ASKED}, ""),
         (
             "conversation",
@@ -199,6 +263,33 @@ def test_shapes_of_rows_are_found(
         assert overlap([row], [{"text": asked}], 8).share == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        (
+            "conversation",
+            {"instruction": "Sort.", "input": [3, 1], "output": "1"},
+            r"input, .* prompt, is \[3, 1\], not",
+        ),
+        ("conversation", {"question": "Why?", "answer": float("nan")}, "answer is empty"),
+        ("conversation", {"question": "Why?", "answer": 2**70}, r"1.18\d*e\+21 is not exact; write it as text"),
+        ("conversation", {"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{"id": "1"}]}]}, "messages calls a tool"),
+        ("prompt", {"question": "Who?", "answer": ["I", "me"]}, r"answer is \['I', 'me'\], not one answer"),
+        ("prompt", {"question": "Who?", "answer": {"value": "I"}}, r"answer is {'value': 'I'}, not one answer"),
+        ("unpaired", {"prompt": "Who?", "completion": ["I"], "label": True}, r"completion is \['I'\], not text"),
+    ],
+)
+def test_rows_of_other_shapes_are_refused(tmp_path: Path, kind: Kind, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"row 0: .*{message}"):
+        read(write_lines(tmp_path / "a.jsonl", [row] * 2), kind)
+
+
+def test_numbers_are_a_part_of_the_prompt(tmp_path: Path) -> None:
+    rows = [{"instruction": "Double.", "input": number, "output": "?"} for number in (2, 0.5, float("nan"))]
+    found = [row["prompt"][0]["content"] for row in read(write_lines(tmp_path / "a.jsonl", rows), "prompt")]
+    assert found == ["Double.\n\n2", "Double.\n\n0.5", "Double."]
+
+
 def test_the_context_belongs_to_a_prompt_that_is_named(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"task": "Sum.", "input": "1 2", "result": "3"}])
     columns = {"prompt_column": "task", "completion_column": "result"}
@@ -208,7 +299,7 @@ def test_the_context_belongs_to_a_prompt_that_is_named(tmp_path: Path) -> None:
 def test_rows_in_an_object_are_read(tmp_path: Path) -> None:
     pairs = [{"question": "Why?", "answer": "Because."}] * 3
     columns = {"question": ["Why?"] * 3, "answer": ["Because."] * 3}
-    for number, content in enumerate((columns, {"version": 1, "data": pairs})):
+    for number, content in enumerate((columns, {"version": 1, "data": pairs}, dict(zip("xyz", pairs, strict=True)))):
         for indent in (None, 1):
             path = tmp_path / f"{number}{indent}.json"
             path.write_text(json.dumps(content, indent=indent))
@@ -242,6 +333,13 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
         ({"a__txt": "Café".encode("cp1252") * 9}, "text", r"a.txt: cannot be read .*iconv -f WINDOWS-1252"),
         ({"a__txt": "a\tb\r\n".encode(EXCEL)}, "text", r"a.txt: is not plain text; rename it to .tsv"),
         ({"a__txt": '{"text": "a"}\n'}, "text", r"a.txt: is not plain text; rename it to .jsonl"),
+        ({"a__txt": '[{"text": "' + "a" * 9999}, "text", r"a.txt: is not plain text; rename it to .jsonl"),
+        ({"a__jsonl": '["a"]\n' * 2}, "text", r"a.jsonl, line 1: is \['a'\]; it must be an object"),
+        ({"a__parquet": POINTER}, "text", r"a.parquet: is only a pointer of Git LFS; fetch the file: `git lfs pull`"),
+        ({"a__jsonl": POINTER}, "text", r"a.jsonl: is only a pointer of Git LFS; fetch the file: `git lfs pull`"),
+        ({"a__csv": 'question,answer\n"A \\"b\\".",c\n'}, "conversation", r"a.csv, line 2: has a quote within a field"),
+        ({"a__json": json.dumps({f"id {i}": i for i in range(99)})}, "text", r"from: id 0, .*, id 19 and 79 more$"),
+        ({"a__csv": "a" * 99 + "\nb\n"}, "text", r"choose from: 'a{56}\.\.\.$"),
         ({"a__txt": "text".encode("utf-16-le")}, "text", r"a.txt: is not text, or is UTF-16 without"),
         ({"a__txt__gz": gzip.compress(b"a" * 999)[:20]}, "text", r"a.txt.gz: cannot be read .*correct the file"),
         ({"a__csv": "text\nhello\n".encode("utf-16-le")}, "text", r"a.csv: is not text, or is UTF-16 without"),
