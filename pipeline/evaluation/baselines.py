@@ -1,4 +1,4 @@
-"""Baselines: what the stage that others are compared with reaches by tricks that need no training.
+"""Baselines: what the stage that others are compared with reaches by tricks, without being trained any further.
 
 `elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") that counts as part of each, or
 behind some solved problems; of several such ways, the best on other problems.

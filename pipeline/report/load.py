@@ -23,6 +23,7 @@ from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.results import StageResult
 from pipeline.files import check_regular, read_json, read_run, read_shapes
 from pipeline.report.stage_order import stage_info, stage_order
+from pipeline.stages import BASELINES
 
 ANNOTATORS = "annotators who do not know which is which"
 """The judge of evaluations that do not name one."""
@@ -70,6 +71,11 @@ class Run:
     def against(self) -> str:
         """The stage that others are compared with."""
         return next((stage.against for stage in self.stages.values() if stage.against), "2_sft")
+
+    @property
+    def bars(self) -> dict[str, StageResult]:
+        """The baselines that a stage has to beat. An older or a foreign run may have others than are known here."""
+        return {name: found for name, found in self.baselines.items() if name in BASELINES and BASELINES[name].is_bar}
 
     @property
     def answering(self) -> list[StageResult]:

@@ -117,7 +117,7 @@ def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[st
         "was": show(before) if before and aim in before.metrics and aim != "win_rate" else "",
         "what": PHRASES.get(aim, info.label.lower()).format(against=run.against, lengths=measured),
         "lower": info.better == "down",
-        "baselines": [f"{show(it)} ({baseline_title(run, it)})" for it in run.baselines.values() if aim in it.metrics],
+        "baselines": [f"{show(it)} ({baseline_title(run, it)})" for it in run.bars.values() if aim in it.metrics],
     }
 
 

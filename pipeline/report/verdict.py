@@ -174,8 +174,8 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
         yield Finding(stage.name, what, now.value, remedy)
     elif aim != "win_rate" and info.share and info.better == "up" and highest < MIN_SHARE_RIGHT:
         yield Finding(stage.name, f"{label} is {_shown(aim, now)}: nearly all answers are wrong", now.value, remedy)
-    for name, baseline in run.baselines.items():
-        for metric in stage_info(stage.name).aims if BASELINES[name].is_bar else ():
+    for name, baseline in run.bars.items():
+        for metric in stage_info(stage.name).aims:
             other = paired(baseline.outcomes(metric), stage.outcomes(metric), metric)
             verdict = "better" if other is None else judge(metric, other)
             # What does not gain at all is not named again for each baseline that is no better.

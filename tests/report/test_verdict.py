@@ -13,6 +13,7 @@ from pipeline.__main__ import main
 from pipeline.evaluation.intervals import outcome_mean
 from pipeline.evaluation.results import StageResult
 from pipeline.report.load import Run, load_run
+from pipeline.report.path_picture import path_boxes
 from pipeline.report.verdict import conclude, find_failures
 
 LOST = {"rows": 98, "of": 700, "what": "conversations lose their end", "remedy": "raise max_length"}
@@ -129,6 +130,16 @@ def test_a_stage_has_to_beat_its_baselines(right: int, beats: bool) -> None:
         baselines={"elicited": stage("elicited", pass_at_1=[1.0] * right + [0.0] * (30 - right))},
     )
     assert list(found(run)) == ([] if beats else [("4_grpo", "pass@1 is")])
+
+
+@pytest.mark.parametrize("name", ["best_of", "one of another release"])
+def test_a_stage_need_not_beat_every_baseline(name: str) -> None:
+    run = run_of(
+        stage("2_sft", pass_at_1=[0.0] * 30),
+        stage("4_grpo", pass_at_1=[1.0] * 26 + [0.0] * 4),
+        baselines={name: stage(name, pass_at_1=[1.0] * 30)},
+    )
+    assert found(run) == {} and path_boxes(run, {})[-1]["figure"]["baselines"] == []
 
 
 @pytest.mark.parametrize(("right", "fails"), [(9, True), (60, False)])
