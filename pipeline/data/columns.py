@@ -78,11 +78,14 @@ DROP = "rows count from 0, and drop_bad_rows drops such rows"
 FAULT = "_fault"
 """Column that says why a row cannot be converted, while rows are converted."""
 
-MOST = 20
-"""Number of columns that a message names."""
+MOST_NAMED = 20
+"""Columns that an error message names, at most."""
 
-MESSAGE_KEYS, SEEN = ("role", "content", "from", "value"), 100
-"""What is read of a message, and the number of rows in which other keys are looked for."""
+MESSAGE_KEYS = ("role", "content", "from", "value")
+"""What is read of a message of a conversation."""
+
+ROWS_LOGGED = 100
+"""Rows at the beginning whose messages are searched for other keys."""
 
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
@@ -140,15 +143,7 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
         return split
 
     read, made, used = converter(split, columns, args, kind)
-    unread = [column for column in columns if column not in used]
-    if kind not in ("text", "prompt"):
-        cells = [(name, row[name]) for row in split.take(SEEN) for name in used if name in row]
-        messages = [(name, one) for name, cell in cells if isinstance(cell, list) for one in cell]
-        keys = [(name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None]
-        unread += dict.fromkeys(f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS)
-    if unused := ", ".join(map(repr, unread)):
-        use = "are passed to rewards, and not part of the prompts" if kind == "prompt" else "are not used"
-        _log_once(f"{'data':<11} {args.dataset_name}: the columns {unused} {use}")
+    _log_unread(split, columns, used, args, kind)
     is_stream = not isinstance(split, Dataset)
     if kind == "text" and not is_stream:
         (text,) = used
@@ -237,12 +232,30 @@ def _drop_uninformative(pairs: Split, place: str) -> Split:
     return kept
 
 
+def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArguments, kind: Kind) -> None:
+    """Log the columns that are not read and, of the first rows, the keys of messages that are not read."""
+    unread = [column for column in columns if column not in used]
+    read = [column for column in columns if column in used]
+    if kind not in ("text", "prompt") and read:
+        for row in split.select_columns(read).take(ROWS_LOGGED):
+            messages = [(name, one) for name in read if isinstance(row[name], list) for one in row[name]]
+            keys = [
+                (name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None
+            ]
+            unread += [f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS]
+    if unused := ", ".join(map(repr, dict.fromkeys(unread))):
+        use = "are passed to rewards, and not part of the prompts" if kind == "prompt" else "are not used"
+        _log_once(f"{'data':<11} {args.dataset_name}: the columns {unused} {use}")
+
+
 def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]:
     """Return the columns that arguments name, and report the missing ones."""
     found = {field: find_column(columns, name) for field, name in expected.items()}
     # Names with spaces around them are quoted, because the spaces would not be seen.
-    choices = ", ".join(name if name == name.strip() and len(name) <= 60 else shorten(name) for name in columns[:MOST])
-    choices += f" and {len(columns) - MOST} more" if len(columns) > MOST else ""
+    choices = ", ".join(
+        name if name == name.strip() and len(name) <= 60 else shorten(name) for name in columns[:MOST_NAMED]
+    )
+    choices += f" and {len(columns) - MOST_NAMED} more" if len(columns) > MOST_NAMED else ""
     # Only an argument can name another column.
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}

@@ -1,4 +1,4 @@
-"""Plain text files: which part of one is a document, in memory, in a stream and in shards alike; how a table is read.
+"""Files of text: which part of one is a document, in memory, in a stream and in shards alike; how a table is read.
 
 By default, a document is a file. One of more than `LONGEST` characters is cut at blank lines, or at line ends where
 there are none. The only file of a split is cut as well, so that a part of it can be held out:
