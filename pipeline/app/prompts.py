@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import move, recorded, with_layout
-from pipeline.evaluation.held_out import MAX_EXAMPLES, Reader
+from pipeline.evaluation.held_out import EXAMPLES, Reader
 from pipeline.report.text import visible
 
 HEADING = "## What may I ask?"
@@ -88,7 +88,7 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
         with suppress(UserError):
             part = reader.find(key)
             without = "reasoning" if key == "instructions" else None
-            for row in reader.read(key, part, MAX_EXAMPLES[key], without) if part else ():
+            for row in reader.read(key, part, EXAMPLES[key], without) if part else ():
                 # A conversation ends with its answer, a prompt comes with a column for it.
                 messages, answer = row.get("prompt", []), str(row.get("answer") or "")
                 if key == "instructions":

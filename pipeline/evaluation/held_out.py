@@ -61,7 +61,7 @@ HELD_OUT_SPLITS = ("test", "validation")
 READ_WHOLE_BYTES = 64 << 20
 """Size of Parquet files up to which they are read directly; `datasets` copies larger ones into its cache."""
 
-MAX_EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
+EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
 """Number of examples used without a `limit`: intervals a few hundredths wide, in seconds of CPU time."""
 
 TRIALS, DRAWS = 64, 5
@@ -136,7 +136,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         UserError: If data that options name have no rows, or a data set cannot be read.
     """
     reader = Reader(run, settings, flags)
-    most = {name: settings.get("limit") or n for name, n in MAX_EXAMPLES.items()}
+    most = {name: settings.get("limit") or n for name, n in EXAMPLES.items()}
     parts = {key: part for key in HELD_OUT if (part := reader.find(key)) is not None}
     # Problems have metrics of their own, which compare final answers instead of looking for words.
     rows = {

@@ -34,7 +34,8 @@ CPU_TOKENS = 768
 
 MAX_LOGITS = 1 << 28
 """Logits that a batch keeps on a CPU until its backward pass (1 GiB in float32). With more, each pass is computed
-twice, which takes half as long again, and only one pass is in memory."""
+twice, and only one pass is in memory. Of SmolLM2-135M, 64 completions of 40 tokens then take 3.7 GB, not 6.6, and 1.1
+(all weights, float32) to 1.5 times the seconds (all weights or LoRA, bfloat16)."""
 
 ATTENTION_COSTS = 256
 """Length of a row at which attention takes about as long as everything else in a small model, and less in a large."""
