@@ -16,7 +16,8 @@ All that the steps print is in <run>/logs; `--verbose` prints it as well.
 
 With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
 report over them. If RUN is itself a run, its own report is replaced. A step that fails ends the command: the other
-seeds have the same configuration, and would often fail as well.
+seeds have the same configuration, and would often fail as well. With `--from`, the runs of new seeds share the steps
+before that one with RUN itself, where they must have finished; the run of RUN's own seed shares all of them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from pipeline.runner.launcher import (
 from pipeline.runner.preflight import check_steps
 from pipeline.runner.processes import push_finished, run
 from pipeline.runner.recipe import Plan, check_of_recipe, check_writable, read_plan
-from pipeline.runner.records import RunRecord, measured_seconds
+from pipeline.runner.records import RunRecord, measured_seconds, share_steps
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, find_step
 from pipeline.runner.warm import WarmProcess
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", type=Path, help="folder of YAML files, here or on the Hub (NAME/repo), or pocket")
     meaning = "run this step and all after it, even if they have finished; the steps it needs must have finished"
+    meaning += "; with --seeds, new seeds share the steps before it with <run>"
     add("--from", dest="start", metavar="STEP", help=meaning)
     add("--until", metavar="STEP", help="stop after this step, its evaluation and the report")
     meaning = "delete what these steps have written (default: all, from --from on), and run them and what needs them"
@@ -151,12 +153,16 @@ def _check(args: argparse.Namespace) -> None:
 
 def _run_seeds(args: argparse.Namespace) -> int:
     """Run the steps of each seed and the report over them, or print them for `--dry-run`. Return the exit code."""
-    run_dir = read_plan(args.recipe, args.output_dir, smoke=args.smoke).run_dir
+    whole = read_plan(args.recipe, args.output_dir, smoke=args.smoke)
+    run_dir = whole.run_dir
     problems: list[Problem] = []
     # Every seed is checked before the first one runs.
     runs = []
+    sharing = _share(whole, args) if args.start is not None else []
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
+        # Of a new run, nothing is repeated: it has not got what comes from there on, or has it from RUN.
+        own.start = None if seed in sharing else args.start
         try:
             runs.append((own, *_prepare(own)))
         except UserError as error:
@@ -188,6 +194,27 @@ def _run_seeds(args: argparse.Namespace) -> int:
         return 128 + int(received) if received is not None else exit_code(code)
 
 
+def _share(plan: Plan, args: argparse.Namespace) -> list[int]:
+    """Give the runs of new seeds the steps of the run itself, up to `--from`. Return these seeds.
+
+    Raises:
+        UserError: If the run itself could not go on from there.
+    """
+    new = [seed for seed in args.seeds if not (plan.run_dir / f"seed{seed}" / "run.json").exists()]
+    first = find_step(plan.steps, args.start, "--from")
+    if new:
+        _prepare(argparse.Namespace(**vars(args) | {"seeds": None, "output_dir": plan.run_dir}))
+        if args.dry_run:
+            remedy = "shares the steps of a run, which --dry-run does not; omit --dry-run"
+            raise UserError(Problem("--seeds", new[0], remedy))
+    for seed in new:
+        # The run's own seed shares all but the report, which is over one run.
+        since = plan.steps[-1] if seed == plan.seed else first
+        steps = plan.steps[: plan.steps.index(since)]
+        share_steps(steps, plan.run_dir, plan.run_dir / f"seed{seed}", since.name)
+    return new
+
+
 def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
     """Read the plan of a run and decide about its steps, before anything is written.
 
@@ -197,7 +224,12 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
     if not args.dry_run and (problems := check_writable(plan)):
         raise UserError(*problems)
-    decided = _decide(plan, RunRecord.read(plan.run_dir), args)
+    record = RunRecord.read(plan.run_dir)
+    if since := record.content.get("since"):
+        shared = read_plan(args.recipe, args.output_dir, None, args.smoke).steps
+        first = [step.name for step in shared].index(since)
+        plan = replace(plan, steps=shared[:first] + plan.steps[first:])
+    decided = _decide(plan, record, args)
     due = [step for step, decision in decided if decision.action != "skip"]
     with show_checks(args):
         problems = _check_steps(plan, [step.name for step in due], args) if due else []

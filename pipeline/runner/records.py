@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,6 +40,8 @@ class RunRecord:
     - `started_at`; `finished_at`, null until it has finished
     - `lost`, the rows that it cut or dropped, if any (see `pipeline.progress.report_lost`)
     - `pushed`, the arguments of `fourstage` that pushed it to the Hub, if it was pushed
+
+    Its `since` names the first step of its own, if it shares the steps before it with the run around it.
     """
 
     path: Path
@@ -116,6 +120,30 @@ class RunRecord:
         """Record that a finished step was pushed."""
         self.steps[step.name]["pushed"] = list(step.push)
         self.update()
+
+
+def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str) -> None:
+    """Give a new run in `seed_dir` the finished ones of `steps` of the run in `run_dir`, and what they wrote.
+
+    Files are linked, so that models take no further space; checkpoints are left out. `since` is recorded.
+    """
+    record, own = RunRecord.read(run_dir), RunRecord.read(seed_dir)
+    finished = [step for step in steps if record.is_finished(step.name)]
+    for path in (path for step in finished for path in step.leftovers or (step.output,)):
+        target = seed_dir / path.relative_to(run_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            ignored = shutil.ignore_patterns("checkpoint-*")
+            shutil.copytree(path, target, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
+        elif path.exists():
+            _link(path, target)
+    own.update(since=since, steps={step.name: record.steps[step.name] for step in finished})
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    # It is there if an earlier attempt was interrupted.
+    with contextlib.suppress(FileExistsError):
+        os.link(source, target)
 
 
 def measured_seconds(run_dir: Path, recipe: str, smoke: bool) -> dict[str, float]:

@@ -89,6 +89,38 @@ def test_a_run_that_lies_there_is_kept_but_for_its_report(run: Runner, measured:
     assert "$ " not in out
 
 
+def test_new_seeds_share_the_steps_before_a_step_with_the_run(run: Runner, folder: Path, measured: None) -> None:
+    configure(folder, "2_sft", seed=0)
+    assert run()[0] == 0
+    before = {path: path.read_bytes() for path in Path("runs/r").rglob("*") if path.is_file()}
+    code, out, _ = run("--seeds", "0", "2", "--from", "sft")
+    assert code == 0 and out.count("$ python -m stand_in_step") == 2, (
+        "seed 2's sft and reward model; seed 0 is the run's own"
+    )
+    whole, own, same = (json.loads(Path("runs/r", name, "run.json").read_text()) for name in (".", "seed2", "seed0"))
+    assert same["steps"] == {name: entry for name, entry in whole["steps"].items() if name != "report"} | {
+        "report": same["steps"]["report"]
+    }
+    assert own["steps"]["1_pretrain"] == whole["steps"]["1_pretrain"]
+    assert own["steps"]["2_sft"]["values"]["seed"] == 2
+    assert "runs/r/seed2/1_pretrain" in own["steps"]["2_sft"]["command"]
+    assert Path("runs/r/seed2/1_pretrain/ran.txt").samefile("runs/r/1_pretrain/ran.txt")
+    assert [of_run["seed"] for of_run in read_report()["runs"]] == [0, 2]
+    for path, content in before.items():
+        assert path.parent.name == "report" or path.read_bytes() == content
+    _, out, _ = run("--seeds", "0", "2")
+    assert out.count("$ ") == 1, "the command that resumes them only reports again"
+    assert run("--seed", "2", "--output_dir", "runs/r/seed2")[1].count("$ ") == 0
+
+
+def test_seeds_do_not_share_steps_that_have_not_run(run: Runner) -> None:
+    run("--until", "pretrain")
+    for argv in (["--from", "reward"], ["--from", "sft", "--dry-run"]):
+        code, _, err = run("--seeds", "1", *argv)
+        assert code == 2 and not Path("runs/r/seed1").exists()
+        assert ("is needed first (has not run yet)" if argv[1] == "reward" else "omit --dry-run") in err
+
+
 def test_options_apply_to_every_seed(run: Runner) -> None:
     code, out, _ = run("--seeds", "0", "1", "--dry-run", "--output_dir", "x")
     assert code == 0 and out.count("run 2_sft: has not run yet") == 2
