@@ -6,15 +6,17 @@ that field. Any other exception is a defect of this project or of a library, and
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 EXIT_USER_ERROR = 2
@@ -25,9 +27,6 @@ EXIT_PUSH_FAILED = 3
 
 EXIT_WAITING = 4
 """Exit code of a step that waits for people."""
-
-EXIT_INTERRUPTED = 130
-"""Exit code after Ctrl-C (128 + SIGINT, the convention of POSIX shells)."""
 
 TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_jwt_[\w.-]*\w|(?:hf_(?:oauth_+)?|api_org_)[A-Za-z0-9]{6,})")
 """A token of the Hub, which no message repeats."""
@@ -81,11 +80,10 @@ class UserError(Exception):
 
     def __init__(self, *problems: Problem) -> None:
         self.problems = tuple({str(problem): problem for problem in problems}.values())
-        super().__init__("\n".join(str(problem) for problem in problems))
+        super().__init__(*self.problems)
 
-    def __reduce__(self) -> tuple[type[UserError], tuple[Problem, ...]]:
-        # The default would rebuild the error from its message, which loses the problems between processes.
-        return type(self), self.problems
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 class RunStopped(Exception):
@@ -97,12 +95,8 @@ class RunStopped(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
-        self.message = message
         self.exit_code = exit_code
-        super().__init__(message, exit_code)
-
-    def __str__(self) -> str:
-        return self.message
+        super().__init__(message)
 
 
 def as_typed(*words: object) -> str:
@@ -138,7 +132,14 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt:
         if first:
             print("Interrupted.", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        # The convention of POSIX shells.
+        sys.exit(128 + signal.SIGINT)
+
+
+def signal_with_parent(number: signal.Signals) -> Callable[[], object]:
+    """Return a function by which a process on Linux makes the kernel signal it when its parent dies."""
+    # PR_SET_PDEATHSIG, as <linux/prctl.h> has it.
+    return partial(ctypes.CDLL(None).prctl, 1, number)
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -150,6 +151,15 @@ def stop_signals() -> list[signal.Signals]:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signals.append(signal.SIGHUP)
     return signals
+
+
+@contextmanager
+def collect(problems: list[Problem]) -> Iterator[None]:
+    """Add what is wrong with the user's input in this block to `problems`, and go on after the block."""
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
 
 
 def leave_closed_terminal() -> None:

@@ -81,11 +81,11 @@ def check_path(path: str | Path, field: str = "output_dir") -> Problem | None:
         pass
     except (OSError, ValueError) as error:
         return Problem(field, path, f"is not a valid path ({getattr(error, 'strerror', error)}); choose another one")
-    nearest = _nearest(path)
-    where = "" if nearest == path else f"{nearest} "
-    if nearest.is_symlink() and not nearest.exists():
+    found = nearest(path)
+    where = "" if found == path else f"{found} "
+    if found.is_symlink() and not found.exists():
         return Problem(field, path, f"{where}is a dangling symlink; create its target")
-    if not nearest.is_dir():
+    if not found.is_dir():
         return Problem(field, path, f"{where}is not a directory; choose another one")
     return None
 
@@ -101,14 +101,14 @@ def check_directory(path: str | Path, field: str = "output_dir") -> Problem | No
     """
     if problem := check_path(path, field):
         return problem
-    nearest = _nearest(Path(path))
+    found = nearest(Path(path))
     try:
-        before = nearest.stat()
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+        before = found.stat()
+        tempfile.TemporaryDirectory(dir=found).cleanup()
         # Leave the folder as if nothing had been written.
-        os.utime(nearest, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.utime(found, ns=(before.st_atime_ns, before.st_mtime_ns))
     except OSError as error:
-        remedy = f"no permission to write to {nearest} ({error.strerror}); choose another directory"
+        remedy = f"no permission to write to {found} ({error.strerror}); choose another directory"
         return Problem(field, path, remedy)
     return None
 
@@ -122,7 +122,7 @@ def check_new_directory(path: Path, field: str) -> Problem | None:
     return None
 
 
-def _nearest(path: Path) -> Path:
+def nearest(path: Path) -> Path:
     """Return a path or, if there is nothing, the nearest folder around it."""
     return next(part for part in (path, *path.parents) if os.path.lexists(part))
 

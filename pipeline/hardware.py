@@ -261,10 +261,7 @@ def training_defaults() -> dict[str, Choice]:
     """Return the fields of `TrainingArguments` that depend on the machine, for users who did not set them."""
     device = accelerator()
     dtype = precision()
-    defaults = {
-        "bf16": Choice(dtype.value == "bf16", dtype.reason),
-        "fp16": Choice(dtype.value == "fp16", dtype.reason),
-    }
+    defaults = {name: Choice(dtype.value == name, dtype.reason) for name in ("bf16", "fp16")}
     if device is None:
         defaults["use_cpu"] = Choice(True, "no accelerator found")
         # With a single process, `ddp_backend` makes transformers wait for a group that never forms.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import logging
 import os
@@ -21,7 +20,7 @@ import torch
 from filelock import FileLock
 
 from pipeline import hardware
-from pipeline.errors import Problem, RunStopped, UserError
+from pipeline.errors import Problem, RunStopped, UserError, signal_with_parent
 
 # Importing them takes seconds, too long for `--help`.
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 STOPPED = "fourstage/stopped"
 """Key of a process group's store under which a process that stops leaves its exit code."""
-
 
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 """Ways of splitting a model over processes, and the variables with which a launch file asks for them."""
@@ -63,7 +61,10 @@ def prepare_process(*, shards: bool = False) -> None:
     if hardware.accelerator() is None:
         torch.set_num_threads(hardware.threads().value)
         hardware.keep_freed_memory()
-    die_with_launcher()
+    # A worker whose launcher was killed would otherwise continue to train, and write where the next run writes. On
+    # other systems than Linux, the lock on the output directory makes the next run wait.
+    if hardware.is_launched() and sys.platform == "linux":
+        signal_with_parent(signal.SIGTERM)()
     if hardware.accelerator() is None or not (shards or any(map(is_asked, SHARDING))):
         leave_group_of_one()
 
@@ -89,17 +90,13 @@ def once_per_node(args: TrainingArguments) -> Iterator[None]:
     # Nodes may share the folder, and launchers that form one group may share a node.
     node = f"{socket.gethostname()}-{os.environ.get('GROUP_RANK')}"
     name = f"fourstage-{os.getuid()}-{node}-{os.environ.get('MASTER_PORT')}-{next(_prepared) % 2}.lock"
-    lock = FileLock(Path(tempfile.gettempdir()) / name)
-    if state.is_local_main_process:
-        lock.acquire()
-    state.wait_for_everyone()
-    try:
-        if not state.is_local_main_process:
-            lock.acquire()
-            lock.release()
+    lock, first = FileLock(Path(tempfile.gettempdir()) / name), state.is_local_main_process
+    with lock if first else contextlib.nullcontext():
+        state.wait_for_everyone()
+        if not first:
+            with lock:
+                pass
         yield
-    finally:
-        lock.release()
 
 
 def quiet_libraries() -> None:
@@ -128,17 +125,6 @@ def check_group() -> None:
     if size != "1" and missing:
         remedy = f"is set without {' and '.join(missing)}; use `accelerate launch`, or unset it"
         raise UserError(Problem("WORLD_SIZE", size, remedy))
-
-
-def die_with_launcher() -> None:
-    """Make the kernel send SIGTERM to this process when its launcher dies.
-
-    A worker whose launcher was killed would otherwise continue to train, and write where the next run writes. Linux
-    only; elsewhere the lock on the output directory makes the next run wait.
-    """
-    if hardware.is_launched() and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGTERM), 0, 0, 0)
 
 
 def leave_group_of_one() -> None:

@@ -30,13 +30,9 @@ def report_progress(**facts: Any) -> None:
     path = os.environ.get(VARIABLE)
     if not path or os.environ.get("RANK", "0") != "0":
         return
-    with contextlib.suppress(OSError):
-        # Without O_CREAT no file is made if the runner, which owns it, has ended.
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-        try:
-            os.write(descriptor, json.dumps(facts).encode() + b"\n")
-        finally:
-            os.close(descriptor)
+    # Without O_CREAT no file is made if the runner, which owns it, has ended.
+    with contextlib.suppress(OSError), open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as file:
+        file.write(json.dumps(facts).encode() + b"\n")
 
 
 def report_lost(rows: int, of: int, what: str, remedy: str) -> None:

@@ -14,7 +14,7 @@ import sys
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import prepare_multi_gpu_env
 
-from pipeline.runner.warm import signal_with_parent
+from pipeline.errors import signal_with_parent
 
 
 def main(argv: list[str]) -> int:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from pipeline.app.cli import check_limits
 from pipeline.errors import Problem, UserError
-from pipeline.files import holds_model
 
 # These imports take seconds, which `--help` does not need.
 if TYPE_CHECKING:
@@ -68,8 +67,6 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.app.prompts import held_out_prompts, what_may_be_asked
 
     logging.disable_progress_bar()
-    # The tokenizer would warn of a prompt beyond the context, which is refused anyway.
-    logging.set_verbosity_error()
     loaded = find_model(args.path, "PATH")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
 
@@ -121,11 +118,9 @@ def find_model(name: str, option: str) -> Loaded:
     Raises:
         UserError: If it cannot be loaded. If the folder is a run, the message names one of its stages.
     """
-    from pipeline.app.models import load, stages_that_write
+    from pipeline.app.models import load
 
     path = Path(name)
-    if path.is_dir() and not holds_model(path) and (stages := stages_that_write(path)):
-        raise UserError(Problem(option, name, f"is a run; name one of its stages, such as {path / stages[-1]}"))
     return load(name, path.name if path.is_dir() else name, option)
 
 

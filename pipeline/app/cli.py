@@ -38,17 +38,12 @@ LIMITS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `app` to `parser`."""
     parser.add_argument("run", metavar="RUN", help="directory of a run, for instance runs/pocket")
-    parser.add_argument(
-        "--model", action="append", default=[], metavar="PATH_OR_ID", help="a further model to compare; repeatable"
-    )
+    meaning = "a further model to compare; repeatable"
+    parser.add_argument("--model", action="append", default=[], metavar="PATH_OR_ID", help=meaning)
     parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
     parser.add_argument("--host", default=LOCAL, help=f"address to listen on (default: {LOCAL}, this machine alone)")
-    parser.add_argument(
-        "--password",
-        nargs="?",
-        const="",
-        help="what visitors must know; they vote under a name that they give (asked for if it is not given here)",
-    )
+    meaning = "what visitors must know; they vote under a name that they give (asked for if it is not given here)"
+    parser.add_argument("--password", nargs="?", const="", help=meaning)
 
     group = parser.add_argument_group("which answer is better?")
     group.add_argument("--pair", nargs="+", metavar="MODEL", help="one or two models to compare first (default: SFT)")
@@ -109,12 +104,11 @@ def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, flo
         args: The command line.
         limits: The smallest and the largest value of each option.
     """
-    problems = []
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            problems.append(Problem(f"--{name}", value, f"is not between {low} and {high}"))
-    return problems
+    return [
+        Problem(f"--{name}", value, f"is not between {low} and {high}")
+        for name, (low, high) in limits.items()
+        if (value := getattr(args, name)) is not None and not low <= value <= high
+    ]
 
 
 def _check_run(run: Path, others: list[str]) -> list[Problem]:
@@ -124,10 +118,9 @@ def _check_run(run: Path, others: list[str]) -> list[Problem]:
     # A run that starts from a model of the Hub has no model of its own yet while it waits for votes on that one.
     if others or any(map(holds_model, run.glob("[0-9]*_*"))):
         return []
-    seeds = sorted(path.parent.name for path in run.glob("seed*/run.json"))
-    if seeds:
-        return [Problem("RUN", run, f"holds several runs; name one, such as {run / seeds[0]}")]
-    return [Problem("RUN", run, "has no model of any stage yet")]
+    seeds = sorted(path.parent for path in run.glob("seed*/run.json"))
+    remedy = f"holds several runs; name one, such as {seeds[0]}" if seeds else "has no model of any stage yet"
+    return [Problem("RUN", run, remedy)]
 
 
 def _check_address(args: argparse.Namespace) -> list[Problem]:

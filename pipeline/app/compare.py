@@ -52,14 +52,13 @@ class Asked(BaseModel):
 
 def content(site: Site) -> dict[str, Any]:
     """Return what the section of the page shows, for page.html.jinja."""
-    names = site.models.names
     # The prompts that every stage was asked for the report.
     asked = [item["prompt"] for stage in load_run(site.run).answering for item in stage.answers]
     return {
         "prompts": [visible(text, SHOWN) for text in dict.fromkeys(map(str, asked))],
         "columns": [
             {"name": name, "title": stage_info(name).title if name in site.models.stages else "", "chosen": i < CHOSEN}
-            for i, name in enumerate(names)
+            for i, name in enumerate(site.models.names)
         ],
         "usual": USUAL,
         "longest": LONGEST,

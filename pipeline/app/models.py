@@ -53,7 +53,6 @@ class Token:
     """A token that was drawn.
 
     Attributes:
-        id: Its id.
         text: What it adds to the answer, which is not always its own text: some tokenizers join words without a space.
         log_prob: Its log-probability under the model, before temperature, top-k and top-p, in nats.
         alternatives: The texts of the most probable tokens at its place, with their log-probabilities.
@@ -73,7 +72,6 @@ class Loaded:
         name: What the page calls it.
         model: On its device, in evaluation mode. On a CPU its attention is plain, which is the fastest for single
             tokens. Nothing changes the model later, so that several threads may use it at once.
-        tokenizer: Its tokenizer.
         context: The length of its context in tokens, 0 if it is not limited.
         template: The arguments of the chat template that it was trained with.
     """
@@ -118,9 +116,7 @@ class Answer:
     """An answer that a model is writing.
 
     Attributes:
-        loaded: The model.
-        tokens: What it has written so far.
-        seconds: Time of its own forward passes.
+        seconds: Time of the model's own forward passes.
         stopped: Why it stopped, "" while it writes.
     """
 
@@ -225,12 +221,6 @@ def load(path: str, name: str, option: str) -> Loaded:
     return Loaded(name, model, tokenizer, context, recorded_template(path))
 
 
-def stages_that_write(run: Path) -> list[str]:
-    """Return the folders of a run whose models write text, in the order of training."""
-    found = [folder.name for folder in run.glob("[0-9]*_*") if holds_model(folder)]
-    return sorted((name for name in found if stage_info(name).generates), key=stage_order)
-
-
 class Models:
     """The models that the page knows by name. A visitor cannot name any other.
 
@@ -244,7 +234,9 @@ class Models:
     """
 
     def __init__(self, run: Path, others: Sequence[str] = ()) -> None:
-        self.stages = stages_that_write(run)
+        found = [folder.name for folder in run.glob("[0-9]*_*") if holds_model(folder)]
+        # The models that write text.
+        self.stages = sorted((name for name in found if stage_info(name).generates), key=stage_order)
         # Name -> path, and the option that named it.
         self._paths = {name: (str(run / name), "RUN") for name in self.stages}
         self._paths |= {name: (name, "--model") for name in others}

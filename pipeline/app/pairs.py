@@ -58,10 +58,7 @@ class Pair:
     Attributes:
         pair: Its id.
         prompt: The conversation that is answered.
-        a: The answer of `model_a`.
-        b: The answer of `model_b`.
-        model_a: The name of a model.
-        model_b: The name of a model.
+        a, b: The answers of `model_a` and `model_b`.
         sampling: How both were sampled.
         rule: Columns by which the simulated annotators judge an answer, empty if there are none.
     """
@@ -236,17 +233,15 @@ class Pairs:
         special token, which no data may contain.
         """
         first, second = self.models.get(source[0]), self.models.get(source[1])
-        fitting, for_first, for_second = [], [], []
+        fitting = []
         for row in rows:
             # A prompt that is longer than the context of a model is passed over.
             with suppress(UserError):
-                prompts = first.encode(row["prompt"]), second.encode(row["prompt"])
-                fitting.append(row)
-                for_first.append(prompts[0])
-                for_second.append(prompts[1])
+                fitting.append((row, first.encode(row["prompt"]), second.encode(row["prompt"])))
         if not fitting:
             return []
 
+        kept, for_first, for_second = zip(*fitting, strict=True)
         seed = secrets.randbelow(1 << 31)
         if first is second:
             answers = self._answer(first, for_first, 2, seed)
@@ -265,7 +260,7 @@ class Pairs:
                 sampling=self.sampling | {"seed": seed},
                 rule={name: row[name] for name in RULE_COLUMNS if row.get(name)},
             )
-            for row, (a, b) in zip(fitting, answers, strict=True)
+            for row, (a, b) in zip(kept, answers, strict=True)
             if a and b and a != b
         ]
 

@@ -42,7 +42,6 @@ class HeldOutPrompt:
         kind: Its kind, which the data name, or else the singular of the key.
         messages: The conversation up to the answer.
         answer: The right answer, "" if the data have none.
-        row: All columns.
     """
 
     key: str

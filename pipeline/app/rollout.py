@@ -7,7 +7,7 @@ server  a line of JSON     {"step": "prompt", ...}, then "completions", "check" 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from starlette.responses import StreamingResponse
 from pipeline.app import watch
 from pipeline.app.models import Loaded
 from pipeline.app.site import Site, stream
+from pipeline.app.watch import Tokens, Values
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
 from pipeline.evaluation.intervals import finite
 from pipeline.models.generation import Completion
@@ -36,7 +37,6 @@ SCALED = {
 SHOWN = 4000
 """Characters of a completion that are shown."""
 
-Settings = Mapping[str, Any]
 Event = dict[str, Any]
 """What the page adds to a rollout that it shows."""
 
@@ -118,7 +118,7 @@ def before(site: Site, stage: str) -> str:
 
 
 def grpo(
-    asked: Asked, settings: Settings, policy: Loaded, reference: Loaded, row: Settings, ids: Sequence[int]
+    asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values, ids: Tokens
 ) -> Iterator[Event]:
     """Yield GRPO's steps after the prompt as they are made. The arguments are as for `watch.update`."""
     group = watch.sample_group(policy, ids, settings, settings["num_generations"], asked.seed)
@@ -148,7 +148,7 @@ def grpo(
 
 
 def ppo(
-    site: Site, asked: Asked, settings: Settings, policy: Loaded, reference: Loaded, row: Settings, ids: Sequence[int]
+    site: Site, asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values, ids: Tokens
 ) -> Iterator[Event]:
     """Yield the completion, and what PPO computes for each of its tokens."""
     group = watch.sample_group(policy, ids, settings, 1, asked.seed)

@@ -9,7 +9,6 @@ import hmac
 import threading
 from collections import Counter
 from collections.abc import MutableMapping
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from urllib.parse import parse_qs
 import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from markupsafe import Markup
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -25,11 +25,14 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pipeline.app import compare, page, rollout, voting
+from pipeline.app import compare, rollout, voting
 from pipeline.app.site import TEMPLATES, Site
 from pipeline.report.load import load_run
-from pipeline.report.page import report_html
+from pipeline.report.page import render, report_html
+from pipeline.report.path_picture import headline, path_boxes, title
 from pipeline.report.text import visible
+from pipeline.report.verdict import find_failures, shown
+from pipeline.stages import STAGES
 
 LARGEST_REQUEST = 1 << 20
 """Bytes of a request's body, at most."""
@@ -60,6 +63,7 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, password: str | None, port: int) -> None:
+        # Browsers share cookies between ports.
         self.app, self.password, self.cookie = app, password, f"fourstage_{port}"
         self._turn = asyncio.Lock()
         # Cookies are signed with a key that follows from the password, so that a login outlives a restart of the
@@ -145,14 +149,30 @@ class Gate:
             name = base64.urlsafe_b64decode(cookie.partition(".")[0]).decode()
         except ValueError:
             return None
-        if not name or not self.password:
-            return None
-        return name if hmac.compare_digest(self.sign(name).encode(), cookie.encode()) else None
+        is_signed = name and self.password and hmac.compare_digest(self.sign(name).encode(), cookie.encode())
+        return name if is_signed else None
 
 
 def login_form(message: str = "", status: int = 200, name: str = "") -> Response:
     """Return the form that asks for a name and the password."""
     return HTMLResponse(TEMPLATES.get_template("login.html.jinja").render(message=message, name=name), status)
+
+
+def page_html(site: Site, annotator: str | None) -> str:
+    """Return the page. `annotator` is the name under which the visitor has logged in, None without a login."""
+    run = load_run(site.run)
+    steps = path_boxes(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
+    return TEMPLATES.get_template("page.html.jinja").render(
+        title=visible(title(run)),
+        headline=visible(headline(run)),
+        verdict=Markup(render("verdict.html.jinja", shown(run, find_failures(run)))),
+        path=Markup(render("path.html.jinja", {"steps": steps})),
+        about=visible(site.about, limit=2000),
+        annotator=annotator,
+        compare=compare.content(site),
+        voting=voting.content(site),
+        rollout=rollout.content(site),
+    )
 
 
 def build_app(site: Site) -> ASGIApp:
@@ -168,7 +188,7 @@ def build_app(site: Site) -> ASGIApp:
 
     @app.get("/")
     def show(request: Request) -> HTMLResponse:
-        return HTMLResponse(page.page_html(site, getattr(request.state, "annotator", None)))
+        return HTMLResponse(page_html(site, getattr(request.state, "annotator", None)))
 
     @app.get("/report")
     def report() -> HTMLResponse:
@@ -182,8 +202,7 @@ def build_app(site: Site) -> ASGIApp:
         for one in site.prompts:
             counts[one.key, one.kind] += 1
             if counts[one.key, one.kind] <= OFFERED:
-                shown = {"kind": visible(one.kind, 40), "text": one.text, "answer": one.result}
-                offered.append({"key": one.key, **shown})
+                offered.append({"key": one.key, "kind": visible(one.kind, 40), "text": one.text, "answer": one.result})
         return offered
 
     own, shared = Path(__file__).parent / "static", files("pipeline.report") / "templates"
@@ -203,7 +222,7 @@ def serve(site: Site) -> None:
     app = build_app(site)
     options = site.options
     host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"http://{escape(host)}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
+    print(f"http://{host}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
     threading.Thread(target=site.models.load_stages, daemon=True).start()
     # h11 bounds the headers of a request, and the page has no websockets.
     uvicorn.run(

@@ -11,20 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from anyio import CapacityLimiter
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
 
 from pipeline.app.models import Models
 from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, what_may_be_asked
+from pipeline.report.page import make_environment
 
-TEMPLATES = Environment(
-    loader=PackageLoader("pipeline.app", "static"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+TEMPLATES = make_environment("pipeline.app", "static", autoescape=True)
 """The HTML in `static/`; whatever is filled in is escaped."""
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -29,7 +29,6 @@ from statistics import median
 from typing import Any
 
 import krippendorff
-import numpy as np
 from datasets import Dataset
 from fastapi import APIRouter, Depends, HTTPException, Request
 from markdown_it import MarkdownIt
@@ -249,9 +248,7 @@ class Voting:
             "annotator": name,
             "shown_first": first,
             "choice": choice,
-            "undoes": ballot.undoes,
-            "seconds": ballot.seconds,
-            "comment": ballot.comment,
+            **ballot.model_dump(include={"undoes", "seconds", "comment"}),
         }
         del vote["rule"]
 
@@ -317,10 +314,9 @@ class Voting:
 
     def _find(self, pair: str) -> Pair:
         """Return a pair by its id."""
-        found = self.pairs.by_id.get(pair)
-        if found is None:
+        if pair not in self.pairs.by_id:
             raise HTTPException(410, "This pair is not known any more; here is another one.")
-        return found
+        return self.pairs.by_id[pair]
 
     def _source_of(self, page: Page) -> Source:
         """Return the models that a page compares."""
@@ -425,15 +421,13 @@ def agreement(votes: Sequence[Vote]) -> tuple[float, int]:
     Alpha is 1 if all agree, 0 if they agree as often as by chance, and NaN if that is not defined: nobody voted on the
     same pair, or all votes are the same. Skipped pairs are missing values.
     """
-    by_pair: dict[str, dict[str, int]] = defaultdict(dict)
+    by_pair: dict[str, Counter[str]] = defaultdict(Counter)
     for vote in votes:
         if vote["choice"] != "skip":
-            by_pair[vote["pair"]][vote["annotator"]] = CHOICES.index(vote["choice"])
-    shared = [named for named in by_pair.values() if len(named) > 1]
+            by_pair[vote["pair"]][vote["choice"]] += 1
+    shared = [counts for counts in by_pair.values() if counts.total() > 1]
     # Without two different choices, there is no disagreement that chance could explain.
-    if len({choice for named in shared for choice in named.values()}) < 2:
+    if len({choice for counts in shared for choice in counts}) < 2:
         return math.nan, len(shared)
-    # One row for each person, one column for each pair, NaN where a person did not vote on a pair.
-    people = sorted({name for named in shared for name in named})
-    data = np.array([[named.get(name, np.nan) for named in shared] for name in people], dtype=float)
-    return float(krippendorff.alpha(reliability_data=data, level_of_measurement="nominal")), len(shared)
+    table = [[counts[choice] for choice in CHOICES] for counts in shared]
+    return float(krippendorff.alpha(value_counts=table, level_of_measurement="nominal")), len(shared)

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 from trl import GRPOConfig
 
 from pipeline.app.models import Loaded
@@ -29,7 +29,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import move
 from pipeline.files import read_json
 from pipeline.models.generation import Completion, generate
-from pipeline.models.loading import avoid_emulation, load_config, load_model, user_error_for
+from pipeline.models.loading import load_model
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl import ppo_math
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
@@ -37,38 +37,29 @@ from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.reference_model import frozen_copy
-from pipeline.rl.value_model import auto_class
 from pipeline.training.reliable import unchanged_random_state
 
-OPTIMIZER = (
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "optim",
-    "optim_args",
-)
-"""Options of transformers that the step depends on. Those of TRL and of PPO are all kept, but for `SWITCHED_OFF`."""
+OPTIMIZER = ("learning_rate", "weight_decay", "adam_", "max_grad_norm", "optim")
+"""How the options of transformers begin that the step depends on. All of TRL and PPO count, but for `SWITCHED_OFF`."""
 
 SWITCHED_OFF = (
     "use_vllm",
     "use_transformers_continuous_batching",
     "generation_batch_size",
     "steps_per_generation",
-    "num_iterations",
     "num_generations_eval",
     "model_init_kwargs",
     "sync_ref_model",
     "log_completions",
     "log_completions_hub_repo",
-    "use_liger_kernel",
-    "whiten_advantages",
     "reward_normalization",
     "value_warmup_steps",
     "frozen_dtype",
 )
+
+Values = Mapping[str, Any]
+Tokens = Sequence[int]
+Group = Sequence[Completion]
 
 
 @dataclass(frozen=True)
@@ -110,9 +101,7 @@ def stage_settings(run: Path, stage: str) -> dict[str, Any]:
     return move(values | {"home": str(Path(str(values.get("output_dir", run / stage))).parent)}, run)
 
 
-def sample_group(
-    policy: Loaded, prompt: Sequence[int], settings: Mapping[str, Any], number: int, seed: int
-) -> list[Completion]:
+def sample_group(policy: Loaded, prompt: Tokens, settings: Values, number: int, seed: int) -> list[Completion]:
     """Sample `number` completions of a prompt as the trainer does."""
     (group,) = generate(
         policy.model,
@@ -127,14 +116,7 @@ def sample_group(
     return [replace(c, text=policy.tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in group]
 
 
-def update(
-    policy: Loaded,
-    reference: Loaded,
-    settings: Mapping[str, Any],
-    row: Mapping[str, Any],
-    prompt: Sequence[int],
-    group: Sequence[Completion],
-) -> Update:
+def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, prompt: Tokens, group: Group) -> Update:
     """Take one optimizer step of GRPO on a copy of the policy.
 
     Args:
@@ -142,11 +124,10 @@ def update(
         reference: The model that the stage started from, for the KL penalty, if `beta` asks for one.
         settings: The stage's.
         row: The prompt, as messages, and the other columns of the data.
-        prompt: The prompt's tokens.
-        group: Completions of it.
+        prompt, group: The prompt's tokens, and completions of it.
     """
     functions = load_rewards(settings["reward_funcs"])
-    with _trainer(GRPOTrainer, GRPOConfig, policy.model, policy, settings, row, prompt, group, functions) as trainer:
+    with _trainer(GRPOTrainer, policy, settings, row, prompt, group, reward_funcs=functions) as trainer:
         if settings.get("beta"):
             trainer.beta = trainer.args.beta = settings["beta"]
             trainer.ref_model = frozen_copy(reference.model, trainer.temperature, cast_lm_head_to_fp32=False)
@@ -168,28 +149,28 @@ def token_view(
     reference: Loaded,
     run: Path,
     stage: str,
-    settings: Mapping[str, Any],
-    row: Mapping[str, Any],
-    prompt: Sequence[int],
+    settings: Values,
+    row: Values,
+    prompt: Tokens,
     completion: Completion,
 ) -> TokenView:
     """Return what PPO computes for each token of a completion. The arguments are as for `update`."""
-    paths = settings.get("reward_model_path") or []
-    loaded = [load_model(path, "reward_model_path", reward=True) for path in paths]
-    judges = [judge.eval() for judge, _ in loaded]
-    functions = load_rewards(settings["reward_funcs"]) if settings.get("reward_funcs") else []
-    weights = settings.get("reward_weights") or [1.0] * (len(judges) + len(functions))
+    rewards: list[tuple[Any, Any]] = []
+    rewards += [load_model(path, "reward_model_path", reward=True) for path in settings.get("reward_model_path") or []]
+    if names := settings.get("reward_funcs"):
+        rewards += [(function, None) for function in load_rewards(names)]
+    weights = settings.get("reward_weights") or [1.0] * len(rewards)
     # What is only measured may need columns that a prompt of the page does not have.
-    trained = [(function, weight) for function, weight in zip(functions, weights[len(judges) :], strict=True) if weight]
-    chosen = dict(settings) | {"reward_weights": [*weights[: len(judges)], *(weight for _, weight in trained)]}
+    trained = [(reward, weight) for reward, weight in zip(rewards, weights, strict=True) if weight]
+    chosen = dict(settings) | {"reward_weights": [weight for _, weight in trained]}
     options = {
-        "reward_processing_classes": [*(tokenizer for _, tokenizer in loaded), *[None] * len(trained)],
-        "value_model": load_critic(run / stage),
+        "reward_funcs": [function for (function, _), _ in trained],
+        "reward_processing_classes": [tokenizer for (_, tokenizer), _ in trained],
+        "value_model": str(run / stage / VALUE_MODEL_FOLDER),
     }
-    rewards = [*judges, *(function for function, _ in trained)]
     # PPO compares every completion with the policy as it was when the trainer was made. A rollout has two of them.
-    given = (reference.model, policy, chosen, row, prompt, [completion] * 2, rewards)
-    with _trainer(PPOTrainer, PPOConfig, *given, **options) as trainer, torch.no_grad():
+    start = replace(policy, model=reference.model)
+    with _trainer(PPOTrainer, start, chosen, row, prompt, [completion] * 2, **options) as trainer, torch.no_grad():
         trainer.model.load_state_dict(policy.model.state_dict())
         trainer.model.train()
         batch = trainer._generate_and_score_completions([dict(row)] * 2)
@@ -214,47 +195,30 @@ def token_view(
     return TokenView(completion.tokens, **lists, score=score, penalty=penalty)
 
 
-def load_critic(folder: Path) -> PreTrainedModel:
-    """Load the critic that PPO saved with the policy."""
-    path = str(folder / VALUE_MODEL_FOLDER)
-    with user_error_for("RUN", path, "critic"):
-        config = load_config(path)
-        critic: PreTrainedModel = auto_class(config).from_pretrained(path, config=config, trust_remote_code=False)
-        avoid_emulation(critic)
-    return critic.eval()
-
-
 @contextmanager
 def _trainer(
-    kind: type[Any],
-    config: type[GRPOConfig],
-    model: PreTrainedModel,
-    policy: Loaded,
-    settings: Mapping[str, Any],
-    row: Mapping[str, Any],
-    prompt: Sequence[int],
-    group: Sequence[Completion],
-    rewards: list[Any],
-    **options: Any,
+    kind: type[Any], loaded: Loaded, settings: Values, row: Values, prompt: Tokens, group: Group, **options: Any
 ) -> Iterator[Any]:
-    """Make a trainer of a copy of `model` for one step on a prompt, whose completions are given."""
-    inherited = {item.name for item in fields(TrainingArguments)}
-    own = {item.name for item in fields(config)} - inherited - set(SWITCHED_OFF)
-    kept = {name: settings[name] for name in (*OPTIMIZER, *own) if name in settings and not name.startswith("vllm_")}
+    """Make a trainer of a copy of a model for one step on a prompt, whose completions are given."""
+    config = PPOConfig if kind is PPOTrainer else GRPOConfig
+    unread = {item.name for item in fields(TrainingArguments) if not item.name.startswith(OPTIMIZER)}
+    names = {item.name for item in fields(config)} - unread - set(SWITCHED_OFF)
+    kept = {name: settings[name] for name in names if name in settings and not name.startswith("vllm_")}
     fixed: dict[str, Any] = {
         "beta": 0.0,
         "num_generations": len(group),
+        "num_iterations": 1,
         "per_device_train_batch_size": len(group),
         "max_steps": 1,
         "lr_scheduler_type": "constant",
         "bf16": False,
-        "use_cpu": policy.model.device.type == "cpu",
+        "use_cpu": loaded.model.device.type == "cpu",
         "report_to": "none",
         "save_strategy": "no",
         "logging_strategy": "no",
         "disable_tqdm": True,
     }
-    fixed |= {"whiten_advantages": False, "num_iterations": 1} if config is PPOConfig else {}
+    fixed |= {"whiten_advantages": False} if kind is PPOTrainer else {}
 
     def sampled(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
         ids = [completion.tokens for completion in group]
@@ -264,12 +228,11 @@ def _trainer(
         # What the libraries deprecate is not for whoever looks at the page.
         warnings.simplefilter("ignore")
         trainer = kind(
-            model=copy.deepcopy(model),
-            reward_funcs=rewards,
+            model=copy.deepcopy(loaded.model),
             args=config(**kept | fixed, output_dir=folder),
             train_dataset=Dataset.from_list([dict(row)] * len(group)),
             # TRL gives it a padding token.
-            processing_class=copy.deepcopy(policy.tokenizer),
+            processing_class=copy.deepcopy(loaded.tokenizer),
             rollout_func=sampled,
             **options,
         )
@@ -278,7 +241,7 @@ def _trainer(
 
 
 @torch.no_grad()
-def _log_probs(trainer: Any, prompt: Sequence[int], group: Sequence[Completion]) -> Tensor:
+def _log_probs(trainer: Any, prompt: Tokens, group: Group) -> Tensor:
     """Return the log-probability of each completion under the trainer's policy."""
     rows = [torch.tensor([*prompt, *completion.tokens]) for completion in group]
     length = max(map(len, rows)) - len(prompt)

@@ -25,8 +25,9 @@ LARGEST = 2**53
 """Upper bound of every number: up to it, floats represent every whole number."""
 
 
-def _at_least(low: float) -> Range:
-    return lambda value: low <= value < LARGEST, f"must be a number of at least {low:g}, below 2^53"
+def _at_least(low: float, end: float = LARGEST) -> Range:
+    bound = f"{end:g}" if end < LARGEST else "2^53"
+    return lambda value: low <= value < end, f"must be a number of at least {low:g}, below {bound}"
 
 
 def _above(low: float, high: float = LARGEST) -> Range:
@@ -76,10 +77,7 @@ RANGES: dict[str, Range] = _each(
         # More seconds overflow a timedelta.
         "ddp_timeout": _between(1, 10**9),
         "warmup_ratio": _between(0, 1),
-        "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout min_p": (
-            lambda value: 0 <= value < 1,
-            "must be at least 0 and below 1",
-        ),
+        "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout min_p": _at_least(0, 1),
         "seed data_seed": _between(0, 2**32 - 1),
         "max_steps": (lambda value: value == -1 or 1 <= value < LARGEST, "must be at least 1, or -1 for no limit"),
         "local_rank": _at_least(-1),
@@ -89,10 +87,7 @@ RANGES: dict[str, Range] = _each(
         "temperature repetition_penalty": _above(0, 100),
         "epsilon epsilon_high delta cliprange cliprange_value": _above(0),
         "sapo_temperature_neg sapo_temperature_pos vllm_server_timeout": _above(0),
-        "top_p top_entropy_quantile vllm_gpu_memory_utilization": (
-            lambda value: 0 < value <= 1,
-            "must be above 0 and at most 1",
-        ),
+        "top_p top_entropy_quantile vllm_gpu_memory_utilization": _above(0, 1),
         "gamma lam value_lam ref_model_mixup_alpha": _between(0, 1),
         "vllm_server_port vllm_group_port": _between(1, 65535),
         "vllm_tensor_parallel_size vllm_max_model_length": _at_least(1),
@@ -187,14 +182,9 @@ WARMUPS = {"warmup_steps": "the learning rate would never be reached", "value_wa
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """The values of `optim` that name the optimizer which updates what Muon does not."""
 
-
-CHECKPOINT_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "use_reentrant": (True, False),
-    "determinism_check": ("default", "none"),
-    "debug": (True, False),
-    "early_stop": (True, False),
-    "preserve_rng_state": (True, False),
-}
+CHECKPOINT_OPTIONS: dict[str, tuple[Any, ...]] = _each(
+    {"use_reentrant debug early_stop preserve_rng_state": (True, False), "determinism_check": ("default", "none")}
+)
 """Options of `torch.utils.checkpoint.checkpoint`, for activation checkpointing, and their values."""
 
 MAY_BE_EMPTY = ("debug", "system_prompt")
@@ -304,10 +294,9 @@ def check_unused(given: Mapping[str, Any], kind: type, unused: Mapping[str, str]
 def check_together(
     arguments: Iterable[Any], reported: Collection[str], on_command_line: Collection[str]
 ) -> list[Problem]:
-    """Return the fields that contradict each other, or the files that they name.
+    """Return the fields of argument dataclasses that contradict each other, or the files that they name.
 
     Args:
-        arguments: Argument dataclasses.
         reported: Fields whose values are known to be wrong, and were omitted.
         on_command_line: Fields that the command line gave.
     """

@@ -1,17 +1,20 @@
-"""The command line of a recipe: its words are converted to the values that a YAML file would give."""
+"""The command line of a recipe: its words are converted to the values that a YAML file would give; and `--help`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from pipeline.config.fields import describe_type, field_types, is_enumeration, members, read_values, unknown_field
-from pipeline.config.recipe_folder import find_shipped
+from pipeline.config.recipe_folder import SHIPPED, find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError
 
@@ -20,6 +23,14 @@ SWITCH = {
     **dict.fromkeys(("false", "f", "no", "n", "0"), False),
 }
 """What may be written after a switch, in any case. A switch without a word is on."""
+
+FLAGS = ("-h", "--help", "--help-all", "--help_all")
+
+USAGE = """usage: python -m {module} [--config FILE.yaml] [--OPTION VALUE ...]
+
+Every option is also a key of the YAML file, which the command line overrides.
+
+Often set:"""
 
 
 def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -125,3 +136,41 @@ def _from_word(word: str, kinds: Sequence[Any]) -> Any:
             with contextlib.suppress(ValueError):
                 return number(word)
     return word
+
+
+def describe_options(dataclass_types: Sequence[Any], module: str, everything: bool) -> str:
+    """Return the help of a recipe, such as recipes.sft, whose options are the fields of `dataclass_types`.
+
+    Unless `everything` is described in full, only options of this project and options that a file in `recipes/` sets.
+    """
+    usual = {name for path in SHIPPED.glob("**/[0-9]_*.yaml") for name in read_yaml(str(path))}
+    hints = field_types(*dataclass_types)
+    items = [item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init]
+    ours = {
+        name
+        for kind in dataclass_types
+        for base in kind.__mro__
+        if base.__module__.startswith("pipeline.")
+        for name in vars(base).get("__annotations__", ())
+    }
+    often = [item for item in items if item.name in usual | ours]
+    rest = [item for item in items if item not in often]
+    lines = [USAGE.format(module=module), *(_describe(item, hints[item.name], everything) for item in often)]
+    if everything:
+        lines += ["", "Of the libraries:", *(_describe(item, hints[item.name], True) for item in rest)]
+    elif rest:
+        lines += ["", f"--help-all describes these in full, and {len(rest)} more, most of transformers and TRL."]
+    return "\n".join(lines)
+
+
+def _describe(item: dataclasses.Field[Any], hint: Any, in_full: bool) -> str:
+    """Return the lines of one option: what it does, or the first sentence of that, its type and its default."""
+    meaning = " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
+    notes = [describe_type(hint)] if in_full else []
+    if item.default not in (None, "", dataclasses.MISSING):
+        notes.append(f"default: {item.default}")
+    # Not at the end of "e.g."
+    text = meaning if in_full else re.split(r"(?<=\w\w)\. ", meaning)[0].rstrip(".")
+    text += f" ({'; '.join(notes)})" if notes else ""
+    width = min(shutil.get_terminal_size().columns, 120)
+    return textwrap.fill(text, width, initial_indent=f"  --{item.name}".ljust(32) + " ", subsequent_indent=" " * 33)

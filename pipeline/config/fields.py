@@ -13,6 +13,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pipeline.errors import Problem
 from pipeline.files import as_list
 
+READ = (
+    "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path",
+)  # fmt: skip
+"""Fields that may name a directory which a step reads."""
+
 
 def argument_types(main: Callable[..., Any]) -> list[type]:
     """Return the argument dataclasses in the signature of a recipe's `main`, in order."""

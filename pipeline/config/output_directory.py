@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pipeline.config.recipe_folder import READ
+from pipeline.config.fields import READ
 from pipeline.config.weight_fields import continues, has_effect
 from pipeline.errors import Problem
 from pipeline.files import as_list, check_directory, read_json, write_text

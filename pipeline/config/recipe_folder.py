@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.fields import READ
 from pipeline.config.untrusted import FILE, check_untrusted, recipe_files
 from pipeline.config.yaml_file import MAX_BYTES, read_yaml
 from pipeline.errors import Problem, UserError, as_typed, is_network_error
@@ -17,17 +18,11 @@ from pipeline.files import as_list, split_revision
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 LAUNCH_FILE = "accelerate_config.yaml"
-SUFFIXES = (".yaml", ".yml")
 
 PATTERNS = ("[0-9]*_*.yaml", "[0-9]*_*.yml", "evaluate.yaml")
 """Files that are downloaded of a recipe folder. Its launch file is not among them: it can start any program."""
 
 MAX_FILES = 100
-
-READ = (
-    "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path",
-)  # fmt: skip
-"""Fields that may name a directory which a step reads."""
 
 
 def find_shipped(path: Path) -> Path:
@@ -44,7 +39,7 @@ def find_shipped(path: Path) -> Path:
         if os.path.exists(found):
             return found
     is_id = path.parts[0] != SHIPPED.name and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@.+)?", path.as_posix())
-    return fetch_recipes(path.as_posix()) or path if is_id and path.suffix not in SUFFIXES else path
+    return fetch_recipes(path.as_posix()) or path if is_id and path.suffix not in (".yaml", ".yml") else path
 
 
 @functools.cache

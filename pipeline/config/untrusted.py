@@ -13,20 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.fields import READ
 from pipeline.config.yaml_file import read_yaml
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, collect
+from pipeline.stages import HELD_OUT
 
 FILE = re.compile(r"\d+_.+\.ya?ml|evaluate\.yaml")
 """Files of a recipe folder that the runner reads, except for the launch file."""
 
-SOURCES = ("text", "instructions", "problems", "prompts", "pairs")
-"""Keys of evaluate.yaml that name data, by an id or by a mapping of fields."""
-
-NAMES = (
-    *SOURCES, "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path",
-    "judge",
-)  # fmt: skip
-"""Fields that name a model or data."""
+NAMES = (*READ, *HELD_OUT, "judge")
+"""Fields that name a model or data; those of evaluate.yaml by an id or by a mapping of fields."""
 
 TEXTS = ("system_prompt", "answer_pattern", "elicit", "fixed_prompts", "vllm_structured_outputs_regex")
 """Fields that may contain any text."""
@@ -71,10 +67,8 @@ def check_untrusted(folder: Path) -> list[Problem]:
     problems: list[Problem] = []
     contents: dict[str, dict[str, Any]] = {}
     for path in recipe_files(folder):
-        try:
+        with collect(problems):
             contents[path.name] = read_yaml(str(path))
-        except UserError as error:
-            problems += error.problems
     outputs = [content["output_dir"] for content in contents.values() if isinstance(content.get("output_dir"), str)]
     homes = {Path(output).parent for output in outputs if _is_output(output)}
     for name, content in contents.items():
@@ -100,7 +94,7 @@ def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]
         yield shown, "a recipe of the Hub may not push, run code or set variables of the environment"
     elif isinstance(value, Mapping):
         for inner, item in value.items():
-            yield from _faults(str(inner) if key in SOURCES else f"{key}.{inner}", item, homes)
+            yield from _faults(str(inner) if key in HELD_OUT else f"{key}.{inner}", item, homes)
     elif isinstance(value, list):
         for item in value:
             yield from _faults(key, item, homes)

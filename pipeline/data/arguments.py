@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 """Splits of the data sets that are made here. No prompt of one occurs in another."""
 
-
 OLD = "joined_lines:64"
 """Value of `document` in runs of releases that did not record it: every 64 lines, also of several files."""
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """Return a field of arguments, with what `--help` says of it."""
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
@@ -19,86 +23,61 @@ class DataArguments:
     """Which data set a stage reads, and what its columns mean."""
 
     # In this order transformers' parser takes it for a list, which may be given as one name.
-    dataset_name: list[str] | None | str = field(  # noqa: RUF036
-        default=None,
-        metadata={
-            "help": "Id on the Hugging Face Hub, also NAME/repo@revision, or a local file or folder: a data set "
-            "repository, files of Parquet, JSONL, JSON, CSV, TSV or text (.txt, .md), optionally compressed (.gz), or "
-            "shards of recipes.shards. Files of a folder are joined, also of several types; README.md, LICENSE and "
-            "hidden files are not read. Several data sets are joined, split by split."
-        },
+    dataset_name: list[str] | None | str = option(  # noqa: RUF009, RUF036
+        None,
+        "Id on the Hugging Face Hub, also NAME/repo@revision, or a local file or folder: a data set repository, files "
+        "of Parquet, JSONL, JSON, CSV, TSV or text (.txt, .md), optionally compressed (.gz), or shards of "
+        "recipes.shards. Files of a folder are joined, also of several types; README.md, LICENSE and hidden files are "
+        "not read. Several data sets are joined, split by split.",
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="validation",
-        metadata={"help": "Split to evaluate on during training; `test` if there is no `validation`."},
+    dataset_config: str | None = option(None, "Configuration of the data set.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option(
+        "validation", "Split to evaluate on during training; `test` if there is no `validation`."
     )
-    dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read the data during training, in constant memory."}
+    dataset_streaming: bool = option(False, "Read the data during training, in constant memory.")
+    validation_share: float = option(
+        0.05,
+        "Share of the rows held out for evaluation, and never trained on, if the data set has a single split (a plain "
+        "file, for instance): every 20th row for 0.05. With 0, all rows are trained on.",
     )
-    validation_share: float = field(
-        default=0.05,
-        metadata={
-            "help": "Share of the rows held out for evaluation, and never trained on, if the data set has a single "
-            "split (a plain file, for instance): every 20th row for 0.05. With 0, all rows are trained on."
-        },
+    keep_rows: list[str] | None = option(  # noqa: RUF009
+        None,
+        "Keep only rows whose column has one of these values, such as source=gsm8k source=math, in any case "
+        "(default: all).",
     )
-    keep_rows: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Keep only rows whose column has one of these values, such as source=gsm8k source=math, in any "
-            "case (default: all)."
-        },
+    drop_bad_rows: bool = option(
+        False, "Drop rows that lack a text or a turn, and log how many, instead of refusing the data."
     )
-    drop_bad_rows: bool = field(
-        default=False,
-        metadata={"help": "Drop rows that lack a text or a turn, and log how many, instead of refusing the data."},
+    document: str | None = option(
+        None,
+        "What a document of a text file is: file, blank_line (each paragraph) or lines:64 (so many lines). Default: a "
+        "file; one of more than 4,096 characters, or a single one, is cut at blank lines or line ends.",
     )
-    document: str | None = field(
-        default=None,
-        metadata={
-            "help": "What a document of a text file is: file, blank_line (each paragraph) or lines:64 (so many lines). "
-            "Default: a file; one of more than 4,096 characters, or a single one, is cut at blank lines or line ends."
-        },
+    max_train_samples: int | None = option(None, "Train on this many rows, the first ones.")
+    max_eval_samples: int | None = option(None, "Evaluate on this many rows, the first ones.")
+    text_column: str = option("text", "Column of the documents (pretraining).")
+    messages_column: str = option(
+        "messages", "Column of the conversations: a list of {role, content}, or ShareGPT's of {from, value}."
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows, the first ones."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows, the first ones."})
-    text_column: str = field(default="text", metadata={"help": "Column of the documents (pretraining)."})
-    messages_column: str = field(
-        default="messages",
-        metadata={"help": "Column of the conversations: a list of {role, content}, or ShareGPT's of {from, value}."},
+    prompt_column: str = option(
+        "prompt",
+        "Column of the prompts: a list of {role, content}, or a question, to which the columns `input` and `context` "
+        "are added. Usual names such as question and instruction are found, in any case.",
     )
-    prompt_column: str = field(
-        default="prompt",
-        metadata={
-            "help": "Column of the prompts: a list of {role, content}, or a question, to which the columns `input` and "
-            "`context` are added. Usual names such as question and instruction are found, in any case."
-        },
+    completion_column: str | None = option(
+        None,
+        "Column of the answers to `prompt_column`, for data without conversations. Usual names such as answer, output "
+        "and response are found, in any case.",
     )
-    completion_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the answers to `prompt_column`, for data without conversations. Usual names such as "
-            "answer, output and response are found, in any case."
-        },
+    answer_column: str = option("answer", "Column of the reference answers that rewards compare with.")
+    answer_pattern: str | None = option(
+        None,
+        "Regular expression that finds the final answer in `answer_column` (its first group, if it has one). Default: "
+        "what follows GSM8K's `#### ` mark if there is one, otherwise the whole answer.",
     )
-    answer_column: str = field(
-        default="answer", metadata={"help": "Column of the reference answers that rewards compare with."}
-    )
-    answer_pattern: str | None = field(
-        default=None,
-        metadata={
-            "help": "Regular expression that finds the final answer in `answer_column` (its first group, if it has "
-            "one). Default: what follows GSM8K's `#### ` mark if there is one, otherwise the whole answer."
-        },
-    )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System message for conversations and prompts that do not have one."}
-    )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer (default: the one of `model_name_or_path`)."}
-    )
+    system_prompt: str | None = option(None, "System message for conversations and prompts that do not have one.")
+    tokenizer_name_or_path: str | None = option(None, "Tokenizer (default: the one of `model_name_or_path`).")
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, list) and len(self.dataset_name) < 2:

@@ -39,6 +39,8 @@ TOKENS = "input_ids"
 Kind = Literal["text", "tokens", "conversation", "preference", "unpaired", "prompt"]
 Split: TypeAlias = Dataset | IterableDataset
 Convert = Callable[[Row], dict[str, Any]]
+Converter: TypeAlias = tuple[Convert, list[str], list[str]]
+"""A function that converts a row, the columns that it makes, and the columns that it reads."""
 
 FEATURES = {
     **dict.fromkeys(("text", "answer"), Value("string")),
@@ -68,9 +70,10 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CONTEXTS})
 """Columns of a table that are text, whatever they look like."""
 
-RESERVED = (
-    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "image", "images",
-)  # fmt: skip
+PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""Arguments that TRL passes to every reward function besides the columns of the data."""
+
+RESERVED = (*PASSED_BY_TRL, "image", "images")
 """Columns of prompts that are dropped: trainers pass arguments of these names to rewards, or read images in them."""
 
 CORRECT = "correct or remove that row"
@@ -125,7 +128,6 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
     rows are held out.
 
     Args:
-        split: The rows as the source has them.
         args: Names of the columns, and of this data set alone.
         kind, tokens: As for `pipeline.data.splits.load_splits`.
 
@@ -291,10 +293,8 @@ def common_features(files: Sequence[Path], features: Sequence[Features], is_json
     return Features({name: unknown if feature == Value("null") else feature for name, feature in common.items()})
 
 
-def converter(
-    split: Split, columns: list[str], args: DataArguments, kind: Kind
-) -> tuple[Convert, list[str], list[str]]:
-    """Return the function that converts a row, the columns that it makes, and the columns that it reads.
+def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind) -> Converter:
+    """Return what converts the rows of a split.
 
     Raises:
         UserError: If a column that it needs does not exist.
@@ -372,8 +372,8 @@ def _prompt_reader(
     return read, [prompt, *contexts]
 
 
-def _conversation_converter(args: DataArguments, columns: list[str]) -> tuple[Convert, list[str], list[str]]:
-    """Return the function that reads conversations, or joins a prompt and its completion; as for `converter`.
+def _conversation_converter(args: DataArguments, columns: list[str]) -> Converter:
+    """Return what reads conversations, or joins a prompt and its completion.
 
     By default, the columns of `PAIRS` are joined if there are no messages.
     """
@@ -409,8 +409,8 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> tuple[Co
     return from_pair, ["messages"], [*used, completion]
 
 
-def _unpaired_converter(args: DataArguments, columns: list[str]) -> tuple[Convert, list[str], list[str]]:
-    """Return the function that reads single answers that are wanted or not; as for `converter`."""
+def _unpaired_converter(args: DataArguments, columns: list[str]) -> Converter:
+    """Return what reads single answers that are wanted or not."""
     prompt = _find_prompt(args, columns)
     completion = find_column(columns, *([args.completion_column] if args.completion_column else ANSWERS))
     names = {"prompt_column": prompt or args.prompt_column, "completion_column": completion or "completion"}
@@ -429,8 +429,8 @@ def _unpaired_converter(args: DataArguments, columns: list[str]) -> tuple[Conver
     return convert, ["prompt", "completion", "label"], [*used, completion, label]
 
 
-def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> tuple[Convert, list[str], list[str]]:
-    """Return the function that reads prompts, with their final answers if there is a column; as for `converter`."""
+def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:
+    """Return what reads prompts, with their final answers if there is a column."""
     prompt = _find_prompt(args, columns, split)
     # Pairs of conversations are read as well: their prompt is what both begin with.
     sides = [find_column(columns, side) for side in ("chosen", "rejected")]

@@ -65,8 +65,6 @@ def open_documents(
     Args:
         files: The files of a split, in order; compressed if their names say so.
         rule: `file`, `blank_line`, `lines:N` or `OLD`; None for the default.
-        streaming: Whether to read documents only when they are asked for.
-        split: Name of the split.
         is_single: Whether the split has no other file, of any type.
 
     Raises:
@@ -156,8 +154,12 @@ def _pieces(file: str, rule: str, longest: int) -> Iterator[str]:
         while piece := rest + text.readline(longest - len(rest) if rule == "auto" else -1):
             if "\0" in piece:
                 raise UserError(Problem("dataset_name", path, "is not text, or is UTF-16 without a byte order mark"))
-            if is_first and (remedy := _not_text(piece, text.encoding)):
-                raise UserError(Problem("dataset_name", path, f"is not plain text; {remedy}"))
+            if is_first:
+                # Excel's "Unicode text" is a table of this encoding.
+                is_table = text.encoding == "utf-16" and "\t" in piece.strip()
+                if is_table or JSON.match(piece):
+                    remedy = f"is not plain text; rename it to {'.tsv' if is_table else '.jsonl'}"
+                    raise UserError(Problem("dataset_name", path, remedy))
             is_first = False
             end = len(piece)
             if rule == "auto" and end == longest and not piece.endswith("\n"):
@@ -166,14 +168,6 @@ def _pieces(file: str, rule: str, longest: int) -> Iterator[str]:
                 piece, end = piece + "\n", end + 1
             rest = piece[end:]
             yield piece[:end]
-
-
-def _not_text(line: str, encoding: str) -> str:
-    """Return what to do with a file that is named as a text file and is something else, by its first line."""
-    # Excel's "Unicode text" is a table of this encoding.
-    if encoding == "utf-16" and "\t" in line.strip():
-        return "rename it to .tsv"
-    return "rename it to .jsonl" if JSON.match(line) else ""
 
 
 def _cut(pieces: Iterable[str], rule: str, longest: int) -> Iterator[str]:

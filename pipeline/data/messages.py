@@ -16,7 +16,6 @@ AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
 
-
 EXACT = 2.0**53
 """From here on, a number of a file has lost digits: JSON's 2^70 and 2^70 + 1 are read as the same one."""
 
@@ -29,8 +28,6 @@ def read_messages(value: object, column: str, system_prompt: str | None = None) 
     """Read a conversation: a list of messages, or the text of a single message of the user.
 
     Args:
-        value: The content of a row.
-        column: Name of the column, for messages.
         system_prompt: System message for a conversation that does not have one.
 
     Raises:
@@ -200,11 +197,9 @@ def labelled_pair(
     kind: str = "",
     tastes: Sequence[float | None] = (None, None),
 ) -> dict[str, Any]:
-    """Return a pair of answers with a label, as a row of a preference data set that is made here.
+    """Return a pair of answers to a prompt, with a label, as a row of a preference data set that is made here.
 
     Args:
-        prompt: The messages that both answer.
-        chosen, rejected: The answers.
         annotator: Who prefers the chosen answer.
         chosen_first: Whether the annotator was shown the chosen answer first.
         kind: Kind of the prompt, if it has one.

@@ -111,11 +111,9 @@ def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8) -> Overlap:
-    """Look for every test row in the training rows.
+    """Look for every test row in the training rows, both of which are read once.
 
     Args:
-        train_rows: Read once.
-        test_rows: Read once.
         n: Consecutive words that must agree, at least 1. A test text of fewer words must occur as a whole.
     """
     index = NgramIndex(n)

@@ -46,7 +46,6 @@ def pack_documents(
     Args:
         dataset: Documents.
         tokenizer: A tokenizer with bos and eos tokens.
-        block_size: Tokens per block.
         column: Column of the texts, or of their tokens. All columns are replaced.
         num_proc: Processes, each for a part of the documents. Default: one, whose tokenizer uses all cores.
 

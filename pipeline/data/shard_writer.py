@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.arguments import DataArguments
+from pipeline.data.arguments import DataArguments, option
 from pipeline.data.documents import digest_of
 from pipeline.data.packing import DOCUMENTS_AT_ONCE, Encoder
 from pipeline.data.shards import RECORD, TOKENIZER, document_tokenizer, open_shards
@@ -36,34 +37,23 @@ class ShardArguments:
     output_dir: str = field(
         metadata={"help": "Folder of the shards: a data set with one folder for each split, written one by one."}
     )
-    executor: Literal["local", "slurm", "ray"] = field(
-        default="local",
-        metadata={"help": "Executor of datatrove: processes of this machine, an array of jobs of Slurm, or Ray."},
+    executor: Literal["local", "slurm", "ray"] = option(
+        "local", "Executor of datatrove: processes of this machine, an array of jobs of Slurm, or Ray."
     )
-    workers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Files that are tokenized at the same time (default: on this machine one for each core, elsewhere "
-            "all)."
-        },
+    workers: int | None = option(
+        None, "Files that are tokenized at the same time (default: on this machine one for each core, elsewhere all)."
     )
-    partition: str | None = field(default=None, metadata={"help": "Partition of Slurm."})
-    time: str = field(default="24:00:00", metadata={"help": "Longest time of a job of Slurm, in which a file is done."})
+    partition: str | None = option(None, "Partition of Slurm.")
+    time: str = option("24:00:00", "Longest time of a job of Slurm, in which a file is done.")
 
 
-@dataclass
-class DocumentReader:
-    """The first step of a pipeline of datatrove: the documents of one file of the data set of `data_args`."""
+def read_documents(data_args: DataArguments, data: Any, rank: int, world_size: int) -> Iterator[Any]:
+    """Yield the documents of the file number `rank` of `world_size`: the first step of a pipeline of datatrove."""
+    from datatrove.data import Document
 
-    data_args: DataArguments
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> Iterator[Any]:
-        """Yield the documents of the file number `rank` of `world_size`."""
-        from datatrove.data import Document
-
-        rows, _ = load_splits(self.data_args, "text", evaluation=False)
-        for number, row in enumerate(rows.shard(world_size, rank) if world_size > 1 else rows):
-            yield Document(row["text"], f"{rank}/{number}")
+    rows, _ = load_splits(data_args, "text", evaluation=False)
+    for number, row in enumerate(rows.shard(world_size, rank) if world_size > 1 else rows):
+        yield Document(row["text"], f"{rank}/{number}")
 
 
 def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: ShardArguments) -> None:
@@ -72,7 +62,6 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     Args:
         tokenizer: A tokenizer with bos and eos tokens.
         data_args: The documents; `validation_share` is for readers of the shards.
-        args: Where and how.
 
     Raises:
         UserError: If an argument is wrong, or if the folder has shards of other documents or of another tokenizer.
@@ -113,7 +102,7 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     )
     # datatrove would choose the size by the size of the vocabulary, in which it does not count special tokens.
     write.token_size = np.dtype(Encoder.of(tokenizer).dtype).itemsize
-    steps = [DocumentReader(data_args), write]
+    steps = [partial(read_documents, data_args), write]
     options: dict[str, Any] = {"tasks": tasks, "logging_dir": str(folder / "logs"), "workers": args.workers or -1}
     if args.executor == "slurm":
         SlurmPipelineExecutor(steps, time=args.time, partition=args.partition, mem_per_cpu_gb=4, **options).run()

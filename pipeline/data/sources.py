@@ -29,14 +29,7 @@ from huggingface_hub import DatasetCard, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.columns import (
-    CONVERSATIONS,
-    TEXT_COLUMNS,
-    Split,
-    column_names,
-    common_features,
-    find_column,
-)
+from pipeline.data.columns import CONVERSATIONS, TEXT_COLUMNS, Split, column_names, common_features, find_column
 from pipeline.data.documents import (
     TO_UTF8,
     check_fetched,
@@ -138,8 +131,14 @@ def open_source(
             raise UserError(Problem("dataset_name", name, "there is no such file or folder; correct the path"))
         return _open_of_hub(name, config, streaming)
     try:
+        # A data set repository, whose README.md says which files belong to which split.
         if path.is_dir() and (config is not None or _read_configs(path)):
-            return _open_folder(path, config, streaming)
+            _check_config(str(path), config, None)
+            # `datasets` caches a folder with a card under the name of the folder, whatever its path and content: from
+            # the common cache it would return the rows of another run's `data`, or of this one's before it was
+            # generated again.
+            own_cache = str(cache / "folders" / digest_of(path))
+            return datasets.load_dataset(str(path), config, cache_dir=own_cache, streaming=streaming)
         if config is not None:
             # A recipe's data set was replaced on the command line, but its configuration was not.
             logger.info("dataset_config %s is ignored: plain files do not have configurations", config)
@@ -156,7 +155,11 @@ def _open_of_hub(name: str, config: str | None, streaming: bool) -> DatasetDict 
     options: dict[str, Any] = {"name": config, "revision": revision}
     if streaming and constants.HF_HUB_OFFLINE:
         with contextlib.suppress(LocalEntryNotFoundError):
-            repo_id, options = _choose_fetched(repo_id, revision, config)
+            place = {"repo_type": "dataset", "revision": revision, "local_files_only": True}
+            folder = snapshot_download(repo_id, allow_patterns="README.md", **place)
+            # Without file names, `datasets` looks for those of the first configuration, maybe another than was fetched.
+            files = _read_configs(Path(folder)).get(config or "default", {}).get("data_files")
+            repo_id, options = folder, {"name": config, "data_files": files}
     _check_config(repo_id, config, options.get("revision"))
     try:
         return datasets.load_dataset(repo_id, streaming=streaming, **options)
@@ -172,15 +175,6 @@ def _open_of_hub(name: str, config: str | None, streaming: bool) -> DatasetDict 
     except UNREADABLE as error:
         raise UserError(*locate_error(Path(name), error)) from None
     raise UserError(Problem("dataset_name", name, remedy))
-
-
-def _open_folder(path: Path, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
-    """Open a data set repository, whose README.md says which files belong to which split."""
-    _check_config(str(path), config, None)
-    # `datasets` caches a folder with a card under the name of the folder, whatever its path and content: from the
-    # common cache it would return the rows of another run's `data`, or of this one's before it was generated again.
-    cache = Path(datasets.config.HF_DATASETS_CACHE, "folders", digest_of(path))
-    return datasets.load_dataset(str(path), config, cache_dir=str(cache), streaming=streaming)
 
 
 def _read_configs(folder: Path) -> dict[str, Any]:
@@ -420,15 +414,6 @@ def _differ(first: Path, columns: list[str], other: Path, others: list[str]) -> 
     remedy = f"has the columns {', '.join(columns)}, and {other} has {', '.join(others)}; "
     remedy += "rename or remove columns, or put the files into folders of their own, and name both in dataset_name"
     return UserError(Problem("dataset_name", first, remedy))
-
-
-def _choose_fetched(repo_id: str, revision: str | None, config: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the folder of a repository that `run --download` has fetched, and the options of `load_dataset` for it."""
-    place = {"repo_type": "dataset", "revision": revision, "local_files_only": True}
-    folder = snapshot_download(repo_id, allow_patterns="README.md", **place)
-    # Without file names, `datasets` looks for the files of the first configuration, which may not have been fetched.
-    files = _read_configs(Path(folder)).get(config or "default", {}).get("data_files")
-    return folder, {"name": config, "data_files": files}
 
 
 def _check_config(builder: str, config: str | None, revision: str | None) -> None:

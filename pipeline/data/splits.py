@@ -19,16 +19,7 @@ from datasets import (
 )
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import (
-    Kind,
-    Split,
-    column_names,
-    converter,
-    drops_rows,
-    find_column,
-    place_of,
-    standardise,
-)
+from pipeline.data.columns import Kind, Split, column_names, converter, drops_rows, find_column, place_of, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.errors import Problem, UserError
 
@@ -97,7 +88,6 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
 
     Args:
         args: The data set, which is not downloaded.
-        kind: Content of the rows.
         planned: Rows of data sets that do not exist yet.
         needed: Whether it is an error if the number is not known.
 

@@ -66,7 +66,6 @@ class PackedStream(torch.utils.data.IterableDataset):
         rows: Documents, with the column `text`, or `input_ids` of a tokenizer that is the same.
         tokenizer: A tokenizer with bos and eos tokens.
         block_size: Tokens per block.
-        seed: Seed of the order.
         process, processes: Which of how many processes reads the stream.
         chosen: Fields of the data arguments that choose rows. With `max_train_samples`, the stream is read as one file,
             because `datasets` would take so many from each.
@@ -205,7 +204,6 @@ def pack_splits(
 
     Args:
         splits: Documents to train on, and to evaluate on or None.
-        tokenizer: A tokenizer with bos and eos tokens.
         args: A `pipeline.training.pretraining.PretrainConfig`.
         data_args: With `max_train_samples`, a stream is read as one file.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -38,12 +38,9 @@ def drop_long_prompts(
         UserError: If no prompt leaves room; of a stream, none of the first.
         ValueError: If the chat template makes no tokens of a prompt.
     """
-    options = dict(template or {})
 
     def count(prompts: list[Any]) -> list[int]:
-        encoded = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **options
-        )
+        encoded = _encode(tokenizer, prompts, add_generation_prompt=True, **(template or {}))
         return [len(ids) for ids in encoded["input_ids"]]
 
     first = count([row["prompt"] for row in split.take(PROMPTS_MEASURED)])
@@ -100,16 +97,13 @@ def add_tokens(
     """
     template = template_for_labels(tokenizer) if answers_only else None
 
-    def encode(conversations: list[Any], **options: Any) -> dict[str, list[list[int]]]:
-        return tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, **options)
-
     def conversations(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         if not answers_only:
-            ids = encode(batch["messages"])["input_ids"]
+            ids = _encode(tokenizer, batch["messages"])["input_ids"]
             return {"input_ids": ids, "labels": ids}
         if template is None:
             return _label_by_prefixes(batch["messages"], tokenizer)
-        encoded = encode(batch["messages"], chat_template=template, return_assistant_tokens_mask=True)
+        encoded = _encode(tokenizer, batch["messages"], chat_template=template, return_assistant_tokens_mask=True)
         labels = []
         for row, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
             if not any(mask):
@@ -121,8 +115,8 @@ def add_tokens(
     def pairs(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         tokens = {}
         for side in ("chosen", "rejected"):
-            rows = zip(batch["prompt"], batch[side], strict=True)
-            tokens[f"{side}_ids"] = encode([prompt + answer for prompt, answer in rows])["input_ids"]
+            rows = [prompt + answer for prompt, answer in zip(batch["prompt"], batch[side], strict=True)]
+            tokens[f"{side}_ids"] = _encode(tokenizer, rows)["input_ids"]
         return tokens
 
     function = {"conversation": conversations, "preference": pairs}.get(kind)
@@ -134,19 +128,17 @@ def add_tokens(
     return split.map(function, batched=True) if needs_labels else split
 
 
+def _encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Any], **options: Any) -> dict[str, list[list[int]]]:
+    return tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, **options)
+
+
 def _label_by_prefixes(
-    rows: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase
+    rows: list[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[list[int]]]:
     """Return tokens and labels of conversations under a chat template without marks around what the assistant says.
 
     An answer begins where the turns before it end, followed by the generation prompt, and it ends with the eos token.
     """
-
-    def encode(conversations: Sequence[Any], prompt: bool = False) -> list[list[int]]:
-        return tokenizer.apply_chat_template(
-            list(conversations), add_generation_prompt=prompt, tokenize=True, return_dict=True
-        )["input_ids"]
-
     # One text per answer: the conversation up to and including it, and the number of its row.
     numbers: list[int] = []
     texts: list[list[dict[str, str]]] = []
@@ -156,9 +148,9 @@ def _label_by_prefixes(
                 numbers.append(number)
                 texts.append(messages[:end])
 
-    ids = encode(rows)
+    ids, wholes = _encode(tokenizer, rows)["input_ids"], _encode(tokenizer, texts)["input_ids"]
+    befores = _encode(tokenizer, [text[:-1] for text in texts], add_generation_prompt=True)["input_ids"]
     labels = [[IGNORED] * len(row) for row in ids]
-    befores, wholes = encode([text[:-1] for text in texts], prompt=True), encode(texts)
     for number, before, whole in zip(numbers, befores, wholes, strict=True):
         answer = whole[len(before) :]
         is_prefix = ids[number][: len(whole)] == whole and whole[: len(before)] == before

@@ -99,10 +99,8 @@ def parse_lines(
     """Yield the JSON objects of the lines of a file of votes; empty lines are skipped.
 
     Args:
-        content: What the file contains.
+        content: What the file at `path` contains, which the argument `field` named.
         check: Returns a vote, or raises a `ValueError`, `LookupError` or `TypeError` that says what is wrong with it.
-        path: The file, for messages.
-        field: Argument that named the file, for messages.
         remedy: What to do about a line that is not a vote.
 
     Raises:
@@ -270,10 +268,11 @@ def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
             continue
         prompt = [{key: turn[key] for key in ("role", "content")} for turn in vote["prompt"]]
         for side, wanted in zip("ab", WANTED.get(vote["choice"], ()), strict=False):
-            answer = [{"role": "assistant", "content": vote[side]}]
-            own = {"prompt": prompt, "completion": answer, "label": wanted, "annotator": vote["annotator"]}
-            judgements.append(own)
-    return [row for row in judgements if row["completion"][0]["content"].strip()]
+            if vote[side].strip():
+                answer = [{"role": "assistant", "content": vote[side]}]
+                own = {"prompt": prompt, "completion": answer, "label": wanted, "annotator": vote["annotator"]}
+                judgements.append(own)
+    return judgements
 
 
 def update_data_set(folder: Path) -> int:

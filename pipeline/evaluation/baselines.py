@@ -45,10 +45,7 @@ CONSTANTS = (
 
 
 def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, elicit: Sequence[str]) -> None:
-    """Record `elicited`, by the best of the beginnings `elicit` and of the examples, and `majority`.
-
-    Each is left out if the settings or the data have none.
-    """
+    """Record `elicited`, by the best of the ways to ask (the beginnings `elicit` or the examples), and `majority`."""
     grader = held_out.graders["problems"]
     # What a prompt alone can bring: the model may know how to work problems out, and only not do it by itself.
     # Each way has a name, what the answer begins with, and the examples before the problem.
@@ -116,8 +113,8 @@ def measure_best_of(
     if judge and (prompts := [row for row in held_out.prompts if judge.can_judge(row)]):
         asked = [row["prompt"] for row in prompts]
         single = chats["prompts"].sample(asked, temperature=1.0, seed=2 * result.seed + 1)
-        ours, theirs = ([text] for text in best("prompts", prompts)), [[answer.text] for (answer,) in single]
-        record_wins(result, "best_of/win_rate", list(ours), theirs, prompts, judge)
+        ours, theirs = [[text] for text in best("prompts", prompts)], [[answer.text] for (answer,) in single]
+        record_wins(result, "best_of/win_rate", ours, theirs, prompts, judge)
     result.texts["best_of"] = {"text": str(number)}
 
 

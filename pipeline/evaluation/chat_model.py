@@ -46,7 +46,7 @@ class ChatModel:
 
     def greedy(self, prompts: Sequence[Any]) -> list[Completion]:
         """Return the greedy completion of each conversation."""
-        return [completions[0] for completions in self.sample(prompts)]
+        return [completion for (completion,) in self.sample(prompts)]
 
     def complete(self, prompts: Sequence[list[int]], limit: int, **options: Any) -> list[list[Completion]]:
         """Complete encoded prompts. Those that leave less room than `limit` in the context get shorter answers."""

@@ -21,18 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.evaluate_yaml import (
-    SOURCE_FIELDS,
-    EvaluationArguments,
-    Source,
-    check,
-    complete,
-    defaults,
-    move,
-    recorded,
-    with_layout,
-    without_derived,
-)
+from pipeline.evaluation import evaluate_yaml
 from pipeline.stages import HELD_OUT
 
 if TYPE_CHECKING:
@@ -51,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", required=True, help="directory of the model inside RUN, for instance 2_sft")
     parser.add_argument("--config", metavar="FILE", help="evaluate.yaml to use instead of the run's own")
     parser.add_argument("--name", help="write to RUN/evaluations/NAME, not among the run's own figures")
-    for item in fields(EvaluationArguments):
+    for item in fields(evaluate_yaml.EvaluationArguments):
         # `--reasoning` is the earlier name of `--problems`.
         names = [f"--{item.name}", *(["--reasoning"] if item.name == "problems" else [])]
         meaning = item.metadata["help"]
@@ -63,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(*names, nargs="+", metavar="TASK", help=meaning)
         elif item.name != "fixed_prompts":
             parser.add_argument(*names, type=int if "int" in str(item.type) else str, help=meaning)
-    for item in fields(Source):
+    for item in fields(evaluate_yaml.Source):
         if item.name in COLUMNS:
             parser.add_argument(f"--{item.name}", help=item.metadata["help"])
     parser.add_argument("--split", help="split of the data set (default: test; all of a plain file)")
@@ -108,10 +97,10 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     run = Path(args.run)
     settings, problems = read_settings(args)
     if not args.name:
-        problems += check_own(run, args.stage, without_derived(settings))
+        problems += check_own(run, args.stage, evaluate_yaml.without_derived(settings))
     if problems:
         raise UserError(*problems)
-    moved = with_layout(move(settings, run), run)
+    moved = evaluate_yaml.with_layout(evaluate_yaml.move(settings, run), run)
     named = {"--stage": args.stage, "--against": args.against}
     check_stages(run, {option: stage for option, stage in named.items() if stage is not None}, moved)
     if moved["lm_eval_tasks"]:
@@ -124,7 +113,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     flags = [name for name in HELD_OUT if getattr(args, name)]
     held_out = read_held_out(run, moved, flags, baselines=args.stage == moved["against"])
     result = evaluate_stage(run, args.stage, held_out, moved, run / "evaluations" / (args.name or ""))
-    result.settings = without_derived(settings)
+    result.settings = evaluate_yaml.without_derived(settings)
     return result
 
 
@@ -139,25 +128,26 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
     """
     from pipeline.config.yaml_file import read_yaml
 
-    own = recorded(Path(args.run), args.stage)
+    own = evaluate_yaml.recorded(Path(args.run), args.stage)
     options = {name: value for name, value in vars(args).items() if value is not None}
     # `--problems FILE --prompt_column question --split test` is one data set with its columns.
-    columns = {name: options[name] for name in SOURCE_FIELDS if name in options}
+    columns = {name: options[name] for name in evaluate_yaml.SOURCE_FIELDS if name in options}
     if args.split:
         columns["dataset_test_split"] = args.split
     data = {key: {"dataset_name": options[key], **columns} for key in HELD_OUT if options.get(key)}
 
-    content = read_yaml(args.config) if args.config else without_derived(own)
+    content = read_yaml(args.config) if args.config else evaluate_yaml.without_derived(own)
     # An evaluation with a name measures only what the command names, on the data or tasks that it names.
     alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
     if alone:
         content = {key: value for key, value in content.items() if key not in HELD_OUT}
-    content |= data | {name: options[name] for name in defaults() if name in options}
-    settings = complete(content, own, only_named=alone or bool(args.name and content.keys() & HELD_OUT.keys()))
+    content |= data | {name: options[name] for name in evaluate_yaml.defaults() if name in options}
+    only_named = alone or bool(args.name and content.keys() & HELD_OUT.keys())
+    settings = evaluate_yaml.complete(content, own, only_named)
 
     # A run that was moved still knows its reward models by their old paths.
-    rewards = [*settings["reward_models"], *move(settings, Path(args.run))["reward_models"]]
-    problems = check({**settings, "reward_models": rewards})
+    rewards = [*settings["reward_models"], *evaluate_yaml.move(settings, Path(args.run))["reward_models"]]
+    problems = evaluate_yaml.check({**settings, "reward_models": rewards})
     if columns and not data:
         problems.append(Problem(f"--{next(iter(columns))}", next(iter(columns.values())), "name its data set as well"))
     if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
@@ -171,5 +161,5 @@ def as_option(problem: Problem, args: argparse.Namespace) -> Problem:
     if colon and key in HELD_OUT and getattr(args, key):
         name = {"dataset_name": key, "dataset_test_split": "split"}.get(name, name)
         return replace(problem, field=f"--{name}")
-    is_option = key in defaults() and getattr(args, key, None) is not None
+    is_option = key in evaluate_yaml.defaults() and getattr(args, key, None) is not None
     return replace(problem, field=f"--{key}") if is_option and not colon else problem

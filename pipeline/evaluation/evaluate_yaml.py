@@ -14,9 +14,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,11 +308,11 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     from pipeline.config.parser import check_values
     from pipeline.data.sources import BUILDERS, COMPRESSIONS
     from pipeline.models.vllm_sampler import validate_vllm
-    from pipeline.rewards.loading import load_function, load_rewards
+    from pipeline.rewards.loading import load_rewards
 
-    def attempt(load: Callable[[], object]) -> list[Problem]:
+    def check_function(name: str, field: str) -> list[Problem]:
         try:
-            load()
+            load_rewards([name], field)
         except UserError as error:
             return list(error.problems)
         return []
@@ -338,13 +337,13 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         if not isinstance(name, str) or is_missing(name):
             found.append(Problem("dataset_name", name, "there is no such file or folder; give another, or a Hub id"))
         if isinstance(grade, str):
-            found += attempt(partial(load_rewards, [GRADES.get(grade, grade)], "grade"))
+            found += check_function(GRADES.get(grade, grade), "grade")
         problems += [replace(problem, field=f"{key}: {problem.field}") for problem in found]
     # A judge may be a function, people, or a reward model that PPO does not see: otherwise PPO would be measured by
     # what it is trained to please. The model may be written by a later step of the run.
     judge = settings.get("judge")
     if isinstance(judge, str) and ":" in judge:
-        problems += attempt(partial(load_function, judge, "judge"))
+        problems += check_function(judge, "judge")
     elif isinstance(judge, str) and _training(judge) in map(_training, map(str, settings["reward_models"])):
         problems.append(Problem("judge", judge, "PPO is trained to please this model; give one that it does not see"))
     elif isinstance(judge, str) and judge != VOTES and is_missing(judge):

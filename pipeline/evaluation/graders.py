@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.evaluation.evaluate_yaml import GRADES
 from pipeline.rewards.functions import exact_answer, math_answer
-from pipeline.rewards.loading import load_rewards
+from pipeline.rewards.loading import call_reward, load_rewards
 
 Example = Mapping[str, Any]
 Grader = Callable[[Sequence[str], Sequence[Example]], list[bool]]
@@ -17,17 +17,20 @@ COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
 """Grades that judge the final answer alone, so that samples can vote on it, by the `answer` of the row."""
 
 
-def grade_final_answers(
-    answers: Sequence[str], references: Sequence[str], rows: Sequence[Example] | None = None
-) -> list[bool]:
+def grade_final_answers(answers: Sequence[str], references: Sequence[str], rows: Sequence[Example] = ()) -> list[bool]:
     """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically.
 
     The `prompt` of the rows decides what rewards also judge by the problem, such as whether "50%" is 50.
     """
-    prompts = [row["prompt"] for row in rows] if rows else None
+    prompts = [row.get("prompt") for row in rows]
     same = exact_answer(answers, references, prompts=prompts)
     equal = math_answer(answers, references, prompts=prompts)
     return [1.0 in either for either in zip(same, equal, strict=True)]
+
+
+def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
+    """Grade final answers by the `answer` of each row: the grader where none is named."""
+    return grade_final_answers(answers, [row["answer"] for row in rows], rows)
 
 
 def load_grader(grade: str | None, field: str = "grade") -> Grader:
@@ -41,15 +44,6 @@ def load_grader(grade: str | None, field: str = "grade") -> Grader:
         UserError: If there is no such reward.
     """
     if grade is None:
-        return lambda answers, rows: grade_final_answers(answers, [row["answer"] for row in rows], rows)
-    # Rewards take columns, where a grader takes rows.
+        return grade_rows
     (reward,) = load_rewards([GRADES.get(grade, grade)], field)
-
-    def grade_all(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
-        names = sorted({name for row in rows for name in row} - {"prompt", "prompts", "completions"})
-        columns = {name: [row.get(name) for row in rows] for name in names}
-        completions = [[{"role": "assistant", "content": answer}] for answer in answers]
-        rewards = reward(completions=completions, prompts=[row["prompt"] for row in rows], **columns)
-        return [value == 1.0 for value in rewards]
-
-    return grade_all
+    return lambda answers, rows: [value == 1.0 for value in call_reward(reward, answers, rows)]

@@ -21,7 +21,7 @@ from functools import cache
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +69,7 @@ def find_tasks(tasks: Sequence[str]) -> tuple[TaskManager, list[str], list[str]]
 
 
 def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
-    """Check that lm-eval is installed and that it knows the tasks; whether their data can be had shows later.
-
-    `field` is the option that names them, for messages.
-    """
+    """Check that lm-eval is installed and knows the tasks, which `field` names; their data are looked for later."""
     if tasks and find_spec("lm_eval") is None:
         return [Problem(field, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
     unknown = find_tasks(tasks)[2] if tasks else []
@@ -84,8 +81,7 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     """Record every metric of tasks that `check_tasks` accepts, on their first `limit` examples if it is given.
 
     A mean over examples is recorded with each of them, and has an interval like the project's own metrics, as have
-    perplexities. Any other figure, such as a group's, has the interval that follows from lm-eval's standard
-    error, or none where it has none.
+    perplexities. Any other figure, such as a group's, has the interval that follows from lm-eval's standard error.
 
     Raises:
         UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.
@@ -142,7 +138,7 @@ def _estimates(figures: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
             error = intervals.finite(figures.get(f"{metric}_stderr,{way}"))
             estimate = Estimate(number, n=figures.get("sample_count", {}).get(key, figures.get("sample_len")))
             if error is not None:
-                half = NormalDist().inv_cdf(intervals.TAILS[1]) * error
+                half = intervals.Z * error
                 estimate = replace(estimate, low=number - half, high=number + half)
             yield key, estimate
 

@@ -64,7 +64,7 @@ READ_WHOLE_BYTES = 64 << 20
 EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
 """Number of examples used without a `limit`: intervals a few hundredths wide, in seconds of CPU time."""
 
-TRIALS, DRAWS = 64, 5
+TRIALS, DRAWS = 64, 2
 """Problems on which the best of several beginnings is chosen, and draws of examples among them."""
 
 MAX_TRAINING_ROWS = 10_000
@@ -260,11 +260,9 @@ class Part:
     """The rows of a split that are held out, or the rows that are trained on.
 
     Attributes:
-        data: The split.
-        source: The data set that it belongs to.
         place: What messages call the split.
         period: One row in so many is held out, and the others are trained on; 1 if all rows of `data` belong to it.
-        trained_on: Whether the rows are trained on.
+        trained_on: Whether it consists of the others.
     """
 
     data: Split
@@ -357,10 +355,10 @@ class Reader:
             # The user's file has one split, whatever it is called.
             wanted = list(splits)
         found = next((name for name in wanted if name in splits), None)
-        if found is None and wanted is held_out and key in self.named:
-            remedy = f"there is no such split; choose from: {', '.join(splits)}"
-            raise UserError(Problem(f"{key}: dataset_test_split", named or "test", remedy))
         if found is None:
+            if wanted is held_out and key in self.named:
+                remedy = f"there is no such split; choose from: {', '.join(splits)}"
+                raise UserError(Problem(f"{key}: dataset_test_split", named or "test", remedy))
             return None
         rows = splits[found]
         if isinstance(rows, Path):
@@ -425,8 +423,6 @@ class Reader:
                 raise UserError(Problem("answer_column", part.source.answer_column, remedy))
         examples: list[Example] = []
         faults: list[tuple[int, ShapeError]] = []
-        # A malformed row of the user's file is an error. In a data set of the Hub, which the user cannot correct, a few
-        # are skipped, as training skips them.
         for number, row in part.sample(most, without):
             try:
                 example = _with_rule({**row, **convert(row)})

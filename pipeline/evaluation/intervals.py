@@ -19,6 +19,8 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 TAILS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
 """Quantiles at which a percentile interval ends."""
+Z = NormalDist().inv_cdf(TAILS[1])
+"""Half the width of a normal interval, in standard errors."""
 LARGEST = 1e100
 """Bound of every figure; with larger ones, differences and squares would overflow."""
 
@@ -31,9 +33,7 @@ class Estimate:
     side of it are moved to the value.
 
     Attributes:
-        value: The measured value.
-        low: Lower end of the interval, None if it is not known.
-        high: Upper end of the interval, None if it is not known.
+        low, high: Ends of the interval, None if they are not known.
         n: Number of examples, None if it is not known.
         by_kind: The estimate for each kind of example; empty if it is not broken down.
     """
@@ -54,10 +54,8 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """Return `{"value", "ci95": [low, high], "n"}`, and `by_kind` if there are kinds; unknown entries are null."""
         interval = None if self.low is None or self.high is None else [self.low, self.high]
-        entry: dict[str, Any] = {"value": self.value, "ci95": interval, "n": self.n}
-        if self.by_kind:
-            entry["by_kind"] = {kind: estimate.to_json() for kind, estimate in self.by_kind.items()}
-        return entry
+        kinds = {kind: estimate.to_json() for kind, estimate in self.by_kind.items()}
+        return {"value": self.value, "ci95": interval, "n": self.n, **({"by_kind": kinds} if kinds else {})}
 
     @classmethod
     def from_json(cls, entry: object) -> Estimate:
@@ -66,8 +64,7 @@ class Estimate:
         Raises:
             ValueError: If the "value" of `entry` is missing or not a finite number.
         """
-        value = finite(entry.get("value")) if isinstance(entry, dict) else None
-        if value is None or not isinstance(entry, dict):
+        if not isinstance(entry, dict) or (value := finite(entry.get("value"))) is None:
             raise ValueError('no number under "value"')
         kinds = {kind: cls.from_json(inner) for kind, inner in entry.get("by_kind", {}).items()}
         low, high = entry.get("ci95") or (None, None)
@@ -88,12 +85,11 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     """
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     share = successes / n
-    # The ends are the shares p that are just z standard errors of p away from the measured share.
-    centre = share + z * z / (2 * n)
-    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    scale = 1 + z * z / n
+    # The ends are the shares p that are just Z standard errors of p away from the measured share.
+    centre = share + Z * Z / (2 * n)
+    half = Z * (share * (1 - share) / n + Z * Z / (4 * n * n)) ** 0.5
+    scale = 1 + Z * Z / n
     # At 0 and n the ends are exactly 0 and 1.
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == n else (centre + half) / scale
@@ -153,8 +149,7 @@ KEPT_UNITS = 400
 
 def proportion(outcomes: Sequence[float]) -> Estimate:
     """Estimate the share of `outcomes` (zeros and ones, or bools) that are 1, with Wilson's interval."""
-    n = len(outcomes)
-    successes = float(sum(outcomes))
+    n, successes = len(outcomes), float(sum(outcomes))
     return Estimate(successes / n if n else float("nan"), *wilson(successes, n), n)
 
 
@@ -168,9 +163,7 @@ def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | Non
     """
     n = len(values)
     value = float(np.mean(values)) if n else float("nan")
-    if units is None:
-        return Estimate(value, *bootstrap(values, seed=seed), n)
-    number = _numbered(units)
+    number = np.arange(n) if units is None else _numbered(units)
     return Estimate(value, *bootstrap(np.bincount(number, values), np.bincount(number), seed=seed), n)
 
 
@@ -236,26 +229,20 @@ def mean_difference(differences: Sequence[float], weights: Sequence[float], of_s
         return ratio([one * weight for one, weight in zip(differences, weights, strict=True)], weights)
     centre = sum(differences) / (n + 2)
     spread = (sum(one * one for one in differences) + 2) / (n + 2) - centre**2
-    half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * (spread / (n + 2)) ** 0.5
+    half = Z * (spread / (n + 2)) ** 0.5
     return Estimate(fmean(differences), max(centre - half, -1.0), min(centre + half, 1.0), n)
 
 
-def resample(
-    function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0, resamples: int = 500
-) -> np.ndarray:
-    """Compute a statistic of rows on bootstrap samples of their units, and return it for each sample.
+def resample(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> np.ndarray:
+    """Compute a statistic of rows on 500 bootstrap samples of their units, and return it for each sample.
 
-    Args:
-        function: Returns the statistic of the rows with the given indices, in which a row may occur several times.
-        units: The unit of each row.
-        seed: Seed of the resampling.
-        resamples: Number of bootstrap samples.
+    `function` returns the statistic of the rows with the given indices, in which a row may occur several times.
     """
     # The rows of each unit, to draw units and take all of their rows.
     number = _numbered(units)
     by_unit = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
     rng = np.random.default_rng(seed)
-    drawn = (rng.integers(0, len(by_unit), len(by_unit)) for _ in range(resamples))
+    drawn = (rng.integers(0, len(by_unit), len(by_unit)) for _ in range(500))
     return np.array([function(np.concatenate([by_unit[unit] for unit in sample])) for sample in drawn])
 
 
@@ -286,7 +273,6 @@ def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: flo
     if len(runs) == 1:
         return runs[0]
     n, value = len(runs), fmean(run.value for run in runs)
-    # Three runs may agree by chance, so the interval is at least as wide as the widest one over rows.
     half = student_t(n - 1) * stdev(run.value for run in runs) / n**0.5
     below = max([half, *(run.value - run.low for run in runs if run.low is not None)])
     above = max([half, *(run.high - run.value for run in runs if run.high is not None)])

@@ -23,10 +23,7 @@ IGNORED = -100
 
 
 def document_losses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    context: int = 512,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int = 512
 ) -> list[float]:
     """Return the negative log-likelihood of each document in nats, summed over its tokens.
 
@@ -39,7 +36,7 @@ def document_losses(
         texts: Documents of any length.
         context: Window length in tokens, including the first token, which is not predicted.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     encoded = [tokenizer(text, **options)["input_ids"] for text in texts]
     # A window is the token that begins a document and `step` of its tokens, which are all predicted.

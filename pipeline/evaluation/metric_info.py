@@ -12,10 +12,8 @@ class MetricInfo:
     """How a metric is shown.
 
     Attributes:
-        label: Its name for people.
         meaning: One line about what is measured; `{against}` and `{judge}` are the opponent and the judge.
         better: The better direction, "" if neither is.
-        digits: Digits after the decimal point.
         share: Whether it lies between 0 and 1.
     """
 

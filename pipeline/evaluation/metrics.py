@@ -10,8 +10,8 @@ The classes work offline, unlike `evaluate.load("accuracy")`. `compute` returns 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import evaluate
@@ -19,7 +19,7 @@ from datasets import Features, List, Value
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
-from pipeline.evaluation.graders import Grader, grade_final_answers
+from pipeline.evaluation.graders import Grader, grade_rows
 from pipeline.evaluation.held_out import Example, HeldOut, subsample
 from pipeline.evaluation.likelihood import answer_losses, document_losses
 from pipeline.evaluation.results import StageResult
@@ -31,12 +31,7 @@ MAX_SAMPLED_PROBLEMS = 64
 """Problems to which several answers are sampled: eight samples each cost more than all greedy answers together."""
 
 NUMBER, STRING = Value("float64"), Value("string")
-RULE = {
-    "require": List(List(STRING)),
-    "reject": List(STRING),
-    "max_words": Value("int64"),
-    "test": STRING,
-}
+RULE = {"require": List(List(STRING)), "reject": List(STRING), "max_words": Value("int64"), "test": STRING}
 
 
 class Metric(evaluate.Metric):
@@ -48,8 +43,8 @@ class Metric(evaluate.Metric):
         paper: Its source.
     """
 
-    inputs: str
-    columns: Features
+    inputs = "predictions: answers."
+    columns = Features(predictions=STRING)
     paper = ""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -114,9 +109,6 @@ class StopRate(Metric):
 class StepRate(Metric):
     """The share of answers with a sentence or an equation before "The answer is", right or wrong."""
 
-    inputs = "predictions: answers."
-    columns = Features(predictions=STRING)
-
     def _compute(self, predictions: list[str]) -> dict[str, Any]:
         return share(map(has_steps, predictions))
 
@@ -137,19 +129,15 @@ class PassAtK(Metric):
         references: list[str],
         k: int = 1,
         seed: int = 0,
-        grader: Grader | None = None,
+        grader: Grader = grade_rows,
         rows: Sequence[Example] = (),
     ) -> dict[str, Any]:
-        flat = [answer for answers in predictions for answer in answers]
-        # All answers are graded at once, so each of them needs the reference and the row of its problem.
-        problem_of = [number for number, answers in enumerate(predictions) for _ in answers]
-        flat_rows = [rows[number] for number in problem_of] if rows else []
-        if grader is None:
-            verdicts = grade_final_answers(flat, [references[number] for number in problem_of], flat_rows)
-        else:
-            verdicts = grader(flat, flat_rows)
-        right = Counter(number for number, verdict in zip(problem_of, verdicts, strict=True) if verdict)
-        values = [estimate_pass_at_k(len(answers), right[number], k) for number, answers in enumerate(predictions)]
+        # All answers are graded at once, so each of them needs the row of its problem.
+        rows = rows or [{"answer": reference} for reference in references]
+        row_of = [row for row, answers in zip(rows, predictions, strict=True) for _ in answers]
+        verdicts = iter(grader([answer for answers in predictions for answer in answers], row_of))
+        right = [sum(islice(verdicts, len(answers))) for answers in predictions]
+        values = [estimate_pass_at_k(len(answers), n, k) for answers, n in zip(predictions, right, strict=True)]
         return output(intervals.outcome_mean(values, seed), values)
 
 
@@ -168,11 +156,11 @@ class MajorityVote(Metric):
         self,
         predictions: list[list[str]],
         references: list[str],
-        grader: Grader | None = None,
+        grader: Grader = grade_rows,
         rows: Sequence[Example] = (),
     ) -> dict[str, Any]:
-        elected = [elect(answers) for answers in predictions]
-        return share(grader(elected, rows) if grader else grade_final_answers(elected, references, rows))
+        rows = rows or [{"answer": reference} for reference in references]
+        return share(grader(list(map(elect, predictions)), rows))
 
 
 def elect(answers: Sequence[str]) -> str:
@@ -189,8 +177,7 @@ def elect(answers: Sequence[str]) -> str:
 def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
     """Return the unbiased estimate of pass@k from `n` samples, of which `correct` are right (Chen et al. 2021, eq. 1).
 
-    It is the share of all sets of k of the n samples that contain at least one right sample. The plug-in estimate,
-    1 - (1 - correct / n)^k, is too low on average.
+    It is the share of all sets of k of the n samples that contain at least one right sample.
 
     Raises:
         ValueError: Unless 1 <= k <= n and 0 <= correct <= n.
@@ -287,7 +274,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
 
 
 def record_greedy(
-    result: StageResult, name: str, answers: Sequence[str], rows: Sequence[Example], grader: Grader | None = None
+    result: StageResult, name: str, answers: Sequence[str], rows: Sequence[Example], grader: Grader
 ) -> list[float]:
     """Record under `name` how many of the answers, one to each problem, are right. Returns 1 or 0 for each."""
     references = [str(row.get("answer") or "") for row in rows]
@@ -301,14 +288,6 @@ def record_greedy(
     result.record(name, greedy, rows, extras=extras)
     values: list[float] = greedy["values"]
     return values
-
-
-def answer_fixed_prompts(result: StageResult, chat: ChatModel, prompts: Sequence[Sequence[dict[str, str]]]) -> None:
-    """Add the greedy answers to the fixed prompts."""
-    result.answers = [
-        {"prompt": prompt[-1]["content"], "answer": readable(completion)}
-        for prompt, completion in zip(prompts, chat.greedy(prompts), strict=True)
-    ]
 
 
 def readable(completion: Completion) -> str:

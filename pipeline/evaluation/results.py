@@ -43,10 +43,8 @@ class StageResult:
         experts: The load of each expert in `layers`, over its fair share, and in `documents` the `pieces` of some texts
             with the expert `chosen` for each, by layer; {} for a dense model.
         overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
-        settings: How it was measured.
         seconds: How long the evaluation took, loading included; None if that is not known.
         state: The content of trainer_state.json, with the logged values in `log_history`.
-        config: The model's config.json.
         parameters: Number of weights saved, None if there are none.
         active_parameters: Number of weights that a token passes: of the experts, only the ones it is routed to.
         seed: Seed of its sampled answers and of its intervals.
@@ -131,19 +129,16 @@ class StageResult:
             name: Name of the metric, `<baseline>/<metric>` for a baseline.
             measured: What `compute` of a metric returned.
             rows: The examples, with `id` and `kind`.
-            by_kind: Makes the estimate of each kind from the values; None for no estimates by kind. There are none
-                either if all rows are of the same kind.
+            by_kind: Makes the estimate of each kind, if there are several, from its values; None for no such estimates.
             units: The unit that each row belongs to, if several rows may share one.
             extras: Further fields of each example, its answer for instance.
         """
         values = measured["values"]
-        # Indices of the rows of each kind.
-        groups: dict[str, list[int]] = {}
-        for index, row in enumerate(rows):
-            groups.setdefault(row["kind"], []).append(index)
+        names = sorted({row["kind"] for row in rows})
         kinds = {}
-        if by_kind is not None and len(groups) > 1:
-            for kind, members in sorted(groups.items()):
+        if by_kind is not None and len(names) > 1:
+            for kind in names:
+                members = [index for index, row in enumerate(rows) if row["kind"] == kind]
                 shared = {} if units is None else {"units": [units[i] for i in members]}
                 kinds[kind] = by_kind([values[i] for i in members], **shared)
         self.metrics[name] = replace(Estimate.from_json(measured), by_kind=kinds)
@@ -156,41 +151,32 @@ class StageResult:
     def outcomes(self, metric: str) -> Outcomes:
         """Return the outcome of each example of a metric. A value per byte, for instance, weighs as many bytes."""
         return {
-            f"{example['id']} {example.get('row', '')}": (
-                example["value"],
-                example.get("weight", 1.0),
-                str(example.get("kind", "")),
-            )
-            for example in self.examples
-            if example["metric"] == metric
+            f"{one['id']} {one.get('row', '')}": (one["value"], one.get("weight", 1.0), str(one.get("kind", "")))
+            for one in self.examples
+            if one["metric"] == metric
         }
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """The logged records of training, oldest first."""
-        history: list[dict[str, Any]] = self.state.get("log_history", [])
-        return history
+        return list(self.state.get("log_history", []))
 
     def take_baselines(self) -> dict[str, StageResult]:
         """Move the figures named `<baseline>/<metric>`, with their examples and texts, to results of their own."""
-        found = {"": self}
-        metrics, self.metrics = self.metrics, {}
-        examples, self.examples = self.examples, []
+        found: dict[str, StageResult] = {}
 
-        def split(figure: str) -> tuple[StageResult, str]:
-            # "elicited/pass@1" is the figure `pass@1` of the baseline `elicited`.
-            baseline, _, metric = figure.rpartition("/")
-            return found.setdefault(baseline, StageResult(baseline)), metric
+        def owner(baseline: str) -> StageResult:
+            texts = {baseline: self.texts.get(baseline, {})}
+            return found.setdefault(baseline, StageResult(baseline, texts=texts)) if baseline else self
 
+        metrics, examples, self.metrics, self.examples = self.metrics, self.examples, {}, []
+        # "elicited/pass@1" is the figure `pass@1` of the baseline `elicited`.
         for figure, estimate in metrics.items():
-            owner, metric = split(figure)
-            owner.metrics[metric] = estimate
+            baseline, _, metric = figure.rpartition("/")
+            owner(baseline).metrics[metric] = estimate
         for example in examples:
-            owner, metric = split(example["metric"])
-            owner.examples.append({**example, "metric": metric})
-        del found[""]
-        for baseline, result in found.items():
-            result.texts = {baseline: self.texts.get(baseline, {})}
+            baseline, _, metric = example["metric"].rpartition("/")
+            owner(baseline).examples.append({**example, "metric": metric})
         return found
 
     def remarks(self) -> list[str]:

@@ -131,11 +131,21 @@ def measure_pairs(
     )
 
 
-def measure_people(
-    result: StageResult, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]
-) -> None:
-    """Record `reward_accuracy_people`, the accuracy against people's votes; each vote is a pair."""
-    _record_accuracy(result, "reward_accuracy_people", _score_both(model, tokenizer, pairs), pairs)
+def measure_people(result: StageResult, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+    """Record `reward_accuracy_people`, the accuracy against the votes of people that the model was not trained on.
+
+    These are the test split of the votes if it was trained on votes, and all votes otherwise. Each is a pair.
+
+    Raises:
+        UserError: If the votes of the run are damaged.
+    """
+    names = as_list(read_json(run / result.name / "arguments.json").get("dataset_name") or [])
+    is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
+    # Prompts are divided by their content, so a vote is held out on every machine or on none.
+    votes = standing(read_votes(run / VOTES / VOTES_FILE))
+    held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
+    if pairs := [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]:
+        _record_accuracy(result, "reward_accuracy_people", _score_both(model, tokenizer, pairs), pairs)
 
 
 def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: Sequence[Example]) -> dict[str, Any]:
@@ -152,22 +162,6 @@ def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: 
 def _prompts(pairs: Sequence[Example]) -> list[str]:
     """Return the prompt of each pair, over which the intervals are."""
     return [json.dumps(row["prompt"]) for row in pairs]
-
-
-def held_out_pairs(run: Path, stage: str) -> list[dict[str, Any]]:
-    """Return the pairs that a reward model was not trained on, with the preferences of people as labels.
-
-    These are the test split of the votes if it was trained on votes, and all votes otherwise.
-
-    Raises:
-        UserError: If the votes of the run are damaged.
-    """
-    names = as_list(read_json(run / stage / "arguments.json").get("dataset_name") or [])
-    is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
-    # Prompts are divided by their content, so a vote is held out on every machine or on none.
-    votes = standing(read_votes(run / VOTES / VOTES_FILE))
-    held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
-    return [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]
 
 
 def _score_both(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]) -> np.ndarray:

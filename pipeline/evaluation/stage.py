@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError, as_typed
@@ -23,7 +23,7 @@ from pipeline.evaluation.held_out import Example, HeldOut, subsample
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.overlaps import find_overlaps
 from pipeline.evaluation.results import StageResult
-from pipeline.evaluation.reward_model import held_out_pairs, measure_pairs, measure_people
+from pipeline.evaluation.reward_model import measure_pairs, measure_people
 from pipeline.files import as_list, check_directory, holds_model
 from pipeline.models.checks import check_lengths
 from pipeline.models.experts import RouteCounter, routes, worst
@@ -115,13 +115,12 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
             record_load(result, counter)
         else:
             result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
-        if votes := held_out_pairs(run, stage):
-            measure_people(result, model, tokenizer, votes)
+        measure_people(result, model, tokenizer, run)
         # A judge would choose what it judges.
         if settings["best_of"] and path in map(Path, settings["reward_models"]):
             rate = partial(score, model, tokenizer)
             judge = _find_judge(result, run, held_out, settings)
-            asked = _load_opponent(run, settings)
+            asked = _load_chats(run, settings["against"], settings, "--against")
             baselines.measure_best_of(result, asked, held_out, settings["best_of"], rate, judge)
     else:
         try:
@@ -146,19 +145,8 @@ def _answered(stage: str, held_out: HeldOut) -> HeldOut:
 def _measure_language_model(
     result: StageResult, run: Path, held_out: HeldOut, settings: Settings, folder: Path
 ) -> None:
-    stage = result.name
-    path = model_of(run, stage, settings)
-    words = settings["base_tokenizer"] if stage == BASE else None
-    can_chat = bool(load_tokenizer(words or str(path), "--stage").chat_template)
-    model, tokenizer = load_model(str(path), "--stage", dtype=torch.float32, chat=can_chat, tokenizer=words)
-    model = model.to(hardware.accelerator() or "cpu").eval()
-    vllm = VLLMSampler(model, tokenizer) if settings["vllm"] else None
-    # The same model for each kind of data, whose answers have limits of their own and perhaps another template.
-    tally = Tally("answers")
-    chats = {
-        key: ChatModel(model, tokenizer, limit, vllm, template=template_arguments(settings, stage, key), tally=tally)
-        for key, limit in answer_lengths(model, settings).items()
-    }
+    chats = _load_chats(run, result.name, settings, "--stage")
+    model, tokenizer = chats["instructions"].model, chats["instructions"].tokenizer
     result.against = settings["against"] or ""
     result.left_out += [line for name, line in WITHOUT.items() if not getattr(held_out, name)]
 
@@ -167,20 +155,22 @@ def _measure_language_model(
         with RouteCounter(model) as counter:
             metrics.measure_texts(result, chats["instructions"], held_out.text)
         record_load(result, counter)
-        if result.experts:
-            result.experts["documents"] = [draw_routes(model, tokenizer, row["text"]) for row in held_out.text[:DRAWN]]
+        for row in held_out.text[:DRAWN] if result.experts else ():
+            ids = tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
+            pieces = [tokenizer.decode([token]) for token in ids]
+            result.experts["documents"].append({"pieces": pieces, "chosen": routes(model, ids)})
     if settings["lm_eval_tasks"]:
         # lm-eval is optional.
         from pipeline.evaluation.harness import measure_tasks
 
         measure_tasks(result, chats["instructions"], settings["lm_eval_tasks"], settings["limit"])
-    if not can_chat:
+    if not tokenizer.chat_template:
         result.left_out.append("answers: left out, the tokenizer of this stage has no chat template")
         return
     judge = _find_judge(result, run, held_out, settings)
     judged = [row for row in held_out.prompts if judge and judge.can_judge(row)]
     opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder) if judged else None
-    tally.total = _count_answers(held_out, settings, len(judged), opponent)
+    chats["instructions"].tally.total = _count_answers(held_out, settings, len(judged), opponent)
     ungraded = [row for row in held_out.instructions if not ("instructions" in held_out.graders or is_gradable(row))]
     if ungraded:
         metrics.measure_answers(result, chats["instructions"], ungraded)
@@ -207,11 +197,14 @@ def _measure_language_model(
 
     # Answers of baselines and to the fixed prompts do not count as cut off.
     chats = {key: replace(chat, counts=Counter()) for key, chat in chats.items()}
-    if stage == result.against and held_out.problems:
+    if result.name == result.against and held_out.problems:
         baselines.measure_reasoning(result, chats["problems"], held_out, as_list(settings["elicit"] or []))
-    if stage == result.against and answers and judge:
+    if result.name == result.against and answers and judge:
         baselines.measure_constant(result, chats["prompts"], held_out, answers, judge)
-    metrics.answer_fixed_prompts(result, chats["instructions"], held_out.fixed_prompts)
+    fixed = zip(held_out.fixed_prompts, chats["instructions"].greedy(held_out.fixed_prompts), strict=True)
+    result.answers = [
+        {"prompt": prompt[-1]["content"], "answer": metrics.readable(completion)} for prompt, completion in fixed
+    ]
 
 
 def _samples(settings: Settings) -> int:
@@ -227,7 +220,10 @@ def _count_answers(held_out: HeldOut, settings: Settings, judged: int, opponent:
     own = _samples(settings) + 1
     matches = 0 if opponent is None else judged * (own if isinstance(opponent, dict) else 2 * own - 1)
     greedy = len(held_out.instructions or held_out.prompts) + problems + len(held_out.longer)
-    return greedy + sampled + matches + len(held_out.fixed_prompts)
+    # The trials of the baseline `elicited`, and the problems, which are answered in the best of the ways.
+    ways = len(as_list(settings["elicit"] or [])) + len(held_out.shots)
+    begun = ways * len(held_out.trials) + problems if held_out.trials else 0
+    return greedy + sampled + matches + begun + len(held_out.fixed_prompts)
 
 
 def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:
@@ -259,7 +255,6 @@ def _find_opponent(
     against, path = result.against, model_of(run, result.against, settings)
     if not against or (path == run / against and not holds_model(path)):
         return None
-    template = template_arguments(settings, against, "prompts")
     answered = win_rate.fingerprint(
         path,
         rows,
@@ -269,28 +264,34 @@ def _find_opponent(
         dtype=hardware.fast_dtype(),
         device=hardware.accelerator(),
         vllm=bool(own.vllm),
-        template=template,
+        template=template_arguments(settings, against, "prompts"),
     )
     if result.name == against:
         result.opponent = answered
         return own
     # People's votes are about the answers that they were shown, so both models answer again.
     saved = None if settings["judge"] == VOTES else win_rate.saved_answers(folder, against, answered)
-    if saved is not None:
-        return saved
-    return _load_opponent(run, settings)["prompts"]
+    return _load_chats(run, against, settings, "--against")["prompts"] if saved is None else saved
 
 
-def _load_opponent(run: Path, settings: Settings) -> dict[str, ChatModel]:
-    """Load the opponent, which answers each kind of data with limits of its own and perhaps another template."""
-    against = settings["against"]
-    words = settings["base_tokenizer"] if against == BASE else None
-    path = str(model_of(run, against, settings))
-    model, tokenizer = load_model(path, "--against", dtype=torch.float32, tokenizer=words)
+def _load_chats(
+    run: Path, stage: str, settings: Settings, option: Literal["--stage", "--against"]
+) -> dict[str, ChatModel]:
+    """Load the model of a stage, for each kind of data: its answers have other limits, and perhaps another template.
+
+    The opponent only answers, in the precision that is fast here. A stage without a chat template is measured on text.
+    """
+    words = settings["base_tokenizer"] if stage == BASE else None
+    path = str(model_of(run, stage, settings))
+    is_opponent = option == "--against"
+    can_chat = is_opponent or bool(load_tokenizer(words or path, option).chat_template)
+    model, tokenizer = load_model(path, option, dtype=torch.float32, chat=can_chat, tokenizer=words)
+    dtype = hardware.fast_dtype() if is_opponent else torch.float32
+    model = model.to(hardware.accelerator() or "cpu", dtype).eval()
     vllm = VLLMSampler(model, tokenizer) if settings["vllm"] else None
-    model = model.to(hardware.accelerator() or "cpu", hardware.fast_dtype()).eval()
+    tally = Tally("answers")
     return {
-        key: ChatModel(model, tokenizer, limit, vllm, template=template_arguments(settings, against, key))
+        key: ChatModel(model, tokenizer, limit, vllm, template=template_arguments(settings, stage, key), tally=tally)
         for key, limit in answer_lengths(model, settings).items()
     }
 
@@ -304,12 +305,6 @@ def record_load(result: StageResult, counter: RouteCounter) -> None:
     result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
     layers = [[round(share, 4) for share in layer] for layer in counter.shares]
     result.experts = {"layers": layers, "documents": []}
-
-
-def draw_routes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, Any]:
-    """Return the tokens of a text as `pieces`, and the expert `chosen` for each, by layer."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
-    return {"pieces": [tokenizer.decode([token]) for token in ids], "chosen": routes(model, ids)}
 
 
 def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]:

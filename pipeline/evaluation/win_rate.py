@@ -59,9 +59,6 @@ class WinRate(Metric):
 class LastSentenceShare(Metric):
     """The share of answers that end in their most frequent last sentence: 1 if all end in the same one."""
 
-    inputs = "predictions: answers."
-    columns = Features(predictions=STRING)
-
     def _compute(self, predictions: list[str]) -> dict[str, Any]:
         # "It is red. Have a nice day!" ends in "have a nice day".
         last = [re.split(r"[.!?]\s+", answer.strip())[-1].rstrip(".!?").casefold() for answer in predictions]

@@ -38,8 +38,7 @@ def check_access(
     Args:
         repo_ids: The repositories, each with its namespace or the user's own.
         field: Argument that asks for the push, for messages.
-        repo_type: "model", "dataset" or "space".
-        token: The token. Default: the one of `hf auth login`, or HF_TOKEN.
+        token: Default: the one of `hf auth login`, or HF_TOKEN.
 
     Returns:
         At most one problem: the first repository to which it may not write, or why the Hub could not be asked.

@@ -12,7 +12,6 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, suppr
 from pipeline.errors import EXIT_PUSH_FAILED, RunStopped
 from pipeline.files import MANIFEST, STATE, read_json
 from pipeline.hub.access import full_id
-from pipeline.hub.checkpoints import LAST
+from pipeline.hub.download import LAST
 from pipeline.hub.published_files import Files, places, public_content, publishable
 from pipeline.hub.repositories import Outputs
 from pipeline.hub.upload import explain, is_replaced, push
@@ -70,10 +69,9 @@ class PushCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if self._running is not None and not self._running.done() and not args.hub_always_push:
-            self._missed = checkpoint
-        else:
-            self._missed = None
+        is_busy = self._running is not None and not self._running.done() and not args.hub_always_push
+        self._missed = checkpoint if is_busy else None
+        if not is_busy:
             self._begin(checkpoint)
 
     def finish(self, is_complete: bool) -> None:
@@ -98,15 +96,12 @@ class PushCallback(TrainerCallback):
             return
         output_dir = str(self._args.output_dir)
         folder = Path(output_dir).absolute()
-        strategy, name = self._args.hub_strategy, self._args.hub_model_id or folder.name
-
-        def is_stale(path: str) -> bool:
-            return _is_weights(path) or (strategy == HubStrategy.EVERY_SAVE and path.startswith(f"{LAST}/"))
-
+        name = self._args.hub_model_id or folder.name
+        replaced = (f"{LAST}/",) if self._args.hub_strategy == HubStrategy.EVERY_SAVE else ()
         try:
             name = full_id(self._args.hub_model_id, folder)
             for item in Outputs(path=folder.parent, repo_id=name, only=[folder.name]).repositories():
-                self._send(item.id, item.files, "End of training", is_stale)
+                self._send(item.id, item.files, "End of training", replaced)
         except Exception as error:
             command = ["python", "-m", "pipeline", "push", output_dir, "--repo_id", name]
             command += ["--revision", self._args.hub_revision] if self._args.hub_revision else []
@@ -134,10 +129,9 @@ class PushCallback(TrainerCallback):
             shutil.rmtree(staged, ignore_errors=True)
             for folder in folders:
                 shutil.copytree(folder, staged / folder.name, copy_function=_link)
+            self._running = self._api.run_as_future(self._push_checkpoint, staged, checkpoint.name)
         except OSError as error:
             self._warn(checkpoint.name, error)
-        else:
-            self._running = self._api.run_as_future(self._push_checkpoint, staged, checkpoint.name)
 
     def _warn(self, checkpoint: str, error: Exception) -> None:
         name = self._args.hub_model_id or "the Hub"
@@ -155,18 +149,23 @@ class PushCallback(TrainerCallback):
             replaced = (f"{newest}/" if keeps_all else f"{LAST}/", *[f"{PREFIX_CHECKPOINT_DIR}-"] * keeps_best)
             message = f"Training in progress, step {newest.rpartition('-')[2]}"
             name = full_id(self._args.hub_model_id, str(self._args.output_dir))
-            self._send(name, files, message, lambda path: _is_weights(path) or path.startswith(replaced))
+            self._send(name, files, message, replaced)
             logger.info("%-11s %s to %s/%s", "pushed", newest, self._api.endpoint, name)
         except Exception as error:  # noqa: BLE001 - training continues if a push fails
             self._warn(newest, error)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _send(self, name: str, files: Files, message: str, replaces: Callable[[str], bool]) -> None:
-        """Push files to the repository `name`, as the run's arguments say."""
+    def _send(self, name: str, files: Files, message: str, replaced: tuple[str, ...]) -> None:
+        """Push files to the repository `name`, in place of its weights and of paths that begin as `replaced` says."""
+
+        def is_stale(path: str) -> bool:
+            is_weights = path.endswith((".safetensors", ".safetensors.index.json")) and is_replaced(path)
+            return is_weights or path.startswith(replaced)
+
         private, revision = bool(self._args.hub_private_repo), self._args.hub_revision
         with suppress_progress_bars():
-            push(self._api, name, files, message, private=private, revision=revision, replaces=replaces)
+            push(self._api, name, files, message, private=private, revision=revision, replaces=is_stale)
 
 
 def checkpoint_files(checkpoint: Path, folder: str) -> Files:
@@ -185,11 +184,6 @@ def checkpoint_files(checkpoint: Path, folder: str) -> Files:
         if isinstance(content, bytes):
             entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return files | {f"{folder}/{MANIFEST}": json.dumps(manifest, indent=1).encode() + b"\n"}
-
-
-def _is_weights(path: str) -> bool:
-    """Return whether a path of a repository holds weights of a model, which other weights replace."""
-    return is_replaced(path) and path.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def _link(source: str, target: str) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ class Trained:
     """What the card of a model is made from. The card omits what is missing.
 
     Attributes:
-        folder: Its folder.
         kind: Kind of its stage, a key of `STAGES`.
         name: Its id on the Hub, or its folder.
         settings: What the YAML file and the command line set.
@@ -44,8 +43,6 @@ class Trained:
         measured_on: Settings of that evaluation.
         ids: Ids on the Hub of folders that the settings name, as they name them.
         report: Address of the run's report.
-        license: Licence of the model.
-        language: Languages of its data.
     """
 
     folder: Path
@@ -60,10 +57,6 @@ class Trained:
     report: str = ""
     license: Any = None
     language: Any = None
-
-    def at(self, checkpoint: Path) -> Trained:
-        """Return what the card of a checkpoint is made from: the stage, without the figures of its final model."""
-        return replace(self, folder=checkpoint, metrics={}, evaluation={}, step={**self.step, "seconds": None})
 
     @property
     def stage(self) -> str:
@@ -132,7 +125,9 @@ def model_card(trained: Trained) -> str:
     """Return the README.md of a model."""
     about, settings = trained.about, trained.settings
     config, adapter = (read_json(trained.folder / name) for name in ("config.json", "adapter_config.json"))
-    own = dict(_estimates(trained))
+    measured = (trained.metrics.get("stages", {}), trained.metrics.get("other", {}).get("lm_eval", {}))
+    found = {metric: entry for stages in measured for metric, entry in stages.get(trained.stage, {}).items()}
+    own = {metric: entry for metric, entry in found.items() if entry.get("value") is not None}
     results = [_result(trained, metric, entry) for metric, entry in own.items()]
     base, datasets = trained.on_hub(settings.get("model_name_or_path")), trained.all_on_hub("dataset_name")
     title = trained.name.rsplit("/", 1)[-1]
@@ -164,18 +159,15 @@ def model_card(trained: Trained) -> str:
         critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
         entries=own,
         imports=_registration(config),
-        labels=trained.metrics.get("metrics", {}),
         parameters=sum(math.prod(shape) for file in weights for shape in read_shapes(file).values()),
         prompt=answers[0][0] if answers else "What is an LLM?",
         remarks=list(_remarks(trained, own)),
-        reward_models=trained.all_on_hub("reward_model_path"),
         samples=answers[:SAMPLES] + traces[: SAMPLES // 2],
         longest=LONGEST_SAMPLE,
         stage=f"Stage {number.group()}, {about.name.lower()}." if number else f"{about.name.capitalize()}.",
         start=Path(str(settings.get("model_name_or_path") or "")).name,
         steps=read_json(trained.folder / STATE).get("global_step"),
         title=title,
-        tokens=trained.metrics.get("tokens", {}).get(trained.stage),
         trained=trained,
         yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else "",
     )
@@ -188,15 +180,6 @@ def _registration(config: Values) -> str:
 
     # `dir` of this module takes a fifth of a second.
     return next((name for name in config.get("architectures") or () if name not in transformers.__all__), "")
-
-
-def _estimates(trained: Trained) -> Iterator[tuple[str, Values]]:
-    """Yield the metrics of a stage that have a value, including the metrics of lm-eval."""
-    measured = (trained.metrics.get("stages", {}), trained.metrics.get("other", {}).get("lm_eval", {}))
-    for stages in measured:
-        for metric, entry in stages.get(trained.stage, {}).items():
-            if entry.get("value") is not None and math.isfinite(entry["value"]):
-                yield metric, entry
 
 
 def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
@@ -256,8 +239,7 @@ def base_card(name: str, trained: Trained) -> str:
         library_name="transformers",
         tags=["fourstage", *trained.about.card.tags],
     )
-    card = _render("base.md.jinja", data, title=name.rsplit("/", 1)[-1], adapter=trained.name, start=start)
-    return str(ModelCard(card))
+    return _render("base.md.jinja", data, title=name.rsplit("/", 1)[-1], adapter=trained.name, start=start)
 
 
 def critic_card(name: str, config: Values) -> str:
@@ -269,8 +251,7 @@ def critic_card(name: str, config: Values) -> str:
     """
     data = ModelCardData(library_name="transformers" if config else "peft", tags=["fourstage", "critic", "ppo"])
     title, imports = name.rsplit("/", 1)[-1], _registration(config)
-    card = _render("critic.md.jinja", data, name=name, title=title, folder=CRITIC, whole=bool(config), imports=imports)
-    return str(ModelCard(card))
+    return _render("critic.md.jinja", data, name=name, title=title, folder=CRITIC, whole=bool(config), imports=imports)
 
 
 def load_card(folder: Path) -> DatasetCard:
@@ -288,10 +269,9 @@ def load_card(folder: Path) -> DatasetCard:
 
 
 def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any = None) -> str:
-    """Return the README.md of a folder of data, with its licence, tags and how to load it.
+    """Return the README.md of a folder of data: the text of its own card, with licence, tags and how to load it.
 
     Args:
-        folder: The folder. The text of its own card is kept.
         name: Id of its repository.
         ids: Repositories of the other outputs of the run, which the text may name, by the names of their directories.
         license: Its licence. Default: the one that its own card names.

@@ -1,19 +1,23 @@
-"""Fetch what the steps of a recipe read from the Hub into the cache, for machines without internet."""
+"""Fetch from the Hub what the steps of a recipe read, for machines without internet, and checkpoints to resume from."""
 
 from __future__ import annotations
 
 import glob
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset_builder
-from huggingface_hub import HfFileSystem, constants, snapshot_download
+from huggingface_hub import HfApi, HfFileSystem, constants, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from pipeline.data.sources import open_source
 from pipeline.errors import Problem, UserError
-from pipeline.files import as_list, is_missing_path, split_revision
+from pipeline.files import STATE, as_list, is_missing_path, read_json, split_revision
+from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 from pipeline.models.loading import user_error_for
 
 MODELS = ("model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "value_model_path", "judge")
@@ -21,6 +25,9 @@ MODELS = ("model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 """What models are loaded from; pickles are left where they are."""
+
+LAST = "last-checkpoint"
+"""Folder of a repository that holds the newest checkpoint, as transformers names it."""
 
 
 def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
@@ -93,3 +100,39 @@ def _is_of_hub(name: object, home: Path) -> bool:
     return isinstance(name, str) and not (
         Path(name).is_relative_to(home) or Path(name).exists() or is_missing_path(name) or ":" in name
     )
+
+
+def fetch_checkpoints(name: str, field: str) -> list[Path]:
+    """Download the newest checkpoint of a repository to the cache of the Hub's client, unless it is there already.
+
+    The repository is `NAME/repo` or `NAME/repo@revision`, and `field` the argument that named it, for messages.
+
+    Returns:
+        Its folder, followed by the folder of the best checkpoint so far if the repository has it as well.
+
+    Raises:
+        UserError: If there is no such repository or no checkpoint in it, or if it cannot be downloaded.
+    """
+    repo_id, revision = split_revision(name)
+
+    def fetch(folder: str) -> Path:
+        patterns = [f"{folder}/*"]
+        return Path(retry(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))) / folder
+
+    try:
+        validate_repo_id(repo_id)
+        paths = retry(lambda: [item.path for item in HfApi().list_repo_tree(repo_id, revision=revision)])
+        numbered = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path)]
+        newest = LAST if LAST in paths else max(numbered, key=lambda path: int(path.partition("-")[2]), default=None)
+        if newest is None:
+            remedy = "is neither a folder nor a repository with a checkpoint; push one with hub_strategy checkpoint"
+            raise UserError(Problem(field, name, remedy))
+        found = fetch(newest)
+        # Resuming validates the state, and so it may be damaged here.
+        best = Path(str(read_json(found / STATE).get("best_model_checkpoint") or "")).name
+        return [found, fetch(best)] if best in paths and best != newest else [found]
+    except HFValidationError as error:
+        raise UserError(Problem(field, name, f"is neither a folder nor an id on the Hub ({error})")) from error
+    except PUSH_ERRORS as error:
+        remedy = f"is not a folder, and cannot be downloaded: {explain(error, repo_id)}"
+        raise UserError(Problem(field, name, remedy)) from error

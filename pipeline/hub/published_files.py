@@ -192,17 +192,15 @@ def without_paths(text: str, known: Iterable[str] = ()) -> str:
 
 def _replace(text: str, names: Mapping[str, str]) -> str:
     """Replace paths by names, as they stand in a text, in JSON, in HTML or in a URL; the longest that fits."""
-    spelled = {found: name for path, name in names.items() for found in _spellings(path) if found in text}
+    spelled: dict[str, str] = {}
+    for path, name in names.items():
+        spellings = (path, json.dumps(path)[1:-1], html.escape(path), quote(path))
+        spelled |= {spelling: name for spelling in spellings if spelling in text}
     if not spelled:
         return text
     longest_first = sorted(spelled, key=len, reverse=True)
     pattern = "|".join(re.escape(path) + ("" if path.endswith("/") else GOES_ON) for path in longest_first)
     return re.sub(f"{BEFORE}(?:{pattern})", lambda match: spelled[match.group()], text)
-
-
-def _spellings(path: str) -> set[str]:
-    """Return how a path is written in texts."""
-    return {path, json.dumps(path)[1:-1], html.escape(path), quote(path)}
 
 
 BEFORE = r"(?:(?<![\w/.~<-])|(?<=\\[nrt])|(?<=(?<![\w-])-[A-Za-z]))(?!(?<=:)//(?!/))"

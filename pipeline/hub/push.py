@@ -36,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="let nobody else see the repositories")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; it is created (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open pull requests instead of writing to main")
-    meaning = (
-        "licence of the models and data, such as apache-2.0 (default: the licence that the card of the data names)"
-    )
+    meaning = "licence of the models and data, such as apache-2.0 (default: the one that the card of the data names)"
     parser.add_argument("--license", metavar="ID", help=meaning)
     meaning = "also push the weights of each checkpoint, to a branch such as step-1000"
     parser.add_argument("--checkpoints", action="store_true", help=meaning)
@@ -112,19 +110,18 @@ def _check(args: argparse.Namespace) -> list[Problem]:
 
     from pipeline.files import is_locked
 
-    problems = []
-    seeds = sorted(path.name for path in args.run.glob("seed*") if (path / "run.json").exists())
+    is_run = (args.run / "run.json").exists()
+    seeds = sorted(path.parent for path in args.run.glob("seed*/run.json"))
+    remedy = ""
     if not args.run.is_dir():
         remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
-        problems.append(Problem("RUN", args.run, remedy))
-    elif seeds and not (args.run / "run.json").exists():
-        remedy = f"contains a run for each seed; push one of them, such as {args.run / seeds[0]}"
-        problems.append(Problem("RUN", args.run, remedy))
-    elif args.namespace and not (args.run / "run.json").exists():
+    elif seeds and not is_run:
+        remedy = f"contains a run for each seed; push one of them, such as {seeds[0]}"
+    elif args.namespace and not is_run:
         remedy = "is not a run (there is no run.json); for a single output directory, give --repo_id NAME/REPO"
-        problems.append(Problem("RUN", args.run, remedy))
     elif any(is_locked(args.run / lock) for lock in ("run.lock", ".lock")):
-        problems.append(Problem("RUN", args.run, "is being written by another process; wait until it has ended"))
+        remedy = "is being written by another process; wait until it has ended"
+    problems = [Problem("RUN", args.run, remedy)] if remedy else []
     if args.create_pr and args.revision not in (None, "main"):
         problems.append(Problem("--create-pr", args.revision, "pull requests are made against main; omit --revision"))
     if args.repo_id and args.stage:
@@ -184,17 +181,15 @@ def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: lis
     from pipeline.hub.upload import PUSH_ERRORS, retry
 
     def attempt() -> str:
-        slug = next((item.slug for item in api.list_collections(owner=args.namespace) if item.title == title), None)
-        found = (
-            api.get_collection(slug)
-            if slug
-            else api.create_collection(title, namespace=args.namespace, private=args.private, exists_ok=True)
-        )
-        present = {(item.item_type, item.item_id) for item in found.items}
+        known = (item.slug for item in api.list_collections(owner=args.namespace) if item.title == title)
+        slug = next(known, None)
+        if slug is None:
+            slug = api.create_collection(title, namespace=args.namespace, private=args.private, exists_ok=True).slug
+        present = {(item.item_type, item.item_id) for item in api.get_collection(slug).items}
         for item in repositories:
             if (item.type, item.id) not in present:
-                api.add_collection_item(found.slug, item.id, item.type, exists_ok=True)
-        return found.slug
+                api.add_collection_item(slug, item.id, item.type, exists_ok=True)
+        return slug
 
     try:
         print(f"collection: {retry(attempt)}")

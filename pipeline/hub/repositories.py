@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -59,7 +59,6 @@ class Outputs:
         repo_id: The repository of a single output directory.
         only: Names of the directories that are pushed. Default: all.
         license: Licence of models and data. Default: the one that the cards of the data name.
-        checkpoints: Whether checkpoints are pushed as well.
         api: The client, which looks for what was pushed before; None to make no request.
     """
 
@@ -185,17 +184,20 @@ class Outputs:
     def _model_files(self, output: str, source: Path) -> Files:
         """Return the files of a model or, if `source` is not its folder, of one of its checkpoints."""
         folder, trained = self.folders[output], self._trained(output)
+        if source != folder:
+            # The figures are those of the final model.
+            trained = replace(trained, folder=source, metrics={}, evaluation={}, step={**trained.step, "seconds": None})
         ids = {self.folders[name]: found for name, found in self.ids.items()}
         ids |= {base: base_id for base, base_id in self.bases.values() if base_id}
         files = publishable(source, ids)
         files = {path: file for path, file in files.items() if not path.startswith(f"{BASE}/")}
         # Without a record of the run, the card is the one that the recipe wrote.
-        if "README.md" in files and source == folder and not trained.step:
+        if "README.md" in files and not trained.step:
             own = files["README.md"]
             text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
             card = re.sub(r'((model=|from_pretrained\()"|vllm serve )[^"\n]+', rf"\1{trained.name}", text)
         else:
-            card = model_card(trained if source == folder else trained.at(source))
+            card = model_card(trained)
         files["README.md"] = to_bytes(card)
         if f"{CRITIC}/config.json" in files or f"{CRITIC}/adapter_config.json" in files:
             card = critic_card(trained.name, read_json(folder / CRITIC / "config.json"))

@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_session
@@ -63,12 +62,8 @@ def push(
     a commit may be lost: what the branch holds is therefore looked up before every attempt.
 
     Args:
-        api: The client.
-        repo_id: The repository, `NAME/repo`.
-        files: What it is to hold.
         message: Message of the commit, and title of the pull request.
         repo_type: "model", "dataset" or "space"; a Space is a static one.
-        private: Whether nobody else may see it.
         revision: The branch. Default: "main".
         create_pr: Whether to open a pull request instead.
         replaces: Whether a path of the repository is deleted if it is not among `files`.
@@ -95,11 +90,8 @@ def push(
             return None
         parent, remote = found
         stale = [path for path in remote if path not in files and replaces(path)]
-        new = []
-        for path, content in files.items():
-            addition = CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
-            if not _is_same(addition, remote.get(path)):
-                new.append(addition)
+        additions = [CommitOperationAdd(path, content) for path, content in files.items()]
+        new = [addition for addition in additions if not _is_same(addition, remote.get(addition.path_in_repo))]
         if new or stale:
             where: dict[str, Any] = {"repo_type": repo_type, "revision": revision, "create_pr": create_pr}
             # Files of the same content are uploaded once: `create_commit` alone would upload each.
@@ -158,12 +150,12 @@ def _is_same(addition: CommitOperationAdd, remote: RepoFile | None) -> bool:
 
 
 def retry(call: Callable[[], T]) -> T:
-    """Return what `call` returns, after up to `len(WAITS)` failures that may pass.
-
-    A `Retry-After` of the Hub is honoured.
-    """
+    """Return what `call` returns, after up to `len(WAITS)` failures that may pass. Honour the Hub's `Retry-After`."""
     for wait in WAITS:
-        _limit_waiting()
+        # The client may have replaced the session after a failure.
+        session = get_session()
+        if _limit_waiting not in (hooks := session.event_hooks["request"]):
+            session.event_hooks = {**session.event_hooks, "request": [*hooks, _limit_waiting]}
         try:
             return call()
         except PUSH_ERRORS as error:
@@ -177,19 +169,12 @@ def retry(call: Callable[[], T]) -> T:
     return call()
 
 
-def _limit_waiting() -> None:
-    """Give the requests of the Hub's client that have no time limit one: most of them would wait forever."""
-    session = get_session()
-    if _set_timeout not in (hooks := session.event_hooks["request"]):
-        session.event_hooks = {**session.event_hooks, "request": [*hooks, _set_timeout]}
-
-
-def _set_timeout(request: Any) -> None:
+def _limit_waiting(request: Any) -> None:
+    """Give a request of the Hub's client that has no time limit one: most of them would wait forever."""
     # The client asks for no limit in the request itself, so that a limit of the session would not count.
     limits = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = limits | {
-        name: limits.get(name) or TIMEOUT for name in ("connect", "read", "write")
-    }
+    missing = [name for name in ("connect", "read", "write") if not limits.get(name)]
+    request.extensions["timeout"] = limits | dict.fromkeys(missing, TIMEOUT)
 
 
 def is_transient(error: BaseException) -> bool:

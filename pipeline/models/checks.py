@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.errors import Problem
 from pipeline.models.loading import validate_chat, validate_kind, validate_vocabulary
@@ -23,14 +23,10 @@ def check_template_arguments(given: Any) -> list[Problem]:
     return [Problem("chat_template_kwargs", given, remedy)]
 
 
-def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool) -> list[Problem]:
-    """Check that a tokenizer has the special tokens and the template that training needs.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, field: str, name: str, chat: bool) -> list[Problem]:
+    """Check that a tokenizer, which `field` named, has the special tokens and the template that training needs.
 
-    Args:
-        tokenizer: A `PreTrainedTokenizerBase`.
-        field: Argument that named it.
-        name: The value of that argument.
-        chat: Whether conversations are to be formatted, rather than documents.
+    With `chat`, conversations are to be formatted, otherwise documents.
     """
     if chat:
         fault = validate_chat(tokenizer)
@@ -43,13 +39,17 @@ def check_tokenizer(tokenizer: Any, field: str, name: str, chat: bool) -> list[P
 
 
 def check_model(
-    config: Any, tokenizer: Any | None, name: str, *, reward: bool = False, **lengths: int | None
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str,
+    *,
+    reward: bool = False,
+    **lengths: int | None,
 ) -> list[Problem]:
     """Check that a model fits the stage, the tokenizer and the lengths, by its configuration.
 
     Args:
-        config: The model's `PretrainedConfig`.
-        tokenizer: Its `PreTrainedTokenizerBase`, or None if it failed to load.
+        tokenizer: Its tokenizer, or None if it failed to load.
         name: The value of `model_name_or_path`.
         reward: Whether a reward model is trained from it.
         **lengths: As for `check_lengths`.

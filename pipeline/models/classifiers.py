@@ -16,21 +16,17 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipeline.models.patches import name_body_of_llama4
 
 Task = Literal["SequenceClassification", "TokenClassification"]
 
 TASKS: dict[Task, tuple[Any, Any]] = {
-    "SequenceClassification": (GenericForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-    "TokenClassification": (GenericForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+    "SequenceClassification": (GenericForSequenceClassification, AutoModelForSequenceClassification),
+    "TokenClassification": (GenericForTokenClassification, AutoModelForTokenClassification),
 }
-"""The mixin of transformers that adds a linear head to any text model, and the classes that transformers has."""
+"""The mixin of transformers that adds a linear head to any text model, and the Auto class of those that exist."""
 
 
 def classifier(config_class: type[PreTrainedConfig], task: Task) -> type[PreTrainedModel]:
@@ -39,10 +35,10 @@ def classifier(config_class: type[PreTrainedConfig], task: Task) -> type[PreTrai
     transformers has one for most architectures. For the others, this puts one together from transformers' own parts.
 
     Args:
-        config_class: Class of the text model's configuration.
         task: One output for a text, or one for each token.
     """
-    mixin, known = TASKS[task]
+    mixin, auto_class = TASKS[task]
+    known = auto_class._model_mapping
     if config_class in known:
         return known[config_class]
     language_model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
@@ -53,17 +49,13 @@ def classifier(config_class: type[PreTrainedConfig], task: Task) -> type[PreTrai
         "config_class": config_class,
         "base_model_prefix": language_model.base_model_prefix,
         "__module__": __name__,
+        # transformers looks for this in the source of the class's module, which is this one.
+        "_can_set_experts_implementation_cached_value": base._can_set_experts_implementation(),
     }
-    # transformers looks for this in the source of the class's module, which is this one.
-    own["_can_set_experts_implementation_cached_value"] = base._can_set_experts_implementation()
     return type(name, (mixin, base), own)
 
 
 # Make the Auto classes know the classifiers of a Llama 4.
 name_body_of_llama4()
-AutoModelForSequenceClassification.register(
-    Llama4TextConfig, classifier(Llama4TextConfig, "SequenceClassification"), exist_ok=True
-)
-AutoModelForTokenClassification.register(
-    Llama4TextConfig, classifier(Llama4TextConfig, "TokenClassification"), exist_ok=True
-)
+for task, (_, auto_class) in TASKS.items():
+    auto_class.register(Llama4TextConfig, classifier(Llama4TextConfig, task), exist_ok=True)

@@ -72,8 +72,7 @@ def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
     processes. Layers are not pooled as by transformers' `load_balancing_loss_func`: two skewed ones could cancel out.
 
     Args:
-        router: The router of the layer.
-        logits: Its logits, shape (tokens, experts).
+        logits: The logits of the router, shape (tokens, experts).
         rows: Rows of equal length that the tokens come from.
     """
     # The share of tokens is a count and has no gradient. The router learns through the mean probability.
@@ -88,13 +87,12 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 class RouteCounter:
-    """Counts how many tokens each expert takes while a model computes. As a context manager, it stops at the end.
+    """Counts how many tokens each expert of a model, if any, takes. As a context manager, it stops at the end.
 
     Padding does not count. A forward pass that is computed again, for activation checkpointing, counts twice, which
     does not change any share.
 
     Args:
-        model: The model. If it is dense, nothing is counted.
         training: Count only what is computed in training mode.
 
     Attributes:

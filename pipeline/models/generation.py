@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.kernels.sampler import (
-    as_token_ids,
-    sample,
-)
+from pipeline.models.kernels.sampler import as_token_ids, sample
 from pipeline.models.tokenizer import as_text, special_tokens
 
 Messages = Sequence[dict[str, str]]
@@ -40,7 +37,6 @@ def encode_prompts(
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        prompts: Conversations.
         template: Further arguments of the chat template, `chat_template_kwargs`.
     """
     tokens, options = special_tokens(tokenizer), dict(template or {})
@@ -90,7 +86,6 @@ def generate(
         samples: Completions per prompt; more than one makes sense only with a temperature.
         temperature: 0 is greedy; 1 samples from the model's own distribution.
         min_p: Never sample tokens less probable than this share of the most probable one (Nguyen et al. 2024).
-        seed: Seed of the sampling.
         batch_size: Sequences in a batch (prompts times samples).
         on_batch: Called with the size of each batch that is done.
 

@@ -273,8 +273,9 @@ def scale_rope(config: Any, divisors: torch.Tensor) -> None:
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config.rope_parameters |= {"rope_type": "llama3", "factor": divisors.max().item()}
     config.rope_parameters |= {
+        "rope_type": "llama3",
+        "factor": divisors.max().item(),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,

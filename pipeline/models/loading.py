@@ -138,11 +138,10 @@ def _download(repo_id: str, revision: str | None) -> str:
 
 
 def load_tokenizer(name: str | None, field: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
+    """Load a tokenizer, which the argument `field` named.
 
     Args:
         name: A folder or an id on the Hub.
-        field: Argument that named it, for messages.
         revision: Branch, tag or commit on the Hub. Default: "main".
 
     Raises:
@@ -291,11 +290,9 @@ def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
 def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
     """Compare the weights of a local model, or of an adapter and its base model, with what their classes expect.
 
-    A model on the Hub is checked by its configuration alone.
+    A model on the Hub is checked by its configuration alone, which comes from `load_config`.
 
     Args:
-        name: A folder or an id on the Hub.
-        config: Its configuration, from `load_config`.
         model_class: The class of transformers that will load it, `AutoModelForCausalLM` for instance.
 
     Returns:
@@ -356,8 +353,7 @@ def load_model(
     """Load a chat model or a reward model with its tokenizer, and refuse a broken one.
 
     Args:
-        name: A folder or an id on the Hub; an adapter is loaded with its base model.
-        field: Argument that named it, for messages.
+        name: A folder or an id on the Hub, which the argument `field` named; an adapter is loaded with its base model.
         reward: Whether a reward model is wanted.
         dtype: Default: the dtype of the weights, or float32 if the machine emulates it.
         chat: Whether the tokenizer must be able to format conversations.

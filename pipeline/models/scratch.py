@@ -154,7 +154,6 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
     """Build the model with random weights in float32.
 
     Args:
-        args: Its sizes.
         tokenizer: Its tokenizer, which sets the vocabulary size and the ids of pad, bos and eos in the configuration
             and in the generation configuration.
         seed: The same seed gives the same weights; the global random state does not change.
@@ -164,11 +163,7 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
 
     from pipeline import hardware
 
-    special_ids = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    special_ids = {name: getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     sizes: dict[str, Any] = {name: getattr(args, name) for name in OF_BOTH_CONFIGURATIONS}
     sizes |= {
         "vocab_size": len(tokenizer),
@@ -200,17 +195,12 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
     return model
 
 
-class Vocabulary(list[int]):
-    """As much of a tokenizer as a model is built with."""
-
-    pad_token_id = bos_token_id = eos_token_id = None
-
-
 def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
     """Build the model for a vocabulary of `size` tokens on the meta device, where it takes no memory."""
     import torch
 
-    tokenizer: Any = Vocabulary(range(size))
+    # As much of a tokenizer as a model is built with: its tokens, none of which is special.
+    tokenizer: Any = range(size)
     with torch.device("meta"):
         return build_model(args, tokenizer, 0)
 

@@ -28,7 +28,6 @@ PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 """Padding, the start of a document or conversation, and the end of a document or turn (the end-of-sequence token)."""
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIAL_TOKENS = (PAD, BOS, END, *ROLES)
-BYTES = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """The files that `save_pretrained` writes, in any release of transformers."""
 
@@ -47,18 +46,14 @@ class TokenizerArguments:
 
 
 def train_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int,
-    algorithm: Literal["bpe", "character"] = "bpe",
-    model_max_length: int = 512,
+    texts: Iterable[str], vocab_size: int, algorithm: Literal["bpe", "character"] = "bpe", model_max_length: int = 512
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016; over bytes as in GPT-2).
 
     Args:
         texts: Documents to learn the merges from; read once.
         vocab_size: Upper bound of the vocabulary; few or short texts give a smaller one.
-        algorithm: See `TokenizerArguments`.
-        model_max_length: Recorded in the tokenizer.
+        algorithm, model_max_length: See `TokenizerArguments`.
 
     Returns:
         The tokenizer, with a chat template and distinct pad, bos and eos tokens.
@@ -69,11 +64,10 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    smallest = BYTES + len(SPECIAL_TOKENS)
+    smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise UserError(
-            Problem("vocab_size", vocab_size, f"must be at least {smallest}: 256 bytes and the special tokens")
-        )
+        remedy = f"must be at least {smallest}: 256 bytes and the special tokens"
+        raise UserError(Problem("vocab_size", vocab_size, remedy))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer(algorithm)
     tokenizer.decoder = decoders.ByteLevel()

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,7 +45,7 @@ from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.tokenizer import special_tokens
 from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
-from pipeline.preferences.labels import Counts, label_answers
+from pipeline.preferences.labels import Counts, label_answers, take_turns
 from pipeline.progress import report_progress
 from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
 
@@ -264,8 +263,7 @@ def read_prompts(
         for row in prompts[name]:
             if fault := validate_rule(row):
                 raise UserError(Problem("dataset_name", args.dataset_name, f"in a row of {name}, {fault}; correct it"))
-        unknown = sum(not judge.can_judge(row) for row in prompts[name])
-        if unknown:
+        if unknown := sum(not judge.can_judge(row) for row in prompts[name]):
             lack = f"{unknown} of {len(prompts[name])} prompts of {name} lack"
             raise UserError(_without_judge(args.dataset_name, lack))
     return {name: prompts[name] for name in SPLITS if name in prompts}
@@ -315,10 +313,9 @@ def encode(
     # By default, prompts are written as they were in the training of the model.
     if not isinstance(template, dict):
         template = recorded_template(args.model_name_or_path)
-    encoded = {}
     try:
-        for name, rows in prompts.items():
-            encoded[name] = encode_prompts(tokenizer, [row["prompt"] for row in rows], template)
+        asked = {name: [row["prompt"] for row in rows] for name, rows in prompts.items()}
+        encoded = {name: encode_prompts(tokenizer, texts, template) for name, texts in asked.items()}
     except TemplateError as error:
         remedy = f"its chat template refuses a prompt of the data ({error}); correct one of them"
         raise UserError(Problem("model_name_or_path", args.model_name_or_path, remedy)) from None
@@ -356,19 +353,15 @@ def sample_answers(
         would accept it as data.
     """
     # batch_size counts answers, and a prompt has samples_per_prompt of them.
-    state = PartialState()
-    tokens = special_tokens(tokenizer)
     size = max(1, args.batch_size // args.samples_per_prompt)
-    sampled: list[tuple[int, list[list[str]]]] = []
-    for number, start in enumerate(range(0, len(prompts), size)):
-        # Process 1 of 3 samples the batches 1, 4, 7, …
-        if number % state.num_processes != state.process_index:
-            continue
-        report_progress(done=progress[0] + start, total=progress[1], unit="prompts")
+    tokens = special_tokens(tokenizer)
+
+    def answer(number: int, batch: Sequence[list[int]]) -> list[list[str]]:
+        report_progress(done=progress[0] + number * size, total=progress[1], unit="prompts")
         completions = generate(
             model,
             tokenizer,
-            prompts[start : start + size],
+            batch,
             max_new_tokens=args.max_new_tokens,
             samples=args.samples_per_prompt,
             temperature=args.temperature,
@@ -376,6 +369,6 @@ def sample_answers(
             seed=seed + number,
             batch_size=args.batch_size,
         )
-        texts = [[one.text if tokens.search(one.text) is None else "" for one in answers] for answers in completions]
-        sampled.append((start, texts))
-    return [answers for _, batch in sorted(gather_object(sampled)) for answers in batch]
+        return [[one.text if tokens.search(one.text) is None else "" for one in answers] for answers in completions]
+
+    return take_turns([prompts[start : start + size] for start in range(0, len(prompts), size)], answer)

@@ -22,7 +22,7 @@ from pipeline.models.loading import is_reward_model, load_config, load_model, us
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.rewards.annotators import judge_match
 from pipeline.rewards.grading import is_gradable
-from pipeline.rewards.loading import load_function
+from pipeline.rewards.loading import call_reward, load_function
 
 BATCH_TOKENS = 8192
 """Tokens in a batch of conversations to score on an accelerator, padding included."""
@@ -33,11 +33,9 @@ Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float |
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge.
+    """A judge, as reports name it.
 
     Attributes:
-        name: How reports name it.
-        match: Judges answers.
         needs_rules: Whether it can judge only prompts whose rows say how they are graded.
         constants: Number of prompts on which it may choose the text of the baseline `constant`; many matches each.
     """
@@ -81,12 +79,7 @@ def _judge_by_function(function: Callable[..., Any]) -> Match:
     """Return the matches that a function decides: in pairs if it has a parameter `opponents`, otherwise by rewards."""
 
     def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
-        # As trainers do, every column of the data set is passed by name.
-        names = {name for row in rows for name in row} - {"prompt", "completions", "prompts", "opponents"}
-        columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
-        prompts = [row["prompt"] for row in rows]
-        rewards = function([_messages(answer) for answer in answers], prompts=prompts, **columns, **more)
-        return [float(reward or 0.0) for reward in rewards]
+        return [float(reward or 0.0) for reward in call_reward(function, answers, rows, **more)]
 
     def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
         if "opponents" in inspect.signature(function).parameters:
@@ -100,11 +93,10 @@ def _judge_by_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """Return the matches that a reward model decides."""
 
     def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
-        ours = [[*row["prompt"], *_messages(answer)] for row, answer in zip(rows, answers, strict=True)]
-        theirs = [[*row["prompt"], *_messages(answer)] for row, answer in zip(rows, opponents, strict=True)]
+        pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
         # Together, because answers that occur in several pairs are scored once.
-        scores = score(model, tokenizer, ours + theirs)
-        return compare(scores[: len(ours)], scores[len(ours) :])
+        scores = score(model, tokenizer, [[*row["prompt"], *_messages(answer)] for row, answer in pairs])
+        return compare(scores[: len(rows)], scores[len(rows) :])
 
     return match
 
@@ -148,8 +140,7 @@ def score(
         for conversation in conversations
     ]
     pad = model.config.get_text_config().pad_token_id
-    # Each conversation once, because an answer occurs in several pairs. The longest one that remains determines the
-    # width of a batch, so that conversations of similar length share one.
+    # The longest one that remains determines the width of a batch, so that conversations of similar length share one.
     remaining = sorted(set(encoded), key=lambda ids: (len(ids), ids))
     scores: dict[tuple[int, ...], float] = {}
     while remaining:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -14,6 +14,9 @@ from accelerate.utils import gather_object
 from pipeline.data.messages import labelled_pair
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 JUDGED_AT_ONCE = 64
 """Prompts whose answers a judge is given in one call."""
@@ -27,8 +30,6 @@ class Counts:
     """Counts of the prompts, answers and pairs of one split.
 
     Attributes:
-        prompts: Prompts sampled from.
-        answers: Answers sampled.
         dropped: Answers that were empty or repeated another one to the same prompt.
         compared: Pairs of the remaining answers that were shown to an annotator.
         ties: Pairs that the annotator found equally good.
@@ -53,21 +54,12 @@ class Counts:
         return {k: f"{value:.3f}" if isinstance(value, float) else str(value) for k, value in asdict(self).items()}
 
 
-@dataclass
-class Comparison:
-    """Two answers to a prompt that somebody compares.
-
-    Attributes:
-        row: Index of the prompt's row.
-        shown: The answers, in the order in which they are shown.
-        annotator: Name of who compares them.
-        choice: Index of the preferred answer in `shown`; None is a tie.
-    """
+class Comparison(NamedTuple):
+    """The index of a prompt's row, two answers to it in the order in which they are shown, and who compares them."""
 
     row: int
     shown: list[str]
-    annotator: str = "judge"
-    choice: int | None = None
+    annotator: str
 
 
 def label_answers(
@@ -97,6 +89,8 @@ def label_answers(
     # "fox?"     A, B, "", A, C  ->  A or B, C or A   ->   chosen B, rejected A; the second is a tie, and dropped
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
     comparisons: list[Comparison] = []
+    # For each of them, the index of the preferred answer; None for a tie.
+    choices: list[int | None] = []
     # What the annotators see in each answer to a prompt; nothing if a judge compares.
     seen: list[dict[str, Any]] = []
     for index, (row, candidates) in enumerate(zip(rows, answers, strict=True)):
@@ -104,29 +98,28 @@ def label_answers(
         counts.dropped += len(candidates) - len(distinct)
         seen.append({answer: judge_components(answer, row) for answer in distinct if judge is ANNOTATORS})
 
-        # The draws come in the same order with and without a judge, who so compares the same pairs.
+        # Each row has its own generator, so that the answers to one prompt do not influence the labels of another. The
+        # draws come in the same order with and without a judge, who so compares the same pairs.
         rng = random.Random(f"{seed}/{index}")
         pairs = list(itertools.combinations(distinct, 2))
         for pair in rng.sample(pairs, min(pairs_per_prompt, len(pairs))):
             shown = rng.sample(pair, 2)
             annotator = rng.choice(PANEL)
-            comparison = Comparison(index, shown)
+            comparisons.append(Comparison(index, shown, annotator.name if judge is ANNOTATORS else "judge"))
             if judge is ANNOTATORS:
                 first, second = (annotator.weigh(seen[index][answer]) for answer in shown)
-                comparison.annotator = annotator.name
-                comparison.choice = choose(annotator, first, second, rng)
-            comparisons.append(comparison)
+                choices.append(choose(annotator, first, second, rng))
     if judge is not ANNOTATORS:
-        _judge(judge, rows, comparisons)
+        choices = _judge(judge, rows, comparisons)
 
     labelled: list[dict[str, Any]] = []
     agreements: list[bool] = []
-    for comparison in comparisons:
-        if comparison.choice is None:
+    for (index, shown, name), choice in zip(comparisons, choices, strict=True):
+        if choice is None:
             counts.ties += 1
             continue
-        row, components = rows[comparison.row], seen[comparison.row]
-        chosen, rejected = comparison.shown[comparison.choice], comparison.shown[1 - comparison.choice]
+        row, components = rows[index], seen[index]
+        chosen, rejected = shown[choice], shown[1 - choice]
         tastes = [mean_taste(components[answer]) for answer in (chosen, rejected) if components]
         if tastes and abs(tastes[0] - tastes[1]) >= INDIFFERENCE:
             agreements.append(tastes[0] > tastes[1])
@@ -135,8 +128,8 @@ def label_answers(
                 row["prompt"],
                 chosen,
                 rejected,
-                annotator=comparison.annotator,
-                chosen_first=comparison.choice == 0,
+                annotator=name,
+                chosen_first=choice == 0,
                 kind=row.get("kind") or "",
                 tastes=tastes if tastes and keep_taste else (None, None),
             )
@@ -147,19 +140,24 @@ def label_answers(
     return labelled, counts
 
 
-def _judge(judge: Judge, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison]) -> None:
+def _judge(judge: Judge, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison]) -> list[int | None]:
     """Let a judge make the choice of each comparison. The calls do not depend on the number of processes."""
-    state = PartialState()
-    judged: list[tuple[int, list[float | None]]] = []
-    groups = itertools.groupby(comparisons, key=lambda comparison: comparison.row // JUDGED_AT_ONCE)
-    for number, (_, group) in enumerate(groups):
-        if number % state.num_processes != state.process_index:
-            continue
-        asked = list(group)
-        first, second = ([comparison.shown[side] for comparison in asked] for side in (0, 1))
-        judged.append((number, list(judge.match(first, second, [rows[comparison.row] for comparison in asked]))))
 
-    # In the order of the groups, whichever process judged them.
-    choices = [CHOICES.get(outcome) for _, outcomes in sorted(gather_object(judged)) for outcome in outcomes]
-    for comparison, choice in zip(comparisons, choices, strict=True):
-        comparison.choice = choice
+    def match(_: int, asked: Sequence[Comparison]) -> Sequence[float | None]:
+        first, second = ([comparison.shown[side] for comparison in asked] for side in (0, 1))
+        return judge.match(first, second, [rows[comparison.row] for comparison in asked])
+
+    groups = itertools.groupby(comparisons, key=lambda comparison: comparison.row // JUDGED_AT_ONCE)
+    return [CHOICES.get(outcome) for outcome in take_turns([list(group) for _, group in groups], match)]
+
+
+def take_turns(batches: Sequence[T], work: Callable[[int, T], Sequence[R]]) -> list[R]:
+    """Let the processes take turns at batches, and return the results in order on every process.
+
+    `work` takes the number of a batch and the batch, and returns a list of results. Of three processes, the second one
+    works on the batches 1, 4, 7, …
+    """
+    state = PartialState()
+    turns = range(state.process_index, len(batches), state.num_processes)
+    done = [(number, list(work(number, batches[number]))) for number in turns]
+    return [result for _, results in sorted(gather_object(done)) for result in results]

@@ -26,7 +26,7 @@ from pipeline.data.votes import OUTCOMES, VOTES_FILE, VoteLog, parse_lines, read
 from pipeline.errors import EXIT_WAITING, RunStopped, as_typed
 from pipeline.files import write_text
 from pipeline.preferences.collect import PreferenceArguments, label_samples
-from pipeline.preferences.judges import Judge
+from pipeline.preferences.judges import Judge, compare
 from pipeline.progress import report_progress
 
 logger = logging.getLogger("pipeline.preferences.people")
@@ -110,19 +110,14 @@ def load_votes(path: Path) -> Judge:
     content = path.read_bytes() if path.exists() else b""
     lines = list(parse_lines(content, _check_line, path, "judge", "a choice is first, second, tie or null"))
 
+    votes = [vote for vote in standing(read_votes(path.with_name(VOTES_FILE))) if vote["choice"] != "skip"]
+    cast = [(vote["prompt"], vote["a"], vote["b"], OUTCOMES[vote["choice"]]) for vote in votes]
+    cast += [(one["prompt"], one["first"], one["second"], BY_HAND[one["choice"]]) for one in lines if one["choice"]]
     # What people decided about an answer against another one, and so, turned around, about the other one.
     decided: dict[str, list[float]] = defaultdict(list)
-
-    def count(prompt: Any, one: str, other: str, outcome: float) -> None:
-        decided[_key(prompt, one, other)].append(outcome)
-        decided[_key(prompt, other, one)].append(1 - outcome)
-
-    for line in lines:
-        if line["choice"]:
-            count(line["prompt"], line["first"], line["second"], BY_HAND[line["choice"]])
-    for vote in standing(read_votes(path.with_name(VOTES_FILE))):
-        if vote["choice"] != "skip":
-            count(vote["prompt"], vote["a"], vote["b"], OUTCOMES[vote["choice"]])
+    for prompt, answer, opponent, outcome in cast:
+        decided[_key(prompt, answer, opponent)].append(outcome)
+        decided[_key(prompt, opponent, answer)].append(1 - outcome)
     listed = {_key(line["prompt"], *sorted((line["first"], line["second"]))) for line in lines}
 
     def match(
@@ -130,13 +125,12 @@ def load_votes(path: Path) -> Judge:
     ) -> list[float | None]:
         outcomes: list[float | None] = []
         for answer, opponent, row in zip(answers, opponents, rows, strict=True):
-            votes = decided.get(_key(row["prompt"], answer, opponent))
+            found = decided.get(_key(row["prompt"], answer, opponent))
             pair = _key(row["prompt"], *sorted((answer, opponent)))
             if answer == opponent:
                 outcomes.append(0.5)
-            elif votes:
-                mean = fmean(votes)
-                outcomes.append(0.5 if mean == 0.5 else float(mean > 0.5))
+            elif found:
+                outcomes += compare([fmean(found)], [0.5])
             else:
                 outcomes.append(None)
                 if pair not in listed:

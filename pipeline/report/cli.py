@@ -19,15 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, for instance runs/pocket")
     meaning = "report over RUN/seed0, RUN/seed1 and so on (default: over all of them, if RUN is not a run itself)"
     parser.add_argument("--seeds", nargs="+", metavar="N", help=meaning)
-    parser.add_argument(
-        "--output_dir",
-        help="where to write (default: RUN/report; for several runs that are named, report/seeds in the first one)",
-    )
-    parser.add_argument(
-        "--targets",
-        metavar="FILE",
-        help="YAML file of the figures that the recipe promises (default: those of recipes/pocket)",
-    )
+    meaning = "where to write (default: RUN/report; for several runs that are named, report/seeds in the first one)"
+    parser.add_argument("--output_dir", help=meaning)
+    meaning = "YAML file of the figures that the recipe promises (default: those of recipes/pocket)"
+    parser.add_argument("--targets", metavar="FILE", help=meaning)
     # The earlier name of `--targets`.
     parser.add_argument("--promises", dest="targets", help=argparse.SUPPRESS)
 

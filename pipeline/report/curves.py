@@ -9,6 +9,8 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
+from pyarrow.parquet import read_table
+
 from pipeline.evaluation.intervals import finite
 from pipeline.evaluation.results import StageResult
 from pipeline.report.load import Run
@@ -65,10 +67,8 @@ def charts_of(run: Run) -> list[Chart]:
             charts.append(_chart(stage, taste, over_kl=True))
         charts += [_chart(stage, chart) for chart in _router_charts(stage)]
         # A line needs two points, and a chart a line.
-        for chart in charts:
-            lines = tuple(line for line in chart.series if len(line.points) > 1)
-            if lines:
-                found.append(replace(chart, series=lines))
+        drawn = [(chart, tuple(line for line in chart.series if len(line.points) > 1)) for chart in charts]
+        found += [replace(chart, series=lines) for chart, lines in drawn if lines]
     return found
 
 
@@ -87,11 +87,8 @@ def _easier_validation(run: Run, stage: StageResult) -> str:
     files = [run.path / "data" / "sft" / f"{split}.parquet" for split in ("train", "validation")]
     if not all(losses) or losses[1][-1] > 0.8 * fmean(losses[0][-5:]) or not all(file.is_file() for file in files):
         return ""
-    # pyarrow would slow `--help` down.
-    import pyarrow.parquet as pq
-
     # The run generated these files itself.
-    training, validation = (pq.read_table(file, columns=["kind", "messages"]).to_pylist() for file in files)
+    training, validation = (read_table(file, columns=["kind", "messages"]).to_pylist() for file in files)
     kinds = {row["kind"] for row in validation}
     shared = [row for row in training if row["kind"] in kinds]
     sizes = [fmean(len(row["messages"][-1]["content"]) for row in rows) for rows in (shared, validation)]

@@ -1,15 +1,27 @@
-"""The gains of each stage, and its costs to earlier abilities, measured on the same examples."""
+"""Differences on the same examples: the gains of each stage with its costs to earlier abilities, and between runs."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal
 
-from pipeline.evaluation.intervals import Estimate, mean_difference
+from pipeline.errors import Problem
+from pipeline.evaluation.intervals import Estimate, mean_difference, over_seeds
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.evaluation.results import Outcomes, StageResult
 from pipeline.report.load import Run
 from pipeline.report.stage_order import stage_info, twins
+from pipeline.report.text import interval, number, signed
+
+Pairs = Sequence[tuple[Run, Run]]
+Figures = dict[tuple[str, str], StageResult]
+Changes = dict[str, dict[str, Estimate]]
+
+ROW = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
+"""A line of the table that compares runs."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +31,8 @@ class Difference:
     Attributes:
         stage: The later stage.
         before: The earlier one, or the baseline.
-        metric: Name of the metric.
         change: Later minus earlier on the examples that both answered.
-        was: The metric before.
-        now: The metric after.
+        was, now: The metric of `before` and of `stage`.
         aim: Whether the stage is trained for this metric.
         verdict: "same" if the interval contains 0 or neither direction is better.
     """
@@ -108,3 +118,106 @@ def judge(metric: str, change: Estimate) -> Literal["better", "worse", "same"]:
     if not better or change.low is None or change.high is None or change.low <= 0 <= change.high:
         return "same"
     return "better" if (change.value > 0) == (better == "up") else "worse"
+
+
+# ---- Between runs
+
+
+def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, list[Problem]]:
+    """Return the pairs of runs of the same seed, in the order of `runs`, and a problem for each unpaired run."""
+    problems = []
+    ours: dict[str, Run] = {}
+    theirs: dict[str, Run] = {}
+    for side, its_runs, found in (("A", runs, ours), ("--against", against, theirs)):
+        for run in its_runs:
+            seed = str(run.record.get("seed"))
+            if seed in found:
+                remedy = f"has seed {seed}, as {found[seed].path} has; give one run for each seed"
+                problems.append(Problem(side, run.path, remedy))
+            found[seed] = run
+    # A run without a partner would be compared with nothing, so it is an error rather than ignored.
+    for side, found, others in (("A", ours, theirs), ("--against", theirs, ours)):
+        for seed, run in found.items():
+            if seed not in others:
+                remedy = f"has seed {seed}, and no run on the other side has; make that run, or omit this one"
+                problems.append(Problem(side, run.path, remedy))
+    return [(run, theirs[seed]) for seed, run in ours.items() if seed in theirs], problems
+
+
+def check_rows(pairs: Pairs) -> list[Problem]:
+    """Report the pairs that have no figure in common, or were measured on different test rows."""
+    problems = []
+    for run, other in pairs:
+        ours, theirs = _figures(run), _figures(other)
+        shared = [name for name in ours if name in theirs]
+        # Rows are compared by their content, so the same data in another file are the same rows. Each run has reward
+        # models of its own with their own pairs.
+        unequal = [
+            f"{metric} of {stage}"
+            for stage, metric in shared
+            if stage_info(stage).generates
+            and ours[stage, metric].outcomes(metric).keys() != theirs[stage, metric].outcomes(metric).keys()
+        ]
+        remedy = f"has no figure that {run.path} has; evaluate the same stages"
+        if unequal:
+            remedy = f"was measured on other test rows than {run.path} ({unequal[0]}); evaluate both on the same data"
+        if unequal or not shared:
+            problems.append(Problem("--against", other.path, remedy))
+    return problems
+
+
+def compare(pairs: Pairs) -> Changes:
+    """Return the difference of every figure that all runs have, as stage -> metric -> estimate."""
+    figures = [(_figures(run), _figures(other)) for run, other in pairs]
+    changes: Changes = {}
+    for stage, metric in figures[0][0]:
+        if all((stage, metric) in side for pair in figures for side in pair):
+            found = [_difference(metric, *(side[stage, metric] for side in pair)) for pair in figures]
+            bounds = (-1.0, 1.0) if metric_info(metric).share else ()
+            changes.setdefault(stage, {})[metric] = over_seeds(found, *bounds)
+    return changes
+
+
+def _figures(run: Run) -> Figures:
+    """Return the stage or baseline of each figure, by the names of both, in the order of training."""
+    stages = {**run.stages, **run.baselines}
+    return {
+        (name, metric): stage for name, stage in stages.items() for metric in sorted(stage.metrics, key=metric_order)
+    }
+
+
+def _difference(metric: str, own: StageResult, other: StageResult) -> Estimate:
+    """Return the paired difference of a metric; for reward models and without rows, as of independent estimates.
+
+    The interval of the latter combines both intervals (Newcombe 1998, "Interval estimation for the difference between
+    independent proportions", method 10).
+    """
+    change = paired(other.outcomes(metric), own.outcomes(metric), metric)
+    if change is not None and stage_info(own.name).generates:
+        return change
+    a, b = own.metrics[metric], other.metrics[metric]
+    value = a.value - b.value
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return Estimate(value)
+    low = value - math.hypot(a.value - a.low, b.high - b.value)
+    return Estimate(value, low, value + math.hypot(a.high - a.value, b.value - b.low), a.n)
+
+
+def format_table(pairs: Pairs, changes: Changes) -> str:
+    """Format the differences, one per line, with the means of both sides over the seeds."""
+    lines = [f"{name}: {', '.join(str(pair[side].path) for pair in pairs)}" for side, name in enumerate("AB")]
+    lines.append(ROW.format("", "A", "B", "A - B", "95% interval", "").rstrip())
+    for stage, found in changes.items():
+        lines.append(stage)
+        for metric, change in found.items():
+            info, mark = metric_info(metric), judge(metric, change).replace("same", "")
+            a, b = (fmean(_figures(pair[i])[stage, metric].metrics[metric].value for pair in pairs) for i in (0, 1))
+            shown = (number(a, info.digits), number(b, info.digits), signed(change.value, info.digits))
+            lines.append(ROW.format(info.label, *shown, interval(change, info.digits, sign=True), mark).rstrip())
+    # One in twenty 95% intervals misses the truth.
+    total = sum(map(len, changes.values()))
+    lines.append(f"Without any true difference, about {total / 20:.0f} of {total} would be better or worse by chance.")
+    everything = dict.fromkeys(name for pair in pairs for run in pair for name in _figures(run))
+    if missing := [f"{metric} of {stage}" for stage, metric in everything if metric not in changes.get(stage, {})]:
+        lines.append(f"Left out, because not every run has them: {', '.join(missing)}.")
+    return "\n".join(lines)

@@ -21,7 +21,7 @@ from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.results import StageResult
-from pipeline.files import check_regular, read_json, read_run, read_shapes
+from pipeline.files import read_json, read_run, read_shapes
 from pipeline.report.stage_order import stage_info, stage_order
 from pipeline.stages import BASELINES
 
@@ -37,12 +37,8 @@ class Run:
     """A run directory.
 
     Attributes:
-        path: The directory.
-        record: The content of its run.json.
-        steps: The entries of the steps in run.json, by name.
-        hardware: The machine of the last training step, {} if it was not recorded.
-        versions: Its packages, {} if they were not recorded.
-        commit: Its commit of this project, None if it was not recorded.
+        record, steps: The content of its run.json, and the entries of the steps in it by name.
+        hardware, versions, commit: The machine of the last training step, its packages and its commit of this project.
         stages: The stages by name, in the order of training.
         baselines: What is reached without training, by the names in `pipeline.evaluation.baselines`.
         others: Evaluations with a name -> stage -> metric -> estimate: on other data, or with other settings.
@@ -112,7 +108,6 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             problems.append(Problem("RUN", run.path, remedy))
     if problems:
         raise UserError(*problems)
-    # Runs whose directories have the same name are called by their paths.
     names = [run.name for run in runs]
     for run, name in zip(runs, names, strict=True):
         if names.count(name) > 1:
@@ -222,7 +217,6 @@ def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> 
     total = experts = 0
     for file in files:
         try:
-            check_regular(file)
             shapes = read_shapes(file)
         except (OSError, SafetensorError) as error:
             notes.append(f"{file}: its header cannot be read, parameters skipped: {' '.join(str(error).split())}")

@@ -21,7 +21,7 @@ from pipeline.report.stage_order import stage_info
 from pipeline.report.summary import summarise
 from pipeline.report.svg import layout
 from pipeline.report.tables import costs, experts, figures, gains, lengths, others, remarks, show_targets
-from pipeline.report.targets import Target, TargetResult, check_targets, is_pocket, load_targets
+from pipeline.report.targets import Target, check_targets, is_pocket, load_targets
 from pipeline.report.text import code, counted, interval, magnitude, markdown, number, signed, visible
 from pipeline.report.verdict import Finding, shown
 from pipeline.stages import STAGES
@@ -29,16 +29,13 @@ from pipeline.stages import STAGES
 
 def write_report(run: Run, found: Sequence[Difference], targets: Sequence[Target], directory: Path) -> Path:
     """Write index.html, metrics.json and report.md of a run. Return the path of the first."""
-    results = check_targets(run, found, targets)
-    summary = summarise(run, found, results)
-    return write_files(directory, "report", summary, page_content(run, found, results, summary))
+    return write_files(directory, "report", *contents(run, found, targets))
 
 
 def report_html(run: Run) -> str:
     """Return index.html of a run, without writing it."""
-    found = differences(run)
-    results = check_targets(run, found, load_targets(None) if is_pocket(run) else [])
-    return render("report.html.jinja", page_content(run, found, results, summarise(run, found, results)))
+    _, content = contents(run, differences(run), load_targets() if is_pocket(run) else [])
+    return render("report.html.jinja", content)
 
 
 def write_files(directory: Path, template: str, summary: dict[str, Any], content: dict[str, Any]) -> Path:
@@ -58,17 +55,20 @@ def render(template: str, content: dict[str, Any]) -> str:
     return _environment(template.endswith(".html.jinja")).get_template(template).render(content)
 
 
+def make_environment(package: str, folder: str, **options: Any) -> Environment:
+    """Return the templates in a folder of a package, which fail if they name something unknown."""
+    loader = PackageLoader(package, folder)
+    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
+
+
 @cache
 def _environment(is_page: bool) -> Environment:
     show = visible if is_page else markdown
-    # A template that names something unknown fails, instead of showing nothing.
-    environment = Environment(
-        loader=PackageLoader("pipeline.report", "templates"),
+    environment = make_environment(
+        "pipeline.report",
+        "templates",
         autoescape=is_page,
         finalize=lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters |= {"code": code, "visible": visible}
@@ -79,15 +79,15 @@ def _environment(is_page: bool) -> Environment:
     return environment
 
 
-def page_content(
-    run: Run, found: Sequence[Difference], results: Sequence[TargetResult], summary: dict[str, Any]
-) -> dict[str, Any]:
-    """Return what report.html.jinja and report.md.jinja show."""
+def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what metrics.json contains, and what report.html.jinja and report.md.jinja show."""
+    results = check_targets(run, found, targets)
+    summary = summarise(run, found, results)
     answers, changes, problems, charts = _answers(run), gains(run, found), showcase(run), charts_of(run)
     # A box of the path leads to the part of the report about it, if there is one.
     parts = {"answers": answers, "curves": charts, "gains": changes, "reasoning": problems}
     links = {kind: f"#{info.box.place}" for kind, info in STAGES.items() if info.box and parts[info.box.place]}
-    return {
+    return summary, {
         "name": title(run),
         "headline": headline(run),
         "facts": facts(summary),

@@ -52,7 +52,6 @@ def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
     """
     found = [run for run in runs if run is not None]
     values = [run.value for run in found]
-    # A run that lacks the figure does not count, and keeps its place among the values.
     mean = over_seeds(found, *bounds)
     return {
         "mean": mean.value,
@@ -76,7 +75,6 @@ def write_seeds(
         targets: The targets of each run.
         directory: Where to write.
     """
-    # Each run is summarised by itself, and the spread is taken over what the summaries say.
     results = [check_targets(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
     each = [summarise(*of_run) for of_run in zip(runs, found, results, strict=True)]
     stages = _spreads([of_run["stages"] for of_run in each])

@@ -13,8 +13,7 @@ EVALUATE = "evaluate_"
 
 
 def stage_kind(stage: str) -> str:
-    """Return the kind of a stage: "sft" for "2_sft" and "2_sft_again"."""
-    # "2_sft" or "2_sft_again", but also the kind itself, "sft".
+    """Return the kind of a stage: "sft" for "2_sft" and "2_sft_again", and also for "sft"."""
     kind = re.sub(r"^\d+_", "", stage)
     first = kind.partition("_")[0]
     return first if first in STAGES else kind

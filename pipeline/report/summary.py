@@ -96,8 +96,7 @@ def seconds(run: Run) -> dict[str, float]:
     """Return the seconds of each step from the record, or of training from the log of a stage that the record lacks."""
     taken = recorded(run, "seconds")
     for name, stage in run.stages.items():
-        runtime = last_logged(stage, "train_runtime")
-        if runtime is not None:
+        if (runtime := last_logged(stage, "train_runtime")) is not None:
             taken.setdefault(name, runtime)
     return taken
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from pipeline.report.curves import Chart, Points
 from pipeline.report.stage_order import stage_info
@@ -53,8 +53,7 @@ class _Axis:
         values = ticks(self.low, self.high)
         step = values[1] - values[0] if len(values) > 1 else 1.0
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        labels = [_short(value, digits) for value in values]
-        return [(self.at(value), label) for value, label in zip(values, labels, strict=True)]
+        return [(self.at(value), _short(value, digits)) for value in values]
 
 
 def _short(value: float, digits: int) -> str:
@@ -73,7 +72,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def layout(chart: Chart) -> dict[str, Any]:
-    """Return where chart.html.jinja draws what, and what it says about the chart in words."""
+    """Return where chart.html.jinja draws what, and the series themselves, for readers who do not see the drawing."""
     # The axis of steps and of the KL starts at 0.
     left, right = _range([0.0, *(x for line in chart.series for x, _ in line.points)])
     low, high = _range([y for line in chart.series for _, y in line.points])
@@ -83,17 +82,11 @@ def layout(chart: Chart) -> dict[str, Any]:
     x_axis = _Axis(left, right, LEFT, WIDTH - RIGHT)
     y_axis = _Axis(bottom, high + pad, HEIGHT - BOTTOM, TOP)
 
-    # What is drawn is also said in words, for readers who do not see it.
-    words = f"Over {chart.x_label}."
     lines: list[dict[str, Any]] = []
     ends = []
     for index, line in enumerate(chart.series):
         course = _means(line.points)
         drawn, means = ([(x_axis.at(x), y_axis.at(y)) for x, y in points] for points in (line.points, course))
-        (x_first, first), (x_last, last) = line.points[0], line.points[-1]
-        words += (
-            f" {line.name}: {len(line.points)} points, from {first:.3g} at {x_first:.3g} to {last:.3g} at {x_last:.3g}."
-        )
         css = f"s{index % 6}"
         # Training logs noise at every step, which would hide the course of the line: it is drawn faintly below.
         raw = _path(drawn) if len(drawn) > len(means) else ""
@@ -113,7 +106,7 @@ def layout(chart: Chart) -> dict[str, Any]:
         values.append({"css": f"s{index % 6}", "y": above, "label": label})
     return {
         "title": f"{stage_info(chart.stage).title}: {chart.title}",
-        "words": escape(words),
+        "series": chart.series,
         "x_label": chart.x_label,
         "x_ticks": x_axis.ticks(),
         "y_ticks": y_axis.ticks(),

@@ -13,7 +13,7 @@ from pipeline.report.load import Run
 from pipeline.report.stage_order import EVALUATE, stage_info, step_order
 from pipeline.report.summary import by_length, seconds
 from pipeline.report.targets import TargetResult
-from pipeline.report.text import duration, magnitude, number, size
+from pipeline.report.text import duration, magnitude, number
 from pipeline.stages import BASELINES
 
 
@@ -136,13 +136,13 @@ def experts(run: Run) -> dict[str, Any]:
 
 
 def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
-    """Return time, memory, tokens and operations of each step; the evaluation of a stage is in the row of the stage."""
-    # A row for each step that took time, and for each stage, with its evaluation in the same row.
+    """Return time, memory, tokens and operations of each step and stage, whose evaluation is in the same row."""
     taken = seconds(run)
     measuring = {name: taken.get(EVALUATE + name, stage.seconds) for name, stage in run.stages.items()}
     steps = {name: value for name, value in taken.items() if not name.startswith(EVALUATE)}
     whole = sum(steps.values())
     peaks = summary["peak_memory"]
+    memory = {of: f"{magnitude(peak)}B" for of, peak in peaks.items()}
     rows = []
     for name in sorted({*steps, *run.stages}, key=step_order):
         stage = run.stages.get(name)
@@ -153,7 +153,7 @@ def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
                 "time": duration(steps.get(name)),
                 "share": steps.get(name, 0.0) / whole if whole else None,
                 "evaluation": duration(measuring.get(name)),
-                "memory": " / ".join(size(peaks[of]) for of in (name, EVALUATE + name) if of in peaks) or "–",
+                "memory": " / ".join(memory[of] for of in (name, EVALUATE + name) if of in memory) or "–",
                 "updates": f"{updates:,}" if isinstance(updates, int) and updates else "–",
                 "tokens": magnitude(summary["tokens"].get(name)),
                 "flops": magnitude(summary["flops"].get(name)),
@@ -164,7 +164,7 @@ def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "time": duration(whole if steps else None),
         "evaluation": duration(sum(filter(None, measuring.values())) or None),
-        "memory": size(max(peaks.values())) if peaks else "–",
+        "memory": f"{magnitude(max(peaks.values()))}B" if peaks else "–",
         "tokens": magnitude(sum(summary["tokens"].values()) or None),
         "flops": magnitude(sum(summary["flops"].values()) or None),
     }

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.report.differences import Difference
@@ -26,9 +28,6 @@ class Target:
 
     Attributes:
         stage: The stage, or the baseline, whose figure it is.
-        metric: The metric.
-        at_least: Lower bound, or None.
-        at_most: Upper bound, or None.
         against: The stage, or the baseline, to compare with; None for the figure alone.
         how: The comparison: "difference", "ratio", or "interval", the lower end of the interval of the paired
             difference.
@@ -77,9 +76,6 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
     Raises:
         UserError: If entries are wrong; all of them are named.
     """
-    # YAML is not needed for `--help`.
-    import yaml
-
     file = Path(path or POCKET)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -109,8 +105,7 @@ def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Targe
     """Compare the run's figures with the targets, in order. Targets whose figures were not measured are skipped."""
     results = []
     for target in targets:
-        measured = _measured(run, found, target)
-        if measured is not None:
+        if (measured := _measured(run, found, target)) is not None:
             low = -math.inf if target.at_least is None else target.at_least - ROUNDING
             high = math.inf if target.at_most is None else target.at_most + ROUNDING
             results.append(TargetResult(target, measured, low <= measured <= high))

@@ -99,11 +99,6 @@ def magnitude(value: float | None) -> str:
     return f"{value:.3g} E"
 
 
-def size(count: float) -> str:
-    """Format a number of bytes in three digits: "742 MB", "1.19 GB"."""
-    return f"{magnitude(count)}B"
-
-
 def interval(estimate: Estimate, digits: int, sign: bool = False) -> str:
     """Format the interval, "0.94 to 0.98", signed if `sign`; "" if there is none."""
     if estimate.low is None or estimate.high is None:

@@ -61,7 +61,6 @@ class Annotator:
     """One annotator's weights, in units of score, and decisiveness.
 
     Attributes:
-        name: Recorded with each label.
         right: Score of a correct answer over a wrong one.
         tone: Score of an answer in the right tone over a plain one, and of a plain one over one in the wrong tone.
         brief: Score of a comfortable answer over one that is longer by `RAMBLING_WORDS`.
@@ -166,8 +165,8 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
         score_second: This annotator's score of the other answer.
         rng: Two numbers are always drawn, so that later draws do not depend on the answers.
     """
-    tie_draw = rng.random()
-    choice_draw = rng.random()
+    # Two numbers are always drawn, so that later draws do not depend on the answers.
+    tie_draw, choice_draw = rng.random(), rng.random()
     if abs(score_first - score_second) < INDIFFERENCE and tie_draw < annotator.tie_rate:
         return None
     return 0 if choice_draw < preference_probability(score_first, score_second, annotator.temperature) else 1

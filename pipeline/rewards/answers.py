@@ -142,15 +142,12 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (
         r"(?<![\d.,\w])(?:([1-9](?:\.\d+)?)\s*(?:\\times|\\cdot|[×*·⋅x])\s*)?"
         r"10(?:(?:\^|\*\*)\{?(-?\d{1,2})\}?|(⁻?[⁰¹²³⁴-⁹]{1,2}))(?![\d⁻⁰¹²³⁴-⁹])",
-        lambda match: _power_of_ten(match[1], (match[2] or match[3]).translate(SUPERSCRIPTS), match[0]),
+        lambda match: _power_of_ten(match, int((match[2] or match[3]).translate(SUPERSCRIPTS))),
     ),
-    (
-        r"(?<![\d.,\w])([1-9](?:\.\d+)?)[eE]([-+]?\d{1,2})(?!\d)",
-        lambda match: _power_of_ten(match[1], match[2], match[0]),
-    ),
+    (r"(?<![\d.,\w])([1-9](?:\.\d+)?)[eE]([-+]?\d{1,2})(?!\d)", lambda match: _power_of_ten(match, int(match[2]))),
     (
         r"(?<![\d.,\w])([1-9]\d{0,2}(?:\.\d+)?) (thousand|million|billion|trillion)\b",
-        lambda match: _power_of_ten(match[1], str(_SCALES[match[2]]), match[0]),
+        lambda match: _power_of_ten(match, _SCALES[match[2]]),
     ),
 ]
 _BRACKETS = re.compile(r"\((.*)\)|\[(.*)\]|\{(.*)\}", re.DOTALL)
@@ -399,9 +396,9 @@ def _boxed(text: str, announcements: list[re.Match[str]]) -> str | None:
     return answer
 
 
-def _power_of_ten(mantissa: str | None, exponent: str, text: str) -> str:
+def _power_of_ten(match: re.Match[str], exponent: int) -> str:
     """Write a power of ten as a decimal number; below 100, where nobody writes one, it is left as it is."""
-    return text if abs(int(exponent)) < 2 else format(Decimal(f"{mantissa or 1}e{exponent}"), "f")
+    return match[0] if abs(exponent) < 2 else format(Decimal(f"{match[1] or 1}e{exponent}"), "f")
 
 
 def ascii_digits(text: str) -> str:

@@ -119,8 +119,8 @@ class Checker:
             if self.connection.poll(START_SECONDS) and self.connection.recv_bytes():
                 return
         self.stop()
-        remedy = f"see what `python -m {self.module}` prints"
-        raise RunStopped(f"The process of {self.purpose} needs, did not start; {remedy}.")
+        fault = f"The process of {self.purpose} needs, did not start; see what `python -m {self.module}` prints."
+        raise RunStopped(fault)
 
     def stop(self) -> None:
         """Kill the child; the next question starts another."""

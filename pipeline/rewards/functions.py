@@ -1,10 +1,10 @@
 """Verifiable rewards: functions of completions and a reference, with TRL's reward signature.
 
-Each takes `completions` (texts or lists of messages) and the columns of the data set by name, and returns one reward
-per completion: 0.0 or 1.0 (`reasoning_gym` also what lies between), or None if the reference answer cannot be read, so
-that nothing is learned from the row. TRL passes `log_metric` to every function; it gets the shares of completions
-without a readable answer and of unreadable references as `<name>/unparseable` and `<name>/unparseable_references`.
-`hidden_taste`, on the annotators' scale, is only for measuring.
+Each takes `completions` (texts, or lists of messages that end with the assistant's) and the columns of the data set by
+name, and returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also what lies between), or None if the
+reference in the column `answer` cannot be read, so that nothing is learned from the row. TRL passes `log_metric` to
+every function; it gets the shares of completions without a readable answer and of unreadable references as
+`<name>/unparseable` and `<name>/unparseable_references`. `hidden_taste`, on the annotators' scale, only measures.
 
 `pipeline.rewards.answers` decides what the answer of a completion is. Only the last message of the assistant is read,
 and a prompt repeated at the beginning of a completion is cut off.
@@ -74,9 +74,7 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     Returns:
         One reward per completion; None if the reference is empty or consists of words (see `exact_answer`).
     """
-    texts, problems = _read(completions, columns)
-    references = [_reference(text) for text in answer]
-    found = _answers(texts, references, problems)
+    found, references, problems = _read_answers(completions, answer, columns)
     rewards: Rewards = []
     # What a comparison as text or as numbers leaves open: (row, reference, answer or None, copied from the problem).
     pending: list[tuple[int, str, str | None, bool]] = []
@@ -110,11 +108,8 @@ def exact_answer(completions: Sequence[Completion], answer: Sequence[str], **col
     """Return 1.0 if the final answer is the reference; case, spaces, article, quotes and final punctuation may differ.
 
     Plain numbers are compared by value ("1,000" is "1000"). The reward is None if the reference is empty.
-    The arguments are the same as for `math_answer`.
     """
-    texts, problems = _read(completions, columns)
-    references = [_reference(text) for text in answer]
-    found = _answers(texts, references, problems)
+    found, references, _ = _read_answers(completions, answer, columns)
     rewards: Rewards = [
         None if reference is None else float(given is not None and answers.same_answer(reference, given))
         for reference, given in zip(references, found, strict=True)
@@ -125,7 +120,7 @@ def exact_answer(completions: Sequence[Completion], answer: Sequence[str], **col
 def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> Rewards:
     """Return 1.0 if the final answer is the reference's letter: "B", "(b)", "B) because …", "option B"; not "A or B".
 
-    The reward is None if the reference is not a single letter. The arguments are the same as for `math_answer`.
+    The reward is None if the reference is not a single letter.
     """
     texts, _ = _read(completions, columns)
     found = [_letter(answers.extract_answer(text)) for text in texts]
@@ -151,8 +146,7 @@ def code_tests(completions: Sequence[Completion], test: Sequence[str], **columns
     """Return 1.0 if the code in a completion (its first fenced block, or all of it) passes its test in a sandbox.
 
     `test` has Python assertions about what the code defines (see `pipeline.rewards.sandbox.run`). The reward is None if
-    they are empty or not valid Python, or if the machine is too busy. The other arguments are the same as for
-    `math_answer`.
+    they are empty or not valid Python, or if the machine is too busy.
     """
     texts, _ = _read(completions, columns)
     codes = [_python(extract_code(text)) for text in texts]
@@ -262,25 +256,32 @@ def _reference(text: object) -> str | None:
     return answers.extract_answer(text) or answers.unwrap(text) or None
 
 
-def _answers(texts: list[str], references: Sequence[str | None], problems: list[str]) -> list[str | None]:
-    """Return the final answers, without a per cent sign that the problem asks for and the reference omits."""
+def _read_answers(
+    completions: Sequence[Completion], answer: Sequence[object], columns: dict[str, Any]
+) -> tuple[list[str | None], list[str | None], list[str]]:
+    """Return the final answer of each completion, its reference, and the text of its problem.
+
+    A per cent sign that the problem asks for and the reference omits is cut off.
+    """
+    texts, problems = _read(completions, columns)
+    references = [_reference(text) for text in answer]
     found = [answers.extract_answer(text) for text in texts]
     for index, (given, reference) in enumerate(zip(found, references, strict=True)):
         if given and _PERCENT.search(problems[index]) and not _PERCENT.search(reference or ""):
             found[index] = _PERCENT.sub("", given)
-    return found
+    return found, references, problems
 
 
 def _is_copied(answer: str, problem: str) -> bool:
     """Return whether an answer is a part of the problem, whatever the spaces and delimiters."""
     if not problem:
         return False
-    answer, problem = (
-        re.sub(
-            r" ?([^\w\s]) ?", r"\1", " ".join(_DELIMITERS.sub("", text[-answers.MAX_TEXT_LENGTH :]).casefold().split())
-        )
-        for text in (answer, problem)
-    )
+
+    def bare(text: str) -> str:
+        words = _DELIMITERS.sub("", text[-answers.MAX_TEXT_LENGTH :]).casefold().split()
+        return re.sub(r" ?([^\w\s]) ?", r"\1", " ".join(words))
+
+    answer, problem = bare(answer), bare(problem)
     return re.search(rf"(?<![^\W_]){re.escape(answer)}(?![^\W_])", problem) is not None
 
 

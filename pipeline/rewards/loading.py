@@ -90,8 +90,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         nearest = difflib.get_close_matches(function_name, callables, n=1)
         hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
-        remedy = f"{module_name} does not have a function {function_name}{hint}"
-        raise UserError(Problem(field, name, remedy))
+        raise UserError(Problem(field, name, f"{module_name} does not have a function {function_name}{hint}"))
 
     # Some functions written in C do not have a signature.
     with contextlib.suppress(ValueError, TypeError):
@@ -100,6 +99,22 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
             return guard_reward(function, name, field)
     remedy = "TRL passes every column by name; accept them all: f(completions, **columns)"
     raise UserError(Problem(field, name, remedy))
+
+
+def call_reward(
+    function: Callable[..., Any], answers: Sequence[str], rows: Sequence[Mapping[str, Any]], **more: Any
+) -> Sequence[float | None]:
+    """Call a reward function as trainers do: with answers as messages, and every column of their rows by name.
+
+    `more` are further arguments, in place of columns of the same names.
+    """
+    names = {name for row in rows for name in row} - {"prompt", "prompts", "completions", *more}
+    columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
+    completions = [[{"role": "assistant", "content": answer}] for answer in answers]
+    rewards: Sequence[float | None] = function(
+        completions=completions, prompts=[row["prompt"] for row in rows], **columns, **more
+    )
+    return rewards
 
 
 def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_funcs") -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl import GRPOConfig, ModelConfig
 
-from pipeline.data.arguments import DataArguments
+from pipeline.data.arguments import DataArguments, option
 from pipeline.errors import Problem
 
 # These imports take seconds, which `--help` must not.
@@ -29,28 +29,21 @@ class PPORewardArguments:
     trains_critic: ClassVar[bool] = True
     """Whether a critic as large as the model is trained and saved with it."""
 
-    reward_model_path: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward models: paths or Hub ids of sequence classifiers with one label, or of adapters of such."
-        },
+    reward_model_path: list[str] | None = option(  # noqa: RUF009
+        None, "Reward models: paths or Hub ids of sequence classifiers with one label, or of adapters of such."
     )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Reward functions: names of `pipeline.rewards.functions`, or package.module:function."},
+    reward_funcs: list[str] | None = option(  # noqa: RUF009
+        None, "Reward functions: names of `pipeline.rewards.functions`, or package.module:function."
     )
-    value_model_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the critic starts from: a critic, a reward model or a language model. Default: the first "
-            "reward model with a weight that has the policy's vocabulary, otherwise the policy."
-        },
+    value_model_path: str | None = option(
+        None,
+        "What the critic starts from: a critic, a reward model or a language model. Default: the first reward model "
+        "with a weight that has the policy's vocabulary, otherwise the policy.",
     )
-    value_use_peft: bool = field(
-        default=True,
-        metadata={"help": "With use_peft, train the critic as an adapter, too, on the frozen weights it starts from."},
+    value_use_peft: bool = option(
+        True, "With use_peft, train the critic as an adapter, too, on the frozen weights it starts from."
     )
-    allow_unconfined_code: bool = field(default=False, metadata={"help": UNCONFINED_HELP})
+    allow_unconfined_code: bool = option(False, UNCONFINED_HELP)
 
     def preflight(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None, early: bool = False
@@ -82,14 +75,12 @@ class GRPORewardArguments:
         default_factory=lambda: ["math_answer"],
         metadata={"help": "Reward functions: names of `pipeline.rewards.functions`, or package.module:function."},
     )
-    shuffle_answers: bool = field(
-        default=False,
-        metadata={
-            "help": "Shuffle the reference answers among the training prompts: a control experiment, whose run must "
-            "not get better."
-        },
+    shuffle_answers: bool = option(
+        False,
+        "Shuffle the reference answers among the training prompts: a control experiment, whose run must not get "
+        "better.",
     )
-    allow_unconfined_code: bool = field(default=False, metadata={"help": UNCONFINED_HELP})
+    allow_unconfined_code: bool = option(False, UNCONFINED_HELP)
 
     def preflight(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None, early: bool = False

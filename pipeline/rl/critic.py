@@ -34,7 +34,6 @@ class Critic:
 
     Args:
         model: The value model, on its device.
-        policy: The policy.
         accelerator: Wraps the model for several processes, `torch.compile` and autocast.
         max_grad_norm: Gradients are clipped to this norm, by themselves: large ones of the policy do not shrink them.
 

@@ -153,10 +153,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Leave rows where they are: accelerate would look for tensors to move in every text of every column."""
-        if isinstance(self.train_dataset, IterableDataset):
-            # This setting would also change how a stream is split.
-            return super().get_train_dataloader()
-        placed, self.accelerator.device_placement = self.accelerator.device_placement, False
+        placed = self.accelerator.device_placement
+        # This setting would also change how a stream is split.
+        self.accelerator.device_placement = placed and isinstance(self.train_dataset, IterableDataset)
         try:
             return super().get_train_dataloader()
         finally:

@@ -4,15 +4,7 @@ TRL removed its `PPOTrainer` after 1.12. This one inherits everything that is no
 (transformers or vLLM), reward models and reward functions, chat data, PEFT, logging, evaluation, checkpoints and
 multi-process training, by way of `pipeline.rl.grpo`, which makes it resume exactly. It adds the critic, the KL penalty
 per token inside the reward, generalised advantage estimation and the clipped value loss (`pipeline.rl.ppo_math`,
-`pipeline.rl.value_model`).
-
-    trainer = PPOTrainer(
-        model="runs/pocket/2_sft",
-        reward_funcs=["runs/pocket/3_reward", is_polite],
-        args=PPOConfig("runs/pocket/3_ppo", kl_coef=0.05, max_completion_length=64),
-        train_dataset=load_dataset("runs/pocket/data", "preferences", split="train"),
-    )
-    trainer.train()
+`pipeline.rl.value_model`). `docs/ppo.md` has an example.
 """
 
 from __future__ import annotations
@@ -25,11 +17,10 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
 from pipeline.errors import Problem, UserError
@@ -97,12 +88,8 @@ class PPOTrainer(GRPOTrainer):
         model: str | PreTrainedModel | PeftModel,
         reward_funcs: Any,
         args: PPOConfig,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        *,
+        *others: Any,
         value_model: str | PreTrainedModel | PeftModel | None = None,
-        peft_config: PeftConfig | None = None,
         value_use_peft: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -110,16 +97,8 @@ class PPOTrainer(GRPOTrainer):
         # new adapter's the base model, and for a model without adapters, a frozen copy of the model.
         if args.kl_coef > 0 and isinstance(model, PeftModel):
             copy_adapter(model)
-        super().__init__(
-            model=model,
-            reward_funcs=list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        rewards = list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
+        super().__init__(model, rewards, args, *others, **kwargs)
         if args.kl_coef > 0 and not is_peft_model(self.model):
             self._copy_reference()
         # Compiled and wrapped models hide the classes and the names of weights that decide what becomes of them.
@@ -247,7 +226,7 @@ class PPOTrainer(GRPOTrainer):
         self.critic.optimizer = GRPOTrainer.create_optimizer(twin, self.critic.bare)
         return super().create_optimizer(model)
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Add a micro-batch to the gradients of both networks. With its last one, step the critic.
 
         The policy is stepped by `Trainer`, afterwards.
@@ -255,7 +234,7 @@ class PPOTrainer(GRPOTrainer):
         last = self.accelerator.sync_gradients
         # Processes exchange gradients once per optimizer step.
         with nullcontext() if last else self.accelerator.no_sync(self.critic.model):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(*args, **kwargs)
         if last:
             self._metrics["train"]["val/grad_norm"].append(self.critic.step(self._learning_rate_share()))
         return loss
@@ -269,13 +248,7 @@ class PPOTrainer(GRPOTrainer):
         peak = self.args.learning_rate
         return self.optimizer.param_groups[0]["lr"] / peak if peak else 1.0
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Tensor:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the clipped policy loss, which TRL computes from the advantages (B, T), plus the critic's loss.
 
         TRL's loss of a token is `-min(ratio * advantage, clip(ratio, 1 - cliprange, 1 + cliprange) * advantage)`.
@@ -288,7 +261,7 @@ class PPOTrainer(GRPOTrainer):
             self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
-            policy_loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            policy_loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
         log_ratio = self.latest_logps - inputs["old_per_token_logps"]
         self._averages.add(_sampled_tokens(inputs), ppo_metrics.of_update(log_ratio, *self._value_losses))
         if self.model.training and self.accelerator.sync_gradients:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from dataclasses import dataclass, fields
+from typing import get_args
 
 from trl import GRPOConfig
 
 from pipeline import hardware, launch
 from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unused
+from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError
 from pipeline.rl.ppo_math import KLEstimator
 
@@ -42,20 +43,14 @@ K3_IS_NO_PENALTY = (
 )
 
 
-def _option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 @dataclass
 class PPOConfig(GRPOConfig):
     """Configuration of `PPOTrainer`: `GRPOConfig` and the fields below, each described by its `help`.
 
-    Some fields of `GRPOConfig` differ in meaning or default. `num_generations` is how many completions are sampled
-    for each prompt (1; they are not compared with each other), and `num_iterations` how many PPO epochs are made over
-    each rollout (4). `disable_dropout` is True: with dropout, a token's probability ratio is not 1 before the first
-    update. `epsilon` is `cliprange`. `loss_type` stays "dapo": the sum over the tokens of an optimizer step, divided by
-    the number of tokens that such a step has on average in its rollout, however it is split over processes and
-    accumulation.
+    Some fields of `GRPOConfig` differ in meaning or default. `disable_dropout` is True: with dropout, a token's
+    probability ratio is not 1 before the first update. `epsilon` is `cliprange`. `loss_type` stays "dapo": the sum over
+    the tokens of an optimizer step, divided by the number of tokens that such a step has on average in its rollout,
+    however it is split over processes and accumulation.
 
     What has no effect on PPO (`UNUSED`) is refused, unless it has its default, and so is `trust_remote_code`:
     transformers cannot build the critic of a model whose code lies on the Hub. Load such a policy yourself, and pass it
@@ -68,59 +63,59 @@ class PPOConfig(GRPOConfig):
         ValueError: If a value is out of range or contradicts PPO, or if a rollout has a single completion.
     """
 
-    num_generations: int | None = _option(1, "Completions sampled for each prompt.")
-    num_generations_eval: int | None = _option(None, "The same in evaluation. Default: `num_generations`.")
-    num_iterations: int = _option(4, "PPO epochs over each rollout.")
-    disable_dropout: bool = _option(True, "Train policy and critic without dropout.")
-    kl_coef: float = _option(
+    num_generations: int | None = option(1, "Completions sampled for each prompt; they are not compared.")
+    num_generations_eval: int | None = option(None, "The same in evaluation. Default: `num_generations`.")
+    num_iterations: int = option(4, "PPO epochs over each rollout.")
+    disable_dropout: bool = option(True, "Train policy and critic without dropout.")
+    kl_coef: float = option(
         0.05,
         "Reward subtracted at each token for each nat of KL from the reference. With 0, there is neither a reference "
         "model nor `objective/kl`.",
     )
-    kl_estimator: str = _option(
+    kl_estimator: str = option(
         "k1",
         "Estimator of the KL at a token in the penalty: k1, the log ratio. k3 is refused, because it hardly penalises "
         "there; `objective/kl_k3` logs it.",
         choices=list(get_args(KLEstimator)),
     )
-    gamma: float = _option(1.0, "Discount per token, in [0, 1].")
-    lam: float = _option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
-    value_lam: float | None = _option(
+    gamma: float = option(1.0, "Discount per token, in [0, 1].")
+    lam: float = option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
+    value_lam: float | None = option(
         None, "The same for the returns that the critic learns, such as 1 for the rewards themselves. Default: `lam`."
     )
-    cliprange: float = _option(
+    cliprange: float = option(
         0.2, "How far the probability ratio of a token may move from 1 in the updates of one rollout."
     )
-    cliprange_value: float = _option(
+    cliprange_value: float = option(
         0.2,
-        "How far the critic's estimate of a token may move in the updates of one rollout, in units of the (normalised) "
-        "reward.",
+        "How far the critic's estimate of a token may move in the updates of one rollout, in units of the "
+        "(normalised) reward.",
     )
-    vf_coef: float = _option(0.1, "Weight of the value loss relative to the policy loss.")
-    value_learning_rate: float | None = _option(
+    vf_coef: float = option(0.1, "Weight of the value loss relative to the policy loss.")
+    value_learning_rate: float | None = option(
         None, "Peak learning rate of the critic, on the policy's schedule. Default: `learning_rate`."
     )
-    value_warmup_steps: int = _option(
+    value_warmup_steps: int = option(
         0,
         "Train the critic alone in the first so many optimizer steps. The schedule of both learning rates begins with "
         "them: a warm-up of the policy's has to be longer.",
     )
-    frozen_dtype: str = _option(
+    frozen_dtype: str = option(
         "auto",
         "Dtype of the weights that are not trained: float32 keeps the one they were loaded in; bfloat16; auto "
         "(bfloat16 for an adapter's base if training is in bf16, else float32). Heads and adapters stay as they are.",
         choices=["auto", "bfloat16", "float32"],
     )
-    whiten_advantages: bool = _option(
+    whiten_advantages: bool = option(
         True, "Shift and scale the advantages of each rollout, over all processes, to mean 0 and variance 1."
     )
-    reward_normalization: str = _option(
+    reward_normalization: str = option(
         "none",
         "Normalise the sum of all rewards, before `missing_eos_penalty` and KL: none; batch (by mean and standard "
         "deviation of its rollout); running (by mean and deviation of all rollouts so far, which checkpoints contain).",
         choices=["none", "batch", "running"],
     )
-    missing_eos_penalty: float | None = _option(
+    missing_eos_penalty: float | None = option(
         None,
         "Subtracted from the normalised score of a completion that does not end with an end of turn. "
         "(`mask_truncated_completions` leaves such completions out altogether.)",

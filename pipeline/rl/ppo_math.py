@@ -94,8 +94,6 @@ def generalized_advantages(
 
     Args:
         rewards: The reward of each token.
-        values: The critic's estimates.
-        mask: The mask.
         gamma: Discount per token, in [0, 1].
         lam: Weight of longer-sighted estimates, in [0, 1]: 0 trusts the critic, 1 the rewards.
 

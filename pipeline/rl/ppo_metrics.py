@@ -80,7 +80,6 @@ def of_completions(
         logps: Log-probabilities under the policy that sampled the tokens.
         ref_logps: The same under the reference; None without one.
         ended: (B,) boolean, whether a completion ended with an end of turn.
-        mask: The mask.
     """
     penalties = (penalty * mask).sum(1)
     values = {

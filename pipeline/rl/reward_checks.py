@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainerState
 from trl.trainer.utils import is_async_callable
 
-from pipeline.data.columns import Split, column_names
+from pipeline.data.columns import PASSED_BY_TRL, Split, column_names
 from pipeline.errors import Problem, UserError
 from pipeline.models.loading import (
     is_reward_model,
@@ -27,9 +27,6 @@ from pipeline.rewards.functions import MEASURED_ONLY
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.value_model import auto_class
-
-PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""Arguments that TRL passes to every reward function besides the columns of the data."""
 
 
 def check_rewards(
@@ -94,7 +91,8 @@ def check_reward_model(path: str) -> list[Problem]:
     if config.architectures and not is_reward_model(config):
         fault = f"is a {config.architectures[0]}; give a reward model: a sequence classifier with one label"
     fault = fault or validate_weights(path, config, AutoModelForSequenceClassification)
-    return _problems(field, path, [fault, validate_chat(tokenizer), validate_vocabulary(config, tokenizer)])
+    faults = [fault, validate_chat(tokenizer), validate_vocabulary(config, tokenizer)]
+    return [Problem(field, path, fault) for fault in faults if fault]
 
 
 def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Problem]:
@@ -119,10 +117,6 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
         except UserError:
             # A critic is saved without a tokenizer.
             faults.append(validate_vocabulary(config, tokenizer, "the policy's tokenizer"))
-    return _problems(field, path, faults)
-
-
-def _problems(field: str, path: str, faults: Sequence[str | None]) -> list[Problem]:
     return [Problem(field, path, fault) for fault in faults if fault]
 
 

@@ -23,10 +23,8 @@ class RewardModel:
 
     Args:
         model: The classifier, on its device; maybe wrapped or compiled.
-        tokenizer: Its tokenizer.
         ends: Token ids that end a turn of the policy.
         template: Further arguments of the chat template, `chat_template_kwargs`.
-        name: Its name, for messages.
     """
 
     def __init__(
@@ -76,7 +74,6 @@ class RewardModel:
             messages: The conversation.
             ended: Whether the policy ended its turn. If it did not, what the template adds to the message goes.
         """
-
         conversation = as_text(messages, self._special)
         written = partial(self.tokenizer.apply_chat_template, conversation, tokenize=False, **self.template)
         # A template that leaves parts of a message out may leave out its end.

@@ -84,7 +84,6 @@ def build_value_model(
 
     Args:
         value_model: As for `PPOTrainer`.
-        policy: The policy.
         tokenizer: The policy's tokenizer.
         rewards: The reward functions of any kind, each with its tokenizer, if it is a model, and its weight.
         args: The configuration, which decides on dropout, activation checkpointing and the units of the score.

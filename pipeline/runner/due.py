@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
@@ -27,6 +27,9 @@ FIELDS_OF_UNTRAINED = ("seed", "tokenizer_name_or_path", "output_dir")
 
 LONGEST_REASON = 240
 """Characters above which a list of fields or steps is cut off."""
+
+Changes = dict[str, tuple[Any, Any]]
+"""The settings that differ, by field: the value before and the present one."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,10 @@ def _decide_one(
         return Decision("start", "finished, but asked to run again")
 
     # What it is set to do.
-    changes = Changes.find(step, entry.get("values", {}))
-    is_longer = continues(step.output, changes.effective, step.values)
-    if changes.effective and not is_longer:
+    effective, harmless = find_changes(step, entry.get("values", {}))
+    changes = _describe(effective or harmless)
+    is_longer = continues(step.output, effective, step.values)
+    if effective and not is_longer:
         return Decision("start", f"its configuration changed ({changes})")
     # What it is made from: other steps, data that people may have edited, and files outside of the run.
     if due := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
@@ -114,53 +118,38 @@ def _decide_one(
     total = number_of(newest_state(step.output), "max_steps") if step.stage.launched else 0
     if total > number_of(step.values, "max_steps") > 0:
         return Decision("start", f"was continued outside of this run, to {total} steps; raise max_steps to keep that")
-    return Decision("skip", f"finished; without effect on it: {changes}" if changes.harmless else "finished")
+    return Decision("skip", f"finished; without effect on it: {changes}" if harmless else "finished")
 
 
-@dataclass(frozen=True)
-class Changes:
-    """The settings that differ, by field: the value before and the present one.
+def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Changes]:
+    """Return what differs between a step's settings `before` and now, with and without an effect on what it writes.
 
-    Attributes:
-        effective: Settings with an effect on what the step writes.
-        harmless: Settings without one.
+    A field that is not given has its default, so that writing the default down is not a change.
     """
+    now = recorded_values(step)
+    pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
-    effective: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    harmless: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-
-    @classmethod
-    def find(cls, step: Step, before: Mapping[str, Any]) -> Changes:
-        """Compare the settings `before` of a step with its present ones.
-
-        A field that is not given has its default, so that writing the default down is not a change.
-        """
-        now = recorded_values(step)
-        pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
-        changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-        effective = dict(changed)
-        if step.kind == "evaluate":
-            # Reward models are named to check the judge, and lengths limit answers if nothing else does.
-            effective.pop("reward_models", None)
-            if now.get("max_new_tokens"):
-                effective.pop("lengths", None)
-        elif step.stage.measured:
-            effective = {name: pair for name, pair in changed.items() if has_effect(name, now)}
-        if effective and step.stage.module:
-            effective = _without_defaults(step, effective, before, now)
-        return cls(effective, {name: pair for name, pair in changed.items() if name not in effective})
-
-    def __str__(self) -> str:
-        """Name the fields with their values, the shortest first."""
-        changed = self.effective or self.harmless
-        texts = [f"{name}: {before} -> {now}" for name, (before, now) in changed.items()]
-        return shorten(", ".join(sorted(texts, key=len)), LONGEST_REASON)
+    effective = dict(changed)
+    if step.kind == "evaluate":
+        # Reward models are named to check the judge, and lengths limit answers if nothing else does.
+        effective.pop("reward_models", None)
+        if now.get("max_new_tokens"):
+            effective.pop("lengths", None)
+    elif step.stage.measured:
+        effective = {name: pair for name, pair in changed.items() if has_effect(name, now)}
+    if effective and step.stage.module:
+        effective = _without_defaults(step, effective, before, now)
+    return effective, {name: pair for name, pair in changed.items() if name not in effective}
 
 
-def _without_defaults(
-    step: Step, changed: Mapping[str, tuple[Any, Any]], before: Mapping[str, Any], now: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
+def _describe(changes: Changes) -> str:
+    """Name the fields with their values, the shortest first."""
+    texts = [f"{name}: {before} -> {now}" for name, (before, now) in changes.items()]
+    return shorten(", ".join(sorted(texts, key=len)), LONGEST_REASON)
+
+
+def _without_defaults(step: Step, changed: Changes, before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     """Return the `changed` fields that still differ once defaults and types are known."""
     # These imports take seconds.
     from pipeline import hardware

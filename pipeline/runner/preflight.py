@@ -19,8 +19,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from pipeline.config.recipe_folder import READ
-from pipeline.errors import Problem, UserError
+from pipeline.config.fields import READ
+from pipeline.errors import Problem, collect
 from pipeline.files import as_list, is_missing_path
 from pipeline.runner.steps import Step
 
@@ -101,10 +101,9 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
         problems += rewarded.preflight(training, None, None, early=True)
     for item in built:
         problems += _check_inputs(step, item)
-    try:
+    config = None
+    with collect(problems):
         config = _find_config(step, built, made)
-    except UserError as error:
-        return [*problems, *error.problems]
     if config is None:
         return problems
     if step.stage.measured:

@@ -13,10 +13,10 @@ from types import FrameType
 import psutil
 
 from pipeline import safe_path
-from pipeline.errors import EXIT_PUSH_FAILED, as_typed, leave_closed_terminal, stop_signals
+from pipeline.errors import EXIT_PUSH_FAILED, as_typed, leave_closed_terminal, signal_with_parent, stop_signals
 from pipeline.runner.records import RunRecord
 from pipeline.runner.steps import Step
-from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess, signal_with_parent, wait_measured
+from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess, wait_measured
 
 
 def run(
@@ -33,7 +33,6 @@ def run(
     process group of its own, or Ctrl-C in a terminal would reach it twice.
 
     Args:
-        command: Program and arguments.
         environment: Environment of the child, to which `DEFAULTS` are added.
         descriptors: File descriptors that the child inherits, to hold the lock on the run directory as well.
         output: File descriptor to which the child's stdout and stderr go; by default where the runner's own go.

@@ -20,7 +20,6 @@ a KeyboardInterrupt, and is forked from a server that goes on even if there are 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -32,11 +31,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 
 from pipeline import safe_path
-from pipeline.errors import RunStopped
+from pipeline.errors import RunStopped, signal_with_parent
 from pipeline.runner import launcher
 
 DEFAULTS = {
@@ -63,8 +62,7 @@ PRELOADED = (
 )
 """What the steps import, as `pkgutil.resolve_name` takes it."""
 
-PR_SET_PDEATHSIG = 1
-"""As <linux/prctl.h> has it."""
+
 MAX_DESCRIPTORS = 16
 """File descriptors that a step takes over at most."""
 
@@ -160,12 +158,6 @@ class WarmProcess:
         if not pid:
             raise RunStopped("The process that steps are forked from has died; run the command again.")
         return Fork(int(pid), handles[0], self._channel)
-
-
-def signal_with_parent(number: signal.Signals) -> Callable[[], object]:
-    """Return a function by which a new process on Linux makes the kernel signal it when its parent dies."""
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(PR_SET_PDEATHSIG, number)
 
 
 def wait_measured(pid: int) -> tuple[int, int]:

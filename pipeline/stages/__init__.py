@@ -31,7 +31,6 @@ HELD_OUT = {
 }
 """By the keys of `evaluate.yaml`."""
 
-
 BASELINES = {
     "elicited": Baseline("{against}, begun with", "`{against}`, its answer begun with “{text}”"),
     "constant": Baseline("{against}, always with", "`{against}`, with a fixed text before or after its answer"),
@@ -82,6 +81,12 @@ SMOKE_SAMPLING: Mapping[str, Any] = {"max_prompts": 64, "max_eval_prompts": 32, 
 # Steps that measure a stage belong to no kind.
 SMOKE_EVALUATION: Mapping[str, Any] = {"limit": 8, "max_new_tokens": 16}
 
+
+def _training(smoke: Mapping[str, Any] = SMOKE_TRAINING, **about: Any) -> StageKind:
+    """Return a kind of step that trains a model, under `accelerate launch`; the model is then measured."""
+    return StageKind(launched=True, measured=True, smoke=smoke, **about)
+
+
 STAGES: dict[str, StageKind] = {
     "data": StageKind(
         module="recipes.data",
@@ -123,12 +128,10 @@ STAGES: dict[str, StageKind] = {
     ),
     # Not a step: a model of the Hub that the first stage starts from is measured as 0_base.
     "base": StageKind(name="The model to start from", trained=False),
-    "pretrain": StageKind(
+    "pretrain": _training(
         name="Pretraining",
         module="recipes.pretrain",
         seconds=77,
-        launched=True,
-        measured=True,
         chats=False,
         from_scratch=True,
         data="text",
@@ -155,17 +158,14 @@ STAGES: dict[str, StageKind] = {
             limit="It continues a text and does not answer; for answers, take a later stage.",
         ),
     ),
-    "sft": StageKind(
+    "sft": _training(
         name="Instruction tuning",
         module="recipes.sft",
         seconds=29,
-        launched=True,
-        measured=True,
         data="conversation",
         held_out="instructions",
         length="max_length",
         aims=("instruction_accuracy", "answer_bits_per_byte", "stop_rate"),
-        smoke=SMOKE_TRAINING,
         charts=(
             LoggedChart("Loss, nats per token", LOSS, note="Answers only."),
             LoggedChart(
@@ -208,18 +208,15 @@ STAGES: dict[str, StageKind] = {
         directory="votes",
         smoke={**SMOKE_SAMPLING, "min_votes": 1, "simulated_votes": True},
     ),
-    "reward": StageKind(
+    "reward": _training(
         name="Reward model",
         module="recipes.reward",
         seconds=19,
-        launched=True,
-        measured=True,
         generates=False,
         data="preference",
         held_out="pairs",
         length="max_length",
         aims=("reward_accuracy", "reward_accuracy_noise_free"),
-        smoke=SMOKE_TRAINING,
         charts=(
             LoggedChart(
                 "Reward-model accuracy",
@@ -239,13 +236,11 @@ STAGES: dict[str, StageKind] = {
     ),
     # Not a step: a reward model whose directory is called N_judge.
     "judge": StageKind(name="Reward model that judges", generates=False, aims=("reward_accuracy",)),
-    "ppo": StageKind(
+    "ppo": _training(
         name="Preference tuning",
         method="PPO",
         module="recipes.ppo",
         seconds=53,
-        launched=True,
-        measured=True,
         samples=True,
         has_critic=True,
         data="prompt",
@@ -289,18 +284,15 @@ STAGES: dict[str, StageKind] = {
             tags=("trl", "ppo", "rlhf"),
         ),
     ),
-    "dpo": StageKind(
+    "dpo": _training(
         name="Preference tuning",
         method="DPO",
         module="recipes.dpo",
         seconds=80,
-        launched=True,
-        measured=True,
         data="preference",
         held_out="pairs",
         length="max_length",
         aims=("win_rate", "win_rate_greedy"),
-        smoke=SMOKE_TRAINING,
         charts=(
             LoggedChart(
                 "Preferred answers that became likelier than the others",
@@ -323,17 +315,14 @@ STAGES: dict[str, StageKind] = {
             tags=("trl", "dpo", "rlhf"),
         ),
     ),
-    "kto": StageKind(
+    "kto": _training(
         name="Preference tuning",
         method="KTO",
         module="recipes.kto",
         seconds=150,
-        launched=True,
-        measured=True,
         data="unpaired",
         length="max_length",
         aims=("win_rate", "win_rate_greedy"),
-        smoke=SMOKE_TRAINING,
         charts=(
             LoggedChart(
                 "What KTO calls the reward of an answer",
@@ -352,13 +341,11 @@ STAGES: dict[str, StageKind] = {
             tags=("trl", "kto", "rlhf"),
         ),
     ),
-    "grpo": StageKind(
+    "grpo": _training(
         name="Reasoning",
         method="GRPO",
         module="recipes.grpo",
         seconds=40,
-        launched=True,
-        measured=True,
         samples=True,
         data="prompt",
         held_out="problems",

@@ -167,13 +167,12 @@ class FiguresCallback(TrainerCallback):
 class ReportCallback(TrainerCallback):
     """Log a line for each log of the trainer instead of a dictionary, and report every step to the runner."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report where training begins, which is later than at 0 if it resumes."""
-        report_progress(done=state.global_step, total=state.max_steps)
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report the step."""
         report_progress(done=state.global_step, total=state.max_steps)
+
+    # Training that resumes begins later than at step 0.
+    on_train_begin = on_step_end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Log the main figures of `logs`, to which `FiguresCallback` has added its own."""

@@ -16,10 +16,10 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,13 @@ def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return all checkpoints in an output directory, damaged or not, ordered by step."""
-    found = []
+    found = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         # Other programs write folders such as checkpoint-best.
-        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
-        if match and path.is_dir():
-            found.append((int(match.group(1)), path))
-    return [path for _, path in sorted(found)]
+        if step.isdecimal() and path.is_dir():
+            found[path] = int(step)
+    return sorted(found, key=found.__getitem__)
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
@@ -68,10 +68,9 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 
 
 def delete_surplus(output_dir: str | Path, limit: int | None, keep: set[str]) -> None:
-    """Delete the oldest checkpoints.
+    """Delete the oldest checkpoints in a folder.
 
     Args:
-        output_dir: The folder of the checkpoints.
         limit: Maximum number of checkpoints that stay; None or 0 for all.
         keep: Names of checkpoints that stay in any case: the newest and the best.
     """
@@ -173,17 +172,14 @@ def _checksums(files: Mapping[Path, bool]) -> dict[Path, dict[str, str]]:
     with ThreadPoolExecutor(hardware.cores()) as pool:
         hashing = {}
         for path, whole in files.items():
-            if whole:
-                hashing[path] = [pool.submit(hash_file, path)]
-            else:
-                starts = range(0, path.stat().st_size, BLOCK)
-                hashing[path] = [pool.submit(_hash_block, path, start) for start in starts]
+            starts = range(0, path.stat().st_size, BLOCK)
+            hashing[path] = pool.map(hash_file, [path]) if whole else pool.map(partial(_hash_block, path), starts)
     checksums = {}
-    for path, whole in files.items():
-        digests = [block.result() for block in hashing[path]]
-        of_all = {"sha256": digests[0]}
-        of_blocks = {"sha256_of_blocks": hashlib.sha256("".join(digests).encode()).hexdigest()}
-        checksums[path] = of_all if whole else of_blocks
+    for path, digests in hashing.items():
+        if files[path]:
+            checksums[path] = {"sha256": next(digests)}
+        else:
+            checksums[path] = {"sha256_of_blocks": hashlib.sha256("".join(digests).encode()).hexdigest()}
     return checksums
 
 

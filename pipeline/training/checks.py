@@ -15,17 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
+from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.optimization import get_scheduler
 from transformers.pytorch_utils import Conv1D
@@ -33,7 +24,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, ModelConfig, RewardConfig, get_peft_config
 
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
-from pipeline.files import STATE
+from pipeline.files import STATE, nearest
 from pipeline.hub.access import check_access
 from pipeline.models.checks import check_template_arguments
 from pipeline.models.kernels.sampler import unsupported_settings
@@ -199,7 +190,6 @@ def disk_bytes(parameters: int, trainable: int, args: TrainingArguments, beside:
     Args:
         parameters: Weights that are saved with each checkpoint, in 4 bytes each.
         trainable: Weights for which the optimizer keeps two numbers each.
-        args: Training arguments.
         beside: Weights of a base model that is saved once, next to an adapter.
     """
     if args.save_strategy == "no":
@@ -217,9 +207,7 @@ def disk_bytes(parameters: int, trainable: int, args: TrainingArguments, beside:
 def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> list[Problem]:
     """Report a disk with less free space than the checkpoints and the model need; arguments as for `disk_bytes`."""
     kept, needed = disk_bytes(parameters, trainable, args, beside)
-    path = Path(args.output_dir)
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(nearest(Path(args.output_dir))).free
     if needed <= free:
         return []
     remedy = (

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import search_here_last
-from pipeline.config.command_line import split_config
+from pipeline.config.command_line import FLAGS, describe_options, split_config
 from pipeline.config.fields import argument_types
 from pipeline.config.recipe_folder import missing_input
-from pipeline.config.recipe_help import FLAGS, describe_options
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.files import read_json
 

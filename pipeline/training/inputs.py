@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -26,7 +26,7 @@ from pipeline.data.packing import Encoder
 from pipeline.data.shards import check_tokenizers, is_shards
 from pipeline.data.splits import load_splits
 from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_labels
-from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
+from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, collect
 from pipeline.files import as_list, is_missing_path
 from pipeline.launch import once_per_node
 from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
@@ -44,8 +44,6 @@ from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.progress import report_lost
 from pipeline.stages import STAGES
 from pipeline.training import checks
-
-T = TypeVar("T")
 
 ROWS_MEASURED = 1000
 """Rows whose tokens are counted to see whether they leave room; counting all of a large data set takes minutes."""
@@ -84,13 +82,15 @@ def load_inputs(
     _ask_hub_once([name, own, *data_args.dataset_names], reward_args)
 
     # A part that cannot be loaded is None from here on, and the checks that need it are omitted.
-    config = _attempt(problems, lambda: _load_config(pretrained)) if pretrained else None
+    config = tokenizer = None
+    with collect(problems):
+        config = _load_config(pretrained) if pretrained else None
     # The field that names the tokenizer, and its value.
     words_from = ("tokenizer_name_or_path", own) if own or not name else ("model_name_or_path", name)
-    tokenizer = None
     if own is not None or config is not None or pretrained is None:
         revision = pretrained.model_revision if pretrained and not own else None
-        tokenizer = _attempt(problems, lambda: load_tokenizer(words_from[1], words_from[0], revision))
+        with collect(problems):
+            tokenizer = load_tokenizer(words_from[1], words_from[0], revision)
     splits = _load_splits(kind, data_args, training_args, tokenizer, problems)
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
@@ -118,7 +118,7 @@ def load_inputs(
 
     if splits is not None and tokenizer is not None:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-        with _report_template(words_from, problems):
+        with collect(problems), _user_error_for_template(words_from):
             if kind == "prompt":
                 splits = _drop_long_prompts(splits, tokenizer, training_args, positions)
             else:
@@ -148,15 +148,6 @@ def _length_limit(kind: Kind, training_args: TrainingArguments) -> dict[str, int
     return {field: getattr(training_args, field, None) for field in fields}
 
 
-def _attempt(problems: list[Problem], load: Callable[[], T]) -> T | None:
-    """Return what `load` returns, or None after adding what is wrong to `problems`."""
-    try:
-        return load()
-    except UserError as error:
-        problems.extend(error.problems)
-        return None
-
-
 def _load_splits(
     kind: Kind,
     data_args: DataArguments,
@@ -174,8 +165,9 @@ def _load_splits(
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     content: Kind = "tokens" if _shards(kind, data_args) else kind
     evaluates = training_args.eval_strategy != "no"
-    with once_per_node(training_args):
-        return _attempt(problems, lambda: load_splits(data_args, content, evaluates, tokens, seed))
+    with once_per_node(training_args), collect(problems):
+        return load_splits(data_args, content, evaluates, tokens, seed)
+    return None
 
 
 def _drop_long_prompts(
@@ -190,20 +182,13 @@ def _drop_long_prompts(
 
 
 @contextmanager
-def _report_template(words_from: tuple[str, str | None], problems: list[Problem]) -> Iterator[None]:
-    """Add what a chat template raises for the data to `problems`.
-
-    Args:
-        words_from: The field that names the tokenizer, and its value.
-        problems: What is known to be wrong.
-    """
+def _user_error_for_template(words_from: tuple[str, str | None]) -> Iterator[None]:
+    """Raise what a chat template raises for the data as a `UserError` about the field and value `words_from`."""
     try:
         yield
-    except UserError as error:
-        problems += error.problems
     except (TemplateError, ValueError) as error:
         remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
-        problems.append(Problem(*words_from, remedy))
+        raise UserError(Problem(*words_from, remedy)) from error
 
 
 def _encode(

@@ -25,9 +25,8 @@ class WithReference(Reliable):
 
     Args:
         model: As for TRL's, or an adapter that `starting_model` has merged into its base model.
-        args: As for TRL's.
+        args, **kwargs: As for TRL's.
         attn_implementation: The attention that was requested. Default: the one that suits the machine.
-        **kwargs: As for TRL's.
 
     Raises:
         UserError: If the reference is to be computed beforehand for the rows of a stream.

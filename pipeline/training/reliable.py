@@ -160,7 +160,7 @@ class Reliable(Trainer):
         self._written_to = unfinished
         try:
             if args.should_save:
-                self._end_completion()
+                self.finish_checkpoint()
                 shutil.rmtree(unfinished, ignore_errors=True)
             self.saved_step = state.global_step
             self.accelerator.wait_for_everyone()
@@ -228,13 +228,7 @@ class Reliable(Trainer):
             for callback in self.callback_handler.callbacks
         )
         if best_only or due or self.control.should_training_stop or read_by_callback:
-            self._end_completion()
-
-    def _end_completion(self) -> None:
-        """Wait until the latest checkpoint is complete, and raise what prevented that."""
-        completion, self._completion = self._completion, None
-        if completion is not None:
-            completion.result()
+            self.finish_checkpoint()
 
     def finish_checkpoint(self) -> None:
         """Wait until the latest checkpoint is complete.
@@ -242,8 +236,10 @@ class Reliable(Trainer):
         Raises:
             RunStopped: If it could not be written.
         """
+        completion, self._completion = self._completion, None
         try:
-            self._end_completion()
+            if completion is not None:
+                completion.result()
         except WRITE_ERRORS as error:
             raise self._failed_save(error) from error
 
@@ -482,9 +478,5 @@ def cache_enabled(model: Any) -> Iterator[None]:
         config.use_cache = before
 
 
-def _is_no_false_alarm(record: logging.LogRecord) -> bool:
-    """Drop the warning that the best checkpoint is missing: transformers gives it before `_find_best` has looked."""
-    return "in the resumed state" not in str(record.msg)
-
-
-logging.getLogger("transformers.trainer").addFilter(_is_no_false_alarm)
+# transformers warns that the best checkpoint is missing before `_find_best` has looked.
+logging.getLogger("transformers.trainer").addFilter(lambda record: "in the resumed state" not in str(record.msg))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
@@ -28,7 +28,7 @@ from pipeline.config.machine import describe_machine
 from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.hub.callback import PushCallback
 from pipeline.hub.cards import Trained, model_card
-from pipeline.hub.checkpoints import fetch_checkpoints
+from pipeline.hub.download import fetch_checkpoints
 from pipeline.hub.repositories import BASE
 from pipeline.models.adapters import MERGED
 from pipeline.training.callbacks import FiguresCallback, InterruptCallback, ReportCallback
@@ -45,8 +45,6 @@ from pipeline.training.checks import check_length
 from pipeline.training.reliable import WRITE_ERRORS, Reliable, cache_enabled
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SIZES = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -110,11 +108,11 @@ def _damage(checkpoint: Path) -> str | None:
     return validate_checkpoint(checkpoint) if (checkpoint / MANIFEST).exists() else None
 
 
-def _on_first(trainer: Reliable, compute: Callable[[], T]) -> T:
+def _on_first(trainer: Reliable, compute: Callable[[], Any]) -> Any:
     """Return what the first process computes, on every process: reading all of a large checkpoint takes minutes."""
     found = [compute() if trainer.is_world_process_zero() else None]
     broadcast_object_list(found)
-    return cast(T, found[0])
+    return found[0]
 
 
 def check_architecture(checkpoint: Path, config: Any) -> None:

@@ -40,8 +40,7 @@ import numpy as np
 
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.intervals import student_t
-from pipeline.report.compare import check_rows, pair_by_seed
-from pipeline.report.differences import differences
+from pipeline.report.differences import check_rows, differences, pair_by_seed
 from pipeline.report.load import Run, load_runs
 from pipeline.report.seeds import find_seeds
 from pipeline.report.summary import seconds

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pipeline.__main__ import main
 from pipeline.evaluation.intervals import outcome_mean
 from pipeline.evaluation.metric_info import metric_info
-from pipeline.report.compare import compare, pair_by_seed
+from pipeline.report.differences import compare, pair_by_seed
 from pipeline.report.load import load_runs
 
 ROWS = 200

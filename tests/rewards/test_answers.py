@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.evaluation.metrics import grade_final_answers
+from pipeline.evaluation.graders import grade_final_answers
 from pipeline.rewards.answers import count_answers, extract_answer, number
 from pipeline.rewards.functions import answer_format, choice, exact_answer, math_answer
 from pipeline.rewards.grading import has_steps

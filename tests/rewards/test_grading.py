@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.evaluation.metrics import grade_final_answers
+from pipeline.evaluation.graders import grade_final_answers
 from pipeline.models.generation import stopped
 from pipeline.rewards.grading import contains, extract_code, grade, has_steps
 

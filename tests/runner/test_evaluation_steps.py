@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import check
-from pipeline.runner.due import Changes
+from pipeline.runner.due import find_changes
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
@@ -187,8 +187,8 @@ def test_other_arguments_of_the_chat_template_are_measured_again(folder: Path) -
     steps = evaluations(folder)
     # Runs of earlier releases do not record the key.
     older = {name: value for name, value in steps["evaluate_2_sft"].values.items() if name != "chat_template_kwargs"}
-    assert not Changes.find(steps["evaluate_2_sft"], older).effective
+    assert not find_changes(steps["evaluate_2_sft"], older)[0]
     values = {**FILES["3_ppo"], "output_dir": "runs/r/3_ppo", "chat_template_kwargs": {"enable_thinking": False}}
     (folder / "3_ppo.yaml").write_text(yaml.safe_dump(values))
     for name, step in evaluations(folder).items():
-        assert list(Changes.find(step, steps[name].values).effective) == ["chat_template_kwargs"]
+        assert list(find_changes(step, steps[name].values)[0]) == ["chat_template_kwargs"]

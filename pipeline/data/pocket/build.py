@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data import writing
-from pipeline.data.arguments import SPLITS, SplitName
+from pipeline.data.arguments import SPLITS, SplitName, option
 from pipeline.data.overlap import NgramIndex
 from pipeline.data.pocket import conversations, documents, problems
 from pipeline.data.pocket.names import ITEMS, NAMES
@@ -44,22 +44,16 @@ class PocketArguments:
     """Sizes of the data set to generate; each field's meaning is in its help."""
 
     output_dir: str = field(metadata={"help": "Folder of the data set repository; replaced if it exists."})
-    seed: int = field(default=0, metadata={"help": "The same seed gives the same bytes."})
-    size_mb: float = field(
-        default=8.0,
-        metadata={
-            "help": "Pretraining text in MB, before the eighth of it that overlaps with held-out text is dropped."
-        },
+    seed: int = option(0, "The same seed gives the same bytes.")
+    size_mb: float = option(
+        8.0, "Pretraining text in MB, before the eighth of it that overlaps with held-out text is dropped."
     )
-    sft_rows: int = field(default=24_000, metadata={"help": "Conversations of the sft training split."})
-    preference_rows: int = field(default=4_000, metadata={"help": "Prompts of the preferences training split."})
-    reasoning_rows: int = field(default=8_000, metadata={"help": "Problems of the reasoning training split."})
-    share_with_steps: float = field(
-        default=0.3, metadata={"help": "Share of the problems in sft that are answered with worked steps."}
-    )
-    carelessness: float = field(
-        default=0.6,
-        metadata={"help": "Probability that worked steps, in pretrain and sft, misread what can be misread."},
+    sft_rows: int = option(24_000, "Conversations of the sft training split.")
+    preference_rows: int = option(4_000, "Prompts of the preferences training split.")
+    reasoning_rows: int = option(8_000, "Problems of the reasoning training split.")
+    share_with_steps: float = option(0.3, "Share of the problems in sft that are answered with worked steps.")
+    carelessness: float = option(
+        0.6, "Probability that worked steps, in pretrain and sft, misread what can be misread."
     )
 
 
@@ -112,7 +106,6 @@ def check_arguments(
     """Check the sizes, the shares and the output directory.
 
     Args:
-        args: The arguments.
         title: Title of the card of such a data set, which may be replaced.
         sizes: Fields that must be above 0.
     """

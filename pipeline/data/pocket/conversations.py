@@ -157,15 +157,9 @@ def held_out_prompts(
     parts: dict[str, list[dict[str, Any]]] = {"asked": [], "told": [], "summary": []}
     for _ in range(20 * (asked + told + summaries)):
         row = preference_prompt(rng, split)
-        if row["kind"] == "summary":
-            parts["summary"].append(row)
-        else:
-            parts["asked" if row["prompt"][0]["content"].endswith("?") else "told"].append(row)
-    rows = [
-        *distinct(parts["asked"], asked),
-        *distinct(parts["told"], told),
-        *distinct(parts["summary"], summaries),
-    ]
+        request = "asked" if row["prompt"][0]["content"].endswith("?") else "told"
+        parts["summary" if row["kind"] == "summary" else request].append(row)
+    rows = [*distinct(parts["asked"], asked), *distinct(parts["told"], told), *distinct(parts["summary"], summaries)]
     rng.shuffle(rows)
     return rows
 

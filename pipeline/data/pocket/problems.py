@@ -233,7 +233,6 @@ def pose(rng: random.Random, split: SplitName, longer: bool = False) -> WordProb
     """Draw a problem that has to be solved; all kinds are equally frequent.
 
     Args:
-        rng: Where the draws come from.
         split: Whose operands (arithmetic, counting) or structures (ordering, logic) the problem has.
         longer: Whether the problem is one longer than the longest that are trained on.
     """

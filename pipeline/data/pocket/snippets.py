@@ -10,12 +10,10 @@ from pipeline.data.pocket.names import ITEMS
 
 @dataclass(frozen=True)
 class Snippet:
-    """A function with its description and test.
+    """A Python function with its description and test.
 
     Attributes:
-        name: Name of the function.
         task: What it does, as a predicate: "adds 3 to a number".
-        source: Python source.
         test: Assertions about the function, with inputs that no prompt shows.
     """
 

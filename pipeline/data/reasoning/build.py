@@ -6,7 +6,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from itertools import islice, starmap
@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data import writing
-from pipeline.data.arguments import SPLITS
+from pipeline.data.arguments import SPLITS, option
 from pipeline.data.pocket import build as pocket
 from pipeline.data.pocket.build import MESSAGES, PocketArguments
 from pipeline.data.pocket.documents import recital
@@ -56,18 +56,13 @@ Reward = Callable[..., list[float | None]]
 class ReasoningArguments(PocketArguments):
     """The data set to generate: pocket or, with `tasks`, problems of reasoning-gym."""
 
-    tasks: dict | None = field(
-        default=None,
-        metadata={
-            "help": "Tasks of reasoning-gym, with their settings: fields of the task's configuration, `level` (of its "
-            "curriculum, or a list) and `weight`; a list of settings mixes difficulties. Default: the pocket data set. "
-            "If it is 0, `size_mb` or `sft_rows` leave out that config; both are only made of tasks that can be "
-            "worked out here."
-        },
+    tasks: dict | None = option(  # noqa: RUF009
+        None,
+        "Tasks of reasoning-gym, with their settings: fields of the task's configuration, `level` (of its curriculum, "
+        "or a list) and `weight`; a list of settings mixes difficulties. Default: the pocket data set. If it is 0, "
+        "`size_mb` or `sft_rows` leave out that config; both are only made of tasks that can be worked out here.",
     )
-    test_rows: int = field(
-        default=300, metadata={"help": "Problems in the validation and test split of reasoning, with `tasks`."}
-    )
+    test_rows: int = option(300, "Problems in the validation and test split of reasoning, with `tasks`.")
 
 
 def check_arguments(args: ReasoningArguments) -> list[Problem]:
@@ -87,7 +82,6 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
     """Draw all problems and write the repository; an interrupted build leaves `output_dir` as it was.
 
     Args:
-        args: The mix and its sizes.
         reward: What the answers will be rewarded by; rows whose own answer it does not score with 1 are dropped.
 
     Raises:

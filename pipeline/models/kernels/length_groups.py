@@ -47,8 +47,7 @@ def call_by_length(classify: Callable[..., Any], inputs: Mapping[str, Any]) -> A
     """Call a sequence classifier with texts of similar length together.
 
     Args:
-        classify: The classifier, or its forward method.
-        inputs: Its arguments, among them `attention_mask`; tensors are (B, L).
+        inputs: The classifier's arguments, among them `attention_mask`; tensors are (B, L).
 
     Returns:
         The output of the classifier, with logits (B, labels) alone.

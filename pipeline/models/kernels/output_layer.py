@@ -58,7 +58,6 @@ def labelled_log_probs(model: PreTrainedModel, labels: Tensor, *args: Any, **kwa
     """Return what TRL's fused head returns for `SFTTrainer`.
 
     Args:
-        model: A causal language model.
         labels: Shape (batch, length), not shifted; -100 for tokens without a loss.
         *args, **kwargs: Inputs of its backbone.
     """

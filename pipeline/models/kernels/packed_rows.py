@@ -19,9 +19,6 @@ from transformers import PreTrainedConfig
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-IGNORED = -100
-"""Label of a token without loss (the convention of torch's cross entropy)."""
-
 
 def pads_rows(args: SFTConfig, config: PreTrainedConfig) -> bool:
     """Return whether rows are packed, and padded at less cost than flattened: not with FlashAttention."""
@@ -46,5 +43,5 @@ class PackedRows(DataCollatorForLanguageModeling):
         # Without a mask, transformers keeps apart what the positions say. Padding is a sequence of its own.
         del batch["attention_mask"]
         # The first token of a conversation has no context that could predict it.
-        batch["labels"][batch["position_ids"] == 0] = IGNORED
+        batch["labels"][batch["position_ids"] == 0] = -100
         return batch

@@ -13,7 +13,7 @@ import pytest
 from pipeline.data.pocket.problems import KINDS
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.data.pocket.things import things, things_of
-from pipeline.evaluation.metrics import grade_final_answers
+from pipeline.evaluation.graders import grade_final_answers
 from pipeline.rewards.grading import contains, grade, has_steps
 
 Row = dict[str, Any]
