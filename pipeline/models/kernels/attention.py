@@ -11,6 +11,9 @@ for CPUs, cuts queries and keys into blocks of 64, and computes the blocks in wh
 
 `varlen`, for GPUs, is FlashAttention, which reads each document alone. It falls back to torch's attention with the mask
 where it cannot do what is asked.
+
+`single` is for sampling on CPUs, where each text has one query: plain products are faster than torch's kernel then, and
+the query heads that share a key head are multiplied with it together. transformers' own would copy the keys for them.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from pipeline import hardware
 from pipeline.errors import Problem, UserError
@@ -36,7 +39,7 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-BLOCKWISE, VARLEN = "blockwise", "varlen"
+BLOCKWISE, VARLEN, SINGLE = "blockwise", "varlen", "single"
 BLOCK = 64
 """Queries, and keys, of a block."""
 
@@ -90,13 +93,10 @@ def blockwise_attention(
     """Compute attention block by block, as an attention function of transformers.
 
     Args:
-        module: Layer of the model.
         query: Shape (batch, heads, queries, channels).
         key, value: Shape (batch, key heads, keys, channels).
         attention_mask: Result of `blockwise_mask`.
         scaling: Factor of the scores. Default: the channels to the power of -0.5.
-        dropout: Probability with which an attention weight is dropped.
-        **kwargs: What other implementations need.
 
     Returns:
         Output of shape (batch, queries, heads, channels), and None for the attention weights.
@@ -114,6 +114,41 @@ def blockwise_attention(
         weights = nn.functional.dropout(weights, dropout, module.training)
         outputs.append(weights @ torch.cat(values[seen], 2))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def single_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention of one query for each text, as an attention function of transformers.
+
+    Args:
+        query: Shape (batch, heads, 1, channels).
+        key, value: Shape (batch, key heads, keys, channels).
+        attention_mask: What is added to the scores, shape (batch, 1, 1, keys).
+        scaling: Factor of the scores. Default: the channels to the power of -0.5.
+        softcap: Bound of the scores, as Gemma 2 has it.
+
+    Returns:
+        Output of shape (batch, 1, heads, channels), and None for the attention weights.
+    """
+    batch, heads, _, channels = query.shape
+    # The query heads of a key head take the place of its queries.
+    query = query.reshape(batch, key.shape[1], -1, channels)
+    scores = query @ key.mT * (channels**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).reshape(batch, 1, heads, channels), None
 
 
 @dataclass(frozen=True)
@@ -189,6 +224,8 @@ AttentionInterface.register(BLOCKWISE, blockwise_attention)
 AttentionMaskInterface.register(BLOCKWISE, blockwise_mask)
 AttentionInterface.register(VARLEN, varlen_attention)
 AttentionMaskInterface.register(VARLEN, varlen_mask)
+AttentionInterface.register(SINGLE, single_attention)
+AttentionMaskInterface.register(SINGLE, eager_mask)
 
 
 def choose_attention(model: PreTrainedModel, requested: str | None = None) -> None:

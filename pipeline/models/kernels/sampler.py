@@ -41,7 +41,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from pipeline.models.kernels.attention import BLOCKWISE, autocast_dtype
+from pipeline.models.kernels.attention import BLOCKWISE, SINGLE, autocast_dtype
 
 PROCESSORS: dict[str, tuple[Any, Any]] = {
     "repetition_penalty": (RepetitionPenaltyLogitsProcessor, 1.0),
@@ -169,7 +169,6 @@ def padded(prompts: Sequence[Sequence[int]], token: int | None, device: torch.de
         prompts: Token ids, at least one each.
         token: What to pad with. Default: the first token of each prompt, which does not teach a repetition penalty
             anything else.
-        device: Where the tensors are made.
     """
     width = max(map(len, prompts))
     ids = [[prompt[0] if token is None else token] * (width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -211,13 +210,13 @@ def _unwrap(model: nn.Module) -> Any:
 
 @contextmanager
 def _attention_for_single_tokens(model: nn.Module) -> Iterator[None]:
-    """On a CPU, compute attention by plain products, which are faster than torch's kernel where queries are single."""
+    """On a CPU, compute attention by plain products while each text has a single query."""
     model = _unwrap(model)
     kept = model.config.get_text_config()._attn_implementation
     if model.device.type != "cpu" or kept not in ("sdpa", BLOCKWISE):
         yield
         return
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(SINGLE)
     try:
         yield
     finally:
