@@ -176,7 +176,9 @@ def _run_seeds(args: argparse.Namespace) -> int:
     if args.dry_run:
         for own, plan, decided in runs:
             print(f"seed {own.seed}, in {plan.run_dir}:")
-            _show(decided, own)
+            # What a new seed shares with the run is not there yet.
+            first = plan.steps.index(find_step(plan.steps, args.start, "--from")) if own.seed in sharing else 0
+            _show([(step, decision) for step, decision in decided if step in plan.steps[first:]], own)
         if is_reported:
             print(f"run the report over the seeds\n    {_command_line(report, args)}")
         return 0
@@ -202,11 +204,10 @@ def _share(plan: Plan, args: argparse.Namespace) -> list[int]:
     """
     new = [seed for seed in args.seeds if not (plan.run_dir / f"seed{seed}" / "run.json").exists()]
     first = find_step(plan.steps, args.start, "--from")
+    if args.dry_run:
+        return new
     if new:
         _prepare(argparse.Namespace(**vars(args) | {"seeds": None, "output_dir": plan.run_dir}))
-        if args.dry_run:
-            remedy = "shares the steps of a run, which --dry-run does not; omit --dry-run"
-            raise UserError(Problem("--seeds", new[0], remedy))
     for seed in new:
         # The run's own seed shares all but the report, which is over one run.
         since = plan.steps[-1] if seed == plan.seed else first
