@@ -1,16 +1,13 @@
-"""LoRA adapters merged into their base models: to train on from them, and to save, copy or measure the two as one."""
+"""LoRA adapters merged into their base models, to train on from them or to save the two as one."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments, set_seed
 from trl import ModelConfig, RewardConfig, get_peft_config
 from trl.trainer.utils import create_model_from_path
@@ -106,32 +103,3 @@ def count_trainable(model: PreTrainedModel, model_args: ModelConfig) -> int:
         # PEFT changes the model that it adapts.
         adapted = PeftModel(type(model)(model.config), get_peft_config(model_args))
     return int(adapted.get_nb_trainable_parameters()[0])
-
-
-def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return a model itself if it has no adapter; otherwise a copy with its active adapters merged into its weights.
-
-    Args:
-        model: A `PeftModel`, or a model into which transformers has loaded adapters.
-    """
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
-        return model
-    merged = copy.deepcopy(model)
-    # Names of the layers that were replaced so far. Their inner modules went with them.
-    adapted: list[str] = []
-    for name, module in list(merged.named_modules()):
-        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or name.startswith(tuple(adapted)):
-            continue
-        adapted.append(f"{name}.")
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-        else:
-            plain = module
-            # Adapters of several parameters of one layer wrap each other.
-            while isinstance(plain, BaseTunerLayer):
-                plain.merge()
-                plain = plain.base_layer
-        merged.set_submodule(name, plain)
-    return merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import os
@@ -19,7 +20,9 @@ import torch
 import transformers
 from huggingface_hub import constants, snapshot_download
 from jinja2 import TemplateError
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -353,7 +356,7 @@ def load_model(
     """Load a chat model or a reward model with its tokenizer, and refuse a broken one.
 
     Args:
-        name: A folder or an id on the Hub, which the argument `field` named; an adapter is loaded with its base model.
+        name: A folder or an id on the Hub, which the argument `field` named; an adapter is merged into its base model.
         reward: Whether a reward model is wanted.
         dtype: Default: the dtype of the weights, or float32 if the machine emulates it.
         chat: Whether the tokenizer must be able to format conversations.
@@ -384,7 +387,41 @@ def load_model(
             fault = validate_complete(loaded["missing_keys"]) or validate_finite(model.named_parameters())
     if fault is not None:
         raise UserError(Problem(field, name, fault))
-    return model, words
+    # Between the layers of an adapter, each forward pass would make two small products more for each of the base's.
+    return without_adapters(model, in_place=True), words
+
+
+def without_adapters(model: PreTrainedModel | PeftModel, *, in_place: bool = False) -> PreTrainedModel:
+    """Return a model itself if it has no adapter; otherwise a copy with its active adapters merged into its weights.
+
+    Args:
+        model: A `PeftModel`, or a model into which transformers has loaded adapters.
+        in_place: Whether to merge them in the model itself, in place of a copy.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
+        return model
+    merged = model if in_place else copy.deepcopy(model)
+    # Names of the layers that were replaced so far. Their inner modules went with them.
+    adapted: list[str] = []
+    for name, module in list(merged.named_modules()):
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or name.startswith(tuple(adapted)):
+            continue
+        adapted.append(f"{name}.")
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            plain = module
+            # Adapters of several parameters of one layer wrap each other.
+            while isinstance(plain, BaseTunerLayer):
+                plain.merge()
+                plain = plain.base_layer
+        merged.set_submodule(name, plain)
+    # transformers would save the adapters that it has loaded, in place of the model.
+    if merged._hf_peft_config_loaded:
+        merged.delete_adapter(list(merged.peft_config))
+    return merged
 
 
 def avoid_emulation(model: PreTrainedModel) -> None:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.import_utils import is_vllm_available
 
 from pipeline import hardware
-from pipeline.models.adapters import without_adapters
 from pipeline.models.generation import Completion, end_tokens, stopped
 
 MEMORY = 0.4
@@ -39,7 +38,7 @@ class VLLMSampler:
     """Samples from a model like `pipeline.models.generation.generate`: the same distribution, other random numbers.
 
     vLLM starts, in the precision that the model then has, with the first call. It reads models from folders, so that
-    the model, with its adapters merged into it, is written to a temporary one.
+    the model, which has no adapters, is written to a temporary one.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -50,7 +49,7 @@ class VLLMSampler:
         from vllm import LLM
 
         with TemporaryDirectory() as folder:
-            without_adapters(self.model).save_pretrained(folder)
+            self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             dtype = str(self.model.dtype).removeprefix("torch.")
             return LLM(model=folder, dtype=dtype, gpu_memory_utilization=MEMORY, max_model_len=LENGTH_THAT_FITS)

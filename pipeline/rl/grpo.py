@@ -31,7 +31,7 @@ from pipeline.models.loading import avoid_emulation
 from pipeline.models.vllm_sampler import LENGTH_THAT_FITS
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
-from pipeline.rl.frozen_weights import unrounded
+from pipeline.rl.frozen_weights import convert_frozen, unrounded
 from pipeline.rl.heads import compute_in_float32
 from pipeline.rl.reference_model import frozen_copy
 from pipeline.rl.rewards import RewardModel
@@ -116,6 +116,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         # of its own in front of the prompt.
         prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
         self._whole_and_bare = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prompted)
+        # Autocast would cast frozen weights again in each forward pass, and so for each token that is sampled. PPO has
+        # an argument for it.
+        adapts = self._whole_and_bare and isinstance(self.model, PeftModel)
+        if adapts and args.bf16 and getattr(args, "frozen_dtype", "auto") == "auto":
+            convert_frozen(self.model, torch.bfloat16)
         if self.use_vllm:
             # Inside this process, vLLM draws from the global random numbers, which its start seeds by the rank alone.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)

@@ -29,9 +29,9 @@ from transformers import (
 )
 from trl.trainer.utils import disable_dropout_in_model
 
-from pipeline.models.adapters import MERGED, without_adapters
+from pipeline.models.adapters import MERGED
 from pipeline.models.classifiers import classifier
-from pipeline.models.loading import load_config, local_copy
+from pipeline.models.loading import load_config, local_copy, without_adapters
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.frozen_weights import convert_frozen, plain_name, share_frozen_weights
 from pipeline.rl.heads import HEAD_NAMES, compute_in_float32, find_head

@@ -143,3 +143,22 @@ def test_the_reference_of_grpo_is_the_merged_model(adapter: Path, tmp_path: Path
         assert one is not other and torch.equal(one, other) and not one.requires_grad
     trainer.train()
     assert "kl" in trainer.state.log_history[0] or "kl" in trainer._metrics["train"]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_grpo_keeps_what_it_does_not_train_in_the_precision_of_training(
+    adapter: Path, tmp_path: Path, bf16: bool
+) -> None:
+    batch = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
+    args = GRPOConfig(**options(tmp_path / "run", bf16=bf16, **batch))
+    trainer = GRPOTrainer(
+        model=starting_model(ModelConfig(model_name_or_path=str(adapter)), args),
+        reward_funcs=lambda completions, **_: [float(len(text[0]["content"])) for text in completions],
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": [conversation("What?", "")[:1]] * 8}),
+        processing_class=copy.deepcopy(tokenizer()),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    trainer.train()
+    dtypes = {weight.requires_grad: weight.dtype for weight in trainer.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16 if bf16 else torch.float32}

@@ -26,7 +26,6 @@ from transformers import (
 from trl import ModelConfig
 
 from pipeline.errors import UserError
-from pipeline.models.adapters import without_adapters
 from pipeline.models.experts import (
     RouteCounter,
     active_parameters,
@@ -36,6 +35,7 @@ from pipeline.models.experts import (
     worst,
 )
 from pipeline.models.kernels.sampler import sample
+from pipeline.models.loading import without_adapters
 from pipeline.models.scratch import ScratchArguments, build_model, log_model
 from pipeline.rl.value_model import value_model_from
 from pipeline.training.checks import check_lora

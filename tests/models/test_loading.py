@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -91,6 +92,25 @@ def test_a_sound_model_is_loaded(tmp_path: Path, reward: bool, adapter: bool) ->
     assert is_reward_model(load_config(str(folder))) == reward
     assert type(model) is (LlamaForSequenceClassification if reward else LlamaForCausalLM)
     assert len(tokenizer) == model.config.vocab_size
+
+
+@pytest.mark.parametrize("reward", [False, True])
+def test_an_adapter_is_merged_into_the_model_that_is_loaded(tmp_path: Path, reward: bool) -> None:
+    folder = save_model(tmp_path / "model", reward, adapter=True)
+    change(folder / "adapter_model.safetensors", lambda weights: [weight.normal_() for weight in weights.values()])
+    model, _ = load_model(str(folder), "--model", reward=reward)
+    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    kind = AutoPeftModelForSequenceClassification if reward else AutoPeftModelForCausalLM
+    adapted = kind.from_pretrained(folder, **({"num_labels": 1} if reward else {}))
+    ids = torch.arange(4)[None]
+    with torch.no_grad():
+        found, expected = model.eval()(ids).logits, adapted.eval()(ids).logits
+        without = type(model).from_pretrained(tmp_path / "base").eval()(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, without, atol=1e-2)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        torch.testing.assert_close(type(model).from_pretrained(tmp_path / "saved").eval()(ids).logits, found)
 
 
 CODE = "evil.Class"

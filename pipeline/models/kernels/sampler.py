@@ -132,7 +132,8 @@ def sample(
         return logits
 
     # Encode each distinct prompt once, then give every completion a row of its own.
-    logits = last_logits(ids, mask, positions)
+    with _contiguous_head(model):
+        logits = last_logits(ids, mask, positions)
     rows = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     cache.reorder_cache(rows)
     ids, logits, position = ids[rows], logits[rows], positions[rows, -1:]
@@ -221,6 +222,21 @@ def _attention_for_single_tokens(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(kept)
+
+
+@contextmanager
+def _contiguous_head(model: nn.Module) -> Iterator[None]:
+    """Copy what goes into the head, which is the last place of each text, out of the hidden states.
+
+    With weights that are not trained, torch multiplies each text of a slice by itself, on a CPU with a copy of the
+    weights for each: of 256 texts and the 49,152 tokens of SmolLM2, 14 GB, and 300 times the seconds.
+    """
+    head = _unwrap(model).get_output_embeddings()
+    copied = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        copied.remove()
 
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import pytest
 import small_model
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from pipeline.evaluation import likelihood
 from pipeline.models.generation import encode_prompts, generate
@@ -89,6 +90,19 @@ def test_greedy_answers_equal_those_of_transformers_for_each_prompt_alone(
         assert completion.stopped == (common_end in alone)
         lengths.add(len(alone))
     assert len(lengths) > 1  # some rows were dropped before others
+
+
+def test_the_head_is_not_copied_for_each_prompt_where_it_is_not_trained(tokenizer):
+    """With LoRA it is frozen, and torch would multiply each text of a slice of hidden states by a copy of its own."""
+    sizes = ScratchArguments(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64)
+    model = build_model(sizes, tokenizer, seed=1)
+    model.resize_token_embeddings(8192)
+    model.requires_grad_(False)
+    prompts = [[1 + place % 50, 2, 3] for place in range(48)]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        generate(model, tokenizer, prompts, max_new_tokens=1)
+    head = 32 * 8192 * 4
+    assert max(event.self_cpu_memory_usage for event in profiled.events()) < 4 * head
 
 
 def test_the_cache_holds_keys_in_the_dtype_in_which_they_are_multiplied():
