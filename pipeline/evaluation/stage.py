@@ -118,7 +118,8 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
         measure_people(result, model, tokenizer, run)
         # A judge would choose what it judges.
         if settings["best_of"] and path in map(Path, settings["reward_models"]):
-            rate = partial(score, model, tokenizer)
+            # Answers are compared in the precision that is fast on this machine, pairs in float32.
+            rate = partial(score, model.to(hardware.fast_dtype()), tokenizer)
             judge = _find_judge(result, run, held_out, settings)
             asked = _load_chats(run, settings["against"], settings, "--against")
             baselines.measure_best_of(result, asked, held_out, settings["best_of"], rate, judge)

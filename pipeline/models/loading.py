@@ -418,9 +418,9 @@ def without_adapters(model: PreTrainedModel | PeftModel, *, in_place: bool = Fal
                 plain.merge()
                 plain = plain.base_layer
         merged.set_submodule(name, plain)
-    # transformers would save the adapters that it has loaded, in place of the model.
-    if merged._hf_peft_config_loaded:
-        merged.delete_adapter(list(merged.peft_config))
+    # By what it noted while it loaded the adapters, transformers would save these alone, under the names of their file.
+    merged._hf_peft_config_loaded = False
+    merged._weight_conversions = None
     return merged
 
 
