@@ -158,7 +158,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
     problems: list[Problem] = []
     # Every seed is checked before the first one runs.
     runs = []
-    sharing = _share(whole, args) if args.start is not None else []
+    sharing = _share(whole, args) if args.start is not None else {}
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
         # Of a new run, nothing is repeated: it has not got what comes from there on, or has it from RUN.
@@ -177,7 +177,8 @@ def _run_seeds(args: argparse.Namespace) -> int:
         for own, plan, decided in runs:
             print(f"seed {own.seed}, in {plan.run_dir}:")
             # What a new seed shares with the run is not there yet.
-            first = plan.steps.index(find_step(plan.steps, args.start, "--from")) if own.seed in sharing else 0
+            since = sharing.get(own.seed, plan.steps[0].name)
+            first = [step.name for step in plan.steps].index(since)
             _show([(step, decision) for step, decision in decided if step in plan.steps[first:]], own)
         if is_reported:
             print(f"run the report over the seeds\n    {_command_line(report, args)}")
@@ -196,24 +197,23 @@ def _run_seeds(args: argparse.Namespace) -> int:
         return 128 + int(received) if received is not None else exit_code(code)
 
 
-def _share(plan: Plan, args: argparse.Namespace) -> list[int]:
-    """Give the runs of new seeds the steps of the run itself, up to `--from`. Return these seeds.
+def _share(plan: Plan, args: argparse.Namespace) -> dict[int, str]:
+    """Give the runs of new seeds the steps of the run itself. Return these seeds, and what they run first themselves.
+
+    That is the step that `--from` names. The run's own seed shares all but the report, which is over one run.
 
     Raises:
         UserError: If the run itself could not go on from there.
     """
     new = [seed for seed in args.seeds if not (plan.run_dir / f"seed{seed}" / "run.json").exists()]
     first = find_step(plan.steps, args.start, "--from")
-    if args.dry_run:
-        return new
-    if new:
+    since = {seed: plan.steps[-1] if seed == plan.seed else first for seed in new}
+    if new and not args.dry_run:
         _prepare(argparse.Namespace(**vars(args) | {"seeds": None, "output_dir": plan.run_dir}))
-    for seed in new:
-        # The run's own seed shares all but the report, which is over one run.
-        since = plan.steps[-1] if seed == plan.seed else first
-        steps = plan.steps[: plan.steps.index(since)]
-        share_steps(steps, plan.run_dir, plan.run_dir / f"seed{seed}", since.name)
-    return new
+        for seed, step in since.items():
+            steps = plan.steps[: plan.steps.index(step)]
+            share_steps(steps, plan.run_dir, plan.run_dir / f"seed{seed}", step.name)
+    return {seed: step.name for seed, step in since.items()}
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:

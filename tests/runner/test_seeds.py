@@ -93,6 +93,8 @@ def test_new_seeds_share_the_steps_before_a_step_with_the_run(run: Runner, folde
     configure(folder, "2_sft", seed=0)
     assert run()[0] == 0
     before = {path: path.read_bytes() for path in Path("runs/r").rglob("*") if path.is_file()}
+    _, out, _ = run("--seeds", "0", "2", "--from", "sft", "--dry-run")
+    assert out.count("run 2_sft: has not run yet") == 1
     code, out, _ = run("--seeds", "0", "2", "--from", "sft")
     assert code == 0 and out.count("$ python -m stand_in_step") == 2, (
         "seed 2's sft and reward model; seed 0 is the run's own"
