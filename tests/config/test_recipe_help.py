@@ -26,7 +26,7 @@ def test_help_is_short_and_help_all_is_complete(
     assert often.startswith("usage: python -m recipes.sft [--config FILE.yaml]")
     for name in ("dataset_name", "completion_column", "use_muon", "learning_rate", "output_dir"):
         assert f"\n  --{name} " in often
-    for name in ("adam_epsilon", "dataset_num_proc", "lora_dropout"):
+    for name in ("adam_epsilon", "dataset_num_proc", "use_dora"):
         assert f"\n  --{name} " in everything and f"\n  --{name} " not in often
     assert len(often.splitlines()) < 100 < len(everything.splitlines())
     assert max(map(len, often.splitlines())) <= 100
