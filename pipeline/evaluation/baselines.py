@@ -115,7 +115,7 @@ def measure_best_of(
         single = chats["prompts"].sample(asked, temperature=1.0, seed=2 * result.seed + 1)
         ours, theirs = [[text] for text in best("prompts", prompts)], [[answer.text] for (answer,) in single]
         record_wins(result, "best_of/win_rate", ours, theirs, prompts, judge)
-    result.texts["best_of"] = {"text": str(number)}
+    result.texts["best_of"] = {"text": f"{number} answers"}
 
 
 def answer_begun(

@@ -211,9 +211,12 @@ def _set_machine(run: Run) -> None:
 def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> None:
     """Count the weights in safetensors files by their headers, and the ones that a token passes.
 
-    Tied weights are stored, and counted, once.
+    Tied weights are stored, and counted, once. An adapter is counted with its base model, if that is in a folder.
     """
-    files = sorted([*directory.glob("model*.safetensors"), *directory.glob("adapter_model*.safetensors")])
+    files = sorted(directory.glob("model*.safetensors"))
+    if base := read_json(directory / "adapter_config.json").get("base_model_name_or_path"):
+        of_base = sorted(Path(str(base)).glob("model*.safetensors"))
+        files = [*of_base, *sorted(directory.glob("adapter_model*.safetensors"))] if of_base else []
     total = experts = 0
     for file in files:
         try:
