@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -215,7 +216,8 @@ def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> 
     """
     files = sorted(directory.glob("model*.safetensors"))
     if base := read_json(directory / "adapter_config.json").get("base_model_name_or_path"):
-        of_base = sorted(Path(str(base)).glob("model*.safetensors"))
+        # The name may be anything, also what no path can be.
+        of_base = sorted(Path(str(base)).glob("model*.safetensors")) if os.path.isdir(str(base)) else []
         files = [*of_base, *sorted(directory.glob("adapter_model*.safetensors"))] if of_base else []
     total = experts = 0
     for file in files:

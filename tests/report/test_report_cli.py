@@ -78,12 +78,16 @@ def test_operations_leave_out_the_experts_that_a_token_does_not_pass(whole_run: 
     assert summary["flops"]["2_sft"] == 1e12, "the trainer counted the base, too"
 
 
-@pytest.mark.parametrize("base", ["1_pretrain", "alice/on-the-hub"])
+@pytest.mark.parametrize(
+    "base",
+    ["1_pretrain", "alice/on-the-hub", "no\0path", "x" * 5000],
+    ids=["folder", "hub", "null", "long"],
+)
 def test_an_adapter_is_counted_with_its_base_model(whole_run: Path, tmp_path: Path, base: str) -> None:
     run = shutil.copytree(whole_run, tmp_path / "run")
     (run / "2_sft" / "model.safetensors").unlink()
     write_weights(run / "2_sft" / "adapter_model.safetensors", {"lora_A": [2, 8], "lora_B": [8, 2]})
-    config = {"base_model_name_or_path": str(run / base) if (run / base).exists() else base}
+    config = {"base_model_name_or_path": str(run / base) if base == "1_pretrain" else base}
     (run / "2_sft" / "adapter_config.json").write_text(json.dumps(config))
     assert report(run, "--output_dir", tmp_path) == 0
     parameters = read_json(tmp_path / "metrics.json")["parameters"]

@@ -105,6 +105,12 @@ def test_the_head_is_not_copied_for_each_prompt_where_it_is_not_trained(tokenize
     assert max(event.self_cpu_memory_usage for event in profiled.events()) < 4 * head
 
 
+def test_a_model_that_does_not_name_its_head_is_sampled_from(model, tokenizer, prompts, monkeypatch):
+    expected = generate(model, tokenizer, prompts, max_new_tokens=4)
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda _: None)
+    assert generate(model, tokenizer, prompts, max_new_tokens=4) == expected
+
+
 def test_the_cache_holds_keys_in_the_dtype_in_which_they_are_multiplied():
     layer, keys = GrowingLayer(), torch.randn(1, 2, 3, 4)
     with torch.autocast("cpu", torch.bfloat16):
