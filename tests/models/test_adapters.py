@@ -128,17 +128,23 @@ def test_what_is_saved_loads_as_what_was_trained_and_a_resumed_run_ends_the_same
     assert (parts / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_the_reference_of_grpo_is_the_merged_model(adapter: Path, tmp_path: Path) -> None:
+def grpo_trainer(adapter: Path, folder: Path, peft_config: LoraConfig | None = None, **more: Any) -> GRPOTrainer:
+    """Return a trainer that starts from an adapter, on one prompt."""
     batch = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
-    args = GRPOConfig(**options(tmp_path / "run", beta=0.1, sync_ref_model=True, **batch))
-    trainer = GRPOTrainer(
+    args = GRPOConfig(**options(folder, **batch, **more))
+    return GRPOTrainer(
         model=starting_model(ModelConfig(model_name_or_path=str(adapter)), args),
         reward_funcs=lambda completions, **_: [float(len(text[0]["content"])) for text in completions],
         args=args,
         train_dataset=Dataset.from_dict({"prompt": [conversation("What?", "")[:1]] * 8}),
         processing_class=copy.deepcopy(tokenizer()),
+        peft_config=peft_config,
     )
-    assert trainer.beta == args.beta == 0.1 and args.sync_ref_model
+
+
+def test_the_reference_of_grpo_is_the_merged_model(adapter: Path, tmp_path: Path) -> None:
+    trainer = grpo_trainer(adapter, tmp_path / "run", beta=0.1, sync_ref_model=True)
+    assert trainer.beta == trainer.args.beta == 0.1 and trainer.args.sync_ref_model
     for one, other in zip(trainer.ref_model.parameters(), trainer.model.parameters(), strict=True):
         assert one is not other and torch.equal(one, other) and not one.requires_grad
     trainer.train()
@@ -149,16 +155,8 @@ def test_the_reference_of_grpo_is_the_merged_model(adapter: Path, tmp_path: Path
 def test_grpo_keeps_what_it_does_not_train_in_the_precision_of_training(
     adapter: Path, tmp_path: Path, bf16: bool
 ) -> None:
-    batch = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
-    args = GRPOConfig(**options(tmp_path / "run", bf16=bf16, **batch))
-    trainer = GRPOTrainer(
-        model=starting_model(ModelConfig(model_name_or_path=str(adapter)), args),
-        reward_funcs=lambda completions, **_: [float(len(text[0]["content"])) for text in completions],
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": [conversation("What?", "")[:1]] * 8}),
-        processing_class=copy.deepcopy(tokenizer()),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
-    )
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    trainer = grpo_trainer(adapter, tmp_path / "run", lora, bf16=bf16)
     trainer.train()
     dtypes = {weight.requires_grad: weight.dtype for weight in trainer.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16 if bf16 else torch.float32}
