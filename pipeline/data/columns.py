@@ -419,8 +419,6 @@ def _unpaired_converter(args: DataArguments, columns: list[str]) -> Converter:
 
     def convert(row: Row) -> dict[str, Any]:
         answer, wanted = row[completion], row[label]
-        if isinstance(answer, list) and [one.get("role") for one in answer if isinstance(one, dict)] == ["assistant"]:
-            answer = answer[0]["content"]
         if wanted not in (True, False):
             raise ShapeError(f"{label} is {shorten(wanted)}, not true or false")
         messages = read_prompt(read(row), prompt, args.system_prompt)

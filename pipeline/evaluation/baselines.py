@@ -2,8 +2,8 @@
 
 `elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") that counts as part of each, or
 behind some solved problems; of several such ways, the best on other problems.
-`best_of/pass@1`, `best_of/win_rate`: of several sampled answers, the one that the reward model scores highest. It is
-measured with the reward model.
+`best_of_4/pass@1`, `best_of_4/win_rate`: of four sampled answers, the one that the reward model scores highest; of any
+other number likewise. It is measured with the reward model.
 `constant/win_rate` and `constant/win_rate_greedy`: its answers to the prompts with the same text glued to each, against
 its answers without. The text is the one of `CONSTANTS` that wins most often on other prompts: on the validation split
 or, without one, on some prompts that are trained on.
@@ -87,35 +87,45 @@ def measure_constant(
 
 
 def measure_best_of(
-    result: StageResult, chats: Mapping[str, ChatModel], held_out: HeldOut, number: int, rate: Rate, judge: Judge | None
+    result: StageResult,
+    chats: Mapping[str, ChatModel],
+    held_out: HeldOut,
+    numbers: Sequence[int],
+    rate: Rate,
+    judge: Judge | None,
 ) -> None:
-    """Record `best_of`: of `number` sampled answers, the one that `rate` scores highest.
+    """Record `best_of_N` for each of `numbers`: of N sampled answers, the one that `rate` scores highest.
 
     Args:
         result: Of the reward model.
         chats: The opponent, which answers the problems and the prompts, by these keys.
         held_out: Both of them.
-        number: Answers to each.
+        numbers: Answers to each, of which the smaller numbers take the first.
         rate: Scores conversations.
         judge: Of the win rate, against single answers of the opponent; None for no win rate.
     """
 
-    def best(key: str, rows: Sequence[Example]) -> list[str]:
-        prompts = [row["prompt"] for row in rows]
-        sampled = chats[key].sample(prompts, samples=number, temperature=1.0, seed=2 * result.seed)
+    def best(key: str, rows: Sequence[Example]) -> dict[int, list[str]]:
+        prompts, most = [row["prompt"] for row in rows], max(numbers)
+        sampled = chats[key].sample(prompts, samples=most, temperature=1.0, seed=2 * result.seed)
         answered = [(prompt, answer.text) for prompt, some in zip(prompts, sampled, strict=True) for answer in some]
         scores = rate([[*prompt, {"role": "assistant", "content": text}] for prompt, text in answered])
-        places = [max(range(at, at + number), key=scores.__getitem__) for at in range(0, len(scores), number)]
-        return [answered[place][1] for place in places]
+        starts = range(0, len(scores), most)
+        return {
+            number: [answered[max(range(at, at + number), key=scores.__getitem__)][1] for at in starts]
+            for number in numbers
+        }
 
     if problems := held_out.problems:
-        record_greedy(result, "best_of/pass@1", best("problems", problems), problems, held_out.graders["problems"])
+        for number, answers in best("problems", problems).items():
+            record_greedy(result, f"best_of_{number}/pass@1", answers, problems, held_out.graders["problems"])
     if judge and (prompts := [row for row in held_out.prompts if judge.can_judge(row)]):
         asked = [row["prompt"] for row in prompts]
         single = chats["prompts"].sample(asked, temperature=1.0, seed=2 * result.seed + 1)
-        ours, theirs = [[text] for text in best("prompts", prompts)], [[answer.text] for (answer,) in single]
-        record_wins(result, "best_of/win_rate", ours, theirs, prompts, judge)
-    result.texts["best_of"] = {"text": f"{number} answers"}
+        theirs = [[answer.text] for (answer,) in single]
+        for number, answers in best("prompts", prompts).items():
+            record_wins(result, f"best_of_{number}/win_rate", [[text] for text in answers], theirs, prompts, judge)
+    result.texts |= {f"best_of_{number}": {"text": f"{number} answers"} for number in numbers}
 
 
 def answer_begun(

@@ -96,9 +96,11 @@ class EvaluationArguments:
     shots: int = field(
         default=0, metadata={"help": "Solved training problems before each problem; tried like another beginning."}
     )
-    best_of: int = field(
+    best_of: list[int] | int = field(
         default=0,
-        metadata={"help": "Sampled answers of which PPO's reward model chooses one, as a baseline (0: none)."},
+        metadata={
+            "help": "Sampled answers of which PPO's reward model chooses one, as a baseline; or several numbers."
+        },
     )
     fixed_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts that every stage answers."})
     limit: int | None = field(

@@ -51,6 +51,10 @@ METRICS: dict[str, MetricInfo] = {
         "down",
     ),
     "last_sentence_share_greedy": MetricInfo("Same last sentence, greedy", "the same for greedy answers", "down"),
+    "kl": MetricInfo(
+        "KL divergence", "from {against}, in nats per answer sampled to the win rate's prompts", "", 2, share=False
+    ),
+    "entropy": MetricInfo("Entropy", "nats per answer, of the same answers", "", 2, share=False),
     "pass@1": MetricInfo("pass@1", "held-out reasoning problems, greedy answers"),
     "pass@1_longer": MetricInfo("pass@1, longer problems", "problems longer than any in training, greedy answers"),
     "pass@1_sampled": MetricInfo("pass@1, sampled", "the same problems, mean over sampled answers"),

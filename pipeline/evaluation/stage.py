@@ -122,7 +122,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
             rate = partial(score, model.to(hardware.fast_dtype()), tokenizer)
             judge = _find_judge(result, run, held_out, settings)
             asked = _load_chats(run, settings["against"], settings, "--against")
-            baselines.measure_best_of(result, asked, held_out, settings["best_of"], rate, judge)
+            baselines.measure_best_of(result, asked, held_out, as_list(settings["best_of"]), rate, judge)
     else:
         try:
             _measure_language_model(result, run, _answered(stage, held_out), settings, folder)
@@ -202,6 +202,11 @@ def _measure_language_model(
         baselines.measure_reasoning(result, chats["problems"], held_out, as_list(settings["elicit"] or []))
     if result.name == result.against and answers and judge:
         baselines.measure_constant(result, chats["prompts"], held_out, answers, judge)
+    # Stages are numbered in the order of training. Those before the opponent have not moved away from it.
+    if opponent is not None and result.name > result.against:
+        if not isinstance(opponent, ChatModel):
+            opponent = _load_chats(run, result.against, {**settings, "vllm": False}, "--against")["prompts"]
+        win_rate.measure_distance(result, chats["prompts"], opponent, judged)
     fixed = zip(held_out.fixed_prompts, chats["instructions"].greedy(held_out.fixed_prompts), strict=True)
     result.answers = [
         {"prompt": prompt[-1]["content"], "answer": metrics.readable(completion)} for prompt, completion in fixed

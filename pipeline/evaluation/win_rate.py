@@ -18,10 +18,12 @@ from typing import Any
 import torch
 import transformers
 from datasets import Features
+from transformers import PreTrainedModel
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import Example
+from pipeline.evaluation.likelihood import sequence_losses
 from pipeline.evaluation.metrics import STRING, Metric, output, share
 from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
@@ -98,6 +100,33 @@ def measure_matches(result: StageResult, matches: Matches, rows: Sequence[Exampl
         # Of each prompt, the first answer counts.
         ends = LastSentenceShare().compute(predictions=[first for first, *_ in ours])
         result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=None)
+
+
+def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Sequence[Example]) -> None:
+    """Record `kl` and `entropy`, in nats per answer, of one sampled answer to each prompt.
+
+        kl       mean of log p(answer) - log p_reference(answer)
+        entropy  mean of -log p(answer)
+
+    Nothing is recorded if the reference has other tokens.
+    """
+    if chat.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        return
+    prompts = chat.encode([row["prompt"] for row in rows])
+    sampled = chat.complete(prompts, chat.max_new_tokens, temperature=1.0, seed=result.seed)
+    sequences = [([*prompt, *answer.tokens], len(prompt)) for prompt, (answer,) in zip(prompts, sampled, strict=True)]
+
+    def losses(model: PreTrainedModel) -> list[float]:
+        # The weights stay rounded as they were for sampling; only the arithmetic is exact.
+        dtype = model.dtype
+        found = sequence_losses(model.float(), chat.tokenizer, sequences)
+        model.to(dtype)
+        return found
+
+    own, others = losses(chat.model), losses(reference.model)
+    moved = [other - one for one, other in zip(own, others, strict=True)]
+    for name, values in {"kl": moved, "entropy": own}.items():
+        result.record(name, output(intervals.mean(values, result.seed), values), rows, by_kind=intervals.mean)
 
 
 def record_wins(

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pipeline.errors import Problem, UserError
 from pipeline.files import STATE, as_list, read_json, read_shapes, split_revision
 from pipeline.hub.published_files import places, public_settings, rename, without_paths
-from pipeline.stages import BASELINES, HELD_OUT, STAGES
+from pipeline.stages import HELD_OUT, STAGES, find_baseline
 from pipeline.stages.kinds import StageKind
 
 Values = Mapping[str, Any]
@@ -219,8 +219,8 @@ def _remarks(trained: Trained, own: Values) -> Iterator[str]:
     """Yield what a reader of the metrics `own` has to know: baselines, judges, and answers that were cut off."""
     against = trained.evaluation.get("against") or "the stage before it"
     for name, entry in trained.metrics.get("baselines", {}).items():
-        if set(own) & set(entry) and name in BASELINES:
-            yield f"{name}: " + BASELINES[name].card.format(against=against, text=entry.get("text", ""))
+        if set(own) & set(entry) and (baseline := find_baseline(name)):
+            yield f"{name}: " + baseline.card.format(against=against, text=entry.get("text", ""))
     if "win_rate" in own:
         judge = trained.evaluation.get("judge") or trained.metrics.get("judge") or "annotators"
         yield f"Win rates are those against `{against}`, judged by {judge}; 0.5 is as good."

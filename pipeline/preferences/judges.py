@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,6 +109,14 @@ def _messages(answer: str) -> list[dict[str, str]]:
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Return 1 where a score is higher than its opponent's, 0 where it is lower, and 0.5 where they are equal."""
     return [0.5 if one == other else float(one > other) for one, other in zip(ours, theirs, strict=True)]
+
+
+def chance(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """Return rewards that say nothing about the answers: as a judge, a control for what training on any answers does.
+
+    The same answer to the same prompt always has the same reward.
+    """
+    return [float(crc32(f"{pair}".encode())) for pair in zip(prompts, completions, strict=True)]
 
 
 @torch.inference_mode()

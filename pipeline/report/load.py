@@ -24,7 +24,7 @@ from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.results import StageResult
 from pipeline.files import read_json, read_run, read_shapes
 from pipeline.report.stage_order import stage_info, stage_order
-from pipeline.stages import BASELINES
+from pipeline.stages import find_baseline
 
 ANNOTATORS = "annotators who do not know which is which"
 """The judge of evaluations that do not name one."""
@@ -72,7 +72,8 @@ class Run:
     @property
     def bars(self) -> dict[str, StageResult]:
         """The baselines that a stage has to beat. An older or a foreign run may have others than are known here."""
-        return {name: found for name, found in self.baselines.items() if name in BASELINES and BASELINES[name].is_bar}
+        known = {name: find_baseline(name) for name in self.baselines}
+        return {name: self.baselines[name] for name, baseline in known.items() if baseline and baseline.is_bar}
 
     @property
     def answering(self) -> list[StageResult]:

@@ -14,7 +14,7 @@ from pipeline.report.stage_order import EVALUATE, stage_info, step_order
 from pipeline.report.summary import by_length, seconds
 from pipeline.report.targets import TargetResult
 from pipeline.report.text import duration, magnitude, number
-from pipeline.stages import BASELINES
+from pipeline.stages import find_baseline
 
 
 def show_targets(results: Sequence[TargetResult], prefix: str = "") -> list[dict[str, Any]]:
@@ -52,8 +52,8 @@ def baseline_title(run: Run, baseline: StageResult) -> str:
     """Return what a baseline is called, with the text or texts that its answers share."""
     # A text may be nothing but a line break.
     texts = dict.fromkeys(str(text).replace("\n", "⏎") for text in baseline.texts.get(baseline.name, {}).values())
-    title = BASELINES[baseline.name].title if baseline.name in BASELINES else baseline.name
-    title = title.replace("{against}", run.against)
+    known = find_baseline(baseline.name)
+    title = (known.title if known else baseline.name).replace("{against}", run.against)
     return f"{title} {' or '.join(f'“{text}”' for text in texts)}".strip()
 
 

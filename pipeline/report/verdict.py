@@ -23,7 +23,7 @@ from pipeline.report.differences import judge, paired
 from pipeline.report.load import Run, main_aim
 from pipeline.report.stage_order import stage_info, stage_kind, twins
 from pipeline.report.text import counted, interval, number, signed
-from pipeline.stages import BASELINES, HELD_OUT, SMOKE
+from pipeline.stages import HELD_OUT, SMOKE, find_baseline
 
 MIN_STOP_RATE = 0.5
 """Below it, most answers of a stage that was taught to answer run into the limit (`MAX_CUT_OFF` of rl.alarms)."""
@@ -181,7 +181,8 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
             # What does not gain at all is not named again for each baseline that is no better.
             if verdict == "worse" or (verdict == "same" and gained):
                 reached = f"{metric_info(metric).label.lower()} is {_shown(metric, stage.metrics[metric])}"
-                title = BASELINES[name].title.format(against=run.against)
+                about = find_baseline(name)
+                title = about.title.format(against=run.against) if about else name
                 texts = baseline.texts.get(name, {})
                 text = texts.get(metric.replace("win_rate", "text")) or texts.get("text", "")
                 title += f" “{text.strip()}”" if text.strip() else ""

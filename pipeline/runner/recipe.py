@@ -161,7 +161,7 @@ def _read_folder(folder: Path) -> Configurations:
         read.setdefault(path.stem, (path, {str(key): value for key, value in content.items()}))
     if problems:
         raise UserError(*problems)
-    # Steps of the same number run in the order of `STAGES`: 3_reward before 3_ppo.
+    # Steps of the same number run in the order of `STAGES`, 3_reward before 3_ppo, unless `_in_turn` finds another.
     stems = sorted(read, key=lambda stem: (int(stem.split("_")[0]), order.index(_kind_of(stem)), stem))
     return {stem: read[stem] for stem in stems}
 
@@ -273,7 +273,7 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
     """Find the steps that each one needs, whose directories its settings name, and the files that it reads."""
     problems, connected = [], []
     writers: dict[Path, str] = {}
-    for step in steps:
+    for step in _in_turn(steps, home):
         needs, files = [], []
         # An untrained model does not read the data of the pretraining whose file it shares.
         unread = ("output_dir", "dataset_name") if step.stage.file_of else ("output_dir",)
@@ -300,6 +300,20 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
     if problems:
         raise UserError(*problems)
     return connected
+
+
+def _in_turn(steps: Sequence[Step], home: Path) -> list[Step]:
+    """Put each step before those of the same number that read what it writes: 3_preferences before 3_sft_preferred."""
+    ordered: list[Step] = []
+    for step in steps:
+        written, number = home / step.output.name, step.name.partition("_")[0]
+        readers = (
+            place
+            for place, other in enumerate(ordered)
+            if other.name.partition("_")[0] == number and str(written) in map(str, other.values.values())
+        )
+        ordered.insert(next(readers, len(ordered)), step)
+    return ordered
 
 
 def _names_file(key: str, text: str) -> bool:

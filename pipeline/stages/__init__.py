@@ -10,6 +10,7 @@ so that this module can lie below all others. The signature of a recipe's `main`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,9 @@ HELD_OUT = {
     "problems": HeldOutData(
         "prompt", ("pass@", "maj@", "step_rate", "reasoning_"), "reasoning", length="max_completion_length"
     ),
-    "prompts": HeldOutData("prompt", ("win_rate", "last_sentence"), "preferences", length="max_completion_length"),
+    "prompts": HeldOutData(
+        "prompt", ("win_rate", "last_sentence", "kl", "entropy"), "preferences", length="max_completion_length"
+    ),
     "pairs": HeldOutData("preference", ("reward_",)),
 }
 """By the keys of `evaluate.yaml`."""
@@ -44,6 +47,7 @@ BASELINES = {
         is_bar=False,
     ),
 }
+
 
 LOSS = (("training", "loss"), ("validation", "eval_loss"))
 """Lines of the charts that show it."""
@@ -391,3 +395,8 @@ STAGES: dict[str, StageKind] = {
 def kinds_with_data(held_out: str) -> list[str]:
     """Return the kinds of stages whose own data serve as `held_out`, the last in the order of training first."""
     return [name for name, kind in reversed(STAGES.items()) if kind.held_out == held_out]
+
+
+def find_baseline(name: str) -> Baseline | None:
+    """Return what is known of a baseline; `best_of_4` is `best_of` with its number."""
+    return BASELINES.get(re.sub(r"_\d+$", "", name))

@@ -143,12 +143,13 @@ def test_the_answer_with_the_highest_score_is_the_best_of_several() -> None:
     other = {"id": 2, "kind": "", "prompt": [{"role": "user", "content": "What?"}], "wanted": "2"}
     held_out = HeldOut(problems=[*problems("2"), other], prompts=QUESTIONS, graders={"problems": begins_as_wanted})
     chats: Any = dict.fromkeys(("problems", "prompts"), Talker())
-    measure_best_of(result, chats, held_out, 4, rate, ANNOTATORS)
-    assert result.metrics["best_of/pass@1"].value == pytest.approx(2 / 3)
+    measure_best_of(result, chats, held_out, [2, 4], rate, ANNOTATORS)
+    assert result.metrics["best_of_4/pass@1"].value == pytest.approx(2 / 3)
     answers = {name: [e["answer"] for e in result.examples if e["metric"] == name] for name in result.metrics}
-    assert answers["best_of/pass@1"] == [f"{number}. {PLAIN}" for number in (2, 2, 1)]
-    assert answers["best_of/win_rate"] == [f"1. {PLAIN}"] * len(QUESTIONS)
-    assert result.metrics["best_of/win_rate"].value == 0.5, "both answers are right"
+    assert answers["best_of_4/pass@1"] == [f"{number}. {PLAIN}" for number in (2, 2, 1)]
+    assert answers["best_of_2/pass@1"] == [f"{number}. {PLAIN}" for number in (0, 0, 1)], "of the first two"
+    assert answers["best_of_4/win_rate"] == [f"1. {PLAIN}"] * len(QUESTIONS)
+    assert result.metrics["best_of_4/win_rate"].value == 0.5, "both answers are right"
 
 
 def test_worked_answers_begin_as_the_elicited_ones_do() -> None:

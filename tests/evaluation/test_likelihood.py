@@ -17,11 +17,16 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     Llama4TextConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     Qwen2Config,
 )
 
 from pipeline.evaluation import likelihood
+from pipeline.evaluation.chat_model import ChatModel
+from pipeline.evaluation.results import StageResult
+from pipeline.evaluation.win_rate import measure_distance
+from tests.word_model import word_model_config, word_tokenizer
 
 TOKENIZER: Any = SimpleNamespace(pad_token_id=0)
 SIZES = {
@@ -89,3 +94,30 @@ def test_memory_of_a_default_batch_is_bounded(rows: int, width: int, monkeypatch
         found = likelihood.sequence_losses(model, TOKENIZER, [(ids, 1)] * rows)
     assert len(found) == rows and len({round(loss, 3) for loss in found}) == 1
     assert live.peak < 2**31 / 64
+
+
+def chat_of(seed: int, words: list[str]) -> ChatModel:
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(word_model_config(words, initializer_range=0.5)).eval()
+    return ChatModel(model, word_tokenizer(words), max_new_tokens=1)
+
+
+def test_kl_and_entropy_are_those_of_all_answers() -> None:
+    """With answers of one token, all of them can be counted."""
+    words = ["red", "green", "blue"]
+    rows = [{"id": number, "kind": "", "prompt": [{"role": "user", "content": "red"}]} for number in range(4000)]
+    own, reference, result = chat_of(0, words), chat_of(1, words), StageResult("3_ppo")
+    measure_distance(result, own, reference, rows)
+
+    (ids,) = own.encode([rows[0]["prompt"]])
+    with torch.no_grad():
+        logs, others = (chat.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for chat in (own, reference))
+    kl, entropy = (logs.exp() * (logs - others)).sum().item(), -(logs.exp() * logs).sum().item()
+    assert result.metrics["kl"].value == pytest.approx(kl, abs=0.1) and kl > 0.5
+    assert result.metrics["entropy"].value == pytest.approx(entropy, abs=0.05)
+
+    measure_distance(result, own, own, rows[:8])
+    assert result.metrics["kl"].value == 0
+    before = dict(result.metrics)
+    measure_distance(result, own, chat_of(1, ["red", "green", "pink"]), rows)
+    assert result.metrics == before, "its tokens are others"

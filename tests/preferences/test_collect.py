@@ -39,7 +39,7 @@ from pipeline.errors import EXIT_WAITING, RunStopped, UserError
 from pipeline.models.generation import Completion
 from pipeline.preferences import labels
 from pipeline.preferences.collect import PreferenceArguments, collect, encode, label_answers, read_prompts, write
-from pipeline.preferences.judges import Judge, compare, score
+from pipeline.preferences.judges import Judge, compare, load_judge, score
 from pipeline.preferences.people import VoteArguments, wait_for_votes
 from pipeline.rewards.annotators import PANEL, taste
 from tests.forked import RANKS, run_forked
@@ -51,6 +51,7 @@ PROMPTS = {
     "validation": ["is fox", "is owl", "is bee"],
     "test": ["where fox", "where owl", "where bee", "where ant"],
 }
+CHANCE = "pipeline.preferences.judges:chance"
 ROW = {
     "prompt": [],
     "kind": "question",
@@ -201,6 +202,23 @@ def test_a_reward_model_judges(arguments: dict[str, Any], prompts_dir: Path, mod
     assert scores[0] > scores[1]
     with pytest.raises(UserError, match=r"judge: .*: is not a reward model"):
         collect(PreferenceArguments(**given, judge=str(model_dir)))
+
+
+def test_pairs_labelled_by_chance_and_the_preferred_answers_as_conversations(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """The control of instruction tuning on preferred answers: the same answers, labelled whatever they say."""
+    judge = load_judge(CHANCE)
+    answers, others = ([f"{word} {number}" for number in range(400)] for word in ("answer", "another"))
+    wins = [win or 0.0 for win in judge.match(answers, others, [ROW] * 400)]
+    assert set(wins) == {0.0, 1.0} and 0.4 < statistics.mean(wins) < 0.6
+    assert judge.match(others, answers, [ROW] * 400) == [1 - win for win in wins]
+
+    collect(PreferenceArguments(**arguments, judge=CHANCE, output_dir=str(tmp_path / "pairs")))
+    args = DataArguments(dataset_name=str(tmp_path / "pairs"), completion_column="chosen")
+    train, _ = load_splits(args, "conversation", evaluation=False)
+    first = contents(tmp_path / "pairs")["train"][0]
+    assert train[0]["messages"] == [*first["prompt"], *first["chosen"]]
 
 
 def test_a_reward_model_scores_each_answer_once_and_in_batches() -> None:

@@ -80,6 +80,19 @@ def test_a_folder_of_yaml_runs_on_files_of_ones_own(tmp_path: Path, smoke: Calla
 
 
 @pytest.mark.slow
+def test_every_method_of_preference_tuning_is_measured_beside_the_others(
+    smoke: Callable[[str], dict[str, Any]],
+) -> None:
+    metrics = smoke("pocket-preferences")
+    stages = metrics["stages"]
+    assert {"2_sft", "3_reward", "3_ppo", "3_dpo", "3_sft_preferred", "3_sft_chance"} < set(stages)
+    assert {"constant", "best_of_4", "best_of_16"} < set(metrics["baselines"])
+    for stage in ("3_ppo", "3_dpo", "3_sft_preferred", "3_sft_chance"):
+        assert {"win_rate", "win_rate_greedy", "kl", "entropy"} < set(stages[stage]), stage
+    assert "win_rate" in metrics["baselines"]["best_of_16"] and "kl" not in stages["2_sft"]
+
+
+@pytest.mark.slow
 def test_an_existing_model_goes_through_stages_2_to_4_with_lora(
     tmp_path: Path, smoke: Callable[[str], dict[str, Any]]
 ) -> None:

@@ -33,6 +33,6 @@ def test_a_copy_takes_every_stage_and_is_measured_with_every_baseline(
 
     metrics = json.loads(Path("runs/mine-smoke/report/metrics.json").read_text())
     assert list(metrics["stages"]) == ["0_base", "2_sft", "3_reward", "3_ppo", "4_grpo"]
-    assert set(metrics["baselines"]) == {"elicited", "majority", "best_of"}
-    assert metrics["baselines"]["best_of"]["text"] == "4 answers" and "pass@1" in metrics["baselines"]["best_of"]
+    assert set(metrics["baselines"]) == {"elicited", "majority", "best_of_4"}
+    assert metrics["baselines"]["best_of_4"]["text"] == "4 answers" and "pass@1" in metrics["baselines"]["best_of_4"]
     assert metrics["stages"]["4_grpo"]["answer_bits_per_byte"]["n"] == 8

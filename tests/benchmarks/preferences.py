@@ -1,0 +1,289 @@
+"""Compare PPO, DPO, best of n and instruction tuning on preferred answers: `recipes/pocket-preferences`.
+
+    fourstage run recipes/pocket-preferences --seeds 0 --until 3_reward
+    python -m tests.benchmarks.preferences trials runs/pocket-preferences/seed0
+    fourstage run recipes/pocket-preferences --seeds 1 2 3 4 5
+    python -m tests.benchmarks.preferences table runs/pocket-preferences
+    python -m tests.benchmarks.preferences curves runs/pocket-preferences/seed0
+
+`trials` trains each method with eight settings on one seed, and measures them on the validation prompts: the best goes
+into the recipe. `table` compares the methods over the other seeds, on their test prompts, and draws `frontier.svg`.
+`curves` trains PPO and DPO with too weak a KL penalty, and measures checkpoints on the way: the score of the reward
+model against the annotators' taste, in `overoptimisation.svg`. The pictures lie beside the recipe, and need matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from pipeline.config.yaml_file import read_yaml
+from pipeline.files import relocate
+
+RECIPE = Path("recipes/pocket-preferences")
+OPPONENT, REWARD = "2_sft", "3_reward"
+METHODS = {
+    "3_ppo": "PPO",
+    "3_dpo": "DPO",
+    "best_of_4": "best of 4",
+    "best_of_16": "best of 16",
+    "3_sft_preferred": "SFT on preferred answers",
+    "3_sft_chance": "SFT on answers by chance",
+}
+COST = {"3_ppo": ("3_reward", "3_ppo"), "best_of_4": ("3_reward",), "best_of_16": ("3_reward",)}
+"""Steps whose seconds a method takes, if it is not its own step alone. All need the pairs, which are not counted."""
+
+TRIALS: dict[str, list[dict[str, float]]] = {
+    "3_ppo": [
+        {"learning_rate": rate, "kl_coef": coefficient}
+        for rate, coefficients in {7.5e-5: (0.1, 0.25), 1.5e-4: (0.1, 0.25, 0.5), 3e-4: (0.1, 0.25, 0.5)}.items()
+        for coefficient in coefficients
+    ],
+    "3_dpo": [
+        {"learning_rate": rate, "beta": beta, "max_steps": 255}
+        for rate, betas in {1e-4: (0.03, 0.1), 2e-4: (0.03, 0.1, 0.3), 4e-4: (0.1, 0.3)}.items()
+        for beta in betas
+    ]
+    + [{"learning_rate": 2e-4, "beta": 0.1, "max_steps": 170}],
+    "3_sft_preferred": [
+        {"learning_rate": rate, "max_steps": steps} for rate in (2.5e-4, 5e-4, 1e-3, 2e-3) for steps in (100, 300)
+    ],
+}
+WEAK: dict[str, dict[str, float]] = {
+    "3_ppo": {"kl_coef": 0.005, "max_steps": 240, "save_steps": 24},
+    "3_dpo": {"beta": 0.005, "learning_rate": 4e-4, "max_steps": 340, "save_steps": 34},
+}
+"""Settings of `curves`: hardly any KL penalty, for twice as long, and ten checkpoints."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("trials", "table", "curves"))
+    parser.add_argument("run", type=Path, help="directory of a seed; for `table`, of all seeds")
+    parser.add_argument("--methods", nargs="+", default=list(TRIALS), help="which to try (default: all)")
+    parser.add_argument("--tuned_on", type=int, default=0, help="seed that is not part of the table (default: 0)")
+    args = parser.parse_args()
+    if args.part == "trials":
+        try_settings(args.run, args.methods)
+    elif args.part == "table":
+        compare(args.run, args.tuned_on)
+    else:
+        overoptimise(args.run)
+
+
+def train(run: Path, step: str, name: str, settings: Mapping[str, float]) -> tuple[Path, float]:
+    """Train one method into RUN/trials/NAME. Returns the folder, and the seconds with the start of the process."""
+    output = run / "trials" / name
+    recipe = RECIPE / f"{step}.yaml"
+    values = read_yaml(str(recipe))
+    # Paths of the recipe's run become those of this one.
+    moved = relocate(values, Path(str(values["output_dir"])).parent, run)
+    given = {key: value for key, value in moved.items() if value != values[key]}
+    given |= {**settings, "output_dir": output, "seed": run.name.removeprefix("seed"), "eval_strategy": "no"}
+    options = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", f"recipes.{step.split('_')[1]}", "--config", str(recipe), *options]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return output, time.perf_counter() - began
+
+
+def try_settings(run: Path, methods: Sequence[str]) -> None:
+    """Print how each setting does on the validation prompts, and keep it in RUN/trials.jsonl."""
+    for method in methods:
+        for number, settings in enumerate(TRIALS[method]):
+            name = f"{method}-{number}"
+            folder, seconds = train(run, method, name, settings)
+            found = {"method": method, **settings, "seconds": round(seconds, 1), **measure(run, folder, "validation")}
+            print(json.dumps(found), flush=True)
+            with (run / "trials.jsonl").open("a") as file:
+                file.write(json.dumps(found) + "\n")
+
+
+@cache
+def load(path: Path) -> Any:
+    """Load a model and its tokenizer to answer prompts with, as evaluations do."""
+    from pipeline import hardware
+    from pipeline.evaluation.chat_model import ChatModel
+    from pipeline.models.loading import load_model
+
+    model, tokenizer = load_model(str(path), "run")
+    return ChatModel(model.to(hardware.fast_dtype()).eval(), tokenizer, max_new_tokens=64)
+
+
+@cache
+def prompts(run: Path, split: str) -> list[dict[str, Any]]:
+    """Return the prompts of a split, with the columns by which annotators judge."""
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=str(run / f"data/preferences/{split}.parquet"), split="train")
+    return [{"id": number, **row} for number, row in enumerate(rows)]
+
+
+@cache
+def judge_by_score(run: Path) -> Any:
+    """Load the reward model."""
+    from pipeline.models.loading import load_model
+
+    model, tokenizer = load_model(str(run / REWARD), "run", reward=True)
+    return model.eval(), tokenizer
+
+
+@cache
+def opponents(run: Path, split: str) -> dict[str, list[list[str]]]:
+    """Return the answers of the model that all start from."""
+    from pipeline.evaluation.win_rate import answer_both
+
+    chat = load(run / OPPONENT)
+    matches = answer_both(chat, chat, prompts(run, split))
+    return {name: theirs for name, (_, theirs) in matches.items()}
+
+
+def measure(run: Path, folder: Path, split: str) -> dict[str, float]:
+    """Return the win rates of a model, its KL divergence and entropy, and the mean score of the reward model."""
+    from pipeline.evaluation.results import StageResult
+    from pipeline.evaluation.win_rate import answer_both, measure_distance, measure_matches
+    from pipeline.preferences.judges import ANNOTATORS, score
+
+    rows, chat, result = prompts(run, split), load(folder), StageResult(folder.name)
+    matches = answer_both(chat, opponents(run, split), rows)
+    measure_matches(result, matches, rows, ANNOTATORS)
+    measure_distance(result, chat, load(run / OPPONENT), rows)
+    asked = [(row["prompt"], answers[0]) for row, answers in zip(rows, matches["win_rate"][0], strict=True)]
+    scores = score(*judge_by_score(run), [[*prompt, {"role": "assistant", "content": text}] for prompt, text in asked])
+    names = ("win_rate", "win_rate_greedy", "last_sentence_share", "kl", "entropy")
+    words = fmean(len(text.split()) for _, text in asked)
+    found = {name: result.metrics[name].value for name in names} | {"score": fmean(scores), "words": words}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def compare(folder: Path, tuned_on: int) -> None:
+    """Print the table of the methods over the seeds, and draw their win rates over the square root of the KL."""
+    seeds = sorted(path for path in folder.glob("seed*") if path.name != f"seed{tuned_on}")
+    runs = [json.loads((path / "report/metrics.json").read_text()) for path in seeds]
+    print(f"{len(runs)} seeds: {', '.join(path.name for path in seeds)}\n")
+    figures = {name: [figures_of(run, path, name) for run, path in zip(runs, seeds, strict=True)] for name in METHODS}
+    columns = list(figures["3_ppo"][0])
+    print(f"| | {' | '.join(columns)} |")
+    print("| --- |" + " --- |" * len(columns))
+    for name, rows in figures.items():
+        print(f"| {METHODS[name]} | {' | '.join(_show([row[column] for row in rows], column) for column in columns)} |")
+    constant = [run["baselines"]["constant"]["win_rate"]["value"] for run in runs]
+    print(f"\nbest fixed text after each answer of {OPPONENT}: {_show(constant, 'win rate')}")
+    draw_frontier(figures)
+
+
+def figures_of(run: Mapping[str, Any], path: Path, method: str) -> dict[str, float | None]:
+    """Return the row of the table of one method in one run; None where a figure does not apply."""
+    number = int(method.rpartition("_")[2]) if method.startswith("best_of") else 0
+    source = run["baselines"][method] if number else run["stages"][method]
+    ppo, steps = run["stages"]["3_ppo"], COST.get(method, (method,))
+
+    def value(metrics: Mapping[str, Any], name: str) -> float | None:
+        return metrics[name]["value"] if name in metrics else None
+
+    # Best of n is at most this far from its model, whatever the scores (Gao et al. 2022).
+    kl = math.log(number) - (number - 1) / number if number else value(source, "kl")
+    won, greedy = value(source, "win_rate"), value(source, "win_rate_greedy")
+    budget = sum(run["seconds"][step] for step in COST["3_ppo"])
+    seconds = sum(run["seconds"][step] for step in steps)
+    return {
+        "win rate": won,
+        "minus PPO": None if won is None or method == "3_ppo" else won - ppo["win_rate"]["value"],
+        "greedy": greedy,
+        "greedy, minus PPO": None if greedy is None or method == "3_ppo" else greedy - ppo["win_rate_greedy"]["value"],
+        "instruction accuracy": value(source, "instruction_accuracy"),
+        "KL": kl,
+        "entropy": value(source, "entropy"),
+        "words": _words(path, method),
+        "seconds": seconds,
+        "of PPO's": seconds / budget,
+        "GB": max(run["peak_memory"].get(step, 0) for step in steps) / 1e9,
+        "answers sampled for one": float(number or 1),
+    }
+
+
+def _words(path: Path, method: str) -> float:
+    """Return the mean length of the sampled answers to the prompts."""
+    stage, metric = (REWARD, f"{method}/win_rate") if method.startswith("best_of") else (method, "win_rate")
+    lines = (path / f"evaluations/{stage}.jsonl").read_text().split("\n")
+    examples = [json.loads(line) for line in lines if line]
+    return fmean(len(one["answer"].split()) for one in examples if one["metric"] == metric)
+
+
+def _show(values: Sequence[float | None], column: str) -> str:
+    """Return the mean over the seeds with Student's interval, or without it where it says little."""
+    from pipeline.evaluation.intervals import student_t
+
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    digits = 1 if column in ("words", "seconds") else 0 if column.startswith("answers") else 2 if column == "GB" else 3
+    mean = fmean(known)
+    if column in ("words", "seconds", "of PPO's", "GB", "answers sampled for one") or len(known) < 2:
+        return f"{mean:.{digits}f}"
+    half = student_t(len(known) - 1) * stdev(known) / len(known) ** 0.5
+    return f"{mean:.{digits}f} ({mean - half:.{digits}f} to {mean + half:.{digits}f})"
+
+
+def draw_frontier(figures: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:
+    """Draw the win rate of each method, seed by seed, over the square root of its KL divergence."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name, rows in figures.items():
+        kl, won = ([row[column] or 0.0 for row in rows] for column in ("KL", "win rate"))
+        roots = [max(value, 0.0) ** 0.5 for value in kl]
+        (dots,) = axes.plot(roots, won, "o", alpha=0.35)
+        axes.plot(fmean(roots), fmean(won), "D", color=dots.get_color(), label=METHODS[name])
+    axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel(f"square root of the KL divergence from {OPPONENT}, nats per answer")
+    axes.set_ylabel(f"win rate against {OPPONENT}, sampled")
+    axes.set_title("Pale: one seed. Diamond: mean. KL of best of n: its upper bound.", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, "frontier.svg")
+
+
+def _save(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(RECIPE / name, metadata={"Date": None})
+    print(f"\n{RECIPE / name}")
+
+
+def overoptimise(run: Path) -> None:
+    """Measure checkpoints of a PPO and a DPO that hardly anything holds back, and draw proxy against taste."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True)
+    start = measure(run, run / OPPONENT, "test")["score"]
+    for (method, settings), axes in zip(WEAK.items(), panels, strict=True):
+        folder, _ = train(run, method, f"weak-{method}", {**settings, "save_total_limit": 100})
+        saved = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+        points = [{"step": int(path.name.partition("-")[2]), **measure(run, path, "test")} for path in saved]
+        for point in points:
+            print(json.dumps({"method": method, **point}), flush=True)
+        roots = [0.0, *(max(point["kl"], 0.0) ** 0.5 for point in points)]
+        axes.plot(roots, [0.5, *(point["win_rate"] for point in points)], "o-", label="taste: win rate")
+        other = axes.twinx()
+        scores = [0.0, *(point["score"] - start for point in points)]
+        other.plot(roots, scores, "s--", color="tab:orange", label="proxy: score of the reward model, gained")
+        axes.set_title(METHODS[method])
+        axes.set_xlabel(f"square root of the KL divergence from {OPPONENT}")
+        handles = [*axes.get_lines(), *other.get_lines()]
+        axes.legend(handles, [line.get_label() for line in handles], frameon=False, fontsize=8, loc="lower center")
+    panels[0].set_ylabel(f"win rate against {OPPONENT}, sampled")
+    _save(figure, "overoptimisation.svg")
+
+
+if __name__ == "__main__":
+    main()
