@@ -60,22 +60,19 @@ def differences(run: Run) -> list[Difference]:
     """
     others = twins(run.stages)
     found: list[Difference] = []
-    before: StageResult | None = None
     for stage in run.stages.values():
         if not stage_info(stage.name).generates or not stage.metrics:
             continue
+        before = run.origin(stage)
         # A second pretraining, of another architecture, is not what the next stage starts from. It stands before the
         # first one in the difference, which says what the first one's architecture brings.
-        if stage.name in others:
-            if before is not None:
-                found.extend(_between(stage, before))
-            continue
         if before is not None:
-            found.extend(_between(before, stage))
+            found.extend(_between(stage, before) if stage.name in others else _between(before, stage))
+        if stage.name in others:
+            continue
         # Baselines reach something only in what their stage is trained for.
         for baseline in run.baselines.values():
             found.extend(item for item in _between(baseline, stage) if item.aim)
-        before = stage
     return found
 
 

@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.results import StageResult
 from pipeline.files import read_json, read_run, read_shapes
-from pipeline.report.stage_order import stage_info, stage_order
+from pipeline.report.stage_order import stage_info, stage_order, twins
 from pipeline.stages import find_baseline
 
 ANNOTATORS = "annotators who do not know which is which"
@@ -85,6 +86,18 @@ class Run:
         """Who judges the win rates, "" if there are none."""
         judged = [stage for stage in self.stages.values() if "win_rate" in stage.metrics]
         return " or ".join(dict.fromkeys(stage.judge or ANNOTATORS for stage in judged))
+
+    def origin(self, stage: StageResult) -> StageResult | None:
+        """Return the measured stage that another one started from, None if the run does not have it."""
+        values = self.steps.get(stage.name, {}).get("values", {})
+        named = self.stages.get(Path(str(values.get("model_name_or_path"))).name)
+        if named and named.metrics:
+            return named
+        # Without a record, it is the one before.
+        before = takewhile(lambda other: other.name != stage.name, self.stages.values())
+        others = twins(self.stages)
+        chain = [one for one in before if stage_info(one.name).generates and one.metrics and one.name not in others]
+        return chain[-1] if chain else None
 
 
 def main_aim(stage: StageResult) -> str | None:

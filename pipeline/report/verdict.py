@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -84,7 +82,7 @@ def find_failures(run: Run) -> list[Finding]:
         if not info.generates:
             found += _chance(stage)
         elif info.aims and stage.name not in twins(run.stages):
-            before = _origin(run, stage)
+            before = run.origin(stage)
             found += [*_no_spread(stage), *_endless(stage, before), *_aim(run, stage, before)]
     order = [*run.steps, *run.stages]
     return sorted(found, key=lambda finding: order.index(finding.stage) if finding.stage in order else len(order))
@@ -110,18 +108,6 @@ def conclude(run: Run, found: list[Finding]) -> str:
     subject, are = stages.get(len(reached), f"All {len(reached)} stages"), "they are" if reached[1:] else "it is"
     # PPO and DPO of one run have the same aim.
     return f"{subject} did what {are} for: better {', '.join(dict.fromkeys(reached))}"
-
-
-def _origin(run: Run, stage: StageResult) -> StageResult | None:
-    """Return the stage that another one started from, None if the run does not have it."""
-    values = run.steps.get(stage.name, {}).get("values", {})
-    named = Path(str(values.get("model_name_or_path"))).name
-    if named in run.stages:
-        return run.stages[named]
-    before = takewhile(lambda other: other.name != stage.name, run.stages.values())
-    others = twins(run.stages)
-    chain = [one for one in before if stage_info(one.name).generates and one.metrics and one.name not in others]
-    return chain[-1] if chain else None
 
 
 def _shown(metric: str, estimate: Estimate) -> str:

@@ -308,6 +308,23 @@ def test_a_second_pretraining_is_beside_the_first_and_not_before_the_next_stage(
     assert found == [("1_pretrain", "1_pretrain_dense", -0.25), ("2_sft", "1_pretrain", 0.5)]
 
 
+def test_ways_to_tune_one_model_are_compared_with_it_and_not_with_each_other() -> None:
+    stages = {
+        name: StageResult(
+            name, {"win_rate": Estimate(rate, None, None, 1)}, [{"metric": "win_rate", "id": "a", "value": rate}]
+        )
+        for name, rate in (("2_sft", 0.5), ("3_ppo", 0.75), ("3_dpo", 0.625), ("4_grpo", 0.25))
+    }
+    start = {"3_ppo": "2_sft", "3_dpo": "2_sft", "4_grpo": "3_ppo"}
+    steps = {name: {"values": {"model_name_or_path": f"runs/mine/{before}"}} for name, before in start.items()}
+    found = differences(Run(Path("run"), stages=stages, steps=steps))
+    assert {item.stage: (item.before, item.change.value) for item in found} == {
+        "3_ppo": ("2_sft", 0.25),
+        "3_dpo": ("2_sft", 0.125),
+        "4_grpo": ("3_ppo", -0.5),
+    }
+
+
 def test_the_experts_are_in_a_table_in_curves_and_in_the_colours_of_a_text() -> None:
     stage = StageResult("1_pretrain", {"expert_load": Estimate(0.5)})
     stage.experts = {"layers": [[0.5, 1.5]], "documents": [{"pieces": ["a", "b", "c"], "chosen": [[1, 1, 0]]}]}
