@@ -143,11 +143,12 @@ class RunState:
         last = max((index for index, step in enumerate(steps) if step.name in chosen), default=len(steps))
         # Evaluations of later stages may be left from an earlier run with other settings.
         self.kinds: dict[str, str] = {}
+        self._needs: dict[str, tuple[str, ...]] = {}
         for step in steps[: last + 1]:
             if step.name == f"evaluate_{BASE}":
                 self.kinds[BASE] = "base"
             elif step.stage.measured:
-                self.kinds[stage_name(step)] = step.kind
+                self.kinds[stage_name(step)], self._needs[stage_name(step)] = step.kind, step.needs
 
         # A step and its evaluation are one stage on the screen.
         self.stages: dict[str, Stage] = {}
@@ -248,7 +249,7 @@ class RunState:
         return ungraded if ungraded and not self.value(stage, metric) and self.value(stage, ungraded) else metric
 
     def figure(self, stage: str) -> str:
-        """Return the main figure of a stage, after the figure of the stage before it: "win rate 0.507 -> 0.772"."""
+        """Return the main figure of a stage, after that of the one it starts from: "win rate 0.507 -> 0.772"."""
         metric = self.metric(stage)
         own = self.value(stage, metric) if metric else ""
         if not own:
@@ -259,7 +260,9 @@ class RunState:
         names = list(self.kinds)
         # Two reward models are separate: neither was trained from the other.
         earlier = names[: names.index(stage)] if STAGES[self.kinds[stage]].generates else []
-        before = [self.value(name, metric, rows=False) for name in earlier if name not in skipped]
+        # Several stages may start from the same one. The first starts from random weights, which no setting names.
+        named = [name for name in earlier if name in self._needs.get(stage, ())]
+        before = [self.value(name, metric, rows=False) for name in named or earlier if name not in skipped]
         label = metric_info(metric).label
         shown = " -> ".join([*list(filter(None, before))[-1:], own])
         return f"{label[:1].lower()}{label[1:]} {shown}"

@@ -329,6 +329,17 @@ def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
     assert list(RunState(Path("runs/r"), STEPS, TODO[:2], {}).kinds) == ["0_random", "1_pretrain"]
 
 
+def test_two_ways_to_tune_one_model_are_shown_against_it() -> None:
+    Path("runs/r/evaluations").mkdir(parents=True)
+    for name, value in (("2_sft", 0.5), ("3_ppo", 0.75), ("3_dpo", 0.625)):
+        metrics = {"win_rate": {"value": value}}
+        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
+    tuned = [Step(f"3_{kind}", kind, (), Path("runs/r", f"3_{kind}"), needs=("2_sft",)) for kind in ("ppo", "dpo")]
+    steps = [*STEPS[:3], *tuned]
+    state = RunState(Path("runs/r"), steps, [(step, TODO[0][1]) for step in steps], {})
+    assert [state.figure(step.name) for step in tuned] == ["win rate 0.500 -> 0.750", "win rate 0.500 -> 0.625"]
+
+
 def test_few_rows_are_named_and_two_reward_models_are_not_compared() -> None:
     Path("runs/r/evaluations").mkdir(parents=True)
     for name, value, n in (("3_reward", 0.5, 200), ("3_reward_judge", 1.0, 1)):
