@@ -50,10 +50,9 @@ TRIALS: dict[str, list[dict[str, float]]] = {
     ],
     "3_dpo": [
         {"learning_rate": rate, "beta": beta, "max_steps": 255}
-        for rate, betas in {1e-4: (0.03, 0.1), 2e-4: (0.03, 0.1, 0.3), 4e-4: (0.1, 0.3)}.items()
+        for rate, betas in {1e-4: (0.03, 0.1, 0.3), 2e-4: (0.03, 0.1, 0.3, 1.0), 4e-4: (0.1,)}.items()
         for beta in betas
-    ]
-    + [{"learning_rate": 2e-4, "beta": 0.1, "max_steps": 170}],
+    ],
     "3_sft_preferred": [
         {"learning_rate": rate, "max_steps": steps} for rate in (2.5e-4, 5e-4, 1e-3, 2e-3) for steps in (100, 300)
     ],
