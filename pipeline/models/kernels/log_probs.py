@@ -89,11 +89,8 @@ def token_log_probs(
 
     def of_pass(model: nn.Module, batch: ForwardPass) -> tuple[Tensor, ...]:
         # The head is the largest matrix of a small model, and most tokens are the prompts'.
-        chosen = head.register_forward_pre_hook(lambda _, inputs: (at(inputs[0], batch.before).unsqueeze(0),))
-        try:
+        with head.register_forward_pre_hook(lambda _, inputs: (at(inputs[0], batch.before).unsqueeze(0),)):
             logits = model(**batch.inputs).logits[0].float()
-        finally:
-            chosen.remove()
         log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         # With a large vocabulary, each of these takes more memory than the rest of the model.
         del logits

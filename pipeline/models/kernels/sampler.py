@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -118,8 +118,10 @@ def sample(
     ends = torch.tensor(as_token_ids(config.eos_token_id), dtype=torch.long, device=device)
     process = _processors(config, device)
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    ids, mask = padded(list(distinct), None, device)
-    width = ids.shape[1]
+    # Padded on the left with the first token of each prompt, which does not teach a repetition penalty anything else.
+    width = max(map(len, distinct))
+    ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
     cache, room = _cache(model)
@@ -160,27 +162,9 @@ def sample(
             position = position + 1
             mask[:, width + step] = 1
             logits = last_logits(token[:, None], mask[:, : round_up(width + step + 1, room)], position)
-    return cut(completions, ends)
-
-
-def padded(prompts: Sequence[Sequence[int]], token: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the ids of prompts, padded on the left, and their mask; each of shape (prompts, longest prompt).
-
-    Args:
-        prompts: Token ids, at least one each.
-        token: What to pad with. Default: the first token of each prompt, which does not teach a repetition penalty
-            anything else.
-    """
-    width = max(map(len, prompts))
-    ids = [[prompt[0] if token is None else token] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def cut(completions: Tensor, ends: Tensor) -> list[list[int]]:
-    """Return the ids of each completion up to the first of `ends`, inclusive."""
+    # Each completion up to the first of `ends`, inclusive.
     ended = torch.isin(completions, ends)
-    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, completions.shape[1]).tolist()
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, limit).tolist()
     return [row[:length] for row, length in zip(completions.tolist(), lengths, strict=True)]
 
 
@@ -224,22 +208,17 @@ def _attention_for_single_tokens(model: nn.Module) -> Iterator[None]:
         model.set_attn_implementation(kept)
 
 
-@contextmanager
-def _contiguous_head(model: nn.Module) -> Iterator[None]:
-    """Copy what goes into the head, which is the last place of each text, out of the hidden states.
+def _contiguous_head(model: nn.Module) -> AbstractContextManager[Any]:
+    """Copy, in a block, what goes into the head, which is the last place of each text, out of the hidden states.
 
     With weights that are not trained, torch multiplies each text of a slice by itself, on a CPU with a copy of the
     weights for each: of 256 texts and the 49,152 tokens of SmolLM2, 14 GB, and 300 times the seconds.
     """
     head = _unwrap(model).get_output_embeddings()
     if head is None:
-        yield
-        return
-    copied = head.register_forward_pre_hook(lambda _, inputs: tuple(states.contiguous() for states in inputs))
-    try:
-        yield
-    finally:
-        copied.remove()
+        return nullcontext()
+    # As a context manager, a hook is removed at the end.
+    return head.register_forward_pre_hook(lambda _, inputs: tuple(states.contiguous() for states in inputs))
 
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
