@@ -98,12 +98,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, float]]) -> list[Problem]:
-    """Report the options that were given and are out of range.
-
-    Args:
-        args: The command line.
-        limits: The smallest and the largest value of each option.
-    """
+    """Report the options that were given and are out of range; `limits` are the smallest and the largest values."""
     return [
         Problem(f"--{name}", value, f"is not between {low} and {high}")
         for name, (low, high) in limits.items()

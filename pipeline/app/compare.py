@@ -116,13 +116,7 @@ def answer_one(site: Site, text: str, name: str, sampling: Sampling) -> Iterator
 
 
 def column(name: str, found: Answer | str, sent: int) -> dict[str, Any]:
-    """Return what the page gets to know of a model.
-
-    Args:
-        name: The model.
-        found: Its answer or the beginning of it, or why it cannot answer.
-        sent: How many tokens of the answer the page has already.
-    """
+    """Return what the page gets to know of a model: its answer, of which it has `sent` tokens, or why there is none."""
     if isinstance(found, str):
         return {"model": name, "failed": visible(found, SHOWN)}
     return {

@@ -154,10 +154,6 @@ class Pairs:
     def allot(self, annotator: str, source: Source) -> Pair:
         """Append a pair to an annotator's sequence. Waits until there is one.
 
-        Args:
-            annotator: The annotator.
-            source: The models that answer.
-
         Raises:
             UserError: If no pair can be sampled.
             OSError: If it cannot be written, for instance because the disk is full.

@@ -43,19 +43,10 @@ OPTIMIZER = ("learning_rate", "weight_decay", "adam_", "max_grad_norm", "optim")
 """How the options of transformers begin that the step depends on. All of TRL and PPO count, but for `SWITCHED_OFF`."""
 
 SWITCHED_OFF = (
-    "use_vllm",
-    "use_transformers_continuous_batching",
-    "generation_batch_size",
-    "steps_per_generation",
-    "num_generations_eval",
-    "model_init_kwargs",
-    "sync_ref_model",
-    "log_completions",
-    "log_completions_hub_repo",
-    "reward_normalization",
-    "value_warmup_steps",
-    "frozen_dtype",
-)
+    "use_vllm", "use_transformers_continuous_batching", "generation_batch_size", "steps_per_generation",
+    "num_generations_eval", "model_init_kwargs", "sync_ref_model", "log_completions", "log_completions_hub_repo",
+    "reward_normalization", "value_warmup_steps", "frozen_dtype",
+)  # fmt: skip
 
 Values = Mapping[str, Any]
 Tokens = Sequence[int]

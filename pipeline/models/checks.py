@@ -77,12 +77,7 @@ def check_model(
 
 
 def check_lengths(positions: int | None, **lengths: int | None) -> list[Problem]:
-    """Check that sequences fit into the context of the model.
-
-    Args:
-        positions: `max_position_embeddings` of the model, if it has any.
-        **lengths: Length in tokens of each field that sets one.
-    """
+    """Check that the lengths in tokens, by field, fit into a context of `positions` tokens, or None for any."""
     remedy = f"the model's context is {positions} tokens (max_position_embeddings); lower it"
     return [
         Problem(field, length, remedy)

@@ -68,13 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Read a GGUF file, and save the model with its tokenizer.
-
-    Args:
-        args: `file` and `output_dir` (both `Path`).
-
-    Returns:
-        Exit code 0.
+    """Read a GGUF file, and save the model with its tokenizer. Return 0.
 
     Raises:
         UserError: If the file is damaged or holds another kind of model or tokenizer, or the output directory is not
@@ -102,10 +96,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Return the model and the tokenizer in a GGUF file.
-
-    Args:
-        file: The file; whoever wrote it is not trusted.
+    """Return the model and the tokenizer in a GGUF file, whose author is not trusted.
 
     Raises:
         ValueError: If it is damaged, or holds another kind of model or tokenizer.
@@ -287,11 +278,7 @@ def scale_rope(config: Any, divisors: torch.Tensor) -> None:
 
 
 def read_weights(header: GgufHeader, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the weights in a GGUF file, by transformers' names, in float32.
-
-    Args:
-        header: What the file holds.
-        model: The model, on the meta device.
+    """Return the weights in a GGUF file, by the names of a model on the meta device, in float32.
 
     Raises:
         ValueError: If the file holds other weights than the model has.

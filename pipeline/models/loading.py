@@ -87,14 +87,9 @@ def skip_unreachable_hub() -> None:
 
 @contextmanager
 def user_error_for(field: str, name: object, what: str = "model", *, checked: bool = False) -> Iterator[None]:
-    """Raise a failure to load `what` as a `UserError` about `field`, which named it.
+    """Raise a failure to load `what` as a `UserError` about the argument `field`, which named it `name`.
 
-    Args:
-        field: Argument that named it.
-        name: What it named.
-        what: What is loaded.
-        checked: Whether its files were checked before, so that an unexpected exception is a defect, which keeps its
-            traceback.
+    If its files were `checked` before, an unexpected exception is a defect, which keeps its traceback.
     """
     try:
         yield

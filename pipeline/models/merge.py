@@ -21,13 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Merge an adapter, and save the model with its tokenizer.
-
-    Args:
-        args: `adapter` and `output_dir` (both `Path`).
-
-    Returns:
-        Exit code 0.
+    """Merge an adapter, and save the model with its tokenizer. Return 0.
 
     Raises:
         UserError: If the adapter or its base model cannot be loaded, or the output directory is not empty or writable.

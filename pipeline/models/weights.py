@@ -49,16 +49,9 @@ def validate_file(file: Path) -> str | None:
 
 
 def validate_files(folder: Path, model: Any) -> str | None:
-    """Compare the weight files of a folder with the weights that a model expects.
+    """Return how a local model's files differ from what a model on the meta device expects and what to do, or None.
 
     transformers would fill missing weights with random numbers and log a table.
-
-    Args:
-        folder: A local model.
-        model: The model, on the meta device.
-
-    Returns:
-        What is wrong and what to do, or None.
     """
     files = _weight_files(folder)
     if not files:

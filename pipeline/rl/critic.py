@@ -142,14 +142,9 @@ def token_values(
     batch_size: int | None,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
-    """Compute what a value model expects before each of the last tokens of each text is chosen.
+    """Compute what a value model, wrapped or not, expects before each of the last tokens of each text is chosen.
 
-    Args:
-        critic: The value model, wrapped or not.
-        ids: As for `over_passes`, like the other arguments.
-
-    Returns:
-        (B, `length`), in float32.
+    The arguments are as for `over_passes`. The result is (B, `length`), in float32.
     """
 
     def of_pass(critic: nn.Module, batch: ForwardPass) -> tuple[Tensor]:

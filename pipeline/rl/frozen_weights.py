@@ -23,10 +23,7 @@ from pipeline.rl.ppo_config import PPOConfig
 def prepare_frozen(policy: PreTrainedModel | PeftModel, others: Sequence[Any], args: PPOConfig) -> None:
     """Convert what is not trained to `frozen_dtype`, except for heads and adapters, and keep equal weights once.
 
-    Args:
-        policy: The policy.
-        others: Among other things, the reference and the reward models.
-        args: The configuration.
+    `others` are, among other things, the reference and the reward models.
     """
     adapted = isinstance(policy, PeftModel)
     models = [model for model in others if isinstance(model, nn.Module)]
@@ -52,10 +49,6 @@ def share_frozen_weights(policy: nn.Module, others: Sequence[nn.Module]) -> None
     """Let models use the frozen weights of the policy in place of equal ones of their own.
 
     Which models are adapters of one base is thus seen by the weights, wherever those were loaded from.
-
-    Args:
-        policy: The policy.
-        others: Reward models and critic. Those of their weights that are not trained are shared.
     """
     known = _frozen(policy)
     for model in others:

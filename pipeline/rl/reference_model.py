@@ -15,12 +15,8 @@ REFERENCE_ADAPTER = "ref"
 def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:
     """Copy a policy as a model that is not trained and only computes log-probabilities.
 
-    TRL makes its reference by loading the policy's path again, which a model built in memory does not have.
-
-    Args:
-        policy: A causal language model.
-        temperature: What the logits are divided by.
-        cast_lm_head_to_fp32: Compute the logits in float32.
+    Its logits are divided by `temperature`, and in float32 with `cast_lm_head_to_fp32`. TRL makes its reference by
+    loading the policy's path again, which a model built in memory does not have.
     """
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
     # The forward method that TRL gave the policy still refers to the original.

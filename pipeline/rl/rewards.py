@@ -70,9 +70,7 @@ class RewardModel:
     def render(self, messages: list[dict[str, Any]], ended: bool) -> str:
         """Return the text of a conversation, whose last message is the policy's.
 
-        Args:
-            messages: The conversation.
-            ended: Whether the policy ended its turn. If it did not, what the template adds to the message goes.
+        If the policy has not `ended` its turn, what the template adds to that message goes.
         """
         conversation = as_text(messages, self._special)
         written = partial(self.tokenizer.apply_chat_template, conversation, tokenize=False, **self.template)

@@ -189,10 +189,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def untrained_critic(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a critic with random weights, and leave the random numbers of training alone.
+    """Build a critic with random weights by the configuration of another model, which is not changed.
 
-    Args:
-        config: The configuration of the model that the critic starts from; it is not changed.
+    The random numbers of training are left alone.
 
     Raises:
         ValueError: If transformers does not know the architecture, because the model has code of its own.

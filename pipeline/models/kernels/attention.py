@@ -127,17 +127,11 @@ def single_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention of one query for each text, as an attention function of transformers.
+    """Compute attention of one query for each text, with arguments and result as for `blockwise_attention`.
 
     Args:
-        query: Shape (batch, heads, 1, channels).
-        key, value: Shape (batch, key heads, keys, channels).
         attention_mask: What is added to the scores, shape (batch, 1, 1, keys).
-        scaling: Factor of the scores. Default: the channels to the power of -0.5.
         softcap: Bound of the scores, as Gemma 2 has it.
-
-    Returns:
-        Output of shape (batch, 1, heads, channels), and None for the attention weights.
     """
     batch, heads, _, channels = query.shape
     # The query heads of a key head take the place of its queries.
@@ -259,11 +253,8 @@ def choose_attention(model: PreTrainedModel, requested: str | None = None) -> No
 def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
     """Return why FlashAttention cannot be used on a device, or None.
 
-    Its kernels are not in every build of torch, and not for every GPU: it is tried on two documents.
-
-    Args:
-        model: The model to train, which need not be on that device.
-        device: Where it will be.
+    Its kernels are not in every build of torch, and not for every GPU: it is tried on two documents. The model to train
+    need not be on that device yet.
     """
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
