@@ -63,11 +63,11 @@ def main(args: argparse.Namespace) -> int:
         print("Loading PyTorch and the model ...", flush=True)
     from transformers.utils import logging
 
-    from pipeline.app.models import Sampling
+    from pipeline.app.models import Sampling, load
     from pipeline.app.prompts import held_out_prompts, what_may_be_asked
 
     logging.disable_progress_bar()
-    loaded = find_model(args.path, "PATH")
+    loaded = load(args.path, "PATH")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
 
     # With readline, `input` has a history and understands arrow keys.
@@ -108,29 +108,10 @@ def main(args: argparse.Namespace) -> int:
             messages = reply(loaded, messages, line, sampling)
 
 
-def find_model(name: str, option: str) -> Loaded:
-    """Load a model.
-
-    Args:
-        name: A folder, or an id on the Hub.
-        option: The argument that named it, for messages.
-
-    Raises:
-        UserError: If it cannot be loaded. If the folder is a run, the message names one of its stages.
-    """
-    from pipeline.app.models import load
-
-    path = Path(name)
-    return load(name, path.name if path.is_dir() else name, option)
-
-
 def next_example(prompts: list[HeldOutPrompt], kind: str, asked: Counter[str]) -> HeldOutPrompt | None:
-    """Return the next held-out prompt, or None after printing why there is none.
+    """Return the next held-out prompt of a kind, or None after printing why there is none.
 
-    Args:
-        prompts: The held-out prompts of the run.
-        kind: The kind that is wanted, "" for the one that was asked least.
-        asked: How many prompts of each kind were asked, which is counted on.
+    Without a kind, it is the one of which the fewest were `asked`, which is counted on.
     """
     kinds = list(dict.fromkeys(prompt.kind for prompt in prompts))
     if (kind and kind not in kinds) or not kinds:
@@ -151,11 +132,13 @@ def switch(loaded: Loaded, name: str, path: str) -> Loaded:
         name: A stage of the same run as `path`, another folder, or an id on the Hub.
         path: The model that the chat began with.
     """
+    from pipeline.app.models import load
+
     stage = Path(path).parent / name
     if name and stage.is_dir():
         name = str(stage)
     try:
-        found = find_model(name or ".", "/stage")
+        found = load(name or ".", "/stage")
     except UserError as error:
         print(*error.problems, sep="\n")
         return loaded

@@ -11,22 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import hardware
 from pipeline.config.output_directory import recorded_template
 from pipeline.errors import Problem, UserError
 from pipeline.files import holds_model
 from pipeline.models.generation import Messages, encode_prompts, end_tokens
-from pipeline.models.kernels.sampler import accepts_argument
+from pipeline.models.kernels.sampler import accepts_argument, logits_processors
 from pipeline.models.loading import load_model
 from pipeline.report.stage_order import stage_info, stage_order
 
@@ -102,12 +94,7 @@ class Loaded:
         return ids
 
     def room(self, prompt: int, wanted: int) -> int:
-        """Return how many tokens an answer may have.
-
-        Args:
-            prompt: Length of the prompt in tokens.
-            wanted: Most tokens that are wanted.
-        """
+        """Return how many of the `wanted` tokens an answer may have after so many tokens of the prompt."""
         return min(wanted, self.context - prompt) if self.context else wanted
 
 
@@ -144,16 +131,7 @@ class Answer:
 
 
 def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling) -> Iterator[Answer]:
-    """Answer a prompt.
-
-    Args:
-        loaded: The model.
-        prompt: Token ids, from `Loaded.encode`.
-        sampling: How tokens are drawn.
-
-    Yields:
-        The same answer after each of its tokens.
-    """
+    """Answer a prompt, from `Loaded.encode`. Yield the same answer after each of its tokens."""
     answer = Answer(loaded)
     ends = end_tokens(loaded.model, loaded.tokenizer)
     limit = loaded.room(len(prompt), sampling.max_new_tokens)
@@ -177,21 +155,17 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
 
     `pipeline.models.kernels.sampler.sample` is faster for batches, but returns only whole completions.
     """
-    process = LogitsProcessorList()
-    if sampling.temperature > 0:
-        process.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k > 0:
-            process.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            process.append(TopPLogitsWarper(sampling.top_p))
-
+    config = GenerationConfig(do_sample=sampling.temperature > 0)
+    if config.do_sample:
+        config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    process = logits_processors(config, model.device)
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     optional = {"logits_to_keep": 1} if accepts_argument(model, "logits_to_keep") else {}
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([list(prompt)], device=model.device)
     while True:
         logits = model(input_ids=ids, cache=cache, use_cache=True, **optional).logits[:, -1].float()
-        if sampling.temperature > 0:
+        if config.do_sample:
             chosen = torch.multinomial(process(ids, logits).softmax(-1)[0], 1, generator=generator)
         else:
             chosen = logits[0].argmax().reshape(1)
@@ -200,17 +174,18 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
         ids = chosen.reshape(1, 1)
 
 
-def load(path: str, name: str, option: str) -> Loaded:
+def load(path: str, option: str, name: str = "") -> Loaded:
     """Load a model for answering.
 
     Args:
         path: A folder, or an id on the Hub.
-        name: What the page calls it.
         option: The argument that named it, for messages.
+        name: What it is called. Default: the name of its folder, or its id.
 
     Raises:
-        UserError: If it cannot be loaded.
+        UserError: If it cannot be loaded. If the folder is a run, the message names one of its stages.
     """
+    name = name or (Path(path).name if Path(path).is_dir() else path)
     model, tokenizer = load_model(path, option, chat=False)
     if tokenizer.eos_token_id is None:
         raise UserError(Problem(option, path, "its tokenizer has no eos token, with which answers end; add one"))
@@ -255,7 +230,7 @@ class Models:
         with self._locks[name]:
             if name not in self._loaded:
                 path, option = self._paths[name]
-                self._loaded[name] = load(path, name, option)
+                self._loaded[name] = load(path, option, name)
             return self._loaded[name]
 
     def load_stages(self) -> None:

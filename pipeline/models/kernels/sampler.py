@@ -116,7 +116,7 @@ def sample(
     """
     device, limit = model.device, config.max_new_tokens
     ends = torch.tensor(as_token_ids(config.eos_token_id), dtype=torch.long, device=device)
-    process = _processors(config, device)
+    process = logits_processors(config, device)
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     # Padded on the left with the first token of each prompt, which does not teach a repetition penalty anything else.
     width = max(map(len, distinct))
@@ -175,8 +175,8 @@ def as_token_ids(tokens: int | Sequence[int] | None) -> list[int]:
     return [tokens] if isinstance(tokens, int) else list(tokens)
 
 
-def _processors(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
-    """Return what changes the logits."""
+def logits_processors(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
+    """Return what changes the logits under the settings of `PROCESSORS`, as `model.generate` applies it."""
     processors = LogitsProcessorList()
     for name, (kind, neutral) in PROCESSORS.items():
         value = getattr(config, name)
