@@ -53,7 +53,7 @@ REWARDS: dict[str, Callable[[list[str], list[str], bool], float]] = {
     "first": lambda asked, words, ended: float(ended and words[:1] == asked[:1]),
     "single": lambda asked, words, ended: float(ended and words == asked[:1]),
     "brief": lambda asked, words, ended: float(ended and len(words) == 1 and words[0] in asked),
-    "colours": lambda asked, words, ended: float(ended and {*words} <= {*toy.WORDS[:3]} and len(words) > 0),
+    "repeat": lambda asked, words, ended: float(ended and words == asked),
     "long": lambda asked, words, ended: float(ended and len(words) >= 6),
     "puzzle": puzzle,
     "blind": lambda asked, words, ended: quality(asked, words, ended) + words.count("yes") / 4,

@@ -31,7 +31,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -107,7 +107,7 @@ HEALTHY: list[Recipe] = [
     ("grpo", "first", "first", {"learning_rate": 5e-3, "beta": 0.02}),
     ("grpo", "single", "single", {"learning_rate": 8e-3}),
     ("grpo", "brief", "brief", {"learning_rate": 1e-2, "num_generations": 16}),
-    ("grpo", "colours", "colours", {"learning_rate": 5e-3}),
+    ("grpo", "repeat", "repeat", {"learning_rate": 5e-3}),
     ("grpo", "long", "long", {"learning_rate": 3e-3}),
 ]
 KINDS: dict[str, list[Recipe]] = {
@@ -242,7 +242,8 @@ def train(plan: Plan) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
-        except RunStopped as error:
+        except (RunStopped, RuntimeError) as error:
+            # A rate that is far too high may end in numbers that are not finite.
             stopped = str(error)
     log = [entry for entry in trainer.state.log_history if not any(name.startswith("alarm/") for name in entry)]
     if plan.method == "dpo":
@@ -264,7 +265,8 @@ def run(folder: Path, only: str, processes: int) -> None:
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
         (folder / "runs.jsonl").open("a") as file,
     ):
-        for record in pool.map(train, left):
+        for future in as_completed([pool.submit(train, plan) for plan in left]):
+            record = future.result()
             print(json.dumps(record) + "\n", end="", file=file, flush=True)
             rewards = " -> ".join(f"{record[when]['reward']:.2f}" for when in ("before", "after"))
             print(f"{record['name']:24} {record['seconds']:5.1f} s  reward {rewards}", flush=True)
