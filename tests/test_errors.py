@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.errors import Problem, RunStopped, UserError, exit_on_user_error
-from pipeline.runner.records import without_secrets
+from pipeline.runner.records import recorded_values
+from pipeline.runner.steps import Step
 
 
 @pytest.mark.parametrize(
@@ -43,4 +46,4 @@ def test_no_message_contains_a_token_and_no_record_the_environment() -> None:
     error = UserError(Problem("hub_tokn", "hf_abcdefgh123", "unknown field"))
     assert "abcdefgh" not in str(error) and "hf_***" in str(error)
     values = {"seed": 1, "hub_token": "hf_abcdefgh123", "env": {"WANDB_API_KEY": "secret"}}
-    assert without_secrets(values) == {"seed": 1, "env": ["WANDB_API_KEY"]}
+    assert recorded_values(Step("2_sft", "sft", (), Path(), values=values)) == {"seed": 1, "env": ["WANDB_API_KEY"]}

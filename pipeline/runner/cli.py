@@ -38,14 +38,7 @@ from pipeline.files import as_list, lock, read_json
 from pipeline.runner import trash
 from pipeline.runner.console import RunConsole, is_live, say, show_checks
 from pipeline.runner.due import Decision, decide
-from pipeline.runner.launcher import (
-    check_launch_file,
-    count_processes,
-    exit_code,
-    launch_file,
-    launch_options,
-    shards,
-)
+from pipeline.runner.launcher import check_launch_file, count_processes, exit_code, launch_file, launch_options, shards
 from pipeline.runner.preflight import check_steps
 from pipeline.runner.processes import push_finished, run
 from pipeline.runner.recipe import Plan, check_of_recipe, check_writable, read_plan
@@ -95,13 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the steps that are due, or print which ones are.
+    """Run the steps that are due, or print which ones are. Return 0 or, if a step failed, its exit code.
 
-    Args:
-        args: Arguments defined by `add_arguments`.
-
-    Returns:
-        0, or the exit code of the step that failed; 128 + n after signal n.
+    After signal n, that is 128 + n.
 
     Raises:
         UserError: If the recipe folder or an argument is wrong, or another run is writing to the same directory.
@@ -299,19 +288,13 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         say(f"what was there before is in {replaced}; delete that when it is no longer needed")
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if code in (0, EXIT_PUSH_FAILED) and report is not None and report.exists():
+        # What people do with a run that has finished: look at it, and talk with its model.
+        chats = [name for name, kind in state.kinds.items() if STAGES[kind].chats and STAGES[kind].generates]
+        after = [as_typed("app", plan.run_dir), *(as_typed("chat", plan.run_dir / name) for name in chats[-1:])]
         for line in conclusion(report):
             say(line)
-        say(f"next: {_next(plan, state, args)}")
+        say(f"next: {as_typed('run', args.recipe) if args.smoke else ' · '.join(after)}")
     return code
-
-
-def _next(plan: Plan, state: RunState, args: argparse.Namespace) -> str:
-    """Return the commands for what people do with a run that has finished: look at it, and talk with its model."""
-    if args.smoke:
-        return as_typed("run", args.recipe)
-    chats = [name for name, kind in state.kinds.items() if STAGES[kind].chats and STAGES[kind].generates]
-    talk = [as_typed("chat", plan.run_dir / chats[-1])] if chats else []
-    return " · ".join([as_typed("app", plan.run_dir), *talk])
 
 
 def conclusion(report: Path) -> list[str]:
@@ -355,20 +338,17 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:
         forced |= from_start
     decisions = decide(steps, record, from_start if args.start is not None else (), forced)
     needed = {name for step in chosen for name in step.needs if step.kind not in ("evaluate", "report")}
-    problems = []
-    for step in steps[:first]:
-        if step.name in needed and decisions[step.name].action != "skip":
-            remedy = f"is needed first ({decisions[step.name].reason}); start there, or omit --from"
-            problems.append(Problem("--from", step.name, remedy))
-    if problems:
-        raise UserError(*problems)
+    due = [step.name for step in steps[:first] if step.name in needed and decisions[step.name].action != "skip"]
+    remedy = "is needed first ({}); start there, or omit --from"
+    if due:
+        raise UserError(*(Problem("--from", name, remedy.format(decisions[name].reason)) for name in due))
 
     # The report follows any other step, even with --until, as soon as one stage is measured.
     report = steps[-1]
     decided = [(step, decisions[step.name]) for step in chosen if step is not report]
     if any(step.kind == "evaluate" and (step in chosen or record.is_finished(step.name)) for step in steps):
-        due = any(decision.action != "skip" for _, decision in decided)
-        again = {REPORT} if due or REPORT in forced else ()
+        runs = any(decision.action != "skip" for _, decision in decided)
+        again = {REPORT} if runs or REPORT in forced else ()
         decided.append((report, decide([report], record, again)[REPORT]))
     elif chosen == (report,):
         raise UserError(Problem("--from", args.start, "no stage has been evaluated yet; start at an earlier step"))

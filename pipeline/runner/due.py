@@ -17,6 +17,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
+from pipeline.config.fields import convert, field_types
 from pipeline.config.weight_fields import continues, has_effect, newest_state, number_of
 from pipeline.files import read_json
 from pipeline.runner.records import RunRecord, fingerprint, recorded_values
@@ -53,16 +54,13 @@ class Decision:
 def decide(
     steps: Sequence[Step], record: RunRecord, again: Collection[str] = (), forced: Collection[str] = ()
 ) -> dict[str, Decision]:
-    """Decide what to do about each step. Moving or renaming the modules of a step does not make it due.
+    """Decide by name what to do about each step. Moving or renaming the modules of a step does not make it due.
 
     Args:
         steps: Each after all that it needs.
         record: What was done before.
         again: Names of the steps that run even if they have finished.
         forced: Names of the steps whose output is deleted.
-
-    Returns:
-        The decisions by name.
     """
     decisions: dict[str, Decision] = {}
     folders = {need: folder for step in steps for need, folder in step.data.items()}
@@ -92,7 +90,9 @@ def _decide_one(
 
     # What it is set to do.
     effective, harmless = find_changes(step, entry.get("values", {}))
-    changes = _describe(effective or harmless)
+    texts = [f"{name}: {before} -> {now}" for name, (before, now) in (effective or harmless).items()]
+    # The shortest come first, and are not cut off.
+    changes = shorten(", ".join(sorted(texts, key=len)), LONGEST_REASON)
     is_longer = continues(step.output, effective, step.values)
     if effective and not is_longer:
         return Decision("start", f"its configuration changed ({changes})")
@@ -143,17 +143,10 @@ def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Change
     return effective, {name: pair for name, pair in changed.items() if name not in effective}
 
 
-def _describe(changes: Changes) -> str:
-    """Name the fields with their values, the shortest first."""
-    texts = [f"{name}: {before} -> {now}" for name, (before, now) in changes.items()]
-    return shorten(", ".join(sorted(texts, key=len)), LONGEST_REASON)
-
-
 def _without_defaults(step: Step, changed: Changes, before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     """Return the `changed` fields that still differ once defaults and types are known."""
     # These imports take seconds.
     from pipeline import hardware
-    from pipeline.config.fields import convert, field_types
     from pipeline.config.output_directory import RECORD
     from pipeline.models.scratch import ScratchArguments
 

@@ -69,12 +69,7 @@ def rows(stage: Settings) -> float:
     if steps <= 0:
         each = stage.text / stage.cut if stage.packing else (stage.num_generations or 1) * uses
         steps = math.ceil(math.ceil(stage.data * each / batch) * stage.num_train_epochs)
-    return steps * batch * texts(stage) / uses
-
-
-def texts(stage: Settings) -> int:
-    """Return the texts of a row, which are two in a pair of answers."""
-    return 2 if stage.kind.data == "preference" else 1
+    return steps * batch * stage.texts / uses
 
 
 def passes(stage: Settings) -> int:
@@ -143,7 +138,7 @@ def memory(stage: Settings) -> dict[str, float]:
     # Sharded weights are gathered, and copied, layer by layer.
     shares, layers = (stage.processes, config.num_hidden_layers) if stage.sharded else (1, 1)
     trained, longest = stage.trained / shares, row_length(stage, longest=True)
-    read = (stage.per_device_train_batch_size or 0) * texts(stage) * longest
+    read = (stage.per_device_train_batch_size or 0) * stage.texts * longest
     # Pretraining has all logits at once, TRL's trainers a tile of them, and a reward model has a score.
     logits = read * config.vocab_size if stage.kind.generates else 0
     if not stage.kind.from_scratch:
@@ -201,8 +196,9 @@ def advice(stage: Settings, room: float) -> str:
 def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Settings | None:
     """Return the settings of a step, with what follows from them; None if it neither trains nor samples.
 
-    They have `model` on the meta device, `trained` parameters, `data` rows of `text` tokens (or prompts, if answers are
-    sampled), `cut` as the longest text or answer, `frozen` other networks, and `size`, the bytes of an activation.
+    They have `model` on the meta device, `trained` parameters, `data` rows of `texts` (two in a pair), each of `text`
+    tokens (or of prompts, if answers are sampled), `cut` as the longest text or answer, `frozen` other networks, and
+    `size`, the bytes of an activation.
     `made` holds what earlier steps make, by folder: a model, the size of a vocabulary, or rows, with the length of one
     by ("tokens", folder). This step's is added. `args` are the options, with what `main` adds.
     """
@@ -244,6 +240,7 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     if kind.has_critic:
         trained += trained if adapts_critic or not own.use_peft else model.num_parameters()
     own.kind, own.model, own.trained, own.data = kind, model, trained, data
+    own.texts = 2 if content == "preference" else 1
     own.processes, own.sharded = args.processes, args.sharded and not kind.has_critic
     own.cut = own.block_size or own.max_length or own.max_completion_length or own.max_new_tokens
     own.cut = own.cut or model.config.get_text_config().max_position_embeddings

@@ -103,13 +103,7 @@ def push_finished(
 ) -> int:
     """Push the finished steps whose settings ask for that, and that were not pushed yet.
 
-    Args:
-        steps: The steps of a run.
-        record: What was done before.
-        descriptors: As for `run`, like `warm`.
-
-    Returns:
-        0; 3 if a push failed; 128 + n after signal n.
+    `descriptors` and `warm` are as for `run`. Return 0; 3 if a push failed; 128 + n after signal n.
     """
     result = 0
     for step in steps:

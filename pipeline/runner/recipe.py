@@ -40,13 +40,7 @@ Configurations = Mapping[str, tuple[Path, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run and where it writes.
-
-    Attributes:
-        steps: The steps, each after all that it needs.
-        run_dir: Directory of the run.
-        seed: Seed of the steps, None if no configuration names one.
-    """
+    """The steps of a run, each after all that it needs, and where it writes. `seed` is None if no file names one."""
 
     steps: tuple[Step, ...]
     run_dir: Path
@@ -104,11 +98,9 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
 
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
-    if seed is None:
-        # The record of the run names one seed: the first that a file names.
-        seeds = (values["seed"] for _, values in files.values() if isinstance(values.get("seed"), int))
-        seed = next(seeds, None)
-    return Plan(tuple(planned), run_dir, seed)
+    # The record of the run names one seed: the first that a file names.
+    seeds = (values["seed"] for _, values in files.values() if isinstance(values.get("seed"), int))
+    return Plan(tuple(planned), run_dir, next(seeds, None) if seed is None else seed)
 
 
 def check_writable(plan: Plan) -> list[Problem]:
@@ -232,17 +224,19 @@ def _step(
         overrides["seed"] = seed
     values = {**values, **overrides}
 
-    # Options of the command line override what the file says.
-    options = dict(overrides)
-    if run_dir != home:
-        options |= _moved(name, values, home, run_dir)
-    elif stage.file_of:
-        # The file that it shares names the directory of another step.
-        options = {"output_dir": values["output_dir"], **overrides}
+    # Options of the command line override what the file says. In another directory, all paths of the run are options.
+    moved = {key: new for key, value in values.items() if (new := relocate(value, home, run_dir)) != value}
+    for key, value in moved.items():
+        # The command line cannot say a mapping, and the step would read another run's files.
+        if not all(isinstance(item, str) for item in as_list(value)):
+            remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
+            raise UserError(Problem(f"{name}: {key}", values[key], remedy))
+    # The file that it shares names the directory of another step.
+    own = {"output_dir": values["output_dir"]} if stage.file_of else {}
     return Step(
         name=name,
         kind=kind,
-        arguments=("--config", str(path), *_flags(options)),
+        arguments=("--config", str(path), *_flags({**own, **overrides, **moved})),
         output=output,
         # People's work is never moved or deleted.
         leftovers=() if stage.by_people else (output,),
@@ -250,23 +244,9 @@ def _step(
     )
 
 
-def _moved(step: str, values: Mapping[str, Any], home: Path, run_dir: Path) -> dict[str, Any]:
-    """Return the settings that name a path in `home`, with the same path in `run_dir`."""
-    moved = {key: new for key, value in values.items() if (new := relocate(value, home, run_dir)) != value}
-    for key, value in moved.items():
-        # The command line cannot say a mapping, and the step would read another run's files.
-        if not all(isinstance(item, str) for item in as_list(value)):
-            remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
-            raise UserError(Problem(f"{step}: {key}", values[key], remedy))
-    return moved
-
-
 def _flags(options: Mapping[str, Any]) -> list[str]:
     """Return settings as words of a command line."""
-    flags = []
-    for key, value in options.items():
-        flags += [f"--{key}", *map(str, as_list(value))]
-    return flags
+    return [word for key, value in options.items() for word in (f"--{key}", *map(str, as_list(value)))]
 
 
 def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:

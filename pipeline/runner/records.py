@@ -101,10 +101,7 @@ class RunRecord:
     def stop(
         self, step: Step, seconds: float, finished: bool, peak_memory: int = 0, lost: Sequence[dict[str, Any]] = ()
     ) -> None:
-        """Record that a step has ended, after `seconds` more, its memory, and the rows that it cut or dropped.
-
-        A step that has `finished` is not run again.
-        """
+        """Record that a step has ended, after `seconds` more, its memory, and the rows that it cut or dropped."""
         entry = self.steps[step.name]
         entry |= {"lost": list(lost)} if lost else {}
         entry["peak_memory"] = max(entry["peak_memory"], peak_memory)
@@ -160,26 +157,18 @@ def measured_seconds(run_dir: Path, recipe: str, smoke: bool) -> dict[str, float
 
 def recorded_values(step: Step) -> dict[str, Any]:
     """Return the step's settings as they are read back from `run.json`."""
-    values: dict[str, Any] = json.loads(json.dumps(without_secrets(step.values), default=str))
-    return values
-
-
-def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that may be written down and hashed."""
-    plain = {key: value for key, value in values.items() if key not in SECRETS}
+    plain = {key: value for key, value in step.values.items() if key not in SECRETS}
     # Any environment variable may hold a key.
     if isinstance(variables := plain.get("env"), Mapping):
         plain["env"] = sorted(map(str, variables))
-    return plain
+    values: dict[str, Any] = json.loads(json.dumps(plain, default=str))
+    return values
 
 
 def fingerprint(path: Path) -> str:
     """Hash the content of a file or of all files in a folder; for large or unreadable ones, their size and time.
 
     In a folder of people's votes, only the votes count. The other files there are made from them, or wait for more.
-
-    Returns:
-        64 hexadecimal digits.
     """
     if (path / VOTES_FILE).is_file():
         path /= VOTES_FILE

@@ -13,7 +13,8 @@ from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config.fields import unknown_field
+from pipeline.config.command_line import read_command_line
+from pipeline.config.fields import argument_types, field_types, unknown_field
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model
 from pipeline.stages import SMOKE_EVALUATION, STAGES
@@ -65,9 +66,7 @@ class Step:
     @property
     def is_complete(self) -> bool:
         """Whether the product exists; a model needs its configuration and its weights."""
-        if not self.stage.measured:
-            return self.product.exists()
-        return holds_model(self.output)
+        return holds_model(self.output) if self.stage.measured else self.product.exists()
 
     @property
     def push(self) -> tuple[str, ...]:
@@ -83,9 +82,7 @@ class Step:
     def command(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
         """Return the command that a user would type.
 
-        Args:
-            launch: Arguments of `accelerate launch` itself.
-            launcher: Command that starts it on several machines.
+        `launch` are the arguments of `accelerate launch` itself, which `launcher` starts on several machines.
         """
         if not self.stage.module:
             return shlex.split(as_typed(*self.arguments))
@@ -95,16 +92,13 @@ class Step:
 
     def executable(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
         """Return the same command for this Python interpreter; it ends with the exit code of the step itself."""
-        start = [sys.executable]
-        if self.stage.launched:
-            start = [*launcher, sys.executable, "-m", "pipeline.runner.launcher", *launch]
+        start = [*launcher, sys.executable, "-m", "pipeline.runner.launcher", *launch]
+        start = start if self.stage.launched else [sys.executable]
         return [*start, "-m", self.stage.module or "pipeline", *self.arguments]
 
     @property
     def argument_types(self) -> list[type]:
         """The argument dataclasses of its recipe; importing the recipe may take seconds."""
-        from pipeline.config.fields import argument_types
-
         return argument_types(resolve_name(f"{self.stage.module}:main"))
 
 
@@ -129,9 +123,6 @@ def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
     Raises:
         UserError: If no step knows an option, or a value is of the wrong type.
     """
-    from pipeline.config.command_line import read_command_line
-    from pipeline.config.fields import field_types
-
     if not words:
         return list(steps)
     changed, problems, known, unknown = [], [], set(), []
@@ -153,9 +144,7 @@ def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
 def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that `--smoke` changes, so that a step takes seconds on a miniature of its model and data.
 
-    Args:
-        kind: Kind of the step, such as "sft", or "evaluate".
-        values: Content of the step's YAML file.
+    The step is of a kind such as "sft" or "evaluate", and its YAML file contains `values`.
     """
     stage = STAGES.get(kind, StageKind(smoke=SMOKE_EVALUATION))
     overrides: dict[str, Any] = {}

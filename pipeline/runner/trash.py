@@ -21,13 +21,8 @@ def new_trash(run_dir: Path) -> Path:
 def move(paths: Sequence[Path], trash: Path, kept: str = "") -> list[str]:
     """Move files, and the content of directories, to the same place below `trash`, with a copy of their run's record.
 
-    Args:
-        paths: Paths in the directory of a run; those that do not exist are skipped.
-        trash: As `new_trash` returns it.
-        kept: Pattern of what stays in its directory.
-
-    Returns:
-        What was moved where, one line each.
+    Paths that do not exist are skipped. What matches the pattern `kept` stays in its directory. Return what was moved
+    where, one line each.
     """
     # `trash` is <run>/.trash/<time>.
     run_dir = trash.parents[1]
