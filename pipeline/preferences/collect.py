@@ -35,7 +35,7 @@ from pipeline import hardware, launch
 from pipeline.config.checks import check_ranges
 from pipeline.config.output_directory import recorded_template
 from pipeline.data import writing
-from pipeline.data.arguments import SPLITS, DataArguments
+from pipeline.data.arguments import SPLITS, DataArguments, option
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
@@ -77,38 +77,25 @@ class PreferenceArguments:
     )
     dataset_name: str = field(metadata={"help": "Data set of the prompts: a Hub id, a folder or a file."})
     output_dir: str = field(metadata={"help": "Folder of the data set to write; an earlier one is replaced."})
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of the data set (default: its only one)."}
+    dataset_config: str | None = option(None, "Configuration of the data set (default: its only one).")
+    prompt_column: str = option("prompt", "Column of the prompts: a list of {role, content}, or a question.")
+    judge: str | None = option(
+        None,
+        "Who labels the pairs: a reward model (folder or Hub id) or package.module:function (default: simulated "
+        "annotators, for prompts with the columns by which they judge: require, reject or test).",
     )
-    prompt_column: str = field(
-        default="prompt", metadata={"help": "Column of the prompts: a list of {role, content}, or a question."}
+    samples_per_prompt: int = option(3, "Answers sampled for each prompt.")
+    pairs_per_prompt: int = option(2, "Maximum pairs compared for each prompt; identical answers do not form a pair.")
+    max_prompts: int | None = option(None, "Training prompts to use (default: all).")
+    max_eval_prompts: int | None = option(None, "Prompts to use of each other split (default: all).")
+    temperature: float = option(1.0, "Sampling temperature.")
+    min_p: float = option(0.0, "Never sample tokens less probable than this share of the most probable one.")
+    max_new_tokens: int = option(64, "Maximum length of an answer, in tokens.")
+    chat_template_kwargs: dict[str, Any] | str | None = option(  # noqa: RUF009
+        None, "Further arguments of the chat template (default: those that the model was trained with)."
     )
-    judge: str | None = field(
-        default=None,
-        metadata={
-            "help": "Who labels the pairs: a reward model (folder or Hub id) or package.module:function (default: "
-            "simulated annotators, for prompts with the columns by which they judge: require, reject or test)."
-        },
-    )
-    samples_per_prompt: int = field(default=3, metadata={"help": "Answers sampled for each prompt."})
-    pairs_per_prompt: int = field(
-        default=2, metadata={"help": "Maximum pairs compared for each prompt; identical answers do not form a pair."}
-    )
-    max_prompts: int | None = field(default=None, metadata={"help": "Training prompts to use (default: all)."})
-    max_eval_prompts: int | None = field(
-        default=None, metadata={"help": "Prompts to use of each other split (default: all)."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    min_p: float = field(
-        default=0.0, metadata={"help": "Never sample tokens less probable than this share of the most probable one."}
-    )
-    max_new_tokens: int = field(default=64, metadata={"help": "Maximum length of an answer, in tokens."})
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Further arguments of the chat template (default: those that the model was trained with)."},
-    )
-    batch_size: int = field(default=384, metadata={"help": "Answers sampled at once by each process."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling and of the annotators."})
+    batch_size: int = option(384, "Answers sampled at once by each process.")
+    seed: int = option(0, "Seed of the sampling and of the annotators.")
 
     def __post_init__(self) -> None:
         problems = check_ranges(vars(self))
@@ -156,9 +143,6 @@ def write(
     """Write a preference data set, either whole or not at all.
 
     Args:
-        output_dir: Folder of the data set; replaced if it exists.
-        splits: Labelled pairs of each split.
-        counts: What became of the answers of each split.
         origin: The model that answered and the data set of the prompts, as a phrase.
         judge: Who labelled the pairs, as a phrase.
     """
@@ -332,7 +316,7 @@ def sample_answers(
     prompts: Sequence[list[int]],
     args: PreferenceArguments,
     seed: int,
-    progress: tuple[int, int] = (0, 0),
+    progress: tuple[int, int],
 ) -> list[list[str]]:
     """Sample `args.samples_per_prompt` answers to each prompt.
 
@@ -341,10 +325,6 @@ def sample_answers(
     outcome where two tokens are almost equally probable.)
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        prompts: Token ids.
-        args: Settings.
         seed: Seed of the first batch.
         progress: Prompts answered before, and prompts in all splits, to report.
 

@@ -131,9 +131,6 @@ def score(
     Equal conversations are scored once. Of one that exceeds the context, the end is scored.
 
     Args:
-        model: The reward model.
-        tokenizer: Its tokenizer.
-        conversations: Messages that end with the assistant's.
         batch_tokens: Tokens per batch, padding included; 0 scores conversations one at a time. In a batch, matrix
             products sum in a different order, so that the last bits of a score depend on the rest of the batch.
             Default: 0 on a CPU, where batches save little, and `BATCH_TOKENS` on an accelerator.

@@ -116,26 +116,18 @@ def label_answers(
     agreements: list[bool] = []
     for (index, shown, name), choice in zip(comparisons, choices, strict=True):
         if choice is None:
-            counts.ties += 1
             continue
         row, components = rows[index], seen[index]
         chosen, rejected = shown[choice], shown[1 - choice]
         tastes = [mean_taste(components[answer]) for answer in (chosen, rejected) if components]
         if tastes and abs(tastes[0] - tastes[1]) >= INDIFFERENCE:
             agreements.append(tastes[0] > tastes[1])
-        labelled.append(
-            labelled_pair(
-                row["prompt"],
-                chosen,
-                rejected,
-                annotator=name,
-                chosen_first=choice == 0,
-                kind=row.get("kind") or "",
-                tastes=tastes if tastes and keep_taste else (None, None),
-            )
-        )
+        kept = tastes if tastes and keep_taste else (None, None)
+        labels = {"annotator": name, "kind": row.get("kind") or ""}
+        labelled.append(labelled_pair(row["prompt"], chosen, rejected, **labels, chosen_first=choice == 0, tastes=kept))
     counts.compared = len(comparisons)
     counts.pairs = len(labelled)
+    counts.ties = counts.compared - counts.pairs
     counts.agreement = sum(agreements) / len(agreements) if agreements else None
     return labelled, counts
 

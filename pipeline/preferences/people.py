@@ -16,12 +16,13 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pipeline.data.arguments import option
 from pipeline.data.votes import OUTCOMES, VOTES_FILE, VoteLog, parse_lines, read_votes, standing, update_data_set
 from pipeline.errors import EXIT_WAITING, RunStopped, as_typed
 from pipeline.files import write_text
@@ -39,10 +40,9 @@ BY_HAND = {"first": 1.0, "second": 0.0, "tie": 0.5}
 class VoteArguments(PreferenceArguments):
     """The model, the prompts and the sampling of the pairs that people see, and how many votes are wanted."""
 
-    min_votes: int = field(default=300, metadata={"help": "Votes for one of two answers before the run goes on."})
-    simulated_votes: bool = field(
-        default=False,
-        metadata={"help": "Let the simulated annotators vote if nobody has, to try the run without people."},
+    min_votes: int = option(300, "Votes for one of two answers before the run goes on.")
+    simulated_votes: bool = option(
+        False, "Let the simulated annotators vote if nobody has, to try the run without people."
     )
 
 
