@@ -244,7 +244,10 @@ def draw_frontier(figures: Mapping[str, Sequence[Mapping[str, float | None]]]) -
         kl, won = ([row[column] or 0.0 for row in rows] for column in ("KL", "win rate"))
         roots = [max(value, 0.0) ** 0.5 for value in kl]
         (dots,) = axes.plot(roots, won, "o", alpha=0.35)
-        axes.plot(fmean(roots), fmean(won), "D", color=dots.get_color(), label=METHODS[name])
+        # PPO may lie where best of n does.
+        size = 10 if name == "3_ppo" else 6
+        axes.plot(fmean(roots), fmean(won), "D", color=dots.get_color(), label=METHODS[name], markersize=size)
+    axes.set_xlim(left=0)
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel(f"square root of the KL divergence from {OPPONENT}, nats per answer")
     axes.set_ylabel(f"win rate against {OPPONENT}, sampled")
