@@ -113,7 +113,8 @@ def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel,
     if chat.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         return
     prompts = chat.encode([row["prompt"] for row in rows])
-    sampled = chat.complete(prompts, chat.max_new_tokens, temperature=1.0, seed=result.seed)
+    # These are others than the samples of the win rate, whose seeds are small.
+    sampled = chat.complete(prompts, chat.max_new_tokens, temperature=1.0, seed=result.seed + 1_000_000)
     sequences = [([*prompt, *answer.tokens], len(prompt)) for prompt, (answer,) in zip(prompts, sampled, strict=True)]
 
     def losses(model: PreTrainedModel) -> list[float]:

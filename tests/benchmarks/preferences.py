@@ -9,7 +9,7 @@
 `trials` trains each method with eight settings on one seed, and measures them on the validation prompts: the best goes
 into the recipe. `table` compares the methods over the other seeds, on their test prompts, and draws `frontier.svg`.
 `curves` trains PPO and DPO with too weak a KL penalty, and measures checkpoints on the way: the score of the reward
-model against the annotators' taste, in `overoptimisation.svg`. The pictures lie beside the recipe, and need matplotlib.
+model against the annotators' taste, in `overoptimisation.svg`. The pictures lie in `docs`, and need matplotlib.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from pipeline.config.yaml_file import read_yaml
 from pipeline.files import relocate
 
-RECIPE = Path("recipes/pocket-preferences")
+RECIPE, PICTURES = Path("recipes/pocket-preferences"), Path("docs")
 OPPONENT, REWARD = "2_sft", "3_reward"
 METHODS = {
     "3_ppo": "PPO",
@@ -57,11 +57,15 @@ TRIALS: dict[str, list[dict[str, float]]] = {
         {"learning_rate": rate, "max_steps": steps} for rate in (2.5e-4, 5e-4, 1e-3, 2e-3) for steps in (100, 300)
     ],
 }
-WEAK: dict[str, dict[str, float]] = {
-    "3_ppo": {"kl_coef": 0.005, "max_steps": 240, "save_steps": 24},
-    "3_dpo": {"beta": 0.005, "learning_rate": 4e-4, "max_steps": 340, "save_steps": 34},
+WEAK: dict[str, tuple[str, dict[str, Any]]] = {
+    "PPO": ("3_ppo", {"kl_coef": 0.005, "max_steps": 240, "save_steps": 24}),
+    "PPO, reward model of 300 pairs": ("3_ppo", {"kl_coef": 0.005, "max_steps": 240, "save_steps": 24}),
+    "DPO": ("3_dpo", {"beta": 0.005, "learning_rate": 4e-4, "max_steps": 340, "save_steps": 34}),
 }
 """Settings of `curves`: hardly any KL penalty, for twice as long, and ten checkpoints."""
+
+FEW = {"max_train_samples": 300, "num_train_epochs": 8}
+"""Settings of the reward model that has seen few pairs."""
 
 
 def main() -> None:
@@ -79,7 +83,7 @@ def main() -> None:
         overoptimise(args.run)
 
 
-def train(run: Path, step: str, name: str, settings: Mapping[str, float]) -> tuple[Path, float]:
+def train(run: Path, step: str, name: str, settings: Mapping[str, Any]) -> tuple[Path, float]:
     """Train one method into RUN/trials/NAME. Returns the folder, and the seconds with the start of the process."""
     output = run / "trials" / name
     recipe = RECIPE / f"{step}.yaml"
@@ -130,11 +134,11 @@ def prompts(run: Path, split: str) -> list[dict[str, Any]]:
 
 
 @cache
-def judge_by_score(run: Path) -> Any:
-    """Load the reward model."""
+def judge_by_score(path: Path) -> Any:
+    """Load a reward model."""
     from pipeline.models.loading import load_model
 
-    model, tokenizer = load_model(str(run / REWARD), "run", reward=True)
+    model, tokenizer = load_model(str(path), "run", reward=True)
     return model.eval(), tokenizer
 
 
@@ -148,8 +152,8 @@ def opponents(run: Path, split: str) -> dict[str, list[list[str]]]:
     return {name: theirs for name, (_, theirs) in matches.items()}
 
 
-def measure(run: Path, folder: Path, split: str) -> dict[str, float]:
-    """Return the win rates of a model, its KL divergence and entropy, and the mean score of the reward model."""
+def measure(run: Path, folder: Path, split: str, judge: Path | None = None) -> dict[str, float]:
+    """Return the win rates of a model, its KL divergence and entropy, and the mean score of a reward model."""
     from pipeline.evaluation.results import StageResult
     from pipeline.evaluation.win_rate import answer_both, measure_distance, measure_matches
     from pipeline.preferences.judges import ANNOTATORS, score
@@ -159,7 +163,10 @@ def measure(run: Path, folder: Path, split: str) -> dict[str, float]:
     measure_matches(result, matches, rows, ANNOTATORS)
     measure_distance(result, chat, load(run / OPPONENT), rows)
     asked = [(row["prompt"], answers[0]) for row, answers in zip(rows, matches["win_rate"][0], strict=True)]
-    scores = score(*judge_by_score(run), [[*prompt, {"role": "assistant", "content": text}] for prompt, text in asked])
+    scores = score(
+        *judge_by_score(judge or run / REWARD),
+        [[*prompt, {"role": "assistant", "content": text}] for prompt, text in asked],
+    )
     names = ("win_rate", "win_rate_greedy", "last_sentence_share", "kl", "entropy")
     words = fmean(len(text.split()) for _, text in asked)
     found = {name: result.metrics[name].value for name in names} | {"score": fmean(scores), "words": words}
@@ -258,31 +265,50 @@ def draw_frontier(figures: Mapping[str, Sequence[Mapping[str, float | None]]]) -
 
 def _save(figure: Any, name: str) -> None:
     figure.tight_layout()
-    figure.savefig(RECIPE / name, metadata={"Date": None})
-    print(f"\n{RECIPE / name}")
+    figure.savefig(PICTURES / name, metadata={"Date": None})
+    print(f"\n{PICTURES / name}")
 
 
 def overoptimise(run: Path) -> None:
-    """Measure checkpoints of a PPO and a DPO that hardly anything holds back, and draw proxy against taste."""
+    """Measure checkpoints of runs that hardly anything holds back, and draw proxy against taste.
+
+    The points are kept in RUN/curves.jsonl; a run whose points are there is not trained again.
+    """
+    file = run / "curves.jsonl"
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for title, (method, settings) in WEAK.items():
+        if any(point["title"] == title for point in known):
+            continue
+        judge = run / REWARD
+        if "pairs" in title:
+            judge, _ = train(run, REWARD, "few-3_reward", FEW)
+        given = {**settings, "save_total_limit": 100, **({"reward_model_path": judge} if method == "3_ppo" else {})}
+        folder, _ = train(run, method, f"weak-{title.split(',')[0]}-{judge.name}", given)
+        saved = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+        for step, path in [(0, run / OPPONENT), *((int(path.name.partition("-")[2]), path) for path in saved)]:
+            known.append({"title": title, "step": step, **measure(run, path, "test", judge)})
+            print(json.dumps(known[-1]), flush=True)
+            with file.open("a") as kept:
+                kept.write(json.dumps(known[-1]) + "\n")
+    draw_curves(known)
+
+
+def draw_curves(points: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the win rate by taste and the score of the reward model along training."""
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True)
-    start = measure(run, run / OPPONENT, "test")["score"]
-    for (method, settings), axes in zip(WEAK.items(), panels, strict=True):
-        folder, _ = train(run, method, f"weak-{method}", {**settings, "save_total_limit": 100})
-        saved = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-        points = [{"step": int(path.name.partition("-")[2]), **measure(run, path, "test")} for path in saved]
-        for point in points:
-            print(json.dumps({"method": method, **point}), flush=True)
-        roots = [0.0, *(max(point["kl"], 0.0) ** 0.5 for point in points)]
-        axes.plot(roots, [0.5, *(point["win_rate"] for point in points)], "o-", label="taste: win rate")
-        other = axes.twinx()
-        scores = [0.0, *(point["score"] - start for point in points)]
-        other.plot(roots, scores, "s--", color="tab:orange", label="proxy: score of the reward model, gained")
-        axes.set_title(METHODS[method])
-        axes.set_xlabel(f"square root of the KL divergence from {OPPONENT}")
-        handles = [*axes.get_lines(), *other.get_lines()]
-        axes.legend(handles, [line.get_label() for line in handles], frameon=False, fontsize=8, loc="lower center")
+    figure, panels = pyplot.subplots(1, len(WEAK), figsize=(12, 4), sharey=True)
+    for title, axes in zip(WEAK, panels, strict=True):
+        own = [point for point in points if point["title"] == title]
+        steps = [point["step"] for point in own]
+        axes.plot(steps, [point["win_rate"] for point in own], "o-", label="taste: win rate, on the left")
+        proxy = axes.twinx()
+        gained = [point["score"] - own[0]["score"] for point in own]
+        proxy.plot(steps, gained, "s--", color="tab:orange", label="proxy: score gained, on the right")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(f"steps; at the end, KL {own[-1]['kl']:.0f} nats per answer", fontsize=9)
+        handles = [*axes.get_lines(), *proxy.get_lines()]
+    panels[0].legend(handles, [line.get_label() for line in handles], frameon=False, fontsize=8, loc="lower right")
     panels[0].set_ylabel(f"win rate against {OPPONENT}, sampled")
     _save(figure, "overoptimisation.svg")
 
