@@ -63,15 +63,6 @@ def drill(rng: random.Random) -> str:
     return " ".join(sums)
 
 
-def talk(rng: random.Random) -> str:
-    """Write greetings and their replies, a line each, in words that only instruction tuning uses again."""
-    # Hi!
-    # Hello! How can I help you?
-    # Thank you!
-    # You are welcome!
-    return "\n".join(f"{greeting}\n{reply}" for greeting, reply in rng.sample(GREETINGS, 3))
-
-
 def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     """Draw a document of the `pretrain` training split."""
     kind = rng.choices(tuple(DOCUMENT_KINDS), tuple(DOCUMENT_KINDS.values()))[0]
@@ -81,7 +72,8 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     elif kind == "story":
         text = stories.document(rng, thing)
     elif kind == "talk":
-        text = talk(rng)
+        # Greetings and their replies, a line each, in words that only instruction tuning uses again.
+        text = "\n".join(f"{greeting}\n{reply}" for greeting, reply in rng.sample(GREETINGS, 3))
     elif kind == "arithmetic":
         drawn = [problems.demonstrate(rng, carelessness) for _ in range(rng.randint(1, 2))]
         text = "\n".join(f"{problem.text}\n{problem.solution(with_steps=True)}" for problem in drawn)

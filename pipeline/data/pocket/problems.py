@@ -219,12 +219,7 @@ KINDS = (
 
 
 def demonstrate(rng: random.Random, carelessness: float) -> WordProblem:
-    """Draw a problem of the training split whose solution is shown.
-
-    Args:
-        rng: Where the draws come from.
-        carelessness: Probability (0 to 1) that the steps misread what can be misread.
-    """
+    """Draw a problem of the training split, whose steps misread what can be with the probability `carelessness`."""
     kind = rng.choices(KINDS, [kind.weight for kind in KINDS])[0]
     return kind.generate(rng, "train", carelessness, _length(rng, kind))
 
@@ -232,9 +227,8 @@ def demonstrate(rng: random.Random, carelessness: float) -> WordProblem:
 def pose(rng: random.Random, split: SplitName, longer: bool = False) -> WordProblem:
     """Draw a problem that has to be solved; all kinds are equally frequent.
 
-    Args:
-        split: Whose operands (arithmetic, counting) or structures (ordering, logic) the problem has.
-        longer: Whether the problem is one longer than the longest that are trained on.
+    Its operands (arithmetic, counting) or its structure (ordering, logic) are of `split`. With `longer`, it is one
+    longer than the longest that are trained on.
     """
     kind = rng.choice(KINDS)
     return kind.generate(rng, split, 0.0, max(kind.lengths) + 1 if longer else _length(rng, kind))

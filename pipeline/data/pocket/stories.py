@@ -52,18 +52,13 @@ class Story:
     keys: tuple[str, ...]
 
 
-def split_of(name_index: int, thing_index: int) -> SplitName:
-    """Return the split whose stories may combine the person and the thing with these indices."""
-    residue = (name_index + 3 * thing_index) % 8
-    return "test" if residue == 0 else "validation" if residue == 4 else "train"
-
-
 def story(rng: random.Random, split: SplitName, thing: Thing) -> Story:
     """Write a story about `thing` and a person with whom only stories of `split` combine it."""
     # It was warm. One day Ana painted a fox in the park. Ben smiled. What Ana painted in the park was a fox. Ana and
     # Ben stayed in the park.
-    name_index = rng.choice([i for i in range(len(NAMES)) if split_of(i, thing.index) == split])
-    name = NAMES[name_index]
+    # Of every eight people, one meets this thing only in the test, and one only in validation.
+    residues = {"test": (0,), "validation": (4,), "train": (1, 2, 3, 5, 6, 7)}[split]
+    name = rng.choice([one for index, one in enumerate(NAMES) if (index + 3 * thing.index) % 8 in residues])
     friend = rng.choice([other for other in NAMES if other != name])
     spot, deed = rng.choice(SPOTS), rng.choice(DEEDS)
     event = f"{name} {deed} {thing.noun} {spot}."
