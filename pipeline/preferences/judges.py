@@ -54,12 +54,8 @@ class Judge:
 ANNOTATORS = Judge("annotators who do not know which is which", judge_match, needs_rules=True, constants=1000)
 
 
-def load_judge(name: str | None, field: str = "judge") -> Judge:
-    """Load a judge.
-
-    Args:
-        name: A reward model (folder or Hub id) or `package.module:function`. Default: the annotators.
-        field: Argument that named it, for messages.
+def load_judge(name: str | None) -> Judge:
+    """Load a reward model (folder or Hub id) or `package.module:function` as a judge; None stands for the annotators.
 
     Raises:
         UserError: If it cannot be loaded, or is not a reward model.
@@ -67,12 +63,12 @@ def load_judge(name: str | None, field: str = "judge") -> Judge:
     if name is None:
         return ANNOTATORS
     if ":" in name:
-        return Judge(f"the function {name}", _judge_by_function(load_function(name, field)))
-    with user_error_for(field, name):
+        return Judge(f"the function {name}", _judge_by_function(load_function(name, "judge")))
+    with user_error_for("judge", name):
         is_judge = is_reward_model(load_config(name))
     if not is_judge:
-        raise UserError(Problem(field, name, "is not a reward model; give one, or package.module:function"))
-    model, tokenizer = load_model(name, field, reward=True, dtype=torch.float32)
+        raise UserError(Problem("judge", name, "is not a reward model; give one, or package.module:function"))
+    model, tokenizer = load_model(name, "judge", reward=True, dtype=torch.float32)
     return Judge(f"the reward model {name}", _judge_by_score(model.to(hardware.accelerator() or "cpu"), tokenizer))
 
 

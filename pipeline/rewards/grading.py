@@ -44,8 +44,7 @@ def validate_rule(row: Mapping[str, Any]) -> str | None:
 
 def contains(text: str, phrase: str) -> bool:
     """Return whether `phrase` occurs as whole words, in any case: "cat" not in "category", 12 not in 12.5."""
-    wanted = _fold(phrase)
-    folded = _fold(text)
+    wanted, folded = _fold(phrase), _fold(text)
     # Most phrases do not occur at all, and finding that out is faster without the pattern.
     if not wanted or wanted not in folded:
         return False

@@ -16,8 +16,8 @@ from typing import Any, SupportsFloat
 
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from pipeline.errors import Problem, RunStopped, UserError
-from pipeline.rewards.functions import REWARDS, code_tests, reasoning_gym
+from pipeline.errors import Problem, RunStopped, UserError, collect
+from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.sandbox.run import validate_sandbox
 
 TRAINERS_OWN = ("trainer_state", "environments", "log_extra", "log_metric")
@@ -40,23 +40,20 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
     functions: list[Callable[..., Any]] = []
     problems: list[Problem] = []
     for name in names:
-        own = REWARDS.get(name)
         fault = None
         if ":" in name:
-            try:
+            with collect(problems):
                 functions.append(load_function(name, field))
-            except UserError as error:
-                problems.extend(error.problems)
-        elif own is None:
+        elif name not in REWARDS:
             nearest = difflib.get_close_matches(name, REWARDS, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "is not a known reward."
             fault = f"{hint} Known: {', '.join(REWARDS)}; or write package.module:function"
         else:
-            functions.append(own)
+            functions.append(REWARDS[name])
             # Find out now, not after hours of training, what these two need of the machine.
-            if own is code_tests:
+            if name == "code_tests":
                 fault = validate_sandbox()
-            elif own is reasoning_gym and find_spec("reasoning_gym") is None:
+            elif name == "reasoning_gym" and find_spec("reasoning_gym") is None:
                 fault = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"
         if fault:
             problems.append(Problem(field, name, fault))
@@ -68,11 +65,7 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
-    """Load `package.module:function` and guard it with `guard_reward`.
-
-    Args:
-        name: The module and the function.
-        field: The YAML key, for messages.
+    """Load `package.module:function` and guard it with `guard_reward`; `field` is the YAML key, for messages.
 
     Raises:
         UserError: If the function does not exist or cannot be called as a reward.
@@ -111,10 +104,7 @@ def call_reward(
     names = {name for row in rows for name in row} - {"prompt", "prompts", "completions", *more}
     columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     completions = [[{"role": "assistant", "content": answer}] for answer in answers]
-    rewards: Sequence[float | None] = function(
-        completions=completions, prompts=[row["prompt"] for row in rows], **columns, **more
-    )
-    return rewards
+    return function(completions=completions, prompts=[row["prompt"] for row in rows], **columns, **more)
 
 
 def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_funcs") -> Callable[..., Any]:
@@ -125,8 +115,7 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     Args:
         function: A reward function, which may be asynchronous, or a callable object. If it is one of `REWARDS`, which
             edit nothing, or already guarded, it is returned as it is.
-        name: Its name, for messages.
-        field: The YAML key, for messages.
+        name, field: Its name and the YAML key, for messages.
     """
     if function in REWARDS.values() or hasattr(function, "is_guarded"):
         return function

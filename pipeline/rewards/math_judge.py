@@ -75,9 +75,8 @@ _COMMON = {
 def judge(question: tuple[str, str | None, bool]) -> bool:
     """Return whether an answer is its reference, or without an answer, whether the reference can be read.
 
-    Args:
-        question: A reference, the answer to judge or None, and whether the answer is a part of the prompt, which must
-            then have the form of the reference.
+    A question is a reference, the answer to judge or None, and whether the answer is a part of the prompt, which must
+    then have the form of the reference.
     """
     reference, answer, literal = question
     if answer is None:
@@ -175,12 +174,11 @@ def _is_same(reference: str, answer: str, literal: bool, ordered: bool) -> bool:
         left, equals, right = reference.partition("=")
         given_left, given_equals, given_right = answer.partition("=")
         if "=" not in right and "=" not in given_right:
-            if equals and given_equals and left.split() == given_left.split():
-                return _is_same_expression(right, given_right, literal)
-            if equals and not given_equals and is_name(left):
-                return _is_same_expression(right, answer, literal)
-            if given_equals and not equals and is_name(given_left):
-                return _is_same_expression(reference, given_right, literal)
+            same_left = equals and given_equals and left.split() == given_left.split()
+            if same_left or (equals and not given_equals and is_name(left)):
+                reference = right
+            if same_left or (given_equals and not equals and is_name(given_left)):
+                answer = given_right
         return _is_same_expression(reference, answer, literal)
 
     # "x = 1, y = 2" is compared name by name.

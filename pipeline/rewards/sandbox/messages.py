@@ -70,11 +70,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 """How an operation on an object is done; `operator` knows the others."""
 
-_LOCAL = (
+LOCAL = tuple(f"__{name}__" for name in (
     "eq", "lt", "le", "gt", "ge", "len", "iter", "getitem", "setitem", "contains", "str", "repr", "hash", "bool",
     "add", "sub", "mul",
-)  # fmt: skip
-LOCAL = tuple(f"__{name}__" for name in _LOCAL)
+))  # fmt: skip
 """What the code may do with an instance of a test's class, apart from reading and setting its public attributes."""
 
 
@@ -111,8 +110,7 @@ class Peer:
     A subclass says in `describe` and `resolve` what it sends in place of objects that do not travel.
 
     Args:
-        incoming: Descriptor to read messages from.
-        outgoing: Descriptor to write messages to.
+        incoming, outgoing: Descriptors to read messages from, and to write messages to.
         members: What the classes of exceptions have that this process makes, because the other one has defined them.
     """
 
@@ -190,9 +188,7 @@ class Peer:
     def decode(self, data: Any, named: bool = False) -> Any:
         """Decode what `encode` returned; every value has exactly a class of this process's own.
 
-        Args:
-            data: What was received.
-            named: Whether it was found by its name in the code; it may then also be a module or an exception class.
+        What was found by its name in the code (`named`) may also be a module or an exception class.
         """
         if not isinstance(data, dict):
             if isinstance(data, list):
