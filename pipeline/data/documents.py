@@ -54,11 +54,9 @@ POINTER = b"version https://git-lfs"
 JSON = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')
 """The beginning of rows as JSON."""
 
-LINES = re.compile(r"lines:[1-9]\d*")
-
 
 def open_documents(
-    files: Sequence[Path], rule: str | None, streaming: bool, split: str, is_single: bool = False
+    files: Sequence[Path], rule: str | None, streaming: bool, split: str, is_single: bool
 ) -> Dataset | IterableDataset:
     """Open the documents of text files, as rows with the column `text`.
 
@@ -70,7 +68,7 @@ def open_documents(
     Raises:
         UserError: If a file cannot be read as text, or there is no such rule.
     """
-    if rule not in (None, "file", "blank_line", OLD) and not LINES.fullmatch(rule):
+    if rule not in (None, "file", "blank_line", OLD) and not re.fullmatch(r"lines:[1-9]\d*", rule):
         raise UserError(Problem("document", rule, "must be file, blank_line or lines:N, such as lines:64"))
     parts: list[list[str]] = [[]]
     size = 0

@@ -27,8 +27,7 @@ class ShapeError(ValueError):
 def read_messages(value: object, column: str, system_prompt: str | None = None) -> Messages:
     """Read a conversation: a list of messages, or the text of a single message of the user.
 
-    Args:
-        system_prompt: System message for a conversation that does not have one.
+    A conversation without a system message gets `system_prompt`.
 
     Raises:
         ShapeError: If it is neither, or not a conversation that a model can learn from.

@@ -40,13 +40,7 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of a test data set occurs in the training data.
-
-    Attributes:
-        matches: The test rows found, in order.
-        test_rows: Number of test rows.
-        train_rows: Number of training rows.
-    """
+    """How much of a test data set occurs in the training data: the test rows found, and how many rows both have."""
 
     matches: list[Match]
     test_rows: int
@@ -61,10 +55,7 @@ class Overlap:
 class NgramIndex:
     """The n-grams of a set of texts, as hashes, in which other texts are looked up.
 
-    A text of fewer than `n` words is indexed as a whole, and overlaps with every text that contains it.
-
-    Args:
-        n: Words of an n-gram, at least 1.
+    `n` is at least 1. A text of fewer words is indexed as a whole, and overlaps with every text that contains it.
     """
 
     def __init__(self, n: int) -> None:
@@ -113,8 +104,7 @@ def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8) -> Overlap:
     """Look for every test row in the training rows, both of which are read once.
 
-    Args:
-        n: Consecutive words that must agree, at least 1. A test text of fewer words must occur as a whole.
+    `n` consecutive words must agree, at least 1. A test text of fewer words must occur as a whole.
     """
     index = NgramIndex(n)
     hashes_per_row = [index.add(texts(row)) for row in test_rows]

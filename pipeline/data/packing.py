@@ -44,7 +44,6 @@ def pack_documents(
     there. On disk a token takes 2 bytes, or 4 if the vocabulary is larger than 65,536.
 
     Args:
-        dataset: Documents.
         tokenizer: A tokenizer with bos and eos tokens.
         column: Column of the texts, or of their tokens. All columns are replaced.
         num_proc: Processes, each for a part of the documents. Default: one, whose tokenizer uses all cores.
@@ -135,19 +134,13 @@ class PackedBlocks:
 
     A document begins with a bos token that follows an eos token. If both are the same token, they alternate in each
     run of it: after a text the first one is an eos, and before a text the last one is a bos.
-
-    Attributes:
-        bos, eos: Tokens before and after each document.
     """
 
     bos: int
     eos: int
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate a batch.
-
-        Args:
-            examples: `input_ids`, all of the same length.
+        """Collate `input_ids` of the same length.
 
         Returns:
             `input_ids`, `position_ids` (which restart at each document) and `labels`, each `(batch, block size)`. The

@@ -73,15 +73,9 @@ def documents_of(args: Arguments) -> Arguments:
 
 
 def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the JSON of a tokenizer that makes `bos + text + eos` of a text, as `Encoder` does.
+    """Return the JSON, for the library `tokenizers`, of a tokenizer that makes `bos + text + eos`, as `Encoder` does.
 
     It does not look for special tokens, because `datatrove` cannot be asked to encode a text that spells them as text.
-
-    Args:
-        tokenizer: A tokenizer with bos and eos tokens.
-
-    Returns:
-        The JSON of the library `tokenizers`.
     """
     backend = Encoder.of(tokenizer).backend
     around = [("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)]

@@ -101,8 +101,7 @@ def open_source(
         The splits by name; a plain file is one split, `train`.
 
     Raises:
-        UserError: If the data set or the configuration does not exist, or a file cannot be parsed (with its line
-            number).
+        UserError: If the data set or the configuration does not exist, or a file cannot be parsed (with the line).
     """
     if not name:
         raise UserError(Problem("dataset_name", "nothing", "give a Hub id, a file or a folder"))

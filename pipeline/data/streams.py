@@ -222,21 +222,20 @@ def pack_splits(
     for which, split in zip(("training", "evaluation"), splits, strict=True):
         if split is None:
             packed.append(None)
-            continue
-        if isinstance(split, IterableDataset) and which == "training":
+        elif isinstance(split, IterableDataset) and which == "training":
             seed = args.seed if args.data_seed is None else args.data_seed
             chosen = {name: getattr(data_args, name) for name in CHOOSING}
             place = (args.process_index, args.world_size)
             packed.append(PackedStream(split, tokenizer, args.block_size, seed, *place, chosen))
-            continue
-        # An evaluation reads the same rows each time, so a stream of them is stored.
-        rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
-        with once_per_node(args):
-            blocks = pack_documents(rows, tokenizer, args.block_size, _column(rows), args.dataset_num_proc)
-        if not len(blocks):
-            remedy = f"the {which} data do not fill a block; lower it or give more text"
-            raise UserError(Problem("block_size", args.block_size, remedy))
-        packed.append(blocks)
+        else:
+            # An evaluation reads the same rows each time, so a stream of them is stored.
+            rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
+            with once_per_node(args):
+                blocks = pack_documents(rows, tokenizer, args.block_size, _column(rows), args.dataset_num_proc)
+            if not len(blocks):
+                remedy = f"the {which} data do not fill a block; lower it or give more text"
+                raise UserError(Problem("block_size", args.block_size, remedy))
+            packed.append(blocks)
     return packed
 
 
@@ -256,11 +255,7 @@ def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class StreamPlace:
-    """A part of checkpoints (`pipeline.training.reliable`): the place in a stream, also where only the model is saved.
-
-    Args:
-        stream: The stream. Each process reads its own lanes.
-    """
+    """The place in a stream, a part of every checkpoint (`pipeline.training.reliable`), also of the model alone."""
 
     belongs_to_model = False
 

@@ -29,7 +29,6 @@ def drop_long_prompts(
 
     Args:
         split: Rows with the column `prompt`.
-        tokenizer: A tokenizer with a chat template.
         length: Tokens of the longest answer, `max_completion_length`.
         positions: `max_position_embeddings` of the model, if it has any.
         template: Further arguments of the chat template, `chat_template_kwargs`.
@@ -88,7 +87,6 @@ def add_tokens(
     Args:
         split: Rows with the columns of `kind`, which are kept.
         kind: "conversation" and "preference" have tokens; rows of other kinds are returned as they are.
-        tokenizer: A tokenizer with a chat template.
         answers_only: Whether only the assistant's tokens are labels of a conversation.
         num_proc: Processes, unless the split is a stream. Default: this one.
 

@@ -149,11 +149,6 @@ class Conflict(Exception):
 class VoteLog:
     """The votes of a run. One process appends to them, from any of its threads; a vote is on disk before `add` returns.
 
-    Half a line, written when the process or the machine died, is removed: its vote was never confirmed.
-
-    Args:
-        folder: Where `votes.jsonl` is, or will be.
-
     Raises:
         UserError: If another process appends to the same file, the folder cannot be written to, or a line is damaged.
     """
@@ -165,7 +160,14 @@ class VoteLog:
         with ExitStack() as stack:
             stack.enter_context(lock(folder / ".votes.lock", orphans_only=True))
             self._file = stack.enter_context(self.path.open("a+b", buffering=0))
-            self._recover()
+            content = self.path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            if _is_json(content[end:]):
+                self._file.write(b"\n")
+            else:
+                # Half a line, written when the process or the machine died: its vote was never confirmed.
+                self._file.truncate(end)
+            os.fsync(self._file.fileno())
             self._by_id = {vote["id"]: vote for vote in read_votes(self.path)}
             self._held = stack.pop_all()
         self._count()
@@ -174,21 +176,8 @@ class VoteLog:
         """Release the file."""
         self._held.close()
 
-    def _recover(self) -> None:
-        """End a last line that lacks only its end, and remove one that is not whole."""
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if _is_json(content[end:]):
-            self._file.write(b"\n")
-        else:
-            self._file.truncate(end)
-        os.fsync(self._file.fileno())
-
     def add(self, vote: Vote) -> bool:
-        """Append a vote. One that is sent again, with the same `id`, is confirmed again and counts once.
-
-        Returns:
-            Whether it is new.
+        """Append a vote, and return whether it is new. One that is sent again, with the same `id`, counts once.
 
         Raises:
             Conflict: If it cannot count.
@@ -276,10 +265,7 @@ def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
 
 
 def update_data_set(folder: Path) -> int:
-    """Write the data set of the votes in `folder`, unless it is up to date.
-
-    Returns:
-        The number of its rows.
+    """Write the data set of the votes in `folder`, unless it is up to date, and return the number of its rows.
 
     Raises:
         UserError: If a line of the log is not a vote, or the folder cannot be written to.

@@ -208,10 +208,7 @@ def read_prompts(
 
     Of a data set with a single split, the rows that every stage holds out become the split `validation`.
 
-    Args:
-        args: The data set and the number of prompts.
-        tokens: Special tokens, which no prompt may contain as text, as for `load_splits`.
-        judge: Who labels the answers.
+    `tokens` are special tokens, which no prompt may contain as text, as for `load_splits`.
 
     Raises:
         UserError: If the data set cannot be read, lacks the split `train` or the column of prompts, or has prompts
@@ -261,8 +258,7 @@ def _without_judge(name: str, lack: str) -> Problem:
 def check_judge(values: Mapping[str, Any]) -> list[Problem]:
     """Check, before anything is trained, that the judge can be loaded, or that the annotators can judge by local data.
 
-    Args:
-        values: The fields of a YAML file.
+    `values` are the fields of a YAML file.
     """
     name, judge = values.get("dataset_name"), values.get("judge")
     try:

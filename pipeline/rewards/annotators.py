@@ -134,14 +134,11 @@ def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
 
 
 def taste(answer: str, row: Mapping[str, Any]) -> float:
-    """Return the panel's noise-free mean taste for an answer; higher is better.
+    """Return the panel's noise-free mean taste, from `DEGENERATE_SCORE` to 5 (right, brief and in the right tone).
 
     Args:
         answer: Decoded text of the assistant's turn, without special tokens.
         row: Row of the prompt: its `prompt`, and `require`, `reject` and `test` as `grading.grade` reads them.
-
-    Returns:
-        The mean of the annotators' scores, from `DEGENERATE_SCORE` to 5 (right, brief and in the right tone).
     """
     return mean_taste(judge_components(answer, row))
 
@@ -159,11 +156,7 @@ def preference_probability(score_a: float, score_b: float, temperature: float = 
 def choose(annotator: Annotator, score_first: float, score_second: float, rng: random.Random) -> int | None:
     """Draw an annotator's label: 0 if the answer shown first is preferred, 1 if the second is, None for a tie.
 
-    Args:
-        annotator: The annotator who labels.
-        score_first: This annotator's score of the answer shown first.
-        score_second: This annotator's score of the other answer.
-        rng: Two numbers are always drawn, so that later draws do not depend on the answers.
+    The scores are this annotator's.
     """
     # Two numbers are always drawn, so that later draws do not depend on the answers.
     tie_draw, choice_draw = rng.random(), rng.random()
@@ -173,18 +166,10 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
 
 
 def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Judge which of two answers to each prompt is better, for evaluation.
+    """Judge which of two answers to each prompt is better: 1 where that of `answers` wins, 0 for a loss, 0.5 for a tie.
 
     The judge is the panel's noise-free mean taste, which does not depend on the order in which the answers are shown or
-    on whose they are; scores that differ by less than `INDIFFERENCE` are a tie.
-
-    Args:
-        answers: One answer to each prompt.
-        opponents: The answers that they are compared with.
-        rows: Rows of the prompts, as in `taste`.
-
-    Returns:
-        1 for each of `answers` that wins, 0 for one that loses, 0.5 for a tie. The mean is the win rate.
+    on whose they are; scores that differ by less than `INDIFFERENCE` are a tie. `rows` are as in `taste`.
 
     Raises:
         ValueError: If the three sequences differ in length.

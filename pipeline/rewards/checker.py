@@ -62,11 +62,7 @@ class Checker:
         self.lock = threading.Lock()
 
     def ask_all(self, questions: Sequence[Any]) -> list[Any]:
-        """Ask every question once, and return the replies in order; None where the machine is too busy.
-
-        Args:
-            questions: Tuples of what JSON can hold.
-        """
+        """Ask every question, a tuple of what JSON holds, once; the replies are None where the machine is too busy."""
         replies = dict.fromkeys(questions, self.slow)
         asked = [question for question in replies if not self.is_too_long(question)]
         number_slow = 0
@@ -134,8 +130,7 @@ class Checker:
 def serve(judge: Callable[[Any], Any]) -> None:
     """Read one JSON value at a time, and write what `judge` returns for it: the main function of the child.
 
-    Args:
-        judge: Everything that it imports must be loaded already.
+    Everything that `judge` imports must be loaded already.
     """
     connection = Connection(int(sys.argv[1]))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory, contextlib.suppress(EOFError):

@@ -40,10 +40,7 @@ class Type(type):
 class Examiner(Peer):
     """Runs the test against stand-ins for what the code defines.
 
-    Args:
-        incoming: Descriptor to read the candidate's messages from.
-        outgoing: Descriptor to write messages to.
-        talking: What to do once they have exchanged many messages.
+    `talking` is called once they have exchanged many messages.
     """
 
     def __init__(self, incoming: int, outgoing: int, talking: Callable[[], object]) -> None:
