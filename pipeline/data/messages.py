@@ -112,8 +112,9 @@ def as_answer(value: object) -> object:
 
 def answer_message(value: object, column: str) -> dict[str, str]:
     """Return the assistant's message with the text of a column, which may be that message."""
-    if isinstance(value, list) and [one.get("role") for one in value if isinstance(one, dict)] == ["assistant"]:
-        value = value[0]["content"]
+    match value:
+        case [{"role": "assistant", "content": content}]:
+            value = content
     value = as_answer(value)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ShapeError(f"{column} is empty")
