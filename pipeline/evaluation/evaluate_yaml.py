@@ -327,6 +327,11 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     _, problems = check_values(without_derived(settings), [EvaluationArguments])
     if isinstance(samples := settings.get("samples"), int) and samples > MAX_SAMPLES:
         problems.append(Problem("samples", samples, f"must be at most {MAX_SAMPLES}"))
+    best_of = settings.get("best_of") or []
+    for number in filter(lambda item: isinstance(item, int), as_list(best_of)):
+        # A single negative number has been reported; of several, each must be a number of answers.
+        if number > MAX_SAMPLES or (isinstance(best_of, list) and number < 1):
+            problems.append(Problem("best_of", number, f"must be from 1 to {MAX_SAMPLES}; omit it for none"))
     if settings.get("vllm") and (fault := validate_vllm()):
         problems.append(Problem("vllm", True, fault))
     for key in HELD_OUT:

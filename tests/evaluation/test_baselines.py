@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from pipeline.evaluation.baselines import (
     measure_constant,
     measure_reasoning,
 )
+from pipeline.evaluation.evaluate_yaml import check, complete, derive
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import ChatModel
 from pipeline.evaluation.results import StageResult
@@ -150,6 +152,12 @@ def test_the_answer_with_the_highest_score_is_the_best_of_several() -> None:
     assert answers["best_of_2/pass@1"] == [f"{number}. {PLAIN}" for number in (0, 0, 1)], "of the first two"
     assert answers["best_of_4/win_rate"] == [f"1. {PLAIN}"] * len(QUESTIONS)
     assert result.metrics["best_of_4/win_rate"].value == 0.5, "both answers are right"
+
+
+@pytest.mark.parametrize(("best_of", "wrong"), [(4, []), (0, []), ([4, 16], []), (-1, [-1]), ([0, 4, 5000], [0, 5000])])
+def test_numbers_of_answers_that_cannot_be_sampled_are_refused(best_of: Any, wrong: list[int]) -> None:
+    settings = complete({"best_of": best_of}, derive([], Path("runs/mine")))
+    assert [problem.value for problem in check(settings) if problem.field == "best_of"] == wrong
 
 
 def test_worked_answers_begin_as_the_elicited_ones_do() -> None:
