@@ -1,8 +1,9 @@
 """Alarms that name the collapse of a policy while it trains, from the figures that GRPO and PPO log anyway.
 
 `tests/benchmarks/alarms.py` holds them against runs of a few thousand parameters, of which it is known whether they
-broke. One half set the thresholds, the other judged them; three kinds of breaking are in the latter only. "After" is
-the median share of the run after which the first alarm spoke.
+broke. The half `setting` left the thresholds as they were, the other judged them. Three kinds of breaking are in the
+latter only; while the study was written, single runs of them, with other seeds, had been seen. "After" is the median
+share of the run after which the first alarm spoke.
 
     run                                                        setting: alarms  after   judging: alarms  after
     healthy, of ten kinds, some of which learn all or little           0 of 20                 1 of 20    10%

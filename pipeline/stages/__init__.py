@@ -48,7 +48,6 @@ BASELINES = {
     ),
 }
 
-
 LOSS = (("training", "loss"), ("validation", "eval_loss"))
 """Lines of the charts that show it."""
 

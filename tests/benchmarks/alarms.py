@@ -14,9 +14,11 @@ new answers of the first and the last policy, by what they were meant to learn r
 turned out otherwise than it was made is reported, and counts for neither side.
 
 Each half has 20 healthy and 20 broken runs. Thresholds are set on the half `setting`, which knows three of the six
-kinds only: `table --half setting --set ENTROPY_SHARE=0.1` tries one. The half `judging` says how good they are, and is
-not looked at before. DPO samples nothing while it trains: every few steps, its policy answers, and the alarms read the
-figures that PPO would log, with the scores of a reward model that DPO does not use. Its runs have rows of their own.
+kinds only: `table --half setting --set ENTROPY_SHARE=0.1` tries one. The half `judging` says how good they are. Its
+runs are not looked at before; its kinds were, in single runs with other seeds, when their recipes were made.
+
+DPO samples nothing while it trains: every few steps, its policy answers, and the alarms read the figures that PPO would
+log, with the scores of a reward model that DPO does not use. Its runs have rows of their own.
 """
 
 from __future__ import annotations
