@@ -31,7 +31,7 @@ def main(args: TokenizerArguments, data_args: DataArguments) -> None:
         raise UserError(*problems)
     dataset, _ = load_splits(data_args, "text", evaluation=False)
     texts = (text for batch in dataset.iter(batch_size=1000) for text in batch["text"])
-    tokenizer = train_tokenizer(texts, args.vocab_size, args.algorithm, args.model_max_length)
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.algorithm, args.model_max_length, args.tools)
     save_tokenizer(tokenizer, args.output_dir)
     logger.info("tokenizer: %s, %d tokens (limit: %d)", args.algorithm, len(tokenizer), args.vocab_size)
 

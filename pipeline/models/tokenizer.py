@@ -28,6 +28,30 @@ PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 """Padding, the start of a document or conversation, and the end of a document or turn (the end-of-sequence token)."""
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIAL_TOKENS = (PAD, BOS, END, *ROLES)
+TOOL_TOKENS = ("<|tool|>", "<|call|>", "<|argument|>")
+"""The role of a tool's result, a call of a tool, and an argument of it, which without `tools` are ordinary text.
+
+    <|assistant|><|call|>calculator<|argument|>expression=1234+5678<|end|><|tool|>6912<|end|><|assistant|>6912<|end|>
+"""
+RESPONSE_TEMPLATE: dict[str, Any] = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant|>",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": r"<\|call\|>(?P<name>[^<]*)",
+            "close_pattern": r"(?=<\|call\|>)|<\|end\|>",
+            "repeats": True,
+            "content": "xml-inline",
+            "content_args": {
+                "tag_pattern": r"<\|argument\|>(?P<key>[^=<]*)=(?P<value>.*?)(?=<\|argument\|>|$)",
+                "value_parser": {"name": "text", "args": {"strip": False}},
+            },
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {"close": "<|end|>", "content": "text"},
+    },
+}
+"""How transformers reads what chat_template.jinja writes: the content of an answer, and its calls of tools."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """The files that `save_pretrained` writes, in any release of transformers."""
 
@@ -43,20 +67,25 @@ class TokenizerArguments:
         metadata={"help": "bpe merges bytes into frequent pieces of words, character into single characters."},
     )
     model_max_length: int = field(default=512, metadata={"help": "Context length of the model to train, in tokens."})
+    tools: bool = field(default=False, metadata={"help": "Reserve tokens for calls of tools and what they return."})
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, algorithm: Literal["bpe", "character"] = "bpe", model_max_length: int = 512
+    texts: Iterable[str],
+    vocab_size: int,
+    algorithm: Literal["bpe", "character"] = "bpe",
+    model_max_length: int = 512,
+    tools: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016; over bytes as in GPT-2).
 
     Args:
         texts: Documents to learn the merges from; read once.
         vocab_size: Upper bound of the vocabulary; few or short texts give a smaller one.
-        algorithm, model_max_length: See `TokenizerArguments`.
+        algorithm, model_max_length, tools: See `TokenizerArguments`.
 
     Returns:
-        The tokenizer, with a chat template and distinct pad, bos and eos tokens.
+        The tokenizer, with a chat template, a response template and distinct pad, bos and eos tokens.
 
     Raises:
         UserError: If `vocab_size` is too small for the bytes and the special tokens.
@@ -64,7 +93,8 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    smallest = 256 + len(SPECIAL_TOKENS)
+    special = (*SPECIAL_TOKENS, *TOOL_TOKENS) if tools else SPECIAL_TOKENS
+    smallest = 256 + len(special)
     if vocab_size < smallest:
         remedy = f"must be at least {smallest}: 256 bytes and the special tokens"
         raise UserError(Problem("vocab_size", vocab_size, remedy))
@@ -75,7 +105,7 @@ def train_tokenizer(
         texts,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
+            special_tokens=list(special),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -85,8 +115,9 @@ def train_tokenizer(
         pad_token=PAD,
         bos_token=BOS,
         eos_token=END,
-        additional_special_tokens=list(ROLES),
+        additional_special_tokens=list(special[len((PAD, BOS, END)) :]),
         chat_template=files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8"),
+        response_template=RESPONSE_TEMPLATE,
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
         padding_side="left",

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_response, supports_tool_calling
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
@@ -131,8 +132,8 @@ def test_a_conversation_reads_as_it_is_written(conversation: list[dict[str, str]
 
 
 def test_an_unknown_role_is_refused() -> None:
-    with pytest.raises(TemplateError, match="tool"):
-        ids([*messages(["a", "b"]), {"role": "tool", "content": "c"}])
+    with pytest.raises(TemplateError, match="not developer"):
+        ids([*messages(["a", "b"]), {"role": "developer", "content": "c"}])
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -194,3 +195,32 @@ def test_only_the_chat_template_writes_special_tokens(parts: list[str]) -> None:
 def test_other_texts_are_left_alone() -> None:
     conversation = messages(["<end> <|end| >", "<think>a</think>"])
     assert as_text(conversation, special_tokens(tokenizer())) == conversation
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_calls_of_tools_and_their_results_make_a_round_trip_through_the_templates(tools: bool, tmp_path: Path) -> None:
+    def look(place: str, seconds: int = 1) -> str:
+        """Look somewhere.
+
+        Args:
+            place: Where.
+            seconds: For how long.
+        """
+        return place * seconds
+
+    train_tokenizer(TEXTS, vocab_size=400, tools=tools).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (len(tokenizer("<|call|>", add_special_tokens=False)["input_ids"]) == 1) == tools
+    calls = [
+        {"type": "function", "function": {"name": "look", "arguments": {"place": "a <box>\n 7 = 8", "seconds": 7}}},
+        {"type": "function", "function": {"name": "look", "arguments": {"place": "7"}}},
+    ]
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "I look.", "tool_calls": calls}]
+    prompt, whole = (
+        tokenizer.apply_chat_template(some, add_generation_prompt=some is not messages, return_dict=False)
+        for some in (messages[:1], messages)
+    )
+    assert whole[: len(prompt)] == prompt
+    assert parse_response(tokenizer, whole[len(prompt) :], prefix=prompt, tools=[look]) == messages[1]
+    assert supports_tool_calling(tokenizer)
+    assert is_chat_template_prefix_preserving(tokenizer)
