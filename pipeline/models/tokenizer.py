@@ -29,7 +29,7 @@ PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIAL_TOKENS = (PAD, BOS, END, *ROLES)
 TOOL_TOKENS = ("<|tool|>", "<|call|>", "<|argument|>")
-"""The role of a tool's result, a call of a tool, and an argument of it, which without `tools` are ordinary text.
+"""The role of a tool's result, a call of a tool, and an argument of it; reserved with `tools`:
 
     <|assistant|><|call|>calculator<|argument|>expression=1234+5678<|end|><|tool|>6912<|end|><|assistant|>6912<|end|>
 """
@@ -51,7 +51,10 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
         "content": {"close": "<|end|>", "content": "text"},
     },
 }
-"""How transformers reads what chat_template.jinja writes: the content of an answer, and its calls of tools."""
+"""How transformers reads what chat_template.jinja writes: the content of an answer, and its calls of tools.
+
+Only tokenizers with `tools` have it, because TRL then parses every completion, which takes longer than decoding it.
+"""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """The files that `save_pretrained` writes, in any release of transformers."""
 
@@ -85,7 +88,7 @@ def train_tokenizer(
         algorithm, model_max_length, tools: See `TokenizerArguments`.
 
     Returns:
-        The tokenizer, with a chat template, a response template and distinct pad, bos and eos tokens.
+        The tokenizer, with a chat template and distinct pad, bos and eos tokens.
 
     Raises:
         UserError: If `vocab_size` is too small for the bytes and the special tokens.
@@ -117,7 +120,7 @@ def train_tokenizer(
         eos_token=END,
         additional_special_tokens=list(special[len((PAD, BOS, END)) :]),
         chat_template=files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8"),
-        response_template=RESPONSE_TEMPLATE,
+        response_template=RESPONSE_TEMPLATE if tools else None,
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
         padding_side="left",

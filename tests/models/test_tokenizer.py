@@ -197,8 +197,7 @@ def test_other_texts_are_left_alone() -> None:
     assert as_text(conversation, special_tokens(tokenizer())) == conversation
 
 
-@pytest.mark.parametrize("tools", [False, True])
-def test_calls_of_tools_and_their_results_make_a_round_trip_through_the_templates(tools: bool, tmp_path: Path) -> None:
+def test_calls_of_tools_and_their_results_make_a_round_trip_through_the_templates(tmp_path: Path) -> None:
     def look(place: str, seconds: int = 1) -> str:
         """Look somewhere.
 
@@ -208,9 +207,9 @@ def test_calls_of_tools_and_their_results_make_a_round_trip_through_the_template
         """
         return place * seconds
 
-    train_tokenizer(TEXTS, vocab_size=400, tools=tools).save_pretrained(tmp_path)
+    train_tokenizer(TEXTS, vocab_size=400, tools=True).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert (len(tokenizer("<|call|>", add_special_tokens=False)["input_ids"]) == 1) == tools
+    assert len(tokenizer("<|call|>", add_special_tokens=False)["input_ids"]) == 1
     calls = [
         {"type": "function", "function": {"name": "look", "arguments": {"place": "a <box>\n 7 = 8", "seconds": 7}}},
         {"type": "function", "function": {"name": "look", "arguments": {"place": "7"}}},
